@@ -1,0 +1,62 @@
+"""What a user is told when something they gave us cannot work.
+
+Three kinds, one for each thing a user controls: the configuration, the data, the checkpoints.
+Each message carries the offending value, its place and the remedy, so that nobody has to read a
+traceback. The command line prints them on one rank and exits with `EXIT_USER_ERROR`; `assert` is
+for our own invariants and never for a user's mistake.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+EXIT_USER_ERROR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake: where it is, what is wrong there, and what would put it right."""
+
+    place: str
+    """What the user can point at: `layout.tensor`, a shard's file name, `pairs.jsonl:17`."""
+
+    message: str
+    """What is wrong, with the offending value."""
+
+    remedy: str = ""
+    """What to do about it; empty only where the message already says so."""
+
+    def __str__(self) -> str:
+        """`place: message; remedy` on one line."""
+        told = f"{self.place}: {self.message}"
+        return f"{told}; {self.remedy}" if self.remedy else told
+
+
+class UserError(Exception):
+    """The base of everything that is the user's to mend."""
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem]) -> Self:
+        """All problems in one error: a line if there is one, a list if there are several."""
+        assert problems, "an error needs a problem"
+        if len(problems) == 1:
+            return cls(str(problems[0]))
+        lines = [f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)]
+        return cls("\n".join(lines))
+
+    @classmethod
+    def at(cls, place: str, message: str, remedy: str = "") -> Self:
+        """One problem, raised where it is found."""
+        return cls.of([Problem(place, message, remedy)])
+
+
+class ConfigError(UserError, ValueError):
+    """The configuration, the command line or the parallel layout cannot work."""
+
+
+class DataError(UserError, ValueError):
+    """A preference record, a tokenizer or a data file cannot be used."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint, ours or Hugging Face's, cannot be read or written."""
