@@ -1,0 +1,38 @@
+# Everything a contributor runs. Each target that needs the environment sets it up by itself.
+# ARGS reaches pytest:  make test ARGS="tests/mcore -x"
+
+VENV ?= .venv
+PYTHON_IN_VENV := $(VENV)/bin/python
+ARGS ?=
+
+# PYTHON and TORCH_INDEX_URL reach tools/setup.sh through the environment.
+export VENV
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-all check format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## find a Python, make .venv and install into it (does nothing when it is current)
+	@tools/setup.sh
+
+test: setup ## every CPU test but the exhaustive ones
+	$(PYTHON_IN_VENV) -m pytest -m "not exhaustive and not gpu" $(ARGS)
+
+test-all: setup ## every CPU test, the whole matrices too
+	$(PYTHON_IN_VENV) -m pytest -m "not gpu" $(ARGS)
+
+check: setup ## lint, formatting, strict types and the house rules
+	$(PYTHON_IN_VENV) -m ruff check .
+	$(PYTHON_IN_VENV) -m ruff format --check .
+	$(PYTHON_IN_VENV) -m mypy
+	$(PYTHON_IN_VENV) tools/house_rules.py
+
+format: setup ## mend what ruff can mend
+	$(PYTHON_IN_VENV) -m ruff check --fix .
+	$(PYTHON_IN_VENV) -m ruff format .
+
+clean: ## remove caches and build products (not .venv, not runs/)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,100 @@
+"""The directory of a converted or exported model checkpoint, which appears whole or not at all.
+
+    OUTPUT/
+      metadata.json .metadata __*.distcp   megatron-core's `torch_dist` files, any layout
+      huggingface/                         config.json, generation config, tokenizer: the way back
+
+All ranks write into a hidden sibling (`atomic.py`); the first gives it its name at the end.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from megatron_idpo import atomic
+from megatron_idpo.errors import CheckpointError
+from megatron_idpo.mcore.world import agreeing, barrier, from_first, is_first_rank
+
+COMPANIONS = "huggingface"
+"""Where the configuration and tokenizer lie inside a checkpoint."""
+
+
+@contextmanager
+def new_checkpoint(
+    target: Path, companions: Sequence[Path], *, overwrite: bool = False, needed_bytes: int = 0
+) -> Iterator[Path]:
+    """A directory for all ranks to write a checkpoint into; it gets its name if all goes well.
+
+    Collective. The body may contain collectives; what it raises removes the directory again.
+
+    Args:
+        target: the checkpoint's name.
+        companions: files to carry along in `huggingface/`.
+        overwrite: whether `target` may be a checkpoint already, which is then replaced.
+        needed_bytes: how much will be written, as far as known.
+
+    Raises:
+        CheckpointError: the target cannot be written.
+    """
+    token = from_first(lambda: uuid4().hex[:8])
+    directory = atomic.incomplete_directory(target, token)
+    try:
+        with agreeing("preparing the checkpoint's directory"):
+            if is_first_rank():
+                _check_replaceable(target)
+                atomic.begin(target, token, overwrite=overwrite, needed_bytes=needed_bytes)
+        yield directory
+        with agreeing("finishing the checkpoint"):
+            if is_first_rank():
+                copy_companions(companions, directory / COMPANIONS)
+                atomic.publish(directory, target, overwrite=overwrite)
+    except BaseException:
+        if is_first_rank():
+            atomic.discard(directory)
+        raise
+    barrier()
+
+
+def copy_companions(companions: Sequence[Path], directory: Path) -> None:
+    """Copy configuration and tokenizer files, byte by byte, into a directory made for them.
+
+    Raises:
+        CheckpointError: a file cannot be copied.
+    """
+    try:
+        directory.mkdir(exist_ok=True)
+        for path in companions:
+            shutil.copyfile(path, directory / path.name)
+    except OSError as error:
+        raise CheckpointError.at(
+            str(error.filename or directory), f"cannot be copied ({error.strerror})"
+        ) from error
+
+
+def companion_files(checkpoint: Path) -> list[Path]:
+    """The configuration and tokenizer files that a checkpoint carries.
+
+    Raises:
+        CheckpointError: it carries none.
+    """
+    directory = checkpoint / COMPANIONS
+    files = sorted(directory.iterdir()) if directory.is_dir() else []
+    if not any(path.name == "config.json" for path in files):
+        raise CheckpointError.at(
+            str(directory),
+            "there is no config.json",
+            "put the Hugging Face config.json and tokenizer files of this model there",
+        )
+    return files
+
+
+def _check_replaceable(target: Path) -> None:
+    """What is replaced is a checkpoint, not somebody's home directory."""
+    if target.is_dir() and any(target.iterdir()) and not (target / "metadata.json").is_file():
+        raise CheckpointError.at(
+            str(target),
+            "exists and holds something else than a Megatron-Core checkpoint",
+            "name another directory",
+        )

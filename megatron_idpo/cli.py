@@ -1,0 +1,258 @@
+"""The command line: `megatron-idpo VERB ...`, also `python -m megatron_idpo` and under torchrun.
+
+A table of verbs, what each one takes, and how a failure is told. Nothing heavy is imported before
+the verb is known and its arguments are right, so `--help` and a typing mistake answer at once. The
+work itself is each verb's own room's.
+
+Exit codes: 0; `EXIT_USER_ERROR` for everything that is the user's to mend, told in one message
+without a traceback; 130 for Ctrl-C; an unexpected exception keeps its traceback (1).
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_idpo import __version__
+from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError, UserError
+
+EXIT_INTERRUPTED = 130
+"""What a shell reports for a program ended by Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: the arguments after the program's name; None takes them from `sys.argv`.
+
+    Returns:
+        The exit code.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        parser = build_parser()
+        if not words:
+            raise ConfigError(f"no verb given; the verbs are {', '.join(VERBS)}")
+        if not words[0].startswith("-"):
+            _one_of("verb", VERBS)(words[0])
+        arguments = parser.parse_args(words)
+        return VERBS[arguments.verb].run(arguments)
+    except UserError as error:
+        if _speaks_for_the_run():
+            rank = f" (rank {os.environ['RANK']})" if _world_size() > 1 else ""
+            print(f"megatron-idpo: error{rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line as one parser; its mistakes raise `ConfigError`."""
+    parser = _Parser(
+        prog="megatron-idpo",
+        description="Intermediate DPO and stepwise DPO on stock Megatron-Core.",
+        epilog="`megatron-idpo VERB --help` tells what a verb takes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-idpo {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        verb.add_arguments(
+            verbs.add_parser(name, help=verb.summary, description=verb.summary, allow_abbrev=False)
+        )
+    return parser
+
+
+# ---- the verbs ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One thing the program does."""
+
+    summary: str
+    """One line for `--help`."""
+
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    """Declares what the verb takes."""
+
+    run: Callable[[argparse.Namespace], int]
+    """Does it; imports what it needs; returns the exit code."""
+
+
+def _config_verb(module: str, summary: str, *, config_required: bool = True) -> Verb:
+    """A verb of the usual shape: `VERB CONFIG.yaml [section.field=value ...]`.
+
+    Args:
+        module: where `main(config_path, overrides) -> int` is; imported when the verb runs.
+        summary: one line for `--help`.
+        config_required: whether the verb means nothing without a config; if not, `main` may be
+            given None.
+    """
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "config",
+            type=Path,
+            nargs=None if config_required else "?",
+            metavar="CONFIG.yaml",
+            help="the run's configuration",
+        )
+        parser.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="section.field=value",
+            help="replaces one field of the configuration, e.g. layout.tensor=2",
+        )
+
+    def run(arguments: argparse.Namespace) -> int:
+        config: Path | None = arguments.config
+        if config is not None and "=" in config.name and not config.exists():
+            remedy = "give the configuration file first, then the fields to replace"
+            raise ConfigError.at(str(config), "there is no configuration to override", remedy)
+        for override in arguments.overrides:
+            if "=" not in override:
+                remedy = "write section.field=value, e.g. layout.tensor=2"
+                raise ConfigError.at(override, "is no override", remedy)
+        code: int = importlib.import_module(module).main(config, arguments.overrides)
+        return code
+
+    return Verb(summary, add_arguments, run)
+
+
+_DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
+_FORMATS = ("fp32", "bf16", "fp16")
+
+
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "direction",
+        type=_one_of("direction", _DIRECTIONS),
+        metavar="|".join(_DIRECTIONS),
+        help="from what to what",
+    )
+    parser.add_argument("input", type=Path, metavar="INPUT", help="the checkpoint's directory")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the directory to write")
+    parser.add_argument(
+        "--dtype",
+        type=_one_of("format", _FORMATS),
+        metavar="|".join(_FORMATS),
+        help="the weights' format (default: as stored)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUTPUT if it is there already"
+    )
+    split = parser.add_argument_group(
+        "under torchrun", "how to split the work; the result is the same for every layout"
+    )
+    for name, meaning in (
+        ("tensor", "ranks that share every weight matrix"),
+        ("pipeline", "pipeline stages"),
+        ("virtual-pipeline", "model chunks per stage"),
+    ):
+        split.add_argument(f"--{name}", type=int, default=1, metavar="N", help=meaning)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from megatron_idpo.mcore.layout import Layout
+
+    if arguments.direction == "hf-to-megatron":
+        from megatron_idpo.convert.hf_to_megatron import convert
+    else:
+        from megatron_idpo.convert.megatron_to_hf import convert
+    layout = Layout(
+        tensor=arguments.tensor,
+        pipeline=arguments.pipeline,
+        virtual_pipeline=arguments.virtual_pipeline,
+    )
+    convert(
+        arguments.input,
+        arguments.output,
+        dtype=arguments.dtype,
+        layout=layout,
+        overwrite=arguments.overwrite,
+    )
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "convert": Verb(
+        "Convert weights between Hugging Face and Megatron-Core.", _add_convert_arguments, _convert
+    ),
+    "doctor": _config_verb(
+        "megatron_idpo.doctor",
+        "Tell what this machine has, what is missing, and whether a configuration can run here.",
+        config_required=False,
+    ),
+}
+"""Every verb, by name, in the order of `--help`."""
+
+
+# ---- telling a failure ----------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, telling a mistake the way every other mistake is told."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def _one_of(what: str, known: Iterable[str]) -> Callable[[str], str]:
+    """A check, usable as argparse's `type`, that lets only `known` words pass.
+
+    Its error names the nearest known word. It is both what argparse wants to see, to say which
+    argument it was, and a `ConfigError` where it is called directly.
+    """
+    names = list(known)
+
+    def check(word: str) -> str:
+        if word in names:
+            return word
+        nearest = difflib.get_close_matches(word, names, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise _UnknownWord(f"no {what} {word!r}; {hint}known: {', '.join(names)}")
+
+    return check
+
+
+class _UnknownWord(argparse.ArgumentTypeError, ConfigError):
+    pass
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def _speaks_for_the_run() -> bool:
+    """Whether this process is the one that tells the run's failure: the first rank to fail.
+
+    Usually every rank fails for the same reason, and one message is wanted; but a reason can lie
+    with one rank or one node alone, and must be heard too. So neither "rank 0 only" nor "every
+    rank" will do: the ranks count themselves off in the store that torchrun keeps for the run.
+    Where it cannot be reached, each rank speaks, because silence would be worse.
+    """
+    if _world_size() == 1:
+        return True
+    try:
+        from datetime import timedelta
+
+        from torch.distributed import TCPStore
+
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=3),
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"megatron_idpo/failures/{attempt}", 1) == 1
+    except Exception:  # whatever is wrong with the store, the user's error matters more
+        return True

@@ -1,0 +1,218 @@
+"""One configuration file for every verb: read, checked as a whole, resolved, written down again.
+
+`load_config` reads a YAML file and `section.field=value` overrides and tells every mistake at
+once, each with its place, the value and a remedy: unknown sections and fields with the nearest
+name, wrong types, fields that the others leave unread, what is missing. A file serves all verbs, so
+a section that belongs to another verb is checked and left alone; an override of such a section is a
+mistake, because nobody writes one to have no effect.
+
+Here is also what concerns several sections. The sections themselves are in `config_sections.py`.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from megatron_idpo.config_sections import (
+    DataConfig,
+    LayoutConfig,
+    ModelConfig,
+    Section,
+    SectionError,
+    TrainingConfig,
+)
+from megatron_idpo.config_yaml import COMMAND_LINE, Keys, Tree, read_tree, write_yaml
+from megatron_idpo.errors import ConfigError, Problem
+
+
+class RunConfig(Section):
+    """Everything a run may be told.
+
+    A section that the file does not have and that a verb does not require is absent: reading it is
+    an AttributeError, that is, a verb that uses a section it never asked for.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    layout: LayoutConfig = LayoutConfig()
+    training: TrainingConfig
+
+    def has(self, section: str) -> bool:
+        """Whether a section is there, written or by its defaults."""
+        return self.__dict__.get(section) is not None
+
+    def problems(self) -> list[Problem]:
+        """What is wrong between sections; `Problem.place` is `section.field`."""
+        found = []
+        if self.has("data") and self.layout.sequence_parallel:
+            row_tokens, tensor = self.data.row_tokens, self.layout.tensor
+            if row_tokens % tensor:
+                found.append(
+                    Problem(
+                        "data.row_tokens",
+                        f"is {row_tokens}, which sequence parallelism cannot split over "
+                        f"layout.tensor = {tensor}",
+                        f"use {row_tokens + -row_tokens % tensor}",
+                    )
+                )
+        return found
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML; `load_config` reads the same value from it."""
+        return write_yaml(self.model_dump(mode="json"))
+
+
+SECTIONS = tuple(RunConfig.model_fields)
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    required: Iterable[str] = (),
+    optional: Iterable[str] = (),
+) -> RunConfig:
+    """Read and check a configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.field=value`, with YAML values; `section=null` removes a section.
+        required: the sections that the verb cannot do without.
+        optional: further sections that it reads where they are.
+
+    Raises:
+        ConfigError: naming every mistake in the file and in the overrides.
+    """
+    required, optional = tuple(required), tuple(optional)
+    assert {*required, *optional} <= set(SECTIONS), f"unknown among {required}, {optional}"
+    tree = read_tree(path, overrides)
+    found = list(tree.problems)
+    found += _unread_overrides(tree, {*required, *optional})
+    sections: dict[str, Any] = {}
+    for name, info in RunConfig.model_fields.items():
+        if name in tree.values:
+            _read_section(name, info, tree, sections, found)
+        elif info.is_required() and name in required:
+            found.append(_missing_section(name, info))
+        elif not info.is_required():
+            sections[name] = info.default
+    for name in tree.values.keys() - set(SECTIONS):
+        remedy = _nearest(name, SECTIONS, "sections")
+        found.append(Problem(tree.place((name,)), "unknown section", remedy))
+    config = RunConfig.model_construct(**sections)
+    if not found:
+        found = [
+            Problem(tree.place(tuple(problem.place.split("."))), problem.message, problem.remedy)
+            for problem in config.problems()
+        ]
+    if found:
+        raise ConfigError.of(found)
+    return config
+
+
+def _unread_overrides(tree: Tree, read: set[str]) -> list[Problem]:
+    names = {
+        str(keys[0]): None
+        for keys, origin in tree.origins.items()
+        if origin == COMMAND_LINE and keys[0] in SECTIONS and keys[0] not in read
+    }
+    return [
+        Problem(
+            f"{name} ({COMMAND_LINE})", "would not be read: no part of this verb", "leave it out"
+        )
+        for name in names
+    ]
+
+
+def _read_section(
+    name: str, info: FieldInfo, tree: Tree, sections: dict[str, Any], found: list[Problem]
+) -> None:
+    """Validate one section into `sections`, or its mistakes into `found`."""
+    values, section = tree.values[name], section_class(info)
+    if not isinstance(values, dict):
+        told = "is empty" if values is None else f"is {values!r}, not a mapping of fields"
+        first = next(iter(section.model_fields))
+        remedy = f"write fields, such as `{name}.{first}`, under it, or remove it"
+        found.append(Problem(tree.place((name,)), told, remedy))
+        return
+    try:
+        sections[name] = section.model_validate(values)
+    except ValidationError as error:
+        for detail in error.errors():
+            found.extend(_told(detail, section, (name, *detail["loc"]), tree))
+
+
+def _told(detail: Any, section: type[BaseModel], keys: Keys, tree: Tree) -> list[Problem]:
+    """What pydantic found, in a user's words."""
+    place, kind, context = tree.place(keys), detail["type"], detail.get("ctx", {})
+    if kind == "value_error" and isinstance(context["error"], SectionError):
+        return [
+            Problem(tree.place((*keys, problem.place)), problem.message, problem.remedy)
+            for problem in context["error"].problems
+        ]
+    owner = _owner(section, keys[1:])
+    if kind == "extra_forbidden":
+        return [Problem(place, "unknown field", _remedy_unknown(str(keys[-1]), owner))]
+    if kind == "missing":
+        field = owner.model_fields[str(keys[-1])]
+        return [Problem(place, "is missing", f"add it: {_first_sentence(field)}")]
+    value = detail["input"]
+    if kind == "literal_error":
+        field = owner.model_fields[str(keys[-1])]
+        choices = [str(choice) for choice in get_args(field.annotation)]
+        return [Problem(place, f"is {value!r}", _nearest(str(value), choices, "values"))]
+    told = detail["msg"].replace("Input should", "it should").replace("tuple", "list")
+    return [Problem(place, f"is {value!r}", told)]
+
+
+def _missing_section(name: str, info: FieldInfo) -> Problem:
+    fields = section_class(info).model_fields
+    needed = [f"{name}.{field}" for field, about in fields.items() if about.is_required()]
+    return Problem(name, "the section is missing", f"add it, with at least {', '.join(needed)}")
+
+
+def section_class(info: FieldInfo) -> type[Section]:
+    """The class behind a section's annotation, which may be optional."""
+    found = _models_in(info.annotation)
+    assert len(found) == 1 and issubclass(found[0], Section), info
+    return found[0]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _owner(section: type[BaseModel], keys: Keys) -> type[BaseModel]:
+    """The class that has, or should have, the field that `keys` ends in."""
+    for key in keys[:-1]:
+        if isinstance(key, str) and key in section.model_fields:
+            section = next(iter(_models_in(section.model_fields[key].annotation)), section)
+    return section
+
+
+def _remedy_unknown(name: str, owner: type[BaseModel]) -> str:
+    """The nearest field, or the section in which a field of that name is."""
+    near = difflib.get_close_matches(name, owner.model_fields, n=1)
+    homes = [
+        f"{section}.{name}"
+        for section, info in RunConfig.model_fields.items()
+        if name in section_class(info).model_fields
+    ]
+    if not near and homes:
+        return f"did you mean `{homes[0]}`?"
+    return _nearest(name, owner.model_fields, "fields")
+
+
+def _nearest(name: str, names: Iterable[str], what: str) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean `{near[0]}`?" if near else f"the {what} are {', '.join(names)}"
+
+
+def _first_sentence(field: FieldInfo) -> str:
+    return (field.description or "").split(". ")[0].rstrip(".").replace("\n", " ")

@@ -1,0 +1,156 @@
+"""The table of names: which Hugging Face tensors make up which megatron-core parameter.
+
+Llama, Mistral, Qwen2 and Qwen3 name their tensors alike; they differ in what is present (biases,
+q and k norms, an output layer of its own), which the `Architecture` says. `mapping` unrolls the
+table for the parameters of one model; how a parameter is cut and fused is `convert/slicing.py`.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_idpo.convert.slicing import (
+    ColumnsSplit,
+    FusedGateUp,
+    FusedQKV,
+    Replicated,
+    Slicing,
+    VocabSplit,
+)
+from megatron_idpo.mcore.architecture import Architecture
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of the table; `{layer}` stands for the layer number, counted from 0."""
+
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[str, ...]
+    """A letter per dimension: see `_sizes`."""
+
+    slicing: Slicing
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One parameter of one model, with the Hugging Face tensors it is made of."""
+
+    megatron_name: str
+    """Global: the layer number counts over all pipeline stages, from 0."""
+
+    hf_shapes: dict[str, tuple[int, ...]]
+    """Its Hugging Face tensors by name, in the order in which `slicing` takes them."""
+
+    slicing: Slicing
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """The names of its Hugging Face tensors."""
+        return tuple(self.hf_shapes)
+
+
+def _sizes(architecture: Architecture) -> dict[str, int]:
+    return {
+        "V": architecture.vocab_size,
+        "H": architecture.hidden_size,
+        "F": architecture.ffn_hidden_size,
+        "Q": architecture.num_heads * architecture.head_dim,
+        "K": architecture.num_kv_heads * architecture.head_dim,
+        "D": architecture.head_dim,
+    }
+
+
+_EMBEDDING = Rule(("model.embed_tokens.weight",), ("VH",), VocabSplit())
+
+_MODEL_RULES = {
+    "embedding.word_embeddings.weight": _EMBEDDING,
+    "decoder.final_layernorm.weight": Rule(("model.norm.weight",), ("H",), Replicated()),
+    "output_layer.weight": Rule(("lm_head.weight",), ("VH",), VocabSplit()),
+}
+
+
+def _layer_rule(names: str, shapes: str, slicing: Slicing) -> Rule:
+    """A rule for tensors in `model.layers.{layer}.`; names and shapes are separated by spaces."""
+    hf_names = tuple(f"model.layers.{{layer}}.{name}" for name in names.split())
+    return Rule(hf_names, tuple(shapes.split()), slicing)
+
+
+_INPUT_NORM = _layer_rule("input_layernorm.weight", "H", Replicated())
+_MLP_NORM = _layer_rule("post_attention_layernorm.weight", "H", Replicated())
+
+_LAYER_RULES = {
+    "input_layernorm.weight": _INPUT_NORM,
+    "self_attention.linear_qkv.weight": _layer_rule(
+        "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
+        "QH KH KH",
+        FusedQKV(),
+    ),
+    "self_attention.linear_qkv.bias": _layer_rule(
+        "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias", "Q K K", FusedQKV()
+    ),
+    "self_attention.q_layernorm.weight": _layer_rule("self_attn.q_norm.weight", "D", Replicated()),
+    "self_attention.k_layernorm.weight": _layer_rule("self_attn.k_norm.weight", "D", Replicated()),
+    "self_attention.linear_proj.weight": _layer_rule(
+        "self_attn.o_proj.weight", "HQ", ColumnsSplit()
+    ),
+    "pre_mlp_layernorm.weight": _MLP_NORM,
+    "mlp.linear_fc1.weight": _layer_rule(
+        "mlp.gate_proj.weight mlp.up_proj.weight", "FH FH", FusedGateUp()
+    ),
+    "mlp.linear_fc2.weight": _layer_rule("mlp.down_proj.weight", "HF", ColumnsSplit()),
+}
+
+# Transformer Engine fuses a norm with the linear that follows and names it after that.
+_ENGINE_LAYER_RULES = {
+    "self_attention.linear_qkv.layer_norm_weight": _INPUT_NORM,
+    "mlp.linear_fc1.layer_norm_weight": _MLP_NORM,
+}
+
+_LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+def entry(megatron_name: str, architecture: Architecture) -> Entry:
+    """The table's line for one parameter, named with its global layer number.
+
+    The output layer of a model with tied embeddings is the embedding, also on a last stage that
+    holds a copy of its own.
+    """
+    matched = _LAYER_NAME.fullmatch(megatron_name)
+    layer = matched[1] if matched else ""
+    if megatron_name == "output_layer.weight" and architecture.tied_embeddings:
+        rule = _EMBEDDING
+    elif matched:
+        rule = (_LAYER_RULES | _ENGINE_LAYER_RULES)[matched[2]]
+    else:
+        rule = _MODEL_RULES[megatron_name]
+    sizes = _sizes(architecture)
+    shapes = {
+        name.format(layer=layer): tuple(sizes[letter] for letter in letters)
+        for name, letters in zip(rule.hf_names, rule.hf_shapes, strict=True)
+    }
+    return Entry(megatron_name, shapes, rule.slicing)
+
+
+def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this architecture holds, from input to output."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in _model_names(architecture):
+        shapes |= entry(name, architecture).hf_shapes
+    return shapes
+
+
+def _model_names(architecture: Architecture) -> Iterator[str]:
+    """The parameters of the whole model under their local-spec names."""
+    absent = set()
+    if not architecture.qkv_bias:
+        absent |= {"self_attention.linear_qkv.bias"}
+    if not architecture.qk_norm:
+        absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+    yield "embedding.word_embeddings.weight"
+    for layer in range(architecture.num_layers):
+        for suffix in _LAYER_RULES:
+            if suffix not in absent:
+                yield f"decoder.layers.{layer}.{suffix}"
+    yield "decoder.final_layernorm.weight"
+    if not architecture.tied_embeddings:
+        yield "output_layer.weight"

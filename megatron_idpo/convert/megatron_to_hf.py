@@ -1,0 +1,190 @@
+"""Megatron-Core weights back to Hugging Face: sharded safetensors, configuration, tokenizer.
+
+`whole_tensors` puts the tensor-parallel shards of one parameter together at a time; each pipeline
+stage writes its own tensors into files whose places were laid out before the first byte, so memory
+stays bounded by one tensor on every rank and stages write side by side.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from megatron_idpo.checkpoint.directory import COMPANIONS, companion_files, copy_companions
+from megatron_idpo.checkpoint.weights import load_weights, weight_dtypes
+from megatron_idpo.convert.dtypes import parse_dtype, stored_dtype
+from megatron_idpo.convert.families import entry, hf_shapes
+from megatron_idpo.convert.hf_writer import HfWriter
+from megatron_idpo.convert.progress import tensor_progress
+from megatron_idpo.convert.safetensors_header import TensorSpec
+from megatron_idpo.convert.slicing import Replicated
+from megatron_idpo.convert.tokenizer_files import CONFIG_FILE, read_json_object
+from megatron_idpo.errors import CheckpointError
+from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.groups import gather_tensor_shards, this_place
+from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.model import GPTModel, ModelOptions, build_model, global_parameters
+from megatron_idpo.mcore.world import (
+    agreeing,
+    barrier,
+    from_first,
+    gathered,
+    is_first_rank,
+    joined_world,
+    running,
+)
+
+ParameterValue = Callable[[torch.nn.Parameter], Tensor]
+"""What to take of a parameter: its data, its gradient."""
+
+
+def whole_tensors(
+    chunks: Sequence[GPTModel],
+    architecture: Architecture,
+    value: ParameterValue = lambda parameter: parameter.data,
+) -> Iterator[tuple[str, Tensor]]:
+    """This stage's tensors under their Hugging Face names, whole, one parameter at a time.
+
+    Collective over the tensor-parallel group: a gather to its first rank for every parameter that
+    is split; forward only. The first rank yields the tensors, the others yield nothing, and all
+    have to run through to the end. A tied output layer is the first stage's to yield.
+    """
+    is_first = this_place().tensor == 0
+    for name, parameter in global_parameters(chunks):
+        if name == "output_layer.weight" and architecture.tied_embeddings:
+            continue
+        line = entry(name, architecture)
+        replicated = isinstance(line.slicing, Replicated)
+        mine = value(parameter)
+        shards = [mine] if replicated else gather_tensor_shards(mine)
+        if is_first:
+            assert shards is not None
+            merged = line.slicing.merge(shards, architecture)
+            yield from zip(line.hf_names, merged, strict=True)
+
+
+def export_hf(
+    chunks: Sequence[GPTModel],
+    architecture: Architecture,
+    companions: Sequence[Path],
+    target: Path,
+    *,
+    dtype: torch.dtype,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> None:
+    """Write a live model as a Hugging Face directory, in any layout. Collective.
+
+    The first data-parallel replica does the work: on each of its pipeline stages the first tensor-
+    parallel rank writes that stage's tensors. Vocabulary padding is left out.
+
+    Args:
+        chunks: this rank's model chunks.
+        architecture: what they are.
+        companions: `config.json`, generation config and tokenizer files to go along.
+        target: directory to write; it appears only when it is complete.
+        dtype: the format to store; `config.json` is made to say so.
+        overwrite: replace an existing export.
+        show_progress: draw a progress bar, over this stage's tensors.
+
+    Raises:
+        CheckpointError: the target cannot be written; nothing is left behind.
+    """
+    specs = [TensorSpec(name, shape, dtype) for name, shape in hf_shapes(architecture).items()]
+    token = from_first(lambda: uuid4().hex[:8])
+    with HfWriter(target, specs, token=token, overwrite=overwrite) as writer:
+        with agreeing("preparing the export"):
+            if is_first_rank():
+                writer.begin()
+        with agreeing("writing the weights"):
+            _write_stage(chunks, architecture, writer, dtype, show_progress)
+            written = writer.flush()
+        by_rank = gathered(written)
+        with agreeing("finishing the export"):
+            if is_first_rank():
+                copy_companions(companions, writer.incomplete)
+                _set_config_dtype(writer.incomplete / CONFIG_FILE, dtype)
+                writer.finish([name for names in by_rank[1:] for name in names])
+    barrier()
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    layout: Layout | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Convert a Megatron-Core checkpoint of ours into a Hugging Face directory.
+
+    Runs in one process, or in the processes of a torchrun with the given layout, which need not be
+    the one that the checkpoint was saved in.
+
+    Args:
+        source: what `convert hf-to-megatron` wrote, with its `huggingface/`.
+        target: directory to write; it appears only when it is complete.
+        dtype: `fp32`, `bf16` or `fp16`; None keeps the stored format.
+        layout: how to split the work.
+        overwrite: replace an existing export.
+
+    Raises:
+        UserError: the source cannot be read or the target not written; nothing is left behind.
+    """
+    layout = layout or Layout()
+    with joined_world() as world:
+        with agreeing("opening the checkpoint"):
+            companions = companion_files(source)
+            architecture = Architecture.from_hf(read_json_object(source / COMPANIONS / CONFIG_FILE))
+            layout.check(architecture, world.size)
+            stored = stored_dtype(str(source), weight_dtypes(source))
+        with running(layout):
+            chunks = build_model(architecture, layout, ModelOptions(dtype=stored))
+            load_weights(chunks, source)
+            export_hf(
+                chunks,
+                architecture,
+                companions,
+                target,
+                dtype=parse_dtype(dtype) if dtype else stored,
+                overwrite=overwrite,
+                show_progress=world.is_first,
+            )
+
+
+def _write_stage(
+    chunks: Sequence[GPTModel],
+    architecture: Architecture,
+    writer: HfWriter,
+    dtype: torch.dtype,
+    show_progress: bool,
+) -> None:
+    """Write this stage's tensors; the other tensor-parallel ranks only take part in the gathers.
+
+    After a failure the rest is gathered and dropped, so that no rank is left in a collective.
+    """
+    if this_place().data > 0:
+        return
+    failure: CheckpointError | None = None
+    tensors = whole_tensors(chunks, architecture)
+    for name, tensor in tensor_progress("exporting", tensors, show=show_progress):
+        try:
+            if failure is None:
+                writer.write(name, tensor.to(dtype))
+        except CheckpointError as error:
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Let `config.json` name the format that was written; untouched where it already does."""
+    config = read_json_object(path)
+    name = str(dtype).removeprefix("torch.")
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    if any(config.get(key) != name for key in keys):
+        config |= dict.fromkeys(keys, name)
+        path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,145 @@
+"""Where preference pairs come from: files, directories, saved datasets, the hub.
+
+A `Source` is one named origin with a weight. `open_source` finds its parts and offers their rows in
+order and a digest of their contents, which the tokenised cache is keyed by. What is in a row is
+`readers.py`; how sources are mixed is `dataset.py`.
+"""
+
+import glob
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_idpo.data.readers import SUFFIXES, RawRow, read_dataset, read_file
+from megatron_idpo.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One origin of pairs."""
+
+    path: str
+    """A file (`.jsonl .json .parquet .csv .arrow`), a pattern such as `data/*.jsonl`, a directory
+    of files or of `datasets.save_to_disk`, or a dataset's name on the hub."""
+
+    weight: float = 1.0
+    """How often a pair of this source occurs in one epoch: 2 twice, 0.25 a seeded quarter."""
+
+    split: str = "train"
+    """Of a hub dataset or a saved `DatasetDict`."""
+
+    subset: str | None = None
+    """The configuration of a hub dataset."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named piece of a source whose rows are numbered on their own."""
+
+    name: str
+    read: Callable[[], Iterator[RawRow]]
+    files: tuple[Path, ...]
+    """What its contents are, for the digest."""
+
+    selection: str = ""
+    """Which rows of those files, where it may not be all (a hub split such as `train[:10%]`)."""
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source that has been found."""
+
+    source: Source
+    parts: tuple[Part, ...]
+
+    def digest(self) -> str:
+        """sha256 over the contents of all parts, in order; names and places do not enter."""
+        total = hashlib.sha256()
+        for part in self.parts:
+            for path in part.files:
+                with path.open("rb") as file:
+                    total.update(hashlib.file_digest(file, "sha256").digest())
+            total.update(f"part {part.selection}\n".encode())
+        return total.hexdigest()
+
+
+def open_source(source: Source) -> OpenSource:
+    """Finds a source's files or dataset.
+
+    Raises:
+        DataError: it does not exist, holds nothing that can be read, or the hub refuses it.
+    """
+    path = Path(source.path)
+    if path.is_dir():
+        parts = _directory(source, path)
+    elif path.is_file():
+        parts = (_file(path),)
+    elif matches := sorted(glob.glob(source.path, recursive=True)):
+        parts = tuple(_file(Path(match)) for match in matches)
+    elif _looks_like_files(source.path):
+        raise DataError.at(source.path, "no such file or directory", "check the path")
+    else:
+        parts = (_hub(source),)
+    return OpenSource(source, parts)
+
+
+def _file(path: Path) -> Part:
+    return Part(str(path), partial(read_file, path), (path,))
+
+
+def _directory(source: Source, path: Path) -> tuple[Part, ...]:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return (_saved(source, path),)
+    endings = tuple(suffix + end for suffix in SUFFIXES for end in ("", ".gz"))
+    found = sorted(file for file in path.rglob("*") if file.name.endswith(endings))
+    if not found:
+        raise DataError.at(
+            str(path), "the directory holds no data file", f"known are {' '.join(SUFFIXES)}"
+        )
+    return tuple(_file(file) for file in found)
+
+
+def _saved(source: Source, path: Path) -> Part:
+    import datasets
+
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.DatasetDict):
+        if source.split not in loaded:
+            named = ", ".join(loaded)
+            raise DataError.at(str(path), f"no split '{source.split}'", f"it has {named}")
+        loaded = loaded[source.split]
+    return _dataset_part(source.path, loaded)
+
+
+def _hub(source: Source) -> Part:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
+    # Whatever goes wrong with the hub (names, splits, network, login) is told in its words.
+    except Exception as error:
+        raise DataError.at(
+            source.path,
+            f"is no local file, and the hub gives no split '{source.split}' of it: {error}",
+            "check the path or the name, data's split and subset, and the network",
+        ) from error
+    name = ":".join(filter(None, (source.path, source.subset, source.split)))
+    return _dataset_part(name, loaded, source.split)
+
+
+def _dataset_part(name: str, dataset: Any, selection: str = "") -> Part:
+    files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
+    return Part(name, partial(read_dataset, dataset), files, selection)
+
+
+def _looks_like_files(path: str) -> bool:
+    """Hub names are `name` or `owner/name`, without a data file's ending."""
+    return (
+        path.startswith((".", "/", "~"))
+        or path.count("/") > 1
+        or "*" in path
+        or path.removesuffix(".gz").endswith(SUFFIXES)
+    )

@@ -1,0 +1,116 @@
+"""Hugging Face checkpoints of every supported family, small enough to test on a laptop.
+
+What: `tiny_hf_config` is a `config.json` as a dict with the family's characteristic parts (grouped
+queries, Mistral's sliding window, Qwen's biases and q/k norms, tied embeddings on request) at a
+hidden size of 64; `write_tiny_hf_model` saves a randomly initialised model of it as Transformers
+does, in fp32 safetensors.
+
+What it does not do: tokenizers, or weights that mean anything.
+"""
+
+from pathlib import Path
+from typing import Any
+
+_SHARED: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.1,
+    "intermediate_size": 128,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 256,
+}
+"""Heads, groups and layers divide by 4, for TP 4 and PP 4."""
+
+_OWN: dict[str, dict[str, Any]] = {
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 8,
+        "mlp_bias": False,
+    },
+    "mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "head_dim": 8,
+        "sliding_window": None,
+    },
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "max_window_layers": 4,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        # Not hidden_size / num_attention_heads: the family chooses its head dimension freely.
+        "head_dim": 16,
+        "max_window_layers": 4,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    },
+}
+
+TINY_FAMILIES = tuple(_OWN)
+"""The families there is a tiny configuration for."""
+
+
+def tiny_hf_config(family: str, **overrides: Any) -> dict[str, Any]:
+    """A tiny model's `config.json`.
+
+    Args:
+        family: One of `TINY_FAMILIES`.
+        **overrides: Fields to change or add, for example `num_key_value_heads=2`,
+            `tie_word_embeddings=True`, `sliding_window=16` or
+            `rope_scaling={"rope_type": "linear", "factor": 2.0}`. A value replaces the field whole.
+
+    Returns:
+        A new dict, as `json.load` would give it.
+
+    Raises:
+        ValueError: The family is unknown.
+    """
+    if family not in _OWN:
+        raise ValueError(f"no tiny model of family {family!r}; there is {', '.join(_OWN)}")
+    return {**_SHARED, **_OWN[family], "model_type": family, "dtype": "float32", **overrides}
+
+
+def write_tiny_hf_model(
+    directory: str | Path, family: str, seed: int = 0, **overrides: Any
+) -> Path:
+    """Save a randomly initialised tiny model as Transformers saves it.
+
+    The norms and biases, which Transformers initialises to ones and zeros, are random too, so that
+    a converter that forgets or exchanges one is found out.
+
+    Args:
+        directory: Where `config.json`, `generation_config.json` and `model.safetensors` go; made
+            if it does not exist.
+        family: One of `TINY_FAMILIES`.
+        seed: Of the weights; the process's generator is left as it was.
+        **overrides: Of the configuration, see `tiny_hf_config`.
+
+    Returns:
+        `directory` as a path.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**tiny_hf_config(family, **overrides))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return Path(directory)

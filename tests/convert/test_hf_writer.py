@@ -1,0 +1,332 @@
+"""Writing Hugging Face weights: bytes, shards, several processes, full disks, kills."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from megatron_idpo import atomic
+from megatron_idpo.convert import hf_writer
+from megatron_idpo.convert.hf_reader import INDEX_FILE, SINGLE_FILE, HfCheckpoint
+from megatron_idpo.convert.hf_writer import HfWriter
+from megatron_idpo.convert.safetensors_header import TensorSpec
+from megatron_idpo.errors import CheckpointError
+
+
+def weights_of(num: int = 5, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {f"layers.{i}.weight": torch.randn(8, 4 + i).to(dtype) for i in range(num)}
+
+
+def specs_of(weights: dict[str, Tensor]) -> list[TensorSpec]:
+    return [TensorSpec(name, tuple(one.shape), one.dtype) for name, one in weights.items()]
+
+
+def writer_of(target: Path, weights: dict[str, Tensor], **options: Any) -> HfWriter:
+    return HfWriter(target, specs_of(weights), token="t", **options)
+
+
+def export(target: Path, weights: dict[str, Tensor], **options: Any) -> None:
+    with writer_of(target, weights, **options) as writer:
+        writer.begin()
+        for name in reversed(weights):
+            writer.write(name, weights[name])
+        writer.finish()
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    bits = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(*bits)
+
+
+MIXED = {
+    "b.scalar": torch.tensor(2.5),
+    "a.empty": torch.empty(0, 3, dtype=torch.float16),
+    "c.bf16": torch.randn(3, 5).bfloat16(),
+    "d.fp8": torch.randn(7).to(torch.float8_e4m3fn),
+    "e.transposed": torch.randn(4, 6).t(),
+    "f.bool": torch.tensor([True, False]),
+    "g.int64": torch.arange(3),
+}
+
+
+def test_one_file_equals_the_librarys_byte_for_byte(tmp_path: Path) -> None:
+    export(tmp_path / "out", MIXED)
+    contiguous = {name: one.contiguous() for name, one in MIXED.items()}
+    expected = save(contiguous, metadata={"format": "pt"})
+    assert (tmp_path / "out" / SINGLE_FILE).read_bytes() == expected
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", SINGLE_FILE]
+
+
+def test_metadata_is_added(tmp_path: Path) -> None:
+    export(tmp_path / "out", MIXED, metadata={"made_by": "me"})
+    with safe_open(tmp_path / "out" / SINGLE_FILE, "pt") as file:
+        assert file.metadata() == {"format": "pt", "made_by": "me"}
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    max_shard_bytes=st.integers(40, 200),
+)
+def test_shards_and_index_are_the_hubs(
+    tmp_path: Path, sizes: list[int], max_shard_bytes: int
+) -> None:
+    weights = {f"t{i}": torch.full((size,), i, dtype=torch.uint8) for i, size in enumerate(sizes)}
+    export(tmp_path / "out", weights, max_shard_bytes=max_shard_bytes, overwrite=True)
+    hub = split_torch_state_dict_into_shards(
+        weights,
+        max_shard_size=max_shard_bytes,
+        filename_pattern="model{suffix}.safetensors",
+    )
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    if hub.is_sharded:
+        index = json.loads((tmp_path / "out" / INDEX_FILE).read_text())
+        assert index["weight_map"] == hub.tensor_to_filename
+        assert index["metadata"] == {"total_size": sum(sizes), "total_parameters": sum(sizes)}
+    assert files == set(hub.filename_to_tensors) | ({INDEX_FILE} if hub.is_sharded else set())
+    checkpoint = HfCheckpoint(tmp_path / "out")
+    assert all(same_bits(checkpoint.read(name), one) for name, one in weights.items())
+
+
+def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
+    weights = {name: torch.zeros(size) for name, size in {"a": 1, "b": 99, "c": 1, "d": 1}.items()}
+    export(tmp_path / "out", weights, max_shard_bytes=50)
+    index = json.loads((tmp_path / "out" / INDEX_FILE).read_text())
+    assert [file[6:11] for file in index["weight_map"].values()] == [
+        "00001",
+        "00002",
+        *["00003"] * 2,
+    ]
+
+
+def test_transformers_loads_it(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        dtype="bfloat16",
+    )
+    weights = dict(LlamaForCausalLM(config).bfloat16().state_dict())
+    with writer_of(tmp_path / "out", weights, max_shard_bytes=3000) as writer:
+        writer.begin()
+        for name, one in weights.items():
+            writer.write(name, one)
+        config.save_pretrained(writer.incomplete)
+        writer.finish()
+    loaded, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert all(same_bits(loaded.state_dict()[name], one) for name, one in weights.items())
+
+
+WRITE_PART = """
+import json, sys, torch
+from megatron_idpo.convert.hf_writer import HfWriter
+from megatron_idpo.convert.safetensors_header import TensorSpec
+rank = int(sys.argv[2])
+specs = [TensorSpec(f"layers.{i}.weight", (8, 4 + i), torch.bfloat16) for i in range(7)]
+writer = HfWriter(sys.argv[1], specs, token="t", max_shard_bytes=150)
+for spec in specs[rank::2]:
+    writer.write(spec.name, torch.full(spec.shape, rank + 0.5, dtype=spec.dtype))
+print(json.dumps(writer.flush()))
+"""
+
+
+def test_several_processes_write_into_the_same_files(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with writer_of(target, weights_of(7), max_shard_bytes=150) as writer:
+        writer.begin()
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", WRITE_PART, str(target), str(rank)], stdout=subprocess.PIPE
+            )
+            for rank in range(2)
+        ]
+        parts = [json.loads(process.communicate()[0]) for process in processes]
+        assert not target.exists()
+        writer.finish([name for part in parts for name in part])
+    checkpoint = HfCheckpoint(target)
+    checkpoint.check({name: tuple(one.shape) for name, one in weights_of(7).items()})
+    for i in range(7):
+        assert checkpoint.read(f"layers.{i}.weight").unique().tolist() == [i % 2 + 0.5]
+
+
+def test_every_tensor_is_written_exactly_once(tmp_path: Path) -> None:
+    weights = weights_of(3)
+    told = r"out/model\.safetensors: tensor 'layers.1.weight' \(and 1 others\) was not written"
+    with pytest.raises(CheckpointError, match=told), writer_of(tmp_path / "out", weights) as writer:
+        writer.begin()
+        writer.write("layers.0.weight", weights["layers.0.weight"])
+        writer.finish()
+    with (
+        pytest.raises(CheckpointError, match=r"tensor 'layers.2.weight' was written twice"),
+        writer_of(tmp_path / "out", weights) as writer,
+    ):
+        writer.begin()
+        for name, one in weights.items():
+            writer.write(name, one)
+        writer.finish(["layers.2.weight"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("unknown", torch.zeros(8, 4)),
+        ("layers.0.weight", torch.zeros(4, 8, dtype=torch.bfloat16)),
+        ("layers.0.weight", torch.zeros(8, 4)),
+    ],
+)
+def test_what_was_not_announced_is_our_own_mistake(
+    tmp_path: Path, name: str, tensor: Tensor
+) -> None:
+    writer = writer_of(tmp_path / "out", weights_of(3))
+    writer.begin()
+    with pytest.raises(AssertionError, match="announced"):
+        writer.write(name, tensor)
+
+
+def test_an_existing_export_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    export(target, weights_of(5), max_shard_bytes=100)
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        export(target, weights_of(2))
+    assert len(HfCheckpoint(target).names()) == 5
+    export(target, weights_of(2), overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", SINGLE_FILE]
+
+
+def test_only_an_export_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "precious").touch()
+    with pytest.raises(CheckpointError, match="holds something else than Hugging Face weights"):
+        export(tmp_path / "home", weights_of(2), overwrite=True)
+    assert (tmp_path / "home" / "precious").exists()
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_too_little_space_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Usage(100, 0, 100))
+    with pytest.raises(CheckpointError, match=r"out: needs \d+ bytes of disk, 100 are free; free"):
+        export(tmp_path / "out", weights_of(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def full(number: int, after: int = 0) -> Callable[..., int]:
+    """A system call that fails with this error, after so many that work."""
+    calls = 0
+    pwrite = os.pwrite
+
+    def call(descriptor: int, *arguments: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise OSError(number, os.strerror(number))
+        return pwrite(descriptor, *arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize(
+    ("name", "after", "told"),
+    [
+        ("posix_fallocate", 0, r"00001-of-00002.*no room for tensors 'layers.0.*bytes; the whole"),
+        ("pwrite", 2, r"00001-of-00002.*no room for tensor 'layers.0.weight', 64 bytes"),
+        ("pwrite", 3, r"index\.json: .*no room for its header"),
+        ("fsync", 0, r"00002-of-00002.*no room for tensor 'layers.2.weight', 96 bytes"),
+    ],
+)
+def test_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int, told: str, number: int
+) -> None:
+    monkeypatch.setattr(hf_writer.os, name, full(number, after))
+    with pytest.raises(CheckpointError, match=told) as error:
+        export(tmp_path / "out", weights_of(3), max_shard_bytes=160)
+    assert "the disk or quota is full" in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_failure_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_writer.os, "pwrite", full(errno.EIO))
+    told = r"model\.safetensors: tensor 'layers.2.weight' cannot be written: Input/output error"
+    with pytest.raises(CheckpointError, match=told):
+        export(tmp_path / "out", weights_of(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writes_that_take_only_a_part_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(
+        hf_writer.os, "pwrite", lambda descriptor, rest, at: pwrite(descriptor, rest[:7], at)
+    )
+    export(tmp_path / "out", weights_of(3))
+    checkpoint = HfCheckpoint(tmp_path / "out")
+    assert all(same_bits(checkpoint.read(name), one) for name, one in weights_of(3).items())
+
+
+def test_a_real_limit_of_the_system(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: .*File too large"):
+            export(tmp_path / "out", {"a": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys, torch
+from megatron_idpo.convert.hf_writer import HfWriter
+from megatron_idpo.convert.safetensors_header import TensorSpec
+writer = HfWriter(sys.argv[1], [TensorSpec(n, (9,), torch.float32) for n in "ab"], token="t")
+writer.begin()
+for name in "ab":
+    writer.write(name, torch.ones(9))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_export_never_looks_complete(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(target)])
+    assert done.returncode == -signal.SIGKILL
+    assert not target.exists()
+    (left,) = atomic.leftovers(target)
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        HfCheckpoint(left)
+    weights = {"a": torch.ones(2)}
+    with HfWriter(target, specs_of(weights), token="other") as writer:
+        writer.begin()
+        writer.write("a", weights["a"])
+        writer.finish()
+    assert HfCheckpoint(target).names() == ["a"]

@@ -1,0 +1,341 @@
+"""Every layout computes what Transformers computes: logits, gradients, weights after a step.
+
+Each case starts one layout, builds the model from a Hugging Face checkpoint, runs megatron-core's
+own schedules and optimizer, and puts the results together under Hugging Face names. They are
+compared with Transformers' logits, autograd's gradients and torch's Adam on the same tokens, so
+TP1·PP1 is one more layout among the others, not the judge.
+
+Tokens are not random across pipeline or tensor ranks: every rank makes the same ones from a seed.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.testing import write_tiny_hf_model
+
+# fp32 sums in another order: 8 layers of a tiny model differ by ~1e-6 on logits of order 1.
+LOGITS_ABSOLUTE = 1e-4
+# The same, on gradients, as |difference| / |gradient| per tensor (Frobenius).
+GRADIENT_RELATIVE = 1e-5
+# After one Adam step (eps 1e-4, so that tiny gradients are not blown up), in units of the lr.
+STEP_IN_LR = 1e-3
+
+NUM_SEQUENCES, SEQUENCE_TOKENS = 4, 16
+ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-4}
+BIG = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama-tied-odd-vocab": ("llama", {"tie_word_embeddings": True, "vocab_size": 509}),
+    "llama3-rope": (
+        "llama",
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "llama-yarn": (
+        "llama",
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+            }
+        },
+    ),
+    "mistral-window": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-half-windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
+    ),
+    "qwen3": ("qwen3", {}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout in one world, and how many data-parallel replicas share the sequences."""
+
+    layout: Layout
+    world_size: int
+    distributed_optimizer: bool = False
+
+    def __str__(self) -> str:
+        layout = self.layout
+        parts = [f"TP{layout.tensor}", f"PP{layout.pipeline}"]
+        parts += [f"VP{layout.virtual_pipeline}"] if layout.virtual_pipeline > 1 else []
+        parts += ["SP"] if layout.sequence_parallel else []
+        parts += ["uneven"] if layout.pipeline_layers else []
+        data = layout.data(self.world_size)
+        parts += [f"DP{data}"] if data > 1 else []
+        return "-".join(parts + (["distopt"] if self.distributed_optimizer else []))
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for tensor in (1, 2, 4):
+        for pipeline, virtual in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2)):
+            for sequence in (False, True) if tensor > 1 else (False,):
+                if tensor * pipeline <= 8:
+                    layout = Layout(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        virtual_pipeline=virtual,
+                        sequence_parallel=sequence,
+                    )
+                    cases.append(Case(layout, tensor * pipeline))
+    for replicated in (
+        Layout(),
+        Layout(tensor=2, sequence_parallel=True),
+        Layout(pipeline=2, virtual_pipeline=2),
+    ):
+        for distributed_optimizer in (False, True):
+            cases.append(Case(replicated, 2 * replicated.model_ranks, distributed_optimizer))
+    cases.append(Case(Layout(pipeline=4, pipeline_layers=(1, 3, 3, 1)), 4))
+    return cases
+
+
+CASES = _cases()
+
+
+def _in_make_test(case_number: int, model_number: int) -> bool:
+    """Each layout with at least one model, each model with several layouts."""
+    return (case_number + model_number) % len(MODELS) == 0
+
+
+def _pairs() -> list[Any]:
+    return [
+        pytest.param(
+            case,
+            model,
+            id=f"{case}-{model}",
+            marks=[] if _in_make_test(number, position) else [pytest.mark.exhaustive],
+        )
+        for number, case in enumerate(CASES)
+        for position, model in enumerate(MODELS)
+    ]
+
+
+def _tokens(vocab_size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(11)
+    return torch.randint(0, vocab_size, (NUM_SEQUENCES, SEQUENCE_TOKENS + 1), generator=generator)
+
+
+# ---- Transformers' answer ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory):
+    """Tiny checkpoints on disk, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def make(model: str) -> Path:
+        if model not in made:
+            made[model] = tmp_path_factory.mktemp(model)
+            family, overrides = MODELS[model]
+            write_tiny_hf_model(made[model], family, seed=3, **(BIG | overrides))
+        return made[model]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def expected(model_directory):
+    """Logits, gradients and weights after a step, by Transformers and torch."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def compute(model: str) -> dict[str, Any]:
+        if model not in known:
+            known[model] = _transformers_answer(model_directory(model))
+        return known[model]
+
+    return compute
+
+
+def _transformers_answer(directory: Path) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens = _tokens(model.config.vocab_size)
+    logits = model(tokens[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    optimizer = torch.optim.Adam(model.parameters(), **ADAM)
+    loss.backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    optimizer.step()
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    return {"logits": logits.detach(), "gradients": gradients, "weights": weights}
+
+
+# ---- Megatron's answer, on every rank ------------------------------------------------------------
+
+
+def megatron_answer(directory: str, case: Case) -> dict[str, dict[str, Tensor]]:
+    """What this rank contributes of logits, gradients and stepped weights."""
+    from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
+    from megatron_idpo.convert.megatron_to_hf import whole_tensors
+    from megatron_idpo.mcore.model import build_model
+
+    checkpoint, architecture = open_hf(Path(directory))
+    layout = case.layout
+    layout.start()
+    chunks = build_model(architecture, layout)
+    load_hf_weights(chunks, checkpoint, architecture)
+    wrapped, optimizer = _with_optimizer(chunks, case)
+    batches = _batches(architecture.vocab_size)
+    logits = _run(wrapped, batches, architecture.vocab_size)
+    gradients = dict(whole_tensors(chunks, architecture, lambda weight: weight.main_grad))
+    optimizer.step()
+    weights = dict(whole_tensors(chunks, architecture))
+    return {
+        "logits": {f"{key}": value for key, value in logits.items()},
+        "gradients": {name: value.clone() for name, value in gradients.items()},
+        "weights": {name: value.clone() for name, value in weights.items()},
+    }
+
+
+def _with_optimizer(chunks: list[Any], case: Case) -> tuple[list[Any], Any]:
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer)
+    config = chunks[0].config
+    wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=ADAM["lr"],
+            adam_beta1=ADAM["betas"][0],
+            adam_beta2=ADAM["betas"][1],
+            adam_eps=ADAM["eps"],
+            weight_decay=0.0,
+            clip_grad=0.0,
+            use_distributed_optimizer=case.distributed_optimizer,
+        ),
+        wrapped,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return wrapped, optimizer
+
+
+def _batches(vocab_size: int) -> list[tuple[int, Tensor]]:
+    """This replica's sequences, with their numbers."""
+    from megatron.core import parallel_state
+
+    tokens = _tokens(vocab_size)
+    rank = parallel_state.get_data_parallel_rank()
+    size = parallel_state.get_data_parallel_world_size()
+    return [(number, tokens[number : number + 1]) for number in range(rank, NUM_SEQUENCES, size)]
+
+
+def _run(wrapped: list[Any], batches: list[Any], vocab_size: int) -> dict[int, Tensor]:
+    """Forward and backward by megatron-core's schedule; this rank's shards of the logits."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from megatron_idpo.mcore.row_params import RowParams
+
+    collected: dict[int, Tensor] = {}
+
+    def loss(number: int, labels: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        collected[number] = logits.detach().clone()
+        # megatron-core's own loss would let the padded rows of the vocabulary into the softmax.
+        whole = gather_from_tensor_model_parallel_region(logits)[..., :vocab_size]
+        return torch.nn.functional.cross_entropy(whole.flatten(0, 1), labels.flatten()), {}
+
+    def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
+        number, tokens = next(iterator)
+        output = model(
+            tokens[:, :-1],
+            torch.arange(SEQUENCE_TOKENS)[None],
+            None,
+            packed_seq_params=RowParams.plain(SEQUENCE_TOKENS),
+        )
+        return output, partial(loss, number, tokens[:, 1:])
+
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(batches) for _ in wrapped],
+        model=wrapped,
+        num_microbatches=len(batches),
+        seq_length=SEQUENCE_TOKENS,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return {number * 100 + rank: value for number, value in collected.items()}
+
+
+# ---- the comparison ------------------------------------------------------------------------------
+
+
+def _merged(answers: list[dict[str, dict[str, Tensor]]], kind: str) -> dict[str, Tensor]:
+    return {name: value for answer in answers for name, value in answer[kind].items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("case", "model"), _pairs())
+def test_layout_equals_transformers(case, model, workers, model_directory, expected):
+    directory = model_directory(model)
+    answers = workers.run(megatron_answer, case.world_size, str(directory), case)
+    truth = expected(model)
+
+    shards = _merged(answers, "logits")
+    whole = [
+        torch.cat([shards[str(n * 100 + rank)] for rank in range(case.layout.tensor)], dim=-1)
+        for n in range(NUM_SEQUENCES)
+    ]
+    logits = torch.cat(whole)[..., : truth["logits"].shape[-1]]
+    assert (logits - truth["logits"]).abs().max() <= LOGITS_ABSOLUTE
+
+    gradients, weights = _merged(answers, "gradients"), _merged(answers, "weights")
+    assert set(gradients) == set(weights) == set(truth["gradients"])
+    for name, gradient in truth["gradients"].items():
+        # The distributed optimizer reduces each rank's part of a gradient to that rank alone.
+        if not case.distributed_optimizer:
+            relative = (gradients[name] - gradient).norm() / gradient.norm()
+            assert relative <= GRADIENT_RELATIVE, f"{name}: {relative:.2e}"
+        moved = (weights[name] - truth["weights"][name]).abs().max()
+        assert moved <= STEP_IN_LR * ADAM["lr"], f"{name}: {moved / ADAM['lr']:.2e} lr"
+
+
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not STORIES.is_dir(), reason="no real checkpoint beside this checkout")
+def test_real_weights_equal_transformers(workers):
+    from transformers import AutoModelForCausalLM
+
+    case = Case(Layout(tensor=2, sequence_parallel=True), 2)
+    answers = workers.run(megatron_answer, 2, str(STORIES), case)
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    tokens = _tokens(json.loads((STORIES / "config.json").read_text())["vocab_size"])
+    truth = model(tokens[:, :-1]).logits.detach()
+    shards = _merged(answers, "logits")
+    whole = [torch.cat([shards[str(n * 100 + r)] for r in (0, 1)], -1) for n in range(4)]
+    assert (torch.cat(whole) - truth).abs().max() <= LOGITS_ABSOLUTE

@@ -1,0 +1,231 @@
+"""Global batches: the right pairs, once each, on every layout, from any point of the run."""
+
+import gc
+import threading
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_idpo.data.batches import EvaluationBatches, RowSettings, TrainingBatches
+from megatron_idpo.data.pair import Pair
+from megatron_idpo.errors import CheckpointError, DataError
+
+ROWS = RowSettings(row_tokens=96, pad_token=0)
+
+
+class MadePairs:
+    """Pairs of seeded random lengths; every token is the pair's index."""
+
+    def __init__(self, num_pairs, longest=16, seed=0):
+        random = np.random.default_rng(seed)
+        self.lengths_P3 = random.integers(1, longest + 1, (num_pairs, 3), dtype=np.int32)
+
+    def __len__(self):
+        return len(self.lengths_P3)
+
+    def __getitem__(self, index):
+        return Pair(index, *(np.full(length, index, np.int32) for length in self.lengths_P3[index]))
+
+
+def pairs_of(batches_of_ranks):
+    """The pairs of one global batch, from the batch of every rank."""
+    return sorted(
+        int(pair) for batch in batches_of_ranks for row in batch.rows for pair in row.pair_index_P
+    )
+
+
+def run(pairs, rows=ROWS, consumed_pairs=0, **options):
+    """All global batches of a run, each as a tuple with one batch for every rank."""
+    ranks = []
+    for rank in range(rows.data_size):
+        batches = TrainingBatches(pairs, replace(rows, data_rank=rank), **options)
+        batches.load_state_dict(batches.state_dict() | {"consumed_pairs": consumed_pairs})
+        ranks.append(list(batches))
+    return list(zip(*ranks, strict=True))
+
+
+some_run = st.fixed_dictionaries(
+    {
+        "num_pairs": st.integers(1, 40),
+        "size": st.integers(1, 12),
+        "epochs": st.integers(1, 3),
+        "seed": st.integers(0, 2**40),
+        "ranks": st.integers(1, 3),
+        "multiple": st.integers(1, 3),
+        "trim": st.sampled_from([None, 8]),
+        "shared": st.booleans(),
+    }
+).filter(lambda made: made["num_pairs"] * made["epochs"] >= made["size"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(some_run)
+def test_every_pair_is_met_once_an_epoch_on_equal_ranks(made):
+    rows = replace(
+        ROWS,
+        data_size=made["ranks"],
+        rows_multiple=made["multiple"],
+        trim_tokens=made["trim"],
+        share_prompt=made["shared"],
+    )
+    pairs = MadePairs(made["num_pairs"])
+    options = {"global_batch_pairs": made["size"], "epochs": made["epochs"], "seed": made["seed"]}
+    steps = run(pairs, rows, **options)
+
+    seen = Counter()
+    for step in steps:
+        assert len(pairs_of(step)) == made["size"]
+        seen.update(pairs_of(step))
+        for batch in step:
+            assert batch.num_pairs == made["size"]
+            assert len(batch.rows) == len(step[0].rows)
+            assert len(batch.rows) % made["multiple"] == 0
+            assert all(len(row.tokens_T) == step[0].row_tokens for row in batch.rows)
+        assert step[0].used_tokens == sum(row.used_tokens for b in step for row in b.rows)
+        assert step[0].computed_tokens == sum(len(row.tokens_T) for b in step for row in b.rows)
+    dropped = made["epochs"] * made["num_pairs"] % made["size"]
+    assert seen.total() == made["epochs"] * made["num_pairs"] - dropped
+    assert all(count <= made["epochs"] for count in seen.values())
+    if not dropped:
+        assert set(seen.values()) == {made["epochs"]}
+    batches = TrainingBatches(pairs, rows, **options)
+    assert batches.remaining_batches == len(steps)
+    assert batches.dropped_pairs == dropped
+
+
+@settings(max_examples=40, deadline=None)
+@given(some_run, st.integers(1, 3), st.data())
+def test_resuming_anywhere_with_any_ranks_goes_on_with_the_next_pair(made, other_ranks, data):
+    pairs = MadePairs(made["num_pairs"])
+    options = {"global_batch_pairs": made["size"], "epochs": made["epochs"], "seed": made["seed"]}
+    whole = run(pairs, replace(ROWS, data_size=made["ranks"]), **options)
+    done = data.draw(st.integers(0, len(whole)))
+    rest = run(pairs, replace(ROWS, data_size=other_ranks), done * made["size"], **options)
+    assert [pairs_of(step) for step in rest] == [pairs_of(step) for step in whole[done:]]
+
+
+def test_state_counts_what_was_handed_out_not_what_was_prefetched():
+    pairs = MadePairs(50)
+    options = {"global_batch_pairs": 5, "seed": 3, "epochs": 2}
+    whole = [row for batch in TrainingBatches(pairs, ROWS, **options) for row in batch.rows]
+    first = TrainingBatches(pairs, ROWS, prefetch_batches=6, **options)
+    rows = []
+    for batch in first:
+        rows += batch.rows
+        if first.consumed_pairs == 35:
+            break
+    assert first.epoch == 0.7
+    assert first.remaining_batches == 13
+    second = TrainingBatches(pairs, ROWS, **options)
+    second.load_state_dict(first.state_dict())
+    rows += [row for batch in second for row in batch.rows]
+    assert second.remaining_batches == 0
+    assert [row.tokens_T.tolist() for row in rows] == [row.tokens_T.tolist() for row in whole]
+
+
+def test_a_batch_takes_its_rest_from_the_next_epoch():
+    steps = run(MadePairs(10), global_batch_pairs=4, epochs=2, seed=0)
+    assert len(steps) == 5
+    first_epoch = pairs_of(steps[0]) + pairs_of(steps[1])
+    assert len(set(first_epoch)) == 8
+    assert set(range(10)) - set(first_epoch) <= set(pairs_of(steps[2]))
+
+
+def test_rows_are_trimmed_together():
+    trimmed = run(
+        MadePairs(8, longest=4),
+        replace(ROWS, data_size=2, trim_tokens=8),
+        global_batch_pairs=8,
+        seed=0,
+    )
+    ((left, right),) = trimmed
+    assert left.row_tokens == right.row_tokens < ROWS.row_tokens
+    assert left.row_tokens % 8 == 0
+    fullest = max(row.used_tokens for batch in (left, right) for row in batch.rows)
+    assert left.row_tokens - fullest < 8
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_evaluation_meets_every_pair_once_in_order(ranks):
+    pairs = MadePairs(23)
+    of_ranks = [
+        EvaluationBatches(
+            pairs, replace(ROWS, data_size=ranks, data_rank=rank), global_batch_pairs=5
+        )
+        for rank in range(ranks)
+    ]
+    for _ in range(2):
+        steps = list(zip(*of_ranks, strict=True))
+        assert len(steps) == len(of_ranks[0]) == 5
+        assert [step[0].num_pairs for step in steps] == [5, 5, 5, 5, 3]
+        assert [pair for step in steps for pair in pairs_of(step)] == list(range(23))
+        assert all(len(batch.rows) == len(step[0].rows) for step in steps for batch in step)
+
+
+def test_what_cannot_be_trained_on_is_refused_before_the_first_batch():
+    with pytest.raises(DataError, match="not a single pair"):
+        TrainingBatches(MadePairs(0), ROWS, global_batch_pairs=1, seed=0)
+    with pytest.raises(DataError, match=r"global_batch_pairs: 21 .* 2 x 10.*at most 20"):
+        TrainingBatches(MadePairs(10), ROWS, global_batch_pairs=21, epochs=2, seed=0)
+    long = MadePairs(10)
+    long.lengths_P3[7] = 40
+    with pytest.raises(DataError, match="pair 7: up to 120 positions"):
+        TrainingBatches(long, ROWS, global_batch_pairs=2, seed=0)
+    with pytest.raises(DataError, match="pair 7"):
+        EvaluationBatches(long, ROWS, global_batch_pairs=2)
+
+
+def test_a_state_of_another_order_is_refused():
+    state = TrainingBatches(MadePairs(10), ROWS, global_batch_pairs=2, seed=0).state_dict()
+    with pytest.raises(CheckpointError, match="seed of the data: 0 in the checkpoint, 1 in this"):
+        TrainingBatches(MadePairs(10), ROWS, global_batch_pairs=2, seed=1).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="num_pairs"):
+        TrainingBatches(MadePairs(11), ROWS, global_batch_pairs=2, seed=0).load_state_dict(state)
+
+
+class BrokenPairs(MadePairs):
+    """A collection whose file breaks off."""
+
+    def __getitem__(self, index):
+        if index == 13:
+            raise OSError("unreadable")
+        return super().__getitem__(index)
+
+
+def test_errors_pass_through_and_leaving_the_loop_ends_the_thread():
+    with pytest.raises(OSError, match="unreadable"):
+        list(TrainingBatches(BrokenPairs(20), ROWS, global_batch_pairs=4, seed=0))
+    for _ in TrainingBatches(MadePairs(100), ROWS, global_batch_pairs=4, seed=0):
+        break
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_memory_does_not_grow_with_the_pairs_that_pass():
+    class Endless:
+        """Twenty million pairs that take no memory of their own."""
+
+        lengths_P3 = np.broadcast_to(np.array([9, 8, 7], np.int32), (20_000_000, 3))
+
+        def __len__(self):
+            return len(self.lengths_P3)
+
+        def __getitem__(self, index):
+            return Pair(index, *(np.ones(n, np.int32) for n in (9, 8, 7)))
+
+    batches = TrainingBatches(Endless(), ROWS, global_batch_pairs=64, seed=0)
+    tracemalloc.start()
+    peaks = []
+    for number, _ in enumerate(batches):
+        if number in (20, 120):
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        if number == 120:
+            break
+    tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 200_000  # 100 batches of rows are 2 MB.
+    assert peaks[1] < 5_000_000  # an index of the pairs would be 160 MB.

@@ -1,0 +1,194 @@
+"""`Architecture.from_hf`: every key of a config.json is read, harmless, or refused by name."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.hf_config import FAMILIES
+
+STORIES = Path(__file__).parents[3] / "shared/models/stories260K/config.json"
+
+
+# config.json files as the Hub has them (the yarn one as Qwen's README tells to edit it).
+REAL: dict[str, dict[str, Any]] = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted((Path(__file__).parent / "hf_configs").glob("*.json"))
+}
+
+EXPECTED: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {"num_kv_heads": 32, "head_dim": 128, "dtype": torch.float16},
+    "llama-3.1-8b": {"vocab_size": 128256, "num_kv_heads": 8, "norm_eps": 1e-5},
+    "llama-3.2-1b": {"tied_embeddings": True, "head_dim": 64, "num_layers": 16},
+    "mistral-7b-instruct-v0.1": {"windows": (4096,) * 32, "ffn_hidden_size": 14336},
+    "mistral-7b-instruct-v0.3": {"windows": (None,) * 32, "vocab_size": 32768},
+    "mistral-nemo": {"head_dim": 128, "hidden_size": 5120, "num_heads": 32},
+    "qwen2.5-7b": {"windows": (None,) * 28, "qkv_bias": True, "qk_norm": False},
+    "qwen2.5-7b-yarn": {"max_positions": 32768, "qkv_bias": True},
+    "qwen3-8b": {"qk_norm": True, "qkv_bias": False, "head_dim": 128, "norm_eps": 1e-6},
+    "solar-10.7b": {"num_layers": 48, "dtype": torch.float16, "tied_embeddings": False},
+    "smollm2-135m": {"head_dim": 64, "num_heads": 9, "tied_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_configs(name: str) -> None:
+    before = copy.deepcopy(REAL[name])
+    architecture = Architecture.from_hf(REAL[name])
+    assert REAL[name] == before, "the given config was changed"
+    assert {field: getattr(architecture, field) for field in EXPECTED[name]} == EXPECTED[name]
+    assert len(architecture.windows) == architecture.num_layers
+    hash(architecture)
+
+
+def test_rope_of_real_configs() -> None:
+    llama = Architecture.from_hf(REAL["llama-3.1-8b"]).rope
+    assert llama.as_dict() == REAL["llama-3.1-8b"]["rope_scaling"] | {"rope_theta": 500000.0}
+    yarn = Architecture.from_hf(REAL["qwen2.5-7b-yarn"]).rope
+    assert (yarn.rope_type, dict(yarn.parameters)["rope_theta"]) == ("yarn", 1000000.0)
+    plain = Architecture.from_hf(REAL["smollm2-135m"]).rope
+    assert plain.as_dict() == {"rope_type": "default", "rope_theta": 100000}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_new_format_means_the_same(name: str) -> None:
+    """What Transformers 5 writes for a config reads as the old file did."""
+    old = REAL[name]
+    new = json.loads(CONFIG_MAPPING[old["model_type"]](**copy.deepcopy(old)).to_json_string())
+    assert "rope_parameters" in new and "rope_theta" not in new and "dtype" in new
+    assert Architecture.from_hf(new) == Architecture.from_hf(old)
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the real model is not here")
+def test_stories260k() -> None:
+    architecture = Architecture.from_hf(json.loads(STORIES.read_text()))
+    assert (architecture.family, architecture.num_layers, architecture.head_dim) == ("llama", 5, 8)
+    assert architecture.tied_embeddings and architecture.dtype is torch.float32
+
+
+def _as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
+    hf = CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config))
+    hf.standardize_rope_params()
+    return {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.intermediate_size,
+        "num_heads": hf.num_attention_heads,
+        "num_kv_heads": hf.num_key_value_heads,
+        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        "vocab_size": hf.vocab_size,
+        "max_positions": hf.max_position_embeddings,
+        "norm_eps": hf.rms_norm_eps,
+        "tied_embeddings": hf.tie_word_embeddings,
+        "rope": {name: value for name, value in hf.rope_parameters.items() if name != "type"},
+    }
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_missing_fields_have_transformers_defaults(name: str) -> None:
+    for dropped in REAL[name].keys() - {"model_type"}:
+        config = {key: value for key, value in REAL[name].items() if key != dropped}
+        try:
+            architecture = Architecture.from_hf(config)
+        except ConfigError as error:
+            # The default of another model of the family need not fit these sizes.
+            assert dropped in ("num_attention_heads", "num_key_value_heads", "hidden_size")
+            assert "num_key_value_heads" in str(error) or "head" in str(error)
+            continue
+        ours = {
+            field: getattr(architecture, field)
+            for field in _as_transformers_has_it(config)
+            if field != "rope"
+        }
+        expected = _as_transformers_has_it(config)
+        assert architecture.rope.as_dict() == expected.pop("rope"), dropped
+        assert ours == expected, dropped
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_all_default_config(family: str) -> None:
+    architecture = Architecture.from_hf({"model_type": family})
+    assert architecture.dtype is torch.float32
+    assert architecture.windows == ((4096 if family == "mistral" else None),) * 32
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_flags_name_the_weights_that_transformers_has(family: str, tied: bool) -> None:
+    config = TINY | {"model_type": family, "head_dim": 16, "tie_word_embeddings": tied}
+    architecture = Architecture.from_hf(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config))
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    layer = "model.layers.0.self_attn."
+    queries = architecture.num_heads * architecture.head_dim
+    keys = architecture.num_kv_heads * architecture.head_dim
+    assert shapes[layer + "q_proj.weight"] == (queries, architecture.hidden_size)
+    assert shapes[layer + "k_proj.weight"] == (keys, architecture.hidden_size)
+    assert (layer + "v_proj.bias" in shapes) == architecture.qkv_bias
+    assert (layer + "q_norm.weight" in shapes) == architecture.qk_norm
+    assert ("lm_head.weight" in shapes) == (not architecture.tied_embeddings)
+    biases = {name for name in shapes if name.endswith("bias")}
+    assert all(name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for name in biases)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("mistral", {"sliding_window": 3}),
+        ("mistral", {"sliding_window": None}),
+        ("llama", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 3, "max_window_layers": 0}),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 2,
+                "layer_types": ["sliding_attention"],
+            },
+        ),
+    ],
+)
+def test_windows_are_what_transformers_lets_a_query_see(
+    family: str, fields: dict[str, Any]
+) -> None:
+    """Change one token: exactly the queries whose window holds it give another output."""
+    config = TINY | {"model_type": family, "num_hidden_layers": 1} | fields
+    window = Architecture.from_hf(config).windows[0]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config)).eval()
+    num_tokens, changed_at = 8, 2
+    tokens = torch.arange(num_tokens)[None] + 5
+    changed = tokens.clone()
+    changed[0, changed_at] = 99
+    with torch.no_grad():
+        same = (model(tokens).logits == model(changed).logits)[0].all(dim=-1)
+    distances = [position - changed_at for position in range(num_tokens)]
+    seen = [0 <= far and (window is None or far < window) for far in distances]
+    assert (~same).tolist() == seen
+
+
+def test_qwen_windows_by_layer() -> None:
+    config = REAL["qwen2.5-7b"] | {"use_sliding_window": True, "max_window_layers": 20}
+    assert Architecture.from_hf(config).windows == (None,) * 20 + (131072,) * 8
+    config["layer_types"] = ["full_attention", "sliding_attention"] * 14
+    assert Architecture.from_hf(config).windows == (None, 131072) * 14

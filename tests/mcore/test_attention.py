@@ -1,0 +1,438 @@
+"""`RowAttention` against attention written plainly: a dense mask, a softmax, every pair by name."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.flex_attention import create_block_mask
+
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore import attention_flex, attention_sdpa
+from megatron_idpo.mcore.attention import RowAttention
+from megatron_idpo.mcore.row_params import RowParams
+
+# Largest difference over the largest value of the fp64 result (over 1, the size of the inputs,
+# where that is smaller: with one visible key dq is 0 but for rounding). fp32: the kernels' online
+# softmax sums in another order. bf16 (8 bits of mantissa): inputs are the same, each stored result
+# rounds by 2**-9 = 0.2 %, and gradients of the prompt add up three rounded terms.
+FP32_TOLERANCE = 2e-6
+BF16_TOLERANCE = 2e-2
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
+
+# prompt, chosen and rejected of different lengths, gaps, an empty answer, plain sequences, padding
+MIXED = [(0, 5, 9, 16), (16, 19, 26, 28), (30, 37, 37, 37), (37, 41, 45, 45), (45, 46, 47, 50)]
+MIXED_TOKENS = 57
+PLAIN = [(0, 11, 11, 11), (11, 30, 30, 30), (33, 34, 34, 34)]
+
+
+def make_row(groups, tokens):
+    position_ids = torch.zeros(tokens, dtype=torch.int64)
+    for b0, b1, b2, b3 in groups:
+        position_ids[b0:b2] = torch.arange(b2 - b0)
+        position_ids[b2:b3] = torch.arange(b1 - b0, b1 - b0 + b3 - b2)
+    return RowParams.of(position_ids, torch.tensor(groups, dtype=torch.int32).reshape(-1, 4))
+
+
+def visible_pairs(groups, tokens, window):
+    """The definition, pair by pair."""
+    visible = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for b0, b1, b2, b3 in groups:
+        prompt, chosen, rejected = range(b0, b1), range(b1, b2), range(b2, b3)
+        for sequence in ([*prompt, *chosen], [*prompt, *rejected]):
+            for q_position, q in enumerate(sequence):
+                for k_position, k in enumerate(sequence[: q_position + 1]):
+                    visible[q, k] |= window is None or q_position - k_position < window
+    return visible
+
+
+def dense_attention(query, key, value, visible, scale):
+    """`[S, B, N, D]` attention by a dense mask; a query that sees nothing gives 0."""
+    repeat = query.size(2) // key.size(2)
+    key, value = (x.repeat_interleave(repeat, dim=2) for x in (key, value))
+    scores = torch.einsum("qbnd,kbnd->bnqk", query, key) * scale
+    scores = scores.masked_fill(~visible, -math.inf)
+    weights = scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return torch.einsum("bnqk,kbnd->qbnd", weights, value).flatten(2)
+
+
+def make_inputs(tokens, dtype=torch.float32, batch=1, heads=HEADS, kv_heads=KV_HEADS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, batch, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads)]
+    shapes.append((tokens, batch, heads * HEAD_DIM))
+    query, key, value, grad = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
+    return [query, key, value], grad
+
+
+def with_gradients(attend, inputs, grad):
+    """The output and dq, dk, dv."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    output = attend(*leaves)
+    output.backward(grad)
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def expected_results(inputs, grad, visible, scale=HEAD_DIM**-0.5):
+    def attend(query, key, value):
+        return dense_attention(query, key, value, visible, scale)
+
+    return with_gradients(attend, [x.double() for x in inputs], grad.double())
+
+
+def assert_close(actual, expected, tolerance):
+    assert len(actual) == len(expected)
+    for name, a, e in zip(("output", "dq", "dk", "dv"), actual, expected, strict=False):
+        difference = (a.double() - e).abs().max().item()
+        assert difference <= tolerance * max(e.abs().max().item(), 1.0), (name, difference)
+
+
+def make_config(**overrides):
+    settings = dict(
+        num_layers=4,
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        num_query_groups=KV_HEADS,
+        kv_channels=HEAD_DIM,
+        attention_dropout=0.0,
+    )
+    return TransformerConfig(**{**settings, **overrides})
+
+
+def make_attention(window=None, layer_number=1, attn_mask_type=AttnMaskType.causal, **overrides):
+    extra = {k: overrides.pop(k) for k in ("attention_dropout", "softmax_scale") if k in overrides}
+    if window is not None:
+        overrides["window_size"] = (window - 1, 0)
+    return RowAttention(
+        config=make_config(**overrides),
+        layer_number=layer_number,
+        attn_mask_type=attn_mask_type,
+        attention_type="self",
+        cp_comm_type=None,
+        pg_collection=None,
+        **extra,
+    )
+
+
+def row_results(row, inputs, grad, **arguments):
+    attention = make_attention(**arguments)
+
+    def attend(query, key, value):
+        return attention(query, key, value, None, packed_seq_params=row)
+
+    return with_gradients(attend, inputs, grad)
+
+
+class TestRow:
+    @pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
+    @pytest.mark.parametrize("kv_heads", [1, KV_HEADS, HEADS])
+    @pytest.mark.parametrize("groups", [MIXED, PLAIN], ids=["pairs", "plain"])
+    def test_equals_dense_attention(self, groups, window, kv_heads):
+        inputs, grad = make_inputs(MIXED_TOKENS, kv_heads=kv_heads)
+        actual = row_results(make_row(groups, MIXED_TOKENS), inputs, grad, window=window)
+        expected = expected_results(inputs, grad, visible_pairs(groups, MIXED_TOKENS, window))
+        assert actual[0].shape == (MIXED_TOKENS, 1, HEADS * HEAD_DIM)
+        assert_close(actual, expected, FP32_TOLERANCE)
+
+    @pytest.mark.parametrize("window", [None, 3, 20])
+    def test_blocks_of_queries_change_nothing(self, window, monkeypatch):
+        monkeypatch.setattr(attention_sdpa, "QUERY_BLOCK", 4)
+        inputs, grad = make_inputs(MIXED_TOKENS)
+        actual = row_results(make_row(MIXED, MIXED_TOKENS), inputs, grad, window=window)
+        expected = expected_results(inputs, grad, visible_pairs(MIXED, MIXED_TOKENS, window))
+        assert_close(actual, expected, FP32_TOLERANCE)
+
+    def test_bf16(self):
+        inputs, grad = make_inputs(MIXED_TOKENS, torch.bfloat16)
+        actual = row_results(make_row(MIXED, MIXED_TOKENS), inputs, grad)
+        assert actual[0].dtype == torch.bfloat16
+        expected = expected_results(inputs, grad, visible_pairs(MIXED, MIXED_TOKENS, None))
+        assert_close(actual, expected, BF16_TOLERANCE)
+
+    def test_takes_views_with_strides(self):
+        """Megatron's value is a view into the fused projection."""
+        inputs, grad = make_inputs(MIXED_TOKENS)
+        wide = [torch.cat([x, x], dim=-1) for x in inputs]
+        row, attention = make_row(MIXED, MIXED_TOKENS), make_attention()
+
+        def attend(*tensors):
+            halves = (x[..., HEAD_DIM:] for x in tensors)
+            return attention(*halves, None, packed_seq_params=row)
+
+        actual = with_gradients(attend, wide, grad)
+        expected = row_results(row, inputs, grad)
+        torch.testing.assert_close(actual[0], expected[0])
+        for a, e in zip(actual[1:], expected[1:], strict=True):
+            torch.testing.assert_close(a[..., HEAD_DIM:], e)
+
+    def test_padding_gives_zero_and_takes_no_gradient_whatever_it_holds(self):
+        inputs, grad = make_inputs(MIXED_TOKENS)
+        padding = ~visible_pairs(MIXED, MIXED_TOKENS, None).any(-1)
+        assert padding.sum() == 9
+        for x in inputs:
+            x[padding] = math.nan
+        for result in row_results(make_row(MIXED, MIXED_TOKENS), inputs, grad):
+            assert (result[padding] == 0).all()
+            assert result.isfinite().all()
+
+    @pytest.mark.parametrize("groups", [[], [(3, 3, 3, 3)]], ids=["no group", "an empty group"])
+    def test_an_empty_row_is_zero_and_stays_connected(self, groups):
+        inputs, grad = make_inputs(7)
+        for x in inputs:
+            x[2] = math.nan
+        for result in row_results(make_row(groups, 7), inputs, grad):
+            assert result is not None and (result == 0).all()
+
+    def test_the_answers_do_not_see_each_other(self):
+        inputs, _ = make_inputs(MIXED_TOKENS)
+        row, attention = make_row(MIXED, MIXED_TOKENS), make_attention()
+        before = attention(*inputs, None, packed_seq_params=row)
+        for x in inputs[1:]:
+            x[5:9] += 1.0  # keys and values of the first chosen answer
+        changed = (attention(*inputs, None, packed_seq_params=row) != before).any(-1).flatten()
+        assert changed.nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+    def test_softmax_scale(self):
+        inputs, grad = make_inputs(MIXED_TOKENS)
+        actual = row_results(make_row(MIXED, MIXED_TOKENS), inputs, grad, softmax_scale=0.7)
+        visible = visible_pairs(MIXED, MIXED_TOKENS, None)
+        assert_close(actual, expected_results(inputs, grad, visible, 0.7), FP32_TOLERANCE)
+
+    def test_a_long_row_builds_no_mask_of_its_size(self):
+        tokens, groups = 3000, [(0, 2000, 2500, 3000)]
+        row, (inputs, _) = make_row(groups, tokens), make_inputs(tokens, heads=1, kv_heads=1)
+        for window in (None, 700):
+            attention_sdpa.attend_row(*inputs, row=row, scale=1.0, window=window)
+        block = attention_sdpa.QUERY_BLOCK
+        sizes = sorted(tuple(mask._matrix.shape) for mask in row.derived.values())
+        assert sizes == [(block, 699 + block), (block, 2499 + block)]
+
+    def test_recomputation_sees_its_own_row(self):
+        """As under selective recompute: the row travels in the closure, another runs in between."""
+        from megatron.core.tensor_parallel import checkpoint
+
+        from megatron_idpo.mcore.cpu import redirect_cuda_to_cpu
+
+        redirect_cuda_to_cpu()
+        rows = [make_row(MIXED, MIXED_TOKENS), make_row(PLAIN, MIXED_TOKENS)]
+        attention = make_attention()
+        inputs, grad = make_inputs(MIXED_TOKENS)
+        outputs, leaves = [], []
+        for row in rows:
+            leaves.append([x.detach().clone().requires_grad_() for x in inputs])
+
+            def attend(query, key, value, row=row):
+                return attention(query, key, value, None, packed_seq_params=row)
+
+            outputs.append(checkpoint(attend, False, *leaves[-1]))
+        for output in reversed(outputs):
+            output.backward(grad)
+        for row, own, output in zip(rows, leaves, outputs, strict=True):
+            actual = [output.detach(), *(x.grad for x in own)]
+            for a, e in zip(actual, row_results(row, inputs, grad), strict=True):
+                assert torch.equal(a, e)
+
+    def test_masks_made_while_scoring_serve_training(self):
+        inputs, grad = make_inputs(MIXED_TOKENS)
+        row, attention = make_row(MIXED, MIXED_TOKENS), make_attention(window=3)
+        with torch.inference_mode():
+            attention(*inputs, None, packed_seq_params=row)
+        assert all(r is not None for r in row_results(row, inputs, grad, window=3))
+
+
+@st.composite
+def structures(draw):
+    """Groups of any lengths with gaps between them, and padding behind."""
+    groups, end = [], 0
+    for _ in range(draw(st.integers(0, 4))):
+        end += draw(st.integers(0, 3))
+        bounds = [end]
+        for _ in range(3):
+            bounds.append(bounds[-1] + draw(st.integers(0, 9)))
+        groups.append(tuple(bounds))
+        end = bounds[-1]
+    return groups, end + draw(st.integers(1, 4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(structures(), st.one_of(st.none(), st.integers(1, 12)), st.sampled_from([2, 256]))
+def test_any_structure_equals_dense_attention(structure, window, query_block):
+    groups, tokens = structure
+    inputs, grad = make_inputs(tokens, seed=tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_sdpa, "QUERY_BLOCK", query_block)
+        actual = row_results(make_row(groups, tokens), inputs, grad, window=window)
+    expected = expected_results(inputs, grad, visible_pairs(groups, tokens, window))
+    assert_close(actual, expected, FP32_TOLERANCE)
+
+
+class TestPlainCausal:
+    @pytest.mark.parametrize("window", [None, 1, 3, 100])
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_equals_dense_attention(self, batch, window):
+        inputs, grad = make_inputs(19, batch=batch)
+        attention = make_attention(window=window)
+        actual = with_gradients(lambda q, k, v: attention(q, k, v, None), inputs, grad)
+        expected = expected_results(inputs, grad, visible_pairs([(0, 19, 19, 19)], 19, window))
+        assert_close(actual, expected, FP32_TOLERANCE)
+
+    @pytest.mark.parametrize("window", [None, 4])
+    @pytest.mark.parametrize("last", [1, 5])
+    def test_the_queries_are_the_last_ones_of_a_cache(self, last, window):
+        inputs, _ = make_inputs(19)
+        attention = make_attention(window=window)
+        whole = attention(*inputs, None)
+        mask_type = AttnMaskType.no_mask if last == 1 else AttnMaskType.causal
+        some = attention(inputs[0][-last:], *inputs[1:], None, attn_mask_type=mask_type)
+        torch.testing.assert_close(some, whole[-last:])
+
+    def test_a_plain_row_is_plain_causal_attention(self):
+        inputs, grad = make_inputs(19)
+        attention = make_attention()
+        expected = with_gradients(lambda q, k, v: attention(q, k, v, None), inputs, grad)
+        for a, e in zip(row_results(RowParams.plain(19), inputs, grad), expected, strict=True):
+            assert torch.equal(a, e)
+
+
+class TestConstruction:
+    def test_the_window_is_the_layers_own(self):
+        overrides = dict(window_size=(4, 0), window_attn_skip_freq=[0, 1, 0, 1])
+        windows = [make_attention(layer_number=n, **overrides).window for n in (1, 2, 3, 4)]
+        assert windows == [None, 5, None, 5]
+        assert make_attention(window_size=(-1, 0)).window is None
+
+    def test_has_no_state(self):
+        attention = make_attention()
+        assert attention.sharded_state_dict("core_attention.", (), {}) == {}
+        assert attention.state_dict() == {}
+
+    @pytest.mark.parametrize(
+        ("overrides", "place"),
+        [
+            (dict(attention_dropout=0.1), "attention_dropout"),
+            (dict(softmax_type="off-by-one"), "softmax_type"),
+            (dict(window_size=(3, 2)), "window_size"),
+            (dict(attn_mask_type=AttnMaskType.padding), "attn_mask_type"),
+        ],
+    )
+    def test_refuses(self, overrides, place):
+        with pytest.raises(ConfigError, match=place):
+            make_attention(**overrides)
+
+    def test_refuses_everything_at_once(self):
+        config = make_config(attention_dropout=0.2)
+        config.context_parallel_size = 2
+        config.qk_clip = True
+        with pytest.raises(ConfigError) as error:
+            RowAttention(config, 1, AttnMaskType.causal, "self")
+        for told in ("attention_dropout: is 0.2", "layout.context: is 2", "qk_clip"):
+            assert told in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("place", "arguments"),
+        [
+            ("attention_mask", dict(attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))),
+            ("attention_bias", dict(attention_bias=torch.zeros(3, 3))),
+            ("attn_mask_type", dict(attn_mask_type=AttnMaskType.no_mask)),
+            ("packed_seq_params", dict(packed_seq_params=PackedSeqParams(qkv_format="thd"))),
+        ],
+    )
+    def test_refuses_what_a_row_does_not_say(self, place, arguments):
+        inputs, _ = make_inputs(3)
+        with pytest.raises(ConfigError, match=place):
+            make_attention()(*inputs, **{"attention_mask": None, **arguments})
+
+
+class TestRowParams:
+    def test_is_what_megatron_expects(self):
+        row = make_row(MIXED, MIXED_TOKENS)
+        assert isinstance(row, PackedSeqParams)
+        assert row.qkv_format == "sbhd" and row.cu_seqlens_q is None
+        assert row.max_seqlen_q == row.max_seqlen_kv == row.row_tokens == MIXED_TOKENS
+        assert list(row.groups) == MIXED
+
+    def test_plain(self):
+        row = RowParams.plain(4)
+        assert row.position_ids_T.tolist() == [0, 1, 2, 3]
+        assert row.groups == ((0, 4, 4, 4),)
+
+    def test_positions_may_start_anywhere(self):
+        spans = torch.tensor([[0, 2, 3, 4]], dtype=torch.int32)
+        RowParams.of(torch.tensor([7, 8, 9, 9]), spans)
+
+    @pytest.mark.parametrize(
+        ("spans", "told"),
+        [
+            ([[0, 2, 1, 3]], "do not ascend"),
+            ([[0, 1, 2, 4], [3, 4, 5, 6]], "before 4"),
+            ([[-1, 0, 1, 2]], "before 0"),
+            ([[0, 3, 6, 9]], "row of 8"),
+            ([[0, 8, 8]], r"not int32 \[G, 4\]"),
+        ],
+    )
+    def test_asserts_sound_spans(self, spans, told):
+        with pytest.raises(AssertionError, match=told):
+            RowParams.of(torch.zeros(8, dtype=torch.int64), torch.tensor(spans, dtype=torch.int32))
+
+    @pytest.mark.parametrize("positions", [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 0, 1, 1, 2]])
+    def test_asserts_that_answers_continue_from_their_prompt(self, positions):
+        spans = torch.tensor([[0, 2, 3, 5]], dtype=torch.int32)
+        RowParams.of(torch.tensor([0, 1, 2, 2, 3]), spans)
+        with pytest.raises(AssertionError, match="continue from its prompt"):
+            RowParams.of(torch.tensor(positions), spans)
+
+
+class TestFlex:
+    """The GPU path's mask and blocks, through FlexAttention's plain implementation on the CPU.
+
+    It has no backward there; `test_attention_gpu.py` has the gradients.
+    """
+
+    @pytest.mark.parametrize("window", [None, 1, 3, 100])
+    @pytest.mark.parametrize("groups", [MIXED, PLAIN], ids=["pairs", "plain"])
+    def test_equals_dense_attention(self, groups, window):
+        row = make_row(groups, MIXED_TOKENS)
+        inputs, grad = make_inputs(MIXED_TOKENS)
+        for _layer in range(2):
+            output = attention_flex.attend_row_flex(
+                *inputs, row=row, scale=HEAD_DIM**-0.5, window=window, compiled=False
+            )
+        expected = expected_results(inputs, grad, visible_pairs(groups, MIXED_TOKENS, window))
+        assert_close([output.flatten(2)], expected[:1], FP32_TOLERANCE)
+        assert len(row.derived) == 1
+
+    @settings(max_examples=60, deadline=None)
+    @given(structures(), st.one_of(st.none(), st.integers(1, 12)))
+    def test_blocks_are_those_that_the_pairs_need(self, structure, window):
+        groups, tokens = structure
+        block = 4
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_flex, "BLOCK", block)
+            mask = attention_flex.block_mask(make_row(groups, tokens), window)
+        visible = visible_pairs(groups, tokens, window)
+        padded = torch.nn.functional.pad(visible, (0, -tokens % block, 0, -tokens % block))
+        tiles = padded.unfold(0, block, block).unfold(1, block, block).flatten(2)
+        assert torch.equal(mask.to_dense()[0, 0].bool(), tiles.any(-1))
+
+        full_blocks = torch.zeros_like(tiles[..., 0])
+        for i, count in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
+            full_blocks[i, mask.full_kv_indices[0, 0, i, :count].long()] = True
+        assert not (full_blocks & ~tiles.all(-1)).any()
+
+        torch_mask = create_block_mask(
+            mask.mask_mod, 1, 1, tokens, tokens, device="cpu", BLOCK_SIZE=block
+        )
+        assert torch.equal(torch_mask.to_dense(), mask.to_dense())
+        q, k = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
+        assert torch.equal(mask.mask_mod(None, None, q, k), visible)
+
+    def test_most_of_a_long_rows_blocks_are_full_or_absent(self):
+        groups, tokens = [(0, 1000, 1300, 1600), (1600, 2600, 2900, 4000)], 4096
+        mask = attention_flex.block_mask(make_row(groups, tokens), None)
+        needed = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
+        assert int(mask.full_kv_num_blocks.sum()) / needed > 0.55
+        assert needed / 32**2 < 0.3

@@ -1,0 +1,127 @@
+"""`RowAttention` on a GPU (compiled FlexAttention) against itself on the CPU (SDPA on slices).
+
+The CPU path is checked against a dense mask in `test_attention.py`, so it is the reference here.
+"""
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_idpo.mcore import attention_flex
+from megatron_idpo.mcore.attention import RowAttention
+from megatron_idpo.mcore.row_params import RowParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+HEADS, KV_HEADS, HEAD_DIM, ROW_TOKENS = 8, 2, 64, 1111
+PAIRS = [(0, 200, 331, 400), (400, 410, 430, 470), (500, 801, 801, 1000), (1000, 1001, 1002, 1003)]
+PLAIN = [(0, 300, 300, 300), (300, 301, 301, 301), (310, 1000, 1000, 1000)]
+
+# Largest difference over largest value. fp32 GEMMs run as IEEE fp32 (TF32 off) and sum in another
+# order; bf16 also rounds the weights before they meet the values, and every stored result.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_and_exact():
+    torch.compiler.reset()  # or the parametrisations together reach the limit of recompilations
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def make_row(groups, device):
+    position_ids = torch.zeros(ROW_TOKENS, dtype=torch.int64)
+    for b0, b1, b2, b3 in groups:
+        position_ids[b0:b2] = torch.arange(b2 - b0)
+        position_ids[b2:b3] = torch.arange(b1 - b0, b1 - b0 + b3 - b2)
+    spans = torch.tensor(groups, dtype=torch.int32).reshape(-1, 4)
+    return RowParams.of(position_ids.to(device), spans)
+
+
+def make_attention(window):
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        num_query_groups=KV_HEADS,
+        kv_channels=HEAD_DIM,
+        attention_dropout=0.0,
+        window_size=None if window is None else (window - 1, 0),
+    )
+    return RowAttention(config, 1, AttnMaskType.causal, "self")
+
+
+def make_inputs(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(ROW_TOKENS, 1, n, HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    shapes.append((ROW_TOKENS, 1, HEADS * HEAD_DIM))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def results(attention, row, tensors, device, dtype):
+    """The output, dq, dk and dv, on the CPU in fp32."""
+    *inputs, grad = (x.to(device, dtype) for x in tensors)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    output = attention(*leaves, None, packed_seq_params=row)
+    output.backward(grad)
+    return [x.detach().float().cpu() for x in (output, *(leaf.grad for leaf in leaves))]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("window", [None, 1, 100, 5000])
+@pytest.mark.parametrize("groups", [PAIRS, PLAIN], ids=["pairs", "plain"])
+def test_equals_the_cpu(groups, window, dtype):
+    tensors, attention = make_inputs(dtype), make_attention(window)
+    expected = results(attention, make_row(groups, "cpu"), tensors, "cpu", torch.float32)
+    actual = results(attention, make_row(groups, "cuda"), tensors, "cuda", dtype)
+    for name, a, e in zip(("output", "dq", "dk", "dv"), actual, expected, strict=True):
+        difference = (a - e).abs().max().item()
+        assert difference <= TOLERANCES[dtype] * max(e.abs().max().item(), 1.0), (name, difference)
+
+
+@pytest.mark.parametrize("groups", [PAIRS, []], ids=["padding", "empty row"])
+def test_padding_is_zero_and_takes_no_gradient(groups):
+    padding = torch.ones(ROW_TOKENS, dtype=torch.bool)
+    for b0, _, _, b3 in groups:
+        padding[b0:b3] = False
+    row = make_row(groups, "cuda")
+    for result in results(
+        make_attention(None), row, make_inputs(torch.float32), "cuda", torch.float32
+    ):
+        assert (result[padding] == 0).all()
+        assert result.isfinite().all()
+
+
+def test_one_block_mask_per_row_and_window():
+    row, tensors = make_row(PAIRS, "cuda"), make_inputs(torch.bfloat16)
+    for window in (None, 100, None, 100):
+        results(make_attention(window), row, tensors, "cuda", torch.bfloat16)
+    assert len(row.derived) == 2
+
+
+def test_another_row_does_not_compile_again():
+    """The structure reaches the kernel as tensors, so rows of one length share one compilation."""
+    tensors, attention = make_inputs(torch.bfloat16), make_attention(None)
+    results(attention, make_row(PAIRS, "cuda"), tensors, "cuda", torch.bfloat16)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        results(attention, make_row(PLAIN, "cuda"), tensors, "cuda", torch.bfloat16)
+
+
+def test_a_row_needs_no_memory_of_its_square():
+    tokens = 16384
+    spans = torch.tensor([[0, tokens // 2, 3 * tokens // 4, tokens]], dtype=torch.int32)
+    answer = torch.arange(tokens // 2, 3 * tokens // 4)
+    positions = torch.cat([torch.arange(tokens // 2), answer, answer]).cuda()
+    query = torch.randn(tokens, 1, 2, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(tokens, 1, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    row = RowParams.of(positions, spans)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention_flex.attend_row_flex(query, key, key, row=row, scale=0.125, window=None)
+    assert torch.cuda.max_memory_allocated() - before < tokens * tokens / 4  # bytes

@@ -1,0 +1,214 @@
+"""The redirection itself: what it answers, what it leaves alone, and that it can be undone."""
+
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from megatron_idpo.mcore import cpu
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def redirected():
+    assert cpu.redirect_cuda_to_cpu()
+
+
+@pytest.fixture
+def pristine():
+    """torch as it is without us; the redirection is put back if others had asked for it."""
+    was_active = bool(cpu._applied)
+    cpu.restore_cuda()
+    yield
+    cpu.restore_cuda()
+    if was_active:
+        cpu.redirect_cuda_to_cpu()
+
+
+def attributes():
+    """Everything that the redirection could replace in torch, by identity."""
+    owners = (torch, torch.Tensor, torch.cuda, torch.cuda.random)
+    return {
+        (owner.__name__, name): id(value) for owner in owners for name, value in vars(owner).items()
+    }
+
+
+def test_nothing_is_touched_where_cuda_is(pristine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = attributes()
+    assert cpu.redirect_cuda_to_cpu() is False
+    assert attributes() == before
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert cpu.default_device() == torch.device("cuda", 3)
+    assert cpu.backend() == "nccl"
+
+
+def test_without_cuda_the_device_is_the_cpu_and_the_backend_gloo():
+    assert cpu.default_device() == CPU
+    assert cpu.backend() == "gloo"
+
+
+def test_idempotent_and_restorable(pristine):
+    cpu.redirect_cuda_to_cpu()  # So that what Megatron-Core's import changes is not counted.
+    cpu.restore_cuda()
+    before = attributes()
+    assert cpu.redirect_cuda_to_cpu() is True
+    patched = attributes()
+    assert patched != before
+    assert cpu.redirect_cuda_to_cpu() is True
+    assert attributes() == patched
+    cpu.restore_cuda()
+    assert attributes() == before
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(1, device="cuda")
+
+
+def test_every_patch_tells_its_reason(redirected):
+    assert all(patch.reason for patch, _ in cpu._applied)
+    places = [(patch.owner, patch.name) for patch, _ in cpu._applied]
+    assert len({(id(owner), name) for owner, name in places}) == len(places)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda"), 0])
+def test_tensors_asked_for_on_cuda_are_made_on_the_cpu(redirected, device):
+    base = torch.arange(3.0)
+    made = [
+        torch.tensor([1], device=device),
+        torch.zeros(2, 3, device=device),
+        torch.empty((2,), dtype=torch.bfloat16, device=device),
+        torch.full((2,), 7, device=device),
+        torch.arange(3, device=device),
+        torch.randn(2, device=device),
+        torch.as_tensor([1, 2], device=device),
+        torch.ones_like(base, device=device),
+        torch.empty_like(base, device=device),
+        base.new_zeros(2, device=device),
+        base.to(device),
+        base.to(device, torch.float64),
+        base.to(device=device, dtype=torch.int32),
+        base.cuda(),
+        base.cuda(0, non_blocking=True),
+        torch.nn.Linear(2, 2, device=device).weight,
+        torch.nn.Linear(2, 2).to(device).weight,
+        torch.nn.Linear(2, 2).cuda().weight,
+        torch.zeros(1, device=torch.cuda.current_device()),
+    ]
+    assert {tensor.device for tensor in made} == {CPU}
+    assert made[10] is base and made[13] is base, "as on a GPU, no copy of what is there already"
+    assert made[11].dtype == torch.float64 and made[12].dtype == torch.int32
+
+
+def test_every_factory_is_redirected(redirected):
+    # torch's own list of the functions that make tensors on a device.
+    accepted = {f.__name__ for f in torch.utils._device._device_constructors()}
+    exotic = {name for name in accepted if name.startswith(("sparse", "nested"))}
+    exotic |= {name for name in accepted if name.endswith(("_window", "freq"))}
+    exotic |= {"empty_permuted", "empty_quantized", "range"}
+    assert accepted - exotic <= set(cpu._FACTORIES)
+
+
+def test_type_names_answer_to_both(redirected):
+    name = torch.zeros(1).type()
+    assert name == "torch.FloatTensor" and name == "torch.cuda.FloatTensor"
+    assert name in ["torch.cuda.FloatTensor"] and name not in ["torch.cuda.HalfTensor"]
+    assert not name != "torch.FloatTensor" and name != "torch.cuda.HalfTensor"
+    assert str(name) == f"{name}" == "torch.FloatTensor" and {name: 1}["torch.FloatTensor"] == 1
+    assert type(pickle.loads(pickle.dumps(name))) is str
+    assert torch.zeros(1).type(torch.float64).dtype == torch.float64
+
+
+def test_streams_and_events(redirected):
+    side = torch.cuda.Stream(device="cuda", priority=-1)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        tensor = torch.ones(1, device="cuda")
+        tensor.record_stream(side)
+    side.record_event(end)
+    torch.cuda.current_stream().wait_event(end)
+    torch.cuda.synchronize()
+    assert end.query() and start.elapsed_time(end) > 0.0
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.cuda.current_stream() != side
+
+
+def test_the_cuda_generator_is_the_cpu_generator(redirected):
+    torch.cuda.manual_seed(5)
+    state = torch.cuda.get_rng_state()
+    first = torch.randn(4)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.randn(4), first)
+    torch.manual_seed(5)
+    assert torch.equal(torch.randn(4), first)
+
+
+def test_no_gpu_is_pretended(redirected):
+    assert torch.cuda.is_available() is False
+    assert torch.cuda.device_count() == 0
+    assert torch.zeros(1, device="cuda").is_cuda is False
+    assert str(torch.zeros(1, device="cuda").device) == "cpu"
+
+
+def scripted(x):
+    return x + torch.zeros([2]) + torch.ones_like(x).to(torch.float32)
+
+
+def test_device_contexts_dynamo_and_torchscript_still_work(redirected):
+    with torch.device("meta"):
+        assert torch.zeros(2).device.type == "meta"
+        assert torch.nn.Linear(2, 2).weight.device.type == "meta"
+    with torch.device("cpu"):
+        assert torch.zeros(2, device="cuda").device == CPU
+
+    def compute(x):
+        return x.to(torch.float64) + torch.zeros(2) + torch.ones_like(x) + torch.tensor([1.0] * 2)
+
+    compiled = torch.compile(compute, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.jit.script(scripted)(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_transformers_peft_and_safetensors_still_work(redirected, tmp_path):
+    import peft
+    import transformers
+    from safetensors.torch import load_file
+
+    from megatron_idpo.testing import write_tiny_hf_model
+
+    write_tiny_hf_model(tmp_path, "llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    saved = load_file(tmp_path / "model.safetensors", device="cpu")
+    norm = saved["model.norm.weight"].to(torch.bfloat16)
+    assert torch.equal(model.model.norm.weight, norm)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    tokens = torch.tensor([[1, 5, 9]])
+    loss = adapted(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    assert loss.isfinite()
+    transformers.set_seed(3)
+    first = torch.randn(2)
+    transformers.set_seed(3)
+    assert torch.equal(torch.randn(2), first)
+
+
+def test_saving_and_loading_tensors_still_works(redirected):
+    buffer = io.BytesIO()
+    torch.save({"a": torch.arange(3), "rng": torch.get_rng_state()}, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer)["a"].tolist() == [0, 1, 2]
+
+
+def test_redirecting_says_nothing():
+    program = "from megatron_idpo.mcore import cpu; assert cpu.redirect_cuda_to_cpu()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

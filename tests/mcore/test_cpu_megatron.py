@@ -1,0 +1,151 @@
+"""Stock Megatron-Core's random numbers, recomputation and checkpoints on redirected CPUs."""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.distributed
+
+COLUMNS = 32
+
+
+def start(tensor=1):
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(tensor)
+    model_parallel_cuda_manual_seed(123)
+
+
+def dropout_masks(tensor):
+    """Dropout masks drawn inside and outside forks, and what the forks leave behind."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    start(tensor)
+    ones = torch.ones(64, device="cuda")
+    tracker = get_cuda_rng_tracker()
+    before = torch.cuda.get_rng_state()
+    with tracker.fork():
+        first = torch.nn.functional.dropout(ones)
+        with tracker.fork("expert-parallel-rng"):
+            torch.nn.functional.dropout(ones)
+    untouched = torch.equal(torch.cuda.get_rng_state(), before)
+    with tracker.fork():
+        second = torch.nn.functional.dropout(ones)
+    outside = torch.nn.functional.dropout(ones)
+    return untouched, first, second, outside
+
+
+def test_rng_forks_differ_over_tensor_ranks_and_leave_no_trace(workers, capfd):
+    one, other = workers.run(dropout_masks, 2, 2)
+    assert one[0] and other[0], "a fork changed the generator outside of it"
+    assert not torch.equal(one[1], other[1]), "forked masks have to differ over tensor ranks"
+    assert not torch.equal(one[1], one[2]), "a fork has to go on where the last one ended"
+    assert torch.equal(one[3], other[3]), "unforked masks have to agree over tensor ranks"
+    replica, same = workers.run(dropout_masks, 2, 1)
+    assert torch.equal(replica[1], same[1]), "data-parallel ranks fork the same stream"
+    assert "CPU RNG state changed" not in capfd.readouterr().err
+
+
+def recompute_on_cuda(kind):
+    """Gradients of a function that makes tensors on CUDA, with and without recomputation."""
+    from megatron.core.tensor_parallel import checkpoint
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    start()
+    calls = []
+
+    def compute(x):
+        calls.append(torch.is_grad_enabled())
+        mask = torch.ones(4, 4, device="cuda").tril()
+        index = torch.arange(4, device=torch.cuda.current_device())
+        scale = torch.tensor(2.0, device="cuda:0").to("cuda").cuda()
+        with get_cuda_rng_tracker().fork():
+            dropped = torch.nn.functional.dropout(x.new_ones(4, device="cuda") * x)
+        return (mask @ dropped * scale + index).square()
+
+    gradients = []
+    for recompute in (False, True):
+        torch.cuda.manual_seed(7)
+        get_cuda_rng_tracker().reset()
+        get_cuda_rng_tracker().add("model-parallel-rng", 11)
+        x = torch.arange(4.0).requires_grad_()
+        output = checkpoint(compute, False, x) if recompute else compute(x)
+        if kind == "method":
+            output.sum().backward()
+        else:
+            torch.autograd.backward(output, torch.ones_like(output))
+        gradients.append(x.grad)
+    return calls, *gradients
+
+
+@pytest.mark.parametrize("kind", ["method", "function"])
+def test_tensors_made_on_cuda_while_recomputing_inside_backward(workers, kind):
+    ((calls, plain_gradient, gradient),) = workers.run(recompute_on_cuda, 1, kind)
+    assert calls == [True, False, True], "the second run recomputes in backward"
+    assert torch.equal(gradient, plain_gradient), "the dropout mask has to be drawn again"
+    assert gradient.count_nonzero() > 0
+
+
+def build():
+    """A column-parallel layer: its weight is split over tensor ranks."""
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.parallel_state import get_tensor_model_parallel_world_size
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=get_tensor_model_parallel_world_size(),
+        gradient_accumulation_fusion=False,
+    )
+    return ColumnParallelLinear(8, COLUMNS, config=config, init_method=torch.nn.init.normal_)
+
+
+def whole(layer):
+    """The layer's whole weight, the same on every rank."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    with torch.no_grad():
+        return gather_from_tensor_model_parallel_region(layer.weight.t()).t()
+
+
+def save(tensor, directory, asynchronous):
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    start(tensor)
+    layer = build()
+    saved = whole(layer).clone()
+    request = dist_checkpointing.save(
+        layer.sharded_state_dict(),
+        directory,
+        async_sharded_save=asynchronous,
+        async_strategy="mcore",
+    )
+    if asynchronous:
+        queue = AsyncCallsQueue()
+        queue.schedule_async_request(request)
+        # What training does next must not reach the checkpoint.
+        with torch.no_grad():
+            layer.weight.fill_(7.0)
+        queue.maybe_finalize_async_calls(blocking=True)
+        queue.close()
+    return saved
+
+
+def load(tensor, directory):
+    from megatron.core import dist_checkpointing
+
+    start(tensor)
+    layer = build()
+    loaded = dist_checkpointing.load(layer.sharded_state_dict(), directory)
+    layer.load_state_dict(loaded)
+    return whole(layer)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_checkpoint_loads_into_another_layout(workers, tmp_path, asynchronous):
+    saved, same = workers.run(save, 2, 2, str(tmp_path), asynchronous)
+    assert saved.shape == (COLUMNS, 8) and torch.equal(saved, same)
+    assert not torch.equal(saved[: COLUMNS // 2], saved[COLUMNS // 2 :])
+    for world_size, tensor in ((2, 2), (2, 1), (1, 1)):
+        for loaded in workers.run(load, world_size, tensor, str(tmp_path)):
+            assert torch.equal(loaded, saved)

@@ -1,0 +1,186 @@
+"""Every key of a config.json is read as Transformers reads it, or refused by name."""
+
+import copy
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING
+
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore.architecture import Architecture
+
+REAL: dict[str, dict[str, Any]] = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted((Path(__file__).parent / "hf_configs").glob("*.json"))
+}
+LLAMA3 = REAL["llama-3.1-8b"]["rope_scaling"]
+
+
+def _refused(config: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Architecture.from_hf(config)
+    return str(caught.value)
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("llama-2-7b", {"model_type": "gpt2"}, "model_type: 'gpt2'"),
+    ("llama-2-7b", {"model_type": ["llama"]}, "model_type"),
+    ("llama-2-7b", {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+    ("llama-2-7b", {"architectures": ["LlamaModel"]}, "architectures"),
+    ("llama-2-7b", {"attention_bias": True}, "attention_bias: True"),
+    ("qwen3-8b", {"attention_bias": True}, "attention_bias: True"),
+    ("llama-2-7b", {"mlp_bias": True}, "mlp_bias: True"),
+    ("llama-2-7b", {"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+    ("llama-2-7b", {"hidden_size": "4096"}, "hidden_size: '4096'"),
+    ("llama-2-7b", {"hidden_size": True}, "hidden_size: True"),
+    ("llama-2-7b", {"num_hidden_layers": 0}, "num_hidden_layers: 0"),
+    ("llama-2-7b", {"vocab_size": None}, "vocab_size: None"),
+    ("llama-2-7b", {"rms_norm_eps": -1.0}, "rms_norm_eps: -1.0"),
+    ("llama-2-7b", {"rms_norm_eps": float("nan")}, "rms_norm_eps: nan"),
+    ("llama-2-7b", {"num_key_value_heads": 5}, "num_key_value_heads: 5"),
+    ("llama-2-7b", {"num_attention_heads": 33, "num_key_value_heads": 33}, "attention heads (33)"),
+    ("qwen3-8b", {"head_dim": 127}, "127"),
+    ("llama-2-7b", {"head_dim": 3}, "head_dim: 3 is not even"),
+    ("llama-2-7b", {"tie_word_embeddings": None}, "tie_word_embeddings: None"),
+    ("llama-2-7b", {"sliding_window": 4096}, "sliding_window: 4096"),
+    ("mistral-7b-instruct-v0.1", {"sliding_window": 0}, "sliding_window: 0"),
+    ("mistral-7b-instruct-v0.1", {"layer_types": ["full_attention"] * 32}, "layer_types"),
+    ("mistral-7b-instruct-v0.1", {"use_sliding_window": False}, "use_sliding_window"),
+    ("qwen2.5-7b", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+    ("qwen2.5-7b", {"layer_types": ["linear_attention"] * 28}, "layer_types"),
+    ("qwen2.5-7b", {"layer_types": ["sliding_attention"] * 28}, "layer_types"),
+    ("qwen2.5-7b", {"use_sliding_window": "yes"}, "use_sliding_window: 'yes'"),
+    ("qwen2.5-7b", {"use_mrope": True}, "use_mrope"),
+    ("llama-2-7b", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ("llama-2-7b", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
+    ("llama-2-7b", {"num_experts": 8}, "num_experts: 8"),
+    ("llama-2-7b", {"per_layer_config": {"0": {"head_dim": 2}}}, "per_layer_config"),
+    ("llama-2-7b", {"attention_dropout": 1.5}, "attention_dropout: 1.5"),
+    ("llama-2-7b", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map"),
+    ("llama-2-7b", {"torch_dtype": "float64"}, "torch_dtype: 'float64'"),
+    ("llama-2-7b", {"dtype": "bfloat16"}, "dtype: contradictory"),
+    ("llama-2-7b", {"residual_multiplier": 0.2}, "residual_multiplier: 0.2"),
+    ("llama-2-7b", {"rope_theta": "10000"}, "rope_theta: '10000'"),
+    ("llama-2-7b", {"rope_scaling": {"type": "mrope"}}, "multimodal"),
+    ("llama-2-7b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    ("llama-2-7b", {"rope_scaling": {"type": "su"}}, "rope_scaling.type: 'su'"),
+    ("llama-2-7b", {"rope_scaling": {"rope_type": None}}, "rope_scaling.rope_type: None"),
+    ("llama-2-7b", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: missing"),
+    ("llama-2-7b", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor: 0"),
+    ("llama-2-7b", {"rope_scaling": ["linear"]}, "rope_scaling: ['linear']"),
+    ("llama-2-7b", {"rope_parameters": {"factor": 2.0}}, "rope_parameters.factor: 2.0 is not read"),
+    (
+        "llama-2-7b",
+        {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}},
+        "contradicts",
+    ),
+    (
+        "llama-3.1-8b",
+        {"rope_parameters": LLAMA3 | {"rope_theta": 1e4}},
+        "rope_scaling: contradicts rope_parameters",
+    ),
+    (
+        "llama-2-7b",
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "rope_theta: 500000.0 contradicts rope_parameters.rope_theta = 10000.0",
+    ),
+    ("llama-3.1-8b", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor"),
+    ("llama-3.1-8b", {"rope_scaling": LLAMA3 | {"finetuned": True}}, "finetuned"),
+    ("llama-3.1-8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
+    ("llama-3.1-8b", {"rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary"),
+    ("llama-2-7b", {"original_max_position_embeddings": 32}, "original_max_position_embeddings"),
+    (
+        "qwen3-8b",
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "['full_attention']",
+    ),
+    (
+        "llama-2-7b",
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+        "rope_scaling.short_factor: 1 entries for 64 frequencies",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "told"), BAD)
+def test_what_would_change_the_numbers_is_refused(
+    name: str, change: dict[str, Any], told: str
+) -> None:
+    message = _refused(REAL[name] | change)
+    assert "config.json" in message and told in message
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = _refused(
+        REAL["llama-3.1-8b"]
+        | {"mlp_bias": True, "sliding_window": 8, "num_key_value_heads": 7, "surprise": 1}
+        | {"rope_scaling": {"rope_type": "dynamic"}, "torch_dtype": "int8"}
+    )
+    told = "mlp_bias sliding_window num_key_value_heads surprise rope_scaling.rope_type torch_dtype"
+    assert message.startswith("6 problems:")
+    assert all(name in message for name in told.split())
+
+
+@pytest.mark.parametrize("config", [None, [], "llama", {}])
+def test_not_a_config(config: Any) -> None:
+    assert "config.json" in _refused(config)
+
+
+def test_what_training_alone_would_feel_is_accepted() -> None:
+    plain = Architecture.from_hf(REAL["llama-2-7b"])
+    training = {"attention_dropout": 0.1, "pad_token_id": 0, "auto_map": {"AutoTokenizer": "x.Y"}}
+    assert Architecture.from_hf(REAL["llama-2-7b"] | training) == plain
+
+
+KNOWN = set().union(*REAL.values())
+HARMLESS_HERE = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"} | {
+    "initializer_range",
+    "transformers_version",
+    "_name_or_path",
+    "pretraining_tp",
+    "is_llama_config",
+    "attention_dropout",
+}
+"""Keys whose values Transformers checks more strictly than their effect deserves."""
+NAMES = st.text(string.ascii_lowercase + "_", min_size=1, max_size=20)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 200_000) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(sorted(REAL)), key=NAMES.map(lambda key: f"x_{key}"), value=JSON)
+def test_an_unknown_key_always_raises(name: str, key: str, value: Any) -> None:
+    assert key in _refused(REAL[name] | {key: value})
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(sorted(REAL)), key=st.sampled_from(sorted(KNOWN)), value=JSON)
+def test_any_value_of_a_known_key_is_read_as_transformers_reads_it_or_refused(
+    name: str, key: str, value: Any
+) -> None:
+    config = REAL[name] | {key: value}
+    try:
+        architecture = Architecture.from_hf(config)
+    except ConfigError:
+        return
+    read = {name: copy.deepcopy(config[name]) for name in config if name not in HARMLESS_HERE}
+    hf = CONFIG_MAPPING[config["model_type"]](**read)
+    assert (architecture.num_layers, architecture.hidden_size) == (
+        hf.num_hidden_layers,
+        hf.hidden_size,
+    )
+    assert (architecture.num_heads, architecture.num_kv_heads) == (
+        hf.num_attention_heads,
+        hf.num_key_value_heads,
+    )
+    assert architecture.max_positions == hf.max_position_embeddings
+    assert architecture.norm_eps == hf.rms_norm_eps
+    assert architecture.rope.as_dict()["rope_theta"] == hf.rope_parameters["rope_theta"]

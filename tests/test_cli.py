@@ -1,0 +1,225 @@
+"""The command line: dispatch, mistakes in one message, exit codes, one voice under torchrun."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_idpo import __version__, cli
+from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError
+
+ROOT = Path(__file__).parents[1]
+
+
+class Recorder:
+    """Stands in for a verb's room: remembers what it was called with, or fails as told."""
+
+    def __init__(self, failure: BaseException | None = None, code: int | None = None) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.failure = failure
+        self.code = code
+
+    def __call__(self, *args: Any, **kwargs: Any) -> int | None:
+        self.calls.append((args, kwargs))
+        if self.failure is not None:
+            raise self.failure
+        return self.code
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def put(module: str, name: str, recorder: Recorder) -> Recorder:
+        fake = ModuleType(module)
+        setattr(fake, name, recorder)
+        monkeypatch.setitem(sys.modules, module, fake)
+        return recorder
+
+    return put
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("direction", ["hf_to_megatron", "megatron_to_hf"])
+def test_convert_hands_everything_on(room: Any, direction: str) -> None:
+    from megatron_idpo.mcore.layout import Layout
+
+    convert = room(f"megatron_idpo.convert.{direction}", "convert", Recorder())
+    words = f"convert {direction.replace('_', '-')} in out --dtype bf16 --overwrite --tensor 2"
+    assert cli.main([*words.split(), "--pipeline", "4", "--virtual-pipeline", "3"]) == 0
+    ((args, kwargs),) = convert.calls
+    assert args == (Path("in"), Path("out"))
+    layout = Layout(tensor=2, pipeline=4, virtual_pipeline=3)
+    assert kwargs == {"dtype": "bf16", "layout": layout, "overwrite": True}
+
+
+def test_convert_keeps_the_stored_format_and_one_rank_unless_told(room: Any) -> None:
+    from megatron_idpo.mcore.layout import Layout
+
+    convert = room("megatron_idpo.convert.hf_to_megatron", "convert", Recorder())
+    assert cli.main(["convert", "hf-to-megatron", "in", "out"]) == 0
+    ((_, kwargs),) = convert.calls
+    assert kwargs == {"dtype": None, "layout": Layout(), "overwrite": False}
+
+
+def test_format_names_are_those_of_the_conversion() -> None:
+    """The command line repeats them, so as not to import torch for a typing mistake."""
+    from megatron_idpo.convert.dtypes import DTYPES
+
+    assert set(cli._FORMATS) == set(DTYPES)
+
+
+def test_doctor_with_and_without_a_config(room: Any) -> None:
+    doctor = room("megatron_idpo.doctor", "main", Recorder(code=7))
+    assert cli.main(["doctor"]) == 7
+    assert cli.main(["doctor", "run.yaml", "layout.tensor=2", "objective.layers=[3]"]) == 7
+    assert [args for args, _ in doctor.calls] == [
+        (None, []),
+        (Path("run.yaml"), ["layout.tensor=2", "objective.layers=[3]"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("", "no verb given; the verbs are convert, doctor"),
+        ("covnert a b", "no verb 'covnert'; did you mean convert?"),
+        ("zzz", "no verb 'zzz'; known: convert"),
+        ("convert hf-to-megatorn a b", "did you mean hf-to-megatron?"),
+        ("convert hf-to-megatron a", "required: OUTPUT; see `megatron-idpo convert --help`"),
+        ("convert hf-to-megatron a b --dtype bf61", "did you mean bf16?"),
+        ("convert hf-to-megatron a b --tensor two", "invalid int value: 'two'"),
+        ("convert hf-to-megatron a b --tens 2", "--tens"),
+        ("doctor layout.tensor=2", "layout.tensor=2: there is no configuration to override"),
+        ("doctor run.yaml layout.tensor", "layout.tensor: is no override"),
+    ],
+)
+def test_mistakes_are_told_on_one_line(
+    words: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words.split()) == EXIT_USER_ERROR
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("megatron-idpo: error: ")
+    assert err.count("\n") == 1
+    assert told in err
+
+
+def test_a_users_error_has_no_traceback(room: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    failure = CheckpointError.at("model.safetensors", "truncated", "fetch it again")
+    room("megatron_idpo.doctor", "main", Recorder(failure))
+    assert cli.main(["doctor"]) == EXIT_USER_ERROR
+    told = "megatron-idpo: error: model.safetensors: truncated; fetch it again\n"
+    assert capsys.readouterr().err == told
+
+
+def test_an_unexpected_error_keeps_its_traceback(room: Any) -> None:
+    room("megatron_idpo.doctor", "main", Recorder(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+def test_ctrl_c_is_quiet(room: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    room("megatron_idpo.doctor", "main", Recorder(KeyboardInterrupt()))
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    script = (
+        "import sys, megatron_idpo.cli as cli\n"
+        "for word in ('--version', '--help'):\n"
+        "    try: cli.main([word])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "print({'torch', 'numpy', 'yaml', 'pydantic'} & set(sys.modules))\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert shown.stderr == ""
+    assert shown.stdout.startswith(f"megatron-idpo {__version__}\n")
+    assert shown.stdout.endswith("set()\n")
+    for verb in cli.VERBS:
+        assert f"  {verb} " in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (["-m", "megatron_idpo"], "usage: megatron-idpo [-h]"),
+        (["tools/convert_hf_to_megatron.py"], "usage: megatron-idpo convert"),
+        (["tools/convert_megatron_to_hf.py"], "usage: megatron-idpo convert"),
+    ],
+)
+def test_the_other_ways_in(program: list[str], expected: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith(expected)
+
+
+class TestOneVoice:
+    """Ranks of one run, played one after the other against a store like torchrun's."""
+
+    @pytest.fixture
+    def rank(self, monkeypatch: pytest.MonkeyPatch, room: Any) -> Any:
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(store.port))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        room("megatron_idpo.doctor", "main", Recorder(CheckpointError("broken")))
+
+        def fail(rank: int, restart: int = 0) -> int:
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+            return cli.main(["doctor"])
+
+        yield fail  # the store lives as long as the ranks do
+
+    def test_all_ranks_fail_and_one_speaks(
+        self, rank: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert {rank(2), rank(0), rank(1)} == {EXIT_USER_ERROR}
+        assert capsys.readouterr().err == "megatron-idpo: error (rank 2): broken\n"
+
+    def test_a_rank_that_fails_alone_is_heard(
+        self, rank: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert rank(1) == EXIT_USER_ERROR
+        assert capsys.readouterr().err == "megatron-idpo: error (rank 1): broken\n"
+
+    def test_a_restarted_run_is_heard_again(
+        self, rank: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rank(0)
+        rank(0, restart=1)
+        assert capsys.readouterr().err.count("broken") == 2
+
+    def test_without_a_store_every_rank_speaks(
+        self, rank: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.delenv("MASTER_PORT")
+        rank(0)
+        rank(1)
+        assert capsys.readouterr().err.count("broken") == 2
+
+
+@pytest.mark.distributed
+def test_torchrun_tells_a_mistake_once() -> None:
+    launched = subprocess.run(
+        f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 3 "
+        "-m megatron_idpo covnert".split(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert launched.returncode != 0
+    assert launched.stderr.count("did you mean convert?") == 1

@@ -1,0 +1,250 @@
+"""One file for every verb: read, refused with every mistake at once, resolved, documented."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_idpo.config import SECTIONS, RunConfig, load_config
+from megatron_idpo.config_reference import config_reference
+from megatron_idpo.config_sections import DataConfig, LayoutConfig
+from megatron_idpo.errors import ConfigError
+
+GOOD = """\
+model: {path: some/model, dtype: fp32}
+data:
+  train: pairs.jsonl
+layout: {tensor: 2, sequence_parallel: true}
+training: {output: runs/x, epochs: 3}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def refused(path, overrides=(), **sections) -> list[str]:
+    """The problems that loading reports, one a line."""
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides, **sections)
+    return [line.removeprefix("  - ") for line in str(error.value).splitlines()]
+
+
+def test_values_defaults_and_overrides(write):
+    config = load_config(
+        write(GOOD),
+        ["data.row_tokens=2048", "layout.pipeline_layers=[3, 5]", "layout.pipeline=2"],
+        required=["model", "data", "layout"],
+        optional=["training"],
+    )
+    assert (config.model.path, config.model.dtype) == ("some/model", "fp32")
+    assert [source.path for source in config.data.train] == ["pairs.jsonl"]
+    assert config.data.row_tokens == 2048 and config.data.max_length == 1024
+    assert config.layout.layout().pipeline_layers == (3, 5)
+    assert config.training.epochs == 3 and config.training.global_batch_pairs == 32
+
+
+@pytest.mark.parametrize(
+    ("written", "paths", "weights"),
+    [
+        ("a.jsonl", ["a.jsonl"], [1.0]),
+        ("[a.jsonl, b]", ["a.jsonl", "b"], [1.0, 1.0]),
+        ("{path: a, weight: 2}", ["a"], [2.0]),
+        ("[a, {path: b, weight: 0.5, split: test, subset: en}]", ["a", "b"], [1.0, 0.5]),
+    ],
+)
+def test_sources_may_be_written_short(write, written, paths, weights):
+    config = load_config(write(f"data: {{train: {written}}}"), required=["data"])
+    assert [source.path for source in config.data.train] == paths
+    assert [source.weight for source in config.data.train] == weights
+
+
+def test_scalars_follow_yaml_1_2(write):
+    config = load_config(
+        write("data: {train: no, eval_fraction: 1e-2, row_tokens: 02048, bad_rows_file: 1:30,"
+              " on_bad_row: skip}"),
+        required=["data"],
+    )  # fmt: skip
+    assert config.data.train[0].path == "no" and config.data.eval_fraction == 0.01
+    assert (config.data.row_tokens, config.data.bad_rows_file) == (2048, "1:30")
+
+
+# What is written, and what the one problem says: place, value, remedy.
+MISTAKES = [
+    ("data: {train: a}\nmodle: {path: m}", ["modle (run.yaml:2)", "unknown", "`model`"]),
+    ("data: {train: a, sede: 1}", ["data.sede (run.yaml:1)", "unknown", "`seed`"]),
+    ("data: {train: a, zzz: 1}", ["data.zzz", "the fields are train, eval"]),
+    ("data: {train: a, epochs: 1}", ["data.epochs", "`training.epochs`"]),
+    ("data: {train: [a, {path: b, wieght: 2}]}", ["data.train.1.wieght", "`weight`"]),
+    ("data: {train: [{split: b}]}", ["data.train.0.path", "missing", "A jsonl"]),
+    ("data: {train: 5}", ["data.train", "is 5", "list"]),
+    ("data: {train: []}", ["data.train", "no source", "at least one"]),
+    ("data: {train: a, row_tokens: 1e4}", ["data.row_tokens", "10000.0", "integer"]),
+    ("data: {train: a, row_tokens: true}", ["data.row_tokens", "True", "integer"]),
+    ('data: {train: a, row_tokens: "8"}', ["data.row_tokens", "'8'", "integer"]),
+    ("data: {train: a, row_tokens: 0}", ["data.row_tokens", "is 0", "greater than 0"]),
+    ("data: {train: a, eval_fraction: 1}", ["data.eval_fraction", "is 1", "less than 1"]),
+    ("data: {train: {path: a, weight: .inf}}", ["data.train.0.weight", "inf", "finite"]),
+    ("data: {train: a, share_prompt: yes}", ["data.share_prompt", "'yes'", "boolean"]),
+    (
+        "data: {train: a, truncation: keep_end}",
+        ["data.truncation", "'keep_end'", "values are keep_start"],
+    ),
+    ("data: {train: a, row_tokens: 512}", ["data.max_length", "1024", "at most 512"]),
+    ("data: {train: a, eval: b, eval_pairs: 3}", ["data.eval_pairs", "not be read", "one of"]),
+    ("data: {train: a, bad_rows_file: b}", ["data.bad_rows_file", "not be read", "skip"]),
+    (
+        "data: {train: a, max_length: null, truncation: drop}",
+        ["data.truncation", "not be read", "max_length"],
+    ),
+    ("data: {train: a}\ndata: {train: b}", ["data (run.yaml:2)", "already", "run.yaml:1"]),
+    ("data: {train: a}\nmodel:", ["model (run.yaml:2)", "is empty", "model.path"]),
+    ("data: {train: a}\nmodel: 3", ["model (run.yaml:2)", "is 3", "model.path"]),
+    ("data: {train: &a [*a]}", ["data.train.0", "contains itself"]),
+    ("data: {train: !!int x}", ["data.train", "'x' is no int"]),
+    ("data: {train: a, [x]: 1}", ["data (run.yaml:1)", "key"]),
+    ("data: {train: a}\nlayout: {tensor: 0}", ["layout.tensor (run.yaml:2)", "is 0"]),
+    (
+        "data: {train: a}\nlayout: {virtual_pipeline: 2}",
+        ["layout.virtual_pipeline (run.yaml:2)", "needs stages"],
+    ),
+    (
+        "data: {train: a, row_tokens: 2049}\nlayout: {tensor: 2, sequence_parallel: true}",
+        ["data.row_tokens (run.yaml:1)", "2049", "use 2050"],
+    ),
+    ("model: {path: m}", ["data", "missing", "data.train"]),
+    ("data: [", ["run.yaml:1:8", "not YAML"]),
+    ("just words", ["run.yaml", "not a mapping"]),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), MISTAKES)
+def test_one_mistake_is_one_line_with_place_and_remedy(write, text, told):
+    lines = refused(write(text), required=["data"])
+    assert all(part in "\n".join(lines) for part in told), lines
+    # What cannot even be read as YAML leaves a hole that is a second problem.
+    assert len(lines) == 1 or any(mark in text for mark in "&!"), lines
+
+
+def test_all_mistakes_are_told_together(write):
+    text = "modle: {}\ndata: {train: a, sede: 1, row_tokens: x}\nlayout: {tensor: 1.5}\n"
+    lines = refused(write(text), ["nonsense", "data.eval=["], required=["data", "training"])
+    assert lines[0] == "7 problems:"
+    for place in (
+        "modle",
+        "data.sede",
+        "data.row_tokens",
+        "layout.tensor",
+        "'nonsense'",
+        "training",
+    ):
+        assert any(place in line for line in lines), (place, lines)
+
+
+def test_a_file_is_checked_whole_whatever_the_verb_reads(write):
+    path = write(GOOD + "reference: {}\n")
+    assert "unknown section" in refused(path, required=["model"])[0]
+    path = write(GOOD.replace("epochs: 3", "epochs: x"))
+    assert "training.epochs (run.yaml:5)" in refused(path, required=["model"])[0]
+
+
+def test_an_override_that_the_verb_does_not_read_is_a_mistake(write):
+    assert load_config(write(GOOD), required=["model"]).has("training")
+    lines = refused(write(GOOD), ["training.epochs=4", "training.seed=1"], required=["model"])
+    assert len(lines) == 1 and "training (command line): would not be read" in lines[0]
+
+
+def test_overrides_know_their_place_and_can_remove_a_section(write):
+    lines = refused(write(GOOD), ["data.train.x=1"], required=["data"])
+    assert "data.train has no fields" in lines[0]
+    lines = refused(write(GOOD), ["data.format=hhh"], required=["data"])
+    assert lines[0].startswith("data.format (command line): is 'hhh'; did you mean `hh`?")
+    config = load_config(write(GOOD), ["layout=null"], required=["data", "layout"])
+    assert config.layout == LayoutConfig()
+    config = load_config(write("model: {path: m}"), ["data.train=a=b"], required=["data"])
+    assert config.data.train[0].path == "a=b"
+
+
+def test_an_absent_section_is_not_silently_there(write):
+    config = load_config(write("model: {path: m}"), required=["model"])
+    assert not config.has("data")
+    with pytest.raises(AttributeError):
+        _ = config.data
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "no such file" in refused(tmp_path / "none.yaml")[0]
+    (tmp_path / "latin.yaml").write_bytes(b"model: {path: \xe4}")
+    assert "UTF-8" in refused(tmp_path / "latin.yaml")[0]
+    assert "cannot be read" in refused(tmp_path)[0]
+
+
+def test_an_empty_file_has_no_sections(write):
+    assert "data: the section is missing" in refused(write(""), required=["data"])[0]
+
+
+VALUES = st.fixed_dictionaries(
+    {"train": st.lists(st.text(min_size=1), min_size=1, max_size=3)},
+    optional={
+        "row_tokens": st.integers(1024, 10**6),
+        "eval_fraction": st.floats(1e-12, 0.999),
+        "cache": st.text(min_size=1),
+        "chat_template": st.text(min_size=1),
+        "share_prompt": st.booleans(),
+    },
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(values=VALUES, output=st.text(min_size=1))
+def test_the_resolved_configuration_reads_back_as_itself(tmp_path_factory, values, output):
+    config = RunConfig.model_construct(
+        data=DataConfig.model_validate(values), layout=LayoutConfig(tensor=2)
+    )
+    path = tmp_path_factory.mktemp("dump") / "resolved.yaml"
+    path.write_text(config.dump(), encoding="utf-8")
+    assert load_config(path, required=["data"]) == config
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text() | st.from_regex(r"(data|model|x): *[\[{]?[a-z:\- ,&*!]{0,20}", fullmatch=True),
+    override=st.text()
+    | st.from_regex(r"data\.[a-z.]{1,10}=[\[\]{}a-z0-9:&*!]{0,9}", fullmatch=True),
+)
+def test_no_text_ends_in_anything_but_a_config_error(tmp_path_factory, text, override):
+    path = tmp_path_factory.mktemp("fuzz") / "run.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ConfigError):
+        load_config(path, [override, "layout.tensor=0"], required=["data", "layout"])
+
+
+def test_the_reference_page_is_up_to_date():
+    page = Path(__file__).parents[1] / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == config_reference(), (
+        "run python -m megatron_idpo.config_reference > docs/configuration.md"
+    )
+
+
+def test_every_field_is_documented():
+    reference = config_reference()
+    for section in SECTIONS:
+        assert f"## `{section}`" in reference
+    assert not [line for line in reference.splitlines() if line.endswith("|  |")]
+
+
+def test_reading_a_configuration_loads_neither_torch_nor_megatron():
+    code = (
+        "import sys, megatron_idpo.config;"
+        "sys.exit(sum(name in sys.modules for name in ('torch', 'megatron.core', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

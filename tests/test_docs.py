@@ -1,0 +1,211 @@
+"""What the documents promise is there: links, commands, make targets; their Python compiles.
+
+Commands are parsed by the program's own parser and never run.
+"""
+
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_idpo import cli
+from megatron_idpo.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")))
+    if path.exists()
+]
+FENCE = re.compile(r"^( *)(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)^\1\2[ \t]*$", re.M | re.S)
+LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)|^ *\[[^\]]+\]: *(\S+)", re.M)
+INLINE_CODE = re.compile(r"`[^`\n]+`")
+HEADING = re.compile(r"^#+ +(.*?) *#*$", re.M)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language and its text."""
+
+    language: str
+    text: str
+
+
+def blocks(document: str) -> list[Block]:
+    return [
+        Block(found[3].lower(), textwrap.dedent(found[4])) for found in FENCE.finditer(document)
+    ]
+
+
+def links(document: str) -> list[str]:
+    prose = INLINE_CODE.sub("", FENCE.sub("", document))
+    return [found[1] or found[2] for found in LINK.finditer(prose)]
+
+
+def anchors(document: str) -> set[str]:
+    """GitHub's names for the headings."""
+    headings = (found[1].lower() for found in HEADING.finditer(FENCE.sub("", document)))
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The words of each shell command of a block, without prompts, comments and environment."""
+    if block.language not in {"", "sh", "bash", "shell", "console", "text"}:
+        return
+    for line in block.text.replace("\\\n", " ").splitlines():
+        line = line.strip().removeprefix("$ ")
+        for command in re.split(r"&&|\|\||[;|]", line):
+            try:
+                words = shlex.split(command, comments=True)
+            except ValueError:  # an apostrophe in printed output
+                continue
+            while words and re.fullmatch(r"\w+=.*", words[0]):
+                words.pop(0)
+            if words:
+                yield words
+
+
+def program_arguments(words: list[str]) -> list[str] | None:
+    """What our program is given, started by its name, by `python -m` or by torchrun."""
+    if words[0] == "megatron-idpo":
+        rest = words[1:]
+    elif "megatron_idpo" in words[:-1] and words[words.index("megatron_idpo") - 1] == "-m":
+        rest = words[words.index("megatron_idpo") + 1 :]
+    else:
+        return None
+    redirections = [place for place, word in enumerate(rest) if re.match(r"\d?[<>]|&$|→", word)]
+    return rest[: redirections[0]] if redirections else rest
+
+
+def problem_of_command(words: list[str]) -> str | None:
+    arguments = program_arguments(words)
+    # VERB stands for any of them, and `...` for what has been told before.
+    if not arguments or "VERB" in arguments or "..." in arguments:
+        return None
+    try:
+        cli.build_parser().parse_args(arguments)
+    except ConfigError as error:
+        return f"{' '.join(words)}: {error}"
+    except SystemExit as end:  # --help and --version
+        return None if not end.code else f"{' '.join(words)}: exit {end.code}"
+    return None
+
+
+def problems(path: Path, targets: set[str]) -> Iterator[str]:
+    document = path.read_text(encoding="utf-8")
+    for link in links(document):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        there = (path.parent / name) if name else path
+        if not there.exists():
+            yield f"link to {link}: there is no such file"
+        elif anchor and there.suffix == ".md" and anchor not in anchors(there.read_text()):
+            yield f"link to {link}: there is no such heading"
+    for block in blocks(document):
+        if block.language in {"python", "py"}:
+            try:
+                compile(block.text, str(path), "exec")
+            except SyntaxError as error:
+                yield f"python block: {error}"
+        for words in commands(block):
+            if problem := problem_of_command(words):
+                yield problem
+            if words[0] == "make":
+                for word in words[1:]:
+                    if not word.startswith("-") and "=" not in word and word not in targets:
+                        yield f"make {word}: there is no such target"
+    for target in re.findall(r"`make ([a-z][\w-]*)`", document):
+        if target not in targets:
+            yield f"make {target}: there is no such target"
+
+
+@pytest.fixture(scope="module")
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_document_keeps_its_promises(
+    path: Path, targets: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = list(problems(path, targets))
+    assert not found, "\n".join(found)
+
+
+def test_there_is_something_to_read() -> None:
+    assert {"README.md", "CONTRIBUTING.md"} <= {path.name for path in DOCUMENTS}
+
+
+def test_help_and_make_agree(targets: set[str]) -> None:
+    """Every target says in `make help` what it does."""
+    told = set(re.findall(r"^([a-z][\w-]*):.*## ", (ROOT / "Makefile").read_text(), re.M))
+    assert told == targets
+
+
+PROMISES = [
+    ("[a](missing.md)", "no such file"),
+    ("![a](pictures/missing.png)", "no such file"),
+    ("[a]: missing.md", "no such file"),
+    ("# One heading\n[a](#another)", "no such heading"),
+    ("```bash\nmegatron-idpo covnert a b\n```", "covnert"),
+    ("```bash\nmegatron-idpo convert hf-to-megatron a\n```", "required: OUTPUT"),
+    ("```\n$ X=1 megatron-idpo convert hf-to-megatron a b \\\n   --form bf16\n```", "--form"),
+    ("```sh\ntorchrun --nproc-per-node 2 -m megatron_idpo conver a b\n```", "conver"),
+    ("```sh\ncd x && make tset\n```", "no such target"),
+    ("Run `make tset`.", "no such target"),
+    ("```python\nif x\n```", "python block"),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), PROMISES)
+def test_a_broken_promise_is_noticed(
+    tmp_path: Path, targets: set[str], text: str, told: str
+) -> None:
+    path = tmp_path / "a.md"
+    path.write_text(f"{text}\n")
+    (found,) = problems(path, targets)
+    assert told in found
+
+
+KEPT = """
+# A heading, `coded` here
+
+[here](#a-heading-coded-here) [web](https://example.com/x) [mail](mailto:a@b.c) `[no](link)`
+Run `make test`.
+
+```bash
+make test ARGS="tests/mcore -x"     # it's a comment
+megatron-idpo VERB CONFIG.yaml
+megatron-idpo convert hf-to-megatron IN OUT --dtype bf16 > log.txt
+torchrun --nproc-per-node 2 -m megatron_idpo convert megatron-to-hf IN OUT --tensor 2
+megatron-idpo doctor run.yaml layout.tensor=2
+megatron-idpo --help | head
+```
+
+```console
+$ megatron-idpo doctor
+it's what is printed
+```
+
+  ```python
+  x = 1
+  ```
+
+```yaml
+[not](a link)
+```
+"""
+
+
+def test_kept_promises_are_left_alone(
+    tmp_path: Path, targets: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.md"
+    path.write_text(KEPT)
+    assert list(problems(path, targets)) == []

@@ -1,0 +1,168 @@
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.testing import WorkerError, run_distributed
+
+pytestmark = pytest.mark.distributed
+
+HANG_TIMEOUT_S = 3.0
+"""Above what a healthy call on running workers takes on a loaded machine."""
+
+
+@dataclass
+class Question:
+    """Lives in the test module, which the worker can only import by path."""
+
+    value: int
+
+
+def rank_and_sum(question, factor=1):
+    rank = torch.distributed.get_rank()
+    assert os.environ["RANK"] == os.environ["LOCAL_RANK"] == str(rank)
+    assert os.environ["WORLD_SIZE"] == str(torch.distributed.get_world_size())
+    total = torch.tensor([question.value * factor + rank])
+    torch.distributed.all_reduce(total)
+    return os.getpid(), rank, total, Question(rank)
+
+
+def process_id():
+    return os.getpid()
+
+
+def return_tensors():
+    base = torch.arange(1000.0)
+    return {
+        "view": base[3:5],
+        "bf16": base[:3].bfloat16().reshape(3, 1).t(),
+        "scalar": torch.tensor(7),
+        "empty": torch.empty(0, 4),
+        "leaf": torch.nn.Parameter(base[:2].clone()),
+        "graph": (base[:2].clone().requires_grad_() * 2),
+    }
+
+
+def start_megatron(tensor):
+    from megatron.core import parallel_state
+
+    from megatron_idpo.mcore.cpu import redirect_cuda_to_cpu
+
+    assert not parallel_state.model_parallel_is_initialized()
+    parallel_state.initialize_model_parallel(tensor)
+    assert redirect_cuda_to_cpu()
+    return torch.zeros(1, device="cuda").device, torch.get_num_threads()
+
+
+def fail_on_rank(failing_rank, kind):
+    if torch.distributed.get_rank() == failing_rank:
+        raise kind("the reason")
+    # The others wait for it, as they would inside a pipeline.
+    torch.distributed.barrier()
+
+
+class Unpicklable(Exception):
+    def __init__(self, reason):
+        super().__init__(reason)
+        self.lock = threading.Lock()
+
+
+def die_on_rank(dying_rank):
+    if torch.distributed.get_rank() == dying_rank:
+        os._exit(3)
+    torch.distributed.barrier()
+
+
+def hang_on_rank(hanging_rank):
+    if torch.distributed.get_rank() == hanging_rank:
+        time.sleep(1000)
+
+
+def test_ranks_results_and_reuse(workers):
+    first = workers.run(rank_and_sum, 2, Question(3), factor=10)
+    assert [rank for _, rank, *_ in first] == [0, 1]
+    assert [total.tolist() for _, _, total, _ in first] == [[61], [61]]
+    assert [echo for *_, echo in first] == [Question(0), Question(1)]
+    second = workers.run(rank_and_sum, 2, Question(0))
+    assert [pid for pid, *_ in first] == [pid for pid, *_ in second]
+    assert workers.run(process_id, 1) == [first[0][0]]
+
+
+def test_a_world_starts_only_the_workers_it_needs(workers):
+    workers.run(process_id, 1)
+    assert len({*workers.run(process_id, 3)}) == 3
+
+
+def test_tensors_come_back_as_compact_copies(workers):
+    (found,) = workers.run(return_tensors, 1)
+    assert found["view"].tolist() == [3.0, 4.0]
+    assert found["view"].untyped_storage().nbytes() == 8
+    assert found["bf16"].dtype == torch.bfloat16 and found["bf16"].tolist() == [[0.0, 1.0, 2.0]]
+    assert found["scalar"].shape == () and found["scalar"].item() == 7
+    assert found["empty"].shape == (0, 4)
+    assert isinstance(found["leaf"], torch.nn.Parameter) and found["leaf"].requires_grad
+    assert found["graph"].tolist() == [0.0, 2.0]
+
+
+def test_megatron_state_does_not_outlive_a_call(workers):
+    for tensor in (2, 1):
+        assert workers.run(start_megatron, 2, tensor) == [(torch.device("cpu"), 1)] * 2
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+@pytest.mark.parametrize("kind", [ValueError, ConfigError, SystemExit])
+def test_an_exception_comes_back_with_its_rank_and_traceback(workers, failing_rank, kind):
+    before = workers.run(process_id, 2)
+    with pytest.raises(kind, match="the reason") as raised:
+        workers.run(fail_on_rank, 2, failing_rank, kind)
+    (note,) = raised.value.__notes__
+    assert note.startswith(f"rank {failing_rank} of 2 raised:")
+    assert "in fail_on_rank" in note
+    assert workers.run(process_id, 2) == before, "a failed call should not cost the workers"
+
+
+def test_an_exception_that_cannot_be_pickled_is_told_in_words(workers):
+    with pytest.raises(WorkerError, match=r"Unpicklable: the reason(.|\n)*in fail_on_rank"):
+        workers.run(fail_on_rank, 1, 0, Unpicklable)
+
+
+def test_a_dead_worker_is_named_and_replaced(workers):
+    before = workers.run(process_id, 2)
+    with pytest.raises(WorkerError, match=r"rank 1 of 2 died \(exit code 3\)"):
+        workers.run(die_on_rank, 2, 1)
+    after = workers.run(process_id, 2)
+    assert before[1] not in after
+
+
+def test_a_hang_is_told_with_its_stack_and_ends(workers):
+    workers.run(process_id, 2)
+    started_s = time.monotonic()
+    with pytest.raises(WorkerError, match=r"rank 1 of 2 hung(.|\n)*in hang_on_rank"):
+        workers.run(hang_on_rank, 2, 1, timeout_s=HANG_TIMEOUT_S)
+    assert time.monotonic() - started_s < 3 * HANG_TIMEOUT_S
+    assert [rank for _, rank, *_ in workers.run(rank_and_sum, 2, Question(0))] == [0, 1]
+
+
+def test_functions_that_workers_cannot_find_are_refused(workers):
+    def local():
+        pass
+
+    for function in (local, lambda: None):
+        with pytest.raises(TypeError, match="not a module-level function"):
+            workers.run(function, 1)
+
+
+@pytest.mark.parametrize("world_size", [0, 9])
+def test_world_size_is_bounded(workers, world_size):
+    with pytest.raises(ValueError, match="world_size must be 1 to 8"):
+        workers.run(process_id, world_size)
+
+
+def test_run_distributed_leaves_no_process():
+    (pid,) = run_distributed(process_id, 1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
