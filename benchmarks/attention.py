@@ -1,13 +1,14 @@
 """How long attention over a shared-prompt row takes, on whatever device there is.
 
-For each prompt and answer length a row is filled with equal pairs, and three ways to attend them are
-timed, forward and backward, per pair: the row as we train it, the same pairs with their prompts
-repeated (`share_prompt: false`), and a padded causal batch as DPO trainers commonly run it (chosen
-and rejected halves; no padding is needed here, as the pairs are equal, which flatters it).
+For each prompt and answer length a row is filled with equal pairs, and three ways to attend to
+them are timed, forward and backward, per pair: the row as we train it, the same pairs with their
+prompts repeated (`share_prompt: false`), and a causal batch of whole sequences as DPO trainers
+commonly run it (equal pairs need no padding, which flatters it).
 
     python benchmarks/attention.py [--row-tokens 2048] [--dtypes fp32,bf16] [--threads 1]
 
-The best of several runs counts: others may be using the machine.
+The best of several runs counts, and one CPU thread is timed by its CPU time: others may be using the
+machine.
 
 Shape suffixes: `T` positions, `B` batch, `N` query heads, `M` key-value heads, `D` head size.
 """
@@ -62,23 +63,23 @@ class Bench:
     def tensors(self, tokens: int, batch: int) -> list[Tensor]:
         """Query, key and value with gradients, and the gradient of the output."""
         heads = (self.heads, self.kv_heads, self.kv_heads)
-        arguments = {"dtype": self.dtype, "device": self.device}
-        tensors = [
-            torch.randn(tokens, batch, n, self.head_dim, **arguments).requires_grad_()
-            for n in heads
-        ]
-        return [*tensors, torch.randn(tokens, batch, self.heads * self.head_dim, **arguments)]
+        shapes = [(tokens, batch, n, self.head_dim) for n in heads]
+        tensors = [torch.randn(shape, dtype=self.dtype, device=self.device) for shape in shapes]
+        grad = torch.randn_like(tensors[0]).flatten(2)
+        return [*(x.requires_grad_() for x in tensors), grad]
 
     def seconds(self, run: Callable[[], object]) -> float:
         """The best of the runs, after two to warm up (and, on a GPU, to compile)."""
+        one_thread = self.device.type == "cpu" and torch.get_num_threads() == 1
+        clock = time.process_time if one_thread else time.perf_counter
         times = []
         for i in range(self.repeats + 2):
             self._synchronise()
-            start = time.perf_counter()
+            start = clock()
             run()
             self._synchronise()
             if i >= 2:
-                times.append(time.perf_counter() - start)
+                times.append(clock() - start)
         return min(times)
 
     def _synchronise(self) -> None:

@@ -88,9 +88,7 @@ def _model(path: str) -> "tuple[Architecture | None, Finding]":
     except (UserError, ImportError, OSError) as error:
         return None, _refused("model", error)
     count = sum(_parameters_by_layer(architecture).values())
-    told = (
-        f"{architecture.family}, {architecture.num_layers} layers, {count / 1e9:.3g} B parameters"
-    )
+    told = f"{architecture.family}, {architecture.num_layers} layers, {count:,} parameters"
     return architecture, Finding("model", State.OK, told)
 
 

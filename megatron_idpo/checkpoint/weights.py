@@ -10,7 +10,7 @@ Not here: optimizer state, schedules, atomic directories (`checkpoint/directory.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def _take_over(chunks: Sequence[GPTModel], state: ShardedState) -> None:
         for chunk in chunks
         for parameter in chunk.parameters()
     }
-    for value in _sharded_tensors(state):
+    for value in _sharded_tensors(state.values()):
         storage = value.data.untyped_storage()
         if value.data.nbytes < storage.nbytes():
             value.data = value.data.detach().clone()
@@ -149,11 +149,13 @@ def _take_over(chunks: Sequence[GPTModel], state: ShardedState) -> None:
             owner.data = torch.empty(0, dtype=owner.dtype, device=owner.device)
 
 
-def _sharded_tensors(state: ShardedState) -> Iterator[ShardedTensor]:
-    for value in state.values():
-        if isinstance(value, dict | list):
-            inner = value if isinstance(value, dict) else dict(enumerate(value))
-            yield from _sharded_tensors(inner)
+def _sharded_tensors(values: Iterable[Any]) -> Iterator[ShardedTensor]:
+    """The sharded tensors among nested values."""
+    for value in values:
+        if isinstance(value, dict):
+            yield from _sharded_tensors(value.values())
+        elif isinstance(value, list):
+            yield from _sharded_tensors(value)
         elif isinstance(value, ShardedTensor):
             yield value
 

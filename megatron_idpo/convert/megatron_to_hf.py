@@ -17,11 +17,12 @@ from megatron_idpo.checkpoint.directory import COMPANIONS, companion_files, copy
 from megatron_idpo.checkpoint.weights import load_weights, weight_dtypes
 from megatron_idpo.convert.dtypes import parse_dtype, stored_dtype
 from megatron_idpo.convert.families import entry, hf_shapes
+from megatron_idpo.convert.hf_reader import CONFIG_FILE
 from megatron_idpo.convert.hf_writer import HfWriter
 from megatron_idpo.convert.progress import tensor_progress
 from megatron_idpo.convert.safetensors_header import TensorSpec
 from megatron_idpo.convert.slicing import Replicated
-from megatron_idpo.convert.tokenizer_files import CONFIG_FILE, read_json_object
+from megatron_idpo.convert.tokenizer_files import read_json_object
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.groups import gather_tensor_shards, this_place

@@ -72,6 +72,8 @@ class PairText:
     chosen: str
     rejected: str
     is_chat: bool
+    moved: bool = False
+    """The prompt is shorter than the template renders it alone."""
 
 
 def pair_text(
@@ -104,7 +106,7 @@ def pair_text(
             closed = _render(tokenizer, prompt, False, kwargs)
             if len(shared) < common_length(opened, closed):
                 raise BadRecord("the chat template writes the prompt differently before an answer")
-        text = PairText(shared, whole[0], whole[1], True)
+        text = PairText(shared, whole[0], whole[1], True, moved=shared != opened)
     try:
         (text.chosen + text.rejected).encode()
     except UnicodeEncodeError:
@@ -188,7 +190,7 @@ def _split(text: PairText, encoded: list[list[int]], tokenizer: Tokenizer) -> To
             prompt = prompt[:-1]  # The tokenizer ends every text with EOS; this one goes on.
         chosen, rejected = (ids if ids[-1:] == [eos] else [*ids, eos] for ids in (chosen, rejected))
     shared = common_length(prompt, chosen, rejected)
-    moved = shared < len(prompt)
+    moved = text.moved or shared < len(prompt)
     if shared == 0 and prompt:
         prompt, chosen, rejected = _force_boundary(text, prompt, chosen, rejected, tokenizer)
         shared = len(prompt)

@@ -57,7 +57,7 @@ some_run = st.fixed_dictionaries(
         "seed": st.integers(0, 2**40),
         "ranks": st.integers(1, 3),
         "multiple": st.integers(1, 3),
-        "trim": st.sampled_from([None, 8]),
+        "trim": st.sampled_from([None, 8, 11]),
         "shared": st.booleans(),
     }
 ).filter(lambda made: made["num_pairs"] * made["epochs"] >= made["size"])
@@ -81,6 +81,7 @@ def test_every_pair_is_met_once_an_epoch_on_equal_ranks(made):
     for step in steps:
         assert len(pairs_of(step)) == made["size"]
         seen.update(pairs_of(step))
+        assert step[0].row_tokens <= ROWS.row_tokens
         for batch in step:
             assert batch.num_pairs == made["size"]
             assert len(batch.rows) == len(step[0].rows)

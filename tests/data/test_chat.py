@@ -147,7 +147,7 @@ def test_a_template_that_writes_no_answer_is_refused(text_tokenizer_path: str) -
 
 def test_a_template_that_raises_is_told_in_its_words(text_tokenizer_path: str) -> None:
     tokenizer = with_template(text_tokenizer_path, "{{ raise_exception('no system turn') }}")
-    with pytest.raises(BadRecord, match="chat template fails: .*no system turn"):
+    with pytest.raises(BadRecord, match=r"chat template fails: .*no system turn"):
         tokens_of(Preference([USER], said("a"), said("b")), tokenizer)
 
 

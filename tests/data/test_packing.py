@@ -60,6 +60,16 @@ def test_a_whole_multiple_of_rows_is_filled_with_pairs_first():
     assert [[len(row) for row in rank] for rank in plan] == [[2, 2], [2, 2]]
 
 
+def test_best_fit_leaves_no_row_empty_either():
+    # The long pairs' attention makes their rows the dearest: spreading fills the two other rows to
+    # the brim and fails, while best fit needs three rows of the four.
+    plan = plan_rows(
+        plain_lengths(32_000, 32_000, *[500] * 263), row_tokens=65_536, ranks=2, multiple=2
+    )
+    assert [len(rank) for rank in plan] == [2, 2]
+    assert all(row for rank in plan for row in rank)
+
+
 def test_more_rows_than_pairs_leave_empty_rows():
     plan = plan_rows(plain_lengths(10, 10), row_tokens=100, ranks=2, multiple=4)
     assert [sum(map(len, rank)) for rank in plan] == [1, 1]

@@ -99,6 +99,13 @@ def build():
     return ColumnParallelLinear(8, COLUMNS, config=config, init_method=torch.nn.init.normal_)
 
 
+def sharded_state(layer):
+    from megatron.core.parallel_state import get_data_parallel_group
+
+    group = get_data_parallel_group(with_context_parallel=True)
+    return layer.sharded_state_dict(metadata={"dp_cp_group": group})
+
+
 def whole(layer):
     """The layer's whole weight, the same on every rank."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -115,7 +122,7 @@ def save(tensor, directory, asynchronous):
     layer = build()
     saved = whole(layer).clone()
     request = dist_checkpointing.save(
-        layer.sharded_state_dict(),
+        sharded_state(layer),
         directory,
         async_sharded_save=asynchronous,
         async_strategy="mcore",
@@ -136,7 +143,7 @@ def load(tensor, directory):
 
     start(tensor)
     layer = build()
-    loaded = dist_checkpointing.load(layer.sharded_state_dict(), directory)
+    loaded = dist_checkpointing.load(sharded_state(layer), directory)
     layer.load_state_dict(loaded)
     return whole(layer)
 

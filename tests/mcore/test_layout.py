@@ -127,9 +127,7 @@ def splits() -> list[tuple[int, Layout]]:
 @pytest.mark.parametrize(("num_layers", "layout"), splits())
 def test_every_layer_is_in_exactly_one_chunk(num_layers, layout):
     chunks = product(range(layout.virtual_pipeline), range(layout.pipeline))
-    in_order = [
-        layer for chunk, rank in chunks for layer in layout.layers(num_layers, rank, chunk)
-    ]
+    in_order = [layer for chunk, rank in chunks for layer in layout.layers(num_layers, rank, chunk)]
     assert in_order == list(range(num_layers))
 
 

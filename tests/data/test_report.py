@@ -1,0 +1,29 @@
+"""Counting what became of rows."""
+
+from megatron_idpo.data.report import DataReport
+
+
+def test_reports_add_up_and_survive_json() -> None:
+    total = DataReport(rows=3, kept_pairs=2, dropped_pairs={"long": 1}, prompt_tokens=20)
+    total.add(DataReport(rows=4, kept_pairs=2, dropped_pairs={"long": 1, "same": 1}))
+    assert (total.rows, total.kept_pairs, total.prompt_tokens) == (7, 4, 20)
+    assert total.dropped_pairs == {"long": 2, "same": 1}
+    assert DataReport.from_dict(total.as_dict()) == total
+
+
+def test_lines_tell_what_happened_and_nothing_else() -> None:
+    lines = DataReport(rows=2, kept_pairs=1, dropped_pairs={"too long": 1}, chosen_tokens=3).lines()
+    assert lines == [
+        "1 pairs kept of 2 rows",
+        "1 dropped: too long",
+        "mean tokens: prompt 0, chosen 3, rejected 0",
+    ]
+    everything = DataReport(
+        rows=9,
+        truncated_pairs=1,
+        skipped_rows=2,
+        moved_boundaries=3,
+        unterminated_pairs=4,
+        longer_answers=5,
+    ).lines()
+    assert [line.split()[0] for line in everything] == ["0", "1", "2", "3", "4", "5"]

@@ -1,0 +1,84 @@
+"""Finding what a source names."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from megatron_idpo.data.sources import Source, open_source
+from megatron_idpo.errors import DataError
+
+TEXT = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+def rows_of(path: str, **fields: Any) -> list[tuple[str, int]]:
+    found = open_source(Source(path=path, **fields))
+    return [(Path(part.name).name, raw.row) for part in found.parts for raw in part.read()]
+
+
+def test_a_file_a_pattern_and_a_directory(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
+    one = write_jsonl([TEXT, TEXT], "b.jsonl")
+    write_jsonl([TEXT], "a.jsonl")
+    (tmp_path / "README.md").write_text("not data")
+    assert rows_of(one) == [("b.jsonl", 1), ("b.jsonl", 2)]
+    everything = [("a.jsonl", 1), ("b.jsonl", 1), ("b.jsonl", 2)]
+    assert rows_of(str(tmp_path)) == rows_of(str(tmp_path / "*.jsonl")) == everything
+
+
+def test_saved_datasets_with_and_without_splits(tmp_path: Path) -> None:
+    dataset = datasets.Dataset.from_list([TEXT, TEXT, TEXT])
+    dataset.save_to_disk(tmp_path / "one")
+    splits = datasets.DatasetDict({"train": dataset, "held": dataset.select([0])})
+    splits.save_to_disk(tmp_path / "two")
+    assert rows_of(str(tmp_path / "one")) == [("one", row) for row in (1, 2, 3)]
+    assert rows_of(str(tmp_path / "two"), split="held") == [("two", 1)]
+    with pytest.raises(DataError, match="no split 'test'; it has train, held"):
+        open_source(Source(path=str(tmp_path / "two"), split="test"))
+
+
+def test_the_digest_is_of_contents(write_jsonl: Callable[..., str]) -> None:
+    def digest(path: str) -> str:
+        return open_source(Source(path=path)).digest()
+
+    first = digest(write_jsonl([TEXT], "a.jsonl"))
+    assert digest(write_jsonl([TEXT], "b.jsonl")) == first
+    assert digest(write_jsonl([{**TEXT, "chosen": "c"}], "a.jsonl")) != first
+
+
+def test_a_hub_dataset_is_read_by_split_and_subset(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(path: str, subset: str | None, split: str) -> datasets.Dataset:
+        asked.append((path, subset, split))
+        return datasets.Dataset.from_list([TEXT])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = open_source(Source(path="owner/pairs", split="train[:5]", subset="en"))
+    assert found.parts[0].name == "owner/pairs:en:train[:5]"
+    assert [raw.record() for raw in found.parts[0].read()] == [TEXT]
+    assert asked == [("owner/pairs", "en", "train[:5]")]
+    assert found.digest() != open_source(Source(path="owner/pairs")).digest()
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("missing.jsonl", "no such file or directory"),
+        ("./missing", "no such file or directory"),
+        ("none/*.parquet", "no such file or directory"),
+        ("owner/none", "the hub gives no split 'train' of it: gone"),
+        ("{tmp}", "the directory holds no data file"),
+    ],
+)
+def test_what_is_not_there_is_told(
+    path: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError) as error:
+        open_source(Source(path=path.format(tmp=tmp_path)))
+    assert told in str(error.value)

@@ -1,0 +1,66 @@
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megatron_idpo.testing import TINY_FAMILIES, tiny_hf_config, write_tiny_hf_model
+
+OVERRIDES = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "grouped": {"num_key_value_heads": 2},
+    "window": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2},
+    "scaled": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}},
+}
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_transformers_reads_what_is_written(tmp_path, family, overrides):
+    assert write_tiny_hf_model(tmp_path, family, **overrides) == tmp_path
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == family
+    for name, value in overrides.items():
+        if not (family in ("llama", "mistral") and "window" in name):
+            assert config[name] == value
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model(torch.arange(5)[None]).logits.shape == (1, 5, 256)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert ("lm_head.weight" in weights) != config["tie_word_embeddings"]
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert all(weight.std() > 0 for weight in weights.values()), "a constant hides mix-ups"
+
+
+def test_windows_change_the_logits(tmp_path):
+    tokens = torch.arange(20)[None]
+    logits = []
+    for window in (None, 4):
+        write_tiny_hf_model(tmp_path, "mistral", sliding_window=window)
+        logits.append(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits)
+    assert torch.equal(logits[0][:, :4], logits[1][:, :4])
+    assert not torch.allclose(logits[0][:, -1], logits[1][:, -1])
+
+
+def test_the_seed_decides_and_the_generator_is_left_alone(tmp_path):
+    state = torch.get_rng_state()
+    first, same, other = (
+        load_file(write_tiny_hf_model(tmp_path / name, "qwen2", seed=seed) / "model.safetensors")
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["model.norm.weight"], other["model.norm.weight"])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_config_is_plain_json_and_new_each_time():
+    config = tiny_hf_config("llama", vocab_size=300)
+    assert json.loads(json.dumps(config)) == config
+    assert config["vocab_size"] == 300
+    assert tiny_hf_config("llama")["vocab_size"] == 256
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(ValueError, match="no tiny model of family 'gpt2'; there is llama"):
+        tiny_hf_config("gpt2")
