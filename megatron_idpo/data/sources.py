@@ -105,7 +105,7 @@ def _directory(source: Source, path: Path) -> tuple[Part, ...]:
 def _saved(source: Source, path: Path) -> Part:
     import datasets
 
-    loaded = datasets.load_from_disk(str(path))
+    loaded = datasets.load_from_disk(str(path), keep_in_memory=False)
     if isinstance(loaded, datasets.DatasetDict):
         if source.split not in loaded:
             named = ", ".join(loaded)
@@ -118,7 +118,9 @@ def _hub(source: Source) -> Part:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
+        loaded = datasets.load_dataset(
+            source.path, source.subset, split=source.split, keep_in_memory=False
+        )
     # Whatever goes wrong with the hub (names, splits, network, login) is told in its words.
     except Exception as error:
         raise DataError.at(
@@ -132,6 +134,8 @@ def _hub(source: Source) -> Part:
 
 def _dataset_part(name: str, dataset: Any, selection: str = "") -> Part:
     files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
+    if not files:  # Nothing to hash: `datasets` has a fingerprint of its own.
+        selection += dataset._fingerprint
     return Part(name, partial(read_dataset, dataset), files, selection)
 
 

@@ -50,7 +50,7 @@ def test_the_digest_is_of_contents(write_jsonl: Callable[..., str]) -> None:
 def test_a_hub_dataset_is_read_by_split_and_subset(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(path: str, subset: str | None, split: str) -> datasets.Dataset:
+    def load(path: str, subset: str | None, split: str, **_: object) -> datasets.Dataset:
         asked.append((path, subset, split))
         return datasets.Dataset.from_list([TEXT])
 

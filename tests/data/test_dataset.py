@@ -1,0 +1,231 @@
+"""`load_pairs` from files to random access, mixtures, slices, and memory."""
+
+import json
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_idpo.data.chat import TokenOptions
+from megatron_idpo.data.dataset import PairDataset, load_pairs
+from megatron_idpo.data.sources import Source
+from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_idpo.errors import DataError
+
+SHARED = Path(__file__).parents[3] / "shared"
+
+
+def records(name: str, count: int) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"{name} {i}?", "chosen": " Yes." * (i % 3 + 1), "rejected": " No."}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def load(
+    write_jsonl: Callable[..., str], tmp_path: Path, text_tokenizer: Tokenizer
+) -> Callable[..., PairDataset]:
+    """Loads pairs of `name: (count, weight)`."""
+
+    def load_named(seed: int = 0, **sources: tuple[int, float]) -> PairDataset:
+        listed = [
+            Source(path=write_jsonl(records(name, count), f"{name}.jsonl"), weight=weight)
+            for name, (count, weight) in sources.items()
+        ]
+        return load_pairs(listed, text_tokenizer, cache=tmp_path / "cache", seed=seed)
+
+    return load_named
+
+
+def prompts(dataset: PairDataset, tokenizer: Tokenizer) -> list[str]:
+    return [
+        tokenizer.decode(dataset[i].prompt_tokens.tolist()).removeprefix("<s>")
+        for i in range(len(dataset))
+    ]
+
+
+def test_pairs_come_in_the_order_of_the_files(
+    load: Callable[..., PairDataset], text_tokenizer: Tokenizer
+) -> None:
+    dataset = load(a=(3, 1), b=(2, 1))
+    assert prompts(dataset, text_tokenizer) == ["a 0?", "a 1?", "a 2?", "b 0?", "b 1?"]
+    pair = dataset[4]
+    assert pair.index == 4 and pair.chosen_tokens.dtype == np.int32
+    assert text_tokenizer.decode(pair.chosen_tokens.tolist()) == " Yes. Yes.</s>"
+    assert dataset.place(4).endswith("b.jsonl:2")
+    assert dataset.source_P.tolist() == [0, 0, 0, 1, 1]
+    assert [Path(name).name for name in dataset.source_names] == ["a.jsonl", "b.jsonl"]
+    assert dataset.report.kept_pairs == 5
+    for index in (-1, 5):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+def test_lengths_are_those_of_the_tokens(load: Callable[..., PairDataset]) -> None:
+    for dataset in (load(a=(3, 1)), load(a=(3, 1), b=(2, 1)), load(a=(3, 2))):
+        lengths = [
+            [len(p.prompt_tokens), len(p.chosen_tokens), len(p.rejected_tokens)]
+            for p in (dataset[i] for i in range(len(dataset)))
+        ]
+        assert dataset.lengths_P3.tolist() == lengths
+        assert dataset.longest_pair_tokens() == max(map(sum, lengths))
+        both = max(2 * p + c + r for p, c, r in lengths)
+        assert dataset.longest_pair_tokens(share_prompt=False) == both
+
+
+def test_weights_say_how_often_a_pair_occurs(
+    load: Callable[..., PairDataset], text_tokenizer: Tokenizer
+) -> None:
+    dataset = load(a=(8, 2.25), b=(10, 0.3), c=(2, 1))
+    counts = Counter(prompts(dataset, text_tokenizer))
+    assert sorted(counts[f"a {i}?"] for i in range(8)) == [2] * 6 + [3] * 2
+    assert sorted(counts[f"b {i}?"] for i in range(10)) == [0] * 7 + [1] * 3
+    assert [counts[f"c {i}?"] for i in range(2)] == [1, 1]
+    again, other = (load(seed=seed, a=(8, 2.25), b=(10, 0.3), c=(2, 1)) for seed in (0, 1))
+    assert prompts(again, text_tokenizer) == prompts(dataset, text_tokenizer)
+    assert prompts(other, text_tokenizer) != prompts(dataset, text_tokenizer)
+    assert (again.fingerprint == dataset.fingerprint) and (other.fingerprint != again.fingerprint)
+    with pytest.raises(DataError, match=r"weight 0\.01 leaves none of its 8 pairs"):
+        load(a=(8, 0.01))
+
+
+def test_a_slice_keeps_order_origin_and_has_its_own_fingerprint(
+    load: Callable[..., PairDataset], text_tokenizer: Tokenizer
+) -> None:
+    dataset = load(a=(3, 1), b=(2, 1))
+    slice_ = dataset.select(np.array([4, 0, 3])).select(np.array([0, 1]))
+    assert prompts(slice_, text_tokenizer) == ["b 1?", "a 0?"]
+    assert slice_[0].index == 0 and slice_.place(0).endswith("b.jsonl:2")
+    assert slice_.source_P.tolist() == [1, 0]
+    assert slice_.lengths_P3.tolist() == dataset.lengths_P3[[4, 0]].tolist()
+    assert slice_.fingerprint != dataset.fingerprint
+    sent = pickle.loads(pickle.dumps(slice_))
+    assert prompts(sent, text_tokenizer) == ["b 1?", "a 0?"]
+
+
+def test_skipped_rows_are_listed_in_a_file(
+    write_jsonl: Callable[..., str], tmp_path: Path, text_tokenizer: Tokenizer
+) -> None:
+    sources = [
+        Source(path=write_jsonl([b"{", *records("a", 2)], "a.jsonl")),
+        Source(path=write_jsonl([*records("b", 1), b"{}"], "b.jsonl")),
+    ]
+    listed = tmp_path / "out" / "bad_rows.jsonl"
+    for _ in range(2):  # The second time from the cache.
+        dataset = load_pairs(
+            sources,
+            text_tokenizer,
+            cache=tmp_path / "cache",
+            on_bad_row="skip",
+            bad_rows_file=listed,
+        )
+        assert len(dataset) == 3 and dataset.report.skipped_rows == 2
+        bad = [json.loads(line) for line in listed.read_text().splitlines()]
+        assert [(Path(row["file"]).name, row["row"]) for row in bad] == [
+            ("a.jsonl", 1),
+            ("b.jsonl", 2),
+        ]
+        assert bad[1]["reason"] == "field 'chosen' is missing"
+        listed.unlink()
+
+
+def test_nothing_left_is_an_error_with_the_reasons(
+    write_jsonl: Callable[..., str], tmp_path: Path, text_tokenizer: Tokenizer
+) -> None:
+    path = write_jsonl([*records("a", 4), b"{"])
+    with pytest.raises(DataError) as error:
+        load_pairs(
+            [Source(path=path)],
+            text_tokenizer,
+            TokenOptions(max_length=2),
+            cache=tmp_path / "cache",
+            on_bad_row="skip",
+        )
+    assert "none of its 5 rows is left: 4 × the prompt fills max_length" in str(error.value)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from megatron_idpo.data.dataset import load_pairs
+from megatron_idpo.data.sources import Source
+from megatron_idpo.data.tokenizers import load_tokenizer
+
+def anonymous_kib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+def generate(path, count):
+    with path.open("w") as file:
+        for i in range(count):
+            file.write('{"prompt": "What is %d?", "chosen": " It is %d.", "rejected": " No."}\\n' % (i, i))
+
+def measure(count):
+    path = directory / f"{count}.jsonl"
+    generate(path, count)
+    dataset = load_pairs([Source(path=str(path))], tokenizer, cache=directory, num_workers=1)
+    assert len(dataset) == count
+    total = sum(len(dataset[i].chosen_tokens) for i in range(count))
+    assert total == int(dataset.lengths_P3[:, 1].sum())
+    return anonymous_kib()
+
+tokenizer = load_tokenizer(sys.argv[1])
+directory = Path(sys.argv[2])
+few, many = int(sys.argv[3]), int(sys.argv[4])
+before = measure(few)
+print((measure(many) - before) / 1024)
+"""
+
+
+def grown_mib(tokenizer_path: str, directory: Path, few: int, many: int) -> float:
+    """Anonymous memory, which file mappings are not, after `many` pairs beyond that after `few`."""
+    command = [sys.executable, "-c", MEASURE, tokenizer_path, str(directory), str(few), str(many)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+# An open record batch of 512 pairs costs about 2 KiB of Python objects; a list of all pairs would
+# cost 1 KiB for each pair.
+BYTES_PER_PAIR = 64
+ALLOCATOR_NOISE_MIB = 12
+
+
+def test_memory_does_not_grow_with_the_pairs(text_tokenizer_path: str, tmp_path: Path) -> None:
+    grown = grown_mib(text_tokenizer_path, tmp_path, 4_000, 24_000)
+    assert grown < ALLOCATOR_NOISE_MIB
+
+
+@pytest.mark.exhaustive
+def test_a_million_pairs_stream_through(text_tokenizer_path: str, tmp_path: Path) -> None:
+    grown = grown_mib(text_tokenizer_path, tmp_path, 4_000, 1_000_000)
+    assert grown < ALLOCATOR_NOISE_MIB + BYTES_PER_PAIR * 1_000_000 / 2**20
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the workshop's data is not there")
+def test_real_data_is_read_without_loss(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(SHARED / "models" / "stories260K"), "{{ messages }}")
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer = load_tokenizer(str(SHARED / "models" / "stories260K"), template)
+    path = SHARED / "data" / "hh_harmless_base_test.jsonl"
+    dataset = load_pairs(
+        [Source(path=str(path))],
+        tokenizer,
+        TokenOptions(max_length=None),
+        cache=tmp_path,
+        num_workers=1,
+    )
+    lines = path.read_text("utf-8").splitlines()
+    assert len(dataset) == len(lines) == 2308
+    for index in range(0, len(dataset), 97):
+        pair, record = dataset[index], json.loads(lines[index])
+        conversation = [*record["prompt"], *record["rejected"]]
+        text = tokenizer.render(conversation, add_generation_prompt=False)
+        tokens = np.concatenate([pair.prompt_tokens, pair.rejected_tokens]).tolist()
+        assert tokenizer.encode([text], special_tokens=False) == [tokens]
+        assert tokens[-1] == tokenizer.eos_id

@@ -1,0 +1,151 @@
+"""From a source's rows to a store: nothing lost, everything named, done once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_idpo.data import tokenise
+from megatron_idpo.data.chat import TokenOptions
+from megatron_idpo.data.readers import RawRow
+from megatron_idpo.data.sources import Source, open_source
+from megatron_idpo.data.store import PairStore
+from megatron_idpo.data.tokenise import Job, tokenise_rows, tokenised_store
+from megatron_idpo.data.tokenizers import Tokenizer
+from megatron_idpo.errors import DataError
+
+GOOD = [{"prompt": f"What is {i}?", "chosen": f" It is {i}.", "rejected": " No."} for i in range(9)]
+BAD = [b"{nope", b'"\xff"', b"{}", b'{"prompt": "q", "chosen": "a", "rejected": "a"}', b"[]"]
+
+
+@pytest.fixture
+def store_of(tmp_path: Path, text_tokenizer: Tokenizer) -> Callable[..., PairStore]:
+    def make(path: str, tokenizer: Tokenizer = text_tokenizer, **kwargs: Any) -> PairStore:
+        options = TokenOptions(max_length=kwargs.pop("max_length", None))
+        found = open_source(Source(path=path))
+        return tokenised_store(found, tokenizer, options, cache=tmp_path / "cache", **kwargs)
+
+    return make
+
+
+def test_every_good_row_is_kept_and_every_bad_one_named(
+    write_jsonl: Callable[..., str], store_of: Callable[..., PairStore]
+) -> None:
+    path = write_jsonl([GOOD[0], *BAD, GOOD[1]])
+    store = store_of(path, on_bad_row="skip")
+    assert [store.origin(i) for i in range(store.num_pairs)] == [(0, 1), (0, 7)]
+    assert [(bad.row, bad.reason) for bad in store.bad_rows()] == [
+        (
+            2,
+            "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        ),
+        (3, "invalid UTF-8 at byte 2 of the row"),
+        (4, "field 'chosen' is missing"),
+        (5, "chosen and rejected are the same"),
+        (6, "the record is a list, not an object with fields"),
+    ]
+    report = store.report
+    assert (report.rows, report.kept_pairs, report.skipped_rows) == (7, 2, 5)
+
+
+def test_bad_rows_stop_a_run_also_when_they_were_skipped_before(
+    write_jsonl: Callable[..., str], store_of: Callable[..., PairStore]
+) -> None:
+    path = write_jsonl([GOOD[0], *BAD])
+    for before in (None, "skip"):
+        if before:
+            store_of(path, on_bad_row=before)
+        with pytest.raises(DataError) as error:
+            store_of(path)
+        assert "5 problems" in str(error.value)
+        assert f"{path}:4: field 'chosen' is missing; chosen and rejected" in str(error.value)
+
+
+def test_an_empty_file_is_named(
+    write_jsonl: Callable[..., str], store_of: Callable[..., PairStore]
+) -> None:
+    path = write_jsonl([], "empty.jsonl")
+    with pytest.raises(DataError, match=r"empty\.jsonl: is empty"):
+        store_of(path)
+
+
+def test_workers_make_the_same_store(
+    write_jsonl: Callable[..., str],
+    store_of: Callable[..., PairStore],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(tokenise, "_BATCH_ROWS", 2)
+    monkeypatch.setattr(tokenise, "_BATCHES_BEFORE_WORKERS", 1)
+    alone = store_of(write_jsonl([*GOOD, BAD[0]]), on_bad_row="skip")
+    (tmp_path / "cache").rename(tmp_path / "first")
+    alone = PairStore(tmp_path / "first" / alone._directory.name)
+    together = store_of(write_jsonl([*GOOD, BAD[0]]), on_bad_row="skip", num_workers=2)
+    assert together.fingerprint == alone.fingerprint
+    assert together.report == alone.report
+    assert list(together.bad_rows()) == list(alone.bad_rows())
+
+
+def test_a_store_is_made_once_and_again_when_anything_decisive_changes(
+    write_jsonl: Callable[..., str],
+    store_of: Callable[..., PairStore],
+    tmp_path: Path,
+    chat_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    build = tokenise._build
+    monkeypatch.setattr(tokenise, "_build", lambda *args: made.append(args[2]) or build(*args))
+    store_of(write_jsonl(GOOD))
+    store_of(write_jsonl(GOOD, "renamed.jsonl"))
+    assert len(made) == 1
+    store_of(write_jsonl(GOOD), max_length=50)
+    store_of(write_jsonl(GOOD[:-1]))
+    store_of(write_jsonl(GOOD), chat_tokenizer)
+    assert len(set(made)) == 4
+    left = {path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"}
+    assert left == {path.name for path in made}
+
+
+def test_a_failed_run_leaves_nothing_behind(
+    write_jsonl: Callable[..., str], store_of: Callable[..., PairStore], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError):
+        store_of(write_jsonl([*GOOD, *BAD]))
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_pairs_are_dropped_and_cut_and_counted(text_tokenizer: Tokenizer) -> None:
+    rows = [
+        RawRow(1, {"prompt": "q", "chosen": " yes, it is", "rejected": "no"}),
+        RawRow(2, {"prompt": "What do you mean by 34567890?", "chosen": "x", "rejected": "y"}),
+    ]
+    batch = tokenise_rows(Job(text_tokenizer, TokenOptions(max_length=6)), (0, rows))
+    assert batch.rows_B.tolist() == [1] and batch.report.truncated_pairs == 1
+    assert batch.report.dropped_pairs == {"the prompt fills max_length": 1}
+    assert batch.lengths_B3[0, :2].sum() == 6 and text_tokenizer.eos_id not in batch.tokens[1]
+    assert batch.tokens[2][-1] == text_tokenizer.eos_id
+
+
+LINES = st.sampled_from(GOOD) | st.sampled_from(BAD) | st.binary(max_size=12)
+
+
+@given(st.lists(LINES, max_size=8))
+def test_no_neighbour_makes_it_lose_a_good_pair(text_tokenizer: Tokenizer, lines: Any) -> None:
+    rows = [
+        RawRow(at, line if isinstance(line, bytes) else json.dumps(line).encode())
+        for at, line in enumerate(lines, 1)
+    ]
+    batch = tokenise_rows(Job(text_tokenizer, TokenOptions()), (0, rows))
+    good = [at for at, line in enumerate(lines, 1) if isinstance(line, dict)]
+    assert batch.rows_B.tolist() == good
+    assert [bad.row for bad in batch.bad_rows] == sorted(set(range(1, len(lines) + 1)) - set(good))
+    start = 0
+    for at, length in zip(good, batch.lengths_B3[:, 1], strict=True):
+        text = text_tokenizer.decode(batch.tokens[1][start : start + length].tolist())
+        assert lines[at - 1]["chosen"].endswith(text.removesuffix("</s>")) or text.startswith("?")
+        start += length
