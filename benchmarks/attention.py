@@ -7,8 +7,8 @@ commonly run it (equal pairs need no padding, which flatters it).
 
     python benchmarks/attention.py [--row-tokens 2048] [--dtypes fp32,bf16] [--threads 1]
 
-The best of several runs counts, and one CPU thread is timed by its CPU time: others may be using the
-machine.
+The best of several runs counts, and a single CPU thread is timed by its CPU time: others may be
+using the machine.
 
 Shape suffixes: `T` positions, `B` batch, `N` query heads, `M` key-value heads, `D` head size.
 """

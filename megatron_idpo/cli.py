@@ -128,6 +128,7 @@ def _config_verb(module: str, summary: str, *, config_required: bool = True) -> 
 
 _DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 _FORMATS = ("fp32", "bf16", "fp16")
+_BACKENDS = ("own", "bridge")
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,9 +158,55 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         ("virtual-pipeline", "model chunks per stage"),
     ):
         split.add_argument(f"--{name}", type=int, default=1, metavar="N", help=meaning)
+    split.add_argument(
+        "--pipeline-layers",
+        type=_counts,
+        metavar="N,N,...",
+        help="layers of each virtual stage, where they do not divide evenly",
+    )
+    other = parser.add_argument_group("families that this package does not know")
+    other.add_argument(
+        "--backend",
+        type=_one_of("backend", _BACKENDS),
+        default="own",
+        metavar="|".join(_BACKENDS),
+        help="bridge converts by Megatron-Bridge (needs it, Transformer Engine and a GPU)",
+    )
+    other.add_argument(
+        "--hf-model",
+        type=Path,
+        metavar="DIR",
+        help="with --backend bridge, megatron-to-hf: the model that the checkpoint came from",
+    )
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 3,2") from None
+
+
+def _convert_by_bridge(arguments: argparse.Namespace) -> int:
+    from megatron_idpo.convert.dtypes import parse_dtype
+    from megatron_idpo.mcore.bridge import bridge_export, bridge_import
+
+    if arguments.direction == "hf-to-megatron":
+        dtype = parse_dtype(arguments.dtype) if arguments.dtype else None
+        bridge_import(arguments.input, arguments.output, dtype=dtype)
+    elif arguments.hf_model is None:
+        remedy = "give the Hugging Face directory or hub name that the checkpoint came from"
+        raise ConfigError.at("--hf-model", "is needed with --backend bridge", remedy)
+    else:
+        bridge_export(arguments.input, arguments.hf_model, arguments.output)
+    return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    if arguments.backend == "bridge":
+        return _convert_by_bridge(arguments)
+    if arguments.hf_model is not None:
+        raise ConfigError.at("--hf-model", "is read with --backend bridge only", "leave it out")
     from megatron_idpo.mcore.layout import Layout
 
     if arguments.direction == "hf-to-megatron":
@@ -170,6 +217,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
         virtual_pipeline=arguments.virtual_pipeline,
+        pipeline_layers=arguments.pipeline_layers,
     )
     convert(
         arguments.input,

@@ -136,7 +136,7 @@ class WorkerPool:
 
     def _ready(self, world_size: int) -> list[WorkerProcess]:
         """The first `world_size` workers, started where they are missing or gone."""
-        self._discard([worker for worker in self._workers if not worker.is_alive])
+        self._discard([worker for worker in self._workers if not worker.is_idle])
         fresh = []
         while len(self._workers) < world_size:
             self._started += 1

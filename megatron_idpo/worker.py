@@ -140,6 +140,7 @@ def _process_group(call: Call) -> Iterator[None]:
         # Longer than the pool waits, so that a hang is the pool's to report, with its stacks.
         timeout=datetime.timedelta(seconds=2 * call.timeout_s + 60),
     )
+    torch.manual_seed(0)
     try:
         yield
     finally:
@@ -228,6 +229,8 @@ def serve(connection: Connection) -> None:
 
 def main(descriptor: int, stacks_path: str) -> None:
     """Run a worker on an inherited pipe descriptor, dumping stacks to a file when asked to."""
+    # Processes that the worker starts must not keep its pipe open.
+    os.set_inheritable(descriptor, False)
     # Kept open for the life of the process: faulthandler writes to the bare descriptor.
     stacks = open(stacks_path, "w")
     faulthandler.enable(stacks)

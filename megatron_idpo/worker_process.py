@@ -44,9 +44,9 @@ class WorkerProcess:
             )
 
     @property
-    def is_alive(self) -> bool:
-        """Whether the process runs."""
-        return self.process.poll() is None
+    def is_idle(self) -> bool:
+        """Whether the process waits for a call; one that has ended shows as a readable pipe."""
+        return not self.connection.poll()
 
     def receive(self) -> Any:
         """The next message, or None if the process has ended."""
@@ -56,40 +56,40 @@ class WorkerProcess:
             return None
 
     def ending(self) -> str:
-        """How the process ended, for an error message; waits for its end."""
-        try:
-            code = self.process.wait(_EXIT_GRACE_S)
-        except subprocess.TimeoutExpired:
-            return "closed its pipe"
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        return f"exit code {code}"
+        """How a process whose pipe has ended came to its end, for an error message."""
+        self.kill()
+        code = self.process.returncode
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def stack(self) -> str:
         """The Python stack of a running process, or what a crashed one left; may be empty."""
-        before = self.stacks.stat().st_size
-        if self.is_alive:
-            self.process.send_signal(signal.SIGUSR1)
-            deadline = time.monotonic() + _STACK_GRACE_S
-            while self.stacks.stat().st_size == before and time.monotonic() < deadline:
-                time.sleep(_POLL_S)
-            # The dump is written frame by frame.
+        before = size = self.stacks.stat().st_size
+        self.process.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + _STACK_GRACE_S
+        while self.process.returncode is None and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+            previous, size = size, self.stacks.stat().st_size
+            # The dump is written frame by frame, and done when it has stopped growing.
+            if before < previous == size:
+                break
         return self.stacks.read_text()
 
     def close(self) -> None:
         """Close the pipe and give the process a moment to end by itself before it is killed."""
         self.connection.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self.process.wait(_EXIT_GRACE_S)
-        self.kill()
+        except subprocess.TimeoutExpired:
+            self.kill()
 
     def kill(self) -> None:
         """End the process and its children now."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
         self.connection.close()
+        # Not once it was waited for: its number may then be another process's.
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def _environment() -> dict[str, str]:

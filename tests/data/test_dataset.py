@@ -22,7 +22,7 @@ SHARED = Path(__file__).parents[3] / "shared"
 
 def records(name: str, count: int) -> list[dict[str, str]]:
     return [
-        {"prompt": f"{name} {i}?", "chosen": " Yes." * (i % 3 + 1), "rejected": " No."}
+        {"prompt": f"{name} {i}#", "chosen": " Yes." * (i % 3 + 1), "rejected": " No."}
         for i in range(count)
     ]
 
@@ -54,7 +54,7 @@ def test_pairs_come_in_the_order_of_the_files(
     load: Callable[..., PairDataset], text_tokenizer: Tokenizer
 ) -> None:
     dataset = load(a=(3, 1), b=(2, 1))
-    assert prompts(dataset, text_tokenizer) == ["a 0?", "a 1?", "a 2?", "b 0?", "b 1?"]
+    assert prompts(dataset, text_tokenizer) == ["a 0#", "a 1#", "a 2#", "b 0#", "b 1#"]
     pair = dataset[4]
     assert pair.index == 4 and pair.chosen_tokens.dtype == np.int32
     assert text_tokenizer.decode(pair.chosen_tokens.tolist()) == " Yes. Yes.</s>"
@@ -84,9 +84,9 @@ def test_weights_say_how_often_a_pair_occurs(
 ) -> None:
     dataset = load(a=(8, 2.25), b=(10, 0.3), c=(2, 1))
     counts = Counter(prompts(dataset, text_tokenizer))
-    assert sorted(counts[f"a {i}?"] for i in range(8)) == [2] * 6 + [3] * 2
-    assert sorted(counts[f"b {i}?"] for i in range(10)) == [0] * 7 + [1] * 3
-    assert [counts[f"c {i}?"] for i in range(2)] == [1, 1]
+    assert sorted(counts[f"a {i}#"] for i in range(8)) == [2] * 6 + [3] * 2
+    assert sorted(counts[f"b {i}#"] for i in range(10)) == [0] * 7 + [1] * 3
+    assert [counts[f"c {i}#"] for i in range(2)] == [1, 1]
     again, other = (load(seed=seed, a=(8, 2.25), b=(10, 0.3), c=(2, 1)) for seed in (0, 1))
     assert prompts(again, text_tokenizer) == prompts(dataset, text_tokenizer)
     assert prompts(other, text_tokenizer) != prompts(dataset, text_tokenizer)
@@ -100,13 +100,13 @@ def test_a_slice_keeps_order_origin_and_has_its_own_fingerprint(
 ) -> None:
     dataset = load(a=(3, 1), b=(2, 1))
     slice_ = dataset.select(np.array([4, 0, 3])).select(np.array([0, 1]))
-    assert prompts(slice_, text_tokenizer) == ["b 1?", "a 0?"]
+    assert prompts(slice_, text_tokenizer) == ["b 1#", "a 0#"]
     assert slice_[0].index == 0 and slice_.place(0).endswith("b.jsonl:2")
     assert slice_.source_P.tolist() == [1, 0]
     assert slice_.lengths_P3.tolist() == dataset.lengths_P3[[4, 0]].tolist()
     assert slice_.fingerprint != dataset.fingerprint
     sent = pickle.loads(pickle.dumps(slice_))
-    assert prompts(sent, text_tokenizer) == ["b 1?", "a 0?"]
+    assert prompts(sent, text_tokenizer) == ["b 1#", "a 0#"]
 
 
 def test_skipped_rows_are_listed_in_a_file(
@@ -162,9 +162,10 @@ def anonymous_kib():
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 def generate(path, count):
+    line = '{"prompt": "What is %d?", "chosen": " It is %d.", "rejected": " No."}\\n'
     with path.open("w") as file:
         for i in range(count):
-            file.write('{"prompt": "What is %d?", "chosen": " It is %d.", "rejected": " No."}\\n' % (i, i))
+            file.write(line % (i, i))
 
 def measure(count):
     path = directory / f"{count}.jsonl"
@@ -190,14 +191,14 @@ def grown_mib(tokenizer_path: str, directory: Path, few: int, many: int) -> floa
     return float(done.stdout)
 
 
-# An open record batch of 512 pairs costs about 2 KiB of Python objects; a list of all pairs would
-# cost 1 KiB for each pair.
-BYTES_PER_PAIR = 64
-ALLOCATOR_NOISE_MIB = 12
+# A list of all pairs would cost at least 1 KiB for each; an open record batch of 512 pairs costs some
+# KiB of Python objects. Allocators keep a few MiB of what they once needed.
+BYTES_PER_PAIR = 32
+ALLOCATOR_NOISE_MIB = 8
 
 
 def test_memory_does_not_grow_with_the_pairs(text_tokenizer_path: str, tmp_path: Path) -> None:
-    grown = grown_mib(text_tokenizer_path, tmp_path, 4_000, 24_000)
+    grown = grown_mib(text_tokenizer_path, tmp_path, 3_000, 13_000)
     assert grown < ALLOCATOR_NOISE_MIB
 
 

@@ -15,7 +15,7 @@ PAIRS = [([1], [2, 3], [4]), ([5, 6], [7], [8, 9]), ([10], [11], [12])]
 
 
 def batch(pairs: list[tuple[list[int], ...]], first_row: int) -> TokenBatch:
-    columns = tuple(np.array(sum(column, []), np.int32) for column in zip(*pairs, strict=True))
+    columns = (np.concatenate(column).astype(np.int32) for column in zip(*pairs, strict=True))
     prompt, chosen, rejected = columns
     return TokenBatch(
         part=0,

@@ -1,6 +1,7 @@
 """`RowAttention` against attention written plainly: a dense mask, a softmax, every pair by name."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -429,6 +430,21 @@ class TestFlex:
         assert torch.equal(torch_mask.to_dense(), mask.to_dense())
         q, k = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
         assert torch.equal(mask.mask_mod(None, None, q, k), visible)
+
+    @pytest.mark.exhaustive
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler backend needs g++")
+    def test_compiled_forward_and_one_compilation_for_all_rows(self):
+        """Compiled code of another backend, but traced and guarded as on a GPU."""
+        inputs, _ = make_inputs(300)
+        structures = [[(0, 60, 120, 160), (160, 190, 260, 280)], [(0, 99, 99, 99)]]
+        for groups, stance in zip(structures, ("default", "fail_on_recompile"), strict=True):
+            with torch.no_grad(), torch.compiler.set_stance(stance):
+                output = attention_flex.attend_row_flex(
+                    *inputs, row=make_row(groups, 300), scale=0.25, window=50
+                )
+            visible = visible_pairs(groups, 300, 50)
+            expected = dense_attention(*(x.double() for x in inputs), visible, 0.25)
+            assert_close([output.flatten(2)], [expected], FP32_TOLERANCE)
 
     def test_most_of_a_long_rows_blocks_are_full_or_absent(self):
         groups, tokens = [(0, 1000, 1300, 1600), (1600, 2600, 2900, 4000)], 4096
