@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from megatron_idpo import __version__
 from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError, UserError
+from megatron_idpo.mcore.quiet import quiet_megatron
 
 EXIT_INTERRUPTED = 130
 """What a shell reports for a program ended by Ctrl-C."""
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not words[0].startswith("-"):
             _one_of("verb", VERBS)(words[0])
         arguments = parser.parse_args(words)
-        return VERBS[arguments.verb].run(arguments)
+        with quiet_megatron():  # from the first import on
+            return VERBS[arguments.verb].run(arguments)
     except UserError as error:
         if _speaks_for_the_run():
             rank = f" (rank {os.environ['RANK']})" if _world_size() > 1 else ""

@@ -120,6 +120,11 @@ class DataConfig(Section):
     row_tokens: PositiveInt = 4096
     """Positions in a row, which is a micro-batch. A pair longer than a row is an error."""
 
+    trim_tokens: Int = 128
+    """A step's rows are all cut to the smallest multiple of this that holds its fullest row, so its
+    length changes from step to step; 0 keeps `row_tokens`. Under `layout.sequence_parallel` it must
+    be a multiple of `layout.tensor`."""
+
     max_length: PositiveInt | None = 1024
     """Tokens of prompt and answer together, beyond which `truncation` applies; null is no limit."""
 
@@ -164,6 +169,12 @@ class DataConfig(Section):
                     f"is {self.max_length}, longer than a row of {self.row_tokens} tokens",
                     f"set it to at most {self.row_tokens}, or raise data.row_tokens",
                 )
+            )
+        if self.trim_tokens > self.row_tokens:
+            found += self._unread(
+                "trim_tokens",
+                f"a row of {self.row_tokens} tokens is shorter than {self.trim_tokens}",
+                f"set it to at most {self.row_tokens}, or to 0 for rows of one length",
             )
         held_out = [n for n in ("eval", "eval_pairs", "eval_fraction") if getattr(self, n)]
         for name in held_out[1:]:

@@ -110,7 +110,7 @@ class WorkerPool:
 
         Raises:
             WorkerError: A rank hung (with its stack) or died (with its exit code).
-            Exception: What the first failing rank raised, with that rank's traceback as its cause.
+            Exception: What the first failing rank raised, with that rank's traceback as a note.
         """
         if not 1 <= world_size <= self.max_workers:
             raise ValueError(f"world_size must be 1 to {self.max_workers}, not {world_size}")

@@ -4,19 +4,28 @@ Why not plain `pickle`: it takes a view's whole storage along, and Megatron-Core
 function that torch's tensor pickles name, so that reading one would import Megatron-Core. Why not
 `torch.multiprocessing`: its tensors live in shared memory that the sender has to keep alive.
 
+Torch is imported by the first tensor, not with this module: Megatron-Core's checkpoint writers
+start processes that import the worker's modules and need none of it.
+
 What it does not do: carry autograd graphs (a tensor arrives detached, `requires_grad` as it was),
 or other devices than the CPU.
 """
 
 import io
 import pickle
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
+        if "torch" not in sys.modules:
+            return NotImplemented
+        import torch
+
         if type(obj) not in (torch.Tensor, torch.nn.Parameter) or obj.layout != torch.strided:
             return NotImplemented
         bytes_of_it = obj.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -26,8 +35,14 @@ class _Pickler(pickle.Pickler):
 
 
 def _rebuild(
-    data: bytes, dtype: torch.dtype, shape: tuple[int, ...], requires_grad: bool, is_parameter: bool
-) -> torch.Tensor:
+    data: bytes,
+    dtype: "torch.dtype",
+    shape: tuple[int, ...],
+    requires_grad: bool,
+    is_parameter: bool,
+) -> "torch.Tensor":
+    import torch
+
     if data:
         tensor = torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
     else:

@@ -93,3 +93,15 @@ def test_too_little_space_names_what_could_be_deleted(tmp_path: Path) -> None:
     assert atomic.leftovers(target) == [left]
     atomic.discard(left)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "result"
+    synced: list[tuple[str, bool]] = []
+    monkeypatch.setattr(atomic, "_sync", lambda path: synced.append((path.name, target.exists())))
+    directory = work(target)
+    atomic.publish(directory, target)
+    before = [("file", False), ("sub", False), (directory.name, False)]
+    assert synced == [*before, (tmp_path.name, True)]

@@ -7,6 +7,7 @@
 All ranks write into a hidden sibling (`atomic.py`); the first gives it its name at the end.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ def new_checkpoint(
             if is_first_rank():
                 _check_replaceable(target)
                 atomic.begin(target, token, overwrite=overwrite, needed_bytes=needed_bytes)
+        with agreeing("looking at the checkpoint's directory"):
+            _check_shared(directory, target)
         yield directory
         with agreeing("finishing the checkpoint"):
             if is_first_rank():
@@ -88,6 +91,16 @@ def companion_files(checkpoint: Path) -> list[Path]:
             "put the Hugging Face config.json and tokenizer files of this model there",
         )
     return files
+
+
+def _check_shared(directory: Path, target: Path) -> None:
+    """What the first rank has made, this one can write into."""
+    if not directory.is_dir() or not os.access(directory, os.W_OK):
+        raise CheckpointError.at(
+            str(target),
+            "cannot be written from every machine of the run",
+            "name a directory on a file system that all of them share",
+        )
 
 
 def _check_replaceable(target: Path) -> None:

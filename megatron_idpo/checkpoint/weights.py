@@ -1,35 +1,33 @@
 """A model's weights as a megatron-core `torch_dist` checkpoint, independent of the layout.
 
-Saving and loading happen in the parameters' own memory. megatron-core keeps SwiGLU's fused weight
-as two tensors in a checkpoint, so that any tensor parallelism can read it; left to itself it copies
-every such weight at once, in both directions, which is half as much again as the model. Here the
-halves are views when loading, and when the caller gives the model up while saving (`release`) each
-fused weight is freed as its halves are made.
+Saving and loading happen in the parameters' own memory, one tensor at a time. megatron-core keeps
+SwiGLU's fused weight as two tensors in a checkpoint, so that any tensor parallelism can read it;
+left to itself it copies every such weight at once, in both directions, which is half as much again
+as the model. Here the halves are views.
 
 Not here: optimizer state, schedules, atomic directories (`checkpoint/directory.py`).
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
     apply_factories,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint import CheckpointException
 
+from megatron_idpo.checkpoint.contents import check_same_model
+from megatron_idpo.checkpoint.strategy import DirectSave
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.model import GPTModel
-
-_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
-"""What the keys of weights start with, against those of optimizer state."""
+from megatron_idpo.mcore.quiet import quiet_megatron
+from megatron_idpo.mcore.world import agreeing, gathered
 
 ShardedState = dict[str, Any]
 
@@ -50,103 +48,68 @@ def sharded_weights(chunks: Sequence[GPTModel]) -> ShardedState:
     return state
 
 
-def save_weights(chunks: Sequence[GPTModel], directory: Path, *, release: bool = False) -> None:
+def save_weights(chunks: Sequence[GPTModel], directory: Path, *, place: Path | None = None) -> None:
     """Write the weights of all ranks into an empty directory. Collective.
 
     Args:
         chunks: this rank's model chunks.
         directory: exists and is empty, the same on every rank.
-        release: give up the model: its parameters are emptied as they are prepared for writing,
-            so that the peak stays at the model's own size plus one tensor.
+        place: what to call it in errors, where it has a working name.
 
     Raises:
-        CheckpointError: a file could not be written.
+        CheckpointError: on every rank, when a file could not be written by any.
     """
-    state = sharded_weights(chunks)
-    if release:
-        _take_over(chunks, state)
-    try:
-        with quiet_checkpointing():
-            dist_checkpointing.save(state, str(directory), async_strategy="mcore")
-    except (OSError, CheckpointingException, RuntimeError) as error:
-        raise CheckpointError.at(
-            str(directory), f"the weights could not be saved ({error})", "check space and rights"
-        ) from error
-
-
-def load_weights(chunks: Sequence[GPTModel], directory: Path) -> None:
-    """Fill every parameter from a checkpoint saved in any layout. Collective.
-
-    Raises:
-        CheckpointError: no such checkpoint, a missing or wrong-shaped tensor, an unreadable file.
-    """
-    with _readable(directory):
-        dist_checkpointing.load(
-            sharded_weights(chunks), str(directory), strict=StrictHandling.RAISE_UNEXPECTED
+    with quiet_megatron():
+        dist_checkpointing.save(
+            sharded_weights(chunks), str(directory), DirectSave(place or directory)
         )
 
 
-def weight_dtypes(directory: Path) -> dict[str, torch.dtype]:
-    """The number format of every weight that a checkpoint holds, by its megatron-core key.
+def load_weights(chunks: Sequence[GPTModel], directory: Path, architecture: Architecture) -> None:
+    """Fill every parameter from a checkpoint saved in any layout, casting to the model's format.
+
+    Collective: an all-gather of the weights' names; a failure on any rank is raised on all.
+
+    Args:
+        chunks: this rank's model chunks.
+        directory: the checkpoint.
+        architecture: what the chunks are.
 
     Raises:
-        CheckpointError: no such checkpoint.
+        CheckpointError: no such checkpoint, a missing, unknown or wrong-shaped weight, a file that
+            is missing, truncated or damaged.
     """
-    with _readable(directory):
-        found = dist_checkpointing.load_tensors_metadata(str(directory))
-    return {key: value.dtype for key, value in found.items() if key.startswith(_MODEL_KEYS)}
+    state = _largest_first(sharded_weights(chunks))
+    shapes = {one.key: tuple(one.global_shape) for one in _sharded_tensors(state.values())}
+    everywhere = {key: shape for rank in gathered(shapes) for key, shape in rank.items()}
+    with agreeing("loading the weights"):
+        check_same_model(directory, everywhere, architecture.vocab_size)
+        try:
+            with quiet_megatron():
+                # megatron-core's integrity check would be a collective that a failing rank skips.
+                dist_checkpointing.load(
+                    state,
+                    str(directory),
+                    validate_access_integrity=False,
+                    strict=StrictHandling.ASSUME_OK_UNEXPECTED,
+                )
+        except (CheckpointException, Exception) as error:  # the former is no Exception
+            raise CheckpointError.at(
+                str(directory), f"cannot be loaded ({_reason(error)})", "copy it here again"
+            ) from error
 
 
-@contextmanager
-def _readable(directory: Path) -> Iterator[None]:
-    """megatron-core's and torch's ways to say that a checkpoint is no good, told to the user."""
-    if not (directory / "metadata.json").is_file():
-        raise CheckpointError.at(
-            str(directory),
-            "not a Megatron-Core checkpoint (no metadata.json)",
-            "give the directory that `convert hf-to-megatron` wrote",
-        )
-    try:
-        with quiet_checkpointing():
-            yield
-    except (OSError, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError.at(
-            str(directory),
-            f"cannot be loaded ({_first_line(error)})",
-            "it may be damaged, incomplete or of another architecture",
-        ) from error
+def _largest_first(state: ShardedState) -> ShardedState:
+    """The same state in another order.
 
-
-@contextmanager
-def quiet_checkpointing() -> Iterator[None]:
-    """Without what megatron-core 0.19 and torch say about each other's deprecations on the way."""
-    with warnings.catch_warnings():
-        for message in (
-            "Please use DTensor instead",
-            "torch.distributed is disabled",
-            "The argument order of load",
-        ):
-            warnings.filterwarnings("ignore", message)
-        yield
-
-
-def _take_over(chunks: Sequence[GPTModel], state: ShardedState) -> None:
-    """Move what is to be saved out of the parameters, emptying each as soon as it is copied.
-
-    The writer would otherwise clone every view of a larger tensor, all before the first byte is
-    written (`FileSystemWriterAsync.prepare_write_data`).
+    torch reads a tensor whole before it copies it. The largest, embedding and output layer, are
+    read while the memory of the others is still untouched, so that this does not add to the peak.
     """
-    owners = {
-        parameter.untyped_storage().data_ptr(): parameter
-        for chunk in chunks
-        for parameter in chunk.parameters()
-    }
-    for value in _sharded_tensors(state.values()):
-        storage = value.data.untyped_storage()
-        if value.data.nbytes < storage.nbytes():
-            value.data = value.data.detach().clone()
-            owner = owners[storage.data_ptr()]
-            owner.data = torch.empty(0, dtype=owner.dtype, device=owner.device)
+
+    def num_bytes(entry: tuple[str, Any]) -> int:
+        return sum(one.data.nbytes for one in _sharded_tensors([entry[1]]))
+
+    return dict(sorted(state.items(), key=num_bytes, reverse=True))
 
 
 def _sharded_tensors(values: Iterable[Any]) -> Iterator[ShardedTensor]:
@@ -160,5 +123,9 @@ def _sharded_tensors(values: Iterable[Any]) -> Iterator[ShardedTensor]:
             yield value
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """The innermost failure, on one line."""
+    if isinstance(error, CheckpointException):
+        _, (inner, _) = min(error.failures.items())
+        return _reason(inner)
     return str(error).strip().split("\n", 1)[0] or type(error).__name__

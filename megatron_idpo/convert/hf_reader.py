@@ -23,7 +23,9 @@ from torch import Tensor
 
 from megatron_idpo.convert.safetensors_header import Placement, read_header
 from megatron_idpo.convert.tokenizer_files import (
+    CONFIG_FILE,
     TOKENIZER_FILES,
+    check_vocabulary,
     largest_token,
     read_json_object,
 )
@@ -31,7 +33,6 @@ from megatron_idpo.errors import CheckpointError, Problem
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -174,18 +175,7 @@ class HfCheckpoint:
         Raises:
             CheckpointError: an id is beyond `vocab_size` of `config.json`, or that is absent.
         """
-        token = largest_token(self.directory)
-        vocab_size = self.config.get("vocab_size")
-        if not isinstance(vocab_size, int):
-            path = str(self.directory / CONFIG_FILE)
-            raise CheckpointError.at(path, f"vocab_size is {vocab_size!r}, not a number")
-        if token is not None and token.id >= vocab_size:
-            raise CheckpointError.at(
-                str(token.path),
-                f"token {token.text!r} has the id {token.id}, but vocab_size in {CONFIG_FILE} is "
-                f"{vocab_size}: the model has no embedding for it",
-                "use the model's own tokenizer, or resize the embeddings to it",
-            )
+        check_vocabulary(self.directory, self.config.get("vocab_size"))
 
     def _place(self, name: str) -> tuple[Path, Placement]:
         if name not in self._places:

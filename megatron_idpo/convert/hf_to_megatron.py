@@ -5,6 +5,7 @@ rank ever holds the whole model, and nothing is sent between ranks. `convert` is
 by a save, so that what it writes is exactly what training would have started from.
 """
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,33 +16,56 @@ from megatron_idpo.checkpoint.weights import save_weights
 from megatron_idpo.convert.dtypes import parse_dtype, stored_dtype
 from megatron_idpo.convert.families import entry, hf_shapes
 from megatron_idpo.convert.hf_reader import HfCheckpoint
-from megatron_idpo.convert.progress import tensor_progress
+from megatron_idpo.convert.progress import (
+    busy,
+    report_written,
+    tensor_progress,
+    weights_bytes,
+)
 from megatron_idpo.convert.slicing import Shard
+from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.groups import this_place
 from megatron_idpo.mcore.layout import Layout
 from megatron_idpo.mcore.model import GPTModel, ModelOptions, build_model, global_parameters
-from megatron_idpo.mcore.world import agreeing, joined_world, running
+from megatron_idpo.mcore.world import agreeing, is_first_rank, joined_world, running
+
+_IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+"""What old versions of Transformers stored, though it follows from the configuration."""
+
+_INPUT, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+_BLOCK_BYTES = 32 << 20  # of the two embeddings, while they are compared
 
 
 def open_hf(source: Path) -> tuple[HfCheckpoint, Architecture]:
     """A Hugging Face checkpoint and the architecture it holds, both checked against each other.
 
+    What only one rank needs to look at, the first does, so call it within `agreeing`.
+
     Raises:
         UserError: an unreadable file, an unsupported architecture, a missing, unknown or wrong-
-            shaped tensor, a tokenizer with more tokens than the vocabulary.
+            shaped tensor, an output layer that is not the embedding it is said to be tied to, a
+            tokenizer with more tokens than the vocabulary.
     """
     checkpoint = HfCheckpoint(source)
     architecture = Architecture.from_hf(checkpoint.config)
-    checkpoint.check(hf_shapes(architecture))
+    shapes = hf_shapes(architecture)
+    stores_tied_output = architecture.tied_embeddings and _OUTPUT in checkpoint.names()
+    if stores_tied_output:
+        shapes[_OUTPUT] = shapes[_INPUT]
+    checkpoint.check(shapes, _IGNORED)
     checkpoint.check_vocabulary()
+    if stores_tied_output and is_first_rank():
+        _check_tied(checkpoint)
     return checkpoint, architecture
 
 
-def hf_dtype(checkpoint: HfCheckpoint) -> torch.dtype:
-    """The number format that the checkpoint is stored in; see `stored_dtype`."""
+def hf_dtype(checkpoint: HfCheckpoint, architecture: Architecture) -> torch.dtype:
+    """The number format that the weights are stored in; see `stored_dtype`."""
     return stored_dtype(
-        str(checkpoint.directory), {name: checkpoint.dtype(name) for name in checkpoint.names()}
+        str(checkpoint.directory),
+        {name: checkpoint.dtype(name) for name in hf_shapes(architecture)},
     )
 
 
@@ -54,8 +78,8 @@ def load_hf_weights(
 ) -> None:
     """Fill every parameter of this rank from Hugging Face files, casting to the model's format.
 
-    Collective only in that a failure on any rank is raised on all. Reads this rank's slices, one
-    tensor at a time.
+    Collective only in that a failure on any rank is raised on all. Reads this rank's slices, some
+    rows of a tensor at a time.
 
     Args:
         chunks: this rank's model chunks (`build_model`).
@@ -70,9 +94,11 @@ def load_hf_weights(
     shard = Shard(place.tensor, place.tensor_size)
     parameters = list(global_parameters(chunks))
     with agreeing("reading the weights"), torch.no_grad():
-        for name, parameter in tensor_progress("loading", parameters, show=show_progress):
+        for name, parameter in tensor_progress(
+            "reading", parameters, total=len(parameters), show=show_progress
+        ):
             line = entry(name, architecture)
-            parameter.copy_(line.slicing.read(checkpoint, line.hf_names, architecture, shard))
+            line.slicing.fill(parameter, checkpoint, line.hf_names, architecture, shard)
 
 
 def convert(
@@ -98,16 +124,46 @@ def convert(
     Raises:
         UserError: the source cannot be used or the target not written; nothing is left behind.
     """
-    layout = layout or Layout()
+    layout, begin_s = layout or Layout(), time.monotonic()
     with joined_world() as world:
         with agreeing("opening the checkpoint"):
             checkpoint, architecture = open_hf(source)
             layout.check(architecture, world.size)
-            options = ModelOptions(dtype=parse_dtype(dtype) if dtype else hf_dtype(checkpoint))
+            stored = parse_dtype(dtype) if dtype else hf_dtype(checkpoint, architecture)
+        shapes = hf_shapes(architecture)
         with (
             running(layout),
-            new_checkpoint(target, checkpoint.companions, overwrite=overwrite) as directory,
+            new_checkpoint(
+                target,
+                checkpoint.companions,
+                overwrite=overwrite,
+                needed_bytes=weights_bytes(shapes, stored),
+            ) as directory,
         ):
-            chunks = build_model(architecture, layout, options)
+            chunks = build_model(architecture, layout, ModelOptions(dtype=stored))
             load_hf_weights(chunks, checkpoint, architecture, show_progress=world.is_first)
-            save_weights(chunks, directory, release=True)
+            with busy("writing the checkpoint", show=world.is_first):
+                save_weights(chunks, directory, place=target)
+        if world.is_first:
+            report_written(target, shapes, stored, time.monotonic() - begin_s)
+
+
+def _check_tied(checkpoint: HfCheckpoint) -> None:
+    """An output layer that is stored though it is tied has to be the embedding, to the bit."""
+    num_rows = checkpoint.shape(_INPUT)[0]
+    row_bytes = checkpoint.shape(_INPUT)[1] * checkpoint.dtype(_INPUT).itemsize
+    block_rows = max(_BLOCK_BYTES // row_bytes, 1)
+    equal = checkpoint.dtype(_INPUT) == checkpoint.dtype(_OUTPUT) and all(
+        _same_bits(*(checkpoint.read(name, rows=rows) for name in (_INPUT, _OUTPUT)))
+        for rows in (slice(row, row + block_rows) for row in range(0, num_rows, block_rows))
+    )
+    if not equal:
+        raise CheckpointError.at(
+            str(checkpoint.directory),
+            f"tensor {_OUTPUT!r} differs from {_INPUT!r}, but config.json ties them",
+            "if the output layer is its own, say tie_word_embeddings: false there",
+        )
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))

@@ -141,7 +141,7 @@ class HfWriter:
         file, place = self._places[name]
         spec = TensorSpec(name, tuple(tensor.shape), tensor.dtype)
         assert spec == place.spec, f"{spec}, but announced was {place.spec}"
-        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        flat = tensor.detach().cpu().flatten().view(torch.uint8)
         try:
             if file not in self._descriptors:
                 self._descriptors[file] = _open(self.incomplete / file)

@@ -6,6 +6,7 @@ stays bounded by one tensor on every rank and stages write side by side.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from uuid import uuid4
@@ -13,16 +14,16 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from megatron_idpo.checkpoint.contents import stored_weights
 from megatron_idpo.checkpoint.directory import COMPANIONS, companion_files, copy_companions
-from megatron_idpo.checkpoint.weights import load_weights, weight_dtypes
+from megatron_idpo.checkpoint.weights import load_weights
 from megatron_idpo.convert.dtypes import parse_dtype, stored_dtype
 from megatron_idpo.convert.families import entry, hf_shapes
-from megatron_idpo.convert.hf_reader import CONFIG_FILE
 from megatron_idpo.convert.hf_writer import HfWriter
-from megatron_idpo.convert.progress import tensor_progress
+from megatron_idpo.convert.progress import busy, report_written, tensor_progress
 from megatron_idpo.convert.safetensors_header import TensorSpec
 from megatron_idpo.convert.slicing import Replicated
-from megatron_idpo.convert.tokenizer_files import read_json_object
+from megatron_idpo.convert.tokenizer_files import CONFIG_FILE, check_vocabulary, read_json_object
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.groups import gather_tensor_shards, this_place
@@ -55,7 +56,7 @@ def whole_tensors(
     """
     is_first = this_place().tensor == 0
     for name, parameter in global_parameters(chunks):
-        if name == "output_layer.weight" and architecture.tied_embeddings:
+        if _is_tied_output(name, architecture):
             continue
         line = entry(name, architecture)
         replicated = isinstance(line.slicing, Replicated)
@@ -135,25 +136,37 @@ def convert(
     Raises:
         UserError: the source cannot be read or the target not written; nothing is left behind.
     """
-    layout = layout or Layout()
+    layout, begin_s = layout or Layout(), time.monotonic()
     with joined_world() as world:
         with agreeing("opening the checkpoint"):
             companions = companion_files(source)
             architecture = Architecture.from_hf(read_json_object(source / COMPANIONS / CONFIG_FILE))
             layout.check(architecture, world.size)
-            stored = stored_dtype(str(source), weight_dtypes(source))
+            check_vocabulary(source / COMPANIONS, architecture.vocab_size)
+            weights = stored_weights(source)
+            wanted = (
+                parse_dtype(dtype)
+                if dtype
+                else stored_dtype(
+                    str(source), {key: weight.dtype for key, weight in weights.items()}
+                )
+            )
         with running(layout):
-            chunks = build_model(architecture, layout, ModelOptions(dtype=stored))
-            load_weights(chunks, source)
+            chunks = build_model(architecture, layout, ModelOptions(dtype=wanted))
+            with busy("reading the checkpoint", show=world.is_first):
+                load_weights(chunks, source, architecture)
             export_hf(
                 chunks,
                 architecture,
                 companions,
                 target,
-                dtype=parse_dtype(dtype) if dtype else stored,
+                dtype=wanted,
                 overwrite=overwrite,
                 show_progress=world.is_first,
             )
+        if world.is_first:
+            seconds = time.monotonic() - begin_s
+            report_written(target, hf_shapes(architecture), wanted, seconds)
 
 
 def _write_stage(
@@ -171,7 +184,12 @@ def _write_stage(
         return
     failure: CheckpointError | None = None
     tensors = whole_tensors(chunks, architecture)
-    for name, tensor in tensor_progress("exporting", tensors, show=show_progress):
+    total = sum(
+        len(entry(name, architecture).hf_names)
+        for name, _ in global_parameters(chunks)
+        if not _is_tied_output(name, architecture)
+    )
+    for name, tensor in tensor_progress("writing", tensors, total=total, show=show_progress):
         try:
             if failure is None:
                 writer.write(name, tensor.to(dtype))
@@ -179,6 +197,11 @@ def _write_stage(
             failure = error
     if failure is not None:
         raise failure
+
+
+def _is_tied_output(name: str, architecture: Architecture) -> bool:
+    """Whether this is a last stage's copy of the embedding, which the first stage exports."""
+    return name == "output_layer.weight" and architecture.tied_embeddings
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """How a Hugging Face tensor is cut over tensor-parallel ranks and fused into a Megatron parameter.
 
-One class per layout rule, each with two directions that undo each other: `read` takes from the
+One class per layout rule, each with two directions that undo each other: `fill` takes from the
 Hugging Face files only the bytes that this rank owns, `merge` puts the shards of all ranks together
 again. Values are moved, never computed with, so a round trip is exact to the bit.
 
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from megatron_idpo.mcore.architecture import Architecture
 
+_BLOCK_BYTES = 32 << 20
+"""Read at once: enough for any disk, and little beside a model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -24,10 +27,10 @@ class Shard:
     rank: int
     size: int
 
-    def rows(self, num_rows: int) -> slice:
-        """This part of `num_rows` rows; `Layout.check` has made sure that they divide."""
-        assert num_rows % self.size == 0, f"{num_rows} rows over {self.size} ranks"
-        part = num_rows // self.size
+    def of(self, size: int) -> slice:
+        """This part of `size` rows or columns; `Layout.check` has made sure that they divide."""
+        assert size % self.size == 0, f"{size} over {self.size} ranks"
+        part = size // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
@@ -44,14 +47,15 @@ class TensorSource(Protocol):
 class Slicing(Protocol):
     """One rule: how named Hugging Face tensors become one parameter, and back."""
 
-    def read(
+    def fill(
         self,
+        parameter: Tensor,
         source: TensorSource,
         hf_names: Sequence[str],
         architecture: Architecture,
         shard: Shard,
-    ) -> Tensor:
-        """This rank's shard of the parameter."""
+    ) -> None:
+        """Read this rank's shard into its parameter, casting to the parameter's format."""
 
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
         """The whole Hugging Face tensors, in the order of `hf_names`, from all ranks' shards."""
@@ -60,16 +64,17 @@ class Slicing(Protocol):
 class Replicated:
     """The same tensor on every rank: norms."""
 
-    def read(
+    def fill(
         self,
+        parameter: Tensor,
         source: TensorSource,
         hf_names: Sequence[str],
         architecture: Architecture,
         shard: Shard,
-    ) -> Tensor:
+    ) -> None:
         """The whole tensor."""
         (name,) = hf_names
-        return source.read(name)
+        _fill(parameter, source, name, slice(0, source.shape(name)[0]))
 
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
         """The first rank's copy; the others are equal to it."""
@@ -79,16 +84,18 @@ class Replicated:
 class ColumnsSplit:
     """Cut by columns: the row-parallel linears, whose input is spread over the ranks."""
 
-    def read(
+    def fill(
         self,
+        parameter: Tensor,
         source: TensorSource,
         hf_names: Sequence[str],
         architecture: Architecture,
         shard: Shard,
-    ) -> Tensor:
+    ) -> None:
         """This rank's columns."""
         (name,) = hf_names
-        return source.read(name, columns=shard.rows(source.shape(name)[1]))
+        num_rows, num_columns = source.shape(name)
+        _fill(parameter, source, name, slice(0, num_rows), shard.of(num_columns))
 
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
         """All columns."""
@@ -98,22 +105,23 @@ class ColumnsSplit:
 class VocabSplit:
     """Cut by rows of the vocabulary, padded with zero rows until it divides by the ranks."""
 
-    def read(
+    def fill(
         self,
+        parameter: Tensor,
         source: TensorSource,
         hf_names: Sequence[str],
         architecture: Architecture,
         shard: Shard,
-    ) -> Tensor:
+    ) -> None:
         """This rank's rows, with the padding that falls to it."""
         (name,) = hf_names
         vocab_size = source.shape(name)[0]
         per_rank = -(-vocab_size // shard.size)
+        assert len(parameter) == per_rank, f"{len(parameter)} rows of {vocab_size} for {shard}"
         start = min(shard.rank * per_rank, vocab_size)
         stop = min(start + per_rank, vocab_size)
-        part_rH = source.read(name, rows=slice(start, stop))
-        missing = per_rank - (stop - start)
-        return torch.nn.functional.pad(part_rH, (0, 0, 0, missing)) if missing else part_rH
+        _fill(parameter[: stop - start], source, name, slice(start, stop))
+        parameter[stop - start :].zero_()
 
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
         """All rows of the vocabulary, without the padding."""
@@ -124,17 +132,17 @@ class VocabSplit:
 class FusedGateUp:
     """SwiGLU's two inputs in one parameter: each rank holds its gate rows, then its up rows."""
 
-    def read(
+    def fill(
         self,
+        parameter: Tensor,
         source: TensorSource,
         hf_names: Sequence[str],
         architecture: Architecture,
         shard: Shard,
-    ) -> Tensor:
+    ) -> None:
         """This rank's rows of the gate above this rank's rows of the up projection."""
-        return torch.cat(
-            [source.read(name, rows=shard.rows(source.shape(name)[0])) for name in hf_names]
-        )
+        for name, part in zip(hf_names, parameter.chunk(2), strict=True):
+            _fill(part, source, name, shard.of(source.shape(name)[0]))
 
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
         """The gate, then the up projection."""
@@ -149,24 +157,57 @@ class FusedQKV:
     rank holds whole groups, so each of q, k and v is read as one run of rows. Weights and biases.
     """
 
-    def read(
+    def fill(
         self,
+        parameter: Tensor,
         source: TensorSource,
         hf_names: Sequence[str],
         architecture: Architecture,
         shard: Shard,
-    ) -> Tensor:
+    ) -> None:
         """This rank's groups."""
-        parts = [source.read(name, rows=shard.rows(source.shape(name)[0])) for name in hf_names]
-        num_groups = architecture.num_kv_heads // shard.size
-        by_group = [part.unflatten(0, (num_groups, -1)) for part in parts]
-        return torch.cat(by_group, dim=1).flatten(0, 1)
+        parts = self._by_group(parameter, architecture, architecture.num_kv_heads // shard.size)
+        for name, part in zip(hf_names, parts, strict=True):
+            _fill(part, source, name, shard.of(source.shape(name)[0]))
 
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
         """q, k and v of all groups."""
+        whole = torch.cat(list(shards)) if len(shards) > 1 else shards[0]
+        parts = self._by_group(whole, architecture, architecture.num_kv_heads)
+        return [part.flatten(0, 1) for part in parts]
+
+    def _by_group(
+        self, fused: Tensor, architecture: Architecture, num_groups: int
+    ) -> tuple[Tensor, ...]:
+        """Views of q, k and v in a fused tensor, with a dimension of groups before the rows."""
         head_dim = architecture.head_dim
         queries = architecture.num_heads // architecture.num_kv_heads * head_dim
-        whole = torch.cat(list(shards)) if len(shards) > 1 else shards[0]
-        by_group = whole.unflatten(0, (architecture.num_kv_heads, -1))
-        parts = by_group.split([queries, head_dim, head_dim], dim=1)
-        return [part.flatten(0, 1) for part in parts]
+        by_group = fused.unflatten(0, (num_groups, -1))
+        q, k, v = by_group.split([queries, head_dim, head_dim], dim=1)
+        return q, k, v
+
+
+def _fill(
+    into: Tensor, source: TensorSource, name: str, rows: slice, columns: slice | None = None
+) -> None:
+    """Read rows of a tensor, or some columns of them, into a view of a parameter, in blocks.
+
+    So a vocabulary of any size is loaded without a copy of it in between.
+
+    Args:
+        into: as many elements as the rows have; its first dimension cuts them into equal runs.
+        source: where to read from.
+        name: the Hugging Face tensor.
+        rows: with start and stop.
+        columns: None takes all.
+    """
+    if not len(into):
+        return
+    run_rows = (rows.stop - rows.start) // len(into)
+    assert run_rows * len(into) == rows.stop - rows.start, f"{rows} of {name} in {len(into)} runs"
+    block_runs = max(_BLOCK_BYTES // into[0].nbytes, 1)
+    start = rows.start
+    for block in into.split(block_runs):
+        stop = start + run_rows * len(block)
+        block.copy_(source.read(name, rows=slice(start, stop), columns=columns).view(block.shape))
+        start = stop

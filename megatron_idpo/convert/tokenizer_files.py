@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from megatron_idpo.errors import CheckpointError
 
+CONFIG_FILE = "config.json"
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -57,6 +59,29 @@ def largest_token(directory: Path) -> Token | None:
         CheckpointError: a tokenizer file is not what its name says.
     """
     return max(_tokens(directory), default=None)
+
+
+def check_vocabulary(directory: Path, vocab_size: object) -> None:
+    """The model has an embedding for every id of the tokenizer; more of them are normal.
+
+    Args:
+        directory: where the tokenizer's files are, if there are any, and `config.json`.
+        vocab_size: what `config.json` says.
+
+    Raises:
+        CheckpointError: an id is beyond `vocab_size`, or that is no number.
+    """
+    if not isinstance(vocab_size, int):
+        path = str(directory / CONFIG_FILE)
+        raise CheckpointError.at(path, f"vocab_size is {vocab_size!r}, not a number")
+    token = largest_token(directory)
+    if token is not None and token.id >= vocab_size:
+        raise CheckpointError.at(
+            str(token.path),
+            f"token {token.text!r} has the id {token.id}, but vocab_size in {CONFIG_FILE} is "
+            f"{vocab_size}: the model has no embedding for it",
+            "use the model's own tokenizer, or resize the embeddings to it",
+        )
 
 
 def _tokens(directory: Path) -> Iterator[Token]:

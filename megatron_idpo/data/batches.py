@@ -30,13 +30,13 @@ class RowSettings:
     """How rows are laid out and shared among ranks; the same on every rank, but for `data_rank`."""
 
     row_tokens: int
-    """Positions in a row; no pair may need more."""
+    """Positions in a row at most; no pair may need more."""
 
     pad_token: int
     share_prompt: bool = True
-    trim_tokens: int | None = None
+    trim_tokens: int = 128
     """Cut a batch's rows, all to one length, to the smallest multiple of this that holds the
-    fullest one (sequence parallelism needs a multiple of the tensor size); None: never cut."""
+    fullest one; 0: never cut. Sequence parallelism needs a multiple of the tensor size."""
 
     rows_multiple: int = 1
     """Rows on a rank are a multiple of this: the pipeline size under interleaving."""
@@ -78,31 +78,27 @@ def build_batch(
     plan = plan_rows(
         lengths_B3,
         row_tokens=settings.row_tokens,
+        trim_tokens=settings.trim_tokens,
         share_prompt=settings.share_prompt,
         ranks=settings.data_size,
         multiple=settings.rows_multiple,
     )
     tokens_B = occupied_tokens(lengths_B3, share_prompt=settings.share_prompt)
-    row_tokens = settings.row_tokens
-    if settings.trim_tokens is not None:
-        fullest_tokens = max(int(tokens_B[row].sum()) for rank in plan for row in rank if row)
-        trimmed = -(-fullest_tokens // settings.trim_tokens) * settings.trim_tokens
-        row_tokens = min(row_tokens, trimmed)
     rows = tuple(
         Row.build(
             [pairs[int(index_B[pair])] for pair in row],
-            row_tokens,
+            plan.row_tokens,
             settings.pad_token,
             share_prompt=settings.share_prompt,
         )
-        for row in plan[settings.data_rank]
+        for row in plan.pairs[settings.data_rank]
     )
     return Batch(
         rows=rows,
         num_pairs=len(index_B),
         consumed_pairs=consumed_pairs,
         used_tokens=int(tokens_B.sum()),
-        computed_tokens=settings.data_size * len(rows) * row_tokens,
+        computed_tokens=settings.data_size * len(rows) * plan.row_tokens,
     )
 
 

@@ -10,7 +10,8 @@ changed sides are scored in both. (TRL cuts at the prompt's length and loses the
 
 End of sequence: text gets the tokenizer's EOS, unless it ends with it; messages get what the
 template writes and nothing else, including what it writes after the end-of-turn token (ChatML's
-line break), which is scored too. Both are TRL's ways. `truncation` also has TRL's meaning.
+line break), which is scored too. Both are TRL's ways. `truncation` also has TRL's meaning, except
+that a pair whose answers are the same once cut is dropped and counted: its gradient is zero.
 """
 
 from collections.abc import Sequence

@@ -1,21 +1,31 @@
-"""Which pairs of a global batch share a row, and which rank gets the row.
+"""Which pairs of a global batch share a row, how long the rows are, and which rank gets which.
 
-A row costs its full length in matrix multiplications whether it is full or not, and every rank runs
-the same number of rows, so the number of rows is what has to be small: the fewest that hold the
-pairs. Within that number the pairs are spread so that rows and ranks cost the same, and a row stays
-empty only if there are more rows than pairs.
+All rows of a step have one length, and a row costs that length in matrix multiplications however
+full it is. So a plan is good when rows times row length is small: few rows, and all of them equally
+full, because the fullest one sets the length (rounded up to `trim_tokens`). For a few numbers of
+rows, from the fewest that hold the pairs upwards, the pairs are
 
-Two heuristics are tried for each number of rows: *spreading*, which gives the costliest pair left
-to the cheapest row (longest processing time first), and, where that overflows a row, *best fit
-decreasing*, which puts the longest pair left where it leaves the smallest gap. Everything is
-integer arithmetic on lengths, so all ranks come to the same plan without talking.
+* *spread*: the costliest pair left goes to the cheapest row (longest processing time first);
+* *levelled*: a pair of the fullest row moves, or changes places with a pair of another row, as long
+  as the fuller of the two becomes less full, down to the length that rounding makes free.
 
-Shapes: B pairs of a global batch.
+Where that leaves a row overfull, *best fit decreasing* puts the longest pair left where it leaves
+the smallest gap, and its rows are levelled instead. Complete rows are dealt to ranks by their
+attention, the only part of their cost in which they still differ. A row stays empty only if there
+are more rows than pairs.
+
+Everything is integer arithmetic on lengths in a fixed order, so all ranks come to the same plan
+without talking.
+
+Shapes: B pairs of a global batch, R rows of all ranks, M pairs of one row, C = B + R exchange
+partners.
 """
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,111 +41,210 @@ much as a token: this is h = 2048, or h = 4096 with attention at half the effici
 matrix multiplications. Below a thousand tokens a pair, attention is a few percent and the exact
 number does not matter."""
 
-Plan = list[list[list[int]]]
-"""[rank][row][pairs]: which of the B pairs lie in which row of which rank."""
+ROW_OVERHEAD_TOKENS = 128
+"""Positions that one more row has to save: what reading the weights, adding to the gradients and
+launching the kernels once more costs."""
+
+_MORE_ROWS = 3
+"""How many larger numbers of rows are tried, in steps of what all ranks need."""
+
+_EXCHANGES_PER_PAIR = 4
+"""Levelling ends after this many exchanges, about ten times what real batches need."""
 
 
-def pair_costs(lengths_B3: IntArray, *, share_prompt: bool) -> NDArray[np.int64]:
-    """What each pair costs to train on: its tokens and its causal attention.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The rows of a global batch."""
 
-    Returns:
-        int64 [B], in units of 1 / VISITS_PER_TOKEN of a token's matrix multiplications.
-    """
+    pairs: list[list[list[int]]]
+    """[rank][row]: which of the B pairs lie in the row, ascending. Every rank has the same number
+    of rows, those with most attention first, so that the ranks' rows of one turn are alike."""
+
+    row_tokens: int
+    """Positions in every row of every rank."""
+
+
+def attention_visits(lengths_B3: IntArray, *, share_prompt: bool) -> NDArray[np.int64]:
+    """Query-key products of each pair's causal attention: int64 [B]."""
     prompt_B, chosen_B, rejected_B = lengths_B3.astype(np.int64).T
     copies = 1 if share_prompt else 2
-    visits_B = copies * prompt_B * (prompt_B + 1) // 2
+    visits_B: NDArray[np.int64] = copies * prompt_B * (prompt_B + 1) // 2
     for answer_B in (chosen_B, rejected_B):
         visits_B += answer_B * prompt_B + answer_B * (answer_B + 1) // 2
-    tokens_B = occupied_tokens(lengths_B3, share_prompt=share_prompt)
-    costs_B: NDArray[np.int64] = tokens_B * VISITS_PER_TOKEN + visits_B
-    return costs_B
+    return visits_B
 
 
 def plan_rows(
     lengths_B3: IntArray,
     *,
     row_tokens: int,
+    trim_tokens: int = 0,
     share_prompt: bool = True,
     ranks: int = 1,
     multiple: int = 1,
 ) -> Plan:
-    """Pack the pairs of a global batch into the same number of rows on every rank.
+    """Pack the pairs of a global batch into the same number of equally long rows on every rank.
 
     Args:
         lengths_B3: int [B, 3], prompt/chosen/rejected lengths; no pair longer than a row.
-        row_tokens: positions in a row.
+        row_tokens: positions in a row at most.
+        trim_tokens: rows are cut to the smallest multiple of this that holds the fullest one;
+            0 never cuts.
         share_prompt: whether a pair's prompt is stored once.
         ranks: data-parallel ranks.
         multiple: rows on a rank are a multiple of this (the pipeline size under interleaving).
-
-    Returns:
-        The plan; every rank has the same number of rows, at least `multiple`. A rank's rows go from
-        costly to cheap, so that the ranks' rows of one turn are alike.
     """
-    tokens = occupied_tokens(lengths_B3, share_prompt=share_prompt).tolist()
-    costs = pair_costs(lengths_B3, share_prompt=share_prompt).tolist()
-    assert max(tokens, default=0) <= row_tokens, "a pair is longer than a row"
+    tokens_B = occupied_tokens(lengths_B3, share_prompt=share_prompt)
+    visits_B = attention_visits(lengths_B3, share_prompt=share_prompt)
+    assert tokens_B.max(initial=0) <= row_tokens, "a pair is longer than a row"
     step = ranks * multiple
-    rows = step * max(1, -(-sum(tokens) // (row_tokens * step)))
-    while True:
-        packed = _spread(tokens, costs, rows, row_tokens)
-        if packed is None:
-            packed = _best_fit(tokens, rows, row_tokens)
-        if packed is not None:
-            return _deal(packed, costs, ranks)
-        rows += step
+    fewest = step * max(1, -(-int(tokens_B.sum()) // (row_tokens * step)))
+    packings = (
+        _pack(tokens_B, visits_B, num_rows, row_tokens, trim_tokens)
+        for num_rows in count(fewest, step)
+    )
+    first = next(packing for packing in packings if packing)
+    # Uncut rows cost the same each, so the fewest are the best.
+    more = islice(packings, _MORE_ROWS if trim_tokens else 0)
+    best = min([first, *filter(None, more)], key=lambda packing: packing.cost_tokens)
+    return Plan(_deal(best, visits_B, ranks), best.row_tokens)
 
 
-def _spread(
-    tokens: Sequence[int], costs: Sequence[int], rows: int, row_tokens: int
-) -> list[list[int]] | None:
-    """The costliest pair left goes to the cheapest row; None where it does not fit there."""
-    packed: list[list[int]] = [[] for _ in range(rows)]
-    cheapest = [(0, row, 0) for row in range(rows)]
-    for pair in sorted(range(len(costs)), key=lambda pair: (-costs[pair], pair)):
-        cost, row, used_tokens = cheapest[0]
-        used_tokens += tokens[pair]
-        if used_tokens > row_tokens:
+class _Packing(NamedTuple):
+    """Which row each pair is in, not yet dealt to ranks."""
+
+    row_B: NDArray[np.int64]
+    num_rows: int
+    row_tokens: int
+
+    @property
+    def cost_tokens(self) -> int:
+        return self.num_rows * (self.row_tokens + ROW_OVERHEAD_TOKENS)
+
+
+def _pack(
+    tokens_B: NDArray[np.int64],
+    visits_B: NDArray[np.int64],
+    num_rows: int,
+    row_tokens: int,
+    trim_tokens: int,
+) -> _Packing | None:
+    """Distribute the pairs over `num_rows` rows as evenly as pays; None if they do not fit."""
+
+    def rounded(used_tokens: int) -> int:
+        trim = trim_tokens or row_tokens
+        return min(row_tokens, max(1, -(-used_tokens // trim)) * trim)
+
+    # No arrangement has shorter rows than these.
+    level_tokens = rounded(max(int(tokens_B.max(initial=0)), -(-int(tokens_B.sum()) // num_rows)))
+    costs_B = tokens_B * VISITS_PER_TOKEN + visits_B
+    row_B = _spread(costs_B, num_rows)
+    fullest_tokens = _level(row_B, tokens_B, num_rows, level_tokens)
+    if fullest_tokens > row_tokens:
+        fitted_B = _best_fit(tokens_B, num_rows, row_tokens)
+        if fitted_B is None:
             return None
-        heapq.heapreplace(cheapest, (cost + costs[pair], row, used_tokens))
-        packed[row].append(pair)
-    return packed
+        row_B = fitted_B
+        fullest_tokens = _level(row_B, tokens_B, num_rows, level_tokens)
+    return _Packing(row_B, num_rows, rounded(fullest_tokens))
 
 
-def _best_fit(tokens: Sequence[int], rows: int, row_tokens: int) -> list[list[int]] | None:
-    """The longest pair left goes where it leaves the smallest gap; None if `rows` do not do.
+def _spread(costs_B: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
+    """The costliest pair left goes to the cheapest row, whether it fits or not."""
+    row_B = np.empty(len(costs_B), np.int64)
+    cheapest = [(0, row) for row in range(num_rows)]
+    for pair in np.argsort(-costs_B, kind="stable").tolist():
+        cost, row = cheapest[0]
+        row_B[pair] = row
+        heapq.heapreplace(cheapest, (cost + int(costs_B[pair]), row))
+    return row_B
+
+
+def _best_fit(
+    tokens_B: NDArray[np.int64], num_rows: int, row_tokens: int
+) -> NDArray[np.int64] | None:
+    """The longest pair left goes where it leaves the smallest gap; None if the rows do not do.
 
     Rows that remain unused are filled by halving the rows with most pairs.
     """
     packed: list[list[int]] = []
     gaps: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for pair in sorted(range(len(tokens)), key=lambda pair: (-tokens[pair], pair)):
-        place = bisect_left(gaps, (tokens[pair], -1))
+    for pair in np.argsort(-tokens_B, kind="stable").tolist():
+        tokens = int(tokens_B[pair])
+        place = bisect_left(gaps, (tokens, -1))
         if place < len(gaps):
             free_tokens, row = gaps.pop(place)
         else:
             free_tokens, row = row_tokens, len(packed)
             packed.append([])
         packed[row].append(pair)
-        insort(gaps, (free_tokens - tokens[pair], row))
-    if len(packed) > rows:
+        insort(gaps, (free_tokens - tokens, row))
+    if len(packed) > num_rows:
         return None
-    while len(packed) < rows:
+    while len(packed) < num_rows:
         fullest = max(packed, key=len, default=[])
         packed.append(fullest[1::2])
         del fullest[1::2]
-    return packed
+    row_B = np.empty(len(tokens_B), np.int64)
+    for row, pairs in enumerate(packed):
+        row_B[pairs] = row
+    return row_B
 
 
-def _deal(packed: list[list[int]], costs: Sequence[int], ranks: int) -> Plan:
-    """Give every rank the same number of rows, the costliest row left to the cheapest rank."""
-    cost_of_row = [sum(costs[pair] for pair in row) for row in packed]
-    share = len(packed) // ranks
-    plan: Plan = [[] for _ in range(ranks)]
-    cheapest = [(0, rank) for rank in range(ranks)]
-    for row in sorted(range(len(packed)), key=lambda row: (-cost_of_row[row], row)):
-        cost, rank = heapq.heappop(cheapest)
-        plan[rank].append(sorted(packed[row]))
+def _level(
+    row_B: NDArray[np.int64], tokens_B: NDArray[np.int64], num_rows: int, level_tokens: int
+) -> int:
+    """Even `row_B` out, in place, until no row is fuller than `level_tokens` or nothing helps.
+
+    Every exchange is the one, of all that involve the fullest row, after which the fuller of its
+    two rows is least full. None of them empties a row.
+
+    Returns:
+        Tokens in the fullest row.
+    """
+    num_pairs = len(row_B)
+    # Every row offers its pairs, and nothing: that exchange is a move.
+    row_C = np.concatenate([row_B, np.arange(num_rows)])
+    tokens_C = np.concatenate([tokens_B, np.zeros(num_rows, np.int64)])
+    used_R = np.zeros(num_rows, np.int64)
+    np.add.at(used_R, row_B, tokens_B)
+    for _ in range(_EXCHANGES_PER_PAIR * num_pairs):
+        fullest = int(used_R.argmax())
+        if used_R[fullest] <= level_tokens:
+            break
+        pair_M = np.flatnonzero(row_C[:num_pairs] == fullest)
+        given_MC = tokens_C[pair_M, None] - tokens_C
+        fuller_MC = np.maximum(used_R[fullest] - given_MC, used_R[row_C] + given_MC)
+        fuller_MC[:, row_C == fullest] = used_R[fullest]
+        place, partner = divmod(int(fuller_MC.argmin()), len(row_C))
+        if fuller_MC[place, partner] >= used_R[fullest]:
+            break
+        given, other = given_MC[place, partner], int(row_C[partner])
+        used_R[fullest] -= given
+        used_R[other] += given
+        row_C[pair_M[place]] = other
+        if partner < num_pairs:
+            row_C[partner] = fullest
+    row_B[:] = row_C[:num_pairs]
+    return int(used_R.max())
+
+
+def _deal(packing: _Packing, visits_B: NDArray[np.int64], ranks: int) -> list[list[list[int]]]:
+    """Give every rank the same number of rows, the one with most attention to the rank with least.
+
+    Only attention counts here: matrix multiplications take as long on padding.
+    """
+    pairs: list[list[int]] = [[] for _ in range(packing.num_rows)]
+    visits = [0] * packing.num_rows
+    for pair, row in enumerate(packing.row_B.tolist()):
+        pairs[row].append(pair)
+        visits[row] += int(visits_B[pair])
+    share = packing.num_rows // ranks
+    plan: list[list[list[int]]] = [[] for _ in range(ranks)]
+    least = [(0, rank) for rank in range(ranks)]
+    for row in sorted(range(packing.num_rows), key=lambda row: (-visits[row], row)):
+        rank_visits, rank = heapq.heappop(least)
+        plan[rank].append(pairs[row])
         if len(plan[rank]) < share:
-            heapq.heappush(cheapest, (cost + cost_of_row[row], rank))
+            heapq.heappush(least, (rank_visits + visits[row], rank))
     return plan

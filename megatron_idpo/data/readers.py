@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_file(path: Path) -> Iterator[RawRow]:
     """The rows of one local file, by its suffix.
 
     Raises:
-        DataError: the suffix is unknown, or a table's file is damaged.
+        DataError: the suffix is unknown, or the file is damaged or may not be read.
     """
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     readers = {
@@ -64,7 +65,10 @@ def read_file(path: Path) -> Iterator[RawRow]:
     if suffix not in readers:
         known = " ".join(SUFFIXES)
         raise DataError.at(str(path), f"cannot read a '{path.suffix}' file", f"known are {known}")
-    yield from readers[suffix](path)
+    try:
+        yield from readers[suffix](path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError.at(str(path), f"the file cannot be read: {error}") from None
 
 
 def read_dataset(dataset: Any) -> Iterator[RawRow]:
@@ -200,7 +204,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
                 for record in batch.to_pylist():
                     row += 1
                     yield RawRow(row, _without_nulls(record))
-    except (pa.ArrowException, OSError) as error:
+    except pa.ArrowException as error:
         raise DataError.at(str(path), f"the parquet file cannot be read: {error}") from None
 
 
@@ -216,7 +220,7 @@ def _read_arrow(path: Path) -> Iterator[RawRow]:
                 table = pa.ipc.open_file(path).read_all()
         dataset = datasets.Dataset(table) if is_file else datasets.Dataset.from_file(str(path))
         yield from read_dataset(dataset)
-    except (pa.ArrowException, OSError) as error:
+    except pa.ArrowException as error:
         raise DataError.at(str(path), f"the Arrow file cannot be read: {error}") from None
 
 

@@ -105,7 +105,11 @@ def _directory(source: Source, path: Path) -> tuple[Part, ...]:
 def _saved(source: Source, path: Path) -> Part:
     import datasets
 
-    loaded = datasets.load_from_disk(str(path), keep_in_memory=False)
+    try:
+        loaded = datasets.load_from_disk(str(path), keep_in_memory=False)
+    # A damaged directory fails wherever the library happens to look first.
+    except Exception as error:
+        raise DataError.at(str(path), f"the saved dataset cannot be read: {error}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if source.split not in loaded:
             named = ", ".join(loaded)

@@ -18,9 +18,7 @@ exist only as CUDA (Transformer Engine, fused softmax, CUDA graphs) are not repl
 import functools
 import importlib
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +27,7 @@ from torch.jit import _builtins as torchscript_builtins
 from torch.utils import _device as torch_device_context
 
 from megatron_idpo.mcore import cpu_streams
+from megatron_idpo.mcore.quiet import quiet_megatron
 
 CPU = torch.device("cpu")
 
@@ -63,14 +62,6 @@ _FACTORIES = (
 
 _NEW_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
-_IMPORT_WARNINGS = (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed",
-    "absl.logging is not installed",
-    r"The following imports from `dynamic_context\.py`",
-)
-"""What Megatron-Core says while it is imported, of accelerations a CPU could not use and itself."""
-
 
 @dataclass(frozen=True)
 class Patch:
@@ -103,7 +94,7 @@ def redirect_cuda_to_cpu() -> bool:
     if not _applied:
         # Megatron-Core first: it imports dynamo, which indexes torch's functions by identity and
         # has to see the originals. So do the functions that `with torch.device(...)` redirects.
-        with _quiet_import():
+        with quiet_megatron():
             megatron_patches = list(_megatron_patches())
         torch_device_context._device_constructors()
         _apply([*_torch_patches(), *_cuda_patches(), *megatron_patches])
@@ -159,7 +150,6 @@ def _torch_patches() -> Iterator[Patch]:
         yield Patch(tensor, name, _on_cpu(original), 'takes device="cuda" like the factories')
     yield Patch(tensor, "to", _to_on_cpu(tensor.to), 'optimizer and checkpoint code: .to("cuda")')
     yield Patch(tensor, "cuda", _cuda_on_cpu, "embeddings, grad scaler, exchange: .cuda()")
-    yield Patch(tensor, "record_stream", _record_no_stream, "a CPU tensor has no stream to wait on")
     yield Patch(
         tensor,
         "type",
@@ -208,10 +198,6 @@ def _cuda_on_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return self.cpu()
 
 
-def _record_no_stream(self: torch.Tensor, stream: Any) -> None:
-    """`Tensor.record_stream`: nothing runs beside the caller on a CPU."""
-
-
 class _TypeName(str):
     """A tensor type's name that also answers to its CUDA twin's.
 
@@ -247,19 +233,17 @@ def _type_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
 def _cuda_patches() -> Iterator[Patch]:
     cuda = torch.cuda
     yield Patch(cuda, "current_device", lambda: CPU, "the device of most new tensors")
-    yield Patch(cuda, "set_device", _nothing(), "called with a local rank")
+    yield Patch(cuda, "set_device", _nothing(), "launch scripts call it with the local rank")
     yield Patch(cuda, "synchronize", _nothing(), "the CPU computes in order")
     yield Patch(cuda, "Stream", cpu_streams.Stream, "DDP, MoE and checkpoints overlap on streams")
     yield Patch(cuda, "Event", cpu_streams.Event, "timers and stream ordering")
     yield Patch(cuda, "current_stream", cpu_streams.current_stream, "the only stream there is")
-    yield Patch(cuda, "default_stream", cpu_streams.current_stream, "the only stream there is")
     yield Patch(cuda, "stream", cpu_streams.stream, "work on a side stream runs here and now")
     yield Patch(cuda, "set_stream", _nothing(), "there is no other stream")
     generator = "dropout on CPU tensors draws from the CPU generator"
-    for module in (cuda, cuda.random):
-        yield Patch(module, "get_rng_state", _get_rng_state, generator)
-        yield Patch(module, "set_rng_state", _set_rng_state, generator)
-        yield Patch(module, "manual_seed", _manual_seed, generator)
+    yield Patch(cuda, "get_rng_state", _get_rng_state, generator)
+    yield Patch(cuda, "set_rng_state", _set_rng_state, generator)
+    yield Patch(cuda, "manual_seed", _manual_seed, generator)
 
 
 def _nothing() -> Callable[..., None]:
@@ -297,9 +281,8 @@ _RNG_LOGGER = "megatron.core.tensor_parallel.random"
 
 def _megatron_patches() -> Iterator[Patch]:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
-    # Imported for their warnings, which are silenced here and nowhere else.
+    # Imported for their warnings, which nobody should hear later either.
     importlib.import_module("megatron.core.optimizer")
     importlib.import_module("megatron.core.models.gpt")
 
@@ -307,7 +290,6 @@ def _megatron_patches() -> Iterator[Patch]:
     yield Patch(random, "_get_cuda_rng_state", _get_rng_state, generator)
     yield Patch(random, "_set_cuda_rng_state", _set_rng_state, generator)
     splits = "tests Tensor.is_cuda and would leave tensors where lists of split sizes are needed"
-    yield Patch(moe_utils, "maybe_move_tensor_to_cpu", _moved_to_cpu, splits)
     yield Patch(dispatcher, "maybe_move_tensor_to_cpu", _moved_to_cpu, splits)
 
 
@@ -321,21 +303,3 @@ def _moved_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = Fal
 def _is_not_rng_warning(record: logging.LogRecord) -> bool:
     """Drop the tracker's complaint that a fork moved the CPU generator: here it is the one."""
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
-
-
-def _is_not_cuda_home_notice(record: logging.LogRecord) -> bool:
-    return "No CUDA runtime is found" not in record.getMessage()
-
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Silence what Megatron-Core's import says about missing CUDA accelerations, nothing else."""
-    extension = logging.getLogger("torch.utils.cpp_extension")
-    extension.addFilter(_is_not_cuda_home_notice)
-    try:
-        with warnings.catch_warnings():
-            for message in _IMPORT_WARNINGS:
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        extension.removeFilter(_is_not_cuda_home_notice)

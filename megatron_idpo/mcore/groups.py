@@ -4,6 +4,7 @@ Valid between `Layout.start` and `Layout.stop`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,52 @@ def this_place() -> Place:
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
+
+
+def data_parallel_size() -> int:
+    """Ranks over which DDP averages gradients: data and context parallel."""
+    return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """This rank's tensor-parallel group."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+@dataclass(frozen=True, slots=True)
+class StageGroup:
+    """Some of the stages of this rank's pipeline, as a process group."""
+
+    group: dist.ProcessGroup
+    ranks: tuple[int, ...]
+    """Global ranks, from the first stage to the last."""
+
+
+def stage_group(*, takes_part: bool, needs_it: bool) -> StageGroup | None:
+    """A group of those stages of this rank's pipeline that take part.
+
+    Collective over the world: an all-gather of a small object, and every rank creates every group,
+    as `torch.distributed.new_group` wants it. Ranks of different pipelines get different groups.
+
+    Args:
+        takes_part: whether this rank belongs to its pipeline's group.
+        needs_it: whether it wants one; where no stage does, none is made.
+
+    Returns:
+        None where none is needed, or where this rank takes no part.
+    """
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    pipeline = tuple(dist.get_process_group_ranks(pipeline_group))
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (pipeline, takes_part, needs_it))
+    mine: StageGroup | None = None
+    for ranks in sorted({line for line, _, _ in answers}):
+        members = tuple(rank for rank in ranks if answers[rank][1])
+        if any(answers[rank][2] for rank in ranks):
+            group = dist.new_group(list(members))
+            if dist.get_rank() in members:
+                mine = StageGroup(group, members)
+    return mine
 
 
 def gather_tensor_shards(shard: Tensor) -> list[Tensor] | None:

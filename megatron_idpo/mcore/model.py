@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.head_replica import REPLICA_NAME
 from megatron_idpo.mcore.layout import Layout
 from megatron_idpo.mcore.rope import RowRotary, attention_scale
 from megatron_idpo.mcore.specs import block_spec
@@ -31,7 +31,6 @@ __all__ = [
     "global_parameters",
     "padded_vocab_size",
     "transformer_config",
-    "uses_transformer_engine",
 ]
 
 
@@ -72,14 +71,6 @@ class ModelOptions:
 
     overrides: dict[str, Any] = field(default_factory=dict)
     """Further `TransformerConfig` fields, for those who know megatron-core."""
-
-
-def uses_transformer_engine() -> bool:
-    """Whether models are built from Transformer Engine: importable, and with a GPU to run on.
-
-    Its modules need CUDA even to be constructed, so on a CPU it is left aside even where installed.
-    """
-    return bool(HAVE_TE) and torch.cuda.is_available()
 
 
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:
@@ -134,6 +125,8 @@ def global_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.n
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             prefix, *rest = name.split(".", 3)
+            if prefix == REPLICA_NAME:
+                continue  # the plugin's copy of a parameter that another stage owns
             if prefix == "decoder" and rest[0] == "layers":
                 layer = chunk.decoder.layers[int(rest[1])].layer_number - 1
                 name = f"decoder.layers.{layer}.{rest[2]}"
@@ -143,10 +136,9 @@ def global_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.n
 def _build_chunk(
     architecture: Architecture, layout: Layout, config: TransformerConfig, vp_stage: int | None
 ) -> GPTModel:
-    engine = uses_transformer_engine()
     model = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, transformer_engine=engine, vp_stage=vp_stage),
+        transformer_layer_spec=block_spec(config, vp_stage=vp_stage),
         vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -222,4 +214,6 @@ def _acceleration_fields() -> dict[str, Any]:
         "use_cpu_initialization": False,
         "deallocate_pipeline_outputs": True,
         "cross_entropy_loss_fusion": False,
+        # None are captured; megatron-core's own default is a spelling that it warns about.
+        "cuda_graph_modules": [],
     }

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
@@ -64,21 +65,36 @@ class RMSNorm(torch.nn.Module):
         )
 
 
-def block_spec(
-    config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None
-) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The submodules of this rank's transformer block, one layer spec per layer it owns.
 
     Args:
         config: the model's megatron-core configuration.
-        transformer_engine: build from Transformer Engine's modules rather than local ones.
         vp_stage: the model chunk on this rank, None without interleaving.
     """
-    layer = _engine_layer(config) if transformer_engine else _local_layer(config)
+    engine = uses_transformer_engine()
+    layer = _engine_layer(config) if engine else _local_layer(config)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
-        layer_norm=LayerNormImpl if transformer_engine else RMSNorm,
+        layer_norm=LayerNormImpl if engine else RMSNorm,
     )
+
+
+def final_norm(config: TransformerConfig) -> torch.nn.Module:
+    """The norm before the output layer, of the kind that `block_spec` gives a last stage."""
+    builder = LayerNormImpl if uses_transformer_engine() else RMSNorm
+    norm: torch.nn.Module = builder(
+        config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+    )
+    return norm
+
+
+def uses_transformer_engine() -> bool:
+    """Whether models are built from Transformer Engine: importable, and with a GPU to run on.
+
+    Its modules need CUDA even to be constructed, so on a CPU it is left aside even where installed.
+    """
+    return bool(HAVE_TE) and torch.cuda.is_available()
 
 
 def _engine_layer(config: TransformerConfig) -> ModuleSpec:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_idpo.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_idpo.mcore.cpu import backend, default_device, redirect_cuda_to_cpu
 from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.quiet import quiet_megatron
 
 _KINDS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, UserError)}
 
@@ -40,14 +41,22 @@ def joined_world(timeout_s: float = 1800.0) -> Iterator[World]:
     """Join torchrun's world, or make one of this process alone; leave it at the end.
 
     A world that exists already (a test's, a user's own script's) is used and left standing.
-    Everything of megatron-core that asks for CUDA is redirected first where there is none.
+    Everything of megatron-core that asks for CUDA is redirected first where there is none, and
+    what it says about itself meanwhile is kept from the user (`mcore/quiet.py`).
 
     Args:
         timeout_s: how long a collective may wait for a rank, in seconds.
     """
     redirect_cuda_to_cpu()
-    if dist.is_initialized():
+    with quiet_megatron(), _process_group(timeout_s):
         yield World(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def _process_group(timeout_s: float) -> Iterator[None]:
+    """A process group of our own, unless there is one."""
+    if dist.is_initialized():
+        yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -56,7 +65,7 @@ def joined_world(timeout_s: float = 1800.0) -> Iterator[World]:
     else:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        yield
     finally:
         dist.destroy_process_group()
 
@@ -115,8 +124,11 @@ def gathered[Value](mine: Value) -> list[Value]:
 
 
 def is_first_rank() -> bool:
-    """Whether this is the rank that speaks to the user and writes what is written once."""
-    return dist.get_rank() == 0
+    """Whether this is the rank that speaks to the user and writes what is written once.
+
+    A process outside of any world is one.
+    """
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def barrier() -> None:

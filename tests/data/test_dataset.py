@@ -161,15 +161,12 @@ def anonymous_kib():
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
-def generate(path, count):
-    line = '{"prompt": "What is %d?", "chosen": " It is %d.", "rejected": " No."}\\n'
-    with path.open("w") as file:
-        for i in range(count):
-            file.write(line % (i, i))
-
 def measure(count):
     path = directory / f"{count}.jsonl"
-    generate(path, count)
+    line = '{"prompt": "%s", "chosen": " It is %d.", "rejected": " No."}\\n'
+    with path.open("w") as file:
+        for i in range(count):
+            file.write(line % (f"What is {i}? " * repeats, i))
     dataset = load_pairs([Source(path=str(path))], tokenizer, cache=directory, num_workers=1)
     assert len(dataset) == count
     total = sum(len(dataset[i].chosen_tokens) for i in range(count))
@@ -178,34 +175,37 @@ def measure(count):
 
 tokenizer = load_tokenizer(sys.argv[1])
 directory = Path(sys.argv[2])
-few, many = int(sys.argv[3]), int(sys.argv[4])
+few, many, repeats = map(int, sys.argv[3:])
 before = measure(few)
 print((measure(many) - before) / 1024)
 """
 
 
-def grown_mib(tokenizer_path: str, directory: Path, few: int, many: int) -> float:
+def grown_mib(tokenizer_path: str, directory: Path, few: int, many: int, repeats: int) -> float:
     """Anonymous memory, which file mappings are not, after `many` pairs beyond that after `few`."""
-    command = [sys.executable, "-c", MEASURE, tokenizer_path, str(directory), str(few), str(many)]
+    numbers = map(str, (few, many, repeats))
+    command = [sys.executable, "-c", MEASURE, tokenizer_path, str(directory), *numbers]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout)
 
 
-# A list of all pairs would cost at least 1 KiB for each; an open record batch of 512 pairs costs some
-# KiB of Python objects. Allocators keep a few MiB of what they once needed.
-BYTES_PER_PAIR = 32
-ALLOCATOR_NOISE_MIB = 8
+ALLOCATOR_NOISE_MIB = 24
+"""Allocators keep what they once needed: 10 to 15 MiB measured, for 3,000 as for 100,000 pairs; 40
+when 11,000 pairs are held on purpose."""
+
+OPEN_BATCH_MIB_PER_MILLION = 16
+"""2,000 record batches with their views, some KiB each."""
 
 
 def test_memory_does_not_grow_with_the_pairs(text_tokenizer_path: str, tmp_path: Path) -> None:
-    grown = grown_mib(text_tokenizer_path, tmp_path, 3_000, 13_000)
-    assert grown < ALLOCATOR_NOISE_MIB
+    """10,000 pairs of 300 tokens are 24 MB as Python lists of their prompts alone."""
+    assert grown_mib(text_tokenizer_path, tmp_path, 1_000, 11_000, 40) < ALLOCATOR_NOISE_MIB
 
 
 @pytest.mark.exhaustive
 def test_a_million_pairs_stream_through(text_tokenizer_path: str, tmp_path: Path) -> None:
-    grown = grown_mib(text_tokenizer_path, tmp_path, 4_000, 1_000_000)
-    assert grown < ALLOCATOR_NOISE_MIB + BYTES_PER_PAIR * 1_000_000 / 2**20
+    allowed = ALLOCATOR_NOISE_MIB + OPEN_BATCH_MIB_PER_MILLION
+    assert grown_mib(text_tokenizer_path, tmp_path, 4_000, 1_000_000, 1) < allowed
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the workshop's data is not there")

@@ -139,7 +139,7 @@ def test_nulls_that_arrow_adds_are_taken_out_again(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "a.parquet") == [(1, {"chosen": "c", "tools": tools})]
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.txt"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.txt", "a.jsonl.gz"])
 def test_a_damaged_or_unknown_file_is_told(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"nothing of the kind")
     with pytest.raises(DataError, match=r"cannot (be )?read"):

@@ -36,6 +36,9 @@ def test_saved_datasets_with_and_without_splits(tmp_path: Path) -> None:
     assert rows_of(str(tmp_path / "two"), split="held") == [("two", 1)]
     with pytest.raises(DataError, match="no split 'test'; it has train, held"):
         open_source(Source(path=str(tmp_path / "two"), split="test"))
+    (tmp_path / "one" / "dataset_info.json").write_text("{")
+    with pytest.raises(DataError, match="the saved dataset cannot be read"):
+        open_source(Source(path=str(tmp_path / "one")))
 
 
 def test_the_digest_is_of_contents(write_jsonl: Callable[..., str]) -> None:

@@ -1,7 +1,6 @@
 """`RowAttention` against attention written plainly: a dense mask, a softmax, every pair by name."""
 
 import math
-import shutil
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.attention.flex_attention import create_block_mask
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore import attention_flex, attention_sdpa
+from megatron_idpo.mcore import attention_sdpa
 from megatron_idpo.mcore.attention import RowAttention
 from megatron_idpo.mcore.row_params import RowParams
 
@@ -346,109 +344,3 @@ class TestConstruction:
         inputs, _ = make_inputs(3)
         with pytest.raises(ConfigError, match=place):
             make_attention()(*inputs, **{"attention_mask": None, **arguments})
-
-
-class TestRowParams:
-    def test_is_what_megatron_expects(self):
-        row = make_row(MIXED, MIXED_TOKENS)
-        assert isinstance(row, PackedSeqParams)
-        assert row.qkv_format == "sbhd" and row.cu_seqlens_q is None
-        assert row.max_seqlen_q == row.max_seqlen_kv == row.row_tokens == MIXED_TOKENS
-        assert list(row.groups) == MIXED
-
-    def test_plain(self):
-        row = RowParams.plain(4)
-        assert row.position_ids_T.tolist() == [0, 1, 2, 3]
-        assert row.groups == ((0, 4, 4, 4),)
-
-    def test_positions_may_start_anywhere(self):
-        spans = torch.tensor([[0, 2, 3, 4]], dtype=torch.int32)
-        RowParams.of(torch.tensor([7, 8, 9, 9]), spans)
-
-    @pytest.mark.parametrize(
-        ("spans", "told"),
-        [
-            ([[0, 2, 1, 3]], "do not ascend"),
-            ([[0, 1, 2, 4], [3, 4, 5, 6]], "before 4"),
-            ([[-1, 0, 1, 2]], "before 0"),
-            ([[0, 3, 6, 9]], "row of 8"),
-            ([[0, 8, 8]], r"not int32 \[G, 4\]"),
-        ],
-    )
-    def test_asserts_sound_spans(self, spans, told):
-        with pytest.raises(AssertionError, match=told):
-            RowParams.of(torch.zeros(8, dtype=torch.int64), torch.tensor(spans, dtype=torch.int32))
-
-    @pytest.mark.parametrize("positions", [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 0, 1, 1, 2]])
-    def test_asserts_that_answers_continue_from_their_prompt(self, positions):
-        spans = torch.tensor([[0, 2, 3, 5]], dtype=torch.int32)
-        RowParams.of(torch.tensor([0, 1, 2, 2, 3]), spans)
-        with pytest.raises(AssertionError, match="continue from its prompt"):
-            RowParams.of(torch.tensor(positions), spans)
-
-
-class TestFlex:
-    """The GPU path's mask and blocks, through FlexAttention's plain implementation on the CPU.
-
-    It has no backward there; `test_attention_gpu.py` has the gradients.
-    """
-
-    @pytest.mark.parametrize("window", [None, 1, 3, 100])
-    @pytest.mark.parametrize("groups", [MIXED, PLAIN], ids=["pairs", "plain"])
-    def test_equals_dense_attention(self, groups, window):
-        row = make_row(groups, MIXED_TOKENS)
-        inputs, grad = make_inputs(MIXED_TOKENS)
-        for _layer in range(2):
-            output = attention_flex.attend_row_flex(
-                *inputs, row=row, scale=HEAD_DIM**-0.5, window=window, compiled=False
-            )
-        expected = expected_results(inputs, grad, visible_pairs(groups, MIXED_TOKENS, window))
-        assert_close([output.flatten(2)], expected[:1], FP32_TOLERANCE)
-        assert len(row.derived) == 1
-
-    @settings(max_examples=60, deadline=None)
-    @given(structures(), st.one_of(st.none(), st.integers(1, 12)))
-    def test_blocks_are_those_that_the_pairs_need(self, structure, window):
-        groups, tokens = structure
-        block = 4
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention_flex, "BLOCK", block)
-            mask = attention_flex.block_mask(make_row(groups, tokens), window)
-        visible = visible_pairs(groups, tokens, window)
-        padded = torch.nn.functional.pad(visible, (0, -tokens % block, 0, -tokens % block))
-        tiles = padded.unfold(0, block, block).unfold(1, block, block).flatten(2)
-        assert torch.equal(mask.to_dense()[0, 0].bool(), tiles.any(-1))
-
-        full_blocks = torch.zeros_like(tiles[..., 0])
-        for i, count in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
-            full_blocks[i, mask.full_kv_indices[0, 0, i, :count].long()] = True
-        assert not (full_blocks & ~tiles.all(-1)).any()
-
-        torch_mask = create_block_mask(
-            mask.mask_mod, 1, 1, tokens, tokens, device="cpu", BLOCK_SIZE=block
-        )
-        assert torch.equal(torch_mask.to_dense(), mask.to_dense())
-        q, k = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
-        assert torch.equal(mask.mask_mod(None, None, q, k), visible)
-
-    @pytest.mark.exhaustive
-    @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler backend needs g++")
-    def test_compiled_forward_and_one_compilation_for_all_rows(self):
-        """Compiled code of another backend, but traced and guarded as on a GPU."""
-        inputs, _ = make_inputs(300)
-        structures = [[(0, 60, 120, 160), (160, 190, 260, 280)], [(0, 99, 99, 99)]]
-        for groups, stance in zip(structures, ("default", "fail_on_recompile"), strict=True):
-            with torch.no_grad(), torch.compiler.set_stance(stance):
-                output = attention_flex.attend_row_flex(
-                    *inputs, row=make_row(groups, 300), scale=0.25, window=50
-                )
-            visible = visible_pairs(groups, 300, 50)
-            expected = dense_attention(*(x.double() for x in inputs), visible, 0.25)
-            assert_close([output.flatten(2)], [expected], FP32_TOLERANCE)
-
-    def test_most_of_a_long_rows_blocks_are_full_or_absent(self):
-        groups, tokens = [(0, 1000, 1300, 1600), (1600, 2600, 2900, 4000)], 4096
-        mask = attention_flex.block_mask(make_row(groups, tokens), None)
-        needed = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
-        assert int(mask.full_kv_num_blocks.sum()) / needed > 0.55
-        assert needed / 32**2 < 0.3

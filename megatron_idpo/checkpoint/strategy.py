@@ -1,0 +1,122 @@
+"""How megatron-core's `torch_dist` files are written: by torch's own distributed checkpoint writer.
+
+megatron-core 0.19 writes through a writer made for saving in the background: it clones every view
+of a larger tensor before the first byte is written, starts a manager process that imports torch
+once more, reduces a failed write to `error: <class 'OSError'>`, and leaves the other ranks waiting
+if the first cannot write the metadata. torch's own writer has none of that and makes the same
+files; `dist_checkpointing.save` takes it as a strategy.
+
+Not here: what is saved (`checkpoint/weights.py`), atomic directories (`checkpoint/directory.py`).
+"""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_idpo.errors import CheckpointError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DirectSave(TorchDistSaveShardedStrategy):
+    """A `dist_checkpointing` save strategy that writes at once, one tensor at a time."""
+
+    def __init__(self, place: Path) -> None:
+        """Args: what to call the directory in errors; it may be hidden until it is complete."""
+        super().__init__()
+        self._place = place
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
+        """Write every rank's main replicas. Collective.
+
+        Args:
+            sharded_state_dict: megatron-core's sharded tensors and objects, factories applied.
+            checkpoint_dir: exists.
+
+        Raises:
+            CheckpointError: on every rank, when any of them could not write.
+        """
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        planner = _Planner(
+            dedup_replicated_tensors=not self.keep_only_main_replica,
+            flatten_state_dict=False,
+            flatten_sharded_tensors=False,
+        )
+        try:
+            torch_checkpoint.save(
+                mcore_to_pyt_state_dict(state, is_loading=False),
+                storage_writer=_Writer(checkpoint_dir, self._place),
+                planner=planner,
+            )
+        except torch_checkpoint.CheckpointException as failed:  # no Exception, but BaseException
+            _, (error, _) = min(failed.failures.items())
+            raise _for_user(error, self._place) from failed
+
+
+class _Planner(MCoreSavePlanner):
+    """Remembers which tensor is being written, for the error message."""
+
+    writing = "the plan"
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        self.writing = f"tensor {write_item.index.fqn!r}"
+        return super().resolve_data(write_item)
+
+
+class _Writer(FileSystemWriter):
+    """Tells failures of the disk with their file and tensor."""
+
+    def __init__(self, directory: Path, place: Path) -> None:
+        super().__init__(directory)
+        self._place = place
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        assert isinstance(planner, _Planner)
+        try:
+            return super().write_data(plan, planner)
+        except (OSError, RuntimeError) as error:  # torch.save makes the one into the other
+            file = f"{plan.storage_data.prefix}0.distcp"
+            raise _failed(self._place / file, planner.writing, error) from error
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        try:
+            super().finish(metadata, results)
+        except OSError as error:
+            raise _failed(self._place / ".metadata", "the list of tensors", error) from error
+
+
+def _failed(path: Path, what: str, error: BaseException) -> CheckpointError:
+    """A failure of the disk; torch hides the system's own error among the causes of others."""
+    system = error
+    while not isinstance(system, OSError):
+        cause = system.__cause__ or system.__context__
+        if cause is None:
+            reason = str(error).split("\n", 1)[0]
+            return CheckpointError.at(str(path), f"{what} cannot be written: {reason}")
+        system = cause
+    if system.errno in _FULL:
+        return CheckpointError.at(str(path), f"the disk or quota is full: no room for {what}")
+    return CheckpointError.at(str(path), f"{what} cannot be written: {system.strerror}")
+
+
+def _for_user(error: BaseException, place: Path) -> BaseException:
+    """What a rank failed with: for the user if it is the user's to mend, else as it is."""
+    if isinstance(error, OSError):
+        return CheckpointError.at(str(place), f"cannot be written: {error.strerror}")
+    return error

@@ -1,0 +1,209 @@
+"""Intermediate DPO (Kojima 2024, arXiv 2408.02923) written plainly: the judge of the package.
+
+What: the method as one reads it, on a Hugging Face causal language model: every sequence is run
+as prompt + response, its hidden states are kept, and autograd does the rest. Readable as a
+definition; shares no code with the package and knows no rows, no ranks and no Megatron.
+What it does not do: be fast or frugal, LoRA, dropout, a mixture of experts' auxiliary loss.
+
+Layers count from 1: layer l is the output of the l-th transformer layer, layer L the final one.
+Shapes: P pairs, 2P sequences (2p chosen, 2p + 1 rejected), S sequences of one forward, T tokens of
+the longest of them, N tokens of one response, H hidden size, V vocabulary.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
+from torch.nn.utils.rnn import pad_sequence
+
+Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]
+"""Tokens of prompt, chosen and rejected response (EOS included)."""
+
+
+def head_input(hidden_states: Sequence[Tensor], layer: int, final_norm: Any, norm: str) -> Tensor:
+    """What the output projection reads at `layer`, [S, T, H].
+
+    Transformers returns L + 1 entries: 0 is the embedding, l < L the output of layer l before any
+    norm, and L the output of the final norm, which therefore must not be applied to it again.
+    """
+    final = len(hidden_states) - 1
+    if not 1 <= layer <= final or norm not in ("final", "none"):
+        raise ValueError(f"layer {layer} is not in 1..{final}, or {norm=} not 'final' or 'none'")
+    if layer == final or norm == "none":
+        return hidden_states[layer]
+    return final_norm(hidden_states[layer])
+
+
+def sequence_logps(
+    model: Any,
+    sequences: Sequence[Pair],
+    layers: Iterable[int],
+    norm: str = "final",
+    sequences_per_forward: int | None = None,
+) -> dict[int, Tensor]:
+    """log π_l(y|x) = Σ_t log softmax(lm_head(norm(h_l)))[y_t] over the response tokens, by layer.
+
+    `norm` "none" leaves the final norm out at intermediate layers. `sequences_per_forward` 1 runs
+    each sequence alone, more are padded on the right and masked; None pads all 2P together.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval()")
+    responses = [(list(x), list(y)) for x, *both in sequences for y in both]
+    logps: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    size = sequences_per_forward or len(responses)
+    for start in range(0, len(responses), size):
+        group = responses[start : start + size]
+        tokens = [torch.tensor(x + y) for x, y in group]
+        tokens_ST = pad_sequence(tokens, batch_first=True)
+        mask_ST = pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
+        hidden_states = model.model(
+            tokens_ST, attention_mask=mask_ST, output_hidden_states=True, use_cache=False
+        ).hidden_states
+        for layer in logps:
+            hidden_STH = head_input(hidden_states, layer, model.model.norm, norm)
+            for s, (x, y) in enumerate(group):
+                # Position t predicts token t + 1: the last prompt token predicts the first of y.
+                hidden_NH = hidden_STH[s, len(x) - 1 : len(x) + len(y) - 1]
+                logps_NV = torch.log_softmax(model.lm_head(hidden_NH), dim=-1)
+                logps[layer].append(logps_NV[torch.arange(len(y)), torch.tensor(y)].sum())
+    return {layer: torch.stack(logps_2P) for layer, logps_2P in logps.items()}
+
+
+def pair_losses(
+    logratio_2P: Tensor, lengths_2P: Tensor, beta: float, loss: str, label_smoothing: float = 0.0
+) -> Tensor:
+    """The loss of each pair, [P], from log π(y|x) − log π_ref(y|x) of both its responses.
+
+    The variants and their normalisation by length are TRL's (`trl/trainer/dpo_trainer.py`,
+    `DPOTrainer._compute_loss`); label smoothing of the sigmoid is conservative DPO's.
+    """
+    if loss in ("ipo", "sigmoid_norm"):  # these compare means over tokens, the others sums
+        logratio_2P = logratio_2P / lengths_2P
+    difference_P = logratio_2P[0::2] - logratio_2P[1::2]
+    right_P, wrong_P = -logsigmoid(beta * difference_P), -logsigmoid(-beta * difference_P)
+    eps = label_smoothing
+    match loss:
+        case "sigmoid" | "sigmoid_norm":  # DPO (2305.18290) Eq. 7; smoothed: cDPO (Mitchell) Eq. 3
+            return (1 - eps) * right_P + eps * wrong_P
+        case "robust":  # rDPO (2403.00409): unbiased where a share eps of the labels is flipped
+            return ((1 - eps) * right_P - eps * wrong_P) / (1 - 2 * eps)
+        case "ipo" if not eps:  # IPO (2310.12036) Eq. 17
+            return (difference_P - 1 / (2 * beta)) ** 2
+        case "hinge" if not eps:  # SLiC's hinge on normalised likelihoods, RSO (2309.06657)
+            return relu(1 - beta * difference_P)
+    raise ValueError(f"there is no {loss=} with {label_smoothing=}")
+
+
+class Losses(NamedTuple):
+    """Eq. 3; Eq. 1 at each layer; β (log-ratio of chosen − log-ratio of rejected) there, [P]."""
+
+    total: Tensor
+    by_layer: dict[int, Tensor]
+    margins: dict[int, Tensor]
+
+
+def losses(
+    policy_logps: Mapping[int, Tensor],
+    reference_logps: Mapping[int, Tensor] | None,
+    pairs: Sequence[Pair],
+    layers: Sequence[int],
+    beta: float,
+    intermediate_weight: float,
+    loss: str = "sigmoid",
+    layer_weights: Mapping[int, float] | None = None,
+    label_smoothing: float = 0.0,
+    nll_weight: float = 0.0,
+    reference_layer: str = "same",
+) -> Losses:
+    """Eq. 1–3 over exactly the pairs given, which are one global batch.
+
+    Both `_logps` have `layers` and the final layer; reference None is all zeros. No `layers` is
+    plain DPO. `layer_weights` are made to sum to 1 (default: the mean). `nll_weight` times
+    −log π_l(y_w|x) per token of y_w joins each pair's loss at every layer (Pang et al. 2024,
+    2404.19733, Eq. 1). `reference_layer` "final" holds every layer against the reference's output.
+    """
+    final = max(policy_logps)
+    if final in layers or len(set(layers)) < len(layers):
+        raise ValueError(f"{layers=} name the final layer {final}, or a layer twice")
+    lengths_2P = torch.tensor([len(y) for _, *both in pairs for y in both])
+    by_layer, margins = {}, {}
+    for layer in [*layers, final]:
+        logratio_2P = policy_2P = policy_logps[layer]
+        if reference_logps is not None:
+            read = {"same": layer, "final": final}[reference_layer]
+            logratio_2P = policy_2P - reference_logps[read].detach()
+        loss_P = pair_losses(logratio_2P, lengths_2P, beta, loss, label_smoothing)
+        nll_P = -(policy_2P / lengths_2P)[0::2]
+        by_layer[layer] = (loss_P + nll_weight * nll_P).mean()  # Eq. 1
+        margins[layer] = beta * (logratio_2P[0::2] - logratio_2P[1::2]).detach()
+    if not layers:
+        return Losses(by_layer[final], by_layer, margins)
+    α = layer_weights or dict.fromkeys(layers, 1.0)
+    intermediate = sum(α[k] * by_layer[k] for k in layers) / sum(α[k] for k in layers)  # Eq. 2
+    w = intermediate_weight
+    return Losses((1 - w) * by_layer[final] + w * intermediate, by_layer, margins)  # Eq. 3
+
+
+def train_steps(
+    model: Any,
+    reference: Any,
+    batches: Sequence[Sequence[Pair]],
+    layers: Sequence[int],
+    *,
+    beta: float = 0.1,
+    intermediate_weight: float = 0.1,
+    optimizer: str = "sgd",
+    lr: float = 1e-2,
+    eps: float = 1e-4,
+    frozen_head: bool = False,
+    trainable: str = "",
+    steps: int = 3,
+    norm: str = "final",
+    sequences_per_forward: int | None = None,
+    **objective: Any,
+) -> dict[str, Any]:
+    """Optimizer steps on a copy of `model`, a global batch each (starting over when they run out).
+
+    `reference` is another model, "initial" (`model` before step 1) or None. `optimizer` is "sgd"
+    (no momentum) or "adam" (betas 0.9, 0.999), neither with weight decay. `frozen_head` does not
+    train embedding, output projection and final norm; of the others, only parameters whose name
+    the expression `trainable` finds are trained. The rest is for `sequence_logps` and `losses`.
+
+    Returns, by step, `totals` and (by layer) `layer_losses` and `margins`; by Transformers' name
+    of the parameter, `gradients` of step 1 (of what is trained) and `weights` after the steps (a
+    tied output projection goes by the embedding's name).
+    """
+    if model.get_input_embeddings().padding_idx is not None:
+        raise ValueError("config.pad_token_id takes its embedding's gradient away: set it to None")
+    policy = copy.deepcopy(model).eval()
+    reading = ([*layers, policy.config.num_hidden_layers], norm, sequences_per_forward)
+    judge = policy if reference == "initial" else reference
+    with torch.no_grad():  # all before step 1, so "initial" stays what it is
+        references = [judge and sequence_logps(judge, pairs, *reading) for pairs in batches]
+    head = (policy.model.embed_tokens, policy.lm_head, policy.model.norm) if frozen_head else ()
+    frozen = {parameter for module in head for parameter in module.parameters()}
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(parameter not in frozen and bool(re.search(trainable, name)))
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    make, options = {"sgd": (torch.optim.SGD, {}), "adam": (torch.optim.Adam, {"eps": eps})}[
+        optimizer
+    ]
+    update = make(trained.values(), lr=lr, **options)
+    run: dict[str, Any] = {"totals": [], "layer_losses": [], "margins": []}
+    for step in range(steps):
+        pairs, fixed = batches[step % len(batches)], references[step % len(batches)]
+        logps = sequence_logps(policy, pairs, *reading)
+        result = losses(logps, fixed, pairs, layers, beta, intermediate_weight, **objective)
+        update.zero_grad()
+        result.total.backward()
+        if step == 0:
+            run["gradients"] = {name: p.grad.clone() for name, p in trained.items()}
+        update.step()
+        run["totals"].append(result.total.item())
+        run["layer_losses"].append({layer: x.item() for layer, x in result.by_layer.items()})
+        run["margins"].append(result.margins)
+    return run | {"weights": {name: p.detach().clone() for name, p in policy.named_parameters()}}
