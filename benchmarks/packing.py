@@ -7,10 +7,14 @@ Prints, for every preference file given (`../shared/data/*.jsonl` by default; ma
 there is none):
 
 * **fill**: tokens in all pairs trained on / positions in all rows computed, empty rows and padding
-  included, over one epoch of full global batches in seeded order;
+  included, over one epoch of full global batches in seeded order: with rows of one length, with
+  rows cut to a multiple of `--trim-tokens`, and, so cut, without sharing prompts;
+* **possible**: what arithmetic allows. No plan has shorter rows than the longest pair, or than the
+  tokens divided by the rows, rounded up; of all numbers of rows, the best in every step;
 * **of TRL**: positions computed per pair / those of TRL's padded batches of 4 pairs on the same
   tokens in the same order: 8 sequences, each as long as the longest (its collator stacks all chosen
   and all rejected, padded on the right);
+* **slowest rank**: how much more than the mean rank it costs, in tokens and attention, on average;
 * **pairs/s**: pairs planned and built into rows per second of CPU time, all threads added up.
 
 Then it streams a million made-up pairs and prints the memory in use on the way.
@@ -21,7 +25,11 @@ Pairs are cut as TRL cuts them (`keep_start`, prompts that leave no room dropped
 import argparse
 import json
 import platform
+import shlex
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -31,13 +39,17 @@ from numpy.typing import NDArray
 
 from megatron_idpo.data.batches import RowSettings, TrainingBatches
 from megatron_idpo.data.order import stream_pairs
+from megatron_idpo.data.packing import VISITS_PER_TOKEN, attention_visits, plan_rows
 from megatron_idpo.data.pair import Pair
 from megatron_idpo.data.rows import occupied_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL_BATCH_PAIRS = 4
+REQUIRED_FILL = 0.97  # issue 3
 BYTES_PER_TOKEN = 4
 TEMPLATE_TOKENS = 4  # What a chat template adds to a message, about.
+BATCHES_PAIRS = (32, 64, 128, 256, 512)
+DATA_SIZES = (1, 8)
 MADE_UP_MEDIANS = {"made up, short": (122, 29, 37), "made up, long prompts": (713, 101, 97)}
 Lengths = NDArray[np.int32]
 
@@ -135,7 +147,47 @@ def measure(lengths_P3: Lengths, settings: RowSettings, pairs: int) -> tuple[flo
     return used / computed, computed / trained, trained / spent_s
 
 
-def report_file(name: str, lengths_P3: Lengths, row_tokens: int, trim_tokens: int) -> list[str]:
+def steps(lengths_P3: Lengths, pairs: int) -> Iterator[Lengths]:
+    """The lengths [B, 3] of the global batches that `measure` trains on."""
+    for first in range(0, len(lengths_P3) - pairs + 1, pairs):
+        yield lengths_P3[stream_pairs(first, pairs, num_pairs=len(lengths_P3), seed=0)]
+
+
+def possible_fill(
+    lengths_P3: Lengths, pairs: int, *, row_tokens: int, trim_tokens: int, ranks: int
+) -> float:
+    """The fill that no plan can exceed."""
+    used = computed = 0
+    for lengths_B3 in steps(lengths_P3, pairs):
+        tokens_B = occupied_tokens(lengths_B3, share_prompt=True)
+        total, longest = int(tokens_B.sum()), int(tokens_B.max())
+        used += total
+        fewest = ranks * -(-total // (row_tokens * ranks))
+        least = fewest * row_tokens
+        for rows in range(fewest, max(fewest, pairs) + 1, ranks):
+            fullest = max(longest, -(-total // rows))
+            least = min(least, rows * -(-fullest // trim_tokens) * trim_tokens)
+        computed += least
+    return used / computed
+
+
+def slowest_rank(
+    lengths_P3: Lengths, pairs: int, *, row_tokens: int, trim_tokens: int, ranks: int
+) -> float:
+    """Cost of a step's slowest rank above that of the mean one, over the mean one's."""
+    excess = []
+    for lengths_B3 in steps(lengths_P3, pairs):
+        plan = plan_rows(lengths_B3, row_tokens=row_tokens, trim_tokens=trim_tokens, ranks=ranks)
+        visits_B = attention_visits(lengths_B3, share_prompt=True)
+        dense = len(plan.pairs[0]) * plan.row_tokens * VISITS_PER_TOKEN
+        costs = [dense + sum(int(visits_B[row].sum()) for row in rank) for rank in plan.pairs]
+        excess.append(max(costs) / float(np.mean(costs)) - 1)
+    return float(np.mean(excess))
+
+
+def report_file(
+    name: str, lengths_P3: Lengths, row_tokens: int, trims_tokens: list[int]
+) -> list[str]:
     """The table of one dataset."""
     medians = "/".join(str(int(median)) for median in np.median(lengths_P3, axis=0))
     sharing = (
@@ -143,6 +195,10 @@ def report_file(name: str, lengths_P3: Lengths, row_tokens: int, trim_tokens: in
         / occupied_tokens(lengths_P3, share_prompt=True).sum()
     )
     trl = trl_positions_per_pair(lengths_P3)
+    heads = ["pairs per global batch", "data ranks", "fill, one length"]
+    for trim in trims_tokens:
+        heads += [f"fill, cut to {trim}s", "possible", "of TRL"]
+    heads += ["fill, prompts twice", "of TRL", "slowest rank", "pairs/s"]
     lines = [
         f"## {name}",
         "",
@@ -150,35 +206,58 @@ def report_file(name: str, lengths_P3: Lengths, row_tokens: int, trim_tokens: in
         f"prompts {sharing:.2f} times the tokens; TRL's padded batch of 4: {trl:.0f} positions "
         "per pair",
         "",
-        f"| pairs per global batch | data ranks | fill | of TRL | fill, rows cut to {trim_tokens}s "
-        "| of TRL | fill, prompts twice | of TRL | pairs/s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
     ]
-    for data_size in (1, 8):
-        for pairs in (32, 64, 128, 256, 512):
+    below = []
+    for ranks in DATA_SIZES:
+        for pairs in BATCHES_PAIRS:
             if pairs > len(lengths_P3):
                 continue
-            plain = RowSettings(row_tokens=row_tokens, pad_token=0, data_size=data_size)
-            trimmed = RowSettings(
-                row_tokens=row_tokens,
-                pad_token=0,
-                data_size=data_size,
-                trim_tokens=trim_tokens,
+            cells, fill, possible = report_cell(
+                lengths_P3, pairs, ranks, row_tokens=row_tokens, trims_tokens=trims_tokens, trl=trl
             )
-            twice = RowSettings(
-                row_tokens=row_tokens, pad_token=0, data_size=data_size, share_prompt=False
-            )
-            fill, positions, speed = measure(lengths_P3, plain, pairs)
-            cut_fill, cut_positions, _ = measure(lengths_P3, trimmed, pairs)
-            twice_fill, twice_positions, _ = measure(lengths_P3, twice, pairs)
-            # Data rank 0 builds its own rows only: as a rate of the whole job it would flatter.
-            rate = f"{speed:,.0f}" if data_size == 1 else ""
-            lines.append(
-                f"| {pairs} | {data_size} | {fill:.1%} | {positions / trl:.2f} | {cut_fill:.1%} "
-                f"| {cut_positions / trl:.2f} | {twice_fill:.1%} | {twice_positions / trl:.2f} "
-                f"| {rate} |"
-            )
-    return [*lines, ""]
+            lines.append(f"| {pairs} | {ranks} | {' | '.join(cells)} |")
+            if fill < REQUIRED_FILL:
+                below.append(f"{pairs} pairs on {ranks}: {fill:.1%} of at most {possible:.1%}")
+    told = "; ".join(below) or "none"
+    return [*lines, "", f"Below {REQUIRED_FILL:.0%} when cut to {trims_tokens[0]}s: {told}.", ""]
+
+
+def report_cell(
+    lengths_P3: Lengths,
+    pairs: int,
+    ranks: int,
+    *,
+    row_tokens: int,
+    trims_tokens: list[int],
+    trl: float,
+) -> tuple[list[str], float, float]:
+    """The cells of one line, and fill and possible fill at the first of `trims_tokens`."""
+    first_trim = trims_tokens[0]
+    cut = RowSettings(row_tokens=row_tokens, pad_token=0, data_size=ranks, trim_tokens=first_trim)
+    cells = [f"{measure(lengths_P3, replace(cut, trim_tokens=0), pairs)[0]:.1%}"]
+    fills, possibles, speeds = [], [], []
+    for trim in trims_tokens:
+        fill, positions, speed = measure(lengths_P3, replace(cut, trim_tokens=trim), pairs)
+        possible = possible_fill(
+            lengths_P3, pairs, row_tokens=row_tokens, trim_tokens=trim, ranks=ranks
+        )
+        cells += [f"{fill:.1%}", f"{possible:.1%}", f"{positions / trl:.2f}"]
+        fills.append(fill)
+        possibles.append(possible)
+        speeds.append(speed)
+    fill, positions, _ = measure(lengths_P3, replace(cut, share_prompt=False), pairs)
+    cells += [f"{fill:.1%}", f"{positions / trl:.2f}"]
+    if ranks > 1:
+        excess = slowest_rank(
+            lengths_P3, pairs, row_tokens=row_tokens, trim_tokens=first_trim, ranks=ranks
+        )
+        # Data rank 0 builds its own rows only: as a rate of the whole job it would flatter.
+        cells += [f"+{excess:.2%}", ""]
+    else:
+        cells += ["", f"{speeds[0]:,.0f}"]
+    return cells, fills[0], possibles[0]
 
 
 def report_stream(num_pairs: int, row_tokens: int) -> list[str]:
@@ -210,6 +289,12 @@ def processor() -> str:
     return platform.machine()
 
 
+def command() -> str:
+    """How this run was started, with paths cut to their names."""
+    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    return shlex.join(["python", "benchmarks/packing.py", *words])
+
+
 def main() -> None:
     """Measure, print, and save if asked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -218,7 +303,7 @@ def main() -> None:
     kind.add_argument("--tokenizer", help="directory or hub name of a tokenizer")
     kind.add_argument("--synthetic-lengths", action="store_true", help="a token for 4 bytes")
     parser.add_argument("--row-tokens", type=int, default=4096)
-    parser.add_argument("--trim-tokens", type=int, default=128)
+    parser.add_argument("--trim-tokens", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--stream-pairs", type=int, default=1_000_000)
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
@@ -228,8 +313,10 @@ def main() -> None:
     lines = [
         "# Packing",
         "",
-        f"{date.today()}, {processor()}; tokens: {counted}; rows of {options.row_tokens}, "
-        f"max_length {options.max_length}.",
+        f"    {command()}",
+        "",
+        f"{date.today()}, {processor()}; tokens: {counted}; rows of at most {options.row_tokens}, "
+        f"max_length {options.max_length}. What the columns mean stands in the script.",
         "",
     ]
     files = options.files or sorted((ROOT.parent / "shared" / "data").glob("*.jsonl"))

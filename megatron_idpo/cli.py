@@ -235,8 +235,9 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         "Convert weights between Hugging Face and Megatron-Core.", _add_convert_arguments, _convert
     ),
+    "data": _config_verb("megatron_idpo.data.look", "Show what the data becomes."),
     "doctor": _config_verb(
-        "megatron_idpo.doctor",
+        "megatron_idpo.doctor.main",
         "Tell what this machine has, what is missing, and whether a configuration can run here.",
         config_required=False,
     ),

@@ -1,9 +1,8 @@
 """Intermediate DPO (Kojima 2024, arXiv 2408.02923) written plainly: the judge of the package.
 
-What: the method as one reads it, on a Hugging Face causal language model: every sequence is run
-as prompt + response, its hidden states are kept, and autograd does the rest. Readable as a
-definition; shares no code with the package and knows no rows, no ranks and no Megatron.
-What it does not do: be fast or frugal, LoRA, dropout, a mixture of experts' auxiliary loss.
+What: the method on a Hugging Face causal language model: every sequence is run as prompt plus
+response, all hidden states are kept, autograd does the rest. It shares no code with the package and
+knows no rows, ranks or Megatron. What it does not do: be fast or frugal, LoRA, auxiliary losses.
 
 Layers count from 1: layer l is the output of the l-th transformer layer, layer L the final one.
 Shapes: P pairs, 2P sequences (2p chosen, 2p + 1 rejected), S sequences of one forward, T tokens of
@@ -13,6 +12,8 @@ the longest of them, N tokens of one response, H hidden size, V vocabulary.
 import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import batched
 from typing import Any, NamedTuple
 
 import torch
@@ -20,22 +21,20 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 from torch.nn.utils.rnn import pad_sequence
 
-Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]
-"""Tokens of prompt, chosen and rejected response (EOS included)."""
+Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]  # tokens: prompt, chosen, rejected
 
 
 def head_input(hidden_states: Sequence[Tensor], layer: int, final_norm: Any, norm: str) -> Tensor:
     """What the output projection reads at `layer`, [S, T, H].
 
-    Transformers returns L + 1 entries: 0 is the embedding, l < L the output of layer l before any
-    norm, and L the output of the final norm, which therefore must not be applied to it again.
+    Transformers returns L + 1 entries: 0 is the embedding, l < L the output of layer l, and L that
+    of the final norm, which therefore must not be applied to it again.
     """
     final = len(hidden_states) - 1
     if not 1 <= layer <= final or norm not in ("final", "none"):
         raise ValueError(f"layer {layer} is not in 1..{final}, or {norm=} not 'final' or 'none'")
-    if layer == final or norm == "none":
-        return hidden_states[layer]
-    return final_norm(hidden_states[layer])
+    hidden_STH = hidden_states[layer]
+    return hidden_STH if layer == final or norm == "none" else final_norm(hidden_STH)
 
 
 def sequence_logps(
@@ -54,9 +53,7 @@ def sequence_logps(
         raise ValueError("the model is in training mode; call model.eval()")
     responses = [(list(x), list(y)) for x, *both in sequences for y in both]
     logps: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    size = sequences_per_forward or len(responses)
-    for start in range(0, len(responses), size):
-        group = responses[start : start + size]
+    for group in batched(responses, sequences_per_forward or len(responses)):
         tokens = [torch.tensor(x + y) for x, y in group]
         tokens_ST = pad_sequence(tokens, batch_first=True)
         mask_ST = pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
@@ -78,8 +75,7 @@ def pair_losses(
 ) -> Tensor:
     """The loss of each pair, [P], from log π(y|x) − log π_ref(y|x) of both its responses.
 
-    The variants and their normalisation by length are TRL's (`trl/trainer/dpo_trainer.py`,
-    `DPOTrainer._compute_loss`); label smoothing of the sigmoid is conservative DPO's.
+    Variants and normalisation are TRL's (`trl/trainer/dpo_trainer.py`, `_compute_loss`).
     """
     if loss in ("ipo", "sigmoid_norm"):  # these compare means over tokens, the others sums
         logratio_2P = logratio_2P / lengths_2P
@@ -114,7 +110,7 @@ def losses(
     beta: float,
     intermediate_weight: float,
     loss: str = "sigmoid",
-    layer_weights: Mapping[int, float] | None = None,
+    layer_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     nll_weight: float = 0.0,
     reference_layer: str = "same",
@@ -122,8 +118,8 @@ def losses(
     """Eq. 1–3 over exactly the pairs given, which are one global batch.
 
     Both `_logps` have `layers` and the final layer; reference None is all zeros. No `layers` is
-    plain DPO. `layer_weights` are made to sum to 1 (default: the mean). `nll_weight` times
-    −log π_l(y_w|x) per token of y_w joins each pair's loss at every layer (Pang et al. 2024,
+    plain DPO. `layer_weights`, one a layer, are made to sum to 1 (None: the mean). `nll_weight`
+    times −log π_l(y_w|x) per token of y_w joins each pair's loss at every layer (Pang et al. 2024,
     2404.19733, Eq. 1). `reference_layer` "final" holds every layer against the reference's output.
     """
     final = max(policy_logps)
@@ -137,12 +133,11 @@ def losses(
             read = {"same": layer, "final": final}[reference_layer]
             logratio_2P = policy_2P - reference_logps[read].detach()
         loss_P = pair_losses(logratio_2P, lengths_2P, beta, loss, label_smoothing)
-        nll_P = -(policy_2P / lengths_2P)[0::2]
-        by_layer[layer] = (loss_P + nll_weight * nll_P).mean()  # Eq. 1
+        by_layer[layer] = (loss_P - nll_weight * (policy_2P / lengths_2P)[0::2]).mean()  # Eq. 1
         margins[layer] = beta * (logratio_2P[0::2] - logratio_2P[1::2]).detach()
     if not layers:
         return Losses(by_layer[final], by_layer, margins)
-    α = layer_weights or dict.fromkeys(layers, 1.0)
+    α = dict(zip(layers, layer_weights or [1.0] * len(layers), strict=True))
     intermediate = sum(α[k] * by_layer[k] for k in layers) / sum(α[k] for k in layers)  # Eq. 2
     w = intermediate_weight
     return Losses((1 - w) * by_layer[final] + w * intermediate, by_layer, margins)  # Eq. 3
@@ -173,12 +168,11 @@ def train_steps(
     train embedding, output projection and final norm; of the others, only parameters whose name
     the expression `trainable` finds are trained. The rest is for `sequence_logps` and `losses`.
 
-    Returns, by step, `totals` and (by layer) `layer_losses` and `margins`; by Transformers' name
-    of the parameter, `gradients` of step 1 (of what is trained) and `weights` after the steps (a
-    tied output projection goes by the embedding's name).
+    Returns `losses`, one `Losses` a step, and by Transformers' name of the parameter `gradients`
+    of step 1 (of what is trained) and `weights` in the end. Tied weights have the embedding's name.
     """
     if model.get_input_embeddings().padding_idx is not None:
-        raise ValueError("config.pad_token_id takes its embedding's gradient away: set it to None")
+        raise ValueError("config.pad_token_id freezes its embedding; build the model without it")
     policy = copy.deepcopy(model).eval()
     reading = ([*layers, policy.config.num_hidden_layers], norm, sequences_per_forward)
     judge = policy if reference == "initial" else reference
@@ -189,11 +183,9 @@ def train_steps(
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(parameter not in frozen and bool(re.search(trainable, name)))
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    make, options = {"sgd": (torch.optim.SGD, {}), "adam": (torch.optim.Adam, {"eps": eps})}[
-        optimizer
-    ]
-    update = make(trained.values(), lr=lr, **options)
-    run: dict[str, Any] = {"totals": [], "layer_losses": [], "margins": []}
+    kinds = {"sgd": torch.optim.SGD, "adam": partial(torch.optim.Adam, eps=eps)}
+    update = kinds[optimizer](trained.values(), lr=lr)
+    run: dict[str, Any] = {"losses": []}
     for step in range(steps):
         pairs, fixed = batches[step % len(batches)], references[step % len(batches)]
         logps = sequence_logps(policy, pairs, *reading)
@@ -203,7 +195,6 @@ def train_steps(
         if step == 0:
             run["gradients"] = {name: p.grad.clone() for name, p in trained.items()}
         update.step()
-        run["totals"].append(result.total.item())
-        run["layer_losses"].append({layer: x.item() for layer, x in result.by_layer.items()})
-        run["margins"].append(result.margins)
+        by_layer = {layer: loss.detach() for layer, loss in result.by_layer.items()}
+        run["losses"].append(Losses(result.total.detach(), by_layer, result.margins))
     return run | {"weights": {name: p.detach().clone() for name, p in policy.named_parameters()}}

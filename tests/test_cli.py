@@ -76,7 +76,7 @@ def test_format_names_are_those_of_the_conversion() -> None:
 
 
 def test_doctor_with_and_without_a_config(room: Any) -> None:
-    doctor = room("megatron_idpo.doctor", "main", Recorder(code=7))
+    doctor = room("megatron_idpo.doctor.main", "main", Recorder(code=7))
     assert cli.main(["doctor"]) == 7
     assert cli.main(["doctor", "run.yaml", "layout.tensor=2", "objective.layers=[3]"]) == 7
     assert [args for args, _ in doctor.calls] == [
@@ -88,7 +88,7 @@ def test_doctor_with_and_without_a_config(room: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("", "no verb given; the verbs are convert, doctor"),
+        ("", "no verb given; the verbs are convert, data, doctor"),
         ("covnert a b", "no verb 'covnert'; did you mean convert?"),
         ("zzz", "no verb 'zzz'; known: convert"),
         ("convert hf-to-megatorn a b", "did you mean hf-to-megatron?"),
@@ -113,20 +113,20 @@ def test_mistakes_are_told_on_one_line(
 
 def test_a_users_error_has_no_traceback(room: Any, capsys: pytest.CaptureFixture[str]) -> None:
     failure = CheckpointError.at("model.safetensors", "truncated", "fetch it again")
-    room("megatron_idpo.doctor", "main", Recorder(failure))
+    room("megatron_idpo.doctor.main", "main", Recorder(failure))
     assert cli.main(["doctor"]) == EXIT_USER_ERROR
     told = "megatron-idpo: error: model.safetensors: truncated; fetch it again\n"
     assert capsys.readouterr().err == told
 
 
 def test_an_unexpected_error_keeps_its_traceback(room: Any) -> None:
-    room("megatron_idpo.doctor", "main", Recorder(ZeroDivisionError()))
+    room("megatron_idpo.doctor.main", "main", Recorder(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 
 
 def test_ctrl_c_is_quiet(room: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    room("megatron_idpo.doctor", "main", Recorder(KeyboardInterrupt()))
+    room("megatron_idpo.doctor.main", "main", Recorder(KeyboardInterrupt()))
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr() == ("", "")
 
@@ -174,7 +174,7 @@ class TestOneVoice:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(store.port))
         monkeypatch.setenv("WORLD_SIZE", "3")
-        room("megatron_idpo.doctor", "main", Recorder(CheckpointError("broken")))
+        room("megatron_idpo.doctor.main", "main", Recorder(CheckpointError("broken")))
 
         def fail(rank: int, restart: int = 0) -> int:
             monkeypatch.setenv("RANK", str(rank))

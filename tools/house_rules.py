@@ -33,7 +33,7 @@ TIERS = (
     {"objective", "mcore"},
     {"config", "checkpoint", "convert", "data", "lora", "plugin", "reference"},
     {"doctor", "evaluate", "plan", "sdpo", "train"},
-    {"testing", "tiny_models", "wire", "worker"},
+    {"testing"},
     {"cli"},
     {"__main__"},
 )

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_idpo.errors import CheckpointError, Problem
+from megatron_idpo.errors import CheckpointError
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 """What the keys of weights start with, against those of optimizer state."""
@@ -24,9 +24,6 @@ _VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 _MAX_PADDING_ROWS = 4096
 """Of a vocabulary: Megatron-LM pads it to a multiple of 128 x TP. More is another vocabulary."""
-
-_MAX_TOLD = 20
-"""Problems shown of a checkpoint that is another model altogether."""
 
 Shape = tuple[int, ...]
 
@@ -66,17 +63,17 @@ def check_same_model(directory: Path, expected: Mapping[str, Shape], vocab_size:
         vocab_size: without padding; the checkpoint's may have another one than the model's.
 
     Raises:
-        CheckpointError: every difference; what `stored_weights` raises.
+        CheckpointError: there is a difference; what `stored_weights` raises.
     """
-    place, stored = str(directory), stored_weights(directory)
-    problems = [
-        Problem(place, f"tensor {key!r} of shape {shape} is missing")
+    stored = stored_weights(directory)
+    differences = [
+        f"tensor {key!r} of shape {shape} is missing"
         for key, shape in expected.items()
         if key not in stored
     ]
     for key, weight in stored.items():
         if key not in expected:
-            problems.append(Problem(place, f"unexpected tensor {key!r} {weight.shape}"))
+            differences.append(f"tensor {key!r} of shape {weight.shape} is not expected")
             continue
         shape = expected[key]
         if key in _VOCABULARY_KEYS:
@@ -86,13 +83,15 @@ def check_same_model(directory: Path, expected: Mapping[str, Shape], vocab_size:
         else:
             matches = weight.shape == shape
         if not matches:
-            told = f"tensor {key!r} has shape {weight.shape}, config.json asks for {shape}"
-            problems.append(Problem(place, told))
-    if len(problems) > _MAX_TOLD:
-        more = Problem(place, f"{len(problems) - _MAX_TOLD + 1} more problems like these")
-        problems = [*problems[: _MAX_TOLD - 1], more]
-    if problems:
-        raise CheckpointError.of(problems)
+            differences.append(f"tensor {key!r} has shape {weight.shape}, expected {shape}")
+    if differences:
+        # Of another model nearly everything differs, so one is told as an example.
+        others = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+        raise CheckpointError.at(
+            str(directory),
+            f"holds another model than its config.json says: {differences[0]}{others}",
+            "put the configuration there that it was made with",
+        )
 
 
 def _check_marker(directory: Path) -> None:
@@ -114,23 +113,22 @@ def _metadata(directory: Path) -> Metadata:
 
 
 def _check_files(directory: Path, metadata: Metadata) -> None:
-    """Every file reaches as far as its tensors do."""
-    sizes: dict[str, int] = {}
+    """Every file reaches as far as the weights in it do."""
+    ends: dict[str, list[tuple[int, str]]] = {}
     for index, info in (metadata.storage_data or {}).items():
-        path = directory / info.relative_path
-        if info.relative_path not in sizes:
-            sizes[info.relative_path] = path.stat().st_size if path.is_file() else -1
-        found = sizes[info.relative_path]
-        told = f"by .metadata it holds tensor {index.fqn!r}"
-        if found < 0:
-            raise CheckpointError.at(str(path), f"is missing; {told}", "copy it here again")
-        if found < info.offset + info.length:
-            raise CheckpointError.at(
-                str(path),
-                f"is truncated in or before tensor {index.fqn!r}: {found} bytes, which needs "
-                f"{info.offset + info.length}",
-                "copy it here again",
-            )
+        if index.fqn.startswith(_MODEL_KEYS):
+            ends.setdefault(info.relative_path, []).append((info.offset + info.length, index.fqn))
+    remedy = "copy it here again"
+    for file, stops in ends.items():
+        path = directory / file
+        found = path.stat().st_size if path.is_file() else None
+        for stop, key in sorted(stops):
+            if found is None:
+                told = f"is missing; by .metadata it holds tensor {key!r}"
+                raise CheckpointError.at(str(path), told, remedy)
+            if found < stop:
+                told = f"is truncated in or before tensor {key!r}, which ends at byte {stop}: "
+                raise CheckpointError.at(str(path), f"{told}{found} bytes", remedy)
 
 
 @contextmanager

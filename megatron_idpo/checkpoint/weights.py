@@ -18,12 +18,9 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     apply_factories,
 )
-from megatron.core.dist_checkpointing.validation import StrictHandling
-from torch.distributed.checkpoint import CheckpointException
 
 from megatron_idpo.checkpoint.contents import check_same_model
-from megatron_idpo.checkpoint.strategy import DirectSave
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.checkpoint.files import DirectSave, read_into
 from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.model import GPTModel
 from megatron_idpo.mcore.quiet import quiet_megatron
@@ -79,37 +76,13 @@ def load_weights(chunks: Sequence[GPTModel], directory: Path, architecture: Arch
         CheckpointError: no such checkpoint, a missing, unknown or wrong-shaped weight, a file that
             is missing, truncated or damaged.
     """
-    state = _largest_first(sharded_weights(chunks))
-    shapes = {one.key: tuple(one.global_shape) for one in _sharded_tensors(state.values())}
+    tensors = list(_sharded_tensors(sharded_weights(chunks).values()))
+    shapes = {one.key: tuple(one.global_shape) for one in tensors}
     everywhere = {key: shape for rank in gathered(shapes) for key, shape in rank.items()}
     with agreeing("loading the weights"):
         check_same_model(directory, everywhere, architecture.vocab_size)
-        try:
-            with quiet_megatron():
-                # megatron-core's integrity check would be a collective that a failing rank skips.
-                dist_checkpointing.load(
-                    state,
-                    str(directory),
-                    validate_access_integrity=False,
-                    strict=StrictHandling.ASSUME_OK_UNEXPECTED,
-                )
-        except (CheckpointException, Exception) as error:  # the former is no Exception
-            raise CheckpointError.at(
-                str(directory), f"cannot be loaded ({_reason(error)})", "copy it here again"
-            ) from error
-
-
-def _largest_first(state: ShardedState) -> ShardedState:
-    """The same state in another order.
-
-    torch reads a tensor whole before it copies it. The largest, embedding and output layer, are
-    read while the memory of the others is still untouched, so that this does not add to the peak.
-    """
-
-    def num_bytes(entry: tuple[str, Any]) -> int:
-        return sum(one.data.nbytes for one in _sharded_tensors([entry[1]]))
-
-    return dict(sorted(state.items(), key=num_bytes, reverse=True))
+        with quiet_megatron():
+            read_into(tensors, directory)
 
 
 def _sharded_tensors(values: Iterable[Any]) -> Iterator[ShardedTensor]:
@@ -121,11 +94,3 @@ def _sharded_tensors(values: Iterable[Any]) -> Iterator[ShardedTensor]:
             yield from _sharded_tensors(value)
         elif isinstance(value, ShardedTensor):
             yield value
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost failure, on one line."""
-    if isinstance(error, CheckpointException):
-        _, (inner, _) = min(error.failures.items())
-        return _reason(inner)
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -49,7 +49,7 @@ _MORE_ROWS = 3
 """How many larger numbers of rows are tried, in steps of what all ranks need."""
 
 _EXCHANGES_PER_PAIR = 4
-"""Levelling ends after this many exchanges, about ten times what real batches need."""
+"""Levelling ends after this many exchanges, over ten times what real batches need."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,10 @@ def tap_layers(chunk: GPTModel, layers: Sequence[int], on_taps: OnTaps) -> Undo:
         taps = dict(zip(wanted, hidden, strict=True))
         output = on_taps(output, taps, kwargs.get("packed_seq_params"))
         # Output deallocation asserts that what is sent on is no view of anything.
-        return make_viewless_tensor(output, requires_grad=output.requires_grad, keep_graph=True)
+        sent: Tensor = make_viewless_tensor(
+            output, requires_grad=output.requires_grad, keep_graph=True
+        )
+        return sent
 
     decoder.forward = tapped
 
@@ -59,6 +62,12 @@ def tap_layers(chunk: GPTModel, layers: Sequence[int], on_taps: OnTaps) -> Undo:
         del decoder.forward
 
     return undo
+
+
+def is_hooked(chunk: GPTModel) -> bool:
+    """Whether taps or a head have been put into this chunk and not taken out again."""
+    output_layer = vars(chunk.output_layer) if chunk.post_process else {}
+    return "forward" in vars(chunk.decoder) or "forward" in output_layer
 
 
 def enter_output_layer(chunk: GPTModel, forward: Callable[[Tensor, Any], Any]) -> Undo:
@@ -88,7 +97,8 @@ def let_gradients_through_frozen_embedding(chunk: GPTModel) -> Undo:
             output.requires_grad_()
         return output
 
-    return chunk.embedding.register_forward_hook(require).remove
+    undo: Undo = chunk.embedding.register_forward_hook(require).remove
+    return undo
 
 
 def gather_positions(hidden_t1H: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

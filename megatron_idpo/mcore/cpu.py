@@ -239,7 +239,6 @@ def _cuda_patches() -> Iterator[Patch]:
     yield Patch(cuda, "Event", cpu_streams.Event, "timers and stream ordering")
     yield Patch(cuda, "current_stream", cpu_streams.current_stream, "the only stream there is")
     yield Patch(cuda, "stream", cpu_streams.stream, "work on a side stream runs here and now")
-    yield Patch(cuda, "set_stream", _nothing(), "there is no other stream")
     generator = "dropout on CPU tensors draws from the CPU generator"
     yield Patch(cuda, "get_rng_state", _get_rng_state, generator)
     yield Patch(cuda, "set_rng_state", _set_rng_state, generator)

@@ -40,7 +40,8 @@ def data_parallel_size() -> int:
 
 def tensor_group() -> dist.ProcessGroup:
     """This rank's tensor-parallel group."""
-    return parallel_state.get_tensor_model_parallel_group()
+    group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+    return group
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def stage_group(*, takes_part: bool, needs_it: bool) -> StageGroup | None:
         members = tuple(rank for rank in ranks if answers[rank][1])
         if any(answers[rank][2] for rank in ranks):
             group = dist.new_group(list(members))
-            if dist.get_rank() in members:
+            if isinstance(group, dist.ProcessGroup):  # a non-member gets a number
                 mine = StageGroup(group, members)
     return mine
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
@@ -32,13 +33,12 @@ class HeadReplica(torch.nn.Module):
         norm: the final norm's copy.
     """
 
-    def __init__(self, chunk: GPTModel, *, with_weight: bool, trainable: bool) -> None:
+    def __init__(self, chunk: GPTModel, *, with_weight: bool) -> None:
         """Allocate the copy; its values come from the owner, see `fill`.
 
         Args:
             chunk: the chunk it will belong to, which gives sizes, format and device.
             with_weight: False where the chunk's own embedding serves as the weight.
-            trainable: whether the head learns.
         """
         super().__init__()
         config = chunk.config
@@ -60,12 +60,15 @@ class HeadReplica(torch.nn.Module):
                 )
             )
             # What ColumnParallelLinear says of its own weight.
-            self.weight.tensor_model_parallel = True
-            self.weight.partition_dim = 0
-            self.weight.partition_stride = 1
+            set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
         for parameter in self.parameters():
-            parameter.requires_grad_(trainable)
             mark_shared_head(parameter, is_owner=False)
+
+    def set_trainable(self, *, weight: bool, norm: bool) -> None:
+        """Whether the copies learn; their owners must be set alike."""
+        self.norm.requires_grad_(norm)
+        if self.weight is not None:
+            self.weight.requires_grad_(weight)
 
     def forward(self) -> None:
         """Do nothing, as a module: enter every parameter, so that DDP waits for its all-gather.
@@ -74,12 +77,14 @@ class HeadReplica(torch.nn.Module):
         is evaluated in the backward pass; this call comes in the forward pass before it.
         """
         with torch.no_grad():
-            self.norm(next(self.norm.parameters()).new_zeros(1, 1, self.norm_size))
+            self.norm(self.norm_weight.new_zeros(1, 1, self.norm_weight.numel()))
 
     @property
-    def norm_size(self) -> int:
-        """H."""
-        return next(self.norm.parameters()).numel()
+    def norm_weight(self) -> torch.nn.Parameter:
+        """The copy of the norm's weight, `[H]`."""
+        weight = self.norm.weight
+        assert isinstance(weight, torch.nn.Parameter)
+        return weight
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
@@ -90,7 +95,7 @@ class HeadReplica(torch.nn.Module):
         copy = (1 + place.pipeline, 0, place.data)
         state = {
             f"{prefix}norm.weight": _whole_tensor(
-                self.norm.weight,
+                self.norm_weight,
                 "decoder.final_layernorm.weight",
                 (1 + place.pipeline, place.tensor, place.data),
             )

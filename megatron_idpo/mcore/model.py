@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -28,6 +29,7 @@ __all__ = [
     "ModelOptions",
     "Recompute",
     "build_model",
+    "finalize_model_grads",
     "global_parameters",
     "padded_vocab_size",
     "transformer_config",

@@ -10,7 +10,8 @@ Embeddings are trained here; what frozen ones need under recompute belongs to th
 Shapes: P pairs, T row positions, N response tokens of a row, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_idpo.data.packing import plan_rows
+from megatron_idpo.data.batches import RowSettings, build_batch
 from megatron_idpo.data.pair import Pair
 from megatron_idpo.data.rows import Row
 from megatron_idpo.mcore.layout import Layout
@@ -58,20 +60,24 @@ class Answer:
     """By Hugging Face name, whole."""
 
 
+class _Pairs(list[Pair]):
+    """Pairs in memory, as a batch wants them."""
+
+    @property
+    def lengths_P3(self) -> NDArray[np.int64]:
+        parts = ((p.prompt_tokens, p.chosen_tokens, p.rejected_tokens) for p in self)
+        return np.array([[len(tokens) for tokens in part] for part in parts])
+
+
 def packed_rows(
     pairs: Sequence[Pair], row_tokens: int, *, share_prompt: bool, multiple: int = 1
 ) -> list[Row]:
-    """The pairs in rows as the package plans them, with an empty row among them."""
-    lengths_P3 = np.array(
-        [[len(p.prompt_tokens), len(p.chosen_tokens), len(p.rejected_tokens)] for p in pairs]
-    )
-    (plan,) = plan_rows(lengths_P3, row_tokens=row_tokens, share_prompt=share_prompt)
-    plan.insert(1, [])
-    plan += [[]] * (-len(plan) % multiple)
-    return [
-        Row.build([pairs[i] for i in row], row_tokens, PAD_TOKEN, share_prompt=share_prompt)
-        for row in plan
-    ]
+    """The pairs in rows as the package packs a batch, with an empty row among them."""
+    settings = RowSettings(row_tokens=row_tokens, pad_token=PAD_TOKEN, share_prompt=share_prompt)
+    batch = build_batch(_Pairs(pairs), np.arange(len(pairs)), settings, consumed_pairs=len(pairs))
+    rows, empty = list(batch.rows), Row.empty(batch.row_tokens, PAD_TOKEN)
+    rows.insert(1, empty)
+    return rows + [empty] * (-len(rows) % multiple)
 
 
 def _weights(num_pairs: int) -> Tensor:
@@ -95,6 +101,18 @@ def _sequence_logps(
 # ---- Transformers --------------------------------------------------------------------------------
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine make tiny models ten times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def single_answer(directory: Path, pairs: Sequence[Pair]) -> Answer:
     """Each sequence on its own, without padding, through Transformers in fp32."""
     from transformers import AutoModelForCausalLM

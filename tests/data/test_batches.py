@@ -57,7 +57,7 @@ some_run = st.fixed_dictionaries(
         "seed": st.integers(0, 2**40),
         "ranks": st.integers(1, 3),
         "multiple": st.integers(1, 3),
-        "trim": st.sampled_from([None, 8, 11]),
+        "trim": st.sampled_from([0, 8, 11, 128]),
         "shared": st.booleans(),
     }
 ).filter(lambda made: made["num_pairs"] * made["epochs"] >= made["size"])
@@ -149,6 +149,13 @@ def test_rows_are_trimmed_together():
     assert left.row_tokens % 8 == 0
     fullest = max(row.used_tokens for batch in (left, right) for row in batch.rows)
     assert left.row_tokens - fullest < 8
+
+
+def test_rows_keep_their_length_when_told():
+    ((batch,),) = run(
+        MadePairs(8, longest=4), replace(ROWS, trim_tokens=0), global_batch_pairs=8, seed=0
+    )
+    assert batch.row_tokens == ROWS.row_tokens
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -34,6 +34,9 @@ from .packed_answers import (
 
 # fp32 through 4 layers in another order of sums; a wrong visible token changes whole nats.
 LOGP_ABSOLUTE = 1e-4
+# Two fp32 roundings of the whole, for sequences beyond 400 nats: Transformers differs from itself
+# (eager attention, SDPA) by 1.1e-4 on the real chats, whose longest answers come to -1200 nats.
+LOGP_RELATIVE = 2.5e-7
 # The same for each parameter's gradient, as |difference| / |gradient| (Frobenius).
 GRADIENT_RELATIVE = 1e-5
 
@@ -70,7 +73,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 8, "tie_word_embeddings": True, "vocab_size": 251},
     ),
     "llama3-rope": ("llama", _rope("llama3", 8.0, 32, low_freq_factor=1.0, high_freq_factor=4.0)),
-    "llama-yarn": ("llama", _rope("yarn", 4.0, 16)),
+    "llama-yarn": ("llama", _rope("yarn", 4.0, 64)),
     "mistral-window-5": ("mistral", {"sliding_window": 5}),
     "mistral-window-24": ("mistral", {"sliding_window": 24}),
     "qwen2-window-6": ("qwen2", _window(6, full_layers=2)),
@@ -152,9 +155,10 @@ def _check(workers: WorkerPool, layout: Layout, cases: dict[str, tuple[Run, Answ
         assert logps.keys() == truth.logps.keys(), name
         assert gradients.keys() == truth.gradients.keys(), name
         for index, logps_2 in truth.logps.items():
-            difference = (logps[index] - logps_2).abs().max().item()
-            assert difference <= LOGP_ABSOLUTE, f"{name}: pair {index}: {difference:.2e}"
-            worst_logp = max(worst_logp, difference)
+            difference_2 = (logps[index] - logps_2).abs()
+            allowed_2 = (LOGP_RELATIVE * logps_2.abs()).clamp(min=LOGP_ABSOLUTE)
+            assert (difference_2 <= allowed_2).all(), f"{name}: pair {index}: {difference_2}"
+            worst_logp = max(worst_logp, difference_2.max().item())
         for key, gradient in truth.gradients.items():
             relative = ((gradients[key] - gradient).norm() / gradient.norm()).item()
             assert relative <= GRADIENT_RELATIVE, f"{name}: {key}: {relative:.2e}"
@@ -289,7 +293,7 @@ def test_chats_with_turns_before_and_cut_answers(workers, text_tokenizer_path, t
         tmp_path / "model", "mistral", vocab_size=512, sliding_window=30
     )
     layout = Layout(tensor=2, sequence_parallel=True)
-    num_cut = _check_chats(workers, layout, directory, text_tokenizer_path, CHATS, 100, tmp_path)
+    num_cut = _check_chats(workers, layout, directory, text_tokenizer_path, CHATS, 64, tmp_path)
     assert num_cut >= 1
 
 
@@ -304,6 +308,6 @@ HARMLESS = SHARED / "data" / "hh_harmless_base_test.jsonl"
 )
 def test_real_chats_through_real_weights(workers, tmp_path):
     with HARMLESS.open() as file:
-        records = [json.loads(line) for _, line in zip(range(24), file, strict=False)]
+        records = [json.loads(line) for _, line in zip(range(12), file, strict=False)]
     layout = Layout(tensor=2, pipeline=2, sequence_parallel=True, pipeline_layers=(2, 3))
-    assert _check_chats(workers, layout, STORIES, str(STORIES), records, 384, tmp_path) >= 1
+    assert _check_chats(workers, layout, STORIES, str(STORIES), records, 256, tmp_path) >= 1

@@ -14,6 +14,10 @@ from megatron_idpo.errors import DataError
 PAIRS = [([1], [2, 3], [4]), ([5, 6], [7], [8, 9]), ([10], [11], [12])]
 
 
+ELSEWHERE = [([1, 2], [3], [4])]
+"""The tokens of `PAIRS[:1]`, parted elsewhere."""
+
+
 def batch(pairs: list[tuple[list[int], ...]], first_row: int) -> TokenBatch:
     columns = (np.concatenate(column).astype(np.int32) for column in zip(*pairs, strict=True))
     prompt, chosen, rejected = columns
@@ -27,12 +31,12 @@ def batch(pairs: list[tuple[list[int], ...]], first_row: int) -> TokenBatch:
     )
 
 
-def write(directory: Path, *sizes: int) -> PairStore:
+def write(directory: Path, *sizes: int, pairs: list[tuple[list[int], ...]] = PAIRS) -> PairStore:
     directory.mkdir()
     with PairStoreWriter(directory) as writer:
         first = 0
         for size in sizes:
-            writer.append(batch(PAIRS[first : first + size], first + 1))
+            writer.append(batch(pairs[first : first + size], first + 1))
             first += size
     writer.finish()
     return PairStore(directory)
@@ -53,6 +57,8 @@ def test_the_fingerprint_is_of_tokens_not_of_batches(tmp_path: Path) -> None:
     first = write(tmp_path / "a", 2, 1).fingerprint
     assert write(tmp_path / "b", 1, 1, 1).fingerprint == first
     assert write(tmp_path / "c", 2).fingerprint != first
+    one, other = write(tmp_path / "d", 1), write(tmp_path / "e", 1, pairs=ELSEWHERE)
+    assert one.fingerprint != other.fingerprint
 
 
 def test_datasets_opens_the_file_too(tmp_path: Path) -> None:

@@ -131,6 +131,13 @@ def test_pairs_are_dropped_and_cut_and_counted(text_tokenizer: Tokenizer) -> Non
     assert batch.tokens[2][-1] == text_tokenizer.eos_id
 
 
+def test_bad_rows_are_in_order_whatever_notices_them(text_tokenizer: Tokenizer) -> None:
+    rows = [RawRow(1, {"prompt": "p", "chosen": "a b c d", "rejected": "b"}), RawRow(2, b"{")]
+    options = TokenOptions(max_length=4, truncation="error")
+    batch = tokenise_rows(Job(text_tokenizer, options), (0, rows))
+    assert [bad.row for bad in batch.bad_rows] == [1, 2]
+
+
 LINES = st.sampled_from(GOOD) | st.sampled_from(BAD) | st.binary(max_size=12)
 
 

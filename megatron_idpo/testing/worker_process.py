@@ -1,9 +1,9 @@
 """The pool's end of one worker process: start it, look into it, end it.
 
-What: `WorkerProcess` runs `megatron_idpo.worker` in a session of its own and holds the pipe to it.
-Why not `multiprocessing.Process`: Megatron-Core's checkpoint writers start processes themselves,
-which daemonic processes may not, and a non-daemonic one would outlive a test run; this one ends
-with its pipe. Nor does it import the caller's `__main__`.
+What: `WorkerProcess` runs `megatron_idpo.testing.worker` in a session of its own and holds the pipe
+to it. Why not `multiprocessing.Process`: Megatron-Core's checkpoint writers start processes
+themselves, which daemonic processes may not, and a non-daemonic one would outlive a test run; this
+one ends with its pipe. Nor does it import the caller's `__main__`.
 
 What it does not do: decide when a worker is broken; that is `WorkerPool`'s.
 """
@@ -34,8 +34,9 @@ class WorkerProcess:
         self.connection, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
+            program = [sys.executable, "-m", "megatron_idpo.testing.worker"]
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_idpo.worker", str(descriptor), str(stacks)],
+                [*program, str(descriptor), str(stacks)],
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[descriptor],
@@ -94,7 +95,7 @@ class WorkerProcess:
 
 def _environment() -> dict[str, str]:
     """This process's environment, made one for a single-threaded CPU worker."""
-    search_path = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
+    search_path = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
         # Megatron-Core warns without it under tensor and sequence parallelism.

@@ -1,10 +1,8 @@
-"""Distributed tests on one machine: a pool of CPU workers, and tiny models to run on them.
+"""A pool of CPU worker processes that run a function as the ranks of one job.
 
 What: `WorkerPool.run(function, world_size, ...)` calls a module-level function on that many
 processes at once, each with torch.distributed initialised over gloo and Megatron-Core's CUDA calls
-redirected to the CPU, and returns the results in rank order. `tiny_hf_config` and
-`write_tiny_hf_model` (from `megatron_idpo.tiny_models`) make checkpoints small enough for that.
-Shipped, so that users can test their own plugins with it.
+redirected to the CPU, and returns the results in rank order.
 
 Why a pool: importing torch and Megatron-Core costs seconds per process, a call on workers that
 exist costs milliseconds. Workers are started when a call first needs them and kept.
@@ -22,19 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-from megatron_idpo import wire
-from megatron_idpo.tiny_models import TINY_FAMILIES, tiny_hf_config, write_tiny_hf_model
-from megatron_idpo.worker import Call, FunctionReference, Outcome, Ready
-from megatron_idpo.worker_process import WorkerProcess
-
-__all__ = [
-    "TINY_FAMILIES",
-    "WorkerError",
-    "WorkerPool",
-    "run_distributed",
-    "tiny_hf_config",
-    "write_tiny_hf_model",
-]
+from megatron_idpo.testing import wire
+from megatron_idpo.testing.messages import Call, FunctionReference, Outcome, Ready
+from megatron_idpo.testing.worker_process import WorkerProcess
 
 _START_TIMEOUT_S = 300.0
 """For importing torch and Megatron-Core on a busy machine."""

@@ -8,127 +8,32 @@ why a worker is kept between calls.
 What it does not do: start, time or replace processes; that is the pool's side. It holds nothing of
 one call for the next but imported modules.
 
-Protocol, pickled over one duplex pipe: the worker says `Ready`, then for each `Call` it receives it
-sends one `Outcome`; the end of the pipe ends the process.
+Started as `python -m megatron_idpo.testing.worker DESCRIPTOR STACKS`; the protocol is in
+`messages.py`.
 """
 
 import contextlib
 import datetime
 import faulthandler
 import gc
-import importlib
-import importlib.util
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from types import ModuleType
-from typing import Any
 
-from megatron_idpo import wire
-
-
-@dataclass(frozen=True)
-class FunctionReference:
-    """A module-level function, named so that another process finds it."""
-
-    module: str
-    path: str
-    """The module's file: test modules are often importable by path only."""
-
-    qualname: str
-
-    def resolve(self) -> Callable[..., Any]:
-        """The function itself, importing its module by name or else by path."""
-        found: Any = _load_module(self.module, self.path)
-        for name in self.qualname.split("."):
-            found = getattr(found, name)
-        resolved: Callable[..., Any] = found
-        return resolved
-
-
-@dataclass(frozen=True)
-class Call:
-    """One rank's share of a `WorkerPool.run`."""
-
-    function: FunctionReference
-    arguments: bytes
-    """Pickled `(args, kwargs)`, opened only after the function's module is loaded."""
-
-    rank: int
-    world_size: int
-    store: str
-    """The rendezvous file, fresh for every call."""
-
-    timeout_s: float
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The worker has imported everything and takes calls."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one call."""
-
-    result: bytes | None
-    """The pickled result, or None if the call failed."""
-
-    failed_at_s: float = 0.0
-    """`time.monotonic()` of the failure: one clock for all processes of a machine."""
-
-    exception: bytes | None = None
-    """The pickled exception, or None where it cannot be pickled."""
-
-    description: str = ""
-    """The exception's type and message on one line."""
-
-    traceback: str = ""
-
-
-def _load_module(name: str, path: str) -> ModuleType:
-    """Import module `name`, from `path` where the name alone does not lead there; cached."""
-    if name == "__main__":
-        # The caller's script, whose `if __name__ == "__main__"` part must not run here.
-        name = "__mp_main__"
-    loaded = sys.modules.get(name)
-    if loaded is not None and _is_file_of(loaded, path):
-        return loaded
-    with contextlib.suppress(ImportError, ValueError):
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin is not None and _same(spec.origin, path):
-            return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot import {name} from {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _is_file_of(module: ModuleType, path: str) -> bool:
-    origin = getattr(module, "__file__", None)
-    return origin is not None and _same(origin, path)
-
-
-def _same(first: str, second: str) -> bool:
-    return os.path.realpath(first) == os.path.realpath(second)
+from megatron_idpo.testing import wire
+from megatron_idpo.testing.messages import Call, Outcome, Ready
 
 
 @contextlib.contextmanager
 def _process_group(call: Call) -> Iterator[None]:
     """A gloo group for one call; on leaving, Megatron-Core's global state goes as well."""
     import torch
+
+    from megatron_idpo.mcore.process_state import forget_megatron_state
 
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(call.rank)
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(call.world_size)
@@ -144,22 +49,10 @@ def _process_group(call: Call) -> Iterator[None]:
     try:
         yield
     finally:
-        _forget_megatron_state()
+        forget_megatron_state()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         gc.collect()
-
-
-def _forget_megatron_state() -> None:
-    """Drop the process-wide state that Megatron-Core would carry into the next call."""
-    from megatron.core import num_microbatches_calculator, parallel_state
-    from megatron.core.tensor_parallel import random
-
-    parallel_state.destroy_model_parallel()
-    num_microbatches_calculator.destroy_num_microbatches_calculator()
-    random._CUDA_RNG_STATE_TRACKER = None
-    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
-    random._unset_checkpointing()
 
 
 def _answer(call: Call) -> Outcome:
@@ -240,7 +133,4 @@ def main(descriptor: int, stacks_path: str) -> None:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that messages are the same classes on both sides of the pipe.
-    from megatron_idpo import worker
-
-    worker.main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2])

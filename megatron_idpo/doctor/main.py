@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_idpo.doctor_config import examine_config
-from megatron_idpo.doctor_finding import Finding, Report, State
-from megatron_idpo.doctor_libraries import Probe, Torch, examine_libraries
-from megatron_idpo.doctor_machine import Machine, examine_machine
+from megatron_idpo.doctor.finding import Finding, Report, State
+from megatron_idpo.doctor.libraries import Probe, Torch, examine_libraries
+from megatron_idpo.doctor.machine import Machine, examine_machine
+from megatron_idpo.doctor.run_config import examine_config
 from megatron_idpo.errors import EXIT_USER_ERROR
 
 MARKS = {
@@ -89,7 +89,7 @@ def main(config_path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def run(argv: Sequence[str]) -> int:
-    """`python -m megatron_idpo.doctor [CONFIG.yaml [section.field=value …]]`."""
+    """`python -m megatron_idpo.doctor.main [CONFIG.yaml [section.field=value …]]`."""
     return main(argv[0] if argv else None, argv[1:])
 
 

@@ -1,29 +1,41 @@
-"""How megatron-core's `torch_dist` files are written: by torch's own distributed checkpoint writer.
+"""How sharded tensors get into megatron-core's `torch_dist` files and out of them again.
 
-megatron-core 0.19 writes through a writer made for saving in the background: it clones every view
-of a larger tensor before the first byte is written, starts a manager process that imports torch
-once more, reduces a failed write to `error: <class 'OSError'>`, and leaves the other ranks waiting
-if the first cannot write the metadata. torch's own writer has none of that and makes the same
-files; `dist_checkpointing.save` takes it as a strategy.
+Through torch's own distributed checkpoints, as megatron-core does, but one tensor at a time, and
+with errors that name file and tensor. megatron-core 0.19 writes through a writer made for saving in
+the background: it clones every view of a larger tensor before the first byte is written, starts a
+manager process that imports torch once more, tells of a failed write `error: <class 'OSError'>`,
+and leaves the other ranks waiting if the first cannot write the metadata. It reads with two tensors
+in memory beside the model, in an order of its own. The files are the same.
 
 Not here: what is saved (`checkpoint/weights.py`), atomic directories (`checkpoint/directory.py`).
 """
 
 import errno
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -64,9 +76,73 @@ class DirectSave(TorchDistSaveShardedStrategy):
                 storage_writer=_Writer(checkpoint_dir, self._place),
                 planner=planner,
             )
-        except torch_checkpoint.CheckpointException as failed:  # no Exception, but BaseException
+        except CheckpointException as failed:  # no Exception, but BaseException
             _, (error, _) = min(failed.failures.items())
             raise _for_user(error, self._place) from failed
+
+
+def read_into(tensors: Sequence[ShardedTensor], directory: Path) -> None:
+    """Fill this rank's sharded tensors from a checkpoint, in their own memory. Not collective.
+
+    Args:
+        tensors: of any layout; shapes as in the checkpoint, but where `allow_shape_mismatch` lets
+            the checkpoint's be longer (cut off) or shorter (filled up with zeros).
+        directory: a checkpoint that `checkpoint/contents.py` has looked at.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    by_key: dict[str, list[ShardedTensor]] = {}
+    for tensor in tensors:
+        by_key.setdefault(tensor.key, []).append(tensor)
+    planner = MCoreLoadPlanner(
+        shapes_validation_sharded_tensors=[one for one in tensors if not one.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={
+            one.key: one for one in tensors if one.allow_shape_mismatch
+        },
+        flatten_state_dict=False,
+        flatten_sharded_tensors=False,
+    )
+    try:
+        torch_checkpoint.load(
+            mcore_to_pyt_state_dict(by_key, is_loading=True),
+            storage_reader=_Reader(directory),
+            planner=planner,
+            no_dist=True,
+        )
+    except CheckpointException as failed:
+        _, (error, _) = min(failed.failures.items())
+        raise error from failed
+
+
+class _Reader(FileSystemReader):
+    """Reads one tensor after the other and lets go of it; tells damage with file and tensor."""
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill everything planned.
+
+        A tensor is read whole before it is copied. The largest, embedding and output layer, come
+        first, while the memory of the others is still untouched, so that this does not add to the
+        peak.
+        """
+
+        def size(item: ReadItem) -> int:
+            return prod(item.lengths)
+
+        for item in sorted(plan.items, key=size, reverse=True):
+            try:
+                super().read_data(replace(plan, items=[item]), planner)
+            except Exception as error:  # whatever unzipping and unpickling find
+                path = Path(self.path) / self.storage_data[item.storage_index].relative_path
+                reason = str(error).split("\n", 1)[0]
+                raise CheckpointError.at(
+                    str(path),
+                    f"tensor {item.storage_index.fqn!r} cannot be read ({reason})",
+                    "copy the checkpoint here again",
+                ) from error
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
 
 class _Planner(MCoreSavePlanner):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from megatron_idpo.config import SECTIONS, RunConfig, load_config
 from megatron_idpo.config_sections import SourceConfig
-from megatron_idpo.doctor_finding import Finding, State
-from megatron_idpo.doctor_machine import Machine, nearest_existing, size_of
+from megatron_idpo.doctor.finding import Finding, State
+from megatron_idpo.doctor.machine import Machine, nearest_existing, size_of
 from megatron_idpo.errors import CheckpointError, UserError
 from megatron_idpo.mcore.layout import Layout
 

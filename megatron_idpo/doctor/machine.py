@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from megatron_idpo.doctor_finding import Finding, State
+from megatron_idpo.doctor.finding import Finding, State
 
 if TYPE_CHECKING:
     from torch import dtype as Dtype

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from megatron_idpo.doctor_finding import Finding, State
+from megatron_idpo.doctor.finding import Finding, State
 
 IMPORT_TIMEOUT_S = 300
 """Importing megatron-core takes about 10 s on two busy cores."""

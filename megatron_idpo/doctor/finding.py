@@ -1,8 +1,7 @@
 """What the doctor says: findings, and a report of them.
 
 A finding is one thing that was looked at: what is there, what that means for a run, what to do.
-Looking is done in `doctor_libraries.py`, `doctor_machine.py` and `doctor_config.py`; showing in
-`doctor.py`.
+Looking is done in `libraries.py`, `machine.py` and `run_config.py`; showing in `main.py`.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,257 @@
+"""How much memory converting a model takes, against what it weighs, and how long.
+
+    python benchmarks/convert_memory.py [--directory SCRATCH] [--parameters 1.5]
+
+Makes a random Llama (bf16, 4 shards; 1.5 billion parameters with the vocabulary of Llama 3, the
+largest tensor of which is 0.5 GB), then measures, each in fresh processes:
+
+* Hugging Face to Megatron-Core, one process;
+* back, one process, and that every tensor is the same to the byte;
+* loading the Hugging Face model into TP2, two processes, no saving.
+
+Peak is the kernel's own high-water mark of a process's resident memory (`ru_maxrss`): libraries
+mapped from disk count, page cache does not. "All processes" is the largest sum over the processes
+of a run, children too, sampled every 20 ms. Fails if a process takes more than what it has to hold
+and 1 GB. What is printed is also written to `benchmarks/results/`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_idpo.convert.families import hf_shapes
+from megatron_idpo.convert.hf_reader import HfCheckpoint
+from megatron_idpo.convert.hf_writer import HfWriter
+from megatron_idpo.convert.progress import weights_bytes
+from megatron_idpo.convert.safetensors_header import TensorSpec
+from megatron_idpo.mcore.architecture import Architecture
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED_BYTES = 10**9
+"""Above what has to be held; about 0.75 GB of it are torch and megatron-core themselves."""
+
+SAMPLE_S = 0.02
+NUM_SHARDS = 4
+RANDOM_BYTES = 64 << 20
+
+LOAD = """
+import sys
+from pathlib import Path
+from megatron_idpo.convert.hf_to_megatron import hf_dtype, load_hf_weights, open_hf
+from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.model import ModelOptions, build_model
+from megatron_idpo.mcore.world import joined_world, running
+layout = Layout(tensor=2)
+with joined_world(), running(layout):
+    checkpoint, architecture = open_hf(Path(sys.argv[1]))
+    options = ModelOptions(dtype=hf_dtype(checkpoint, architecture))
+    load_hf_weights(build_model(architecture, layout, options), checkpoint, architecture)
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run."""
+
+    what: str
+    held_bytes: int
+    """What each process has to hold: the model, or its shard."""
+
+    peak_bytes: int
+    """Of the process with the largest."""
+
+    together_bytes: int
+    """Of all processes at one time."""
+
+    seconds: float
+
+    @property
+    def extra_bytes(self) -> int:
+        """What a process took beyond what it had to hold."""
+        return self.peak_bytes - self.held_bytes
+
+
+def llama_config(billions: float) -> dict[str, Any]:
+    """A Llama of about so many parameters, with wide layers and a large vocabulary."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    embeddings = 2 * 128256 * 2048
+    layer = 2048 * (2 * 2048 + 2 * 512 + 3 * 8192)
+    config["num_hidden_layers"] = max(round((billions * 1e9 - embeddings) / layer), 1)
+    return config
+
+
+def write_model(directory: Path, config: dict[str, Any]) -> int:
+    """A random model on disk, one tensor in memory at a time; returns the bytes of its weights."""
+    shapes = hf_shapes(Architecture.from_hf(config))
+    specs = [TensorSpec(name, shape, torch.bfloat16) for name, shape in shapes.items()]
+    shard_bytes = weights_bytes(shapes, torch.bfloat16) // NUM_SHARDS + RANDOM_BYTES
+    # Drawn once and shifted for each tensor: the bytes matter here, not their distribution.
+    noise = torch.randn(RANDOM_BYTES // 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with HfWriter(directory, specs, token="make", max_shard_bytes=shard_bytes) as writer:
+        writer.begin()
+        for number, spec in enumerate(specs):
+            size = spec.num_bytes // 2
+            shifted = noise.roll(number * 1009)
+            whole = shifted.repeat(-(-size // len(shifted)))[:size] if size else shifted[:0]
+            writer.write(spec.name, whole.view(spec.shape))
+        (writer.incomplete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        writer.finish()
+    return weights_bytes(shapes, torch.bfloat16)
+
+
+def measure(what: str, commands: Sequence[Sequence[str]], held_bytes: int) -> Measured:
+    """Run the commands side by side, as ranks of one world if they are several."""
+    begin_s = time.monotonic()
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29765"}
+    world = {**rendezvous, "WORLD_SIZE": str(len(commands))} if len(commands) > 1 else {}
+    running = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ
+            | world
+            | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world else {}),
+        )
+        for rank, command in enumerate(commands)
+    ]
+    peaks: list[int] = []
+    together = 0
+    while running:
+        together = max(together, sum(_resident(process.pid) for process in running))
+        for process in list(running):
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                running.remove(process)
+                peaks.append(usage.ru_maxrss * 1024)
+                if status:
+                    raise SystemExit(f"{what}: a process ended with status {status}")
+        time.sleep(SAMPLE_S)
+    return Measured(what, held_bytes, max(peaks), together, time.monotonic() - begin_s)
+
+
+def _resident(pid: int) -> int:
+    """Resident bytes of a process and all its children."""
+    total = 0
+    try:
+        for process in _family(pid):
+            total += process.memory_info().rss
+    except psutil.NoSuchProcess:
+        pass
+    return total
+
+
+def _family(pid: int) -> Iterator[psutil.Process]:
+    process = psutil.Process(pid)
+    yield process
+    yield from process.children(recursive=True)
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same bytes under the same names."""
+    first, second = HfCheckpoint(one), HfCheckpoint(other)
+    return first.names() == second.names() and all(
+        torch.equal(first.read(name).view(torch.int16), second.read(name).view(torch.int16))
+        for name in first.names()
+    )
+
+
+def run(directory: Path, billions: float) -> tuple[int, list[Measured]]:
+    """Make the model and measure everything; returns its size too."""
+    hf, megatron, back = (directory / name for name in ("hf", "megatron", "back"))
+    model_bytes = write_model(hf, llama_config(billions))
+    convert = [sys.executable, "-m", "megatron_idpo", "convert"]
+    there = [*convert, "hf-to-megatron", str(hf), str(megatron)]
+    again = [*convert, "megatron-to-hf", str(megatron), str(back)]
+    load = [sys.executable, "-c", LOAD, str(hf)]
+    measured = [
+        measure("Hugging Face to Megatron-Core", [there], model_bytes),
+        measure("Megatron-Core to Hugging Face", [again], model_bytes),
+        measure("load into TP2, each of 2 ranks", [load, load], model_bytes // 2),
+    ]
+    assert same_tensors(hf, back), "the round trip has changed a tensor"
+    return model_bytes, measured
+
+
+def report(model_bytes: int, measured: Sequence[Measured]) -> str:
+    """The table."""
+    lines = [
+        "# Memory of conversions",
+        "",
+        f"{date.today()}, {os.cpu_count()} cores of {processor()}, torch {torch.__version__}. A "
+        f"random Llama of {model_bytes / 2e9:.2f} billion parameters, bf16 "
+        f"({model_bytes / 1e9:.2f} GB, {NUM_SHARDS} shards); the round trip is byte-identical.",
+        "",
+        "| run | has to hold, GB | peak, GB | peak beyond that, GB | all processes, GB | s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in measured:
+        figures = (one.held_bytes, one.peak_bytes, one.extra_bytes, one.together_bytes)
+        cells = " | ".join(f"{figure / 1e9:.2f}" for figure in figures)
+        lines.append(f"| {one.what} | {cells} | {one.seconds:.0f} |")
+    return "\n".join([*lines, ""])
+
+
+def processor() -> str:
+    """The processor's model name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def main() -> int:
+    """Measure, print, save; 1 if a process took too much."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--directory", type=Path, help="for about 6 bytes per parameter")
+    parser.add_argument("--parameters", type=float, default=1.5, help="billions (default: 1.5)")
+    options = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="convert-memory-", dir=options.directory))
+    try:
+        model_bytes, measured = run(directory, options.parameters)
+    finally:
+        shutil.rmtree(directory)
+    text = report(model_bytes, measured)
+    print(text)
+    hardware = "-".join("".join(c if c.isalnum() else " " for c in processor()).split())
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    (results / f"convert-memory_{date.today()}_{hardware}.md").write_text(text)
+    too_much = [one.what for one in measured if one.extra_bytes > ALLOWED_BYTES]
+    for what in too_much:
+        print(f"more than {ALLOWED_BYTES / 1e9:.0f} GB beyond the model: {what}", file=sys.stderr)
+    return 1 if too_much else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""Distributed tests on one machine: a pool of CPU workers, and tiny models to run on them.
+
+Shipped, so that users can test their own plugins with it. Everything public is here. Behind it: the
+pool (`pool.py`), its end of a process (`worker_process.py`), the process (`worker.py`), what they
+say to each other (`messages.py`, `wire.py`), and the models (`tiny_models.py`). Importing it does
+not import torch.
+"""
+
+from megatron_idpo.testing.pool import WorkerError, WorkerPool, run_distributed
+from megatron_idpo.testing.tiny_models import TINY_FAMILIES, tiny_hf_config, write_tiny_hf_model
+
+__all__ = [
+    "TINY_FAMILIES",
+    "WorkerError",
+    "WorkerPool",
+    "run_distributed",
+    "tiny_hf_config",
+    "write_tiny_hf_model",
+]

@@ -1,0 +1,120 @@
+"""What the tests of both directions share: attempts that are meant to fail, and what they leave."""
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.testing import write_tiny_hf_model
+
+BOUND_S = 60.0
+"""No failure may take longer on any rank: collectives would wait half an hour."""
+
+
+def attempt(
+    direction: str,
+    source: str,
+    target: str,
+    layout: Layout,
+    sabotage: Callable[[], Any] | None = None,
+    rank: int = 0,
+    **options: Any,
+) -> str | None:
+    """On every rank: convert, with one rank sabotaged; returns what the user would be told."""
+    import torch.distributed as dist
+
+    from megatron_idpo.convert import hf_to_megatron, megatron_to_hf
+    from megatron_idpo.errors import UserError
+
+    module = hf_to_megatron if direction == "there" else megatron_to_hf
+    here = sabotage() if sabotage is not None and dist.get_rank() == rank else nullcontext()
+    try:
+        with here:
+            module.convert(Path(source), Path(target), layout=layout, **options)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def small_files(num_bytes: int = 20_000) -> Iterator[None]:
+    """Sabotage: this process cannot write files longer than this."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def attempt_on(workers) -> Callable[..., list[str | None]]:
+    """Runs `attempt` on as many ranks as the layout has; what each rank told."""
+
+    def run(direction: str, source: Path, target: Path, layout: Layout | None = None, **options):
+        layout = layout or Layout()
+        return workers.run(
+            attempt,
+            layout.model_ranks,
+            direction,
+            str(source),
+            str(target),
+            layout,
+            timeout_s=BOUND_S,
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def file_limit() -> Callable[[], Any]:
+    """A sabotage: the disk takes no file of the size of a rank's."""
+    return small_files
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untied Llama, not to be changed."""
+    return write_tiny_hf_model(tmp_path_factory.mktemp("llama"), "llama", seed=1)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """File systems of a given size in bytes; where they cannot be mounted the test is skipped."""
+    mounted: list[Path] = []
+
+    def mount(num_bytes: int) -> Path:
+        directory = tmp_path / f"disk{len(mounted)}"
+        directory.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(directory)]
+        try:
+            done = subprocess.run(command, capture_output=True)
+        except OSError:
+            pytest.skip("there is no mount command")
+        if done.returncode:
+            pytest.skip("only root may mount a disk that is full")
+        mounted.append(directory)
+        return directory
+
+    yield mount
+    for directory in mounted:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+@pytest.fixture
+def run_python() -> Callable[..., None]:
+    """Runs a script in a fresh process, which imports megatron-core once and may fork."""
+
+    def run(script: str, *arguments: object) -> None:
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BOUND_S * 2)
+        assert done.returncode == 0, done.stderr
+
+    return run

@@ -1,0 +1,411 @@
+"""Hugging Face to Megatron-Core: what is refused, tied and legacy tensors, failures, kills."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.testing import write_tiny_hf_model
+
+TP2 = Layout(tensor=2)
+WEIGHTS = "model.safetensors"
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture
+def source(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged, alone with its target in a directory of its own."""
+    copy = tmp_path / "hf"
+    shutil.copytree(tiny_llama, copy)
+    return copy
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(directory / WEIGHTS)
+    change(weights)
+    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def truncate(directory: Path) -> None:
+    path = directory / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def garbage(directory: Path) -> None:
+    (directory / WEIGHTS).write_bytes(b"\x20" * 64)
+
+
+def lose_shard(directory: Path) -> None:
+    weights = load_file(directory / WEIGHTS)
+    names = sorted(weights)
+    files = {"one.safetensors": names[:10], "two.safetensors": names[10:]}
+    for file, part in files.items():
+        save_file({name: weights[name] for name in part}, directory / file)
+    weight_map = {name: file for file, part in files.items() for name in part}
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / WEIGHTS).unlink()
+    (directory / "two.safetensors").unlink()
+
+
+def add_token(directory: Path) -> None:
+    (directory / "vocab.json").write_text(json.dumps({"a": 0, "zz": 256}))
+
+
+def wrong_shape(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.2.mlp.up_proj.weight"] = torch.zeros(128, 63)
+
+
+def transposed(weights: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name] = weights[name].T.contiguous()
+
+
+def assert_one_line(told: str | None, expected: str) -> None:
+    assert told is not None
+    assert "\n" not in told
+    assert re.search(expected, told), told
+
+
+def remaining(directory: Path) -> set[str]:
+    """Everything there, hidden too."""
+    return {path.name for path in directory.iterdir()}
+
+
+def other_format(weights: dict[str, torch.Tensor]) -> None:
+    weights["lm_head.weight"] = weights["lm_head.weight"].half()
+
+
+Damage = Callable[[Path], Any]
+
+REFUSED: dict[str, tuple[Damage, str]] = {
+    "truncated": (
+        truncate,
+        r"hf/model\.safetensors: is truncated in tensor '[\w.]+': \d+ bytes instead of",
+    ),
+    "corrupt": (garbage, r"hf/model\.safetensors: .* no safetensors file"),
+    "a missing shard": (
+        lose_shard,
+        r"hf/two\.safetensors: is missing; .* it holds tensor 'model\.layers\.\d.* others",
+    ),
+    "a wrong shape": (
+        lambda hf: change_weights(hf, wrong_shape),
+        r"hf/model\.safetensors: tensor 'model\.layers\.2\.mlp\.up_proj\.weight' has shape "
+        r"\(128, 63\), expected \(128, 64\)",
+    ),
+    "transposed": (
+        lambda hf: change_weights(hf, transposed),
+        r"tensor 'model\.layers\.0\.mlp\.down_proj\.weight' has shape",
+    ),
+    "a missing tensor": (
+        lambda hf: change_weights(hf, lambda weights: weights.pop("model.norm.weight")),
+        r"hf: tensor 'model\.norm\.weight' of shape \(64,\) is missing",
+    ),
+    "an unknown tensor": (
+        lambda hf: change_weights(hf, lambda weights: weights.update(extra=torch.zeros(1))),
+        r"hf/model\.safetensors: unexpected tensor 'extra' \(1,\)",
+    ),
+    "mixed formats": (
+        lambda hf: change_weights(hf, other_format),
+        r"hf: lm_head\.weight is torch\.float16 and model\..* formats are mixed; .*--dtype",
+    ),
+    "another architecture": (
+        lambda hf: change_config(hf, model_type="gpt2", architectures=["GPT2LMHeadModel"]),
+        r"gpt2.*llama, mistral, qwen2, qwen3",
+    ),
+    "a field we cannot honour": (lambda hf: change_config(hf, hidden_act="gelu"), r"hidden_act"),
+    "no configuration": (
+        lambda hf: (hf / "config.json").unlink(),
+        r"hf/config\.json: cannot be read: No such file",
+    ),
+    "a broken configuration": (
+        lambda hf: (hf / "config.json").write_text("{"),
+        r"hf/config\.json: is not JSON",
+    ),
+    "a larger tokenizer": (
+        add_token,
+        r"hf/vocab\.json: token 'zz' has the id 256, but vocab_size in config\.json is 256",
+    ),
+    "nothing": (shutil.rmtree, r"hf: does not exist"),
+}
+
+
+@pytest.mark.parametrize(("damage", "expected"), REFUSED.values(), ids=REFUSED)
+def test_a_source_that_cannot_be_used_is_told_on_one_line(
+    damage, expected, source, attempt_on, tmp_path
+):
+    damage(source)
+    (told,) = attempt_on("there", source, tmp_path / "out")
+    assert_one_line(told, expected)
+    assert remaining(tmp_path) <= {"hf"}
+
+
+def test_all_ranks_are_told_at_once(source, attempt_on, tmp_path):
+    truncate(source)
+    first, second = attempt_on("there", source, tmp_path / "out", TP2)
+    assert first == second
+    assert_one_line(first, r"truncated in tensor")
+
+
+def test_a_layout_that_cannot_hold_the_model(source, attempt_on, tmp_path):
+    told = attempt_on("there", source, tmp_path / "out", Layout(pipeline=3))
+    assert len(set(told)) == 1
+    assert_one_line(told[0], r"layout\.pipeline: 4 layers do not divide evenly over 3 stages")
+    assert remaining(tmp_path) == {"hf"}
+
+
+# ---- tensors that may be there or not ------------------------------------------------------------
+
+
+@contextmanager
+def small_blocks() -> Iterator[None]:
+    from megatron_idpo.convert import hf_to_megatron
+
+    with mock.patch.object(hf_to_megatron, "_BLOCK_BYTES", 1000):
+        yield
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    """A tied model that stores its output layer all the same, and a legacy buffer in fp32."""
+    directory = write_tiny_hf_model(tmp_path / "hf", "llama", seed=2, tie_word_embeddings=True)
+
+    def add(weights: dict[str, torch.Tensor]) -> None:
+        weights.update({name: weight.bfloat16() for name, weight in weights.items()})
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["model.layers.3.self_attn.rotary_emb.inv_freq"] = torch.arange(4.0)
+
+    change_weights(directory, add)
+    return directory
+
+
+def test_a_stored_copy_of_a_tied_embedding_and_legacy_buffers_are_left_out(
+    tied, attempt_on, tmp_path
+):
+    between, out = tmp_path / "m", tmp_path / "out"
+    assert attempt_on("there", tied, between, TP2, sabotage=small_blocks) == [None, None]
+    assert attempt_on("back", between, out) == [None]
+    expected = load_file(tied / WEIGHTS)
+    del expected["lm_head.weight"]
+    del expected["model.layers.3.self_attn.rotary_emb.inv_freq"]
+    found = load_file(out / WEIGHTS)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def other_last_value(weights: dict[str, torch.Tensor]) -> None:
+    weights["lm_head.weight"][-1, -1] += 1
+
+
+def same_values_in_fp32(weights: dict[str, torch.Tensor]) -> None:
+    weights["lm_head.weight"] = weights["lm_head.weight"].float()
+
+
+@pytest.mark.parametrize("change", [other_last_value, same_values_in_fp32])
+def test_an_output_layer_that_is_not_what_it_is_tied_to_is_refused(
+    change, tied, attempt_on, tmp_path
+):
+    change_weights(tied, change)
+    told = attempt_on("there", tied, tmp_path / "m", TP2, sabotage=small_blocks)
+    assert_one_line(told[0], r"hf: tensor 'lm_head\.weight' differs from 'model\.embed_tokens\.we")
+    assert told[1] == f"opening the checkpoint failed on rank 0: {told[0]}"
+    assert remaining(tmp_path) == {"hf"}
+
+
+# ---- targets -------------------------------------------------------------------------------------
+
+
+def test_a_target_that_cannot_be_made(source, attempt_on, tmp_path):
+    (tmp_path / "file").touch()
+    (told,) = attempt_on("there", source, tmp_path / "file" / "out")
+    assert_one_line(told, r"file/out: cannot be created: (Not a directory|File exists)")
+    (told,) = attempt_on("there", source, tmp_path / "file")
+    assert_one_line(told, r"file: is a file; name a directory")
+    assert remaining(tmp_path) == {"hf", "file"}
+
+
+def test_a_checkpoint_is_replaced_when_asked(source, attempt_on, tmp_path):
+    out = tmp_path / "out"
+    assert attempt_on("there", source, out) == [None]
+    before = sorted((path.name, path.read_bytes()) for path in out.glob("*.distcp"))
+    (told,) = attempt_on("there", source, out)
+    assert_one_line(told, r"out: exists and is not empty; .*overwrite")
+    assert before == sorted((path.name, path.read_bytes()) for path in out.glob("*.distcp"))
+    assert attempt_on("there", source, out, TP2, overwrite=True) == [None, None]
+    assert {"__0_0.distcp", "__1_0.distcp"} < remaining(out)
+    assert remaining(tmp_path) == {"hf", "out"}
+
+
+def test_only_a_checkpoint_is_replaced(source, attempt_on, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "precious").touch()
+    (told,) = attempt_on("there", source, home, overwrite=True)
+    assert_one_line(told, r"home: exists and holds something else than a Megatron-Core checkpoint")
+    assert remaining(home) == {"precious"}
+    assert remaining(tmp_path) == {"hf", "home"}
+
+
+# ---- full disks and other failures on the way ----------------------------------------------------
+
+
+def weight_bytes(source: Path) -> int:
+    return sum(weight.nbytes for weight in load_file(source / WEIGHTS).values())
+
+
+def test_a_disk_that_is_too_small_is_told_before_any_work(source, attempt_on, tiny_disk):
+    disk = tiny_disk(weight_bytes(source) - 8192)
+    (told,) = attempt_on("there", source, disk / "out")
+    assert_one_line(told, rf"out: needs {weight_bytes(source):,} bytes of disk, [\d,]+ are free; ")
+    assert remaining(disk) == set()
+
+
+@pytest.mark.parametrize("layout", [Layout(), TP2], ids=["one process", "TP2"])
+def test_a_disk_that_fills_up_leaves_nothing_behind(layout, source, attempt_on, tiny_disk):
+    disk = tiny_disk(weight_bytes(source) + 16384)  # less than what the files take on top
+    told = attempt_on("there", source, disk / "out", layout)
+    assert None not in told
+    assert_one_line(
+        told[0], r"out/__\d_0\.distcp: the disk or quota is full: no room for tensor '\w+\."
+    )
+    assert remaining(disk) == set()
+
+
+@contextmanager
+def unreadable_tensor() -> Iterator[None]:
+    from megatron_idpo.convert.hf_reader import HfCheckpoint
+
+    read = HfCheckpoint.read
+
+    def cut_on_the_way(self, name, rows=None, columns=None):
+        if name == "model.layers.1.mlp.up_proj.weight":
+            (self.directory / WEIGHTS).write_bytes(b"")
+        return read(self, name, rows, columns)
+
+    with mock.patch.object(HfCheckpoint, "read", cut_on_the_way):
+        yield
+
+
+@contextmanager
+def no_metadata() -> Iterator[None]:
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    error = OSError(28, "No space left on device")
+    with mock.patch.object(FileSystemWriter, "finish", side_effect=error):
+        yield
+
+
+@contextmanager
+def no_publishing() -> Iterator[None]:
+    from megatron_idpo import atomic
+    from megatron_idpo.errors import CheckpointError
+
+    error = CheckpointError.at("out", "has been filled meanwhile")
+    with mock.patch.object(atomic, "publish", side_effect=error):
+        yield
+
+
+@contextmanager
+def no_view_of_the_target() -> Iterator[None]:
+    from megatron_idpo.checkpoint import directory
+
+    with mock.patch.object(directory.os, "access", return_value=False):
+        yield
+
+
+ALONE: list[tuple[Callable[[], Any], int, str]] = [
+    (no_view_of_the_target, 1, r"out: cannot be written from every machine of the run; .* share$"),
+    (no_metadata, 0, r"out/\.metadata: the disk or quota is full: no room for the list of tensors"),
+    (no_publishing, 0, r"out: has been filled meanwhile"),
+]
+
+
+@pytest.mark.parametrize(("sabotage", "rank", "expected"), ALONE)
+def test_one_rank_that_fails_alone_fails_them_all(
+    sabotage, rank, expected, source, attempt_on, tmp_path
+):
+    told = attempt_on("there", source, tmp_path / "out", TP2, sabotage=sabotage, rank=rank)
+    for one in told:
+        assert_one_line(one, expected)
+    assert remaining(tmp_path) == {"hf"}
+
+
+def test_a_source_that_is_damaged_while_it_is_read(source, attempt_on, tmp_path):
+    told = attempt_on("there", source, tmp_path / "out", TP2, sabotage=unreadable_tensor, rank=1)
+    expected = (
+        r"hf/model\.safetensors: cannot read tensor 'model\.layers\.\d.*it has become shorter"
+    )
+    for one in told:
+        assert_one_line(one, expected)
+    assert remaining(tmp_path) == {"hf"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_its_file(rank, source, attempt_on, file_limit, tmp_path):
+    told = attempt_on("there", source, tmp_path / "out", TP2, sabotage=file_limit, rank=rank)
+    for one in told:
+        assert_one_line(
+            one, rf"out/__{rank}_0\.distcp: tensor '[\w.]+' cannot be written: File too"
+        )
+    assert remaining(tmp_path) == {"hf"}
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from unittest import mock
+from megatron_idpo import atomic
+from megatron_idpo.checkpoint import files
+from megatron_idpo.convert import hf_to_megatron
+
+def killing(function, calls):
+    left = [calls]
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+source, target = map(Path, sys.argv[1:])
+for owner, name, calls in (
+    (hf_to_megatron, "load_hf_weights", 0),
+    (files._Planner, "resolve_data", 9),
+    (files._Writer, "finish", 0),
+    (atomic, "publish", 0),
+):
+    child = os.fork()
+    if child == 0:
+        setattr(owner, name, killing(getattr(owner, name), calls))
+        hf_to_megatron.convert(source, target)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, f"{name} was not reached"
+    assert not target.exists(), f"there is a target after a kill in {name}"
+"""
+
+
+def test_a_kill_leaves_nothing_that_looks_complete(source, attempt_on, run_python, tmp_path):
+    out = tmp_path / "out"
+    run_python(KILLED, source, out)
+    left = remaining(tmp_path) - {"hf"}
+    assert len(left) == 4 and all(name.startswith(".out.incomplete-") for name in left)
+    assert attempt_on("there", source, out) == [None]
+    assert attempt_on("back", out, tmp_path / "back") == [None]
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()

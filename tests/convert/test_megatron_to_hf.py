@@ -1,0 +1,331 @@
+"""Megatron-Core to Hugging Face: damaged and mismatched checkpoints, failures on the way, kills."""
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_idpo.mcore.layout import Layout
+
+PP2 = Layout(pipeline=2)
+WEIGHTS = "model.safetensors"
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="session")
+def converted(tiny_llama: Path, workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, not to be changed."""
+    target = tmp_path_factory.mktemp("converted") / "m"
+    workers.run(convert_there, 1, str(tiny_llama), str(target))
+    return target
+
+
+def convert_there(source: str, target: str) -> None:
+    from megatron_idpo.convert.hf_to_megatron import convert
+
+    convert(Path(source), Path(target))
+
+
+@pytest.fixture
+def source(converted: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged, alone with its target in a directory of its own."""
+    copy = tmp_path / "m"
+    shutil.copytree(converted, copy)
+    return copy
+
+
+def assert_one_line(told: str | None, expected: str) -> None:
+    assert told is not None
+    assert "\n" not in told
+    assert re.search(expected, told), told
+
+
+def remaining(directory: Path) -> set[str]:
+    """Everything there, hidden too."""
+    return {path.name for path in directory.iterdir()}
+
+
+# ---- checkpoints that are no good ----------------------------------------------------------------
+
+
+def change_config(checkpoint: Path, **changes: Any) -> None:
+    path = checkpoint / "huggingface" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut(path: Path, num_bytes: int) -> None:
+    path.write_bytes(path.read_bytes()[:-num_bytes])
+
+
+def overwrite_a_tensor(checkpoint: Path) -> None:
+    """Zeros where a tensor's file within the file begins; its size stays."""
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    (info,) = [
+        info
+        for index, info in metadata.storage_data.items()
+        if index.fqn == "decoder.final_layernorm.weight"
+    ]
+    path = checkpoint / info.relative_path
+    content = bytearray(path.read_bytes())
+    content[info.offset : info.offset + info.length] = bytes(info.length)
+    path.write_bytes(content)
+
+
+def add_token(checkpoint: Path) -> None:
+    (checkpoint / "huggingface" / "vocab.json").write_text(json.dumps({"a": 0, "zz": 300}))
+
+
+Damage = Callable[[Path], Any]
+
+REFUSED: dict[str, tuple[Damage, str]] = {
+    "no huggingface": (
+        lambda m: shutil.rmtree(m / "huggingface"),
+        r"m/huggingface: there is no config\.json; put the Hugging Face config\.json",
+    ),
+    "no config.json": (
+        lambda m: (m / "huggingface" / "config.json").unlink(),
+        r"m/huggingface: there is no config\.json",
+    ),
+    "truncated": (
+        lambda m: cut(m / "__0_0.distcp", 5000),
+        r"m/__0_0\.distcp: is truncated in or before tensor '[\w.]+', which ends at byte \d+: \d+",
+    ),
+    "a missing file": (
+        lambda m: (m / "__0_0.distcp").unlink(),
+        r"m/__0_0\.distcp: is missing; by \.metadata it holds tensor '[\w.]+'",
+    ),
+    "overwritten": (
+        overwrite_a_tensor,
+        r"m/__0_0\.distcp: tensor 'decoder\.final_layernorm\.weight' cannot be read \(.*; copy",
+    ),
+    "truncated metadata": (
+        lambda m: cut(m / ".metadata", 50),
+        r"m/\.metadata: is missing or damaged \(\w+: .*\); copy",
+    ),
+    "no metadata": (
+        lambda m: (m / ".metadata").unlink(),
+        r"m/\.metadata: is missing or damaged \(No such file",
+    ),
+    "no marker": (
+        lambda m: (m / "metadata.json").unlink(),
+        r"m: is no Megatron-Core checkpoint \(no metadata\.json\); give the directory",
+    ),
+    "a broken marker": (
+        lambda m: (m / "metadata.json").write_text("{"),
+        r"m/metadata\.json: is missing or damaged",
+    ),
+    "another backend": (
+        lambda m: (m / "metadata.json").write_text('{"sharded_backend": "zarr"}'),
+        r"m/metadata\.json: the format is 'zarr', not 'torch_dist'",
+    ),
+    "fewer layers": (
+        lambda m: change_config(m, num_hidden_layers=2),
+        r"m: holds another model .*: tensor 'decoder\.layers\.[\w.]+' has shape \(4, [\d, ]+\), "
+        r"expected \(2, [\d, ]+\) \(and \d more differences\); put",
+    ),
+    "wider layers": (
+        lambda m: change_config(m, intermediate_size=256),
+        r"tensor 'decoder\.layers\.mlp\.linear_fc\d\.weight' has shape .* \(and 1 more",
+    ),
+    "a larger vocabulary": (
+        lambda m: change_config(m, vocab_size=257),
+        r"'embedding\.word_embeddings\.weight' has shape \(256, 64\), expected \(257, 64\)",
+    ),
+    "ties": (
+        lambda m: change_config(m, tie_word_embeddings=True),
+        r"tensor 'output_layer\.weight' of shape \(256, 64\) is not expected; put",
+    ),
+    "biases": (
+        lambda m: change_config(m, model_type="qwen2", architectures=["Qwen2ForCausalLM"]),
+        r"'decoder\.layers\.self_attention\.linear_qkv\.bias' of shape \(4, 128\) is missing",
+    ),
+    "a larger tokenizer": (
+        add_token,
+        r"m/huggingface/vocab\.json: token 'zz' has the id 300, but vocab_size .* is 256",
+    ),
+    "nothing": (shutil.rmtree, r"m/huggingface: there is no config\.json"),
+}
+
+
+@pytest.mark.parametrize(("damage", "expected"), REFUSED.values(), ids=REFUSED)
+def test_a_checkpoint_that_cannot_be_used_is_told_on_one_line(
+    damage, expected, source, attempt_on, tmp_path
+):
+    damage(source)
+    (told,) = attempt_on("back", source, tmp_path / "out")
+    assert_one_line(told, expected)
+    assert remaining(tmp_path) <= {"m"}
+
+
+def test_a_vocabulary_may_be_padded(source, attempt_on, tmp_path):
+    """As Megatron-LM pads it, to a multiple of 128 x TP: here 250 were made 256."""
+    change_config(source, vocab_size=250)
+    assert attempt_on("back", source, tmp_path / "out", Layout(tensor=4)) == [None] * 4
+    whole = attempt_on("back", source, tmp_path / "whole")
+    assert whole == [None]
+    found = load_file(tmp_path / "out" / WEIGHTS)
+    assert found["model.embed_tokens.weight"].shape == found["lm_head.weight"].shape == (250, 64)
+
+
+def test_the_configuration_names_the_format_under_the_key_it_has(source, attempt_on, tmp_path):
+    path = source / "huggingface" / "config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]
+    path.write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    assert attempt_on("back", source, tmp_path / "out", dtype="fp16") == [None]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == config | {"torch_dtype": "float16"}
+    weights = load_file(tmp_path / "out" / WEIGHTS)
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+
+
+# ---- targets -------------------------------------------------------------------------------------
+
+
+def test_an_export_is_replaced_when_asked(source, attempt_on, tmp_path):
+    out = tmp_path / "out"
+    assert attempt_on("back", source, out) == [None]
+    before = (out / WEIGHTS).read_bytes()
+    (told,) = attempt_on("back", source, out)
+    assert_one_line(told, r"out: exists and is not empty; .*overwrite")
+    assert (out / WEIGHTS).read_bytes() == before
+    told = attempt_on("back", source, out, PP2, overwrite=True, dtype="bf16")
+    assert told == [None, None]
+    assert (out / WEIGHTS).stat().st_size < len(before)
+    assert remaining(tmp_path) == {"m", "out"}
+
+
+def test_targets_that_cannot_be_used(source, attempt_on, tmp_path):
+    (tmp_path / "file").touch()
+    (told,) = attempt_on("back", source, tmp_path / "file" / "out")
+    assert_one_line(told, r"file/out: cannot be created: (Not a directory|File exists)")
+    (told,) = attempt_on("back", source, source, overwrite=True)
+    assert_one_line(told, r"m: is not overwritten, because it holds something else than Hugging")
+    assert remaining(tmp_path) == {"m", "file"}
+
+
+# ---- full disks and other failures on the way ----------------------------------------------------
+
+
+def test_a_disk_that_is_too_small_is_told_before_any_work(source, attempt_on, tiny_disk):
+    disk = tiny_disk(500_000)
+    told = attempt_on("back", source, disk / "out", PP2)
+    assert_one_line(told[0], r"out: needs [\d,]+ bytes of disk, [\d,]+ are free; free some")
+    assert told[1] == f"preparing the export failed on rank 0: {told[0]}"
+    assert remaining(disk) == set()
+
+
+@contextmanager
+def unreadable_file() -> Iterator[None]:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    error = RuntimeError("PytorchStreamReader failed\nand more")
+    with mock.patch.object(FileSystemReader, "read_data", side_effect=error):
+        yield
+
+
+@contextmanager
+def failing_fsync() -> Iterator[None]:
+    from megatron_idpo.convert import hf_writer
+
+    error = OSError(28, "No space left on device")
+    with mock.patch.object(hf_writer.os, "fsync", side_effect=error):
+        yield
+
+
+@contextmanager
+def no_publishing() -> Iterator[None]:
+    from megatron_idpo import atomic
+    from megatron_idpo.errors import CheckpointError
+
+    error = CheckpointError.at("out", "has been filled meanwhile")
+    with mock.patch.object(atomic, "publish", side_effect=error):
+        yield
+
+
+ALONE: dict[str, tuple[Callable[[], Any], int, str]] = {
+    "reading": (
+        unreadable_file,
+        1,
+        r"m/__0_0\.distcp: tensor '[\w.]+' cannot be read \(PytorchStreamReader failed\); copy",
+    ),
+    "writing": (
+        failing_fsync,
+        1,
+        r"out/model\.safetensors: the disk or quota is full: no room for",
+    ),
+    "publishing": (no_publishing, 0, r"out: has been filled meanwhile"),
+}
+
+
+@pytest.mark.parametrize(("sabotage", "rank", "expected"), ALONE.values(), ids=ALONE)
+def test_one_rank_that_fails_alone_fails_them_all(
+    sabotage, rank, expected, source, attempt_on, tmp_path
+):
+    told = attempt_on("back", source, tmp_path / "out", PP2, sabotage=sabotage, rank=rank)
+    for one in told:
+        assert_one_line(one, expected)
+    assert remaining(tmp_path) == {"m"}
+
+
+def test_a_rank_that_cannot_write_its_tensors(source, attempt_on, file_limit, tmp_path):
+    layout = Layout(tensor=2, pipeline=2)
+    told = attempt_on("back", source, tmp_path / "out", layout, sabotage=file_limit, rank=2)
+    for one in told:
+        assert_one_line(one, r"out/model\.safetensors: tensor '[\w.]+' cannot be written: File too")
+    assert remaining(tmp_path) == {"m"}
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_idpo import atomic
+from megatron_idpo.convert import megatron_to_hf
+from megatron_idpo.convert.hf_writer import HfWriter
+
+def killing(function, calls):
+    left = [calls]
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+source, target = map(Path, sys.argv[1:])
+for owner, name, calls in (
+    (HfWriter, "write", 9),
+    (HfWriter, "_write_file", 0),
+    (atomic, "publish", 0),
+):
+    child = os.fork()
+    if child == 0:
+        setattr(owner, name, killing(getattr(owner, name), calls))
+        megatron_to_hf.convert(source, target)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, f"{name} was not reached"
+    assert not target.exists(), f"there is a target after a kill in {name}"
+"""
+
+
+def test_a_kill_leaves_nothing_that_looks_complete(
+    source, tiny_llama, attempt_on, run_python, tmp_path
+):
+    out = tmp_path / "out"
+    run_python(KILLED, source, out)
+    left = remaining(tmp_path) - {"m"}
+    assert len(left) == 3 and all(name.startswith(".out.incomplete-") for name in left)
+    assert attempt_on("back", source, out) == [None]
+    assert (out / WEIGHTS).read_bytes() == (tiny_llama / WEIGHTS).read_bytes()

@@ -1,0 +1,229 @@
+"""Hugging Face -> Megatron-Core -> Hugging Face gives the same bytes, through every layout.
+
+Each case converts one model in one layout and exports it twice: in the same layout, and in another
+one, which may take another number of processes. Every layout is a case in `make test`, with one
+model each; every model with every layout is `exhaustive`. Results are read by the safetensors
+library, which shares no code with ours.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.testing import write_tiny_hf_model
+
+BIG = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied-odd-vocab": ("llama", {"tie_word_embeddings": True, "vocab_size": 509}),
+    "llama-odd-vocab": ("llama", {"vocab_size": 509}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VARIANTS = [(model, dtype) for model in MODELS for dtype in DTYPES]
+
+LAYOUTS = [
+    Layout(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual)
+    for tensor in (1, 2, 4)
+    for pipeline, virtual in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2))
+    if tensor * pipeline <= 8
+]
+UNEVEN = Layout(pipeline=4, pipeline_layers=(1, 3, 3, 1))
+
+TOKENIZER = {
+    "tokenizer_config.json": '{"model_max_length":  7}',
+    "vocab.json": json.dumps({f"t{i}": i for i in range(256)}, indent=3),
+    "merges.txt": "#version: 0.2\n",
+    "chat_template.jinja": "{{ messages }}\r\n",
+}
+"""What travels byte for byte, in spellings that nothing would write twice by itself."""
+
+
+def told(layout: Layout) -> str:
+    return f"TP{layout.tensor}-PP{layout.pipeline}-VP{layout.virtual_pipeline}"
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(
+            VARIANTS[variant],
+            layout,
+            # Another one for each case, so that all pairs of neighbours and distant ones occur.
+            LAYOUTS[(number * 5 + variant + 3) % len(LAYOUTS)],
+            id=f"{'-'.join(VARIANTS[variant])}-{told(layout)}",
+            marks=[] if variant == number % len(VARIANTS) else [pytest.mark.exhaustive],
+        )
+        for number, layout in enumerate(LAYOUTS)
+        for variant in range(len(VARIANTS))
+    ]
+
+
+@pytest.fixture(scope="session")
+def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Tiny checkpoints on disk, with companions, made when first asked for."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(model: str, dtype: str = "fp32") -> Path:
+        if (model, dtype) not in made:
+            directory = made[model, dtype] = tmp_path_factory.mktemp(f"{model}-{dtype}")
+            family, overrides = MODELS[model]
+            name = str(DTYPES[dtype]).removeprefix("torch.")
+            write_tiny_hf_model(directory, family, seed=5, **(BIG | overrides))
+            path = directory / "model.safetensors"
+            weights = {key: one.to(DTYPES[dtype]) for key, one in load_file(path).items()}
+            save_file(weights, path, metadata={"format": "pt"})
+            config = json.loads((directory / "config.json").read_text()) | {"dtype": name}
+            (directory / "config.json").write_text(json.dumps(config, indent=7))
+            for file, content in TOKENIZER.items():
+                (directory / file).write_bytes(content.encode())
+        return made[model, dtype]
+
+    return make
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory's safetensors files."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}
+    return found
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    bits = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(*bits)
+
+
+def assert_same_tensors(directory: Path, expected: dict[str, Tensor]) -> None:
+    found = tensors(directory)
+    assert found.keys() == expected.keys()
+    different = [name for name, one in expected.items() if not same_bits(found[name], one)]
+    assert not different
+
+
+# ---- on every rank -------------------------------------------------------------------------------
+
+
+def there(source: str, target: str, layout: Layout, **options: Any) -> None:
+    """Hugging Face to Megatron-Core."""
+    from megatron_idpo.convert.hf_to_megatron import convert
+
+    convert(Path(source), Path(target), layout=layout, **options)
+
+
+def back(source: str, target: str, layout: Layout, **options: Any) -> None:
+    """Megatron-Core to Hugging Face."""
+    from megatron_idpo.convert.megatron_to_hf import convert
+
+    convert(Path(source), Path(target), layout=layout, **options)
+
+
+def there_and_back(source: str, between: str, target: str, layout: Layout) -> None:
+    """Both, in the same layout."""
+    there(source, between, layout)
+    back(between, target, layout)
+
+
+# ---- the same bytes ------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("variant", "saved_in", "exported_from"), cases())
+def test_every_tensor_comes_back_to_the_byte(
+    variant, saved_in, exported_from, workers, hf_model, tmp_path
+):
+    source = hf_model(*variant)
+    between, same, other = (str(tmp_path / name) for name in ("between", "same", "other"))
+    workers.run(there_and_back, saved_in.model_ranks, str(source), between, same, saved_in)
+    workers.run(back, exported_from.model_ranks, between, other, exported_from)
+    expected = tensors(source)
+    for target in (same, other):
+        assert_same_tensors(Path(target), expected)
+        for path in source.iterdir():
+            assert (Path(target) / path.name).read_bytes() == path.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["between", "other", "same"]
+
+
+@pytest.mark.distributed
+def test_uneven_stages_and_data_parallel_replicas(workers, hf_model, tmp_path):
+    source = hf_model("llama-odd-vocab")
+    between, out = str(tmp_path / "between"), str(tmp_path / "out")
+    workers.run(there, 4, str(source), between, UNEVEN)
+    workers.run(back, 4, between, out, Layout(tensor=2))
+    assert_same_tensors(Path(out), tensors(source))
+
+
+@pytest.mark.distributed
+def test_a_sharded_source_gives_the_same_checkpoint(workers, hf_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    source, sharded = hf_model("qwen2"), tmp_path / "sharded"
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(sharded, max_shard_size="300KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    between, out = str(tmp_path / "between"), str(tmp_path / "out")
+    workers.run(there, 2, str(sharded), between, Layout(tensor=2))
+    workers.run(back, 1, between, out, Layout())
+    assert_same_tensors(Path(out), tensors(source))
+
+
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not STORIES.is_dir(), reason="no real checkpoint beside this checkout")
+def test_a_real_model_comes_back_file_by_file(workers, tmp_path):
+    between, out = str(tmp_path / "between"), tmp_path / "out"
+    workers.run(there_and_back, 4, str(STORIES), between, str(out), Layout(tensor=4))
+    assert sorted(path.name for path in out.iterdir()) == sorted(p.name for p in STORIES.iterdir())
+    for path in STORIES.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+# ---- another format ------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cast_on_the_way", ["there", "back"])
+def test_dtype_casts_and_the_configuration_says_so(cast_on_the_way, workers, hf_model, tmp_path):
+    source = hf_model("llama-tied-odd-vocab")
+    between, out = str(tmp_path / "between"), tmp_path / "out"
+    layout = Layout(tensor=2)
+    on_the_way = {"dtype": "bf16"}
+    workers.run(
+        there, 2, str(source), between, layout, **(on_the_way if cast_on_the_way == "there" else {})
+    )
+    workers.run(
+        back, 2, between, str(out), layout, **(on_the_way if cast_on_the_way == "back" else {})
+    )
+    assert_same_tensors(out, {name: one.bfloat16() for name, one in tensors(source).items()})
+    config = json.loads((out / "config.json").read_text())
+    assert config == json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    for name in TOKENIZER:
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.distributed
+def test_transformers_loads_what_is_exported(workers, hf_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    source, out = hf_model("qwen3"), tmp_path / "out"
+    workers.run(there_and_back, 2, str(source), str(tmp_path / "m"), str(out), Layout(pipeline=2))
+    tokens = torch.arange(12)[None]
+    answers = [
+        AutoModelForCausalLM.from_pretrained(directory)(tokens).logits
+        for directory in (source, out)
+    ]
+    assert torch.equal(*answers)

@@ -1,0 +1,218 @@
+"""The pairs that are shown: the right ones, every token of them, nothing that steers a terminal."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.text import Text
+
+from megatron_idpo.data.chat import TokenOptions
+from megatron_idpo.data.dataset import PairDataset, load_pairs
+from megatron_idpo.data.look_pairs import (
+    END_TOKENS,
+    START_TOKENS,
+    Choice,
+    Cuts,
+    choose,
+    part_text,
+    show_pair,
+)
+from megatron_idpo.data.sources import Source
+from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
+
+
+@pytest.fixture
+def load(write_jsonl: Callable[..., str], tmp_path: Path) -> Callable[..., PairDataset]:
+    def load_from(
+        answers: list[tuple[Any, Any, Any]], tokenizer: Tokenizer, max_length: int | None = None
+    ) -> PairDataset:
+        names = ("prompt", "chosen", "rejected")
+        path = write_jsonl([dict(zip(names, answer, strict=True)) for answer in answers])
+        options = TokenOptions(max_length=max_length)
+        return load_pairs([Source(path=path)], tokenizer, options, cache=tmp_path / "cache")
+
+    return load_from
+
+
+def words(count: int) -> str:
+    """A text that no tokenizer of the tests shortens: `count` tokens, whatever stands around it."""
+    return "".join(chr(0x21 + at * 7 % 60) for at in range(count))
+
+
+def texts(*lengths: tuple[int, int, int]) -> list[tuple[str, str, str]]:
+    return [(words(p) + "#", "~" + words(c), "^" + words(r)) for p, c, r in lengths]
+
+
+def chosen_indices(pairs: PairDataset, cuts: Cuts) -> list[tuple[int, str]]:
+    return [(c.index, c.why) for c in choose(pairs, cuts, share_prompt=True)]
+
+
+def test_median_longest_and_shortest(
+    load: Callable[..., PairDataset], text_tokenizer: Tokenizer
+) -> None:
+    pairs = load(texts((9, 9, 9), (20, 20, 20), (3, 3, 3), (12, 12, 12), (8, 8, 8)), text_tokenizer)
+    cuts = Cuts.learn(pairs, None, text_tokenizer)
+    assert chosen_indices(pairs, cuts) == [
+        (0, "The pair of median length"),
+        (1, "The longest pair"),
+        (2, "The shortest pair"),
+    ]
+    two = pairs.select(np.array([1, 2]))
+    assert [choice.index for choice in choose(two, cuts, share_prompt=True)] == [1, 0]
+    one = pairs.select(np.array([3]))
+    assert [choice.index for choice in choose(one, cuts, share_prompt=True)] == [0]
+
+
+def test_length_is_what_a_row_holds(
+    load: Callable[..., PairDataset], text_tokenizer: Tokenizer
+) -> None:
+    """A long prompt counts twice where it is stored twice."""
+    pairs = load(texts((30, 4, 4), (4, 20, 20), (2, 2, 2)), text_tokenizer)
+    cuts = Cuts.learn(pairs, None, text_tokenizer)
+    for share_prompt, longest in ((True, 1), (False, 0)):
+        found = {c.why: c.index for c in choose(pairs, cuts, share_prompt=share_prompt)}
+        assert found["The longest pair"] == longest
+
+
+def test_a_cut_pair_is_shown_where_there_is_one(
+    load: Callable[..., PairDataset], text_tokenizer: Tokenizer
+) -> None:
+    """Pair 1 fills max_length exactly and was not cut; pair 3 was."""
+    made = texts((10, 5, 6), (10, 30, 6), (9, 26, 26), (30, 40, 2), (3, 5, 5), (3, 5, 6))
+    max_length = int(load(made, text_tokenizer).lengths_P3[1, :2].sum())
+    pairs = load(made, text_tokenizer, max_length)
+    cuts = Cuts.learn(pairs, max_length, text_tokenizer)
+    assert cuts.full_pairs(pairs.lengths_P3).tolist() == [1, 3]
+    assert not cuts.is_cut_pair(pairs[1]) and cuts.is_cut_pair(pairs[3])
+    prompt = pairs[3].prompt_tokens
+    assert cuts.is_cut(prompt, pairs[3].chosen_tokens)
+    assert not cuts.is_cut(prompt, pairs[3].rejected_tokens)
+    assert chosen_indices(pairs, cuts)[1:] == [(2, "The longest pair"), (3, "A pair that was cut")]
+    # Where the longest pair is the cut one, the third is the shortest.
+    fewer = pairs.select(np.array([0, 3, 4]))
+    cuts = Cuts.learn(fewer, max_length, text_tokenizer)
+    assert chosen_indices(fewer, cuts)[1:] == [(1, "The longest pair"), (2, "The shortest pair")]
+
+
+def chat(text: str, *answers: str) -> tuple[Any, ...]:
+    prompt = [{"role": "user", "content": text}]
+    return (prompt, *([{"role": "assistant", "content": answer}] for answer in answers))
+
+
+def test_an_answer_that_lost_only_what_follows_the_end_of_turn_was_cut(
+    load: Callable[..., PairDataset], chat_tokenizer: Tokenizer
+) -> None:
+    answers = [chat("Hi", "Yes.", "No."), chat("Hi", "Yes. Perhaps.", "No.")]
+    longest = load(answers, chat_tokenizer).lengths_P3[1, :2].sum()
+    for shorter, is_cut in ((0, False), (1, True), (2, True), (3, True)):
+        pairs = load(answers, chat_tokenizer, int(longest) - shorter)
+        cuts = Cuts.learn(pairs, int(longest) - shorter, chat_tokenizer)
+        assert cuts.is_cut_pair(pairs[1]) is is_cut
+        assert not cuts.is_cut_pair(pairs[0])
+
+
+def shown(tokens: list[int], tokenizer: Tokenizer, **options: Any) -> str:
+    return part_text(tokens, tokenizer, **options).plain
+
+
+def test_control_tokens_are_told_from_text(chat_tokenizer: Tokenizer) -> None:
+    start = chat_tokenizer.encode(["<|im_start|>"], special_tokens=False)[0]
+    like = [t for c in "<|im_start|>" for t in chat_tokenizer.encode([c], special_tokens=False)[0]]
+    tokens = [*start, *start, *like]
+    assert shown(tokens, chat_tokenizer) == "<|im_start|>" * 3
+    assert shown(tokens, chat_tokenizer, marked=True) == "⟦<|im_start|>⟧⟦<|im_start|>⟧<|im_start|>"
+    spans = part_text(tokens, chat_tokenizer).spans
+    assert [(span.start, span.end) for span in spans if span.style == "reverse"] == [
+        (0, 12),
+        (12, 24),
+    ]
+
+
+def unmade(text: str) -> str:
+    """The text before line breaks and control characters were made visible."""
+    for code in (*(c for c in range(32) if c not in (9, 10)), 0x7F):
+        picture = chr(0x2421) if code == 0x7F else chr(0x2400 + code)
+        text = text.replace(picture, chr(code))
+    return text.replace("↵\n", "\n")
+
+
+PLAIN = st.text(
+    st.characters(codec="utf-8", exclude_characters="↵⟦⟧", max_codepoint=0x7F)
+    | st.sampled_from("äé😀中\n\t\x1b\x00"),
+    max_size=40,
+)
+
+
+@given(prompt=PLAIN, answer=PLAIN)
+def test_prompt_and_answer_together_are_the_text(
+    text_tokenizer_path: str, prompt: str, answer: str
+) -> None:
+    tokenizer = load_tokenizer(text_tokenizer_path)
+    first, second = (tokenizer.encode([t], special_tokens=False)[0] for t in (prompt, answer))
+    text = shown(first, tokenizer) + shown(second, tokenizer, before=first)
+    assert unmade(text) == tokenizer.decode([*first, *second])
+    assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in text)
+
+
+def test_a_sentencepiece_answer_keeps_its_first_space(unigram_model: Path) -> None:
+    """Such a tokenizer drops a text's first space, which is none in the middle of a sequence."""
+    tokenizer = load_tokenizer(str(unigram_model))
+    whole = tokenizer.encode(["The sky is blue today"], special_tokens=False)[0]
+    parts = (whole[:at] for at in range(1, len(whole)))
+    for prompt in parts:
+        answer = shown(whole[len(prompt) :], tokenizer, before=prompt)
+        assert shown(prompt, tokenizer) + answer == tokenizer.decode(whole)
+
+
+def test_a_long_part_loses_its_middle(text_tokenizer: Tokenizer) -> None:
+    tokens = text_tokenizer.encode([words(3000)], special_tokens=False)[0]
+    start, told, end = shown(tokens, text_tokenizer).split("\n")
+    assert told == f"⋯ {len(tokens) - START_TOKENS - END_TOKENS:,} tokens not shown ⋯"
+    assert start == text_tokenizer.decode(tokens[:START_TOKENS])
+    assert end == text_tokenizer.decode(tokens[-END_TOKENS:])
+    # Half a character at the gap is nothing that the data holds.
+    halves = text_tokenizer.encode(["😀" * 400], special_tokens=False)[0]
+    assert len(halves) == 4 * 400, "four tokens each"
+    for shift in range(4):
+        start = shown(halves[shift:], text_tokenizer).split("\n")[0]
+        assert start.endswith("😀")
+
+
+def test_what_is_printed_for_a_pair(
+    load: Callable[..., PairDataset], text_tokenizer: Tokenizer
+) -> None:
+    pairs = load([("Why?\n[b]\x1b[2J", " Yes." * 30, " No.")], text_tokenizer, 40)
+    cuts = Cuts.learn(pairs, 40, text_tokenizer)
+    prompt, chosen, rejected = (f"{length:,} tokens" for length in pairs.lengths_P3[0])
+
+    def printed(**options: Any) -> list[str]:
+        file = io.StringIO()
+        console = Console(file=file, width=60, **options)
+        show_pair(console, pairs, Choice(0, "Any pair"), text_tokenizer, cuts)
+        return file.getvalue().splitlines()
+
+    plain = printed()
+    assert plain[0].startswith("Any pair ───")
+    assert "".join(plain).count("pairs.jsonl:1") == 1
+    place = plain.index(f"prompt  {prompt}, not scored")
+    assert plain[place + 1 : place + 3] == ["  ⟦<s>⟧Why?↵", "  [b]␛[2J"]
+    assert f"chosen  {chosen}, scored" in plain
+    end = plain.index(f"rejected  {rejected}, scored")
+    assert plain[end - 1] == "  ✂ cut at max_length"
+    assert plain[end + 1 :] == ["  No.⟦</s>⟧".replace("  No", "   No"), ""]
+    assert all(len(line) <= 60 for line in plain)
+
+    coloured = printed(force_terminal=True, color_system="standard", no_color=False)
+    assert [Text.from_ansi(line).plain.replace("─", "") for line in coloured] == [
+        line.replace("⟦", "").replace("⟧", "").replace("─", "") for line in plain
+    ]
+    together = "\n".join(coloured)
+    assert "\x1b[7;32m</s>" not in together, "the chosen answer was cut"
+    assert "\x1b[7;31m</s>" in together and "\x1b[2;7m<s>" in together
+    assert "\x1b[2J" not in together

@@ -1,0 +1,141 @@
+"""Versions, extras and what is half installed, in pretended environments and one real one."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_idpo.doctor import libraries as doctor_libraries
+from megatron_idpo.doctor.finding import Report, State
+from megatron_idpo.doctor.libraries import ImportFailure, Probe, Torch, examine_libraries
+
+CPU = Torch("2.14.1", "13.0", has_gpu=False, nccl_version="2.27.3", has_gloo=True)
+GPU = Torch("2.14.1", "13.0", has_gpu=True, nccl_version="2.27.3", has_gloo=True)
+
+
+class Pretended(Probe):
+    """An environment with these distributions, modules and broken imports."""
+
+    def __init__(self, *, versions=(), modules=(), broken=(), requirements=()):
+        self.versions = {"megatron-core": "0.19.2", **dict(versions)}
+        self.modules, self.broken = dict(modules), dict(broken)
+        self.required = list(requirements)
+
+    def version(self, distribution):
+        return self.versions.get(distribution)
+
+    def requirements(self):
+        return self.required
+
+    def module_path(self, module):
+        return self.modules.get(module)
+
+    def import_failure(self, module):
+        return self.broken.get(module)
+
+
+def libraries(torch: Torch | None, **pretended) -> Report:
+    return Report((("", tuple(examine_libraries(Pretended(**pretended), torch))),))
+
+
+def test_nothing_optional_is_missed_on_a_cpu():
+    report = libraries(CPU)
+    assert not report.broken
+    assert {finding.state for finding in report.findings} == {State.OK, State.NOTE}
+    assert report["NCCL"].found.endswith("gloo")
+
+
+def test_what_is_missing_on_a_gpu_is_told_with_its_cost():
+    report = libraries(GPU, modules={"triton": Path()})
+    missing = {f.name for f in report.findings if f.state is State.MISSING}
+    assert missing == {"Transformer Engine", "apex"}
+    assert all(report[name].meaning and report[name].remedy for name in missing)
+    assert "FP8" in report["Transformer Engine"].meaning
+    assert not report.broken
+
+
+def test_flex_attention_needs_triton_on_a_gpu():
+    assert libraries(GPU)["FlexAttention"].state is State.BROKEN
+
+
+@pytest.mark.parametrize("torch", [CPU, GPU])
+def test_half_a_transformer_engine_is_recognised_and_explained(torch):
+    report = libraries(
+        torch,
+        versions={"transformer-engine": "2.9"},
+        modules={"transformer_engine": Path(), "triton": Path()},
+        broken={
+            "transformer_engine.pytorch": ImportFailure(
+                "FileNotFoundError", "FileNotFoundError: x"
+            ),
+            "megatron.core.models.gpt": ImportFailure("FileNotFoundError", "FileNotFoundError: x"),
+        },
+    )
+    engine = report["Transformer Engine"]
+    assert engine.state is State.BROKEN and "half installed: FileNotFoundError" in engine.found
+    assert "transformer_engine_torch" in engine.meaning and "pip uninstall" in engine.remedy
+    assert report["megatron-core"].state is State.BROKEN
+
+
+def test_a_whole_transformer_engine_is_left_aside_on_a_cpu():
+    pretended = {
+        "versions": {"transformer-engine": "2.9"},
+        "modules": {"transformer_engine": Path(), "triton": Path()},
+    }
+    assert libraries(GPU, **pretended)["Transformer Engine"].state is State.OK
+    engine = libraries(CPU, **pretended)["Transformer Engine"]
+    assert engine.state is State.NOTE and "final" in engine.meaning
+
+
+def test_the_two_kinds_of_apex_are_told_apart(tmp_path):
+    pyramid = libraries(CPU, versions={"apex": "0.9.10.dev0"}, modules={"apex": tmp_path})["apex"]
+    assert pyramid.state is State.BROKEN and "Pyramid" in pyramid.found
+    (tmp_path / "optimizers").mkdir()
+    assert libraries(GPU, modules={"apex": tmp_path})["apex"].state is State.NOTE
+    whole = {"apex": tmp_path, "amp_C": tmp_path}
+    assert libraries(GPU, modules=whole)["apex"].state is State.OK
+
+
+def test_versions_outside_the_tested_range_are_named():
+    required = ["megatron-core>=0.19.2,<0.20", "rich>=13", "absent>=1", "win32; os_name == 'nt'"]
+    report = libraries(
+        CPU, versions={"megatron-core": "0.20.0", "rich": "14"}, requirements=required
+    )
+    finding = report["requirements"]
+    assert finding.state is State.BROKEN
+    assert "megatron-core 0.20.0" in finding.found and "absent missing" in finding.found
+    assert "rich" not in finding.found and "'absent>=1'" in finding.remedy
+    within = libraries(CPU, versions={"rich": "14"}, requirements=required[:2])
+    assert within["requirements"].state is State.OK
+
+
+def test_torch_that_cannot_be_imported_is_what_is_broken():
+    assert {"torch", "NCCL"} <= {finding.name for finding in libraries(None).broken}
+
+
+def test_torch_without_nccl_cannot_use_gpus():
+    without = Torch("2.14.1", "13.0", has_gpu=True, nccl_version=None, has_gloo=True)
+    assert libraries(without)["NCCL"].state is State.BROKEN
+
+
+def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch):
+    monkeypatch.setattr(doctor_libraries.Path, "exists", lambda path: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert libraries(CPU)["CUDA"].state is State.BROKEN
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert libraries(CPU)["CUDA"].state is State.NOTE
+
+
+def test_the_probe_looks_without_executing(tmp_path, monkeypatch, fake_module):
+    fake_module(tmp_path, "explosive", "raise SystemError('executed')", "3.1")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    probe = Probe()
+    assert probe.module_path("explosive") == tmp_path / "explosive"
+    assert probe.module_path("never_there") is None
+    assert probe.version("explosive") == "3.1" and probe.version("never-there") is None
+    assert probe.import_failure("explosive") == ImportFailure(
+        "SystemError", "SystemError: executed"
+    )
+    assert probe.import_failure("json") is None
+    assert probe.import_failure("os; os.kill(os.getpid(), 9)").kind == "crash"
+    assert any(line.startswith("torch") for line in probe.requirements())

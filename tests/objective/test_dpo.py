@@ -1,0 +1,244 @@
+"""The variants against formulas written down independently, as exponentials and by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.objective.dpo import (
+    Objective,
+    combine,
+    layer_loss,
+    layer_metrics,
+    loss_at_zero,
+    preference_loss,
+)
+
+POLICY_2P = torch.tensor([-10.0, -14.0, -6.0, -3.0], dtype=torch.float64)
+REFERENCE_2P = torch.tensor([-11.0, -12.0, -4.0, -5.0], dtype=torch.float64)
+LENGTHS_2P = torch.tensor([4, 7, 2, 3])
+# Log-ratios 1, -2 | -2, 2: differences 3, -4; per token 1/4, -2/7 | -1, 2/3: 15/28, -5/3.
+
+TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}  # float64, a handful of operations
+
+VARIANTS = [
+    Objective(loss="sigmoid"),
+    Objective(loss="sigmoid", label_smoothing=0.1, nll_weight=0.5),
+    Objective(loss="sigmoid_norm", beta=2.0),
+    Objective(loss="robust", label_smoothing=0.2),
+    Objective(loss="ipo", beta=0.3),
+    Objective(loss="hinge", beta=0.5),
+]
+
+
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize(
+    ("objective", "by_hand"),
+    [
+        (Objective(beta=0.5), [-math.log(sigma(1.5)), -math.log(sigma(-2.0))]),
+        (
+            Objective(beta=0.5, label_smoothing=0.1),
+            [
+                -0.9 * math.log(sigma(1.5)) - 0.1 * math.log(sigma(-1.5)),
+                -0.9 * math.log(sigma(-2.0)) - 0.1 * math.log(sigma(2.0)),
+            ],
+        ),
+        (
+            Objective(loss="robust", beta=0.5, label_smoothing=0.1),
+            [
+                (-0.9 * math.log(sigma(1.5)) + 0.1 * math.log(sigma(-1.5))) / 0.8,
+                (-0.9 * math.log(sigma(-2.0)) + 0.1 * math.log(sigma(2.0))) / 0.8,
+            ],
+        ),
+        (
+            Objective(loss="sigmoid_norm", beta=2.0),
+            [-math.log(sigma(2 * 15 / 28)), -math.log(sigma(-2 * 5 / 3))],
+        ),
+        (Objective(loss="ipo", beta=0.25), [(15 / 28 - 2) ** 2, (-5 / 3 - 2) ** 2]),
+        (Objective(loss="hinge", beta=0.25), [1 - 0.75, 1 + 1.0]),
+        (Objective(loss="hinge", beta=0.5), [0.0, 3.0]),
+        (
+            Objective(beta=0.5, nll_weight=0.2),
+            [-math.log(sigma(1.5)) + 0.2 * 10 / 4, -math.log(sigma(-2.0)) + 0.2 * 6 / 2],
+        ),
+    ],
+    ids=str,
+)
+def test_every_variant_equals_its_formula(objective, by_hand):
+    loss_P = layer_loss(POLICY_2P, REFERENCE_2P, LENGTHS_2P, objective)
+    torch.testing.assert_close(loss_P, torch.tensor(by_hand, dtype=torch.float64), **TOLERANCE)
+
+
+def test_no_reference_is_a_reference_of_zeros():
+    for objective in VARIANTS:
+        without = layer_loss(POLICY_2P, None, LENGTHS_2P, objective)
+        zeros = layer_loss(POLICY_2P, torch.zeros_like(POLICY_2P), LENGTHS_2P, objective)
+        torch.testing.assert_close(without, zeros, **TOLERANCE)
+
+
+@pytest.mark.parametrize("objective", VARIANTS, ids=lambda objective: objective.loss)
+def test_gradients(objective):
+    policy_2P = POLICY_2P.clone().requires_grad_()
+    assert gradcheck(
+        lambda logps: layer_loss(logps, REFERENCE_2P, LENGTHS_2P, objective), (policy_2P,)
+    )
+
+
+def test_the_reference_learns_nothing():
+    policy_2P, reference_2P = POLICY_2P.clone().requires_grad_(), REFERENCE_2P.clone()
+    layer_loss(policy_2P, reference_2P.requires_grad_(), LENGTHS_2P, Objective()).sum().backward()
+    assert policy_2P.grad is not None and reference_2P.grad is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        (Objective(), math.log(2)),
+        (Objective(label_smoothing=0.3), math.log(2)),
+        (Objective(loss="robust", label_smoothing=0.3), math.log(2)),
+        (Objective(loss="sigmoid_norm", nll_weight=1.0), math.log(2)),
+        (Objective(loss="hinge"), 1.0),
+        (Objective(loss="ipo", beta=0.1), 25.0),
+    ],
+    ids=str,
+)
+def test_the_loss_where_policy_and_reference_are_equal(objective, expected):
+    assert loss_at_zero(objective) == pytest.approx(expected, rel=1e-15)
+    if not objective.nll_weight:
+        loss_P = layer_loss(POLICY_2P, POLICY_2P, LENGTHS_2P, objective)
+        torch.testing.assert_close(loss_P, torch.full_like(loss_P, expected), **TOLERANCE)
+
+
+@given(
+    st.floats(-1e6, 1e6),
+    st.floats(0.01, 5),
+    st.floats(0, 0.49),
+    st.sampled_from(["sigmoid", "robust", "sigmoid_norm"]),
+)
+def test_smoothing_mixes_the_two_labellings(difference, beta, smoothing, loss):
+    """robust undoes it: averaged over the flips it assumes, it is the loss without them."""
+    at = torch.tensor([difference, -difference], dtype=torch.float64)
+    plain = preference_loss(at, Objective(beta=beta))
+    smoothed = preference_loss(at, Objective(loss=loss, beta=beta, label_smoothing=smoothing))
+    assert torch.isfinite(smoothed).all()
+    expected = plain[0]
+    if loss == "robust":
+        mixed = (1 - smoothing) * smoothed[0] + smoothing * smoothed[1]
+    else:
+        mixed, expected = smoothed[0], (1 - smoothing) * plain[0] + smoothing * plain[1]
+    # 1 - 2 * 0.49 cancels two digits of what robust divides by it.
+    torch.testing.assert_close(mixed, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_metrics_have_trls_names_and_meanings():
+    objective = Objective(beta=0.5, nll_weight=0.2)
+    policy_2P = POLICY_2P.clone().requires_grad_()
+    metrics = layer_metrics(policy_2P, REFERENCE_2P, LENGTHS_2P, objective)
+    expected = {
+        "loss": layer_loss(POLICY_2P, REFERENCE_2P, LENGTHS_2P, objective).tolist(),
+        "rewards/chosen": [0.5, -1.0],
+        "rewards/rejected": [-1.0, 1.0],
+        "rewards/margins": [1.5, -2.0],
+        "rewards/accuracies": [1.0, 0.0],
+        "logps/chosen": [-10.0, -6.0],
+        "logps/rejected": [-14.0, -3.0],
+        "nll_loss": [2.5, 3.0],
+    }
+    assert {name: values_P.tolist() for name, values_P in metrics.items()} == expected
+    assert not any(values_P.requires_grad for values_P in metrics.values())
+    assert "nll_loss" not in layer_metrics(POLICY_2P, None, LENGTHS_2P, Objective())
+
+
+def test_rewards_are_of_whole_sequences_and_no_margin_is_no_accuracy():
+    metrics = layer_metrics(POLICY_2P, POLICY_2P, LENGTHS_2P, Objective(loss="ipo"))
+    assert metrics["rewards/accuracies"].tolist() == [0.0, 0.0]
+    metrics = layer_metrics(POLICY_2P, REFERENCE_2P, LENGTHS_2P, Objective(loss="ipo", beta=0.5))
+    assert metrics["rewards/margins"].tolist() == [1.5, -2.0]
+
+
+def test_a_row_without_pairs():
+    none = torch.zeros(0, requires_grad=True)
+    loss_P = layer_loss(none, None, none.detach(), Objective(nll_weight=1.0))
+    assert loss_P.shape == (0,) and loss_P.requires_grad
+    assert combine(loss_P, [loss_P], Objective()).shape == (0,)
+
+
+FINAL_P = torch.tensor([1.0, 2.0])
+LAYERS = [torch.tensor([4.0, 0.0]), torch.tensor([8.0, 6.0])]
+
+
+@pytest.mark.parametrize(
+    ("objective", "layers", "total"),
+    [
+        (Objective(intermediate_weight=0.1), LAYERS, [0.9 + 0.6, 1.8 + 0.3]),
+        (Objective(intermediate_weight=0.1), LAYERS[:1], [0.9 + 0.4, 1.8]),
+        (Objective(intermediate_weight=0.1), [], [1.0, 2.0]),
+        (Objective(intermediate_weight=0.0), LAYERS, [1.0, 2.0]),
+        (Objective(intermediate_weight=1.0), LAYERS, [6.0, 3.0]),
+        (
+            Objective(intermediate_weight=0.5, layer_weights=(1.0, 3.0)),
+            LAYERS,
+            [0.5 + 0.5 * 7.0, 1.0 + 0.5 * 4.5],
+        ),
+    ],
+)
+def test_layers_become_one_loss(objective, layers, total):
+    torch.testing.assert_close(combine(FINAL_P, layers, objective), torch.tensor(total))
+
+
+@given(st.floats(0, 1), st.lists(st.floats(1e-3, 1e3), max_size=6), st.booleans())
+@settings(max_examples=50)
+def test_layer_scales_sum_to_one(weight, weights, by_mean):
+    given_weights = None if by_mean else tuple(weights)
+    objective = Objective(intermediate_weight=weight, layer_weights=given_weights)
+    final, scales = objective.layer_scales(len(weights))
+    assert final + math.fsum(scales) == pytest.approx(1.0)
+    assert len(scales) == len(weights)
+    if weights:
+        assert final == pytest.approx(1 - weight)
+
+
+def test_weights_for_other_layers_are_refused():
+    with pytest.raises(ConfigError, match=r"layer_weights: 2 weights for 3 layers"):
+        combine(FINAL_P, [FINAL_P] * 3, Objective(layer_weights=(1.0, 2.0)))
+    with pytest.raises(ConfigError, match=r"2 weights for 0 layers"):
+        Objective(layer_weights=(1.0, 2.0)).layer_scales(0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("loss", "dpo", "'dpo' is no loss; choose one of sigmoid, ipo, hinge, robust, sigmoid_nor"),
+        ("beta", 0.0, "0.0 is not a positive number"),
+        ("beta", float("nan"), "nan is not"),
+        ("beta", float("inf"), "inf is not"),
+        ("label_smoothing", 0.5, r"0.5 is not in \[0, 0.5\)"),
+        ("label_smoothing", -0.1, "-0.1 is not"),
+        ("nll_weight", -1.0, "-1.0 is negative"),
+        ("intermediate_weight", 1.1, r"1.1 is not in \[0, 1\]"),
+        ("intermediate_weight", float("nan"), "nan is not"),
+        ("layer_weights", (1.0, 0.0), r"\(1.0, 0.0\) are not all positive"),
+        ("reference_layer", "last", "'last' is no place to read the reference"),
+    ],
+)
+def test_wrong_fields_are_told(field, value, told):
+    with pytest.raises(ConfigError, match=rf"objective\.{field}: {told}"):
+        Objective(**{field: value})
+
+
+@pytest.mark.parametrize("loss", ["ipo", "hinge"])
+def test_smoothing_is_refused_where_it_would_be_ignored(loss):
+    with pytest.raises(ConfigError, match=f"0.1 has no meaning for the loss {loss}"):
+        Objective(loss=loss, label_smoothing=0.1)
+
+
+def test_all_wrong_fields_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"^3 problems"):
+        Objective(beta=-1.0, intermediate_weight=2.0, nll_weight=-1.0)

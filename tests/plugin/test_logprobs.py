@@ -1,0 +1,345 @@
+"""The head's arithmetic against float64 `log_softmax` of whole logits, on one rank and several."""
+
+import itertools
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_idpo.plugin.logprobs import vocab_parallel_logprobs
+from megatron_idpo.plugin.tiles import TileSizes
+
+RELATIVE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 3e-3}
+"""Gradients are rounded to their dtype once (bf16: by 2^-9 of an element at most), and with several
+ranks once more each; issue 4 asks for 0.3 % in bf16. float32 has the rounding of sums."""
+
+LOGPS = {torch.float64: 1e-12}
+LOGPS_DEFAULT = 2e-6
+"""Log-probabilities are float32 from unrounded products, also of 16-bit inputs."""
+
+
+def relative(got, expected):
+    return float((got.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def inputs(num_tokens, vocab, hidden, dtype, spread=2.0):
+    """Hidden states, weight and gradients; logits have a standard deviation of `spread`."""
+    hidden_NH = torch.randn(num_tokens, hidden).to(dtype)
+    weight_VH = (spread * torch.randn(vocab, hidden) / hidden**0.5).to(dtype)
+    targets_N = torch.randint(0, vocab, (num_tokens,))
+    return hidden_NH, weight_VH, targets_N, torch.randn(num_tokens)
+
+
+def plain(hidden_NH, weight_VH, targets_N, grad_N, scale=None, softcap=None):
+    """Log-probabilities and gradients of hidden states and weight, by autograd in float64."""
+    hidden_NH = hidden_NH.detach().double().requires_grad_()
+    weight_VH = weight_VH.detach().double().requires_grad_()
+    logits_NV = (scale or 1.0) * (hidden_NH @ weight_VH.t())
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    logps_N = logits_NV.log_softmax(1).gather(1, targets_N[:, None])[:, 0]
+    logps_N.backward(grad_N.double())
+    return logps_N.detach(), hidden_NH.grad, weight_VH.grad
+
+
+def ours(hidden_NH, weight_VH, targets_N, grad_N, *, frozen, **options):
+    hidden_NH = hidden_NH.detach().requires_grad_()
+    weight_VH = weight_VH.detach().requires_grad_(not frozen)
+    logps_N = vocab_parallel_logprobs(hidden_NH, weight_VH, targets_N, **options)
+    logps_N.backward(grad_N.to(logps_N.dtype))
+    return logps_N.detach(), hidden_NH.grad, weight_VH.grad
+
+
+def check(got, expected, dtype):
+    for name, value, true in zip(("logps", "hidden", "weight"), got, expected, strict=True):
+        if value is None:
+            continue
+        limit = LOGPS.get(dtype, LOGPS_DEFAULT) if name == "logps" else RELATIVE[dtype]
+        assert relative(value, true) <= limit, f"{name}: {relative(value, true):.2e} > {limit}"
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("scale,softcap", [(None, None), (0.5, None), (1.5, 4.0)])
+@pytest.mark.parametrize("dtype", RELATIVE, ids=str)
+def test_one_rank(dtype, scale, softcap, frozen):
+    torch.manual_seed(0)
+    tensors = inputs(23, 101, 48, dtype)
+    options = {"logit_scale": scale, "softcap": softcap, "tiles": TileSizes(10, 32)}
+    got = ours(*tensors, frozen=frozen, **options)
+    assert got[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert got[1].dtype == dtype and (got[2] is None) == frozen
+    check(got, plain(*tensors, scale, softcap), dtype)
+
+
+@given(
+    num_tokens=st.integers(0, 9),
+    vocab=st.integers(1, 40),
+    hidden=st.integers(1, 9),
+    tiles=st.builds(TileSizes, st.integers(1, 12), st.integers(1, 50)),
+    padding=st.integers(0, 5),
+    spread=st.sampled_from([0.0, 1.0, 30.0]),
+    softcap=st.sampled_from([None, 3.0]),
+    frozen=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_shape_in_any_tiles(num_tokens, vocab, hidden, tiles, padding, spread, softcap, frozen):
+    torch.manual_seed(0)
+    hidden_NH, weight_VH, targets_N, grad_N = inputs(
+        num_tokens, vocab, hidden, torch.float64, spread
+    )
+    padded_VH = torch.cat((weight_VH, torch.full((padding, hidden), 1e3, dtype=torch.float64)))
+    got = ours(
+        hidden_NH,
+        padded_VH,
+        targets_N,
+        grad_N,
+        frozen=frozen,
+        vocab_valid=vocab,
+        softcap=softcap,
+        tiles=tiles,
+    )
+    expected = plain(hidden_NH, weight_VH, targets_N, grad_N, softcap=softcap)
+    for value, true in zip(got, expected, strict=True):
+        if value is not None:
+            torch.testing.assert_close(value[: len(true)], true, rtol=1e-9, atol=1e-9)
+            assert not value[len(true) :].any()  # padding's gradient
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck(frozen, softcap):
+    torch.manual_seed(0)
+    hidden_NH, weight_VH, targets_N, _ = inputs(5, 11, 4, torch.float64)
+    hidden_NH.requires_grad_()
+    weight_VH.requires_grad_(not frozen)
+
+    def logps(hidden_NH, weight_VH):
+        return vocab_parallel_logprobs(
+            hidden_NH,
+            weight_VH,
+            targets_N,
+            logit_scale=0.7,
+            softcap=softcap,
+            tiles=TileSizes(2, 4),
+        )
+
+    assert gradcheck(logps, (hidden_NH, weight_VH))
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    torch.manual_seed(0)
+    hidden_NH, weight_VH, targets_N, grad_N = inputs(6, 20, 8, torch.float32)
+    expected = plain(hidden_NH, weight_VH, targets_N, grad_N)
+    weight_VH.requires_grad_()
+    vocab_parallel_logprobs(hidden_NH, weight_VH, targets_N).backward(grad_N)
+    check((expected[0], None, weight_VH.grad), expected, torch.float32)
+
+    weight_VH.grad = None
+    hidden_NH.requires_grad_()
+    vocab_parallel_logprobs(hidden_NH, weight_VH, targets_N, frozen=True).backward(grad_N)
+    assert weight_VH.grad is None
+    check((expected[0], hidden_NH.grad, None), expected, torch.float32)
+
+    hidden_NH.grad = None
+    weight_VH.requires_grad_(False)  # recomputed all the same, if one asks for it
+    vocab_parallel_logprobs(hidden_NH, weight_VH, targets_N, frozen=False).backward(grad_N)
+    check((expected[0], hidden_NH.grad, None), expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_weights_gradient_is_added_to_main_grad(dtype, main_dtype):
+    torch.manual_seed(0)
+    tensors = inputs(12, 40, 16, dtype)
+    main_grad_VH = torch.ones(40, 16, dtype=main_dtype)
+    options = {"main_grad_VH": main_grad_VH, "tiles": TileSizes(5, 16)}
+    got = ours(*tensors, frozen=False, **options)
+    assert got[2] is None
+    expected = plain(*tensors)
+    check(got, expected, dtype)
+    # The ones are rounded along with the gradient.
+    limit = RELATIVE[torch.bfloat16 if torch.bfloat16 in (dtype, main_dtype) else torch.float32]
+    assert relative(main_grad_VH, expected[2] + 1) <= limit
+
+
+def on_rank(case):
+    """One rank's log-probabilities, hidden gradient and rows of the weight's gradient."""
+    torch.manual_seed(1)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    num_tokens, vocab, hidden, dtype = case["shape"]
+    hidden_NH, weight_VH, targets_N, grad_N = inputs(num_tokens, vocab, hidden, dtype)
+    rows = -(-(vocab + case["padding"]) // size)
+    padded_VH = torch.full((rows * size, hidden), 50.0, dtype=dtype)
+    padded_VH[:vocab] = weight_VH
+    shard = padded_VH[rank * rows : (rank + 1) * rows]
+    options = {
+        "vocab_start": rank * rows,
+        "vocab_valid": vocab,
+        "group": dist.group.WORLD,
+        "reduce_hidden_grad": case["reduce"],
+        "softcap": case["softcap"],
+        "tiles": TileSizes(7, 9),
+    }
+    with (
+        patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gather,
+        patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce,
+    ):
+        logps_N, hidden_grad, weight_grad = ours(
+            hidden_NH, shard, targets_N, grad_N, frozen=case["frozen"], **options
+        )
+    calls = (gather.call_count, reduce.call_count)
+    if not case["reduce"]:  # what a sequence-parallel gather's backward does
+        dist.all_reduce(hidden_grad)
+    if weight_grad is not None:
+        weight_grad = weight_grad[: max(vocab - rank * rows, 0)]
+    return logps_N, hidden_grad, weight_grad, calls
+
+
+def cases():
+    for dtype, frozen, softcap in itertools.product(
+        (torch.float64, torch.bfloat16), (True, False), (None, 3.0)
+    ):
+        reduce = (dtype == torch.bfloat16) == frozen
+        yield {
+            "shape": (19, 61, 24, dtype), "padding": 2, "frozen": frozen, "softcap": softcap,
+            "reduce": reduce,
+        }  # fmt: skip
+    common = {"padding": 0, "softcap": None}
+    yield {"shape": (0, 61, 24, torch.float32), "frozen": True, "reduce": True, **common}
+    yield {"shape": (0, 61, 24, torch.float32), "frozen": False, "reduce": False, **common}
+    # Five tokens on four ranks: two rows each, so the last rank has nothing but padding.
+    yield {"shape": (6, 5, 8, torch.float32), "frozen": True, "reduce": False, **common}
+    yield {"shape": (6, 5, 8, torch.float32), "frozen": False, "reduce": True, **common}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_that_share_the_vocabulary(workers, world_size):
+    for case in cases():
+        torch.manual_seed(1)
+        num_tokens, *_, dtype = case["shape"]
+        expected = plain(*inputs(*case["shape"]), softcap=case["softcap"])
+        results = workers.run(on_rank, world_size, case)
+        rows = [weight_grad for *_, weight_grad, _ in results if weight_grad is not None]
+        weight_grad = torch.cat(rows) if rows else None
+        assert (weight_grad is None) == case["frozen"]
+        for logps_N, hidden_grad, _, calls in results:
+            assert logps_N.shape == (num_tokens,)
+            check((logps_N, hidden_grad, weight_grad), expected, dtype)
+            torch.testing.assert_close(logps_N, results[0][0], rtol=0, atol=0)
+            once = (1, int(case["reduce"])) if world_size > 1 else (0, 0)
+            assert calls == once, case
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+def test_no_targets_stay_in_the_graph(frozen):
+    hidden_NH = torch.randn(0, 8, requires_grad=True)
+    weight_VH = torch.randn(20, 8, requires_grad=not frozen)
+    targets_N = torch.zeros(0, dtype=torch.int64)
+    vocab_parallel_logprobs(hidden_NH, weight_VH, targets_N).sum().backward()
+    assert hidden_NH.grad.shape == (0, 8)
+    assert frozen or (weight_VH.grad.shape == (20, 8) and not weight_VH.grad.any())
+
+
+def sure_tokens(probabilities, vocab=600, hidden=64):
+    """bf16 hidden states of which each gives its target about the probability asked for.
+
+    Rows have a common part, as real embeddings do: it cancels in W[y] − E[W].
+    """
+    weight_VH = (torch.randn(vocab, hidden) + 0.5 * torch.randn(hidden)).bfloat16()
+    targets_N = torch.arange(len(probabilities))
+    hidden_NH = torch.randn(len(probabilities), hidden) / hidden**0.5
+    direction_NH = (weight_VH[targets_N] - weight_VH.float().mean(0)).double()
+    low, high = torch.zeros(len(probabilities)), torch.full((len(probabilities),), 3.0)
+    for _ in range(40):  # p grows with the part of W[y] in the hidden state: bisect
+        middle = (low + high) / 2
+        mixed_NH = hidden_NH + middle[:, None] * direction_NH
+        p = (mixed_NH @ weight_VH.double().t()).softmax(1)[targets_N, targets_N]
+        too_low = p < probabilities
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    return mixed_NH.bfloat16(), weight_VH, targets_N
+
+
+def literal_gradient(hidden_NH, weight_VH, targets_N):
+    """W[y] − Σ_v p_v W[v] with bf16 probabilities and float32 sums."""
+    p_NV = (hidden_NH.float() @ weight_VH.float().t()).softmax(1).bfloat16().float()
+    return (weight_VH[targets_N].float() - p_NV @ weight_VH.float()).bfloat16()
+
+
+def test_bf16_gradients_of_sure_tokens():
+    """Within 0.3 % of float64 for every token, where the literal form is off by percents."""
+    torch.manual_seed(0)
+    probabilities = torch.tensor([0.3, 0.9, *(1 - 2.0 ** -torch.arange(4, 17)).tolist()])
+    hidden_NH, weight_VH, targets_N = sure_tokens(probabilities)
+    ones_N = torch.ones(len(targets_N))
+    logps_N, expected_NH, _ = plain(hidden_NH, weight_VH, targets_N, ones_N)
+    assert (logps_N.exp() > 0.95).sum() >= 10, logps_N.exp()
+    for tiles in (TileSizes(4, 100), TileSizes(64, 1024)):
+        _, grad_NH, _ = ours(hidden_NH, weight_VH, targets_N, ones_N, frozen=True, tiles=tiles)
+        errors = (grad_NH.double() - expected_NH).norm(dim=1) / expected_NH.norm(dim=1)
+        assert errors.max() <= RELATIVE[torch.bfloat16], errors
+    literal_NH = literal_gradient(hidden_NH, weight_VH, targets_N).double()
+    errors = (literal_NH - expected_NH).norm(dim=1) / expected_NH.norm(dim=1)
+    assert errors[logps_N.exp() > 0.95].median() > 0.01, errors
+
+
+@pytest.mark.parametrize(
+    ("frozen", "grad", "products"), [(True, True, 4), (False, True, 8), (True, False, 2)]
+)
+def test_flops_are_those_of_the_formula(frozen, grad, products):
+    tensors = inputs(20, 50, 16, torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
+        if grad:
+            ours(*tensors, frozen=frozen, tiles=TileSizes(8, 16))
+        else:
+            vocab_parallel_logprobs(*tensors[:3], tiles=TileSizes(8, 16))
+    assert counter.get_total_flops() == products * 20 * 50 * 16
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returned, in elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_logits_are_never_whole(frozen, softcap):
+    """Nothing is larger than the inputs or a tile: the largest input has 400 * 16 elements."""
+    tensors = inputs(300, 400, 16, torch.bfloat16)
+    with Largest() as largest:
+        ours(*tensors, frozen=frozen, softcap=softcap, tiles=TileSizes(70, 80))
+    assert largest.elements == 400 * 16 < 300 * 400 / 10
+
+
+def test_the_process_is_left_as_it_was():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    ours(*inputs(4, 9, 8, torch.bfloat16), frozen=False)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_on_a_gpu(dtype, frozen, softcap):
+    torch.manual_seed(0)
+    tensors = inputs(300, 1001, 128, dtype)
+    options = {"softcap": softcap, "vocab_valid": 1001, "tiles": TileSizes(128, 400)}
+    got = ours(*(tensor.cuda() for tensor in tensors), frozen=frozen, **options)
+    got = tuple(None if value is None else value.cpu() for value in got)
+    check(got, plain(*tensors, softcap=softcap), dtype)

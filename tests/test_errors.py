@@ -1,0 +1,50 @@
+"""What a user's error says, and what catches it."""
+
+import pickle
+
+import pytest
+
+from megatron_idpo.errors import CheckpointError, ConfigError, DataError, Problem, UserError
+
+KINDS = [ConfigError, DataError, CheckpointError]
+FIRST = Problem("layout.tensor", "3 does not divide 8 heads", "take 1, 2, 4 or 8")
+SECOND = Problem("pairs.jsonl:17", "is empty")
+
+
+def test_a_problem_is_told_on_one_line() -> None:
+    assert str(FIRST) == "layout.tensor: 3 does not divide 8 heads; take 1, 2, 4 or 8"
+    assert str(SECOND) == "pairs.jsonl:17: is empty"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_problem_is_a_line_and_several_are_a_list(kind: type[UserError]) -> None:
+    assert str(kind.of([FIRST])) == str(FIRST)
+    assert str(kind.of([FIRST, SECOND])) == f"2 problems:\n  - {FIRST}\n  - {SECOND}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_raised_where_it_is_found_is_of_its_own_kind(kind: type[UserError]) -> None:
+    error = kind.at("pairs.jsonl:17", "is empty")
+    assert type(error) is kind and str(error) == str(SECOND)
+    assert str(kind.at(FIRST.place, FIRST.message, FIRST.remedy)) == str(FIRST)
+
+
+def test_an_error_without_a_problem_is_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="needs a problem"):
+        ConfigError.of([])
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [(ConfigError, ValueError), (DataError, ValueError), (CheckpointError, RuntimeError)],
+)
+def test_callers_may_catch_the_builtin_kind(
+    kind: type[UserError], builtin: type[Exception]
+) -> None:
+    assert issubclass(kind, UserError) and issubclass(kind, builtin)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_survives_a_process_boundary(kind: type[UserError]) -> None:
+    arrived = pickle.loads(pickle.dumps(kind.of([FIRST, SECOND])))
+    assert type(arrived) is kind and str(arrived) == str(kind.of([FIRST, SECOND]))
