@@ -49,16 +49,20 @@ class RunConfig(Section):
         """What is wrong between sections; `Problem.place` is `section.field`."""
         found = []
         if self.has("data") and self.layout.sequence_parallel:
-            row_tokens, tensor = self.data.row_tokens, self.layout.tensor
-            if row_tokens % tensor:
-                found.append(
-                    Problem(
-                        "data.row_tokens",
-                        f"is {row_tokens}, which sequence parallelism cannot split over "
-                        f"layout.tensor = {tensor}",
-                        f"use {row_tokens + -row_tokens % tensor}",
+            tensor = self.layout.tensor
+            lengths = {"row_tokens": self.data.row_tokens}
+            if self.data.trim_tokens < self.data.row_tokens:  # or nothing is cut
+                lengths["trim_tokens"] = self.data.trim_tokens
+            for name, tokens in lengths.items():
+                if tokens % tensor:
+                    found.append(
+                        Problem(
+                            f"data.{name}",
+                            f"is {tokens}, which sequence parallelism cannot split over "
+                            f"layout.tensor = {tensor}",
+                            f"use {tokens + -tokens % tensor}",
+                        )
                     )
-                )
         return found
 
     def dump(self) -> str:

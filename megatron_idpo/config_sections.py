@@ -135,7 +135,7 @@ class DataConfig(Section):
     """Compute a prompt once for both answers."""
 
     format: Literal["auto", "text", "chat", "hh"] = "auto"
-    """Text, chat messages or Anthropic-HH transcripts; `auto` recognises them by the first row."""
+    """Text, chat messages or Anthropic-HH transcripts; `auto` decides for each record."""
 
     chat_template: Text | None = None
     """A Jinja template or a file with one; null is the tokenizer's own."""

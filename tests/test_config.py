@@ -121,6 +121,11 @@ MISTAKES = [
         "data: {train: a, row_tokens: 2049}\nlayout: {tensor: 2, sequence_parallel: true}",
         ["data.row_tokens (run.yaml:1)", "2049", "use 2050"],
     ),
+    ("data: {train: a, trim_tokens: 8192}", ["data.trim_tokens", "not be read", "at most 4096"]),
+    (
+        "data: {train: a, row_tokens: 4098}\nlayout: {tensor: 6, sequence_parallel: true}",
+        ["data.trim_tokens", "is 128", "use 132"],
+    ),
     ("model: {path: m}", ["data", "missing", "data.train"]),
     ("data: [", ["run.yaml:1:8", "not YAML"]),
     ("just words", ["run.yaml", "not a mapping"]),

@@ -6,7 +6,7 @@ read on and fail in the middle, or, of another vocabulary, take what there is.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +46,13 @@ def stored_weights(directory: Path) -> dict[str, StoredWeight]:
     """
     _check_marker(directory)
     metadata = _metadata(directory)
-    _check_files(directory, metadata)
-    return {
+    weights = {
         key: StoredWeight(tuple(value.size), value.properties.dtype)
         for key, value in metadata.state_dict_metadata.items()
         if key.startswith(_MODEL_KEYS) and isinstance(value, TensorStorageMetadata)
     }
+    _check_files(directory, metadata, weights)
+    return weights
 
 
 def check_same_model(directory: Path, expected: Mapping[str, Shape], vocab_size: int) -> None:
@@ -112,11 +113,11 @@ def _metadata(directory: Path) -> Metadata:
         return FileSystemReader(directory).read_metadata()
 
 
-def _check_files(directory: Path, metadata: Metadata) -> None:
+def _check_files(directory: Path, metadata: Metadata, keys: Container[str]) -> None:
     """Every file reaches as far as the weights in it do."""
     ends: dict[str, list[tuple[int, str]]] = {}
     for index, info in (metadata.storage_data or {}).items():
-        if index.fqn.startswith(_MODEL_KEYS):
+        if index.fqn in keys:
             ends.setdefault(info.relative_path, []).append((info.offset + info.length, index.fqn))
     remedy = "copy it here again"
     for file, stops in ends.items():

@@ -29,17 +29,22 @@ from megatron_idpo.mcore.world import agreeing, gathered
 ShardedState = dict[str, Any]
 
 
-def sharded_weights(chunks: Sequence[GPTModel]) -> ShardedState:
+def sharded_weights(chunks: Sequence[GPTModel], *, extra_state: bool = False) -> ShardedState:
     """What this rank contributes to, or takes from, a checkpoint of the weights.
 
     The values are megatron-core's sharded tensors, whose keys and offsets are global; the
     dictionary's own keys only keep this rank's chunks apart. Factories are applied, so every value
-    is a view of a parameter. Transformer Engine's `_extra_state` (FP8 scales) is left out.
+    is a view of a parameter.
+
+    Args:
+        chunks: this rank's model chunks.
+        extra_state: add the modules' `_extra_state` (Transformer Engine's FP8 scales, else empty),
+            which is no weight, but which other readers of a checkpoint miss if it is not there.
     """
     state: ShardedState = {}
     for number, chunk in enumerate(chunks):
         for key, value in chunk.sharded_state_dict().items():
-            if not isinstance(value, ShardedObject):
+            if extra_state or not isinstance(value, ShardedObject):
                 state[f"chunk{number}.{key}"] = value
     apply_factories(state)
     return state
@@ -58,7 +63,9 @@ def save_weights(chunks: Sequence[GPTModel], directory: Path, *, place: Path | N
     """
     with quiet_megatron():
         dist_checkpointing.save(
-            sharded_weights(chunks), str(directory), DirectSave(place or directory)
+            sharded_weights(chunks, extra_state=True),
+            str(directory),
+            DirectSave(place or directory),
         )
 
 

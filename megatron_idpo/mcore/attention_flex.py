@@ -5,8 +5,10 @@ on the CPU, in microseconds and without a mask of the row's size, and kept on th
 window, for every layer and for recomputation. Inside a block that is only partly visible the kernel
 asks `_visible` per pair of positions.
 
-The kernel is compiled at its first use in the process. Uncompiled, FlexAttention is a plain (and
-T x T) implementation of the same meaning, through which the tests check blocks and mask on a CPU.
+The kernel is compiled for static shapes, at the first use of a row length with a window: rows are
+cut to one length per step (`data.trim_tokens`), so there are a few dozen of them. Uncompiled,
+FlexAttention is a plain (and T x T) implementation of the same meaning, through which the tests
+check blocks and mask on a CPU.
 
 Shape suffixes: `T` positions of the row, `N` query heads, `M` key-value heads (M divides N), `D`
 head size, `I`/`J` blocks of queries and of keys.
@@ -35,7 +37,7 @@ def attend_row_flex(
     row: RowParams,
     scale: float,
     window: int | None,
-    compiled: bool = True,
+    backend: str | None = "inductor",
 ) -> Tensor:
     """Attention that honours the row's groups; the same contract as `attention_sdpa.attend_row`.
 
@@ -47,7 +49,7 @@ def attend_row_flex(
             `derived`, one per window.
         scale: Factor on the scores.
         window: A query sees keys at distances `0 <= q_pos - k_pos < window`; None sees all.
-        compiled: Off only in tests, for the plain implementation.
+        backend: Another one only in tests: torch.compile's, or None for the plain implementation.
 
     Returns:
         `[T, 1, N, D]`; 0 where the row is padding (FlexAttention's value for a query without keys).
@@ -56,7 +58,9 @@ def attend_row_flex(
     if mask_key not in row.derived:
         with torch.inference_mode(False):  # it may be built in a scoring pass and used in training
             row.derived[mask_key] = block_mask(row, window)
-    attend: Any = _compiled_flex_attention() if compiled else flex_attention
+    attend: Any = flex_attention
+    if backend is not None:
+        attend = _compiled_flex_attention(row.row_tokens, window, backend)
     output_BNTD: Tensor = attend(
         query_TBND.permute(1, 2, 0, 3),
         key_TBMD.permute(1, 2, 0, 3),
@@ -96,13 +100,24 @@ def block_mask(row: RowParams, window: int | None) -> BlockMask:
 
 
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    """FlexAttention compiled for static shapes: rows have one length.
+def _compiled_flex_attention(
+    row_tokens: int, window: int | None, backend: str
+) -> Callable[..., Any]:
+    """FlexAttention for one row length and window; this cache is the only state here.
 
-    Rows share a compilation, as their structure arrives in tensors; each window has its own. With
-    `fullgraph`, too many compilations are an error instead of the slow implementation.
+    Rows of one length share a compilation, as their structure arrives in tensors. Dynamo counts
+    compilations by code object and gives up at 8 (`recompile_limit`), which a few lengths with two
+    windows reach; so each gets a code object of its own. Its 8 are for gradients on and off and the
+    like. With `fullgraph`, exceeding them is an error instead of the slow implementation: whatever
+    makes every row compile anew is noticed.
     """
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Any:
+        return flex_attention(query, key, value, **arguments)
+
+    name = f"flex_attention_{row_tokens}_{window or 'full'}"
+    attend.__code__ = attend.__code__.replace(co_name=name)
+    return torch.compile(attend, backend=backend, dynamic=False, fullgraph=True)
 
 
 def _visible(row: RowParams, window: int | None) -> Callable[[Any, Any, Any, Any], Any]:

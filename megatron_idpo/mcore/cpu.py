@@ -102,6 +102,11 @@ def redirect_cuda_to_cpu() -> bool:
     return True
 
 
+def is_redirected() -> bool:
+    """Whether `redirect_cuda_to_cpu` is in force in this process."""
+    return bool(_applied)
+
+
 def restore_cuda() -> None:
     """Undo `redirect_cuda_to_cpu`, for tests; nothing happens if it is not in force."""
     while _applied:

@@ -3,7 +3,7 @@
 `transformer_config` says in one place which megatron-core settings an architecture means and which
 accelerations a machine without Transformer Engine or apex has to go without. `build_model` makes
 this rank's chunks, replaces the rotary embedding by ours, and leaves the parameters uninitialised:
-`convert/hf_to_megatron.py` or `checkpoint/load.py` fills every one of them.
+`convert/hf_to_megatron.py` or `checkpoint/weights.py` fills every one of them.
 
 Not here: loading, wrapping in DDP, the optimizer.
 """

@@ -6,8 +6,8 @@ gradient of a token by percents; every product here keeps its float32 accumulato
 
 * On a GPU the product itself does it (`out_dtype`).
 * On a CPU, PyTorch's bf16 product rounds its result and its fp16 product takes a hundred times as
-  long, so tiles are widened to float32. For bf16, oneDNN is then allowed to multiply in bf16, which
-  is exact for widened operands and, where the CPU has such instructions, twice as fast.
+  long, so tiles are widened to float32. For bf16, oneDNN is then allowed to multiply in bf16: that
+  is exact, since what was widened is bf16, but for the softmax's terms, which a GPU rounds as well.
 
     n  targets in a tile   v  vocabulary rows in a tile   H  hidden size
 """

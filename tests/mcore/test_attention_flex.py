@@ -51,7 +51,7 @@ def visible_pairs(groups, tokens, window):
 @pytest.fixture
 def original_torch():
     """Without the redirection that another test may have left: the compiler does not know it."""
-    redirected = bool(cpu._applied)
+    redirected = cpu.is_redirected()
     cpu.restore_cuda()
     yield
     if redirected:
@@ -64,7 +64,7 @@ def test_equals_sdpa_on_slices_and_keeps_one_mask(groups, window):
     row, inputs = make_row(groups, 57), make_inputs(57)
     for _layer in range(2):
         actual = attention_flex.attend_row_flex(
-            *inputs, row=row, scale=0.25, window=window, compiled=False
+            *inputs, row=row, scale=0.25, window=window, backend=None
         )
     assert len(row.derived) == 1
     expected = attend_row(*inputs, row=make_row(groups, 57), scale=0.25, window=window)
@@ -83,6 +83,25 @@ def test_rows_share_one_compilation(original_torch):
             actual = attention_flex.attend_row_flex(*inputs, row=row, scale=0.25, window=50)
         expected = attend_row(*inputs, row=row, scale=0.25, window=50)
         torch.testing.assert_close(actual, expected, **FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize("num_lengths", [5, pytest.param(32, marks=pytest.mark.exhaustive)])
+def test_every_length_and_window_is_compiled_once(original_torch, num_lengths):
+    """More of them than the 8 compilations that dynamo grants one code object."""
+
+    def attend_all(stance):
+        for tokens in range(50, 50 + num_lengths):
+            for window in (None, 4):
+                row = make_row(MIXED, tokens)
+                with torch.no_grad(), torch.compiler.set_stance(stance):
+                    actual = attention_flex.attend_row_flex(
+                        *make_inputs(tokens), row=row, scale=0.25, window=window, backend="eager"
+                    )
+                expected = attend_row(*make_inputs(tokens), row=row, scale=0.25, window=window)
+                torch.testing.assert_close(actual, expected, **FP32_TOLERANCE)
+
+    attend_all("default")
+    attend_all("fail_on_recompile")
 
 
 @st.composite

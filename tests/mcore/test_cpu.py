@@ -24,7 +24,7 @@ def redirected():
 @pytest.fixture
 def pristine():
     """torch as it is without us; the redirection is put back if others had asked for it."""
-    was_active = bool(cpu._applied)
+    was_active = cpu.is_redirected()
     cpu.restore_cuda()
     yield
     cpu.restore_cuda()
@@ -44,6 +44,7 @@ def test_nothing_is_touched_where_cuda_is(pristine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = attributes()
     assert cpu.redirect_cuda_to_cpu() is False
+    assert not cpu.is_redirected()
     assert attributes() == before
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert cpu.default_device() == torch.device("cuda", 3)
@@ -59,7 +60,9 @@ def test_idempotent_and_restorable(pristine):
     cpu.redirect_cuda_to_cpu()  # So that what Megatron-Core's import changes is not counted.
     cpu.restore_cuda()
     before = attributes()
+    assert not cpu.is_redirected()
     assert cpu.redirect_cuda_to_cpu() is True
+    assert cpu.is_redirected()
     patched = attributes()
     assert patched != before
     assert cpu.redirect_cuda_to_cpu() is True

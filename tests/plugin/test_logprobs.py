@@ -1,6 +1,8 @@
 """The head's arithmetic against float64 `log_softmax` of whole logits, on one rank and several."""
 
+import importlib.util
 import itertools
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -323,6 +325,17 @@ def test_logits_are_never_whole(frozen, softcap):
     with Largest() as largest:
         ours(*tensors, frozen=frozen, softcap=softcap, tiles=TileSizes(70, 80))
     assert largest.elements == 400 * 16 < 300 * 400 / 10
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+def test_peak_memory_at_full_size(frozen):
+    """What the benchmark promises: 8192 targets, hidden size 4096, Qwen's vocabulary, bf16."""
+    path = Path(__file__).parents[2] / "benchmarks" / "head.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_head", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    sizes = benchmark.Sizes.parse("8192x4096x151936", torch.bfloat16)
+    assert 0 < benchmark.extra_bytes(sizes, "gpu", frozen=frozen) <= 300e6
 
 
 def test_the_process_is_left_as_it_was():

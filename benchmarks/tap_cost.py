@@ -1,0 +1,198 @@
+"""What one tap costs beyond plain DPO: time against what its FLOPs predict, and memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/tap_cost.py [--layers 8] [--repeats 5] [--save]
+
+*Time* (one process, one thread, CPU time, fp32). A step is one micro-batch through megatron-core's
+own schedule under DDP: forward, backward and `finalize_model_grads`, without the optimizer, which a
+tap does not change. In every repeat three things take turns: a plain step (`layers: []`), a tapped
+step (the layer at 0.69 of the depth), and the tap's matrix products alone, whole and with results
+thrown away: `[N, H] x [H, V]` and `[N, V] x [V, H]` where the head is frozen (4*N*H*V FLOPs), the
+first of them twice and `[V, N] x [N, H]` besides where it learns (8*N*H*V). Predicted are
+
+* the tap's extra seconds: its FLOPs at the rate those products reach here, so their seconds;
+* the tapped step: its FLOPs at the rate of the plain step, so the plain step's seconds times the
+  ratio of FLOPs. FLOPs of a plain step are counted from shapes: 2 per weight and position forward,
+  the same for the gradient of activations and again for weights that learn; attention's products
+  over the pairs' visible positions (forward 2, backward 5 products); the final head as above.
+
+The verdicts are medians of each repeat's own ratio, so that others on the machine disturb both
+sides. "Frozen head" is LoRA's case for the head (embedding, final norm and output layer learn
+nothing); the layers' own weights learn in both, adapters would make the plain step shorter.
+
+*Memory* (`--stages` processes, 1F1B, gloo). On every stage each tensor that an operation allocates
+is followed until it is freed. Read whenever a forward pass begins, k micro-batches being in flight;
+the slope over k is what a micro-batch holds. Tapped minus plain, in hidden states of one
+micro-batch, is what a tap holds: a tap in the middle of a stage finds its tensor already kept for
+the next layer's backward; on a stage's last layer it keeps what is otherwise let go once it is
+sent. The peak's difference is what the head needs while one micro-batch's backward runs.
+
+    T  row positions   N  targets   H  hidden size   V  vocabulary
+"""
+
+import argparse
+import platform
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tap_runs import PAIR, Sizes, memory_case, time_case
+
+from megatron_idpo.testing import WorkerPool
+
+BAR = 1.15
+"""Issue 4: how much more than predicted a tap may take."""
+
+
+class Flops(NamedTuple):
+    """Of one micro-batch's forward and backward."""
+
+    plain: int
+    tap: int
+
+    @classmethod
+    def of(cls, chunk: Any, sizes: Sizes, *, frozen: bool) -> "Flops":
+        """Counted from shapes; see the module."""
+        tap = (4 if frozen else 8) * sizes.targets * sizes.hidden * sizes.vocab
+        weights = sum(p.numel() for p in chunk.decoder.layers.parameters() if p.dim() > 1)
+        prompt, *answers = PAIR
+        visited = prompt * (prompt + 1) // 2
+        visited += sum(answer * prompt + answer * (answer + 1) // 2 for answer in answers)
+        attention = 7 * 2 * sizes.layers * sizes.pairs * visited * sizes.hidden
+        return cls(6 * weights * sizes.row_tokens + attention + tap, tap)
+
+
+class Timed(NamedTuple):
+    """Medians over the rounds of one case; every ratio is a median of the rounds' own."""
+
+    plain_s: float
+    products_s: float
+    tap_s: float
+    tap_to_products: float
+    step_to_plain: float
+    flops: Flops
+
+    @classmethod
+    def of(cls, rounds_R3: np.ndarray[Any, Any], flops: Flops) -> "Timed":
+        """From seconds of plain step, tapped step and products in each round."""
+        plain_R, tapped_R, products_R = rounds_R3.T
+        medians = [
+            float(np.median(values_R))
+            for values_R in (
+                plain_R,
+                products_R,
+                tapped_R - plain_R,
+                (tapped_R - plain_R) / products_R,
+                tapped_R / plain_R,
+            )
+        ]
+        return cls(*medians, flops)
+
+    def __str__(self) -> str:
+        """A row of the report but for its first column."""
+        flops = 1 + self.flops.tap / self.flops.plain
+        return " | ".join(
+            [
+                f"{self.plain_s:.2f} s ({self.flops.plain / 1e9:.0f} GFLOP)",
+                f"{self.flops.tap / 1e9:.0f} GFLOP",
+                f"{self.products_s:.2f} s",
+                f"{self.tap_s:.2f} s",
+                f"**{self.tap_to_products:.2f}**",
+                f"{self.step_to_plain:.3f}",
+                f"{flops:.3f}",
+                f"**{self.step_to_plain / flops:.3f}**",
+            ]
+        )
+
+
+def time_table(pool: WorkerPool, sizes: Sizes, repeats: int) -> list[str]:
+    """Lines of the report."""
+    layer = round(0.69 * sizes.layers)
+    lines = [
+        f"## Time: {sizes}, N {sizes.targets}, tap at layer {layer}, fp32, 1 thread",
+        "",
+        "| head | plain step | tap's FLOPs | tap's products alone | tap measured | tap / products "
+        "| tapped step / plain | its FLOPs / plain's | step / predicted |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for frozen in (True, False):
+        (timed,) = pool.run(time_case, 1, sizes, layer, repeats, frozen=frozen, timeout_s=900)
+        lines.append(f"| {'frozen' if frozen else 'trainable'} | {timed} |")
+    return [*lines, ""]
+
+
+def memory_table(pool: WorkerPool, sizes: Sizes, stages: int) -> list[str]:
+    """Lines of the report: taps in the middle and at the end of every stage but the last."""
+    per_stage = sizes.layers // stages
+    ends = [per_stage * (stage + 1) for stage in range(stages - 1)]
+    places = {"before the stage's last layer": [end - 1 for end in ends], "its last layer": ends}
+    hidden_bytes = 4 * sizes.row_tokens * sizes.hidden
+    lines = [
+        f"## Memory: {sizes}, {stages} stages, {2 * stages} micro-batches, fp32, frozen head",
+        "",
+        f"One hidden state is {hidden_bytes / 1e6:.2f} MB.",
+        "",
+        "| recompute | tap | stage | in flight | plain, hidden states per micro-batch | tapped "
+        "| tap holds, hidden states per micro-batch | peak, MB more |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for recompute in ("off", "full, every layer"):
+        run = partial(pool.run, memory_case, stages, sizes, stages, timeout_s=300, frozen=True)
+        plain = run([], recompute)
+        for place, layers in places.items():
+            tapped = run(layers, recompute)
+            for stage in range(stages - 1):
+                flying = stages - 1 - stage  # forward passes before the first backward pass
+                each = [
+                    (held.at_forward[flying] - held.at_forward[0]) / flying / hidden_bytes
+                    for held in (plain[stage], tapped[stage])
+                ]
+                peak = (tapped[stage].peak - plain[stage].peak) / 1e6
+                lines.append(
+                    f"| {recompute} | {place} | {stage} | {flying} | {each[0]:.2f} "
+                    f"| {each[1]:.2f} | {each[1] - each[0]:.2f} | {peak:.2f} |"
+                )
+    return [*lines, ""]
+
+
+def machine() -> str:
+    """The processor's name in a word."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return "-".join(line.split(":")[1].split()[:2])
+    return platform.machine()
+
+
+def main() -> None:
+    """Print the report, and keep it if asked to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=576, help="a multiple of 192")
+    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--row-tokens", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--memory-vocab", type=int, default=1024)
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
+    options = parser.parse_args()
+    sizes = Sizes(options.layers, options.hidden, options.vocab, options.row_tokens)
+    lines = ["# The cost of a tap", "", f"{date.today()}, {machine()}, torch {torch.__version__}"]
+    with WorkerPool(max_workers=options.stages) as pool:
+        lines += ["", *time_table(pool, sizes, options.repeats)]
+        print("\n".join(lines), flush=True)
+        memory = memory_table(pool, sizes._replace(vocab=options.memory_vocab), options.stages)
+        print("\n".join(memory))
+    if options.save:
+        results = Path(__file__).parent / "results"
+        results.mkdir(exist_ok=True)
+        text = "\n".join([*lines, *memory])
+        (results / f"tap-cost_{date.today()}_{machine()}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

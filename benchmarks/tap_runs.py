@@ -1,0 +1,279 @@
+"""What `tap_cost.py` measures: steps of a small model with and without a tap, on worker processes.
+
+Its own module because workers get functions and classes by their module's name, which a script run
+as `__main__` does not have.
+
+    T  row positions   N  targets   H  hidden size   V  vocabulary
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_idpo.testing import tiny_hf_config
+
+PAIR = (52, 163, 95)
+"""Prompt, chosen and rejected tokens of a pair: the medians of alpaca_eval_gpt4."""
+
+class Sizes(NamedTuple):
+    """A model and its rows."""
+
+    layers: int
+    hidden: int
+    vocab: int
+    row_tokens: int
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that fit into a row."""
+        return self.row_tokens // sum(PAIR)
+
+    @property
+    def targets(self) -> int:
+        """N of a row."""
+        return self.pairs * (PAIR[1] + PAIR[2])
+
+    def hf_config(self) -> dict[str, Any]:
+        """A Llama of SmolLM-135M's proportions."""
+        heads = self.hidden // 64
+        return tiny_hf_config(
+            "llama",
+            hidden_size=self.hidden,
+            intermediate_size=self.hidden * 8 // 3,
+            num_hidden_layers=self.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 3,
+            head_dim=64,
+            vocab_size=self.vocab,
+            max_position_embeddings=self.row_tokens,
+        )
+
+    def __str__(self) -> str:
+        """What the report calls it."""
+        return f"{self.layers} layers, H {self.hidden}, V {self.vocab}, T {self.row_tokens}"
+
+
+# ---- the model and its rows ---------------------------------------------------------------------
+
+
+def build_chunk(sizes: Sizes, pipeline: int, recompute: str) -> Any:
+    """This rank's stage, with random weights."""
+    from megatron_idpo.mcore.architecture import Architecture
+    from megatron_idpo.mcore.layout import Layout
+    from megatron_idpo.mcore.model import ModelOptions, Recompute, build_model
+
+    layout = Layout(pipeline=pipeline)
+    layout.start()
+    granularity: Any = "off" if recompute == "off" else "full"
+    options = ModelOptions(recompute=Recompute(granularity=granularity))
+    (chunk,) = build_model(Architecture.from_hf(sizes.hf_config()), layout, options)
+    for parameter in chunk.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+        else:
+            torch.nn.init.ones_(parameter)
+    return chunk
+
+
+def set_head_trainable(chunk: Any, learns: bool) -> None:
+    """Whether embedding, final norm and output layer learn."""
+    for name, parameter in chunk.named_parameters():
+        if name.startswith(("embedding.", "output_layer.", "decoder.final_layernorm.")):
+            parameter.requires_grad_(learns)
+
+
+def wrap(chunk: Any) -> Any:
+    """The chunk in megatron-core's DDP."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    return DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
+
+
+def micro_batches(sizes: Sizes, num: int, layers: Sequence[int]) -> list[tuple[Tensor, Any]]:
+    """Rows of equal pairs with random tokens, and reference log-probabilities."""
+    from megatron_idpo.data.pair import Pair
+    from megatron_idpo.data.rows import Row
+    from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+
+    random = np.random.default_rng(0)
+    batches = []
+    for index in range(num):
+        parts = [
+            [random.integers(0, sizes.vocab, tokens).astype(np.int32) for tokens in PAIR]
+            for _ in range(sizes.pairs)
+        ]
+        row = Row.build([Pair(n, *part) for n, part in enumerate(parts)], sizes.row_tokens, 0)
+        tensors = row.tensors(torch.device("cpu"))
+        targets = Targets(
+            tensors.target_positions_N,
+            tensors.target_tokens_N,
+            tensors.target_sequences_N,
+            row.num_pairs,
+        )
+        micro_batch = MicroBatch(
+            position_ids_T=tensors.position_ids_T,
+            spans_G4=tensors.spans_G4,
+            targets=targets,
+            reference_logps={layer: torch.zeros(2 * row.num_pairs) for layer in layers},
+            index=index,
+            num_micro_batches=num,
+            global_pairs=num * sizes.pairs,
+        )
+        batches.append((tensors.tokens_T[None], micro_batch))
+    return batches
+
+
+def run_step(
+    dpo: Any,
+    model: Any,
+    batches: Sequence[Any],
+    row_tokens: int,
+    observe: Callable[[], object] = lambda: None,
+) -> None:
+    """One global batch through megatron-core's schedule; `observe` before every forward pass."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
+        observe()
+        tokens_1T, micro_batch = next(iterator)
+        return dpo.forward(model, tokens_1T, micro_batch), partial(dpo.loss, micro_batch)
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=row_tokens,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    dpo.take_outputs(len(batches))
+
+
+@contextmanager
+def attached(chunk: Any, layers: Sequence[int], sizes: Sizes) -> Iterator[Any]:
+    """Plain DPO, or with taps, for a while."""
+    from megatron_idpo.objective.dpo import Objective
+    from megatron_idpo.plugin.attach import attach
+
+    dpo = attach([chunk], layers=layers, objective=Objective(), vocab_size=sizes.vocab)
+    chunk.config.finalize_model_grads_func = dpo.finalize_model_grads
+    yield dpo
+    dpo.detach()
+
+
+# ---- time -------------------------------------------------------------------------------------
+
+
+def time_case(sizes: Sizes, layer: int, repeats: int, *, frozen: bool) -> Timed:
+    """Runs in a worker: plain step, tapped step and the tap's matrix products take turns."""
+    torch.manual_seed(0)
+    chunk = build_chunk(sizes, 1, "off")
+    set_head_trainable(chunk, not frozen)
+    model = wrap(chunk)
+    batches = micro_batches(sizes, 1, [layer, sizes.layers])
+    hidden_NH = torch.randn(sizes.targets, sizes.hidden)
+    weight_VH = chunk.output_layer.weight.detach()
+
+    def step_s(layers: Sequence[int]) -> float:
+        with attached(chunk, layers, sizes) as dpo:
+            model.zero_grad_buffer()
+            begin_s = time.process_time()
+            run_step(dpo, model, batches, sizes.row_tokens)
+            return time.process_time() - begin_s
+
+    def products_s() -> float:
+        begin_s = time.process_time()
+        tap_products(hidden_NH, weight_VH, frozen=frozen)
+        return time.process_time() - begin_s
+
+    rounds = [(step_s([]), step_s([layer]), products_s()) for _ in range(repeats + 1)]
+    flops = Flops.of(chunk, sizes, frozen=frozen)
+    return Timed.of(np.array(rounds[1:]), flops)  # the first one warms up
+
+
+def tap_products(hidden_NH: Tensor, weight_VH: Tensor, *, frozen: bool) -> None:
+    """The matrix products of one tap, whole."""
+    logits_NV = hidden_NH @ weight_VH.t()
+    if not frozen:
+        logits_NV = hidden_NH @ weight_VH.t()
+        logits_NV.t() @ hidden_NH
+    logits_NV @ weight_VH
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of all tensors that operations made and nobody has freed yet, and their peak."""
+
+    def __init__(self) -> None:
+        """Nothing is live."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation and follow what it returns; views share a storage already known."""
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_: object) -> None:
+            del self._known[key]
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+class Held(NamedTuple):
+    """What one stage held in a step, in bytes."""
+
+    at_forward: list[int]
+    """When each micro-batch's forward pass began."""
+
+    peak: int
+
+
+def memory_case(
+    sizes: Sizes, stages: int, layers: Sequence[int], recompute: str, *, frozen: bool
+) -> Held:
+    """Runs on every stage: one step of 2 * `stages` micro-batches."""
+    torch.manual_seed(0)
+    chunk = build_chunk(sizes, stages, recompute)
+    set_head_trainable(chunk, not frozen)
+    at_forward: list[int] = []
+    with attached(chunk, layers, sizes) as dpo:
+        model = wrap(chunk)
+        batches = micro_batches(sizes, 2 * stages, [*layers, sizes.layers])
+        with LiveBytes() as tensors:
+            run_step(
+                dpo,
+                model,
+                batches,
+                sizes.row_tokens,
+                observe=lambda: at_forward.append(tensors.live),
+            )
+    return Held(at_forward, tensors.peak)
+
+

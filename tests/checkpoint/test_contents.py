@@ -1,0 +1,99 @@
+"""What a checkpoint says it holds, whether its files can be as long, and whose model it is.
+
+Damage from end to end is the business of `tests/convert/test_megatron_to_hf.py`.
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_idpo.checkpoint.contents import StoredWeight, check_same_model, stored_weights
+from megatron_idpo.errors import CheckpointError
+
+EMBEDDING, NORM = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
+SHAPES = {EMBEDDING: (8, 4), NORM: (4,)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Two weights of 100 bytes each in one file, and optimizer state in another that is gone."""
+    stored = {
+        key: TensorStorageMetadata(
+            properties=TensorProperties(dtype=torch.bfloat16), size=torch.Size(shape), chunks=[]
+        )
+        for key, shape in {**SHAPES, "optimizer.state": (4,)}.items()
+    }
+    places = {
+        MetadataIndex(EMBEDDING): _StorageInfo("__0_0.distcp", 0, 100),
+        MetadataIndex(NORM): _StorageInfo("__0_0.distcp", 100, 100),
+        MetadataIndex("optimizer.state"): _StorageInfo("__1_0.distcp", 0, 100),
+    }
+    metadata = Metadata({**stored, "common_state": BytesStorageMetadata()}, storage_data=places)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    (tmp_path / "__0_0.distcp").write_bytes(bytes(200))
+    return tmp_path
+
+
+def test_weights_alone_are_listed(checkpoint):
+    expected = {key: StoredWeight(shape, torch.bfloat16) for key, shape in SHAPES.items()}
+    assert stored_weights(checkpoint) == expected
+    check_same_model(checkpoint, SHAPES, vocab_size=8)
+
+
+@pytest.mark.parametrize(("num_bytes", "key"), [(199, NORM), (99, EMBEDDING), (0, EMBEDDING)])
+def test_the_first_weight_that_is_cut_is_named(num_bytes, key, checkpoint):
+    (checkpoint / "__0_0.distcp").write_bytes(bytes(num_bytes))
+    told = rf"__0_0\.distcp: is truncated in or before tensor '{key}', .*: {num_bytes} bytes"
+    with pytest.raises(CheckpointError, match=told):
+        stored_weights(checkpoint)
+
+
+def test_a_missing_file_is_named_with_a_weight(checkpoint):
+    (checkpoint / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=rf"__0_0\.distcp: is missing; .*'{EMBEDDING}'"):
+        stored_weights(checkpoint)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 8])
+def test_a_vocabulary_may_be_padded(vocab_size, checkpoint):
+    """Whatever this run pads it to itself."""
+    check_same_model(checkpoint, {**SHAPES, EMBEDDING: (12, 4)}, vocab_size)
+
+
+OTHER_MODELS = [
+    ({**SHAPES, EMBEDDING: (12, 4)}, 9, rf"'{EMBEDDING}' has shape \(8, 4\), expected \(9, 4\);"),
+    ({**SHAPES, EMBEDDING: (8, 5)}, 8, rf"'{EMBEDDING}' has shape \(8, 4\), expected \(8, 5\);"),
+    ({**SHAPES, NORM: (5,)}, 8, rf"'{NORM}' has shape \(4,\), expected \(5,\);"),
+    ({EMBEDDING: (8, 4)}, 8, rf"'{NORM}' of shape \(4,\) is not expected;"),
+    ({**SHAPES, "output_layer.weight": (8, 4)}, 8, r"'output_layer.weight' of .* is missing;"),
+    ({"decoder.x": (1,)}, 8, r"'decoder.x' of shape \(1,\) is missing \(and 2 more differences\);"),
+]
+
+
+@pytest.mark.parametrize(("expected", "vocab_size", "told"), OTHER_MODELS)
+def test_another_model_is_told_on_one_line(expected, vocab_size, told, checkpoint):
+    with pytest.raises(CheckpointError, match=told) as error:
+        check_same_model(checkpoint, expected, vocab_size)
+    assert str(error.value).startswith(f"{checkpoint}: holds another model than its config.json")
+    assert "\n" not in str(error.value)
+
+
+def test_another_vocabulary_is_not_padding(checkpoint):
+    path = checkpoint / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata[EMBEDDING].size = torch.Size((5000, 4))
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"has shape \(5000, 4\), expected \(8, 4\)"):
+        check_same_model(checkpoint, SHAPES, vocab_size=8)

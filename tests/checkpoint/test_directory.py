@@ -1,0 +1,73 @@
+"""A checkpoint's directory appears whole, with its companions, or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_idpo.checkpoint.directory import companion_files, copy_companions, new_checkpoint
+from megatron_idpo.errors import CheckpointError
+
+
+def write(target: str, companions: list[str], fail: str | None = None, **options) -> str:
+    """On every rank: a file each; returns the working directory's name."""
+    import torch.distributed as dist
+
+    with new_checkpoint(Path(target), [Path(one) for one in companions], **options) as directory:
+        (directory / f"part{dist.get_rank()}").write_text("x")
+        if dist.get_rank() == 0:
+            (directory / "metadata.json").write_text("{}")
+        if fail is not None:
+            raise CheckpointError(fail)
+    return directory.name
+
+
+@pytest.fixture
+def companions(tmp_path: Path) -> list[str]:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"\xff\r\n " + name.encode())
+    return [str(tmp_path / name) for name in ("config.json", "tokenizer.json")]
+
+
+@pytest.mark.distributed
+def test_all_ranks_write_into_one_hidden_directory(workers, companions, tmp_path):
+    target = tmp_path / "below" / "out"
+    one, other = workers.run(write, 2, str(target), companions)
+    assert one == other and one.startswith(".out.incomplete-")
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+    names = {path.name for path in target.iterdir()}
+    assert names == {"part0", "part1", "metadata.json", "huggingface"}
+    for path in companion_files(target):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+@pytest.mark.distributed
+def test_a_failing_body_leaves_what_was_there(workers, companions, tmp_path):
+    target = tmp_path / "out"
+    workers.run(write, 1, str(target), companions)
+    with pytest.raises(CheckpointError, match=r"^broken"):
+        workers.run(write, 2, str(target), companions, "broken", overwrite=True)
+    assert (target / "part0").is_file() and not (target / "part1").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.distributed
+def test_space_is_asked_for_first(workers, companions, tmp_path):
+    with pytest.raises(CheckpointError, match=r"out: needs [\d,]{20,} bytes of disk"):
+        workers.run(write, 2, str(tmp_path / "out"), companions, needed_bytes=10**18)
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.distributed
+def test_a_companion_that_cannot_be_copied(workers, companions, tmp_path):
+    Path(companions[1]).unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be copied \(No such file"):
+        workers.run(write, 2, str(tmp_path / "out"), companions)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_companions_of_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"huggingface: there is no config\.json; put the"):
+        companion_files(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    copy_companions([tmp_path / "config.json"], tmp_path / "huggingface")
+    assert companion_files(tmp_path) == [tmp_path / "huggingface" / "config.json"]

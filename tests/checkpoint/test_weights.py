@@ -1,0 +1,175 @@
+"""Weights through `torch_dist` files: between layouts and formats, and only the model's own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_idpo.errors import CheckpointError
+from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.testing import tiny_hf_config
+
+pytestmark = pytest.mark.distributed
+
+TP2 = Layout(tensor=2)
+PP2_VP2 = Layout(pipeline=2, virtual_pipeline=2)
+
+
+def chunks_of(layout: Layout, dtype: torch.dtype, **overrides: Any) -> tuple[list[Any], Any]:
+    from megatron_idpo.mcore.model import ModelOptions, build_model
+
+    architecture = Architecture.from_hf(tiny_hf_config("qwen2", **overrides))
+    layout.start()
+    return build_model(architecture, layout, ModelOptions(dtype=dtype)), architecture
+
+
+def value(name: str, parameter: torch.Tensor, salt: int) -> torch.Tensor:
+    """What a parameter is filled with: different everywhere, the same in every process."""
+    generator = torch.Generator().manual_seed(sum(name.encode()) + 1000 * salt)
+    return torch.randn(parameter.shape, generator=generator)
+
+
+def save(directory: str, layout: Layout, dtype: torch.dtype, salt: int = 0) -> None:
+    from megatron_idpo.checkpoint.weights import save_weights
+    from megatron_idpo.mcore.groups import this_place
+    from megatron_idpo.mcore.model import global_parameters
+
+    chunks, _ = chunks_of(layout, dtype)
+    with torch.no_grad():
+        for name, parameter in global_parameters(chunks):
+            rank = 0 if parameter.dim() == 1 and "bias" not in name else this_place().tensor
+            parameter.copy_(value(name, parameter, salt + rank))
+    before = {name: parameter.clone() for name, parameter in global_parameters(chunks)}
+    save_weights(chunks, Path(directory))
+    after = dict(global_parameters(chunks))
+    assert all(torch.equal(after[name], one) for name, one in before.items())
+
+
+def load(
+    directory: str, layout: Layout, dtype: torch.dtype, **overrides: Any
+) -> dict[str, torch.Tensor]:
+    from megatron_idpo.checkpoint.weights import load_weights
+    from megatron_idpo.convert.megatron_to_hf import whole_tensors
+    from megatron_idpo.mcore.model import global_parameters
+
+    chunks, architecture = chunks_of(layout, dtype, **overrides)
+    for _, parameter in global_parameters(chunks):
+        parameter.data.fill_(torch.nan)
+    load_weights(chunks, Path(directory), architecture)
+    assert not any(parameter.isnan().any() for _, parameter in global_parameters(chunks))
+    return {name: tensor.clone() for name, tensor in whole_tensors(chunks, architecture)}
+
+
+def merged(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def test_another_layout_and_another_format_take_the_same_values(workers, tmp_path):
+    workers.run(save, 2, str(tmp_path), TP2, torch.float32)
+    same = merged(workers.run(load, 2, str(tmp_path), TP2, torch.float32))
+    other = merged(workers.run(load, 2, str(tmp_path), PP2_VP2, torch.float32))
+    cast = merged(workers.run(load, 1, str(tmp_path), Layout(), torch.bfloat16))
+    assert same.keys() == other.keys() == cast.keys() and len(same) == 4 * 12 + 3
+    for name, tensor in same.items():
+        assert torch.equal(tensor, other[name])
+        assert torch.equal(tensor.bfloat16(), cast[name])
+
+
+def test_data_parallel_replicas_write_once_and_read_alike(workers, tmp_path):
+    workers.run(save, 2, str(tmp_path), Layout(), torch.float32)
+    alone = merged(workers.run(load, 1, str(tmp_path), Layout(), torch.float32))
+    for replica in workers.run(load, 2, str(tmp_path), Layout(), torch.float32):
+        assert all(torch.equal(replica[name], tensor) for name, tensor in alone.items())
+    files = sorted(tmp_path.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    assert sum(path.stat().st_size for path in files[:-1]) < files[-1].stat().st_size / 10
+
+
+def test_another_model_is_refused_on_every_rank(workers, tmp_path):
+    workers.run(save, 1, str(tmp_path), Layout(), torch.float32)
+    with pytest.raises(CheckpointError, match=r"tensor '[\w.]+' has shape \(4,.*expected \(8,"):
+        workers.run(load, 2, str(tmp_path), PP2_VP2, torch.float32, num_hidden_layers=8)
+
+
+def keys(directory: str) -> list[tuple[list[str], list[str]]]:
+    from megatron_idpo.checkpoint.contents import stored_weights
+    from megatron_idpo.checkpoint.weights import sharded_weights
+
+    chunks, _ = chunks_of(Layout(), torch.float32)
+    state = sharded_weights(chunks)
+    return sorted(state), sorted(stored_weights(Path(directory)))
+
+
+def test_the_files_are_megatron_cores_own(workers, tmp_path):
+    """Keys with stacked layers, and nothing that is not a weight."""
+    workers.run(save, 1, str(tmp_path), Layout(), torch.float32)
+    ((in_model, in_checkpoint),) = workers.run(keys, 1, str(tmp_path))
+    assert "chunk0.decoder.layers.3.mlp.linear_fc1.weight" in in_model
+    assert not any("_extra_state" in key for key in in_model + in_checkpoint)
+    assert "decoder.layers.mlp.linear_fc1.weight" in in_checkpoint
+    assert "decoder.layers.self_attention.linear_qkv.bias" in in_checkpoint
+    # 4 layers in one key each: norms, qkv weight and bias, projection, fc1, fc2; 3 around them.
+    assert len(in_checkpoint) == 7 + 3
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".metadata",
+        "metadata.json",
+        "__0_0.distcp",
+    }
+
+
+def load_by_megatron_core(directory: str) -> bool:
+    """Whether megatron-core's own reader finds in it what ours does."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_idpo.checkpoint.weights import load_weights
+    from megatron_idpo.mcore.model import global_parameters
+
+    chunks, architecture = chunks_of(Layout(), torch.float32)
+    load_weights(chunks, Path(directory), architecture)
+    ours = {name: parameter.clone() for name, parameter in global_parameters(chunks)}
+    state = chunks[0].sharded_state_dict()
+    loaded = dist_checkpointing.load(state, directory)
+    chunks[0].load_state_dict(loaded)
+    return all(torch.equal(ours[name], one) for name, one in global_parameters(chunks))
+
+
+def test_megatron_core_reads_it_too(workers, tmp_path):
+    workers.run(save, 2, str(tmp_path), TP2, torch.float32)
+    assert workers.run(load_by_megatron_core, 1, str(tmp_path)) == [True]
+
+
+def save_by_megatron_core(directory: str) -> dict[str, torch.Tensor]:
+    from megatron.core import dist_checkpointing
+
+    from megatron_idpo.convert.megatron_to_hf import whole_tensors
+    from megatron_idpo.mcore.model import global_parameters
+
+    chunks, architecture = chunks_of(TP2, torch.float32)
+    with torch.no_grad():
+        for name, parameter in global_parameters(chunks):
+            parameter.copy_(value(name, parameter, 0))
+    state = chunks[0].sharded_state_dict()
+    dist_checkpointing.save(state, directory, async_strategy="mcore")
+    return {name: tensor.clone() for name, tensor in whole_tensors(chunks, architecture)}
+
+
+@pytest.mark.exhaustive  # megatron-core's writer starts a process that imports torch
+def test_what_megatron_core_wrote_is_read(workers, tmp_path):
+    written = merged(workers.run(save_by_megatron_core, 2, str(tmp_path)))
+    found = merged(workers.run(load, 1, str(tmp_path), Layout(), torch.float32))
+    assert found.keys() == written.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in written.items())
+
+
+def children_before_and_after(directory: str) -> tuple[int, int]:
+    import psutil
+
+    before = len(psutil.Process().children())
+    save(directory, Layout(), torch.float32)
+    return before, len(psutil.Process().children())
+
+
+def test_no_helper_process_is_started(workers, tmp_path):
+    ((before, after),) = workers.run(children_before_and_after, 1, str(tmp_path))
+    assert after == before

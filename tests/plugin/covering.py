@@ -1,0 +1,130 @@
+"""Covering arrays: few cases in which every feasible combination of any three factors occurs.
+
+A bug of a parallel layout shows where two or three settings meet, hardly ever only where sixteen
+do, so trying all triples finds what trying all cases would. The array is built greedily, one case
+at a time (AETG: Cohen et al. 1997), from a fixed seed: the same factors give the same cases.
+
+In arrays, values of all factors are numbered through: n of them.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import combinations, product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Case = dict[str, Any]
+"""A value for every factor."""
+
+Combination = frozenset[tuple[str, Any]]
+"""Values of some factors."""
+
+_SEED = 0
+_CANDIDATES = 6
+"""Of so many greedily made cases the best is taken; more make the array barely smaller."""
+
+
+class Rule(NamedTuple):
+    """Which values of some factors go together."""
+
+    names: tuple[str, ...]
+    allows: Callable[..., bool]
+
+
+class Space:
+    """Factors with their values, and the rules of what can be a case."""
+
+    def __init__(self, factors: Mapping[str, Sequence[Any]], rules: Sequence[Rule] = ()) -> None:
+        """`rules` name factors; values of those that no rule names go with everything."""
+        self.factors = {name: tuple(values) for name, values in factors.items()}
+        self._rules = tuple(rules)
+        bound = {name for rule in rules for name in rule.names}
+        self._bound = tuple(name for name in factors if name in bound)
+        self._completes = lru_cache(maxsize=None)(self._search)
+
+    def feasible(self, chosen: Case) -> bool:
+        """Whether some case has these values."""
+        return self._completes(tuple((name, chosen[name]) for name in self._bound if name in chosen))
+
+    def _search(self, chosen: tuple[tuple[str, Any], ...]) -> bool:
+        case = dict(chosen)
+        for rule in self._rules:
+            if all(name in case for name in rule.names):
+                if not rule.allows(*(case[name] for name in rule.names)):
+                    return False
+        open_names = [name for name in self._bound if name not in case]
+        if not open_names:
+            return True
+        return any(self.feasible({**case, open_names[0]: v}) for v in self.factors[open_names[0]])
+
+    def combinations(self, strength: int) -> Iterator[Combination]:
+        """Every feasible combination of values of `strength` factors."""
+        for names in combinations(self.factors, strength):
+            for values in product(*(self.factors[name] for name in names)):
+                if self.feasible(dict(zip(names, values, strict=True))):
+                    yield frozenset(zip(names, values, strict=True))
+
+
+def combinations_in(case: Case, strength: int) -> set[Combination]:
+    """The combinations of `strength` factors that a case has."""
+    return {frozenset(some) for some in combinations(case.items(), strength)}
+
+
+def covering_array(space: Space) -> list[Case]:
+    """Cases that together have every feasible combination of three factors."""
+    chance = random.Random(_SEED)
+    values = [(name, value) for name in space.factors for value in space.factors[name]]
+    number = {value: n for n, value in enumerate(values)}
+    missing_nnn = np.zeros((len(values),) * 3, dtype=bool)
+    for triple in space.combinations(3):
+        for a, b, c in permutations_of(number[value] for value in triple):
+            missing_nnn[a, b, c] = True
+    cases = []
+    while missing_nnn.any():
+        made = [_candidate(space, values, missing_nnn, chance) for _ in range(_CANDIDATES)]
+        best = max(made, key=lambda chosen: missing_nnn[np.ix_(chosen, chosen, chosen)].sum())
+        missing_nnn[np.ix_(best, best, best)] = False
+        cases.append({name: dict(values[n] for n in best)[name] for name in space.factors})
+    return cases
+
+
+def permutations_of(numbers: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    """All orders of three numbers."""
+    a, b, c = numbers
+    yield from ((a, b, c), (a, c, b), (b, a, c), (b, c, a), (c, a, b), (c, b, a))
+
+
+def _candidate(
+    space: Space, values: list[tuple[str, Any]], missing_nnn: Any, chance: random.Random
+) -> list[int]:
+    """A case around a missing triple; each other factor takes the value that adds most triples."""
+    triples = np.argwhere(missing_nnn)
+    chosen = [int(n) for n in triples[chance.randrange(len(triples))]]
+    case = dict(values[n] for n in chosen)
+    rest = [name for name in space.factors if name not in case]
+    chance.shuffle(rest)
+    for name in rest:
+        gains_n = missing_nnn[:, chosen][:, :, chosen].sum((1, 2))
+        fitting = [
+            n
+            for n, (owner, value) in enumerate(values)
+            if owner == name and space.feasible({**case, name: value})
+        ]
+        best = max(fitting, key=lambda n: (gains_n[n], chance.random()))
+        chosen.append(best)
+        case[name] = values[best][1]
+    return chosen
+
+
+def few_that_cover(cases: Sequence[Case], strength: int) -> list[int]:
+    """Numbers, ascending, of some of the cases that have all combinations which the cases have."""
+    had = [combinations_in(case, strength) for case in cases]
+    missing = set().union(*had)
+    few = []
+    while missing:
+        best = max(range(len(cases)), key=lambda n: len(had[n] & missing))
+        missing -= had[best]
+        few.append(best)
+    return sorted(few)

@@ -1,0 +1,329 @@
+"""Three training steps with the plugin, on every rank: megatron-core's schedule, DDP and optimizer.
+
+A `Case` says in which layout and with which settings; `megatron_runs` answers with losses, gradients
+and weights, to be compared with the oracle's. Shapes: P pairs, T row positions, N targets.
+"""
+
+import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.objective.dpo import Objective
+
+NUM_LAYERS, VOCAB = 8, 99
+STEPS, PAIRS, LR, EPS = 3, 18, 1e-2, 1e-4
+"""More pairs than a global batch ever has rows."""
+
+ROW_MULTIPLE = 8
+"""Rows are as long as the fullest one of the step, rounded up: there is padding, and shards of
+sequence parallelism are equal."""
+
+Tokens = tuple[list[int], list[int], list[int]]
+
+TRAINED = {
+    "all": "",
+    "frozen_head": "",
+    # Whole tensors of megatron-core: its linear_qkv and linear_fc2, as adapters would train.
+    "adapters": r"\.(q|k|v|down)_proj\.",
+}
+"""What learns, as the oracle's `trainable` has it; but for "all", the head does not."""
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "ipo": {"loss": "ipo"},
+    "sigmoid_norm+nll": {"loss": "sigmoid_norm", "nll_weight": 0.5},
+    "hinge": {"loss": "hinge"},
+    "robust": {"loss": "robust", "label_smoothing": 0.1},
+}
+BETA, INTERMEDIATE_WEIGHT = 0.3, 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One way to run the three steps; every field is a factor of the covering array."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    sequence_parallel: bool = False
+    data: int = 1
+    recompute: str = "off"
+    trained: str = "all"
+    tied: bool = False
+    taps: str = "four"
+    rows: str = "unequal"
+    accumulation: str = "many"
+    sync: str = "plain"
+    loss_scale: float = 1.0
+    objective: str = "sigmoid"
+    norm: str = "final"
+    reference_layer: str = "same"
+
+    def __str__(self) -> str:
+        """All that differs from one rank's plainest run."""
+        sizes = [f"TP{self.tensor}", f"PP{self.pipeline}", f"VP{self.virtual}", f"DP{self.data}"]
+        words = ["SP"] if self.sequence_parallel else []
+        words += ["tied"] if self.tied else []
+        words += [self.taps, self.recompute, self.trained, self.sync, self.rows, self.accumulation]
+        words += [self.objective, f"norm_{self.norm}", f"ref_{self.reference_layer}"]
+        return "-".join([*sizes, *words, f"x{self.loss_scale:g}"])
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            virtual_pipeline=self.virtual,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The tapped layers."""
+        layout = self.layout
+        chunks = [
+            [n + 1 for n in layout.layers(NUM_LAYERS, stage, chunk)]
+            for chunk in range(self.virtual)
+            for stage in range(self.pipeline)
+        ]
+        middle = chunks[(len(chunks) - 1) // 2]
+        stage = (self.pipeline - 1) // 2
+        own = [layer for chunk in chunks[stage :: self.pipeline] for layer in chunk]
+        own = [layer for layer in own if layer < NUM_LAYERS]
+        return {
+            "none": (),
+            "first": (1,),
+            "middle": (middle[(len(middle) - 1) // 2],),
+            "last": (NUM_LAYERS - 1,),
+            "two_on_a_stage": (own[len(own) // 2 - 1], own[-1]),
+            "three": (1, 4, 7),
+            "four": (2, 3, 6, 7),
+        }[self.taps]
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a data-parallel rank; interleaving wants a multiple of the stages."""
+        few, many = (self.pipeline, 2 * self.pipeline) if self.virtual > 1 else (1, 4)
+        return {"few": few, "many": many}[self.accumulation]
+
+    @property
+    def objective_fields(self) -> dict[str, Any]:
+        """What the oracle and `Objective` both call by these names."""
+        weights = (1.0, 3.0, 2.0, 5.0)[: len(self.layers)]
+        return {
+            "beta": BETA,
+            "intermediate_weight": INTERMEDIATE_WEIGHT,
+            "reference_layer": self.reference_layer,
+            "layer_weights": weights if self.objective == "ipo" else None,
+            **OBJECTIVES[self.objective],
+        }
+
+
+def batches_of_pairs() -> list[list[Tokens]]:
+    """One global batch of unequal pairs for each step."""
+    chance = random.Random(5)
+
+    def some(most: int) -> list[int]:
+        return [chance.randrange(VOCAB) for _ in range(chance.randint(1, most))]
+
+    return [[(some(7), some(6), some(6)) for _ in range(PAIRS)] for _ in range(STEPS)]
+
+
+def pairs_by_row(case: Case) -> list[list[int]]:
+    """Which pairs lie in which row of the global batch: different numbers of them, some none."""
+    count = case.micro_batches * case.data
+    filled = [n for n in range(count) if case.rows == "unequal" or n % 3 != 1]
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for pair in range(PAIRS):
+        # One for each, and the rest unevenly.
+        turn = pair if pair < len(filled) else pair * pair % len(filled) // 2
+        rows[filled[turn]].append(pair)
+    return rows
+
+
+def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]) -> dict[str, Any]:
+    """Three steps; this rank's part of gradients, weights and losses.
+
+    Args:
+        directory: the policy's checkpoint.
+        case: how to run.
+        references: of each step by layer, the reference's log-probabilities of all sequences.
+    """
+    from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
+    from megatron_idpo.convert.megatron_to_hf import whole_tensors
+    from megatron_idpo.mcore.model import ModelOptions, build_model
+    from megatron_idpo.plugin.attach import attach
+
+    checkpoint, architecture = open_hf(Path(directory))
+    case.layout.start()
+    chunks = build_model(architecture, case.layout, ModelOptions(recompute=_recompute(case)))
+    load_hf_weights(chunks, checkpoint, architecture)
+    for name, parameter in (entry for chunk in chunks for entry in chunk.named_parameters()):
+        parameter.requires_grad_(_learns(name, case.trained))
+    dpo = attach(
+        chunks,
+        layers=case.layers,
+        objective=Objective(**case.objective_fields),
+        vocab_size=VOCAB,
+        use_norm=case.norm == "final",
+    )
+    wrapped, optimizer = _with_optimizer(chunks, dpo, case)
+    losses, gradients = [], {}
+    for step, pairs in enumerate(batches_of_pairs()):
+        optimizer.zero_grad()
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        losses.append(_run_step(dpo, wrapped, _rows(pairs, references[step], case)))
+        _unscale(chunks, case.loss_scale)
+        if step == 0:
+            gradients = dict(whole_tensors(chunks, architecture, _gradient))
+        optimizer.step()
+    if case.sync == "distributed":
+        for chunk in wrapped:
+            # The last step's weights are on the way.
+            chunk.disable_forward_pre_hook(param_sync=True)
+    weights = {name: value.clone() for name, value in whole_tensors(chunks, architecture)}
+    return {"losses": losses, "gradients": gradients, "weights": weights}
+
+
+def _recompute(case: Case) -> Any:
+    from megatron_idpo.mcore.model import Recompute
+
+    own_layers = NUM_LAYERS // (case.pipeline * case.virtual)
+    return {
+        "off": Recompute(),
+        "selective": Recompute(granularity="selective"),
+        "uniform": Recompute(granularity="full", method="uniform", num_layers=1),
+        "block": Recompute(granularity="full", method="block", num_layers=max(1, own_layers // 2)),
+    }[case.recompute]
+
+
+def _learns(name: str, trained: str) -> bool:
+    """Whether megatron-core's parameter of this name does; `TRAINED` in its terms."""
+    if trained == "adapters":
+        return "linear_qkv.weight" in name or "linear_fc2.weight" in name
+    head = name.startswith(("embedding.", "output_layer.", "decoder.final_layernorm."))
+    return trained == "all" or not head
+
+
+def _unscale(chunks: list[Any], loss_scale: float) -> None:
+    """What megatron-core's mixed-precision optimizers do; its fp32 optimizer knows no scale."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                parameter.main_grad.div_(loss_scale)
+
+
+def _gradient(parameter: Any) -> Tensor:
+    main_grad = getattr(parameter, "main_grad", None)
+    return torch.zeros_like(parameter) if main_grad is None else main_grad.clone()
+
+
+def _with_optimizer(chunks: list[Any], dpo: Any, case: Case) -> tuple[list[Any], Any]:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config, overlap, distributed = chunks[0].config, case.sync != "plain", case.sync == "distributed"
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=distributed,
+        bucket_size=2000,
+    )
+    wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
+    adam = OptimizerConfig(
+        optimizer="adam",
+        lr=LR,
+        adam_eps=EPS,
+        weight_decay=0.0,
+        clip_grad=0.0,
+        use_distributed_optimizer=distributed,
+        overlap_param_gather=distributed,
+    )
+    optimizer = get_megatron_optimizer(adam, wrapped)
+    config.finalize_model_grads_func = dpo.finalize_model_grads
+    if case.loss_scale != 1.0:
+        config.grad_scale_func = partial(torch.mul, torch.tensor(case.loss_scale))
+    if overlap:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped]
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
+        if len(wrapped) == 1:
+            config.no_sync_func = config.no_sync_func[0]
+            config.grad_sync_func = config.grad_sync_func[0]
+    return wrapped, optimizer
+
+
+def _run_step(dpo: Any, wrapped: list[Any], rows: list[Any]) -> dict[int, Tensor]:
+    """One global batch through megatron-core's schedule; the sum of each local layer's losses."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
+        tokens_1T, micro_batch = next(iterator)
+        return dpo.forward(model, tokens_1T, micro_batch), partial(dpo.loss, micro_batch)
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(rows) for _ in wrapped],
+        model=wrapped,
+        num_microbatches=len(rows),
+        seq_length=rows[0][0].numel(),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    sums: dict[int, Tensor] = {}
+    for output in dpo.take_outputs(len(rows)):
+        sums[output.layer] = sums.get(output.layer, torch.zeros(())) + output.loss_P.sum()
+    return sums
+
+
+def _rows(pairs: list[Tokens], reference: dict[int, Tensor], case: Case) -> list[Any]:
+    """This data-parallel rank's micro-batches of one global batch: tokens and all about them."""
+    import numpy as np
+    from megatron.core import parallel_state
+
+    from megatron_idpo.data.pair import Pair
+    from megatron_idpo.data.rows import Row
+    from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+
+    tokenised = [
+        Pair(number, *(np.array(part, dtype=np.int32) for part in pair))
+        for number, pair in enumerate(pairs)
+    ]
+    everyones = pairs_by_row(case)
+    fullest = max(sum(len(part) for n in row for part in pairs[n]) for row in everyones)
+    row_tokens = -(-fullest // ROW_MULTIPLE) * ROW_MULTIPLE
+    mine = everyones[parallel_state.get_data_parallel_rank() :: case.data]
+    micro_batches = []
+    for number, held in enumerate(mine):
+        row = Row.build([tokenised[n] for n in held], row_tokens, 0)
+        tensors = row.tensors(torch.device("cpu"))
+        sequences = [2 * pair + side for pair in held for side in (0, 1)]
+        micro_batch = MicroBatch(
+            position_ids_T=tensors.position_ids_T,
+            spans_G4=tensors.spans_G4,
+            targets=Targets(
+                tensors.target_positions_N,
+                tensors.target_tokens_N,
+                tensors.target_sequences_N,
+                row.num_pairs,
+            ),
+            reference_logps={
+                layer: logps_2P[torch.tensor(sequences, dtype=torch.int64)]
+                for layer, logps_2P in reference.items()
+            },
+            index=number,
+            num_micro_batches=len(mine),
+            global_pairs=PAIRS,
+        )
+        micro_batches.append((tensors.tokens_T[None], micro_batch))
+    return micro_batches
