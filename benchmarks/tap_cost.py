@@ -34,7 +34,7 @@ import platform
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,15 +54,14 @@ class Flops(NamedTuple):
     tap: int
 
     @classmethod
-    def of(cls, chunk: Any, sizes: Sizes, *, frozen: bool) -> "Flops":
+    def of(cls, sizes: Sizes, layer_weights: int, *, frozen: bool) -> "Flops":
         """Counted from shapes; see the module."""
         tap = (4 if frozen else 8) * sizes.targets * sizes.hidden * sizes.vocab
-        weights = sum(p.numel() for p in chunk.decoder.layers.parameters() if p.dim() > 1)
         prompt, *answers = PAIR
         visited = prompt * (prompt + 1) // 2
         visited += sum(answer * prompt + answer * (answer + 1) // 2 for answer in answers)
         attention = 7 * 2 * sizes.layers * sizes.pairs * visited * sizes.hidden
-        return cls(6 * weights * sizes.row_tokens + attention + tap, tap)
+        return cls(6 * layer_weights * sizes.row_tokens + attention + tap, tap)
 
 
 class Timed(NamedTuple):
@@ -76,7 +75,7 @@ class Timed(NamedTuple):
     flops: Flops
 
     @classmethod
-    def of(cls, rounds_R3: np.ndarray[Any, Any], flops: Flops) -> "Timed":
+    def of(cls, rounds_R3: NDArray[np.float64], flops: Flops) -> "Timed":
         """From seconds of plain step, tapped step and products in each round."""
         plain_R, tapped_R, products_R = rounds_R3.T
         medians = [
@@ -119,7 +118,9 @@ def time_table(pool: WorkerPool, sizes: Sizes, repeats: int) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for frozen in (True, False):
-        (timed,) = pool.run(time_case, 1, sizes, layer, repeats, frozen=frozen, timeout_s=900)
+        (times,) = pool.run(time_case, 1, sizes, layer, repeats, frozen=frozen, timeout_s=900)
+        flops = Flops.of(sizes, times.layer_weights, frozen=frozen)
+        timed = Timed.of(np.array(times.rounds), flops)
         lines.append(f"| {'frozen' if frozen else 'trainable'} | {timed} |")
     return [*lines, ""]
 

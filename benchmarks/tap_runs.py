@@ -24,6 +24,7 @@ from megatron_idpo.testing import tiny_hf_config
 PAIR = (52, 163, 95)
 """Prompt, chosen and rejected tokens of a pair: the medians of alpaca_eval_gpt4."""
 
+
 class Sizes(NamedTuple):
     """A model and its rows."""
 
@@ -174,8 +175,18 @@ def attached(chunk: Any, layers: Sequence[int], sizes: Sizes) -> Iterator[Any]:
 # ---- time -------------------------------------------------------------------------------------
 
 
-def time_case(sizes: Sizes, layer: int, repeats: int, *, frozen: bool) -> Timed:
-    """Runs in a worker: plain step, tapped step and the tap's matrix products take turns."""
+class Times(NamedTuple):
+    """CPU seconds of each round, and what FLOPs are counted from."""
+
+    rounds: list[tuple[float, float, float]]
+    """A plain step, a tapped step, the tap's matrix products."""
+
+    layer_weights: int
+    """Elements of all layers' weight matrices."""
+
+
+def time_case(sizes: Sizes, layer: int, repeats: int, *, frozen: bool) -> Times:
+    """Plain step, tapped step and the tap's matrix products take turns; one process."""
     torch.manual_seed(0)
     chunk = build_chunk(sizes, 1, "off")
     set_head_trainable(chunk, not frozen)
@@ -197,8 +208,8 @@ def time_case(sizes: Sizes, layer: int, repeats: int, *, frozen: bool) -> Timed:
         return time.process_time() - begin_s
 
     rounds = [(step_s([]), step_s([layer]), products_s()) for _ in range(repeats + 1)]
-    flops = Flops.of(chunk, sizes, frozen=frozen)
-    return Timed.of(np.array(rounds[1:]), flops)  # the first one warms up
+    layer_weights = sum(p.numel() for p in chunk.decoder.layers.parameters() if p.dim() > 1)
+    return Times(rounds[1:], layer_weights)  # the first one warms up
 
 
 def tap_products(hidden_NH: Tensor, weight_VH: Tensor, *, frozen: bool) -> None:
@@ -258,7 +269,7 @@ class Held(NamedTuple):
 def memory_case(
     sizes: Sizes, stages: int, layers: Sequence[int], recompute: str, *, frozen: bool
 ) -> Held:
-    """Runs on every stage: one step of 2 * `stages` micro-batches."""
+    """On every stage, one step of 2 * `stages` micro-batches."""
     torch.manual_seed(0)
     chunk = build_chunk(sizes, stages, recompute)
     set_head_trainable(chunk, not frozen)
@@ -275,5 +286,3 @@ def memory_case(
                 observe=lambda: at_forward.append(tensors.live),
             )
     return Held(at_forward, tensors.peak)
-
-

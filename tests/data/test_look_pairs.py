@@ -157,7 +157,7 @@ def test_prompt_and_answer_together_are_the_text(
     first, second = (tokenizer.encode([t], special_tokens=False)[0] for t in (prompt, answer))
     text = shown(first, tokenizer) + shown(second, tokenizer, before=first)
     assert unmade(text) == tokenizer.decode([*first, *second])
-    assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in text)
+    assert not any((ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 for c in text)
 
 
 def test_a_sentencepiece_answer_keeps_its_first_space(unigram_model: Path) -> None:
