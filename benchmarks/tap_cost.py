@@ -78,17 +78,15 @@ class Timed(NamedTuple):
     def of(cls, rounds_R3: NDArray[np.float64], flops: Flops) -> "Timed":
         """From seconds of plain step, tapped step and products in each round."""
         plain_R, tapped_R, products_R = rounds_R3.T
-        medians = [
-            float(np.median(values_R))
-            for values_R in (
-                plain_R,
-                products_R,
-                tapped_R - plain_R,
-                (tapped_R - plain_R) / products_R,
-                tapped_R / plain_R,
-            )
-        ]
-        return cls(*medians, flops)
+        tap_R = tapped_R - plain_R
+        return cls(
+            plain_s=float(np.median(plain_R)),
+            products_s=float(np.median(products_R)),
+            tap_s=float(np.median(tap_R)),
+            tap_to_products=float(np.median(tap_R / products_R)),
+            step_to_plain=float(np.median(tapped_R / plain_R)),
+            flops=flops,
+        )
 
     def __str__(self) -> str:
         """A row of the report but for its first column."""

@@ -71,13 +71,23 @@ def is_hooked(chunk: GPTModel) -> bool:
 
 
 def enter_output_layer(chunk: GPTModel, forward: Callable[[Tensor, Any], Any]) -> Undo:
-    """Let calls of a last stage's output layer do something else than make logits.
+    """Let a last stage's output layer answer calls that name `response_targets` by `forward`.
 
-    The call still goes through the module, so that DDP's pre-hooks wait for its parameter where the
-    parameters are gathered behind the forward pass (`overlap_param_gather`).
+    Those calls still go through the module, so that DDP's pre-hooks wait for its parameter where
+    the parameters are gathered behind the forward pass (`overlap_param_gather`). Other calls get
+    the logits that they always got.
     """
     layer = chunk.output_layer
-    layer.forward = forward
+    ordinary = layer.forward
+
+    def entered(
+        hidden_t1H: Tensor, *args: Any, response_targets: Any | None = None, **kwargs: Any
+    ) -> Any:
+        if response_targets is None:
+            return ordinary(hidden_t1H, *args, **kwargs)
+        return forward(hidden_t1H, response_targets)
+
+    layer.forward = entered
 
     def undo() -> None:
         del layer.forward

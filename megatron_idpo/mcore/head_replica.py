@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from megatron_idpo.mcore.block import Undo
 from megatron_idpo.mcore.groups import this_place
 from megatron_idpo.mcore.specs import final_norm
 
@@ -61,6 +62,8 @@ class HeadReplica(torch.nn.Module):
             )
             # What ColumnParallelLinear says of its own weight.
             set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+            # And LanguageModule of the owner: a learning rate of its own (`decoupled_lr`), no Muon.
+            setattr(self.weight, "is_embedding_or_output_parameter", True)  # noqa: B010 - as above
         for parameter in self.parameters():
             mark_shared_head(parameter, is_owner=False)
 
@@ -107,16 +110,23 @@ class HeadReplica(torch.nn.Module):
         return state
 
 
-def mark_shared_head(parameter: torch.nn.Parameter, *, is_owner: bool) -> None:
+def mark_shared_head(parameter: torch.nn.Parameter, *, is_owner: bool) -> Undo:
     """Tell megatron-core that several stages hold this parameter.
 
     `shared_embedding` puts it into a DDP bucket of its own, so that the distributed optimizer cuts
     it at the same places on every stage and the gradients of the parts can be added up. `shared`
     leaves all copies but the owner's out of the gradient's norm.
     """
-    setattr(parameter, "shared_embedding", True)  # noqa: B010 - no field of Tensor
-    if not is_owner:
-        setattr(parameter, "shared", True)  # noqa: B010
+    wanted = ("shared_embedding",) if is_owner else ("shared_embedding", "shared")
+    added = [name for name in wanted if not getattr(parameter, name, False)]
+    for name in added:
+        setattr(parameter, name, True)
+
+    def undo() -> None:
+        for name in added:
+            delattr(parameter, name)
+
+    return undo
 
 
 def _whole_tensor(tensor: Tensor, key: str, replica_id: tuple[int, int, int]) -> Any:

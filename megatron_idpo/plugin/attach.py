@@ -26,24 +26,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.block import (
     Undo,
     chunk_layers,
     enter_output_layer,
-    is_hooked,
     let_gradients_through_frozen_embedding,
     tap_layers,
 )
-from megatron_idpo.mcore.groups import data_parallel_size
+from megatron_idpo.mcore.groups import data_parallel_size, this_place
 from megatron_idpo.mcore.model import GPTModel, finalize_model_grads
 from megatron_idpo.objective.dpo import Objective, layer_loss
 from megatron_idpo.objective.layers import LayerSpec, resolve_layers
 from megatron_idpo.plugin.head import Head
 from megatron_idpo.plugin.inject import inject_loss
+from megatron_idpo.plugin.ledger import Ledger
 from megatron_idpo.plugin.micro_batch import MicroBatch
 from megatron_idpo.plugin.outputs import LayerOutput
-from megatron_idpo.plugin.refusals import refused_recompute, refused_settings
+from megatron_idpo.plugin.refusals import (
+    agreed_problems,
+    refused_chunks,
+    refused_recompute,
+    refused_settings,
+    refused_vocabulary,
+    second_attach,
+)
 from megatron_idpo.plugin.shared_head import SharedHead
 
 
@@ -66,18 +73,23 @@ def attach(
         use_norm: read tapped layers through the final norm.
 
     Raises:
-        ConfigError: a layer that does not exist or is the final one, a second attach, settings of
-            megatron-core under which the gradient would be silently wrong; all at once.
+        ConfigError: on every rank. Chunks that are wrapped or do not understand rows; layers that
+            do not exist or are the final one; and, all at once, a second attach and settings of
+            megatron-core under which the gradient would be silently wrong.
     """
+    if refused := refused_chunks(chunks):
+        raise ConfigError.of(refused)
     config = chunks[0].config
     by_chunk = [chunk_layers(chunk) for chunk in chunks]
     taps = resolve_layers(layers, config.num_layers)
     problems = [
-        *_second_attach(chunks),
+        *second_attach(chunks),
         *refused_settings(config),
         *refused_recompute(config, taps, by_chunk),
+        *refused_vocabulary(chunks, vocab_size),
     ]
-    if problems:
+    arguments = (taps, objective, vocab_size, use_norm)
+    if problems := agreed_problems(problems, chunks, taps, arguments):
         raise ConfigError.of(problems)
     return AttachedDpo(chunks, taps, by_chunk, objective, vocab_size, use_norm)
 
@@ -105,13 +117,23 @@ class AttachedDpo:
         self._config = chunks[0].config
         self._data_size = data_parallel_size()
         self._chunks = list(chunks)
-        self._outputs: list[LayerOutput] = []
+        self._vocab_size = vocab_size
         tapped = [[layer for layer in taps if layer in owned] for owned in by_chunk]
-        self._local_taps = [layer for layers in tapped for layer in layers]
-        self._shared_head = SharedHead(chunks, [bool(layers) for layers in tapped])
+        local = [layer for layers in tapped for layer in layers]
+        is_last = any(chunk.post_process for chunk in chunks)
+        self._ledger = Ledger(
+            [*local, *([self.num_layers] if is_last else [])],
+            self.num_layers,
+            counts_pairs=is_last and this_place().tensor == 0,
+        )
+        self._is_checked = False
+        self._sum_is_due = False
+        self._shared_head = SharedHead(
+            chunks, [bool(layers) for layers in tapped], use_norm=use_norm
+        )
         self._undo: list[Undo] = []
         for number, chunk in enumerate(chunks):
-            head = self._shared_head.head(number, vocab_size=vocab_size, use_norm=use_norm)
+            head = self._shared_head.head(number, vocab_size=vocab_size)
             self._undo += self._hook(chunk, head, tapped[number])
 
     def _hook(self, chunk: GPTModel, head: Head | None, layers: Sequence[int]) -> list[Undo]:
@@ -139,7 +161,12 @@ class AttachedDpo:
 
         Returns:
             What the chunk passes on; on the last stage the sequence log-probabilities `[2P]`.
+
+        Raises:
+            ConfigError: not a chunk that this object is attached to, or no `MicroBatch`.
+            DataError: tokens of another row, or targets beyond the vocabulary.
         """
+        self._check_call(model, tokens_1T, micro_batch)
         output: Tensor = model(
             tokens_1T,
             micro_batch.position_ids_T[None],
@@ -154,24 +181,34 @@ class AttachedDpo:
 
         Returns:
             `(1 - w) * sum(L) * M * D / B` (see the module), and nothing to report: outputs are
-            taken by `take_outputs`. Without reference log-probabilities, outside training, 0.
+            taken by `take_outputs`. Outside training 0.
 
         Raises:
-            ConfigError: in training, a micro-batch without the reference's log-probabilities.
+            ConfigError: in training, a micro-batch without the reference's log-probabilities or
+                without counts.
         """
         loss_P = self._layer_loss(self.num_layers, micro_batch, logps_2P)
-        if loss_P is None:
+        if loss_P is None or not torch.is_grad_enabled():
             return logps_2P.new_zeros(()), {}
-        scale = self._scales[self.num_layers] * self._data_size / micro_batch.global_pairs
+        scale = self._scale_of_pair(self.num_layers, micro_batch)
         return loss_P.sum() * (scale * micro_batch.num_micro_batches), {}
 
     def finalize_model_grads(self, model: Sequence[Any], *args: Any, **kwargs: Any) -> None:
         """megatron-core's `finalize_model_grads`, then the sum over the copies of a trained head.
 
         To be set as `TransformerConfig.finalize_model_grads_func`. Collective.
+
+        Raises:
+            ConfigError: in the first step, on every rank: the step had another number of pairs than
+                the losses were averaged over, or the copies of the head are not equal.
         """
         finalize_model_grads(model, *args, **kwargs)
+        if not self._is_checked:
+            self._ledger.check_pairs()
+            self._shared_head.check_equal()
+            self._is_checked = True
         self._shared_head.sum_gradients()
+        self._sum_is_due = False
 
     def take_outputs(self, num_micro_batches: int) -> list[LayerOutput]:
         """What this rank's layers said since the last call, and forget it.
@@ -180,39 +217,34 @@ class AttachedDpo:
             num_micro_batches: how many ran; every layer of this rank must have spoken as often.
 
         Raises:
-            ConfigError: a layer did not: its chunk was not run, or not through `forward`.
+            ConfigError: a layer did not: its chunk was not run, or not through `forward`; or the
+                gradients of a trained head's copies were left apart.
         """
-        outputs, self._outputs = self._outputs, []
-        expected = list(self._local_taps)
-        if any(chunk.post_process for chunk in self._chunks):
-            expected.append(self.num_layers)
-        for layer in expected:
-            spoken = sum(output.layer == layer for output in outputs)
-            if spoken != num_micro_batches:
-                raise ConfigError.at(
-                    f"layer {layer}",
-                    f"was read {spoken} times in {num_micro_batches} micro-batches",
-                    "run every chunk of every micro-batch through AttachedDpo.forward",
-                )
+        outputs = self._ledger.take(num_micro_batches)
+        if self._sum_is_due:
+            raise ConfigError.at(
+                "TransformerConfig.finalize_model_grads_func",
+                "has not added up the gradients of the head's copies on other stages",
+                "set it to AttachedDpo.finalize_model_grads",
+            )
         return outputs
 
     def detach(self) -> None:
-        """Put the chunks back as they were, replicas of the head included."""
+        """Put the chunks back as they were, without copies of the head. A second call does nothing.
+
+        DDP and optimizers made meanwhile know the copies: make new ones to train on.
+        """
         while self._undo:
             self._undo.pop()()
         self._shared_head.remove(self._chunks)
+        self._chunks = []
 
     # ---- what happens at a tap ------------------------------------------------------------------
 
     def _on_taps(
         self, head: Head, output: Tensor, hidden: dict[int, Tensor], micro_batch: Any
     ) -> Tensor:
-        if not isinstance(micro_batch, MicroBatch):
-            raise ConfigError.at(
-                "packed_seq_params",
-                f"is a {type(micro_batch).__name__}; a tapped chunk needs its MicroBatch",
-                "call the model through AttachedDpo.forward",
-            )
+        _check_micro_batch(micro_batch)
         head.enter()
         for layer, hidden_t1H in hidden.items():
             if torch.is_grad_enabled():
@@ -229,7 +261,7 @@ class AttachedDpo:
         logps_2P = head.sequence_logps(hidden_t1H, micro_batch.targets, normed=False)
         loss_P = self._layer_loss(layer, micro_batch, logps_2P)
         assert loss_P is not None
-        loss = loss_P.sum() * (self._scales[layer] * self._data_size / micro_batch.global_pairs)
+        loss = loss_P.sum() * self._scale_of_pair(layer, micro_batch)
         # The schedule scales the last stage's loss only; ours has to be scaled alike (fp16).
         grad_scale = self._config.grad_scale_func
         return loss if grad_scale is None else grad_scale(loss)
@@ -249,21 +281,40 @@ class AttachedDpo:
                 "score the data with the reference at every tapped layer and the final one first",
             )
         kept = None if loss_P is None else loss_P.detach()
-        self._outputs.append(
+        self._ledger.record(
             LayerOutput(layer, micro_batch.index, logps_2P.detach(), reference_2P, kept)
         )
         return loss_P
+
+    def _scale_of_pair(self, layer: int, micro_batch: MicroBatch) -> float:
+        """The share of a pair's loss at a layer in the gradient, where no schedule divides."""
+        self._ledger.record_trained(layer, micro_batch)
+        self._sum_is_due = self._shared_head.learns
+        return self._scales[layer] * self._data_size / micro_batch.global_pairs
+
+    def _check_call(self, model: Any, tokens_1T: Tensor, micro_batch: object) -> None:
+        chunk = model
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        if not any(chunk is own for own in self._chunks):
+            told = f"this {type(chunk).__name__} is not attached to, or not any more"
+            raise ConfigError.at("AttachedDpo.forward", told, "attach to it")
+        _check_micro_batch(micro_batch).check_tokens(tokens_1T, self._vocab_size)
 
 
 def _sequence_logps(
     *, hidden_states: Tensor, output_layer: Any, packed_seq_params: Any, **_: Any
 ) -> Tensor:
     """megatron-core's `output_processor`: enter the output layer, which `attach` has made ours."""
-    logps_2P: Tensor = output_layer(hidden_states, packed_seq_params.targets)
+    logps_2P: Tensor = output_layer(hidden_states, response_targets=packed_seq_params.targets)
     return logps_2P
 
 
-def _second_attach(chunks: Sequence[GPTModel]) -> list[Problem]:
-    if not any(is_hooked(chunk) for chunk in chunks):
-        return []
-    return [Problem("attach", "these chunks have been attached to already", "detach() first")]
+def _check_micro_batch(micro_batch: object) -> MicroBatch:
+    if isinstance(micro_batch, MicroBatch):
+        return micro_batch
+    raise ConfigError.at(
+        "packed_seq_params",
+        f"is a {type(micro_batch).__name__}; a tapped chunk needs its MicroBatch",
+        "call the model through AttachedDpo.forward",
+    )

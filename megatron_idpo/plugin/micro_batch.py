@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_idpo.errors import DataError, Problem
 from megatron_idpo.mcore.row_params import RowParams
 
 
@@ -43,6 +44,36 @@ class Targets:
         ones_N = torch.ones_like(self.tokens_N, dtype=torch.float32)
         return self.sum_by_sequence(ones_N)
 
+    def mistakes(self, row_tokens: int) -> list[str]:
+        """What cannot be true of targets in a row of so many positions.
+
+        Values are looked at on a CPU only; on a GPU that would synchronise, and there an index
+        outside its range is an error of the device.
+        """
+        tensors = (self.positions_N, self.tokens_N, self.sequences_N)
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if len(set(shapes)) > 1 or len(shapes[0]) != 1:
+            return [f"positions, tokens and sequences have shapes {shapes}, not one [N]"]
+        if {tensor.dtype for tensor in tensors} != {torch.int64}:
+            return ["positions, tokens and sequences are not all int64"]
+        if self.num_pairs < 0 or (self.num_pairs == 0) != (shapes[0] == (0,)):
+            return [f"{shapes[0][0]} targets for {self.num_pairs} pairs"]
+        if self.num_pairs == 0 or self.positions_N.device.type != "cpu":
+            return []
+        limits = (
+            ("positions_N", self.positions_N, row_tokens, "positions of the row"),
+            ("sequences_N", self.sequences_N, 2 * self.num_pairs, "sequences, two for each pair"),
+        )
+        found = [
+            f"{name} reaches from {int(values.min())} to {int(values.max())}, "
+            f"but there are {limit} {what}"
+            for name, values, limit, what in limits
+            if values.min() < 0 or values.max() >= limit
+        ]
+        if not found and len(self.sequences_N.unique()) < 2 * self.num_pairs:
+            found.append("a sequence has no target")
+        return found
+
 
 @dataclass(kw_only=True, eq=False)
 class MicroBatch(RowParams):
@@ -59,8 +90,53 @@ class MicroBatch(RowParams):
     index: int = 0
     """Which micro-batch of the step this is; outputs carry it."""
 
-    num_micro_batches: int = 1
-    """Of this data-parallel rank in this step."""
+    num_micro_batches: int = 0
+    """Of this data-parallel rank in this step. Training has to say it."""
 
-    global_pairs: int = 1
-    """Pairs in the whole global batch, over all data-parallel ranks: what losses average over."""
+    global_pairs: int = 0
+    """Pairs in the whole global batch, over all data-parallel ranks: what losses average over.
+    Training has to say it."""
+
+    def __post_init__(self) -> None:
+        """Check what costs nothing to check.
+
+        Raises:
+            DataError: targets or reference log-probabilities that cannot be this row's.
+        """
+        super().__post_init__()
+        mistakes = [*self.targets.mistakes(self.row_tokens), *self._reference_mistakes()]
+        if mistakes:
+            place, remedy = f"micro-batch {self.index}", "build it from one row (data/rows.py)"
+            raise DataError.of([Problem(place, mistake, remedy) for mistake in mistakes])
+
+    def check_tokens(self, tokens_1T: Tensor, vocab_size: int) -> None:
+        """Check this row's tokens, and its targets against the vocabulary.
+
+        Raises:
+            DataError: they are another row's, or there are no such tokens.
+        """
+        place = f"micro-batch {self.index}"
+        if tokens_1T.shape != (1, self.row_tokens):
+            told = f"tokens of shape {tuple(tokens_1T.shape)} for {self.row_tokens} row positions"
+            raise DataError.at(place, told, f"give int64 [1, {self.row_tokens}]")
+        tokens_N = self.targets.tokens_N
+        # On a GPU this would synchronise; there such a target's loss is infinite.
+        if tokens_N.device.type == "cpu" and tokens_N.numel():
+            least, most = int(tokens_N.min()), int(tokens_N.max())
+            if least < 0 or most >= vocab_size:
+                told = f"targets reach from {least} to {most} in a vocabulary of {vocab_size}"
+                raise DataError.at(place, told, "use the tokenizer that vocab_size belongs to")
+
+    def _reference_mistakes(self) -> list[str]:
+        if self.reference_free and self.reference_logps:
+            return ["is reference_free and brings reference_logps"]
+        sequences = 2 * self.targets.num_pairs
+        found = []
+        for layer, logps_2P in self.reference_logps.items():
+            if tuple(logps_2P.shape) != (sequences,):
+                shape = tuple(logps_2P.shape)
+                found.append(f"reference_logps[{layer}] has shape {shape}, not ({sequences},)")
+            # Sums of many logarithms: 16 bits would round them by whole units.
+            if logps_2P.dtype not in (torch.float32, torch.float64):
+                found.append(f"reference_logps[{layer}] is {logps_2P.dtype}, not float32")
+        return found

@@ -17,11 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore.block import Undo
 from megatron_idpo.mcore.groups import StageGroup, stage_group, tensor_group, this_place
 from megatron_idpo.mcore.head_replica import REPLICA_NAME, HeadReplica, mark_shared_head
 from megatron_idpo.mcore.model import GPTModel
 from megatron_idpo.mcore.world import gathered
 from megatron_idpo.plugin.head import Head, VocabShard
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes."""
 
 
 @dataclass(slots=True)
@@ -64,21 +69,38 @@ class _Copies:
 
     def sum_gradients(self) -> None:
         """Give every copy the sum. Collective over the stages: an all-reduce of the gradient."""
-        if self.stages is None or not self._learns():
+        if not self.learn_together:
             return
-        heard = [*self.replicas, *([self.owned] if self.owned is not None else [])]
+        heard = self._all()
         spoken = [*self.replicas, *([self.owned] if self.owned is not None and self.speaks else [])]
         total = torch.zeros_like(_gradient(heard[0]))
         for parameter in spoken:
             total += _gradient(parameter)
+        assert self.stages is not None
         dist.all_reduce(total, group=self.stages.group)
         for parameter in heard:
             _gradient(parameter).copy_(total)
 
-    def _learns(self) -> bool:
+    @property
+    def learn_together(self) -> bool:
+        """Whether there are copies on other stages, and they learn."""
         # Alike on every stage, see `_trainable`.
-        copies = [*self.replicas, *([self.owned] if self.owned is not None else [])]
-        return any(parameter.requires_grad for parameter in copies)
+        return self.stages is not None and any(one.requires_grad for one in self._all())
+
+    def digests(self) -> list[tuple[int, bool, int]]:
+        """What tells copies apart: which shard, whether it learns, and the sum of its bits.
+
+        Integers add up to the same in any order; a GPU sums floats in an order of its own.
+        """
+        shard = this_place().tensor
+        return [
+            (shard, one.requires_grad, int(bits.sum(dtype=torch.int64)))
+            for one in (self._all() if self.stages is not None else [])
+            for bits in [one.detach().view(_INTEGERS[one.element_size()])]
+        ]
+
+    def _all(self) -> list[torch.nn.Parameter]:
+        return [*self.replicas, *([self.owned] if self.owned is not None else [])]
 
 
 class SharedHead:
@@ -88,23 +110,29 @@ class SharedHead:
         replicas: by chunk number, where a tapped chunk needs one.
     """
 
-    def __init__(self, chunks: Sequence[GPTModel], tapped: Sequence[bool]) -> None:
+    def __init__(
+        self, chunks: Sequence[GPTModel], tapped: Sequence[bool], *, use_norm: bool
+    ) -> None:
         """Add the replicas to the chunks and fill them. Collective over the world.
 
-        A replica is trainable where the owner's parameter is.
+        A replica is trainable where the owner's parameter is; a norm that no tap reads is not, for
+        DDP waits for the gradient of every trainable parameter where it overlaps reduction.
 
         Args:
             chunks: this rank's, with their weights loaded, not yet wrapped in DDP.
             tapped: which of them own a tap.
+            use_norm: whether taps read through the final norm.
         """
         self._chunks = list(chunks)
+        self._use_norm = use_norm
+        self._undo: list[Undo] = []
         self.replicas: dict[int, HeadReplica] = {}
         train_weight, train_norm = _trainable(chunks)
         for number, (chunk, is_tapped) in enumerate(zip(chunks, tapped, strict=True)):
             if is_tapped and not chunk.post_process:
                 own_weight = chunk.pre_process and chunk.share_embeddings_and_output_weights
                 replica = HeadReplica(chunk, with_weight=not own_weight)
-                replica.set_trainable(weight=train_weight, norm=train_norm)
+                replica.set_trainable(weight=train_weight, norm=train_norm and use_norm)
                 chunk.add_module(REPLICA_NAME, replica)
                 self.replicas[number] = replica
         self._weights = self._weight_copies(chunks)
@@ -114,14 +142,39 @@ class SharedHead:
             copies.connect()
             copies.fill(source)
             if copies.owned is not None and copies.stages is not None:
-                mark_shared_head(copies.owned, is_owner=True)
+                self._undo.append(mark_shared_head(copies.owned, is_owner=True))
+
+    @property
+    def learns(self) -> bool:
+        """Whether other stages hold trained copies of what this rank holds."""
+        return self._weights.learn_together or self._norms.learn_together
 
     def sum_gradients(self) -> None:
         """Add up the copies' gradients. Collective over the stages that hold a copy."""
         self._weights.sum_gradients()
-        self._norms.sum_gradients()
+        if self._use_norm:
+            self._norms.sum_gradients()
 
-    def head(self, number: int, *, vocab_size: int, use_norm: bool) -> Head | None:
+    def check_equal(self) -> None:
+        """Compare all copies of each parameter. Collective over the world; reads each copy once.
+
+        Raises:
+            ConfigError: on every rank, where they differ in value or in whether they learn.
+        """
+        told = gathered([self._weights.digests(), self._norms.digests()])
+        place = this_place()
+        for name, column in (("output weight", 0), ("final norm", 1)):
+            for tensor in range(place.tensor_size):
+                known = {digest for rank in told for digest in rank[column] if digest[0] == tensor}
+                if len(known) > 1:
+                    raise ConfigError.at(
+                        "attach",
+                        f"the stages' copies of the {name} are not equal, or do not all learn",
+                        "load weights and freeze parameters before attaching, or load by "
+                        "checkpoint.weights.load_weights, which fills every copy",
+                    )
+
+    def head(self, number: int, *, vocab_size: int) -> Head | None:
         """How chunk `number` reaches the head; None for a chunk that has no use for it."""
         chunk, replica = self._chunks[number], self.replicas.get(number)
         if replica is None and not chunk.post_process:
@@ -133,7 +186,7 @@ class SharedHead:
             weight=partial(_weight, chunk, replica),
             shard=VocabShard(tensor_group(), place.tensor * rows, vocab_size),
             sequence_parallel=chunk.config.sequence_parallel,
-            use_norm=use_norm,
+            use_norm=self._use_norm,
             replica=replica,
         )
 
@@ -142,6 +195,8 @@ class SharedHead:
         for number in self.replicas:
             delattr(chunks[number], REPLICA_NAME)
         self.replicas = {}
+        while self._undo:
+            self._undo.pop()()
 
     def _weight_copies(self, chunks: Sequence[GPTModel]) -> _Copies:
         replicas = [r.weight for r in self.replicas.values() if r.weight is not None]

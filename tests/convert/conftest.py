@@ -2,7 +2,6 @@
 
 import resource
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -43,7 +42,7 @@ def attempt(
 
 
 @contextmanager
-def small_files(num_bytes: int = 20_000) -> Iterator[None]:
+def small_files(num_bytes: int = 100_000) -> Iterator[None]:
     """Sabotage: this process cannot write files longer than this."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
@@ -106,15 +105,3 @@ def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield mount
     for directory in mounted:
         subprocess.run(["umount", str(directory)], check=True)
-
-
-@pytest.fixture
-def run_python() -> Callable[..., None]:
-    """Runs a script in a fresh process, which imports megatron-core once and may fork."""
-
-    def run(script: str, *arguments: object) -> None:
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BOUND_S * 2)
-        assert done.returncode == 0, done.stderr
-
-    return run

@@ -1,4 +1,4 @@
-"""Hugging Face to Megatron-Core: what is refused, tied and legacy tensors, failures, kills."""
+"""Hugging Face to Megatron-Core: what is refused, tied and legacy tensors, failures on the way."""
 
 import json
 import re
@@ -347,9 +347,7 @@ def test_one_rank_that_fails_alone_fails_them_all(
 
 def test_a_source_that_is_damaged_while_it_is_read(source, attempt_on, tmp_path):
     told = attempt_on("there", source, tmp_path / "out", TP2, sabotage=unreadable_tensor, rank=1)
-    expected = (
-        r"hf/model\.safetensors: cannot read tensor 'model\.layers\.\d.*it has become shorter"
-    )
+    expected = r"hf/model\.safetensors: cannot read tensor '[\w.]+': it has become shorter$"
     for one in told:
         assert_one_line(one, expected)
     assert remaining(tmp_path) == {"hf"}
@@ -363,49 +361,3 @@ def test_a_rank_that_cannot_write_its_file(rank, source, attempt_on, file_limit,
             one, rf"out/__{rank}_0\.distcp: tensor '[\w.]+' cannot be written: File too"
         )
     assert remaining(tmp_path) == {"hf"}
-
-
-# ---- kills ---------------------------------------------------------------------------------------
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from unittest import mock
-from megatron_idpo import atomic
-from megatron_idpo.checkpoint import files
-from megatron_idpo.convert import hf_to_megatron
-
-def killing(function, calls):
-    left = [calls]
-    def call(*args, **kwargs):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
-
-source, target = map(Path, sys.argv[1:])
-for owner, name, calls in (
-    (hf_to_megatron, "load_hf_weights", 0),
-    (files._Planner, "resolve_data", 9),
-    (files._Writer, "finish", 0),
-    (atomic, "publish", 0),
-):
-    child = os.fork()
-    if child == 0:
-        setattr(owner, name, killing(getattr(owner, name), calls))
-        hf_to_megatron.convert(source, target)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL, f"{name} was not reached"
-    assert not target.exists(), f"there is a target after a kill in {name}"
-"""
-
-
-def test_a_kill_leaves_nothing_that_looks_complete(source, attempt_on, run_python, tmp_path):
-    out = tmp_path / "out"
-    run_python(KILLED, source, out)
-    left = remaining(tmp_path) - {"hf"}
-    assert len(left) == 4 and all(name.startswith(".out.incomplete-") for name in left)
-    assert attempt_on("there", source, out) == [None]
-    assert attempt_on("back", out, tmp_path / "back") == [None]
-    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()

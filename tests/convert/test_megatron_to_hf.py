@@ -1,4 +1,4 @@
-"""Megatron-Core to Hugging Face: damaged and mismatched checkpoints, failures on the way, kills."""
+"""Megatron-Core to Hugging Face: damaged and mismatched checkpoints, and failures on the way."""
 
 import json
 import pickle
@@ -284,48 +284,3 @@ def test_a_rank_that_cannot_write_its_tensors(source, attempt_on, file_limit, tm
     for one in told:
         assert_one_line(one, r"out/model\.safetensors: tensor '[\w.]+' cannot be written: File too")
     assert remaining(tmp_path) == {"m"}
-
-
-# ---- kills ---------------------------------------------------------------------------------------
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from megatron_idpo import atomic
-from megatron_idpo.convert import megatron_to_hf
-from megatron_idpo.convert.hf_writer import HfWriter
-
-def killing(function, calls):
-    left = [calls]
-    def call(*args, **kwargs):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
-
-source, target = map(Path, sys.argv[1:])
-for owner, name, calls in (
-    (HfWriter, "write", 9),
-    (HfWriter, "_write_file", 0),
-    (atomic, "publish", 0),
-):
-    child = os.fork()
-    if child == 0:
-        setattr(owner, name, killing(getattr(owner, name), calls))
-        megatron_to_hf.convert(source, target)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL, f"{name} was not reached"
-    assert not target.exists(), f"there is a target after a kill in {name}"
-"""
-
-
-def test_a_kill_leaves_nothing_that_looks_complete(
-    source, tiny_llama, attempt_on, run_python, tmp_path
-):
-    out = tmp_path / "out"
-    run_python(KILLED, source, out)
-    left = remaining(tmp_path) - {"m"}
-    assert len(left) == 3 and all(name.startswith(".out.incomplete-") for name in left)
-    assert attempt_on("back", source, out) == [None]
-    assert (out / WEIGHTS).read_bytes() == (tiny_llama / WEIGHTS).read_bytes()

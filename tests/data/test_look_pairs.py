@@ -216,3 +216,15 @@ def test_what_is_printed_for_a_pair(
     assert "\x1b[7;32m</s>" not in together, "the chosen answer was cut"
     assert "\x1b[7;31m</s>" in together and "\x1b[2;7m<s>" in together
     assert "\x1b[2J" not in together
+
+
+def test_a_template_s_last_line_break_leaves_no_empty_line(
+    load: Callable[..., PairDataset], chat_tokenizer: Tokenizer
+) -> None:
+    pairs = load([chat("Hi", "Yes.", "No.")], chat_tokenizer)
+    file = io.StringIO()
+    cuts = Cuts.learn(pairs, None, chat_tokenizer)
+    show_pair(Console(file=file, width=60), pairs, Choice(0, "Any"), chat_tokenizer, cuts)
+    *lines, last = file.getvalue().splitlines()
+    assert all(line.strip() for line in lines) and last == ""
+    assert lines[-1] == "  No.⟦<|im_end|>⟧↵"

@@ -43,6 +43,25 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 BETA, INTERMEDIATE_WEIGHT = 0.3, 0.4
 
+SYNCS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "overlap": ("overlap_grad_reduce",),
+    "overlap_aligned": ("overlap_grad_reduce", "align"),
+    "distributed": (
+        "use_distributed_optimizer",
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+    ),
+    "distributed_aligned": (
+        "use_distributed_optimizer",
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+        "align",
+    ),
+}
+"""Data-parallel communication. Aligned: the schedule starts it on all stages at once
+(`grad_sync_func`, `param_sync_func`); otherwise each stage does when its gradients are there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -186,9 +205,11 @@ def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]
         losses.append(_run_step(dpo, wrapped, _rows(pairs, references[step], case)))
         _unscale(chunks, case.loss_scale)
         if step == 0:
+            if case.sync.startswith("distributed"):
+                _gather_gradients(wrapped)
             gradients = dict(whole_tensors(chunks, architecture, _gradient))
         optimizer.step()
-    if case.sync == "distributed":
+    if case.sync.startswith("distributed"):
         for chunk in wrapped:
             # The last step's weights are on the way.
             chunk.disable_forward_pre_hook(param_sync=True)
@@ -233,12 +254,11 @@ def _with_optimizer(chunks: list[Any], dpo: Any, case: Case) -> tuple[list[Any],
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    config, overlap, distributed = chunks[0].config, case.sync != "plain", case.sync == "distributed"
+    config, wishes = chunks[0].config, SYNCS[case.sync]
     settings = DistributedDataParallelConfig(
-        use_distributed_optimizer=distributed,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=distributed,
         bucket_size=2000,
+        align_param_gather="align" in wishes,
+        **{wish: True for wish in wishes if wish != "align"},
     )
     wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
     adam = OptimizerConfig(
@@ -247,20 +267,34 @@ def _with_optimizer(chunks: list[Any], dpo: Any, case: Case) -> tuple[list[Any],
         adam_eps=EPS,
         weight_decay=0.0,
         clip_grad=0.0,
-        use_distributed_optimizer=distributed,
-        overlap_param_gather=distributed,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=settings.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(adam, wrapped)
     config.finalize_model_grads_func = dpo.finalize_model_grads
     if case.loss_scale != 1.0:
         config.grad_scale_func = partial(torch.mul, torch.tensor(case.loss_scale))
-    if overlap:
-        config.no_sync_func = [chunk.no_sync for chunk in wrapped]
-        config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
-        if len(wrapped) == 1:
-            config.no_sync_func = config.no_sync_func[0]
-            config.grad_sync_func = config.grad_sync_func[0]
+    if settings.overlap_grad_reduce:
+        config.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
+    if "align" in wishes:
+        config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in wrapped])
+    if "align" in wishes and settings.overlap_param_gather:
+        config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in wrapped])
     return wrapped, optimizer
+
+
+def _one_or_all(functions: list[Any]) -> Any:
+    """As megatron-core wants them: a list only if there are several chunks."""
+    return functions[0] if len(functions) == 1 else functions
+
+
+def _gather_gradients(wrapped: list[Any]) -> None:
+    """Undo the distributed optimizer's reduce-scatter: all of every gradient on every rank."""
+    for group in (group for chunk in wrapped for group in chunk.bucket_groups):
+        ranks = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
 
 
 def _run_step(dpo: Any, wrapped: list[Any], rows: list[Any]) -> dict[int, Tensor]:

@@ -1,0 +1,184 @@
+"""A tiny model on this rank, the same in every layout without a file; rows for it; a schedule.
+
+Every weight is a function of its name in the whole model, so that layouts agree. Runs on workers,
+with one tensor-parallel rank. Shapes: P pairs, T row positions.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_idpo.mcore.layout import Layout
+
+NUM_LAYERS, VOCAB, ROW_TOKENS = 4, 51, 24
+PAIRS_BY_ROW = ((0, 1), (2,), (), (3,))
+"""Four micro-batches, one of them empty."""
+
+PAIRS = 4
+SIZES = {
+    "num_hidden_layers": NUM_LAYERS,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+HEAD = ("embedding.", "output_layer.", "decoder.final_layernorm.")
+
+
+def start(
+    layout: Layout | None = None,
+    *,
+    tied: bool = False,
+    frozen_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> list[Any]:
+    """This rank's chunks in a layout that starts here."""
+    layout = layout or Layout()
+    layout.start()
+    return chunks_of(layout, tied=tied, frozen_head=frozen_head, dtype=dtype, **overrides)
+
+
+def chunks_of(
+    layout: Layout,
+    *,
+    tied: bool = False,
+    frozen_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> list[Any]:
+    """Chunks in a layout that runs already."""
+    from megatron_idpo.mcore.architecture import Architecture
+    from megatron_idpo.mcore.model import ModelOptions, build_model, global_parameters
+    from megatron_idpo.testing import tiny_hf_config
+
+    architecture = Architecture.from_hf(
+        tiny_hf_config("llama", tie_word_embeddings=tied, **SIZES)
+    )
+    chunks = build_model(architecture, layout, ModelOptions(dtype=dtype, overrides=overrides))
+    for name, parameter in global_parameters(chunks):
+        parameter.data.copy_(_weight(name, parameter, tied))
+        if frozen_head and name.startswith(HEAD):
+            parameter.requires_grad_(False)
+    return chunks
+
+
+def _weight(name: str, parameter: Tensor, tied: bool) -> Tensor:
+    if tied and name == "output_layer.weight":
+        name = "embedding.word_embeddings.weight"
+    generator = torch.Generator().manual_seed(sum(n * b for n, b in enumerate(name.encode(), 1)))
+    shape = tuple(parameter.shape)
+    return 0.2 * torch.randn(shape, generator=generator) + (1.0 if len(shape) == 1 else 0.0)
+
+
+def references(layers: Sequence[int]) -> dict[int, Tensor]:
+    """What some reference says of all sequences, by layer."""
+    generator = torch.Generator().manual_seed(3)
+    return {layer: -20 - 5 * torch.rand(2 * PAIRS, generator=generator) for layer in layers}
+
+
+def micro_batches(reference: Mapping[int, Tensor] | None, **fields: Any) -> list[Any]:
+    """Tokens and `MicroBatch` of every row; `fields` overrule the latter's."""
+    import numpy as np
+
+    from megatron_idpo.data.pair import Pair
+    from megatron_idpo.data.rows import Row
+    from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+
+    random = np.random.default_rng(7)
+    pairs = [
+        Pair(n, *(random.integers(0, VOCAB, random.integers(1, 5), dtype=np.int32) for _ in "xyz"))
+        for n in range(PAIRS)
+    ]
+    made = []
+    for number, held in enumerate(PAIRS_BY_ROW):
+        row = Row.build([pairs[n] for n in held], ROW_TOKENS, 0)
+        tensors = row.tensors(torch.device("cpu"))
+        targets = Targets(
+            tensors.target_positions_N,
+            tensors.target_tokens_N,
+            tensors.target_sequences_N,
+            row.num_pairs,
+        )
+        sequences = torch.tensor([2 * n + side for n in held for side in (0, 1)], dtype=torch.int64)
+        said = {layer: logps[sequences] for layer, logps in (reference or {}).items()}
+        micro_batch = MicroBatch(
+            position_ids_T=tensors.position_ids_T,
+            spans_G4=tensors.spans_G4,
+            **{
+                "targets": targets,
+                "reference_logps": said,
+                "index": number,
+                "num_micro_batches": len(PAIRS_BY_ROW),
+                "global_pairs": PAIRS,
+                **fields,
+            },
+        )
+        made.append((tensors.tokens_T[None], micro_batch))
+    return made
+
+
+def run(dpo: Any, models: Sequence[Any], batches: Sequence[Any], **schedule: Any) -> None:
+    """The micro-batches through megatron-core's schedule; `forward_only` if asked for."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
+        tokens_1T, micro_batch = next(iterator)
+        return dpo.forward(model, tokens_1T, micro_batch), partial(dpo.loss, micro_batch)
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        **{
+            "data_iterator": [iter(batches) for _ in models],
+            "model": list(models),
+            "num_microbatches": len(batches),
+            "seq_length": ROW_TOKENS,
+            "micro_batch_size": 1,
+            "forward_only": False,
+            **schedule,
+        },
+    )
+
+
+def wrap(dpo: Any, chunks: Sequence[Any], **settings: Any) -> list[Any]:
+    """The chunks in DDP, with the plugin finishing gradients."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    config = chunks[0].config
+    config.finalize_model_grads_func = dpo.finalize_model_grads
+    ddp = DistributedDataParallelConfig(**{"bucket_size": 2000, **settings})
+    return [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+def gradients(chunks: Sequence[Any]) -> dict[str, Tensor]:
+    """Of this rank's parameters, by their names in the whole model."""
+    from megatron_idpo.mcore.model import global_parameters
+
+    return {
+        name: parameter.main_grad.clone()
+        for name, parameter in global_parameters(chunks)
+        if parameter.requires_grad
+    }
+
+
+def by_layer(outputs: Sequence[Any], what: str) -> dict[int, Tensor]:
+    """A field of the outputs of each layer, over all micro-batches in their order."""
+    ordered = sorted(outputs, key=lambda output: (output.layer, output.micro_batch))
+    layers = sorted({output.layer for output in ordered})
+    return {
+        layer: torch.cat([getattr(out, what) for out in ordered if out.layer == layer])
+        for layer in layers
+    }
+
+
+def together(answers: Sequence[Mapping[Any, Tensor]]) -> dict[Any, Tensor]:
+    """Every rank's part in one."""
+    return {name: tensor for answer in answers for name, tensor in answer.items()}
