@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -51,10 +52,12 @@ RANDOM_BYTES = 64 << 20
 LOAD = """
 import sys
 from pathlib import Path
-from megatron_idpo.convert.hf_to_megatron import hf_dtype, load_hf_weights, open_hf
-from megatron_idpo.mcore.layout import Layout
-from megatron_idpo.mcore.model import ModelOptions, build_model
-from megatron_idpo.mcore.world import joined_world, running
+from megatron_idpo.mcore.quiet import quiet_megatron
+with quiet_megatron():
+    from megatron_idpo.convert.hf_to_megatron import hf_dtype, load_hf_weights, open_hf
+    from megatron_idpo.mcore.layout import Layout
+    from megatron_idpo.mcore.model import ModelOptions, build_model
+    from megatron_idpo.mcore.world import joined_world, running
 layout = Layout(tensor=2)
 with joined_world(), running(layout):
     checkpoint, architecture = open_hf(Path(sys.argv[1]))
@@ -133,17 +136,17 @@ def write_model(directory: Path, config: dict[str, Any]) -> int:
 def measure(what: str, commands: Sequence[Sequence[str]], held_bytes: int) -> Measured:
     """Run the commands side by side, as ranks of one world if they are several."""
     begin_s = time.monotonic()
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29765"}
-    world = {**rendezvous, "WORLD_SIZE": str(len(commands))} if len(commands) > 1 else {}
+    environments = [dict(os.environ) for _ in commands]
+    if len(commands) > 1:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        for rank, environment in enumerate(environments):
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment |= {"WORLD_SIZE": str(len(commands))}
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     running = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ
-            | world
-            | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world else {}),
-        )
-        for rank, command in enumerate(commands)
+        subprocess.Popen(command, cwd=ROOT, env=environment)
+        for command, environment in zip(commands, environments, strict=True)
     ]
     peaks: list[int] = []
     together = 0

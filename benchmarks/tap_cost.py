@@ -31,6 +31,8 @@ sent. The peak's difference is what the head needs while one micro-batch's backw
 
 import argparse
 import platform
+import shlex
+import sys
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -71,6 +73,10 @@ class Timed(NamedTuple):
     products_s: float
     tap_s: float
     tap_to_products: float
+    least: float
+    most: float
+    """Of all rounds' `tap_to_products`."""
+
     step_to_plain: float
     flops: Flops
 
@@ -84,6 +90,8 @@ class Timed(NamedTuple):
             products_s=float(np.median(products_R)),
             tap_s=float(np.median(tap_R)),
             tap_to_products=float(np.median(tap_R / products_R)),
+            least=float(np.min(tap_R / products_R)),
+            most=float(np.max(tap_R / products_R)),
             step_to_plain=float(np.median(tapped_R / plain_R)),
             flops=flops,
         )
@@ -97,7 +105,7 @@ class Timed(NamedTuple):
                 f"{self.flops.tap / 1e9:.0f} GFLOP",
                 f"{self.products_s:.2f} s",
                 f"{self.tap_s:.2f} s",
-                f"**{self.tap_to_products:.2f}**",
+                f"**{self.tap_to_products:.2f}** ({self.least:.2f} to {self.most:.2f})",
                 f"{self.step_to_plain:.3f}",
                 f"{flops:.3f}",
                 f"**{self.step_to_plain / flops:.3f}**",
@@ -120,22 +128,23 @@ def time_table(pool: WorkerPool, sizes: Sizes, repeats: int) -> list[str]:
         flops = Flops.of(sizes, times.layer_weights, frozen=frozen)
         timed = Timed.of(np.array(times.rounds), flops)
         lines.append(f"| {'frozen' if frozen else 'trainable'} | {timed} |")
-    return [*lines, ""]
+    told = f"The bar is {BAR} for tap / products; medians of {repeats} rounds (their range)."
+    return [*lines, "", told, ""]
 
 
 def memory_table(pool: WorkerPool, sizes: Sizes, stages: int) -> list[str]:
     """Lines of the report: taps in the middle and at the end of every stage but the last."""
     per_stage = sizes.layers // stages
     ends = [per_stage * (stage + 1) for stage in range(stages - 1)]
-    places = {"before the stage's last layer": [end - 1 for end in ends], "its last layer": ends}
+    places = {"an inner layer": [end - 1 for end in ends], "the stage's last layer": ends}
     hidden_bytes = 4 * sizes.row_tokens * sizes.hidden
     lines = [
         f"## Memory: {sizes}, {stages} stages, {2 * stages} micro-batches, fp32, frozen head",
         "",
-        f"One hidden state is {hidden_bytes / 1e6:.2f} MB.",
+        f"One hidden state is {hidden_bytes / 1e6:.2f} MB. "
+        "Hidden states held per micro-batch in flight:",
         "",
-        "| recompute | tap | stage | in flight | plain, hidden states per micro-batch | tapped "
-        "| tap holds, hidden states per micro-batch | peak, MB more |",
+        "| recompute | tap | stage | in flight | plain | tapped | the tap | peak, MB more |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for recompute in ("off", "full, every layer"):
@@ -180,7 +189,14 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
     options = parser.parse_args()
     sizes = Sizes(options.layers, options.hidden, options.vocab, options.row_tokens)
-    lines = ["# The cost of a tap", "", f"{date.today()}, {machine()}, torch {torch.__version__}"]
+    lines = [
+        "# The cost of a tap",
+        "",
+        f"    python benchmarks/tap_cost.py {shlex.join(sys.argv[1:])}",
+        "",
+        f"{date.today()}, {machine()}, torch {torch.__version__}. How it is measured stands in the "
+        "script.",
+    ]
     with WorkerPool(max_workers=options.stages) as pool:
         lines += ["", *time_table(pool, sizes, options.repeats)]
         print("\n".join(lines), flush=True)

@@ -52,7 +52,8 @@ def whole_tensors(
 
     Collective over the tensor-parallel group: a gather to its first rank for every parameter that
     is split; forward only. The first rank yields the tensors, the others yield nothing, and all
-    have to run through to the end. A tied output layer is the first stage's to yield.
+    have to run through to the end. A tied output layer is the first stage's to yield. What is
+    yielded may be a view of the parameter: clone it to keep it.
     """
     is_first = this_place().tensor == 0
     for name, parameter in global_parameters(chunks):

@@ -99,7 +99,7 @@ class ColumnsSplit:
 
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
         """All columns."""
-        return [torch.cat(list(shards), dim=1)]
+        return [_joined(shards, dim=1)]
 
 
 class VocabSplit:
@@ -125,8 +125,7 @@ class VocabSplit:
 
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
         """All rows of the vocabulary, without the padding."""
-        whole_VH = torch.cat(list(shards)) if len(shards) > 1 else shards[0]
-        return [whole_VH[: architecture.vocab_size]]
+        return [_joined(shards)[: architecture.vocab_size]]
 
 
 class FusedGateUp:
@@ -147,7 +146,7 @@ class FusedGateUp:
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
         """The gate, then the up projection."""
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[part] for half in halves]) for part in range(2)]
+        return [_joined([half[part] for half in halves]) for part in range(2)]
 
 
 class FusedQKV:
@@ -172,8 +171,7 @@ class FusedQKV:
 
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
         """q, k and v of all groups."""
-        whole = torch.cat(list(shards)) if len(shards) > 1 else shards[0]
-        parts = self._by_group(whole, architecture, architecture.num_kv_heads)
+        parts = self._by_group(_joined(shards), architecture, architecture.num_kv_heads)
         return [part.flatten(0, 1) for part in parts]
 
     def _by_group(
@@ -185,6 +183,11 @@ class FusedQKV:
         by_group = fused.unflatten(0, (num_groups, -1))
         q, k, v = by_group.split([queries, head_dim, head_dim], dim=1)
         return q, k, v
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """All parts in one tensor; a single one as it is, without a copy."""
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
 
 
 def _fill(

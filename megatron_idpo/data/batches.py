@@ -110,7 +110,10 @@ def _check(pairs: PairSource, settings: RowSettings) -> None:
         raise DataError.at("data", "there is not a single pair", "see the report of dropped pairs")
     assert pairs.lengths_P3.shape == (len(pairs), 3), pairs.lengths_P3.shape
     check_lengths(
-        pairs.lengths_P3, row_tokens=settings.row_tokens, share_prompt=settings.share_prompt
+        pairs.lengths_P3,
+        row_tokens=settings.row_tokens,
+        share_prompt=settings.share_prompt,
+        place=getattr(pairs, "place", None),  # A `PairDataset` knows file and row.
     )
 
 

@@ -106,7 +106,10 @@ def pair_text(
             # What the template writes of these turns whatever follows must be in both sequences.
             closed = _render(tokenizer, prompt, False, kwargs)
             if len(shared) < common_length(opened, closed):
-                raise BadRecord("the chat template writes the prompt differently before an answer")
+                raise BadRecord(
+                    "the chat template writes the prompt differently before an answer",
+                    "some write a system message into the last turn: set data.chat_template",
+                )
         text = PairText(shared, whole[0], whole[1], True, moved=shared != opened)
     try:
         (text.chosen + text.rejected).encode()
@@ -178,7 +181,10 @@ def _render(
         return tokenizer.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
     # A template is a program of somebody else's, and fails in any way it likes.
     except Exception as error:
-        raise BadRecord(f"the chat template fails: {type(error).__name__}: {error}") from None
+        raise BadRecord(
+            f"the chat template fails: {type(error).__name__}: {error}",
+            "change the record, or set data.chat_template to one that can write it",
+        ) from None
 
 
 def _split(text: PairText, encoded: list[list[int]], tokenizer: Tokenizer) -> TokenPair:
@@ -187,7 +193,7 @@ def _split(text: PairText, encoded: list[list[int]], tokenizer: Tokenizer) -> To
     if not text.is_chat:
         if eos is None:
             raise BadRecord("the tokenizer has no EOS token", "text pairs need one to end with")
-        if prompt and prompt[-1] == eos and not text.prompt.endswith(tokenizer.eos_text or ""):
+        if prompt[-1:] == [eos] and common_length(prompt, chosen, rejected) < len(prompt):
             prompt = prompt[:-1]  # The tokenizer ends every text with EOS; this one goes on.
         chosen, rejected = (ids if ids[-1:] == [eos] else [*ids, eos] for ids in (chosen, rejected))
     shared = common_length(prompt, chosen, rejected)

@@ -221,7 +221,8 @@ def _list_bad_rows(stores: Sequence[tuple[OpenSource, PairStore]], path: Path) -
     """Writes the list of skipped rows; by a rename, as several ranks may write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     growing = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with growing.open("w", encoding="utf-8") as file:
+    # A file's name may not be UTF-8: then JSON's own escapes stand for it.
+    with growing.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for found, store in stores:
             for bad in store.bad_rows():
                 name = found.parts[bad.part].name

@@ -98,7 +98,10 @@ def plan_rows(
     visits_B = attention_visits(lengths_B3, share_prompt=share_prompt)
     assert tokens_B.max(initial=0) <= row_tokens, "a pair is longer than a row"
     step = ranks * multiple
-    fewest = step * max(1, -(-int(tokens_B.sum()) // (row_tokens * step)))
+    # No two pairs over half a row share one.
+    alone = int((2 * tokens_B > row_tokens).sum())
+    needed = max(1, alone, -(-int(tokens_B.sum()) // row_tokens))
+    fewest = step * -(-needed // step)
     packings = (
         _pack(tokens_B, visits_B, num_rows, row_tokens, trim_tokens)
         for num_rows in count(fewest, step)

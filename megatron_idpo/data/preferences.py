@@ -237,10 +237,19 @@ def _check_roles(prompt: list[Message], answer: list[Message], name: str) -> Non
 
 
 def _are_transcripts(record: Mapping[str, Any]) -> bool:
-    return record.get("prompt") is None and all(
-        isinstance(record[name], str) and is_transcript(record[name])
+    if record.get("prompt") is not None:
+        return False
+    found = [
+        name
         for name in ("chosen", "rejected")
-    )
+        if isinstance(record[name], str) and is_transcript(record[name])
+    ]
+    if len(found) == 1:
+        raise BadRecord(
+            f"of chosen and rejected only '{found[0]}' is a transcript with an answer",
+            "correct the record, or set data.format to 'text' to train on the text as it is",
+        )
+    return len(found) == 2
 
 
 def _from_transcripts(

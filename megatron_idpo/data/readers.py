@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
 _CHUNK_CHARS = 1 << 20
 _TABLE_ROWS = 256
 _WHITE = " \t\r\n"
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
+"""What `surrogateescape` makes of bytes that are not UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,18 @@ class RawRow:
         return _parse(self.content) if isinstance(self.content, bytes) else self.content
 
 
+def file_kind(path: Path) -> str:
+    """The suffix that says how a file is read: one of `SUFFIXES`, or another that cannot be."""
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
 def read_file(path: Path) -> Iterator[RawRow]:
     """The rows of one local file, by its suffix.
 
     Raises:
         DataError: the suffix is unknown, or the file is damaged or may not be read.
     """
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    kind = file_kind(path)
     readers = {
         ".jsonl": _read_lines,
         ".json": _read_json,
@@ -62,11 +70,11 @@ def read_file(path: Path) -> Iterator[RawRow]:
         ".parquet": _read_parquet,
         ".arrow": _read_arrow,
     }
-    if suffix not in readers:
+    if kind not in readers:
         known = " ".join(SUFFIXES)
         raise DataError.at(str(path), f"cannot read a '{path.suffix}' file", f"known are {known}")
     try:
-        yield from readers[suffix](path)
+        yield from readers[kind](path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError.at(str(path), f"the file cannot be read: {error}") from None
 
@@ -74,6 +82,8 @@ def read_file(path: Path) -> Iterator[RawRow]:
 def read_dataset(dataset: Any) -> Iterator[RawRow]:
     """The rows of a memory-mapped `datasets.Dataset`; only the columns that matter are decoded."""
     columns = [name for name in FIELDS if name in dataset.column_names]
+    if not columns:  # Then batches would show no rows at all.
+        yield from (RawRow(row, {}) for row in range(1, len(dataset) + 1))
     row = 0
     for batch in dataset.select_columns(columns).with_format(None).iter(_TABLE_ROWS):
         for values in zip(*batch.values(), strict=True):
@@ -109,17 +119,18 @@ def _read_json(path: Path) -> Iterator[RawRow]:
     if not start.startswith(b"["):
         yield from _read_lines(path)
         return
-    try:
-        yield from _read_list(path)
-    except UnicodeDecodeError as error:
-        raise DataError.at(str(path), f"invalid UTF-8: {error.reason}") from None
+    yield from _read_list(path)
 
 
 def _read_list(path: Path) -> Iterator[RawRow]:
-    """The elements of a JSON list, decoded one by one from a sliding window of the text."""
+    """The elements of a JSON list, decoded one by one from a sliding window of the text.
+
+    Where an element is broken, nobody knows where the next one begins. That is no bad row that
+    could be skipped: the rest of the file would go with it.
+    """
     decoder = json.JSONDecoder()
     with _open(path) as raw:
-        file = io.TextIOWrapper(raw, encoding="utf-8-sig")
+        file = _text(raw)
         text, at, row, ended = file.read(_CHUNK_CHARS).lstrip(_WHITE)[1:], 0, 0, False
         while True:
             at = _skip_white(text, at)
@@ -129,8 +140,8 @@ def _read_list(path: Path) -> Iterator[RawRow]:
                 record, end = decoder.raw_decode(text, at)
                 after = _skip_white(text, end)
                 if text[after : after + 1] not in (",", "]"):
-                    raise BadRecord("not JSON: no ',' or ']' after the element")
-            except (ValueError, RecursionError, BadRecord) as error:
+                    raise ValueError("no ',' or ']' after the element")
+            except (ValueError, RecursionError) as error:
                 # An element may only be incomplete: widen the window before judging it.
                 more = "" if ended else file.read(max(_CHUNK_CHARS, len(text) - at))
                 if more:
@@ -139,16 +150,27 @@ def _read_list(path: Path) -> Iterator[RawRow]:
                 if not ended:
                     ended = True
                     continue
-                told = error if isinstance(error, BadRecord) else BadRecord(f"not JSON: {error}")
-                yield RawRow(row + 1, told)
-                return
+                raise DataError.at(
+                    f"{path}:{row + 1}",
+                    f"not JSON: {getattr(error, 'msg', error)}, so the rest cannot be read either",
+                    "correct the file, or write one record per line into a .jsonl file",
+                ) from None
             row += 1
-            yield RawRow(row, record if isinstance(record, dict) else _not_object(record))
+            yield RawRow(row, _element(record, text[at:end]))
             at = after + (text[after] == ",")
 
 
-def _not_object(record: object) -> BadRecord:
+def _element(record: object, text: str) -> dict[str, Any] | BadRecord:
+    if _NO_UTF8.search(text):
+        return BadRecord("invalid UTF-8")
+    if isinstance(record, dict):
+        return record
     return BadRecord(f"the record is {record!r:.40}, not an object with fields")
+
+
+def _text(raw: BinaryIO, newline: str | None = None) -> io.TextIOWrapper:
+    """Text whose bytes that are not UTF-8 become `_NO_UTF8`, so that they are told by their row."""
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def _skip_white(text: str, at: int) -> int:
@@ -160,9 +182,7 @@ def _skip_white(text: str, at: int) -> int:
 def _read_csv(path: Path) -> Iterator[RawRow]:
     csv.field_size_limit(2**31 - 1)  # A long prompt is no mistake; the module's limit is 128 KiB.
     with _open(path) as raw:
-        # Bytes that are not UTF-8 become lone surrogates, so that they can be told by their row.
-        file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(_text(raw, newline=""), strict=True)
         header: list[str] | None = None
         while True:
             row = reader.line_num + 1
@@ -171,21 +191,26 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield RawRow(row, BadRecord(f"not CSV: {error}"))
+                yield RawRow(row, BadRecord(f"not CSV: {error}{_until(row, reader.line_num)}"))
                 continue
             if header is None:
                 header = fields
             elif fields:
-                yield RawRow(row, _csv_record(header, fields))
+                yield RawRow(row, _csv_record(header, fields, _until(row, reader.line_num)))
 
 
-def _csv_record(header: list[str], fields: list[str]) -> dict[str, str] | BadRecord:
+def _until(first: int, last: int) -> str:
+    """What a bad record takes with it: an open quote swallows the lines up to the next one."""
+    return f", in lines {first} to {last}" if last > first else ""
+
+
+def _csv_record(header: list[str], fields: list[str], until: str) -> dict[str, str] | BadRecord:
     if len(fields) != len(header):
         return BadRecord(
-            f"{len(fields)} fields, but the header has {len(header)}",
+            f"{len(fields)} fields, but the header has {len(header)}{until}",
             "quote fields that contain commas or line breaks",
         )
-    if any("\udc80" <= char <= "\udcff" for text in fields for char in text):
+    if any(map(_NO_UTF8.search, fields)):
         return BadRecord("invalid UTF-8")
     return dict(zip(header, fields, strict=True))
 

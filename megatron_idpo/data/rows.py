@@ -19,7 +19,7 @@ Shapes: T row positions, N targets, P pairs in the row, G attention groups (P wi
 2P without), S = 4P segments of tokens, B pairs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,7 @@ def check_lengths(
     row_tokens: int,
     share_prompt: bool,
     indices: Sequence[int] | None = None,
+    place: Callable[[int], str] | None = None,
 ) -> None:
     """Refuse pairs that no row can hold or that have nothing to score.
 
@@ -55,13 +56,16 @@ def check_lengths(
             memory-mapped array stays on the disk.
         row_tokens: positions in a row.
         share_prompt: whether the prompt is stored once.
-        indices: what to call these pairs in a message; 0 ... B - 1 if not given.
+        indices: of these pairs in their collection; 0 ... B - 1 if not given.
+        place: where the pair of an index was read, as messages call it; `pair <index>` if not
+            given.
 
     Raises:
         DataError: an empty prompt or answer (the first pair that has one, by index), or pairs
-            longer than a row (their indices and the row length that would hold the longest).
+            longer than a row (their places and the row length that would hold the longest).
     """
     indices = range(len(lengths_B3)) if indices is None else indices
+    place = place or "pair {}".format
     long: list[int] = []
     num_long = needed_tokens = 0
     for first in range(0, len(lengths_B3), _CHECKED_AT_ONCE):
@@ -69,7 +73,7 @@ def check_lengths(
         if (piece_B3 < 1).any():
             pair, part = (int(number) for number in np.argwhere(piece_B3 < 1)[0])
             raise DataError.at(
-                f"pair {indices[first + pair]}",
+                place(indices[first + pair]),
                 f"the {_PARTS[part]} is empty",
                 "its last position predicts the answers' first tokens: begin it with a BOS"
                 if part == 0
@@ -84,7 +88,7 @@ def check_lengths(
     if num_long:
         more = f" and {num_long - len(long)} more" if num_long > len(long) else ""
         raise DataError.at(
-            f"pair {', '.join(map(str, long))}{more}",
+            f"{', '.join(map(place, long))}{more}",
             f"up to {needed_tokens} positions needed, a row has {row_tokens}",
             f"set data.row_tokens to {needed_tokens} or more, or lower data.max_length",
         )

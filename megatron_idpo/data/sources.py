@@ -7,13 +7,15 @@ order and a digest of their contents, which the tokenised cache is keyed by. Wha
 
 import glob
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_idpo.data.readers import SUFFIXES, RawRow, read_dataset, read_file
+from megatron_idpo.data.readers import SUFFIXES, RawRow, file_kind, read_dataset, read_file
 from megatron_idpo.errors import DataError
 
 
@@ -56,12 +58,20 @@ class OpenSource:
     parts: tuple[Part, ...]
 
     def digest(self) -> str:
-        """sha256 over the contents of all parts, in order; names and places do not enter."""
+        """sha256 over the contents of all parts, in order; of names only the kind of file enters.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
         total = hashlib.sha256()
         for part in self.parts:
             for path in part.files:
-                with path.open("rb") as file:
-                    total.update(hashlib.file_digest(file, "sha256").digest())
+                try:
+                    with path.open("rb") as file:
+                        total.update(hashlib.file_digest(file, "sha256").digest())
+                except OSError as error:
+                    raise DataError.at(str(path), f"the file cannot be read: {error}") from None
+                total.update(os.fsencode(file_kind(path)))
             total.update(f"part {part.selection}\n".encode())
         return total.hexdigest()
 
@@ -73,17 +83,20 @@ def open_source(source: Source) -> OpenSource:
         DataError: it does not exist, holds nothing that can be read, or the hub refuses it.
     """
     path = Path(source.path)
-    if path.is_dir():
-        parts = _directory(source, path)
-    elif path.is_file():
-        parts = (_file(path),)
+    parts: tuple[Part, ...]
+    if path.exists():
+        parts = _local(source, path)
     elif matches := sorted(glob.glob(source.path, recursive=True)):
-        parts = tuple(_file(Path(match)) for match in matches)
+        parts = tuple(chain.from_iterable(_local(source, Path(match)) for match in matches))
     elif _looks_like_files(source.path):
         raise DataError.at(source.path, "no such file or directory", "check the path")
     else:
         parts = (_hub(source),)
     return OpenSource(source, parts)
+
+
+def _local(source: Source, path: Path) -> tuple[Part, ...]:
+    return _directory(source, path) if path.is_dir() else (_file(path),)
 
 
 def _file(path: Path) -> Part:

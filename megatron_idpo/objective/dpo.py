@@ -147,9 +147,9 @@ def layer_loss(
     """Eq. 1 at one layer, the final one included: each pair's loss.
 
     With `nll_weight` λ it is the preference loss plus −λ log π_l(w|x) / |w|: a mean over the tokens
-    of *this* answer (RPO: Pang et al. 2024, arXiv 2404.19733, Eq. 1). TRL's likelihood term averages
-    over all chosen tokens of a batch instead, so that a pair's loss depends on who else is in it;
-    with one pair per batch the two are equal.
+    of *this* answer (RPO: Pang et al. 2024, arXiv 2404.19733, Eq. 1). TRL's likelihood term takes
+    the mean over all chosen tokens of a batch instead, so that a pair's loss depends on who else is
+    in it; with one pair per batch the two are equal.
 
     Args:
         policy_logps_2P: log π_l^θ(y|x) of each sequence, sums over its tokens, float, <= 0.

@@ -67,14 +67,16 @@ class Ledger:
         Raises:
             ConfigError: on every rank, where the loss is averaged over another number of pairs.
         """
-        mine = self._trained_pairs if self._counts_pairs else 0
-        told = gathered((mine, sorted(self._global_pairs_said)))
+        mine, self._trained_pairs = self._trained_pairs, 0
+        said, self._global_pairs_said = self._global_pairs_said, set()
+        told = gathered((mine if self._counts_pairs else 0, sorted(said)))
         pairs = sum(count for count, _ in told)
-        said = sorted({number for _, numbers in told for number in numbers})
-        if said != [pairs]:
+        everywhere = sorted({number for _, numbers in told for number in numbers})
+        if everywhere != [pairs]:
+            numbers = " and ".join(map(str, everywhere)) or "nothing"
             raise ConfigError.at(
                 "MicroBatch.global_pairs",
-                f"says {' and '.join(map(str, said)) or 'nothing'}, but the step had {pairs} pairs",
+                f"says {numbers}, but the step had {pairs} pairs",
                 "it is the number over all micro-batches and all data-parallel ranks",
             )
 

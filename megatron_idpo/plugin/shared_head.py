@@ -115,8 +115,9 @@ class SharedHead:
     ) -> None:
         """Add the replicas to the chunks and fill them. Collective over the world.
 
-        A replica is trainable where the owner's parameter is; a norm that no tap reads is not, for
-        DDP waits for the gradient of every trainable parameter where it overlaps reduction.
+        A replica is trainable where the owner's parameter is. A norm that no tap reads is no copy:
+        frozen and left alone, for DDP waits for the gradient of every trainable parameter where it
+        overlaps reduction.
 
         Args:
             chunks: this rank's, with their weights loaded, not yet wrapped in DDP.
@@ -152,8 +153,7 @@ class SharedHead:
     def sum_gradients(self) -> None:
         """Add up the copies' gradients. Collective over the stages that hold a copy."""
         self._weights.sum_gradients()
-        if self._use_norm:
-            self._norms.sum_gradients()
+        self._norms.sum_gradients()
 
     def check_equal(self) -> None:
         """Compare all copies of each parameter. Collective over the world; reads each copy once.
@@ -209,7 +209,7 @@ class SharedHead:
         return _Copies(replicas, next(iter(owners), None), speaks=bool(first))
 
     def _norm_copies(self, chunks: Sequence[GPTModel]) -> _Copies:
-        replicas = [replica.norm_weight for replica in self.replicas.values()]
+        replicas = [r.norm_weight for r in self.replicas.values() if self._use_norm]
         owners = [chunk.decoder.final_layernorm.weight for chunk in chunks if chunk.post_process]
         return _Copies(replicas, next(iter(owners), None), speaks=bool(owners))
 

@@ -12,11 +12,14 @@ def write(target: str, companions: list[str], fail: str | None = None, **options
     """On every rank: a file each; returns the working directory's name."""
     import torch.distributed as dist
 
+    from megatron_idpo.mcore.world import barrier
+
     with new_checkpoint(Path(target), [Path(one) for one in companions], **options) as directory:
         (directory / f"part{dist.get_rank()}").write_text("x")
         if dist.get_rank() == 0:
             (directory / "metadata.json").write_text("{}")
         if fail is not None:
+            barrier()  # ranks fail together, when none of them writes any more
             raise CheckpointError(fail)
     return directory.name
 

@@ -69,6 +69,16 @@ def test_a_merge_that_swallows_the_whole_prompt_is_undone(bare_tokenizer: Tokeni
     assert pair.moved
 
 
+def test_a_bos_that_is_also_the_eos_begins_an_empty_prompt(text_tokenizer_path: str) -> None:
+    """As in OPT: it is no end that the tokenizer wrote after the prompt."""
+    from transformers import AutoTokenizer
+
+    tokenizer = HfTokenizer(AutoTokenizer.from_pretrained(text_tokenizer_path, eos_token="<s>"))
+    pair = tokens_of(Preference("", "a", "b"), tokenizer)
+    assert tokenizer.decode(pair.prompt + pair.chosen) == "<s>a<s>"
+    assert len(pair.prompt) == 1 and not pair.moved
+
+
 def test_answers_need_a_token_before_them(bare_tokenizer: Tokenizer) -> None:
     with pytest.raises(BadRecord, match="no token stands before"):
         tokens_of(Preference("", "a", "b"), bare_tokenizer)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_idpo.data.batches import EvaluationBatches, RowSettings
 from megatron_idpo.data.chat import TokenOptions
 from megatron_idpo.data.dataset import PairDataset, load_pairs
 from megatron_idpo.data.sources import Source
@@ -133,6 +134,33 @@ def test_skipped_rows_are_listed_in_a_file(
         ]
         assert bad[1]["reason"] == "field 'chosen' is missing"
         listed.unlink()
+
+
+def test_skipped_rows_of_a_file_whose_name_is_not_utf8(
+    write_jsonl: Callable[..., str], tmp_path: Path, text_tokenizer: Tokenizer
+) -> None:
+    path = write_jsonl([*records("a", 1), b"{"], "\udcff.jsonl")
+    listed = tmp_path / "bad_rows.jsonl"
+    load_pairs(
+        [Source(path=path)],
+        text_tokenizer,
+        cache=tmp_path / "cache",
+        on_bad_row="skip",
+        bad_rows_file=listed,
+    )
+    assert json.loads(listed.read_text())["file"] == path
+
+
+def test_a_pair_longer_than_a_row_is_told_by_file_and_row(
+    write_jsonl: Callable[..., str], tmp_path: Path, text_tokenizer: Tokenizer
+) -> None:
+    long = {"prompt": "x" * 60, "chosen": "y", "rejected": "z"}
+    path = write_jsonl([*records("a", 2), long])
+    dataset = load_pairs([Source(path=path)], text_tokenizer, cache=tmp_path / "cache")
+    with pytest.raises(
+        DataError, match=r"pairs\.jsonl:3: up to \d+ positions needed, a row has 50"
+    ):
+        EvaluationBatches(dataset, RowSettings(row_tokens=50, pad_token=0), global_batch_pairs=1)
 
 
 def test_nothing_left_is_an_error_with_the_reasons(

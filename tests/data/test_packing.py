@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_idpo.data import packing
 from megatron_idpo.data.packing import ROW_OVERHEAD_TOKENS, attention_visits, plan_rows
 from megatron_idpo.data.rows import occupied_tokens
 
@@ -119,6 +120,15 @@ def test_one_more_row_has_to_save_its_overhead(num_pairs, tokens, rows, row_toke
     lengths_B3 = plain_lengths(*[tokens] * num_pairs)
     plan = plan_rows(lengths_B3, row_tokens=4096, trim_tokens=tokens)
     assert (len(plan.pairs[0]), plan.row_tokens) == (rows, row_tokens)
+
+
+def test_numbers_of_rows_that_cannot_do_are_not_tried(monkeypatch):
+    """Pairs over half a row need one each; counting up to them took seconds for a thousand."""
+    tried = []
+    pack = packing._pack
+    monkeypatch.setattr(packing, "_pack", lambda *args: tried.append(args[2]) or pack(*args))
+    plan = plan_rows(plain_lengths(*[51] * 40), row_tokens=100, ranks=4)
+    assert tried == [40] and len(plan.pairs[0]) == 10
 
 
 def test_costly_pairs_are_spread_first():

@@ -153,6 +153,7 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
     ("text for chat", TEXT, {"format": "chat"}, "text where a list of messages is needed"),
     ("no template", CHAT, {"has_template": False}, "no chat template"),
     ("not hh", TEXT, {"format": "hh"}, "does not begin with"),
+    ("half hh", {**HH, "rejected": "\n\nHuman: hi"}, {}, "only 'chosen' is a transcript"),
     ("chat for hh", CHAT, {"format": "hh"}, "not a transcript"),
     ("tools not json", {**CHAT, "tools": "{"}, {}, "'tools' is text, but not JSON"),
     ("tools not a list", {**CHAT, "tools": {"a": 1}}, {}, "'tools' is an object"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_idpo.data import readers
 from megatron_idpo.data.preferences import BadRecord
-from megatron_idpo.data.readers import read_file
+from megatron_idpo.data.readers import read_dataset, read_file
 from megatron_idpo.errors import DataError
 
 RECORDS = [
@@ -106,18 +106,26 @@ def test_a_json_list_is_read_through_a_window_of_any_size(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('[{"a": 1}, {"a": ]', (2, "not JSON: Expecting value")),
-        ('[{"a": 1} {"a": 2}]', (1, "not JSON: no ',' or ']' after the element")),
-        ('[{"a": 1}, {"a": 2}', (2, "not JSON")),
-        ("[{}, 5, {}]", (2, "the record is 5, not an object")),
+        ('[{"a": 1}, {"a": ]', r"a\.json:2: not JSON: Expecting value, so the rest"),
+        ('[{"a": 1} {"a": 2}, {}]', r"a\.json:1: not JSON: no ',' or ']' after the element, so"),
+        ('[{"a": 1}, {"a": 2}', r"a\.json:2: not JSON"),
     ],
 )
-def test_a_broken_json_list_is_told_by_element(
-    text: str, told: tuple[int, str], tmp_path: Path
-) -> None:
+def test_a_json_list_that_breaks_off_is_refused_whole(text: str, told: str, tmp_path: Path) -> None:
+    """Skipping the element would lose every good pair behind it."""
     (tmp_path / "a.json").write_text(text)
-    bad = [(row, reason) for row, reason in rows_of(tmp_path / "a.json") if isinstance(reason, str)]
-    assert len(bad) == 1 and bad[0][0] == told[0] and bad[0][1].startswith(told[1])
+    with pytest.raises(DataError, match=told):
+        list(read_file(tmp_path / "a.json"))
+
+
+def test_bad_elements_of_a_json_list_are_told_by_element(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'[{}, 5, {"a": "\xff"}, {"a": "\\udcff"}]')
+    assert rows_of(tmp_path / "a.json") == [
+        (1, {}),
+        (2, "the record is 5, not an object with fields"),
+        (3, "invalid UTF-8"),
+        (4, {"a": "\udcff"}),
+    ]
 
 
 def test_broken_csv_rows_are_told_by_line(tmp_path: Path) -> None:
@@ -129,6 +137,21 @@ def test_broken_csv_rows_are_told_by_line(tmp_path: Path) -> None:
         (4, {"prompt": "p", "chosen": "a", "rejected": "b"}),
         (5, "not CSV: unexpected end of data"),
     ]
+
+
+def test_an_open_csv_quote_tells_the_lines_that_it_swallows(tmp_path: Path) -> None:
+    lines = ["prompt,chosen,rejected", 'p,"a,b', "q,a,b", '"r",a,b', "s,a,b", 't,"a', 'b",c,d,e']
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    assert rows_of(tmp_path / "a.csv") == [
+        (2, "not CSV: ',' expected after '\"', in lines 2 to 4"),
+        (5, {"prompt": "s", "chosen": "a", "rejected": "b"}),
+        (6, "5 fields, but the header has 3, in lines 6 to 7"),
+    ]
+
+
+def test_a_dataset_without_the_columns_still_has_rows() -> None:
+    dataset = datasets.Dataset.from_list([{"x": 1}, {"x": 2}])
+    assert [(raw.row, raw.record()) for raw in read_dataset(dataset)] == [(1, {}), (2, {})]
 
 
 def test_nulls_that_arrow_adds_are_taken_out_again(tmp_path: Path) -> None:

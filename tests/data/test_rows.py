@@ -130,7 +130,7 @@ def test_all_long_pairs_are_counted_and_the_longest_is_told():
     lengths = np.full((200_000, 3), 2)
     lengths[[3, 70_000, 70_001, 150_000, 150_001, 150_002]] = 5
     lengths[150_002, 0] = 90
-    with pytest.raises(DataError, match=r"3, 70000, 70001, 150000, 150001 and 1 more: up to 100"):
+    with pytest.raises(DataError, match=r"pair 3, .*pair 150001 and 1 more: up to 100"):
         check_lengths(lengths, row_tokens=10, share_prompt=True)
     check_lengths(lengths, row_tokens=100, share_prompt=True)
     with pytest.raises(DataError, match="up to 190"):

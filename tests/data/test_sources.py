@@ -22,9 +22,12 @@ def test_a_file_a_pattern_and_a_directory(write_jsonl: Callable[..., str], tmp_p
     one = write_jsonl([TEXT, TEXT], "b.jsonl")
     write_jsonl([TEXT], "a.jsonl")
     (tmp_path / "README.md").write_text("not data")
+    (tmp_path / "more").mkdir()
+    write_jsonl([TEXT], "more/c.jsonl")
     assert rows_of(one) == [("b.jsonl", 1), ("b.jsonl", 2)]
-    everything = [("a.jsonl", 1), ("b.jsonl", 1), ("b.jsonl", 2)]
-    assert rows_of(str(tmp_path)) == rows_of(str(tmp_path / "*.jsonl")) == everything
+    files = [("a.jsonl", 1), ("b.jsonl", 1), ("b.jsonl", 2)]
+    assert rows_of(str(tmp_path / "*.jsonl")) == files
+    assert rows_of(str(tmp_path)) == rows_of(str(tmp_path / "[abm]*")) == [*files, ("c.jsonl", 1)]
 
 
 def test_saved_datasets_with_and_without_splits(tmp_path: Path) -> None:
@@ -47,7 +50,15 @@ def test_the_digest_is_of_contents(write_jsonl: Callable[..., str]) -> None:
 
     first = digest(write_jsonl([TEXT], "a.jsonl"))
     assert digest(write_jsonl([TEXT], "b.jsonl")) == first
+    assert digest(write_jsonl([TEXT], "a.json")) != first, "is read in another way"
     assert digest(write_jsonl([{**TEXT, "chosen": "c"}], "a.jsonl")) != first
+
+
+def test_a_file_that_may_not_be_read_is_told(write_jsonl: Callable[..., str]) -> None:
+    found = open_source(Source(path=write_jsonl([TEXT])))
+    Path(found.parts[0].name).unlink()
+    with pytest.raises(DataError, match="the file cannot be read: "):
+        found.digest()
 
 
 def test_a_hub_dataset_is_read_by_split_and_subset(monkeypatch: pytest.MonkeyPatch) -> None:

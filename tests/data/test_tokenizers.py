@@ -69,6 +69,13 @@ def test_what_cannot_be_loaded_is_told(
     assert told in str(error.value)
 
 
+def test_a_template_that_cannot_write_a_greeting_is_left_to_the_rows(
+    text_tokenizer_path: str,
+) -> None:
+    for template in ("{{ 1 / (messages | length - 1) }}", "{{ raise_exception('no') }}"):
+        assert load_tokenizer(text_tokenizer_path, template).has_chat_template
+
+
 def test_a_directory_with_only_a_model_file_is_sentencepiece(unigram_model: Path) -> None:
     assert isinstance(load_tokenizer(str(unigram_model)), SentencePieceTokenizer)
     assert isinstance(load_tokenizer(str(unigram_model.parent)), SentencePieceTokenizer)

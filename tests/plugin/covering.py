@@ -46,7 +46,9 @@ class Space:
 
     def feasible(self, chosen: Case) -> bool:
         """Whether some case has these values."""
-        return self._completes(tuple((name, chosen[name]) for name in self._bound if name in chosen))
+        return self._completes(
+            tuple((name, chosen[name]) for name in self._bound if name in chosen)
+        )
 
     def _search(self, chosen: tuple[tuple[str, Any], ...]) -> bool:
         case = dict(chosen)

@@ -1,7 +1,9 @@
 """A tiny model on this rank, the same in every layout without a file; rows for it; a schedule.
 
-Every weight is a function of its name in the whole model, so that layouts agree. Runs on workers,
-with one tensor-parallel rank. Shapes: P pairs, T row positions.
+Every weight is a function of its name in the whole model, so that pipelines of any layout agree;
+tensor-parallel ranks hold different shards of no particular whole.
+
+    P  pairs   T  row positions
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,20 +59,23 @@ def chunks_of(
     from megatron_idpo.mcore.model import ModelOptions, build_model, global_parameters
     from megatron_idpo.testing import tiny_hf_config
 
-    architecture = Architecture.from_hf(
-        tiny_hf_config("llama", tie_word_embeddings=tied, **SIZES)
-    )
+    architecture = Architecture.from_hf(tiny_hf_config("llama", tie_word_embeddings=tied, **SIZES))
     chunks = build_model(architecture, layout, ModelOptions(dtype=dtype, overrides=overrides))
     for name, parameter in global_parameters(chunks):
-        parameter.data.copy_(_weight(name, parameter, tied))
+        parameter.data.copy_(weight_of(name, parameter, tied))
         if frozen_head and name.startswith(HEAD):
             parameter.requires_grad_(False)
     return chunks
 
 
-def _weight(name: str, parameter: Tensor, tied: bool) -> Tensor:
+def weight_of(name: str, parameter: Tensor, tied: bool) -> Tensor:
+    """What a parameter of this name is filled with."""
+    from megatron_idpo.mcore.groups import this_place
+
     if tied and name == "output_layer.weight":
         name = "embedding.word_embeddings.weight"
+    if getattr(parameter, "tensor_model_parallel", False):
+        name += str(this_place().tensor)
     generator = torch.Generator().manual_seed(sum(n * b for n, b in enumerate(name.encode(), 1)))
     shape = tuple(parameter.shape)
     return 0.2 * torch.randn(shape, generator=generator) + (1.0 if len(shape) == 1 else 0.0)
@@ -131,18 +136,18 @@ def run(dpo: Any, models: Sequence[Any], batches: Sequence[Any], **schedule: Any
         tokens_1T, micro_batch = next(iterator)
         return dpo.forward(model, tokens_1T, micro_batch), partial(dpo.loss, micro_batch)
 
-    get_forward_backward_func()(
-        forward_step_func=step,
-        **{
-            "data_iterator": [iter(batches) for _ in models],
-            "model": list(models),
-            "num_microbatches": len(batches),
-            "seq_length": ROW_TOKENS,
-            "micro_batch_size": 1,
-            "forward_only": False,
-            **schedule,
-        },
-    )
+    arguments = {
+        "data_iterator": [iter(batches) for _ in models],
+        "model": list(models),
+        "num_microbatches": len(batches),
+        "seq_length": ROW_TOKENS,
+        "micro_batch_size": 1,
+        "forward_only": False,
+        **schedule,
+    }
+    # megatron-core's schedules leave gradients on when they only run forward.
+    with torch.set_grad_enabled(not arguments["forward_only"]):
+        get_forward_backward_func()(forward_step_func=step, **arguments)
 
 
 def wrap(dpo: Any, chunks: Sequence[Any], **settings: Any) -> list[Any]:

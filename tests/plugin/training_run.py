@@ -1,11 +1,9 @@
-"""Three training steps with the plugin, on every rank: megatron-core's schedule, DDP and optimizer.
+"""Three training steps with the plugin, on every rank, by megatron-core's own machinery.
 
-A `Case` says in which layout and with which settings; `megatron_runs` answers with losses, gradients
-and weights, to be compared with the oracle's. Shapes: P pairs, T row positions, N targets.
+`megatron_run` is what workers run: its schedule, DDP and optimizer as a training script sets them
+up. It answers with losses, gradients and weights, to be compared with the oracle's.
 """
 
-import random
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,161 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.layout import Layout
 from megatron_idpo.objective.dpo import Objective
 
-NUM_LAYERS, VOCAB = 8, 99
-STEPS, PAIRS, LR, EPS = 3, 18, 1e-2, 1e-4
-"""More pairs than a global batch ever has rows."""
+from .training_case import (
+    EPS,
+    LR,
+    NUM_LAYERS,
+    PAIRS,
+    SYNCS,
+    VOCAB,
+    Case,
+    Tokens,
+    batches_of_pairs,
+    pairs_by_row,
+)
 
 ROW_MULTIPLE = 8
 """Rows are as long as the fullest one of the step, rounded up: there is padding, and shards of
 sequence parallelism are equal."""
-
-Tokens = tuple[list[int], list[int], list[int]]
-
-TRAINED = {
-    "all": "",
-    "frozen_head": "",
-    # Whole tensors of megatron-core: its linear_qkv and linear_fc2, as adapters would train.
-    "adapters": r"\.(q|k|v|down)_proj\.",
-}
-"""What learns, as the oracle's `trainable` has it; but for "all", the head does not."""
-
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "sigmoid": {},
-    "ipo": {"loss": "ipo"},
-    "sigmoid_norm+nll": {"loss": "sigmoid_norm", "nll_weight": 0.5},
-    "hinge": {"loss": "hinge"},
-    "robust": {"loss": "robust", "label_smoothing": 0.1},
-}
-BETA, INTERMEDIATE_WEIGHT = 0.3, 0.4
-
-SYNCS: dict[str, tuple[str, ...]] = {
-    "plain": (),
-    "overlap": ("overlap_grad_reduce",),
-    "overlap_aligned": ("overlap_grad_reduce", "align"),
-    "distributed": (
-        "use_distributed_optimizer",
-        "overlap_grad_reduce",
-        "overlap_param_gather",
-    ),
-    "distributed_aligned": (
-        "use_distributed_optimizer",
-        "overlap_grad_reduce",
-        "overlap_param_gather",
-        "align",
-    ),
-}
-"""Data-parallel communication. Aligned: the schedule starts it on all stages at once
-(`grad_sync_func`, `param_sync_func`); otherwise each stage does when its gradients are there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One way to run the three steps; every field is a factor of the covering array."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    sequence_parallel: bool = False
-    data: int = 1
-    recompute: str = "off"
-    trained: str = "all"
-    tied: bool = False
-    taps: str = "four"
-    rows: str = "unequal"
-    accumulation: str = "many"
-    sync: str = "plain"
-    loss_scale: float = 1.0
-    objective: str = "sigmoid"
-    norm: str = "final"
-    reference_layer: str = "same"
-
-    def __str__(self) -> str:
-        """All that differs from one rank's plainest run."""
-        sizes = [f"TP{self.tensor}", f"PP{self.pipeline}", f"VP{self.virtual}", f"DP{self.data}"]
-        words = ["SP"] if self.sequence_parallel else []
-        words += ["tied"] if self.tied else []
-        words += [self.taps, self.recompute, self.trained, self.sync, self.rows, self.accumulation]
-        words += [self.objective, f"norm_{self.norm}", f"ref_{self.reference_layer}"]
-        return "-".join([*sizes, *words, f"x{self.loss_scale:g}"])
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(
-            tensor=self.tensor,
-            pipeline=self.pipeline,
-            virtual_pipeline=self.virtual,
-            sequence_parallel=self.sequence_parallel,
-        )
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The tapped layers."""
-        layout = self.layout
-        chunks = [
-            [n + 1 for n in layout.layers(NUM_LAYERS, stage, chunk)]
-            for chunk in range(self.virtual)
-            for stage in range(self.pipeline)
-        ]
-        middle = chunks[(len(chunks) - 1) // 2]
-        stage = (self.pipeline - 1) // 2
-        own = [layer for chunk in chunks[stage :: self.pipeline] for layer in chunk]
-        own = [layer for layer in own if layer < NUM_LAYERS]
-        return {
-            "none": (),
-            "first": (1,),
-            "middle": (middle[(len(middle) - 1) // 2],),
-            "last": (NUM_LAYERS - 1,),
-            "two_on_a_stage": (own[len(own) // 2 - 1], own[-1]),
-            "three": (1, 4, 7),
-            "four": (2, 3, 6, 7),
-        }[self.taps]
-
-    @property
-    def micro_batches(self) -> int:
-        """Of a data-parallel rank; interleaving wants a multiple of the stages."""
-        few, many = (self.pipeline, 2 * self.pipeline) if self.virtual > 1 else (1, 4)
-        return {"few": few, "many": many}[self.accumulation]
-
-    @property
-    def objective_fields(self) -> dict[str, Any]:
-        """What the oracle and `Objective` both call by these names."""
-        weights = (1.0, 3.0, 2.0, 5.0)[: len(self.layers)]
-        return {
-            "beta": BETA,
-            "intermediate_weight": INTERMEDIATE_WEIGHT,
-            "reference_layer": self.reference_layer,
-            "layer_weights": weights if self.objective == "ipo" else None,
-            **OBJECTIVES[self.objective],
-        }
-
-
-def batches_of_pairs() -> list[list[Tokens]]:
-    """One global batch of unequal pairs for each step."""
-    chance = random.Random(5)
-
-    def some(most: int) -> list[int]:
-        return [chance.randrange(VOCAB) for _ in range(chance.randint(1, most))]
-
-    return [[(some(7), some(6), some(6)) for _ in range(PAIRS)] for _ in range(STEPS)]
-
-
-def pairs_by_row(case: Case) -> list[list[int]]:
-    """Which pairs lie in which row of the global batch: different numbers of them, some none."""
-    count = case.micro_batches * case.data
-    filled = [n for n in range(count) if case.rows == "unequal" or n % 3 != 1]
-    rows: list[list[int]] = [[] for _ in range(count)]
-    for pair in range(PAIRS):
-        # One for each, and the rest unevenly.
-        turn = pair if pair < len(filled) else pair * pair % len(filled) // 2
-        rows[filled[turn]].append(pair)
-    return rows
 
 
 def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]) -> dict[str, Any]:
