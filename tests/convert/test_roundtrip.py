@@ -59,8 +59,9 @@ def cases() -> list[Any]:
     for number, layout in enumerate(LAYOUTS):
         for variant in range(len(VARIANTS)):
             in_make_test = variant == number % len(VARIANTS)
-            # Another one for each case, so that neighbours and distant ones meet.
-            other = LAYOUTS[(number * 5 + variant + 3) % len(LAYOUTS)]
+            # Never the same, and another distance for each case, so that all kinds meet.
+            distance = 1 + (5 * number + variant) % (len(LAYOUTS) - 1)
+            other = LAYOUTS[(number + distance) % len(LAYOUTS)]
             chosen.append(
                 pytest.param(
                     VARIANTS[variant],

@@ -166,15 +166,14 @@ def test_training_equals_the_oracle(case, workers, judge, record_property):
     gradients = {n: g for answer in answers for n, g in answer["gradients"].items()}
     weights = {n: w for answer in answers for n, w in answer["weights"].items()}
     assert set(weights) == set(run["weights"])
+    learning = run["gradients"]
     worst = {
-        "loss": _worst_loss(run, answers, case),
-        "gradient": max(
-            (float((gradients[name] - truth).norm() / truth.norm()), name)
-            for name, truth in run["gradients"].items()
+        "loss": _worst(_loss_differences(run, answers, case)),
+        "gradient": _worst(
+            {name: (gradients[name] - g).norm() / g.norm() for name, g in learning.items()}
         ),
-        "weight in lr": max(
-            (float((weights[name] - truth).abs().max() / LR), name)
-            for name, truth in run["weights"].items()
+        "weight in lr": _worst(
+            {name: (weights[name] - w).abs().max() / LR for name, w in run["weights"].items()}
         ),
     }
     for what, (difference, _) in worst.items():
@@ -184,18 +183,24 @@ def test_training_equals_the_oracle(case, workers, judge, record_property):
     assert worst["weight in lr"][0] <= STEPS_IN_LR, worst
 
 
-def _worst_loss(
+def _worst(differences: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest, and where it is; torch takes NaN for the largest of all."""
+    values = torch.stack(list(differences.values()))
+    return float(values.max()), list(differences)[int(values.argmax())]
+
+
+def _loss_differences(
     run: dict[str, Any], answers: list[dict[str, Any]], case: Case
-) -> tuple[float, str]:
+) -> dict[str, Tensor]:
     """Each layer's loss is its pairs' sum over data ranks; tensor ranks say the same."""
-    worst = (0.0, "")
+    differences = {}
     for step, truth in enumerate(run["losses"]):
         for layer, loss in truth.by_layer.items():
             spoken = [a["losses"][step][layer] for a in answers if layer in a["losses"][step]]
             assert len(spoken) == case.data * case.tensor
             total = torch.stack(spoken).sum() / case.tensor / PAIRS
-            worst = max(worst, (float((total - loss).abs()), f"step {step} layer {layer}"))
-    return worst
+            differences[f"step {step} layer {layer}"] = (total - loss).abs()
+    return differences
 
 
 def test_adapters_of_layer_1_are_compared_under_every_recomputation(judge):

@@ -6,6 +6,7 @@ tensor-parallel ranks hold different shards of no particular whole.
     P  pairs   T  row positions
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -87,22 +88,33 @@ def references(layers: Sequence[int]) -> dict[int, Tensor]:
     return {layer: -20 - 5 * torch.rand(2 * PAIRS, generator=generator) for layer in layers}
 
 
+def pairs() -> list[tuple[list[int], list[int], list[int]]]:
+    """Prompt, chosen and rejected answer of each pair."""
+    chance = random.Random(7)
+    parts = iter(
+        [chance.randrange(VOCAB) for _ in range(chance.randint(1, 4))] for _ in range(3 * PAIRS)
+    )
+    return list(zip(parts, parts, parts, strict=True))
+
+
 def micro_batches(reference: Mapping[int, Tensor] | None, **fields: Any) -> list[Any]:
-    """Tokens and `MicroBatch` of every row; `fields` overrule the latter's."""
+    """Tokens and `MicroBatch` of this data-parallel rank's rows; `fields` overrule the latter's."""
     import numpy as np
+    from megatron.core import parallel_state
 
     from megatron_idpo.data.pair import Pair
     from megatron_idpo.data.rows import Row
     from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
 
-    random = np.random.default_rng(7)
-    pairs = [
-        Pair(n, *(random.integers(0, VOCAB, random.integers(1, 5), dtype=np.int32) for _ in "xyz"))
-        for n in range(PAIRS)
+    tokenised = [
+        Pair(n, *(np.array(part, dtype=np.int32) for part in pair))
+        for n, pair in enumerate(pairs())
     ]
     made = []
-    for number, held in enumerate(PAIRS_BY_ROW):
-        row = Row.build([pairs[n] for n in held], ROW_TOKENS, 0)
+    size = parallel_state.get_data_parallel_world_size()
+    rows = PAIRS_BY_ROW[parallel_state.get_data_parallel_rank() :: size]
+    for number, held in enumerate(rows):
+        row = Row.build([tokenised[n] for n in held], ROW_TOKENS, 0)
         tensors = row.tensors(torch.device("cpu"))
         targets = Targets(
             tensors.target_positions_N,
@@ -119,7 +131,7 @@ def micro_batches(reference: Mapping[int, Tensor] | None, **fields: Any) -> list
                 "targets": targets,
                 "reference_logps": said,
                 "index": number,
-                "num_micro_batches": len(PAIRS_BY_ROW),
+                "num_micro_batches": len(rows),
                 "global_pairs": PAIRS,
                 **fields,
             },

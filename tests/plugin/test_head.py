@@ -1,0 +1,121 @@
+"""A head reads a hidden state as final norm and output layer do; over ranks, see the oracle."""
+
+import pytest
+import torch
+
+from megatron_idpo.mcore.specs import RMSNorm
+from megatron_idpo.plugin.head import Head, VocabShard
+from megatron_idpo.plugin.micro_batch import Targets
+
+ROWS, VALID, HIDDEN, POSITIONS = 13, 11, 8, 9
+ATOL = 1e-6
+"""Sums of a handful of fp32 logarithms."""
+
+TARGETS = Targets(
+    positions_N=torch.tensor([5, 0, 5, 7]),
+    tokens_N=torch.tensor([1, 10, 4, 0]),
+    sequences_N=torch.tensor([0, 1, 0, 1]),
+    num_pairs=1,
+)
+
+
+@pytest.fixture
+def norm():
+    norm = torch.nn.RMSNorm(HIDDEN, eps=1e-5)
+    torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)
+    return norm
+
+
+@pytest.fixture
+def weight_VH():
+    return torch.nn.Parameter(torch.randn(ROWS, HIDDEN))
+
+
+def head(norm, weight_VH, **fields):
+    shard = VocabShard(None, 0, VALID)
+    return Head(norm=norm, weight=lambda: weight_VH, shard=shard, sequence_parallel=False, **fields)
+
+
+def expected(hidden_T1H, norm, weight_VH):
+    """Whole logits of every position, padding rows left out."""
+    logps_TV = torch.log_softmax(norm(hidden_T1H[:, 0]) @ weight_VH[:VALID].t(), dim=-1)
+    picked_N = logps_TV[TARGETS.positions_N, TARGETS.tokens_N]
+    return torch.stack([picked_N[[0, 2]].sum(), picked_N[[1, 3]].sum()])
+
+
+@pytest.mark.parametrize("use_norm", [True, False])
+@pytest.mark.parametrize("normed", [True, False])
+def test_log_probabilities_and_gradients(norm, weight_VH, use_norm, normed):
+    hidden_T1H = torch.randn(POSITIONS, 1, HIDDEN, requires_grad=True)
+    through = norm if use_norm and not normed else torch.nn.Identity()
+    parameters = [hidden_T1H, weight_VH, norm.weight]
+    truth_2P = expected(hidden_T1H, through, weight_VH)
+    truth = torch.autograd.grad(truth_2P @ torch.tensor([1.0, -2.0]), parameters, allow_unused=True)
+    said_2P = head(norm, weight_VH, use_norm=use_norm).sequence_logps(
+        hidden_T1H, TARGETS, normed=normed
+    )
+    assert said_2P.dtype == torch.float32
+    assert torch.allclose(said_2P, truth_2P, atol=ATOL)
+    (said_2P @ torch.tensor([1.0, -2.0])).backward()
+    for parameter, gradient in zip(parameters, truth, strict=True):
+        if gradient is None:
+            assert parameter.grad is None, "the norm took part though nobody asked it"
+        else:
+            assert torch.allclose(parameter.grad, gradient, atol=1e-5)
+
+
+def test_a_frozen_weight_gets_no_gradient_and_passes_it_on(norm, weight_VH):
+    weight_VH.requires_grad_(False)
+    hidden_T1H = torch.randn(POSITIONS, 1, HIDDEN, requires_grad=True)
+    logps_2P = head(norm, weight_VH).sequence_logps(hidden_T1H, TARGETS, normed=False)
+    logps_2P.sum().backward()
+    assert weight_VH.grad is None and hidden_T1H.grad.count_nonzero()
+
+
+def test_an_empty_row_is_connected_to_the_graph(norm, weight_VH):
+    nothing = torch.zeros(0, dtype=torch.int64)
+    hidden_T1H = torch.randn(POSITIONS, 1, HIDDEN, requires_grad=True)
+    logps_2P = head(norm, weight_VH).sequence_logps(
+        hidden_T1H, Targets(nothing, nothing, nothing, 0), normed=False
+    )
+    assert logps_2P.shape == (0,)
+    logps_2P.sum().backward()
+    for parameter in (hidden_T1H, weight_VH, norm.weight):
+        assert parameter.grad is not None and not parameter.grad.any()
+
+
+def test_a_wider_residual_is_cast_to_the_weights_format(weight_VH):
+    """As with `fp32_residual_connection`."""
+
+    class Config:
+        use_cpu_initialization, sequence_parallel, params_dtype = True, False, torch.float32
+
+    half_VH = weight_VH.detach().bfloat16()
+    hidden_T1H = torch.randn(POSITIONS, 1, HIDDEN)
+    read = head(RMSNorm(Config(), HIDDEN), half_VH)
+    logps_2P = read.sequence_logps(hidden_T1H, TARGETS, normed=False)
+    truth_2P = expected(hidden_T1H, RMSNorm(Config(), HIDDEN), weight_VH.detach())
+    # bf16 keeps 8 bits of operands of about 1, in sums of 8 products.
+    assert logps_2P.dtype == torch.float32 and (logps_2P - truth_2P).abs().max() < 0.2
+
+
+def test_the_weight_is_asked_for_when_it_is_used(norm, weight_VH):
+    """DDP moves parameters into its buffers after heads are made."""
+    asked = []
+    read = head(norm, weight_VH)
+    read = Head(
+        norm=norm,
+        weight=lambda: asked.append(1) or weight_VH,
+        shard=read.shard,
+        sequence_parallel=False,
+    )
+    assert not asked
+    read.sequence_logps(torch.randn(POSITIONS, 1, HIDDEN), TARGETS, normed=False)
+    assert asked == [1]
+
+
+def test_entering_calls_the_copy_as_a_module(norm, weight_VH):
+    entered = []
+    head(norm, weight_VH, replica=lambda: entered.append(1)).enter()
+    assert entered == [1]
+    head(norm, weight_VH).enter()

@@ -1,0 +1,329 @@
+"""Copies of the head: one parameter on several stages, for the optimizer, the norm and the memory.
+
+That their gradients are the oracle's, `test_attach.py` proves.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.objective.dpo import Objective
+
+from . import tiny_megatron as tiny
+
+pytestmark = pytest.mark.distributed
+
+STEPS, LR = 3, 1e-2
+
+NORM_RELATIVE = 1e-5
+"""A global gradient norm in fp32, summed in another order over other ranks."""
+
+SHARDED = {"use_distributed_optimizer": True}
+OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    layout: Layout
+    layers: tuple[int, ...]
+    data: int = 1
+    tied: bool = False
+    half: bool = False
+    ddp: dict[str, bool] = field(default_factory=dict)
+    optimizer: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        layout = self.layout
+        words = [f"TP{layout.tensor}-PP{layout.pipeline}-VP{layout.virtual_pipeline}-DP{self.data}"]
+        words += [name for name in ("tied", "half") if getattr(self, name)]
+        return "-".join([*words, *self.ddp, *self.optimizer])
+
+
+def exhaustive(case: Case) -> Any:
+    return pytest.param(case, marks=pytest.mark.exhaustive, id=str(case))
+
+
+# Everything by which copies could drift apart: another learning rate for output layers, decay,
+# clipping, other cuts of the distributed optimizer, 16-bit weights with fp32 main parameters.
+CASES = [
+    Case(
+        layout=Layout(pipeline=2),
+        layers=(1, 2),
+        optimizer={"decoupled_lr": 3e-2, "weight_decay": 0.1, "clip_grad": 0.5},
+    ),
+    Case(
+        layout=Layout(pipeline=2, virtual_pipeline=2),
+        layers=(1, 2, 3),
+        tied=True,
+        ddp=SHARDED,
+        optimizer={"clip_grad": 0.5},
+    ),
+    Case(layout=Layout(pipeline=2), layers=(1, 3), half=True, ddp=SHARDED),
+    exhaustive(
+        Case(
+            layout=Layout(pipeline=2, virtual_pipeline=2),
+            layers=(1, 2, 3),
+            data=2,
+            tied=True,
+            half=True,
+            ddp=OVERLAPPED,
+            optimizer={"decoupled_lr": 3e-2, "weight_decay": 0.1, "clip_grad": 0.5},
+        )
+    ),
+    exhaustive(Case(layout=Layout(pipeline=2), layers=(1, 2), data=2, ddp=OVERLAPPED)),
+    exhaustive(Case(layout=Layout(pipeline=4), layers=(1, 2, 3), optimizer={"clip_grad": 0.5})),
+    exhaustive(Case(layout=Layout(pipeline=4), layers=(2,), tied=True, data=2, ddp=SHARDED)),
+    exhaustive(
+        Case(
+            layout=Layout(tensor=2, pipeline=2, sequence_parallel=True),
+            layers=(1, 2, 3),
+            ddp=SHARDED,
+            optimizer={"clip_grad": 0.5},
+        )
+    ),
+]
+
+
+def optimizer_for(models: list[Any], case: Case) -> Any:
+    from megatron.core.optimizer import (
+        OptimizerConfig,
+        get_megatron_optimizer,
+        get_standard_config_overrides,
+    )
+
+    settings = {"weight_decay": 0.0, "clip_grad": 1e6, **case.optimizer}
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=LR,
+        min_lr=0.0,
+        adam_eps=1e-4,
+        bf16=case.half,
+        use_distributed_optimizer=bool(case.ddp.get("use_distributed_optimizer")),
+        overlap_param_gather=bool(case.ddp.get("overlap_param_gather")),
+        **settings,
+    )
+    optimizer = get_megatron_optimizer(
+        config, models, config_overrides=get_standard_config_overrides(config)
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = group["max_lr"]  # as megatron-core's scheduler does
+    return optimizer
+
+
+def copies(chunks: list[Any], tied: bool) -> dict[str, list[Tensor]]:
+    """All copies on this rank, the owners' and the tied embedding's among them."""
+    held: dict[str, list[Tensor]] = {"weight": [], "norm": []}
+    for chunk in chunks:
+        replica = getattr(chunk, "head_replica", None)
+        if replica is not None:
+            held["norm"].append(replica.norm.weight)
+            held["weight"] += [replica.weight] if replica.weight is not None else []
+        if chunk.post_process:
+            held["norm"].append(chunk.decoder.final_layernorm.weight)
+            held["weight"].append(chunk.output_layer.weight)
+        if chunk.pre_process and tied:
+            held["weight"].append(chunk.embedding.word_embeddings.weight)
+    return {name: [one.detach().clone() for one in ones] for name, ones in held.items()}
+
+
+def fine_tune(case: Case) -> dict[str, Any]:
+    """Some steps of everything; the copies at both ends and the gradient norms between."""
+    from megatron.core.transformer.module import Float16Module
+
+    from megatron_idpo.mcore.groups import this_place
+    from megatron_idpo.plugin.attach import attach
+
+    dtype = torch.bfloat16 if case.half else torch.float32
+    chunks = tiny.start(case.layout, tied=case.tied, dtype=dtype)
+    config = chunks[0].config
+    objective = Objective(beta=0.3, intermediate_weight=0.4)
+    dpo = attach(chunks, layers=case.layers, objective=objective, vocab_size=tiny.VOCAB)
+    inner = [Float16Module(config, chunk) for chunk in chunks] if case.half else chunks
+    models = tiny.wrap(dpo, inner, grad_reduce_in_fp32=case.half, **case.ddp)
+    if case.ddp.get("overlap_grad_reduce"):
+        config.no_sync_func = [model.no_sync for model in models]
+        config.no_sync_func = config.no_sync_func[0] if len(models) == 1 else config.no_sync_func
+    optimizer = optimizer_for(models, case)
+    batches = tiny.micro_batches(tiny.references([*case.layers, tiny.NUM_LAYERS]))
+    before, norms = copies(chunks, case.tied), []
+    for _ in range(STEPS):
+        for model in models:
+            model.zero_grad_buffer()
+        optimizer.zero_grad()
+        tiny.run(dpo, models, batches)
+        dpo.take_outputs(len(batches))
+        updated, norm, _ = optimizer.step()
+        assert updated
+        norms.append(float(norm))
+    if case.ddp.get("overlap_param_gather"):
+        for model in models:
+            model.disable_forward_pre_hook(param_sync=True)
+    return {
+        "shard": this_place().tensor,
+        "before": before,
+        "after": copies(chunks, case.tied),
+        "norms": norms,
+    }
+
+
+@pytest.fixture(scope="module")
+def one_ranks_norm(workers):
+    """The gradient norm of a step by how it is run: no layout, no copies."""
+    known: dict[Any, float] = {}
+
+    def norm(case: Case) -> float:
+        key = (case.layers, case.tied)
+        if key not in known:
+            plain = Case(layout=Layout(), layers=case.layers, tied=case.tied)
+            (answer,) = workers.run(fine_tune, 1, plain)
+            known[key] = answer["norms"][0]
+        return known[key]
+
+    return norm
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_copies_stay_equal_and_count_once(workers, one_ranks_norm, case):
+    answers = workers.run(fine_tune, case.layout.model_ranks * case.data, case)
+    for name in ("weight", "norm"):
+        for shard in range(case.layout.tensor):
+            of_shard = [answer for answer in answers if answer["shard"] == shard]
+            before = [one for answer in of_shard for one in answer["before"][name]]
+            after = [one for answer in of_shard for one in answer["after"][name]]
+            assert len(after) == len(before) > case.data, "there is a copy besides the owner"
+            assert all(torch.equal(one, before[0]) for one in before)
+            assert all(torch.equal(one, after[0]) for one in after)
+            moved = (after[0].float() - before[0].float()).abs().max()
+            assert moved > LR, "nothing was learned"
+    assert len({answer["norms"][-1] for answer in answers}) == 1, "ranks disagree on the norm"
+    if not case.half and case.layout.tensor == 1:
+        expected = one_ranks_norm(case)
+        assert abs(answers[0]["norms"][0] - expected) <= NORM_RELATIVE * expected
+
+
+# ---- memory, and what learns ----------------------------------------------------------------------
+
+
+def frozen_copies() -> dict[str, Any]:
+    """Two tapped chunks without the head on the first stage, one on the last."""
+    from megatron_idpo.plugin.attach import attach
+
+    layout = Layout(pipeline=2, virtual_pipeline=2)
+    layout.start()
+    told: dict[str, Any] = {}
+    for name, tied, learns in (
+        ("frozen", False, False),
+        ("tied", True, False),
+        ("norm", False, True),
+    ):
+        chunks = tiny.chunks_of(layout, tied=tied, frozen_head=True)
+        for chunk in chunks:
+            if chunk.post_process:
+                chunk.decoder.final_layernorm.requires_grad_(learns)
+        dpo = attach(chunks, layers=[1, 2, 3], objective=Objective(), vocab_size=tiny.VOCAB)
+        owned = [chunk.embedding.word_embeddings.weight for chunk in chunks if chunk.pre_process]
+        owned = owned if tied else []
+        owned += [chunk.output_layer.weight for chunk in chunks if chunk.post_process]
+        replicas = [chunk.head_replica for chunk in chunks if hasattr(chunk, "head_replica")]
+        weights = [one.weight for one in replicas if one.weight is not None] + owned
+        told[name] = {
+            "replicas": len(replicas),
+            "weights": len({one.data_ptr() for one in weights}),
+            "norms": len({one.norm_weight.data_ptr() for one in replicas}),
+            "weight_learns": {one.requires_grad for one in weights},
+            "norm_learns": {one.norm_weight.requires_grad for one in replicas},
+            "learns": dpo._shared_head.learns,
+        }
+    return told
+
+
+def test_frozen_copies_of_a_rank_share_memory(workers):
+    first, last = workers.run(frozen_copies, 2)
+    for answer, replicas in ((first, 2), (last, 1)):
+        for name in ("frozen", "tied"):
+            told = answer[name]
+            assert told["replicas"] == replicas
+            assert told["weights"] == 1, "one output weight for all chunks of a rank"
+            assert told["norms"] == 1
+            assert told["weight_learns"] == {False} and told["norm_learns"] == {False}
+            assert not told["learns"]
+        assert answer["norm"]["weights"] == 1 and answer["norm"]["norms"] == replicas
+        assert answer["norm"]["weight_learns"] == {False}
+        assert answer["norm"]["norm_learns"] == {True} and answer["norm"]["learns"]
+
+
+# ---- detaching -----------------------------------------------------------------------------------
+
+
+def fingerprint(chunk: Any) -> dict[str, Any]:
+    """Everything attaching could leave behind."""
+    return {
+        "keys": list(chunk.state_dict()),
+        "sharded": sorted(chunk.sharded_state_dict()),
+        "parameters": {
+            name: (one.requires_grad, one.data_ptr(), sorted(vars(one)))
+            for name, one in chunk.named_parameters()
+        },
+        "hooks": {
+            name: [len(hooks) for key, hooks in sorted(vars(module).items()) if "_hooks" in key]
+            for name, module in chunk.named_modules()
+        },
+        "patched": [name for name, one in chunk.named_modules() if "forward" in vars(one)],
+        "modules": [name for name, _ in chunk.named_modules()],
+    }
+
+
+def attach_and_detach(layout: Layout, tied: bool, overrides: dict[str, Any]) -> list[str]:
+    """What differs after detaching; then attaching again, and its gradients against the first's."""
+    from megatron_idpo.plugin.attach import attach
+
+    chunks = tiny.start(layout, tied=tied, **overrides)
+    before = [fingerprint(chunk) for chunk in chunks]
+    reference = tiny.references([1, 2, 4])
+    logits = [plain_forward(chunks)] if len(chunks) == 1 and layout.pipeline == 1 else []
+    outputs = []
+    for _ in range(2):
+        dpo = attach(chunks, layers=[1, 2], objective=Objective(), vocab_size=tiny.VOCAB)
+        batches = tiny.micro_batches(reference)
+        tiny.run(dpo, chunks, batches, forward_only=True)
+        outputs.append(tiny.by_layer(dpo.take_outputs(len(batches)), "loss_P"))
+        dpo.detach()
+        dpo.detach()
+        after = [fingerprint(chunk) for chunk in chunks]
+        left = [
+            f"{name}: {one[name]} != {other[name]}"
+            for one, other in zip(before, after, strict=True)
+            for name in one
+            if one[name] != other[name]
+        ]
+        logits += [plain_forward(chunks)] if logits else []
+    assert all(torch.equal(one, logits[0]) for one in logits)
+    for layer, loss_P in outputs[0].items():
+        assert torch.equal(loss_P, outputs[1][layer])
+    return left
+
+
+def plain_forward(chunks: list[Any]) -> Tensor:
+    from megatron_idpo.mcore.row_params import RowParams
+
+    row = RowParams.plain(tiny.ROW_TOKENS)
+    tokens_1T = torch.arange(tiny.ROW_TOKENS)[None] % tiny.VOCAB
+    return chunks[0](tokens_1T, row.position_ids_T[None], None, packed_seq_params=row).detach()
+
+
+@pytest.mark.parametrize(
+    ("layout", "tied"),
+    [
+        (Layout(), False),
+        (Layout(pipeline=2), False),
+        (Layout(pipeline=2, virtual_pipeline=2), True),
+    ],
+    ids=["one-rank", "PP2", "VP2-tied"],
+)
+def test_detaching_leaves_nothing_behind(workers, layout, tied):
+    for left in workers.run(attach_and_detach, layout.model_ranks, layout, tied, {}):
+        assert left == []
