@@ -189,7 +189,6 @@ def test_one_copy_is_written_and_every_copy_is_read(workers, tmp_path, case):
     for directory in (with_copies, without):
         loaded = workers.run(load, ranks, str(directory), case, True)
         for answer, truth in zip(loaded, saved, strict=True):
-            assert all(answer["norm"]) and len(answer["norm"]) == len(truth["copies"]["norm"])
             for name, tensors in truth["copies"].items():
                 assert len(tensors) == len(answer[name])
                 for one, other in zip(answer[name], tensors, strict=True):
