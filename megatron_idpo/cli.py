@@ -13,6 +13,7 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with quiet_megatron():  # from the first import on
             return VERBS[arguments.verb].run(arguments)
     except UserError as error:
-        if _speaks_for_the_run():
-            rank = f" (rank {os.environ['RANK']})" if _world_size() > 1 else ""
-            print(f"megatron-idpo: error{rank}: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return _told(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if not _stopped_an_import_of_megatron(error):
+            raise
+        remedy = "`megatron-idpo doctor` tells which library is half installed"
+        reason = f"cannot be imported ({type(error).__name__}: {error})"
+        return _told(ConfigError.at("megatron-core", reason, remedy))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,6 +135,14 @@ def _config_verb(module: str, summary: str, *, config_required: bool = True) -> 
 _DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 _FORMATS = ("fp32", "bf16", "fp16")
 _BACKENDS = ("own", "bridge")
+_OWN_OPTIONS = {
+    "tensor": 1,
+    "pipeline": 1,
+    "virtual_pipeline": 1,
+    "pipeline_layers": None,
+    "overwrite": False,
+}
+"""Options of our own converter, with what they are where they are not given."""
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +205,16 @@ def _convert_by_bridge(arguments: argparse.Namespace) -> int:
     from megatron_idpo.convert.dtypes import parse_dtype
     from megatron_idpo.mcore.bridge import bridge_export, bridge_import
 
+    unread = [
+        f"--{name.replace('_', '-')}"
+        for name, unset in _OWN_OPTIONS.items()
+        if getattr(arguments, name) != unset
+    ]
+    if arguments.direction == "megatron-to-hf" and arguments.dtype:
+        unread.append("--dtype")
+    if unread:
+        remedy = "leave them out: Megatron-Bridge converts by itself"
+        raise ConfigError.at(", ".join(unread), "not read with --backend bridge", remedy)
     if arguments.direction == "hf-to-megatron":
         dtype = parse_dtype(arguments.dtype) if arguments.dtype else None
         bridge_import(arguments.input, arguments.output, dtype=dtype)
@@ -275,6 +297,26 @@ def _one_of(what: str, known: Iterable[str]) -> Callable[[str], str]:
 
 class _UnknownWord(argparse.ArgumentTypeError, ConfigError):
     pass
+
+
+def _told(error: UserError) -> int:
+    """Say what the user has to mend, once for the run; returns the exit code."""
+    if _speaks_for_the_run():
+        rank = f" (rank {os.environ['RANK']})" if _world_size() > 1 else ""
+        print(f"megatron-idpo: error{rank}: {error}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
+
+
+def _stopped_an_import_of_megatron(error: Exception) -> bool:
+    """Whether the error came up while a module of megatron-core was being imported.
+
+    megatron-core guards its optional libraries against ImportError only; a half-installed
+    Transformer Engine raises others.
+    """
+    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        code.co_name == "<module>" and "megatron/core/" in code.co_filename for code in frames
+    )
 
 
 def _world_size() -> int:

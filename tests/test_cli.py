@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -223,3 +224,33 @@ def test_torchrun_tells_a_mistake_once() -> None:
     )
     assert launched.returncode != 0
     assert launched.stderr.count("did you mean convert?") == 1
+
+
+def test_a_crashing_import_of_megatron_points_to_the_doctor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A half-installed Transformer Engine, as megatron-core meets it while it is imported."""
+    broken = tmp_path / "megatron" / "core" / "broken.py"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("open('/nonexistent/libtransformer_engine.so')\n")
+
+    def run(arguments: Any) -> int:
+        exec(compile(broken.read_text(), str(broken), "exec"), {})
+        return 0
+
+    monkeypatch.setitem(cli.VERBS, "convert", replace(cli.VERBS["convert"], run=run))
+    assert cli.main(["convert", "hf-to-megatron", "in", "out"]) == 2
+    told = capsys.readouterr().err
+    assert "libtransformer_engine.so" in told and "megatron-idpo doctor" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    "option", ["--tensor 2", "--pipeline-layers 1,2", "--overwrite", "--dtype bf16"]
+)
+def test_options_that_the_bridge_would_not_read_are_refused(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"convert megatron-to-hf in out --backend bridge --hf-model hf {option}"
+    assert cli.main(words.split()) == 2
+    assert option.split()[0] in capsys.readouterr().err

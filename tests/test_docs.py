@@ -209,3 +209,8 @@ def test_kept_promises_are_left_alone(
     path = tmp_path / "a.md"
     path.write_text(KEPT)
     assert list(problems(path, targets)) == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_figure_is_still_to_be_filled_in(path: Path) -> None:
+    assert not re.findall(r"@[A-Z_]+@", path.read_text())

@@ -6,7 +6,7 @@ table for the parameters of one model; how a parameter is cut and fused is `conv
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from megatron_idpo.convert.slicing import (
@@ -136,6 +136,24 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name in _model_names(architecture):
         shapes |= entry(name, architecture).hf_shapes
+    return shapes
+
+
+LEGACY_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+"""What old versions of Transformers stored, though it follows from the configuration."""
+
+
+def expected_tensors(
+    architecture: Architecture, stored: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """The tensors to expect in a checkpoint that stores these names.
+
+    `hf_shapes`, and a tied output layer where the checkpoint stores one nevertheless.
+    """
+    shapes = hf_shapes(architecture)
+    (embedding,), (output,) = _EMBEDDING.hf_names, _MODEL_RULES["output_layer.weight"].hf_names
+    if architecture.tied_embeddings and output in stored:
+        shapes[output] = shapes[embedding]
     return shapes
 
 

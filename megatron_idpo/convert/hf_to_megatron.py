@@ -14,7 +14,12 @@ import torch
 from megatron_idpo.checkpoint.directory import new_checkpoint
 from megatron_idpo.checkpoint.weights import save_weights
 from megatron_idpo.convert.dtypes import parse_dtype, stored_dtype
-from megatron_idpo.convert.families import entry, hf_shapes
+from megatron_idpo.convert.families import (
+    LEGACY_TENSORS,
+    entry,
+    expected_tensors,
+    hf_shapes,
+)
 from megatron_idpo.convert.hf_reader import HfCheckpoint
 from megatron_idpo.convert.progress import (
     busy,
@@ -29,9 +34,6 @@ from megatron_idpo.mcore.groups import this_place
 from megatron_idpo.mcore.layout import Layout
 from megatron_idpo.mcore.model import GPTModel, ModelOptions, build_model, global_parameters
 from megatron_idpo.mcore.world import agreeing, is_first_rank, joined_world, running
-
-_IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-"""What old versions of Transformers stored, though it follows from the configuration."""
 
 _INPUT, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -50,13 +52,10 @@ def open_hf(source: Path) -> tuple[HfCheckpoint, Architecture]:
     """
     checkpoint = HfCheckpoint(source)
     architecture = Architecture.from_hf(checkpoint.config)
-    shapes = hf_shapes(architecture)
-    stores_tied_output = architecture.tied_embeddings and _OUTPUT in checkpoint.names()
-    if stores_tied_output:
-        shapes[_OUTPUT] = shapes[_INPUT]
-    checkpoint.check(shapes, _IGNORED)
+    stored = checkpoint.names()
+    checkpoint.check(expected_tensors(architecture, stored), LEGACY_TENSORS)
     checkpoint.check_vocabulary()
-    if stores_tied_output and is_first_rank():
+    if architecture.tied_embeddings and _OUTPUT in stored and is_first_rank():
         _check_tied(checkpoint)
     return checkpoint, architecture
 

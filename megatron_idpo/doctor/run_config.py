@@ -121,12 +121,12 @@ def _architecture(directory: Path) -> "Architecture":
 
 def _check_weights(directory: Path, architecture: "Architecture") -> None:
     """Read the headers of the weights; a Megatron checkpoint has only its metadata looked for."""
-    from megatron_idpo.convert.families import hf_shapes
+    from megatron_idpo.convert.families import LEGACY_TENSORS, expected_tensors
     from megatron_idpo.convert.hf_reader import HfCheckpoint
 
     if not (directory / "metadata.json").is_file():
         checkpoint = HfCheckpoint(directory)
-        checkpoint.check(hf_shapes(architecture))
+        checkpoint.check(expected_tensors(architecture, checkpoint.names()), LEGACY_TENSORS)
         checkpoint.check_vocabulary()
 
 
