@@ -55,7 +55,21 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
             place, f"{what} and cannot be replaced", "name a new directory inside it"
         )
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise CheckpointError.at(place, "exists and is not empty", "name another, or overwrite it")
+        raise CheckpointError.at(
+            place, "exists and is not empty", "name another, or pass --overwrite"
+        )
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Replacing `target` would not remove what is read: `source` is not it and not in it.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    read, replaced = source.resolve(), target.resolve()
+    if read.is_relative_to(replaced):
+        relation = "is the source itself" if read == replaced else f"holds the source {source}"
+        raise CheckpointError.at(str(target), relation, "name another directory to write")
 
 
 def begin(target: Path, token: str, *, overwrite: bool = False, needed_bytes: int = 0) -> Path:

@@ -105,3 +105,17 @@ def test_everything_is_on_the_disk_before_it_has_its_name(
     atomic.publish(directory, target)
     before = [("file", False), ("sub", False), (directory.name, False)]
     assert synced == [*before, (tmp_path.name, True)]
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
+    source = tmp_path / "hf" / "meg"
+    source.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"hf: holds the source .*hf/meg; name another"):
+        atomic.check_apart(source, tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"link: holds the source"):
+        atomic.check_apart(source, tmp_path / "link")
+    with pytest.raises(CheckpointError, match=r"meg: is the source itself"):
+        atomic.check_apart(tmp_path / "link" / "meg", source)
+    for apart in (source / "below", tmp_path / "hf" / "me", tmp_path / "other"):
+        atomic.check_apart(source, apart)

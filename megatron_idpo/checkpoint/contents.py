@@ -22,8 +22,8 @@ _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 _VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
-_MAX_PADDING_ROWS = 4096
-"""Of a vocabulary: Megatron-LM pads it to a multiple of 128 x TP. More is another vocabulary."""
+_USUAL_MULTIPLES = tuple(1 << power for power in range(14))
+"""What a vocabulary is padded to a multiple of: TP (ours), or 128 x TP (Megatron-LM)."""
 
 Shape = tuple[int, ...]
 
@@ -55,13 +55,16 @@ def stored_weights(directory: Path) -> dict[str, StoredWeight]:
     return weights
 
 
-def check_same_model(directory: Path, expected: Mapping[str, Shape], vocab_size: int) -> None:
+def check_same_model(
+    directory: Path, expected: Mapping[str, Shape], vocab_size: int, num_kv_heads: int = 1
+) -> None:
     """The checkpoint holds the weights of this model, no fewer and no others.
 
     Args:
         directory: the checkpoint.
         expected: the shapes of the model's whole weights by megatron-core key.
         vocab_size: without padding; the checkpoint's may have another one than the model's.
+        num_kv_heads: of the model; its divisors are the tensor parallel sizes it can have had.
 
     Raises:
         CheckpointError: there is a difference; what `stored_weights` raises.
@@ -78,9 +81,9 @@ def check_same_model(directory: Path, expected: Mapping[str, Shape], vocab_size:
             continue
         shape = expected[key]
         if key in _VOCABULARY_KEYS:
-            padding_rows = weight.shape[0] - vocab_size
-            matches = weight.shape[1:] == shape[1:] and 0 <= padding_rows <= _MAX_PADDING_ROWS
             shape = (vocab_size, *shape[1:])
+            padded = _padded_sizes(vocab_size, num_kv_heads)
+            matches = weight.shape[1:] == shape[1:] and weight.shape[0] in padded
         else:
             matches = weight.shape == shape
         if not matches:
@@ -93,6 +96,15 @@ def check_same_model(directory: Path, expected: Mapping[str, Shape], vocab_size:
             f"holds another model than its config.json says: {differences[0]}{others}",
             "put the configuration there that it was made with",
         )
+
+
+def _padded_sizes(vocab_size: int, num_kv_heads: int) -> set[int]:
+    """How many rows a vocabulary can have by the rules of padding, none included.
+
+    Not any number above it: one row more is rather a token that was added to the tokenizer.
+    """
+    tensor_sizes = (k for k in range(1, num_kv_heads + 1) if num_kv_heads % k == 0)
+    return {-(-vocab_size // k) * k for k in (*_USUAL_MULTIPLES, *tensor_sizes)}
 
 
 def _check_marker(directory: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from megatron_idpo import atomic
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.errors import CheckpointError, UserError
 from megatron_idpo.mcore.world import agreeing, barrier, from_first, is_first_rank
 
 COMPANIONS = "huggingface"
@@ -28,7 +28,8 @@ def new_checkpoint(
 ) -> Iterator[Path]:
     """A directory for all ranks to write a checkpoint into; it gets its name if all goes well.
 
-    Collective. The body may contain collectives; what it raises removes the directory again.
+    Collective. The body may contain collectives; what it raises removes the directory again. If
+    that is a `UserError`, every rank must raise one (`agreeing`): they wait for the removal.
 
     Args:
         target: the checkpoint's name.
@@ -39,6 +40,7 @@ def new_checkpoint(
     Raises:
         CheckpointError: the target cannot be written.
     """
+    target = target.resolve()  # a link to a checkpoint stays, and what it points to is replaced
     token = from_first(lambda: uuid4().hex[:8])
     directory = atomic.incomplete_directory(target, token)
     try:
@@ -53,9 +55,11 @@ def new_checkpoint(
             if is_first_rank():
                 copy_companions(companions, directory / COMPANIONS)
                 atomic.publish(directory, target, overwrite=overwrite)
-    except BaseException:
+    except BaseException as error:
         if is_first_rank():
             atomic.discard(directory)
+        if isinstance(error, UserError):
+            barrier()  # or torchrun would end the first rank while it still deletes
         raise
     barrier()
 
@@ -80,8 +84,17 @@ def companion_files(checkpoint: Path) -> list[Path]:
     """The configuration and tokenizer files that a checkpoint carries.
 
     Raises:
-        CheckpointError: it carries none.
+        CheckpointError: it carries none, or is no such checkpoint.
     """
+    if not checkpoint.is_dir():
+        what = "is a file" if checkpoint.exists() else "does not exist"
+        raise CheckpointError.at(str(checkpoint), what, "name a checkpoint's directory")
+    if (checkpoint / "config.json").is_file() and not (checkpoint / "metadata.json").exists():
+        raise CheckpointError.at(
+            str(checkpoint),
+            "is a Hugging Face directory, no Megatron-Core checkpoint",
+            "the other way is `convert hf-to-megatron`",
+        )
     directory = checkpoint / COMPANIONS
     files = sorted(directory.iterdir()) if directory.is_dir() else []
     if not any(path.name == "config.json" for path in files):

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_idpo.checkpoint.casts import check_range
 from megatron_idpo.errors import CheckpointError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -90,12 +92,13 @@ def read_into(tensors: Sequence[ShardedTensor], directory: Path) -> None:
         directory: a checkpoint that `checkpoint/contents.py` has looked at.
 
     Raises:
-        CheckpointError: a file is damaged.
+        CheckpointError: a file is damaged, or a value too large for the format of its tensor.
     """
     by_key: dict[str, list[ShardedTensor]] = {}
     for tensor in tensors:
         by_key.setdefault(tensor.key, []).append(tensor)
-    planner = MCoreLoadPlanner(
+    planner = _LoadPlanner(
+        directory,
         shapes_validation_sharded_tensors=[one for one in tensors if not one.allow_shape_mismatch],
         allow_shape_mismatch_sharded_tensors={
             one.key: one for one in tensors if one.allow_shape_mismatch
@@ -132,9 +135,12 @@ class _Reader(FileSystemReader):
         for item in sorted(plan.items, key=size, reverse=True):
             try:
                 super().read_data(replace(plan, items=[item]), planner)
+            except CheckpointError:
+                raise
             except Exception as error:  # whatever unzipping and unpickling find
                 path = Path(self.path) / self.storage_data[item.storage_index].relative_path
-                reason = str(error).split("\n", 1)[0]
+                # Not torch's words: it advises to unpickle whatever is there.
+                reason = getattr(error, "strerror", None) or "the file is damaged"
                 raise CheckpointError.at(
                     str(path),
                     f"tensor {item.storage_index.fqn!r} cannot be read ({reason})",
@@ -143,6 +149,20 @@ class _Reader(FileSystemReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+class _LoadPlanner(MCoreLoadPlanner):
+    """Refuses values that have become infinite on their way into the model's format."""
+
+    def __init__(self, place: Path, **options: Any) -> None:
+        super().__init__(**options)
+        self._place = place
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        super().commit_tensor(read_item, tensor)
+        name = read_item.storage_index.fqn
+        stored = self.metadata.state_dict_metadata[name].properties.dtype
+        check_range(str(self._place), name, tensor, stored)
 
 
 class _Planner(MCoreSavePlanner):

@@ -87,7 +87,7 @@ def load_weights(chunks: Sequence[GPTModel], directory: Path, architecture: Arch
     shapes = {one.key: tuple(one.global_shape) for one in tensors}
     everywhere = {key: shape for rank in gathered(shapes) for key, shape in rank.items()}
     with agreeing("loading the weights"):
-        check_same_model(directory, everywhere, architecture.vocab_size)
+        check_same_model(directory, everywhere, architecture.vocab_size, architecture.num_kv_heads)
         with quiet_megatron():
             read_into(tensors, directory)
 

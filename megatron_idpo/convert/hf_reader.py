@@ -26,7 +26,6 @@ from megatron_idpo.convert.tokenizer_files import (
     CONFIG_FILE,
     TOKENIZER_FILES,
     check_vocabulary,
-    largest_token,
     read_json_object,
 )
 from megatron_idpo.errors import CheckpointError, Problem
@@ -37,6 +36,8 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _BLOCK_BYTES = 8 << 20  # read at once where columns are picked: large for the disk, small for us
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_DANGLING = "is a link that points nowhere, as an interrupted download leaves it"
 _MAX_TOLD = 20  # problems shown of a checkpoint that is another model altogether
 
 
@@ -58,8 +59,7 @@ class HfCheckpoint:
         """
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            what = "is a file" if self.directory.exists() else "does not exist"
-            raise CheckpointError.at(str(directory), what, "name a checkpoint's directory")
+            raise _no_directory(self.directory)
         if (self.directory / SINGLE_FILE).is_file():
             path = self.directory / SINGLE_FILE
             self._places = {name: (path, place) for name, place in read_header(path).items()}
@@ -117,12 +117,6 @@ class HfCheckpoint:
             raise CheckpointError.at(str(path), f"cannot read tensor {name!r}: {reason}") from None
         return flat.view(place.spec.dtype).view(shape)
 
-    def expect(self, name: str, shape: Sequence[int]) -> None:
-        """Raises CheckpointError unless there is a tensor `name` of this shape."""
-        found = self.shape(name)
-        if found != tuple(shape):
-            raise CheckpointError.of([self._wrong_shape(name, shape)])
-
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()) -> None:
         """The checkpoint holds exactly the expected tensors.
 
@@ -163,11 +157,6 @@ class HfCheckpoint:
         """The files that travel with the weights: configurations and tokenizer, where present."""
         names = (CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES)
         return tuple(self.directory / name for name in names if (self.directory / name).is_file())
-
-    def tokenizer_vocab_size(self) -> int | None:
-        """One more than the tokenizer's largest id; None where there is no tokenizer."""
-        token = largest_token(self.directory)
-        return None if token is None else token.id + 1
 
     def check_vocabulary(self) -> None:
         """The model has an embedding for every id of its tokenizer; more of them are normal.
@@ -230,6 +219,8 @@ def _unreadable(shard: Path, listed: Mapping[str, str], error: CheckpointError) 
     holds = f"by {INDEX_FILE} it holds tensor {names[0]!r}{others}"
     if shard.exists():
         return Problem(str(error), holds)
+    if shard.is_symlink():
+        return Problem(str(shard), f"{_DANGLING}; {holds}", "download it again")
     return Problem(str(shard), f"is missing; {holds}", "download or copy this file")
 
 
@@ -242,7 +233,26 @@ def _raise_any(problems: list[Problem], directory: Path) -> None:
         raise CheckpointError.of(problems)
 
 
+def _no_directory(path: Path) -> CheckpointError:
+    if path.exists():
+        return CheckpointError.at(str(path), "is a file", "name a checkpoint's directory")
+    if _HUB_NAME.fullmatch(str(path)):
+        remedy = f"if it is a model on the hub, `hf download {path} --local-dir DIR` and give DIR"
+    else:
+        remedy = "name a checkpoint's directory"
+    return CheckpointError.at(str(path), "does not exist", remedy)
+
+
 def _nothing_to_read(directory: Path) -> CheckpointError:
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (directory / name).is_symlink():
+            return CheckpointError.at(str(directory / name), _DANGLING, "download it again")
+    if (directory / "metadata.json").is_file():
+        return CheckpointError.at(
+            str(directory),
+            "is a Megatron checkpoint, no Hugging Face directory",
+            "the other way is `convert megatron-to-hf`",
+        )
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         return CheckpointError.at(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_idpo.atomic import check_apart
+from megatron_idpo.checkpoint.casts import check_floating
 from megatron_idpo.checkpoint.directory import new_checkpoint
 from megatron_idpo.checkpoint.weights import save_weights
 from megatron_idpo.convert.dtypes import parse_dtype, stored_dtype
@@ -28,6 +30,7 @@ from megatron_idpo.convert.progress import (
     weights_bytes,
 )
 from megatron_idpo.convert.slicing import Shard
+from megatron_idpo.convert.tokenizer_files import CONFIG_FILE
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.groups import this_place
@@ -51,9 +54,11 @@ def open_hf(source: Path) -> tuple[HfCheckpoint, Architecture]:
             tokenizer with more tokens than the vocabulary.
     """
     checkpoint = HfCheckpoint(source)
-    architecture = Architecture.from_hf(checkpoint.config)
+    architecture = Architecture.from_hf(checkpoint.config, str(source / CONFIG_FILE))
     stored = checkpoint.names()
     checkpoint.check(expected_tensors(architecture, stored), LEGACY_TENSORS)
+    # Also where another format is asked for: this is not a matter of choosing one.
+    check_floating(str(source), {name: checkpoint.dtype(name) for name in hf_shapes(architecture)})
     checkpoint.check_vocabulary()
     if architecture.tied_embeddings and _OUTPUT in stored and is_first_rank():
         _check_tied(checkpoint)
@@ -87,7 +92,7 @@ def load_hf_weights(
         show_progress: draw a progress bar.
 
     Raises:
-        CheckpointError: a file is damaged.
+        CheckpointError: a file is damaged, or a value too large for the model's format.
     """
     place = this_place()
     shard = Shard(place.tensor, place.tensor_size)
@@ -126,6 +131,7 @@ def convert(
     layout, begin_s = layout or Layout(), time.monotonic()
     with joined_world() as world:
         with agreeing("opening the checkpoint"):
+            check_apart(source, target)
             checkpoint, architecture = open_hf(source)
             layout.check(architecture, world.size)
             stored = parse_dtype(dtype) if dtype else hf_dtype(checkpoint, architecture)

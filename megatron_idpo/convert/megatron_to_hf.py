@@ -8,12 +8,15 @@ stays bounded by one tensor on every rank and stages write side by side.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 
+from megatron_idpo.atomic import check_apart
+from megatron_idpo.checkpoint.casts import check_floating
 from megatron_idpo.checkpoint.contents import stored_weights
 from megatron_idpo.checkpoint.directory import COMPANIONS, companion_files, copy_companions
 from megatron_idpo.checkpoint.weights import load_weights
@@ -24,7 +27,7 @@ from megatron_idpo.convert.progress import busy, report_written, tensor_progress
 from megatron_idpo.convert.safetensors_header import TensorSpec
 from megatron_idpo.convert.slicing import Replicated
 from megatron_idpo.convert.tokenizer_files import CONFIG_FILE, check_vocabulary, read_json_object
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.errors import CheckpointError, UserError
 from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.groups import gather_tensor_shards, this_place
 from megatron_idpo.mcore.layout import Layout
@@ -98,7 +101,10 @@ def export_hf(
     """
     specs = [TensorSpec(name, shape, dtype) for name, shape in hf_shapes(architecture).items()]
     token = from_first(lambda: uuid4().hex[:8])
-    with HfWriter(target, specs, token=token, overwrite=overwrite) as writer:
+    with (
+        _failing_together(),
+        HfWriter(target, specs, token=token, overwrite=overwrite) as writer,
+    ):
         with agreeing("preparing the export"):
             if is_first_rank():
                 writer.begin()
@@ -112,6 +118,19 @@ def export_hf(
                 _set_config_dtype(writer.incomplete / CONFIG_FILE, dtype)
                 writer.finish([name for names in by_rank[1:] for name in names])
     barrier()
+
+
+@contextmanager
+def _failing_together() -> Iterator[None]:
+    """After a `UserError`, raised on all ranks, wait until all have removed what they wrote.
+
+    Else torchrun, told by the first rank that ends, would end the others in the middle of it.
+    """
+    try:
+        yield
+    except UserError:
+        barrier()
+        raise
 
 
 def convert(
@@ -140,18 +159,15 @@ def convert(
     layout, begin_s = layout or Layout(), time.monotonic()
     with joined_world() as world:
         with agreeing("opening the checkpoint"):
+            check_apart(source, target)
             companions = companion_files(source)
-            architecture = Architecture.from_hf(read_json_object(source / COMPANIONS / CONFIG_FILE))
+            path = source / COMPANIONS / CONFIG_FILE
+            architecture = Architecture.from_hf(read_json_object(path), str(path))
             layout.check(architecture, world.size)
             check_vocabulary(source / COMPANIONS, architecture.vocab_size)
-            weights = stored_weights(source)
-            wanted = (
-                parse_dtype(dtype)
-                if dtype
-                else stored_dtype(
-                    str(source), {key: weight.dtype for key, weight in weights.items()}
-                )
-            )
+            stored = {key: weight.dtype for key, weight in stored_weights(source).items()}
+            check_floating(str(source), stored)
+            wanted = parse_dtype(dtype) if dtype else stored_dtype(str(source), stored)
         with running(layout):
             chunks = build_model(architecture, layout, ModelOptions(dtype=wanted))
             with busy("reading the checkpoint", show=world.is_first):

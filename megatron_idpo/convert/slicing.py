@@ -9,11 +9,13 @@ again. Values are moved, never computed with, so a round trip is exact to the bi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_idpo.checkpoint.casts import check_range
 from megatron_idpo.mcore.architecture import Architecture
 
 _BLOCK_BYTES = 32 << 20
@@ -36,6 +38,10 @@ class Shard:
 
 class TensorSource(Protocol):
     """Where Hugging Face tensors are read from (`hf_reader.HfCheckpoint`)."""
+
+    @property
+    def directory(self) -> Path:
+        """What to name in errors."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole tensor's shape."""
@@ -212,5 +218,7 @@ def _fill(
     start = rows.start
     for block in into.split(block_runs):
         stop = start + run_rows * len(block)
-        block.copy_(source.read(name, rows=slice(start, stop), columns=columns).view(block.shape))
+        read = source.read(name, rows=slice(start, stop), columns=columns)
+        block.copy_(read.view(block.shape))
+        check_range(str(source.directory), name, block, read.dtype)
         start = stop

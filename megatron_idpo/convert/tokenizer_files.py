@@ -18,6 +18,8 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",

@@ -9,7 +9,7 @@ It reads no weights, computes no frequencies (`rope.py`) and knows nothing of pa
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -101,13 +101,14 @@ class Architecture:
     num_experts: int = 0
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+    def from_hf(cls, config: Mapping[str, Any], place: str = PLACE) -> Self:
         """Reads a parsed config.json, of Transformers 4 or 5.
 
         Missing fields have the defaults of Transformers' own config class.
 
         Args:
             config: The parsed file; it is not changed.
+            place: What to call the file in errors, its path.
 
         Returns:
             The architecture.
@@ -117,14 +118,14 @@ class Architecture:
                 in a way that is not supported.
         """
         if not isinstance(config, Mapping):
-            raise ConfigError.at(PLACE, f"holds a {type(config).__name__}, not an object")
+            raise ConfigError.at(place, f"holds a {type(config).__name__}, not an object")
         hf_config, problems = read_config(config)
         if hf_config is not None:
             problems += _head_problems(hf_config)
             problems += _rope_list_problems(hf_config, config)
             problems += _layer_type_problems(hf_config, config)
         if problems:
-            raise ConfigError.of(problems)
+            raise ConfigError.of([_relocated(found, place) for found in problems])
         family = hf_config.model_type
         return cls(
             family=family,
@@ -144,6 +145,12 @@ class Architecture:
             rope=RopeSettings.of(hf_config.rope_parameters),
             dtype=checkpoint_dtype(config),
         )
+
+
+def _relocated(found: Problem, place: str) -> Problem:
+    """The problem with the file's own path."""
+    assert found.place.startswith(PLACE), found
+    return replace(found, place=place + found.place.removeprefix(PLACE))
 
 
 def _head_dim(hf_config: Any) -> int:

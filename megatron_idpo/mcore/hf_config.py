@@ -117,7 +117,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
             problem(
                 "model_type",
                 f"{family!r} is not a supported family",
-                f"supported are {known}; Megatron-Bridge may convert others",
+                f"supported are {known}; `--backend bridge` may convert others",
             )
         ]
     found = {key: told for key in config if (told := _problem_of(key, config, family)) is not None}

@@ -20,6 +20,9 @@ from megatron_idpo.mcore.cpu import backend, default_device, redirect_cuda_to_cp
 from megatron_idpo.mcore.layout import Layout
 from megatron_idpo.mcore.quiet import quiet_megatron
 
+_RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torch needs beside `RANK` to find the other processes."""
+
 _KINDS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, UserError)}
 
 
@@ -46,6 +49,9 @@ def joined_world(timeout_s: float = 1800.0) -> Iterator[World]:
 
     Args:
         timeout_s: how long a collective may wait for a rank, in seconds.
+
+    Raises:
+        ConfigError: the environment describes half a world, or more ranks here than GPUs.
     """
     redirect_cuda_to_cpu()
     with quiet_megatron(), _process_group(timeout_s):
@@ -58,6 +64,7 @@ def _process_group(timeout_s: float) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    _check_environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
@@ -68,6 +75,23 @@ def _process_group(timeout_s: float) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _check_environment() -> None:
+    """What torchrun sets is there as a whole, and every rank of this machine has a GPU."""
+    missing = [name for name in _RENDEZVOUS if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        remedy = "start with torchrun, or unset RANK to run in one process"
+        raise ConfigError.at("RANK", f"is set, but not {', '.join(missing)}", remedy)
+    if not torch.cuda.is_available():
+        return
+    num_gpus = torch.cuda.device_count()
+    # The number of local ranks, so that all of them refuse rather than those without a GPU alone.
+    last = max(int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+    if last >= num_gpus:
+        told = f"{last + 1} ranks on this machine, but {num_gpus} visible GPUs"
+        remedy = f"start torchrun with --nproc-per-node {num_gpus}"
+        raise ConfigError.at("LOCAL_WORLD_SIZE", told, remedy)
 
 
 @contextmanager

@@ -278,7 +278,8 @@ class AttachedDpo:
             raise ConfigError.at(
                 f"micro-batch {micro_batch.index}",
                 f"brings no reference log-probabilities for layer {read}",
-                "score the data with the reference at every tapped layer and the final one first",
+                "score the data with the reference at every tapped layer and the final one first; "
+                "scoring itself runs under torch.no_grad",
             )
         kept = None if loss_P is None else loss_P.detach()
         self._ledger.record(

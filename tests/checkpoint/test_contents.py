@@ -90,10 +90,33 @@ def test_another_model_is_told_on_one_line(expected, vocab_size, told, checkpoin
     assert "\n" not in str(error.value)
 
 
-def test_another_vocabulary_is_not_padding(checkpoint):
+def test_padding_by_an_odd_tensor_parallel_size(checkpoint):
+    set_rows(checkpoint, 32001)
+    check_same_model(checkpoint, SHAPES, 32000, num_kv_heads=6)
+    with pytest.raises(CheckpointError):
+        check_same_model(checkpoint, SHAPES, 32000, num_kv_heads=8)
+
+
+def set_rows(checkpoint, num_rows):
     path = checkpoint / ".metadata"
     metadata = pickle.loads(path.read_bytes())
-    metadata.state_dict_metadata[EMBEDDING].size = torch.Size((5000, 4))
+    metadata.state_dict_metadata[EMBEDDING].size = torch.Size((num_rows, 4))
     path.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"has shape \(5000, 4\), expected \(8, 4\)"):
-        check_same_model(checkpoint, SHAPES, vocab_size=8)
+
+
+# Ours pads to a multiple of TP, Megatron-LM to one of 128 x TP.
+PADDED = [(32003, 32004), (32003, 32128), (50257, 51200), (32000, 32000), (32000, 32768)]
+
+
+@pytest.mark.parametrize(("vocab_size", "num_rows"), PADDED)
+def test_padding_by_a_rule_is_left_out(vocab_size, num_rows, checkpoint):
+    set_rows(checkpoint, num_rows)
+    check_same_model(checkpoint, SHAPES, vocab_size)
+
+
+@pytest.mark.parametrize(("vocab_size", "num_rows"), [(8, 5000), (32000, 32001), (32000, 34000)])
+def test_another_vocabulary_is_not_padding(vocab_size, num_rows, checkpoint):
+    set_rows(checkpoint, num_rows)
+    told = rf"has shape \({num_rows}, 4\), expected \({vocab_size}, 4\)"
+    with pytest.raises(CheckpointError, match=told):
+        check_same_model(checkpoint, SHAPES, vocab_size)

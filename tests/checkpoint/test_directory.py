@@ -53,6 +53,41 @@ def test_a_failing_body_leaves_what_was_there(workers, companions, tmp_path):
     assert not list(tmp_path.glob(".out*"))
 
 
+def wait_for_removal(target: str, companions: list[str]) -> int:
+    """On every rank: fail; how many hidden directories are left when this rank may end."""
+    import time
+    from unittest import mock
+
+    from megatron_idpo import atomic
+
+    discard = atomic.discard
+
+    def slowly(directory: Path) -> None:
+        time.sleep(0.5)
+        discard(directory)
+
+    try:
+        with mock.patch.object(atomic, "discard", slowly):
+            write(target, companions, "broken")
+    except CheckpointError:
+        return len(atomic.leftovers(Path(target)))
+    return -1
+
+
+@pytest.mark.distributed
+def test_no_rank_ends_before_the_directory_is_removed(workers, companions, tmp_path):
+    assert workers.run(wait_for_removal, 2, str(tmp_path / "out"), companions) == [0, 0]
+
+
+@pytest.mark.distributed
+def test_a_link_stays_and_what_it_points_to_is_replaced(workers, companions, tmp_path):
+    workers.run(write, 1, str(tmp_path / "real"), companions)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    workers.run(write, 2, str(tmp_path / "link"), companions, overwrite=True)
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "real").is_symlink()
+    assert (tmp_path / "real" / "part1").is_file()
+
+
 @pytest.mark.distributed
 def test_space_is_asked_for_first(workers, companions, tmp_path):
     with pytest.raises(CheckpointError, match=r"out: needs [\d,]{20,} bytes of disk"):
@@ -69,8 +104,13 @@ def test_a_companion_that_cannot_be_copied(workers, companions, tmp_path):
 
 
 def test_companions_of_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere: does not exist; name a"):
+        companion_files(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"huggingface: there is no config\.json; put the"):
         companion_files(tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is a Hugging Face directory, .*hf-to-megatron"):
+        companion_files(tmp_path)
     copy_companions([tmp_path / "config.json"], tmp_path / "huggingface")
+    (tmp_path / "metadata.json").touch()
     assert companion_files(tmp_path) == [tmp_path / "huggingface" / "config.json"]

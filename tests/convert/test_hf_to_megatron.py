@@ -126,7 +126,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "another architecture": (
         lambda hf: change_config(hf, model_type="gpt2", architectures=["GPT2LMHeadModel"]),
-        r"gpt2.*llama, mistral, qwen2, qwen3",
+        r"hf/config\.json: .*gpt2.*llama, mistral, qwen2, qwen3; `--backend bridge`",
     ),
     "a field we cannot honour": (lambda hf: change_config(hf, hidden_act="gelu"), r"hidden_act"),
     "no configuration": (
@@ -153,6 +153,35 @@ def test_a_source_that_cannot_be_used_is_told_on_one_line(
     (told,) = attempt_on("there", source, tmp_path / "out")
     assert_one_line(told, expected)
     assert remaining(tmp_path) <= {"hf"}
+
+
+def codes(weights: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    weights[name] = torch.ones_like(weights[name], dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_codes_of_a_quantised_model_are_refused(dtype, source, attempt_on, tmp_path):
+    change_weights(source, codes)
+    (told,) = attempt_on("there", source, tmp_path / "out", dtype=dtype)
+    assert_one_line(
+        told, r"hf: tensor 'model\.layers\.2\.mlp\.up_proj\.weight' is stored as torch\.int8"
+    )
+    assert remaining(tmp_path) == {"hf"}
+
+
+def too_large_for_fp16(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.1.self_attn.v_proj.weight"][-1, -1] = 65520.0
+
+
+def test_a_value_beyond_the_format_asked_for(source, attempt_on, tmp_path):
+    change_weights(source, too_large_for_fp16)
+    told = attempt_on("there", source, tmp_path / "out", TP2, dtype="fp16")
+    for one in told:
+        assert_one_line(
+            one, r"hf: tensor 'model\.layers\.1\.self_attn\.v_proj\.weight' .* in torch\.float16"
+        )
+    assert attempt_on("there", source, tmp_path / "out", dtype="bf16") == [None]
 
 
 def test_all_ranks_are_told_at_once(source, attempt_on, tmp_path):
@@ -249,6 +278,15 @@ def test_a_checkpoint_is_replaced_when_asked(source, attempt_on, tmp_path):
     assert attempt_on("there", source, out, TP2, overwrite=True) == [None, None]
     assert {"__0_0.distcp", "__1_0.distcp"} < remaining(out)
     assert remaining(tmp_path) == {"hf", "out"}
+
+
+def test_the_source_is_not_replaced(source, attempt_on, tmp_path):
+    """Not even where it lies in a checkpoint, which may be replaced."""
+    (tmp_path / "metadata.json").touch()
+    told = attempt_on("there", source, tmp_path, TP2, overwrite=True)
+    assert told[0] == told[1]
+    assert_one_line(told[0], r": holds the source .*/hf; name another directory to write$")
+    assert remaining(tmp_path) == {"hf", "metadata.json"}
 
 
 def test_only_a_checkpoint_is_replaced(source, attempt_on, tmp_path):

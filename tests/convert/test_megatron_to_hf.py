@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_idpo.mcore.layout import Layout
 
@@ -85,6 +85,13 @@ def add_token(checkpoint: Path) -> None:
     (checkpoint / "huggingface" / "vocab.json").write_text(json.dumps({"a": 0, "zz": 300}))
 
 
+def store_as(checkpoint: Path, dtype: torch.dtype) -> None:
+    path = checkpoint / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["decoder.final_layernorm.weight"].properties.dtype = dtype
+    path.write_bytes(pickle.dumps(metadata))
+
+
 Damage = Callable[[Path], Any]
 
 REFUSED: dict[str, tuple[Damage, str]] = {
@@ -106,7 +113,8 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "overwritten": (
         overwrite_a_tensor,
-        r"m/__0_0\.distcp: tensor 'decoder\.final_layernorm\.weight' cannot be read \(.*; copy",
+        r"m/__0_0\.distcp: tensor 'decoder\.final_layernorm\.weight' cannot be read "
+        r"\(the file is damaged\); copy the checkpoint here again$",
     ),
     "truncated metadata": (
         lambda m: cut(m / ".metadata", 50),
@@ -153,7 +161,15 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         add_token,
         r"m/huggingface/vocab\.json: token 'zz' has the id 300, but vocab_size .* is 256",
     ),
-    "nothing": (shutil.rmtree, r"m/huggingface: there is no config\.json"),
+    "a field we cannot honour": (
+        lambda m: change_config(m, hidden_act="gelu"),
+        r"m/huggingface/config\.json: hidden_act: 'gelu'",
+    ),
+    "codes": (
+        lambda m: store_as(m, torch.int8),
+        r"m: tensor '[\w.]+' is stored as torch\.int8, no floats",
+    ),
+    "nothing": (shutil.rmtree, r"m: does not exist; name a checkpoint"),
 }
 
 
@@ -189,6 +205,54 @@ def test_the_configuration_names_the_format_under_the_key_it_has(source, attempt
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
 
 
+def test_a_value_beyond_the_format_asked_for(tiny_llama, attempt_on, tmp_path):
+    hf, between = tmp_path / "hf", tmp_path / "m"
+    shutil.copytree(tiny_llama, hf)
+    weights = load_file(hf / WEIGHTS)
+    weights["model.layers.3.mlp.down_proj.weight"][-1, -1] = 65520.0
+    save_file(weights, hf / WEIGHTS, metadata={"format": "pt"})
+    assert attempt_on("there", hf, between) == [None]
+    for told in attempt_on("back", between, tmp_path / "out", PP2, dtype="fp16"):
+        assert_one_line(
+            told, r"m: tensor 'decoder\.layers\.mlp\.linear_fc2\.weight' .* in torch\.float16"
+        )
+    assert remaining(tmp_path) == {"hf", "m"}
+
+
+@contextmanager
+def slow_removal() -> Iterator[None]:
+    import time
+
+    from megatron_idpo import atomic
+
+    discard = atomic.discard
+
+    def slowly(directory: Path) -> None:
+        time.sleep(0.5)
+        discard(directory)
+
+    with mock.patch.object(atomic, "discard", slowly):
+        yield
+
+
+def fail_and_look(source: str, target: str) -> int:
+    """On every rank: fail to publish; what is left when this rank may end."""
+    import torch.distributed as dist
+
+    from megatron_idpo import atomic
+    from megatron_idpo.convert.megatron_to_hf import convert
+    from megatron_idpo.errors import CheckpointError
+
+    slow = slow_removal() if dist.get_rank() == 0 else mock.patch.object(atomic, "discard")
+    with slow, no_publishing(), pytest.raises(CheckpointError):
+        convert(Path(source), Path(target), layout=PP2)
+    return len(atomic.leftovers(Path(target)))
+
+
+def test_no_rank_ends_before_the_export_is_removed(source, workers, tmp_path):
+    assert workers.run(fail_and_look, 2, str(source), str(tmp_path / "out")) == [0, 0]
+
+
 # ---- targets -------------------------------------------------------------------------------------
 
 
@@ -210,8 +274,13 @@ def test_targets_that_cannot_be_used(source, attempt_on, tmp_path):
     (told,) = attempt_on("back", source, tmp_path / "file" / "out")
     assert_one_line(told, r"file/out: cannot be created: (Not a directory|File exists)")
     (told,) = attempt_on("back", source, source, overwrite=True)
-    assert_one_line(told, r"m: is not overwritten, because it holds something else than Hugging")
+    assert_one_line(told, r"m: is the source itself; name another directory to write$")
+    (told,) = attempt_on("back", source, tmp_path, overwrite=True)
+    assert_one_line(told, r": holds the source .*/m; name another directory to write$")
     assert remaining(tmp_path) == {"m", "file"}
+    shutil.copytree(source, tmp_path / "other")
+    (told,) = attempt_on("back", source, tmp_path / "other", overwrite=True)
+    assert_one_line(told, r"other: is not overwritten, because it holds something else than Hug")
 
 
 # ---- full disks and other failures on the way ----------------------------------------------------
@@ -257,7 +326,7 @@ ALONE: dict[str, tuple[Callable[[], Any], int, str]] = {
     "reading": (
         unreadable_file,
         1,
-        r"m/__0_0\.distcp: tensor '[\w.]+' cannot be read \(PytorchStreamReader failed\); copy",
+        r"m/__0_0\.distcp: tensor '[\w.]+' cannot be read \(the file is damaged\); copy",
     ),
     "writing": (
         failing_fsync,

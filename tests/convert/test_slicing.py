@@ -1,5 +1,6 @@
 """Each slicing rule: shards and whole tensors undo each other, and the order is megatron-core's."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,10 +20,13 @@ from megatron_idpo.convert.slicing import (
     Slicing,
     VocabSplit,
 )
+from megatron_idpo.errors import CheckpointError
 
 
 class Source:
     """Tensors in memory; remembers how many elements were read at once, and in all."""
+
+    directory = Path("hf")
 
     def __init__(self, **tensors: Tensor) -> None:
         self.tensors = tensors
@@ -175,3 +179,9 @@ def test_what_does_not_divide_is_our_own_mistake():
         Shard(0, 2).of(7)
     with pytest.raises(AssertionError, match="3 rows of 8"):
         VocabSplit().fill(torch.empty(3, 2), Source(one=numbered(8, 2)), ["one"], of(), Shard(0, 2))
+
+
+def test_a_value_too_large_for_the_parameters_format():
+    source = Source(one=torch.tensor([1.0, 1e5]))
+    with pytest.raises(CheckpointError, match=r"^hf: tensor 'one' .* infinite in torch\.float16"):
+        Replicated().fill(torch.empty(2).half(), source, ["one"], of(), Shard(0, 1))

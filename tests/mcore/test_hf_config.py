@@ -115,6 +115,16 @@ def test_what_would_change_the_numbers_is_refused(
     assert "config.json" in message and told in message
 
 
+def test_problems_name_the_path_that_is_given() -> None:
+    for config, expected in (
+        (REAL["llama-2-7b"] | {"hidden_act": "gelu"}, "m/config.json: hidden_act: 'gelu'"),
+        ({"model_type": "gpt2"}, "m/config.json: model_type: 'gpt2' .*`--backend bridge`"),
+        ([], "m/config.json: holds a list"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{expected}"):
+            Architecture.from_hf(config, "m/config.json")
+
+
 def test_all_problems_are_told_at_once() -> None:
     message = _refused(
         REAL["llama-3.1-8b"]

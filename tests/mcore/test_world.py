@@ -129,3 +129,38 @@ def test_failing_together_takes_no_time_out(workers):
     begin_s = time.monotonic()
     workers.run(fail_on, 2, [1], CheckpointError("broken"), timeout_s=30.0)
     assert time.monotonic() - begin_s < 30.0
+
+
+def join_with(gpus: int, **environment: str) -> str:
+    """What a plain program is told that has this environment and these GPUs."""
+    import os
+    from unittest import mock
+
+    import torch
+    import torch.distributed as dist
+
+    from megatron_idpo.mcore.world import joined_world
+
+    dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        os.environ.pop(name, None)
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(torch.cuda, "is_available", lambda: gpus > 0),
+        mock.patch.object(torch.cuda, "device_count", lambda: gpus),
+        pytest.raises(ConfigError) as told,
+        joined_world(),
+    ):
+        raise AssertionError("joined")
+    return str(told.value)
+
+
+def test_a_rank_of_no_world(workers):
+    (told,) = workers.run(join_with, 1, 0, RANK="0")
+    assert told.startswith("RANK: is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with")
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_more_ranks_than_gpus(name, workers):
+    (told,) = workers.run(join_with, 1, 2, **{name: "3" if name == "LOCAL_RANK" else "4"})
+    assert told.startswith("LOCAL_WORLD_SIZE: 4 ranks on this machine, but 2 visible GPUs; start")

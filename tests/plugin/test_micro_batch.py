@@ -64,6 +64,34 @@ def test_mistakes_are_told_together_with_the_micro_batch():
     assert "[4] is torch.float16" in told
 
 
+def mistakes_of_targets() -> dict[str, tuple[Targets, str]]:
+    one = targets([0, 0, 0, 1, 1], 1)
+    return {
+        "far": (replace(one, positions_N=one.positions_N + 4), "from 4 to 8, but there are 8"),
+        "before": (replace(one, positions_N=one.positions_N - 1), "positions_N reaches from -1"),
+        "stranger": (targets([0, 0, 0, 1, 2], 1), "from 0 to 2, but there are 2 sequences"),
+        "silent": (targets([0, 0, 0, 0, 0], 1), "a sequence has no target"),
+        "ragged": (replace(one, tokens_N=one.tokens_N[1:]), "not one [N]"),
+        "flat": (replace(one, tokens_N=one.tokens_N[None]), "not one [N]"),
+        "floating": (replace(one, tokens_N=one.tokens_N.float()), "not all int64"),
+        "uncounted": (replace(one, num_pairs=0), "5 targets for 0 pairs"),
+        "nothing": (targets([], 1), "0 targets for 1 pairs"),
+    }
+
+
+@pytest.mark.parametrize("name", mistakes_of_targets())
+def test_targets_that_are_no_rows(name):
+    wrong, told = mistakes_of_targets()[name]
+    with pytest.raises(DataError) as caught:
+        micro_batch(targets=wrong)
+    assert told in str(caught.value) and "build it from one row" in str(caught.value)
+
+
+def test_a_reference_is_there_or_it_is_not():
+    with pytest.raises(DataError, match="is reference_free and brings reference_logps"):
+        micro_batch(reference_free=True, reference_logps={4: torch.zeros(2)})
+
+
 def test_values_on_a_gpu_are_not_looked_at():
     """A look would synchronise; `meta` has no values at all."""
     one = micro_batch().targets

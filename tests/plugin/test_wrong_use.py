@@ -112,36 +112,26 @@ def test_mistakes_while_attaching(workers):
 # ---- mistakes while training, on one rank --------------------------------------------------------
 
 
-def training() -> dict[str, str]:
-    from megatron_idpo.mcore.row_params import RowParams
-    from megatron_idpo.plugin.micro_batch import MicroBatch
-
+def counting() -> dict[str, str]:
+    """References, counts and takings that are not those of the step."""
     chunks = tiny.start()
     dpo = attached(chunks)
     models = tiny.wrap(dpo, chunks)
     full = tiny.references(LAYERS)
 
-    def train(batches: Any = None, **schedule: Any) -> None:
-        """A step as it should be, but for what is given."""
-        tiny.run(dpo, models, batches or tiny.micro_batches(full), **schedule)
+    def train(batches: Any) -> str:
+        return told(lambda: tiny.run(dpo, models, batches))
 
     def step(**fields: Any) -> str:
-        answer = told(lambda: train(tiny.micro_batches(full, **fields)))
+        """A step as it should be, but for what is given; and its outputs."""
+        answer = train(tiny.micro_batches(full, **fields))
         taken = told(lambda: dpo.take_outputs(4))
         return taken if answer == "went on" else answer
 
-    ((tokens_1T, micro_batch), *_) = tiny.micro_batches(full)
-    row = {"position_ids_T": micro_batch.position_ids_T, "spans_G4": micro_batch.spans_G4}
-    targets = micro_batch.targets
-    plain_row = RowParams.of(**row)
-
-    def given(**fields: Any) -> Callable[[], Any]:
-        return lambda: MicroBatch(**row, **{"targets": targets, **fields})
-
     answers = {
-        "no reference": told(lambda: train(tiny.micro_batches(None))),
-        "no reference of the tap": told(lambda: train(tiny.micro_batches({4: full[4]}))),
-        "no reference of the final layer": told(lambda: train(tiny.micro_batches({2: full[2]}))),
+        "no reference": train(tiny.micro_batches(None)),
+        "no reference of the tap": train(tiny.micro_batches({4: full[4]})),
+        "no reference of the final layer": train(tiny.micro_batches({2: full[2]})),
         "micro-batches not counted": step(num_micro_batches=0),
         "pairs not counted": step(global_pairs=0),
         # Pairs are counted in the first step that is finished.
@@ -152,50 +142,48 @@ def training() -> dict[str, str]:
     # What was said in vain is forgotten, and a right step goes through.
     answers["a right step"] = step()
     answers["taken twice"] = told(lambda: dpo.take_outputs(4))
-    train()
+    train(tiny.micro_batches(full))
     answers["not all taken"] = told(lambda: dpo.take_outputs(3))
-    alone = replace(micro_batch, num_micro_batches=1)
+    ((tokens_1T, alone), *_) = tiny.micro_batches(full, num_micro_batches=1)
     dpo.loss(alone, dpo.forward(models[0], tokens_1T, alone))
     answers["no backward"] = told(lambda: dpo.take_outputs(1))
     dpo.forward(models[0], tokens_1T, alone).sum().backward()
     answers["a loss of one's own"] = told(lambda: dpo.take_outputs(1))
-    spoilt = {
-        "far": replace(targets, positions_N=targets.positions_N + tiny.ROW_TOKENS),
-        "before": replace(targets, positions_N=targets.positions_N - tiny.ROW_TOKENS),
-        "stranger": replace(targets, sequences_N=targets.sequences_N + 1),
-        "silent": replace(targets, sequences_N=targets.sequences_N.clamp(max=2)),
-        "ragged": replace(targets, tokens_N=targets.tokens_N[1:]),
-        "floating": replace(targets, tokens_N=targets.tokens_N.float()),
-        "miscounted": replace(targets, num_pairs=0),
-    }
+    return answers
+
+
+def calling() -> dict[str, str]:
+    """A model that is called as it should not be."""
+    from megatron_idpo.mcore.row_params import RowParams
+
+    (chunk,) = chunks = tiny.start()
+    dpo = attached(chunks)
+    ((tokens_1T, micro_batch), *_) = tiny.micro_batches(tiny.references(LAYERS))
+    targets = micro_batch.targets
     unknown = replace(targets, tokens_N=targets.tokens_N + tiny.VOCAB)
-    answers |= {name: told(given(targets=spoilt[name])) for name in spoilt}
-    answers |= {
-        "reference of another row": told(given(reference_logps={4: torch.zeros(2)})),
-        "16-bit reference": told(given(reference_logps={4: torch.zeros(4).bfloat16()})),
-        "reference and none": told(given(reference_free=True, reference_logps={4: torch.zeros(4)})),
-        "beyond the vocabulary": told(
-            lambda: dpo.forward(models[0], tokens_1T, given(targets=unknown)())
-        ),
-        "tokens of another row": told(
-            lambda: dpo.forward(models[0], tokens_1T[:, 1:], micro_batch)
-        ),
-        "no packed row": told(lambda: dpo.forward(models[0], tokens_1T, None)),
-        "a row without targets": told(lambda: dpo.forward(models[0], tokens_1T, plain_row)),
-        "not through forward": told(
-            lambda: models[0](tokens_1T, micro_batch.position_ids_T[None], None)
-        ),
-        "another's chunk": told(
-            lambda: dpo.forward(tiny.chunks_of(PLAIN)[0], tokens_1T, micro_batch)
-        ),
+    row = RowParams.of(micro_batch.position_ids_T, micro_batch.spans_G4)
+    other = tiny.chunks_of(PLAIN)[0]
+
+    def call(model: Any = chunk, tokens_1T: Any = tokens_1T, packed: Any = micro_batch) -> str:
+        return told(lambda: dpo.forward(model, tokens_1T, packed))
+
+    answers = {
+        "beyond the vocabulary": call(packed=replace(micro_batch, targets=unknown)),
+        "tokens of another row": call(tokens_1T=tokens_1T[:, 1:]),
+        "tokens without a batch": call(tokens_1T=tokens_1T[0]),
+        "no packed row": call(packed=None),
+        "a row without targets": call(packed=row),
+        "not through forward": told(lambda: chunk(tokens_1T, row.position_ids_T[None], None)),
+        "another's chunk": call(other),
+        "as it should be": call(),
     }
     dpo.detach()
-    answers["detached"] = told(lambda: dpo.forward(models[0], tokens_1T, micro_batch))
+    answers["detached"] = call()
     return answers
 
 
 EXPECTED_WHILE_TRAINING = {
-    "no reference": ("micro-batch 0: brings no reference", "layer 4", "score the data"),
+    "no reference": ("micro-batch 0: brings no reference", "layer 4", "torch.no_grad"),
     "no reference of the tap": ("brings no reference", "layer 2", "score the data"),
     "no reference of the final layer": ("brings no reference", "layer 4", "score the data"),
     "micro-batches not counted": ("MicroBatch.num_micro_batches: is 0 in training", "say how many"),
@@ -208,18 +196,12 @@ EXPECTED_WHILE_TRAINING = {
     "not all taken": ("MicroBatch.num_micro_batches: is 4, but 3 were run",),
     "no backward": ("layer 2: was read 0 times in 1", "backward too unless under torch.no_grad"),
     "a loss of one's own": ("layer 4: was read 0 times in 1", "AttachedDpo.loss as its loss"),
-    "far": ("DataError micro-batch 0: positions_N", "24 positions of the row", "one row"),
-    "before": ("DataError micro-batch 0: positions_N reaches from -", "one row"),
-    "stranger": ("sequences_N reaches from 1 to 4, but there are 4 sequences", "one row"),
-    "silent": ("a sequence has no target", "one row"),
-    "ragged": ("not one [N]", "one row"),
-    "floating": ("not all int64", "one row"),
-    "miscounted": ("targets for 0 pairs", "one row"),
-    "reference of another row": ("reference_logps[4] has shape (2,), not (4,)", "one row"),
-    "16-bit reference": ("reference_logps[4] is torch.bfloat16, not float32", "one row"),
-    "reference and none": ("is reference_free and brings reference_logps",),
+}
+EXPECTED_OF_CALLS = {
     "beyond the vocabulary": ("DataError micro-batch 0: targets reach", "vocabulary of 51"),
     "tokens of another row": ("tokens of shape (1, 23) for 24 row positions", "int64 [1, 24]"),
+    "tokens without a batch": ("tokens of shape (24,) for 24 row positions", "int64 [1, 24]"),
+    "as it should be": ("went on",),
     "no packed row": ("is a NoneType; a tapped chunk needs", "through AttachedDpo.forward"),
     "a row without targets": ("is a RowParams; a tapped chunk", "through AttachedDpo.forward"),
     "not through forward": ("is a NoneType; a tapped chunk", "through AttachedDpo.forward"),
@@ -229,8 +211,10 @@ EXPECTED_WHILE_TRAINING = {
 
 
 def test_mistakes_while_training(workers):
-    (answers,) = workers.run(training, 1)
+    (answers,) = workers.run(counting, 1)
     check(answers, EXPECTED_WHILE_TRAINING)
+    (answers,) = workers.run(calling, 1)
+    check(answers, EXPECTED_OF_CALLS)
 
 
 # ---- what only some ranks can see ----------------------------------------------------------------
