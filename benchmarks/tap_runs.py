@@ -236,17 +236,20 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run the operation and follow what it returns; views share a storage already known."""
+        """Run the operation and follow what it makes."""
+        # What it is given and nobody has made here was there before, such as a weight.
+        self._follow((args, kwargs), is_new=False)
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
+        self._follow(result, is_new=True)
         return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
+    def _follow(self, tree: Any, *, is_new: bool) -> None:
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                self._follow_storage(tensor.untyped_storage(), is_new)
+
+    def _follow_storage(self, storage: torch.UntypedStorage, is_new: bool) -> None:
+        key, size = storage._cdata, storage.nbytes() if is_new else 0
 
         def freed(_: object) -> None:
             del self._known[key]

@@ -164,9 +164,7 @@ def codes(weights: dict[str, torch.Tensor]) -> None:
 def test_codes_of_a_quantised_model_are_refused(dtype, source, attempt_on, tmp_path):
     change_weights(source, codes)
     (told,) = attempt_on("there", source, tmp_path / "out", dtype=dtype)
-    assert_one_line(
-        told, r"hf: tensor 'model\.layers\.2\.mlp\.up_proj\.weight' is stored as torch\.int8"
-    )
+    assert_one_line(told, r"hf: tensor 'model\.layers\.2\.mlp\.up_proj\.weight' is stored as .*8,")
     assert remaining(tmp_path) == {"hf"}
 
 
@@ -178,9 +176,7 @@ def test_a_value_beyond_the_format_asked_for(source, attempt_on, tmp_path):
     change_weights(source, too_large_for_fp16)
     told = attempt_on("there", source, tmp_path / "out", TP2, dtype="fp16")
     for one in told:
-        assert_one_line(
-            one, r"hf: tensor 'model\.layers\.1\.self_attn\.v_proj\.weight' .* in torch\.float16"
-        )
+        assert_one_line(one, r"tensor 'model\.layers\.1\.self_attn\.v_proj\.weight' .*\.float16")
     assert attempt_on("there", source, tmp_path / "out", dtype="bf16") == [None]
 
 

@@ -209,14 +209,13 @@ def plain_case(case: Case) -> Case:
 
 
 def describe() -> dict[str, Any]:
-    """What a copy on a first stage is made of."""
+    """What a copy is made of, on one of two tensor-parallel ranks."""
     from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
     from megatron.core.transformer.module import param_is_not_shared
 
     from megatron_idpo.mcore.head_replica import HeadReplica, mark_shared_head
 
-    chunks, _ = build(Case(layout=TP2_PP2, tied=False, frozen=False))
-    chunk = chunks[0]
+    (chunk,), _ = build(Case(layout=Layout(tensor=2), tied=False, frozen=False))
     with_weight, without = (HeadReplica(chunk, with_weight=one) for one in (True, False))
     output = torch.nn.Parameter(torch.zeros(1))
     undo = mark_shared_head(output, is_owner=True)
@@ -245,7 +244,7 @@ def describe() -> dict[str, Any]:
 
 
 def test_what_a_copy_is_made_of(workers):
-    for told in workers.run(describe, TP2_PP2.model_ranks):
+    for told in workers.run(describe, 2):
         assert told == {
             "names": ["weight", "norm.weight"],
             "names_without": ["norm.weight"],

@@ -206,6 +206,67 @@ def test_copies_stay_equal_and_count_once(workers, one_ranks_norm, case):
         assert abs(answers[0]["norms"][0] - expected) <= NORM_RELATIVE * expected
 
 
+# ---- resuming ------------------------------------------------------------------------------------
+
+
+def interrupted(directory: str, layout: Layout, tied: bool, resumes: bool) -> list[dict[str, Any]]:
+    """The last of three steps: after two that were saved, or after what was loaded."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_idpo.plugin.attach import attach
+
+    case = Case(layout=layout, layers=(1, 2, 3), tied=tied)
+    chunks = tiny.start(layout, tied=tied)
+    objective = Objective(beta=0.3, intermediate_weight=0.4)
+    dpo = attach(chunks, layers=case.layers, objective=objective, vocab_size=tiny.VOCAB)
+    models = tiny.wrap(dpo, chunks)
+    optimizer = optimizer_for(models, case)
+    batches = tiny.micro_batches(tiny.references([*case.layers, tiny.NUM_LAYERS]))
+
+    def step() -> None:
+        for model in models:
+            model.zero_grad_buffer()
+        optimizer.zero_grad()
+        tiny.run(dpo, models, batches)
+        dpo.take_outputs(len(batches))
+        optimizer.step()
+
+    def state() -> dict[str, Any]:
+        weights = {f"model{number}": one.sharded_state_dict() for number, one in enumerate(chunks)}
+        of_model = weights if len(chunks) > 1 else weights["model0"]
+        return {**weights, "optimizer": optimizer.sharded_state_dict(of_model)}
+
+    if resumes:
+        step()
+        for parameter in (one for chunk in chunks for one in chunk.parameters()):
+            parameter.data.fill_(torch.nan)
+        loaded = dist_checkpointing.load(state(), directory)
+        for number, chunk in enumerate(chunks):
+            chunk.load_state_dict(loaded[f"model{number}"])
+        optimizer.load_state_dict(loaded["optimizer"])
+    else:
+        step()
+        step()
+        dist_checkpointing.save(state(), directory)
+    step()
+    return [{name: one.detach() for name, one in chunk.named_parameters()} for chunk in chunks]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "layout", [Layout(pipeline=2), Layout(pipeline=2, virtual_pipeline=2)], ids=["PP2", "VP2"]
+)
+def test_resuming_with_megatrons_own_checkpoint_is_going_on(workers, tmp_path, layout, tied):
+    """Weights and the optimizer's state of every copy, bit for bit."""
+    expected = workers.run(interrupted, 2, str(tmp_path), layout, tied, False)
+    found = workers.run(interrupted, 2, str(tmp_path), layout, tied, True)
+    for chunks, resumed in zip(expected, found, strict=True):
+        for one, other in zip(chunks, resumed, strict=True):
+            assert one.keys() == other.keys()
+            assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
 # ---- memory, and what learns ---------------------------------------------------------------------
 
 
