@@ -16,15 +16,17 @@ first of them twice and `[V, N] x [N, H]` besides where it learns (8*N*H*V). Pre
   over the pairs' visible positions (forward 2, backward 5 products); the final head as above.
 
 The verdicts are medians of each repeat's own ratio, so that others on the machine disturb both
-sides. "Frozen head" is LoRA's case for the head (embedding, final norm and output layer learn
+sides. The tap may come out below its products: its tiles of logits stay in the cache, theirs do
+not. "Frozen head" is LoRA's case for the head (embedding, final norm and output layer learn
 nothing); the layers' own weights learn in both, adapters would make the plain step shorter.
 
 *Memory* (`--stages` processes, 1F1B, gloo). On every stage each tensor that an operation allocates
-is followed until it is freed. Read whenever a forward pass begins, k micro-batches being in flight;
-the slope over k is what a micro-batch holds. Tapped minus plain, in hidden states of one
-micro-batch, is what a tap holds: a tap in the middle of a stage finds its tensor already kept for
-the next layer's backward; on a stage's last layer it keeps what is otherwise let go once it is
-sent. The peak's difference is what the head needs while one micro-batch's backward runs.
+is followed until it is freed. Live bytes are read whenever a forward pass begins, k micro-batches
+being in flight; their slope over k is what a micro-batch holds. Tapped minus plain, in hidden
+states of one micro-batch, is what a tap holds: an inner layer's tensor is kept anyhow for the next
+layer's backward; a stage's last layer's would be let go once it is sent. "Peak" is the tapped run's
+greatest number of live bytes minus the plain run's. Weights and copies of the head are not counted,
+nor is what a kernel allocates inside itself.
 
     T  row positions   N  targets   H  hidden size   V  vocabulary
 """
