@@ -111,7 +111,8 @@ def _architecture(directory: Path) -> "Architecture":
         path = directory / name
         if path.is_file():
             try:
-                return Architecture.from_hf(json.loads(path.read_text(encoding="utf-8")))
+                config = json.loads(path.read_text(encoding="utf-8"))
+                return Architecture.from_hf(config, str(path))
             except (OSError, ValueError) as error:
                 if isinstance(error, UserError):
                     raise
