@@ -109,8 +109,10 @@ def test_tensors_asked_for_on_cuda_are_made_on_the_cpu(redirected, device):
 
 
 def test_every_factory_is_redirected(redirected):
-    # torch's own list of the functions that make tensors on a device.
+    # torch's own list of the functions that make tensors on a device; Transformers, once a model
+    # was loaded, has put wrappers with private names around some of them.
     accepted = {f.__name__ for f in torch.utils._device._device_constructors()}
+    accepted = {name for name in accepted if not name.startswith("_")}
     exotic = {name for name in accepted if name.startswith(("sparse", "nested"))}
     exotic |= {name for name in accepted if name.endswith(("_window", "freq"))}
     exotic |= {"empty_permuted", "empty_quantized", "range"}
