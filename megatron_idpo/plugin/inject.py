@@ -5,8 +5,8 @@ it into a loss; its backward, which a stock schedule reaches just before the res
 batch's backward, computes the loss, takes its gradient and lets it join at the tapped layer.
 So the head runs once, and logits of one micro-batch at a time exist.
 
-The idea that a stage-local loss needs only the usual pipeline messages is EE-LLM's (Chen et al.
-2023, Prop. 3.1); deferring the head into the backward pass is theirs too.
+That a stage-local loss needs only the usual pipeline messages is EE-LLM's finding (Chen et al.
+2023, arXiv 2312.04916); deferring the head into the backward pass is theirs too.
 """
 
 from collections.abc import Callable

@@ -22,6 +22,8 @@ _MUST_BE_OFF = {
     "calculate_per_token_loss": "divides every gradient by a token count; pairs are our unit",
     "fp32_residual_connection": "has not been tried with taps",
     "mtp_num_layers": "moves the final norm away from the output layer",
+    "cpu_offloading": "has not been tried with taps",
+    "fine_grained_activation_offloading": "has not been tried with taps",
     "use_mup": "scales logits after the output layer, which taps do not",
 }
 
