@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_idpo.data.order import stream_pairs
-from megatron_idpo.data.packing import plan_rows
+from megatron_idpo.data.packing import Plan, plan_rows
 from megatron_idpo.data.pair import IntArray, PairSource
 from megatron_idpo.data.prefetch import prefetch
 from megatron_idpo.data.rows import Row, check_lengths, occupied_tokens
@@ -70,12 +70,9 @@ class Batch:
         return len(self.rows[0].tokens_T)
 
 
-def build_batch(
-    pairs: PairSource, index_B: IntArray, settings: RowSettings, *, consumed_pairs: int
-) -> Batch:
-    """This rank's part of the global batch made of the pairs `index_B` of the collection."""
-    lengths_B3 = pairs.lengths_P3[index_B]
-    plan = plan_rows(
+def plan_batch(lengths_B3: IntArray, settings: RowSettings) -> Plan:
+    """The rows of a global batch of pairs with these lengths, on every rank."""
+    return plan_rows(
         lengths_B3,
         row_tokens=settings.row_tokens,
         trim_tokens=settings.trim_tokens,
@@ -83,6 +80,14 @@ def build_batch(
         ranks=settings.data_size,
         multiple=settings.rows_multiple,
     )
+
+
+def build_batch(
+    pairs: PairSource, index_B: IntArray, settings: RowSettings, *, consumed_pairs: int
+) -> Batch:
+    """This rank's part of the global batch made of the pairs `index_B` of the collection."""
+    lengths_B3 = pairs.lengths_P3[index_B]
+    plan = plan_batch(lengths_B3, settings)
     tokens_B = occupied_tokens(lengths_B3, share_prompt=settings.share_prompt)
     rows = tuple(
         Row.build(

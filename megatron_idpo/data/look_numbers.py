@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idpo.data.batches import RowSettings, TrainingBatches
+from megatron_idpo.data.batches import RowSettings, TrainingBatches, plan_batch
 from megatron_idpo.data.order import stream_pairs
-from megatron_idpo.data.packing import plan_rows
 from megatron_idpo.data.pair import IntArray, PairSource
 from megatron_idpo.data.rows import occupied_tokens
 
@@ -115,14 +114,7 @@ def row_figures(
             step * global_batch_pairs, global_batch_pairs, num_pairs=len(pairs), seed=seed
         )
         lengths_B3 = pairs.lengths_P3[index_B]
-        plan = plan_rows(
-            lengths_B3,
-            row_tokens=settings.row_tokens,
-            trim_tokens=settings.trim_tokens,
-            share_prompt=settings.share_prompt,
-            ranks=settings.data_size,
-            multiple=settings.rows_multiple,
-        )
+        plan = plan_batch(lengths_B3, settings)
         tokens_B = occupied_tokens(lengths_B3, share_prompt=settings.share_prompt)
         rows_S.append(len(plan.pairs[0]))
         length_S.append(plan.row_tokens)
