@@ -18,7 +18,12 @@ from megatron_idpo.errors import ConfigError
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     path
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted(ROOT.glob("docs/**/*.md")),
+        *sorted(ROOT.glob("launch/*.md")),
+    )
     if path.exists()
 ]
 FENCE = re.compile(r"^( *)(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)^\1\2[ \t]*$", re.M | re.S)
@@ -211,6 +216,6 @@ def test_kept_promises_are_left_alone(
     assert list(problems(path, targets)) == []
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_figure_is_still_to_be_filled_in(path: Path) -> None:
     assert not re.findall(r"@[A-Z_]+@", path.read_text())
