@@ -17,12 +17,18 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_idpo.config_objective import LoraConfig, ObjectiveConfig, ReferenceConfig
 from megatron_idpo.config_sections import (
     DataConfig,
     LayoutConfig,
     ModelConfig,
     Section,
     SectionError,
+)
+from megatron_idpo.config_training import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
     TrainingConfig,
 )
 from megatron_idpo.config_yaml import COMMAND_LINE, Keys, Tree, read_tree, write_yaml
@@ -38,8 +44,14 @@ class RunConfig(Section):
 
     model: ModelConfig
     data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    lora: LoraConfig | None = None
     layout: LayoutConfig = LayoutConfig()
+    optimizer: OptimizerConfig
     training: TrainingConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     def has(self, section: str) -> bool:
         """Whether a section is there, written or by its defaults."""
@@ -47,27 +59,51 @@ class RunConfig(Section):
 
     def problems(self) -> list[Problem]:
         """What is wrong between sections; `Problem.place` is `section.field`."""
-        found = []
-        if self.has("data") and self.layout.sequence_parallel:
-            tensor = self.layout.tensor
-            lengths = {"row_tokens": self.data.row_tokens}
-            if self.data.trim_tokens < self.data.row_tokens:  # or nothing is cut
-                lengths["trim_tokens"] = self.data.trim_tokens
-            for name, tokens in lengths.items():
-                if tokens % tensor:
-                    found.append(
-                        Problem(
-                            f"data.{name}",
-                            f"is {tokens}, which sequence parallelism cannot split over "
-                            f"layout.tensor = {tensor}",
-                            f"use {tokens + -tokens % tensor}",
-                        )
-                    )
-        return found
+        return [*self._uneven_shards(), *self._without_held_out_pairs(), *self._wrong_reference()]
+
+    def _uneven_shards(self) -> list[Problem]:
+        if not (self.has("data") and self.layout.sequence_parallel):
+            return []
+        tensor = self.layout.tensor
+        lengths = {"row_tokens": self.data.row_tokens}
+        if self.data.trim_tokens < self.data.row_tokens:  # or nothing is cut
+            lengths["trim_tokens"] = self.data.trim_tokens
+        return [
+            Problem(
+                f"data.{name}",
+                f"is {tokens}, which sequence parallelism cannot split over "
+                f"layout.tensor = {tensor}",
+                f"use {tokens + -tokens % tensor}",
+            )
+            for name, tokens in lengths.items()
+            if tokens % tensor
+        ]
+
+    def _without_held_out_pairs(self) -> list[Problem]:
+        """Fields that need an evaluation, where nothing is held out."""
+        if not self.has("data") or self.data.holds_out:
+            return []
+        wishes = {
+            "training.eval_every_steps": self.has("training") and self.training.eval_every_steps,
+            "checkpoint.keep_best": self.checkpoint.keep_best,
+        }
+        remedy = "name held-out pairs in data.eval, or set data.eval_fraction"
+        return [
+            Problem(name, f"is {value}, but there are no held-out pairs", remedy)
+            for name, value in wishes.items()
+            if value
+        ]
+
+    def _wrong_reference(self) -> list[Problem]:
+        if self.reference.source != "adapter_off" or self.has("lora"):
+            return []
+        remedy = "use resident, or add the section lora"
+        return [Problem("reference.source", "is adapter_off, but there are no adapters", remedy)]
 
     def dump(self) -> str:
         """The resolved configuration as YAML; `load_config` reads the same value from it."""
-        return write_yaml(self.model_dump(mode="json"))
+        sections = self.model_dump(mode="json")
+        return write_yaml({name: value for name, value in sections.items() if value is not None})
 
 
 SECTIONS = tuple(RunConfig.model_fields)
@@ -170,6 +206,7 @@ def _told(detail: Any, section: type[BaseModel], keys: Keys, tree: Tree) -> list
         choices = [str(choice) for choice in get_args(field.annotation)]
         return [Problem(place, f"is {value!r}", _nearest(str(value), choices, "values"))]
     told = detail["msg"].replace("Input should", "it should").replace("tuple", "list")
+    told = told.removeprefix("Value error, ")
     return [Problem(place, f"is {value!r}", told)]
 
 

@@ -7,12 +7,14 @@ import json
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_idpo.config import RunConfig, section_class
+from megatron_idpo.config_objective import Layers
 from megatron_idpo.config_sections import SourceConfig
+from megatron_idpo.config_training import WandbConfig
 
 _HEAD = """# Configuration
 
@@ -34,7 +36,8 @@ def config_reference() -> str:
         section = section_class(info)
         optional = "" if info.is_required() or info.default is not None else " (optional)"
         parts.append(f"## `{name}`{optional}\n\n{section.__doc__}\n\n{_table(section)}")
-    parts.append(f"### Sources of pairs\n\n{SourceConfig.__doc__}\n\n{_table(SourceConfig)}")
+    for title, section in (("Sources of pairs", SourceConfig), ("`logging.wandb`", WandbConfig)):
+        parts.append(f"### {title}\n\n{section.__doc__}\n\n{_table(section)}")
     return "\n".join(parts)
 
 
@@ -48,7 +51,9 @@ def _table(section: type[BaseModel]) -> str:
 
 
 def _value(value: Any) -> str:
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def _type(field: FieldInfo) -> str:
@@ -57,6 +62,10 @@ def _type(field: FieldInfo) -> str:
 
 def _type_name(annotation: Any, metadata: Any = ()) -> str:
     arguments = get_args(annotation)
+    if annotation == get_args(Layers)[0]:
+        return "list of layers, {every: n}, or `all`"
+    if annotation is WandbConfig:
+        return "mapping"
     if hasattr(annotation, "__metadata__"):
         bounds = [part for data in annotation.__metadata__ for part in _parts(data)]
         return _type_name(annotation.__origin__, bounds)
@@ -86,6 +95,8 @@ def _bounds(metadata: Any) -> list[str]:
             told.append(f"≥ {bound.ge}")
         elif isinstance(bound, Lt):
             told.append(f"< {bound.lt}")
+        elif isinstance(bound, Le):
+            told.append(f"≤ {bound.le}")
     return told
 
 

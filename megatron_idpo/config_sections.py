@@ -3,7 +3,8 @@
 A section is one class here and one line in `config.RunConfig`; its docstring and the strings under
 its fields become `docs/configuration.md`. A field that the section's other fields leave unread is a
 mistake, reported by `problems`. Values are checked strictly: `true` is no number, `"8"` neither.
-Not here: reading files, and what concerns several sections (`config.py`).
+Here are the model, its data and its layout; `config_objective.py` has what is learnt,
+`config_training.py` how. Not here: reading files, and what concerns several sections (`config.py`).
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -20,6 +21,8 @@ Bool = Annotated[bool, Strict()]
 Int = Annotated[int, Strict(), Field(ge=0)]
 PositiveInt = Annotated[int, Strict(), Field(gt=0)]
 PositiveFloat = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Strict(), Field(ge=0, le=1)]
 Fraction = Annotated[float, Strict(), Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -155,6 +158,11 @@ class DataConfig(Section):
     cache: Text | None = None
     """Directory for tokenised pairs; null is the one of Hugging Face `datasets`."""
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are pairs to evaluate on."""
+        return bool(self.eval or self.eval_pairs or self.eval_fraction)
+
     def problems(self) -> list[Problem]:
         """Fields that exclude each other, or that the others leave unread."""
         found = [
@@ -226,19 +234,3 @@ class LayoutConfig(Section):
     def layout(self) -> Layout:
         """The validated value that the rest of the package works with."""
         return Layout(**{name: getattr(self, name) for name in type(self).model_fields})
-
-
-class TrainingConfig(Section):
-    """The run."""
-
-    output: Text
-    """Directory of everything the run leaves: checkpoints, metrics, the final model."""
-
-    global_batch_pairs: PositiveInt = 32
-    """Preference pairs in each optimizer step, over all processes."""
-
-    epochs: PositiveInt = 1
-    """How often the data is gone through."""
-
-    seed: Int = 0
-    """Of dropout and of fresh weights."""

@@ -35,14 +35,17 @@ class Problem:
 class UserError(Exception):
     """The base of everything that is the user's to mend."""
 
+    problems: tuple[Problem, ...] = ()
+    """What `of` and `at` were given, for whoever tells it with places of their own."""
+
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> Self:
         """All problems in one error: a line if there is one, a list if there are several."""
         assert problems, "an error needs a problem"
-        if len(problems) == 1:
-            return cls(str(problems[0]))
         lines = [f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)]
-        return cls("\n".join(lines))
+        error = cls(str(problems[0]) if len(problems) == 1 else "\n".join(lines))
+        error.problems = tuple(problems)
+        return error
 
     @classmethod
     def at(cls, place: str, message: str, remedy: str = "") -> Self:

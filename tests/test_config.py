@@ -156,7 +156,7 @@ def test_all_mistakes_are_told_together(write):
 
 
 def test_a_file_is_checked_whole_whatever_the_verb_reads(write):
-    path = write(GOOD + "reference: {}\n")
+    path = write(GOOD + "evaluation: {}\n")
     assert "unknown section" in refused(path, required=["model"])[0]
     path = write(GOOD.replace("epochs: 3", "epochs: x"))
     assert "training.epochs (run.yaml:5)" in refused(path, required=["model"])[0]
