@@ -27,7 +27,7 @@ from megatron_idpo.data.look_numbers import (
     row_figures,
 )
 from megatron_idpo.data.look_pairs import PART_STYLES, Cuts, choose, show_pair
-from megatron_idpo.data.run_pairs import RunPairs, load_run_pairs
+from megatron_idpo.data.run_pairs import RunPairs, load_run_pairs, row_settings
 from megatron_idpo.errors import ConfigError
 
 PICTURE = "data.png"
@@ -87,19 +87,6 @@ def look(config: RunConfig, console: Console) -> None:
     name = ", ".join(Path(source).name for source in pairs.source_names)
     save_picture(path, pairs.lengths_P3, rows, f"{name}: {len(pairs):,} pairs")
     console.print(Text(str(path)), soft_wrap=True)
-
-
-def row_settings(config: RunConfig, world_size: int) -> RowSettings:
-    """How a run of `world_size` processes lays out its rows; nothing is padded, only counted."""
-    layout = config.layout.layout()
-    return RowSettings(
-        row_tokens=config.data.row_tokens,
-        pad_token=0,
-        share_prompt=config.data.share_prompt,
-        trim_tokens=config.data.trim_tokens,
-        rows_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
-        data_size=layout.data(world_size),
-    )
 
 
 def _world_size(config: RunConfig) -> int:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_idpo.config import RunConfig
 from megatron_idpo.config_sections import DataConfig, ModelConfig, SourceConfig
+from megatron_idpo.data.batches import RowSettings
 from megatron_idpo.data.chat import TokenOptions
 from megatron_idpo.data.dataset import PairDataset, load_pairs
 from megatron_idpo.data.pair import PairSource
@@ -71,6 +72,23 @@ def load_run_pairs(config: RunConfig) -> RunPairs:
         tokenizer,
         train.report,
         None,
+    )
+
+
+def row_settings(config: RunConfig, world_size: int, *, data_rank: int = 0) -> RowSettings:
+    """How a run of `world_size` processes lays out its rows.
+
+    Padding is token 0, whatever that is: nothing attends to it and nothing scores it.
+    """
+    layout = config.layout.layout()
+    return RowSettings(
+        row_tokens=config.data.row_tokens,
+        pad_token=0,
+        share_prompt=config.data.share_prompt,
+        trim_tokens=config.data.trim_tokens,
+        rows_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
+        data_size=layout.data(world_size),
+        data_rank=data_rank,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from megatron_idpo import cli
 from megatron_idpo.config import RunConfig
 from megatron_idpo.config_sections import DataConfig, LayoutConfig
-from megatron_idpo.data.look import row_settings
+from megatron_idpo.data.run_pairs import row_settings
 from megatron_idpo.errors import EXIT_USER_ERROR
 
 SHARED = Path(__file__).parents[3] / "shared"

@@ -1,0 +1,114 @@
+"""A model to start from, wherever it is: a Hugging Face directory, the hub, our own checkpoint.
+
+`open_model` looks at configuration and headers only, so that everything about a run can be checked
+before a weight is read; `load_base` then fills this rank's chunks.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_idpo.checkpoint.directory import COMPANIONS, companion_files
+from megatron_idpo.checkpoint.weights import load_weights
+from megatron_idpo.convert.hf_reader import HfCheckpoint
+from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
+from megatron_idpo.convert.tokenizer_files import CONFIG_FILE, check_vocabulary, read_json_object
+from megatron_idpo.errors import CheckpointError
+from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.model import GPTModel
+from megatron_idpo.mcore.world import gathered
+
+_WEIGHT_FILES = ("*.safetensors", "*.distcp", ".metadata")
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v3", "*.txt", "*.jinja"]
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_BLOCK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A checkpoint that has been looked at, but not read."""
+
+    directory: Path
+    architecture: Architecture
+    companions: tuple[Path, ...]
+    """Configuration and tokenizer files, which go along with what is exported."""
+
+    hf: HfCheckpoint | None
+    """None for a Megatron-Core checkpoint."""
+
+
+def open_model(path: str) -> ModelSource:
+    """Look at a model. Call within `agreeing`; a hub model is downloaded if it is not here yet.
+
+    Args:
+        path: a Hugging Face directory, a `torch_dist` checkpoint of ours, or a hub name.
+
+    Raises:
+        UserError: there is none, or it cannot be used.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        directory = _from_hub(path)
+    if (directory / "metadata.json").is_file():
+        companions = companion_files(directory)
+        config = directory / COMPANIONS / CONFIG_FILE
+        architecture = Architecture.from_hf(read_json_object(config), str(config))
+        check_vocabulary(directory / COMPANIONS, architecture.vocab_size)
+        return ModelSource(directory, architecture, tuple(companions), None)
+    checkpoint, architecture = open_hf(directory)
+    return ModelSource(directory, architecture, checkpoint.companions, checkpoint)
+
+
+def load_base(
+    source: ModelSource, chunks: Sequence[GPTModel], *, show_progress: bool = False
+) -> None:
+    """Fill this rank's chunks. Collective.
+
+    Raises:
+        CheckpointError: on every rank; a file is damaged, or a value too large for the format.
+    """
+    if source.hf is None:
+        load_weights(chunks, source.directory, source.architecture)
+    else:
+        load_hf_weights(chunks, source.hf, source.architecture, show_progress=show_progress)
+
+
+def weights_fingerprint(source: ModelSource) -> str:
+    """sha256 over every byte of the configuration and the weights. Collective.
+
+    Ranks share the files out between them; names count only as an order, so that a copy elsewhere
+    is the same model.
+    """
+    files = [path for pattern in _WEIGHT_FILES for path in sorted(source.directory.glob(pattern))]
+    files += [path for path in source.companions if path.name == CONFIG_FILE]
+    rank, size = dist.get_rank(), dist.get_world_size()
+    digests = {number: _digest(path) for number, path in enumerate(files) if number % size == rank}
+    told = {number: digest for part in gathered(digests) for number, digest in part.items()}
+    return hashlib.sha256("".join(told[number] for number in sorted(told)).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _from_hub(name: str) -> Path:
+    """The snapshot of a hub model, downloaded where it is not in the cache."""
+    if not _HUB_NAME.fullmatch(name):
+        remedy = "give a model's directory, or a hub name such as organisation/model"
+        raise CheckpointError.at("model.path", f"{name} is no directory", remedy)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub's own errors, and those of four network libraries
+        told = f"{name} is no directory, and the hub cannot give it ({type(error).__name__})"
+        remedy = f"check the name, or fetch it where there is a network: hf download {name}"
+        raise CheckpointError.at("model.path", told, remedy) from error

@@ -1,0 +1,89 @@
+"""One global batch of preference pairs through an attached model: training, or reading only.
+
+T  row positions   P  pairs of a row
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from megatron_idpo.data.batches import Batch
+from megatron_idpo.data.rows import Row
+from megatron_idpo.mcore.cpu import default_device
+from megatron_idpo.mcore.schedule import run_schedule
+from megatron_idpo.plugin.attach import AttachedDpo
+from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+from megatron_idpo.plugin.outputs import LayerOutput
+
+ReferenceLogps = Sequence[Mapping[int, Tensor]]
+"""For each row of a batch, by layer, the reference's log-probabilities: float32 `[2P]`. Every
+stage needs those of its own layers."""
+
+
+def run_batch(
+    dpo: AttachedDpo,
+    model: Sequence[Any],
+    batch: Batch,
+    reference: ReferenceLogps | None,
+    *,
+    training: bool = False,
+    reference_free: bool = False,
+) -> list[LayerOutput]:
+    """Run this rank's rows of a batch through the stock schedule. Collective.
+
+    Args:
+        dpo: attached to the chunks.
+        model: this rank's chunks, in DDP or not.
+        batch: the rows; every rank runs its own part of it.
+        reference: what policy log-probabilities are compared to; None compares to nothing, so that
+            outputs have no loss.
+        training: run backward too, for gradients in DDP's buffers; needs a reference, or
+            `reference_free`. Also what mode the chunks are put into: dropout is on or off.
+        reference_free: there is none, its log-probabilities count as 0.
+
+    Returns:
+        What this rank's layers said, by micro-batch and layer.
+    """
+    micro_batches = [
+        _micro_batch(row, index, batch, reference, reference_free)
+        for index, row in enumerate(batch.rows)
+    ]
+
+    def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Tensor, Any]:
+        tokens_1T, micro_batch = next(iterator)
+        return dpo.forward(chunk, tokens_1T, micro_batch), partial(dpo.loss, micro_batch)
+
+    run_schedule(forward_step, micro_batches, model, row_tokens=batch.row_tokens, training=training)
+    outputs = dpo.take_outputs(len(batch.rows))
+    return sorted(outputs, key=lambda output: (output.micro_batch, output.layer))
+
+
+def logps_by_row(outputs: Sequence[LayerOutput], num_rows: int) -> list[dict[int, Tensor]]:
+    """The log-probabilities of outputs, as a later run's `reference`."""
+    by_row: list[dict[int, Tensor]] = [{} for _ in range(num_rows)]
+    for output in outputs:
+        by_row[output.micro_batch][output.layer] = output.logps_2P
+    return by_row
+
+
+def _micro_batch(
+    row: Row, index: int, batch: Batch, reference: ReferenceLogps | None, reference_free: bool
+) -> tuple[Tensor, MicroBatch]:
+    tensors = row.tensors(default_device())
+    return tensors.tokens_T[None], MicroBatch(
+        position_ids_T=tensors.position_ids_T,
+        spans_G4=tensors.spans_G4,
+        targets=Targets(
+            tensors.target_positions_N,
+            tensors.target_tokens_N,
+            tensors.target_sequences_N,
+            tensors.num_pairs,
+        ),
+        reference_logps={} if reference is None else reference[index],
+        reference_free=reference_free,
+        index=index,
+        num_micro_batches=len(batch.rows),
+        global_pairs=batch.num_pairs,
+    )

@@ -1,0 +1,1 @@
+"""Where the log-probabilities that a policy is compared to come from."""
