@@ -292,4 +292,4 @@ def test_torch_index_url_is_for_torch_alone(checkout: Checkout) -> None:
     torch, rest = checkout.pip_calls()
     assert "--index-url https://wheels.example/cpu torch>=2.11" in torch
     assert "wheels.example" not in rest
-    assert rest.endswith("--editable .[dev]")
+    assert rest.endswith("--editable .[dev,quickstart]")

@@ -196,7 +196,7 @@ for need in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"
     if need.startswith("torch"): print(need)')"
         pip_install --index-url "$TORCH_INDEX_URL" "$torch"
     fi
-    pip_install --editable '.[dev]'
+    pip_install --editable '.[dev,quickstart]'
 }
 
 find_only=no
