@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron_idpo.checkpoint.contents import check_same_model
 from megatron_idpo.checkpoint.files import DirectSave, read_into
 from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.lora_chunk import ADAPTERS_NAME
 from megatron_idpo.mcore.model import GPTModel
 from megatron_idpo.mcore.quiet import quiet_megatron
 from megatron_idpo.mcore.world import agreeing, gathered
@@ -30,8 +31,9 @@ ShardedState = dict[str, Any]
 
 
 def sharded_weights(chunks: Sequence[GPTModel], *, extra_state: bool = False) -> ShardedState:
-    """What this rank contributes to, or takes from, a checkpoint of the weights.
+    """What this rank contributes to, or takes from, a checkpoint of the model's own weights.
 
+    Adapters are left out: a checkpoint of an adapted model's weights is one of the base model's.
     The values are megatron-core's sharded tensors, whose keys and offsets are global; the
     dictionary's own keys only keep this rank's chunks apart. Factories are applied, so every value
     is a view of a parameter.
@@ -44,6 +46,8 @@ def sharded_weights(chunks: Sequence[GPTModel], *, extra_state: bool = False) ->
     state: ShardedState = {}
     for number, chunk in enumerate(chunks):
         for key, value in chunk.sharded_state_dict().items():
+            if key.startswith(f"{ADAPTERS_NAME}."):
+                continue
             if extra_state or not isinstance(value, ShardedObject):
                 state[f"chunk{number}.{key}"] = value
     apply_factories(state)

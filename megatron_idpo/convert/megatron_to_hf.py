@@ -43,13 +43,18 @@ from megatron_idpo.mcore.world import (
 )
 
 ParameterValue = Callable[[torch.nn.Parameter], Tensor]
-"""What to take of a parameter: its data, its gradient."""
+"""What to take of a parameter: its data, its gradient, its data with adapters merged in."""
+
+
+def stored_value(parameter: torch.nn.Parameter) -> Tensor:
+    """The parameter's data."""
+    return parameter.data
 
 
 def whole_tensors(
     chunks: Sequence[GPTModel],
     architecture: Architecture,
-    value: ParameterValue = lambda parameter: parameter.data,
+    value: ParameterValue = stored_value,
 ) -> Iterator[tuple[str, Tensor]]:
     """This stage's tensors under their Hugging Face names, whole, one parameter at a time.
 
@@ -81,6 +86,7 @@ def export_hf(
     dtype: torch.dtype,
     overwrite: bool = False,
     show_progress: bool = False,
+    value: ParameterValue | None = None,
 ) -> None:
     """Write a live model as a Hugging Face directory, in any layout. Collective.
 
@@ -95,6 +101,7 @@ def export_hf(
         dtype: the format to store; `config.json` is made to say so.
         overwrite: replace an existing export.
         show_progress: draw a progress bar, over this stage's tensors.
+        value: what to write of a parameter (`lora.merge.merged_value`); None is its data.
 
     Raises:
         CheckpointError: the target cannot be written; nothing is left behind.
@@ -109,7 +116,8 @@ def export_hf(
             if is_first_rank():
                 writer.begin()
         with agreeing("writing the weights"):
-            _write_stage(chunks, architecture, writer, dtype, show_progress)
+            tensors = whole_tensors(chunks, architecture, value or stored_value)
+            _write_stage(tensors, chunks, architecture, writer, dtype, show_progress)
             written = writer.flush()
         by_rank = gathered(written)
         with agreeing("finishing the export"):
@@ -187,6 +195,7 @@ def convert(
 
 
 def _write_stage(
+    tensors: Iterator[tuple[str, Tensor]],
     chunks: Sequence[GPTModel],
     architecture: Architecture,
     writer: HfWriter,
@@ -200,7 +209,6 @@ def _write_stage(
     if this_place().data > 0:
         return
     failure: CheckpointError | None = None
-    tensors = whole_tensors(chunks, architecture)
     total = sum(
         len(entry(name, architecture).hf_names)
         for name, _ in global_parameters(chunks)

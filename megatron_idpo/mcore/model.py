@@ -21,8 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.head_replica import REPLICA_NAME
 from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.lora_chunk import ADAPTERS_NAME
 from megatron_idpo.mcore.rope import RowRotary, attention_scale
-from megatron_idpo.mcore.specs import block_spec
+from megatron_idpo.mcore.specs import block_spec, has_transformer_engine
 
 __all__ = [
     "GPTModel",
@@ -71,6 +72,10 @@ class ModelOptions:
 
     recompute: Recompute = field(default_factory=Recompute)
 
+    transformer_engine: bool = True
+    """Build from Transformer Engine's modules where they work. Not with LoRA: Transformer Engine
+    fuses norms with the linears behind them, and adapters need what comes out of the norm."""
+
     overrides: dict[str, Any] = field(default_factory=dict)
     """Further `TransformerConfig` fields, for those who know megatron-core."""
 
@@ -88,10 +93,12 @@ def transformer_config(
     architecture: Architecture, layout: Layout, options: ModelOptions
 ) -> TransformerConfig:
     """The megatron-core configuration that means this architecture in this layout."""
+    engine = options.transformer_engine and has_transformer_engine()
     fields = {
         **_shape_fields(architecture),
         **_numeric_fields(architecture, options.dtype),
         **_acceleration_fields(),
+        "transformer_impl": "transformer_engine" if engine else "local",
         **layout.transformer_config_fields(architecture.num_layers),
         **options.recompute.config_fields(),
         **options.overrides,
@@ -122,13 +129,15 @@ def build_model(
 def global_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """This rank's parameters with names whose layer numbers count over the whole model, from 0.
 
+    The model's own: not copies of a head, nor adapters, which have names of their own.
+
     A chunk numbers its layers from 0 again; `TransformerLayer.layer_number` counts from 1 overall.
     """
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             prefix, *rest = name.split(".", 3)
-            if prefix == REPLICA_NAME:
-                continue  # the plugin's copy of a parameter that another stage owns
+            if prefix in (REPLICA_NAME, ADAPTERS_NAME):
+                continue  # the plugin's copy of a parameter that another stage owns; LoRA
             if prefix == "decoder" and rest[0] == "layers":
                 layer = chunk.decoder.layers[int(rest[1])].layer_number - 1
                 name = f"decoder.layers.{layer}.{rest[2]}"

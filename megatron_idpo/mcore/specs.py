@@ -69,10 +69,10 @@ def block_spec(config: TransformerConfig, *, vp_stage: int | None) -> Transforme
     """The submodules of this rank's transformer block, one layer spec per layer it owns.
 
     Args:
-        config: the model's megatron-core configuration.
+        config: the model's megatron-core configuration; `transformer_impl` says which modules.
         vp_stage: the model chunk on this rank, None without interleaving.
     """
-    engine = uses_transformer_engine()
+    engine = _uses_transformer_engine(config)
     layer = _engine_layer(config) if engine else _local_layer(config)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
@@ -82,19 +82,23 @@ def block_spec(config: TransformerConfig, *, vp_stage: int | None) -> Transforme
 
 def final_norm(config: TransformerConfig) -> torch.nn.Module:
     """The norm before the output layer, of the kind that `block_spec` gives a last stage."""
-    builder = LayerNormImpl if uses_transformer_engine() else RMSNorm
+    builder = LayerNormImpl if _uses_transformer_engine(config) else RMSNorm
     norm: torch.nn.Module = builder(
         config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
     )
     return norm
 
 
-def uses_transformer_engine() -> bool:
-    """Whether models are built from Transformer Engine: importable, and with a GPU to run on.
+def has_transformer_engine() -> bool:
+    """Whether models can be built from Transformer Engine: importable, and with a GPU to run on.
 
     Its modules need CUDA even to be constructed, so on a CPU it is left aside even where installed.
     """
     return bool(HAVE_TE) and torch.cuda.is_available()
+
+
+def _uses_transformer_engine(config: TransformerConfig) -> bool:
+    return has_transformer_engine() and config.transformer_impl == "transformer_engine"
 
 
 def _engine_layer(config: TransformerConfig) -> ModuleSpec:
