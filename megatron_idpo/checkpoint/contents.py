@@ -9,6 +9,7 @@ import json
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -24,6 +25,9 @@ _VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 _USUAL_MULTIPLES = tuple(1 << power for power in range(14))
 """What a vocabulary is padded to a multiple of: TP (ours), or 128 x TP (Megatron-LM)."""
+
+_MOST_RANKS = 64
+"""Of tensor parallelism."""
 
 Shape = tuple[int, ...]
 
@@ -44,7 +48,7 @@ def stored_weights(directory: Path) -> dict[str, StoredWeight]:
     Raises:
         CheckpointError: no such checkpoint, or a missing or truncated file.
     """
-    _check_marker(directory)
+    _check_marker(directory, "give the directory that `convert hf-to-megatron` wrote")
     metadata = _metadata(directory)
     weights = {
         key: StoredWeight(tuple(value.size), value.properties.dtype)
@@ -98,6 +102,73 @@ def check_same_model(
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a run wants to find of a tensor in a checkpoint."""
+
+    shape: Shape
+    """Of the whole tensor."""
+
+    elements: int
+    """How many of them are trained: of some layers, it may be, and not of others."""
+
+    padded: bool
+    """Whether the first dimension is padded as the layout wants it."""
+
+
+def check_holds(directory: Path, expected: Mapping[str, Expected]) -> None:
+    """A checkpoint of training holds exactly these tensors, in files that are long enough.
+
+    Args:
+        directory: the checkpoint.
+        expected: by key.
+
+    Raises:
+        CheckpointError: no such checkpoint, a missing or truncated file, or other tensors.
+    """
+    _check_marker(directory, "choose another checkpoint")
+    metadata = _metadata(directory)
+    stored = {
+        key: value
+        for key, value in metadata.state_dict_metadata.items()
+        if isinstance(value, TensorStorageMetadata)
+    }
+    _check_files(directory, metadata, stored)
+    differences = [
+        f"tensor {key!r} of shape {wanted.shape} is missing"
+        for key, wanted in expected.items()
+        if key not in stored
+    ]
+    differences += [
+        f"tensor {key!r} {difference}"
+        for key, found in stored.items()
+        if (difference := _difference(found, expected.get(key)))
+    ]
+    if differences:
+        others = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+        raise CheckpointError.at(
+            str(directory),
+            f"is of a run that trains something else: {differences[0]}{others}",
+            "resume with the model, LoRA settings and precision that the run began with, or name "
+            "another output directory",
+        )
+
+
+def _difference(found: TensorStorageMetadata, wanted: Expected | None) -> str:
+    """What is wrong with a tensor of a checkpoint; empty where nothing is."""
+    shape = tuple(found.size)
+    if wanted is None:
+        return f"of shape {shape} is not trained here"
+    # A vocabulary is padded by less than the tensor-parallel size.
+    similar = wanted.padded and abs(shape[0] - wanted.shape[0]) < _MOST_RANKS
+    if shape != wanted.shape and not (similar and shape[1:] == wanted.shape[1:]):
+        return f"has shape {shape}, expected {wanted.shape}"
+    elements = sum(prod(chunk.sizes) for chunk in found.chunks)
+    if not wanted.padded and elements != wanted.elements:
+        return f"has {elements:,} trained elements, expected {wanted.elements:,}"
+    return ""
+
+
 def _padded_sizes(vocab_size: int, num_kv_heads: int) -> set[int]:
     """How many rows a vocabulary can have by the rules of padding, none included.
 
@@ -107,9 +178,8 @@ def _padded_sizes(vocab_size: int, num_kv_heads: int) -> set[int]:
     return {-(-vocab_size // k) * k for k in (*_USUAL_MULTIPLES, *tensor_sizes)}
 
 
-def _check_marker(directory: Path) -> None:
+def _check_marker(directory: Path, remedy: str) -> None:
     """`metadata.json`, which megatron-core writes last, says that this is such a checkpoint."""
-    remedy = "give the directory that `convert hf-to-megatron` wrote"
     path = directory / "metadata.json"
     if not path.is_file():
         told = "is no Megatron-Core checkpoint (no metadata.json)"

@@ -49,7 +49,7 @@ def new_checkpoint(
                 _check_replaceable(target)
                 atomic.begin(target, token, overwrite=overwrite, needed_bytes=needed_bytes)
         with agreeing("looking at the checkpoint's directory"):
-            _check_shared(directory, target)
+            check_shared(directory, target)
         yield directory
         with agreeing("finishing the checkpoint"):
             if is_first_rank():
@@ -106,7 +106,7 @@ def companion_files(checkpoint: Path) -> list[Path]:
     return files
 
 
-def _check_shared(directory: Path, target: Path) -> None:
+def check_shared(directory: Path, target: Path) -> None:
     """What the first rank has made, this one can write into."""
     if not directory.is_dir() or not os.access(directory, os.W_OK):
         raise CheckpointError.at(

@@ -75,12 +75,11 @@ class DirectSave(TorchDistSaveShardedStrategy):
         try:
             torch_checkpoint.save(
                 mcore_to_pyt_state_dict(state, is_loading=False),
-                storage_writer=_Writer(checkpoint_dir, self._place),
+                storage_writer=Writer(checkpoint_dir, self._place),
                 planner=planner,
             )
         except CheckpointException as failed:  # no Exception, but BaseException
-            _, (error, _) = min(failed.failures.items())
-            raise _for_user(error, self._place) from failed
+            raise failure_to_write(failed, self._place) from failed
 
 
 def read_into(tensors: Sequence[ShardedTensor], directory: Path) -> None:
@@ -109,16 +108,15 @@ def read_into(tensors: Sequence[ShardedTensor], directory: Path) -> None:
     try:
         torch_checkpoint.load(
             mcore_to_pyt_state_dict(by_key, is_loading=True),
-            storage_reader=_Reader(directory),
+            storage_reader=Reader(directory),
             planner=planner,
             no_dist=True,
         )
     except CheckpointException as failed:
-        _, (error, _) = min(failed.failures.items())
-        raise error from failed
+        raise first_failure(failed) from failed
 
 
-class _Reader(FileSystemReader):
+class Reader(FileSystemReader):
     """Reads one tensor after the other and lets go of it; tells damage with file and tensor."""
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -175,22 +173,28 @@ class _Planner(MCoreSavePlanner):
         return super().resolve_data(write_item)
 
 
-class _Writer(FileSystemWriter):
-    """Tells failures of the disk with their file and tensor."""
+class Writer(FileSystemWriter):
+    """Tells failures of the disk with their file and tensor.
+
+    Which tensor that is, its planner says in an attribute `writing`.
+    """
 
     def __init__(self, directory: Path, place: Path) -> None:
+        """Args: where to write; what to call that in errors."""
         super().__init__(directory)
         self._place = place
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        assert isinstance(planner, _Planner)
+        """Write this rank's file."""
         try:
             return super().write_data(plan, planner)
         except (OSError, RuntimeError) as error:  # torch.save makes the one into the other
             file = f"{plan.storage_data.prefix}0.distcp"
-            raise _failed(self._place / file, planner.writing, error) from error
+            what: str = getattr(planner, "writing")  # noqa: B009 - no attribute of SavePlanner
+            raise _failed(self._place / file, what, error) from error
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write `.metadata`, on one rank."""
         try:
             super().finish(metadata, results)
         except OSError as error:
@@ -211,8 +215,20 @@ def _failed(path: Path, what: str, error: BaseException) -> CheckpointError:
     return CheckpointError.at(str(path), f"{what} cannot be written: {system.strerror}")
 
 
-def _for_user(error: BaseException, place: Path) -> BaseException:
-    """What a rank failed with: for the user if it is the user's to mend, else as it is."""
+def first_failure(failed: CheckpointException) -> BaseException:
+    """What the first failing rank failed with, in torch's account of all ranks."""
+    _, (error, _) = min(failed.failures.items())
+    return error
+
+
+def failure_to_write(failed: CheckpointException, place: Path) -> BaseException:
+    """What a rank could not write: for the user if it is theirs to mend, else the error as it is.
+
+    Args:
+        failed: torch's account of all ranks.
+        place: what to name where the system did not say which file it refused.
+    """
+    error = first_failure(failed)
     if isinstance(error, OSError):
         return CheckpointError.at(str(place), f"cannot be written: {error.strerror}")
     return error

@@ -41,7 +41,7 @@ def convert(there, source, target, owner=None, name="", calls=0):
 hf, megatron, back = map(Path, sys.argv[1:])
 convert(True, hf, megatron, hf_to_megatron, "load_hf_weights", 0)
 convert(True, hf, megatron, files._Planner, "resolve_data", 40)
-convert(True, hf, megatron, files._Writer, "finish", 0)
+convert(True, hf, megatron, files.Writer, "finish", 0)
 convert(True, hf, megatron, atomic, "publish", 0)
 convert(True, hf, megatron)
 convert(False, megatron, back, HfWriter, "write", 9)
