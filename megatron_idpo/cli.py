@@ -254,6 +254,10 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 VERBS: dict[str, Verb] = {
+    "train": _config_verb(
+        "megatron_idpo.train.main",
+        "Train by DPO or intermediate DPO; go on where an earlier run ended; export the result.",
+    ),
     "convert": Verb(
         "Convert weights between Hugging Face and Megatron-Core.", _add_convert_arguments, _convert
     ),

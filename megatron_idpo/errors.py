@@ -1,6 +1,7 @@
 """What a user is told when something they gave us cannot work.
 
-Three kinds, one for each thing a user controls: the configuration, the data, the checkpoints.
+A kind for each thing a user controls: the configuration, the data, the checkpoints, and the course
+that training takes with them.
 Each message carries the offending value, its place and the remedy, so that nobody has to read a
 traceback. The command line prints them on one rank and exits with `EXIT_USER_ERROR`; `assert` is
 for our own invariants and never for a user's mistake.
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from typing import Self
 
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+"""Stopped by SIGTERM or SIGUSR1 with everything saved: start the same command again. The number is
+BSD's EX_TEMPFAIL, "try again later"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +67,7 @@ class DataError(UserError, ValueError):
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint, ours or Hugging Face's, cannot be read or written."""
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training cannot go on: a loss is no number, or policy and reference do not start equal."""

@@ -15,7 +15,13 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from megatron_idpo.errors import CheckpointError, ConfigError, DataError, UserError
+from megatron_idpo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TrainingError,
+    UserError,
+)
 from megatron_idpo.mcore.cpu import backend, default_device, redirect_cuda_to_cpu
 from megatron_idpo.mcore.layout import Layout
 from megatron_idpo.mcore.quiet import quiet_megatron
@@ -23,7 +29,10 @@ from megatron_idpo.mcore.quiet import quiet_megatron
 _RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torch needs beside `RANK` to find the other processes."""
 
-_KINDS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, UserError)}
+_KINDS = {
+    kind.__name__: kind
+    for kind in (ConfigError, DataError, CheckpointError, TrainingError, UserError)
+}
 
 
 @dataclass(frozen=True, slots=True)

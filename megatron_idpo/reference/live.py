@@ -27,6 +27,9 @@ class Reference(Protocol):
     is_free: bool
     """Whether there is no reference, so that its log-probabilities count as 0."""
 
+    is_live: bool
+    """Whether every batch costs a forward pass."""
+
     def logps(self, batch: Batch) -> ReferenceLogps | None:
         """Those of this rank's rows, for this stage's layers. Collective over the pipeline.
 
@@ -39,6 +42,7 @@ class AdapterOff:
     """The model without its adapters."""
 
     is_free = False
+    is_live = True
 
     def __init__(self, dpo: AttachedDpo, model: Sequence[Any], adapters: Adapters) -> None:
         """Take the trained model and its adapters."""
@@ -57,6 +61,7 @@ class Resident:
     """A second, frozen model in memory."""
 
     is_free = False
+    is_live = True
 
     def __init__(self, dpo: AttachedDpo, model: Sequence[Any]) -> None:
         """Take the frozen model, with the same layers tapped as in the trained one."""
@@ -73,6 +78,7 @@ class NoReference:
     """Reference-free training: log-ratios are log-probabilities."""
 
     is_free = True
+    is_live = False
 
     def logps(self, batch: Batch) -> None:
         """Nothing to compare to."""

@@ -1,0 +1,138 @@
+"""Everything that learns, or is compared to, on this rank: model, adapters, taps, optimizer.
+
+The order matters: weights, then adapters (which freeze the rest), then taps (whose heads copy what
+is there), then DDP and the optimizer (which see what is trainable).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_idpo.config import RunConfig
+from megatron_idpo.config_objective import LoraConfig
+from megatron_idpo.config_training import OptimizerConfig, TrainingConfig
+from megatron_idpo.convert.model_source import ModelSource, load_base
+from megatron_idpo.lora.adapters import Adapters, add_adapters
+from megatron_idpo.lora.peft import load_peft
+from megatron_idpo.lora.settings import LoraSettings, resolve_targets
+from megatron_idpo.mcore.model import ModelOptions, Recompute, build_model
+from megatron_idpo.mcore.optimizer import AdamSettings, TrainableModel, wrap_and_optimise
+from megatron_idpo.plugin.attach import AttachedDpo, attach
+from megatron_idpo.reference.live import AdapterOff, NoReference, Reference, Resident
+
+if TYPE_CHECKING:
+    from megatron_idpo.mcore.model import GPTModel
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The model that is trained."""
+
+    source: ModelSource
+    chunks: Sequence["GPTModel"]
+    adapters: Adapters | None
+    """None where all weights are trained."""
+
+    dpo: AttachedDpo
+    trainable: TrainableModel
+
+
+def build_policy(config: RunConfig, source: ModelSource, *, show_progress: bool) -> Policy:
+    """Load the model and make it ready to learn. Collective; a layout is running.
+
+    Raises:
+        UserError: on every rank.
+    """
+    chunks, dpo, adapters = _attached(config, source, lora=config.lora, show=show_progress)
+    trainable = wrap_and_optimise(
+        chunks, _adam_settings(config.optimizer), dpo.finalize_model_grads
+    )
+    return Policy(source, chunks, adapters, dpo, trainable)
+
+
+def build_reference(config: RunConfig, policy: Policy, *, show_progress: bool) -> Reference:
+    """What the policy is compared to, by `reference.source`. Collective.
+
+    A resident one is loaded from the same source.
+
+    Raises:
+        UserError: on every rank.
+    """
+    wanted = config.reference.source
+    if wanted == "auto":
+        wanted = "resident" if policy.adapters is None else "adapter_off"
+    if wanted == "none":
+        return NoReference()
+    if wanted == "adapter_off":
+        assert policy.adapters is not None, "the configuration was checked"
+        return AdapterOff(policy.dpo, policy.trainable.model, policy.adapters)
+    chunks, dpo, _ = _attached(config, policy.source, lora=None, show=show_progress, frozen=True)
+    return Resident(dpo, chunks)
+
+
+def _attached(
+    config: RunConfig,
+    source: ModelSource,
+    *,
+    lora: LoraConfig | None,
+    show: bool,
+    frozen: bool = False,
+) -> tuple[Sequence["GPTModel"], AttachedDpo, Adapters | None]:
+    """Chunks with their weights, adapters if any, and taps."""
+    architecture = source.architecture
+    options = ModelOptions(
+        dtype=config.model.torch_dtype(),
+        recompute=_recompute(config.training, source.architecture.num_layers),
+        transformer_engine=lora is None,
+    )
+    chunks = build_model(architecture, config.layout.layout(), options)
+    load_base(source, chunks, show_progress=show)
+    adapters = None
+    if lora is not None:
+        adapters = add_adapters(chunks, architecture, _lora_settings(lora, config.training.seed))
+        if lora.adapter is not None:
+            load_peft(adapters, architecture, Path(lora.adapter).expanduser())
+    if frozen:
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+    dpo = attach(
+        chunks,
+        layers=config.objective.layers,
+        objective=config.objective.objective(),
+        vocab_size=architecture.vocab_size,
+        use_norm=config.objective.norm == "final",
+    )
+    return chunks, dpo, adapters
+
+
+def _recompute(training: TrainingConfig, num_layers: int) -> Recompute:
+    if training.recompute != "full":
+        return Recompute(granularity=training.recompute)
+    if training.recompute_layers is None:
+        return Recompute(granularity="full", method="uniform", num_layers=1)
+    layers = min(training.recompute_layers, num_layers)
+    return Recompute(granularity="full", method="block", num_layers=layers)
+
+
+def _lora_settings(lora: LoraConfig, seed: int) -> LoraSettings:
+    return LoraSettings(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=resolve_targets(lora.targets),
+        use_rslora=lora.rslora,
+        seed=seed,
+    )
+
+
+def _adam_settings(settings: OptimizerConfig) -> AdamSettings:
+    return AdamSettings(
+        lr=settings.lr,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_grad,
+        distributed=settings.distributed,
+    )

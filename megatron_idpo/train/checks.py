@@ -1,0 +1,76 @@
+"""What can be known to go wrong before a weight is read: the configuration against the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_idpo.config import RunConfig
+from megatron_idpo.data.run_pairs import RunPairs
+from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.objective.layers import resolve_layers
+from megatron_idpo.train.loggers import logger_problems
+
+
+def check_against_model(config: RunConfig, architecture: Architecture, world_size: int) -> None:
+    """Refuse what this model and this world cannot do. Not collective.
+
+    Raises:
+        ConfigError: naming every mistake.
+    """
+    found = [
+        *config.layout.layout().problems(architecture, world_size),
+        *_layer_problems(config, architecture),
+        *logger_problems(config.logging),
+    ]
+    if config.model.dtype == "fp16":
+        told = "is fp16, which has not been tried in training"
+        found.append(Problem("model.dtype", told, "use bf16, or fp32"))
+    if found:
+        raise ConfigError.of(found)
+
+
+def check_same_training(saved: Mapping[str, Any], config: RunConfig, place: str) -> list[Problem]:
+    """Why a run with this configuration must not go on from a checkpoint; empty where it may.
+
+    What is learnt has to stay: the objective, the adapters, whether there is a reference. Layout,
+    learning rate, length and everything about saving and logging may change.
+
+    Args:
+        saved: the configuration that the checkpoint was written with, as plain values.
+        config: of this run.
+        place: the checkpoint's directory, to be named.
+    """
+    mine = config.model_dump(mode="json")
+    found = []
+    for section in ("objective", "lora"):
+        before, now = saved.get(section) or {}, mine[section] or {}
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                told = f"was written with {section}.{name} = {before.get(name)}, not "
+                remedy = "keep it as it was, or name another output directory"
+                found.append(Problem(place, f"{told}{now.get(name)}", remedy))
+    return found
+
+
+def check_tokens(pairs: RunPairs, architecture: Architecture) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    Raises:
+        ConfigError: a pair has a token that the model has no embedding for.
+    """
+    for dataset in filter(None, (pairs.train, pairs.eval)):
+        if dataset.highest_token >= architecture.vocab_size:
+            told = (
+                f"token {dataset.highest_token} occurs in the data, but the model's vocabulary "
+                f"ends at {architecture.vocab_size - 1}"
+            )
+            raise ConfigError.at("model.tokenizer", told, "use the model's own tokenizer")
+
+
+def _layer_problems(config: RunConfig, architecture: Architecture) -> list[Problem]:
+    try:
+        layers = resolve_layers(config.objective.layers, architecture.num_layers)
+        config.objective.objective().layer_scales(len(layers))
+    except ConfigError as error:
+        return list(error.problems)
+    return []

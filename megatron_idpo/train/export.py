@@ -1,0 +1,44 @@
+"""The result of a run, for those who use it: a Hugging Face model, and a PEFT adapter."""
+
+from pathlib import Path
+
+from megatron_idpo.config import RunConfig
+from megatron_idpo.convert.megatron_to_hf import export_hf
+from megatron_idpo.convert.tokenizer_files import read_json_object
+from megatron_idpo.lora.merge import merged_value
+from megatron_idpo.lora.peft import save_peft
+from megatron_idpo.train.build import Policy
+from megatron_idpo.train.output import RunDirectory
+
+
+def export_result(
+    config: RunConfig, policy: Policy, output: RunDirectory, *, show_progress: bool
+) -> None:
+    """Write `hf/`, with adapters merged in fp32, and `adapter/` where there are some. Collective.
+
+    What an earlier end of this run left is replaced in one step.
+
+    Raises:
+        CheckpointError: on every rank; it cannot be written, and nothing is left behind.
+    """
+    architecture, adapters = policy.source.architecture, policy.adapters
+    export_hf(
+        policy.chunks,
+        architecture,
+        policy.source.companions,
+        output.hf,
+        dtype=config.model.torch_dtype(),
+        overwrite=True,
+        show_progress=show_progress,
+        value=None if adapters is None else merged_value(adapters),
+    )
+    if adapters is not None:
+        save_peft(adapters, architecture, output.adapter, base_model=config.model.path)
+
+
+def has_chat_template(model: Path) -> bool:
+    """Whether an exported model's tokenizer has a chat template."""
+    if (model / "chat_template.jinja").is_file():
+        return True
+    settings = model / "tokenizer_config.json"
+    return settings.is_file() and "chat_template" in read_json_object(settings)

@@ -1,0 +1,73 @@
+"""What a run says at its beginning and at its end: where it stands, where things are, what to do.
+
+Every path that is named exists when it is named.
+"""
+
+import shlex
+from pathlib import Path
+
+from megatron_idpo.errors import EXIT_PREEMPTED
+from megatron_idpo.lora.settings import resolve_targets
+from megatron_idpo.train.curves import draw_curves
+from megatron_idpo.train.export import has_chat_template
+from megatron_idpo.train.report import Report
+from megatron_idpo.train.run import Run
+
+
+def tell_start(run: Run, report: Report, resumed: Path | None) -> None:
+    """A few lines about what is going to happen."""
+    say, config, policy = report.console.say, run.config, run.trainer.policy
+    learnt = "all weights"
+    if config.lora is not None:
+        targets = resolve_targets(config.lora.targets)
+        learnt = f"LoRA rank {config.lora.rank} on {', '.join(targets)}"
+    layers = ", ".join(map(str, policy.dpo.layers)) or "none: plain DPO"
+    held_out = 0 if run.pairs.eval is None else len(run.pairs.eval)
+    say(
+        f"{len(run.pairs.train):,} pairs to train on, {held_out:,} held out; {run.total_steps:,} "
+        f"steps of {config.training.global_batch_pairs} pairs"
+    )
+    say(f"training {learnt}; intermediate layers: {layers} of {policy.dpo.num_layers}")
+    if resumed is not None:
+        say(f"going on after step {run.step} from {resumed}")
+
+
+def tell_preempted(run: Run, report: Report) -> None:
+    """That everything is saved, and how to go on."""
+    report.console.say(
+        f"stopped by a signal after step {run.step}, saved in {run.output.checkpoints}; the same "
+        f"command goes on from there (exit code {EXIT_PREEMPTED})"
+    )
+
+
+def tell_finished(run: Run, report: Report) -> None:
+    """The summary, the picture, and the commands that use the result; on the first rank."""
+    if not run.world.is_first:
+        return
+    output, say = run.output, report.console.say
+    draw_curves(output.metrics, output.curves)
+    report.summary()
+    say(f"curves   {output.curves}")
+    say(f"metrics  {output.metrics}")
+    if not run.config.training.export:
+        say(f"state    {output.checkpoints}")
+        return
+    say(f"model    {output.hf}")
+    if run.config.lora is not None:
+        say(f"adapter  {output.adapter}")
+    say("try it:")
+    say(f"  {_command(output.hf)}")
+
+
+def _command(model: Path) -> str:
+    """A line for a shell that lets the exported model speak."""
+    asked = "Why is the sky blue?"
+    prompt, answer = f'"{asked}"', "[0]"
+    if has_chat_template(model):
+        prompt = f'[{{"role": "user", "content": {prompt}}}]'
+        answer = '[0]["generated_text"][-1]["content"]'
+    code = (
+        "from transformers import pipeline; "
+        f'print(pipeline("text-generation", "{model}")({prompt}, max_new_tokens=100){answer})'
+    )
+    return f"python -c {shlex.quote(code)}"

@@ -1,0 +1,102 @@
+"""The main job: train, resume, export. `train` is the whole of it, as named steps.
+
+Everything here happens on every rank, in the same order.
+"""
+
+from pathlib import Path
+
+from megatron_idpo.config import RunConfig
+from megatron_idpo.errors import EXIT_PREEMPTED
+from megatron_idpo.mcore.world import joined_world, running
+from megatron_idpo.train.export import export_result
+from megatron_idpo.train.finish import tell_finished, tell_preempted, tell_start
+from megatron_idpo.train.flops import BatchWork
+from megatron_idpo.train.output import opened
+from megatron_idpo.train.report import MEMORY, Report, Stopwatch, reporting
+from megatron_idpo.train.run import Run, assemble, prepare
+from megatron_idpo.train.signals import StopWish, listening
+from megatron_idpo.train.start_check import check_start, is_expected
+from megatron_idpo.train.throughput import peak_memory_bytes
+
+_STOP = "stop_wishes"
+
+
+def train(config: RunConfig) -> int:
+    """Train as configured, from the start or from where an earlier run ended.
+
+    Returns:
+        0 when the run is complete, `EXIT_PREEMPTED` when a signal ended it early, saved.
+
+    Raises:
+        UserError: on every rank; what was saved before is there.
+    """
+    with (
+        listening() as wish,
+        joined_world() as world,
+        opened(Path(config.training.output)) as output,
+    ):
+        prepared = prepare(config, world)
+        with running(config.layout.layout(), config.training.seed):
+            run = assemble(config, world, output, prepared)
+            resumed = run.resume()
+            run.write_config()
+            with reporting(run) as report:
+                tell_start(run, report, resumed)
+                if not resumed:
+                    begin(run, report)
+                if take_steps(run, report, wish) == EXIT_PREEMPTED:
+                    tell_preempted(run, report)
+                    return EXIT_PREEMPTED
+                if config.training.export:
+                    export_result(config, run.trainer.policy, output, show_progress=world.is_first)
+            tell_finished(run, report)
+    return 0
+
+
+def begin(run: Run, report: Report) -> None:
+    """What comes before the first step: the check that it starts right, the first evaluation."""
+    if is_expected(run.config):
+        losses = check_start(run.trainer, run.pairs.train, run.rows, seed=run.config.data.seed)
+        told = ", ".join(f"layer {layer} {loss:.6f}" for layer, loss in losses.items())
+        report.console.say(f"start check passed, policy and reference are equal: {told}")
+    evaluate(run, report)
+
+
+def take_steps(run: Run, report: Report, wish: StopWish) -> int:
+    """The loop: step, report, evaluate, save, until the end or a signal. Returns the exit code."""
+    if run.is_complete:
+        return 0
+    report.meter.begin()
+    for batch in run.batches:
+        lr = run.learning_rate.at(run.step)
+        work = BatchWork.of(batch.rows, run.trainer.policy.source.architecture.windows)
+        metrics, grad_norm = run.trainer.step(
+            batch,
+            run.step + 1,
+            lr=lr,
+            extra={_STOP: float(wish.is_there), **work.as_extra()},
+            peaks={MEMORY: float(peak_memory_bytes())},
+        )
+        run.step += 1
+        run.evaluated = {}
+        report.step(run.step, metrics, grad_norm=grad_norm, lr=lr, epoch=run.batches.epoch)
+        run.checkpoints.poll()
+        if run.is_due(run.config.training.eval_every_steps) or run.is_complete:
+            evaluate(run, report)
+        is_stopping = metrics.extra[_STOP] > 0
+        if run.is_due(run.config.checkpoint.every_steps) or run.is_complete or is_stopping:
+            run.save()
+        if run.is_complete or is_stopping:
+            break
+        report.meter.begin()
+    run.checkpoints.wait()
+    return 0 if run.is_complete else EXIT_PREEMPTED
+
+
+def evaluate(run: Run, report: Report) -> None:
+    """Read the held-out pairs, if there are any, and tell what the policy makes of them."""
+    if run.evaluation is None:
+        return
+    watch = Stopwatch()
+    metrics = run.evaluation.run()
+    run.evaluated = report.evaluation(run.step, metrics, seconds=watch.read())

@@ -1,0 +1,114 @@
+"""The directory of a run: what lies where, and that one run at a time has it.
+
+OUTPUT/
+  config.yaml      the resolved configuration       checkpoints/   what a run goes on from
+  metrics.jsonl    one line per logged step          curves.png     the same as a picture
+  hf/              the result, for Transformers      adapter/       the result, for PEFT
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore.world import agreeing, is_first_rank
+
+PLACE = "training.output"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Where a run leaves what."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration as it was understood, defaults included."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """What was logged."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        """The same, drawn."""
+        return self.root / "curves.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """States to go on from."""
+        return self.root / "checkpoints"
+
+    @property
+    def hf(self) -> Path:
+        """The trained model for Transformers; adapters are merged into it."""
+        return self.root / "hf"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter for PEFT."""
+        return self.root / "adapter"
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration, or leave the one that is there.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        fresh = self.config.with_name(f".{self.config.name}.incomplete")
+        try:
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(self.config)
+        except OSError as error:
+            told = f"{self.config} cannot be written: {error.strerror}"
+            raise ConfigError.at(PLACE, told, "free some space") from None
+
+
+@contextmanager
+def opened(root: Path) -> Iterator[RunDirectory]:
+    """Make a run's directory and hold it while the run lasts. Collective.
+
+    The hold is the system's lock on a file, which ends with the process, however that ends.
+
+    Raises:
+        ConfigError: on every rank; it cannot be made or written, or another run has it.
+    """
+    directory = RunDirectory(root.expanduser())
+    lock = FileLock(directory.root / ".lock", timeout=0)
+    try:
+        with agreeing("opening the output directory"):
+            if is_first_rank():
+                _make(directory.root)
+                _hold(lock, directory.root)
+        yield directory
+    finally:
+        lock.release()
+
+
+def _make(root: Path) -> None:
+    remedy = "name a directory that can be written"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / ".probe"
+        probe.write_bytes(b"")
+        os.unlink(probe)
+    except OSError as error:
+        raise ConfigError.at(PLACE, f"{root} cannot be written: {error.strerror}", remedy) from None
+
+
+def _hold(lock: FileLock, root: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout:
+        told = f"{root} is being written by another run"
+        raise ConfigError.at(PLACE, told, "wait for it, or name another directory") from None
+    except OSError as error:
+        told = f"{root} cannot be locked: {error.strerror}"
+        raise ConfigError.at(PLACE, told, "name a directory on another file system") from None

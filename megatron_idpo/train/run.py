@@ -1,0 +1,206 @@
+"""A run on this rank: its parts, put together from a configuration, and where it stands.
+
+`assemble` checks everything that can be checked before a weight is read, then builds. `Run` keeps
+what the loop moves on: the step, the data's position, checkpoints, the last evaluation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_idpo.checkpoint.checkpoints import Checkpoints
+from megatron_idpo.checkpoint.progress import Progress, check_same_run
+from megatron_idpo.config import RunConfig
+from megatron_idpo.config_training import CheckpointConfig
+from megatron_idpo.convert.model_source import ModelSource, open_model, weights_fingerprint
+from megatron_idpo.data.batches import RowSettings, TrainingBatches
+from megatron_idpo.data.run_pairs import RunPairs, load_run_pairs, row_settings
+from megatron_idpo.errors import CheckpointError, ConfigError
+from megatron_idpo.mcore.groups import this_place
+from megatron_idpo.mcore.world import World, agreeing
+from megatron_idpo.train.build import build_policy, build_reference
+from megatron_idpo.train.checks import check_against_model, check_same_training, check_tokens
+from megatron_idpo.train.evaluation import Evaluation
+from megatron_idpo.train.output import RunDirectory
+from megatron_idpo.train.schedule import LearningRate
+from megatron_idpo.train.step import Trainer
+
+_LOWER_IS_BETTER = ("eval_loss",)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is known before a weight is read."""
+
+    source: ModelSource
+    pairs: RunPairs
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A run and where it stands."""
+
+    config: RunConfig
+    world: World
+    output: RunDirectory
+    pairs: RunPairs
+    rows: RowSettings
+    trainer: Trainer
+    batches: TrainingBatches
+    evaluation: Evaluation | None
+    checkpoints: Checkpoints
+    learning_rate: LearningRate
+    base_model: str
+    """The fingerprint of the model that training began with."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+
+    evaluated: Mapping[str, float] = field(default_factory=dict)
+    """The last evaluation's values, if it was after this very step."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.learning_rate.total_steps
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.step >= self.total_steps
+
+    def is_due(self, every_steps: int | None) -> bool:
+        """Whether something that happens every so many steps happens now."""
+        return every_steps is not None and self.step % every_steps == 0
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of this step, in the background. Collective.
+
+        Raises:
+            CheckpointError: on every rank; it cannot be written.
+        """
+        trainable = self.trainer.policy.trainable
+        score = self.evaluated.get(self.config.checkpoint.best_metric)
+        self.checkpoints.save(trainable.model, trainable.optimizer, self.progress(), score=score)
+
+    def resume(self) -> Path | None:
+        """Go on from the newest checkpoint, if there is one. Collective.
+
+        Returns:
+            Where that is.
+
+        Raises:
+            CheckpointError: on every rank; it cannot be read, or belongs to another run.
+        """
+        found = self.checkpoints.latest()
+        if found is None:
+            return None
+        if self.config.checkpoint.resume == "never":
+            told = f"has a checkpoint already: {found.directory}"
+            remedy = "name another directory, or set checkpoint.resume to auto to go on from it"
+            raise ConfigError.at("training.output", told, remedy)
+        trainable = self.trainer.policy.trainable
+        progress = self.checkpoints.load(found, trainable.model, trainable.optimizer)
+        place = str(found.directory)
+        problems = check_same_run(progress, self.progress(), place)
+        problems += check_same_training(progress.config, self.config, place)
+        if problems:
+            raise CheckpointError.of(problems)
+        self.batches.load_state_dict(progress.data)
+        self.step = progress.step
+        return found.directory
+
+    def write_config(self) -> None:
+        """Leave the resolved configuration in the output directory. Collective.
+
+        Raises:
+            ConfigError: on every rank; it cannot be written.
+        """
+        with agreeing("writing the configuration"):
+            if self.world.is_first:
+                self.output.write_config(self.config.dump())
+
+    def progress(self) -> Progress:
+        """Where the run stands, for a checkpoint."""
+        return Progress(
+            step=self.step,
+            data=dict(self.batches.state_dict()),
+            data_fingerprint=self.pairs.train.fingerprint,
+            base_model=self.base_model,
+            config=self.config.model_dump(mode="json"),
+            metrics=dict(self.evaluated),
+            layout={**self.config.layout.model_dump(mode="json"), "world": self.world.size},
+        )
+
+
+def prepare(config: RunConfig, world: World) -> Prepared:
+    """Look at the model and read the data. Collective.
+
+    Raises:
+        UserError: on every rank; naming all that is wrong with the configuration for this model.
+    """
+    with agreeing("looking at the model"):
+        source = open_model(config.model.path)
+        check_against_model(config, source.architecture, world.size)
+    with agreeing("reading the data"):
+        pairs = load_run_pairs(config)
+        check_tokens(pairs, source.architecture)
+    return Prepared(source, pairs)
+
+
+def assemble(config: RunConfig, world: World, output: RunDirectory, prepared: Prepared) -> Run:
+    """Build every part of a run. Collective; a layout is running.
+
+    Raises:
+        UserError: on every rank.
+    """
+    pairs, training = prepared.pairs, config.training
+    rows = row_settings(config, world.size, data_rank=this_place().data)
+    with agreeing("laying out the data"):
+        batches = TrainingBatches(
+            pairs.train,
+            rows,
+            global_batch_pairs=training.global_batch_pairs,
+            seed=config.data.seed,
+            epochs=training.epochs,
+        )
+    steps = min(batches.remaining_batches, training.max_steps or batches.remaining_batches)
+    policy = build_policy(config, prepared.source, show_progress=world.is_first)
+    trainer = Trainer(
+        policy,
+        build_reference(config, policy, show_progress=world.is_first),
+        config.objective.objective(),
+        training.seed,
+        pairs.train.place,
+    )
+    return Run(
+        config=config,
+        world=world,
+        output=output,
+        pairs=pairs,
+        rows=rows,
+        trainer=trainer,
+        batches=batches,
+        evaluation=_evaluation(trainer, pairs, rows, training.global_batch_pairs),
+        checkpoints=_checkpoints(output, config.checkpoint),
+        learning_rate=LearningRate(config.optimizer, steps),
+        base_model=weights_fingerprint(prepared.source),
+    )
+
+
+def _evaluation(
+    trainer: Trainer, pairs: RunPairs, rows: RowSettings, global_batch_pairs: int
+) -> Evaluation | None:
+    with agreeing("laying out the held-out data"):
+        if pairs.eval is None:
+            return None
+        return Evaluation(trainer, pairs.eval, rows, global_batch_pairs=global_batch_pairs)
+
+
+def _checkpoints(output: RunDirectory, settings: CheckpointConfig) -> Checkpoints:
+    return Checkpoints(
+        output.checkpoints,
+        keep_last=settings.keep_last,
+        keep_best=settings.keep_best,
+        better="min" if settings.best_metric in _LOWER_IS_BETTER else "max",
+    )

@@ -1,0 +1,116 @@
+"""Before the first step: do policy and reference agree at every layer?
+
+Where both start equal and are read at the same layers, every Δ is 0 and every layer's loss is the
+objective's at 0, ln 2 for `sigmoid`. If it is not, the run would learn the difference between two
+models instead of preferences: another base under the adapter, a damaged copy of the head, dropout
+that is on. The check is a forward pass over a few pairs, with dropout off.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_idpo.config import RunConfig
+from megatron_idpo.data.batches import RowSettings, build_batch
+from megatron_idpo.data.dataset import PairDataset
+from megatron_idpo.data.order import stream_pairs
+from megatron_idpo.errors import TrainingError
+from megatron_idpo.mcore.world import gathered
+from megatron_idpo.objective.dpo import Objective, loss_at_zero, preference_loss
+from megatron_idpo.objective.settings import PER_TOKEN
+from megatron_idpo.plugin.batch_run import run_batch
+from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.train.step import Trainer, response_lengths
+
+PAIRS_PER_RANK = 2
+
+LOSS_TOLERANCE = 1e-6
+"""In fp32: of a mean loss, where log-probabilities of the same weights differ by rounding alone."""
+
+BF16_LOGP_TOLERANCE = 0.02
+"""In bf16: of a log-probability per token. A live reference runs the same kernels over the same
+rows and differs by nothing; rows packed in another way change the last bit of a hidden state, which
+was measured to move a token's log-probability by 0.004 on average."""
+
+
+def is_expected(config: RunConfig) -> bool:
+    """Whether policy and reference start equal and are read at the same layers."""
+    starts_elsewhere = config.lora is not None and config.lora.adapter is not None
+    read_elsewhere = config.objective.layers != () and config.objective.reference_layer != "same"
+    return (
+        config.training.start_check
+        and config.reference.source != "none"
+        and not starts_elsewhere
+        and not read_elsewhere
+    )
+
+
+def check_start(
+    trainer: Trainer, pairs: PairDataset, rows: RowSettings, *, seed: int
+) -> dict[int, float]:
+    """Compare policy and reference on the first few pairs of the run. Collective.
+
+    Args:
+        trainer: with its policy and reference.
+        pairs: to train on.
+        rows: how they are laid out.
+        seed: of their order.
+
+    Returns:
+        Every layer's mean loss, the final layer last.
+
+    Raises:
+        TrainingError: on every rank; they differ at some layer.
+    """
+    policy, objective = trainer.policy, trainer.objective
+    count = min(len(pairs), PAIRS_PER_RANK * rows.data_size)
+    index_B = stream_pairs(0, count, num_pairs=len(pairs), seed=seed)
+    batch = build_batch(pairs, index_B, rows, consumed_pairs=0)
+    reference_logps = trainer.reference.logps(batch)
+    outputs = run_batch(policy.dpo, policy.trainable.model, batch, reference_logps)
+    told = gathered(_by_layer(outputs, response_lengths(batch.rows), objective))
+    layers = sorted({layer for rank in told for layer in rank})
+    losses, per_token = {}, {}
+    for layer in layers:
+        heard = [rank[layer] for rank in told if layer in rank]
+        losses[layer] = sum(loss for loss, _, _ in heard) / sum(count for _, _, count in heard)
+        per_token[layer] = max(difference for _, difference, _ in heard)
+    is_fp32 = policy.chunks[0].config.params_dtype == torch.float32
+    expected = loss_at_zero(objective)
+    off = [
+        f"layer {layer}: loss {losses[layer]:.6f}, a log-probability off by "
+        f"{per_token[layer]:.2g} per token"
+        for layer in layers
+        if (is_fp32 and not abs(losses[layer] - expected) <= LOSS_TOLERANCE)
+        or (not is_fp32 and not per_token[layer] <= BF16_LOGP_TOLERANCE)
+    ]
+    if off:
+        raise TrainingError.at(
+            "start check",
+            f"policy and reference should be equal before the first step, so that every layer's "
+            f"loss is {expected:.6f}, but at {'; '.join(off)}",
+            "they are not the same model; if that is meant, set training.start_check to false",
+        )
+    return losses
+
+
+def _by_layer(
+    outputs: Sequence[LayerOutput], lengths: Sequence[torch.Tensor], objective: Objective
+) -> dict[int, tuple[float, float, int]]:
+    """Of this rank's layers: sum of losses, largest difference per token, number of pairs."""
+    found: dict[int, tuple[float, float, int]] = {}
+    for output in outputs:
+        assert output.reference_logps_2P is not None, "the check needs a reference"
+        lengths_2P = lengths[output.micro_batch]
+        ratio_2P = output.logps_2P - output.reference_logps_2P
+        per_token_2P = ratio_2P / lengths_2P
+        compared_2P = per_token_2P if objective.loss in PER_TOKEN else ratio_2P
+        loss_P = preference_loss(compared_2P[0::2] - compared_2P[1::2], objective)
+        total, worst, count = found.get(output.layer, (0.0, 0.0, 0))
+        largest = float(per_token_2P.abs().max()) if len(per_token_2P) else 0.0
+        found[output.layer] = (
+            total + float(loss_P.double().sum()),
+            max(worst, largest),
+            count + len(loss_P),
+        )
+    return found
