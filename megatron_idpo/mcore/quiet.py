@@ -23,6 +23,9 @@ _WARNINGS = (
     "Please use DTensor instead",
     "torch.distributed is disabled",
     "The argument order of load",
+    # And its collectives.
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
 )
 """Regular expressions for the beginnings of warnings."""
 
