@@ -1,19 +1,141 @@
-"""Every configuration under examples/ is a valid one."""
+"""Every configuration under examples/ is valid, fits its model, and is started as it says."""
 
+import json
+import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_idpo.config import SECTIONS, load_config
+from megatron_idpo.cli import build_parser
+from megatron_idpo.config import SECTIONS, RunConfig, load_config
+from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.objective.layers import resolve_layers
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 FOUND = sorted(EXAMPLES.rglob("*.y*ml"))
+
+GPUS_PER_NODE = 8  # launch/slurm.sh's default
+COMMAND = re.compile(r"^#  +((?:torchrun|sbatch|megatron-idpo|python) .*)$", re.M)
+WORLD = re.compile(r"^# (\d+) processes: TP (\d+) × PP (\d+) × DP (\d+)\.", re.M)
+SIZED = "Not run: no GPU at hand; sized by arithmetic"
+
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+}
+"""What its config.json has else than the 8B model's."""
+
+HF_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("smollm2-135m", {}),
+    "Qwen/Qwen2.5-7B-Instruct": ("qwen2.5-7b", {}),
+    "meta-llama/Llama-3.1-8B-Instruct": ("llama-3.1-8b", {}),
+    "meta-llama/Llama-3.1-70B-Instruct": ("llama-3.1-8b", LLAMA_70B),
+    "mistralai/Mistral-7B-Instruct-v0.1": ("mistral-7b-instruct-v0.1", {}),
+    "runs/smollm2": ("smollm2-135m", {}),
+    "upstage/SOLAR-10.7B-Instruct-v1.0": ("solar-10.7b", {}),
+}
+"""Model of an example -> the file in tests/mcore/hf_configs, and what differs from it."""
+
+each_example = pytest.mark.parametrize(
+    "path", FOUND, ids=lambda path: str(path.relative_to(EXAMPLES))
+)
+
+
+def read(path: Path) -> RunConfig:
+    return load_config(path, optional=SECTIONS)
+
+
+def architecture(model: str) -> Architecture:
+    name, differences = HF_CONFIGS[model]
+    config = json.loads((ROOT / "tests/mcore/hf_configs" / f"{name}.json").read_text())
+    return Architecture.from_hf(config | differences)
+
+
+def commands(path: Path) -> list[list[str]]:
+    return [shlex.split(found) for found in COMMAND.findall(path.read_text())]
+
+
+def world_size(words: list[str]) -> int:
+    """How many processes a command starts."""
+
+    def option(name: str, default: int) -> int:
+        return int(words[words.index(name) + 1]) if name in words else default
+
+    nodes = option("--nodes" if words[0] == "sbatch" else "--nnodes", 1)
+    per_node = GPUS_PER_NODE if words[0] == "sbatch" else option("--nproc-per-node", 1)
+    return nodes * per_node
 
 
 def test_there_are_examples() -> None:
-    assert FOUND
+    """Those that the README and the launchers name."""
+    names = {"idpo_mistral_7b", "solar_10_7b", "llama3_8b", "llama3_70b", "qwen2_5_7b"}
+    assert names <= {path.stem for path in FOUND}
 
 
-@pytest.mark.parametrize("path", FOUND, ids=lambda path: str(path.relative_to(EXAMPLES)))
+@each_example
 def test_an_example_is_a_valid_configuration(path: Path) -> None:
-    load_config(path, optional=SECTIONS)
+    read(path)
+
+
+@each_example
+def test_an_example_fits_its_model(path: Path) -> None:
+    """In the world that each of its commands starts."""
+    config = read(path)
+    model = architecture(config.model.path)
+    resolve_layers(config.objective.layers, model.num_layers)
+    for words in commands(path):
+        found = config.layout.layout().problems(model, world_size(words))
+        assert not found, "\n".join(map(str, found))
+    assert config.data.max_length and config.data.max_length <= model.max_positions
+
+
+@each_example
+def test_an_example_tells_how_it_is_started(path: Path) -> None:
+    found = commands(path)
+    assert found, "its header has no command"
+    for words in found:
+        assert str(path.relative_to(ROOT)) in words
+        if words[0] == "sbatch":
+            (script,) = (word for word in words if word.endswith(".sh"))
+            assert (ROOT / script).is_file()
+        else:
+            begin = words.index("megatron_idpo") if "megatron_idpo" in words else 0
+            build_parser().parse_args(words[begin + 1 :])
+
+
+@each_example
+def test_a_header_that_counts_processes_counts_right(path: Path) -> None:
+    layout = read(path).layout
+    for told in WORLD.findall(path.read_text()):
+        world, tensor, pipeline, data = map(int, told)
+        assert (tensor, pipeline) == (layout.tensor, layout.pipeline)
+        assert world == tensor * pipeline * data
+        assert {world_size(words) for words in commands(path)} == {world}
+
+
+@each_example
+def test_an_example_for_gpus_says_that_it_was_not_run(path: Path) -> None:
+    """And counts its processes, and keeps to the model's own directory under runs/."""
+    config, text = read(path), path.read_text()
+    if config.layout.tensor == config.layout.pipeline == 1 or path.stem == "quickstart":
+        return
+    assert SIZED in text and len(WORLD.findall(text)) == 1
+    assert config.training.output == f"runs/{path.stem}"
+
+
+LAYERS = re.compile(r"\blayers?:? (\d+)(?: and (\d+))? of (\d+)")
+
+
+@each_example
+def test_layers_in_comments_are_those_that_are_trained(path: Path) -> None:
+    config, text = read(path), path.read_text()
+    model = architecture(config.model.path)
+    layers = resolve_layers(config.objective.layers, model.num_layers)
+    for first, second, of in LAYERS.findall(text):
+        assert int(of) == model.num_layers
+        assert tuple(int(layer) for layer in (first, second) if layer) == layers
