@@ -47,7 +47,8 @@ def write_boxes(
     """Write every rank's boxes into a directory. Collective over `group`, from any thread.
 
     Args:
-        boxes: those to be written here; no element of a tensor lies in two boxes of all ranks.
+        boxes: those to be written here, in the host's memory. No element of a tensor lies in two
+            boxes of all ranks.
         directory: exists and is empty, the same on every rank.
         group: of all ranks, over the CPU, used by nobody else meanwhile.
         place: what to call the directory in errors.
@@ -58,7 +59,7 @@ def write_boxes(
     try:
         torch_checkpoint.save(
             {},
-            storage_writer=Writer(directory, place),
+            storage_writer=Writer(directory, place, from_host=True),
             planner=_SavePlanner(boxes),
             process_group=group,
         )

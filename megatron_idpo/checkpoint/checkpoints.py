@@ -85,7 +85,7 @@ class Checkpoints:
         """The newest complete checkpoint, the same on all ranks.
 
         Raises:
-            CheckpointError: the directory or a `progress.json` cannot be read.
+            CheckpointError: the directory cannot be read.
         """
         return max(self._complete(), key=lambda one: one.step, default=None)
 
@@ -93,7 +93,7 @@ class Checkpoints:
         """The complete checkpoint with the best score, the newer of equals.
 
         Raises:
-            CheckpointError: the directory or a `progress.json` cannot be read.
+            CheckpointError: the directory cannot be read.
         """
         return next(iter(self._retention.ranked(self._complete())), None)
 

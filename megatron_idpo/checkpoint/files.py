@@ -179,9 +179,16 @@ class Writer(FileSystemWriter):
     Which tensor that is, its planner says in an attribute `writing`.
     """
 
-    def __init__(self, directory: Path, place: Path) -> None:
-        """Args: where to write; what to call that in errors."""
-        super().__init__(directory)
+    def __init__(self, directory: Path, place: Path, *, from_host: bool = False) -> None:
+        """Say what is written where.
+
+        Args:
+            directory: where to write.
+            place: what to call that in errors.
+            from_host: whether all tensors are in the host's memory. Then the GPU is not touched, on
+                which a new thread would first have to find its own device.
+        """
+        super().__init__(directory, **({"per_thread_copy_ahead": 0} if from_host else {}))
         self._place = place
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

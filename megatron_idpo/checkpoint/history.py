@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 from megatron_idpo.checkpoint.progress import Record
 from megatron_idpo.errors import CheckpointError
@@ -72,13 +73,13 @@ def complete_checkpoints(root: Path) -> list[CheckpointInfo]:
     """Every complete checkpoint, by step.
 
     Raises:
-        CheckpointError: the directory or a `progress.json` in it cannot be read.
+        CheckpointError: the directory cannot be read.
     """
     found = []
     for path in _entries(root):
         name = _NAME.fullmatch(path.name)
         if name and path.is_dir():
-            found.append(CheckpointInfo(path, int(name[1]), Record.read(path).score))
+            found.append(CheckpointInfo(path, int(name[1]), _score(path)))
     return sorted(found, key=lambda one: one.step)
 
 
@@ -86,7 +87,7 @@ def prune(root: Path, retention: Retention) -> list[CheckpointInfo]:
     """Delete what need not stay; returns what stayed, by step.
 
     A checkpoint loses its name first, so that a kill leaves none half deleted under it. Files that
-    cannot be deleted at once (NFS, while somebody reads them) go with the next call.
+    cannot be deleted at once (NFS, while somebody reads them) go with a later call.
 
     Raises:
         CheckpointError: a checkpoint cannot be renamed.
@@ -94,15 +95,15 @@ def prune(root: Path, retention: Retention) -> list[CheckpointInfo]:
     checkpoints = complete_checkpoints(root)
     superfluous = retention.superfluous(checkpoints)
     for one in superfluous:
-        hidden = root / f".{one.directory.name}.removed-old"
-        _delete(hidden)
         try:
-            one.directory.rename(hidden)
+            one.directory.rename(root / f".{one.directory.name}.removed-{uuid4().hex[:8]}")
         except OSError as error:
             raise CheckpointError.at(
                 str(one.directory), f"cannot be deleted: {error.strerror}"
             ) from error
-        _delete(hidden)
+    for path in _entries(root):
+        if (kind := _LEFTOVER.fullmatch(path.name)) and kind[1] == "removed":
+            _delete(path)
     return [one for one in checkpoints if one not in superfluous]
 
 
@@ -124,6 +125,14 @@ def clear_leftovers(root: Path) -> None:
             path.rename(root / name)
         else:
             _delete(path)
+
+
+def _score(directory: Path) -> float | None:
+    """What a checkpoint is ranked by; a damaged one has no score, and `load` says what it has."""
+    try:
+        return Record.read(directory).score
+    except CheckpointError:
+        return None
 
 
 def _entries(root: Path) -> Iterator[Path]:

@@ -4,7 +4,7 @@ The plugin taps two layers and learns with all weights, so that a head that lear
 other stages. Every step has a learning rate of its own.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,16 @@ class Setup:
     overlap: bool = False
     """With `distributed`: gather the parameters in the next forward pass."""
 
-    some: bool = False
-    """Whether only the second layer's MLP learns, not everything."""
+    learns: str = "all"
+    """Everything, `some` (the second layer's MLP) or `lora` (adapters)."""
 
     def __str__(self) -> str:
         """The id of its test."""
         sizes = zip("TPVD", (self.tensor, self.pipeline, self.virtual, self.data), strict=True)
         words = [f"{letter}{size}" for letter, size in sizes if size > 1] or ["one"]
-        flags = ("sequence_parallel", "tied", "distributed", "overlap", "some")
+        flags = ("sequence_parallel", "tied", "distributed", "overlap")
         words += [flag for flag in flags if getattr(self, flag)]
+        words += [self.learns] if self.learns != "all" else []
         words += ["bf16"] if self.dtype == "bfloat16" else []
         return "-".join(words)
 
@@ -59,7 +60,8 @@ class Training:
     dpo: Any
     architecture: Any
     setup: Setup
-    rows: list[Any] = field(default_factory=list)
+    rows: list[Any]
+    adapters: Any
 
     def step(self, number: int) -> None:
         """One step with the learning rate of step `number`, counted from 1."""
@@ -74,16 +76,27 @@ class Training:
         assert updated
 
     def weights(self) -> dict[str, Tensor]:
-        """This rank's part of the whole weights, by Hugging Face name."""
+        """This rank's part of the whole weights, adapters merged, by Hugging Face name."""
         from megatron_idpo.convert.megatron_to_hf import whole_tensors
+        from megatron_idpo.lora.merge import merged_value
 
         if self.setup.overlap:
             for chunk in self.wrapped:
                 chunk.start_param_sync(force_sync=True)
-        whole = whole_tensors(self.chunks, self.architecture)
+        merged = {} if self.adapters is None else {"value": merged_value(self.adapters)}
+        whole = whole_tensors(self.chunks, self.architecture, **merged)
         return {name: value.clone() for name, value in whole}
 
-    def moments(self) -> list[Tensor]:
+    def forget(self) -> None:
+        """Spoil everything that learns: what a checkpoint does not fill will be seen."""
+        from megatron_idpo.mcore.optimizer_state import held_parameters
+
+        learning = [p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
+        mains = [held.main for held in held_parameters(self.optimizer)]
+        for tensor in (*learning, *mains):
+            tensor.detach().fill_(float("nan"))
+
+    def state(self) -> list[Tensor]:
         """Everything this rank's optimizer keeps: main parameters, moments, steps."""
         from megatron_idpo.mcore.optimizer_state import held_parameters
 
@@ -97,6 +110,8 @@ class Training:
 def prepare(directory: str, setup: Setup) -> Training:
     """On every rank: the model with the base's weights, before its first step."""
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
+    from megatron_idpo.lora.adapters import add_adapters
+    from megatron_idpo.lora.settings import LoraSettings
     from megatron_idpo.mcore.layout import Layout
     from megatron_idpo.mcore.model import ModelOptions, build_model, global_parameters
     from megatron_idpo.objective.dpo import Objective
@@ -113,9 +128,12 @@ def prepare(directory: str, setup: Setup) -> Training:
     options = ModelOptions(dtype=getattr(torch, setup.dtype))
     chunks = build_model(architecture, layout, options)
     load_hf_weights(chunks, checkpoint, architecture)
-    if setup.some:
+    if setup.learns == "some":
         for name, parameter in global_parameters(chunks):
             parameter.requires_grad_(name.startswith("decoder.layers.1.mlp."))
+    adapters = None
+    if setup.learns == "lora":
+        adapters = add_adapters(chunks, architecture, LoraSettings(rank=4))
     objective = Objective(beta=0.3, intermediate_weight=0.4)
     dpo = attach(chunks, layers=LAYERS, objective=objective, vocab_size=tiny.VOCAB)
     wrapped = tiny.wrap(
@@ -131,7 +149,8 @@ def prepare(directory: str, setup: Setup) -> Training:
         if len(wrapped) == 1:
             chunks[0].config.no_sync_func = wrapped[0].no_sync
     rows = tiny.micro_batches(tiny.references((*LAYERS, tiny.NUM_LAYERS)))
-    return Training(chunks, wrapped, _optimizer(wrapped, setup), dpo, architecture, setup, rows)
+    optimizer = _optimizer(wrapped, setup)
+    return Training(chunks, wrapped, optimizer, dpo, architecture, setup, rows, adapters)
 
 
 def _optimizer(wrapped: list[Any], setup: Setup) -> Any:
