@@ -47,11 +47,12 @@ class HfCheckpoint:
     Holds no open files: instances can be pickled and used in several processes at once.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, single_file: str = SINGLE_FILE) -> None:
         """Opens `model.safetensors` (first, as Transformers does) or the shards of the index.
 
         Args:
             directory: what `save_pretrained` or a download from the hub left.
+            single_file: what the file is called if there is only one.
 
         Raises:
             CheckpointError: no safetensors there, a shard that is missing, truncated or garbage, or
@@ -60,8 +61,8 @@ class HfCheckpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise _no_directory(self.directory)
-        if (self.directory / SINGLE_FILE).is_file():
-            path = self.directory / SINGLE_FILE
+        if (self.directory / single_file).is_file():
+            path = self.directory / single_file
             self._places = {name: (path, place) for name, place in read_header(path).items()}
         elif (self.directory / INDEX_FILE).is_file():
             self._places = _sharded(self.directory)

@@ -51,6 +51,7 @@ class HfWriter:
         token: str,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
+        single_file: str = SINGLE_FILE,
         overwrite: bool = False,
     ) -> None:
         """Plans the files; touches no disk.
@@ -61,6 +62,7 @@ class HfWriter:
             token: what tells this attempt from others; the same in all processes.
             max_shard_bytes: tensor data per file; a larger tensor gets a file of its own.
             metadata: for the files' headers, beside `{"format": "pt"}`.
+            single_file: the file's name where one is enough.
             overwrite: replace an existing export.
 
         Raises:
@@ -71,7 +73,9 @@ class HfWriter:
         self.incomplete = atomic.incomplete_directory(self.target, token)
         self._token = token
         self._overwrite = overwrite
-        self._files = _plan_files(tensors, max_shard_bytes, {**_METADATA, **(metadata or {})})
+        self._single_file = single_file
+        headers = {**_METADATA, **(metadata or {})}
+        self._files = _plan_files(tensors, max_shard_bytes, headers, single_file)
         self._places = {
             place.spec.name: (file, place)
             for file, plan in self._files.items()
@@ -201,7 +205,7 @@ class HfWriter:
 
     def _check_replaceable(self) -> None:
         """What is going to be deleted is an earlier export, not somebody's home directory."""
-        if not any((self.target / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        if not any((self.target / name).is_file() for name in (self._single_file, INDEX_FILE)):
             raise CheckpointError.at(
                 str(self.target),
                 "is not overwritten, because it holds something else than Hugging Face weights",
@@ -248,7 +252,10 @@ class HfWriter:
 
 
 def _plan_files(
-    specs: Sequence[TensorSpec], max_shard_bytes: int, metadata: Mapping[str, str]
+    specs: Sequence[TensorSpec],
+    max_shard_bytes: int,
+    metadata: Mapping[str, str],
+    single_file: str,
 ) -> dict[str, FilePlan]:
     """Fills shards in the given order; always at least one file."""
     shards: list[list[TensorSpec]] = [[]]
@@ -260,7 +267,7 @@ def _plan_files(
         shards[-1].append(spec)
         room -= spec.num_bytes
     if len(shards) == 1:
-        return {SINGLE_FILE: plan_file(shards[0], metadata)}
+        return {single_file: plan_file(shards[0], metadata)}
     return {
         f"model-{number:05d}-of-{len(shards):05d}.safetensors": plan_file(shard, metadata)
         for number, shard in enumerate(shards, start=1)

@@ -8,7 +8,6 @@ stays bounded by one tensor on every rank and stages write side by side.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -23,21 +22,18 @@ from megatron_idpo.checkpoint.weights import load_weights
 from megatron_idpo.convert.dtypes import parse_dtype, stored_dtype
 from megatron_idpo.convert.families import entry, hf_shapes
 from megatron_idpo.convert.hf_writer import HfWriter
+from megatron_idpo.convert.hf_writer_ranks import write_together
 from megatron_idpo.convert.progress import busy, report_written, tensor_progress
 from megatron_idpo.convert.safetensors_header import TensorSpec
 from megatron_idpo.convert.slicing import Replicated
 from megatron_idpo.convert.tokenizer_files import CONFIG_FILE, check_vocabulary, read_json_object
-from megatron_idpo.errors import CheckpointError, UserError
 from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.groups import gather_tensor_shards, this_place
 from megatron_idpo.mcore.layout import Layout
 from megatron_idpo.mcore.model import GPTModel, ModelOptions, build_model, global_parameters
 from megatron_idpo.mcore.world import (
     agreeing,
-    barrier,
     from_first,
-    gathered,
-    is_first_rank,
     joined_world,
     running,
 )
@@ -108,37 +104,14 @@ def export_hf(
     """
     specs = [TensorSpec(name, shape, dtype) for name, shape in hf_shapes(architecture).items()]
     token = from_first(lambda: uuid4().hex[:8])
-    with (
-        _failing_together(),
-        HfWriter(target, specs, token=token, overwrite=overwrite) as writer,
-    ):
-        with agreeing("preparing the export"):
-            if is_first_rank():
-                writer.begin()
-        with agreeing("writing the weights"):
-            tensors = whole_tensors(chunks, architecture, value or stored_value)
-            _write_stage(tensors, chunks, architecture, writer, dtype, show_progress)
-            written = writer.flush()
-        by_rank = gathered(written)
-        with agreeing("finishing the export"):
-            if is_first_rank():
-                copy_companions(companions, writer.incomplete)
-                _set_config_dtype(writer.incomplete / CONFIG_FILE, dtype)
-                writer.finish([name for names in by_rank[1:] for name in names])
-    barrier()
 
+    def add_companions(incomplete: Path) -> None:
+        copy_companions(companions, incomplete)
+        _set_config_dtype(incomplete / CONFIG_FILE, dtype)
 
-@contextmanager
-def _failing_together() -> Iterator[None]:
-    """After a `UserError`, raised on all ranks, wait until all have removed what they wrote.
-
-    Else torchrun, told by the first rank that ends, would end the others in the middle of it.
-    """
-    try:
-        yield
-    except UserError:
-        barrier()
-        raise
+    tensors = _stage_tensors(chunks, architecture, value or stored_value, dtype, show_progress)
+    writer = HfWriter(target, specs, token=token, overwrite=overwrite)
+    write_together(writer, tensors, add_companions)
 
 
 def convert(
@@ -194,34 +167,24 @@ def convert(
             report_written(target, hf_shapes(architecture), wanted, seconds)
 
 
-def _write_stage(
-    tensors: Iterator[tuple[str, Tensor]],
+def _stage_tensors(
     chunks: Sequence[GPTModel],
     architecture: Architecture,
-    writer: HfWriter,
+    value: ParameterValue,
     dtype: torch.dtype,
     show_progress: bool,
-) -> None:
-    """Write this stage's tensors; the other tensor-parallel ranks only take part in the gathers.
-
-    After a failure the rest is gathered and dropped, so that no rank is left in a collective.
-    """
+) -> Iterator[tuple[str, Tensor]]:
+    """What this rank writes; nothing but on the first replica, which gathers as it goes."""
     if this_place().data > 0:
         return
-    failure: CheckpointError | None = None
+    tensors = whole_tensors(chunks, architecture, value)
     total = sum(
         len(entry(name, architecture).hf_names)
         for name, _ in global_parameters(chunks)
         if not _is_tied_output(name, architecture)
     )
     for name, tensor in tensor_progress("writing", tensors, total=total, show=show_progress):
-        try:
-            if failure is None:
-                writer.write(name, tensor.to(dtype))
-        except CheckpointError as error:
-            failure = error
-    if failure is not None:
-        raise failure
+        yield name, tensor.to(dtype)
 
 
 def _is_tied_output(name: str, architecture: Architecture) -> bool:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.lora.names import weight_shape
 from megatron_idpo.lora.settings import LoraSettings
 from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.block import Undo, is_hooked, let_gradients_through_frozen_embedding
@@ -78,7 +79,8 @@ class Adapters:
         place = this_place()
         for one in self.tensors():
             if one.side == "A":
-                initialise(one, settings.seed, fan_in(one.projection, architecture), place)
+                _, num_inputs = weight_shape(one.projection, architecture)
+                initialise(one, settings.seed, num_inputs, place)
 
     def tensors(self) -> Iterator[AdapterTensor]:
         """A and B of every projection in this rank's layers, this rank's parts of them."""
@@ -119,13 +121,6 @@ class Adapters:
             self._undo.pop()()
         self._by_chunk = []
         self.chunks = []
-
-
-def fan_in(projection: str, architecture: Architecture) -> int:
-    """Input features of a projection in the whole model."""
-    if projection == "o_proj":
-        return architecture.num_heads * architecture.head_dim
-    return architecture.ffn_hidden_size if projection == "down_proj" else architecture.hidden_size
 
 
 def initialise(one: AdapterTensor, seed: int, num_inputs: int, place: Place) -> None:
