@@ -1,5 +1,5 @@
 # Everything a contributor runs. Each target that needs the environment sets it up by itself.
-# ARGS reaches pytest:  make test ARGS="tests/mcore -x"
+# ARGS reaches pytest:  make test ARGS="tests/mcore -x"; or the quickstart's configuration.
 
 VENV ?= .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
@@ -9,13 +9,16 @@ ARGS ?=
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all check format clean
+.PHONY: help setup quickstart test test-all check format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## find a Python, make .venv and install into it (does nothing when it is current)
 	@tools/setup.sh
+
+quickstart: setup ## train a real model on two CPU processes and see what came of it (minutes)
+	$(PYTHON_IN_VENV) tools/quickstart.py $(ARGS)
 
 test: setup ## every CPU test but the exhaustive ones
 	$(PYTHON_IN_VENV) -m pytest -m "not exhaustive and not gpu" $(ARGS)

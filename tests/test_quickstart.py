@@ -1,0 +1,204 @@
+"""`tools/quickstart.py`: the order of its steps, its figures, and that what it names is there.
+
+Model and training are stood in for; `make quickstart` itself is the real thing.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quickstart
+
+from megatron_idpo import cli
+from megatron_idpo.config import SECTIONS, load_config
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.train.output import RunDirectory
+
+ROOT = Path(__file__).parents[1]
+BEFORE = {
+    "step": 0,
+    "eval_loss": 0.6931,
+    "eval_rewards/accuracies": 0.0,
+    "eval_rewards/margins": 0.0,
+    "eval_layer_15/rewards/margins": 0.0,
+    "eval_pairs": 40,
+}
+STEP = {"step": 1, "loss": 0.5, "rewards/margins": 0.7}
+AFTER = {
+    "step": 20,
+    "eval_loss": 0.25,
+    "eval_rewards/accuracies": 0.95,
+    "eval_rewards/margins": 1.5,
+    "eval_layer_15/rewards/margins": 0.75,
+    "eval_pairs": 40,
+}
+
+
+def pairs_of(name: str) -> list[Any]:
+    config = load_config(ROOT / quickstart.CONFIG, optional=SECTIONS)
+    [source] = getattr(config.data, name)
+    return [json.loads(line) for line in (ROOT / source.path).read_text().splitlines()]
+
+
+def test_what_is_asked_and_held_out_is_not_in_the_training_data() -> None:
+    trained = {json.dumps(pair["prompt"]) for pair in pairs_of("train")}
+    held_out = {json.dumps(pair["prompt"]) for pair in pairs_of("eval")}
+    assert len(held_out) == 40
+    assert len(trained) >= 200
+    assert not trained & held_out
+
+
+class Stage:
+    """A checkout in which programs are recorded instead of run, and models say their names."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        self.commands: list[str] = []
+        self.codes: dict[str, int] = {}
+        self.leaves = ["hf", "adapter", "curves.png"]
+        (root / "examples" / "data").mkdir(parents=True)
+        for path in (quickstart.CONFIG, Path("examples/data/quickstart_held_out.jsonl")):
+            (root / path).write_bytes((ROOT / path).read_bytes())
+        monkeypatch.chdir(root)
+        monkeypatch.setattr(quickstart, "ROOT", root)
+        monkeypatch.setattr(quickstart, "run", self.run)
+        monkeypatch.setattr(quickstart, "answer", lambda model, question: f"I am {model}")
+
+    def run(self, command: Sequence[str]) -> int:
+        program = "train" if "train" in command else "smollm2"
+        self.commands.append(program)
+        if program == "smollm2":
+            (self.root / command[-1]).mkdir(parents=True, exist_ok=True)
+        else:
+            output = self.root / "runs" / "quickstart"
+            (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+            for name in self.leaves:
+                (output / name).touch()
+            records = "\n".join(map(json.dumps, (BEFORE, STEP, AFTER)))
+            (output / "metrics.jsonl").write_text(f"{records}\n")
+        return self.codes.get(program, 0)
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    return Stage(tmp_path, monkeypatch)
+
+
+def test_model_training_answers_figures_commands(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quickstart.main([]) == 0
+    assert stage.commands == ["smollm2", "train"]
+    told = capsys.readouterr().out
+    [asked] = [line for line in told.splitlines() if line.startswith("Question: ")]
+    assert asked.removeprefix("Question: ") in json.dumps(pairs_of("eval"))
+    assert "I am runs/smollm2" in told
+    assert "I am runs/quickstart/hf" in told
+    assert "0.95 [0.83, 0.99]" in told
+    assert "is there: training goes on" not in told
+
+
+def test_every_path_that_is_told_exists(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart.main([])
+    told = capsys.readouterr().out
+    words = {word.strip("'\"():,.") for word in told.split()}
+    paths = {word for word in words if word.startswith(("runs/", "examples/", "tools/"))}
+    assert {"runs/quickstart/hf", "runs/quickstart/adapter", "runs/quickstart/curves.png"} <= paths
+    for path in paths:
+        assert (stage.root / path).exists() or (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("lost", ["hf", "adapter", "curves.png"])
+def test_a_file_that_training_did_not_leave_is_not_promised(
+    stage: Stage, lost: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.leaves.remove(lost)
+    assert quickstart.main([]) == 2
+    told = capsys.readouterr()
+    assert f"training left no runs/quickstart/{lost}" in told.err
+    assert "from_pretrained" not in told.out
+
+
+def test_a_second_call_says_that_it_goes_on(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quickstart.main([])
+    capsys.readouterr()
+    assert quickstart.main([]) == 0
+    told = capsys.readouterr().out
+    assert "runs/quickstart is there: training goes on from its last checkpoint" in told
+    assert "rm -r runs/quickstart" in told
+
+
+@pytest.mark.parametrize(("failing", "ran"), [("smollm2", 1), ("train", 2)])
+def test_a_step_that_fails_ends_it_with_its_exit_code(
+    stage: Stage, failing: str, ran: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.codes[failing] = 7
+    assert quickstart.main([]) == 7
+    assert len(stage.commands) == ran
+    assert "What came of it" not in capsys.readouterr().out
+
+
+def test_a_mistaken_override_stops_it_before_anything(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quickstart.main(["training.epoch=1"]) == 2
+    assert stage.commands == []
+    assert "training.epoch" in capsys.readouterr().err
+
+
+def test_the_figures_are_those_of_the_first_and_the_last_evaluation() -> None:
+    lines = quickstart.figures([BEFORE, STEP, AFTER])
+    assert [line.split() for line in lines[:-1]] == [
+        "40 held-out pairs step 0 step 20".split(),
+        "reward accuracy, 95% interval tied 0.95 [0.83, 0.99]".split(),
+        "reward margin +0.000 +1.500".split(),
+        "at layer 15 +0.000 +0.750".split(),
+        "loss 0.6931 0.2500".split(),
+    ]
+    assert "tie" in lines[-1]
+
+
+def test_one_evaluation_is_no_comparison() -> None:
+    with pytest.raises(ConfigError, match="before and after"):
+        quickstart.figures([BEFORE, STEP])
+
+
+def test_every_command_is_one_that_the_program_takes() -> None:
+    config = load_config(ROOT / quickstart.CONFIG, optional=SECTIONS)
+    commands = [quickstart.training_command(["training.epochs=1"])]
+    commands.append(quickstart.plain_dpo_command(RunDirectory(Path(config.training.output))))
+    for command in commands:
+        words = command[command.index("megatron_idpo") + 1 :]
+        arguments = cli.build_parser().parse_args(words)
+        read = load_config(ROOT / arguments.config, arguments.overrides, optional=SECTIONS)
+        assert read.layout.pipeline == quickstart.PROCESSES
+    assert read.objective.layers == ()
+    assert read.training.output != config.training.output
+
+
+def test_a_program_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert quickstart.run(["sh", "-c", "exit $OMP_NUM_THREADS"]) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert quickstart.run(["sh", "-c", "exit $OMP_NUM_THREADS"]) == 5
+
+
+def test_the_share_is_one_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "cores", lambda: 1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert quickstart.run(["sh", "-c", "exit $OMP_NUM_THREADS"]) == 1
+
+
+def test_it_can_be_called_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "run", lambda command: 9)
+    assert quickstart.main([]) == 9
+    assert Path.cwd() == ROOT
+    assert "1. The model" in capsys.readouterr().out
