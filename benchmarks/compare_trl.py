@@ -1,0 +1,322 @@
+"""DPO with LoRA on a real small model: TRL's DPOTrainer and ours, pairs per second and peak memory.
+
+    python benchmarks/compare_trl.py --model DIR --data DIR [--rounds 2] [--save]
+
+`DIR` of `--data` holds `alpaca_eval_gpt4.jsonl` and `finegrained_qa_feedback_dev.jsonl`. The model
+is SmolLM2-135M (`tools/smollm2.py`). Both sides train the same adapter (rank 16 on all linears,
+dropout 0), from the same values, on the same 32 pairs in the same order, 8 pairs per optimizer
+step, in the same precision, with the reference computed in every step by switching the adapter off.
+They take turns, each measurement in a process of its own with `--threads` threads.
+
+* **pairs/s**: from the end of the first step to the end of the last one, so that start-up and
+  warm-up are left out; the median of all rounds. **per CPU second**: the same ratio, by the CPU
+  time of the processes, which others on the machine disturb less.
+* **peak**: most resident memory of the process, libraries, loading and weights included; the
+  highest of all rounds. **in training**: the same from the first step on.
+* **tokens**: that both sides gave their models the same tokens is checked in every step; the
+  benchmark fails where they did not. Losses are compared too, and their largest difference told.
+
+TRL runs with 4 pairs per device and 2 accumulation steps, and otherwise with its defaults, among
+them gradient checkpointing (`--trl` names variants: see `TRL_VARIANTS`). Ours runs rows of at most
+`--row-tokens` positions.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from trl_case import Case, Measured
+from trl_data import choose_records, write_adapter
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = {
+    "alpaca": ("alpaca_eval_gpt4.jsonl", 512),
+    "finegrained": ("finegrained_qa_feedback_dev.jsonl", 1024),
+}
+"""File and `max_length`."""
+
+BATCH_PAIRS = 8
+TRL_VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no checkpointing": {"checkpointing": False},
+    "fp32 weights": {"weights": "fp32"},
+    "answers only": {"compact": True},
+    "answers only, no checkpointing": {"compact": True, "checkpointing": False},
+    "8 x 1": {"micro_pairs": 8},
+    "2 x 4": {"micro_pairs": 2},
+    "1 x 8": {"micro_pairs": 1},
+}
+"""TRL's settings beside those of the case; `trl_theirs.py` says what they mean."""
+
+OUR_VARIANTS: dict[str, dict[str, Any]] = {"off": {}, "full": {"recompute": "full"}}
+LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "megatron-core")
+TIMEOUT_S = 3 * 3600
+
+
+@dataclass
+class Compared:
+    """A case and what both sides made of it."""
+
+    title: str
+    case: Case
+    ours: list[Measured] = field(default_factory=list)
+    theirs: list[Measured] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Refuse a comparison of different things."""
+        tokens = {tuple(each.tokens) for each in [*self.ours, *self.theirs]}
+        assert len(tokens) == 1, f"{self.title}: the sides did not train on the same tokens"
+
+    @property
+    def speeds(self) -> tuple[float, float]:
+        """Pairs per second, ours and theirs."""
+        ours, theirs = (
+            statistics.median(each.pairs_per_s(BATCH_PAIRS) for each in side)
+            for side in (self.ours, self.theirs)
+        )
+        return ours, theirs
+
+    @property
+    def speed_ratio(self) -> float:
+        """How many times faster ours is."""
+        ours, theirs = self.speeds
+        return ours / theirs
+
+    @property
+    def cpu_ratio(self) -> float:
+        """The same of CPU time."""
+        ours, theirs = (
+            statistics.median(each.pairs_per_cpu_s(BATCH_PAIRS) for each in side)
+            for side in (self.ours, self.theirs)
+        )
+        return ours / theirs
+
+    @property
+    def memory_ratio(self) -> float:
+        """Our peak over theirs."""
+        return _highest(self.ours, "peak_bytes") / _highest(self.theirs, "peak_bytes")
+
+    @property
+    def loss_difference(self) -> float:
+        """The largest between the sides in any step."""
+        return max(
+            abs(one - other)
+            for one, other in zip(self.ours[0].losses, self.theirs[0].losses, strict=True)
+        )
+
+    def line(self) -> str:
+        """Of the table."""
+        ours, theirs = self.speeds
+        sides = (self.ours, self.theirs)
+        peaks = " | ".join(
+            f"{_highest(side, name) / 1e9:.2f}"
+            for name in ("peak_bytes", "train_peak_bytes")
+            for side in sides
+        )
+        positions = self.ours[0].positions / self.theirs[0].positions
+        return (
+            f"| {self.title} | {ours:.3f} | {theirs:.3f} | **{self.speed_ratio:.2f}** "
+            f"| {self.cpu_ratio:.2f} | {peaks} "
+            f"| **{self.memory_ratio:.2f}** | {positions:.2f} | {self.loss_difference:.1e} |"
+        )
+
+
+HEADS = (
+    "case", "ours, pairs/s", "TRL, pairs/s", "ours / TRL", "per CPU second", "ours, peak GB", "TRL, peak GB",
+    "ours, in training", "TRL, in training", "ours / TRL", "positions, ours / TRL",
+    "losses differ by",
+)  # fmt: skip
+
+
+def _highest(measured: Sequence[Measured], name: str) -> int:
+    return max(int(getattr(each, name)) for each in measured)
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def measure(case: Case, side: str, directory: Path) -> Measured:
+    """Run a side in a process of its own."""
+    file = directory / "case.json"
+    case.write(file)
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(case.threads),
+    }
+    command = [sys.executable, __file__, "--side", side, "--case", str(file)]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{side} failed: {done.stderr}")
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def run_side(side: str, file: Path) -> None:
+    """In the process of its own: train, and answer in the last line."""
+    module = importlib.import_module({"ours": "trl_ours", "trl": "trl_theirs"}[side])
+    print(json.dumps(asdict(module.train(Case.read(file)))))
+
+
+def compare(title: str, case: Case, options: Any, directory: Path) -> Compared:
+    """Ours and theirs in turns."""
+    result = Compared(title, case)
+    ours = {"row_tokens": options.row_tokens, **OUR_VARIANTS[options.ours]}
+    theirs = TRL_VARIANTS[options.trl]
+    ordered = str(Path(case.records).with_suffix(".ordered.jsonl"))
+    for _ in range(options.rounds):
+        result.ours.append(measure(_with(case, side=ours), "ours", directory))
+        result.theirs.append(measure(_with(case, side=theirs, records=ordered), "trl", directory))
+        result.check()
+        print(result.line(), flush=True)
+    return result
+
+
+def _with(case: Case, **changes: Any) -> Case:
+    return Case(**{**asdict(case), **changes})
+
+
+# ---- reporting ----------------------------------------------------------------------------------
+
+
+def report(compared: Sequence[Compared], options: Any) -> str:
+    """The page that `--save` keeps."""
+    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    ratios = [each.speed_ratio for each in compared]
+    memory = [each.memory_ratio for each in compared]
+    lines = [
+        "# Ours and TRL",
+        "",
+        f"    {shlex.join(['python', 'benchmarks/compare_trl.py', *words])}",
+        "",
+        f"{date.today()}, {processor()}, {os.cpu_count()} cores, {options.threads} threads; "
+        f"{versions}; commit {commit()}. What is measured, and how, stands in the script.",
+        "",
+        f"TRL: {options.trl}; ours: rows of at most {options.row_tokens} positions, recompute "
+        f"{options.ours}; {options.rounds} round(s) in turns.",
+        "",
+        f"| {' | '.join(HEADS)} |",
+        "|---" * len(HEADS) + "|",
+        *(each.line() for each in compared),
+        "",
+        f"Geometric mean of the speeds: **{statistics.geometric_mean(ratios):.2f}**, lowest "
+        f"{min(ratios):.2f}. Highest share of TRL's peak memory: {max(memory):.2f}.",
+        "",
+        "Seconds of each step after the first:",
+        "",
+    ]
+    for each in compared:
+        for name, side in (("ours", each.ours), ("TRL", each.theirs)):
+            rounds = "; ".join(_steps(measured) for measured in side)
+            lines.append(f"* {each.title}, {name}: {rounds}")
+    return "\n".join([*lines, ""])
+
+
+def _steps(measured: Measured) -> str:
+    ends_s = measured.step_ends_s
+    return ", ".join(f"{end - begin:.1f}" for begin, end in pairwise(ends_s))
+
+
+def processor() -> str:
+    """The processor's model name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def commit() -> str:
+    """What was measured; `+` where files differ from it."""
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return told.stdout.strip() or "unknown"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="Hugging Face directory of SmolLM2-135M")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--sets", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--max-length", type=int, help="instead of each set's own")
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--layers", type=json.loads, nargs="+", default=[[]], metavar="[20,25]")
+    parser.add_argument("--pairs", type=int, default=32, help=f"a multiple of {BATCH_PAIRS}")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--row-tokens", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--trl", choices=TRL_VARIANTS, default="default")
+    parser.add_argument("--ours", choices=OUR_VARIANTS, default="off", help="recompute")
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
+    parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, and save if asked."""
+    options = arguments()
+    if options.side:
+        run_side(options.side, options.case)
+        return
+    compared = []
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        adapter = directory / "adapter"
+        write_adapter(options.model, adapter, Case.rank)
+        for set_name in options.sets:
+            file, max_length = DATA[set_name]
+            max_length = options.max_length or max_length
+            records = directory / f"{set_name}.jsonl"
+            choose_records(options.data / file, records, options.model, max_length, options.pairs)
+            for dtype in options.dtypes:
+                for layers in options.layers:
+                    case = Case(
+                        model=options.model,
+                        records=str(records),
+                        adapter=str(adapter),
+                        max_length=max_length,
+                        dtype=dtype,
+                        layers=tuple(layers),
+                        batch_pairs=BATCH_PAIRS,
+                        threads=options.threads,
+                    )
+                    told = f", layers {layers}" if layers else ""
+                    title = f"{set_name} at {max_length}, {dtype}{told}"
+                    compared.append(compare(title, case, options, directory))
+    text = report(compared, options)
+    print(text)
+    if options.save:
+        hardware = "-".join("".join(c if c.isalnum() else " " for c in processor()).split())
+        results = ROOT / "benchmarks" / "results"
+        results.mkdir(exist_ok=True)
+        (results / f"compare-trl_{date.today()}_{hardware}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What both sides of `compare_trl.py` start from: the same records, and the same adapter."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl_case import SEED, TARGETS
+
+from megatron_idpo.data.chat import TokenOptions
+from megatron_idpo.data.dataset import load_pairs
+from megatron_idpo.data.order import stream_pairs
+from megatron_idpo.data.sources import Source
+from megatron_idpo.data.tokenizers import load_tokenizer
+
+
+def choose_records(source: Path, target: Path, model: str, max_length: int, pairs: int) -> None:
+    """Write `pairs` records, spread evenly over the file, in the order of training.
+
+    Only pairs that both sides keep: their prompts leave room for an answer.
+    """
+    kept = load_pairs(
+        [Source(path=str(source))],
+        load_tokenizer(model),
+        TokenOptions(max_length=max_length),
+        cache=target.parent / "tokens",
+        num_workers=1,
+    )
+    rows = [int(kept.place(index).rpartition(":")[2]) for index in range(len(kept))]
+    lines = source.read_text().splitlines()
+    chosen = [lines[rows[number * len(rows) // pairs] - 1] for number in range(pairs)]
+    target.write_text("".join(f"{line}\n" for line in chosen))
+    order = stream_pairs(0, pairs, num_pairs=pairs, seed=SEED)
+    target.with_suffix(".ordered.jsonl").write_text(
+        "".join(f"{chosen[index]}\n" for index in order)
+    )
+
+
+def write_adapter(model: str, target: Path, rank: int) -> None:
+    """A fresh PEFT adapter, for both sides to start from."""
+    torch.manual_seed(SEED)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=list(TARGETS)
+    )
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    get_peft_model(base, settings).save_pretrained(target)
