@@ -1,0 +1,80 @@
+"""What known GPUs can do at most: the denominator of model FLOPs utilisation (MFU).
+
+Dense matrix products, without structured sparsity, at the clocks that the maker's data sheet
+assumes. A device that is not listed has no MFU rather than a guessed one.
+"""
+
+import re
+
+import torch
+
+PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
+    # Each: a pattern of torch.cuda.get_device_name(), bf16 and fp16, fp32 without TF32. Data sheets
+    # give bf16 with sparsity from Hopper on; here it is half of that. More special names first.
+    #
+    # NVIDIA Blackwell Architecture Datasheet (GB200 NVL72, HGX B200: 5 and 4.5 PFLOPS sparse)
+    (r"GB200\b", 2500.0, 80.0),
+    (r"B200\b", 2250.0, 75.0),
+    # NVIDIA H200 Datasheet (SXM 1,979 sparse, NVL 1,671 sparse)
+    (r"H200 NVL\b", 835.5, 60.0),
+    (r"H200\b", 989.5, 67.0),
+    # NVIDIA GH200 Grace Hopper Superchip Datasheet (1,979 sparse)
+    (r"GH200\b", 989.5, 67.0),
+    # NVIDIA H100 Datasheet (NVL 1,671, PCIe 1,513, SXM 1,979 sparse)
+    (r"H100 NVL\b", 835.5, 60.0),
+    (r"H100 PCIe\b", 756.5, 51.0),
+    (r"H100\b", 989.5, 67.0),
+    # NVIDIA A100 Datasheet; PCIe and SXM alike
+    (r"A100\b", 312.0, 19.5),
+    # NVIDIA A30 and A40 Datasheets
+    (r"A30\b", 165.0, 10.3),
+    (r"A40\b", 149.7, 37.4),
+    # NVIDIA A10 Datasheet
+    (r"A10\b", 125.0, 31.2),
+    # NVIDIA L40S, L40 and L4 Datasheets
+    (r"L40S\b", 362.05, 91.6),
+    (r"L40\b", 181.05, 90.5),
+    (r"L4\b", 121.0, 30.3),
+    # NVIDIA RTX Blackwell, Ada and Ampere GA102 GPU Architecture white papers, products in fp16
+    # with fp32 accumulation
+    (r"RTX 5090$", 209.5, 104.8),
+    (r"RTX 4090$", 165.2, 82.6),
+    (r"RTX 3090$", 71.0, 35.6),
+    # NVIDIA V100 Datasheet; fp16 only
+    (r"V100-SXM", 125.0, 15.7),
+    # AMD Instinct MI300X and MI325X Data Sheets; matrix fp32
+    (r"MI3(00|25)X\b", 1307.4, 163.4),
+    # AMD Instinct MI250X Data Sheet, halved: torch sees each of its two dies as a device
+    (r"MI250X\b", 191.5, 47.85),
+)
+
+_WITHOUT_BF16 = ("V100",)
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """The most floating-point operations per second of matrix products on one device.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` gives it.
+        dtype: of the products: bfloat16, float16 or float32.
+
+    Returns:
+        None for unknown devices, and for float32 where torch may use TF32 instead.
+    """
+    for pattern, half, single in PEAK_TFLOPS:
+        if not re.search(rf"(?:^|[\s-]){pattern}", device_name):
+            continue
+        if dtype == torch.float32:
+            exact = torch.get_float32_matmul_precision() == "highest"
+            return single * 1e12 if exact else None
+        if dtype == torch.bfloat16 and any(name in device_name for name in _WITHOUT_BF16):
+            return None
+        return None if half is None else half * 1e12
+    return None
+
+
+def this_devices_peak(dtype: torch.dtype) -> float | None:
+    """`peak_flops` of the current CUDA device; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    return peak_flops(torch.cuda.get_device_name(), dtype)

@@ -1,0 +1,79 @@
+"""Known devices, by the names that torch gives them; no guesses for others."""
+
+import pytest
+import torch
+
+from megatron_idpo.train.peak_flops import peak_flops, this_devices_peak
+
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989.5),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA L40", 181.05),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("AMD Instinct MI300X", 1307.4),
+    ],
+)
+def test_known_devices(name, tera):
+    assert peak_flops(name, HALF) == tera * 1e12
+    assert peak_flops(name, torch.float16) == tera * 1e12
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA A10G",
+        "NVIDIA A1000",
+        "NVIDIA H1000",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA H20",
+        "AMD Instinct MI300A",
+        "Some CPU",
+        "",
+    ],
+)
+def test_like_named_and_unknown_devices_have_none(name):
+    assert peak_flops(name, HALF) is None
+
+
+def test_float32_is_known_where_torch_computes_it_as_such():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert peak_flops("NVIDIA A100-SXM4-40GB", torch.float32) == 19.5e12
+        torch.set_float32_matmul_precision("high")
+        assert peak_flops("NVIDIA A100-SXM4-40GB", torch.float32) is None
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_volta_has_no_bf16():
+    assert peak_flops("Tesla V100-SXM2-32GB", torch.float16) == 125e12
+    assert peak_flops("Tesla V100-SXM2-32GB", HALF) is None
+
+
+def test_a_cpu_has_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert this_devices_peak(HALF) is None
+
+
+def test_this_device_is_asked_for_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert this_devices_peak(HALF) == 989.5e12
