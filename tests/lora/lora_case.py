@@ -1,0 +1,75 @@
+"""Ways to train adapters for two steps: layout, targets, data-parallel communication.
+
+Light, for workers import it too.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_idpo.lora.settings import PROJECTIONS, LoraSettings
+from megatron_idpo.mcore.layout import Layout
+
+NUM_SEQUENCES, SEQUENCE_TOKENS, STEPS = 4, 16, 2
+ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-4}
+CLIP = 0.05
+"""Below every gradient's norm, so that a wrong norm shows in the weights."""
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-untied": ("llama", {"tie_word_embeddings": False}),
+    # 24 blocks of q, k and v: too many for a product each.
+    "llama-mha": ("llama", {"num_key_value_heads": 8}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+}
+
+SETTINGS = {
+    "all": LoraSettings(rank=4, alpha=12.0),
+    "rslora": LoraSettings(rank=4, alpha=12.0, use_rslora=True),
+    "q-v": LoraSettings(rank=3, alpha=3.0, targets=("q_proj", "v_proj")),
+    "k-o-up": LoraSettings(rank=2, alpha=5.0, targets=("k_proj", "o_proj", "up_proj")),
+    "gate-down": LoraSettings(rank=2, alpha=5.0, targets=("gate_proj", "down_proj")),
+}
+assert SETTINGS["all"].targets == PROJECTIONS
+
+SYNCS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "overlap": ("overlap_grad_reduce",),
+    "distributed": ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One way to run; every one is to give what PEFT gives on one process."""
+
+    layout: Layout = field(default_factory=Layout)
+    model: str = "llama-tied"
+    settings: str = "all"
+    sync: str = "plain"
+    data: int = 1
+    recompute: str = "off"
+
+    @property
+    def world_size(self) -> int:
+        """Processes it takes."""
+        return self.layout.model_ranks * self.data
+
+    def __str__(self) -> str:
+        """The id of its test."""
+        layout = self.layout
+        words = [f"TP{layout.tensor}", f"PP{layout.pipeline}"]
+        words += [f"VP{layout.virtual_pipeline}"] if layout.virtual_pipeline > 1 else []
+        words += ["SP"] if layout.sequence_parallel else []
+        words += [f"DP{self.data}", self.sync] if self.data > 1 else []
+        words += [self.recompute] if self.recompute != "off" else []
+        return "-".join([*words, self.model, self.settings])
+
+
+def tokens(vocab_size: int, step: int) -> Tensor:
+    """The sequences of a step, `[4, 17]`."""
+    generator = torch.Generator().manual_seed(11 + step)
+    return torch.randint(0, vocab_size, (NUM_SEQUENCES, SEQUENCE_TOKENS + 1), generator=generator)

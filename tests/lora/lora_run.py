@@ -1,0 +1,189 @@
+"""Adapters on every rank: building, training two steps by megatron-core's machinery, looking at them.
+
+What workers run. Values are put together under PEFT's names.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_idpo.lora.settings import LoraSettings
+from megatron_idpo.mcore.layout import Layout
+
+from .lora_case import (
+    ADAM,
+    CLIP,
+    NUM_SEQUENCES,
+    SEQUENCE_TOKENS,
+    SETTINGS,
+    STEPS,
+    SYNCS,
+    Case,
+    tokens,
+)
+
+
+def adapted(
+    base: str, layout: Layout, settings: LoraSettings, adapter: str | None = None, **options: Any
+) -> tuple[list[Any], Any, Any]:
+    """Chunks with a base model's weights, its architecture, and adapters (from a directory)."""
+    from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
+    from megatron_idpo.lora.adapters import add_adapters
+    from megatron_idpo.lora.peft import load_peft
+    from megatron_idpo.mcore.model import ModelOptions, build_model
+
+    checkpoint, architecture = open_hf(Path(base))
+    layout.start()
+    chunks = build_model(architecture, layout, ModelOptions(**options))
+    load_hf_weights(chunks, checkpoint, architecture)
+    adapters = add_adapters(chunks, architecture, settings)
+    if adapter is not None:
+        load_peft(adapters, architecture, Path(adapter))
+    return chunks, architecture, adapters
+
+
+def whole(
+    adapters: Any, value: Callable[[Any], Tensor] = lambda parameter: parameter.detach()
+) -> dict[str, Tensor]:
+    """This stage's tensors under PEFT's names, on its first rank; replicas must be equal."""
+    from megatron_idpo.lora.names import peft_name
+    from megatron_idpo.mcore.groups import gather_tensor_shards
+
+    found = {}
+    for one in adapters.tensors():
+        shards = gather_tensor_shards(value(one.parameter))
+        if shards is None:
+            continue
+        name = peft_name(one.layer, one.projection, one.side)
+        if one.split_dim is None:
+            assert all(torch.equal(shards[0], shard) for shard in shards), f"{name} differs"
+        found[name] = shards[0] if one.split_dim is None else torch.cat(shards, one.split_dim)
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def merged(parts: Sequence[Mapping[Any, Tensor]]) -> dict[Any, Tensor]:
+    """What all ranks answered, in one."""
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def logits_of(chunk: Any, sequences: Tensor) -> Tensor:
+    """A single chunk's logits of sequences, `[sequences, tokens, vocabulary shard]`."""
+    from megatron_idpo.mcore.row_params import RowParams
+
+    count = sequences.shape[1]
+    positions, row = torch.arange(count)[None], RowParams.plain(count)
+    return torch.cat(
+        [chunk(one[None], positions, None, packed_seq_params=row) for one in sequences]
+    )
+
+
+def train(base: str, adapter: str, case: Case) -> dict[str, Any]:
+    """Two steps; this rank's part of logits, the first gradients, norms and the final adapters."""
+    from megatron_idpo.mcore.model import Recompute
+
+    recompute = Recompute(granularity=case.recompute)  # type: ignore[arg-type]
+    settings = SETTINGS[case.settings]
+    chunks, architecture, adapters = adapted(
+        base, case.layout, settings, adapter, recompute=recompute
+    )
+    frozen = {name: one.clone() for name, one in _base_parameters(chunks)}
+    wrapped, optimizer = _with_optimizer(chunks, case)
+    answer: dict[str, Any] = {"norms": []}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        logits = _run(wrapped, architecture.vocab_size, step)
+        if step == 0:
+            answer["logits"] = logits
+            if case.sync != "distributed":
+                answer["gradients"] = whole(adapters, lambda parameter: parameter.main_grad)
+        answer["norms"].append(float(optimizer.step()[1]))
+    if case.sync == "distributed":
+        for chunk in wrapped:
+            # The last step's weights are on the way.
+            chunk.disable_forward_pre_hook(param_sync=True)
+    assert all(torch.equal(frozen[name], one) for name, one in _base_parameters(chunks))
+    return answer | {"adapters": whole(adapters)}
+
+
+def _base_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    from megatron_idpo.mcore.model import global_parameters
+
+    for name, parameter in global_parameters(chunks):
+        assert not parameter.requires_grad and parameter.grad is None, name
+        assert getattr(parameter, "main_grad", None) is None, name
+        yield name, parameter.detach()
+
+
+def _with_optimizer(chunks: list[Any], case: Case) -> tuple[list[Any], Any]:
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config = chunks[0].config
+    wishes = dict.fromkeys(SYNCS[case.sync], True)
+    settings = DistributedDataParallelConfig(bucket_size=2000, **wishes)
+    wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
+    adam = OptimizerConfig(
+        optimizer="adam",
+        lr=ADAM["lr"],
+        adam_beta1=ADAM["betas"][0],
+        adam_beta2=ADAM["betas"][1],
+        adam_eps=ADAM["eps"],
+        weight_decay=0.0,
+        clip_grad=CLIP,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=settings.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(adam, wrapped)
+    config.finalize_model_grads_func = finalize_model_grads
+    if settings.overlap_grad_reduce:
+        syncs = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = syncs[0] if len(syncs) == 1 else syncs
+    return wrapped, optimizer
+
+
+def _run(wrapped: list[Any], vocab_size: int, step: int) -> dict[int, Tensor]:
+    """Forward and backward by megatron-core's schedule; this rank's shards of the logits."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from megatron_idpo.mcore.row_params import RowParams
+
+    rank = parallel_state.get_data_parallel_rank()
+    size = parallel_state.get_data_parallel_world_size()
+    everything = tokens(vocab_size, step)
+    mine = [(number, everything[number][None]) for number in range(rank, NUM_SEQUENCES, size)]
+    collected: dict[int, Tensor] = {}
+
+    def loss(number: int, labels: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        gathered = gather_from_tensor_model_parallel_region(logits)[..., :vocab_size]
+        collected[number] = gathered.detach().clone()
+        return torch.nn.functional.cross_entropy(gathered.flatten(0, 1), labels.flatten()), {}
+
+    def forward(iterator: Any, model: Any) -> tuple[Tensor, Any]:
+        number, sequence = next(iterator)
+        positions = torch.arange(SEQUENCE_TOKENS)[None]
+        row = RowParams.plain(SEQUENCE_TOKENS)
+        output = model(sequence[:, :-1], positions, None, packed_seq_params=row)
+        return output, partial(loss, number, sequence[:, 1:])
+
+    get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[iter(mine) for _ in wrapped],
+        model=wrapped,
+        num_microbatches=len(mine),
+        seq_length=SEQUENCE_TOKENS,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return collected
