@@ -1,0 +1,178 @@
+"""launch/kubernetes.yaml has fields that exist; check_kubernetes.py sees what does not fit."""
+
+import json
+import shlex
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_idpo.errors import EXIT_USER_ERROR
+
+from .commands import LAUNCH, check_command, load_script
+
+MANIFEST = LAUNCH / "kubernetes.yaml"
+kubernetes = load_script("check_kubernetes")
+
+KNOWN = {
+    "Service": "apiVersion kind metadata spec",
+    "Service.metadata": "name",
+    "Service.spec": "clusterIP publishNotReadyAddresses selector",
+    "Job": "apiVersion kind metadata spec",
+    "Job.metadata": "name",
+    "Job.spec": "completionMode completions parallelism podReplacementPolicy backoffLimit "
+    "podFailurePolicy template",
+    "Job.spec.podFailurePolicy": "rules",
+    "Job.spec.podFailurePolicy.rules": "action onExitCodes onPodConditions",
+    "Job.spec.podFailurePolicy.rules.onExitCodes": "containerName operator values",
+    "Job.spec.podFailurePolicy.rules.onPodConditions": "type status",
+    "Job.spec.template": "spec",
+    "Job.spec.template.spec": "subdomain restartPolicy terminationGracePeriodSeconds containers "
+    "volumes",
+    "Job.spec.template.spec.containers": "name image workingDir command env resources volumeMounts",
+    "Job.spec.template.spec.containers.env": "name value valueFrom",
+    "Job.spec.template.spec.containers.env.valueFrom": "fieldRef secretKeyRef",
+    "Job.spec.template.spec.containers.env.valueFrom.fieldRef": "fieldPath",
+    "Job.spec.template.spec.containers.env.valueFrom.secretKeyRef": "name key optional",
+    "Job.spec.template.spec.containers.resources": "requests limits",
+    "Job.spec.template.spec.containers.resources.requests": "cpu memory",
+    "Job.spec.template.spec.containers.resources.limits": "memory nvidia.com/gpu",
+    "Job.spec.template.spec.containers.volumeMounts": "name mountPath",
+    "Job.spec.template.spec.volumes": "name persistentVolumeClaim emptyDir",
+    "Job.spec.template.spec.volumes.persistentVolumeClaim": "claimName",
+    "Job.spec.template.spec.volumes.emptyDir": "medium sizeLimit",
+}
+"""The fields of the Kubernetes API that the manifest uses, so that a misspelt one is noticed.
+
+Checked with the API's own schemas of 1.31, 1.34 and 1.37 when written (kubernetes-validate,
+--strict: 108 MB, too much for every contributor); check a new field like that before adding it.
+"""
+
+FREE = {"Service.spec.selector"}
+INTEGERS = {
+    "backoffLimit",
+    "completions",
+    "nvidia.com/gpu",
+    "parallelism",
+    "terminationGracePeriodSeconds",
+    "values",
+}
+BOOLEANS = {"optional", "publishNotReadyAddresses"}
+
+
+def misfits(value: Any, place: str, name: str = "") -> list[str]:
+    """Unknown fields below `place`, and scalars of another type than the API's."""
+    if isinstance(value, list):
+        return [problem for item in value for problem in misfits(item, place, name)]
+    if not isinstance(value, dict):
+        wanted = int if name in INTEGERS else bool if name in BOOLEANS else str
+        return [] if type(value) is wanted else [f"{place} = {value!r}"]
+    if place in FREE:
+        return []
+    found = []
+    for field, below in value.items():
+        if field in KNOWN[place].split():
+            found += misfits(below, f"{place}.{field}", field)
+        else:
+            found.append(f"{place}.{field}")
+    return found
+
+
+def manifest() -> dict[str, dict[str, Any]]:
+    return {value["kind"]: value for value in yaml.safe_load_all(MANIFEST.read_text())}
+
+
+def test_the_manifest_has_only_fields_that_kubernetes_knows() -> None:
+    found = manifest()
+    assert {kind: value["apiVersion"] for kind, value in found.items()} == {
+        "Service": "v1",
+        "Job": "batch/v1",
+    }
+    for kind, value in found.items():
+        assert misfits(value, kind) == []
+
+
+def test_a_misspelt_field_is_noticed() -> None:
+    job = manifest()["Job"]
+    job["spec"]["template"]["spec"]["containers"][0]["workingDirectory"] = "x"
+    job["spec"]["completions"] = "2"
+    assert len(misfits(job, "Job")) == 2
+
+
+def test_the_dry_run_prints_the_command_of_every_pod(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kubernetes.main([str(MANIFEST)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["idpo-0", "idpo-1"]
+    for rank, line in enumerate(lines):
+        words = shlex.split(line.split(": ", 1)[1])
+        check_command(words, nodes=2, rank=rank)
+        assert "--master-addr=idpo-0.idpo" in words
+
+
+def test_mounts_have_their_volumes() -> None:
+    pod = manifest()["Job"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    assert "training.output=/runs/llama3_70b" in container["command"]
+
+
+def _replace_word(old: str, new: str) -> Callable[[dict[str, Any]], None]:
+    def change(found: dict[str, Any]) -> None:
+        command = found["Job"]["spec"]["template"]["spec"]["containers"][0]["command"]
+        command[command.index(old)] = new
+
+    return change
+
+
+def _set(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(found: dict[str, Any]) -> None:
+        owner: Any = found
+        for key in keys[:-1]:
+            owner = owner[key]
+        owner[keys[-1]] = value
+
+    return change
+
+
+_RULES = ("Job", "spec", "podFailurePolicy", "rules")
+_POD = ("Job", "spec", "template", "spec")
+_LIMITS = (*_POD, "containers", 0, "resources", "limits")
+BROKEN: list[tuple[Callable[[dict[str, Any]], None], str]] = [
+    (_replace_word("--nnodes=2", "--nnodes=3"), "--nnodes is '3'"),
+    (_replace_word("--nproc-per-node=8", "--nproc-per-node=4"), "--nproc-per-node is '4'"),
+    (_replace_word("--master-addr=idpo-0.idpo", "--master-addr=idpo-0"), "--master-addr"),
+    (_replace_word("--node-rank=$(NODE_RANK)", "--node-rank=$(RANK)"), "--node-rank"),
+    (_set(*_POD, "containers", 0, "env", 0, "valueFrom", value={}), "--node-rank"),
+    (_set(*_LIMITS, "nvidia.com/gpu", value=4), "--nproc-per-node"),
+    (_set("Job", "spec", "parallelism", value=1), "spec.parallelism"),
+    (_set("Job", "spec", "completionMode", value="NonIndexed"), "spec.completionMode"),
+    (_set("Job", "metadata", "name", value="other"), "--master-addr"),
+    (_set("Service", "metadata", "name", value="other"), "subdomain"),
+    (_set("Service", "spec", "clusterIP", value="10.0.0.1"), "clusterIP"),
+    (_set("Service", "spec", "publishNotReadyAddresses", value=False), "publishNotReady"),
+    (_set(*_POD, "restartPolicy", value="OnFailure"), "restartPolicy"),
+    (_set(*_RULES, value=[]), "exit code 75 is 'Count'"),
+    (_set(*_RULES, 1, "onExitCodes", "values", value=[76]), "exit code 75 is 'Count'"),
+    (_set(*_RULES, 1, "onExitCodes", "containerName", value="x"), "exit code 75 is 'Count'"),
+    (_set(*_RULES, 0, "onExitCodes", "operator", value="NotIn"), "exit code 75 is 'FailJob'"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), BROKEN, ids=[told for _, told in BROKEN])
+def test_what_does_not_fit_together_is_told(
+    change: Callable[[dict[str, Any]], None],
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = deepcopy(manifest())
+    change(found)
+    path = tmp_path / "changed.yaml"
+    path.write_text("---\n".join(json.dumps(value) + "\n" for value in found.values()))
+    assert kubernetes.main([str(path)]) == EXIT_USER_ERROR
+    answer = capsys.readouterr()
+    assert told in answer.err and answer.out == ""
