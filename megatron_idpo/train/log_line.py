@@ -66,7 +66,7 @@ def training_line(
     formats: tuple[tuple[str, int, int, Callable[[float], str]], ...] = (
         (GRAD_NORM, 3, 5, lambda value: f"grad {value:.2f}"),
         (LEARNING_RATE, 3, 6, lambda value: f"lr {value:.1e}"),
-        (TOKENS_PER_S, 4, 4, lambda value: f"{short(value)} tok/s"),
+        (TOKENS_PER_S, 4, 2, lambda value: f"{short(value)} tok/s"),
         (PAIRS_PER_S, 4, 7, lambda value: f"{short(value)} pairs/s"),
         (ROW_FILL, 4, 9, lambda value: f"{value:.0%} full"),
         (PEAK_GB, 5, 8, lambda value: f"{value:.1f} GB"),
@@ -151,7 +151,7 @@ def _quality(values: Mapping[str, float], prefix: str) -> list[_Part]:
     if loss is not None:
         parts.append(_Part(1, 0, f"loss {loss:.4f}"))
     if layers := _layer_losses(values, prefix):
-        parts.append(_Part(1, 2, layers))
+        parts.append(_Part(1, 4, layers))
     if margin is not None:
         parts.append(_Part(2, 0, f"margin {margin:+.3f}"))
     if accuracy is not None:
@@ -178,16 +178,13 @@ def _layer_losses(values: Mapping[str, float], prefix: str) -> str:
 
 
 def _fitted(parts: Sequence[_Part], width: int | None) -> str:
-    """The parts in a line: what matters most, and of the rest what there is room for."""
-    if width is None:
-        return _line(parts)
-    kept = [part for part in parts if not part.rank]
-    for part in sorted(parts, key=lambda part: part.rank):
-        # In the order of `parts`, whenever it was chosen.
-        more = [other for other in parts if other in kept or other is part]
-        if part.rank and len(_line(more)) <= width:
-            kept = more
-    return _line(kept)
+    """The parts in a line; those of the highest rank go first while it is too long."""
+    kept = list(parts)
+    while True:
+        line, highest = _line(kept), max(part.rank for part in kept)
+        if width is None or len(line) <= width or not highest:
+            return line
+        kept = [part for part in kept if part.rank != highest]
 
 
 def _line(parts: Sequence[_Part]) -> str:

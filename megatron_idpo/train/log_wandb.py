@@ -56,6 +56,8 @@ class WandbLogger:
                 resume="allow" if goes_on and settings.mode == "online" else None,
                 dir=str(output),
                 config=dict(run_config),
+                # What the console shows is redrawn twice a second: nothing to keep there.
+                settings={"console": "off"},
             )
         except Exception as error:  # wandb's own kinds, requests', and its service's
             told = f"cannot be reached: {str(error) or type(error).__name__}"

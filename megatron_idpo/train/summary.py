@@ -140,14 +140,16 @@ def _accuracy_rows(label: str, records: Sequence[Record], prefix: str) -> list[t
     if course is None:
         return []
     shares = (course.first, course.last, course.best)
-    told = [f"{share:.2f}" for share in shares]
-    pairs = next((record[EVAL_PAIRS] for record in measured if record.get(EVAL_PAIRS)), None)
-    bounds = [wilson_interval(share, pairs) for share in shares] if prefix and pairs else []
-    intervals = [f"{low:.2f}-{high:.2f}" for low, high in bounds]
-    if untied[0] is not measured[0]:
-        told[0], intervals[:1] = "tied", [""] * len(intervals[:1])
+    begins_tied = untied[0] is not measured[0]
+    told = ["tied" if begins_tied else f"{course.first:.2f}", *(f"{s:.2f}" for s in shares[1:])]
     rows = [(label, *told, f"{course.best_step:,}")]
-    return rows + [(f"  95% interval, {pairs:,.0f} pairs", *intervals, "")] * bool(intervals)
+    pairs = next((record[EVAL_PAIRS] for record in measured if record.get(EVAL_PAIRS)), None)
+    if prefix and pairs:
+        bounds = [wilson_interval(share, pairs) for share in shares]
+        first, *others = (f"{low:.2f}-{high:.2f}" for low, high in bounds)
+        intervals = ["" if begins_tied else first, *others]
+        rows.append((f"  95% interval, {pairs:,.0f} pairs", *intervals, ""))
+    return rows
 
 
 def _quantities(records: Sequence[Record]) -> list[tuple[str, str]]:

@@ -1,0 +1,134 @@
+"""The line of a step, as text."""
+
+import math
+
+import pytest
+
+from megatron_idpo.train.log_line import (
+    accuracy_told,
+    clock_time,
+    evaluation_line,
+    short,
+    training_line,
+)
+
+VALUES = {
+    "loss": 0.62134,
+    "final_loss": 0.62,
+    "layer_22/loss": 0.64,
+    "rewards/margins": 0.2104,
+    "rewards/accuracies": 0.7142,
+    "grad_norm": 1.3249,
+    "learning_rate": 5e-5,
+    "throughput/tokens_per_s": 3123.0,
+    "throughput/pairs_per_s": 12.31,
+    "throughput/row_fill": 0.9712,
+    "memory/peak_gb": 5.21,
+    "throughput/mfu": 0.413,
+}
+FULL = (
+    "step  20/200 | loss 0.6213 (L22 0.64, final 0.62) | margin +0.210 acc 0.71 | "
+    "grad 1.32 lr 5.0e-05 | 3.1k tok/s 12.3 pairs/s 97% full | 5.2 GB MFU 41% | eta 3:12"
+)
+
+
+def test_a_line_has_everything_where_there_is_room():
+    assert training_line(20, 200, VALUES, eta_s=192.3) == FULL
+    assert training_line(20, 200, VALUES, eta_s=192.3, width=len(FULL)) == FULL
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (
+            140,
+            "step  20/200 | loss 0.6213 (L22 0.64, final 0.62) | margin +0.210 acc 0.71 | "
+            "grad 1.32 lr 5.0e-05 | 3.1k tok/s | MFU 41% | eta 3:12",
+        ),
+        (
+            120,
+            "step  20/200 | loss 0.6213 (L22 0.64, final 0.62) | margin +0.210 acc 0.71 | "
+            "grad 1.32 | 3.1k tok/s | MFU 41% | eta 3:12",
+        ),
+        (80, "step  20/200 | loss 0.6213 | margin +0.210 acc 0.71 | 3.1k tok/s | eta 3:12"),
+        (60, "step  20/200 | loss 0.6213 | margin +0.210 acc 0.71"),
+        (10, "step  20/200 | loss 0.6213 | margin +0.210 acc 0.71"),
+    ],
+)
+def test_where_room_is_short_what_matters_least_is_left_out(width, line):
+    assert training_line(20, 200, VALUES, eta_s=192.3, width=width) == line
+
+
+def test_lines_of_a_run_are_aligned():
+    """Numbers of the same kind stand under each other."""
+    first = training_line(1, 200, {**VALUES, "rewards/margins": -0.0001, "loss": 0.693})
+    assert len(first) == len(training_line(199, 200, VALUES))
+
+
+def test_plain_dpo_has_one_loss():
+    values = {name: value for name, value in VALUES.items() if "layer" not in name}
+    assert "| loss 0.6213 | margin" in training_line(20, 200, values)
+
+
+def test_of_many_layers_the_range_is_told():
+    values = VALUES | {f"layer_{layer}/loss": 0.5 + layer / 100 for layer in (4, 8, 28)}
+    assert "(L4..L28 0.54-0.78, final 0.62)" in training_line(20, 200, values)
+    two = VALUES | {"layer_4/loss": 0.5}
+    assert "(L4 0.50, L22 0.64, final 0.62)" in training_line(20, 200, two)
+
+
+def test_what_is_not_known_is_left_out():
+    assert training_line(3, 10, {"loss": math.nan}) == "step  3/10 | loss nan"
+
+
+EVALUATED = {f"eval_{name}": VALUES[name] for name in list(VALUES)[:5]} | {"eval_pairs": 1040.0}
+
+
+def test_held_out_pairs():
+    assert evaluation_line(20, 200, EVALUATED, seconds=3.21) == (
+        "eval  20/200 | loss 0.6213 (L22 0.64, final 0.62) | "
+        "margin +0.210 acc 0.71 [0.69, 0.74] | 1,040 pairs in 3.2 s"
+    )
+    assert evaluation_line(20, 200, EVALUATED, seconds=3.21, width=80) == (
+        "eval  20/200 | loss 0.6213 | margin +0.210 acc 0.71 [0.69, 0.74]"
+    )
+
+
+def test_before_training_all_pairs_are_tied():
+    values = EVALUATED | {"eval_rewards/margins": 0.0, "eval_rewards/accuracies": 0.0}
+    assert "margin +0.000 acc tied |" in evaluation_line(0, 200, values, seconds=1.0)
+    assert accuracy_told(0.0, -0.5, 40) == "0.00 [0.00, 0.09]"
+    assert accuracy_told(0.5, None, None) == "0.50"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (0.004, "0.00"),
+        (9.994, "9.99"),
+        (9.996, "10.0"),
+        (99.96, "100"),
+        (999.4, "999"),
+        (999.6, "1.0k"),
+        (99_949, "99.9k"),
+        (99_960, "100k"),
+        (999_600, "1.0M"),
+        (123_456_789, "123M"),
+    ],
+)
+def test_short_numbers(value, told):
+    assert short(value) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.4, "0:00"),
+        (59.6, "1:00"),
+        (192, "3:12"),
+        (3725, "1:02:05"),
+        (183_600, "2d 03:00"),
+    ],
+)
+def test_clock_times(seconds, told):
+    assert clock_time(seconds) == told
