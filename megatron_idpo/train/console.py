@@ -8,6 +8,7 @@ characters. One rank shows it; on the others everything here is silent.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from megatron_idpo.train.log_line import clock_time, evaluation_line, training_line
 from megatron_idpo.train.metric_names import LOSS, MARGIN
+from megatron_idpo.train.summary import show_summary
 
 _REFRESHES_PER_S = 2
 """Of the bar; each takes a little time from the thread that trains."""
@@ -47,6 +49,7 @@ class RunConsole:
         self._show = show
         self._console = console or Console(highlight=False)
         self._clock = clock
+        self._began_s = clock()
         self._marked: tuple[int, float] | None = None
         self._now: tuple[int, float] = (first_step, 0.0)
         self._bar = Progress(
@@ -121,6 +124,20 @@ class RunConsole:
         if self._show:
             # Never broken by rich: a log has no width, and a terminal breaks lines by itself.
             self._console.print(Text(line, style=style), soft_wrap=True)
+
+    def summary(self, metrics_path: Path, achieved: Mapping[str, float]) -> None:
+        """What the run came to: a table of the whole of it, and this start's pace.
+
+        Args:
+            metrics_path: the run's metrics file.
+            achieved: averages of this start (`Meter.averages`), and the memory peak if known.
+
+        Raises:
+            ConfigError: the metrics cannot be read.
+        """
+        if self._show:
+            wall_s = self._clock() - self._began_s
+            show_summary(self._console, metrics_path, achieved, wall_s=wall_s)
 
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[], None]]:

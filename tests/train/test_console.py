@@ -90,6 +90,19 @@ def test_other_ranks_are_silent():
     assert shown(terminal=True, show=False) == ""
 
 
+@pytest.mark.parametrize("show", [True, False])
+def test_the_summary_is_timed_from_the_beginning(tmp_path, show):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    written, clock = io.StringIO(), Clock()
+    clock.now = 1000.0
+    console = Console(file=written, width=80, _environ={})
+    run = RunConsole(10, show=show, console=console, clock=clock)
+    clock.now += 192.0
+    run.summary(tmp_path / "metrics.jsonl", {"throughput/pairs_per_s": 2.0})
+    assert ("0.5000" in written.getvalue()) == show
+    assert written.getvalue().endswith("in 3:12; 2.00 pairs/s\n" if show else "")
+
+
 def test_a_second_bar_counts_what_goes_on_between_steps():
     written = io.StringIO()
     console = Console(file=written, force_terminal=True, width=100, _environ={})
