@@ -170,11 +170,17 @@ def _layer_losses(values: Mapping[str, float], prefix: str) -> str:
     if not losses:
         return ""
     if len(losses) <= _NAMED_LAYERS:
-        told = [f"L{layer} {loss:.2f}" for layer, loss in losses.items()]
+        told = [f"L{layer} {_loss(loss)}" for layer, loss in losses.items()]
     else:
         first, *_, last = losses
-        told = [f"L{first}..L{last} {min(losses.values()):.2f}-{max(losses.values()):.2f}"]
-    return f"({', '.join([*told, f'final {values[prefix + FINAL_LOSS]:.2f}'])})"
+        lowest, highest = min(losses.values()), max(losses.values())
+        told = [f"L{first}..L{last} {_loss(lowest)}-{_loss(highest)}"]
+    return f"({', '.join([*told, f'final {_loss(values[prefix + FINAL_LOSS])}'])})"
+
+
+def _loss(loss: float) -> str:
+    """Two digits that say something, down to a thousandth."""
+    return f"{loss:.3f}" if loss < 0.0995 else f"{loss:.2f}"
 
 
 def _fitted(parts: Sequence[_Part], width: int | None) -> str:

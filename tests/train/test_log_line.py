@@ -77,6 +77,11 @@ def test_of_many_layers_the_range_is_told():
     assert "(L4 0.50, L22 0.64, final 0.62)" in training_line(20, 200, two)
 
 
+def test_small_losses_of_layers_are_told_apart():
+    values = VALUES | {"layer_22/loss": 0.0994, "final_loss": 0.0043}
+    assert "(L22 0.099, final 0.004)" in training_line(20, 200, values)
+
+
 def test_what_is_not_known_is_left_out():
     assert training_line(3, 10, {"loss": math.nan}) == "step  3/10 | loss nan"
 
