@@ -124,9 +124,9 @@ class DataConfig(Section):
     """Positions in a row, which is a micro-batch. A pair longer than a row is an error."""
 
     trim_tokens: Int = 128
-    """A step's rows are all cut to the smallest multiple of this that holds its fullest row, so its
-    length changes from step to step; 0 keeps `row_tokens`. Under `layout.sequence_parallel` it must
-    be a multiple of `layout.tensor`."""
+    """Rows are cut to a multiple of this: each to what it holds, but with `layout.pipeline` > 1,
+    where stages send rows to each other, all rows of a step to what its fullest one holds. 0 keeps
+    `row_tokens`. Under `layout.sequence_parallel` it must be a multiple of `layout.tensor`."""
 
     max_length: PositiveInt | None = 1024
     """Tokens of prompt and answer together, beyond which `truncation` applies; null is no limit."""

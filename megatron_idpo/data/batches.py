@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_idpo.data.order import stream_pairs
 from megatron_idpo.data.packing import Plan, plan_rows
@@ -37,6 +38,10 @@ class RowSettings:
     trim_tokens: int = 128
     """Cut a batch's rows, all to one length, to the smallest multiple of this that holds the
     fullest one; 0: never cut. Sequence parallelism needs a multiple of the tensor size."""
+
+    own_lengths: bool = False
+    """Cut each row by itself rather than all to the fullest one's length: less padding, where
+    nothing is sent between pipeline stages and rows need not be equal."""
 
     rows_multiple: int = 1
     """Rows on a rank are a multiple of this: the pipeline size under interleaving."""
@@ -66,8 +71,8 @@ class Batch:
 
     @property
     def row_tokens(self) -> int:
-        """Positions in each row of this batch."""
-        return len(self.rows[0].tokens_T)
+        """Positions in the longest of these rows; in each, but with `RowSettings.own_lengths`."""
+        return max(len(row.tokens_T) for row in self.rows)
 
 
 def plan_batch(lengths_B3: IntArray, settings: RowSettings) -> Plan:
@@ -82,6 +87,21 @@ def plan_batch(lengths_B3: IntArray, settings: RowSettings) -> Plan:
     )
 
 
+def row_lengths(plan: Plan, tokens_B: NDArray[np.int64], settings: RowSettings) -> list[list[int]]:
+    """Positions in every row of a plan, [rank][row].
+
+    Args:
+        plan: of the pairs with these tokens.
+        tokens_B: int64 [B], positions that each pair needs.
+        settings: how rows are cut.
+    """
+    trim = settings.trim_tokens
+    if not (settings.own_lengths and trim):
+        return [[plan.row_tokens] * len(rows) for rows in plan.pairs]
+    used = [[int(tokens_B[row].sum()) for row in rows] for rows in plan.pairs]
+    return [[min(plan.row_tokens, max(1, -(-n // trim)) * trim) for n in rows] for rows in used]
+
+
 def build_batch(
     pairs: PairSource, index_B: IntArray, settings: RowSettings, *, consumed_pairs: int
 ) -> Batch:
@@ -89,21 +109,23 @@ def build_batch(
     lengths_B3 = pairs.lengths_P3[index_B]
     plan = plan_batch(lengths_B3, settings)
     tokens_B = occupied_tokens(lengths_B3, share_prompt=settings.share_prompt)
+    lengths = row_lengths(plan, tokens_B, settings)
+    mine = settings.data_rank
     rows = tuple(
         Row.build(
             [pairs[int(index_B[pair])] for pair in row],
-            plan.row_tokens,
+            length,
             settings.pad_token,
             share_prompt=settings.share_prompt,
         )
-        for row in plan.pairs[settings.data_rank]
+        for row, length in zip(plan.pairs[mine], lengths[mine], strict=True)
     )
     return Batch(
         rows=rows,
         num_pairs=len(index_B),
         consumed_pairs=consumed_pairs,
         used_tokens=int(tokens_B.sum()),
-        computed_tokens=settings.data_size * len(rows) * plan.row_tokens,
+        computed_tokens=sum(map(sum, lengths)),
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idpo.data.batches import RowSettings, TrainingBatches, plan_batch
+from megatron_idpo.data.batches import RowSettings, TrainingBatches, plan_batch, row_lengths
 from megatron_idpo.data.order import stream_pairs
 from megatron_idpo.data.pair import IntArray, PairSource
 from megatron_idpo.data.rows import occupied_tokens
@@ -119,9 +119,9 @@ def row_figures(
         rows_S.append(len(plan.pairs[0]))
         length_S.append(plan.row_tokens)
         rows += [
-            (len(row), int(tokens_B[row].sum()), plan.row_tokens)
-            for rank in plan.pairs
-            for row in rank
+            (len(row), int(tokens_B[row].sum()), length)
+            for rank, lengths in zip(plan.pairs, row_lengths(plan, tokens_B, settings), strict=True)
+            for row, length in zip(rank, lengths, strict=True)
         ]
     pairs_R, used_R, positions_R = np.array(rows, np.int64).T
     return RowFigures(

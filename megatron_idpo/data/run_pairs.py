@@ -86,6 +86,7 @@ def row_settings(config: RunConfig, world_size: int, *, data_rank: int = 0) -> R
         pad_token=0,
         share_prompt=config.data.share_prompt,
         trim_tokens=config.data.trim_tokens,
+        own_lengths=layout.pipeline == 1,
         rows_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
         data_size=layout.data(world_size),
         data_rank=data_rank,

@@ -237,3 +237,32 @@ def test_memory_does_not_grow_with_the_pairs_that_pass():
     tracemalloc.stop()
     assert peaks[1] < peaks[0] + 200_000  # 100 batches of rows are 2 MB.
     assert peaks[1] < 5_000_000  # an index of the pairs would be 160 MB.
+
+
+def test_rows_of_their_own_lengths_hold_the_same_pairs_in_fewer_positions():
+    pairs, trim = MadePairs(40, longest=20), 8
+    equal = replace(ROWS, trim_tokens=trim, data_size=2)
+    own = replace(equal, own_lengths=True)
+    for of_equal, of_own in zip(
+        run(pairs, equal, global_batch_pairs=9, seed=1),
+        run(pairs, own, global_batch_pairs=9, seed=1),
+        strict=True,
+    ):
+        assert pairs_of(of_own) == pairs_of(of_equal)
+        for here, there in zip(of_own, of_equal, strict=True):
+            assert [row.num_pairs for row in here.rows] == [row.num_pairs for row in there.rows]
+            for row in here.rows:
+                assert len(row.tokens_T) == max(1, -(-row.used_tokens // trim)) * trim
+            assert here.row_tokens == max(len(row.tokens_T) for row in here.rows)
+            assert here.row_tokens <= there.row_tokens
+        positions = sum(len(row.tokens_T) for batch in of_own for row in batch.rows)
+        assert {batch.computed_tokens for batch in of_own} == {positions}
+        assert positions <= of_equal[0].computed_tokens
+
+
+def test_an_empty_row_of_its_own_length_is_a_row_still():
+    pairs = MadePairs(3)
+    rows = replace(ROWS, trim_tokens=8, data_size=4, own_lengths=True)
+    (ranks,) = run(pairs, rows, global_batch_pairs=3, seed=0)
+    empty = [row for batch in ranks for row in batch.rows if not row.num_pairs]
+    assert empty and {len(row.tokens_T) for row in empty} == {8}
