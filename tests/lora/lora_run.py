@@ -1,4 +1,4 @@
-"""Adapters on every rank: building, training two steps by megatron-core's machinery, looking at them.
+"""Adapters on every rank: built, trained two steps by megatron-core's machinery, looked at.
 
 What workers run. Values are put together under PEFT's names.
 """
@@ -76,9 +76,8 @@ def logits_of(chunk: Any, sequences: Tensor) -> Tensor:
 
     count = sequences.shape[1]
     positions, row = torch.arange(count)[None], RowParams.plain(count)
-    return torch.cat(
-        [chunk(one[None], positions, None, packed_seq_params=row) for one in sequences]
-    )
+    rows = [one[None] for one in sequences]
+    return torch.cat([chunk(one, positions, None, packed_seq_params=row) for one in rows])
 
 
 def train(base: str, adapter: str, case: Case) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""Merged exports: what AutoModelForCausalLM loads computes what PEFT computes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_idpo.mcore.layout import Layout
+
+from .conftest import hf_model
+from .lora_case import SETTINGS, tokens
+from .lora_run import adapted
+
+pytestmark = pytest.mark.distributed
+
+# W + scaling * B A is rounded once; the adapter beside the weight rounds elsewhere.
+LOGITS_ABSOLUTE = 1e-5
+
+TP1, PP2_VP2 = Layout(), Layout(pipeline=2, virtual_pipeline=2)
+TP2_PP2_SP = Layout(tensor=2, pipeline=2, sequence_parallel=True)
+
+
+def export(base: str, adapter: str, layout: Layout, settings: str, target: str) -> None:
+    """Merged into `target/merged`, the base model into `target/base`."""
+    from megatron_idpo.convert.hf_to_megatron import open_hf
+    from megatron_idpo.convert.megatron_to_hf import export_hf
+    from megatron_idpo.lora.merge import merged_value
+
+    chunks, architecture, adapters = adapted(base, layout, SETTINGS[settings], adapter)
+    companions, dtype = open_hf(Path(base))[0].companions, torch.float32
+    value = merged_value(adapters)
+    export_hf(chunks, architecture, companions, Path(target, "merged"), dtype=dtype, value=value)
+    export_hf(chunks, architecture, companions, Path(target, "base"), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "settings"),
+    [
+        (TP1, "qwen2", "all"),
+        (TP2_PP2_SP, "qwen3", "all"),
+        (PP2_VP2, "llama-tied", "k-o-up"),
+    ],
+)
+def test_a_merged_export_is_the_adapted_model(
+    layout, model, settings, workers, base_model, peft_adapter, peft_answer, tmp_path
+):
+    base, adapter = base_model(model), peft_adapter(model, settings)
+    arguments = (str(base), str(adapter), layout, settings, str(tmp_path))
+    workers.run(export, layout.model_ranks, *arguments)
+    merged = hf_model(tmp_path / "merged")
+    with torch.no_grad():
+        logits = merged(tokens(merged.config.vocab_size, 0)[:, :-1]).logits
+    assert (logits - peft_answer(model, settings)["logits"]).abs().max() <= LOGITS_ABSOLUTE
+    # Nothing of it is in the model's own weights.
+    unchanged = load_file(tmp_path / "base" / "model.safetensors")
+    original = load_file(base / "model.safetensors")
+    assert unchanged.keys() == original.keys()
+    assert all(torch.equal(original[name], tensor) for name, tensor in unchanged.items())
+
+
+def merged_in_16_bits(base: str, adapter: str) -> list[tuple[str, Any, Any]]:
+    """Of every adapted weight: the merged one, and what fp32 arithmetic makes of its parts."""
+    from megatron_idpo.lora.merge import merged_value
+
+    _, _, adapters = adapted(base, TP1, SETTINGS["all"], adapter, dtype=torch.bfloat16)
+    value = merged_value(adapters)
+    found = []
+    for _, name, one in adapters.by_chunk[0].linears():
+        added = one.fused_up().double() @ one.fused_down().double()
+        exact = one.linear.weight.double() + one.numbers.scaling * added
+        found.append((name, value(one.linear.weight).detach(), exact.detach()))
+    norm = adapters.chunks[0].decoder.final_layernorm.weight
+    assert value(norm) is not None and torch.equal(value(norm), norm)
+    return found
+
+
+def test_16_bits_are_rounded_once(workers, base_model, peft_adapter):
+    """Within half a unit in the last place of the exact sum, and a little for fp32's rounding."""
+    arguments = (str(base_model("llama-tied")), str(peft_adapter("llama-tied")))
+    (found,) = workers.run(merged_in_16_bits, 1, *arguments)
+    assert len(found) == 4 * 4
+    for name, merged, exact in found:
+        assert merged.dtype == torch.bfloat16
+        half_ulp = exact.abs() * 2**-8
+        assert ((merged.double() - exact).abs() <= half_ulp * 1.001 + 1e-7).all(), name
