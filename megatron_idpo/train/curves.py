@@ -179,7 +179,7 @@ def _draw_accuracy(axes: Axes, records: Sequence[Record], layers: Sequence[int])
         axes.legend(frameon=False, fontsize=8, loc="best")
     axes.axhline(0.5, color="0.75", linewidth=0.8, zorder=0)
     low, _ = axes.get_ylim()
-    axes.set_ylim(min(low, 0.4), 1.0)
+    axes.set_ylim(min(low, 0.4), 1.02)
     axes.set_ylabel("reward accuracy", fontsize=9)
 
 

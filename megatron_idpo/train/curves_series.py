@@ -33,8 +33,16 @@ class Series:
 
     @classmethod
     def of(cls, records: Sequence[Record], name: str) -> "Series":
-        """The finite values of this name."""
-        points = [(record[STEP], record[name]) for record in records if name in record]
+        """The finite values of this name; of an accuracy, those that mean something.
+
+        Where policy and reference are equal all pairs are tied: that is no accuracy of 0.
+        """
+        margin = f"{name.removesuffix(ACCURACY)}{MARGIN}" if name.endswith(ACCURACY) else None
+        points = [
+            (record[STEP], record[name])
+            for record in records
+            if name in record and not (margin and is_tied(record[name], record.get(margin)))
+        ]
         steps_S, values_S = np.array(points, np.float64).reshape(-1, 2).T
         known_S = np.isfinite(values_S)
         return cls(steps_S[known_S], values_S[known_S])
@@ -99,11 +107,9 @@ class HeldOutAccuracy:
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> "HeldOutAccuracy":
-        """Evaluations where policy and reference were equal have no accuracy: left out."""
-        names = (f"{EVAL}{ACCURACY}", f"{EVAL}{MARGIN}")
-        untied = [record for record in records if not is_tied(*map(record.get, names))]
-        shares = Series.of(untied, names[0])
-        counts = {record[STEP]: record.get(EVAL_PAIRS, 0.0) for record in untied}
+        """The accuracy of those evaluations that have one."""
+        shares = Series.of(records, f"{EVAL}{ACCURACY}")
+        counts = {record[STEP]: record.get(EVAL_PAIRS, 0.0) for record in records}
         bounds = [
             wilson_interval(share, counts[step]) if counts[step] else (share, share)
             for step, share in zip(shares.steps_S, shares.values_S, strict=True)
