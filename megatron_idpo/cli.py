@@ -4,27 +4,31 @@ A table of verbs, what each one takes, and how a failure is told. Nothing heavy 
 the verb is known and its arguments are right, so `--help` and a typing mistake answer at once. The
 work itself is each verb's own room's.
 
-Exit codes: 0; `EXIT_USER_ERROR` for everything that is the user's to mend, told in one message
-without a traceback; 130 for Ctrl-C; an unexpected exception keeps its traceback (1).
+Exit codes (`errors.py`): 0; `EXIT_USER_ERROR` for everything that is the user's to mend, told in
+one message without a traceback; `EXIT_PEER_LOST` where another process of the run has died;
+`EXIT_PREEMPTED` where a signal ended training, saved; 130 for Ctrl-C; an unexpected exception keeps
+its traceback (1).
 """
 
 import argparse
 import difflib
 import importlib
-import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_idpo import __version__
-from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError, UserError
+from megatron_idpo.cli_failures import (
+    is_lost_peer,
+    stopped_an_import_of_megatron,
+    tell_interrupted,
+    tell_lost_peer,
+    tell_user_error,
+)
+from megatron_idpo.errors import ConfigError, UserError
 from megatron_idpo.mcore.quiet import quiet_megatron
-
-EXIT_INTERRUPTED = 130
-"""What a shell reports for a program ended by Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,15 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         with quiet_megatron():  # from the first import on
             return VERBS[arguments.verb].run(arguments)
     except UserError as error:
-        return _told(error)
+        return tell_user_error(error)
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return tell_interrupted()
     except Exception as error:
-        if not _stopped_an_import_of_megatron(error):
+        if is_lost_peer(error):
+            return tell_lost_peer(error)
+        if not stopped_an_import_of_megatron(error):
             raise
         remedy = "`megatron-idpo doctor` tells which library is half installed"
         reason = f"cannot be imported ({type(error).__name__}: {error})"
-        return _told(ConfigError.at("megatron-core", reason, remedy))
+        return tell_user_error(ConfigError.at("megatron-core", reason, remedy))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -301,55 +307,3 @@ def _one_of(what: str, known: Iterable[str]) -> Callable[[str], str]:
 
 class _UnknownWord(argparse.ArgumentTypeError, ConfigError):
     pass
-
-
-def _told(error: UserError) -> int:
-    """Say what the user has to mend, once for the run; returns the exit code."""
-    if _speaks_for_the_run():
-        rank = f" (rank {os.environ['RANK']})" if _world_size() > 1 else ""
-        print(f"megatron-idpo: error{rank}: {error}", file=sys.stderr, flush=True)
-    return EXIT_USER_ERROR
-
-
-def _stopped_an_import_of_megatron(error: Exception) -> bool:
-    """Whether the error came up while a module of megatron-core was being imported.
-
-    megatron-core guards its optional libraries against ImportError only; a half-installed
-    Transformer Engine raises others.
-    """
-    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(
-        code.co_name == "<module>" and "megatron/core/" in code.co_filename for code in frames
-    )
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
-def _speaks_for_the_run() -> bool:
-    """Whether this process is the one that tells the run's failure: the first rank to fail.
-
-    Usually every rank fails for the same reason, and one message is wanted; but a reason can lie
-    with one rank or one node alone, and must be heard too. So neither "rank 0 only" nor "every
-    rank" will do: the ranks count themselves off in the store that torchrun keeps for the run.
-    Where it cannot be reached, each rank speaks, because silence would be worse.
-    """
-    if _world_size() == 1:
-        return True
-    try:
-        from datetime import timedelta
-
-        from torch.distributed import TCPStore
-
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=3),
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"megatron_idpo/failures/{attempt}", 1) == 1
-    except Exception:  # whatever is wrong with the store, the user's error matters more
-        return True

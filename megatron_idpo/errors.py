@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Self
 
 EXIT_USER_ERROR = 2
+EXIT_PEER_LOST = 3
+"""Another process of the run has died; its own message says why, if it could give one."""
 EXIT_PREEMPTED = 75
 """Stopped by SIGTERM or SIGUSR1 with everything saved: start the same command again. The number is
 BSD's EX_TEMPFAIL, "try again later"."""

@@ -77,13 +77,27 @@ def _process_group(timeout_s: float) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
-        dist.init_process_group(backend(), timeout=timedelta(seconds=timeout_s))
+        _rendezvous(timedelta(seconds=timeout_s))
     else:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _rendezvous(timeout: timedelta) -> None:
+    """Meet the other processes where the environment says."""
+    try:
+        dist.init_process_group(backend(), timeout=timeout)
+    except dist.DistNetworkError as error:
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        if "EADDRINUSE" in str(error):
+            told, remedy = f"{port} is in use on this machine", "choose another (--master-port)"
+            raise ConfigError.at("MASTER_PORT", told, remedy) from error
+        told = f"{address}:{port} cannot be reached"
+        remedy = "is the first node up, and is that its address and an open port?"
+        raise ConfigError.at("MASTER_ADDR", told, remedy) from error
 
 
 def _check_environment() -> None:

@@ -6,7 +6,7 @@ Everything here happens on every rank, in the same order.
 from pathlib import Path
 
 from megatron_idpo.config import RunConfig
-from megatron_idpo.errors import EXIT_PREEMPTED
+from megatron_idpo.errors import EXIT_PREEMPTED, TrainingError
 from megatron_idpo.mcore.world import joined_world, running
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.finish import tell_finished, tell_preempted, tell_start
@@ -70,13 +70,16 @@ def take_steps(run: Run, report: Report, wish: StopWish) -> int:
     for batch in run.batches:
         lr = run.learning_rate.at(run.step)
         work = BatchWork.of(batch.rows, run.trainer.policy.source.architecture.windows)
-        metrics, grad_norm = run.trainer.step(
-            batch,
-            run.step + 1,
-            lr=lr,
-            extra={_STOP: float(wish.is_there), **work.as_extra()},
-            peaks={MEMORY: float(peak_memory_bytes())},
-        )
+        try:
+            metrics, grad_norm = run.trainer.step(
+                batch,
+                run.step + 1,
+                lr=lr,
+                extra={_STOP: float(wish.is_there), **work.as_extra()},
+                peaks={MEMORY: float(peak_memory_bytes())},
+            )
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {run.last_good()}") from error
         run.step += 1
         run.evaluated = {}
         report.step(run.step, metrics, grad_norm=grad_norm, lr=lr, epoch=run.batches.epoch)

@@ -110,6 +110,12 @@ class Run:
         self.step = progress.step
         return found.directory
 
+    def last_good(self) -> str:
+        """Where the newest complete checkpoint is, in words, after the one being written."""
+        self.checkpoints.wait()
+        found = self.checkpoints.latest()
+        return "nothing was saved yet" if found is None else f"last checkpoint: {found.directory}"
+
     def write_config(self) -> None:
         """Leave the resolved configuration in the output directory. Collective.
 
