@@ -110,7 +110,7 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
     Raises:
         DataError: there is no such tokenizer, it cannot be read, or the template's syntax is wrong.
     """
-    template = _read_template(chat_template)
+    template = read_template(chat_template)
     model_file = _bare_model(Path(path))
     tokenizer: Tokenizer
     if model_file is not None:
@@ -143,7 +143,7 @@ def _bare_model(path: Path) -> Path | None:
     return bare if bare.is_file() and not (path / "tokenizer.json").exists() else None
 
 
-def _read_template(value: str | None) -> str | None:
+def read_template(value: str | None) -> str | None:
     """The template itself: whatever has a brace is one, anything else names a file."""
     if value is None or "{" in value:
         return value

@@ -1,14 +1,21 @@
 """The result of a run, for those who use it: a Hugging Face model, and a PEFT adapter."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from megatron_idpo.config import RunConfig
 from megatron_idpo.convert.megatron_to_hf import export_hf
 from megatron_idpo.convert.tokenizer_files import read_json_object
+from megatron_idpo.data.tokenizers import read_template
 from megatron_idpo.lora.merge import merged_value
 from megatron_idpo.lora.peft import save_peft
 from megatron_idpo.train.build import Policy
 from megatron_idpo.train.output import RunDirectory
+
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Where Transformers looks for a tokenizer's chat template first."""
 
 
 def export_result(
@@ -22,23 +29,40 @@ def export_result(
         CheckpointError: on every rank; it cannot be written, and nothing is left behind.
     """
     architecture, adapters = policy.source.architecture, policy.adapters
-    export_hf(
-        policy.chunks,
-        architecture,
-        policy.source.companions,
-        output.hf,
-        dtype=config.model.torch_dtype(),
-        overwrite=True,
-        show_progress=show_progress,
-        value=None if adapters is None else merged_value(adapters),
-    )
+    with _companions(policy.source.companions, config.data.chat_template) as companions:
+        export_hf(
+            policy.chunks,
+            architecture,
+            companions,
+            output.hf,
+            dtype=config.model.torch_dtype(),
+            overwrite=True,
+            show_progress=show_progress,
+            value=None if adapters is None else merged_value(adapters),
+        )
     if adapters is not None:
         save_peft(adapters, architecture, output.adapter, base_model=config.model.path)
 
 
 def has_chat_template(model: Path) -> bool:
     """Whether an exported model's tokenizer has a chat template."""
-    if (model / "chat_template.jinja").is_file():
+    if (model / CHAT_TEMPLATE).is_file():
         return True
     settings = model / "tokenizer_config.json"
     return settings.is_file() and "chat_template" in read_json_object(settings)
+
+
+@contextmanager
+def _companions(files: tuple[Path, ...], template: str | None) -> Iterator[tuple[Path, ...]]:
+    """The base model's files, with the template that the run was trained with in place of its own.
+
+    Whoever uses the model has to speak to it as the training data did.
+    """
+    text = read_template(template)
+    if text is None:
+        yield files
+        return
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / CHAT_TEMPLATE
+        path.write_text(text, encoding="utf-8")
+        yield (*(file for file in files if not file.name.startswith("chat_template")), path)
