@@ -1,5 +1,7 @@
 """Held-out pairs, read again and again while training goes on."""
 
+from collections.abc import Callable
+
 from megatron_idpo.data.batches import EvaluationBatches, RowSettings
 from megatron_idpo.data.dataset import PairDataset
 from megatron_idpo.plugin.batch_run import ReferenceLogps
@@ -26,13 +28,22 @@ class Evaluation:
         self._batches = EvaluationBatches(pairs, rows, global_batch_pairs=global_batch_pairs)
         self._known: list[ReferenceLogps | None] = []
 
-    def run(self) -> StepMetrics:
-        """The metrics of all held-out pairs, dropout off. Collective."""
+    def __len__(self) -> int:
+        """The number of batches."""
+        return len(self._batches)
+
+    def run(self, advance: Callable[[], None]) -> StepMetrics:
+        """The metrics of all held-out pairs, dropout off. Collective.
+
+        Args:
+            advance: called after each batch.
+        """
         total: StepMetrics | None = None
         for number, batch in enumerate(self._batches):
             if number == len(self._known):
                 self._known.append(self._trainer.reference.logps(batch))
             metrics = self._trainer.read(batch, self._known[number])
             total = metrics if total is None else total + metrics
+            advance()
         assert total is not None, "there is a pair at least"
         return total

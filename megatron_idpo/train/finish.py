@@ -46,7 +46,7 @@ def tell_finished(run: Run, report: Report) -> None:
         return
     output, say = run.output, report.console.say
     draw_curves(output.metrics, output.curves)
-    report.summary()
+    report.summary(output.metrics)
     say(f"curves   {output.curves}")
     say(f"metrics  {output.metrics}")
     if not run.config.training.export:

@@ -101,5 +101,6 @@ def evaluate(run: Run, report: Report) -> None:
     if run.evaluation is None:
         return
     watch = Stopwatch()
-    metrics = run.evaluation.run()
+    with report.console.counting("evaluating", len(run.evaluation)) as advance:
+        metrics = run.evaluation.run(advance)
     run.evaluated = report.evaluation(run.step, metrics, seconds=watch.read())

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from megatron_idpo.lora.settings import resolve_targets
 from megatron_idpo.mcore.world import agreeing
@@ -44,12 +45,14 @@ class Report:
         self._total_steps = total_steps
         self._first_step = first_step
         self._since: StepMetrics | None = None
+        self._peak_bytes = 0.0
 
     def step(
         self, step: int, metrics: StepMetrics, *, grad_norm: float, lr: float, epoch: float
     ) -> None:
         """A step has ended."""
         self.meter.end(BatchWork.from_extra(metrics.extra))
+        self._peak_bytes = max(self._peak_bytes, metrics.peaks[MEMORY])
         self._since = metrics if self._since is None else self._since + metrics
         self.console.step(step, {**metrics.values(), LEARNING_RATE: lr})
         is_first = step == self._first_step + 1
@@ -60,15 +63,16 @@ class Report:
             **self._since.values(),
             GRAD_NORM: grad_norm,
             LEARNING_RATE: lr,
-            PEAK_GB: self._since.peaks[MEMORY] / 1e9,
+            PEAK_GB: self._peak_bytes / 1e9,
             **self.meter.take(),
         }
         self._since = None
         self.console.log(step, values)
         self._loggers.log(step, values)
 
-    def summary(self) -> None:
-        """A table of the whole run."""
+    def summary(self, metrics: Path) -> None:
+        """A table of the whole run: its course from the metrics file, its speed since its start."""
+        self.console.summary(metrics, {**self.meter.averages(), PEAK_GB: self._peak_bytes / 1e9})
 
     def evaluation(self, step: int, metrics: StepMetrics, *, seconds: float) -> dict[str, float]:
         """Held-out pairs have been read; returns their values under the names of logs."""
