@@ -79,7 +79,10 @@ def read_boxes(boxes: Sequence[Box], directory: Path) -> None:
     """
     try:
         torch_checkpoint.load(
-            {}, storage_reader=Reader(directory), planner=_LoadPlanner(boxes), no_dist=True
+            {},
+            storage_reader=Reader(directory, verify=True),
+            planner=_LoadPlanner(boxes),
+            no_dist=True,
         )
     except CheckpointException as failed:
         raise first_failure(failed) from failed
@@ -88,7 +91,7 @@ def read_boxes(boxes: Sequence[Box], directory: Path) -> None:
 class _SavePlanner(SavePlanner):
     """Plans one item per box."""
 
-    writing = "the plan"
+    writing = "the first tensor"
     """Which tensor is being written, for the error message."""
 
     def __init__(self, boxes: Sequence[Box]) -> None:

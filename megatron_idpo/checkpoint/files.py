@@ -16,6 +16,7 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -28,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
@@ -119,6 +120,16 @@ def read_into(tensors: Sequence[ShardedTensor], directory: Path) -> None:
 class Reader(FileSystemReader):
     """Reads one tensor after the other and lets go of it; tells damage with file and tensor."""
 
+    def __init__(self, directory: Path, *, verify: bool = False) -> None:
+        """Say what is read how.
+
+        Args:
+            directory: the checkpoint.
+            verify: compare what is read with the checksums in the files, which torch does not.
+        """
+        super().__init__(directory)
+        self._verified: set[MetadataIndex] | None = set() if verify else None
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill everything planned.
 
@@ -132,6 +143,7 @@ class Reader(FileSystemReader):
 
         for item in sorted(plan.items, key=size, reverse=True):
             try:
+                self._verify(item.storage_index)
                 super().read_data(replace(plan, items=[item]), planner)
             except CheckpointError:
                 raise
@@ -147,6 +159,17 @@ class Reader(FileSystemReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _verify(self, stored: MetadataIndex) -> None:
+        """What `torch.save` wrote is a zip archive with a checksum of every part."""
+        if self._verified is None or stored in self._verified:
+            return
+        where = self.storage_data[stored]
+        with open(Path(self.path) / where.relative_path, "rb") as file:
+            with ZipFile(self._slice_file(file, where)) as archive:
+                if (part := archive.testzip()) is not None:
+                    raise BadZipFile(part)
+        self._verified.add(stored)
 
 
 class _LoadPlanner(MCoreLoadPlanner):

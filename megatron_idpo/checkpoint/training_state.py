@@ -27,6 +27,7 @@ from megatron_idpo.mcore.optimizer_state import (
     set_steps_taken,
     steps_taken,
 )
+from megatron_idpo.mcore.quiet import quiet_megatron
 from megatron_idpo.mcore.world import agreeing, gathered
 
 _STATE = "optimizer."
@@ -67,7 +68,8 @@ def restore(chunks: Sequence[Any], optimizer: Any, directory: Path, *, steps: in
     expected = _expected(chunks, with_moments=steps > 0)
     with agreeing("loading the checkpoint"):
         check_holds(directory, expected)
-        read_boxes(boxes, directory)
+        with quiet_megatron():
+            read_boxes(boxes, directory)
 
 
 def total_steps(optimizer: Any) -> int:

@@ -1,0 +1,212 @@
+"""Ranks that save checkpoints and are killed at it; what they leave is looked at by a new process.
+
+Run as `python -m tests.checkpoint.crash_trials MODEL DIRECTORY MODE FIRST STRIDE TRIALS`; prints a
+line of JSON per trial, of which there are at most TRIALS. The process that imports everything forks
+a rank in no time, so that there can be many.
+
+In step n every number of the state is n, so a checkpoint of two steps at once would be seen.
+
+Modes: `next` saves step 3 after step 2, keeping one, `again` saves step 2 once more with other
+numbers, `again-without-exchange` does so where the system cannot exchange two names. In trial k of
+them, the first rank kills itself at its k-th call of the file system, and the first trial that it
+survives is the last. `anytime` has two ranks save and save until one of them is killed.
+"""
+
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megatron_idpo import atomic
+from megatron_idpo.mcore.cpu import redirect_cuda_to_cpu
+from megatron_idpo.mcore.quiet import quiet_megatron
+
+from .tiny_training import Setup, prepare, progress
+
+SPOILT = -1.0
+"""What the state is once a save has returned."""
+
+AGAIN = 2.25
+"""The numbers with which step 2 is saved once more."""
+
+EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
+"""Audit events of the file system: https://docs.python.org/3/library/audit_events.html."""
+
+IMPORTED = (
+    "megatron.core.pipeline_parallel",
+    "megatron_idpo.checkpoint.checkpoints",
+    "megatron_idpo.convert.hf_to_megatron",
+    "megatron_idpo.data.rows",
+    "megatron_idpo.lora.adapters",
+    "megatron_idpo.plugin.attach",
+)
+"""What every rank needs, imported before they are forked."""
+
+
+def state_of(training: Any) -> list[torch.Tensor]:
+    """Every tensor that a checkpoint keeps."""
+    from megatron_idpo.mcore.optimizer_state import held_parameters
+
+    held = held_parameters(training.optimizer)
+    moments = [tensor for one in held for tensor in one.moments().values()]
+    return [parameter.detach() for parameter in training.chunks[0].parameters()] + moments
+
+
+def save(checkpoints: Any, training: Any, step: int, number: float) -> None:
+    """Step `step`, with every number of the state being `number`."""
+    from megatron_idpo.mcore.optimizer_state import set_steps_taken
+
+    set_steps_taken(training.optimizer, step)
+    for tensor in state_of(training):
+        tensor.fill_(number)
+    checkpoints.save(training.chunks, training.optimizer, progress(step))
+    for tensor in state_of(training):
+        tensor.fill_(SPOILT)
+
+
+def die_at(call: int, directory: str) -> None:
+    """Kill this process at its `call`-th call of the file system below a directory, from 0."""
+    calls = count()
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in EVENTS and directory in str(arguments[0]) and next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+
+
+def save_once(model: str, directory: str, mode: str, call: int) -> None:
+    """Steps 1 and 2, then the save that a kill interrupts."""
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    training = prepare(model, Setup())
+    checkpoints = Checkpoints(Path(directory), keep_last=1, keep_best=0)
+    for step in (1, 2):
+        save(checkpoints, training, step, step)
+        checkpoints.wait()
+    if mode != "next":
+        checkpoints = Checkpoints(Path(directory), keep_last=1, keep_best=0)
+    if mode == "again-without-exchange":
+        mock.patch.object(atomic, "_exchange", return_value=False).start()
+    die_at(call, directory)
+    save(checkpoints, training, *((3, 3.0) if mode == "next" else (2, AGAIN)))
+    checkpoints.wait()
+
+
+def save_and_save(model: str, directory: str) -> None:
+    """Until somebody ends it."""
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    training = prepare(model, Setup(data=2, distributed=True))
+    checkpoints = Checkpoints(Path(directory), keep_last=1, keep_best=0)
+    for step in count(1):
+        save(checkpoints, training, step, step)
+        while checkpoints.poll() is None:
+            time.sleep(0.002)
+
+
+def look(model: str, directory: str, answer: str) -> None:
+    """As the next run does: what there is, and whether it is whole."""
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    training = prepare(model, Setup())
+    hidden = [path for path in Path(directory).iterdir() if path.name.startswith(".")]
+    found: dict[str, Any] = {"left": len(hidden)}
+    checkpoints = Checkpoints(Path(directory), keep_last=1, keep_best=0)
+    info = checkpoints.latest()
+    if info is not None:
+        said = checkpoints.load(info, training.chunks, training.optimizer)
+        numbers = {number for tensor in state_of(training) for number in tensor.unique().tolist()}
+        found |= {"step": info.step, "said": said.step, "numbers": sorted(numbers)}
+    found["names"] = sorted(path.name for path in Path(directory).iterdir())
+    Path(answer).write_text(json.dumps(found))
+
+
+def fork(function: Callable[..., None], rank: int, size: int, store: str, *arguments: Any) -> int:
+    """A process that runs a function as a rank of a world; its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        where = dist.FileStore(store, size)
+        dist.init_process_group("gloo", store=where, rank=rank, world_size=size)
+        with quiet_megatron():
+            function(*arguments)
+    except BaseException as error:
+        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def wait_for(pid: int) -> int:
+    """How a process ended: its code, or minus the signal."""
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def looked_at(model: str, root: Path, directory: Path) -> dict[str, Any]:
+    """What a new process finds."""
+    answer = root / "answer.json"
+    pid = fork(look, 0, 1, str(root / "look"), model, str(directory), str(answer))
+    ended = wait_for(pid)
+    return json.loads(answer.read_text()) if ended == 0 else {"ended": ended}
+
+
+def trial(model: str, root: Path, mode: str, call: int) -> dict[str, Any]:
+    """The first rank kills itself at a call of the file system."""
+    directory = root / "checkpoints"
+    pid = fork(save_once, 0, 1, str(root / "store"), model, str(directory), mode, call)
+    ended = wait_for(pid)
+    return {"call": call, "ended": ended, **looked_at(model, root, directory)}
+
+
+def anytime(model: str, root: Path, number: int) -> dict[str, Any]:
+    """One of two ranks is killed, some time after the first checkpoint is there."""
+    directory, chance = root / "checkpoints", random.Random(number)
+    pids = [
+        fork(save_and_save, rank, 2, str(root / "store"), model, str(directory)) for rank in (0, 1)
+    ]
+    deadline = time.monotonic() + 100
+    while not list(directory.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3 * chance.random())
+    victim = chance.choice(pids)
+    began = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    ended = [wait_for(pid) for pid in pids]
+    took_s = time.monotonic() - began
+    return {"ended": ended, "took_s": took_s, **looked_at(model, root, directory)}
+
+
+def main(model: str, root: Path, mode: str, first: int, stride: int, trials: int) -> None:
+    """Print the answer of every trial."""
+    redirect_cuda_to_cpu()
+    torch.set_num_threads(1)
+    with quiet_megatron():
+        for module in IMPORTED:
+            importlib.import_module(module)
+    for number in range(first, first + trials * stride, stride):
+        own = root / f"{mode}-{number}"
+        own.mkdir()
+        if mode == "anytime":
+            answer = anytime(model, own, number)
+        else:
+            answer = trial(model, own, mode, number)
+        print(json.dumps(answer), flush=True)
+        if answer["ended"] == 0:
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))

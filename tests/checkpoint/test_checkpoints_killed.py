@@ -1,0 +1,81 @@
+"""Whenever a rank is killed at saving, the next run finds a whole checkpoint, and nothing else."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_idpo.testing import write_tiny_hf_model
+from tests.plugin import tiny_megatron as tiny
+
+from .crash_trials import AGAIN
+
+pytestmark = pytest.mark.distributed
+
+TOLD_S = 30
+"""How long a rank may take to notice that another has died; it takes fractions of a second."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_tiny_hf_model(tmp_path_factory.mktemp("model"), "llama", **tiny.SIZES)
+
+
+def trials(model: Path, root: Path, mode: str, first: int, stride: int, number: int) -> list[Any]:
+    """Every trial's answer; each of them found a whole checkpoint."""
+    arguments = [str(model), str(root), mode, str(first), str(stride), str(number)]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.checkpoint.crash_trials", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr
+    answers = [json.loads(line) for line in run.stdout.splitlines()]
+    for answer in answers:
+        assert answer["said"] == answer["step"], answer
+        assert len(answer["numbers"]) == 1, f"a checkpoint of two steps: {answer}"
+        assert all(name.startswith("step-") for name in answer["names"]), answer
+    return answers
+
+
+SPARSE = (4, 6, 100)
+EVERY = (0, 1, 100)
+
+
+@pytest.mark.parametrize(
+    "calls", [SPARSE, pytest.param(EVERY, marks=pytest.mark.exhaustive)], ids=["sparse", "every"]
+)
+def test_killed_at_a_call_of_the_file_system(model, tmp_path, calls):
+    answers = trials(model, tmp_path, "next", *calls)
+    assert [answer["ended"] for answer in answers] == [-9] * (len(answers) - 1) + [0]
+    assert all(answer["numbers"] == [answer["step"]] for answer in answers)
+    steps = [answer["step"] for answer in answers]
+    assert steps == sorted(steps) and set(steps) == {2, 3}
+    assert any(answer["left"] for answer in answers)
+    assert answers[-1]["names"] == ["step-00000003"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", ["again", "again-without-exchange"])
+def test_killed_at_replacing_a_checkpoint(model, tmp_path, mode):
+    answers = trials(model, tmp_path, mode, *EVERY)
+    assert [answer["ended"] for answer in answers] == [-9] * (len(answers) - 1) + [0]
+    assert {tuple(answer["numbers"]) for answer in answers} == {(2.0,), (AGAIN,)}
+    assert answers[-1]["numbers"] == [AGAIN]
+    assert all(answer["names"] == ["step-00000002"] for answer in answers)
+
+
+@pytest.mark.exhaustive
+def test_one_of_two_ranks_killed_at_any_time(model, tmp_path):
+    answers = trials(model, tmp_path, "anytime", 0, 1, 10)
+    for answer in answers:
+        assert sorted(answer["ended"]) == [-9, 1]
+        assert answer["took_s"] < TOLD_S
+        assert answer["numbers"] == [answer["step"]]

@@ -1,0 +1,83 @@
+"""The numbers of a checkpoint: written, read back, compared with the run that wants to go on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from megatron_idpo.checkpoint.progress import FILE, Progress, Record, check_same_run
+from megatron_idpo.errors import CheckpointError
+
+PROGRESS = Progress(
+    step=12,
+    data={"consumed_pairs": 96, "seed": 1, "num_pairs": 240},
+    data_fingerprint="d" * 64,
+    base_model="m" * 64,
+    config={"model": {"path": "Modèle"}, "layers": [22]},
+    schedule={"warmup_steps": 3},
+    best=0.1 + 0.2,
+    metrics={"loss": float("inf"), "rewards/margins": 1e-300},
+    layout={"tensor": 2},
+)
+RECORD = Record(
+    progress=PROGRESS,
+    score=0.1,
+    optimizer_steps=12,
+    loss_scale={"scale": 65536.0, "growth_tracker": 3.0},
+)
+
+
+def test_what_is_written_is_read(tmp_path):
+    RECORD.write(tmp_path)
+    assert Record.read(tmp_path) == RECORD
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_an_unwritable_directory(tmp_path):
+    with pytest.raises(CheckpointError, match=r"progress\.json: cannot be written: No such file"):
+        RECORD.write(tmp_path / "nowhere")
+
+
+DAMAGED = {
+    "missing": (None, "cannot be read: No such file or directory"),
+    "cut": ('{"format": 1, "prog', "is damaged (JSONDecodeError: "),
+    "no object": ("[]", "is damaged (AttributeError: "),
+    "no format": ("{}", "is damaged (KeyError: 'format')"),
+    "no step": ('{"format": 1, "progress": {}}', "is damaged (TypeError: "),
+    "binary": ("\x00", "is damaged (JSONDecodeError: "),
+}
+
+
+@pytest.mark.parametrize(("content", "told"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named(content, told, tmp_path):
+    if content is not None:
+        (tmp_path / FILE).write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        Record.read(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / FILE}: {told}")
+    assert f"delete {tmp_path} to go on from the checkpoint before it" in str(caught.value)
+
+
+def test_a_file_of_another_version(tmp_path):
+    RECORD.write(tmp_path)
+    content = json.loads((tmp_path / FILE).read_text())
+    content["format"] = 9
+    content["progress"]["version"] = "7.0"
+    (tmp_path / FILE).write_text(json.dumps(content))
+    with pytest.raises(
+        CheckpointError, match=r"format 9, of megatron-idpo 7\.0; this is .*; go on"
+    ):
+        Record.read(tmp_path)
+
+
+def test_the_same_run_may_change_what_does_not_matter():
+    changed = replace(PROGRESS, config={}, layout={"pipeline": 4}, version="0", step=0, data={})
+    assert check_same_run(PROGRESS, changed, "out") == []
+
+
+def test_another_run_is_refused_with_every_reason():
+    other = replace(PROGRESS, base_model="n" * 64, data_fingerprint="")
+    model, data = map(str, check_same_run(PROGRESS, other, "out/step-00000012"))
+    assert model.startswith("out/step-00000012: belongs to a run with another base model")
+    assert "fingerprint mmmmmmmmmmmm, here nnnnnnnnnnnn" in model and "`model` settings" in model
+    assert "other data (fingerprint dddddddddddd, here unknown)" in data and "`data`" in data
