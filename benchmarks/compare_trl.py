@@ -136,10 +136,19 @@ class Compared:
 
 
 HEADS = (
-    "case", "ours, pairs/s", "TRL, pairs/s", "ours / TRL", "per CPU second", "ours, peak GB", "TRL, peak GB",
-    "ours, in training", "TRL, in training", "ours / TRL", "positions, ours / TRL",
+    "case",
+    "ours, pairs/s",
+    "TRL, pairs/s",
+    "ours / TRL",
+    "per CPU second",
+    "ours, peak GB",
+    "TRL, peak GB",
+    "ours, in training",
+    "TRL, in training",
+    "ours / TRL",
+    "positions, ours / TRL",
     "losses differ by",
-)  # fmt: skip
+)
 
 
 def _highest(measured: Sequence[Measured], name: str) -> int:

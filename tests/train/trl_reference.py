@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 300.0
+TIMEOUT_S = 900.0
+"""Half a minute of work, on a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True)

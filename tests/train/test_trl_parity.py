@@ -1,0 +1,238 @@
+"""Plain DPO follows TRL's DPOTrainer, step by step, in every kind of layout.
+
+The same 64 pairs (some cut), 8 per step for 20 steps in our shuffled order over two and a half
+epochs, fp32, dropout 0, AdamW with a warm-up, cosine decay and clipping that bites; LoRA from the
+same adapter, or all weights. TRL pads, we pack rows and share prompts.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_idpo.data.batches import RowSettings, TrainingBatches
+from megatron_idpo.data.chat import TokenOptions
+from megatron_idpo.data.dataset import PairDataset, load_pairs
+from megatron_idpo.data.sources import Source
+from megatron_idpo.data.tokenizers import load_tokenizer
+from megatron_idpo.train.metrics_file import Record, read_metrics
+
+from .trl_case import (
+    BATCH_PAIRS,
+    EPOCHS,
+    MAX_LENGTH,
+    NUM_PAIRS,
+    SEED,
+    STEPS,
+    TEMPLATE,
+    TrlCase,
+    make_case,
+)
+from .trl_reference import TrlResult, TrlRun, run_trl
+
+LOSS_TOLERANCE = 2e-5
+"""Measured are 4e-6 or less: fp32's rounding, which grows with every step, since Adam divides a
+gradient by its own size."""
+
+METRIC_TOLERANCES = {
+    "rewards/chosen": 5e-5,
+    "rewards/rejected": 5e-5,
+    "rewards/margins": 5e-5,
+    "rewards/accuracies": 1e-6,
+    "logps/chosen": 5e-4,
+    "logps/rejected": 5e-4,
+    "grad_norm": 1e-3,
+    "learning_rate": 1e-12,
+}
+"""Absolute, and about ten times what was measured. Log-probabilities are in the hundreds, norms in
+the tens."""
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.0}
+LRS = {"lora": 5e-4, "full": 2e-5}
+WARMUP_STEPS = 3
+CLIP_GRADS = {"lora": 4.5, "full": 18.5}
+"""Below the norms of some steps and above those of others."""
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "single": (1, {}),
+    "tensor": (2, {"tensor": 2}),
+    "sequence": (2, {"tensor": 2, "sequence_parallel": True}),
+    "pipeline": (2, {"pipeline": 2}),
+    "data": (2, {}),
+}
+"""Processes and the `layout` section."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The case and what TRL made of it."""
+
+    case: TrlCase
+    results: dict[str, TrlResult]
+    adapter: Path
+
+
+@pytest.fixture(scope="module")
+def trl(tmp_path_factory: pytest.TempPathFactory) -> Followed:
+    directory = tmp_path_factory.mktemp("trl")
+    case = make_case(directory)
+    runs = {
+        trained: TrlRun(
+            model=str(case.model),
+            records=str(case.ordered),
+            output=str(directory / trained),
+            chat_template=TEMPLATE,
+            max_length=MAX_LENGTH,
+            batch_pairs=BATCH_PAIRS,
+            micro_pairs=BATCH_PAIRS // 2,
+            lora=LORA if trained == "lora" else None,
+            optimizer={
+                "learning_rate": lr,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": WARMUP_STEPS,
+                "max_grad_norm": CLIP_GRADS[trained],
+            },
+        )
+        for trained, lr in LRS.items()
+    }
+    results = dict(zip(runs, run_trl(list(runs.values()), directory), strict=True))
+    return Followed(case, results, directory / "lora" / "adapter")
+
+
+@pytest.fixture(scope="module")
+def pairs(trl: Followed, tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
+    return load_pairs(
+        [Source(path=str(trl.case.records))],
+        load_tokenizer(str(trl.case.model), TEMPLATE),
+        TokenOptions(max_length=MAX_LENGTH),
+        cache=tmp_path_factory.mktemp("tokens"),
+        num_workers=1,
+    )
+
+
+def test_both_give_the_model_the_same_tokens(trl: Followed, pairs: PairDataset) -> None:
+    """Every step has the same pairs, and each pair the same prompt, chosen and rejected."""
+    assert len(pairs) == NUM_PAIRS
+    settings = RowSettings(row_tokens=1024, pad_token=0)
+    batches = TrainingBatches(
+        pairs, settings, global_batch_pairs=BATCH_PAIRS, seed=SEED, epochs=EPOCHS
+    )
+    ours = [
+        sorted(_tokens(pairs, int(index)) for row in batch.rows for index in row.pair_index_P)
+        for batch, _ in zip(batches, range(STEPS), strict=False)
+    ]
+    for result in trl.results.values():
+        theirs = [
+            sorted(tuple(map(tuple, pair)) for pair in result.pairs[first : first + BATCH_PAIRS])
+            for first in range(0, len(result.pairs), BATCH_PAIRS)
+        ]
+        assert ours == theirs
+    assert pairs.report.truncated_pairs > 0, "the case is to have answers that are cut"
+    assert pairs.report.truncated_pairs < len(pairs), "and some that are not"
+
+
+def _tokens(pairs: PairDataset, index: int) -> tuple[tuple[int, ...], ...]:
+    pair = pairs[index]
+    parts = (pair.prompt_tokens, pair.chosen_tokens, pair.rejected_tokens)
+    return tuple(tuple(part.tolist()) for part in parts)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("trained", "layout"),
+    [
+        ("lora", "single"),
+        ("lora", "pipeline"),
+        ("full", "tensor"),
+        ("full", "data"),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [
+                ("lora", "tensor"),
+                ("lora", "sequence"),
+                ("lora", "data"),
+                ("full", "single"),
+                ("full", "sequence"),
+                ("full", "pipeline"),
+            ]
+        ),
+    ],
+)
+def test_every_step_follows_trl(
+    trl: Followed, workers: Any, tmp_path: Path, trained: str, layout: str
+) -> None:
+    processes, section = LAYOUTS[layout]
+    if layout == "pipeline":  # stories260K has five layers
+        half = trl.case.num_layers // 2
+        section = {**section, "pipeline_layers": [trl.case.num_layers - half, half]}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(_config(trl, trained, section, tmp_path)))
+    assert workers.run(train, processes, str(file)) == [0] * processes
+    _compare(
+        read_metrics(tmp_path / "run" / "metrics.jsonl"), trl.results[trained], CLIP_GRADS[trained]
+    )
+
+
+def train(file: str) -> int:
+    """On every rank: the verb."""
+    from megatron_idpo.train.main import main
+
+    torch.set_num_threads(1)
+    return main(Path(file), [])
+
+
+def _compare(ours: list[Record], theirs: TrlResult, clip_grad: float) -> None:
+    """Every step's loss, and the metrics that we call as TRL does."""
+    assert len(ours) == len(theirs.logs) == STEPS
+    losses = [log["loss"] for log in theirs.logs]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-6)
+    assert max(losses) - min(losses) > 0.1, "the run is to go somewhere"
+    norms = [log["grad_norm"] for log in theirs.logs]
+    assert min(norms) < clip_grad < max(norms), "clipping is to bite in some steps"
+    differences = [abs(record["loss"] - loss) for record, loss in zip(ours, losses, strict=True)]
+    assert max(differences) <= LOSS_TOLERANCE, differences
+    for name, tolerance in METRIC_TOLERANCES.items():
+        for record, log in zip(ours, theirs.logs, strict=True):
+            assert record[name] == pytest.approx(log[name], abs=tolerance), (name, record["step"])
+
+
+def _config(trl: Followed, trained: str, layout: dict[str, Any], directory: Path) -> dict[str, Any]:
+    lora = {
+        "rank": LORA["r"],
+        "alpha": float(LORA["lora_alpha"]),
+        "targets": LORA["target_modules"],
+        "adapter": str(trl.adapter),
+    }
+    return {
+        "model": {"path": str(trl.case.model), "dtype": "fp32"},
+        "data": {
+            "train": str(trl.case.records),
+            "row_tokens": 512,
+            "trim_tokens": 64,
+            "max_length": MAX_LENGTH,
+            "chat_template": TEMPLATE,
+            "seed": SEED,
+            "num_workers": 1,
+            "cache": str(directory / "tokens"),
+        },
+        **({"lora": lora} if trained == "lora" else {}),
+        "layout": layout,
+        "optimizer": {
+            "lr": LRS[trained],
+            "schedule": "cosine",
+            "warmup_steps": WARMUP_STEPS,
+            "clip_grad": CLIP_GRADS[trained],
+        },
+        "training": {
+            "output": str(directory / "run"),
+            "global_batch_pairs": BATCH_PAIRS,
+            "epochs": EPOCHS,
+            "max_steps": STEPS,
+            "export": False,
+        },
+        "checkpoint": {"every_steps": None},
+        "logging": {"every_steps": 1},
+    }
