@@ -55,6 +55,8 @@ def run_batch(
         tokens_1T, micro_batch = next(iterator)
         return dpo.forward(chunk, tokens_1T, micro_batch), partial(dpo.loss, micro_batch)
 
+    for chunk in model:
+        chunk.train(training)
     run_schedule(forward_step, micro_batches, model, row_tokens=batch.row_tokens, training=training)
     outputs = dpo.take_outputs(len(batch.rows))
     return sorted(outputs, key=lambda output: (output.micro_batch, output.layer))
