@@ -11,6 +11,8 @@ Not here: what is saved (`checkpoint/weights.py`), atomic directories (`checkpoi
 """
 
 import errno
+import io
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
@@ -166,10 +168,35 @@ class Reader(FileSystemReader):
             return
         where = self.storage_data[stored]
         with open(Path(self.path) / where.relative_path, "rb") as file:
-            with ZipFile(self._slice_file(file, where)) as archive:
+            with ZipFile(_Part(file, where.offset, where.length)) as archive:
                 if (part := archive.testzip()) is not None:
                     raise BadZipFile(part)
         self._verified.add(stored)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file, for unzipping; torch's own cannot seek from its end."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = origin + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1, /) -> bytes:
+        left = self._length - self._position
+        self._file.seek(self._start + self._position)
+        content = self._file.read(left if size < 0 else min(size, left))
+        self._position += len(content)
+        return content
 
 
 class _LoadPlanner(MCoreLoadPlanner):
@@ -211,7 +238,9 @@ class Writer(FileSystemWriter):
             from_host: whether all tensors are in the host's memory. Then the GPU is not touched, on
                 which a new thread would first have to find its own device.
         """
-        super().__init__(directory, **({"per_thread_copy_ahead": 0} if from_host else {}))
+        super().__init__(directory)
+        if from_host:
+            self.per_thread_copy_ahead = 0
         self._place = place
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

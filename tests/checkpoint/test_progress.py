@@ -41,7 +41,7 @@ def test_an_unwritable_directory(tmp_path):
 DAMAGED = {
     "missing": (None, "cannot be read: No such file or directory"),
     "cut": ('{"format": 1, "prog', "is damaged (JSONDecodeError: "),
-    "no object": ("[]", "is damaged (AttributeError: "),
+    "no object": ("[]", "is damaged (TypeError: "),
     "no format": ("{}", "is damaged (KeyError: 'format')"),
     "no step": ('{"format": 1, "progress": {}}', "is damaged (TypeError: "),
     "binary": ("\x00", "is damaged (JSONDecodeError: "),
