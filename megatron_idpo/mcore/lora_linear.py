@@ -110,7 +110,7 @@ class LinearAdapters(torch.nn.Module):
         self._linear = [linear]
         for name in self.targets:
             self._allocate(linear.weight, name)
-        self._parts = self._product_parts(linear.weight.dtype)
+        self._parts = self._product_parts()
 
     @property
     def linear(self) -> ParallelLinear:
@@ -139,8 +139,11 @@ class LinearAdapters(torch.nn.Module):
             output_t1O: the linear's output, which nobody else has seen yet.
         """
         low_rank_tR = self._exchange(self._low_rank(input_t1I.flatten(0, 1)))
-        up_OR = self.fused_up()
-        return add_low_rank(output_t1O, low_rank_tR, up_OR, self.numbers.scaling, self._parts)
+        if self._parts == WHOLE:
+            ups = [self.fused_up()]
+        else:
+            ups = [self.up(name) for name in self.targets]
+        return add_low_rank(output_t1O, low_rank_tR, ups, self.numbers.scaling, self._parts)
 
     def fused_up(self) -> Tensor:
         """All B's as the fused output has their rows, `[O, R]`: a block for each, else zero."""
@@ -214,18 +217,16 @@ class LinearAdapters(torch.nn.Module):
             exchanged = reduce_from_tensor_model_parallel_region(low_rank_tR, group=group)
         return exchanged
 
-    def _product_parts(self, dtype: torch.dtype) -> tuple[Part, ...]:
-        """One product over the zero blocks of `fused_up`, or a product for each of the others.
+    def _product_parts(self) -> tuple[Part, ...]:
+        """The products that add up to the output: one for each run of a projection's rows.
 
-        fp32 products take as long as they have numbers, so zeros are left out; in 16 bits a CPU as
-        well as a GPU is faster with one product (docs/decisions.md).
+        Where these are many and small, one product with `fused_up`, zeros and all, is faster.
         """
-        rank, has_zeros = self.numbers.rank, len(self.rows.group_rows) > 1
-        if dtype != torch.float32 or not has_zeros:
+        if len(self.rows.group_rows) == 1:
             return WHOLE
-        parts = tuple(
-            (rows, slice(number * rank, (number + 1) * rank))
-            for number, name in enumerate(self.targets)
-            for rows in self.rows.slices(name)
-        )
-        return parts if len(parts) <= _MOST_PARTS else WHOLE
+        parts = []
+        for number, name in enumerate(self.targets):
+            height = self.rows.group_rows[name]
+            for group, features in enumerate(self.rows.slices(name)):
+                parts.append((features, number, slice(group * height, (group + 1) * height)))
+        return tuple(parts) if len(parts) <= _MOST_PARTS else WHOLE

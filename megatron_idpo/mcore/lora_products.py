@@ -9,31 +9,34 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-Part = tuple[slice, slice]
-"""Rows and columns of `up_OR` whose product is added by itself; no two parts share rows."""
+Part = tuple[slice, int, slice]
+"""Some output features, the number of the matrix that feeds them, and which of its rows."""
 
-WHOLE: tuple[Part, ...] = ((slice(None), slice(None)),)
-"""All of it in one product."""
+WHOLE: tuple[Part, ...] = ((slice(None), 0, slice(None)),)
+"""One matrix that feeds all of them."""
 
 
 def add_low_rank(
-    output_T1O: Tensor, low_rank_TR: Tensor, up_OR: Tensor, scaling: float, parts: Sequence[Part]
+    output_T1O: Tensor,
+    low_rank_TR: Tensor,
+    ups: Sequence[Tensor],
+    scaling: float,
+    parts: Sequence[Part],
 ) -> Tensor:
-    """`output += scaling * low_rank @ up.T`, in place.
+    """`output[:, features] += scaling * low_rank[:, columns] @ up[rows].T` for each part, in place.
 
     Args:
         output_T1O: contiguous, of any leading shape with T elements; fresh from a function that
             does not keep it for its own backward pass.
-        low_rank_TR: kept for the backward pass.
-        up_OR: likewise.
+        low_rank_TR: kept for the backward pass; the columns of each matrix side by side.
+        ups: matrices `[O_p, r]`, likewise kept.
         scaling: a factor.
-        parts: outside of them `up_OR` is zero and stays without a gradient.
+        parts: no two share output features; together they take every row of every matrix.
 
     Returns:
-        `output_T1O`, with the low-rank input behind it in the graph.
+        `output_T1O`, with the low-rank input and the matrices behind it in the graph.
     """
-    added = _AddLowRank.apply(output_T1O, low_rank_TR, up_OR, scaling, parts)
-    return cast(Tensor, added)
+    return cast(Tensor, _AddLowRank.apply(output_T1O, low_rank_TR, scaling, parts, *ups))
 
 
 def dropped_linear(input_TI: Tensor, down_RI: Tensor, dropout: float) -> Tensor:
@@ -57,34 +60,37 @@ class _AddLowRank(torch.autograd.Function):
         ctx: Any,
         output_T1O: Tensor,
         low_rank_TR: Tensor,
-        up_OR: Tensor,
         scaling: float,
         parts: Sequence[Part],
+        *ups: Tensor,
     ) -> Tensor:
         flat_TO = output_T1O.view(-1, output_T1O.shape[-1])
-        for rows, columns in parts:
-            flat_TO[:, rows].addmm_(
-                low_rank_TR[:, columns], up_OR[rows, columns].t(), alpha=scaling
-            )
-        ctx.save_for_backward(low_rank_TR, up_OR)
+        low_ranks = low_rank_TR.split([up.shape[1] for up in ups], dim=1)
+        for features, number, rows in parts:
+            up_t = ups[number][rows].t()
+            flat_TO[:, features].addmm_(low_ranks[number], up_t, alpha=scaling)
+        ctx.save_for_backward(low_rank_TR, *ups)
         ctx.scaling, ctx.parts = scaling, parts
         return output_T1O
 
     @staticmethod
     def backward(ctx: Any, grad_T1O: Tensor) -> tuple[Tensor | None, ...]:
-        low_rank_TR, up_OR = ctx.saved_tensors
+        low_rank_TR, *ups = ctx.saved_tensors
         grad_TO = grad_T1O.reshape(-1, grad_T1O.shape[-1])
-        if ctx.parts == WHOLE:
-            grad_low_TR, grad_up_OR = grad_TO @ up_OR, grad_TO.t() @ low_rank_TR
-        else:
-            grad_low_TR, grad_up_OR = torch.zeros_like(low_rank_TR), torch.zeros_like(up_OR)
-            for rows, columns in ctx.parts:
-                grad_low_TR[:, columns].addmm_(grad_TO[:, rows], up_OR[rows, columns])
-                grad_up_OR[rows, columns] = grad_TO[:, rows].t() @ low_rank_TR[:, columns]
+        low_ranks = low_rank_TR.split([up.shape[1] for up in ups], dim=1)
+        grad_lows: list[Tensor | None] = [None] * len(ups)
+        grad_up_ts = [up.new_empty(up.shape[::-1]) for up in ups]
+        for features, number, rows in ctx.parts:
+            grad, up, grad_low = grad_TO[:, features], ups[number][rows], grad_lows[number]
+            grad_lows[number] = grad @ up if grad_low is None else grad_low.addmm_(grad, up)
+            # This way round, since BLAS is faster at wide products than at tall ones.
+            grad_up_ts[number][:, rows] = low_ranks[number].t() @ grad
+        present = [grad_low for grad_low in grad_lows if grad_low is not None]
+        grad_low_TR = torch.cat(present, dim=1) if len(present) > 1 else present[0]
         if ctx.scaling != 1.0:
-            grad_low_TR.mul_(ctx.scaling)
-            grad_up_OR.mul_(ctx.scaling)
-        return grad_T1O, grad_low_TR, grad_up_OR, None, None
+            for grad in (grad_low_TR, *grad_up_ts):
+                grad.mul_(ctx.scaling)
+        return grad_T1O, grad_low_TR, None, None, *(grad.t() for grad in grad_up_ts)
 
 
 class _DroppedLinear(torch.autograd.Function):

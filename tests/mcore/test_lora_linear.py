@@ -12,14 +12,20 @@ from megatron_idpo.testing import tiny_hf_config
 HIDDEN, TOKENS, DROPOUT = 64, 32, 0.25
 
 
-def test_rows_of_grouped_queries():
+def slices_and_counts() -> tuple[list[slice], ...]:
     from megatron_idpo.mcore.lora_linear import FusedRows
 
     rows = FusedRows(2, {"q_proj": 4, "k_proj": 2, "v_proj": 2})
-    assert rows.slices("q_proj") == [slice(0, 4), slice(8, 12)]
-    assert rows.slices("k_proj") == [slice(4, 6), slice(12, 14)]
-    assert rows.slices("v_proj") == [slice(6, 8), slice(14, 16)]
     assert (rows.rows("q_proj"), rows.rows("v_proj")) == (8, 4)
+    return tuple(rows.slices(name) for name in rows.group_rows)
+
+
+@pytest.mark.distributed
+def test_rows_of_grouped_queries(workers):
+    ((q, k, v),) = workers.run(slices_and_counts, 1)
+    assert q == [slice(0, 4), slice(8, 12)]
+    assert k == [slice(4, 6), slice(12, 14)]
+    assert v == [slice(6, 8), slice(14, 16)]
 
 
 def layer_of(layout: Layout, model: dict[str, Any], **numbers: Any) -> tuple[Any, Any]:
@@ -122,7 +128,8 @@ PRODUCTS = [
     ({}, "qkvo", torch.float32, {"linear_qkv": 12, "linear_proj": 1}),
     ({"num_key_value_heads": 8}, "qkv", torch.float32, {"linear_qkv": 1}),
     ({"num_key_value_heads": 8}, "v", torch.float32, {"linear_qkv": 8}),
-    ({}, "qkv", torch.bfloat16, {"linear_qkv": 1}),
+    ({"num_key_value_heads": 8}, "qkv", torch.bfloat16, {"linear_qkv": 1}),
+    ({}, "qk", torch.bfloat16, {"linear_qkv": 8}),
     ({}, "gud", torch.float32, {"linear_fc1": 2, "linear_fc2": 1}),
     ({}, "u", torch.float32, {"linear_fc1": 1}),
     ({}, "g", torch.bfloat16, {"linear_fc1": 1}),
