@@ -33,7 +33,10 @@ class Setup:
     """With `distributed`: gather the parameters in the next forward pass."""
 
     learns: str = "all"
-    """Everything, `some` (the second layer's MLP) or `lora` (adapters)."""
+    """Everything, `lora` (adapters), or the MLPs of `some` layers (the second) or `two`."""
+
+    rank: int = 4
+    """Of adapters."""
 
     def __str__(self) -> str:
         """The id of its test."""
@@ -89,20 +92,22 @@ class Training:
 
     def forget(self) -> None:
         """Spoil everything that learns: what a checkpoint does not fill will be seen."""
-        from megatron_idpo.mcore.optimizer_state import held_parameters
-
         learning = [p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
-        mains = [held.main for held in held_parameters(self.optimizer)]
+        mains = [held.main for held in self.held()]
         for tensor in (*learning, *mains):
             tensor.detach().fill_(float("nan"))
 
-    def state(self) -> list[Tensor]:
-        """Everything this rank's optimizer keeps: main parameters, moments, steps."""
+    def held(self) -> list[Any]:
+        """What this rank's optimizer updates."""
         from megatron_idpo.mcore.optimizer_state import held_parameters
 
+        return held_parameters(self.optimizer)
+
+    def state(self) -> list[Tensor]:
+        """Everything this rank's optimizer keeps: main parameters, moments, steps."""
         return [
             tensor.detach().clone()
-            for held in held_parameters(self.optimizer)
+            for held in self.held()
             for tensor in (held.main, *held.moments().values(), held.inner.state[held.main]["step"])
         ]
 
@@ -128,12 +133,14 @@ def prepare(directory: str, setup: Setup) -> Training:
     options = ModelOptions(dtype=getattr(torch, setup.dtype))
     chunks = build_model(architecture, layout, options)
     load_hf_weights(chunks, checkpoint, architecture)
-    if setup.learns == "some":
+    layers = {"some": ("1",), "two": ("1", "2")}.get(setup.learns)
+    if layers is not None:
+        own = tuple(f"decoder.layers.{layer}.mlp." for layer in layers)
         for name, parameter in global_parameters(chunks):
-            parameter.requires_grad_(name.startswith("decoder.layers.1.mlp."))
+            parameter.requires_grad_(name.startswith(own))
     adapters = None
     if setup.learns == "lora":
-        adapters = add_adapters(chunks, architecture, LoraSettings(rank=4))
+        adapters = add_adapters(chunks, architecture, LoraSettings(rank=setup.rank))
     objective = Objective(beta=0.3, intermediate_weight=0.4)
     dpo = attach(chunks, layers=LAYERS, objective=objective, vocab_size=tiny.VOCAB)
     wrapped = tiny.wrap(

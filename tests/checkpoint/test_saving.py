@@ -1,0 +1,193 @@
+"""How a save goes: beside the training step, one at a time, and told on all ranks if it fails."""
+
+import resource
+import shutil
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_idpo.errors import CheckpointError
+from megatron_idpo.testing import write_tiny_hf_model
+from tests.plugin import tiny_megatron as tiny
+
+from .tiny_training import Setup, prepare, progress
+
+pytestmark = pytest.mark.distributed
+
+SHARDS = Setup(data=2, distributed=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(write_tiny_hf_model(tmp_path_factory.mktemp("model"), "llama", **tiny.SIZES))
+
+
+@contextmanager
+def held_up(gate: threading.Event):
+    """Nothing is written before the gate opens."""
+    from megatron_idpo.checkpoint import checkpoints
+
+    write = checkpoints.write_boxes
+
+    def waiting(*arguments, **options):
+        gate.wait()
+        write(*arguments, **options)
+
+    with mock.patch.object(checkpoints, "write_boxes", waiting):
+        yield
+
+
+def names(root: str) -> list[str]:
+    return sorted(path.name for path in Path(root).iterdir())
+
+
+def beside_the_step(model: str, root: str):
+    """The state is spoilt while a save waits for the disk; polled meanwhile."""
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    training = prepare(model, SHARDS)
+    training.step(1)
+    expected = training.state()
+    checkpoints, gate, said = Checkpoints(Path(root)), threading.Event(), []
+    with held_up(gate):
+        said += [checkpoints.poll(), checkpoints.wait()]
+        checkpoints.save(training.chunks, training.optimizer, progress(1))
+        training.forget()
+        for tensor in (one for held in training.held() for one in held.moments().values()):
+            tensor.zero_()
+        said += [checkpoints.poll(), checkpoints.latest()]
+        gate.set()
+        while (info := checkpoints.poll()) is None:
+            pass
+        said.append(checkpoints.poll())
+    assert info == checkpoints.latest() and info.step == 1
+    checkpoints.load(info, training.chunks, training.optimizer)
+    return said, all(map(torch.equal, expected, training.state()))
+
+
+def test_training_goes_on_meanwhile(workers, model, tmp_path):
+    answers = workers.run(beside_the_step, 2, model, str(tmp_path))
+    assert answers == [([None] * 5, True)] * 2
+
+
+def several(model: str, root: str) -> list[list[str]]:
+    """Four saves, the second twice; what is there after each."""
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    training = prepare(model, Setup())
+    checkpoints = Checkpoints(Path(root), keep_last=1, keep_best=1, better="max")
+    seen = []
+    for step, score in ((1, 0.5), (2, 0.9), (2, 0.1), (3, None), (4, 0.2)):
+        checkpoints.save(training.chunks, training.optimizer, progress(step), score=score)
+        checkpoints.wait()
+        seen.append(names(root))
+    best, latest = checkpoints.best(), checkpoints.latest()
+    assert (best.step, best.score, latest.step) == (2, 0.9, 4)
+    return seen
+
+
+def test_the_best_and_the_newest_stay(workers, model, tmp_path):
+    (seen,) = workers.run(several, 1, model, str(tmp_path))
+    one, two, three, four = (f"step-0000000{step}" for step in (1, 2, 3, 4))
+    assert seen == [[one], [two], [two], [two, three], [two, four]]
+
+
+def hurried(model: str, root: str) -> list[str]:
+    """A save does not begin before the one before it has ended."""
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    training = prepare(model, SHARDS)
+    checkpoints = Checkpoints(Path(root), keep_last=9)
+    for step in range(1, 6):
+        checkpoints.save(training.chunks, training.optimizer, progress(step))
+    checkpoints.wait()
+    return [path.name for path in sorted(Path(root).iterdir()) if (path / ".metadata").is_file()]
+
+
+def test_one_at_a_time(workers, model, tmp_path):
+    for found in workers.run(hurried, 2, model, str(tmp_path)):
+        assert found == [f"step-0000000{step}" for step in range(1, 6)]
+
+
+def next_run(model: str, root: str) -> list[str]:
+    """What is there once a new run has looked, and after it has saved step 2 again."""
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    training = prepare(model, Setup())
+    checkpoints = Checkpoints(Path(root))
+    found = names(root)
+    checkpoints.load(checkpoints.latest(), training.chunks, training.optimizer)
+    written = (Path(root) / "step-00000002" / ".metadata").stat().st_mtime_ns
+    checkpoints.save(training.chunks, training.optimizer, progress(2))
+    assert checkpoints.wait() is None
+    assert (Path(root) / "step-00000002" / ".metadata").stat().st_mtime_ns == written
+    return found
+
+
+def test_the_next_run_clears_up(workers, model, tmp_path):
+    """And does not write again what it has just read."""
+    workers.run(several, 1, model, str(tmp_path))
+    shutil.rmtree(tmp_path / "step-00000004")
+    for name in (".step-00000009.incomplete-0a", ".step-00000001.removed-0b"):
+        (tmp_path / name).mkdir()
+    (found,) = workers.run(next_run, 1, model, str(tmp_path))
+    assert found == ["step-00000002"]
+
+
+def full_disk(model: str, root: str, when: str):
+    """The second rank's disk is full at the second save; what this rank was told, what is left."""
+    import torch.distributed as dist
+
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    training = prepare(model, SHARDS)
+    training.step(1)  # so that there are moments to write
+    checkpoints = Checkpoints(Path(root))
+    checkpoints.save(training.chunks, training.optimizer, progress(1))
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if when == "written" and dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    usage = mock.Mock(free=1000) if when == "begun" else shutil.disk_usage(root)
+    try:
+        with mock.patch.object(shutil, "disk_usage", return_value=usage):
+            checkpoints.save(training.chunks, training.optimizer, progress(2))
+            checkpoints.wait()
+    except CheckpointError as error:
+        told = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = (names(root), checkpoints.latest().step)
+    checkpoints.save(training.chunks, training.optimizer, progress(3))
+    return told, left, checkpoints.wait().step
+
+
+@pytest.mark.parametrize("when", ["begun", "written"])
+def test_a_full_disk_is_told_on_all_ranks(workers, model, tmp_path, when):
+    """The checkpoint before it is as it was, and with room there is the next."""
+    answers = workers.run(full_disk, 2, model, str(tmp_path), when)
+    for told, left, then in answers:
+        assert left == (["step-00000001"], 1)
+        assert then == 3
+        if when == "written":
+            assert told.startswith(f"{tmp_path}/step-00000002/__1_0.distcp: tensor '")
+            assert told.endswith("cannot be written: File too large")
+        else:
+            assert f"{tmp_path}/step-00000002: needs " in told and "1,000 are free" in told
+    assert answers[0][0] in answers[1][0]
+
+
+def open_directory(root: str) -> None:
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    Checkpoints(Path(root))
+
+
+def test_a_directory_that_cannot_be_written_is_refused_at_once(workers, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"^.*/checkpoints: cannot be written: Not a dir"):
+        workers.run(open_directory, 2, str(tmp_path / "file" / "checkpoints"))
