@@ -18,9 +18,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from compare_answers import answer, show
 from rich.console import Console
 
 from megatron_idpo.config import SECTIONS, RunConfig, load_config
@@ -36,7 +35,9 @@ from megatron_idpo.train.metric_names import (
     layers_in,
 )
 from megatron_idpo.train.metrics_file import STEP, Record, read_metrics
-from megatron_idpo.train.output import RunDirectory
+
+if TYPE_CHECKING:
+    from megatron_idpo.train.output import RunDirectory
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 CONFIG: Final = Path("examples/quickstart.yaml")
@@ -71,7 +72,7 @@ def quickstart(console: Console, overrides: Sequence[str]) -> int:
     config = load_config(
         CONFIG, overrides, required=("model", "data", "training"), optional=SECTIONS
     )
-    output = RunDirectory(Path(config.training.output))
+    root = Path(config.training.output)
     began = time.perf_counter()
 
     step(console, "1. The model")
@@ -79,25 +80,28 @@ def quickstart(console: Console, overrides: Sequence[str]) -> int:
         return code
 
     step(console, "2. Training")
-    if output.checkpoints.exists():
+    if root.exists():
         console.print(
-            f"{output.root} is there: training goes on from its last checkpoint, and where it had "
-            f"ended nothing is trained again. To begin anew: rm -r {output.root}",
+            f"{root} is there: training goes on from where it was, and where it had ended "
+            f"nothing is trained again. To begin anew: rm -r {root}",
             soft_wrap=True,
         )
     command = training_command(overrides)
     console.print(shown(command), soft_wrap=True)
     if code := run(command):
         return code
+    from megatron_idpo.train.output import RunDirectory  # torch: when training needs no memory
 
-    step(console, "3. Before and after: one of the held-out questions, no model has seen it")
-    asked = held_out_question(Path(config.data.eval[0].path) if config.data.eval else None)
-    names = (config.model.path, str(output.hf))
-    show(console, asked, {name: answer(name, asked) for name in names})
+    output = RunDirectory(root)
+    lines = [*figures(read_metrics(output.metrics)), "", *uses(config, output)]
+
+    step(console, "3. Before and after: a held-out question")
+    if code := run(ask_command(config, output)):
+        return code
 
     step(console, "4. What came of it")
-    for line in [*figures(read_metrics(output.metrics)), "", *uses(config, output, asked)]:
-        console.print(line, soft_wrap=True)
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
     console.print(f"\nThe quickstart took {clock_time(time.perf_counter() - began)}.")
     return 0
 
@@ -141,7 +145,21 @@ def training_command(overrides: Sequence[str]) -> list[str]:
     return [*launcher, f"--nproc-per-node={PROCESSES}", *train]
 
 
-def plain_dpo_command(output: RunDirectory) -> list[str]:
+def ask_command(config: RunConfig, output: "RunDirectory") -> list[str]:
+    """Lets the model from before and the one from after answer a held-out question.
+
+    Raises:
+        ConfigError: the configuration holds no file out.
+    """
+    if not config.data.eval:
+        raise ConfigError.at("data.eval", "names no file", "leave it as the quickstart has it")
+    with Path(config.data.eval[0].path).open(encoding="utf-8") as file:
+        pairs = [json.loads(line) for line in file]
+    asked = str(pairs[QUESTION - 1]["prompt"][-1]["content"])
+    return [python(), "tools/compare_answers.py", config.model.path, str(output.hf), asked]
+
+
+def plain_dpo_command(output: "RunDirectory") -> list[str]:
     """The same training without intermediate layers, beside the other."""
     plain = ["objective.layers=[]", "objective.intermediate_weight=0"]
     return training_command([*plain, f"training.output={output.root}-plain-dpo"])
@@ -153,15 +171,6 @@ def shown(command: Sequence[str]) -> str:
 
 
 # ---- what came of it ------------------------------------------------------------------------
-
-
-def held_out_question(path: Path | None) -> str:
-    """The question numbered `QUESTION` in a file of held-out pairs."""
-    if path is None:
-        raise ConfigError.at("data.eval", "names no file", "leave it as the quickstart has it")
-    with path.open(encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    return str(records[QUESTION - 1]["prompt"][-1]["content"])
 
 
 def figures(records: Sequence[Record]) -> list[str]:
@@ -203,15 +212,14 @@ class Use:
     files: tuple[Path, ...]
 
 
-def uses(config: RunConfig, output: RunDirectory, asked: str) -> list[str]:
+def uses(config: RunConfig, output: "RunDirectory") -> list[str]:
     """What lies where and the commands that use it.
 
     Raises:
         ConfigError: a file that would be named is not there.
     """
     model = Path(config.model.path)
-    ask = [python(), "tools/compare_answers.py", str(model), str(output.hf), asked]
-    plain = plain_dpo_command(output)
+    ask, plain = ask_command(config, output), plain_dpo_command(output)
     found = [
         Use("the model, adapters merged", f'from_pretrained("{output.hf}")', (output.hf,)),
         Use("the adapter for PEFT", f"{output.adapter}", (output.adapter,)),
