@@ -1,0 +1,323 @@
+"""The main job from beginning to end: the same course in every layout, the oracle's, exported.
+
+Here it is seen from outside: metrics, and the models that it leaves. Stops, resumption and refusals
+are `test_loop_resume.py` and `test_loop_stops.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_idpo.config import load_config
+from megatron_idpo.data.order import stream_pairs
+from megatron_idpo.data.run_pairs import load_run_pairs
+from megatron_idpo.train.main import OPTIONAL, REQUIRED
+from megatron_idpo.train.metrics_file import Record, read_metrics
+from tests import oracle
+
+from .tiny_run import (
+    BATCH_PAIRS,
+    HELD_OUT,
+    LAYERS,
+    LORA,
+    NUM_LAYERS,
+    PAIRS,
+    STEPS,
+    Files,
+    Outcome,
+    ReadTrained,
+    exported,
+    relative_difference,
+    run,
+    together,
+    write_config,
+)
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 1e-5
+"""Of losses (about 0.7), norms (about 1), and of weights in units of a tensor's root mean square:
+fp32, whose rounding Adam with eps 1e-4 does not blow up. Measured: 2e-6."""
+
+ORACLE_TOLERANCE = 1e-4
+"""Of weights in the same units; the oracle's gradients are rounded otherwise. Measured: 4e-5."""
+
+LOGP_TOLERANCE = 1e-4
+"""Of log-probabilities of about -100, between Transformers' kernels and ours."""
+
+CLIP = 0.5
+"""Below every gradient's norm of the first steps."""
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tensor": (2, {"tensor": 2}),
+    "sequence": (2, {"tensor": 2, "sequence_parallel": True}),
+    "pipeline": (2, {"pipeline": 2}),
+    "data": (2, {}),
+    "interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "tensor-pipeline": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
+    "pipeline-data": (4, {"pipeline": 2}),
+}
+"""Processes and the section `layout`."""
+
+TRAINED: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora": LORA}}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended."""
+
+    output: Path
+    outcomes: list[Outcome]
+
+    @property
+    def records(self) -> list[Record]:
+        return read_metrics(self.output / "metrics.jsonl")
+
+    def steps(self, name: str) -> list[float]:
+        """A quantity of every step that has it."""
+        return [record[name] for record in self.records if name in record]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Finished]:
+    """What a run in a layout has come to; each runs once."""
+    known: dict[tuple[str, str], Finished] = {}
+
+    def train(trained: str, layout: str) -> Finished:
+        if (trained, layout) not in known:
+            world_size, section = LAYOUTS[layout]
+            output = tmp_path_factory.mktemp("runs") / "run"
+            file = write_config(
+                tiny,
+                output,
+                layout=section,
+                optimizer={"clip_grad": CLIP},
+                data={"eval": str(tiny.held_out)},
+                training={"eval_every_steps": 4},
+                **TRAINED[trained],
+            )
+            outcomes = workers.run(run, world_size, file, ReadTrained())
+            assert [outcome.code for outcome in outcomes] == [0] * world_size
+            known[trained, layout] = Finished(output, outcomes)
+        return known[trained, layout]
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("trained", "layout"),
+    [
+        ("full", "sequence"),
+        ("full", "pipeline"),
+        ("full", "data"),
+        ("lora", "tensor"),
+        ("lora", "pipeline"),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [
+                ("full", "tensor"),
+                ("full", "interleaved"),
+                ("full", "tensor-pipeline"),
+                ("full", "pipeline-data"),
+                ("lora", "sequence"),
+                ("lora", "data"),
+                ("lora", "interleaved"),
+                ("lora", "tensor-pipeline"),
+                ("lora", "pipeline-data"),
+            ]
+        ),
+    ],
+)
+def test_every_layout_goes_the_same_way(finished, trained, layout):
+    one, other = finished(trained, "one"), finished(trained, layout)
+    names = ("loss", "final_loss", "layer_1/loss", "layer_3/loss", "grad_norm", "rewards/margins")
+    for name in (*names, "eval_loss", "eval_layer_1/rewards/margins"):
+        expected = one.steps(name)
+        assert len(expected) == (3 if name.startswith("eval_") else STEPS)
+        assert other.steps(name) == pytest.approx(expected, abs=TOLERANCE), name
+    assert one.steps("loss")[-1] < 0.67, "the run is to go somewhere"
+    assert max(one.steps("grad_norm")) > CLIP, "clipping is to bite"
+    assert relative_difference(exported(other.output), exported(one.output)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_what_is_logged(finished, trained):
+    records = finished(trained, "pipeline").records
+    assert [int(record["step"]) for record in records] == list(range(STEPS + 1))
+    rising, falling = [0.0, 0.5], [0.5 * (1 + math_cos(n / 6)) for n in range(6)]
+    lrs = [1e-2 * share for share in (*rising, *falling)]
+    assert [r["learning_rate"] for r in records[1:]] == pytest.approx(lrs)
+    assert [r["epoch"] for r in records[1:]] == [BATCH_PAIRS * n / PAIRS for n in range(1, 9)]
+    evaluated = [int(r["step"]) for r in records if r.get("eval_pairs") == HELD_OUT]
+    assert evaluated == [0, 4, STEPS]
+
+
+def math_cos(share: float) -> float:
+    """cos(π · share)."""
+    return float(torch.cos(torch.tensor(torch.pi * share, dtype=torch.float64)))
+
+
+# ---- what it leaves -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trained", "layout"),
+    [
+        ("full", "pipeline"),
+        ("lora", "tensor"),
+        pytest.param("full", "tensor-pipeline", marks=pytest.mark.exhaustive),
+        pytest.param("lora", "tensor-pipeline", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_the_exported_model_says_what_the_trained_one_says(finished, pairs, trained, layout):
+    done = finished(trained, layout)
+    ours = _by_layer(together(done.outcomes, "logps"))
+    _same_logps(ours, _read(_hf(done.output / "hf"), pairs))
+
+
+def test_the_adapter_says_it_too(finished, pairs, tiny):
+    from peft import PeftModel
+
+    done = finished("lora", "tensor")
+    base = _hf(tiny.model)
+    before = _read(base, pairs)[NUM_LAYERS]
+    adapted = PeftModel.from_pretrained(base, done.output / "adapter").get_base_model().eval()
+    theirs = _read(adapted, pairs)
+    _same_logps(_by_layer(together(done.outcomes, "logps")), theirs)
+    assert (theirs[NUM_LAYERS] - before).abs().max() > 1, "training is to change something"
+
+
+def test_the_exported_model_speaks(finished):
+    from transformers import AutoTokenizer
+
+    directory = finished("full", "pipeline").output / "hf"
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    asked = tokenizer("abc?", return_tensors="pt", return_token_type_ids=False)
+    answer = _hf(directory).generate(**asked, max_new_tokens=4, pad_token_id=0)
+    assert tokenizer.decode(answer[0]).startswith("abc?")
+
+
+def test_what_a_run_leaves(finished):
+    for trained, more in (("full", set()), ("lora", {"adapter"})):
+        output = finished(trained, "one").output
+        found = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+        assert found == {"checkpoints", "config.yaml", "curves.png", "hf", "metrics.jsonl"} | more
+        assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000008"]
+        resolved = load_config(output / "config.yaml", required=REQUIRED, optional=OPTIONAL)
+        assert resolved.training.output == str(output) and resolved.objective.layers == LAYERS
+        printed = finished(trained, "one").outcomes[0].printed
+        assert "start check passed" in printed and str(output / "hf") in printed
+        assert str(output / "adapter") in printed or not more
+
+
+def test_only_one_rank_speaks(finished):
+    first, second = finished("full", "pipeline").outcomes
+    assert first.printed and not second.printed
+
+
+def _hf(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def _read(model: Any, pairs: list[oracle.Pair]) -> dict[int, Tensor]:
+    return oracle.sequence_logps(model, pairs, [*LAYERS, NUM_LAYERS])
+
+
+def _by_layer(said: Mapping[tuple[int, int], Tensor]) -> dict[int, Tensor]:
+    """Log-probabilities `[2P]` of all pairs by layer."""
+    layers = sorted({layer for layer, _ in said})
+    return {layer: torch.cat([said[layer, pair] for pair in range(PAIRS)]) for layer in layers}
+
+
+def _same_logps(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor]) -> None:
+    assert ours.keys() == theirs.keys() == {*LAYERS, NUM_LAYERS}
+    for layer, ours_2P in ours.items():
+        difference = float((ours_2P - theirs[layer]).abs().max())
+        assert difference <= LOGP_TOLERANCE, (layer, difference)
+
+
+# ---- against the oracle -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny: Files, tmp_path_factory: pytest.TempPathFactory) -> list[oracle.Pair]:
+    """The tokens of all pairs, in the data's order."""
+    file = write_config(tiny, tmp_path_factory.mktemp("pairs") / "run")
+    config = load_config(file, required=REQUIRED, optional=OPTIONAL)
+    return [
+        (pair.prompt_tokens.tolist(), pair.chosen_tokens.tolist(), pair.rejected_tokens.tolist())
+        for pair in load_run_pairs(config).train
+    ]
+
+
+STEPWISE = {"optimizer": {"schedule": "constant", "warmup_steps": 0, "clip_grad": 0.0}}
+ORACLES = {"beta": 0.3, "intermediate_weight": 0.4, "optimizer": "adam", "lr": 1e-2, "eps": 1e-4}
+ORACLE_STEPS = 3
+
+
+def oracle_batches(pairs: list[oracle.Pair]) -> list[list[oracle.Pair]]:
+    """The pairs of the first steps."""
+    order = stream_pairs(0, ORACLE_STEPS * BATCH_PAIRS, num_pairs=PAIRS, seed=3)
+    return [[pairs[n] for n in order[first:][:BATCH_PAIRS]] for first in range(0, 18, BATCH_PAIRS)]
+
+
+def test_all_weights_learn_as_the_oracle_says(tiny, workers, tmp_path, pairs):
+    training = {"max_steps": ORACLE_STEPS}
+    file = write_config(tiny, tmp_path / "run", training=training, **STEPWISE)
+    workers.run(run, 1, file)
+    theirs = oracle.train_steps(
+        _hf(tiny.model), "initial", oracle_batches(pairs), LAYERS, steps=ORACLE_STEPS, **ORACLES
+    )
+    _same_losses(Finished(tmp_path / "run", []), theirs["losses"])
+    assert relative_difference(exported(tmp_path / "run"), theirs["weights"]) <= ORACLE_TOLERANCE
+
+
+def test_adapters_learn_as_the_oracle_says_of_pefts(tiny, workers, tmp_path, pairs):
+    """From PEFT's fresh adapter; it is also what the run goes on from."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(_hf(tiny.model), settings)
+    model.save_pretrained(tmp_path / "fresh")
+    lora = {**LORA, "adapter": str(tmp_path / "fresh")}
+    training = {"max_steps": ORACLE_STEPS}
+    file = write_config(tiny, tmp_path / "run", lora=lora, training=training, **STEPWISE)
+    workers.run(run, 1, file)
+    theirs = oracle.train_steps(
+        model.get_base_model(),
+        "initial",
+        oracle_batches(pairs),
+        LAYERS,
+        steps=ORACLE_STEPS,
+        trainable="lora_",
+        **ORACLES,
+    )
+    _same_losses(Finished(tmp_path / "run", []), theirs["losses"])
+    adapters = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    learnt = {
+        f"base_model.model.{name.replace('.default', '')}": weight
+        for name, weight in theirs["weights"].items()
+        if "lora_" in name
+    }
+    assert relative_difference(adapters, learnt) <= ORACLE_TOLERANCE
+
+
+def _same_losses(done: Finished, theirs: list[oracle.Losses]) -> None:
+    assert [float(one.total) for one in theirs] == pytest.approx(done.steps("loss"), abs=TOLERANCE)
+    for layer in (*LAYERS, NUM_LAYERS):
+        name = "final_loss" if layer == NUM_LAYERS else f"layer_{layer}/loss"
+        expected = [float(one.by_layer[layer]) for one in theirs]
+        assert done.steps(name) == pytest.approx(expected, abs=TOLERANCE), name
+    assert max(done.steps("loss")) - min(done.steps("loss")) > 0.01, "it is to go somewhere"
