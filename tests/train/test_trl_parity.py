@@ -51,10 +51,7 @@ METRIC_TOLERANCES = {
 the tens."""
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.0}
-LRS = {"lora": 5e-4, "full": 2e-5}
 WARMUP_STEPS = 3
-CLIP_GRADS = {"lora": 4.5, "full": 18.5}
-"""Below the norms of some steps and above those of others."""
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
@@ -93,10 +90,10 @@ def trl(tmp_path_factory: pytest.TempPathFactory) -> Followed:
                 "learning_rate": lr,
                 "lr_scheduler_type": "cosine",
                 "warmup_steps": WARMUP_STEPS,
-                "max_grad_norm": CLIP_GRADS[trained],
+                "max_grad_norm": case.clip_grads[trained],
             },
         )
-        for trained, lr in LRS.items()
+        for trained, lr in case.lrs.items()
     }
     results = dict(zip(runs, run_trl(list(runs.values()), directory), strict=True))
     return Followed(case, results, directory / "lora" / "adapter")
@@ -172,7 +169,9 @@ def test_every_step_follows_trl(
     file.write_text(yaml.safe_dump(_config(trl, trained, section, tmp_path)))
     assert workers.run(train, processes, str(file)) == [0] * processes
     _compare(
-        read_metrics(tmp_path / "run" / "metrics.jsonl"), trl.results[trained], CLIP_GRADS[trained]
+        read_metrics(tmp_path / "run" / "metrics.jsonl"),
+        trl.results[trained],
+        trl.case.clip_grads[trained],
     )
 
 
@@ -221,10 +220,10 @@ def _config(trl: Followed, trained: str, layout: dict[str, Any], directory: Path
         **({"lora": lora} if trained == "lora" else {}),
         "layout": layout,
         "optimizer": {
-            "lr": LRS[trained],
+            "lr": trl.case.lrs[trained],
             "schedule": "cosine",
             "warmup_steps": WARMUP_STEPS,
-            "clip_grad": CLIP_GRADS[trained],
+            "clip_grad": trl.case.clip_grads[trained],
         },
         "training": {
             "output": str(directory / "run"),

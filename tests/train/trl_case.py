@@ -50,6 +50,12 @@ class TrlCase:
 
     num_layers: int
 
+    lrs: dict[str, float]
+    """By what is trained, `lora` or `full`: high enough that the losses move."""
+
+    clip_grads: dict[str, float]
+    """Below the norms of some steps and above those of others."""
+
 
 def make_case(directory: Path, *, shared: bool = STORIES.exists() and LABELLED.exists()) -> TrlCase:
     """Write a case's files."""
@@ -58,10 +64,12 @@ def make_case(directory: Path, *, shared: bool = STORIES.exists() and LABELLED.e
         shutil.copytree(STORIES, model, copy_function=shutil.copyfile)
         lines = LABELLED.read_text().splitlines()
         records = [record for line in lines if _is_short(record := json.loads(line))][:NUM_PAIRS]
+        lrs, clip_grads = {"lora": 5e-4, "full": 2e-5}, {"lora": 4.5, "full": 18.5}
     else:
         write_tiny_hf_model(model, "llama", seed=SEED, vocab_size=512, initializer_range=0.05)
         records = _made_up_records()
         _write_tokenizer(model, records)
+        lrs, clip_grads = {"lora": 1e-3, "full": 1e-4}, {"lora": 1.9, "full": 6.0}
     assert len(records) == NUM_PAIRS
     order = stream_pairs(0, STEPS * BATCH_PAIRS, num_pairs=NUM_PAIRS, seed=SEED)
     return TrlCase(
@@ -69,6 +77,8 @@ def make_case(directory: Path, *, shared: bool = STORIES.exists() and LABELLED.e
         _write_records(directory / "records.jsonl", records),
         _write_records(directory / "ordered.jsonl", [records[index] for index in order]),
         json.loads((model / "config.json").read_text())["num_hidden_layers"],
+        lrs,
+        clip_grads,
     )
 
 
@@ -93,8 +103,8 @@ def _made_up_records() -> list[dict[str, Any]]:
     return [
         {
             "prompt": [message("user", words, 8)],
-            "chosen": [message("assistant", words[:120], 24)],
-            "rejected": [message("assistant", words[80:], 24)],
+            "chosen": [message("assistant", words[:120], 60)],
+            "rejected": [message("assistant", words[80:], 60)],
         }
         for _ in range(NUM_PAIRS)
     ]
