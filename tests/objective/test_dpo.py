@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
@@ -193,52 +193,6 @@ def test_layers_become_one_loss(objective, layers, total):
     torch.testing.assert_close(combine(FINAL_P, layers, objective), torch.tensor(total))
 
 
-@given(st.floats(0, 1), st.lists(st.floats(1e-3, 1e3), max_size=6), st.booleans())
-@settings(max_examples=50)
-def test_layer_scales_sum_to_one(weight, weights, by_mean):
-    given_weights = None if by_mean else tuple(weights)
-    objective = Objective(intermediate_weight=weight, layer_weights=given_weights)
-    final, scales = objective.layer_scales(len(weights))
-    assert final + math.fsum(scales) == pytest.approx(1.0)
-    assert len(scales) == len(weights)
-    if weights:
-        assert final == pytest.approx(1 - weight)
-
-
 def test_weights_for_other_layers_are_refused():
     with pytest.raises(ConfigError, match=r"layer_weights: 2 weights for 3 layers"):
         combine(FINAL_P, [FINAL_P] * 3, Objective(layer_weights=(1.0, 2.0)))
-    with pytest.raises(ConfigError, match=r"2 weights for 0 layers"):
-        Objective(layer_weights=(1.0, 2.0)).layer_scales(0)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "told"),
-    [
-        ("loss", "dpo", "'dpo' is no loss; choose one of sigmoid, ipo, hinge, robust, sigmoid_nor"),
-        ("beta", 0.0, "0.0 is not a positive number"),
-        ("beta", float("nan"), "nan is not"),
-        ("beta", float("inf"), "inf is not"),
-        ("label_smoothing", 0.5, r"0.5 is not in \[0, 0.5\)"),
-        ("label_smoothing", -0.1, "-0.1 is not"),
-        ("nll_weight", -1.0, "-1.0 is negative"),
-        ("intermediate_weight", 1.1, r"1.1 is not in \[0, 1\]"),
-        ("intermediate_weight", float("nan"), "nan is not"),
-        ("layer_weights", (1.0, 0.0), r"\(1.0, 0.0\) are not all positive"),
-        ("reference_layer", "last", "'last' is no place to read the reference"),
-    ],
-)
-def test_wrong_fields_are_told(field, value, told):
-    with pytest.raises(ConfigError, match=rf"objective\.{field}: {told}"):
-        Objective(**{field: value})
-
-
-@pytest.mark.parametrize("loss", ["ipo", "hinge"])
-def test_smoothing_is_refused_where_it_would_be_ignored(loss):
-    with pytest.raises(ConfigError, match=f"0.1 has no meaning for the loss {loss}"):
-        Objective(loss=loss, label_smoothing=0.1)
-
-
-def test_all_wrong_fields_are_told_at_once():
-    with pytest.raises(ConfigError, match=r"^3 problems"):
-        Objective(beta=-1.0, intermediate_weight=2.0, nll_weight=-1.0)
