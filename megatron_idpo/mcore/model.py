@@ -103,6 +103,10 @@ def transformer_config(
         **options.recompute.config_fields(),
         **options.overrides,
     }
+    # Not Transformer Engine's: megatron-core's word for an activation module of the layer's spec.
+    # Experts get no such module, and would take the activation for one that is not gated.
+    is_dense = fields.get("num_moe_experts") is None
+    fields["use_te_activation_func"] = is_dense and not fields["bias_activation_fusion"]
     return TransformerConfig(**fields)
 
 

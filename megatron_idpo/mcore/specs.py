@@ -12,6 +12,7 @@ Transformer Engine's. megatron-core maps the local names onto those in checkpoin
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_idpo.mcore.attention import RowAttention
+from megatron_idpo.mcore.swiglu import SwiGLU
 
 
 class RMSNorm(torch.nn.Module):
@@ -118,9 +120,16 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
     attention = replace(submodules.self_attention.submodules, core_attention=RowAttention)
     if config.qk_layernorm:
         attention = replace(attention, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
-    return _layer(
-        replace(submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm), attention
-    )
+    submodules = replace(submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
+    if config.num_moe_experts is None:
+        submodules = replace(submodules, mlp=_with_swiglu(submodules.mlp))
+    return _layer(submodules, attention)
+
+
+def _with_swiglu(mlp: Any) -> Any:
+    """A dense MLP's builder with our activation, which `use_te_activation_func` switches on."""
+    mlps = mlp.keywords["submodules"]
+    return partial(mlp.func, submodules=replace(mlps, activation_func=SwiGLU))
 
 
 def _layer(submodules: Any, attention: Any) -> ModuleSpec:
