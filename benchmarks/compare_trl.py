@@ -62,7 +62,11 @@ TRL_VARIANTS: dict[str, dict[str, Any]] = {
 }
 """TRL's settings beside those of the case; `trl_theirs.py` says what they mean."""
 
-OUR_VARIANTS: dict[str, dict[str, Any]] = {"off": {}, "full": {"recompute": "full"}}
+OUR_VARIANTS: dict[str, dict[str, Any]] = {
+    "off": {},
+    "8 of 30 layers": {"recompute": "full", "recompute_layers": 8},
+    "full": {"recompute": "full"},
+}
 LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "megatron-core")
 TIMEOUT_S = 3 * 3600
 

@@ -60,7 +60,7 @@ def train(case: Case) -> Measured:
 
 
 def _config(case: Case, output: str) -> dict[str, Any]:
-    side = {"row_tokens": 2048, "recompute": "off", **case.side}
+    side = {"row_tokens": 2048, "recompute": "off", "recompute_layers": None, **case.side}
     objective: dict[str, Any] = {"beta": BETA, "layers": list(case.layers)}
     if case.layers:
         objective["intermediate_weight"] = INTERMEDIATE_WEIGHT
@@ -86,6 +86,7 @@ def _config(case: Case, output: str) -> dict[str, Any]:
             "output": f"{output}/run",
             "global_batch_pairs": case.batch_pairs,
             "recompute": side["recompute"],
+            "recompute_layers": side["recompute_layers"],
         },
     }
 
