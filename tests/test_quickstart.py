@@ -4,7 +4,10 @@ Model and training are stood in for; `make quickstart` itself is the real thing.
 """
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -189,6 +192,21 @@ def test_a_program_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) 
     assert quickstart.run(["sh", "-c", "exit $OMP_NUM_THREADS"]) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert quickstart.run(["sh", "-c", "exit $OMP_NUM_THREADS"]) == 5
+
+
+def test_a_program_that_is_interrupted_may_end_in_peace(tmp_path: Path) -> None:
+    """Ctrl-C reaches the program too; it has time to save before the quickstart ends."""
+    saves = f"trap 'sleep 1; echo saved >{tmp_path}/state; exit 0' INT; kill -INT 0; sleep 9"
+    code = f"import quickstart; quickstart.run(['sh', '-c', {saves!r}])"
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tools")},
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    assert ended.returncode != 0
+    assert (tmp_path / "state").read_text() == "saved\n"
 
 
 def test_the_share_is_one_at_least(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,12 @@ def step(console: Console, title: str) -> None:
 def run(command: Sequence[str]) -> int:
     """Runs a program that speaks for itself; its exit code."""
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // PROCESSES)))
-    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}).returncode
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": threads})
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # it was interrupted as well, and may have something to save
+        raise
 
 
 def cores() -> int:
