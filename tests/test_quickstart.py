@@ -196,7 +196,9 @@ def test_a_program_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_program_that_is_interrupted_may_end_in_peace(tmp_path: Path) -> None:
     """Ctrl-C reaches the program too; it has time to save before the quickstart ends."""
-    saves = f"trap 'sleep 1; echo saved >{tmp_path}/state; exit 0' INT; kill -INT 0; sleep 9"
+    saves = (
+        f"trap 'sleep 1; echo saved >{tmp_path}/state; exit 0' INT; sleep 1; kill -INT 0; sleep 9"
+    )
     code = f"import quickstart; quickstart.run(['sh', '-c', {saves!r}])"
     ended = subprocess.run(
         [sys.executable, "-c", code],
