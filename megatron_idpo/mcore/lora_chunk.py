@@ -109,12 +109,9 @@ class ChunkAdapters(torch.nn.Module):
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         state = {}
         for one in self.tensors():
-            offsets, copy = [], (0, place.tensor, place.data)
-            if one.split_dim is not None:
-                offsets, copy = (
-                    [(one.split_dim, place.tensor, place.tensor_size)],
-                    (0, 0, place.data),
-                )
+            dim = one.split_dim
+            offsets = [] if dim is None else [(dim, place.tensor, place.tensor_size)]
+            copy = (0, place.tensor if dim is None else 0, place.data)
             state[f"{prefix}{names[id(one.parameter)]}"] = ShardedTensor.from_rank_offsets(
                 one.name, one.parameter, *offsets, replica_id=copy
             )
