@@ -109,3 +109,33 @@ def shared_instances() -> bool:
 
 def test_megatron_cores_own_specs_are_left_alone(workers):
     assert workers.run(shared_instances, 1) == [True]
+
+
+def implementations() -> list[tuple[str, str]]:
+    """With and without `ModelOptions.transformer_engine`, as if it were there and could run."""
+    from unittest.mock import patch
+
+    from megatron_idpo.mcore import model, specs
+    from megatron_idpo.mcore.architecture import Architecture
+
+    layout = Layout()
+    layout.start()
+    architecture = Architecture.from_hf(tiny_hf_config("llama"))
+    found = []
+    with (
+        patch.object(model, "has_transformer_engine", lambda: True),
+        patch.object(specs, "has_transformer_engine", lambda: True),
+        patch.object(specs, "LayerNormImpl", lambda **_: torch.nn.Identity()),
+    ):
+        for wanted in (True, False):
+            options = model.ModelOptions(transformer_engine=wanted)
+            config = model.transformer_config(architecture, layout, options)
+            norm = type(specs.final_norm(config)).__name__
+            found.append((config.transformer_impl, norm))
+    return found
+
+
+def test_transformer_engine_can_be_left_aside(workers):
+    """Layers and the copies of their final norm alike."""
+    (found,) = workers.run(implementations, 1)
+    assert found == [("transformer_engine", "Identity"), ("local", "RMSNorm")]
