@@ -79,6 +79,8 @@ def _config(case: Case, output: str) -> dict[str, Any]:
             "num_workers": 1,
         },
         "objective": objective,
+        # Not the default cache: it would be made before the clock starts.
+        "reference": {"source": "adapter_off"},
         "lora": {
             "rank": case.rank,
             "alpha": float(case.rank),
