@@ -172,6 +172,7 @@ def measure(case: Case, side: str, directory: Path) -> Measured:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(case.threads),
+        "PYTHONPATH": str(ROOT),  # what lies beside this script, whatever is installed
     }
     command = [sys.executable, __file__, "--side", side, "--case", str(file)]
     done = subprocess.run(
