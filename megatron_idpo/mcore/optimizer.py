@@ -1,9 +1,9 @@
 """megatron-core's DDP and AdamW around model chunks, set up in one place.
 
-`wrap_and_optimise` makes both; `TrainableModel` is what a training step needs of them. Gradients are
-reduced in fp32, and 16-bit parameters have fp32 main copies. With several data-parallel ranks the
-reduction overlaps with the backward pass, and the optimizer's state is split over them (ZeRO-1) if
-so wished.
+`wrap_and_optimise` makes both; `TrainableModel` is what a training step needs of them. Gradients
+are reduced in fp32, and 16-bit parameters have fp32 main copies. With several data-parallel ranks
+the reduction overlaps with the backward pass, and the optimizer's state is split over them (ZeRO-1)
+if so wished.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 
 from megatron_idpo.mcore.groups import data_parallel_size
 
@@ -27,6 +31,8 @@ class AdamSettings:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    """Decoupled; norms and biases have none."""
+
     clip_grad: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
 
@@ -90,21 +96,22 @@ def wrap_and_optimise(
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            clip_grad=settings.clip_grad,
-            bf16=config.params_dtype == torch.bfloat16,
-            params_dtype=config.params_dtype,
-            use_distributed_optimizer=distributed,
-        ),
-        model,
+    adam = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_grad,
+        bf16=config.params_dtype == torch.bfloat16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=distributed,
     )
+    optimizer = get_megatron_optimizer(adam, model, get_standard_config_overrides(adam))
+    for group in optimizer.param_groups:
+        # Its own scheduler would do this; ours has the learning rate only.
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in model]
