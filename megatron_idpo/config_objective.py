@@ -3,7 +3,7 @@
 Fields only; what they mean is computed in `objective/`, `lora/` and `reference/`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
 
@@ -103,6 +103,21 @@ class ObjectiveConfig(Section):
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def _as_targets(value: Any) -> Any:
+    """A list as a tuple of known names; pydantic would tell a mistake in a union twice."""
+    if value == "all-linear":
+        return value
+    known = get_args(LoraTarget)
+    if isinstance(value, list | tuple) and all(name in known for name in value):
+        return tuple(value)
+    raise ValueError(f"give all-linear, or a list of {', '.join(known)}")
+
+
+LoraTargets = Annotated[
+    Literal["all-linear"] | tuple[LoraTarget, ...], BeforeValidator(_as_targets)
+]
+
+
 class LoraConfig(Section):
     """Low-rank adapters (LoRA); without this section all weights are trained."""
 
@@ -115,7 +130,7 @@ class LoraConfig(Section):
     dropout: NonNegativeFloat = 0.0
     """Dropout before the adapters, below 1; off in evaluation and for the reference."""
 
-    targets: Literal["all-linear"] | tuple[LoraTarget, ...] = "all-linear"
+    targets: LoraTargets = "all-linear"
     """Which projections get an adapter, by Hugging Face's names (`[q_proj, v_proj]`)."""
 
     rslora: Bool = False
@@ -132,6 +147,9 @@ class LoraConfig(Section):
         if self.targets == ():
             remedy = "name projections, or leave the section out to train all weights"
             found.append(Problem("targets", "names no projection", remedy))
+        twice = [name for name in self.targets if self.targets.count(name) > 1]
+        if self.targets != "all-linear" and twice:
+            found.append(Problem("targets", f"names {twice[0]} twice", "name it once"))
         return found
 
 

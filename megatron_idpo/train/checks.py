@@ -49,6 +49,11 @@ def check_same_training(saved: Mapping[str, Any], config: RunConfig, place: str)
                 told = f"was written with {section}.{name} = {before.get(name)}, not "
                 remedy = "keep it as it was, or name another output directory"
                 found.append(Problem(place, f"{told}{now.get(name)}", remedy))
+    source, wanted = (saved.get("reference") or {}).get("source"), mine["reference"]["source"]
+    if (source == "none") != (wanted == "none"):
+        told = f"was written with reference.source = {source}, not {wanted}"
+        remedy = "keep a reference or none, or name another output directory"
+        found.append(Problem(place, told, remedy))
     return found
 
 

@@ -30,6 +30,8 @@ def tell_start(run: Run, report: Report, resumed: Path | None) -> None:
     say(f"training {learnt}; intermediate layers: {layers} of {policy.dpo.num_layers}")
     if resumed is not None:
         say(f"going on after step {run.step} from {resumed}")
+    if run.is_complete:
+        say(f"all {run.total_steps} steps have been taken")
 
 
 def tell_preempted(run: Run, report: Report) -> None:

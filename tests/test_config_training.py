@@ -1,0 +1,149 @@
+"""How a run goes, and what of it the sections refuse: alone, and against each other."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_idpo.config import RunConfig, load_config
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.train.main import OPTIONAL, REQUIRED
+
+GOOD: dict[str, dict[str, Any]] = {
+    "model": {"path": "some/model"},
+    "data": {"train": "pairs.jsonl"},
+    "optimizer": {"lr": 5e-4},
+    "training": {"output": "runs/x"},
+}
+
+
+def load(tmp_path, **sections: Any) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    merged = {name: {**GOOD.get(name, {}), **sections.get(name, {})} for name in {*GOOD, *sections}}
+    path.write_text(yaml.safe_dump(merged))
+    return load_config(path, required=REQUIRED, optional=OPTIONAL)
+
+
+def refused(tmp_path, **sections: Any) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, **sections)
+    return [str(problem) for problem in raised.value.problems]
+
+
+def test_what_is_not_written(tmp_path):
+    config = load(tmp_path)
+    optimizer, checkpoint = config.optimizer, config.checkpoint
+    assert (optimizer.schedule, optimizer.warmup_steps, optimizer.clip_grad) == ("cosine", 0, 1.0)
+    assert (config.training.global_batch_pairs, config.training.epochs) == (32, 1)
+    assert (checkpoint.every_steps, checkpoint.keep_last, checkpoint.keep_best) == (100, 2, 0)
+    assert checkpoint.resume == "auto" and config.training.start_check and config.training.export
+    assert config.logging.every_steps == 10 and config.logging.wandb is None
+
+
+@pytest.mark.parametrize("section", REQUIRED)
+def test_a_required_section_is_missed(tmp_path, section):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({name: GOOD[name] for name in GOOD if name != section}))
+    with pytest.raises(ConfigError, match=rf"{section}: the section is missing; add it") as raised:
+        load_config(path, required=REQUIRED, optional=OPTIONAL)
+    assert f"{section}.{next(iter(GOOD[section]))}" in str(raised.value)
+
+
+# Sections, and what their one problem says.
+MISTAKES: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
+    ({"optimizer": {"lr": 0.0}}, ("optimizer.lr", "is 0.0", "greater than 0")),
+    ({"optimizer": {"lr": float("inf")}}, ("optimizer.lr", "inf", "finite")),
+    ({"optimizer": {"lr": "fast"}}, ("optimizer.lr", "'fast'", "number")),
+    (
+        {"optimizer": {"warmup_steps": 5, "warmup_fraction": 0.1}},
+        ("optimizer.warmup_fraction", "not be read", "warmup_steps", "keep one"),
+    ),
+    ({"optimizer": {"warmup_steps": -1}}, ("optimizer.warmup_steps", "is -1")),
+    (
+        {"optimizer": {"schedule": "constant", "min_lr": 1e-5}},
+        ("optimizer.min_lr", "not be read", "constant", "leave it out"),
+    ),
+    ({"optimizer": {"min_lr": 1e-3}}, ("optimizer.min_lr", "0.001, above lr 0.0005", "lower")),
+    ({"optimizer": {"schedule": "cosin"}}, ("optimizer.schedule", "'cosin'", "`cosine`")),
+    ({"optimizer": {"beta2": 1.0}}, ("optimizer.beta2", "is 1.0", "less than 1")),
+    ({"optimizer": {"learning_rate": 1.0}}, ("optimizer.learning_rate", "unknown field")),
+    (
+        {"training": {"recompute_layers": 2}},
+        ("training.recompute_layers", "not be read", "recompute is off", "set recompute to full"),
+    ),
+    (
+        {"training": {"recompute": "selective", "recompute_layers": 2}},
+        ("training.recompute_layers", "not be read", "selective"),
+    ),
+    ({"training": {"global_batch_pairs": 0}}, ("training.global_batch_pairs", "is 0")),
+    ({"training": {"batch_pairs": 8}}, ("training.batch_pairs", "`global_batch_pairs`")),
+    (
+        {"training": {"eval_every_steps": 10}},
+        ("training.eval_every_steps", "is 10", "no held-out pairs", "data.eval"),
+    ),
+    (
+        {"checkpoint": {"keep_best": 1}},
+        ("checkpoint.keep_best", "is 1", "no held-out pairs", "data.eval_fraction"),
+    ),
+    (
+        {"checkpoint": {"best_metric": "eval_rewards/margins"}},
+        ("checkpoint.best_metric", "not be read", "keep_best is 0", "set keep_best"),
+    ),
+    ({"checkpoint": {"keep_last": 0}}, ("checkpoint.keep_last", "is 0", "greater than 0")),
+    ({"checkpoint": {"resume": "always"}}, ("checkpoint.resume", "'always'", "auto")),
+    ({"logging": {"every_steps": 0}}, ("logging.every_steps", "is 0")),
+    ({"logging": {"wandb": {}}}, ("logging.wandb.project", "is missing", "project's name")),
+    (
+        {"logging": {"wandb": {"project": "p", "mode": "on"}}},
+        ("logging.wandb.mode", "online, offline"),
+    ),
+    (
+        {"data": {"row_tokens": 4097}, "layout": {"tensor": 2, "sequence_parallel": True}},
+        ("data.row_tokens", "4097", "sequence parallelism", "use 4098"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("sections", "words"), MISTAKES)
+def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, sections, words):
+    (told,) = refused(tmp_path, **sections)
+    assert all(word in told for word in words), told
+    assert "run.yaml" in told or "command line" in told, told
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optimizer": {"warmup_fraction": 0.1}},
+        {"optimizer": {"min_lr": 5e-4}},
+        {"optimizer": {"schedule": "linear", "min_lr": 1e-5, "clip_grad": 0.0}},
+        {"training": {"recompute": "full", "recompute_layers": 2}},
+        {"training": {"recompute": "full"}},
+        {"training": {"eval_every_steps": 10}, "data": {"eval_pairs": 5}},
+        {"checkpoint": {"keep_best": 1, "best_metric": "eval_loss"}, "data": {"eval": "held"}},
+        {"checkpoint": {"every_steps": None}},
+        {"data": {"row_tokens": 4097}, "layout": {"tensor": 2}},
+        {"data": {"row_tokens": 4098, "trim_tokens": 0},
+         "layout": {"tensor": 2, "sequence_parallel": True}},
+    ],
+)  # fmt: skip
+def test_what_may_be_written(tmp_path, sections):
+    load(tmp_path, **sections)
+
+
+def test_all_mistakes_between_sections_are_told_together(tmp_path):
+    told = refused(
+        tmp_path,
+        training={"eval_every_steps": 10},
+        checkpoint={"keep_best": 1},
+        reference={"source": "adapter_off"},
+    )
+    places = ("training.eval_every_steps", "checkpoint.keep_best", "reference.source")
+    assert len(told) == 3
+    assert all(any(place in line for line in told) for place in places)
+
+
+def test_a_verb_without_data_does_not_miss_held_out_pairs(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("training: {output: x, eval_every_steps: 3}\n")
+    assert load_config(path, required=["training"]).training.eval_every_steps == 3
