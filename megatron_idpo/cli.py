@@ -264,6 +264,10 @@ VERBS: dict[str, Verb] = {
         "megatron_idpo.train.main",
         "Train by DPO or intermediate DPO; go on where an earlier run ended; export the result.",
     ),
+    "score": _config_verb(
+        "megatron_idpo.reference.main",
+        "Compute the reference log-probabilities of a configuration, at every layer it names.",
+    ),
     "convert": Verb(
         "Convert weights between Hugging Face and Megatron-Core.", _add_convert_arguments, _convert
     ),

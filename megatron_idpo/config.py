@@ -97,7 +97,7 @@ class RunConfig(Section):
     def _wrong_reference(self) -> list[Problem]:
         if self.reference.source != "adapter_off" or self.has("lora"):
             return []
-        remedy = "use resident, or add the section lora"
+        remedy = "use cache, or add the section lora"
         return [Problem("reference.source", "is adapter_off, but there are no adapters", remedy)]
 
     def dump(self) -> str:

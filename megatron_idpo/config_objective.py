@@ -156,7 +156,17 @@ class LoraConfig(Section):
 class ReferenceConfig(Section):
     """Where the reference's log-probabilities come from."""
 
-    source: Literal["auto", "adapter_off", "resident", "none"] = "auto"
-    """`adapter_off`: the model without its adapters, one more forward pass, no more memory (LoRA).
-    `resident`: a frozen copy of the starting model, in memory. `none`: no reference, its
-    log-probabilities count as 0. `auto`: `adapter_off` with LoRA, else `resident`."""
+    source: Literal["cache", "adapter_off", "resident", "offloaded", "none"] = "cache"
+    """`cache`: computed once, before the first step, and kept (docs/reference.md). `adapter_off`:
+    the model without its adapters, one more forward pass in every step (LoRA). `resident`: a frozen
+    copy of the starting model, in memory. `offloaded`: such a copy in the host's memory, copied in
+    for its passes. `none`: no reference, its log-probabilities count as 0."""
+
+    cache: Text | None = None
+    """Directory of the cache; null is `reference` in `training.output`."""
+
+    def problems(self) -> list[Problem]:
+        """Fields that the others leave unread."""
+        if self.source == "cache":
+            return []
+        return self._unread("cache", f"source is {self.source}", "set source to cache")

@@ -26,7 +26,7 @@ from megatron_idpo.data.pair import PairSource
 from megatron_idpo.data.report import DataReport
 from megatron_idpo.data.sources import Source
 from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_idpo.errors import DataError
+from megatron_idpo.errors import ConfigError, DataError
 
 _CHECKPOINT_TOKENIZER = "huggingface"
 """Where a converted checkpoint keeps the tokenizer of its model."""
@@ -91,6 +91,21 @@ def row_settings(config: RunConfig, world_size: int, *, data_rank: int = 0) -> R
         data_size=layout.data(world_size),
         data_rank=data_rank,
     )
+
+
+def check_tokens(pairs: RunPairs, vocab_size: int) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    Raises:
+        ConfigError: a pair has a token that the model has no embedding for.
+    """
+    for dataset in filter(None, (pairs.train, pairs.eval)):
+        if dataset.highest_token >= vocab_size:
+            told = (
+                f"token {dataset.highest_token} occurs in the data, but the model's vocabulary "
+                f"ends at {vocab_size - 1}"
+            )
+            raise ConfigError.at("model.tokenizer", told, "use the model's own tokenizer")
 
 
 def tokenizer_path(model: ModelConfig) -> str:

@@ -47,8 +47,11 @@ class SentencePieceTokenizer:
         self.eos_text: str | None = None if self.eos_id is None else self._spelling[self.eos_id]
         self.special_ids = frozenset(self._spelling)
         self.vocab_size = max(len(pieces), *(number + 1 for number in self._spelling), 1)
-        settings = json.dumps([self._template, self._control, self._add_bos, self.eos_id])
-        self.identity = hashlib.sha256(model + settings.encode()).hexdigest()
+        template = [self._template]
+        settings = [self._control, self._add_bos, self.eos_id]
+        self.identity = _digest(model, template + settings)
+        self.vocabulary_identity = _digest(model, settings)
+        self.template_identity = _digest(b"", template)
 
     @classmethod
     def from_file(cls, path: Path, chat_template: str | None) -> "SentencePieceTokenizer":
@@ -123,3 +126,7 @@ class SentencePieceTokenizer:
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the C++ object, which is made again from the model's bytes."""
         return {name: value for name, value in vars(self).items() if name != "_processor"}
+
+
+def _digest(model: bytes, settings: list[Any]) -> str:
+    return hashlib.sha256(model + json.dumps(settings).encode()).hexdigest()

@@ -25,6 +25,12 @@ class Tokenizer(Protocol):
     identity: str
     """sha256 over everything that decides which tokens a text or a conversation becomes."""
 
+    vocabulary_identity: str
+    """sha256 over what decides which tokens a text becomes: all but the chat template."""
+
+    template_identity: str
+    """sha256 over the chat template."""
+
     has_chat_template: bool
 
     eos_id: int | None
@@ -64,9 +70,12 @@ class HfTokenizer:
         self.vocab_size = max(len(tokenizer), *(number + 1 for number in added), 1)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab())
-        named = (type(tokenizer).__name__, vocabulary, tokenizer.chat_template)
-        special = tokenizer.special_tokens_map
-        self.identity = _digest(*named, {name: str(text) for name, text in special.items()})
+        named = (type(tokenizer).__name__, vocabulary)
+        template = tokenizer.chat_template
+        special = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
+        self.identity = _digest(*named, template, special)
+        self.vocabulary_identity = _digest(*named, special)
+        self.template_identity = _digest(template)
 
     def render(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, **kwargs: Any

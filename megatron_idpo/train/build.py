@@ -19,7 +19,8 @@ from megatron_idpo.lora.settings import LoraSettings, resolve_targets
 from megatron_idpo.mcore.model import ModelOptions, Recompute, build_model
 from megatron_idpo.mcore.optimizer import AdamSettings, TrainableModel, wrap_and_optimise
 from megatron_idpo.plugin.attach import AttachedDpo, attach
-from megatron_idpo.reference.live import AdapterOff, NoReference, Reference, Resident
+from megatron_idpo.reference.frozen import frozen_model
+from megatron_idpo.reference.live import AdapterOff, NoReference, Offloaded, Reference, Resident
 
 if TYPE_CHECKING:
     from megatron_idpo.mcore.model import GPTModel
@@ -44,7 +45,7 @@ def build_policy(config: RunConfig, source: ModelSource, *, show_progress: bool)
     Raises:
         UserError: on every rank.
     """
-    chunks, dpo, adapters = _attached(config, source, lora=config.lora, show=show_progress)
+    chunks, dpo, adapters = _attached(config, source, show=show_progress)
     trainable = wrap_and_optimise(
         chunks, _adam_settings(config.optimizer), dpo.finalize_model_grads
     )
@@ -52,35 +53,36 @@ def build_policy(config: RunConfig, source: ModelSource, *, show_progress: bool)
 
 
 def build_reference(config: RunConfig, policy: Policy, *, show_progress: bool) -> Reference:
-    """What the policy is compared to, by `reference.source`. Collective.
+    """What the policy is compared to while it learns: `reference.source`, a cache excepted.
 
-    A resident one is loaded from the same source.
+    Collective. A second model is loaded from the same source.
 
     Raises:
         UserError: on every rank.
     """
     wanted = config.reference.source
-    if wanted == "auto":
-        wanted = "resident" if policy.adapters is None else "adapter_off"
+    assert wanted != "cache", "a cache is made by `starting_point` and read by RunCaches"
     if wanted == "none":
         return NoReference()
     if wanted == "adapter_off":
         assert policy.adapters is not None, "the configuration was checked"
         return AdapterOff(policy.dpo, policy.trainable.model, policy.adapters)
-    chunks, dpo, _ = _attached(config, policy.source, lora=None, show=show_progress, frozen=True)
-    return Resident(dpo, chunks)
+    chunks, dpo = frozen_model(config, policy.source, show_progress=show_progress)
+    return Offloaded(dpo, chunks) if wanted == "offloaded" else Resident(dpo, chunks)
+
+
+def starting_point(policy: Policy) -> Reference:
+    """The reference in the policy itself, before its first step: it needs no second model."""
+    if policy.adapters is not None:
+        return AdapterOff(policy.dpo, policy.trainable.model, policy.adapters)
+    return Resident(policy.dpo, policy.trainable.model)
 
 
 def _attached(
-    config: RunConfig,
-    source: ModelSource,
-    *,
-    lora: LoraConfig | None,
-    show: bool,
-    frozen: bool = False,
+    config: RunConfig, source: ModelSource, *, show: bool
 ) -> tuple[Sequence["GPTModel"], AttachedDpo, Adapters | None]:
     """Chunks with their weights, adapters if any, and taps."""
-    architecture = source.architecture
+    architecture, lora = source.architecture, config.lora
     options = ModelOptions(
         dtype=config.model.torch_dtype(),
         recompute=_recompute(config.training, source.architecture.num_layers),
@@ -93,9 +95,6 @@ def _attached(
         adapters = add_adapters(chunks, architecture, _lora_settings(lora, config.training.seed))
         if lora.adapter is not None:
             load_peft(adapters, architecture, Path(lora.adapter).expanduser())
-    if frozen:
-        for chunk in chunks:
-            chunk.requires_grad_(False)
     dpo = attach(
         chunks,
         layers=config.objective.layers,

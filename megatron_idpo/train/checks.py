@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_idpo.config import RunConfig
-from megatron_idpo.data.run_pairs import RunPairs
 from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.objective.layers import resolve_layers
@@ -55,21 +54,6 @@ def check_same_training(saved: Mapping[str, Any], config: RunConfig, place: str)
         remedy = "keep a reference or none, or name another output directory"
         found.append(Problem(place, told, remedy))
     return found
-
-
-def check_tokens(pairs: RunPairs, architecture: Architecture) -> None:
-    """Refuse a tokenizer that is not the model's.
-
-    Raises:
-        ConfigError: a pair has a token that the model has no embedding for.
-    """
-    for dataset in filter(None, (pairs.train, pairs.eval)):
-        if dataset.highest_token >= architecture.vocab_size:
-            told = (
-                f"token {dataset.highest_token} occurs in the data, but the model's vocabulary "
-                f"ends at {architecture.vocab_size - 1}"
-            )
-            raise ConfigError.at("model.tokenizer", told, "use the model's own tokenizer")
 
 
 def _layer_problems(config: RunConfig, architecture: Architecture) -> list[Problem]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from megatron_idpo.data.batches import EvaluationBatches, RowSettings
+from megatron_idpo.data.batches import Batch, EvaluationBatches, RowSettings
 from megatron_idpo.data.dataset import PairDataset
 from megatron_idpo.plugin.batch_run import ReferenceLogps
+from megatron_idpo.reference.live import Reference
 from megatron_idpo.train.metrics import StepMetrics
 from megatron_idpo.train.step import Trainer
 
@@ -12,19 +13,26 @@ from megatron_idpo.train.step import Trainer
 class Evaluation:
     """Every held-out pair once, whenever asked.
 
-    The reference does not change, so its log-probabilities are asked for the first time only: a few
-    numbers per pair and layer.
+    The reference does not change, so a live one is asked the first time only: its log-probabilities
+    are a few numbers per pair and layer.
     """
 
     def __init__(
-        self, trainer: Trainer, pairs: PairDataset, rows: RowSettings, *, global_batch_pairs: int
+        self,
+        trainer: Trainer,
+        reference: Reference,
+        pairs: PairDataset,
+        rows: RowSettings,
+        *,
+        global_batch_pairs: int,
     ) -> None:
-        """Check the pairs' lengths; read nothing yet.
+        """Check the pairs' lengths; read nothing yet. The reference knows these pairs.
 
         Raises:
             DataError: a pair is longer than a row.
         """
         self._trainer = trainer
+        self._reference = reference
         self._batches = EvaluationBatches(pairs, rows, global_batch_pairs=global_batch_pairs)
         self._known: list[ReferenceLogps | None] = []
 
@@ -40,10 +48,16 @@ class Evaluation:
         """
         total: StepMetrics | None = None
         for number, batch in enumerate(self._batches):
-            if number == len(self._known):
-                self._known.append(self._trainer.reference.logps(batch))
-            metrics = self._trainer.read(batch, self._known[number])
+            metrics = self._trainer.read(batch, self._reference_logps(number, batch))
             total = metrics if total is None else total + metrics
             advance()
         assert total is not None, "there is a pair at least"
         return total
+
+    def _reference_logps(self, number: int, batch: Batch) -> ReferenceLogps | None:
+        """The batch's with this number, the same in every run over the pairs."""
+        if not self._reference.is_live:
+            return self._reference.logps(batch)
+        if number == len(self._known):
+            self._known.append(self._reference.logps(batch))
+        return self._known[number]

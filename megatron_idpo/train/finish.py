@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_idpo.errors import EXIT_PREEMPTED
 from megatron_idpo.lora.settings import resolve_targets
+from megatron_idpo.reference.run_caches import cache_directory
 from megatron_idpo.train.curves import draw_curves
 from megatron_idpo.train.export import has_chat_template
 from megatron_idpo.train.report import Report
@@ -28,6 +29,8 @@ def tell_start(run: Run, report: Report, resumed: Path | None) -> None:
         f"steps of {config.training.global_batch_pairs} pairs"
     )
     say(f"training {learnt}; intermediate layers: {layers} of {policy.dpo.num_layers}")
+    if config.reference.source == "cache":
+        say(f"reference log-probabilities: {cache_directory(config)}")
     if resumed is not None:
         say(f"going on after step {run.step} from {resumed}")
     if run.is_complete:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_idpo.config import RunConfig
 from megatron_idpo.errors import EXIT_PREEMPTED, TrainingError
+from megatron_idpo.mcore.signals import Stopped, StopWish, listening
 from megatron_idpo.mcore.world import joined_world, running
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.finish import tell_finished, tell_preempted, tell_start
@@ -14,7 +15,6 @@ from megatron_idpo.train.flops import BatchWork
 from megatron_idpo.train.output import opened
 from megatron_idpo.train.report import MEMORY, Report, Stopwatch, reporting
 from megatron_idpo.train.run import Run, assemble, prepare
-from megatron_idpo.train.signals import StopWish, listening
 from megatron_idpo.train.start_check import check_start, is_expected
 from megatron_idpo.train.throughput import peak_memory_bytes
 
@@ -37,7 +37,10 @@ def train(config: RunConfig) -> int:
     ):
         prepared = prepare(config, world)
         with running(config.layout.layout(), config.training.seed):
-            run = assemble(config, world, output, prepared)
+            try:
+                run = assemble(config, world, output, prepared, wish)
+            except Stopped:
+                return EXIT_PREEMPTED
             resumed = run.resume()
             run.write_config()
             with reporting(run) as report:

@@ -4,6 +4,7 @@ OUTPUT/
   config.yaml      the resolved configuration       checkpoints/   what a run goes on from
   metrics.jsonl    one line per logged step          curves.png     the same as a picture
   hf/              the result, for Transformers      adapter/       the result, for PEFT
+  reference/       the reference's log-probabilities, computed before the first step
 """
 
 import os

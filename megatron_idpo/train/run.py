@@ -9,19 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_idpo.checkpoint.checkpoints import Checkpoints
-from megatron_idpo.checkpoint.progress import Progress, check_same_run
+from megatron_idpo.checkpoint.history import CheckpointInfo
+from megatron_idpo.checkpoint.progress import Progress, Record, check_same_run
 from megatron_idpo.config import RunConfig
 from megatron_idpo.config_training import CheckpointConfig
 from megatron_idpo.convert.model_source import ModelSource, open_model, weights_fingerprint
 from megatron_idpo.data.batches import RowSettings, TrainingBatches
-from megatron_idpo.data.run_pairs import RunPairs, load_run_pairs, row_settings
+from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
 from megatron_idpo.errors import CheckpointError, ConfigError
 from megatron_idpo.mcore.groups import this_place
+from megatron_idpo.mcore.signals import StopWish
 from megatron_idpo.mcore.world import World, agreeing
-from megatron_idpo.train.build import build_policy, build_reference
-from megatron_idpo.train.checks import check_against_model, check_same_training, check_tokens
+from megatron_idpo.reference.live import Reference
+from megatron_idpo.train.build import build_policy
+from megatron_idpo.train.checks import check_against_model, check_same_training
 from megatron_idpo.train.evaluation import Evaluation
 from megatron_idpo.train.output import RunDirectory
+from megatron_idpo.train.references import find_caches, resolve_references
 from megatron_idpo.train.schedule import LearningRate
 from megatron_idpo.train.step import Trainer
 
@@ -90,22 +94,13 @@ class Run:
             Where that is.
 
         Raises:
-            CheckpointError: on every rank; it cannot be read, or belongs to another run.
+            CheckpointError: on every rank; it cannot be read.
         """
-        found = self.checkpoints.latest()
+        found = _to_go_on_from(self.checkpoints, self.config.checkpoint)
         if found is None:
             return None
-        if self.config.checkpoint.resume == "never":
-            told = f"has a checkpoint already: {found.directory}"
-            remedy = "name another directory, or set checkpoint.resume to auto to go on from it"
-            raise ConfigError.at("training.output", told, remedy)
         trainable = self.trainer.policy.trainable
         progress = self.checkpoints.load(found, trainable.model, trainable.optimizer)
-        place = str(found.directory)
-        problems = check_same_run(progress, self.progress(), place)
-        problems += check_same_training(progress.config, self.config, place)
-        if problems:
-            raise CheckpointError.of(problems)
         self.batches.load_state_dict(progress.data)
         self.step = progress.step
         return found.directory
@@ -150,15 +145,29 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         check_against_model(config, source.architecture, world.size)
     with agreeing("reading the data"):
         pairs = load_run_pairs(config)
-        check_tokens(pairs, source.architecture)
+        check_tokens(pairs, source.architecture.vocab_size)
     return Prepared(source, pairs)
 
 
-def assemble(config: RunConfig, world: World, output: RunDirectory, prepared: Prepared) -> Run:
-    """Build every part of a run. Collective; a layout is running.
+def assemble(
+    config: RunConfig,
+    world: World,
+    output: RunDirectory,
+    prepared: Prepared,
+    wish: StopWish | None = None,
+) -> Run:
+    """Build every part of a run, its reference cache included. Collective; a layout is running.
+
+    Args:
+        config: of the run.
+        world: all processes.
+        output: the run's directory.
+        prepared: what `prepare` found.
+        wish: whether this process has been asked to stop; nobody asks if not given.
 
     Raises:
         UserError: on every rank.
+        Stopped: on every rank; a signal came while the cache was made.
     """
     pairs, training = prepared.pairs, config.training
     rows = row_settings(config, world.size, data_rank=this_place().data)
@@ -171,13 +180,16 @@ def assemble(config: RunConfig, world: World, output: RunDirectory, prepared: Pr
             epochs=training.epochs,
         )
     steps = min(batches.remaining_batches, training.max_steps or batches.remaining_batches)
+    checkpoints = _checkpoints(output, config.checkpoint)
+    resumed = _to_go_on_from(checkpoints, config.checkpoint)
+    base_model = weights_fingerprint(prepared.source)
+    if resumed is not None:
+        _check_same_run(resumed, config, pairs, batches, base_model)
+    caches = find_caches(config, prepared.source, pairs, weights=base_model, resumed=resumed)
     policy = build_policy(config, prepared.source, show_progress=world.is_first)
+    references = resolve_references(config, policy, caches, rows, wish or StopWish())
     trainer = Trainer(
-        policy,
-        build_reference(config, policy, show_progress=world.is_first),
-        config.objective.objective(),
-        training.seed,
-        pairs.train.place,
+        policy, references.train, config.objective.objective(), training.seed, pairs.train.place
     )
     return Run(
         config=config,
@@ -187,20 +199,26 @@ def assemble(config: RunConfig, world: World, output: RunDirectory, prepared: Pr
         rows=rows,
         trainer=trainer,
         batches=batches,
-        evaluation=_evaluation(trainer, pairs, rows, training.global_batch_pairs),
-        checkpoints=_checkpoints(output, config.checkpoint),
+        evaluation=_evaluation(trainer, references.eval, pairs, rows, training.global_batch_pairs),
+        checkpoints=checkpoints,
         learning_rate=LearningRate(config.optimizer, steps),
-        base_model=weights_fingerprint(prepared.source),
+        base_model=base_model,
     )
 
 
 def _evaluation(
-    trainer: Trainer, pairs: RunPairs, rows: RowSettings, global_batch_pairs: int
+    trainer: Trainer,
+    reference: Reference,
+    pairs: RunPairs,
+    rows: RowSettings,
+    global_batch_pairs: int,
 ) -> Evaluation | None:
     with agreeing("laying out the held-out data"):
         if pairs.eval is None:
             return None
-        return Evaluation(trainer, pairs.eval, rows, global_batch_pairs=global_batch_pairs)
+        return Evaluation(
+            trainer, reference, pairs.eval, rows, global_batch_pairs=global_batch_pairs
+        )
 
 
 def _checkpoints(output: RunDirectory, settings: CheckpointConfig) -> Checkpoints:
@@ -210,3 +228,46 @@ def _checkpoints(output: RunDirectory, settings: CheckpointConfig) -> Checkpoint
         keep_best=settings.keep_best,
         better="min" if settings.best_metric in _LOWER_IS_BETTER else "max",
     )
+
+
+def _to_go_on_from(checkpoints: Checkpoints, settings: CheckpointConfig) -> CheckpointInfo | None:
+    """The newest checkpoint, if there is one. Collective.
+
+    Raises:
+        ConfigError: on every rank; there is one, and the run was to be a new one.
+    """
+    found = checkpoints.latest()
+    if found is not None and settings.resume == "never":
+        told = f"has a checkpoint already: {found.directory}"
+        remedy = "name another directory, or set checkpoint.resume to auto to go on from it"
+        raise ConfigError.at("training.output", told, remedy)
+    return found
+
+
+def _check_same_run(
+    found: CheckpointInfo,
+    config: RunConfig,
+    pairs: RunPairs,
+    batches: TrainingBatches,
+    base_model: str,
+) -> None:
+    """Refuse to go on from a checkpoint of something else. Collective.
+
+    Raises:
+        CheckpointError: on every rank; naming all that differs.
+    """
+    place = str(found.directory)
+    with agreeing("reading the checkpoint's progress"):
+        saved = Record.read(found.directory).progress
+        mine = Progress(
+            step=0,
+            data=dict(batches.state_dict()),
+            data_fingerprint=pairs.train.fingerprint,
+            base_model=base_model,
+            config={},
+        )
+        problems = check_same_run(saved, mine, place)
+        problems += check_same_training(saved.config, config, place)
+        if problems:
+            raise CheckpointError.of(problems)
+        batches.load_state_dict(saved.data)

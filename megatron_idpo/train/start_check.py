@@ -24,13 +24,18 @@ from megatron_idpo.train.step import Trainer, response_lengths
 
 PAIRS_PER_RANK = 2
 
-LOSS_TOLERANCE = 1e-6
-"""In fp32: of a mean loss, where log-probabilities of the same weights differ by rounding alone."""
+FP32_LOGP_TOLERANCE = 5e-5
+"""In fp32: of a sequence's log-probability, per token. SmolLM2-135M, 16 pairs of up to 96 tokens,
+read with shared prompts and without: 5e-6 at most at any of four layers. The loss is no measure,
+since its rounding (1e-6 there) grows with the length of answers and with beta."""
 
 BF16_LOGP_TOLERANCE = 0.02
-"""In bf16: of a log-probability per token. A live reference runs the same kernels over the same
-rows and differs by nothing; rows packed in another way change the last bit of a hidden state, which
-was measured to move a token's log-probability by 0.004 on average."""
+"""In bf16, of a live reference: the same kernels over the same rows, which differ by nothing."""
+
+CACHED_BF16_LOGP_TOLERANCE = 0.2
+"""In bf16, of a cache, which other shapes or another layout may have made. For the same 16 pairs on
+a CPU, rows packed in another way give the same bits; without shared prompts the last bits of hidden
+states differ, and a log-probability per token by 0.015 on average and 0.07 at most."""
 
 
 def is_expected(config: RunConfig) -> bool:
@@ -76,13 +81,14 @@ def check_start(
         losses[layer] = sum(loss for loss, _, _ in heard) / sum(count for _, _, count in heard)
         per_token[layer] = max(difference for _, difference, _ in heard)
     is_fp32 = policy.chunks[0].config.params_dtype == torch.float32
+    in_bf16 = BF16_LOGP_TOLERANCE if trainer.reference.is_live else CACHED_BF16_LOGP_TOLERANCE
+    tolerance = FP32_LOGP_TOLERANCE if is_fp32 else in_bf16
     expected = loss_at_zero(objective)
     off = [
         f"layer {layer}: loss {losses[layer]:.6f}, a log-probability off by "
         f"{per_token[layer]:.2g} per token"
         for layer in layers
-        if (is_fp32 and not abs(losses[layer] - expected) <= LOSS_TOLERANCE)
-        or (not is_fp32 and not per_token[layer] <= BF16_LOGP_TOLERANCE)
+        if not per_token[layer] <= tolerance
     ]
     if off:
         raise TrainingError.at(

@@ -15,8 +15,14 @@ from megatron_idpo.config import RunConfig
 from megatron_idpo.config_sections import DataConfig, ModelConfig
 from megatron_idpo.data.dataset import PairDataset
 from megatron_idpo.data.pair import Pair
-from megatron_idpo.data.run_pairs import RunPairs, hold_out, load_run_pairs, tokenizer_path
-from megatron_idpo.errors import DataError
+from megatron_idpo.data.run_pairs import (
+    RunPairs,
+    check_tokens,
+    hold_out,
+    load_run_pairs,
+    tokenizer_path,
+)
+from megatron_idpo.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -47,6 +53,15 @@ def test_without_held_out_pairs(load: Callable[..., RunPairs], write_jsonl: Any)
     assert (len(found.train), found.eval, found.eval_report) == (2, None, None)
     assert found.train_report.kept_pairs == 2
     assert found.tokenizer.decode(found.train[0].chosen_tokens.tolist()) == " yes 0.</s>"
+
+
+def test_tokens_beyond_the_models_vocabulary_are_refused(
+    load: Callable[..., RunPairs], write_jsonl: Any
+) -> None:
+    pairs = load(train=write_jsonl(records(["a", "b"])))
+    check_tokens(pairs, pairs.train.highest_token + 1)
+    with pytest.raises(ConfigError, match=r"model\.tokenizer: token \d+ occurs in the data"):
+        check_tokens(pairs, pairs.train.highest_token)
 
 
 def test_the_options_of_the_configuration_reach_the_reader(

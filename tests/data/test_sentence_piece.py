@@ -12,6 +12,7 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_idpo.data.chat import TokenPair, encode_pairs, pair_text
 from megatron_idpo.data.preferences import Preference
+from megatron_idpo.data.sentence_piece import SentencePieceTokenizer
 from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import DataError
 
@@ -79,6 +80,15 @@ def test_it_travels_to_workers(tokenizer: Tokenizer) -> None:
         ["The sky"], special_tokens=True
     )
     assert again.identity == tokenizer.identity
+
+
+def test_template_and_vocabulary_have_identities_of_their_own(unigram_model: Path) -> None:
+    model_bytes = unigram_model.read_bytes()
+    one, other = (SentencePieceTokenizer(model_bytes, template) for template in ("1", "2"))
+    assert one.template_identity != other.template_identity
+    assert one.vocabulary_identity == other.vocabulary_identity
+    without_bos = SentencePieceTokenizer(model_bytes, "1", {"add_bos_token": False})
+    assert without_bos.vocabulary_identity != one.vocabulary_identity
 
 
 def test_a_file_that_is_no_model_is_told(tmp_path: Path) -> None:

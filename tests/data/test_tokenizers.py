@@ -79,3 +79,10 @@ def test_a_template_that_cannot_write_a_greeting_is_left_to_the_rows(
 def test_a_directory_with_only_a_model_file_is_sentencepiece(unigram_model: Path) -> None:
     assert isinstance(load_tokenizer(str(unigram_model)), SentencePieceTokenizer)
     assert isinstance(load_tokenizer(str(unigram_model.parent)), SentencePieceTokenizer)
+
+
+def test_template_and_vocabulary_have_identities_of_their_own(text_tokenizer_path: str) -> None:
+    plain = load_tokenizer(text_tokenizer_path)
+    one, other = (load_tokenizer(text_tokenizer_path, f"{{{{ {n} }}}}") for n in (1, 2))
+    assert len({tokenizer.template_identity for tokenizer in (plain, one, other)}) == 3
+    assert len({tokenizer.vocabulary_identity for tokenizer in (plain, one, other)}) == 1

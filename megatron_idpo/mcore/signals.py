@@ -29,6 +29,10 @@ class StopWish:
         return self.signal is not None
 
 
+class Stopped(Exception):
+    """Work that was asked to stop has stopped, on every rank, and saved what was done."""
+
+
 @contextmanager
 def listening() -> Iterator[StopWish]:
     """Remember stopping signals instead of dying of them, until the end of the block."""

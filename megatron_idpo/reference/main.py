@@ -1,0 +1,25 @@
+"""The verb `score`: the reference cache of a configuration, made ahead of training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_idpo.config import load_config
+from megatron_idpo.errors import ConfigError
+
+REQUIRED = ("model", "data")
+OPTIONAL = ("objective", "lora", "layout", "training", "reference")
+
+
+def main(path: Path, overrides: Sequence[str]) -> int:
+    """Score; returns the exit code.
+
+    Raises:
+        UserError: on every rank.
+    """
+    config = load_config(path, overrides, required=REQUIRED, optional=OPTIONAL)
+    if config.reference.source != "cache":
+        told = f"is {config.reference.source}, which reads no cache"
+        raise ConfigError.at("reference.source", told, "set it to cache, the default")
+    from megatron_idpo.reference.score_run import score  # torch and megatron-core: after the checks
+
+    return score(config)

@@ -1,0 +1,137 @@
+"""The caches of a run: its training pairs' and, where some are held out, theirs beside it."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from megatron_idpo.config import RunConfig
+from megatron_idpo.data.batches import RowSettings
+from megatron_idpo.data.dataset import PairDataset
+from megatron_idpo.data.run_pairs import RunPairs
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore.signals import StopWish
+from megatron_idpo.mcore.world import agreeing, is_first_rank
+from megatron_idpo.reference.cache import EVAL, held, is_complete, open_cache
+from megatron_idpo.reference.cached import Cached
+from megatron_idpo.reference.fingerprint import Fingerprint, fingerprint
+from megatron_idpo.reference.live import Reference
+from megatron_idpo.reference.score import PART_S, score_pairs
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One of the two caches, and the pairs that it is of."""
+
+    what: str
+    directory: Path
+    pairs: PairDataset
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class RunCaches:
+    """Where a run's reference log-probabilities are, and what they have to be."""
+
+    directory: Path
+    parts: tuple[_Part, ...]
+    """The training pairs', then the held-out ones' if there are any."""
+
+    @classmethod
+    def of(cls, config: RunConfig, pairs: RunPairs, *, weights: str, num_layers: int) -> Self:
+        """Those that a configuration names.
+
+        Args:
+            config: of the run.
+            pairs: of the run.
+            weights: `weights_fingerprint` of the reference.
+            num_layers: of the model.
+
+        Raises:
+            ConfigError: layers that the model has not, or no place for a cache.
+        """
+        directory = cache_directory(config)
+        named = [("training pairs", directory, pairs.train)]
+        if pairs.eval is not None:
+            named.append(("held-out pairs", directory / EVAL, pairs.eval))
+        parts = [
+            _Part(
+                what,
+                place,
+                dataset,
+                fingerprint(
+                    config, dataset, pairs.tokenizer, weights=weights, num_layers=num_layers
+                ),
+            )
+            for what, place, dataset in named
+        ]
+        return cls(directory, tuple(parts))
+
+    def are_complete(self) -> bool:
+        """Whether there is nothing to score. Collective.
+
+        Raises:
+            CheckpointError: on every rank; what is there is of something else, or damaged.
+        """
+        with agreeing("looking at the reference cache"):
+            return all([is_complete(part.directory, part.fingerprint) for part in self.parts])
+
+    def score(
+        self, source: Reference, rows: RowSettings, wish: StopWish, *, part_s: float = PART_S
+    ) -> bool:
+        """Compute what is missing. Collective.
+
+        Args:
+            source: a live reference, read at the layers of the fingerprint.
+            rows: how pairs are laid out.
+            wish: whether this process has been asked to stop.
+            part_s: seconds after which a part is written.
+
+        Returns:
+            Whether all is complete; otherwise a signal ended it, saved.
+
+        Raises:
+            UserError: on every rank.
+        """
+        with ExitStack() as stack:
+            with agreeing("holding the reference cache"):
+                if is_first_rank():
+                    stack.enter_context(held(self.directory))
+            for part in self.parts:
+                with agreeing("looking at the reference cache"):
+                    is_there = is_complete(part.directory, part.fingerprint)
+                if not is_there and not score_pairs(
+                    source,
+                    part.pairs,
+                    rows,
+                    directory=part.directory,
+                    fingerprint=part.fingerprint,
+                    wish=wish,
+                    what=part.what,
+                    part_s=part_s,
+                ):
+                    return False
+        return True
+
+    def open(self) -> list[Cached]:
+        """The finished caches as references, in the order of `parts`. Collective.
+
+        Raises:
+            CheckpointError: on every rank; one is damaged.
+        """
+        with agreeing("reading the reference cache"):
+            return [Cached(open_cache(part.directory, part.fingerprint)) for part in self.parts]
+
+
+def cache_directory(config: RunConfig) -> Path:
+    """`reference.cache`, or `reference` in the run's output.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if config.reference.cache is not None:
+        return Path(config.reference.cache).expanduser()
+    if not config.has("training"):
+        remedy = "name a directory, or add training.output, in which it is `reference`"
+        raise ConfigError.at("reference.cache", "says no place for the cache", remedy)
+    return Path(config.training.output).expanduser() / "reference"

@@ -1,0 +1,98 @@
+"""What a run's policy is compared to: looked for before a weight is read, computed before step 1.
+
+A cache is looked for first, so that one of another model or other data is refused at once. Where it
+is not complete, the policy itself computes it before it learns anything: it is the reference then,
+with its adapters off.
+"""
+
+from dataclasses import dataclass
+
+from megatron_idpo.checkpoint.history import CheckpointInfo
+from megatron_idpo.config import RunConfig
+from megatron_idpo.convert.model_source import ModelSource
+from megatron_idpo.data.batches import RowSettings
+from megatron_idpo.data.run_pairs import RunPairs
+from megatron_idpo.errors import CheckpointError
+from megatron_idpo.mcore.signals import Stopped, StopWish
+from megatron_idpo.mcore.world import agreeing, is_first_rank
+from megatron_idpo.reference.live import Reference
+from megatron_idpo.reference.run_caches import RunCaches
+from megatron_idpo.train.build import Policy, build_reference, starting_point
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """The same reference for both sets of pairs, each by its own indices."""
+
+    train: Reference
+    eval: Reference
+    """Of the held-out pairs, if there are any."""
+
+
+def find_caches(
+    config: RunConfig,
+    source: ModelSource,
+    pairs: RunPairs,
+    *,
+    weights: str,
+    resumed: CheckpointInfo | None,
+) -> RunCaches | None:
+    """The caches that a run reads, complete or still to be made. Collective.
+
+    Args:
+        config: of the run.
+        source: of the policy and the reference.
+        pairs: of the run.
+        weights: `weights_fingerprint` of the source.
+        resumed: what the run goes on from.
+
+    Returns:
+        None where `reference.source` is no cache.
+
+    Raises:
+        UserError: on every rank. A cache is of something else; or it is not complete, though the
+            run has begun: it learnt against a reference that is no longer there to compare with.
+    """
+    if config.reference.source != "cache":
+        return None
+    with agreeing("finding the reference cache"):
+        caches = RunCaches.of(
+            config, pairs, weights=weights, num_layers=source.architecture.num_layers
+        )
+    if not caches.are_complete() and resumed is not None:
+        raise CheckpointError.at(
+            str(caches.directory),
+            f"is no complete reference cache, but {resumed.directory} was trained against one",
+            "put it back, or make it anew from the same model and data: "
+            f"megatron-idpo score {config.training.output}/config.yaml",
+        )
+    return caches
+
+
+def resolve_references(
+    config: RunConfig,
+    policy: Policy,
+    caches: RunCaches | None,
+    rows: RowSettings,
+    wish: StopWish,
+) -> References:
+    """The references of a run whose policy has not taken a step. Collective.
+
+    Args:
+        config: of the run.
+        policy: as it starts.
+        caches: what `find_caches` found.
+        rows: how pairs are laid out.
+        wish: whether this process has been asked to stop.
+
+    Raises:
+        UserError: on every rank.
+        Stopped: on every rank; a signal came while a cache was made. What was scored is saved.
+    """
+    if caches is None:
+        live = build_reference(config, policy, show_progress=is_first_rank())
+        return References(live, live)
+    if not caches.score(starting_point(policy), rows, wish):
+        raise Stopped
+    opened = caches.open()
+    return References(opened[0], opened[-1])

@@ -1,0 +1,118 @@
+"""The caches of a run: what of model, data and settings they notice, and where they are."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_idpo.config import RunConfig, load_config
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.reference.run_caches import cache_directory
+
+from .tiny_cache import Files, score_config
+
+
+def look(file: str, changes: Sequence[Sequence[str]]) -> list[str]:
+    """On a rank: what each changed configuration is told of the cache; empty if it may use it."""
+    from megatron_idpo.convert.model_source import open_model, weights_fingerprint
+    from megatron_idpo.data.run_pairs import load_run_pairs
+    from megatron_idpo.errors import CheckpointError
+    from megatron_idpo.reference.run_caches import RunCaches
+
+    told = []
+    for overrides in changes:
+        config = load_config(file, overrides, required=("model", "data"), optional=OPTIONAL)
+        source = open_model(config.model.path)
+        caches = RunCaches.of(
+            config,
+            load_run_pairs(config),
+            weights=weights_fingerprint(source),
+            num_layers=source.architecture.num_layers,
+        )
+        try:
+            told.append("" if caches.are_complete() else "not complete")
+        except CheckpointError as error:
+            told.append(str(error))
+    return told
+
+
+OPTIONAL = ("objective", "training", "reference")
+
+
+@pytest.mark.distributed
+def test_every_change_is_noticed_and_named(
+    scored: Path, tiny: Files, workers: Any, tmp_path: Path
+) -> None:
+    """What the issue lists, and the settings beside; what does not matter is let pass."""
+    heavier = _copy(tiny.model, tmp_path / "heavier")
+    with (heavier / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        last = weights.read(1)[0]
+        weights.seek(-1, 2)
+        weights.write(bytes([last ^ 1]))
+    spelling = _copy(tiny.model, tmp_path / "spelling")
+    settings = json.loads((spelling / "tokenizer.json").read_text())
+    settings["added_tokens"][0]["normalized"] = not settings["added_tokens"][0]["normalized"]
+    (spelling / "tokenizer.json").write_text(json.dumps(settings))
+    other_pair = tmp_path / "other_pair.jsonl"
+    records = [json.loads(line) for line in tiny.train.read_text().splitlines()]
+    records[7]["chosen"] += " more"
+    other_pair.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    changes = {
+        (f"model.path={heavier}", f"model.tokenizer={tiny.model}"): "the model (weights",
+        (f"model.tokenizer={spelling}",): "the tokenizer differs",
+        ("data.chat_template='{{ messages[0].content }}'",): "the chat template differs",
+        (f"data.train={other_pair}",): "the data (some token",
+        ("data.truncation=drop",): "data.truncation is keep_start, here drop",
+        ("data.max_length=95",): "data.max_length is 96, here 95",
+        ("objective.norm=none",): "objective.norm is final, here none",
+        ("model.dtype=bf16",): "model.dtype is fp32, here bf16",
+        ("objective.layers=[2]",): "",
+        ("objective.layers=[]", "objective.intermediate_weight=0.0"): "",
+        ("data.row_tokens=192", "data.share_prompt=false", "data.trim_tokens=64"): "",
+        (f"model.path={_copy(tiny.model, tmp_path / 'elsewhere')}",): "",
+    }
+    file = score_config(tiny, scored, objective={"layers": "all"})
+    [answers] = workers.run(look, 1, file, list(changes))
+    for overrides, expected, told in zip(changes, changes.values(), answers, strict=True):
+        if expected:
+            assert expected in told, (overrides, told)
+            assert str(scored / "reference") in told and "delete this one" in told
+        else:
+            assert told == "", (overrides, told)
+
+
+@pytest.mark.distributed
+def test_a_layer_that_was_not_scored_is_named(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    from .tiny_cache import score
+
+    file = score_config(tiny, tmp_path / "run", objective={"layers": [2]})
+    workers.run(score, 1, file)
+    [told] = workers.run(look, 1, file, [["objective.layers=[1,2,3]"]])
+    assert "it lacks layers 1, 3" in told[0]
+
+
+def _copy(model: Path, target: Path) -> Path:
+    shutil.copytree(model, target)
+    return target
+
+
+def _config(tmp_path: Path, text: str) -> RunConfig:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model: {{path: m}}\ndata: {{train: t.jsonl}}\n{text}")
+    return load_config(file, required=("model", "data"))
+
+
+def test_the_place_is_the_configured_one_or_in_the_output(tmp_path: Path) -> None:
+    output = "training: {output: runs/x}\n"
+    assert cache_directory(_config(tmp_path, output)) == Path("runs/x/reference")
+    both = _config(tmp_path, f"{output}reference: {{cache: elsewhere}}")
+    assert cache_directory(both) == Path("elsewhere")
+
+
+def test_no_place_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reference\.cache.*no place"):
+        cache_directory(_config(tmp_path, ""))

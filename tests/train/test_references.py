@@ -1,0 +1,149 @@
+"""A run with a cache: the same course as with a live reference, refused where it would be another.
+
+The cache is made by the run itself, or ahead of it by `score`.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_idpo.errors import EXIT_PREEMPTED, CheckpointError
+from megatron_idpo.train.metrics_file import read_metrics
+
+from .run_hooks import stop_after
+from .tiny_run import LORA, STEPS, Files, Outcome, run, write_config
+
+LOSS_TOLERANCE = 1e-5
+"""Other rows are other roundings of the reference's log-probabilities."""
+
+CACHE = {"reference": {"source": "cache"}}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "single": (1, {}),
+    "pipeline": (2, {"pipeline": 2}),
+    "tensor": (2, {"tensor": 2}),
+    "data": (2, {}),
+}
+
+
+def losses(output: Path) -> list[float]:
+    """Of every step and of both evaluations."""
+    records = read_metrics(output / "metrics.jsonl")
+    names = ("eval_loss", "loss")
+    return [record[name] for record in records for name in names if name in record]
+
+
+def config(tiny: Files, output: Path, **sections: Any) -> str:
+    held_out = {"eval": str(tiny.held_out)}
+    return write_config(tiny, output, data=held_out, training={"export": False}, **sections)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("trained", "layout"),
+    [
+        ("full", "single"),
+        ("lora", "pipeline"),
+        pytest.param("full", "pipeline", marks=pytest.mark.exhaustive),
+        pytest.param("full", "tensor", marks=pytest.mark.exhaustive),
+        pytest.param("lora", "data", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_it_learns_as_with_a_live_reference(
+    tiny: Files, workers: Any, tmp_path: Path, trained: str, layout: str
+) -> None:
+    processes, section = LAYOUTS[layout]
+    sections: dict[str, Any] = {"layout": section}
+    if trained == "lora":
+        sections["lora"] = LORA
+    for name, reference in (("live", {}), ("cached", CACHE)):
+        file = config(tiny, tmp_path / name, **sections, **reference)
+        answers = workers.run(run, processes, file)
+        assert [answer.code for answer in answers] == [0] * processes, answers[0].printed
+    live, cached = losses(tmp_path / "live"), losses(tmp_path / "cached")
+    assert len(live) == STEPS + 2
+    assert cached == pytest.approx(live, abs=LOSS_TOLERANCE)
+    assert max(live) - min(live) > 0.1, "the run is to go somewhere"
+    made = tmp_path / "cached" / "reference"
+    assert (made / "reference.parquet").is_file() and (made / "eval/fingerprint.json").is_file()
+    assert "start check passed" in answers[0].printed
+
+
+@pytest.mark.distributed
+def test_the_second_model_in_the_hosts_memory(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    for source in ("resident", "offloaded"):
+        file = config(tiny, tmp_path / source, reference={"source": source})
+        [answer] = workers.run(run, 1, file)
+        assert answer.code == 0, answer.printed
+    assert losses(tmp_path / "offloaded") == losses(tmp_path / "resident")
+
+
+@pytest.mark.distributed
+def test_a_cache_of_something_else_is_refused_before_a_weight_is_read(
+    tiny: Files, workers: Any, tmp_path: Path
+) -> None:
+    from .run_hooks import NoWeights
+
+    file = config(tiny, tmp_path / "run", **CACHE)
+    workers.run(run, 1, file)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    file = config(tiny, tmp_path / "run", **CACHE, objective={"layers": [2]})
+    with pytest.raises(CheckpointError, match=r"it lacks layers 2"):
+        workers.run(run, 1, file, NoWeights())
+
+
+@pytest.mark.distributed
+def test_a_run_that_has_begun_needs_its_cache(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    file = config(tiny, tmp_path / "run", **CACHE)
+    [stopped] = workers.run(run, 1, file, stop_after(3))
+    assert stopped.code == EXIT_PREEMPTED
+    cache = tmp_path / "run" / "reference"
+    shutil.move(cache / "reference.parquet", tmp_path / "table")
+    (cache / "fingerprint.json").unlink()
+    with pytest.raises(CheckpointError, match=r"megatron-idpo score .*run/config\.yaml"):
+        workers.run(run, 1, file)
+    # The command that the message names.
+    workers.run(score_alone, 1, str(tmp_path / "run" / "config.yaml"))
+    assert (cache / "reference.parquet").read_bytes() == (tmp_path / "table").read_bytes()
+    [finished] = workers.run(run, 1, file)
+    assert finished.code == 0 and "going on after step 3" in finished.printed
+
+
+def score_alone(file: str) -> int:
+    """On every rank: the verb `score`."""
+    from megatron_idpo.reference.main import main
+
+    return main(Path(file), [])
+
+
+def run_stopped_while_scoring(file: str) -> Outcome:
+    """On every rank: `train`, asked to stop as the first held-out pair is scored."""
+    import os
+    import signal
+    from unittest.mock import patch
+
+    from megatron_idpo.reference.score_progress import ScoreProgress
+
+    ordinary = ScoreProgress.update
+
+    def update(self: ScoreProgress, done: int) -> None:
+        ordinary(self, done)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with (
+        patch("megatron_idpo.reference.score.PAIRS_PER_RANK", 4),
+        patch.object(ScoreProgress, "update", update),
+    ):
+        return run(file)
+
+
+@pytest.mark.distributed
+def test_a_signal_while_scoring_is_a_preemption(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    file = config(tiny, tmp_path / "run", **CACHE)
+    [stopped] = workers.run(run_stopped_while_scoring, 1, file)
+    assert stopped.code == EXIT_PREEMPTED
+    assert list((tmp_path / "run" / "reference" / "parts").glob("part-*"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    [finished] = workers.run(run, 1, file)
+    assert finished.code == 0 and "going on after" in finished.printed
