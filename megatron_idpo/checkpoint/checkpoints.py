@@ -1,14 +1,12 @@
 """Training's checkpoints: saved beside the training step, complete or not there, found again.
 
-    checkpoints = Checkpoints(output / "checkpoints", keep_last=2, keep_best=1, better="min")
-    newest = checkpoints.latest()
-    if newest is not None:
-        progress = checkpoints.load(newest, chunks, optimizer)
-    ...
-    checkpoints.save(chunks, optimizer, progress, score=loss)   # copies, then returns
-    checkpoints.poll()                                          # after every step
-    ...
-    checkpoints.wait()                                          # before the end
+    with Checkpoints(output / "checkpoints", keep_last=2, keep_best=1) as checkpoints:
+        newest = checkpoints.latest()
+        if newest is not None:
+            progress = checkpoints.load(newest, chunks, optimizer)
+        ...
+        checkpoints.save(chunks, optimizer, progress, score=loss)   # copies, then returns
+        checkpoints.poll()                                          # after every step
 
 A checkpoint is written by a thread of every rank (`background.py`) from a copy in the host's
 memory, into a hidden directory that the first rank renames when all files have reached the disk;
@@ -20,7 +18,8 @@ is in them, and that any layout can read them, is said in `training_state.py` an
 import json
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 from uuid import uuid4
 
 from megatron_idpo import atomic
@@ -46,7 +45,9 @@ from megatron_idpo.mcore.world import agreeing, from_first, gathered, is_first_r
 class Checkpoints:
     """The checkpoints of one run, in one directory that all ranks share.
 
-    Every method is collective unless it says otherwise. One save is under way at a time.
+    Every method is collective unless it says otherwise. One save is under way at a time. A context
+    manager: at its end, an error's too, what was being saved is complete, or known to have failed.
+    Without it, call `wait` before the process groups go.
     """
 
     def __init__(
@@ -80,6 +81,28 @@ class Checkpoints:
         self._background = Background()
         self._saving: CheckpointInfo | None = None
         self._saved_step: int | None = None
+
+    def __enter__(self) -> Self:
+        """The checkpoints themselves."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Wait for the save that is under way, each rank for itself.
+
+        Raises:
+            CheckpointError: it could not be written; a note of another error, if there is one.
+        """
+        try:
+            self.wait()
+        except Exception as failed:
+            if error is None:
+                raise
+            error.add_note(f"Meanwhile: {failed}")
 
     def latest(self) -> CheckpointInfo | None:
         """The newest complete checkpoint, the same on all ranks.

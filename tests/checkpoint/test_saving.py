@@ -41,6 +41,12 @@ def held_up(gate: threading.Event):
         yield
 
 
+def obstruct(root: str) -> None:
+    """The first rank will not be able to write its file."""
+    for hidden in Path(root).glob(".step-*"):
+        (hidden / "__0_0.distcp").mkdir(exist_ok=True)
+
+
 def names(root: str) -> list[str]:
     return sorted(path.name for path in Path(root).iterdir())
 
@@ -191,3 +197,49 @@ def test_a_directory_that_cannot_be_written_is_refused_at_once(workers, tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"^.*/checkpoints: cannot be written: Not a dir"):
         workers.run(open_directory, 2, str(tmp_path / "file" / "checkpoints"))
+
+
+def broken_off(model: str, root: str, fail: bool) -> tuple[list[str], list[str]]:
+    """Training fails while a save waits for the disk; the error's notes, and what is there."""
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    training = prepare(model, SHARDS)
+    gate = threading.Event()
+    try:
+        with held_up(gate), Checkpoints(Path(root)) as checkpoints:
+            checkpoints.save(training.chunks, training.optimizer, progress(1))
+            if fail:
+                obstruct(root)
+            threading.Timer(0.2, gate.set).start()
+            raise ZeroDivisionError
+    except ZeroDivisionError as error:
+        notes = getattr(error, "__notes__", [])
+    return notes, names(root)
+
+
+def test_a_save_ends_though_training_fails(workers, model, tmp_path):
+    answers = workers.run(broken_off, 2, model, str(tmp_path), False)
+    assert answers == [([], ["step-00000001"])] * 2
+
+
+def test_both_failures_are_told(workers, model, tmp_path):
+    for notes, found in workers.run(broken_off, 2, model, str(tmp_path), True):
+        (note,) = notes
+        assert f"Meanwhile: {tmp_path}/step-00000001/__0_0.distcp: the first tensor cannot" in note
+        assert found == []
+
+
+def failed_at_the_end(model: str, root: str) -> None:
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    training = prepare(model, Setup())
+    gate = threading.Event()
+    with held_up(gate), Checkpoints(Path(root)) as checkpoints:
+        checkpoints.save(training.chunks, training.optimizer, progress(1))
+        obstruct(root)
+        gate.set()
+
+
+def test_a_failed_save_is_told_at_the_end(workers, model, tmp_path):
+    with pytest.raises(CheckpointError, match=r"step-00000001/__0_0\.distcp: the first tensor"):
+        workers.run(failed_at_the_end, 1, model, str(tmp_path))
