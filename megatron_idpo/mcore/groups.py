@@ -80,6 +80,18 @@ def stage_group(*, takes_part: bool, needs_it: bool) -> StageGroup | None:
     return mine
 
 
+def from_last_stage(tensor: Tensor) -> Tensor:
+    """The last pipeline stage's tensor, on every stage. Collective over the pipeline: a broadcast.
+
+    Args:
+        tensor: of one shape and dtype on all stages; the others' is overwritten. No gradient flows.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast(tensor, group=group, group_src=group.size() - 1)
+    return tensor
+
+
 def gather_tensor_shards(shard: Tensor) -> list[Tensor] | None:
     """The shards of all tensor-parallel ranks, on the first of them; None on the others.
 

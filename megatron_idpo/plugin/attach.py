@@ -111,6 +111,8 @@ class AttachedDpo:
         """The tapped layers of the whole model, counted from 1."""
         self.num_layers: int = chunks[0].config.num_layers
         """The final layer's number."""
+        self.reads_final_reference = bool(taps) and objective.reference_layer == "final"
+        """Whether every tapped stage needs what the reference says at the final layer."""
         self._objective = objective
         final_scale, scales = objective.layer_scales(len(taps))
         self._scales = {**dict(zip(taps, scales, strict=True)), self.num_layers: final_scale}

@@ -20,6 +20,7 @@ from megatron_idpo.train.main import OPTIONAL, REQUIRED
 from megatron_idpo.train.metrics_file import Record, read_metrics
 from tests import oracle
 
+from .run_hooks import ReadTrained
 from .tiny_run import (
     BATCH_PAIRS,
     HELD_OUT,
@@ -30,7 +31,6 @@ from .tiny_run import (
     STEPS,
     Files,
     Outcome,
-    ReadTrained,
     exported,
     relative_difference,
     run,
@@ -146,6 +146,26 @@ def test_every_layout_goes_the_same_way(finished, trained, layout):
     assert one.steps("loss")[-1] < 0.67, "the run is to go somewhere"
     assert max(one.steps("grad_norm")) > CLIP, "clipping is to bite"
     assert relative_difference(exported(other.output), exported(one.output)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_a_reference_at_the_final_layer_reaches_every_stage(tiny, workers, tmp_path, trained):
+    """Which the stages of tapped layers do not compute."""
+    losses = []
+    for name in ("one", "pipeline"):
+        processes, section = LAYOUTS[name]
+        file = write_config(
+            tiny,
+            tmp_path / name,
+            objective={"reference_layer": "final"},
+            training={"max_steps": 3, "export": False},
+            layout=section,
+            **TRAINED[trained],
+        )
+        workers.run(run, processes, file)
+        losses.append(Finished(tmp_path / name, []).steps("layer_1/loss"))
+    assert losses[0] == pytest.approx(losses[1], abs=TOLERANCE)
+    assert losses[0][0] != pytest.approx(0.693147, abs=0.01)
 
 
 @pytest.mark.parametrize("trained", TRAINED)

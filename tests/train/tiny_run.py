@@ -1,27 +1,26 @@
 """Whole runs of the main job on a tiny model, and what workers run of them.
 
 24 pairs of made-up sentences, 6 a step, two epochs: 8 steps. One pair has a word whose token no
-other pair has. `run` trains as a configuration file says; hooks, which travel to the workers, look
-on or interfere.
+other pair has. `run` trains as a configuration file says; hooks (`run_hooks.py`), which travel to
+the workers, look on or interfere.
 """
 
 import json
-import os
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
-from unittest.mock import patch
 
 import torch
 import yaml
 from torch import Tensor
 
+from megatron_idpo.config import load_config
 from megatron_idpo.testing import write_tiny_hf_model
+from megatron_idpo.train.main import OPTIONAL, REQUIRED
 
 NUM_LAYERS = 4
 SIZES = {
@@ -135,7 +134,7 @@ def write_config(files: Files, output: Path, **sections: Mapping[str, Any] | Non
     }
     for name, fields in sections.items():
         if fields is None:
-            config.pop(name)
+            config.pop(name, None)
         else:
             config[name] = {**config.get(name, {}), **fields}
     path = output.with_suffix(".yaml")
@@ -160,7 +159,7 @@ class Outcome:
 
 
 class Hook(Protocol):
-    """Something that looks on or interferes while a run goes on, on every rank."""
+    """Something that looks on or interferes while a run goes on, on every rank (`run_hooks.py`)."""
 
     def __call__(self, found: dict[str, Any]) -> AbstractContextManager[None]:
         """In force within the block; may leave something in `found`."""
@@ -179,148 +178,25 @@ def run(file: str, *hooks: Hook) -> Outcome:
 
 
 @contextmanager
-def _after(owner: str, name: str, also: Callable[..., None]) -> Iterator[None]:
-    """Whenever a function or method has returned, do something else with its result and arguments.
+def assembled(file: str) -> Iterator[Any]:
+    """On every rank: a `Run` as `train` would have it before its first step."""
+    from megatron_idpo.mcore.world import joined_world, running
+    from megatron_idpo.train.output import opened
+    from megatron_idpo.train.run import assemble, prepare
 
-    Args:
-        owner: `module` or `module:Class`, in this package.
-        name: of the function there.
-        also: called with the result and then the arguments.
-    """
-    import importlib
-
-    module, _, cls = owner.partition(":")
-    holder = importlib.import_module(f"megatron_idpo.{module}")
-    holder = getattr(holder, cls) if cls else holder
-    ordinary = getattr(holder, name)
-
-    def both(*args: Any, **kwargs: Any) -> Any:
-        result = ordinary(*args, **kwargs)
-        also(result, *args, **kwargs)
-        return result
-
-    with patch.object(holder, name, both):
-        yield
+    config = load_config(file, required=REQUIRED, optional=OPTIONAL)
+    with joined_world() as world, opened(Path(config.training.output)) as output:
+        prepared = prepare(config, world)
+        with running(config.layout.layout(), config.training.seed):
+            yield assemble(config, world, output, prepared)
 
 
-@dataclass(frozen=True)
-class Signal:
-    """A rank gets a signal while it reports a step, which is heeded at the end of the next one."""
-
-    step: int
-    rank: int = 0
-    number: int = signal.SIGTERM
-
-    @contextmanager
-    def __call__(self, found: dict[str, Any]) -> Iterator[None]:
-        import torch.distributed as dist
-
-        def also(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
-            if step == self.step and dist.get_rank() == self.rank:
-                os.kill(os.getpid(), self.number)
-
-        with _after("train.report:Report", "step", also):
-            yield
+# ---- what a run has left -----------------------------------------------------------------------
 
 
-def stop_after(step: int, **fields: Any) -> Signal:
-    """A signal so that the run ends, saved, after this step."""
-    return Signal(step - 1, **fields)
-
-
-@dataclass(frozen=True)
-class ReadTrained:
-    """`logps`: at the end, this rank's layers' reading of the training pairs, (layer, pair)."""
-
-    @contextmanager
-    def __call__(self, found: dict[str, Any]) -> Iterator[None]:
-        def also(_: None, run: Any, report: Any) -> None:
-            found["logps"] = read(run)
-
-        with _after("train.loop", "tell_finished", also):
-            yield
-
-
-def read(run: Any) -> dict[tuple[int, int], Tensor]:
-    """Log-probabilities of chosen and rejected, by layer and pair; this rank's part of them."""
-    from megatron_idpo.data.batches import EvaluationBatches
-    from megatron_idpo.plugin.batch_run import run_batch
-
-    policy, said = run.trainer.policy, {}
-    for batch in EvaluationBatches(run.pairs.train, run.rows, global_batch_pairs=BATCH_PAIRS):
-        for output in run_batch(policy.dpo, policy.trainable.model, batch, None):
-            pairs = batch.rows[output.micro_batch].pair_index_P
-            for pair, logps_2 in zip(pairs, output.logps_2P.view(-1, 2), strict=True):
-                said[output.layer, int(pair)] = logps_2.clone()
-    return said
-
-
-@dataclass(frozen=True)
-class Spoil:
-    """Fill weights with a number: rows of those whose name in the whole model ends so."""
-
-    name: str
-    value: float
-    row: int | None = None
-    """None is all of it."""
-
-    after_step: int = 0
-    """0 is at the start, before the check."""
-
-    @contextmanager
-    def __call__(self, found: dict[str, Any]) -> Iterator[None]:
-        runs: list[Any] = []
-
-        def assembled(run: Any, *args: Any, **kwargs: Any) -> None:
-            runs.append(run)
-            if self.after_step == 0:
-                self._spoil(run)
-
-        def stepped(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
-            if step == self.after_step:
-                self._spoil(runs[0])
-
-        with (
-            _after("train.loop", "assemble", assembled),
-            _after("train.report:Report", "step", stepped),
-        ):
-            yield
-
-    def _spoil(self, run: Any) -> None:
-        from megatron_idpo.mcore.model import global_parameters
-
-        policy = run.trainer.policy
-        named = dict(global_parameters(policy.chunks))
-        if policy.adapters is not None:
-            named |= dict(policy.adapters.parameters())
-        for name, parameter in named.items():
-            if name.endswith(self.name):
-                parameter.data[self.row if self.row is not None else slice(None)] = self.value
-
-
-@dataclass(frozen=True)
-class NoWeights:
-    """Whoever reads a weight of the base model fails the test."""
-
-    @contextmanager
-    def __call__(self, found: dict[str, Any]) -> Iterator[None]:
-        with patch("megatron_idpo.train.build.load_base", side_effect=AssertionError("read")):
-            yield
-
-
-@dataclass(frozen=True)
-class CountSteps:
-    """`steps`: the numbers of the steps that were taken."""
-
-    @contextmanager
-    def __call__(self, found: dict[str, Any]) -> Iterator[None]:
-        found["steps"] = []
-
-        def also(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
-            found["steps"].append(step)
-
-        with _after("train.report:Report", "step", also):
-            yield
+def together(outcomes: Sequence[Outcome], name: str) -> dict[Any, Any]:
+    """Every rank's part of what a hook has found."""
+    return {key: value for outcome in outcomes for key, value in outcome.found[name].items()}
 
 
 def exported(output: Path) -> dict[str, Tensor]:
@@ -338,11 +214,6 @@ def relative_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
         float((ours[name] - theirs[name]).abs().max() / theirs[name].square().mean().sqrt())
         for name in ours
     )
-
-
-def together(outcomes: Sequence[Outcome], name: str) -> dict[Any, Any]:
-    """Every rank's part of what a hook has found."""
-    return {key: value for outcome in outcomes for key, value in outcome.found[name].items()}
 
 
 def is_finite(tensors: Mapping[str, Tensor]) -> bool:
