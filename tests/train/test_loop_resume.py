@@ -1,0 +1,212 @@
+"""A run that is stopped and started again ends as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from megatron_idpo.errors import EXIT_PREEMPTED
+from megatron_idpo.train.metrics_file import read_metrics
+
+from .run_hooks import CountSteps, Signal, stop_after
+from .tiny_run import (
+    LORA,
+    STEPS,
+    exported,
+    relative_difference,
+    run,
+    write_config,
+)
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 1e-5
+"""Between layouts, as in `test_loop.py`."""
+
+DROPOUT = {"lora": {**LORA, "dropout": 0.1}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a run is trained, and stopped."""
+
+    sections: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    number: int = signal.SIGTERM
+    rank: int = 0
+    """Which rank hears the signal."""
+
+
+TENSOR = {"layout": {"tensor": 2}}
+SEQUENCE = {"layout": {"tensor": 2, "sequence_parallel": True}}
+PIPELINE = {"layout": {"pipeline": 2}}
+
+CASES = {
+    "full": Case(),
+    "lora": Case(DROPOUT),
+    "lora-pipeline": Case({**DROPOUT, **PIPELINE}, 2, signal.SIGUSR1, rank=1),
+}
+MORE_CASES = {
+    "lora-tensor": Case({**DROPOUT, **TENSOR}, 2, rank=1),
+    "lora-sequence": Case({**DROPOUT, **SEQUENCE}, 2),
+    "lora-data": Case(DROPOUT, 2, rank=1),
+    "full-data": Case({}, 2),
+    "full-pipeline-data": Case(PIPELINE, 4, rank=3),
+    "bf16": Case({**DROPOUT, "model": {"dtype": "bf16"}}, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE_CASES)]
+)
+def test_stopped_and_started_again_it_ends_the_same_to_the_bit(tiny, workers, tmp_path, name):
+    """The stopped run is evaluated in between, which changes nothing either."""
+    case = {**CASES, **MORE_CASES}[name]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    workers.run(run, case.processes, write_config(tiny, whole, **case.sections))
+    evaluated = {"data": {"eval": str(tiny.held_out)}, "training": {"eval_every_steps": 3}}
+    file = write_config(tiny, parts, **case.sections, **evaluated)
+
+    stop = stop_after(4, rank=case.rank, number=case.number)
+    stopped = workers.run(run, case.processes, file, stop, CountSteps())
+    assert [one.code for one in stopped] == [EXIT_PREEMPTED] * case.processes
+    assert all(one.found["steps"] == [1, 2, 3, 4] for one in stopped)
+    assert f"exit code {EXIT_PREEMPTED}" in stopped[0].printed
+    assert not (parts / "hf").exists()
+
+    going_on = workers.run(run, case.processes, file, CountSteps())
+    assert [one.code for one in going_on] == [0] * case.processes
+    assert all(one.found["steps"] == [5, 6, 7, 8] for one in going_on)
+    assert "after step 4" in going_on[0].printed and "start check" not in going_on[0].printed
+    assert weights_bytes(parts) == weights_bytes(whole)
+    assert losses(parts) == losses(whole)
+
+
+def test_a_complete_run_takes_no_step_and_says_so(tiny, workers, tmp_path):
+    file = write_config(tiny, tmp_path / "run", data={"eval": str(tiny.held_out)})
+    workers.run(run, 1, file)
+    before = weights_bytes(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (again,) = workers.run(run, 1, file, CountSteps())
+    assert (again.code, again.found["steps"]) == (0, [])
+    assert "all 8 steps have been taken" in again.printed
+    after = weights_bytes(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert after == before
+
+
+def test_a_signal_in_the_last_step_stops_nothing(tiny, workers, tmp_path):
+    file = write_config(tiny, tmp_path / "run", training={"max_steps": 2})
+    (outcome,) = workers.run(run, 1, file, Signal(step=1), CountSteps())
+    assert (outcome.code, outcome.found["steps"]) == (0, [1, 2])
+    assert (tmp_path / "run" / "hf").is_dir()
+
+
+LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
+    "one": ({}, 1),
+    "data": ({}, 2),
+    "tensor": ({"tensor": 2}, 2),
+    "sequence": ({"tensor": 2, "sequence_parallel": True}, 2),
+    "pipeline": ({"pipeline": 2}, 2),
+    "pipeline-data": ({"pipeline": 2}, 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("trained", "first", "second"),
+    [
+        ("full", "pipeline", "sequence"),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [
+                ("full", "one", "pipeline-data"),
+                ("full", "data", "one"),
+                ("lora", "tensor", "pipeline"),
+                ("lora", "pipeline-data", "one"),
+            ]
+        ),
+    ],
+)
+def test_it_goes_on_in_another_layout(tiny, workers, tmp_path, trained, first, second):
+    lora = {"lora": LORA} if trained == "lora" else {}
+    workers.run(run, 1, write_config(tiny, tmp_path / "whole", **lora))
+    for name, hooks, code in ((first, (stop_after(4),), EXIT_PREEMPTED), (second, (), 0)):
+        layout, processes = LAYOUTS[name]
+        file = write_config(tiny, tmp_path / "parts", layout=layout, **lora)
+        outcomes = workers.run(run, processes, file, *hooks)
+        assert [outcome.code for outcome in outcomes] == [code] * processes
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=TOLERANCE)
+    parts, whole = exported(tmp_path / "parts"), exported(tmp_path / "whole")
+    assert relative_difference(parts, whole) <= TOLERANCE
+
+
+# ---- killed -------------------------------------------------------------------------------------
+
+KILLS = 10
+START_S = 60.0
+"""A start takes a few seconds; more on a busy machine."""
+
+
+@pytest.mark.exhaustive
+def test_killed_at_random_moments_it_ends_the_same(tiny, workers, tmp_path):
+    """SIGKILL, also while a checkpoint is being written: one after every step."""
+    settings = {
+        **DROPOUT,
+        "training": {"epochs": 10},
+        "checkpoint": {"every_steps": 1},
+    }
+    workers.run(run, 1, write_config(tiny, tmp_path / "whole", **settings))
+    file = write_config(tiny, tmp_path / "parts", **settings)
+    random = Random(1)
+    metrics = tmp_path / "parts" / "metrics.jsonl"
+    for _ in range(KILLS):
+        kill_when(file, lambda: metrics.exists() and random.random() < 0.02)
+    assert finish(file) == 0
+    assert weights_bytes(tmp_path / "parts") == weights_bytes(tmp_path / "whole")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def kill_when(file: str, is_time: Callable[[], bool]) -> None:
+    """Start the run as a program, and kill it when it is time or when it ends."""
+    with start(file) as program:
+        deadline = time.monotonic() + START_S
+        while program.poll() is None and not is_time() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        program.kill()
+
+
+def finish(file: str) -> int:
+    with start(file) as program:
+        return program.wait()
+
+
+def start(file: str) -> Any:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_idpo", "train", file],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def weights_bytes(output: Path) -> dict[str, bytes]:
+    """The exported weights' files."""
+    found = {file.name: file.read_bytes() for file in (output / "hf").glob("*.safetensors")}
+    assert found
+    return found
+
+
+def losses(output: Path) -> list[float]:
+    """Of every step, each of which is there once."""
+    records = [record for record in read_metrics(output / "metrics.jsonl") if "loss" in record]
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    assert sum('"loss"' in line for line in lines) == len(records)
+    assert [int(record["step"]) for record in records] == list(range(1, len(records) + 1))
+    assert len(records) >= STEPS
+    return [record["loss"] for record in records]

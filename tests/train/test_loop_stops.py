@@ -1,0 +1,271 @@
+"""What a run cannot go on with, or cannot begin with: one message, what is saved stays usable."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from megatron_idpo.config import load_config
+from megatron_idpo.data.order import stream_pairs
+from megatron_idpo.data.run_pairs import load_run_pairs
+from megatron_idpo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TrainingError,
+    UserError,
+)
+from megatron_idpo.testing import write_tiny_hf_model
+from megatron_idpo.train.main import OPTIONAL, REQUIRED
+
+from .run_hooks import CountSteps, NoWeights, Spoil
+from .tiny_run import (
+    BATCH_PAIRS,
+    LORA,
+    ODD_PAIR,
+    PAIRS,
+    SIZES,
+    STEPS,
+    Files,
+    exported,
+    is_finite,
+    run,
+    write_config,
+)
+
+pytestmark = pytest.mark.distributed
+
+NAN = float("nan")
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+# ---- numbers that are none ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd_token(tiny: Files, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """A token that only `ODD_PAIR` has."""
+    file = write_config(tiny, tmp_path_factory.mktemp("pairs") / "run")
+    pairs = load_run_pairs(load_config(file, required=REQUIRED, optional=OPTIONAL)).train
+    tokens = [
+        {*np.concatenate((pair.prompt_tokens, pair.chosen_tokens, pair.rejected_tokens)).tolist()}
+        for pair in pairs
+    ]
+    others = set().union(*(found for n, found in enumerate(tokens) if n != ODD_PAIR))
+    return min(tokens[ODD_PAIR] - others)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_a_loss_that_is_no_number_is_told_with_its_pair(
+    tiny, workers, tmp_path, odd_token, processes
+):
+    """And the run goes on from the checkpoint before."""
+    order = stream_pairs(0, STEPS * BATCH_PAIRS, num_pairs=PAIRS, seed=3).tolist()
+    bad = order.index(ODD_PAIR, 2 * BATCH_PAIRS) // BATCH_PAIRS + 1
+    file = write_config(
+        tiny,
+        tmp_path / "run",
+        layout={"pipeline": processes},
+        checkpoint={"every_steps": 1},
+    )
+    spoil = Spoil(EMBEDDING, NAN, row=odd_token, before_step=bad)
+    told = refused(TrainingError, workers, processes, file, spoil)
+    assert told.startswith(f"step {bad}: NaN or infinite at layer 1 (loss")
+    assert "; layer 3 (loss" in told and "; layer 4 (loss" in told
+    assert f"in the pairs {tiny.train}:{ODD_PAIR + 1};" in told
+    assert "lower optimizer.lr" in told
+    saved = tmp_path / "run" / "checkpoints" / f"step-{bad - 1:08d}"
+    assert told.endswith(f"last checkpoint: {saved}") and saved.is_dir()
+
+    outcomes = workers.run(run, processes, file, CountSteps())
+    assert outcomes[0].found["steps"] == list(range(bad, STEPS + 1))
+    assert is_finite(exported(tmp_path / "run"))
+
+
+def test_only_the_layers_that_are_wrong_are_named(tiny, workers, tmp_path):
+    file = write_config(tiny, tmp_path / "run")
+    spoil = Spoil("decoder.layers.1.mlp.linear_fc2.weight", NAN, before_step=3)
+    told = refused(TrainingError, workers, 1, file, spoil)
+    assert told.startswith("step 3: NaN or infinite at layer 3 (loss")
+    assert "layer 4 (" in told and "layer 1 (" not in told
+    assert told.count("train.jsonl:") == 5 and "and 1 more" in told
+    assert told.endswith("nothing was saved yet")
+
+
+def test_a_learning_rate_beyond_reason_ends_in_the_second_step(tiny, workers, tmp_path):
+    optimizer = {"lr": 1e30, "warmup_steps": 0, "schedule": "constant"}
+    file = write_config(tiny, tmp_path / "run", optimizer=optimizer)
+    told = refused(TrainingError, workers, 1, file)
+    assert told.startswith("step 2: NaN or infinite at layer")
+
+
+# ---- the start check ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sections", "spoil"),
+    [
+        ({"layout": {"pipeline": 2}}, Spoil("decoder.layers.2.mlp.linear_fc2.weight", 0.0)),
+        ({"lora": LORA, "layout": {"pipeline": 2}}, Spoil("layers.2.down_proj.B", 0.1)),
+    ],
+    ids=["full", "lora"],
+)
+def test_a_policy_that_is_not_the_reference_is_told_by_layer(
+    tiny, workers, tmp_path, sections, spoil
+):
+    file = write_config(tiny, tmp_path / "run", **sections)
+    told = refused(TrainingError, workers, 2, file, spoil)
+    assert told.startswith("start check: policy and reference should be equal")
+    assert "0.693147" in told and "layer 3: loss" in told and "layer 4: loss" in told
+    assert "layer 1:" not in told and "training.start_check" in told
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_where_it_is_switched_off_such_a_run_begins(tiny, workers, tmp_path):
+    training = {"start_check": False, "max_steps": 1, "export": False}
+    file = write_config(tiny, tmp_path / "run", training=training)
+    spoil = Spoil("decoder.layers.2.mlp.linear_fc2.weight", 0.0)
+    (outcome,) = workers.run(run, 1, file, spoil)
+    assert outcome.code == 0 and "start check" not in outcome.printed
+    assert not (tmp_path / "run" / "hf").exists()
+
+
+# ---- refused before a weight is read ------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], type[UserError], tuple[str, ...]]] = {
+    "model": (
+        {"model": {"path": "/no/such/model"}},
+        CheckpointError,
+        ("model.path", "/no/such/model is no directory", "hub name"),
+    ),
+    "layers": (
+        {"objective": {"layers": [1, 9]}},
+        ConfigError,
+        ("objective.layers", "9", "4 layers"),
+    ),
+    "layout": ({"layout": {"tensor": 3}}, ConfigError, ("layout.tensor",)),
+    "world": ({"layout": {"pipeline": 2}}, ConfigError, ("layout", "do not divide the world of 1")),
+    "fp16": ({"model": {"dtype": "fp16"}}, ConfigError, ("model.dtype", "fp16", "use bf16")),
+    "all": (
+        {"model": {"dtype": "fp16"}, "objective": {"layers": [9]}, "layout": {"tensor": 3}},
+        ConfigError,
+        ("model.dtype", "objective.layers", "layout.tensor"),
+    ),
+    "weights of layers": (
+        {"objective": {"layer_weights": [1.0]}},
+        ConfigError,
+        ("objective.layer_weights", "1 weights for 2 layers"),
+    ),
+    "data": (
+        {"data": {"train": "/no/such/pairs.jsonl"}},
+        DataError,
+        ("/no/such/pairs.jsonl",),
+    ),
+    "row": (
+        {"data": {"row_tokens": 8, "max_length": 8, "trim_tokens": 8}},
+        DataError,
+        ("train.jsonl", "row_tokens"),
+    ),
+    "batch": (
+        {"training": {"global_batch_pairs": 100}},
+        DataError,
+        ("training.global_batch_pairs", "100 pairs", "at most 48"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_before_a_weight_is_read(tiny, workers, tmp_path, name):
+    sections, kind, words = REFUSED[name]
+    file = write_config(tiny, tmp_path / "run", **sections)
+    told = refused(kind, workers, 1, file, NoWeights())
+    assert all(word in told for word in words), told
+
+
+def test_a_tokenizer_of_another_model(tiny, workers, tmp_path):
+    small = write_tiny_hf_model(tmp_path / "small", "llama", **{**SIZES, "vocab_size": 260})
+    model = {"path": str(small), "tokenizer": str(tiny.model)}
+    file = write_config(tiny, tmp_path / "run", model=model)
+    told = refused(ConfigError, workers, 1, file, NoWeights())
+    assert told.startswith("model.tokenizer: token ") and "vocabulary ends at 259" in told
+
+
+def test_an_output_that_cannot_be_written(tiny, workers, tmp_path):
+    (tmp_path / "file").write_text("")
+    training = {"output": str(tmp_path / "file" / "run")}
+    file = write_config(tiny, tmp_path / "run", training=training)
+    told = refused(ConfigError, workers, 2, file, NoWeights())
+    assert f"training.output: {tmp_path / 'file' / 'run'} cannot be written" in told
+
+
+def test_an_output_that_another_run_has(tiny, workers, tmp_path):
+    (tmp_path / "run").mkdir()
+    file = write_config(tiny, tmp_path / "run")
+    with FileLock(tmp_path / "run" / ".lock"):
+        told = refused(ConfigError, workers, 2, file, NoWeights())
+    assert "training.output" in told and "is being written by another run" in told
+
+
+# ---- refused on resuming ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_steps(tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run of two steps with adapters."""
+    output = tmp_path_factory.mktemp("two") / "run"
+    workers.run(run, 1, write_config(tiny, output, lora=LORA, training={"max_steps": 2}))
+    return output
+
+
+CHANGED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "objective": ({"objective": {"beta": 0.2}}, ("objective.beta", "0.3", "0.2")),
+    "layers": ({"objective": {"layers": [1]}}, ("objective.layers", "[1, 3]", "[1]")),
+    "rank": ({"lora": {**LORA, "rank": 8}}, ("lora.rank", "4", "8")),
+    "lora": ({"lora": None}, ("lora",)),
+    "order": ({"data": {"seed": 4}}, ("seed", "3", "4")),
+    "pairs": ({"data": {"max_length": 8}}, ("other data",)),
+    "never": ({"checkpoint": {"resume": "never"}}, ("training.output", "has a checkpoint already")),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_run_that_learns_something_else_does_not_go_on(tiny, workers, two_steps, name):
+    changes, words = CHANGED[name]
+    before = (two_steps / "config.yaml").read_bytes()
+    file = write_config(tiny, two_steps, **{"lora": LORA, **changes})
+    told = refused(UserError, workers, 1, file, NoWeights())
+    assert all(word in told for word in words), told
+    assert "output" in told or "resume with" in told, told
+    assert (two_steps / "config.yaml").read_bytes() == before
+    assert (two_steps / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_a_run_of_another_model_does_not_go_on(tiny, workers, two_steps, tmp_path):
+    other = write_tiny_hf_model(tmp_path / "other", "llama", seed=9, **SIZES)
+    model = {"path": str(other), "tokenizer": str(tiny.model)}
+    file = write_config(tiny, two_steps, lora=LORA, model=model)
+    told = refused(CheckpointError, workers, 1, file, NoWeights())
+    assert "another base model" in told and "step-00000002" in told
+
+
+def test_what_may_change_may_change(tiny, workers, two_steps):
+    """Learning rate, length, layout."""
+    file = write_config(
+        tiny,
+        two_steps,
+        lora=LORA,
+        optimizer={"lr": 1e-3},
+        training={"max_steps": 3},
+        layout={"pipeline": 2},
+    )
+    outcomes = workers.run(run, 2, file, CountSteps())
+    assert all(outcome.found["steps"] == [3] for outcome in outcomes)
+
+
+def refused(kind: type[UserError], workers: Any, processes: int, file: str, *hooks: Any) -> str:
+    """What the run's error says."""
+    with pytest.raises(kind) as raised:
+        workers.run(run, processes, file, *hooks)
+    return str(raised.value)
