@@ -1,0 +1,111 @@
+"""What a run exports: weights with adapters merged, companions with the template trained with."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_idpo.errors import CheckpointError
+from megatron_idpo.train.export import CHAT_TEMPLATE, has_chat_template
+
+from .tiny_run import LORA, assembled, exported, write_config
+
+pytestmark = pytest.mark.distributed
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+
+
+def export(file: str, fill: float, *, full_disk: bool = False) -> None:
+    """Export a model whose B's, or final norm where there are none, are filled with a number."""
+    from unittest.mock import patch
+
+    from megatron_idpo.train.export import export_result
+
+    with assembled(file) as run:
+        policy = run.trainer.policy
+        if policy.adapters is None:
+            policy.chunks[-1].decoder.final_layernorm.weight.data.fill_(fill)
+        else:
+            for one in policy.adapters.tensors():
+                if one.side == "B":
+                    one.parameter.data.fill_(fill)
+        failing = patch("megatron_idpo.atomic.publish", side_effect=_full) if full_disk else None
+        if failing is not None:
+            failing.start()
+        try:
+            export_result(run.config, policy, run.output, show_progress=False)
+        finally:
+            if failing is not None:
+                failing.stop()
+
+
+def _full(*args: Any, **kwargs: Any) -> None:
+    raise CheckpointError.at("hf", "cannot be written: No space left on device")
+
+
+def test_all_weights(tiny, workers, tmp_path):
+    workers.run(export, 1, write_config(tiny, tmp_path / "run"), 3.0)
+    found = exported(tmp_path / "run")
+    assert found["model.norm.weight"].eq(3).all()
+    names = {path.name for path in (tmp_path / "run" / "hf").iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_adapters_are_merged_and_kept(tiny, workers, tmp_path):
+    from safetensors.torch import load_file
+
+    file = write_config(tiny, tmp_path / "run", lora=LORA, layout={"pipeline": 2})
+    workers.run(export, 2, file, 0.5)
+    base = load_file(tiny.model / "model.safetensors")
+    merged = exported(tmp_path / "run")
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert len(changed) == 7 * 4 and all("_proj" in name for name in changed)
+    for name in changed:
+        place = f"base_model.model.{name.removesuffix('.weight')}"
+        delta = 2.0 * adapter[f"{place}.lora_B.weight"] @ adapter[f"{place}.lora_A.weight"]
+        torch.testing.assert_close(merged[name], base[name] + delta, rtol=0, atol=1e-6)
+    settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tiny.model) and settings["r"] == 4
+
+
+def test_an_export_is_replaced_or_stays(tiny, workers, tmp_path):
+    file = write_config(tiny, tmp_path / "run")
+    workers.run(export, 1, file, 3.0)
+    workers.run(export, 1, file, 4.0)
+    with pytest.raises(CheckpointError, match="No space left"):
+        workers.run(export, 1, file, 5.0, full_disk=True)
+    assert exported(tmp_path / "run")["model.norm.weight"].eq(4).all()
+    left = [path.name for path in (tmp_path / "run").iterdir()]
+    assert sorted(name for name in left if "hf" in name) == ["hf"]
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_the_template_that_was_trained_with_goes_along(tiny, workers, tmp_path, as_file):
+    from transformers import AutoTokenizer
+
+    template = TEMPLATE
+    if as_file:
+        (tmp_path / "chat.jinja").write_text(TEMPLATE)
+        template = str(tmp_path / "chat.jinja")
+    file = write_config(tiny, tmp_path / "run", data={"chat_template": template})
+    workers.run(export, 1, file, 3.0)
+    model = tmp_path / "run" / "hf"
+    assert has_chat_template(model) and (model / CHAT_TEMPLATE).read_text() == TEMPLATE
+    messages = [{"role": "user", "content": "hi"}]
+    spoken = AutoTokenizer.from_pretrained(model).apply_chat_template(messages, tokenize=False)
+    assert spoken == "<user>hi"
+
+
+def test_whether_there_is_a_template(tmp_path):
+    assert not has_chat_template(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text('{"eos_token": "</s>"}')
+    assert not has_chat_template(tmp_path)
+    settings.write_text(json.dumps({"chat_template": TEMPLATE}))
+    assert has_chat_template(tmp_path)
+    settings.unlink()
+    (tmp_path / CHAT_TEMPLATE).write_text(TEMPLATE)
+    assert has_chat_template(tmp_path)

@@ -1,0 +1,87 @@
+"""What a run says at its beginning and its end is true: paths exist, the command works."""
+
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_idpo.errors import EXIT_PREEMPTED
+
+from .run_hooks import stop_after
+from .tiny_run import HELD_OUT, LORA, Files, Outcome, run, write_config
+
+pytestmark = pytest.mark.distributed
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def ended(tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What is printed by a run of two steps with other sections, and its output."""
+
+    def train(*hooks: Any, **sections: Any) -> tuple[Outcome, Path]:
+        output = tmp_path_factory.mktemp("ended") / "a run"
+        training = {"max_steps": 2, **sections.pop("training", {})}
+        file = write_config(tiny, output, training=training, **sections)
+        return workers.run(run, 1, file, *hooks)[0], output
+
+    return train
+
+
+def test_the_beginning(ended, tiny):
+    outcome, _ = ended(lora=LORA, data={"eval": str(tiny.held_out)})
+    first, second = outcome.printed.splitlines()[:2]
+    assert first == f"24 pairs to train on, {HELD_OUT} held out; 2 steps of 6 pairs"
+    assert second.startswith("training LoRA rank 4 on q_proj, k_proj, v_proj, o_proj, gate_proj")
+    assert second.endswith("intermediate layers: 1, 3 of 4")
+
+
+def test_plain_dpo_of_all_weights(ended):
+    objective = {"layers": [], "intermediate_weight": 0.0}
+    outcome, output = ended(objective=objective, training={"export": False})
+    lines = outcome.printed.splitlines()
+    assert "training all weights; intermediate layers: none: plain DPO of 4" in lines
+    assert f"state    {output / 'checkpoints'}" in lines
+    assert "try it:" not in lines and "adapter" not in outcome.printed
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_the_paths_exist_and_the_command_speaks(ended, capsys, chat):
+    outcome, output = ended(lora=LORA, **({"data": {"chat_template": TEMPLATE}} if chat else {}))
+    told = dict(
+        line.split(maxsplit=1)
+        for line in outcome.printed.splitlines()
+        if line.startswith(("curves ", "metrics ", "model ", "adapter "))
+    )
+    assert told == {
+        "curves": str(output / "curves.png"),
+        "metrics": str(output / "metrics.jsonl"),
+        "model": str(output / "hf"),
+        "adapter": str(output / "adapter"),
+    }
+    assert all(Path(path).exists() for path in told.values())
+    python, option, code = shlex.split(outcome.printed.splitlines()[-1])
+    assert (python, option) == ("python", "-c")
+    assert ("role" in code) == chat
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_stop(ended):
+    outcome, output = ended(stop_after(2), training={"max_steps": 4})
+    (line,) = (line for line in outcome.printed.splitlines() if "stopped by a signal" in line)
+    assert "after step 2" in line and str(output / "checkpoints") in line
+    assert f"exit code {EXIT_PREEMPTED}" in line and "the same command goes on" in line
+    assert (output / "checkpoints").is_dir() and "try it" not in outcome.printed
+
+
+def test_other_ranks_say_nothing():
+    from megatron_idpo.train.finish import tell_finished
+
+    tell_finished(SimpleNamespace(world=SimpleNamespace(is_first=False)), None)  # type: ignore
