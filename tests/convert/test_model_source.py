@@ -1,0 +1,123 @@
+"""A model wherever it is: looked at without reading weights, then loaded; known by its bytes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_idpo.convert.model_source import open_model
+from megatron_idpo.errors import CheckpointError, UserError
+from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.testing import write_tiny_hf_model
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_hf_model(tmp_path_factory.mktemp("hf"), "qwen2", seed=4)
+
+
+@pytest.fixture(scope="module")
+def ours(hf: Path, workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a checkpoint of ours."""
+    output = tmp_path_factory.mktemp("ours") / "checkpoint"
+    workers.run(to_megatron, 2, hf, output)
+    return output
+
+
+def to_megatron(hf: Path, output: Path) -> None:
+    from megatron_idpo.convert.hf_to_megatron import convert
+
+    convert(hf, output, layout=Layout(tensor=2))
+
+
+def weights(path: str, layout: Layout) -> dict[str, torch.Tensor]:
+    """This rank's part of all weights after loading."""
+    from megatron_idpo.convert.megatron_to_hf import whole_tensors
+    from megatron_idpo.convert.model_source import load_base
+    from megatron_idpo.mcore.model import build_model
+
+    source = open_model(path)
+    layout.start()
+    chunks = build_model(source.architecture, layout)
+    load_base(source, chunks)
+    return {name: tensor.clone() for name, tensor in whole_tensors(chunks, source.architecture)}
+
+
+def fingerprints(*paths: Path) -> list[str]:
+    from megatron_idpo.convert.model_source import weights_fingerprint
+
+    return [weights_fingerprint(open_model(str(path))) for path in paths]
+
+
+def test_both_kinds_of_directory_are_the_same_model(workers, hf, ours):
+    """Of the same architecture, with their companions, and with the same weights."""
+    first, second = open_model(str(hf)), open_model(str(ours))
+    assert first.architecture == second.architecture
+    assert first.hf is not None and second.hf is None
+    names = {path.name for path in first.companions}
+    assert "config.json" in names and names == {path.name for path in second.companions}
+    (from_hf,) = workers.run(weights, 1, str(hf), Layout())
+    (from_ours,) = workers.run(weights, 1, str(ours), Layout())
+    assert from_hf.keys() == from_ours.keys()
+    assert all(torch.equal(from_hf[name], from_ours[name]) for name in from_hf)
+
+
+def test_a_home_directory_is_found(monkeypatch, hf):
+    monkeypatch.setenv("HOME", str(hf.parent))
+    assert open_model(f"~/{hf.name}").directory == hf
+
+
+def test_a_model_is_known_by_its_bytes_wherever_it_is(workers, hf, ours, tmp_path):
+    copy = shutil.copytree(hf, tmp_path / "copy")
+    (copy / "README.md").write_text("a note")
+    changed = shutil.copytree(hf, tmp_path / "changed")
+    path = changed / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    other_config = shutil.copytree(hf, tmp_path / "other_config")
+    config = json.loads((hf / "config.json").read_text())
+    (other_config / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    paths = (hf, copy, changed, other_config, ours)
+    (found,) = workers.run(fingerprints, 1, *paths)
+    assert found[0] == found[1] and len(set(found)) == 4
+    assert all(len(one) == 64 for one in found)
+    assert workers.run(fingerprints, 3, *paths) == [found] * 3
+
+
+def test_a_path_that_is_none(tmp_path):
+    with pytest.raises(CheckpointError) as raised:
+        open_model(str(tmp_path / "no" / "model"))
+    assert "model.path" in str(raised.value) and "is no directory" in str(raised.value)
+
+
+def test_a_hub_name_without_a_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError) as raised:
+        open_model("nobody/no-such-model")
+    told = str(raised.value)
+    assert "the hub cannot give it" in told and "hf download nobody/no-such-model" in told
+
+
+def test_a_hub_name_is_a_snapshots_directory(monkeypatch, hf):
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(hf)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert open_model("some/model").directory == hf
+    ((name, patterns),) = asked
+    assert name == "some/model" and "*.safetensors" in patterns and "*.jinja" in patterns
+    assert not any("bin" in pattern for pattern in patterns)
+
+
+def test_a_directory_without_a_model(tmp_path):
+    with pytest.raises(UserError, match=r"has neither model\.safetensors nor"):
+        open_model(str(tmp_path))
