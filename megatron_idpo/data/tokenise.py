@@ -48,6 +48,7 @@ _BATCHES_BEFORE_WORKERS = 6
 """Starting workers costs about as long as tokenising this many batches."""
 
 _PROBLEMS_TOLD = 10
+_ROWS_TOLD = 2
 
 
 @dataclass(frozen=True)
@@ -190,10 +191,19 @@ def _units(found: OpenSource) -> Iterator[tuple[int, list[RawRow]]]:
 
 
 def _refuse(found: OpenSource, bad_rows: list[BadRow]) -> None:
-    problems = [
-        Problem(place(found, bad.part, bad.row), bad.reason, bad.remedy) for bad in bad_rows
-    ]
-    raise DataError.of(problems)
+    """Stop, with each mistake told once: a missing chat template is one, not one for every row."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for bad in bad_rows:
+        mistake = (bad.reason, bad.remedy)
+        places.setdefault(mistake, []).append(place(found, bad.part, bad.row))
+    raise DataError.of(
+        [Problem(_told_places(rows), reason, remedy) for (reason, remedy), rows in places.items()]
+    )
+
+
+def _told_places(rows: list[str]) -> str:
+    """The first rows with a mistake; how many there are of it is not known where reading stops."""
+    return f"{', '.join(rows[:_ROWS_TOLD])}{' and more' if len(rows) > _ROWS_TOLD else ''}"
 
 
 def place(found: OpenSource, part: int, row: int) -> str:

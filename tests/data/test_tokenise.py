@@ -52,6 +52,18 @@ def test_every_good_row_is_kept_and_every_bad_one_named(
     assert (report.rows, report.kept_pairs, report.skipped_rows) == (7, 2, 5)
 
 
+def test_one_mistake_in_many_rows_is_told_once(
+    write_jsonl: Callable[..., str], store_of: Callable[..., PairStore]
+) -> None:
+    lacking = [{"prompt": "p", "rejected": f"r{n}"} for n in range(4)]
+    with pytest.raises(DataError) as told:
+        store_of(write_jsonl([*lacking, {"prompt": "p", "chosen": "c"}]))
+    lines = str(told.value).splitlines()
+    assert lines[0] == "2 problems:" and len(lines) == 3
+    assert ":1, " in lines[1] and ":2 and more: " in lines[1] and "'chosen'" in lines[1]
+    assert ":5: " in lines[2] and "'rejected'" in lines[2]
+
+
 def test_bad_rows_stop_a_run_also_when_they_were_skipped_before(
     write_jsonl: Callable[..., str], store_of: Callable[..., PairStore]
 ) -> None:
