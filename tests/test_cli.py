@@ -89,9 +89,9 @@ def test_doctor_with_and_without_a_config(room: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("", "no verb given; the verbs are convert, data, doctor"),
+        ("", "no verb given; the verbs are train, score, convert, data, doctor"),
         ("covnert a b", "no verb 'covnert'; did you mean convert?"),
-        ("zzz", "no verb 'zzz'; known: convert"),
+        ("zzz", "no verb 'zzz'; known: train, score"),
         ("convert hf-to-megatorn a b", "did you mean hf-to-megatron?"),
         ("convert hf-to-megatron a", "required: OUTPUT; see `megatron-idpo convert --help`"),
         ("convert hf-to-megatron a b --dtype bf61", "did you mean bf16?"),
@@ -126,10 +126,12 @@ def test_an_unexpected_error_keeps_its_traceback(room: Any) -> None:
         cli.main(["doctor"])
 
 
-def test_ctrl_c_is_quiet(room: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_one_line(room: Any, capsys: pytest.CaptureFixture[str]) -> None:
     room("megatron_idpo.doctor.main", "main", Recorder(KeyboardInterrupt()))
     assert cli.main(["doctor"]) == 130
-    assert capsys.readouterr() == ("", "")
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("megatron-idpo: interrupted; ")
+    assert said.err.count("\n") == 1
 
 
 def test_help_and_version_load_nothing_heavy() -> None:
