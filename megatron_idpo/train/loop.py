@@ -43,7 +43,7 @@ def train(config: RunConfig) -> int:
                 return EXIT_PREEMPTED
             resumed = run.resume()
             run.write_config()
-            with reporting(run) as report:
+            with run.checkpoints, reporting(run) as report:
                 tell_start(run, report, resumed)
                 if not resumed:
                     begin(run, report)
