@@ -6,7 +6,7 @@ common prefix of the prompt encoded alone and of both sequences: usually the who
 Where the tokenizer merges across the boundary (or the template writes the start of a turn
 differently once it is finished), the boundary moves back for both answers alike, and is counted:
 no token of an answer is lost, both answers continue the same tokens, and the few tokens that
-changed sides are scored in both. (TRL cuts at the prompt's length and loses them.)
+changed sides are scored in both. TRL splits there too.
 
 End of sequence: text gets the tokenizer's EOS, unless it ends with it; messages get what the
 template writes and nothing else, including what it writes after the end-of-turn token (ChatML's
