@@ -124,7 +124,7 @@ def test_a_file_that_training_did_not_leave_is_not_promised(
     assert quickstart.main([]) == 2
     told = capsys.readouterr()
     assert f"training left no runs/quickstart/{lost}" in told.err
-    assert "from_pretrained" not in told.out
+    assert "for Transformers" not in told.out
 
 
 def test_a_second_call_says_that_it_goes_on(
