@@ -1,9 +1,6 @@
 """A failure is told once, by the first rank to fail, and ends with the code of its kind."""
 
-import os
 import socket
-import subprocess
-import sys
 from datetime import timedelta
 
 import pytest
@@ -86,15 +83,7 @@ def test_who_cannot_reach_the_others_speaks(one_of_two, capsys):
     assert capsys.readouterr().err == "megatron-idpo: error (rank 1): here\n"
 
 
-TELL = """
-import sys
-from megatron_idpo.cli_failures import tell_user_error
-from megatron_idpo.errors import ConfigError
-sys.exit(tell_user_error(ConfigError("of rank " + sys.argv[1])))
-"""
-
-
-def test_of_several_ranks_that_fail_the_first_one_speaks():
+def test_of_several_ranks_that_fail_the_first_one_speaks(monkeypatch, capsys):
     """And in another attempt of torchrun, the first of that one."""
     from torch.distributed import TCPStore
 
@@ -108,15 +97,10 @@ def test_of_several_ranks_that_fail_the_first_one_speaks():
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_RESTART_COUNT": attempt,
         }
-        ended = subprocess.run(
-            [sys.executable, "-c", TELL, rank],
-            env={**os.environ, **world},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ended.returncode == EXIT_USER_ERROR
-        said.append(ended.stderr)
+        for name, value in world.items():
+            monkeypatch.setenv(name, value)
+        assert tell_user_error(ConfigError(f"of rank {rank}")) == EXIT_USER_ERROR
+        said.append(capsys.readouterr().err)
     assert "error (rank 1): of rank 1" in said[0]
     assert said[1] == ""
     assert "error (rank 0): of rank 0" in said[2]

@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor
+
+from megatron_idpo.errors import ConfigError
 
 from .tiny_run import BATCH_PAIRS
 
@@ -128,6 +131,32 @@ class Spoil:
         for name, parameter in named.items():
             if name.endswith(self.name):
                 parameter.data[self.row if self.row is not None else slice(None)] = self.value
+
+
+@dataclass(frozen=True)
+class Break:
+    """A rank's report of a step fails, while checkpoints take long to be written."""
+
+    step: int
+    save_s: float
+
+    @contextmanager
+    def __call__(self, found: dict[str, Any]) -> Iterator[None]:
+        from megatron_idpo.checkpoint import checkpoints
+
+        ordinary = checkpoints.write_boxes
+
+        def slow(*args: Any, **kwargs: Any) -> None:
+            time.sleep(self.save_s)
+            ordinary(*args, **kwargs)
+
+        def also(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
+            if step == self.step:
+                raise ConfigError.at("training.output", "is full")
+
+        broken = _after("train.report:Report", "step", also)
+        with broken, patch.object(checkpoints, "write_boxes", slow):
+            yield
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from megatron_idpo.errors import (
 from megatron_idpo.testing import write_tiny_hf_model
 from megatron_idpo.train.main import OPTIONAL, REQUIRED
 
-from .run_hooks import CountSteps, NoWeights, Spoil
+from .run_hooks import Break, CountSteps, NoWeights, Spoil
 from .tiny_run import (
     BATCH_PAIRS,
     LORA,
@@ -99,6 +99,15 @@ def test_a_learning_rate_beyond_reason_ends_in_the_second_step(tiny, workers, tm
     file = write_config(tiny, tmp_path / "run", optimizer=optimizer)
     told = refused(TrainingError, workers, 1, file)
     assert told.startswith("step 2: NaN or infinite at layer")
+
+
+def test_what_was_being_saved_is_complete_after_an_error(tiny, workers, tmp_path):
+    file = write_config(tiny, tmp_path / "run", checkpoint={"every_steps": 2})
+    told = refused(ConfigError, workers, 1, file, Break(step=3, save_s=1.0))
+    assert told == "training.output: is full"
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
+    (outcome,) = workers.run(run, 1, file, CountSteps())
+    assert outcome.found["steps"] == list(range(3, STEPS + 1))
 
 
 # ---- the start check ----------------------------------------------------------------------------
