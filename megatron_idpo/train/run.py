@@ -101,7 +101,6 @@ class Run:
             return None
         trainable = self.trainer.policy.trainable
         progress = self.checkpoints.load(found, trainable.model, trainable.optimizer)
-        self.batches.load_state_dict(progress.data)
         self.step = progress.step
         return found.directory
 
@@ -184,7 +183,7 @@ def assemble(
     resumed = _to_go_on_from(checkpoints, config.checkpoint)
     base_model = weights_fingerprint(prepared.source)
     if resumed is not None:
-        _check_same_run(resumed, config, pairs, batches, base_model)
+        _go_on_in_data(resumed, config, pairs, batches, base_model)
     caches = find_caches(config, prepared.source, pairs, weights=base_model, resumed=resumed)
     policy = build_policy(config, prepared.source, show_progress=world.is_first)
     references = resolve_references(config, policy, caches, rows, wish or StopWish())
@@ -244,14 +243,14 @@ def _to_go_on_from(checkpoints: Checkpoints, settings: CheckpointConfig) -> Chec
     return found
 
 
-def _check_same_run(
+def _go_on_in_data(
     found: CheckpointInfo,
     config: RunConfig,
     pairs: RunPairs,
     batches: TrainingBatches,
     base_model: str,
 ) -> None:
-    """Refuse to go on from a checkpoint of something else. Collective.
+    """Move the data on to where a checkpoint's run was, if it is this run's. Collective.
 
     Raises:
         CheckpointError: on every rank; naming all that differs.

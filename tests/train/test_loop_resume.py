@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -149,36 +148,40 @@ def test_it_goes_on_in_another_layout(tiny, workers, tmp_path, trained, first, s
 # ---- killed -------------------------------------------------------------------------------------
 
 KILLS = 10
-START_S = 60.0
+START_S = 300.0
 """A start takes a few seconds; more on a busy machine."""
 
 
 @pytest.mark.exhaustive
 def test_killed_at_random_moments_it_ends_the_same(tiny, workers, tmp_path):
-    """SIGKILL, also while a checkpoint is being written: one after every step."""
-    settings = {
-        **DROPOUT,
-        "training": {"epochs": 10},
-        "checkpoint": {"every_steps": 1},
-    }
-    workers.run(run, 1, write_config(tiny, tmp_path / "whole", **settings))
-    file = write_config(tiny, tmp_path / "parts", **settings)
+    """SIGKILL while steps are taken, also while a checkpoint is being written: one after each."""
+    settings = {**DROPOUT, "training": {"epochs": 20}, "checkpoint": {"every_steps": 1}}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    workers.run(run, 1, write_config(tiny, whole, **settings), timeout_s=START_S)
+    file = write_config(tiny, parts, **settings)
     random = Random(1)
-    metrics = tmp_path / "parts" / "metrics.jsonl"
+    reached = []
     for _ in range(KILLS):
-        kill_when(file, lambda: metrics.exists() and random.random() < 0.02)
+        assert is_killed_while_training(file, parts / "metrics.jsonl", random)
+        reached.append(max(path.name for path in (parts / "checkpoints").glob("step-*")))
+    assert reached == sorted(reached) and len(set(reached)) > KILLS // 2
     assert finish(file) == 0
-    assert weights_bytes(tmp_path / "parts") == weights_bytes(tmp_path / "whole")
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert weights_bytes(parts) == weights_bytes(whole)
+    assert losses(parts) == losses(whole)
 
 
-def kill_when(file: str, is_time: Callable[[], bool]) -> None:
-    """Start the run as a program, and kill it when it is time or when it ends."""
+def is_killed_while_training(file: str, metrics: Path, random: Random) -> bool:
+    """Start the run as a program, and kill it some time after its first step."""
+    written = metrics.stat().st_mtime_ns if metrics.exists() else None
     with start(file) as program:
         deadline = time.monotonic() + START_S
-        while program.poll() is None and not is_time() and time.monotonic() < deadline:
+        while program.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
+            begun = metrics.exists() and metrics.stat().st_mtime_ns != written
+            if begun and metrics.stat().st_size and random.random() < 0.02:
+                break
         program.kill()
+        return program.wait() == -signal.SIGKILL
 
 
 def finish(file: str) -> int:
