@@ -199,7 +199,9 @@ def test_a_program_that_is_interrupted_may_end_in_peace(tmp_path: Path) -> None:
     saves = (
         f"trap 'sleep 1; echo saved >{tmp_path}/state; exit 0' INT; sleep 1; kill -INT 0; sleep 9"
     )
-    code = f"import quickstart; quickstart.run(['sh', '-c', {saves!r}])"
+    # Whoever starts the tests may ignore Ctrl-C (a shell in the background); children inherit that.
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listens}; import quickstart; quickstart.run(['sh', '-c', {saves!r}])"
     ended = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT / "tools")},
