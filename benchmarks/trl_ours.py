@@ -24,12 +24,12 @@ from trl_case import (
     digest,
 )
 
+from megatron_idpo.cli_train import OPTIONAL, REQUIRED
 from megatron_idpo.config import load_config
 from megatron_idpo.config_yaml import write_yaml
 from megatron_idpo.data.batches import Batch
 from megatron_idpo.data.rows import Row
 from megatron_idpo.mcore.world import joined_world, running
-from megatron_idpo.train.main import OPTIONAL, REQUIRED
 from megatron_idpo.train.output import opened
 from megatron_idpo.train.run import assemble, prepare
 

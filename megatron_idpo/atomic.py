@@ -38,6 +38,18 @@ def leftovers(target: Path) -> list[Path]:
     return [path for path in siblings if path.name.startswith(prefixes)]
 
 
+def clear_leftovers(target: Path) -> None:
+    """Delete what interrupted work for `target` left behind; nobody may be working on it.
+
+    Where a replacement was cut off between two renames, what was to be replaced comes back.
+    """
+    for path in leftovers(target):
+        if f".{_REPLACED}-" in path.name and not target.exists():
+            path.rename(target)
+        else:
+            discard(path)
+
+
 def check_target(target: Path, *, overwrite: bool = False) -> None:
     """`target` can be published later on; asked before hours of work rather than after them.
 

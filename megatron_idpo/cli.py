@@ -259,9 +259,31 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_SDPO_ACTIONS = ("status",)
+
+
+def _add_sdpo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        type=_one_of("action", _SDPO_ACTIONS),
+        metavar="|".join(_SDPO_ACTIONS),
+        help="status: each step's state, result and size, and what would happen next",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's training.output")
+    parser.add_argument(
+        "--check", action="store_true", help="also compare every byte of the snapshots"
+    )
+
+
+def _sdpo(arguments: argparse.Namespace) -> int:
+    from megatron_idpo.sdpo.status import main as status
+
+    return status(arguments.run, check=arguments.check)
+
+
 VERBS: dict[str, Verb] = {
     "train": _config_verb(
-        "megatron_idpo.train.main",
+        "megatron_idpo.cli_train",
         "Train by DPO or intermediate DPO; go on where an earlier run ended; export the result.",
     ),
     "score": _config_verb(
@@ -271,6 +293,7 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         "Convert weights between Hugging Face and Megatron-Core.", _add_convert_arguments, _convert
     ),
+    "sdpo": Verb("Look at a run of several steps.", _add_sdpo_arguments, _sdpo),
     "data": _config_verb("megatron_idpo.data.look", "Show what the data becomes."),
     "doctor": _config_verb(
         "megatron_idpo.doctor.main",

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_idpo.config_objective import LoraConfig, ObjectiveConfig, ReferenceConfig
+from megatron_idpo.config_sdpo import SdpoConfig
 from megatron_idpo.config_sections import (
     DataConfig,
     LayoutConfig,
@@ -25,6 +26,7 @@ from megatron_idpo.config_sections import (
     Section,
     SectionError,
 )
+from megatron_idpo.config_steps import step_problems
 from megatron_idpo.config_training import (
     CheckpointConfig,
     LoggingConfig,
@@ -50,6 +52,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     training: TrainingConfig
     reference: ReferenceConfig = ReferenceConfig()
+    sdpo: SdpoConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -59,7 +62,12 @@ class RunConfig(Section):
 
     def problems(self) -> list[Problem]:
         """What is wrong between sections; `Problem.place` is `section.field`."""
-        return [*self._uneven_shards(), *self._without_held_out_pairs(), *self._wrong_reference()]
+        return [
+            *self._uneven_shards(),
+            *self._without_held_out_pairs(),
+            *self._wrong_reference(),
+            *self._wrong_steps(),
+        ]
 
     def _uneven_shards(self) -> list[Problem]:
         if not (self.has("data") and self.layout.sequence_parallel):
@@ -99,6 +107,10 @@ class RunConfig(Section):
             return []
         remedy = "use cache, or add the section lora"
         return [Problem("reference.source", "is adapter_off, but there are no adapters", remedy)]
+
+    def _wrong_steps(self) -> list[Problem]:
+        """Of sDPO; where there is no training, nothing of it is read."""
+        return step_problems(self) if self.has("training") and self.has("optimizer") else []
 
     def dump(self) -> str:
         """The resolved configuration as YAML; `load_config` reads the same value from it."""

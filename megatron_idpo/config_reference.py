@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 
 from megatron_idpo.config import RunConfig, section_class
 from megatron_idpo.config_objective import Layers
-from megatron_idpo.config_sections import SourceConfig
+from megatron_idpo.config_sdpo import SdpoStepConfig
+from megatron_idpo.config_sections import LayoutConfig, SourceConfig
 from megatron_idpo.config_training import WandbConfig
 
 _HEAD = """# Configuration
@@ -36,7 +37,11 @@ def config_reference() -> str:
         section = section_class(info)
         optional = "" if info.is_required() or info.default is not None else " (optional)"
         parts.append(f"## `{name}`{optional}\n\n{section.__doc__}\n\n{_table(section)}")
-    for title, section in (("Sources of pairs", SourceConfig), ("`logging.wandb`", WandbConfig)):
+    for title, section in (
+        ("Sources of pairs", SourceConfig),
+        ("Steps of `sdpo`", SdpoStepConfig),
+        ("`logging.wandb`", WandbConfig),
+    ):
         parts.append(f"### {title}\n\n{section.__doc__}\n\n{_table(section)}")
     return "\n".join(parts)
 
@@ -64,7 +69,7 @@ def _type_name(annotation: Any, metadata: Any = ()) -> str:
     arguments = get_args(annotation)
     if annotation == get_args(Layers)[0]:
         return "list of layers, {every: n}, or `all`"
-    if annotation is WandbConfig:
+    if annotation in (WandbConfig, LayoutConfig, SdpoStepConfig):
         return "mapping"
     if hasattr(annotation, "__metadata__"):
         bounds = [part for data in annotation.__metadata__ for part in _parts(data)]

@@ -89,7 +89,7 @@ def test_doctor_with_and_without_a_config(room: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("", "no verb given; the verbs are train, score, convert, data, doctor"),
+        ("", "no verb given; the verbs are train, score, convert, sdpo, data, doctor"),
         ("covnert a b", "no verb 'covnert'; did you mean convert?"),
         ("zzz", "no verb 'zzz'; known: train, score"),
         ("convert hf-to-megatorn a b", "did you mean hf-to-megatron?"),

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_idpo.cli_train import OPTIONAL, REQUIRED
 from megatron_idpo.config import RunConfig, load_config
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.train.main import OPTIONAL, REQUIRED
 
 GOOD: dict[str, dict[str, Any]] = {
     "model": {"path": "some/model"},

@@ -40,20 +40,45 @@ def new_checkpoint(
     Raises:
         CheckpointError: the target cannot be written.
     """
+    with new_directory(
+        target, marker="metadata.json", overwrite=overwrite, needed_bytes=needed_bytes
+    ) as directory:
+        yield directory
+        with agreeing("copying the configuration and the tokenizer"):
+            if is_first_rank():
+                copy_companions(companions, directory / COMPANIONS)
+
+
+@contextmanager
+def new_directory(
+    target: Path, *, marker: str, overwrite: bool = False, needed_bytes: int = 0
+) -> Iterator[Path]:
+    """A directory for all ranks to write into; it gets its name if all goes well.
+
+    Collective; the body as `new_checkpoint`'s.
+
+    Args:
+        target: its name.
+        marker: a file by which a directory of this kind is known; only such a one is replaced.
+        overwrite: whether `target` may be one already.
+        needed_bytes: how much will be written, as far as known.
+
+    Raises:
+        CheckpointError: the target cannot be written.
+    """
     target = target.resolve()  # a link to a checkpoint stays, and what it points to is replaced
     token = from_first(lambda: uuid4().hex[:8])
     directory = atomic.incomplete_directory(target, token)
     try:
         with agreeing("preparing the checkpoint's directory"):
             if is_first_rank():
-                _check_replaceable(target)
+                _check_replaceable(target, marker)
                 atomic.begin(target, token, overwrite=overwrite, needed_bytes=needed_bytes)
         with agreeing("looking at the checkpoint's directory"):
             check_shared(directory, target)
         yield directory
         with agreeing("finishing the checkpoint"):
             if is_first_rank():
-                copy_companions(companions, directory / COMPANIONS)
                 atomic.publish(directory, target, overwrite=overwrite)
     except BaseException as error:
         if is_first_rank():
@@ -116,11 +141,11 @@ def check_shared(directory: Path, target: Path) -> None:
         )
 
 
-def _check_replaceable(target: Path) -> None:
+def _check_replaceable(target: Path, marker: str) -> None:
     """What is replaced is a checkpoint, not somebody's home directory."""
-    if target.is_dir() and any(target.iterdir()) and not (target / "metadata.json").is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise CheckpointError.at(
             str(target),
-            "exists and holds something else than a Megatron-Core checkpoint",
+            f"exists and holds something else than a checkpoint (no {marker})",
             "name another directory",
         )

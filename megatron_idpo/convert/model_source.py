@@ -85,10 +85,21 @@ def weights_fingerprint(source: ModelSource) -> str:
     """
     files = [path for pattern in _WEIGHT_FILES for path in sorted(source.directory.glob(pattern))]
     files += [path for path in source.companions if path.name == CONFIG_FILE]
+    return files_fingerprint(files)
+
+
+def files_fingerprint(files: Sequence[Path]) -> str:
+    """sha256 over the bytes of files in this order, which ranks share out. Collective."""
+    digests = file_digests(files)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def file_digests(files: Sequence[Path]) -> list[str]:
+    """Each file's sha256. Collective: ranks share the files out between them."""
     rank, size = dist.get_rank(), dist.get_world_size()
     digests = {number: _digest(path) for number, path in enumerate(files) if number % size == rank}
     told = {number: digest for part in gathered(digests) for number, digest in part.items()}
-    return hashlib.sha256("".join(told[number] for number in sorted(told)).encode()).hexdigest()
+    return [told[number] for number in sorted(told)]
 
 
 def _digest(path: Path) -> str:

@@ -72,7 +72,7 @@ def save_peft(
         max_shard_bytes=sys.maxsize,
         overwrite=True,
     )
-    write_together(writer, _whole_tensors(adapters), add_config)
+    write_together(writer, whole_adapter_tensors(adapters), add_config)
 
 
 def load_peft(adapters: Adapters, architecture: Architecture, directory: Path) -> None:
@@ -115,8 +115,10 @@ def peft_shapes(settings: LoraSettings, architecture: Architecture) -> dict[str,
     }
 
 
-def _whole_tensors(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
+def whole_adapter_tensors(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
     """This stage's tensors under PEFT's names, on its first replica's first tensor-parallel rank.
+
+    They are whole, one at a time, in the adapters' own format.
 
     Collective over the first replica's tensor-parallel groups: a gather for every split tensor.
     """

@@ -5,6 +5,7 @@ Shapes: P pairs of a row, B pairs of this rank's rows, L layers, 2 = chosen, rej
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_idpo.data.batches import Batch
 from megatron_idpo.mcore.cpu import default_device
@@ -21,6 +22,11 @@ class Cached:
     def __init__(self, table: CachedLogps) -> None:
         """Take the log-probabilities of the very pairs whose rows will be asked for."""
         self._table = table
+
+    @property
+    def final_logps_P2(self) -> NDArray[np.float32]:
+        """Of every pair at the final layer, float32 [P, 2]."""
+        return self._table.logps_PL2[:, -1]
 
     def logps(self, batch: Batch) -> ReferenceLogps:
         """Those of this rank's rows, at every layer, on whatever stage. Not collective.

@@ -114,7 +114,7 @@ def fingerprint(
         config: of the run.
         pairs: to be scored.
         tokenizer: that made them.
-        weights: `weights_fingerprint` of the reference.
+        weights: the identity of the reference.
         num_layers: of the model.
 
     Raises:

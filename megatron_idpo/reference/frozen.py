@@ -4,11 +4,18 @@ What `score` runs, and the second model of `reference.source: resident` and `off
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_idpo.config import RunConfig
-from megatron_idpo.convert.model_source import ModelSource, load_base
+from megatron_idpo.convert.fixed_model import FixedModel
+from megatron_idpo.convert.model_source import load_base
+from megatron_idpo.lora.adapters import add_adapters
+from megatron_idpo.lora.peft import load_peft
+from megatron_idpo.lora.peft_config import read_peft_settings
+from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.model import ModelOptions, build_model
+from megatron_idpo.mcore.world import agreeing
 from megatron_idpo.plugin.attach import AttachedDpo, attach
 
 if TYPE_CHECKING:
@@ -16,21 +23,23 @@ if TYPE_CHECKING:
 
 
 def frozen_model(
-    config: RunConfig, source: ModelSource, *, show_progress: bool
+    config: RunConfig, model: FixedModel, *, show_progress: bool
 ) -> tuple[Sequence["GPTModel"], AttachedDpo]:
     """This rank's chunks with their weights, and the taps on them. Collective; a layout runs.
 
     Raises:
         UserError: on every rank.
     """
-    architecture = source.architecture
+    architecture = model.source.architecture
     options = ModelOptions(
         dtype=config.model.torch_dtype(),
         # The same modules as those of the model that learns beside it, for the same rounding.
         transformer_engine=not config.has("lora"),
     )
     chunks = build_model(architecture, config.layout.layout(), options)
-    load_base(source, chunks, show_progress=show_progress)
+    load_base(model.source, chunks, show_progress=show_progress)
+    if model.adapter is not None:
+        _add_adapter(chunks, architecture, model.adapter)
     for chunk in chunks:
         chunk.requires_grad_(False)
     dpo = attach(
@@ -41,3 +50,13 @@ def frozen_model(
         use_norm=config.objective.norm == "final",
     )
     return chunks, dpo
+
+
+def _add_adapter(chunks: Sequence["GPTModel"], architecture: Architecture, directory: Path) -> None:
+    """Put an adapter on the weights, as it was while it learnt: not merged, for the same rounding.
+
+    Dropout is off wherever a reference is read.
+    """
+    with agreeing("reading the adapter's settings"):
+        settings = read_peft_settings(directory)
+    load_peft(add_adapters(chunks, architecture, settings), architecture, directory)

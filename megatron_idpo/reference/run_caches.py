@@ -1,18 +1,22 @@
 """The caches of a run: its training pairs' and, where some are held out, theirs beside it."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_idpo.config import RunConfig
+from megatron_idpo.convert.fixed_model import FixedModel
 from megatron_idpo.data.batches import RowSettings
 from megatron_idpo.data.dataset import PairDataset
 from megatron_idpo.data.run_pairs import RunPairs
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.signals import StopWish
 from megatron_idpo.mcore.world import agreeing, is_first_rank
-from megatron_idpo.reference.cache import EVAL, held, is_complete, open_cache
+from megatron_idpo.reference.cache import EVAL, CacheWriter, held, is_complete, open_cache
 from megatron_idpo.reference.cached import Cached
 from megatron_idpo.reference.fingerprint import Fingerprint, fingerprint
 from megatron_idpo.reference.live import Reference
@@ -34,18 +38,20 @@ class RunCaches:
     """Where a run's reference log-probabilities are, and what they have to be."""
 
     directory: Path
+    model: FixedModel
+    """The reference."""
+
     parts: tuple[_Part, ...]
     """The training pairs', then the held-out ones' if there are any."""
 
     @classmethod
-    def of(cls, config: RunConfig, pairs: RunPairs, *, weights: str, num_layers: int) -> Self:
+    def of(cls, config: RunConfig, pairs: RunPairs, model: FixedModel) -> Self:
         """Those that a configuration names.
 
         Args:
             config: of the run.
             pairs: of the run.
-            weights: `weights_fingerprint` of the reference.
-            num_layers: of the model.
+            model: the reference.
 
         Raises:
             ConfigError: layers that the model has not, or no place for a cache.
@@ -60,12 +66,16 @@ class RunCaches:
                 place,
                 dataset,
                 fingerprint(
-                    config, dataset, pairs.tokenizer, weights=weights, num_layers=num_layers
+                    config,
+                    dataset,
+                    pairs.tokenizer,
+                    weights=model.identity,
+                    num_layers=model.source.architecture.num_layers,
                 ),
             )
             for what, place, dataset in named
         ]
-        return cls(directory, tuple(parts))
+        return cls(directory, model, tuple(parts))
 
     def are_complete(self) -> bool:
         """Whether there is nothing to score. Collective.
@@ -112,6 +122,34 @@ class RunCaches:
                 ):
                     return False
         return True
+
+    def take_from(self, other: "RunCaches", indices_K: NDArray[np.int64]) -> None:
+        """Fill what is missing from finished caches of the same model. Collective.
+
+        Args:
+            other: with every layer of these; its training pairs are more, its held-out ones the
+                same.
+            indices_K: which of its training pairs these are, int [K].
+
+        Raises:
+            CheckpointError: on every rank; a cache is damaged, is another model's, or cannot be
+                written.
+        """
+        with agreeing("taking over the reference cache"):
+            if is_first_rank():
+                with held(self.directory):
+                    for number, (mine, theirs) in enumerate(
+                        zip(self.parts, other.parts, strict=True)
+                    ):
+                        if is_complete(mine.directory, mine.fingerprint):
+                            continue
+                        assert mine.fingerprint.weights == theirs.fingerprint.weights
+                        wanted = replace(theirs.fingerprint, layers=mine.fingerprint.layers)
+                        logps_PL2 = open_cache(theirs.directory, wanted).logps_PL2
+                        writer = CacheWriter(mine.directory, mine.fingerprint)
+                        chosen_PL2 = logps_PL2[indices_K] if number == 0 else logps_PL2
+                        writer.add(chosen_PL2[writer.done_pairs :])
+                        writer.finish()
 
     def open(self) -> list[Cached]:
         """The finished caches as references, in the order of `parts`. Collective.

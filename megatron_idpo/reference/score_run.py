@@ -1,7 +1,8 @@
 """Scoring from a configuration to a finished cache, as named steps, on every rank."""
 
 from megatron_idpo.config import RunConfig
-from megatron_idpo.convert.model_source import ModelSource, open_model, weights_fingerprint
+from megatron_idpo.convert.fixed_model import FixedModel
+from megatron_idpo.convert.model_source import ModelSource, open_model
 from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
 from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError, Problem
 from megatron_idpo.mcore.architecture import Architecture
@@ -37,12 +38,12 @@ def score(config: RunConfig) -> int:
 def _score(
     config: RunConfig, world: World, source: ModelSource, pairs: RunPairs, wish: StopWish
 ) -> int:
-    num_layers, weights = source.architecture.num_layers, weights_fingerprint(source)
+    model = FixedModel.of(source)
     with agreeing("finding the reference cache"):
-        caches = RunCaches.of(config, pairs, weights=weights, num_layers=num_layers)
+        caches = RunCaches.of(config, pairs, model)
     is_complete = caches.are_complete()
     if not is_complete:
-        chunks, dpo = frozen_model(config, source, show_progress=world.is_first)
+        chunks, dpo = frozen_model(config, model, show_progress=world.is_first)
         rows = row_settings(config, world.size, data_rank=this_place().data)
         is_complete = caches.score(Resident(dpo, chunks), rows, wish)
     if world.is_first:

@@ -6,12 +6,12 @@ is there), then DDP and the optimizer (which see what is trainable).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_idpo.config import RunConfig
 from megatron_idpo.config_objective import LoraConfig
 from megatron_idpo.config_training import OptimizerConfig, TrainingConfig
+from megatron_idpo.convert.fixed_model import FixedModel
 from megatron_idpo.convert.model_source import ModelSource, load_base
 from megatron_idpo.lora.adapters import Adapters, add_adapters
 from megatron_idpo.lora.peft import load_peft
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 class Policy:
     """The model that is trained."""
 
-    source: ModelSource
+    start: FixedModel
+    """What it is before the first step."""
+
     chunks: Sequence["GPTModel"]
     adapters: Adapters | None
     """None where all weights are trained."""
@@ -38,63 +40,80 @@ class Policy:
     dpo: AttachedDpo
     trainable: TrainableModel
 
+    @property
+    def source(self) -> ModelSource:
+        """Where its weights were read."""
+        return self.start.source
 
-def build_policy(config: RunConfig, source: ModelSource, *, show_progress: bool) -> Policy:
+
+def build_policy(config: RunConfig, start: FixedModel, *, show_progress: bool) -> Policy:
     """Load the model and make it ready to learn. Collective; a layout is running.
 
     Raises:
         UserError: on every rank.
     """
-    chunks, dpo, adapters = _attached(config, source, show=show_progress)
+    chunks, dpo, adapters = _attached(config, start, show=show_progress)
     trainable = wrap_and_optimise(
         chunks, _adam_settings(config.optimizer), dpo.finalize_model_grads
     )
-    return Policy(source, chunks, adapters, dpo, trainable)
+    return Policy(start, chunks, adapters, dpo, trainable)
 
 
-def build_reference(config: RunConfig, policy: Policy, *, show_progress: bool) -> Reference:
+def build_reference(
+    config: RunConfig, policy: Policy, model: FixedModel, *, show_progress: bool
+) -> Reference:
     """What the policy is compared to while it learns: `reference.source`, a cache excepted.
 
-    Collective. A second model is loaded from the same source.
+    Collective. Where it is a second model, that is loaded.
 
     Raises:
         UserError: on every rank.
     """
     wanted = config.reference.source
-    assert wanted != "cache", "a cache is made by `starting_point` and read by RunCaches"
+    assert wanted != "cache", "a cache is made before the first step and read by RunCaches"
     if wanted == "none":
         return NoReference()
     if wanted == "adapter_off":
         assert policy.adapters is not None, "the configuration was checked"
+        assert model.identity == policy.start.base_identity, "the configuration was checked"
         return AdapterOff(policy.dpo, policy.trainable.model, policy.adapters)
-    chunks, dpo = frozen_model(config, policy.source, show_progress=show_progress)
+    chunks, dpo = frozen_model(config, model, show_progress=show_progress)
     return Offloaded(dpo, chunks) if wanted == "offloaded" else Resident(dpo, chunks)
 
 
-def starting_point(policy: Policy) -> Reference:
-    """The reference in the policy itself, before its first step: it needs no second model."""
-    if policy.adapters is not None:
+def reference_in_policy(policy: Policy, model: FixedModel) -> Reference | None:
+    """The reference as the policy itself, before its first step: it needs no second model.
+
+    Returns:
+        None where the policy starts from other weights.
+    """
+    if model.identity == policy.start.identity:
+        # Fresh adapters change nothing; where they are off, nothing is computed for them.
+        if policy.adapters is not None and model.adapter is None:
+            return AdapterOff(policy.dpo, policy.trainable.model, policy.adapters)
+        return Resident(policy.dpo, policy.trainable.model)
+    if policy.adapters is not None and model.identity == policy.start.base_identity:
         return AdapterOff(policy.dpo, policy.trainable.model, policy.adapters)
-    return Resident(policy.dpo, policy.trainable.model)
+    return None
 
 
 def _attached(
-    config: RunConfig, source: ModelSource, *, show: bool
+    config: RunConfig, start: FixedModel, *, show: bool
 ) -> tuple[Sequence["GPTModel"], AttachedDpo, Adapters | None]:
     """Chunks with their weights, adapters if any, and taps."""
-    architecture, lora = source.architecture, config.lora
+    architecture, lora = start.source.architecture, config.lora
     options = ModelOptions(
         dtype=config.model.torch_dtype(),
-        recompute=_recompute(config.training, source.architecture.num_layers),
+        recompute=_recompute(config.training, architecture.num_layers),
         transformer_engine=lora is None,
     )
     chunks = build_model(architecture, config.layout.layout(), options)
-    load_base(source, chunks, show_progress=show)
+    load_base(start.source, chunks, show_progress=show)
     adapters = None
     if lora is not None:
         adapters = add_adapters(chunks, architecture, _lora_settings(lora, config.training.seed))
-        if lora.adapter is not None:
-            load_peft(adapters, architecture, Path(lora.adapter).expanduser())
+        if start.adapter is not None:
+            load_peft(adapters, architecture, start.adapter)
     dpo = attach(
         chunks,
         layers=config.objective.layers,

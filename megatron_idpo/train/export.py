@@ -1,5 +1,6 @@
 """The result of a run, for those who use it: a Hugging Face model, and a PEFT adapter."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_idpo.convert.tokenizer_files import read_json_object
 from megatron_idpo.data.tokenizers import read_template
 from megatron_idpo.lora.merge import merged_value
 from megatron_idpo.lora.peft import save_peft
+from megatron_idpo.mcore.world import from_first
 from megatron_idpo.train.build import Policy
 from megatron_idpo.train.output import RunDirectory
 
@@ -19,11 +21,27 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def export_result(
-    config: RunConfig, policy: Policy, output: RunDirectory, *, show_progress: bool
-) -> None:
+    config: RunConfig,
+    policy: Policy,
+    output: RunDirectory,
+    *,
+    with_adapter: bool = True,
+    show_progress: bool,
+) -> list[str]:
     """Write `hf/`, with adapters merged in fp32, and `adapter/` where there are some. Collective.
 
     What an earlier end of this run left is replaced in one step.
+
+    Args:
+        config: of the run.
+        policy: trained.
+        output: the run's directory.
+        with_adapter: write the adapter too. Not where its base is another model than the configured
+            one: PEFT would put it on the wrong weights.
+        show_progress: draw a progress bar.
+
+    Returns:
+        Lines that say where the result is, and how to use it.
 
     Raises:
         CheckpointError: on every rank; it cannot be written, and nothing is left behind.
@@ -40,8 +58,11 @@ def export_result(
             show_progress=show_progress,
             value=None if adapters is None else merged_value(adapters),
         )
-    if adapters is not None:
+    told = [f"model    {output.hf}"]
+    if adapters is not None and with_adapter:
         save_peft(adapters, architecture, output.adapter, base_model=config.model.path)
+        told.append(f"adapter  {output.adapter}")
+    return [*told, "try it:", from_first(lambda: f"  {_command(output.hf)}")]
 
 
 def has_chat_template(model: Path) -> bool:
@@ -66,3 +87,17 @@ def _companions(files: tuple[Path, ...], template: str | None) -> Iterator[tuple
         path = Path(directory) / CHAT_TEMPLATE
         path.write_text(text, encoding="utf-8")
         yield (*(file for file in files if not file.name.startswith("chat_template")), path)
+
+
+def _command(model: Path) -> str:
+    """A line for a shell that lets the exported model speak."""
+    asked = "Why is the sky blue?"
+    prompt, answer = f'"{asked}"', "[0]"
+    if has_chat_template(model):
+        prompt = f'[{{"role": "user", "content": {prompt}}}]'
+        answer = '[0]["generated_text"][-1]["content"]'
+    code = (
+        "from transformers import pipeline; "
+        f'print(pipeline("text-generation", "{model}")({prompt}, max_new_tokens=100){answer})'
+    )
+    return f"python -c {shlex.quote(code)}"

@@ -3,14 +3,13 @@
 Every path that is named exists when it is named.
 """
 
-import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_idpo.errors import EXIT_PREEMPTED
 from megatron_idpo.lora.settings import resolve_targets
 from megatron_idpo.reference.run_caches import cache_directory
 from megatron_idpo.train.curves import draw_curves
-from megatron_idpo.train.export import has_chat_template
 from megatron_idpo.train.report import Report
 from megatron_idpo.train.run import Run
 
@@ -45,8 +44,8 @@ def tell_preempted(run: Run, report: Report) -> None:
     )
 
 
-def tell_finished(run: Run, report: Report) -> None:
-    """The summary, the picture, and the commands that use the result; on the first rank."""
+def tell_finished(run: Run, report: Report, left: Sequence[str]) -> None:
+    """The summary, the picture, and what was left where; on the first rank."""
     if not run.world.is_first:
         return
     output, say = run.output, report.console.say
@@ -54,25 +53,5 @@ def tell_finished(run: Run, report: Report) -> None:
     report.summary(output.metrics)
     say(f"curves   {output.curves}")
     say(f"metrics  {output.metrics}")
-    if not run.config.training.export:
-        say(f"state    {output.checkpoints}")
-        return
-    say(f"model    {output.hf}")
-    if run.config.lora is not None:
-        say(f"adapter  {output.adapter}")
-    say("try it:")
-    say(f"  {_command(output.hf)}")
-
-
-def _command(model: Path) -> str:
-    """A line for a shell that lets the exported model speak."""
-    asked = "Why is the sky blue?"
-    prompt, answer = f'"{asked}"', "[0]"
-    if has_chat_template(model):
-        prompt = f'[{{"role": "user", "content": {prompt}}}]'
-        answer = '[0]["generated_text"][-1]["content"]'
-    code = (
-        "from transformers import pipeline; "
-        f'print(pipeline("text-generation", "{model}")({prompt}, max_new_tokens=100){answer})'
-    )
-    return f"python -c {shlex.quote(code)}"
+    for line in left:
+        say(line)

@@ -1,20 +1,22 @@
 """The main job: train, resume, export. `train` is the whole of it, as named steps.
 
-Everything here happens on every rank, in the same order.
+Everything here happens on every rank, in the same order. `train_prepared` is the same for a run
+whose data, starting point or end are somebody else's choice, as those of sDPO's steps are.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_idpo.config import RunConfig
 from megatron_idpo.errors import EXIT_PREEMPTED, TrainingError
 from megatron_idpo.mcore.signals import Stopped, StopWish, listening
-from megatron_idpo.mcore.world import joined_world, running
+from megatron_idpo.mcore.world import World, joined_world, running
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.finish import tell_finished, tell_preempted, tell_start
 from megatron_idpo.train.flops import BatchWork
-from megatron_idpo.train.output import opened
+from megatron_idpo.train.output import RunDirectory, opened
 from megatron_idpo.train.report import MEMORY, Report, Stopwatch, reporting
-from megatron_idpo.train.run import Run, assemble, prepare
+from megatron_idpo.train.run import Prepared, Run, assemble, prepare
 from megatron_idpo.train.start_check import check_start, is_expected
 from megatron_idpo.train.throughput import peak_memory_bytes
 
@@ -36,29 +38,67 @@ def train(config: RunConfig) -> int:
         opened(Path(config.training.output)) as output,
     ):
         prepared = prepare(config, world)
-        with running(config.layout.layout(), config.training.seed):
-            try:
-                run = assemble(config, world, output, prepared, wish)
-            except Stopped:
+        return train_prepared(config, world, output, prepared, wish, conclude=export)
+
+
+def train_prepared(
+    config: RunConfig,
+    world: World,
+    output: RunDirectory,
+    prepared: Prepared,
+    wish: StopWish,
+    *,
+    conclude: Callable[[Run, Report], Sequence[str]],
+) -> int:
+    """Train as configured, on prepared data from a prepared starting point.
+
+    Args:
+        config: of the run.
+        world: all processes.
+        output: the run's directory, which it holds.
+        prepared: data, starting point and reference.
+        wish: whether this process has been asked to stop.
+        conclude: called at the end with the trained model in memory; returns lines that say what
+            it has left where. Collective; it has to bear being called again, where a run is started
+            again that had ended.
+
+    Returns:
+        As `train`.
+
+    Raises:
+        UserError: on every rank; what was saved before is there.
+    """
+    with running(config.layout.layout(), config.training.seed):
+        try:
+            run = assemble(config, world, output, prepared, wish)
+        except Stopped:
+            return EXIT_PREEMPTED
+        resumed = run.resume()
+        run.write_config()
+        with run.checkpoints, reporting(run) as report:
+            tell_start(run, report, resumed)
+            if not resumed:
+                begin(run, report)
+            if take_steps(run, report, wish) == EXIT_PREEMPTED:
+                tell_preempted(run, report)
                 return EXIT_PREEMPTED
-            resumed = run.resume()
-            run.write_config()
-            with run.checkpoints, reporting(run) as report:
-                tell_start(run, report, resumed)
-                if not resumed:
-                    begin(run, report)
-                if take_steps(run, report, wish) == EXIT_PREEMPTED:
-                    tell_preempted(run, report)
-                    return EXIT_PREEMPTED
-                if config.training.export:
-                    export_result(config, run.trainer.policy, output, show_progress=world.is_first)
-            tell_finished(run, report)
+            left = conclude(run, report)
+        tell_finished(run, report, left)
     return 0
+
+
+def export(run: Run, report: Report) -> Sequence[str]:
+    """Write the result, if it is wanted; says where it is, or the state where it is not."""
+    if not run.config.training.export:
+        return [f"state    {run.output.checkpoints}"]
+    return export_result(
+        run.config, run.trainer.policy, run.output, show_progress=run.world.is_first
+    )
 
 
 def begin(run: Run, report: Report) -> None:
     """What comes before the first step: the check that it starts right, the first evaluation."""
-    if is_expected(run.config):
+    if is_expected(run.config, starts_at_reference=run.starts_at_reference):
         losses = check_start(run.trainer, run.pairs.train, run.rows, seed=run.config.data.seed)
         told = ", ".join(f"layer {layer} {loss:.6f}" for layer, loss in losses.items())
         report.console.say(f"start check passed, policy and reference are equal: {told}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from megatron_idpo.atomic import clear_leftovers
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.world import agreeing, is_first_rank
 
@@ -76,6 +77,8 @@ class RunDirectory:
 def opened(root: Path) -> Iterator[RunDirectory]:
     """Make a run's directory and hold it while the run lasts. Collective.
 
+    What exports that were killed left in it is deleted.
+
     The hold is the system's lock on a file, which ends with the process, however that ends.
 
     Raises:
@@ -88,6 +91,8 @@ def opened(root: Path) -> Iterator[RunDirectory]:
             if is_first_rank():
                 _make(directory.root)
                 _hold(lock, directory.root)
+                for result in (directory.hf, directory.adapter):
+                    clear_leftovers(result)
         yield directory
     finally:
         lock.release()

@@ -1,23 +1,24 @@
 """What a run's policy is compared to: looked for before a weight is read, computed before step 1.
 
 A cache is looked for first, so that one of another model or other data is refused at once. Where it
-is not complete, the policy itself computes it before it learns anything: it is the reference then,
-with its adapters off.
+is not complete, the policy itself computes it before it learns anything, if it is the reference
+then, with its adapters on or off; else a second model does, which is gone before the first step.
 """
 
 from dataclasses import dataclass
 
 from megatron_idpo.checkpoint.history import CheckpointInfo
 from megatron_idpo.config import RunConfig
-from megatron_idpo.convert.model_source import ModelSource
+from megatron_idpo.convert.fixed_model import FixedModel
 from megatron_idpo.data.batches import RowSettings
 from megatron_idpo.data.run_pairs import RunPairs
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.signals import Stopped, StopWish
 from megatron_idpo.mcore.world import agreeing, is_first_rank
-from megatron_idpo.reference.live import Reference
+from megatron_idpo.reference.frozen import frozen_model
+from megatron_idpo.reference.live import Reference, Resident
 from megatron_idpo.reference.run_caches import RunCaches
-from megatron_idpo.train.build import Policy, build_reference, starting_point
+from megatron_idpo.train.build import Policy, build_reference, reference_in_policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +32,17 @@ class References:
 
 def find_caches(
     config: RunConfig,
-    source: ModelSource,
+    model: FixedModel,
     pairs: RunPairs,
     *,
-    weights: str,
     resumed: CheckpointInfo | None,
 ) -> RunCaches | None:
     """The caches that a run reads, complete or still to be made. Collective.
 
     Args:
         config: of the run.
-        source: of the policy and the reference.
+        model: the reference.
         pairs: of the run.
-        weights: `weights_fingerprint` of the source.
         resumed: what the run goes on from.
 
     Returns:
@@ -56,9 +55,7 @@ def find_caches(
     if config.reference.source != "cache":
         return None
     with agreeing("finding the reference cache"):
-        caches = RunCaches.of(
-            config, pairs, weights=weights, num_layers=source.architecture.num_layers
-        )
+        caches = RunCaches.of(config, pairs, model)
     if not caches.are_complete() and resumed is not None:
         raise CheckpointError.at(
             str(caches.directory),
@@ -72,6 +69,7 @@ def find_caches(
 def resolve_references(
     config: RunConfig,
     policy: Policy,
+    model: FixedModel,
     caches: RunCaches | None,
     rows: RowSettings,
     wish: StopWish,
@@ -81,6 +79,7 @@ def resolve_references(
     Args:
         config: of the run.
         policy: as it starts.
+        model: the reference.
         caches: what `find_caches` found.
         rows: how pairs are laid out.
         wish: whether this process has been asked to stop.
@@ -90,9 +89,18 @@ def resolve_references(
         Stopped: on every rank; a signal came while a cache was made. What was scored is saved.
     """
     if caches is None:
-        live = build_reference(config, policy, show_progress=is_first_rank())
+        live = build_reference(config, policy, model, show_progress=is_first_rank())
         return References(live, live)
-    if not caches.score(starting_point(policy), rows, wish):
+    if not caches.are_complete() and not caches.score(_scorer(config, policy, model), rows, wish):
         raise Stopped
     opened = caches.open()
     return References(opened[0], opened[-1])
+
+
+def _scorer(config: RunConfig, policy: Policy, model: FixedModel) -> Reference:
+    """What computes a cache: the policy itself where it has not left the reference yet."""
+    inside = reference_in_policy(policy, model)
+    if inside is not None:
+        return inside
+    chunks, dpo = frozen_model(config, model, show_progress=is_first_rank())
+    return Resident(dpo, chunks)

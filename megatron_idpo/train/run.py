@@ -13,7 +13,8 @@ from megatron_idpo.checkpoint.history import CheckpointInfo
 from megatron_idpo.checkpoint.progress import Progress, Record, check_same_run
 from megatron_idpo.config import RunConfig
 from megatron_idpo.config_training import CheckpointConfig
-from megatron_idpo.convert.model_source import ModelSource, open_model, weights_fingerprint
+from megatron_idpo.convert.fixed_model import FixedModel
+from megatron_idpo.convert.model_source import open_model
 from megatron_idpo.data.batches import RowSettings, TrainingBatches
 from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
 from megatron_idpo.errors import CheckpointError, ConfigError
@@ -34,10 +35,14 @@ _LOWER_IS_BETTER = ("eval_loss",)
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What is known before a weight is read."""
+    """What is known before a weight is read into a model."""
 
-    source: ModelSource
     pairs: RunPairs
+    start: FixedModel
+    """What the policy starts from."""
+
+    reference: FixedModel
+    """What it is compared to."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,14 +59,19 @@ class Run:
     evaluation: Evaluation | None
     checkpoints: Checkpoints
     learning_rate: LearningRate
-    base_model: str
-    """The fingerprint of the model that training began with."""
+    reference: FixedModel
+    """What the policy is compared to, if to anything."""
 
     step: int = 0
     """Optimizer steps taken."""
 
     evaluated: Mapping[str, float] = field(default_factory=dict)
     """The last evaluation's values, if it was after this very step."""
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether the policy was the reference before its first step."""
+        return self.trainer.policy.start.identity == self.reference.identity
 
     @property
     def total_steps(self) -> int:
@@ -126,7 +136,7 @@ class Run:
             step=self.step,
             data=dict(self.batches.state_dict()),
             data_fingerprint=self.pairs.train.fingerprint,
-            base_model=self.base_model,
+            base_model=self.trainer.policy.start.identity,
             config=self.config.model_dump(mode="json"),
             metrics=dict(self.evaluated),
             layout={**self.config.layout.model_dump(mode="json"), "world": self.world.size},
@@ -145,7 +155,12 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     with agreeing("reading the data"):
         pairs = load_run_pairs(config)
         check_tokens(pairs, source.architecture.vocab_size)
-    return Prepared(source, pairs)
+    adapter = None if config.lora is None else config.lora.adapter
+    reference = FixedModel.of(source)
+    start = reference
+    if adapter is not None:
+        start = FixedModel.of(source, Path(adapter).expanduser())
+    return Prepared(pairs, start, reference)
 
 
 def assemble(
@@ -181,12 +196,13 @@ def assemble(
     steps = min(batches.remaining_batches, training.max_steps or batches.remaining_batches)
     checkpoints = _checkpoints(output, config.checkpoint)
     resumed = _to_go_on_from(checkpoints, config.checkpoint)
-    base_model = weights_fingerprint(prepared.source)
     if resumed is not None:
-        _go_on_in_data(resumed, config, pairs, batches, base_model)
-    caches = find_caches(config, prepared.source, pairs, weights=base_model, resumed=resumed)
-    policy = build_policy(config, prepared.source, show_progress=world.is_first)
-    references = resolve_references(config, policy, caches, rows, wish or StopWish())
+        _go_on_in_data(resumed, config, pairs, batches, prepared.start.identity)
+    caches = find_caches(config, prepared.reference, pairs, resumed=resumed)
+    policy = build_policy(config, prepared.start, show_progress=world.is_first)
+    references = resolve_references(
+        config, policy, prepared.reference, caches, rows, wish or StopWish()
+    )
     trainer = Trainer(
         policy, references.train, config.objective.objective(), training.seed, pairs.train.place
     )
@@ -201,7 +217,7 @@ def assemble(
         evaluation=_evaluation(trainer, references.eval, pairs, rows, training.global_batch_pairs),
         checkpoints=checkpoints,
         learning_rate=LearningRate(config.optimizer, steps),
-        base_model=base_model,
+        reference=prepared.reference,
     )
 
 

@@ -38,14 +38,13 @@ a CPU, rows packed in another way give the same bits; without shared prompts the
 states differ, and a log-probability per token by 0.015 on average and 0.07 at most."""
 
 
-def is_expected(config: RunConfig) -> bool:
+def is_expected(config: RunConfig, *, starts_at_reference: bool) -> bool:
     """Whether policy and reference start equal and are read at the same layers."""
-    starts_elsewhere = config.lora is not None and config.lora.adapter is not None
     read_elsewhere = config.objective.layers != () and config.objective.reference_layer != "same"
     return (
         config.training.start_check
         and config.reference.source != "none"
-        and not starts_elsewhere
+        and starts_at_reference
         and not read_elsewhere
     )
 

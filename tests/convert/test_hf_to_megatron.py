@@ -290,7 +290,7 @@ def test_only_a_checkpoint_is_replaced(source, attempt_on, tmp_path):
     home.mkdir()
     (home / "precious").touch()
     (told,) = attempt_on("there", source, home, overwrite=True)
-    assert_one_line(told, r"home: exists and holds something else than a Megatron-Core checkpoint")
+    assert_one_line(told, r"home: exists and holds something else than a checkpoint")
     assert remaining(home) == {"precious"}
     assert remaining(tmp_path) == {"hf", "home"}
 

@@ -13,6 +13,7 @@ def build(file: str, overrides: list[str]) -> dict[str, Any]:
     import torch
 
     from megatron_idpo.config import load_config
+    from megatron_idpo.convert.fixed_model import FixedModel
     from megatron_idpo.convert.model_source import open_model
     from megatron_idpo.mcore.world import joined_world, running
     from megatron_idpo.reference.frozen import frozen_model
@@ -20,7 +21,8 @@ def build(file: str, overrides: list[str]) -> dict[str, Any]:
     sections = ("model", "data", "objective", "layout")
     config = load_config(file, overrides, optional=sections)
     with joined_world(), running(config.layout.layout()):
-        chunks, dpo = frozen_model(config, open_model(config.model.path), show_progress=False)
+        model = FixedModel.of(open_model(config.model.path))
+        chunks, dpo = frozen_model(config, model, show_progress=False)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         return {
             "layers": dpo.layers,

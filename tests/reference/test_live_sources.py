@@ -16,7 +16,9 @@ Said = dict[tuple[str, int, int], torch.Tensor]
 
 def say(file: str) -> tuple[Said, dict[str, bool]]:
     """On every rank: what each source says, by its name, row and layer; and where weights are."""
+    from megatron_idpo.cli_train import OPTIONAL, REQUIRED
     from megatron_idpo.config import load_config
+    from megatron_idpo.convert.fixed_model import FixedModel
     from megatron_idpo.convert.model_source import open_model
     from megatron_idpo.data.batches import build_batch
     from megatron_idpo.data.run_pairs import load_run_pairs, row_settings
@@ -24,12 +26,12 @@ def say(file: str) -> tuple[Said, dict[str, bool]]:
     from megatron_idpo.mcore.world import joined_world, running
     from megatron_idpo.reference import live
     from megatron_idpo.reference.frozen import frozen_model
-    from megatron_idpo.train.build import build_policy, starting_point
-    from megatron_idpo.train.main import OPTIONAL, REQUIRED
+    from megatron_idpo.train.build import build_policy, reference_in_policy
 
     config = load_config(file, required=REQUIRED, optional=OPTIONAL)
-    source, pairs = open_model(config.model.path), load_run_pairs(config).train
+    pairs = load_run_pairs(config).train
     with joined_world() as world, running(config.layout.layout()):
+        model = FixedModel.of(open_model(config.model.path))
         rows = row_settings(config, world.size, data_rank=this_place().data)
         batch = build_batch(pairs, np.arange(8), rows, consumed_pairs=0)
         said: Said = {}
@@ -38,14 +40,14 @@ def say(file: str) -> tuple[Said, dict[str, bool]]:
             for number, found in enumerate(reference.logps(batch)):
                 said.update({(name, number, layer): one for layer, one in found.items()})
 
-        chunks, dpo = frozen_model(config, source, show_progress=False)
+        chunks, dpo = frozen_model(config, model, show_progress=False)
         hear("resident", live.Resident(dpo, chunks))
         where = _offload(live, dpo, chunks, hear)
-        policy = build_policy(config, source, show_progress=False)
+        policy = build_policy(config, model, show_progress=False)
         if policy.adapters is not None:
             for _, parameter in policy.adapters.parameters():
                 parameter.data.fill_(0.1)
-        hear("start", starting_point(policy))
+        hear("start", reference_in_policy(policy, model))
     return said, where
 
 

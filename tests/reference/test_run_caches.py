@@ -17,7 +17,8 @@ from .tiny_cache import Files, score_config
 
 def look(file: str, changes: Sequence[Sequence[str]]) -> list[str]:
     """On a rank: what each changed configuration is told of the cache; empty if it may use it."""
-    from megatron_idpo.convert.model_source import open_model, weights_fingerprint
+    from megatron_idpo.convert.fixed_model import FixedModel
+    from megatron_idpo.convert.model_source import open_model
     from megatron_idpo.data.run_pairs import load_run_pairs
     from megatron_idpo.errors import CheckpointError
     from megatron_idpo.reference.run_caches import RunCaches
@@ -25,13 +26,8 @@ def look(file: str, changes: Sequence[Sequence[str]]) -> list[str]:
     told = []
     for overrides in changes:
         config = load_config(file, overrides, required=("model", "data"), optional=OPTIONAL)
-        source = open_model(config.model.path)
-        caches = RunCaches.of(
-            config,
-            load_run_pairs(config),
-            weights=weights_fingerprint(source),
-            num_layers=source.architecture.num_layers,
-        )
+        model = FixedModel.of(open_model(config.model.path))
+        caches = RunCaches.of(config, load_run_pairs(config), model)
         try:
             told.append("" if caches.are_complete() else "not complete")
         except CheckpointError as error:

@@ -71,7 +71,7 @@ class ReadTrained:
 
     @contextmanager
     def __call__(self, found: dict[str, Any]) -> Iterator[None]:
-        def also(_: None, run: Any, report: Any) -> None:
+        def also(_: None, run: Any, report: Any, left: Any) -> None:
             found["logps"] = read(run)
 
         with _after("train.loop", "tell_finished", also):

@@ -84,4 +84,4 @@ def test_a_stop(ended):
 def test_other_ranks_say_nothing():
     from megatron_idpo.train.finish import tell_finished
 
-    tell_finished(SimpleNamespace(world=SimpleNamespace(is_first=False)), None)  # type: ignore
+    tell_finished(SimpleNamespace(world=SimpleNamespace(is_first=False)), None, [])  # type: ignore

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_idpo.cli_train import OPTIONAL, REQUIRED
 from megatron_idpo.config import load_config
 from megatron_idpo.data.order import stream_pairs
 from megatron_idpo.data.run_pairs import load_run_pairs
-from megatron_idpo.train.main import OPTIONAL, REQUIRED
 from megatron_idpo.train.metrics_file import Record, read_metrics
 from tests import oracle
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from megatron_idpo.cli_train import OPTIONAL, REQUIRED
 from megatron_idpo.config import load_config
 from megatron_idpo.data.order import stream_pairs
 from megatron_idpo.data.run_pairs import load_run_pairs
@@ -18,7 +19,6 @@ from megatron_idpo.errors import (
     UserError,
 )
 from megatron_idpo.testing import write_tiny_hf_model
-from megatron_idpo.train.main import OPTIONAL, REQUIRED
 
 from .run_hooks import Break, CountSteps, NoWeights, Spoil
 from .tiny_run import (

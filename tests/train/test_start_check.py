@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_idpo.cli_train import OPTIONAL, REQUIRED
 from megatron_idpo.config import load_config
 from megatron_idpo.errors import TrainingError
-from megatron_idpo.train.main import OPTIONAL, REQUIRED
 from megatron_idpo.train.start_check import BF16_LOGP_TOLERANCE, is_expected
 
 from .tiny_run import LAYERS, LORA, NUM_LAYERS, Files, assembled, write_config
@@ -16,21 +16,22 @@ FINAL = {"objective": {"reference_layer": "final"}}
 
 
 @pytest.mark.parametrize(
-    ("sections", "expected"),
+    ("sections", "starts_there", "expected"),
     [
-        ({}, True),
-        ({"lora": LORA}, True),
-        ({"objective": {"layers": [], "intermediate_weight": 0.0}}, True),
-        ({"objective": {"loss": "ipo", "nll_weight": 0.5}}, True),
-        ({"training": {"start_check": False}}, False),
-        ({"reference": {"source": "none"}}, False),
-        (FINAL, False),
-        ({"lora": {**LORA, "adapter": "somewhere"}}, False),
+        ({}, True, True),
+        ({}, False, False),
+        ({"lora": LORA}, True, True),
+        ({"objective": {"layers": [], "intermediate_weight": 0.0}}, True, True),
+        ({"objective": {"loss": "ipo", "nll_weight": 0.5}}, True, True),
+        ({"training": {"start_check": False}}, True, False),
+        ({"reference": {"source": "none"}}, True, False),
+        (FINAL, True, False),
     ],
 )
-def test_when_it_is_expected(tmp_path, sections, expected):
+def test_when_it_is_expected(tmp_path, sections, starts_there, expected):
     file = write_config(Files(tmp_path), tmp_path / "run", **sections)
-    assert is_expected(load_config(file, required=REQUIRED, optional=OPTIONAL)) is expected
+    config = load_config(file, required=REQUIRED, optional=OPTIONAL)
+    assert is_expected(config, starts_at_reference=starts_there) is expected
 
 
 def checked(file: str, spoil: float = 0.0) -> dict[int, float] | str:

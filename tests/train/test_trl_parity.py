@@ -177,7 +177,7 @@ def test_every_step_follows_trl(
 
 def train(file: str) -> int:
     """On every rank: the verb."""
-    from megatron_idpo.train.main import main
+    from megatron_idpo.cli_train import main
 
     torch.set_num_threads(1)
     return main(Path(file), [])

@@ -18,9 +18,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from megatron_idpo.cli_train import OPTIONAL, REQUIRED
 from megatron_idpo.config import load_config
 from megatron_idpo.testing import write_tiny_hf_model
-from megatron_idpo.train.main import OPTIONAL, REQUIRED
 
 NUM_LAYERS = 4
 SIZES = {
@@ -167,7 +167,7 @@ class Hook(Protocol):
 
 def run(file: str, *hooks: Hook) -> Outcome:
     """On every rank: the verb `train`."""
-    from megatron_idpo.train.main import main
+    from megatron_idpo.cli_train import main
 
     found: dict[str, Any] = {}
     with ExitStack() as stack, redirect_stdout(StringIO()) as printed:

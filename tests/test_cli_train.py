@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from megatron_idpo.cli_train import main
 from megatron_idpo.config import RunConfig
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.train.main import main
 
 GOOD = """\
 model: {path: some/model}

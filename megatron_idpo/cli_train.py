@@ -1,4 +1,4 @@
-"""The verb `train`: from a configuration file to a trained model."""
+"""The verb `train`: from a configuration file to a trained model, in one step or in several."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_idpo.config import load_config
 
 REQUIRED = ("model", "data", "optimizer", "training")
-OPTIONAL = ("objective", "lora", "layout", "reference", "checkpoint", "logging")
+OPTIONAL = ("objective", "lora", "layout", "reference", "sdpo", "checkpoint", "logging")
 
 
 def main(path: Path, overrides: Sequence[str]) -> int:
@@ -16,6 +16,11 @@ def main(path: Path, overrides: Sequence[str]) -> int:
         UserError: on every rank.
     """
     config = load_config(path, overrides, required=REQUIRED, optional=OPTIONAL)
-    from megatron_idpo.train.loop import train  # torch and megatron-core: after the checks
+    # torch and megatron-core: after the checks
+    if config.sdpo is not None:
+        from megatron_idpo.sdpo.run import train_in_steps
+
+        return train_in_steps(config)
+    from megatron_idpo.train.loop import train
 
     return train(config)

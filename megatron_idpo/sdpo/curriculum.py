@@ -1,0 +1,166 @@
+"""What the first model makes of all pairs, and which pairs each step gets after that.
+
+The first model is scored once, on the training pairs and the held-out ones, at every layer that any
+step reads: to line pairs up, to know its own accuracy on each source, to compare every step's
+result with it, and as the first step's reference. The scores are an ordinary reference cache,
+`OUTPUT/first_model`; which pair went where is left in `OUTPUT/curriculum.parquet`.
+
+Shapes: P pairs, 2 = chosen, rejected.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_idpo.config import RunConfig
+from megatron_idpo.config_steps import step_config
+from megatron_idpo.convert.fixed_model import FixedModel
+from megatron_idpo.data.dataset import PairDataset
+from megatron_idpo.data.run_pairs import RunPairs, row_settings
+from megatron_idpo.errors import CheckpointError
+from megatron_idpo.mcore.groups import this_place
+from megatron_idpo.mcore.signals import Stopped, StopWish
+from megatron_idpo.mcore.world import World, agreeing, running
+from megatron_idpo.objective.layers import resolve_layers
+from megatron_idpo.reference.frozen import frozen_model
+from megatron_idpo.reference.live import Resident
+from megatron_idpo.reference.run_caches import RunCaches
+from megatron_idpo.sdpo.slices import Easiness, Indices, deal
+
+FIRST_MODEL = "first_model"
+TABLE = "curriculum.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Curriculum:
+    """Which pairs each step gets."""
+
+    slices: Sequence[Indices]
+    """Of every step: int64 indices of training pairs, ascending."""
+
+    sources: Sequence[str]
+    """Names of the sources."""
+
+    source_P: Indices
+    """Which of them each pair comes from."""
+
+    easiness: Easiness
+    """Of every pair for the first model."""
+
+    def accuracy(self) -> dict[str, float]:
+        """The first model's on each source that has pairs."""
+        means = self.easiness.by_source(self.source_P, len(self.sources), "accuracy")
+        return {name: mean for name, mean in zip(self.sources, means, strict=True) if mean == mean}
+
+    def source_counts(self, number: int) -> dict[str, int]:
+        """How many pairs a step has from each source; steps are counted from 1."""
+        counted = Counter(self.source_P[self.slices[number - 1]].tolist())
+        return {self.sources[source]: count for source, count in sorted(counted.items())}
+
+
+def score_first_model(
+    config: RunConfig, world: World, model: FixedModel, pairs: RunPairs, wish: StopWish
+) -> RunCaches:
+    """The first model's log-probabilities of all pairs, computed where they are not there yet.
+
+    Collective; no layout runs yet.
+
+    Raises:
+        UserError: on every rank.
+        Stopped: on every rank; a signal came. What was scored is saved.
+    """
+    scored = _scoring_config(config, model.source.architecture.num_layers)
+    with agreeing("finding the first model's scores"):
+        caches = RunCaches.of(scored, pairs, model)
+    if caches.are_complete():
+        return caches
+    with running(config.layout.layout()):
+        chunks, dpo = frozen_model(scored, model, show_progress=world.is_first)
+        rows = row_settings(scored, world.size, data_rank=this_place().data)
+        if not caches.score(Resident(dpo, chunks), rows, wish):
+            raise Stopped
+    return caches
+
+
+def deal_pairs(config: RunConfig, caches: RunCaches, pairs: PairDataset) -> Curriculum:
+    """Deal the training pairs to the steps. Collective.
+
+    Raises:
+        UserError: on every rank; a cache is damaged, or a step gets no pair.
+    """
+    assert config.sdpo is not None
+    scores = caches.open()[0]
+    with agreeing("dealing pairs to the steps"):
+        lengths_P2 = pairs.lengths_P3[:, 1:] if config.sdpo.length_normalised else None
+        easiness = Easiness.of(scores.final_logps_P2, lengths_P2)
+        sources, source_P = _labels(pairs.source_names), pairs.source_P
+        slices = deal(config.sdpo, source_P, len(sources), easiness, seed=config.data.seed)
+        return Curriculum(slices, sources, source_P, easiness)
+
+
+def write_curriculum(curriculum: Curriculum, path: Path) -> None:
+    """One line per training pair: its source, its step (0 is none) and what the first model says.
+
+    On one rank.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    step_P = np.zeros(len(curriculum.source_P), np.int32)
+    for number, slice_K in enumerate(curriculum.slices, start=1):
+        step_P[slice_K] = number  # the last step's, where a source is in several
+    table = pa.table(
+        {
+            "pair": np.arange(len(step_P)),
+            "source": [curriculum.sources[source] for source in curriculum.source_P],
+            "step": step_P,
+            "first_model_margin": curriculum.easiness.margin_P,
+            "first_model_accuracy": curriculum.easiness.accuracy_P,
+        }
+    )
+    fresh = path.with_name(f".{path.name}.incomplete")
+    try:
+        pq.write_table(table, fresh, compression="zstd")
+        os.replace(fresh, path)
+    except OSError as error:
+        told = f"cannot be written: {error.strerror or error}"
+        raise CheckpointError.at(str(path), told, "free some space") from None
+
+
+def step_layers(config: RunConfig, number: int, num_layers: int) -> tuple[int, ...]:
+    """The intermediate layers of a step, by number.
+
+    Raises:
+        ConfigError: layers that the model has not.
+    """
+    return resolve_layers(step_config(config, number).objective.layers, num_layers)
+
+
+def _scoring_config(config: RunConfig, num_layers: int) -> RunConfig:
+    """A run's that reads every layer of any step, with the cache in the run's own directory."""
+    assert config.sdpo is not None
+    numbers = range(1, len(config.sdpo.steps) + 1)
+    layers = {layer for number in numbers for layer in step_layers(config, number, num_layers)}
+    objective = config.objective.model_copy(
+        update={"layers": tuple(sorted(layers)), "layer_weights": None}
+    )
+    cache = str(Path(config.training.output).expanduser() / FIRST_MODEL)
+    reference = config.reference.model_copy(update={"source": "cache", "cache": cache})
+    return config.model_copy(update={"objective": objective, "reference": reference, "sdpo": None})
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Names of sources, told apart where one path is given twice."""
+    seen: Counter[str] = Counter()
+    labels = []
+    for name in names:
+        seen[name] += 1
+        labels.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return labels

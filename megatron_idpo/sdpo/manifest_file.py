@@ -1,0 +1,94 @@
+"""The manifest of the run at hand: known to every rank, written by the first, one transition each.
+
+What is deleted is deleted after the manifest no longer needs it.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_idpo.config_sdpo import SdpoConfig
+from megatron_idpo.convert.fixed_model import FixedModel
+from megatron_idpo.mcore.world import agreeing, from_first, is_first_rank
+from megatron_idpo.sdpo.manifest import Manifest, continued, read_manifest, write_manifest
+from megatron_idpo.sdpo.retention import (
+    clear_killed_snapshots,
+    delete_checkpoints,
+    delete_snapshot,
+    superfluous_snapshots,
+)
+from megatron_idpo.sdpo.snapshot_file import Snapshot
+
+
+class ManifestFile:
+    """A run's manifest. Every method is collective."""
+
+    def __init__(self, root: Path, planned: Manifest) -> None:
+        """Go on with the manifest that is there, or begin one.
+
+        Args:
+            root: the run's directory.
+            planned: the run as this configuration wants it, every step pending.
+
+        Raises:
+            CheckpointError: on every rank; what is there is of another run, or has been changed.
+        """
+        self.root = root
+        """The run's directory."""
+
+        with agreeing("reading the manifest"):
+            found = read_manifest(root) if is_first_rank() else None
+            if found is not None:
+                planned = continued(root, found, planned)
+        self.manifest = from_first(lambda: planned)
+        """As it stands."""
+
+        self._write()
+
+    def begun(
+        self, number: int, start: FixedModel, reference: FixedModel, layout: dict[str, Any]
+    ) -> None:
+        """A step's data and models are settled; it is trained now."""
+        self._change(
+            number,
+            state="training",
+            start=start.identity,
+            reference=reference.identity,
+            layout=layout,
+        )
+
+    def completed(self, number: int, snapshot: Snapshot, metrics: dict[str, float]) -> None:
+        """A step's snapshot has its name. Metrics that are no number are left out."""
+        self._change(
+            number,
+            state="complete",
+            snapshot=snapshot.identity,
+            snapshot_bytes=snapshot.total_bytes,
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+        )
+
+    def clean(self, sdpo: SdpoConfig) -> None:
+        """Delete what complete steps need not keep, and what kills have left.
+
+        Raises:
+            CheckpointError: on every rank; the manifest cannot be written.
+        """
+        for number in superfluous_snapshots(self.manifest, sdpo):
+            self._change(number, is_removed=True)
+        if not is_first_rank():
+            return
+        for number, step in enumerate(self.manifest.steps, start=1):
+            clear_killed_snapshots(self.root, number)
+            if step.state == "complete" and not sdpo.keep_checkpoints:
+                delete_checkpoints(self.root, number)
+            if step.is_removed:
+                delete_snapshot(self.root, number)
+
+    def _change(self, number: int, **changes: Any) -> None:
+        self.manifest = self.manifest.with_step(number, **changes)
+        self._write()
+
+    def _write(self) -> None:
+        with agreeing("writing the manifest"):
+            if is_first_rank():
+                write_manifest(self.root, self.manifest)

@@ -1,0 +1,84 @@
+"""The steps of a run in a table: what each learnt from, and what its result is worth.
+
+From the manifest alone, so that it can be shown while a run goes on and long after it.
+"""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from megatron_idpo.sdpo.manifest import FIRST, Manifest, StepRecord
+from megatron_idpo.train.log_line import accuracy_told
+from megatron_idpo.train.metric_names import ACCURACY, EVAL, EVAL_PAIRS, MARGIN
+
+NOTHING = "–"
+HEADS = (
+    "step",
+    "state",
+    "pairs",
+    "accuracy",
+    "margin",
+    "accuracy vs first",
+    "margin vs first",
+    "snapshot",
+    "size",
+)
+_IN_A_TERMINAL = 7
+"""Columns that 80 characters have room for; `status` tells snapshots in lines of their own."""
+
+
+def cells(manifest: Manifest) -> list[tuple[str, ...]]:
+    """A row of `HEADS` for every step. Accuracies are of held-out pairs, with 95 % intervals."""
+    return [
+        (
+            str(number),
+            step.state,
+            f"{step.pairs:,}",
+            *_figures(step, ""),
+            *_figures(step, FIRST),
+            short_identity(step.snapshot) + (" (removed)" if step.is_removed else ""),
+            size_told(step.snapshot_bytes) if step.snapshot else NOTHING,
+        )
+        for number, step in enumerate(manifest.steps, start=1)
+    ]
+
+
+def terminal_table(manifest: Manifest) -> Table:
+    """The same for a terminal."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in HEADS[:_IN_A_TERMINAL]:
+        table.add_column(head, justify="left" if head == "state" else "right")
+    for row in cells(manifest):
+        table.add_row(*map(Text, row[:_IN_A_TERMINAL]))
+    return table
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def short_identity(identity: str | None) -> str:
+    """Enough of a hash to tell it from others by eye."""
+    return NOTHING if identity is None else identity[:12]
+
+
+def size_told(size_bytes: int) -> str:
+    """`538.0 MB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size_bytes >= unit:
+            return f"{size_bytes / unit:.1f} {name}"
+    return f"{size_bytes} bytes"
+
+
+def _figures(step: StepRecord, against: str) -> tuple[str, str]:
+    """Accuracy and margin against one reference."""
+    prefix = f"{against}{EVAL}"
+    accuracy, margin = (step.metrics.get(f"{prefix}{name}") for name in (ACCURACY, MARGIN))
+    if accuracy is None or margin is None:
+        return NOTHING, NOTHING
+    pairs = step.metrics.get(f"{against}{EVAL_PAIRS}")
+    return accuracy_told(accuracy, margin, pairs), f"{margin:+.3f}"
