@@ -9,16 +9,19 @@ ARGS ?=
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all check format clean
+.PHONY: help setup quickstart quickstart-sdpo test test-all check format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## find a Python, make .venv and install into it (does nothing when it is current)
 	@tools/setup.sh
 
 quickstart: setup ## train a real model on two CPU processes and see what came of it (minutes)
 	$(PYTHON_IN_VENV) tools/quickstart.py $(ARGS)
+
+quickstart-sdpo: setup ## the same in two steps, the second compared to the first one's result
+	$(PYTHON_IN_VENV) tools/quickstart.py examples/quickstart_sdpo.yaml $(ARGS)
 
 test: setup ## every CPU test but the exhaustive ones
 	$(PYTHON_IN_VENV) -m pytest -m "not exhaustive and not gpu" $(ARGS)

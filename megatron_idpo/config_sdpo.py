@@ -1,6 +1,6 @@
 """The section of stepwise DPO: how pairs are dealt to the steps, and what differs between steps.
 
-Fields only; pairs are dealt in `sdpo/slices.py`, and `sdpo/step_config.py` makes each step's
+Fields only; pairs are dealt in `sdpo/slices.py`, and `config_steps.py` makes each step's
 configuration of the whole one.
 """
 

@@ -110,7 +110,7 @@ def _told(error: ValueError, place: str) -> list[Problem]:
 
 
 def _reference_problems(config: "RunConfig") -> list[Problem]:
-    """References that would be another step's, or none."""
+    """References that would be another step's, or none; what no step keeps."""
     sdpo, source = config.sdpo, config.reference.source
     assert sdpo is not None
     found = []
@@ -121,6 +121,10 @@ def _reference_problems(config: "RunConfig") -> list[Problem]:
         kept = "sdpo.target = first" if sdpo.target == "first" else "sdpo.adapters = carry"
         told = f"is adapter_off, but with {kept} that is the first model in every step"
         found.append(Problem("reference.source", told, "use cache"))
+    if config.checkpoint.keep_best and not sdpo.keep_checkpoints:
+        told = "would not be read: a complete step's checkpoints are deleted"
+        remedy = "leave it out, or set sdpo.keep_checkpoints"
+        found.append(Problem("checkpoint.keep_best", told, remedy))
     if config.lora is None and sdpo.adapters == "carry":
         remedy = "leave it out, or add the section lora"
         found.append(Problem("sdpo.adapters", "is carry, but there are no adapters", remedy))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo import cli
+from megatron_idpo.config import SECTIONS, load_config
 from megatron_idpo.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -219,3 +220,35 @@ def test_kept_promises_are_left_alone(
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_figure_is_still_to_be_filled_in(path: Path) -> None:
     assert not re.findall(r"@[A-Z_]+@", path.read_text())
+
+
+def configurations(path: Path) -> list[str]:
+    """The YAML blocks of a document that are whole configurations."""
+    found = [block.text for block in blocks(path.read_text()) if block.language == "yaml"]
+    return [text for text in found if re.search("^model:", text, re.M)]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_configurations_in_documents_are_valid(path: Path, tmp_path: Path) -> None:
+    for text in configurations(path):
+        (tmp_path / "run.yaml").write_text(text)
+        load_config(tmp_path / "run.yaml", optional=SECTIONS)
+
+
+def test_what_is_told_of_the_section_sdpo_is_valid(tmp_path: Path) -> None:
+    """The ways to deal pairs out, in a table of fragments, and what a step may do otherwise."""
+    path = ROOT / "docs/sdpo.md"
+    document = path.read_text()
+    rows = re.findall(r"^\|[^|]+\|([^|]+steps: [^|]+)\|", document, re.M)
+    sections = [f"sdpo: {{{row.replace('`', '')}}}" for row in rows]
+    sections += [b.text for b in blocks(document) if b.text.startswith("sdpo:")]
+    assert len(sections) == 7
+    [whole] = configurations(path)
+    others = whole.replace("[easy.jsonl, hard.jsonl]", "[a.jsonl, b.jsonl, c.jsonl]")
+    others = re.sub("^sdpo: .*\n", "", others, flags=re.M)
+    assert "c.jsonl" in others and "sdpo:" not in others
+    for section in sections[:-1]:
+        (tmp_path / "run.yaml").write_text(f"{others}{section}\n")
+        assert load_config(tmp_path / "run.yaml", optional=SECTIONS).sdpo is not None
+    (tmp_path / "run.yaml").write_text(others.replace(", c.jsonl", "") + sections[-1])
+    load_config(tmp_path / "run.yaml", optional=SECTIONS)

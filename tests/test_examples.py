@@ -74,7 +74,7 @@ def world_size(words: list[str]) -> int:
 def test_there_are_examples() -> None:
     """Those that the README and the launchers name."""
     names = {"idpo_mistral_7b", "solar_10_7b", "llama3_8b", "llama3_70b", "qwen2_5_7b"}
-    assert names <= {path.stem for path in FOUND}
+    assert names | {"sdpo_solar_10b"} <= {path.stem for path in FOUND}
 
 
 @each_example
@@ -122,7 +122,7 @@ def test_a_header_that_counts_processes_counts_right(path: Path) -> None:
 def test_an_example_for_gpus_says_that_it_was_not_run(path: Path) -> None:
     """And counts its processes, and keeps to the model's own directory under runs/."""
     config, text = read(path), path.read_text()
-    if config.layout.tensor == config.layout.pipeline == 1 or path.stem == "quickstart":
+    if config.layout.tensor == config.layout.pipeline == 1 or path.stem.startswith("quickstart"):
         return
     assert SIZED in text and len(WORLD.findall(text)) == 1
     assert config.training.output == f"runs/{path.stem}"
@@ -139,3 +139,26 @@ def test_layers_in_comments_are_those_that_are_trained(path: Path) -> None:
     for first, second, of in LAYERS.findall(text):
         assert int(of) == model.num_layers
         assert tuple(int(layer) for layer in (first, second) if layer) == layers
+
+
+def test_the_example_of_sdpo_has_the_paper_s_steps() -> None:
+    """OpenOrca before UltraFeedback, each step from and against the one before it."""
+    config = read(EXAMPLES / "sdpo_solar_10b.yaml")
+    assert config.sdpo is not None
+    dealt = [
+        [config.data.train[number - 1].path for number in step.sources or ()]
+        for step in config.sdpo.steps
+    ]
+    assert [["orca" in name for name in names] for names in dealt] == [[True], [False]]
+    assert "ultrafeedback" in dealt[1][0]
+    assert config.sdpo.target == "previous"
+    assert config.objective.layers == ()
+
+
+def test_the_other_order_that_the_example_of_sdpo_tells_is_one() -> None:
+    """Its comment gives overrides."""
+    path = EXAMPLES / "sdpo_solar_10b.yaml"
+    [told] = re.findall(r"^ +# (sdpo\.order=.*)$", path.read_text(), re.M)
+    config = load_config(path, shlex.split(told), optional=SECTIONS)
+    assert config.sdpo is not None
+    assert config.sdpo.takes_whole_sources

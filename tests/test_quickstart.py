@@ -40,6 +40,15 @@ AFTER = {
 }
 
 
+SDPO = Path("examples/quickstart_sdpo.yaml")
+SNAPSHOT_FILE = "snapshots/step-1/metadata.json"
+LEAVES = {
+    "quickstart": ["hf", "adapter", "curves.png"],
+    "quickstart_sdpo": ["hf", "curves.png", "curriculum.md", "curriculum.png", SNAPSHOT_FILE],
+}
+"""What a run leaves, by its directory's name."""
+
+
 def pairs_of(name: str) -> list[Any]:
     config = load_config(ROOT / quickstart.CONFIG, optional=SECTIONS)
     [source] = getattr(config.data, name)
@@ -62,26 +71,30 @@ class Stage:
         self.commands: list[str] = []
         self.codes: dict[str, int] = {}
         self.asked: list[str] = []
-        self.leaves = ["hf", "adapter", "curves.png"]
+        self.lost: str | None = None
         (root / "examples" / "data").mkdir(parents=True)
-        for path in (quickstart.CONFIG, Path("examples/data/quickstart_held_out.jsonl")):
+        for path in (quickstart.CONFIG, SDPO, Path("examples/data/quickstart_held_out.jsonl")):
             (root / path).write_bytes((ROOT / path).read_bytes())
         monkeypatch.chdir(root)
         monkeypatch.setattr(quickstart, "ROOT", root)
         monkeypatch.setattr(quickstart, "run", self.run)
 
     def run(self, command: Sequence[str]) -> int:
-        program = "train" if "train" in command else Path(command[1]).stem
+        verbs = [word for word in ("train", "status") if word in command]
+        program = verbs[0] if verbs else Path(command[1]).stem
         self.commands.append(program)
         if program == "smollm2":
             (self.root / command[-1]).mkdir(parents=True, exist_ok=True)
         elif program == "compare_answers":
             self.asked = list(command[2:])
-        else:
-            output = self.root / "runs" / "quickstart"
+        elif program == "train":
+            [config] = (Path(word) for word in command if word.endswith(".yaml"))
+            output = self.root / "runs" / config.stem
             (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for name in self.leaves:
-                (output / name).touch()
+            for name in LEAVES[config.stem]:
+                if name != self.lost:
+                    (output / name).parent.mkdir(parents=True, exist_ok=True)
+                    (output / name).touch()
             records = "\n".join(map(json.dumps, (BEFORE, STEP, AFTER)))
             (output / "metrics.jsonl").write_text(f"{records}\n")
         return self.codes.get(program, 0)
@@ -120,11 +133,58 @@ def test_every_path_that_is_told_exists(stage: Stage, capsys: pytest.CaptureFixt
 def test_a_file_that_training_did_not_leave_is_not_promised(
     stage: Stage, lost: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stage.leaves.remove(lost)
+    stage.lost = lost
     assert quickstart.main([]) == 2
     told = capsys.readouterr()
     assert f"training left no runs/quickstart/{lost}" in told.err
     assert "for Transformers" not in told.out
+
+
+def test_in_steps_it_ends_with_what_became_of_each(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quickstart.main([str(SDPO)]) == 0
+    assert stage.commands == ["smollm2", "train", "compare_answers", "status"]
+    assert stage.asked[:2] == ["runs/smollm2", "runs/quickstart_sdpo/hf"]
+    told = capsys.readouterr().out
+    assert f"train {SDPO}" in told
+    assert "runs/quickstart_sdpo/curriculum.png" in told
+    assert "margin 0" in told
+    assert "runs/quickstart_sdpo/adapter" not in told
+    paths = {word for word in told.split() if word.startswith("runs/")}
+    assert paths >= {"runs/quickstart_sdpo/snapshots/step-1"}
+    for path in paths - {"runs/quickstart_sdpo-step-1"}:  # what a told command will write
+        assert (stage.root / path).exists(), path
+
+
+@pytest.mark.parametrize("lost", LEAVES["quickstart_sdpo"])
+def test_in_steps_too_only_what_is_there_is_promised(
+    stage: Stage, lost: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.lost = lost
+    assert quickstart.main([str(SDPO)]) == 2
+    assert f"training left no runs/quickstart_sdpo/{lost}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["sdpo.adapters=carry", "sdpo.keep_snapshots=last"])
+def test_a_snapshot_that_is_no_model_or_goes_is_not_offered(
+    stage: Stage, override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.lost = SNAPSHOT_FILE
+    assert quickstart.main([str(SDPO), override]) == 0
+    assert "megatron-to-hf" not in capsys.readouterr().out
+
+
+def test_its_two_steps_are_as_long_as_the_run_in_one() -> None:
+    plain, stepped = (
+        load_config(ROOT / path, optional=SECTIONS) for path in (quickstart.CONFIG, SDPO)
+    )
+    assert stepped.sdpo is not None
+    pairs, batch = len(pairs_of("train")), stepped.training.global_batch_pairs
+    steps = [round(pairs * (step.fraction or 0)) // batch for step in stepped.sdpo.steps]
+    assert sum(steps) == pairs // plain.training.global_batch_pairs
+    for section in ("model", "data", "objective", "lora", "layout", "optimizer"):
+        assert getattr(stepped, section) == getattr(plain, section), section
 
 
 def test_a_second_call_says_that_it_goes_on(
@@ -184,6 +244,21 @@ def test_every_command_is_one_that_the_program_takes() -> None:
         assert read.layout.pipeline == quickstart.PROCESSES
     assert read.objective.layers == ()
     assert read.training.output != config.training.output
+
+
+def test_every_command_in_steps_is_one_that_the_program_takes() -> None:
+    output = RunDirectory(Path("runs/quickstart_sdpo"))
+    train = quickstart.training_command([], SDPO)
+    for command in (
+        train,
+        quickstart.status_command(output),
+        quickstart.status_command(output, "--check"),
+        quickstart.snapshot_command(output),
+    ):
+        cli.build_parser().parse_args(command[command.index("megatron_idpo") + 1 :])
+    config = load_config(ROOT / train[-1], optional=SECTIONS)
+    assert config.layout.pipeline == quickstart.PROCESSES
+    assert Path(config.training.output) == output.root
 
 
 def test_a_program_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

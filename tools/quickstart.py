@@ -1,12 +1,12 @@
 """The quickstart: a real model, trained here and now, and what came of it.
 
-    make quickstart                                      or, after `make setup`,
-    .venv/bin/python tools/quickstart.py [section.field=value ...]
+    make quickstart, make quickstart-sdpo                or, after `make setup`,
+    .venv/bin/python tools/quickstart.py [CONFIG.yaml] [section.field=value ...]
 
-Makes the model (`smollm2.py`), trains it as `examples/quickstart.yaml` says on two processes, lets
-the model from before and the one from after answer a question that neither was trained on, and ends
-with figures and commands. What it says is read from files that are there; a second call goes on
-where the first one ended.
+Makes the model (`smollm2.py`), trains it on two processes as `examples/quickstart.yaml` says, or
+another configuration that is named first, lets the model from before and the one from after answer
+a question that neither was trained on, and ends with figures and commands. What it says is read
+from files that are there; a second call goes on where the first one ended.
 """
 
 import json
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 
 from megatron_idpo.config import SECTIONS, RunConfig, load_config
+from megatron_idpo.config_sdpo import SdpoConfig
 from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_idpo.train.log_line import accuracy_told, clock_time
 from megatron_idpo.train.metric_names import (
@@ -43,6 +44,14 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 CONFIG: Final = Path("examples/quickstart.yaml")
 REQUIRED: Final = ("model", "data", "training")
 PROCESSES: Final = 2
+SNAPSHOT: Final = Path("snapshots/step-1")
+"""Of a run in steps: the first one's result, by its place in `training.output`."""
+
+AGAINST_FIRST: Final = (
+    "Against itself the first model has margin 0, and every pair is a tie: the columns `vs first`\n"
+    "say what was gained since. The others compare each step to the one before it."
+)
+
 QUESTION: Final = 31
 """Which held-out question is asked, from 1: one whose answers are short, as it says."""
 
@@ -52,10 +61,13 @@ EXIT_INTERRUPTED: Final = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Everything, in order; returns the exit code."""
     overrides = sys.argv[1:] if argv is None else list(argv)
+    path = CONFIG
+    if overrides and overrides[0].endswith(".yaml") and "=" not in overrides[0]:
+        path = Path(overrides.pop(0))
     os.chdir(ROOT)  # the paths in the configuration are the checkout's
     console = Console(highlight=False)
     try:
-        return quickstart(console, overrides)
+        return quickstart(console, overrides, path)
     except UserError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -63,51 +75,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def quickstart(console: Console, overrides: Sequence[str]) -> int:
-    """The steps; returns 0, or the exit code of the one that failed.
+def quickstart(console: Console, overrides: Sequence[str], path: Path = CONFIG) -> int:
+    """The parts; returns 0, or the exit code of the one that failed.
 
     Raises:
         UserError: the configuration is wrong, or something that should be there is not.
     """
-    config = load_config(
-        CONFIG, overrides, required=("model", "data", "training"), optional=SECTIONS
-    )
+    config = load_config(path, overrides, required=REQUIRED, optional=SECTIONS)
     root = Path(config.training.output)
     began = time.perf_counter()
 
-    step(console, "1. The model")
+    heading(console, "1. The model")
     if code := run(smollm2_command(config)):
         return code
 
-    step(console, "2. Training")
+    heading(console, "2. Training")
     if root.exists():
         console.print(
             f"{root} is there: training goes on from where it was, and where it had ended "
             f"nothing is trained again. To begin anew: rm -r {root}",
             soft_wrap=True,
         )
-    command = training_command(overrides)
+    command = training_command(overrides, path)
     console.print(shown(command), soft_wrap=True)
     if code := run(command):
         return code
     from megatron_idpo.train.output import RunDirectory  # torch: when training needs no memory
 
     output = RunDirectory(root)
-    lines = [*figures(read_metrics(output.metrics)), "", *uses(config, output)]
+    if config.sdpo is None:
+        lines = [*figures(read_metrics(output.metrics)), "", *uses(config, output)]
+    else:
+        lines = [AGAINST_FIRST, "", *uses_of_steps(config.sdpo, config, output)]
 
-    step(console, f"3. Held-out question {QUESTION} (picked for its short answers, not at random)")
+    title = f"3. Held-out question {QUESTION} (picked for its short answers, not at random)"
+    heading(console, title)
     if code := run(ask_command(config, output)):
         return code
 
-    step(console, "4. What came of it")
+    heading(console, "4. What came of it")
+    if config.sdpo is not None and (code := run(status_command(output))):
+        return code
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
     console.print(f"\nThe quickstart took {clock_time(time.perf_counter() - began)}.")
     return 0
 
 
-def step(console: Console, title: str) -> None:
-    """A heading."""
+def heading(console: Console, title: str) -> None:
+    """What comes now."""
     console.print(f"\n[bold]{title}[/bold]")
 
 
@@ -143,10 +159,10 @@ def smollm2_command(config: RunConfig) -> list[str]:
     return [python(), "tools/smollm2.py", config.model.path]
 
 
-def training_command(overrides: Sequence[str]) -> list[str]:
+def training_command(overrides: Sequence[str], path: Path = CONFIG) -> list[str]:
     """`torchrun`, by its module: the script beside Python breaks when a checkout is moved."""
     launcher = [python(), "-m", "torch.distributed.run", "--standalone"]
-    train = ["-m", "megatron_idpo", "train", str(CONFIG), *overrides]
+    train = ["-m", "megatron_idpo", "train", str(path), *overrides]
     return [*launcher, f"--nproc-per-node={PROCESSES}", *train]
 
 
@@ -168,6 +184,17 @@ def plain_dpo_command(output: "RunDirectory") -> list[str]:
     """The same training without intermediate layers, beside the other."""
     plain = ["objective.layers=[]", "objective.intermediate_weight=0"]
     return training_command([*plain, f"training.output={output.root}-plain-dpo"])
+
+
+def status_command(output: "RunDirectory", *options: str) -> list[str]:
+    """Shows what has become of each step, with its figures."""
+    return [python(), "-m", "megatron_idpo", "sdpo", "status", str(output.root), *options]
+
+
+def snapshot_command(output: "RunDirectory") -> list[str]:
+    """Makes a Hugging Face model of step 1's snapshot."""
+    convert = ["-m", "megatron_idpo", "convert", "megatron-to-hf"]
+    return [python(), *convert, str(output.root / SNAPSHOT), f"{output.root}-step-1"]
 
 
 def shown(command: Sequence[str]) -> str:
@@ -223,20 +250,57 @@ def uses(config: RunConfig, output: "RunDirectory") -> list[str]:
     Raises:
         ConfigError: a file that would be named is not there.
     """
-    model = Path(config.model.path)
-    ask, plain = ask_command(config, output), plain_dpo_command(output)
+    plain = plain_dpo_command(output)
+    return told(
+        output,
+        [
+            Use("the model for Transformers, adapters merged", f"  {output.hf}", (output.hf,)),
+            Use("the adapter for PEFT", f"  {output.adapter}", (output.adapter,)),
+            Use("how training went", f"  {output.curves}", (output.curves, output.metrics)),
+            _ask_use(config, output),
+            Use("the same without intermediate layers", shown(plain), (CONFIG,)),
+        ],
+    )
+
+
+def uses_of_steps(sdpo: SdpoConfig, config: RunConfig, output: "RunDirectory") -> list[str]:
+    """The same of a run in steps.
+
+    Raises:
+        ConfigError: a file that would be named is not there.
+    """
+    report, picture = output.root / "curriculum.md", output.root / "curriculum.png"
     found = [
         Use("the model for Transformers, adapters merged", f"  {output.hf}", (output.hf,)),
-        Use("the adapter for PEFT", f"  {output.adapter}", (output.adapter,)),
-        Use("how training went", f"  {output.curves}", (output.curves, output.metrics)),
-        Use("ask both another question", shown(ask), (model, output.hf)),
-        Use("the same without intermediate layers", shown(plain), (CONFIG,)),
+        Use("what each step got and gained", f"  {picture}", (picture,)),
+        Use("the same in words", f"  {report}", (report,)),
+        Use("how training went, step after step", f"  {output.curves}", (output.curves,)),
+        _ask_use(config, output),
     ]
-    missing = [str(path) for use in found for path in use.files if not path.exists()]
+    if sdpo.keep_snapshots == "all" and (config.lora is None or sdpo.adapters == "merge"):
+        command, file = snapshot_command(output), output.root / SNAPSHOT / "metadata.json"
+        found.append(Use("the model after step 1, for Transformers", shown(command), (file,)))
+    check = status_command(output, "--check")
+    found.append(Use("whether a byte of a snapshot has changed", shown(check), (output.root,)))
+    return told(output, found)
+
+
+def told(output: "RunDirectory", uses: Sequence[Use]) -> list[str]:
+    """Lines about uses.
+
+    Raises:
+        ConfigError: a file that would be named is not there.
+    """
+    missing = [str(path) for use in uses for path in use.files if not path.exists()]
     if missing:
-        told = f"training left no {', '.join(missing)}"
-        raise ConfigError.at("training.output", told, f"remove {output.root} and run this again")
-    return [line for use in found for line in (f"{use.purpose}:", use.how)]
+        lacking = f"training left no {', '.join(missing)}"
+        raise ConfigError.at("training.output", lacking, f"remove {output.root} and run this again")
+    return [line for use in uses for line in (f"{use.purpose}:", use.how)]
+
+
+def _ask_use(config: RunConfig, output: "RunDirectory") -> Use:
+    ask = shown(ask_command(config, output))
+    return Use("ask both another question", ask, (Path(config.model.path), output.hf))
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ from megatron_idpo.sdpo.curriculum import (
     Curriculum,
     deal_pairs,
     score_first_model,
+    step_layers,
     write_curriculum,
 )
-from megatron_idpo.sdpo.manifest import FILE as MANIFEST
-from megatron_idpo.sdpo.manifest import Manifest, StepRecord
+from megatron_idpo.sdpo.manifest import FILE, Manifest, StepRecord, read_manifest
 from megatron_idpo.sdpo.manifest_file import ManifestFile
 from megatron_idpo.sdpo.report import report_steps
 from megatron_idpo.sdpo.retention import snapshot_directory
@@ -88,6 +88,7 @@ def train_in_steps(config: RunConfig) -> int:
             gc.collect()  # models hold themselves in circles, and the next step needs the memory
         run.manifest.clean(sdpo_of(config))
         report_steps(output, run.manifest.manifest, show=world.is_first)
+        tell_missing_export(run)
     return 0
 
 
@@ -116,6 +117,7 @@ def assemble_steps(
     with agreeing("writing the curriculum"):
         if world.is_first:
             write_curriculum(curriculum, output.root / TABLE)
+    num_layers = model.source.architecture.num_layers
     planned = Manifest(
         model=config.model.path,
         model_identity=first.identity,
@@ -123,28 +125,20 @@ def assemble_steps(
         target=sdpo.target,
         adapters=None if config.lora is None else sdpo.adapters,
         accuracy=curriculum.accuracy(),
-        steps=tuple(_planned(config, number, pairs, curriculum) for number in numbers),
+        steps=tuple(_planned(config, number, pairs, curriculum, num_layers) for number in numbers),
     )
     manifest = ManifestFile(output.root, planned)
     return SteppedRun(config, world, output, pairs, first, scores, curriculum, manifest)
 
 
 def steps_to_train(run: SteppedRun) -> list[int]:
-    """The numbers of the steps that are not complete, in order.
-
-    Raises:
-        ConfigError: `sdpo.only` names one that another one has to precede, or that is complete.
-    """
-    manifest, only = run.manifest.manifest, sdpo_of(run.config).only
-    if only is None:
-        return [n for n, step in enumerate(manifest.steps, 1) if step.state != "complete"]
-    following = manifest.next_step
-    if following is None or only < following:
-        return []
-    if only > following:
-        told = f"is {only}, but step {following} is not complete"
-        raise ConfigError.at("sdpo.only", told, f"run step {following} first, or leave it out")
-    return [only]
+    """The numbers of the steps that are not complete, in order; of `sdpo.only`, if that is one."""
+    steps, only = run.manifest.manifest.steps, sdpo_of(run.config).only
+    return [
+        number
+        for number, step in enumerate(steps, start=1)
+        if step.state != "complete" and only in (None, number)
+    ]
 
 
 def train_step(run: SteppedRun, number: int, wish: StopWish) -> int:
@@ -218,16 +212,35 @@ def models_of_step(run: SteppedRun, number: int) -> tuple[FixedModel, FixedModel
     return reference, reference
 
 
+def tell_missing_export(run: SteppedRun) -> None:
+    """Where a result is wanted that was not while the last step was in memory: how to make it."""
+    last, output = len(run.manifest.manifest.steps), run.output
+    is_wanted = run.config.training.export and run.manifest.manifest.next_step is None
+    if not (is_wanted and run.world.is_first) or output.hf.exists():
+        return
+    snapshot = snapshot_directory(output.root, last)
+    if run.manifest.manifest.adapters == "carry":
+        print(f"there is no {output.hf}; the adapter for PEFT is in {snapshot}", flush=True)
+        return
+    command = f"megatron-idpo convert megatron-to-hf {snapshot} {output.hf}"
+    print(f"there is no {output.hf}; to make it: {command}", flush=True)
+
+
 def sdpo_of(config: RunConfig) -> SdpoConfig:
     """The section, which is there."""
     assert config.sdpo is not None
     return config.sdpo
 
 
-def _planned(config: RunConfig, number: int, pairs: RunPairs, curriculum: Curriculum) -> StepRecord:
+def _planned(
+    config: RunConfig, number: int, pairs: RunPairs, curriculum: Curriculum, num_layers: int
+) -> StepRecord:
     """A step that has not begun."""
     step, slice_K = step_config(config, number), curriculum.slices[number - 1]
     dumped = step.model_dump(mode="json")
+    dumped["objective"]["layers"] = list(step_layers(config, number, num_layers))
+    if dumped["lora"] is not None:
+        del dumped["lora"]["adapter"]  # a path; what it holds is in the first model's identity
     learnt = {
         f"{section}.{name}": value
         for section in ("objective", "lora")
@@ -242,9 +255,18 @@ def _planned(config: RunConfig, number: int, pairs: RunPairs, curriculum: Curric
 
 
 def _refuse_to_go_on(config: RunConfig, output: RunDirectory) -> None:
-    """A run that was to be a new one does not go on with another."""
-    if config.checkpoint.resume == "never" and (output.root / MANIFEST).exists():
-        told = f"has a manifest already: {output.root / MANIFEST}"
+    """Refuse to go on where a new run was wanted, and a step whose turn has not come.
+
+    Raises:
+        UserError: naming which.
+    """
+    found, only = read_manifest(output.root), sdpo_of(config).only
+    following = found.next_step if found else 1
+    if only is not None and following is not None and only > following:
+        told = f"is {only}, but step {following} is not complete"
+        raise ConfigError.at("sdpo.only", told, f"run step {following} first, or leave it out")
+    if config.checkpoint.resume == "never" and found:
+        told = f"has a manifest already: {output.root / FILE}"
         remedy = "name another directory, or set checkpoint.resume to auto to go on from it"
         raise ConfigError.at("training.output", told, remedy)
 

@@ -4,6 +4,7 @@ From the manifest alone, so that it can be shown while a run goes on and long af
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from rich import box
 from rich.table import Table
@@ -47,9 +48,10 @@ def cells(manifest: Manifest) -> list[tuple[str, ...]]:
 
 def terminal_table(manifest: Manifest) -> Table:
     """The same for a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for head in HEADS[:_IN_A_TERMINAL]:
-        table.add_column(head, justify="left" if head == "state" else "right")
+        justify: Literal["left", "right"] = "left" if head == "state" else "right"
+        table.add_column(head.replace(" vs ", "\nvs "), justify=justify)
     for row in cells(manifest):
         table.add_row(*map(Text, row[:_IN_A_TERMINAL]))
     return table

@@ -3,7 +3,7 @@
 Run as `python -m tests.sdpo.crash_trials CONFIG OUTPUT ANSWERS WHICH TRIALS`. Everything is
 imported once; each start is a fork, so that there can be many. First an unbroken run counts its
 calls of the file system below its output: between two of them nothing on the disk changes, so these
-are all the moments there are. Then, for each of `TRIALS` of these moments, a new run is killed there
+are all the moments there are. Then, for each of TRIALS of these moments, a new run is killed there
 and started again until it ends. WHICH chooses among them: `all`, or `transitions` for those at the
 manifest and the snapshots alone. Prints a line of JSON for the unbroken run and for each trial.
 """

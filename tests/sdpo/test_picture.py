@@ -117,7 +117,9 @@ def test_any_run_can_be_drawn(tmp_path: Path, drawn: list[Figure], run: Manifest
 
 
 def test_a_long_name_keeps_its_end(tmp_path: Path, drawn: list[Figure]) -> None:
-    draw_curriculum(manifest("pending", accuracy={"x" * 40 + "/b.jsonl": 0.5}), tmp_path / "c.png")
+    name = "x" * 40 + "/b.jsonl"
+    run = manifest(steps=(record(1, sources={name: 5}),), accuracy={name: 0.5})
+    draw_curriculum(run, tmp_path / "c.png")
     (told,) = [text.get_text() for text in drawn[0].axes[1].get_yticklabels()]
     assert told.startswith("…x") and told.endswith("x/b.jsonl") and len(told) == 28
 

@@ -1,6 +1,9 @@
 """Runs of several steps: what each step starts from and is compared to, in whatever layout."""
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,7 +192,7 @@ def test_one_step_at_a_time(tiny: Files, workers: Any, tmp_path: Path) -> None:
     def one(number: int) -> str:
         return stepped_config(tiny, parts, steps=THREE_STEPS, sdpo={"only": number})
 
-    with pytest.raises(ConfigError, match="sdpo.only: is 2, but step 1 is not complete"):
+    with pytest.raises(ConfigError, match=r"sdpo\.only: is 2, but step 1 is not complete"):
         workers.run(run, 1, one(2))
     for number in (1, 2, 3):
         assert workers.run(run, 1, one(number))[0].code == 0
@@ -211,6 +214,22 @@ def test_stopped_in_a_step_it_goes_on_there(
     [done] = workers.run(run, 1, file, CountSteps())
     assert done.code == 0 and done.found["steps"] == [4, 1, 2, 3, 4]
     assert snapshots(output) == snapshots(finished(kind)[0])
+
+
+def test_a_result_that_is_not_there_any_more(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    """All is complete: nothing is trained, and how to make it again is told."""
+    output = tmp_path / "run"
+    file = stepped_config(tiny, output, "full")
+    assert workers.run(run, 1, file)[0].code == 0
+    before = exported(output)
+    shutil.rmtree(output / "hf")
+    [again] = workers.run(run, 1, file, CountSteps())
+    assert again.code == 0 and again.found["steps"] == []
+    command = again.printed.strip().splitlines()[-1].partition("to make it: ")[2].split()
+    assert command[:3] == ["megatron-idpo", "convert", "megatron-to-hf"]
+    ended = subprocess.run([sys.executable, "-m", "megatron_idpo", *command[1:]], check=False)
+    assert ended.returncode == 0
+    assert relative_difference(exported(output), before) == 0.0
 
 
 def test_older_snapshots_go_where_only_the_last_is_wanted(
@@ -239,8 +258,9 @@ def test_a_changed_byte_is_refused_and_named(
     data[len(data) // 2] ^= 1
     path.chmod(0o600)
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"{path.name}.*has been changed"):
+    with pytest.raises(CheckpointError, match="has been changed") as raised:
         workers.run(run, 1, stepped_config(tiny, output, "full"))
+    assert str(path) in str(raised.value)
     assert not (output / "step-2" / "metrics.jsonl").exists()
 
 

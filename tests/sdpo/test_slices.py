@@ -1,6 +1,7 @@
 """Dealing pairs: each in one step, shares as wanted, the easiest first, always the same."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_pairs_are_lined_up_from_easy_to_hard(measure, margin_P, num_steps):
     sdpo = section([{}] * num_steps, order="easy_to_hard", by="pair", measure=measure)
     slices = dealt(sdpo, margin_P)
     values = margin_P if measure == "margin" else [float(margin > 0) for margin in margin_P]
-    for before, after in zip(slices, slices[1:], strict=False):
+    for before, after in pairwise(slices):
         last = max((-values[pair], pair) for pair in before)
         assert last < min((-values[pair], pair) for pair in after)
 
@@ -189,8 +190,8 @@ def test_the_mean_of_a_source_without_pairs_is_no_number():
 # The section, the pairs' sources, the step without pairs, what to do.
 EMPTY: dict[str, tuple[SdpoConfig, list[int], int, str]] = {
     "a small fraction": (
-        section([{"fraction": 0.45}, {"fraction": 0.1}, {"fraction": 0.45}]),
-        [0, 0, 0],
+        section([{"fraction": 0.5}, {"fraction": 0.1}, {"fraction": 0.4}]),
+        [0, 0, 0, 0],
         1,
         "give it a larger fraction",
     ),

@@ -1,0 +1,295 @@
+"""What a cached reference costs: time of a step and peak memory, against none and against SFT.
+
+    python benchmarks/reference_cost.py --model DIR --data FILE [--save]
+
+DPO with LoRA (rank 16 on all linears) on a real small model, 8 pairs per step.
+
+* **Time**: one process, one policy. Every batch is trained on once with each reference, in turns
+  that change from batch to batch, so that whatever slows the machine slows all alike. Told are the
+  median and the range of the steps' ratios to `none`, in wall time and in CPU time.
+* **Memory**: a process for each kind, the whole of it: most resident memory, libraries, loading,
+  for `cache` also the computing of the cache, included. `sft` is supervised fine-tuning of the same
+  adapter on the same rows by megatron-core's own model and loss, which has logits of every
+  position; its labels are the answers' tokens.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_trl import LIBRARIES, commit, processor
+from torch import Tensor
+from trl_case import Clock
+from trl_data import choose_records
+
+from megatron_idpo.cli_train import OPTIONAL, REQUIRED
+from megatron_idpo.config import load_config
+from megatron_idpo.config_yaml import write_yaml
+from megatron_idpo.data.batches import Batch
+from megatron_idpo.mcore.random import seed_step
+from megatron_idpo.mcore.schedule import run_schedule
+from megatron_idpo.mcore.world import joined_world, running
+from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+from megatron_idpo.reference.live import NoReference
+from megatron_idpo.train.output import opened
+from megatron_idpo.train.run import Run, assemble, prepare
+from megatron_idpo.train.step import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH_PAIRS = 8
+KINDS = ("none", "cache", "sft")
+TIMED = ("none", "cache", "adapter_off")
+
+
+@dataclass(frozen=True)
+class Step:
+    """How long one step took."""
+
+    wall_s: float
+    cpu_s: float
+
+
+@contextmanager
+def assembled(options: argparse.Namespace, source: str, directory: Path) -> Iterator[Run]:
+    """A run as `train` has it before its first step, its cache computed if it has one."""
+    config = {
+        "model": {"path": options.model, "dtype": options.dtype},
+        "data": {
+            "train": str(directory / "records.jsonl"),
+            "row_tokens": options.row_tokens,
+            "trim_tokens": 32,
+            "max_length": options.max_length,
+            "cache": str(directory / "tokens"),
+            "num_workers": 1,
+        },
+        "objective": {"beta": 0.1, "layers": options.layers},
+        "reference": {"source": source},
+        "lora": {"rank": 16, "alpha": 16.0},
+        "optimizer": {"lr": 5e-4, "schedule": "constant"},
+        "training": {
+            "output": str(directory / source),
+            "global_batch_pairs": BATCH_PAIRS,
+            "start_check": False,
+        },
+    }
+    file = directory / f"{source}.yaml"
+    file.write_text(write_yaml(config))
+    loaded = load_config(file, required=REQUIRED, optional=OPTIONAL)
+    with joined_world() as world, opened(Path(loaded.training.output)) as output:
+        prepared = prepare(loaded, world)
+        with running(loaded.layout.layout(), loaded.training.seed):
+            yield assemble(loaded, world, output, prepared)
+
+
+# ---- time ---------------------------------------------------------------------------------------
+
+
+def timed_steps(options: argparse.Namespace, directory: Path) -> dict[str, list[Step]]:
+    """Every batch with every reference; the first batch warms up and is left out."""
+    with assembled(options, "cache", directory) as run:
+        from megatron_idpo.train.build import build_reference
+
+        policy = run.trainer.policy
+        live = run.config.reference.model_copy(update={"source": "adapter_off"})
+        with_live = run.config.model_copy(update={"reference": live})
+        references: dict[str, Any] = {
+            "none": NoReference(),
+            "cache": run.trainer.reference,
+            "adapter_off": build_reference(with_live, policy, run.reference, show_progress=False),
+        }
+        trainers = {
+            name: Trainer(policy, references[name], run.trainer.objective, 0, run.trainer.place)
+            for name in TIMED
+        }
+        steps: dict[str, list[Step]] = {name: [] for name in TIMED}
+        for number, batch in enumerate(run.batches):
+            turn = number % len(TIMED)
+            for name in (*TIMED[turn:], *TIMED[:turn]):
+                begun = time.perf_counter(), time.process_time()
+                trainers[name].step(batch, number + 1, lr=1e-6)
+                ended = time.perf_counter(), time.process_time()
+                steps[name].append(Step(ended[0] - begun[0], ended[1] - begun[1]))
+                print(f"batch {number} {name}: {steps[name][-1].wall_s:.1f} s", file=sys.stderr)
+        return {name: found[1:] for name, found in steps.items()}
+
+
+def ratios(steps: dict[str, list[Step]], name: str, clock: Callable[[Step], float]) -> list[float]:
+    """Of each batch's step to the same batch's without a reference."""
+    pairs = zip(steps[name], steps["none"], strict=True)
+    return [clock(one) / clock(plain) for one, plain in pairs]
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def peak_bytes(kind: str, options: argparse.Namespace, directory: Path) -> int:
+    """Train on all records in this process; its highest resident memory."""
+    clock = Clock()
+    source = "none" if kind == "sft" else kind
+    with assembled(options, source, directory) as run:
+        step = partial(_sft_step, run) if kind == "sft" else partial(_dpo_step, run)
+        if kind == "sft":
+            run.trainer.policy.dpo.detach()
+        clock.start()
+        for number, batch in enumerate(run.batches, start=1):
+            step(batch, number)
+            clock.step_done()
+    return clock.measured(losses=[], tokens=[], positions=0).peak_bytes
+
+
+def _dpo_step(run: Run, batch: Batch, number: int) -> None:
+    run.trainer.step(batch, number, lr=1e-6)
+
+
+def _sft_step(run: Run, batch: Batch, number: int) -> None:
+    """megatron-core's own forward pass and loss, averaged over the answers' tokens."""
+    trainable = run.trainer.policy.trainable
+    seed_step(0, number)
+    trainable.begin_step()
+    targets = sum(len(row.target_tokens_N) for row in batch.rows)
+    micro_batches = [_labelled(row) for row in batch.rows]
+
+    def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Tensor, Any]:
+        tokens_1T, labels_1T, mask_1T, params = next(iterator)
+        losses_1T = chunk(
+            tokens_1T, params.position_ids_T[None], None, labels=labels_1T, packed_seq_params=params
+        )
+
+        def loss(output_1T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return (output_1T * mask_1T).sum() * (len(batch.rows) / targets), {}
+
+        return losses_1T, loss
+
+    model = trainable.model
+    model[0].module.config.finalize_model_grads_func = None
+    for chunk in model:
+        chunk.train()
+    run_schedule(forward_step, micro_batches, model, row_tokens=batch.row_tokens, training=True)
+    trainable.step(1e-6)
+
+
+def _labelled(row: Any) -> tuple[Tensor, Tensor, Tensor, MicroBatch]:
+    """Tokens, labels at the positions that predict an answer's token, their mask, the structure."""
+    tensors = row.tensors(torch.device("cpu"))
+    labels_T = torch.zeros_like(tensors.tokens_T)
+    mask_T = torch.zeros(len(labels_T))
+    labels_T[tensors.target_positions_N] = tensors.target_tokens_N
+    mask_T[tensors.target_positions_N] = 1.0
+    params = MicroBatch(
+        position_ids_T=tensors.position_ids_T,
+        spans_G4=tensors.spans_G4,
+        targets=Targets(
+            tensors.target_positions_N,
+            tensors.target_tokens_N,
+            tensors.target_sequences_N,
+            tensors.num_pairs,
+        ),
+    )
+    return tensors.tokens_T[None], labels_T[None], mask_T[None], params
+
+
+# ---- reporting ----------------------------------------------------------------------------------
+
+
+def in_a_process(what: str, directory: Path) -> Any:
+    """This script's answer to a part of the job."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--part", what, "--directory"]
+    done = subprocess.run([*command, str(directory)], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(steps: dict[str, list[Step]], peaks: dict[str, int], options: Any) -> str:
+    """The page that `--save` keeps."""
+    from importlib.metadata import version
+
+    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    lines = [
+        "# What a cached reference costs",
+        "",
+        f"{date.today()}, {processor()}, {options.threads} threads; {versions}; commit {commit()}. "
+        f"{options.pairs} pairs of at most {options.max_length} tokens in rows of at most "
+        f"{options.row_tokens}, {options.dtype}, layers {options.layers}; SmolLM2-135M, LoRA rank "
+        "16. What is measured, and how, stands in `benchmarks/reference_cost.py`.",
+        "",
+        "| reference | step, s | step / none: median | lowest | highest | of CPU time: median |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in TIMED:
+        wall = ratios(steps, name, lambda step: step.wall_s)
+        cpu = ratios(steps, name, lambda step: step.cpu_s)
+        seconds = statistics.median(step.wall_s for step in steps[name])
+        lines.append(
+            f"| {name} | {seconds:.2f} | **{statistics.median(wall):.3f}** | {min(wall):.3f} "
+            f"| {max(wall):.3f} | {statistics.median(cpu):.3f} |"
+        )
+    lines += ["", "| kind | peak GB | / sft |", "|---|---|---|"]
+    lines += [
+        f"| {kind} | {peaks[kind] / 1e9:.2f} | {peaks[kind] / peaks['sft']:.2f} |" for kind in KINDS
+    ]
+    return "\n".join([*lines, ""])
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face directory of SmolLM2-135M")
+    parser.add_argument("--data", type=Path, required=True, help="a jsonl file of pairs")
+    parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--row-tokens", type=int, default=832)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--layers", type=json.loads, default=[15], metavar="[15]")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, and save if asked."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    if options.part == "time":
+        found = timed_steps(options, options.directory)
+        print(json.dumps({n: [[s.wall_s, s.cpu_s] for s in each] for n, each in found.items()}))
+        return
+    if options.part:
+        print(json.dumps(peak_bytes(options.part, options, options.directory)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        records = Path(name) / "records.jsonl"
+        choose_records(options.data, records, options.model, options.max_length, options.pairs)
+        peaks = {}
+        for kind in KINDS:
+            own = Path(name) / kind
+            own.mkdir()
+            (own / records.name).write_bytes(records.read_bytes())
+            peaks[kind] = in_a_process(kind, own)
+            print(f"{kind}: {peaks[kind] / 1e9:.2f} GB", file=sys.stderr)
+        told = in_a_process("time", Path(name))
+    steps = {name: [Step(*each) for each in found] for name, found in told.items()}
+    text = report(steps, peaks, options)
+    print(text)
+    if options.save:
+        hardware = "-".join("".join(c if c.isalnum() else " " for c in processor()).split())
+        target = ROOT / "benchmarks" / "results" / f"reference-cost_{date.today()}_{hardware}.md"
+        target.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The first model's scores, and what is dealt out after them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_idpo.errors import ConfigError, DataError
+
+from ..train.tiny_run import NUM_LAYERS
+from .stepped_run import THREE_STEPS, Files, cached_logps, manifest_of, run, stepped_config
+
+pytestmark = pytest.mark.distributed
+
+
+def table(output: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(output / "curriculum.parquet").to_pandas()
+
+
+def two_sources(tiny: Files, directory: Path) -> list[str]:
+    """The training pairs in two files, 16 and 8."""
+    lines = tiny.train.read_text().splitlines(keepends=True)
+    names = [directory / "first.jsonl", directory / "second.jsonl"]
+    names[0].write_text("".join(lines[:16]))
+    names[1].write_text("".join(lines[16:]))
+    return [str(name) for name in names]
+
+
+def test_it_is_scored_once_at_every_layer_of_any_step(
+    tiny: Files, workers: Any, tmp_path: Path
+) -> None:
+    """And step 1's reference is taken from it, to the bit, without another pass."""
+    from megatron_idpo.sdpo.table import HEADS
+
+    output = tmp_path / "run"
+    [outcome] = workers.run(run, 1, stepped_config(tiny, output, steps=THREE_STEPS))
+    assert outcome.code == 0, outcome.printed
+    first = cached_logps(output / "first_model")
+    assert set(first) == {1, 2, 3, NUM_LAYERS}
+    assert outcome.printed.count("scored training pairs") == 3  # the first model, steps 2 and 3
+    one = cached_logps(output / "step-1" / "reference")
+    mine = table(output).query("step == 1").pair.to_numpy()
+    assert set(one) == {1, 3, NUM_LAYERS}
+    assert all(np.array_equal(one[layer], first[layer][mine]) for layer in one)
+    told = (output / "curriculum.md").read_text()
+    assert all(head in told for head in HEADS) and str(tiny.train) in told
+
+
+def test_sources_are_lined_up_by_the_first_models_accuracy(
+    tiny: Files, workers: Any, tmp_path: Path
+) -> None:
+    output, sources = tmp_path / "run", two_sources(tiny, tmp_path)
+    file = stepped_config(
+        tiny,
+        output,
+        steps=[{}, {}],
+        data={"train": sources},
+        sdpo={"order": "easy_to_hard"},
+        training={"global_batch_pairs": 4},
+    )
+    [outcome] = workers.run(run, 1, file)
+    assert outcome.code == 0, outcome.printed
+    final = cached_logps(output / "first_model")[NUM_LAYERS].numpy()
+    is_right = final[:, 0] > final[:, 1]
+    shares = {sources[0]: is_right[:16].mean(), sources[1]: is_right[16:].mean()}
+    manifest = manifest_of(output)
+    assert manifest.accuracy == pytest.approx(shares)
+    easier, harder = sorted(sources, key=lambda name: -shares[name])
+    assert [list(step.sources) for step in manifest.steps] == [[easier], [harder]]
+
+
+def test_pairs_are_lined_up_by_their_margin(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    """Per token, here: every pair of step 1 is at least as easy as any of step 2."""
+    output = tmp_path / "run"
+    sdpo = {
+        "order": "easy_to_hard",
+        "by": "pair",
+        "measure": "margin",
+        "length_normalised": True,
+    }
+    [outcome] = workers.run(run, 1, stepped_config(tiny, output, sdpo=sdpo))
+    assert outcome.code == 0, outcome.printed
+    found = table(output)
+    margins = {step: found[found.step == step].first_model_margin for step in (1, 2)}
+    assert len(margins[1]) == len(margins[2]) == 12
+    assert margins[1].min() >= margins[2].max()
+
+
+def test_sources_that_steps_name(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    output, sources = tmp_path / "run", two_sources(tiny, tmp_path)
+    steps = [{"sources": [2]}, {"sources": [1, 2]}]
+    file = stepped_config(
+        tiny, output, steps=steps, data={"train": sources}, sdpo={"order": "given"}
+    )
+    [outcome] = workers.run(run, 1, file)
+    assert outcome.code == 0, outcome.printed
+    assert [step.pairs for step in manifest_of(output).steps] == [8, 24]
+
+
+def test_what_cannot_be_is_told_before_anything_is_scored(
+    tiny: Files, workers: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    steps = [{"fraction": 0.5}, {"fraction": 0.5, "layers": [9]}]
+    with pytest.raises(ConfigError, match="layer 9 does not exist"):
+        workers.run(run, 1, stepped_config(tiny, output, steps=steps))
+    with pytest.raises(ConfigError, match=r"needs 2|2 ranks|processes"):
+        layouts = [{"fraction": 0.5}, {"fraction": 0.5, "layout": {"tensor": 2}}]
+        workers.run(run, 1, stepped_config(tiny, output, steps=layouts))
+    assert not (output / "first_model").exists()
+    with pytest.raises(DataError, match=r"sdpo\.steps\.1.* gets none of the 24 pairs"):
+        fractions = [{"fraction": 0.999}, {"fraction": 0.001}]
+        workers.run(run, 1, stepped_config(tiny, output, steps=fractions))
+
+
+def test_the_same_path_twice_has_two_names(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    source = {"path": str(tiny.train), "weight": 0.5}
+    file = stepped_config(tiny, output, data={"train": [source, source]}, sdpo={"only": 1})
+    [outcome] = workers.run(run, 1, file)
+    assert outcome.code == 0, outcome.printed
+    names = set(json.loads((output / "manifest.json").read_text())["accuracy"])
+    assert names == {str(tiny.train), f"{tiny.train} (2)"}

@@ -1,0 +1,151 @@
+"""The report over all steps: metrics one after the other, a table, pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_idpo.errors import CheckpointError
+from megatron_idpo.sdpo.manifest import Manifest
+from megatron_idpo.sdpo.report import curriculum_markdown, metrics_of_all_steps
+from megatron_idpo.train.metrics_file import read_metrics
+
+from .tiny_manifest import SOURCES, identity, manifest
+
+DONE = manifest("complete", "complete", "complete")
+
+
+def write_metrics(root: Path, number: int, records: list[dict[str, Any]]) -> None:
+    directory = root / f"step-{number}"
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (directory / "metrics.jsonl").write_text(lines)
+
+
+def ordinary(last: int, loss: float = 0.5) -> list[dict[str, Any]]:
+    """Of a run with an evaluation before and after it."""
+    return [
+        {"step": 0, "eval_loss": 0.7},
+        *({"step": step, "loss": loss} for step in range(1, last + 1)),
+        {"step": last, "eval_loss": 0.6},
+    ]
+
+
+def strictly(text: str) -> list[dict[str, Any]]:
+    """The lines' objects; NaN is no JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_steps_are_counted_on(tmp_path: Path) -> None:
+    for number, last in ((1, 2), (2, 3), (3, 1)):
+        write_metrics(tmp_path, number, ordinary(last, loss=number / 4))
+    told = strictly(metrics_of_all_steps(tmp_path, DONE))
+    assert [(one["step"], one["sdpo_step"], one.get("loss")) for one in told] == [
+        (0, 1, None),
+        (1, 1, 0.25),
+        (2, 1, 0.25),
+        (3, 2, 0.5),
+        (4, 2, 0.5),
+        (5, 2, 0.5),
+        (6, 3, 0.75),
+    ]
+    assert [one["step"] for one in told if "eval_loss" in one] == [0, 2, 5, 6]
+    assert all(next(iter(one)) == "step" and type(one["step"]) is int for one in told)
+
+
+def test_only_complete_steps_are_told(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        write_metrics(tmp_path, number, ordinary(2))
+    told = strictly(metrics_of_all_steps(tmp_path, manifest("complete", "training", "pending")))
+    assert {one["sdpo_step"] for one in told} == {1}
+    assert metrics_of_all_steps(tmp_path, manifest("training", "pending")) == ""
+
+
+def test_a_step_without_metrics_is_passed_over(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 1, [])
+    write_metrics(tmp_path, 3, ordinary(2))
+    told = strictly(metrics_of_all_steps(tmp_path, DONE))
+    assert [(one["step"], one["sdpo_step"]) for one in told] == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_what_is_no_number_is_null_and_a_half_line_is_left_out(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 1, [{"step": 1, "loss": None, "grad_norm": 1.0}])
+    with (tmp_path / "step-1" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": 0.')
+    told = strictly(metrics_of_all_steps(tmp_path, DONE))
+    assert told == [{"step": 1, "loss": None, "grad_norm": 1.0, "sdpo_step": 1}]
+
+
+def test_logged_steps_may_be_far_apart(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 1, [{"step": step, "loss": 0.5} for step in (1, 10, 15)])
+    write_metrics(tmp_path, 2, [{"step": step, "loss": 0.5} for step in (1, 10)])
+    told = strictly(metrics_of_all_steps(tmp_path, DONE))
+    assert [one["step"] for one in told] == [1, 10, 15, 16, 25]
+
+
+def test_the_table_names_every_source_and_step() -> None:
+    lines = curriculum_markdown(manifest("complete", "pending")).splitlines()
+    assert lines[0] == "# sDPO from some/model"
+    assert f"| step | {SOURCES[0]} | {SOURCES[1]} |" in lines
+    assert "| 1 | 900 | 100 |" in lines and "| 2 | 900 | 1,100 |" in lines
+    assert "| first model's accuracy | 0.800 | 0.400 |" in lines
+    (first,) = [line for line in lines if line.startswith("| 1 | complete")]
+    assert (
+        f"| 0.75 [0.60, 0.86] | +0.125 | 0.75 [0.60, 0.86] | +0.250 | {identity('snapshot1')[:12]}"
+        in first
+    )
+    assert "| 2 | pending | 2,000 | – | – | – | – | – | – |" in lines
+    widths = {line.count("|") for line in lines if line.startswith("|")}
+    assert widths == {4, 10}
+
+
+def test_a_source_that_a_step_does_not_read_counts_nothing() -> None:
+    now = manifest("pending").with_step(1, sources={SOURCES[1]: 5})
+    assert "| 1 | 0 | 5 |" in curriculum_markdown(now).splitlines()
+
+
+def report(root: str, now: Manifest, show: bool) -> str:
+    """On a rank: write the report; what is printed."""
+    import io
+    from contextlib import redirect_stdout
+
+    from megatron_idpo.sdpo.report import report_steps
+    from megatron_idpo.train.output import RunDirectory
+
+    with redirect_stdout(io.StringIO()) as printed:
+        report_steps(RunDirectory(Path(root)), now, show=show)
+    return printed.getvalue()
+
+
+@pytest.mark.distributed
+def test_everything_is_written_by_one_rank(workers, tmp_path):
+    for number in (1, 2, 3):
+        write_metrics(tmp_path, number, ordinary(2))
+    for _ in range(2):
+        shown, silent = workers.run(report, 2, str(tmp_path), DONE, True)
+    assert silent == "" and "0.75 [0.60, 0.86]" in shown
+    assert f"report   {tmp_path / 'curriculum.md'}" in shown.splitlines()
+    assert f"picture  {tmp_path / 'curriculum.png'}" in shown.splitlines()
+    files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert files == ["curriculum.md", "curriculum.png", "curves.png", "metrics.jsonl"]
+    assert (tmp_path / "curriculum.md").read_text() == curriculum_markdown(DONE)
+    assert [one["step"] for one in read_metrics(tmp_path / "metrics.jsonl")] == list(range(7))
+
+
+@pytest.mark.distributed
+def test_before_a_step_is_complete_there_are_no_curves(workers, tmp_path):
+    assert workers.run(report, 1, str(tmp_path), manifest("training"), False) == [""]
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["curriculum.md", "curriculum.png", "metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.distributed
+def test_a_place_that_cannot_be_written_is_told_on_every_rank(workers, tmp_path):
+    with pytest.raises(CheckpointError, match=r"curriculum\.md: cannot be written: No such file"):
+        workers.run(report, 2, str(tmp_path / "missing"), DONE, False)

@@ -1,0 +1,202 @@
+"""The section of stepwise DPO: how it may be written, and what of it is refused."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_idpo.config import RunConfig, load_config
+from megatron_idpo.config_sdpo import SdpoConfig, SdpoStepConfig
+from megatron_idpo.config_sections import LayoutConfig
+from megatron_idpo.errors import ConfigError
+
+
+def load(tmp_path, *overrides: str, **fields: Any) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"sdpo": fields}, sort_keys=False))
+    return load_config(path, overrides, optional=("sdpo",))
+
+
+def section(tmp_path, **fields: Any) -> SdpoConfig:
+    sdpo = load(tmp_path, **fields).sdpo
+    assert sdpo is not None
+    return sdpo
+
+
+def refused(tmp_path, **fields: Any) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, **fields)
+    return [str(problem) for problem in raised.value.problems]
+
+
+def test_what_is_not_written(tmp_path):
+    sdpo = section(tmp_path, steps=[{}, {}])
+    assert sdpo.steps == (SdpoStepConfig(), SdpoStepConfig())
+    assert (sdpo.order, sdpo.by, sdpo.measure) == ("given", "source", "accuracy")
+    assert (sdpo.target, sdpo.adapters, sdpo.only) == ("previous", "merge", None)
+    assert sdpo.keep_snapshots == "all" and not sdpo.keep_checkpoints
+    assert not sdpo.length_normalised and not sdpo.steps[0].export
+    fields = set(SdpoStepConfig.model_fields) - {"export"}
+    assert all(getattr(sdpo.steps[0], name) is None for name in fields)
+
+
+def test_without_the_section_there_are_no_steps(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("{}")
+    config = load_config(path, optional=("sdpo",))
+    assert config.sdpo is None and not config.has("sdpo")
+    assert load(tmp_path, "sdpo=null", steps=[{}]).sdpo is None
+
+
+def test_a_step_with_everything_of_its_own(tmp_path):
+    written = {
+        "fraction": 1,
+        "lr": 1e-5,
+        "warmup_steps": 0,
+        "epochs": 2,
+        "max_steps": 7,
+        "beta": 0.2,
+        "layers": {"every": 4},
+        "intermediate_weight": 0.3,
+        "layout": {"tensor": 2},
+        "export": True,
+    }
+    (step,) = section(tmp_path, steps=[written]).steps
+    told = {name: getattr(step, name) for name in written}
+    assert told == {**written, "layout": LayoutConfig(tensor=2)}
+    assert section(tmp_path, steps=[{"sources": [2, 1]}]).steps[0].sources == (2, 1)
+    assert section(tmp_path, steps=[{"layers": []}]).steps[0].layers == ()
+
+
+def test_a_field_on_the_command_line(tmp_path):
+    sdpo = load(tmp_path, "sdpo.only=2", "sdpo.target=first", steps=[{}, {}]).sdpo
+    assert sdpo is not None and (sdpo.only, sdpo.target) == (2, "first")
+
+
+def test_thirds_are_one_in_sum(tmp_path):
+    assert len(section(tmp_path, steps=[{"fraction": 0.3333333}] * 3).steps) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "deals_sources", "takes_whole_sources"),
+    [
+        ({}, False, False),
+        ({"order": "random"}, False, False),
+        ({"order": "easy_to_hard"}, False, True),
+        ({"order": "easy_to_hard", "by": "pair"}, False, False),
+        ({"steps": [{"sources": [1]}]}, True, False),
+    ],
+)
+def test_what_is_dealt(tmp_path, fields, deals_sources, takes_whole_sources):
+    sdpo = section(tmp_path, **{"steps": [{}], **fields})
+    assert sdpo.deals_sources is deals_sources
+    assert sdpo.takes_whole_sources is takes_whole_sources
+
+
+def steps(*written: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"steps": list(written), **fields}
+
+
+# Fields, and what their one problem says.
+MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"order": "random"}, ("sdpo.steps", "is missing", "Every step in order")),
+    (steps(), ("sdpo.steps", "is empty", "one entry per step, or {}")),
+    (steps({}, only=0), ("sdpo.only", "is 0", "greater than 0")),
+    (steps({}, {}, only=3), ("sdpo.only", "is 3", "there are 2 steps", "from 1 to 2")),
+    (
+        steps({"sources": [1]}, {}),
+        ("sdpo.steps.1", "says no sources, which other", "in all or in none"),
+    ),
+    (
+        steps({}, {"fraction": 1.0}),
+        ("sdpo.steps.0", "says no fraction, which other", "in all or in none"),
+    ),
+    (
+        steps({"sources": [1]}, order="random"),
+        ("sdpo.steps.0.sources", "order is random", "leave them out, or set order to given"),
+    ),
+    (
+        steps({"sources": [1]}, order="easy_to_hard"),
+        ("sdpo.steps.0.sources", "order is easy_to_hard", "set order to given"),
+    ),
+    (
+        steps({"sources": [1]}, {"sources": []}),
+        ("sdpo.steps.1.sources", "names no source", "at least one"),
+    ),
+    (
+        steps({"sources": [1], "fraction": 1.0}),
+        ("sdpo.steps.0.fraction", "not be read", "steps name their sources", "keep one"),
+    ),
+    (
+        steps({"fraction": 1.0}, order="easy_to_hard"),
+        ("sdpo.steps.0.fraction", "not be read", "a whole source", "set by to pair"),
+    ),
+    (
+        steps({"fraction": 0.5}, {"fraction": 0.4}),
+        ("sdpo.steps", "0.9 in sum", "make them 1"),
+    ),
+    (
+        steps({"fraction": 0.50001}, {"fraction": 0.5}),
+        ("sdpo.steps", "1.00001 in sum", "make them 1"),
+    ),
+    (steps({}, by="pair"), ("sdpo.by", "not be read", "order is given", "easy_to_hard")),
+    (
+        steps({}, measure="margin", order="random"),
+        ("sdpo.measure", "not be read", "order is random", "easy_to_hard"),
+    ),
+    (
+        steps({}, length_normalised=True),
+        ("sdpo.length_normalised", "not be read", "order is given", "easy_to_hard"),
+    ),
+    (steps({}, order="easy_to_hrad"), ("sdpo.order", "'easy_to_hrad'", "`easy_to_hard`")),
+    (steps({}, by="row"), ("sdpo.by", "'row'", "source, pair")),
+    (steps({}, measure="loss"), ("sdpo.measure", "'loss'", "accuracy, margin")),
+    (steps({}, target="frist"), ("sdpo.target", "'frist'", "`first`")),
+    (steps({}, adapters="keep"), ("sdpo.adapters", "'keep'", "merge, carry")),
+    (steps({}, keep_snapshots="none"), ("sdpo.keep_snapshots", "'none'", "all, last")),
+    (steps({}, keep_checkpoints="yes"), ("sdpo.keep_checkpoints", "'yes'", "boolean")),
+    (steps({}, orders="given"), ("sdpo.orders", "unknown field", "`order`")),
+    (steps({"sources": [0]}), ("sdpo.steps.0.sources.0", "is 0", "greater than 0")),
+    (steps({"sources": 1}), ("sdpo.steps.0.sources", "is 1", "list")),
+    (steps({"fraction": 0.0}), ("sdpo.steps.0.fraction", "is 0.0", "greater than 0")),
+    (steps({}, {"lr": "fast"}), ("sdpo.steps.1.lr", "'fast'", "number")),
+    (steps({"lr": 0.0}), ("sdpo.steps.0.lr", "is 0.0", "greater than 0")),
+    (steps({"warmup_steps": -1}), ("sdpo.steps.0.warmup_steps", "is -1")),
+    (steps({"epochs": 0}), ("sdpo.steps.0.epochs", "is 0", "greater than 0")),
+    (steps({"max_steps": 0}), ("sdpo.steps.0.max_steps", "is 0", "greater than 0")),
+    (steps({"beta": 0.0}), ("sdpo.steps.0.beta", "is 0.0", "greater than 0")),
+    (
+        steps({"layers": "every"}),
+        ("sdpo.steps.0.layers", "'every'", "depth fractions", "{every: n}"),
+    ),
+    (
+        steps({"intermediate_weight": 1.5}),
+        ("sdpo.steps.0.intermediate_weight", "is 1.5", "less than or equal to 1"),
+    ),
+    (steps({"layout": {"tensors": 2}}), ("sdpo.steps.0.layout.tensors", "`tensor`")),
+    (
+        steps({"layout": {"sequence_parallel": True}}),
+        ("sdpo.steps.0.layout.sequence_parallel", "tensor"),
+    ),
+    (steps({"learning_rate": 1.0}), ("sdpo.steps.0.learning_rate", "unknown field")),
+    (steps({"exports": True}), ("sdpo.steps.0.exports", "unknown field", "`export`")),
+    (steps({"seed": 1}), ("sdpo.steps.0.seed", "unknown field", "`data.seed`")),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), MISTAKES)
+def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, fields, words):
+    (told,) = refused(tmp_path, **fields)
+    assert all(word in told for word in words), told
+    place, line = told.split(": ", 1)[0].split(" (")
+    assert place == words[0] and line.startswith("run.yaml:")
+
+
+def test_mistakes_of_several_kinds_are_told_at_once(tmp_path):
+    told = refused(tmp_path, steps=[{"fraction": 0.5}, {}], only=3, by="pair")
+    assert [one.split(" (")[0] for one in told] == [
+        "sdpo.only",
+        "sdpo.steps.1",
+        "sdpo.steps",
+        "sdpo.by",
+    ]

@@ -1,0 +1,284 @@
+"""Each step's configuration, and what is refused between the steps and the other sections."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_idpo.cli_train import OPTIONAL, REQUIRED
+from megatron_idpo.config import SECTIONS, RunConfig, load_config
+from megatron_idpo.config_sections import LayoutConfig
+from megatron_idpo.config_steps import step_config, step_name, step_problems
+from megatron_idpo.errors import ConfigError
+
+GOOD: dict[str, dict[str, Any]] = {
+    "model": {"path": "some/model"},
+    "data": {"train": ["a.jsonl", "b.jsonl"]},
+    "optimizer": {"lr": 5e-4},
+    "training": {"output": "runs/x"},
+}
+
+
+def load(tmp_path, *steps: dict[str, Any], **sections: Any) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    sections["sdpo"] = {"steps": list(steps or ({}, {})), **sections.get("sdpo", {})}
+    merged = {name: {**GOOD.get(name, {}), **sections.get(name, {})} for name in {*GOOD, *sections}}
+    path.write_text(yaml.safe_dump(merged))
+    return load_config(path, required=REQUIRED, optional=OPTIONAL)
+
+
+def refused(tmp_path, *steps: dict[str, Any], **sections: Any) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, *steps, **sections)
+    return [str(problem) for problem in raised.value.problems]
+
+
+def changed(config: RunConfig, number: int) -> dict[str, Any]:
+    """What a step's configuration has otherwise than the whole one, by `section.field`."""
+    before, after = config.model_dump(), step_config(config, number).model_dump()
+    assert after["sdpo"] is None
+    return {
+        f"{section}.{name}": value
+        for section in set(SECTIONS) - {"sdpo"}
+        for name, value in (after[section] or {}).items()
+        if value != before[section][name]
+    }
+
+
+def test_training_reads_the_section():
+    assert "sdpo" in {*REQUIRED, *OPTIONAL}
+
+
+def test_a_step_has_a_directory_and_a_seed_of_its_own(tmp_path):
+    config = load(tmp_path, training={"seed": 5})
+    assert changed(config, 1) == {"training.output": "runs/x/step-1", "training.export": False}
+    assert changed(config, 2) == {
+        "training.output": "runs/x/step-2",
+        "training.export": False,
+        "training.seed": 6,
+    }
+    assert step_name(12) == "step-12"
+
+
+def test_a_home_directory_is_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    step = step_config(load(tmp_path, training={"output": "~/x"}, reference={"cache": "~/c"}), 1)
+    assert step.training.output == f"{tmp_path}/x/step-1"
+    assert step.reference.cache == f"{tmp_path}/c/step-1"
+
+
+def test_a_steps_own_fields_are_instead_of_the_others(tmp_path):
+    own = {
+        "lr": 1e-5,
+        "warmup_steps": 3,
+        "epochs": 2,
+        "max_steps": 7,
+        "beta": 0.2,
+        "layers": [1, 2],
+        "intermediate_weight": 0.3,
+        "export": True,
+    }
+    config = load(tmp_path, {}, own, training={"export": False})
+    assert changed(config, 1) == {"training.output": "runs/x/step-1"}
+    assert changed(config, 2) == {
+        "optimizer.lr": 1e-5,
+        "optimizer.warmup_steps": 3,
+        "training.epochs": 2,
+        "training.max_steps": 7,
+        "objective.beta": 0.2,
+        "objective.layers": (1, 2),
+        "objective.intermediate_weight": 0.3,
+        "training.export": True,
+        "training.output": "runs/x/step-2",
+        "training.seed": 1,
+    }
+
+
+def test_steps_leave_the_whole_configuration_as_it_is(tmp_path):
+    config = load(tmp_path, {"lr": 1e-5}, lora={"adapter": "some/adapter"})
+    before = config.dump()
+    step_config(config, 1)
+    assert config.dump() == before
+
+
+def test_a_layout_is_replaced_as_a_whole(tmp_path):
+    layout = {"tensor": 2, "sequence_parallel": True}
+    config = load(tmp_path, {}, {"layout": {"pipeline": 2}}, layout=layout)
+    assert step_config(config, 1).layout == LayoutConfig(**layout)
+    assert step_config(config, 2).layout == LayoutConfig(pipeline=2)
+
+
+def test_the_adapter_is_the_first_steps_alone(tmp_path):
+    config = load(tmp_path, lora={"adapter": "some/adapter", "rank": 4, "targets": ["q_proj"]})
+    first, second = step_config(config, 1).lora, step_config(config, 2).lora
+    assert first == config.lora
+    assert second is not None and second.adapter is None
+    assert (second.rank, second.targets) == (4, ("q_proj",))
+    assert step_config(load(tmp_path), 2).lora is None
+
+
+def test_a_cache_is_a_steps_own(tmp_path):
+    config = load(tmp_path, reference={"cache": "some/cache"})
+    assert step_config(config, 2).reference.cache == "some/cache/step-2"
+    assert step_config(load(tmp_path), 2).reference.cache is None
+
+
+def test_a_step_goes_on_where_it_stands(tmp_path):
+    config = load(tmp_path, checkpoint={"resume": "never", "every_steps": 7})
+    step = step_config(config, 1).checkpoint
+    assert (step.resume, step.every_steps) == ("auto", 7)
+
+
+def test_plain_dpo_in_a_step_reads_nothing_of_layers(tmp_path):
+    objective = {
+        "layers": [1, 2],
+        "intermediate_weight": 0.4,
+        "layer_weights": [1.0, 2.0],
+        "reference_layer": "final",
+        "norm": "none",
+        "beta": 0.3,
+    }
+    config = load(tmp_path, {"layers": []}, {"layers": [2, 3]}, objective=objective)
+    plain, other = step_config(config, 1).objective, step_config(config, 2).objective
+    assert plain.model_dump(exclude_defaults=True) == {"beta": 0.3}
+    assert other == config.objective.model_copy(update={"layers": (2, 3)})
+    assert step_config(load(tmp_path, objective=objective), 1).objective == config.objective
+    weightless = load(tmp_path, {"layers": [], "intermediate_weight": 0.0}, objective=objective)
+    assert step_config(weightless, 1).objective.intermediate_weight == 0.0
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_a_warm_up_in_steps_is_instead_of_a_share(tmp_path, steps):
+    config = load(tmp_path, {"warmup_steps": steps}, {}, optimizer={"warmup_fraction": 0.1})
+    own, other = (step_config(config, number).optimizer for number in (1, 2))
+    assert (own.warmup_steps, own.warmup_fraction) == (steps, None)
+    assert (other.warmup_steps, other.warmup_fraction) == (0, 0.1)
+
+
+def test_a_dump_is_read_back(tmp_path):
+    steps = [
+        {"fraction": 1 / 3, "lr": 1e-7, "layers": {"every": 4}, "layout": {"tensor": 2}},
+        {"fraction": 2 / 3, "layers": [0.5, 2], "export": True},
+    ]
+    for config in (
+        load(tmp_path, *steps, sdpo={"order": "random", "only": 2, "target": "first"}),
+        load(tmp_path, {"sources": [2]}, {"sources": [1], "layers": []}),
+        load(tmp_path),
+    ):
+        (tmp_path / "dumped.yaml").write_text(config.dump())
+        again = load_config(tmp_path / "dumped.yaml", required=REQUIRED, optional=OPTIONAL)
+        assert again == config and again.sdpo == config.sdpo
+        for number in (1, 2):
+            assert step_config(again, number) == step_config(config, number)
+
+
+def test_a_step_is_an_ordinary_configuration(tmp_path):
+    step = step_config(load(tmp_path, {"lr": 1e-5}, {"layout": {"tensor": 2}}), 2)
+    (tmp_path / "step.yaml").write_text(step.dump())
+    assert load_config(tmp_path / "step.yaml", required=REQUIRED, optional=OPTIONAL) == step
+    assert step_problems(step) == []
+
+
+HARD = {"order": "easy_to_hard"}
+
+# Steps and sections, and what their one problem says.
+MISTAKES: list[tuple[list[dict[str, Any]], dict[str, Any], tuple[str, ...]]] = [
+    (
+        [],
+        {"reference": {"source": "none"}},
+        ("reference.source", "is none, but every step", "use cache", "leave the section sdpo out"),
+    ),
+    (
+        [],
+        {"reference": {"source": "adapter_off"}, "lora": {}, "sdpo": {"target": "first"}},
+        ("reference.source", "adapter_off", "sdpo.target = first", "use cache"),
+    ),
+    (
+        [],
+        {"reference": {"source": "adapter_off"}, "lora": {}, "sdpo": {"adapters": "carry"}},
+        ("reference.source", "adapter_off", "sdpo.adapters = carry", "use cache"),
+    ),
+    (
+        [],
+        {"sdpo": {"adapters": "carry"}},
+        ("sdpo.adapters", "is carry", "no adapters", "leave it out, or add the section lora"),
+    ),
+    (
+        [{}, {}, {}],
+        {"sdpo": HARD},
+        ("sdpo.steps", "are 3", "one of the 2 sources", "as many steps as sources", "by to pair"),
+    ),
+    (
+        [{"sources": [1, 2]}, {"sources": [3]}],
+        {},
+        ("sdpo.steps.1.sources", "names source 3, but data.train has 2", "from 1 to 2"),
+    ),
+    (
+        [{"sources": [2]}, {"sources": [2]}],
+        {},
+        ("sdpo.steps", "leave source 1 of data.train out", "name it in a step, or take it"),
+    ),
+    (
+        [{}, {"intermediate_weight": 0.3}],
+        {},
+        ("sdpo.steps.1.intermediate_weight", "no intermediate layers", "objective.layers"),
+    ),
+    (
+        [{"layers": [], "intermediate_weight": 0.3}],
+        {"objective": {"layers": [1]}},
+        ("sdpo.steps.0.intermediate_weight", "not be read", "no intermediate layers"),
+    ),
+    (
+        [{}, {"lr": 1e-6}],
+        {"optimizer": {"min_lr": 1e-5}},
+        ("sdpo.steps.1", "min_lr is 1e-05, above lr 1e-06", "lower it"),
+    ),
+    (
+        [{}, {"layout": {"tensor": 8, "sequence_parallel": True}}],
+        {"data": {"row_tokens": 1028, "trim_tokens": 0}},
+        ("sdpo.steps.1", "data.row_tokens is 1028", "layout.tensor = 8", "use 1032"),
+    ),
+    (
+        [],
+        {"reference": {"source": "adapter_off"}},
+        ("reference.source", "there are no adapters", "add the section lora"),
+    ),
+    (
+        [],
+        {"training": {"eval_every_steps": 5}},
+        ("training.eval_every_steps", "no held-out pairs", "data.eval"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("steps", "sections", "words"), MISTAKES)
+def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, steps, sections, words):
+    (told,) = refused(tmp_path, *steps, **sections)
+    assert all(word in told for word in words), told
+    place, line = told.split(": ", 1)[0].split(" (")
+    assert place == words[0] and line.startswith("run.yaml:")
+
+
+def test_every_wrong_step_is_named(tmp_path):
+    wrong = {"intermediate_weight": 0.3}
+    told = refused(tmp_path, wrong, {}, wrong)
+    assert [one.split(" (")[0] for one in told] == [
+        f"sdpo.steps.{index}.intermediate_weight" for index in (0, 2)
+    ]
+
+
+def test_what_goes_together(tmp_path):
+    load(tmp_path, lora={}, reference={"source": "adapter_off"})
+    load(tmp_path, lora={}, sdpo={"adapters": "carry", "target": "first"})
+    load(tmp_path, reference={"source": "offloaded"})
+    load(tmp_path, sdpo=HARD)
+    load(tmp_path, {}, {}, {}, sdpo={**HARD, "by": "pair"})
+    load(tmp_path, {"sources": [2]}, {"sources": [1, 2]})
+
+
+def test_steps_without_training_are_not_read(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"reference": {"source": "none"}, "sdpo": {"steps": [{}]}}))
+    assert load_config(path, optional=("reference",)).has("sdpo")
+    path.write_text(yaml.safe_dump({**GOOD, "sdpo": {"steps": [{}]}}))
+    assert step_problems(load_config(path, required=REQUIRED)) == []
