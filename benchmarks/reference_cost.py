@@ -250,7 +250,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="a jsonl file of pairs")
     parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--row-tokens", type=int, default=832)
+    parser.add_argument("--row-tokens", type=int, default=864)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--layers", type=json.loads, default=[15], metavar="[15]")
     parser.add_argument("--threads", type=int, default=2)

@@ -31,6 +31,10 @@ _WARNINGS = (
 
 _LOG_RECORDS = (
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    (
+        "megatron.core.distributed.distributed_data_parallel",
+        "DistributedDataParallel: full_param_layout not provided",
+    ),
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),
 )
 """Loggers, and the beginnings of the messages that they leave out."""

@@ -125,11 +125,18 @@ def take_steps(run: Run, report: Report, wish: StopWish) -> int:
             raise TrainingError(f"{error}; {run.last_good()}") from error
         run.step += 1
         run.evaluated = {}
-        report.step(run.step, metrics, grad_norm=grad_norm, lr=lr, epoch=run.batches.epoch)
+        is_stopping = metrics.extra[_STOP] > 0
+        report.step(
+            run.step,
+            metrics,
+            grad_norm=grad_norm,
+            lr=lr,
+            epoch=run.batches.epoch,
+            ends=is_stopping or run.is_complete,
+        )
         run.checkpoints.poll()
         if run.is_due(run.config.training.eval_every_steps) or run.is_complete:
             evaluate(run, report)
-        is_stopping = metrics.extra[_STOP] > 0
         if run.is_due(run.config.checkpoint.every_steps) or run.is_complete or is_stopping:
             run.save()
         if run.is_complete or is_stopping:

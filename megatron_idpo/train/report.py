@@ -34,7 +34,6 @@ class Report:
         meter: Meter,
         *,
         every_steps: int,
-        total_steps: int,
         first_step: int,
     ) -> None:
         """Put the parts together; `reporting` makes them."""
@@ -42,21 +41,27 @@ class Report:
         self.meter = meter
         self._loggers = loggers
         self._every_steps = every_steps
-        self._total_steps = total_steps
         self._first_step = first_step
         self._since: StepMetrics | None = None
         self._peak_bytes = 0.0
 
     def step(
-        self, step: int, metrics: StepMetrics, *, grad_norm: float, lr: float, epoch: float
+        self,
+        step: int,
+        metrics: StepMetrics,
+        *,
+        grad_norm: float,
+        lr: float,
+        epoch: float,
+        ends: bool,
     ) -> None:
-        """A step has ended."""
+        """A step has ended; with `ends`, the run too, for now or for good."""
         self.meter.end(BatchWork.from_extra(metrics.extra))
         self._peak_bytes = max(self._peak_bytes, metrics.peaks[MEMORY])
         self._since = metrics if self._since is None else self._since + metrics
         self.console.step(step, {**metrics.values(), LEARNING_RATE: lr})
         is_first = step == self._first_step + 1
-        if not (is_first or step % self._every_steps == 0 or step == self._total_steps):
+        if not (is_first or step % self._every_steps == 0 or ends):
             return
         values = {
             EPOCH: epoch,
@@ -104,7 +109,6 @@ def reporting(run: Run) -> Iterator[Report]:
                 loggers,
                 _meter(run),
                 every_steps=settings.every_steps,
-                total_steps=run.total_steps,
                 first_step=run.step,
             )
     finally:

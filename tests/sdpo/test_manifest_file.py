@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -21,8 +22,6 @@ LAYOUT = {"tensor": 2, "pipeline": 1, "context": 1}
 
 def train(root: str, planned: Manifest, number: int) -> list[Manifest]:
     """On a rank: the manifest after each transition of a step, as it is known here."""
-    from typing import Any, cast
-
     from megatron_idpo.convert.fixed_model import FixedModel
     from megatron_idpo.sdpo.manifest_file import ManifestFile
     from megatron_idpo.sdpo.snapshot_file import Snapshot
@@ -46,7 +45,7 @@ def train(root: str, planned: Manifest, number: int) -> list[Manifest]:
     return known
 
 
-def clean(root: str, fields: dict, dies: bool = False) -> Manifest:
+def clean(root: str, fields: dict[str, Any], dies: bool = False) -> Manifest:
     """On a rank: delete what need not stay; or die when the first snapshot should go."""
     from unittest import mock
 

@@ -49,13 +49,20 @@ def metrics(loss: float, *, pairs: int = 2, memory: float = 1e9) -> StepMetrics:
     )
 
 
-def told(losses: list[float], **settings: int) -> Fake:
-    """Console and logs of steps with these losses, the first of which is the one after."""
+def told(losses: list[float], *, ends: bool = True, **settings: int) -> Fake:
+    """Console and logs of steps with these losses; whether the run ends after the last of them."""
     fake = Fake()
-    arguments = {"every_steps": 3, "total_steps": 8, "first_step": 0, **settings}
+    arguments = {"every_steps": 3, "first_step": 0, **settings}
     report = Report(fake, fake, fake, **arguments)  # type: ignore[arg-type]
     for number, loss in enumerate(losses, arguments["first_step"] + 1):
-        report.step(number, metrics(loss), grad_norm=10.0 * number, lr=0.1 * number, epoch=number)
+        report.step(
+            number,
+            metrics(loss),
+            grad_norm=10.0 * number,
+            lr=0.1 * number,
+            epoch=number,
+            ends=ends and number == arguments["first_step"] + len(losses),
+        )
     assert [step for step, _ in fake.bar] == list(
         range(arguments["first_step"] + 1, arguments["first_step"] + len(losses) + 1)
     )
@@ -80,11 +87,20 @@ def test_a_resumed_run_tells_of_its_first_step():
     assert [step for step, _ in fake.lines[::2]] == [4, 6]
 
 
+@pytest.mark.parametrize(("ends", "steps"), [(True, [1, 3, 5]), (False, [1, 3])])
+def test_a_run_that_is_stopped_tells_of_its_last_steps(ends, steps):
+    fake = told([1.0, 2.0, 3.0, 5.0, 7.0], ends=ends)
+    assert [step for step, _ in fake.lines[::2]] == steps
+    assert fake.lines[-1][1]["loss"] == (6.0 if ends else 2.5)
+
+
 def test_the_memory_peak_is_the_highest_so_far():
     fake = Fake()
-    report = Report(fake, fake, fake, every_steps=1, total_steps=3, first_step=0)  # type: ignore[arg-type]
+    report = Report(fake, fake, fake, every_steps=1, first_step=0)  # type: ignore[arg-type]
     for number, memory in enumerate((2e9, 5e9, 1e9), 1):
-        report.step(number, metrics(1.0, memory=memory), grad_norm=1.0, lr=0.1, epoch=0.0)
+        report.step(
+            number, metrics(1.0, memory=memory), grad_norm=1.0, lr=0.1, epoch=0.0, ends=False
+        )
     values = [values for _, values in fake.lines[::2]]
     assert [value for one in values for name, value in one.items() if "GB" in name or "gb" in name]
     peaks = [max(value for name, value in one.items() if "gb" in name.lower()) for one in values]
@@ -93,7 +109,7 @@ def test_the_memory_peak_is_the_highest_so_far():
 
 def test_an_evaluation_is_logged_under_its_names():
     fake = Fake()
-    report = Report(fake, fake, fake, every_steps=1, total_steps=3, first_step=0)  # type: ignore[arg-type]
+    report = Report(fake, fake, fake, every_steps=1, first_step=0)  # type: ignore[arg-type]
     values = report.evaluation(2, metrics(0.5, pairs=4), seconds=1.5)
     assert values["eval_loss"] == 0.5 and values["eval_pairs"] == 4.0
     assert fake.lines == [(2, values)] and fake.evaluations == [(2, 0.5, 1.5)]
