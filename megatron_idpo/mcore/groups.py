@@ -33,6 +33,12 @@ def this_place() -> Place:
     )
 
 
+def is_last_stage() -> bool:
+    """Whether this rank's is the pipeline stage with the final layer."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    return bool(dist.get_rank(group) == group.size() - 1)
+
+
 def data_parallel_size() -> int:
     """Ranks over which DDP averages gradients: data and context parallel."""
     return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))

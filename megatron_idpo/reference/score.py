@@ -7,7 +7,7 @@ whether a part is due. So all ranks stop, and write, after the same batch.
 Batches begin at multiples of their size, also after a restart, so that a scoring that was killed
 and goes on in the same layout ends with the same bits.
 
-Shapes: B pairs of a batch, P of a row, L layers, 2 = chosen, rejected.
+Shapes: B pairs of a batch, P of a row, L layers, 2 = chosen, rejected, 3 = and how often told.
 """
 
 import time
@@ -21,7 +21,7 @@ from megatron_idpo.data.batches import Batch, EvaluationBatches, RowSettings
 from megatron_idpo.data.dataset import PairDataset
 from megatron_idpo.errors import DataError
 from megatron_idpo.mcore.cpu import default_device
-from megatron_idpo.mcore.groups import this_place
+from megatron_idpo.mcore.groups import is_last_stage, this_place
 from megatron_idpo.mcore.signals import StopWish
 from megatron_idpo.mcore.world import agreeing, from_first, is_first_rank
 from megatron_idpo.reference.cache import CacheWriter
@@ -116,20 +116,24 @@ def _read(
     """
     by_row = source.logps(batch)
     assert by_row is not None, "a live reference has log-probabilities"
-    told = torch.zeros(batch.num_pairs * len(layers) * 2 + 2, device=default_device())
+    told = torch.zeros(batch.num_pairs * len(layers) * 3 + 2, device=default_device())
     if this_place().tensor == 0:
         first = batch.consumed_pairs - batch.num_pairs
-        table_BL2 = told[:-2].view(batch.num_pairs, len(layers), 2)
+        table_BL3 = told[:-2].view(batch.num_pairs, len(layers), 3)
         for row, found in zip(batch.rows, by_row, strict=True):
             at_P = torch.from_numpy(row.pair_index_P - first).to(told.device)
             for layer, logps_2P in found.items():
-                table_BL2[at_P, layers.index(layer)] = logps_2P.view(-1, 2)
+                # Other stages may have been told of the final layer (`reference_layer: final`).
+                if layer != layers[-1] or is_last_stage():
+                    table_BL3[at_P, layers.index(layer), :2] = logps_2P.view(-1, 2)
+                    table_BL3[at_P, layers.index(layer), 2] = 1.0
     told[-2] = mine[0]
     told[-1] = mine[1] if is_first_rank() else 0.0
     dist.all_reduce(told)
     values = told.cpu().numpy()
-    table = values[:-2].reshape(batch.num_pairs, len(layers), 2)
-    return table, bool(values[-2] > 0), bool(values[-1] > 0)
+    heard_BL3 = values[:-2].reshape(batch.num_pairs, len(layers), 3)
+    assert (heard_BL3[..., 2] == 1.0).all(), "each pair and layer is told by one rank"
+    return heard_BL3[..., :2], bool(values[-2] > 0), bool(values[-1] > 0)
 
 
 def _check_finite(

@@ -1,7 +1,9 @@
-"""A loss or a gradient that is no number: at which step, at which layers, in which pairs."""
+"""What is no number, a loss, a gradient or a weight: at which step, where, in which pairs."""
 
 import math
 from collections.abc import Callable, Sequence
+
+import torch
 
 from megatron_idpo.data.rows import Row
 from megatron_idpo.errors import TrainingError
@@ -51,6 +53,40 @@ def refuse_bad_gradient(grad_norm: float, step: int) -> None:
     """
     if not math.isfinite(grad_norm):
         told = f"the gradient's norm is {grad_norm}, though every loss is finite"
+        raise TrainingError.at(f"step {step}", told, _REMEDY)
+
+
+def refuse_bad_evaluation(metrics: StepMetrics, step: int) -> None:
+    """Stop where a figure of the held-out pairs, the same on every rank, is NaN or infinite.
+
+    Raises:
+        TrainingError: on every rank, with the layers.
+    """
+    if found := metrics.not_finite():
+        layers = "; ".join(f"layer {layer} ({', '.join(names)})" for layer, names in found.items())
+        told = f"the held-out pairs are NaN or infinite at {layers}"
+        raise TrainingError.at(f"evaluation after step {step}", told, _REMEDY)
+
+
+def refuse_bad_weights(chunks: Sequence[torch.nn.Module], step: int) -> None:
+    """Stop where a weight that learns is NaN or infinite: the last step may have spoilt it.
+
+    Collective: an all-gather of one small object.
+
+    Raises:
+        TrainingError: on every rank, with a weight of the first rank that has one.
+    """
+    mine = next(
+        (
+            name
+            for chunk in chunks
+            for name, parameter in chunk.named_parameters()
+            if parameter.requires_grad and not bool(parameter.isfinite().all())
+        ),
+        None,
+    )
+    if found := [name for name in gathered(mine) if name is not None]:
+        told = f"the update has made {found[0]} NaN or infinite"
         raise TrainingError.at(f"step {step}", told, _REMEDY)
 
 

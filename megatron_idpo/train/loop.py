@@ -5,6 +5,7 @@ whose data, starting point or end are somebody else's choice, as those of sDPO's
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_idpo.config import RunConfig
@@ -12,6 +13,7 @@ from megatron_idpo.errors import EXIT_PREEMPTED, TrainingError
 from megatron_idpo.mcore.signals import Stopped, StopWish, listening
 from megatron_idpo.mcore.world import World, joined_world, running
 from megatron_idpo.train.export import export_result
+from megatron_idpo.train.failures import refuse_bad_evaluation
 from megatron_idpo.train.finish import tell_finished, tell_preempted, tell_start
 from megatron_idpo.train.flops import BatchWork
 from megatron_idpo.train.output import RunDirectory, opened
@@ -118,11 +120,11 @@ def take_steps(run: Run, report: Report, wish: StopWish) -> int:
                 batch,
                 run.step + 1,
                 lr=lr,
-                extra={_STOP: float(wish.is_there), **work.as_extra()},
-                peaks={MEMORY: float(peak_memory_bytes())},
+                extra=partial(_step_numbers, wish, work),
+                peaks=lambda: {MEMORY: float(peak_memory_bytes())},
             )
         except TrainingError as error:
-            raise TrainingError(f"{error}; {run.last_good()}") from error
+            raise run.with_last_good(error) from error
         run.step += 1
         run.evaluated = {}
         is_stopping = metrics.extra[_STOP] > 0
@@ -143,7 +145,13 @@ def take_steps(run: Run, report: Report, wish: StopWish) -> int:
             break
         report.meter.begin()
     run.checkpoints.wait()
+    assert run.is_complete or is_stopping, "the data reach as far as the run does"
     return 0 if run.is_complete else EXIT_PREEMPTED
+
+
+def _step_numbers(wish: StopWish, work: BatchWork) -> dict[str, float]:
+    """What is summed over ranks along with a step's metrics."""
+    return {_STOP: float(wish.is_there), **work.as_extra()}
 
 
 def evaluate(run: Run, report: Report) -> None:
@@ -153,4 +161,8 @@ def evaluate(run: Run, report: Report) -> None:
     watch = Stopwatch()
     with report.console.counting("evaluating", len(run.evaluation)) as advance:
         metrics = run.evaluation.run(advance)
+    try:
+        refuse_bad_evaluation(metrics, run.step)
+    except TrainingError as error:
+        raise run.with_last_good(error) from error
     run.evaluated = report.evaluation(run.step, metrics, seconds=watch.read())

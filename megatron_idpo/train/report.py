@@ -1,8 +1,8 @@
 """What is told of a run while it goes on: to the person who watches, and into the logs."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from megatron_idpo.lora.settings import resolve_targets
@@ -35,13 +35,15 @@ class Report:
         *,
         every_steps: int,
         first_step: int,
+        agree: Callable[[str], AbstractContextManager[None]] = agreeing,
     ) -> None:
-        """Put the parts together; `reporting` makes them."""
+        """Put the parts together; `reporting` makes them. `agree` is around what may fail."""
         self.console = console
         self.meter = meter
         self._loggers = loggers
         self._every_steps = every_steps
         self._first_step = first_step
+        self._agree = agree
         self._since: StepMetrics | None = None
         self._peak_bytes = 0.0
 
@@ -73,7 +75,8 @@ class Report:
         }
         self._since = None
         self.console.log(step, values)
-        self._loggers.log(step, values)
+        with self._agree("writing the logs"):
+            self._loggers.log(step, values)
 
     def summary(self, metrics: Path) -> None:
         """A table of the whole run: its course from the metrics file, its speed since its start."""
@@ -83,7 +86,8 @@ class Report:
         """Held-out pairs have been read; returns their values under the names of logs."""
         values = metrics.evaluation_values()
         self.console.evaluated(step, values, seconds=seconds)
-        self._loggers.log(step, values)
+        with self._agree("writing the logs"):
+            self._loggers.log(step, values)
         return values
 
 

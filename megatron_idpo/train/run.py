@@ -17,7 +17,7 @@ from megatron_idpo.convert.fixed_model import FixedModel
 from megatron_idpo.convert.model_source import open_model
 from megatron_idpo.data.batches import RowSettings, TrainingBatches
 from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
-from megatron_idpo.errors import CheckpointError, ConfigError
+from megatron_idpo.errors import CheckpointError, ConfigError, TrainingError
 from megatron_idpo.mcore.groups import this_place
 from megatron_idpo.mcore.signals import StopWish
 from megatron_idpo.mcore.world import World, agreeing
@@ -25,6 +25,7 @@ from megatron_idpo.reference.live import Reference
 from megatron_idpo.train.build import build_policy
 from megatron_idpo.train.checks import check_against_model, check_same_training
 from megatron_idpo.train.evaluation import Evaluation
+from megatron_idpo.train.failures import refuse_bad_weights
 from megatron_idpo.train.output import RunDirectory
 from megatron_idpo.train.references import find_caches, resolve_references
 from megatron_idpo.train.schedule import LearningRate
@@ -92,8 +93,13 @@ class Run:
 
         Raises:
             CheckpointError: on every rank; it cannot be written.
+            TrainingError: on every rank; a weight is no number, and nothing is written.
         """
         trainable = self.trainer.policy.trainable
+        try:
+            refuse_bad_weights(self.trainer.policy.chunks, self.step)
+        except TrainingError as error:
+            raise self.with_last_good(error) from error
         score = self.evaluated.get(self.config.checkpoint.best_metric)
         self.checkpoints.save(trainable.model, trainable.optimizer, self.progress(), score=score)
 
@@ -113,6 +119,14 @@ class Run:
         progress = self.checkpoints.load(found, trainable.model, trainable.optimizer)
         self.step = progress.step
         return found.directory
+
+    def with_last_good(self, error: TrainingError) -> TrainingError:
+        """What has stopped the run, and where it can go on. Collective."""
+        try:
+            told = self.last_good()
+        except CheckpointError as failed:
+            told = f"the last save failed too: {failed}"
+        return TrainingError(f"{error}; {told}")
 
     def last_good(self) -> str:
         """Where the newest complete checkpoint is, in words, after the one being written."""
@@ -193,11 +207,14 @@ def assemble(
             seed=config.data.seed,
             epochs=training.epochs,
         )
-    steps = min(batches.remaining_batches, training.max_steps or batches.remaining_batches)
     checkpoints = _checkpoints(output, config.checkpoint)
     resumed = _to_go_on_from(checkpoints, config.checkpoint)
+    steps = 0
     if resumed is not None:
         _go_on_in_data(resumed, config, pairs, batches, prepared.start.identity)
+        steps = resumed.step
+    steps += batches.remaining_batches  # of this start's size, whatever those before had
+    steps = min(steps, training.max_steps or steps)
     caches = find_caches(config, prepared.reference, pairs, resumed=resumed)
     policy = build_policy(config, prepared.start, show_progress=world.is_first)
     references = resolve_references(
@@ -242,6 +259,7 @@ def _checkpoints(output: RunDirectory, settings: CheckpointConfig) -> Checkpoint
         keep_last=settings.keep_last,
         keep_best=settings.keep_best,
         better="min" if settings.best_metric in _LOWER_IS_BETTER else "max",
+        metric=settings.best_metric,
     )
 
 

@@ -39,14 +39,8 @@ states differ, and a log-probability per token by 0.015 on average and 0.07 at m
 
 
 def is_expected(config: RunConfig, *, starts_at_reference: bool) -> bool:
-    """Whether policy and reference start equal and are read at the same layers."""
-    read_elsewhere = config.objective.layers != () and config.objective.reference_layer != "same"
-    return (
-        config.training.start_check
-        and config.reference.source != "none"
-        and starts_at_reference
-        and not read_elsewhere
-    )
+    """Whether policy and reference start equal."""
+    return config.training.start_check and config.reference.source != "none" and starts_at_reference
 
 
 def check_start(
@@ -61,7 +55,8 @@ def check_start(
         seed: of their order.
 
     Returns:
-        Every layer's mean loss, the final layer last.
+        Every layer's mean loss, the final layer last; where intermediate layers are compared to the
+        reference's final one, the final layer's alone.
 
     Raises:
         TrainingError: on every rank; they differ at some layer.
@@ -72,6 +67,8 @@ def check_start(
     batch = build_batch(pairs, index_B, rows, consumed_pairs=0)
     reference_logps = trainer.reference.logps(batch)
     outputs = run_batch(policy.dpo, policy.trainable.model, batch, reference_logps)
+    if objective.reference_layer == "final":
+        outputs = [output for output in outputs if output.layer == policy.dpo.num_layers]
     told = gathered(_by_layer(outputs, response_lengths(batch.rows), objective))
     layers = sorted({layer for rank in told for layer in rank})
     losses, per_token = {}, {}

@@ -39,8 +39,8 @@ class Trainer:
         number: int,
         *,
         lr: float,
-        extra: Mapping[str, float] | None = None,
-        peaks: Mapping[str, float] | None = None,
+        extra: Callable[[], Mapping[str, float]] = dict,
+        peaks: Callable[[], Mapping[str, float]] = dict,
     ) -> tuple[StepMetrics, float]:
         """Learn from a global batch. Collective.
 
@@ -48,8 +48,9 @@ class Trainer:
             batch: this rank's part of it.
             number: of the step in the run, from 1.
             lr: of this step.
-            extra: numbers to be summed over ranks along with the metrics.
-            peaks: numbers of which the highest is wanted.
+            extra: asked after the backward pass, for numbers to be summed over ranks along with the
+                metrics.
+            peaks: likewise, for numbers of which the highest is wanted.
 
         Returns:
             The metrics, and the whole gradient's norm before clipping; the same on every rank.
@@ -62,7 +63,7 @@ class Trainer:
         reference_logps = self.reference.logps(batch)
         self.policy.trainable.begin_step()
         outputs = self._run(batch, reference_logps, training=True)
-        metrics = self._reduced(batch, outputs, extra, peaks)
+        metrics = self._reduced(batch, outputs, extra(), peaks())
         refuse_bad_losses(metrics, outputs, batch.rows, number, self.place)
         grad_norm = self.policy.trainable.step(lr)
         refuse_bad_gradient(grad_norm, number)

@@ -134,6 +134,22 @@ class Spoil:
 
 
 @dataclass(frozen=True)
+class SpoilAfter(Spoil):
+    """The same by a step's own update: when it is over, nobody has read the weights yet."""
+
+    step: int = 1
+
+    @contextmanager
+    def __call__(self, found: dict[str, Any]) -> Iterator[None]:
+        def also(_: Any, trainer: Any, batch: Any, number: int, **kwargs: Any) -> None:
+            if number == self.step:
+                self._spoil(trainer.policy)
+
+        with _after("train.step:Trainer", "step", also):
+            yield
+
+
+@dataclass(frozen=True)
 class Break:
     """A rank's report of a step fails, while checkpoints take long to be written."""
 

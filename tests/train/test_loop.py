@@ -152,19 +152,24 @@ def test_every_layout_goes_the_same_way(finished, trained, layout):
 def test_a_reference_at_the_final_layer_reaches_every_stage(tiny, workers, tmp_path, trained):
     """Which the stages of tapped layers do not compute."""
     losses = []
-    for name in ("one", "pipeline"):
+    cache = {"source": "cache"}
+    for name, reference in (("one", {}), ("pipeline", {}), ("pipeline", cache)):
         processes, section = LAYOUTS[name]
+        output = tmp_path / f"{name} {len(losses)}"
         file = write_config(
             tiny,
-            tmp_path / name,
+            output,
+            reference=reference,
             objective={"reference_layer": "final"},
             training={"max_steps": 3, "export": False},
             layout=section,
             **TRAINED[trained],
         )
         workers.run(run, processes, file)
-        losses.append(Finished(tmp_path / name, []).steps("layer_1/loss"))
-    assert losses[0] == pytest.approx(losses[1], abs=TOLERANCE)
+        done = Finished(output, [])
+        losses.append([*done.steps("layer_1/loss"), *done.steps("final_loss")])
+    assert losses[1] == pytest.approx(losses[0], abs=TOLERANCE)
+    assert losses[2] == pytest.approx(losses[0], abs=TOLERANCE)
     assert losses[0][0] != pytest.approx(0.693147, abs=0.01)
 
 

@@ -20,7 +20,7 @@ from megatron_idpo.errors import (
 )
 from megatron_idpo.testing import write_tiny_hf_model
 
-from .run_hooks import Break, CountSteps, NoWeights, Spoil
+from .run_hooks import Break, CountSteps, NoWeights, Spoil, SpoilAfter, stop_after
 from .tiny_run import (
     BATCH_PAIRS,
     LORA,
@@ -99,6 +99,28 @@ def test_a_learning_rate_beyond_reason_ends_in_the_second_step(tiny, workers, tm
     file = write_config(tiny, tmp_path / "run", optimizer=optimizer)
     told = refused(TrainingError, workers, 1, file)
     assert told.startswith("step 2: NaN or infinite at layer")
+
+
+@pytest.mark.parametrize(
+    ("held_out", "told"),
+    [(True, "evaluation after step 1: the held-out pairs are NaN"), (False, "step 1: the update")],
+)
+def test_what_the_last_step_has_spoilt_is_neither_saved_nor_exported(
+    tiny, workers, tmp_path, held_out, told
+):
+    """No step comes after it that would find out."""
+    sections: dict[str, Any] = {
+        "optimizer": {"lr": 1e30 if held_out else 1e-2, "warmup_steps": 0},
+        "training": {"max_steps": 1},
+        "data": {"eval": str(tiny.held_out)} if held_out else {},
+    }
+    hooks = () if held_out else (SpoilAfter("final_layernorm.weight", NAN, step=1),)
+    said = refused(
+        TrainingError, workers, 1, write_config(tiny, tmp_path / "run", **sections), *hooks
+    )
+    assert said.startswith(told) and said.endswith("nothing was saved yet")
+    assert not (tmp_path / "run" / "hf").exists()
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_what_was_being_saved_is_complete_after_an_error(tiny, workers, tmp_path):
@@ -271,6 +293,19 @@ def test_what_may_change_may_change(tiny, workers, two_steps):
     )
     outcomes = workers.run(run, 2, file, CountSteps())
     assert all(outcome.found["steps"] == [3] for outcome in outcomes)
+
+
+@pytest.mark.parametrize(("batch_pairs", "steps"), [(3, 8), (12, 2)])
+def test_another_batch_size_goes_on_to_the_end_of_the_data(
+    tiny, workers, tmp_path, batch_pairs, steps
+):
+    """24 of 48 pairs are behind it after 4 steps of 6."""
+    output = tmp_path / "run"
+    workers.run(run, 1, write_config(tiny, output), stop_after(4))
+    file = write_config(tiny, output, training={"global_batch_pairs": batch_pairs})
+    (outcome,) = workers.run(run, 1, file, CountSteps())
+    assert outcome.code == 0
+    assert outcome.found["steps"] == list(range(5, 5 + steps))
 
 
 def refused(kind: type[UserError], workers: Any, processes: int, file: str, *hooks: Any) -> str:

@@ -1,5 +1,6 @@
 """What is told of steps: means since the line before, at the first, every so many and the last."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +13,11 @@ from megatron_idpo.train.report import MEMORY, Report, Stopwatch
 
 from .run_hooks import Spoil
 from .tiny_run import run, write_config
+
+
+def alone(_: str) -> AbstractContextManager[None]:
+    """Agreement with oneself."""
+    return nullcontext()
 
 
 class Fake:
@@ -53,7 +59,7 @@ def told(losses: list[float], *, ends: bool = True, **settings: int) -> Fake:
     """Console and logs of steps with these losses; whether the run ends after the last of them."""
     fake = Fake()
     arguments = {"every_steps": 3, "first_step": 0, **settings}
-    report = Report(fake, fake, fake, **arguments)  # type: ignore[arg-type]
+    report = Report(fake, fake, fake, agree=alone, **arguments)  # type: ignore[arg-type]
     for number, loss in enumerate(losses, arguments["first_step"] + 1):
         report.step(
             number,
@@ -96,7 +102,7 @@ def test_a_run_that_is_stopped_tells_of_its_last_steps(ends, steps):
 
 def test_the_memory_peak_is_the_highest_so_far():
     fake = Fake()
-    report = Report(fake, fake, fake, every_steps=1, first_step=0)  # type: ignore[arg-type]
+    report = Report(fake, fake, fake, every_steps=1, first_step=0, agree=alone)  # type: ignore[arg-type]
     for number, memory in enumerate((2e9, 5e9, 1e9), 1):
         report.step(
             number, metrics(1.0, memory=memory), grad_norm=1.0, lr=0.1, epoch=0.0, ends=False
@@ -109,7 +115,7 @@ def test_the_memory_peak_is_the_highest_so_far():
 
 def test_an_evaluation_is_logged_under_its_names():
     fake = Fake()
-    report = Report(fake, fake, fake, every_steps=1, first_step=0)  # type: ignore[arg-type]
+    report = Report(fake, fake, fake, every_steps=1, first_step=0, agree=alone)  # type: ignore[arg-type]
     values = report.evaluation(2, metrics(0.5, pairs=4), seconds=1.5)
     assert values["eval_loss"] == 0.5 and values["eval_pairs"] == 4.0
     assert fake.lines == [(2, values)] and fake.evaluations == [(2, 0.5, 1.5)]

@@ -25,7 +25,8 @@ FINAL = {"objective": {"reference_layer": "final"}}
         ({"objective": {"loss": "ipo", "nll_weight": 0.5}}, True, True),
         ({"training": {"start_check": False}}, True, False),
         ({"reference": {"source": "none"}}, True, False),
-        (FINAL, True, False),
+        (FINAL, True, True),
+        (FINAL, False, False),
     ],
 )
 def test_when_it_is_expected(tmp_path, sections, starts_there, expected):

@@ -47,7 +47,11 @@ def stepped(file: str) -> dict[str, Any]:
             found["read"].append(trainer.read(batch, reference).values()["loss"])
         assert same(weights(run), start) and not same(start, before)
         metrics, _ = trainer.step(
-            batch, 1, lr=0.1, extra={"mine": 2.0}, peaks={"high": float(run.world.rank)}
+            batch,
+            1,
+            lr=0.1,
+            extra=lambda: {"mine": 2.0},
+            peaks=lambda: {"high": float(run.world.rank)},
         )
         found |= {"extra": metrics.extra, "peaks": metrics.peaks, "pairs": metrics.pairs}
         assert not same(weights(run), start)
