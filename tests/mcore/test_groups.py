@@ -28,6 +28,18 @@ def test_places(workers):
     ]
 
 
+def last(layout: Layout) -> bool:
+    from megatron_idpo.mcore.groups import is_last_stage
+
+    layout.start()
+    return is_last_stage()
+
+
+def test_the_last_stage(workers):
+    assert workers.run(last, 8, LAYOUT) == [False] * 4 + [True] * 4
+    assert workers.run(last, 2, Layout(tensor=2)) == [True, True]
+
+
 def gather(layout: Layout) -> list[list[float]] | None:
     import torch.distributed as dist
 
