@@ -1,9 +1,10 @@
 """Before the first step: do policy and reference agree at every layer?
 
 Where both start equal and are read at the same layers, every Δ is 0 and every layer's loss is the
-objective's at 0, ln 2 for `sigmoid`. With `reference_layer: final` that holds of the final layer. If it is not, the run would learn the difference between two
-models instead of preferences: another base under the adapter, a damaged copy of the head, dropout
-that is on. The check is a forward pass over a few pairs, with dropout off.
+objective's at 0, ln 2 for `sigmoid`; with `reference_layer: final` the final layer's is. If it is
+not, the run would learn the difference between two models instead of preferences: another base
+under the adapter, a damaged copy of the head, dropout that is on. The check is a forward pass over
+a few pairs, with dropout off.
 """
 
 from collections.abc import Sequence
