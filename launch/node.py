@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from megatron_idpo.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
+from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers announce the end with; the others stay torchrun's."""
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments])
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
+        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+        codes = [failure.exitcode for failure in failures]
         code = exit_code(codes, stopped=messenger.has_called)
         if code not in (EXIT_PREEMPTED, EXIT_USER_ERROR):  # these have told their reason
             print(error, file=sys.stderr)
@@ -49,10 +50,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def exit_code(codes: Sequence[int], *, stopped: bool) -> int:
-    """One code for the workers that failed.
+    """One code for the workers that failed: the first one's, unless another says more.
+
+    A user's mistake says most; that a peer was lost says least, since the peer has a code too.
 
     Args:
-        codes: their exit codes, negative for a signal.
+        codes: their exit codes in the order of the failures, negative for a signal.
         stopped: whether they had been asked to stop. A worker that such a signal ends had not
             begun to listen, so it had nothing to save.
     """
@@ -60,7 +63,9 @@ def exit_code(codes: Sequence[int], *, stopped: bool) -> int:
     failed = [code for code in codes if code not in answers]
     if not failed:
         return EXIT_PREEMPTED
-    return failed[0] if failed[0] > 0 else 128 - failed[0]
+    says_less = {EXIT_USER_ERROR: 0, EXIT_PEER_LOST: 2}
+    first = min(failed, key=lambda code: says_less.get(code, 1))
+    return first if first > 0 else 128 - first
 
 
 class Messenger:

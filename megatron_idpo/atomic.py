@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_idpo.errors import CheckpointError
@@ -45,7 +46,8 @@ def clear_leftovers(target: Path) -> None:
     """
     for path in leftovers(target):
         if f".{_REPLACED}-" in path.name and not target.exists():
-            path.rename(target)
+            with suppress(OSError):  # the next time, then
+                path.rename(target)
         else:
             discard(path)
 

@@ -287,7 +287,7 @@ VERBS: dict[str, Verb] = {
         "Train by DPO or intermediate DPO; go on where an earlier run ended; export the result.",
     ),
     "score": _config_verb(
-        "megatron_idpo.reference.main",
+        "megatron_idpo.cli_score",
         "Compute the reference log-probabilities of a configuration, at every layer it names.",
     ),
     "convert": Verb(

@@ -65,6 +65,7 @@ class RunConfig(Section):
         return [
             *self._uneven_shards(),
             *self._without_held_out_pairs(),
+            *self._without_scores(),
             *self._wrong_reference(),
             *self._wrong_steps(),
         ]
@@ -101,6 +102,30 @@ class RunConfig(Section):
             for name, value in wishes.items()
             if value
         ]
+
+    def _without_scores(self) -> list[Problem]:
+        """`keep_best`, where evaluations and saves do not fall on the same steps."""
+        best, save = self.checkpoint.keep_best, self.checkpoint.every_steps
+        unheld = self.has("data") and not self.data.holds_out  # has been told
+        if not best or not self.has("training") or unheld:
+            return []
+        evaluate = self.training.eval_every_steps
+        if save is None:
+            told = "but checkpoint.every_steps is null: only the last step is saved"
+            remedy = f"set checkpoint.every_steps to {evaluate}"
+            if evaluate is None:
+                default = type(self.checkpoint).model_fields["every_steps"].default
+                remedy = f"set it and training.eval_every_steps to {default}"
+        elif evaluate is None:
+            told = "but training.eval_every_steps is null: only the last step is evaluated"
+            remedy = f"set training.eval_every_steps to {save}"
+        elif save % evaluate and evaluate % save:
+            told = f"but every {save} steps are saved, and every {evaluate} evaluated"
+            remedy = f"set checkpoint.every_steps to {save + -save % evaluate}, or "
+            remedy += f"training.eval_every_steps to {save}"
+        else:
+            return []
+        return [Problem("checkpoint.keep_best", f"is {best}, {told}", remedy)]
 
     def _wrong_reference(self) -> list[Problem]:
         if self.reference.source != "adapter_off" or self.has("lora"):

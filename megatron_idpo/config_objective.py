@@ -10,10 +10,10 @@ from pydantic import BeforeValidator
 from megatron_idpo.config_sections import (
     Bool,
     NonNegativeFloat,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
-    Text,
     Weight,
 )
 from megatron_idpo.errors import ConfigError, Problem
@@ -136,8 +136,9 @@ class LoraConfig(Section):
     rslora: Bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
 
-    adapter: Text | None = None
-    """A PEFT adapter directory to start from; null starts where the adapter changes nothing."""
+    adapter: PathText | None = None
+    """A PEFT adapter directory to start from; null starts where the adapter changes nothing. The
+    reference is the base model without it."""
 
     def problems(self) -> list[Problem]:
         """Values that mean no adapter."""
@@ -159,10 +160,11 @@ class ReferenceConfig(Section):
     source: Literal["cache", "adapter_off", "resident", "offloaded", "none"] = "cache"
     """`cache`: computed once, before the first step, and kept (docs/reference.md). `adapter_off`:
     the model without its adapters, one more forward pass in every step (LoRA). `resident`: a frozen
-    copy of the starting model, in memory. `offloaded`: such a copy in the host's memory, copied in
-    for its passes. `none`: no reference, its log-probabilities count as 0."""
+    copy of the reference, in memory. `offloaded`: such a copy in the host's memory, copied in for
+    its passes. `none`: no reference, its log-probabilities count as 0. The reference is
+    `model.path`, without `lora.adapter`; in sDPO it is the step before."""
 
-    cache: Text | None = None
+    cache: PathText | None = None
     """Directory of the cache; null is `reference` in `training.output`."""
 
     def problems(self) -> list[Problem]:

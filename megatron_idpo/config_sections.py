@@ -7,9 +7,18 @@ Here are the model, its data and its layout; `config_objective.py` has what is l
 `config_training.py` how. Not here: reading files, and what concerns several sections (`config.py`).
 """
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    model_validator,
+)
 
 from megatron_idpo.errors import Problem
 from megatron_idpo.mcore.layout import Layout
@@ -25,6 +34,8 @@ NonNegativeFloat = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Weight = Annotated[float, Strict(), Field(ge=0, le=1)]
 Fraction = Annotated[float, Strict(), Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path, in which a leading `~` is the home directory; hub names and patterns stay as they are."""
 
 
 class SectionError(ValueError):
@@ -62,13 +73,13 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The model to start from."""
 
-    path: Text
+    path: PathText
     """A Hugging Face directory, a hub name, or a `torch_dist` checkpoint of ours."""
 
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """What weights are held and computed in, whatever the checkpoint has."""
 
-    tokenizer: Text | None = None
+    tokenizer: PathText | None = None
     """Directory or hub name of the tokenizer, or a sentencepiece `.model` file; null is `path`."""
 
     def torch_dtype(self) -> "torch.dtype":
@@ -81,7 +92,7 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One file or dataset of preference pairs."""
 
-    path: Text
+    path: PathText
     """A jsonl, json, parquet, csv or arrow file, a directory of them, or a hub name."""
 
     weight: PositiveFloat = 1.0
@@ -140,13 +151,13 @@ class DataConfig(Section):
     format: Literal["auto", "text", "chat", "hh"] = "auto"
     """Text, chat messages or Anthropic-HH transcripts; `auto` decides for each record."""
 
-    chat_template: Text | None = None
+    chat_template: PathText | None = None
     """A Jinja template or a file with one; null is the tokenizer's own."""
 
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that is no preference pair."""
 
-    bad_rows_file: Text | None = None
+    bad_rows_file: PathText | None = None
     """With `on_bad_row: skip`: where to list the skipped rows and why; null only counts them."""
 
     seed: Int = 0
@@ -155,7 +166,7 @@ class DataConfig(Section):
     num_workers: PositiveInt | None = None
     """Processes that tokenise; null is one per core."""
 
-    cache: Text | None = None
+    cache: PathText | None = None
     """Directory for tokenised pairs; null is the one of Hugging Face `datasets`."""
 
     @property

@@ -23,6 +23,10 @@ _SECTION_OF = {
 _READ_WITH_LAYERS = ("intermediate_weight", "layer_weights", "reference_layer", "norm")
 
 
+MANIFEST = "manifest.json"
+"""The file that makes a directory one of a run of several steps."""
+
+
 def step_name(number: int) -> str:
     """What a step's directories are called; steps are counted from 1."""
     return f"step-{number}"
@@ -31,7 +35,8 @@ def step_name(number: int) -> str:
 def step_config(config: "RunConfig", number: int) -> "RunConfig":
     """The configuration of one step.
 
-    It has a directory and seeds of its own; the first model's adapter is the first step's alone.
+    It has a directory and seeds of its own. `lora.adapter` is left out after the first step: what a
+    later one starts from, with `target: first` that adapter again, it is handed as a model.
     `training.export` is whether the step's own model is wanted.
 
     Args:
@@ -48,7 +53,7 @@ def step_config(config: "RunConfig", number: int) -> "RunConfig":
         if getattr(step, field) is not None:
             changed[section][field] = getattr(step, field)
     changed["training"] |= {
-        "output": str(Path(config.training.output).expanduser() / name),
+        "output": str(Path(config.training.output) / name),
         "seed": config.training.seed + number - 1,
         "export": step.export,
     }
@@ -60,8 +65,7 @@ def step_config(config: "RunConfig", number: int) -> "RunConfig":
     if step.warmup_steps is not None:
         changed["optimizer"]["warmup_fraction"] = None
     if config.reference.cache is not None:
-        cache = Path(config.reference.cache).expanduser() / name
-        changed["reference"] = {"cache": str(cache)}
+        changed["reference"] = {"cache": str(Path(config.reference.cache) / name)}
     if config.lora is not None and number > 1:
         changed["lora"] = {"adapter": None}
     sections: dict[str, Any] = {

@@ -7,6 +7,7 @@ from megatron_idpo.config_sections import (
     Fraction,
     Int,
     NonNegativeFloat,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -68,7 +69,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """The run."""
 
-    output: Text
+    output: PathText
     """Directory of everything the run leaves: checkpoints, metrics, the final model."""
 
     global_batch_pairs: PositiveInt = 32
@@ -118,7 +119,8 @@ class CheckpointConfig(Section):
     """How many of the newest checkpoints to keep."""
 
     keep_best: Int = 0
-    """How many of those with the best `best_metric` to keep besides; needs held-out pairs."""
+    """How many of those with the best `best_metric` to keep besides; only evaluated steps have one,
+    so `training.eval_every_steps` must be `every_steps`, or divide it or be a multiple of it."""
 
     best_metric: Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"] = (
         "eval_loss"

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,6 +67,46 @@ def test_sources_may_be_written_short(write, written, paths, weights):
     config = load_config(write(f"data: {{train: {written}}}"), required=["data"])
     assert [source.path for source in config.data.train] == paths
     assert [source.weight for source in config.data.train] == weights
+
+
+HOME_PATHS = {
+    "model": {"path": "~/model", "tokenizer": "~/tokenizer"},
+    "data": {
+        "train": ["~/a.jsonl", {"path": "~/*/b.jsonl"}],
+        "eval": "~/held",
+        "cache": "~/tokens",
+        "on_bad_row": "skip",
+        "bad_rows_file": "~/bad",
+        "chat_template": "~/t.jinja",
+    },
+    "lora": {"adapter": "~/adapter"},
+    "reference": {"cache": "~/reference"},
+    "training": {"output": "~/out"},
+}
+
+
+def test_a_leading_tilde_is_the_home_directory(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    config = load_config(
+        write(yaml.safe_dump(HOME_PATHS)), ["training.output=~/run"], optional=["training"]
+    )
+    written = yaml.safe_dump({**HOME_PATHS, "training": {"output": "~/run"}})
+    dumped = yaml.safe_load(config.dump())
+    expected = yaml.safe_load(written.replace("~/", "/somewhere/"))
+    for section in ("model", "lora", "reference", "training"):
+        assert expected[section].items() <= dumped[section].items()
+    assert [one.path for one in config.data.train] == ["/somewhere/a.jsonl", "/somewhere/*/b.jsonl"]
+    assert config.data.eval[0].path == "/somewhere/held"
+    for field in ("cache", "bad_rows_file", "chat_template"):
+        assert getattr(config.data, field) == expected["data"][field]
+
+
+@pytest.mark.parametrize(
+    "path", ["org/model", "./a/../b~", "a/~/b", "{{ x }}~/y", "~nobody-here/x"]
+)
+def test_other_paths_stay_as_they_are(path):
+    section = DataConfig(train=path, chat_template=path)
+    assert section.train[0].path == path == section.chat_template
 
 
 def test_scalars_follow_yaml_1_2(write):

@@ -104,6 +104,28 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
 ]
 
 
+# checkpoint.every_steps, training.eval_every_steps, and what is said of keep_best.
+UNSCORED = [
+    (100, None, "eval_every_steps is null: only the last", "eval_every_steps to 100"),
+    (None, 40, "every_steps is null: only the last", "set checkpoint.every_steps to 40"),
+    (None, None, "every_steps is null: only the last", "training.eval_every_steps to 100"),
+    (100, 40, "100 steps are saved, and every 40 evaluated", "every_steps to 120, or training."),
+    (40, 100, "40 steps are saved, and every 100 evaluated", "eval_every_steps to 40"),
+]
+
+
+@pytest.mark.parametrize(("save", "evaluate", "because", "remedy"), UNSCORED)
+def test_a_best_checkpoint_needs_a_score(tmp_path, save, evaluate, because, remedy):
+    sections = {
+        "data": {"eval": "held"},
+        "training": {"eval_every_steps": evaluate},
+        "checkpoint": {"keep_best": 2, "every_steps": save},
+    }
+    (told,) = refused(tmp_path, **sections)
+    assert told.startswith("checkpoint.keep_best (run.yaml:")
+    assert "is 2, but" in told and because in told and remedy in told, told
+
+
 @pytest.mark.parametrize(("sections", "words"), MISTAKES)
 def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, sections, words):
     (told,) = refused(tmp_path, **sections)
@@ -120,7 +142,12 @@ def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, sections, wo
         {"training": {"recompute": "full", "recompute_layers": 2}},
         {"training": {"recompute": "full"}},
         {"training": {"eval_every_steps": 10}, "data": {"eval_pairs": 5}},
-        {"checkpoint": {"keep_best": 1, "best_metric": "eval_loss"}, "data": {"eval": "held"}},
+        {"checkpoint": {"keep_best": 1, "best_metric": "eval_loss"},
+         "training": {"eval_every_steps": 100}, "data": {"eval": "held"}},
+        {"checkpoint": {"keep_best": 1}, "training": {"eval_every_steps": 25},
+         "data": {"eval": "held"}},
+        {"checkpoint": {"keep_best": 1}, "training": {"eval_every_steps": 200},
+         "data": {"eval": "held"}},
         {"checkpoint": {"every_steps": None}},
         {"data": {"row_tokens": 4097}, "layout": {"tensor": 2}},
         {"data": {"row_tokens": 4098, "trim_tokens": 0},

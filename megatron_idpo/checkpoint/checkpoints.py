@@ -16,6 +16,7 @@ is in them, and that any layout can read them, is said in `training_state.py` an
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
@@ -57,6 +58,7 @@ class Checkpoints:
         keep_last: int = 2,
         keep_best: int = 1,
         better: Literal["min", "max"] = "min",
+        metric: str | None = None,
     ) -> None:
         """Make the directory, and clear away what interrupted runs left in it.
 
@@ -65,13 +67,15 @@ class Checkpoints:
             keep_last: how many of the newest stay, 1 or more.
             keep_best: how many of the best stay beside them, 0 or more.
             better: whether a small score is good or a large one.
+            metric: what scores measure. Those of a metric of another name, which an earlier run
+                saved, are not ranked; None ranks every score.
 
         Raises:
             CheckpointError: the directory cannot be made or written by every rank.
         """
         assert keep_last >= 1 and keep_best >= 0, (keep_last, keep_best)
         self._root = directory
-        self._retention = Retention(keep_last, keep_best, better)
+        self._retention = Retention(keep_last, keep_best, better, metric)
         with agreeing("preparing the directory of checkpoints"):
             if is_first_rank():
                 _make(directory)
@@ -144,12 +148,13 @@ class Checkpoints:
         record = Record(
             progress=progress,
             score=score,
+            metric=self._retention.metric,
             optimizer_steps=total_steps(optimizer),
             loss_scale=loss_scale_state(optimizer),
         )
         target = target_of(self._root, progress.step)
         directory = self._begin(target, boxes)
-        self._saving = CheckpointInfo(target, progress.step, score)
+        self._saving = CheckpointInfo(target, progress.step, score, record.metric)
         self._background.start(lambda: self._write(boxes, record, directory, target))
 
     def poll(self) -> CheckpointInfo | None:
@@ -227,13 +232,12 @@ class Checkpoints:
         if is_first_rank():
             prune(self._root, self._retention)
 
-    def _ended(self, ask: Any) -> bool:
+    def _ended(self, ask: Callable[[], bool]) -> bool:
         try:
-            ended: bool = ask()
+            return ask()
         except BaseException:
             self._saving = None
             raise
-        return ended
 
     def _published(self) -> CheckpointInfo:
         info, self._saving = self._saving, None

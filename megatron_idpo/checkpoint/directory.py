@@ -15,6 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from megatron_idpo import atomic
+from megatron_idpo.checkpoint.progress import FILE as PROGRESS
 from megatron_idpo.errors import CheckpointError, UserError
 from megatron_idpo.mcore.world import agreeing, barrier, from_first, is_first_rank
 
@@ -121,6 +122,13 @@ def companion_files(checkpoint: Path) -> list[Path]:
             "the other way is `convert hf-to-megatron`",
         )
     directory = checkpoint / COMPANIONS
+    if (checkpoint / PROGRESS).is_file() and not directory.exists():
+        raise CheckpointError.at(
+            str(checkpoint),
+            "is a state that a run goes on from, not a model",
+            "the run that made it exports its model: the same `train` command goes on from here, "
+            "and leaves OUTPUT/hf at its end",
+        )
     files = sorted(directory.iterdir()) if directory.is_dir() else []
     if not any(path.name == "config.json" for path in files):
         raise CheckpointError.at(

@@ -32,6 +32,9 @@ class CheckpointInfo:
     score: float | None
     """What it is ranked by; None where nothing was measured."""
 
+    metric: str | None = None
+    """What the score measures; None where nobody said."""
+
 
 @dataclass(frozen=True, slots=True)
 class Retention:
@@ -46,15 +49,21 @@ class Retention:
     better: Literal["min", "max"]
     """Whether a small score is good or a large one."""
 
+    metric: str | None = None
+    """What is ranked: scores of another metric do not count. None takes every score."""
+
     def ranked(self, checkpoints: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
-        """Those with a score, the best first."""
+        """Those with a score of this metric, the best first."""
         sign = 1.0 if self.better == "min" else -1.0
         scored = [
             (sign * one.score, -one.step, one)
             for one in checkpoints
-            if one.score is not None and not isnan(one.score)
+            if one.score is not None and not isnan(one.score) and self._counts(one)
         ]
         return [one for _, _, one in sorted(scored, key=lambda entry: entry[:2])]
+
+    def _counts(self, checkpoint: CheckpointInfo) -> bool:
+        return self.metric is None or checkpoint.metric == self.metric
 
     def superfluous(self, checkpoints: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
         """Those that need not stay, the oldest first."""
@@ -79,7 +88,7 @@ def complete_checkpoints(root: Path) -> list[CheckpointInfo]:
     for path in _entries(root):
         name = _NAME.fullmatch(path.name)
         if name and path.is_dir():
-            found.append(CheckpointInfo(path, int(name[1]), _score(path)))
+            found.append(CheckpointInfo(path, int(name[1]), *_score(path)))
     return sorted(found, key=lambda one: one.step)
 
 
@@ -127,12 +136,16 @@ def clear_leftovers(root: Path) -> None:
             _delete(path)
 
 
-def _score(directory: Path) -> float | None:
-    """What a checkpoint is ranked by; a damaged one has no score, and `load` says what it has."""
+def _score(directory: Path) -> tuple[float | None, str | None]:
+    """What a checkpoint is ranked by, and the metric's name.
+
+    A damaged one has no score, and `load` says what it has.
+    """
     try:
-        return Record.read(directory).score
+        record = Record.read(directory)
     except CheckpointError:
-        return None
+        return None, None
+    return record.score, record.metric
 
 
 def _entries(root: Path) -> Iterator[Path]:

@@ -39,11 +39,8 @@ class Progress:
     config: dict[str, Any]
     """The run's resolved configuration."""
 
-    schedule: dict[str, Any] = field(default_factory=dict)
-    """State of the learning rate's schedule, as far as `step` does not say it."""
-
-    best: float | None = None
-    """The best score so far."""
+    reference: str = ""
+    """The identity of what the policy is compared to; empty where nothing is known of it."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     """The last ones logged, for people to read."""
@@ -63,6 +60,9 @@ class Record:
 
     score: float | None
     """What the checkpoint is ranked by, where it was measured."""
+
+    metric: str | None = None
+    """What `score` measures, by its name in the metrics; None where nobody said."""
 
     optimizer_steps: int
     """Steps that the optimizer has taken, which Adam's bias correction depends on."""
@@ -100,8 +100,11 @@ class Record:
                 told = f"is in format {written}, of megatron-idpo {version}; this is {__version__}"
                 raise CheckpointError.at(str(path), told, "go on with that version")
             known = {one.name for one in fields(Progress)}
-            progress = {k: v for k, v in content.pop("progress").items() if k in known}
-            return cls(progress=Progress(**progress), **content)
+            kept = {k: v for k, v in content.pop("progress").items() if k in known}
+            progress = Progress(**kept)
+            if "metric" not in content:  # older records: the run's configuration has it
+                content["metric"] = progress.config.get("checkpoint", {}).get("best_metric")
+            return cls(progress=progress, **content)
         except OSError as error:
             raise CheckpointError.at(
                 str(path), f"cannot be read: {error.strerror}", remedy
@@ -128,6 +131,9 @@ def check_same_run(saved: Progress, current: Progress, place: str) -> list[Probl
         "another base model": (saved.base_model, current.base_model, "model"),
         "other data": (saved.data_fingerprint, current.data_fingerprint, "data"),
     }
+    if saved.reference and current.reference:
+        reference = (saved.reference, current.reference, "reference")
+        compared = {**compared, "another reference": reference}
     return [
         Problem(
             place,

@@ -18,11 +18,13 @@ from megatron_idpo.atomic import check_apart
 from megatron_idpo.checkpoint.casts import check_floating
 from megatron_idpo.checkpoint.contents import stored_weights
 from megatron_idpo.checkpoint.directory import COMPANIONS, companion_files, copy_companions
+from megatron_idpo.checkpoint.snapshot_file import whole_snapshot
 from megatron_idpo.checkpoint.weights import load_weights
 from megatron_idpo.convert.dtypes import parse_dtype, stored_dtype
 from megatron_idpo.convert.families import entry, hf_shapes
 from megatron_idpo.convert.hf_writer import HfWriter
 from megatron_idpo.convert.hf_writer_ranks import write_together
+from megatron_idpo.convert.model_source import check_snapshot
 from megatron_idpo.convert.progress import busy, report_written, tensor_progress
 from megatron_idpo.convert.safetensors_header import TensorSpec
 from megatron_idpo.convert.slicing import Replicated
@@ -128,7 +130,8 @@ def convert(
     the one that the checkpoint was saved in.
 
     Args:
-        source: what `convert hf-to-megatron` wrote, with its `huggingface/`.
+        source: what `convert hf-to-megatron` wrote, with its `huggingface/`; or a snapshot, every
+            byte of which is checked.
         target: directory to write; it appears only when it is complete.
         dtype: `fp32`, `bf16` or `fp16`; None keeps the stored format.
         layout: how to split the work.
@@ -141,6 +144,7 @@ def convert(
     with joined_world() as world:
         with agreeing("opening the checkpoint"):
             check_apart(source, target)
+            snapshot = whole_snapshot(source)
             companions = companion_files(source)
             path = source / COMPANIONS / CONFIG_FILE
             architecture = Architecture.from_hf(read_json_object(path), str(path))
@@ -149,6 +153,8 @@ def convert(
             stored = {key: weight.dtype for key, weight in stored_weights(source).items()}
             check_floating(str(source), stored)
             wanted = parse_dtype(dtype) if dtype else stored_dtype(str(source), stored)
+        if snapshot is not None:
+            check_snapshot(source, snapshot)
         with running(layout):
             chunks = build_model(architecture, layout, ModelOptions(dtype=wanted))
             with busy("reading the checkpoint", show=world.is_first):

@@ -13,6 +13,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_idpo.checkpoint.directory import COMPANIONS, companion_files
+from megatron_idpo.checkpoint.snapshot_file import (
+    Snapshot,
+    check_digests,
+    check_names,
+    file_digest,
+    whole_snapshot,
+)
 from megatron_idpo.checkpoint.weights import load_weights
 from megatron_idpo.convert.hf_reader import HfCheckpoint
 from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
@@ -20,12 +27,11 @@ from megatron_idpo.convert.tokenizer_files import CONFIG_FILE, check_vocabulary,
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.architecture import Architecture
 from megatron_idpo.mcore.model import GPTModel
-from megatron_idpo.mcore.world import gathered
+from megatron_idpo.mcore.world import agreeing, gathered
 
 _WEIGHT_FILES = ("*.safetensors", "*.distcp", ".metadata")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v3", "*.txt", "*.jinja"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,8 @@ def open_model(path: str) -> ModelSource:
     """Look at a model. Call within `agreeing`; a hub model is downloaded if it is not here yet.
 
     Args:
-        path: a Hugging Face directory, a `torch_dist` checkpoint of ours, or a hub name.
+        path: a Hugging Face directory, a `torch_dist` checkpoint of ours (a snapshot too), or a
+            hub name.
 
     Raises:
         UserError: there is none, or it cannot be used.
@@ -53,6 +60,9 @@ def open_model(path: str) -> ModelSource:
     directory = Path(path).expanduser()
     if not directory.is_dir():
         directory = _from_hub(path)
+    snapshot = whole_snapshot(directory)
+    if snapshot is not None:
+        check_names(directory, snapshot)
     if (directory / "metadata.json").is_file():
         companions = companion_files(directory)
         config = directory / COMPANIONS / CONFIG_FILE
@@ -82,32 +92,60 @@ def weights_fingerprint(source: ModelSource) -> str:
 
     Ranks share the files out between them; names count only as an order, so that a copy elsewhere
     is the same model.
+
+    Raises:
+        CheckpointError: on every rank; a file cannot be read, or is not what its snapshot lists.
     """
     files = [path for pattern in _WEIGHT_FILES for path in sorted(source.directory.glob(pattern))]
     files += [path for path in source.companions if path.name == CONFIG_FILE]
-    return files_fingerprint(files)
+    with agreeing("opening the snapshot"):
+        snapshot = whole_snapshot(source.directory)
+    if snapshot is None:
+        return files_fingerprint(files)
+    check_snapshot(source.directory, snapshot)
+    names = [str(path.relative_to(source.directory)) for path in files]
+    return _together([snapshot.files[name] for name in names])
+
+
+def check_snapshot(directory: Path, snapshot: Snapshot) -> None:
+    """Compare every file of a snapshot, and every byte, with what it lists. Collective.
+
+    Raises:
+        CheckpointError: on every rank; a file is missing, was added or changed, or is unreadable.
+    """
+    with agreeing("looking at the snapshot's files"):
+        check_names(directory, snapshot)
+    digests = file_digests([directory / name for name in snapshot.files])
+    with agreeing("checking the snapshot"):
+        check_digests(directory, snapshot, digests)
 
 
 def files_fingerprint(files: Sequence[Path]) -> str:
-    """sha256 over the bytes of files in this order, which ranks share out. Collective."""
-    digests = file_digests(files)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    """sha256 over the bytes of files in this order, which ranks share out. Collective.
+
+    Raises:
+        CheckpointError: on every rank; a file cannot be read.
+    """
+    return _together(file_digests(files))
 
 
 def file_digests(files: Sequence[Path]) -> list[str]:
-    """Each file's sha256. Collective: ranks share the files out between them."""
+    """Each file's sha256. Collective: ranks share the files out between them.
+
+    Raises:
+        CheckpointError: on every rank; a file cannot be read.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
-    digests = {number: _digest(path) for number, path in enumerate(files) if number % size == rank}
+    with agreeing("reading the model's files"):
+        digests = {
+            number: file_digest(path) for number, path in enumerate(files) if number % size == rank
+        }
     told = {number: digest for part in gathered(digests) for number, digest in part.items()}
     return [told[number] for number in sorted(told)]
 
 
-def _digest(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            total.update(block)
-    return total.hexdigest()
+def _together(digests: Sequence[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _from_hub(name: str) -> Path:

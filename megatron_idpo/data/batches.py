@@ -129,7 +129,7 @@ def build_batch(
     )
 
 
-def _check(pairs: PairSource, settings: RowSettings) -> None:
+def check_pairs(pairs: PairSource, settings: RowSettings) -> None:
     """Refuse a collection that could not be trained on to its end, before it begins."""
     assert 0 <= settings.data_rank < settings.data_size, settings
     assert settings.rows_multiple >= 1, settings
@@ -177,7 +177,7 @@ class TrainingBatches:
         """
         assert global_batch_pairs >= 1, global_batch_pairs
         assert epochs >= 1, epochs
-        _check(pairs, settings)
+        check_pairs(pairs, settings)
         self._pairs = pairs
         self._settings = settings
         self._global_batch_pairs = global_batch_pairs
@@ -274,7 +274,7 @@ class EvaluationBatches:
     ) -> None:
         """Check every length; build nothing yet. Arguments and errors as in `TrainingBatches`."""
         assert global_batch_pairs >= 1, global_batch_pairs
-        _check(pairs, settings)
+        check_pairs(pairs, settings)
         self._pairs = pairs
         self._settings = settings
         self._global_batch_pairs = global_batch_pairs

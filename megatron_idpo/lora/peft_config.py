@@ -91,8 +91,11 @@ def peft_config(settings: LoraSettings, base_model: str) -> dict[str, Any]:
 
     Args:
         settings: of the adapter.
-        base_model: where PEFT finds the base model, a directory or a name on the hub.
+        base_model: where PEFT finds the base model, a directory, which is written absolute, or a
+            name on the hub.
     """
+    if Path(base_model).is_dir():
+        base_model = str(Path(base_model).absolute())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -2,8 +2,8 @@
 
 One list of messages, each matched by its own words and, for log records, its own logger: whatever
 else the same modules have to say is heard. They are about accelerations that are not installed
-(`megatron-idpo doctor` tells that properly) and about megatron-core 0.19's and torch's own plans
-with their interfaces.
+(`megatron-idpo doctor` tells that properly), about megatron-core 0.19's and torch's own plans with
+their interfaces, and about megatron-core's own doings.
 
 Importing this module loads neither torch nor megatron-core, so that their import can be quiet too.
 """
@@ -29,6 +29,18 @@ _WARNINGS = (
 )
 """Regular expressions for the beginnings of warnings."""
 
+_WARNINGS_OF_MODULES = (
+    # The distributed optimizer's shards of fp32 weights are views, whose .grad it sets itself.
+    (r"megatron\.core\.optimizer\.", r"The \.grad attribute of a Tensor that is not a leaf"),
+)
+"""The same for warnings that count as ours, or somebody's, where another module causes them."""
+
+_WARNINGS_WITHOUT_GPU = (
+    "When using sequence parallelism it is recommended to set the environment variable CUDA_",
+    "When using async grad allreduce it is recommended to set the environment variable CUDA_",
+)
+"""Advice for GPUs, which is heard where there is one (launch/README.md has it)."""
+
 _LOG_RECORDS = (
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
     (
@@ -41,18 +53,23 @@ _LOG_RECORDS = (
 
 
 @contextmanager
-def quiet_megatron() -> Iterator[None]:
+def quiet_megatron(*, has_gpu: bool = True) -> Iterator[None]:
     """Leave those messages unsaid within this block; blocks can be nested.
 
     Warning filters are the process's, as everywhere in Python: other threads are quiet too.
+
+    Args:
+        has_gpu: whether advice about GPUs is of use.
     """
     silencers = [(logging.getLogger(name), _Unsaid(start)) for name, start in _LOG_RECORDS]
     for logger, silencer in silencers:
         logger.addFilter(silencer)
     try:
         with warnings.catch_warnings():
-            for message in _WARNINGS:
+            for message in (*_WARNINGS, *(() if has_gpu else _WARNINGS_WITHOUT_GPU)):
                 warnings.filterwarnings("ignore", message)
+            for module, message in _WARNINGS_OF_MODULES:
+                warnings.filterwarnings("ignore", message, module=module)
             yield
     finally:
         for logger, silencer in silencers:

@@ -62,8 +62,8 @@ def joined_world(timeout_s: float = 1800.0) -> Iterator[World]:
     Raises:
         ConfigError: the environment describes half a world, or more ranks here than GPUs.
     """
-    redirect_cuda_to_cpu()
-    with quiet_megatron(), _process_group(timeout_s):
+    has_gpu = not redirect_cuda_to_cpu()
+    with quiet_megatron(has_gpu=has_gpu), _process_group(timeout_s):
         yield World(dist.get_rank(), dist.get_world_size())
 
 

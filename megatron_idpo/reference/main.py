@@ -1,4 +1,7 @@
-"""The verb `score`: the reference cache of a configuration, made ahead of training."""
+"""The verb `score` for one reference: its cache, made ahead of training.
+
+`cli_score.py` leads here where there are no steps; `sdpo=null` is read, to say so.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +10,7 @@ from megatron_idpo.config import load_config
 from megatron_idpo.errors import ConfigError
 
 REQUIRED = ("model", "data")
-OPTIONAL = ("objective", "lora", "layout", "training", "reference")
+OPTIONAL = ("objective", "lora", "layout", "training", "reference", "sdpo")
 
 
 def main(path: Path, overrides: Sequence[str]) -> int:

@@ -13,9 +13,9 @@ from megatron_idpo.convert.fixed_model import FixedModel
 from megatron_idpo.data.batches import RowSettings
 from megatron_idpo.data.dataset import PairDataset
 from megatron_idpo.data.run_pairs import RunPairs
-from megatron_idpo.errors import ConfigError
+from megatron_idpo.errors import CheckpointError, ConfigError
 from megatron_idpo.mcore.signals import StopWish
-from megatron_idpo.mcore.world import agreeing, is_first_rank
+from megatron_idpo.mcore.world import agreeing, gathered, is_first_rank
 from megatron_idpo.reference.cache import EVAL, CacheWriter, held, is_complete, open_cache
 from megatron_idpo.reference.cached import Cached
 from megatron_idpo.reference.fingerprint import Fingerprint, fingerprint
@@ -83,8 +83,7 @@ class RunCaches:
         Raises:
             CheckpointError: on every rank; what is there is of something else, or damaged.
         """
-        with agreeing("looking at the reference cache"):
-            return all([is_complete(part.directory, part.fingerprint) for part in self.parts])
+        return all([_is_complete_everywhere(part) for part in self.parts])
 
     def score(
         self, source: Reference, rows: RowSettings, wish: StopWish, *, part_s: float = PART_S
@@ -108,9 +107,7 @@ class RunCaches:
                 if is_first_rank():
                     stack.enter_context(held(self.directory))
             for part in self.parts:
-                with agreeing("looking at the reference cache"):
-                    is_there = is_complete(part.directory, part.fingerprint)
-                if not is_there and not score_pairs(
+                if not _is_complete_everywhere(part) and not score_pairs(
                     source,
                     part.pairs,
                     rows,
@@ -159,6 +156,22 @@ class RunCaches:
         """
         with agreeing("reading the reference cache"):
             return [Cached(open_cache(part.directory, part.fingerprint)) for part in self.parts]
+
+
+def _is_complete_everywhere(part: _Part) -> bool:
+    """Whether a cache is finished. Collective: every rank looks for itself, and all see the same.
+
+    Raises:
+        CheckpointError: on every rank; it is of something else, damaged, or not seen by all.
+    """
+    with agreeing("looking at the reference cache"):
+        seen = is_complete(part.directory, part.fingerprint)
+    everywhere = gathered(seen)
+    if len(set(everywhere)) > 1:
+        told = f"is finished as {sum(everywhere)} of {len(everywhere)} ranks see it"
+        remedy = "name a directory that all machines share; if they do, start again"
+        raise CheckpointError.at(str(part.directory), told, remedy)
+    return seen
 
 
 def cache_directory(config: RunConfig) -> Path:

@@ -3,7 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
+from megatron_idpo import atomic
+from megatron_idpo.errors import CheckpointError
+from megatron_idpo.lora.peft_config import CONFIG_NAME
+from megatron_idpo.mcore.world import agreeing, is_first_rank
 from megatron_idpo.reference.live import Reference
 from megatron_idpo.sdpo.manifest import FIRST
 from megatron_idpo.sdpo.manifest_file import ManifestFile
@@ -43,10 +48,7 @@ class Conclusion:
         lines = self._exported(run)
         directory = snapshot_directory(self.manifest.root, self.number)
         snapshot = write_snapshot(
-            run.trainer.policy,
-            directory,
-            carry=self.carries_adapter,
-            base_model=run.config.model.path,
+            run.config, run.trainer.policy, directory, carry=self.carries_adapter
         )
         self.manifest.completed(self.number, snapshot, metrics)
         return [f"snapshot {directory}", *lines]
@@ -85,7 +87,29 @@ class Conclusion:
                 with_adapter=self.is_on_first_model,
                 show_progress=run.world.is_first,
             )
+            if not self.is_on_first_model:
+                with agreeing("removing an earlier adapter"):
+                    _remove_adapter(output)
         return lines
+
+
+def _remove_adapter(output: RunDirectory) -> None:
+    """Take away an adapter that an earlier end left beside another model. On the first rank.
+
+    It loses its name first, so that none is there by half.
+
+    Raises:
+        CheckpointError: it cannot be removed.
+    """
+    if not (is_first_rank() and (output.adapter / CONFIG_NAME).is_file()):
+        return
+    doomed = atomic.incomplete_directory(output.adapter, uuid4().hex[:8])
+    try:
+        output.adapter.rename(doomed)
+    except OSError as error:
+        told = f"is of an earlier step, and cannot be removed: {error.strerror}"
+        raise CheckpointError.at(str(output.adapter), told, "delete it") from None
+    atomic.discard(doomed)
 
 
 def _nothing() -> None:

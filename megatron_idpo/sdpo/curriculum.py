@@ -5,16 +5,19 @@ step reads: to line pairs up, to know its own accuracy on each source, to compar
 result with it, and as the first step's reference. The scores are an ordinary reference cache,
 `OUTPUT/first_model`; which pair went where is left in `OUTPUT/curriculum.parquet`.
 
-Shapes: P pairs, 2 = chosen, rejected.
+Shapes: P pairs, R lines of the table, 2 = chosen, rejected.
 """
 
+import gc
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_idpo.config import RunConfig
 from megatron_idpo.config_steps import step_config
@@ -73,17 +76,51 @@ def score_first_model(
         UserError: on every rank.
         Stopped: on every rank; a signal came. What was scored is saved.
     """
-    scored = _scoring_config(config, model.source.architecture.num_layers)
+    scored = scoring_config(config, model.source.architecture.num_layers)
     with agreeing("finding the first model's scores"):
         caches = RunCaches.of(scored, pairs, model)
-    if caches.are_complete():
-        return caches
-    with running(config.layout.layout()):
-        chunks, dpo = frozen_model(scored, model, show_progress=world.is_first)
-        rows = row_settings(scored, world.size, data_rank=this_place().data)
-        if not caches.score(Resident(dpo, chunks), rows, wish):
-            raise Stopped
+    with first_models_remedies():
+        if caches.are_complete():
+            return caches
+    with first_models_remedies(), running(config.layout.layout()):
+        is_complete = _score(scored, world, model, caches, wish)
+        gc.collect()  # models hold themselves in circles, and step 1 needs the memory
+    if not is_complete:
+        raise Stopped
     return caches
+
+
+def _score(
+    config: RunConfig, world: World, model: FixedModel, caches: RunCaches, wish: StopWish
+) -> bool:
+    """Load the first model and score all pairs; whether that came to its end."""
+    chunks, dpo = frozen_model(config, model, show_progress=world.is_first)
+    rows = row_settings(config, world.size, data_rank=this_place().data)
+    return caches.score(Resident(dpo, chunks), rows, wish)
+
+
+@contextmanager
+def first_models_remedies() -> Iterator[None]:
+    """What is told of the first model's cache leaves `reference.cache` out: it does not move it.
+
+    Raises:
+        CheckpointError: the block's, with remedies that work here.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if not error.problems:  # another rank's, told in words
+            raise
+        mended = [replace(one, remedy=_without_moving(one.remedy)) for one in error.problems]
+        raise CheckpointError.of(mended) from None
+
+
+def _without_moving(remedy: str) -> str:
+    """A remedy without those of its choices that name `reference.cache`."""
+    if "reference.cache" not in remedy:
+        return remedy
+    left = [choice for choice in remedy.split(", or ") if "reference.cache" not in choice]
+    return ", or ".join(left) or "name another training.output"
 
 
 def deal_pairs(config: RunConfig, caches: RunCaches, pairs: PairDataset) -> Curriculum:
@@ -103,9 +140,9 @@ def deal_pairs(config: RunConfig, caches: RunCaches, pairs: PairDataset) -> Curr
 
 
 def write_curriculum(curriculum: Curriculum, path: Path) -> None:
-    """One line per training pair: its source, its step (0 is none) and what the first model says.
+    """One line per training pair and step: its source, and what the first model says of it.
 
-    On one rank.
+    A pair of no step has one line, with step 0. On one rank.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -113,16 +150,14 @@ def write_curriculum(curriculum: Curriculum, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    step_P = np.zeros(len(curriculum.source_P), np.int32)
-    for number, slice_K in enumerate(curriculum.slices, start=1):
-        step_P[slice_K] = number  # the last step's, where a source is in several
+    pair_R, step_R = _pairs_and_steps(curriculum)
     table = pa.table(
         {
-            "pair": np.arange(len(step_P)),
-            "source": [curriculum.sources[source] for source in curriculum.source_P],
-            "step": step_P,
-            "first_model_margin": curriculum.easiness.margin_P,
-            "first_model_accuracy": curriculum.easiness.accuracy_P,
+            "pair": pair_R,
+            "source": [curriculum.sources[source] for source in curriculum.source_P[pair_R]],
+            "step": step_R,
+            "first_model_margin": curriculum.easiness.margin_P[pair_R],
+            "first_model_accuracy": curriculum.easiness.accuracy_P[pair_R],
         }
     )
     fresh = path.with_name(f".{path.name}.incomplete")
@@ -134,6 +169,16 @@ def write_curriculum(curriculum: Curriculum, path: Path) -> None:
         raise CheckpointError.at(str(path), told, "free some space") from None
 
 
+def _pairs_and_steps(curriculum: Curriculum) -> tuple[Indices, NDArray[np.int32]]:
+    """Every pair with each of its steps, or with 0; in the order of pairs, then of steps."""
+    every_P = np.arange(len(curriculum.source_P))
+    dealt = [np.setdiff1d(every_P, np.concatenate(curriculum.slices)), *curriculum.slices]
+    pair_R = np.concatenate(dealt)
+    step_R = np.repeat(np.arange(len(dealt), dtype=np.int32), [len(pairs) for pairs in dealt])
+    order_R = np.lexsort((step_R, pair_R))
+    return pair_R[order_R], step_R[order_R]
+
+
 def step_layers(config: RunConfig, number: int, num_layers: int) -> tuple[int, ...]:
     """The intermediate layers of a step, by number.
 
@@ -143,8 +188,12 @@ def step_layers(config: RunConfig, number: int, num_layers: int) -> tuple[int, .
     return resolve_layers(step_config(config, number).objective.layers, num_layers)
 
 
-def _scoring_config(config: RunConfig, num_layers: int) -> RunConfig:
-    """A run's that reads every layer of any step, with the cache in the run's own directory."""
+def scoring_config(config: RunConfig, num_layers: int) -> RunConfig:
+    """A run's that reads every layer of any step, with the cache in the run's own directory.
+
+    Raises:
+        ConfigError: a step's layers that the model has not.
+    """
     assert config.sdpo is not None
     numbers = range(1, len(config.sdpo.steps) + 1)
     layers = {layer for number in numbers for layer in step_layers(config, number, num_layers)}

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_idpo import __version__
+from megatron_idpo.checkpoint.sealed import read_sealed, write_sealed
 from megatron_idpo.errors import CheckpointError, Problem
-from megatron_idpo.sdpo.sealed import read_sealed, write_sealed
 
 FILE = "manifest.json"
 FIRST = "first_model/"
@@ -25,6 +25,10 @@ FIRST = "first_model/"
 
 _FORMAT = 1
 _REMEDY = "put it back as it was, or begin anew in another training.output"
+_KEEP = "keep it, or name another training.output"
+_KEEP_PAIRS = (
+    "use the data, seed and sdpo.order that the run began with, or name another training.output"
+)
 
 State = Literal["pending", "training", "complete"]
 
@@ -75,9 +79,6 @@ class Manifest:
     """The first model's path, as configured."""
 
     model_identity: str
-    data: str
-    """Fingerprint of all training pairs."""
-
     target: str
     adapters: str | None
     """`merge` or `carry`; None where all weights are trained."""
@@ -145,27 +146,31 @@ def continued(root: Path, found: Manifest, planned: Manifest) -> Manifest:
     """
     place = str(root / FILE)
     problems = [
-        Problem(place, f"was begun with {what}", "keep it, or name another training.output")
-        for what in _differences(found, planned)
+        Problem(place, f"was begun with {what}", remedy)
+        for what, remedy in _differences(found, planned)
     ]
     if problems:
         raise CheckpointError.of(problems)
-    begun = [step for step in found.steps if step.state != "pending"]
+    begun = [
+        replace(step, sources=now.sources)  # the same pairs; their files may have other names
+        for step, now in zip(found.steps, planned.steps, strict=False)
+        if step.state != "pending"
+    ]
     return replace(planned, steps=(*begun, *planned.steps[len(begun) :]))
 
 
-def _differences(found: Manifest, planned: Manifest) -> list[str]:
-    """What was done otherwise, in words."""
+def _differences(found: Manifest, planned: Manifest) -> list[tuple[str, str]]:
+    """What was done otherwise, in words, and what to do about it."""
     told = []
     if found.model_identity != planned.model_identity:
-        told.append(f"another first model ({found.model})")
+        told.append((f"another first model ({found.model})", _KEEP))
     for name in ("target", "adapters"):
         before, now = getattr(found, name), getattr(planned, name)
         if before != now:
-            told.append(f"sdpo.{name} = {before}, not {now}")
+            told.append((f"sdpo.{name} = {before}, not {now}", _KEEP))
     begun = [step for step in found.steps if step.state != "pending"]
     if len(begun) > len(planned.steps):
-        told.append(f"{len(found.steps)} steps, of which {len(begun)} are begun")
+        told.append((f"{len(found.steps)} steps, of which {len(begun)} are begun", _KEEP))
     for number, (before_step, now_step) in enumerate(
         zip(begun, planned.steps, strict=False), start=1
     ):
@@ -173,13 +178,15 @@ def _differences(found: Manifest, planned: Manifest) -> list[str]:
     return told
 
 
-def _step_differences(number: int, before: StepRecord, now: StepRecord) -> Sequence[str]:
+def _step_differences(
+    number: int, before: StepRecord, now: StepRecord
+) -> Sequence[tuple[str, str]]:
     told = []
     if before.data != now.data:
-        told.append(f"other pairs in step {number} ({before.pairs:,}, now {now.pairs:,})")
+        what = f"other pairs in step {number} ({before.pairs:,}, now {now.pairs:,})"
+        told.append((what, _KEEP_PAIRS))
     for name in sorted({*before.learnt, *now.learnt}):
         if before.learnt.get(name) != now.learnt.get(name):
-            told.append(
-                f"{name} = {before.learnt.get(name)} in step {number}, not {now.learnt.get(name)}"
-            )
+            was, wanted = before.learnt.get(name), now.learnt.get(name)
+            told.append((f"{name} = {was} in step {number}, not {wanted}", _KEEP))
     return told

@@ -7,17 +7,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megatron_idpo.checkpoint.snapshot_file import Snapshot
 from megatron_idpo.config_sdpo import SdpoConfig
 from megatron_idpo.convert.fixed_model import FixedModel
+from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.world import agreeing, from_first, is_first_rank
-from megatron_idpo.sdpo.manifest import Manifest, continued, read_manifest, write_manifest
+from megatron_idpo.sdpo.manifest import FILE, Manifest, continued, read_manifest, write_manifest
 from megatron_idpo.sdpo.retention import (
     clear_killed_snapshots,
     delete_checkpoints,
     delete_snapshot,
     superfluous_snapshots,
 )
-from megatron_idpo.sdpo.snapshot_file import Snapshot
 
 
 class ManifestFile:
@@ -48,7 +49,20 @@ class ManifestFile:
     def begun(
         self, number: int, start: FixedModel, reference: FixedModel, layout: dict[str, Any]
     ) -> None:
-        """A step's data and models are settled; it is trained now."""
+        """A step's data and models are settled; it is trained now, or goes on.
+
+        Raises:
+            CheckpointError: on every rank; it was begun from or against another model.
+        """
+        before = self.manifest.step(number)
+        for what, known, now in (
+            ("start", before.start, start.identity),
+            ("reference", before.reference, reference.identity),
+        ):
+            if known is not None and known != now:
+                told = f"step {number} was begun with another {what} ({known[:12]}, now {now[:12]})"
+                remedy = "put that back as it was, or begin anew in another training.output"
+                raise CheckpointError.at(str(self.root / FILE), told, remedy)
         self._change(
             number,
             state="training",
@@ -75,8 +89,11 @@ class ManifestFile:
         """
         for number in superfluous_snapshots(self.manifest, sdpo):
             self._change(number, is_removed=True)
-        if not is_first_rank():
-            return
+        with agreeing("deleting what is not needed"):
+            if is_first_rank():
+                self._delete(sdpo)
+
+    def _delete(self, sdpo: SdpoConfig) -> None:
         for number, step in enumerate(self.manifest.steps, start=1):
             clear_killed_snapshots(self.root, number)
             if step.state == "complete" and not sdpo.keep_checkpoints:

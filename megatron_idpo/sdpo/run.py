@@ -20,11 +20,12 @@ from megatron_idpo.config_sdpo import SdpoConfig
 from megatron_idpo.config_steps import step_config
 from megatron_idpo.convert.fixed_model import FixedModel
 from megatron_idpo.data.run_pairs import RunPairs
-from megatron_idpo.errors import EXIT_PREEMPTED, CheckpointError, ConfigError
+from megatron_idpo.errors import EXIT_PREEMPTED, CheckpointError
 from megatron_idpo.mcore.signals import Stopped, StopWish, listening
-from megatron_idpo.mcore.world import World, agreeing, joined_world
+from megatron_idpo.mcore.world import World, agreeing, gathered, joined_world
 from megatron_idpo.reference.cached import Cached
 from megatron_idpo.reference.run_caches import RunCaches
+from megatron_idpo.sdpo.checks import check_fills_a_batch, check_step, refuse_to_go_on
 from megatron_idpo.sdpo.conclusion import Conclusion
 from megatron_idpo.sdpo.curriculum import (
     TABLE,
@@ -34,12 +35,13 @@ from megatron_idpo.sdpo.curriculum import (
     step_layers,
     write_curriculum,
 )
-from megatron_idpo.sdpo.manifest import FILE, Manifest, StepRecord, read_manifest
+from megatron_idpo.sdpo.manifest import Manifest, StepRecord
 from megatron_idpo.sdpo.manifest_file import ManifestFile
+from megatron_idpo.sdpo.missing import missing_exports
 from megatron_idpo.sdpo.report import report_steps
 from megatron_idpo.sdpo.retention import snapshot_directory
 from megatron_idpo.sdpo.snapshot import open_snapshot
-from megatron_idpo.train.checks import check_against_model
+from megatron_idpo.train.finish import tell_stopped
 from megatron_idpo.train.loop import train_prepared
 from megatron_idpo.train.output import RunDirectory, opened
 from megatron_idpo.train.run import Prepared, prepare
@@ -80,15 +82,21 @@ def train_in_steps(config: RunConfig) -> int:
         try:
             run = assemble_steps(config, world, output, wish)
         except Stopped:
+            tell_stopped(show=world.is_first)
             return EXIT_PREEMPTED
         for number in steps_to_train(run):
             run.manifest.clean(sdpo_of(config))
+            if any(gathered(wish.is_there)):
+                tell_stopped(show=world.is_first)
+                return EXIT_PREEMPTED
             if train_step(run, number, wish) == EXIT_PREEMPTED:
                 return EXIT_PREEMPTED
             gc.collect()  # models hold themselves in circles, and the next step needs the memory
         run.manifest.clean(sdpo_of(config))
         report_steps(output, run.manifest.manifest, show=world.is_first)
-        tell_missing_export(run)
+        if world.is_first:
+            for line in missing_exports(config, output.root, run.manifest.manifest):
+                print(line, flush=True)
     return 0
 
 
@@ -106,28 +114,28 @@ def assemble_steps(
     sdpo, pairs = sdpo_of(config), prepared.pairs
     numbers = range(1, len(sdpo.steps) + 1)
     with agreeing("looking at the steps"):
+        refuse_to_go_on(config, output)
         for number in numbers:
-            check_against_model(step_config(config, number), model.source.architecture, world.size)
-    with agreeing("writing the configuration"):
-        _refuse_to_go_on(config, output)
-        if world.is_first:
-            output.write_config(config.dump())
+            check_step(config, number, model, world.size)
     scores = score_first_model(config, world, model, pairs, wish)
     curriculum = deal_pairs(config, scores, pairs.train)
-    with agreeing("writing the curriculum"):
-        if world.is_first:
-            write_curriculum(curriculum, output.root / TABLE)
+    with agreeing("looking at the steps' pairs"):
+        for number in numbers:
+            check_fills_a_batch(config, number, len(curriculum.slices[number - 1]))
     num_layers = model.source.architecture.num_layers
     planned = Manifest(
         model=config.model.path,
         model_identity=first.identity,
-        data=pairs.train.fingerprint,
         target=sdpo.target,
         adapters=None if config.lora is None else sdpo.adapters,
         accuracy=curriculum.accuracy(),
         steps=tuple(_planned(config, number, pairs, curriculum, num_layers) for number in numbers),
     )
-    manifest = ManifestFile(output.root, planned)
+    manifest = ManifestFile(output.root, planned)  # refuses what would be another run
+    with agreeing("writing the configuration and the curriculum"):
+        if world.is_first:
+            output.write_config(config.dump())
+            write_curriculum(curriculum, output.root / TABLE)
     return SteppedRun(config, world, output, pairs, first, scores, curriculum, manifest)
 
 
@@ -212,20 +220,6 @@ def models_of_step(run: SteppedRun, number: int) -> tuple[FixedModel, FixedModel
     return reference, reference
 
 
-def tell_missing_export(run: SteppedRun) -> None:
-    """Where a result is wanted that was not while the last step was in memory: how to make it."""
-    last, output = len(run.manifest.manifest.steps), run.output
-    is_wanted = run.config.training.export and run.manifest.manifest.next_step is None
-    if not (is_wanted and run.world.is_first) or output.hf.exists():
-        return
-    snapshot = snapshot_directory(output.root, last)
-    if run.manifest.manifest.adapters == "carry":
-        print(f"there is no {output.hf}; the adapter for PEFT is in {snapshot}", flush=True)
-        return
-    command = f"megatron-idpo convert megatron-to-hf {snapshot} {output.hf}"
-    print(f"there is no {output.hf}; to make it: {command}", flush=True)
-
-
 def sdpo_of(config: RunConfig) -> SdpoConfig:
     """The section, which is there."""
     assert config.sdpo is not None
@@ -252,23 +246,6 @@ def _planned(
         sources=curriculum.source_counts(number),
         learnt={"model.dtype": config.model.dtype, **learnt},
     )
-
-
-def _refuse_to_go_on(config: RunConfig, output: RunDirectory) -> None:
-    """Refuse to go on where a new run was wanted, and a step whose turn has not come.
-
-    Raises:
-        UserError: naming which.
-    """
-    found, only = read_manifest(output.root), sdpo_of(config).only
-    following = found.next_step if found else 1
-    if only is not None and following is not None and only > following:
-        told = f"is {only}, but step {following} is not complete"
-        raise ConfigError.at("sdpo.only", told, f"run step {following} first, or leave it out")
-    if config.checkpoint.resume == "never" and found:
-        told = f"has a manifest already: {output.root / FILE}"
-        remedy = "name another directory, or set checkpoint.resume to auto to go on from it"
-        raise ConfigError.at("training.output", told, remedy)
 
 
 def _first_eval(run: SteppedRun) -> Cached | None:

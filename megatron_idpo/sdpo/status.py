@@ -3,17 +3,22 @@
 From files alone; nothing is changed, and a run that is going on is not disturbed.
 """
 
-import hashlib
 from pathlib import Path
 
 from rich.console import Console
 
 from megatron_idpo.checkpoint.history import complete_checkpoints
+from megatron_idpo.checkpoint.snapshot_file import (
+    check_digests,
+    check_names,
+    file_digest,
+    read_snapshot,
+    remedy,
+)
 from megatron_idpo.config_steps import step_name
 from megatron_idpo.errors import CheckpointError, ConfigError
 from megatron_idpo.sdpo.manifest import FILE, Manifest, StepRecord, read_manifest
 from megatron_idpo.sdpo.retention import snapshot_directory
-from megatron_idpo.sdpo.snapshot_file import read_snapshot
 from megatron_idpo.sdpo.table import NOTHING, short_identity, size_told, terminal_table
 
 
@@ -86,23 +91,15 @@ def check_snapshot(directory: Path, identity: str) -> None:
     """Compare every file of a snapshot with its hash, in this process.
 
     Raises:
-        CheckpointError: it is another snapshot, a file is missing or has been changed.
+        CheckpointError: it is another snapshot, a file is missing, was added or has been changed.
     """
     snapshot = read_snapshot(directory)
-    remedy = f"copy {directory} back from where it is whole"
     if snapshot.identity != identity:
         told = "is another snapshot than the manifest names"
-        raise CheckpointError.at(str(directory), told, remedy)
-    for name, sha256 in snapshot.files.items():
-        path = directory / name
-        try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            told = f"cannot be read: {error.strerror}"
-            raise CheckpointError.at(str(path), told, remedy) from None
-        if found != sha256:
-            raise CheckpointError.at(str(path), "has been changed since it was written", remedy)
+        raise CheckpointError.at(str(directory), told, remedy(directory))
+    check_names(directory, snapshot)
+    digests = [file_digest(directory / name) for name in snapshot.files]
+    check_digests(directory, snapshot, digests)
 
 
 def what_is_next(root: Path, manifest: Manifest) -> str:

@@ -6,6 +6,7 @@ is there), then DDP and the optimizer (which see what is trainable).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_idpo.config import RunConfig
@@ -15,6 +16,7 @@ from megatron_idpo.convert.fixed_model import FixedModel
 from megatron_idpo.convert.model_source import ModelSource, load_base
 from megatron_idpo.lora.adapters import Adapters, add_adapters
 from megatron_idpo.lora.peft import load_peft
+from megatron_idpo.lora.peft_config import CONFIG_NAME, check_same_settings, read_peft_settings
 from megatron_idpo.lora.settings import LoraSettings, resolve_targets
 from megatron_idpo.mcore.model import ModelOptions, Recompute, build_model
 from megatron_idpo.mcore.optimizer import AdamSettings, TrainableModel, wrap_and_optimise
@@ -131,6 +133,18 @@ def _recompute(training: TrainingConfig, num_layers: int) -> Recompute:
         return Recompute(granularity="full", method="uniform", num_layers=1)
     layers = min(training.recompute_layers, num_layers)
     return Recompute(granularity="full", method="block", num_layers=layers)
+
+
+def check_adapter(lora: LoraConfig, seed: int) -> None:
+    """Refuse an adapter to start from that is not what the configuration says. Not collective.
+
+    Raises:
+        CheckpointError: it is not there, not LoRA, or of another rank, scale or targets.
+    """
+    if lora.adapter is not None:
+        directory = Path(lora.adapter).expanduser()
+        found = read_peft_settings(directory)
+        check_same_settings(found, _lora_settings(lora, seed), directory / CONFIG_NAME)
 
 
 def _lora_settings(lora: LoraConfig, seed: int) -> LoraSettings:

@@ -15,11 +15,13 @@ def wilson_interval(share: float, count: float, z: float = Z_95) -> tuple[float,
         z: standard deviations; the default gives 95 %.
 
     Returns:
-        Lower and upper bound, within 0 to 1; NaN for a share that is NaN.
+        Lower and upper bound, within 0 to 1, with the share between them; NaN for a share that is
+        NaN.
     """
     assert count > 0, count
     shrink = 1 + z**2 / count
     middle = (share + z**2 / (2 * count)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    # In this order NaN stays NaN.
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    low, high = max(middle - half, 0.0), min(middle + half, 1.0)
+    # Rounding may put a bound beyond a share of 0 or 1. In this order NaN stays NaN.
+    return min(low, share), max(high, share)

@@ -8,11 +8,12 @@ from tempfile import TemporaryDirectory
 
 from megatron_idpo.config import RunConfig
 from megatron_idpo.convert.megatron_to_hf import export_hf
+from megatron_idpo.convert.model_source import ModelSource
 from megatron_idpo.convert.tokenizer_files import read_json_object
 from megatron_idpo.data.tokenizers import read_template
 from megatron_idpo.lora.merge import merged_value
 from megatron_idpo.lora.peft import save_peft
-from megatron_idpo.mcore.world import from_first
+from megatron_idpo.mcore.world import agreeing, from_first
 from megatron_idpo.train.build import Policy
 from megatron_idpo.train.output import RunDirectory
 
@@ -47,7 +48,7 @@ def export_result(
         CheckpointError: on every rank; it cannot be written, and nothing is left behind.
     """
     architecture, adapters = policy.source.architecture, policy.adapters
-    with _companions(policy.source.companions, config.data.chat_template) as companions:
+    with companions_of(config, policy.source) as companions:
         export_hf(
             policy.chunks,
             architecture,
@@ -74,19 +75,22 @@ def has_chat_template(model: Path) -> bool:
 
 
 @contextmanager
-def _companions(files: tuple[Path, ...], template: str | None) -> Iterator[tuple[Path, ...]]:
+def companions_of(config: RunConfig, source: ModelSource) -> Iterator[tuple[Path, ...]]:
     """The base model's files, with the template that the run was trained with in place of its own.
 
+    Collective.
     Whoever uses the model has to speak to it as the training data did.
     """
-    text = read_template(template)
+    with agreeing("reading the chat template"):
+        text = read_template(config.data.chat_template)
     if text is None:
-        yield files
+        yield source.companions
         return
     with TemporaryDirectory() as directory:
         path = Path(directory) / CHAT_TEMPLATE
         path.write_text(text, encoding="utf-8")
-        yield (*(file for file in files if not file.name.startswith("chat_template")), path)
+        kept = (file for file in source.companions if not file.name.startswith("chat_template"))
+        yield (*kept, path)
 
 
 def _command(model: Path) -> str:

@@ -25,15 +25,31 @@ def tell_start(run: Run, report: Report, resumed: Path | None) -> None:
     held_out = 0 if run.pairs.eval is None else len(run.pairs.eval)
     say(
         f"{len(run.pairs.train):,} pairs to train on, {held_out:,} held out; {run.total_steps:,} "
-        f"steps of {config.training.global_batch_pairs} pairs"
+        f"steps of {config.training.global_batch_pairs} pairs{_left_over(run)}"
     )
     say(f"training {learnt}; intermediate layers: {layers} of {policy.dpo.num_layers}")
     if config.reference.source == "cache":
         say(f"reference log-probabilities: {cache_directory(config)}")
+    if config.reference.source != "none" and not run.starts_at_reference:
+        say(f"reference: {_reference_in_words(run)}; no start check")
     if resumed is not None:
         say(f"going on after step {run.step} from {resumed}")
     if run.is_complete:
         say(f"all {run.total_steps} steps have been taken")
+
+
+def _left_over(run: Run) -> str:
+    """Pairs that fill no batch, unless the run ends before it would meet them."""
+    left = run.batches.dropped_pairs
+    max_steps = run.config.training.max_steps
+    ends_before = max_steps is not None and run.step + run.batches.remaining_batches > max_steps
+    return "" if ends_before or not left else f", {left:,} pairs left over"
+
+
+def _reference_in_words(run: Run) -> str:
+    """What a policy is compared to that does not start as its reference."""
+    has_adapter = run.config.lora is not None and run.config.lora.adapter is not None
+    return "the model without lora.adapter" if has_adapter else "the step before"
 
 
 def tell_preempted(run: Run, report: Report) -> None:
@@ -42,6 +58,16 @@ def tell_preempted(run: Run, report: Report) -> None:
         f"stopped by a signal after step {run.step}, saved in {run.output.checkpoints}; the same "
         f"command goes on from there (exit code {EXIT_PREEMPTED})"
     )
+
+
+def tell_stopped(*, show: bool) -> None:
+    """That a signal came before the first step, and how to go on."""
+    if show:
+        print(
+            "stopped by a signal before the first step; what was scored is saved, and the same "
+            f"command goes on from there (exit code {EXIT_PREEMPTED})",
+            flush=True,
+        )
 
 
 def tell_finished(run: Run, report: Report, left: Sequence[str]) -> None:

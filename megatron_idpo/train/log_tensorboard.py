@@ -16,11 +16,12 @@ class TensorBoardLogger:
 
         Args:
             directory: of the event files, those of the run's earlier starts among them.
-            resumed_step: the last step this run goes on from: TensorBoard forgets later ones.
+            resumed_step: the last step this run goes on from: TensorBoard forgets later ones. None
+                is a new run: it forgets all.
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        purged = None if resumed_step is None else resumed_step + 1
+        purged = 0 if resumed_step is None else resumed_step + 1
         self._writer = SummaryWriter(log_dir=str(directory), purge_step=purged)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from megatron_idpo.config import RunConfig
 from megatron_idpo.errors import EXIT_PREEMPTED, TrainingError
 from megatron_idpo.mcore.signals import Stopped, StopWish, listening
-from megatron_idpo.mcore.world import World, joined_world, running
+from megatron_idpo.mcore.world import World, agreeing, joined_world, running
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.failures import refuse_bad_evaluation
-from megatron_idpo.train.finish import tell_finished, tell_preempted, tell_start
+from megatron_idpo.train.finish import tell_finished, tell_preempted, tell_start, tell_stopped
 from megatron_idpo.train.flops import BatchWork
-from megatron_idpo.train.output import RunDirectory, opened
+from megatron_idpo.train.output import RunDirectory, opened, refuse_steps_directory
 from megatron_idpo.train.report import MEMORY, Report, Stopwatch, reporting
 from megatron_idpo.train.run import Prepared, Run, assemble, prepare
 from megatron_idpo.train.start_check import check_start, is_expected
@@ -39,6 +39,8 @@ def train(config: RunConfig) -> int:
         joined_world() as world,
         opened(Path(config.training.output)) as output,
     ):
+        with agreeing("looking at the output directory"):
+            refuse_steps_directory(output.root)
         prepared = prepare(config, world)
         return train_prepared(config, world, output, prepared, wish, conclude=export)
 
@@ -74,6 +76,7 @@ def train_prepared(
         try:
             run = assemble(config, world, output, prepared, wish)
         except Stopped:
+            tell_stopped(show=world.is_first)
             return EXIT_PREEMPTED
         resumed = run.resume()
         run.write_config()

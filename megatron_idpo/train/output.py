@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from megatron_idpo.atomic import clear_leftovers
+from megatron_idpo.config_steps import MANIFEST
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.world import agreeing, is_first_rank
 
@@ -59,7 +60,7 @@ class RunDirectory:
         return self.root / "adapter"
 
     def write_config(self, text: str) -> None:
-        """Write the resolved configuration, or leave the one that is there.
+        """Write the resolved configuration; one that is there is replaced whole, or stays.
 
         Raises:
             ConfigError: it cannot be written.
@@ -96,6 +97,19 @@ def opened(root: Path) -> Iterator[RunDirectory]:
         yield directory
     finally:
         lock.release()
+
+
+def refuse_steps_directory(root: Path) -> None:
+    """Refuse the directory of a run of several steps, or one of its steps', for another run.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    for run in (root, root.parent):
+        if (run / MANIFEST).is_file() and (run == root or root.name.startswith("step-")):
+            told = f"{root} belongs to a run of several steps: {run / MANIFEST}"
+            remedy = "name another directory, or go on with the configuration that has sdpo"
+            raise ConfigError.at(PLACE, told, remedy)
 
 
 def _make(root: Path) -> None:

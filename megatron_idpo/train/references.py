@@ -5,14 +5,13 @@ is not complete, the policy itself computes it before it learns anything, if it 
 then, with its adapters on or off; else a second model does, which is gone before the first step.
 """
 
+import gc
 from dataclasses import dataclass
 
-from megatron_idpo.checkpoint.history import CheckpointInfo
 from megatron_idpo.config import RunConfig
 from megatron_idpo.convert.fixed_model import FixedModel
 from megatron_idpo.data.batches import RowSettings
 from megatron_idpo.data.run_pairs import RunPairs
-from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.signals import Stopped, StopWish
 from megatron_idpo.mcore.world import agreeing, is_first_rank
 from megatron_idpo.reference.frozen import frozen_model
@@ -34,8 +33,6 @@ def find_caches(
     config: RunConfig,
     model: FixedModel,
     pairs: RunPairs,
-    *,
-    resumed: CheckpointInfo | None,
 ) -> RunCaches | None:
     """The caches that a run reads, complete or still to be made. Collective.
 
@@ -43,26 +40,18 @@ def find_caches(
         config: of the run.
         model: the reference.
         pairs: of the run.
-        resumed: what the run goes on from.
 
     Returns:
         None where `reference.source` is no cache.
 
     Raises:
-        UserError: on every rank. A cache is of something else; or it is not complete, though the
-            run has begun: it learnt against a reference that is no longer there to compare with.
+        UserError: on every rank; a cache is of something else.
     """
     if config.reference.source != "cache":
         return None
     with agreeing("finding the reference cache"):
         caches = RunCaches.of(config, pairs, model)
-    if not caches.are_complete() and resumed is not None:
-        raise CheckpointError.at(
-            str(caches.directory),
-            f"is no complete reference cache, but {resumed.directory} was trained against one",
-            "put it back, or make it anew from the same model and data: "
-            f"megatron-idpo score {config.training.output}/config.yaml",
-        )
+    caches.are_complete()
     return caches
 
 
@@ -74,7 +63,9 @@ def resolve_references(
     rows: RowSettings,
     wish: StopWish,
 ) -> References:
-    """The references of a run whose policy has not taken a step. Collective.
+    """The references of a run whose policy is at its start, also where it goes on. Collective.
+
+    A cache that is gone meanwhile is computed again: model and data are known by their bytes.
 
     Args:
         config: of the run.
@@ -91,8 +82,11 @@ def resolve_references(
     if caches is None:
         live = build_reference(config, policy, model, show_progress=is_first_rank())
         return References(live, live)
-    if not caches.are_complete() and not caches.score(_scorer(config, policy, model), rows, wish):
-        raise Stopped
+    if not caches.are_complete():
+        is_complete = caches.score(_scorer(config, policy, model), rows, wish)
+        gc.collect()  # a second model, if there was one, holds itself in circles
+        if not is_complete:
+            raise Stopped
     opened = caches.open()
     return References(opened[0], opened[-1])
 

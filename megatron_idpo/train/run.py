@@ -15,14 +15,14 @@ from megatron_idpo.config import RunConfig
 from megatron_idpo.config_training import CheckpointConfig
 from megatron_idpo.convert.fixed_model import FixedModel
 from megatron_idpo.convert.model_source import open_model
-from megatron_idpo.data.batches import RowSettings, TrainingBatches
+from megatron_idpo.data.batches import RowSettings, TrainingBatches, check_pairs
 from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
 from megatron_idpo.errors import CheckpointError, ConfigError, TrainingError
 from megatron_idpo.mcore.groups import this_place
 from megatron_idpo.mcore.signals import StopWish
 from megatron_idpo.mcore.world import World, agreeing
 from megatron_idpo.reference.live import Reference
-from megatron_idpo.train.build import build_policy
+from megatron_idpo.train.build import build_policy, check_adapter
 from megatron_idpo.train.checks import check_against_model, check_same_training
 from megatron_idpo.train.evaluation import Evaluation
 from megatron_idpo.train.failures import refuse_bad_weights
@@ -151,6 +151,7 @@ class Run:
             data=dict(self.batches.state_dict()),
             data_fingerprint=self.pairs.train.fingerprint,
             base_model=self.trainer.policy.start.identity,
+            reference=self.reference.identity,
             config=self.config.model_dump(mode="json"),
             metrics=dict(self.evaluated),
             layout={**self.config.layout.model_dump(mode="json"), "world": self.world.size},
@@ -169,6 +170,11 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     with agreeing("reading the data"):
         pairs = load_run_pairs(config)
         check_tokens(pairs, source.architecture.vocab_size)
+        rows = row_settings(config, world.size)
+        for dataset in filter(None, (pairs.train, pairs.eval)):
+            check_pairs(dataset, rows)
+        if config.lora is not None:
+            check_adapter(config.lora, config.training.seed)
     adapter = None if config.lora is None else config.lora.adapter
     reference = FixedModel.of(source)
     start = reference
@@ -211,11 +217,11 @@ def assemble(
     resumed = _to_go_on_from(checkpoints, config.checkpoint)
     steps = 0
     if resumed is not None:
-        _go_on_in_data(resumed, config, pairs, batches, prepared.start.identity)
+        _go_on_in_data(resumed, config, batches, prepared)
         steps = resumed.step
     steps += batches.remaining_batches  # of this start's size, whatever those before had
-    steps = min(steps, training.max_steps or steps)
-    caches = find_caches(config, prepared.reference, pairs, resumed=resumed)
+    learning_rate = LearningRate(config.optimizer, min(steps, training.max_steps or steps))
+    caches = find_caches(config, prepared.reference, pairs)
     policy = build_policy(config, prepared.start, show_progress=world.is_first)
     references = resolve_references(
         config, policy, prepared.reference, caches, rows, wish or StopWish()
@@ -233,7 +239,7 @@ def assemble(
         batches=batches,
         evaluation=_evaluation(trainer, references.eval, pairs, rows, training.global_batch_pairs),
         checkpoints=checkpoints,
-        learning_rate=LearningRate(config.optimizer, steps),
+        learning_rate=learning_rate,
         reference=prepared.reference,
     )
 
@@ -280,9 +286,8 @@ def _to_go_on_from(checkpoints: Checkpoints, settings: CheckpointConfig) -> Chec
 def _go_on_in_data(
     found: CheckpointInfo,
     config: RunConfig,
-    pairs: RunPairs,
     batches: TrainingBatches,
-    base_model: str,
+    prepared: Prepared,
 ) -> None:
     """Move the data on to where a checkpoint's run was, if it is this run's. Collective.
 
@@ -295,8 +300,9 @@ def _go_on_in_data(
         mine = Progress(
             step=0,
             data=dict(batches.state_dict()),
-            data_fingerprint=pairs.train.fingerprint,
-            base_model=base_model,
+            data_fingerprint=prepared.pairs.train.fingerprint,
+            base_model=prepared.start.identity,
+            reference=prepared.reference.identity,
             config={},
         )
         problems = check_same_run(saved, mine, place)

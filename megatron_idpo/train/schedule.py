@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_idpo.config_training import OptimizerConfig
+from megatron_idpo.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,13 @@ class LearningRate:
     settings: OptimizerConfig
     total_steps: int
     """Steps of the whole run, whether it was resumed or not."""
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` where the warm-up does not end within the run."""
+        if self.warmup_steps > self.total_steps:
+            told = f"is {self.warmup_steps}, but the run has {self.total_steps} steps"
+            remedy = f"use at most {self.total_steps}, or optimizer.warmup_fraction instead"
+            raise ConfigError.at("optimizer.warmup_steps", told, remedy)
 
     @property
     def warmup_steps(self) -> int:

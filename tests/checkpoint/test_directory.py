@@ -108,6 +108,11 @@ def test_companions_of_a_checkpoint(tmp_path):
         companion_files(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"huggingface: there is no config\.json; put the"):
         companion_files(tmp_path)
+    (tmp_path / "progress.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"a state that a run goes on from.*`train`.*OUTPUT/hf"
+    ):
+        companion_files(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"is a Hugging Face directory, .*hf-to-megatron"):
         companion_files(tmp_path)

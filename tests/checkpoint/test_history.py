@@ -20,10 +20,10 @@ from megatron_idpo.errors import CheckpointError
 from .tiny_training import progress
 
 
-def make(root: Path, step: int, score: float | None = None) -> Path:
+def make(root: Path, step: int, score: float | None = None, metric: str | None = None) -> Path:
     directory = target_of(root, step)
     directory.mkdir(parents=True)
-    record = Record(progress=progress(step), score=score, optimizer_steps=step)
+    record = Record(progress=progress(step), score=score, metric=metric, optimizer_steps=step)
     record.write(directory)
     return directory
 
@@ -63,6 +63,18 @@ def test_pruning_deletes_the_rest(tmp_path):
     stayed = prune(tmp_path, Retention(1, 1, "min"))
     assert [(one.step, one.score) for one in stayed] == [(10, 0.1), (123456789, 0.2)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-123456789"]
+
+
+def test_scores_of_another_metric_are_not_ranked(tmp_path):
+    """As after `best_metric` was changed: 0.9 is a loss, the others are accuracies."""
+    make(tmp_path, 1, 0.9, "eval_loss")
+    make(tmp_path, 2, 0.6, "eval_rewards/accuracies")
+    make(tmp_path, 3, 0.5, "eval_rewards/accuracies")
+    make(tmp_path, 4, 0.95)
+    make(tmp_path, 5)
+    retention = Retention(1, 1, "max", "eval_rewards/accuracies")
+    assert [one.step for one in retention.ranked(complete_checkpoints(tmp_path))] == [2, 3]
+    assert [one.step for one in prune(tmp_path, retention)] == [2, 5]
 
 
 def test_a_checkpoint_loses_its_name_before_its_files(tmp_path):

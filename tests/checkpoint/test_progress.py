@@ -14,14 +14,13 @@ PROGRESS = Progress(
     data_fingerprint="d" * 64,
     base_model="m" * 64,
     config={"model": {"path": "Modèle"}, "layers": [22]},
-    schedule={"warmup_steps": 3},
-    best=0.1 + 0.2,
-    metrics={"loss": float("inf"), "rewards/margins": 1e-300},
+    metrics={"loss": float("inf"), "rewards/margins": 1e-300, "eval_loss": 0.1 + 0.2},
     layout={"tensor": 2},
 )
 RECORD = Record(
     progress=PROGRESS,
     score=0.1,
+    metric="eval_loss",
     optimizer_steps=12,
     loss_scale={"scale": 65536.0, "growth_tracker": 3.0},
 )
@@ -31,6 +30,20 @@ def test_what_is_written_is_read(tmp_path):
     RECORD.write(tmp_path)
     assert Record.read(tmp_path) == RECORD
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+@pytest.mark.parametrize(
+    ("config", "metric"), [({"checkpoint": {"best_metric": "eval_loss"}}, "eval_loss"), ({}, None)]
+)
+def test_an_older_file(tmp_path, config, metric):
+    """It has fields that are gone, and no name of the metric but in the configuration."""
+    RECORD.write(tmp_path)
+    content = json.loads((tmp_path / FILE).read_text())
+    del content["metric"]
+    content["progress"] |= {"schedule": {"warmup_steps": 3}, "best": 0.3, "config": config}
+    (tmp_path / FILE).write_text(json.dumps(content))
+    expected = replace(RECORD, progress=replace(PROGRESS, config=config), metric=metric)
+    assert Record.read(tmp_path) == expected
 
 
 def test_an_unwritable_directory(tmp_path):

@@ -102,6 +102,31 @@ def test_the_best_and_the_newest_stay(workers, model, tmp_path):
     assert seen == [[one], [two], [two], [two, three], [two, four]]
 
 
+def another_metric(model: str, root: str) -> tuple[list[int], list[str]]:
+    """A run ranked by the loss, gone on with by the accuracy: which was the best, what is there."""
+    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+
+    training = prepare(model, Setup())
+    best = []
+    for better, metric, steps in (
+        ("min", "eval_loss", ((1, 0.9), (2, 0.8))),
+        ("max", "eval_rewards/accuracies", ((3, 0.6), (4, 0.5), (5, None))),
+    ):
+        checkpoints = Checkpoints(
+            Path(root), keep_last=1, keep_best=1, better=better, metric=metric
+        )
+        for step, score in steps:
+            checkpoints.save(training.chunks, training.optimizer, progress(step), score=score)
+            assert checkpoints.wait() == checkpoints.latest()
+        best.append(checkpoints.best().step)
+    return best, names(root)
+
+
+def test_a_loss_is_not_ranked_among_accuracies(workers, model, tmp_path):
+    (found,) = workers.run(another_metric, 1, model, str(tmp_path))
+    assert found == ([2, 3], ["step-00000003", "step-00000005"])
+
+
 def hurried(model: str, root: str) -> list[str]:
     """A save does not begin before the one before it has ended."""
     from megatron_idpo.checkpoint.checkpoints import Checkpoints

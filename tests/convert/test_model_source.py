@@ -8,6 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_idpo.checkpoint.snapshot_file import (
+    Snapshot,
+    file_digest,
+    files_below,
+    write_description,
+)
 from megatron_idpo.convert.model_source import open_model
 from megatron_idpo.errors import CheckpointError, UserError
 from megatron_idpo.mcore.layout import Layout
@@ -121,3 +127,59 @@ def test_a_hub_name_is_a_snapshots_directory(monkeypatch, hf):
 def test_a_directory_without_a_model(tmp_path):
     with pytest.raises(UserError, match=r"has neither model\.safetensors nor"):
         open_model(str(tmp_path))
+
+
+@pytest.fixture
+def snapshot(ours: Path, tmp_path: Path) -> Path:
+    """The same checkpoint with hashes of its files, as a step of sDPO leaves it."""
+    directory = shutil.copytree(ours, tmp_path / "snapshot")
+    files = {name: file_digest(directory / name) for name in files_below(directory)}
+    told = Snapshot(identity="a", tensors="a", base=None, files=files, total_bytes=0)
+    write_description(directory, told)
+    return directory
+
+
+def test_a_snapshot_is_the_model_that_its_files_are(workers, ours, snapshot):
+    (found,) = workers.run(fingerprints, 1, ours, snapshot)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["common.pt", "huggingface/tokenizer.json"])
+def test_a_snapshot_with_a_changed_byte_is_no_model(workers, snapshot, name):
+    """Of weights and of what goes along with them."""
+    path = snapshot / name if (snapshot / name).exists() else max(snapshot.glob("*.distcp"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{path.name}: has been changed since"):
+        workers.run(fingerprints, 2, snapshot)
+
+
+def test_a_snapshot_with_an_added_file_is_no_model(snapshot):
+    (snapshot / "__7_0.distcp").touch()
+    with pytest.raises(CheckpointError, match=r"__7_0\.distcp: is none of the files"):
+        open_model(str(snapshot))
+
+
+def test_a_snapshot_of_an_adapter_is_no_model(tmp_path):
+    told = Snapshot(identity="a", tensors="b", base="c", files={}, total_bytes=0)
+    write_description(tmp_path, told)
+    with pytest.raises(CheckpointError, match="is an adapter for the first model"):
+        open_model(str(tmp_path))
+
+
+def unreadable(paths: list[Path]) -> str:
+    """On every rank: what is told of files of which one is not there."""
+    from megatron_idpo.convert.model_source import file_digests
+
+    with pytest.raises(CheckpointError) as raised:
+        file_digests(paths)
+    return str(raised.value)
+
+
+def test_a_file_that_cannot_be_read_is_told_on_all_ranks(workers, tmp_path):
+    """Though only one of them was to read it."""
+    paths = [tmp_path / "there", tmp_path / "gone"]
+    paths[0].touch()
+    told = workers.run(unreadable, 2, paths)
+    assert all(f"{paths[1]}: cannot be read: No such file" in one for one in told)

@@ -54,6 +54,11 @@ PATIENCE_S = 180.0  # importing torch takes seconds, on a busy machine many of t
         ([-signal.SIGKILL], True, 137),  # too slow, or out of memory
         ([2, 2], False, 2),
         ([75, 1], True, 1),
+        ([3, 2], False, 2),
+        ([1, 3, 2], False, 2),  # a user's mistake says most
+        ([3, 1, -signal.SIGKILL], False, 1),  # a lost peer says least
+        ([3, 75, -signal.SIGKILL], False, 137),
+        ([3, 3], False, 3),
         ([-signal.SIGSEGV, 75], True, 139),
     ],
 )

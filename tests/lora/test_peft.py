@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.lora.peft_config import read_peft_settings
+from megatron_idpo.lora.peft_config import peft_config, read_peft_settings
 from megatron_idpo.lora.settings import LoraSettings
 from megatron_idpo.mcore.layout import Layout
 
@@ -205,6 +205,17 @@ def test_a_missing_file_is_named(absent, told, workers, base_model, peft_adapter
     (directory / "adapter_model.bin").touch()
     (message,) = workers.run(load, 1, *arguments)
     assert ("adapter_model.bin" in message) == (absent == WEIGHTS)
+
+
+def test_the_base_model_is_found_from_everywhere(monkeypatch, tmp_path):
+    """A directory by its absolute path; a name that is none stays a hub name."""
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for base, written in (
+        ("models/mine", str(tmp_path / "models" / "mine")),
+        ("org/model", "org/model"),
+    ):
+        assert peft_config(SETTINGS["all"], base)["base_model_name_or_path"] == written
 
 
 def save_where_it_cannot(base: str, target: str) -> str:

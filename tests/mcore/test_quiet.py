@@ -2,8 +2,10 @@
 
 import logging
 import warnings
+from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_idpo.mcore.quiet import quiet_megatron
 
@@ -19,6 +21,37 @@ def test_listed_warnings_are_left_unsaid_and_others_heard():
         warnings.warn("Apex is not installed. And this is outside", stacklevel=1)
     told = [str(warning.message) for warning in heard]
     assert told == ["the disk is on fire", "Apex is not installed. And this is outside"]
+
+
+def heard_within(message: str, module: str, **options: bool) -> bool:
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with quiet_megatron(**options), quiet_megatron():
+            warnings.warn_explicit(message, UserWarning, "file.py", 1, module=module)
+    return bool(heard)
+
+
+def test_a_gradient_that_is_none_is_heard_of_where_it_is_ours():
+    leaf = torch.ones(2, requires_grad=True)
+    with warnings.catch_warnings(record=True) as torchs:
+        warnings.simplefilter("always")
+        assert (2 * leaf).grad is None
+    told = str(torchs[0].message)
+    assert heard_within(told, "megatron_idpo.plugin.inject")
+    assert not heard_within(told, "megatron.core.optimizer.optimizer")
+
+
+@pytest.mark.parametrize("what", ["sequence parallelism", "async grad allreduce"])
+def test_advice_for_gpus_is_heard_where_there_is_one(what):
+    """In the words of megatron-core's own source."""
+    from megatron.core.tensor_parallel import layers
+
+    start = f"When using {what} it is recommended to set the "
+    rest = "environment variable CUDA_DEVICE_MAX_CONNECTIONS to 1 for "
+    source = Path(layers.__file__).read_text()
+    assert f'"{start}"' in source and f'"{rest}"' in source
+    assert heard_within(start + rest, layers.__name__)
+    assert not heard_within(start + rest, layers.__name__, has_gpu=False)
 
 
 def test_listed_records_are_dropped_from_their_logger_alone(caplog: pytest.LogCaptureFixture):

@@ -38,3 +38,20 @@ def test_a_step_whose_end_fails_is_not_complete(
     assert outcome.code == 0 and "all 4 steps have been taken" in outcome.printed
     assert snapshots(parts) == snapshots(whole)
     assert manifest_of(parts).steps == manifest_of(whole).steps
+
+
+@pytest.mark.parametrize("target", ["previous", "first"])
+def test_an_adapter_of_an_earlier_end_goes_where_it_would_be_wrong(
+    tiny: Files, workers: Any, tmp_path: Path, target: str
+) -> None:
+    """On the first model it would be replaced; on step 1's result there is none."""
+    output = tmp_path / "run"
+    file = stepped_config(tiny, output, sdpo={"target": target})
+    adapter = output / "adapter"
+    adapter.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_text("{}")
+    [outcome] = workers.run(run, 1, file)
+    assert outcome.code == 0, outcome.printed
+    assert adapter.exists() == (target == "first")
+    assert not list(output.glob(".adapter*"))

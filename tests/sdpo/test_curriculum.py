@@ -7,10 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_idpo.errors import ConfigError, DataError
+from megatron_idpo.errors import CheckpointError, ConfigError, DataError
+from megatron_idpo.sdpo.curriculum import Curriculum, first_models_remedies, write_curriculum
+from megatron_idpo.sdpo.slices import Easiness
 
 from ..train.tiny_run import NUM_LAYERS
-from .stepped_run import THREE_STEPS, Files, cached_logps, manifest_of, run, stepped_config
+from .stepped_run import (
+    THREE_STEPS,
+    Files,
+    cached_logps,
+    manifest_of,
+    run,
+    slice_of,
+    stepped_config,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -99,6 +109,7 @@ def test_sources_that_steps_name(tiny: Files, workers: Any, tmp_path: Path) -> N
     [outcome] = workers.run(run, 1, file)
     assert outcome.code == 0, outcome.printed
     assert [step.pairs for step in manifest_of(output).steps] == [8, 24]
+    assert slice_of(output, 1) == list(range(16, 24)) and slice_of(output, 2) == list(range(24))
 
 
 def test_what_cannot_be_is_told_before_anything_is_scored(
@@ -125,3 +136,51 @@ def test_the_same_path_twice_has_two_names(tiny: Files, workers: Any, tmp_path: 
     assert outcome.code == 0, outcome.printed
     names = set(json.loads((output / "manifest.json").read_text())["accuracy"])
     assert names == {str(tiny.train), f"{tiny.train} (2)"}
+
+
+def test_the_table_has_a_line_per_pair_and_step(tmp_path: Path) -> None:
+    slices = [np.array([0, 3]), np.array([1, 3]), np.array([3])]
+    easiness = Easiness(np.array([1.0, 0, 1, 0]), np.array([0.5, -1, 2, -3]))
+    source_P = np.array([0, 0, 1, 1])
+    write_curriculum(Curriculum(slices, ["a", "b"], source_P, easiness), tmp_path / "curriculum")
+    (tmp_path / "curriculum").rename(tmp_path / "curriculum.parquet")
+    found = table(tmp_path)
+    assert list(found.columns[:3]) == ["pair", "source", "step"]
+    assert found.to_numpy().tolist() == [
+        [0, "a", 1, 0.5, 1.0],
+        [1, "a", 2, -1.0, 0.0],
+        [2, "b", 0, 2.0, 1.0],
+        [3, "b", 1, -3.0, 0.0],
+        [3, "b", 2, -3.0, 0.0],
+        [3, "b", 3, -3.0, 0.0],
+    ]
+    assert slice_of(tmp_path, 1) == [0, 3] and slice_of(tmp_path, 3) == [3]
+
+
+@pytest.mark.parametrize(
+    ("remedy", "left"),
+    [
+        ("name another in reference.cache, or delete this one", "delete this one"),
+        ("wait for it, or name another directory in reference.cache", "wait for it"),
+        ("name another one in reference.cache", "name another training.output"),
+        ("free some space", "free some space"),
+    ],
+)
+def test_remedies_that_do_not_move_the_first_models_cache(remedy: str, left: str) -> None:
+    with pytest.raises(CheckpointError) as raised, first_models_remedies():
+        raise CheckpointError.at("first_model", "is another's", remedy)
+    assert str(raised.value) == f"first_model: is another's; {left}"
+
+
+def test_a_cache_of_something_else_says_what_helps(
+    tiny: Files, workers: Any, tmp_path: Path
+) -> None:
+    """And it does help."""
+    output = tmp_path / "run"
+    file = stepped_config(tiny, output, sdpo={"only": 1})
+    assert workers.run(run, 1, file)[0].code == 0
+    (output / "manifest.json").unlink()
+    longer = stepped_config(tiny, output, data={"max_length": 64}, sdpo={"only": 1})
+    with pytest.raises(CheckpointError, match=r"first_model: is the cache of another") as raised:
+        workers.run(run, 1, longer)
+    assert str(raised.value).endswith("; delete this one to score again")

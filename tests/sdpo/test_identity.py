@@ -57,9 +57,7 @@ def test_name_dtype_shape_and_every_bit_count_but_not_the_order(workers: Any) ->
 def test_it_is_the_same_in_every_layout(workers: Any, tmp_path: Any) -> None:
     """Tied embeddings, which the last stage has a copy of, and a padded vocabulary too."""
     sizes = {"vocab_size": 131, "num_hidden_layers": 4, "tie_word_embeddings": True}
-    path = str(
-        write_tiny_hf_model(tmp_path / "model", "llama", seed=3, tie_word_embeddings=True, **sizes)
-    )
+    path = str(write_tiny_hf_model(tmp_path / "model", "llama", seed=3, **sizes))
     (one,) = workers.run(of_model, 1, path, Layout())
     for ranks, layout in (
         (2, Layout(tensor=2)),

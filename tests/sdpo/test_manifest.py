@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_idpo.checkpoint.sealed import write_sealed
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.sdpo.manifest import (
     FILE,
@@ -14,7 +15,6 @@ from megatron_idpo.sdpo.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_idpo.sdpo.sealed import write_sealed
 
 from .tiny_manifest import identity, manifest, record
 
@@ -90,11 +90,19 @@ def test_what_has_not_begun_is_as_it_is_planned_now() -> None:
         assert told.steps == (*FOUND.steps[:2], *steps[2:])
 
 
+def test_a_source_of_a_begun_step_may_have_another_name() -> None:
+    """The report counts by the names of now."""
+    renamed = {"moved/easy.jsonl": 900, "moved/hard.jsonl": 100}
+    planned = PLANNED.with_step(1, sources=renamed)
+    now = continued(Path("x"), FOUND, replace(planned, accuracy=dict.fromkeys(renamed, 0.5)))
+    assert now.step(1) == replace(FOUND.step(1), sources=renamed)
+    assert set(now.step(1).sources) == set(now.accuracy)
+
+
 def test_what_tells_no_model_from_another_may_change() -> None:
     changes: dict[str, Any] = {
         "model": "moved/model",
         "accuracy": {"all": 0.5},
-        "data": identity("more"),
         "version": "9.9",
     }
     planned = replace(PLANNED, **changes)
@@ -159,9 +167,11 @@ def test_what_was_done_otherwise_is_refused(planned: Manifest, told: str) -> Non
     with pytest.raises(CheckpointError) as raised:
         continued(Path("runs/x"), FOUND, planned)
     (problem,) = raised.value.problems
+    pairs = "pairs" in told
     assert problem.place == f"runs/x/{FILE}"
     assert problem.message == told
-    assert problem.remedy == "keep it, or name another training.output"
+    assert problem.remedy.endswith(", or name another training.output")
+    assert problem.remedy.startswith("use the data, seed and sdpo.order" if pairs else "keep it,")
 
 
 def test_every_difference_is_told_at_once() -> None:

@@ -22,13 +22,15 @@ LAYOUT = {"tensor": 2, "pipeline": 1, "context": 1}
 
 def train(root: str, planned: Manifest, number: int) -> list[Manifest]:
     """On a rank: the manifest after each transition of a step, as it is known here."""
+    from megatron_idpo.checkpoint.snapshot_file import Snapshot
     from megatron_idpo.convert.fixed_model import FixedModel
+    from megatron_idpo.mcore.world import barrier
     from megatron_idpo.sdpo.manifest_file import ManifestFile
-    from megatron_idpo.sdpo.snapshot_file import Snapshot
 
     def noted() -> None:
         known.append(file.manifest)
         assert read_manifest(Path(root)) == file.manifest
+        barrier()  # or the first rank writes the next one while another still reads
 
     known: list[Manifest] = []
     file = ManifestFile(Path(root), planned)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -180,6 +181,40 @@ def test_other_sources_of_the_reference_learn_the_same(
     assert relative_difference(exported(tmp_path / "run"), theirs) <= LAYOUT_TOLERANCE
 
 
+def models_alive(file: str) -> list[int]:
+    """How many chunks are in memory when each step begins, garbage included."""
+    import gc
+
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_idpo.train import loop
+
+    found: list[int] = []
+    ordinary = loop.take_steps
+
+    def take_steps(*args: Any) -> int:
+        found.append(sum(isinstance(one, GPTModel) for one in gc.get_objects()))
+        return ordinary(*args)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with patch.object(loop, "take_steps", take_steps):
+            assert run(file).code == 0
+    finally:
+        gc.enable()
+    return found
+
+
+@pytest.mark.parametrize("target", ["previous", "first"])
+def test_a_step_has_one_model_in_memory(
+    tiny: Files, workers: Any, tmp_path: Path, target: str
+) -> None:
+    """Whatever scored its reference, and the step before, are gone."""
+    file = stepped_config(tiny, tmp_path / "run", sdpo={"target": target})
+    assert workers.run(models_alive, 1, file) == [[1, 1]]
+
+
 # ---- one step, a signal, what is refused --------------------------------------------------------
 
 
@@ -230,6 +265,20 @@ def test_a_result_that_is_not_there_any_more(tiny: Files, workers: Any, tmp_path
     ended = subprocess.run([sys.executable, "-m", "megatron_idpo", *command[1:]], check=False)
     assert ended.returncode == 0
     assert relative_difference(exported(output), before) == 0.0
+
+
+def test_a_steps_reference_that_is_lost_is_scored_again(
+    tiny: Files, workers: Any, tmp_path: Path, finished: Any
+) -> None:
+    """By the model that the manifest names; the policy has left it, and is not asked."""
+    output = tmp_path / "run"
+    workers.run(run, 1, stepped_config(tiny, output, "merge", EXPORTING, sdpo={"only": 1}))
+    file = stepped_config(tiny, output, "merge", EXPORTING)
+    workers.run(run, 1, file, stop_after(2))
+    shutil.rmtree(output / "step-2" / "reference")
+    [outcome] = workers.run(run, 1, file, CountSteps())
+    assert outcome.code == 0 and outcome.found["steps"] == [3, 4]
+    assert snapshots(output) == snapshots(finished("merge")[0])
 
 
 def test_older_snapshots_go_where_only_the_last_is_wanted(

@@ -1,8 +1,10 @@
 """Snapshots: what a policy has become, in files that notice a change, whatever wrote them."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -41,8 +43,7 @@ def write(file: str, directory: Path, carry: bool) -> tuple[Any, dict[str, Tenso
                 value = merged_value(policy.adapters)
             named = whole_tensors(policy.chunks, policy.source.architecture, value)
             weights = {name: tensor.clone() for name, tensor in named}
-            base = config.model.path
-            snapshot = write_snapshot(policy, directory, carry=carry, base_model=base)
+            snapshot = write_snapshot(config, policy, directory, carry=carry)
     return snapshot, weights
 
 
@@ -63,6 +64,13 @@ def read(model: str, directory: Path, identity: str, layout: Layout) -> dict[str
     return {
         name: tensor.clone() for name, tensor in whole_tensors(chunks, opened.source.architecture)
     }
+
+
+def to_hf(snapshot: Path, target: Path) -> None:
+    """On every rank: the verb `convert megatron-to-hf`."""
+    from megatron_idpo.convert.megatron_to_hf import convert
+
+    convert(snapshot, target)
 
 
 def together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -118,6 +126,8 @@ def test_an_adapter_alone_is_small_and_for_peft(tiny: Files, workers: Any, tmp_p
     adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
     assert names == {"snapshot.json"} | adapter and set(snapshot.files) == adapter
     base = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="is an adapter for the first model"):
+        workers.run(to_hf, 1, directory, tmp_path / "hf")
     theirs = PeftModel.from_pretrained(base, directory / "adapter").merge_and_unload()
     for name, tensor in theirs.state_dict().items():
         if name in weights:
@@ -142,6 +152,54 @@ def test_every_changed_or_missing_file_is_named(
             with pytest.raises(CheckpointError) as raised:
                 workers.run(read, 1, str(tiny.model), copy, snapshot.identity, Layout())
             assert str(path) in str(raised.value), (name, change)
+
+
+def test_an_added_file_is_named(tiny: Files, workers: Any, tmp_path: Path, merged: Any) -> None:
+    copy = shutil.copytree(merged[0], tmp_path / "copy")
+    (copy / "huggingface" / "vocab.json").write_text("{}")
+    told = r"huggingface/vocab\.json: is none of the files"
+    with pytest.raises(CheckpointError, match=told):
+        workers.run(read, 2, str(tiny.model), copy, merged[1].identity, Layout())
+    with pytest.raises(CheckpointError, match=told):
+        workers.run(to_hf, 1, copy, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_it_has_the_template_that_the_run_was_trained_with(
+    tiny: Files, workers: Any, tmp_path: Path
+) -> None:
+    """As `hf/` has, and in place of the first model's own."""
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model = shutil.copytree(tiny.model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    file = stepped_config(
+        tiny, tmp_path / "run", model={"path": str(model)}, data={"chat_template": template}
+    )
+    directory = tmp_path / "snapshot"
+    [(snapshot, _), _] = workers.run(write, 2, file, directory, False)
+    assert (directory / "huggingface" / "chat_template.jinja").read_text() == template
+    assert "huggingface/chat_template.jinja" in snapshot.files
+    workers.run(to_hf, 1, directory, tmp_path / "hf")
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == template
+
+
+def test_rights_that_cannot_be_taken_away_stay(
+    tiny: Files, workers: Any, tmp_path: Path, merged: Any
+) -> None:
+    """Rights to write go, others stay; a file system that has none is no mistake."""
+    modes = [path.stat().st_mode & 0o777 for path in merged[0].rglob("*") if path.is_file()]
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert {mode for mode in modes} <= {0o444 & ~umask, 0o400}
+    file, directory = stepped_config(tiny, tmp_path / "run"), tmp_path / "snapshot"
+    [snapshot] = workers.run(write_without_rights, 1, file, directory)
+    assert workers.run(read, 1, str(tiny.model), directory, snapshot.identity, Layout())
+
+
+def write_without_rights(file: str, directory: Path) -> Any:
+    """A snapshot on a file system that knows no rights."""
+    with patch("pathlib.Path.chmod", side_effect=PermissionError(1, "not permitted")):
+        return write(file, directory, False)[0]
 
 
 def test_another_snapshot_than_the_wanted_one(tiny: Files, workers: Any, merged: Any) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_idpo.checkpoint.snapshot_file import Snapshot, write_description
 from megatron_idpo.cli import main as cli
 from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError, ConfigError
 from megatron_idpo.sdpo.manifest import FILE, Manifest, write_manifest
 from megatron_idpo.sdpo.retention import snapshot_directory
-from megatron_idpo.sdpo.snapshot_file import Snapshot, write_description
 from megatron_idpo.sdpo.status import (
     check_snapshot,
     identities,
@@ -176,10 +176,18 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", manifest("complete"))
     directory = snapshot_directory(root, 1)
     (directory / "weights").unlink()
-    with pytest.raises(CheckpointError, match=r"weights: cannot be read: No such file.*; copy "):
+    with pytest.raises(CheckpointError, match=r"step-1/weights: is missing; copy "):
         main(root, check=True)
     directory.rename(directory.with_name("elsewhere"))
     with pytest.raises(CheckpointError, match=r"step-1/snapshot\.json: cannot be read: No such"):
+        main(root, check=True)
+
+
+@pytest.mark.parametrize("name", ["__9_0.distcp", "sub/vocab.json"])
+def test_what_was_added_is_named(tmp_path: Path, name: str) -> None:
+    root = write_run(tmp_path / "run", manifest("complete"))
+    (snapshot_directory(root, 1) / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"step-1/{name}: is none of the files .*; move it"):
         main(root, check=True)
 
 

@@ -50,7 +50,6 @@ def manifest(*states: State, **changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "model": "some/model",
         "model_identity": identity("model"),
-        "data": identity("data"),
         "target": "previous",
         "adapters": "merge",
         "accuracy": dict(zip(SOURCES, (0.8, 0.4), strict=True)),

@@ -30,3 +30,10 @@ def test_ends_and_nothing_known():
     assert wilson_interval(0.0, 3)[0] == pytest.approx(0.0, abs=1e-15)
     low, high = wilson_interval(math.nan, 3)
     assert math.isnan(low) and math.isnan(high)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.5, 1 / 3])
+def test_the_share_is_between_its_bounds(share):
+    for count in range(1, 2001):
+        low, high = wilson_interval(share, count)
+        assert 0.0 <= low <= share <= high <= 1.0, count

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.errors import CheckpointError, DataError
 from megatron_idpo.train.export import CHAT_TEMPLATE, has_chat_template
 
 from .tiny_run import LORA, assembled, exported, write_config
@@ -69,6 +69,35 @@ def test_adapters_are_merged_and_kept(tiny, workers, tmp_path):
         torch.testing.assert_close(merged[name], base[name] + delta, rtol=0, atol=1e-6)
     settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tiny.model) and settings["r"] == 4
+
+
+def lost_template(file: str) -> str:
+    """The second rank no longer finds the template's file; what this rank is told."""
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    from megatron_idpo.train import export as module
+
+    read = module.read_template
+
+    def reading(value: str | None) -> str | None:
+        return read("/nowhere/template.jinja" if dist.get_rank() == 1 else value)
+
+    try:
+        with patch.object(module, "read_template", reading):
+            export(file, 3.0)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_a_template_that_is_gone_is_told_on_all_ranks(tiny, workers, tmp_path):
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    data = {"chat_template": str(tmp_path / "template.jinja")}
+    told = workers.run(lost_template, 2, write_config(tiny, tmp_path / "run", data=data))
+    assert all("cannot read '/nowhere/template.jinja'" in one for one in told)
+    assert not (tmp_path / "run" / "hf").exists()
 
 
 def test_an_export_is_replaced_or_stays(tiny, workers, tmp_path):

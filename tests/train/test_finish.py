@@ -41,6 +41,31 @@ def test_the_beginning(ended, tiny):
     assert second.endswith("intermediate layers: 1, 3 of 4")
 
 
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        ({"max_steps": None}, "3 steps of 7 pairs, 3 pairs left over"),
+        ({"max_steps": 3}, "3 steps of 7 pairs, 3 pairs left over"),
+        ({"max_steps": 2}, "2 steps of 7 pairs"),  # it never comes to them
+    ],
+)
+def test_pairs_that_fill_no_batch(ended, training, told):
+    training |= {"epochs": 1, "global_batch_pairs": 7, "export": False}
+    outcome, _ = ended(training=training)
+    assert outcome.printed.splitlines()[0] == f"24 pairs to train on, 0 held out; {told}"
+
+
+def test_a_run_that_does_not_start_at_its_reference_says_so(ended):
+    told = "reference: the model without lora.adapter; no start check"
+    first, output = ended(lora=LORA)
+    assert "start check passed" in first.printed and "reference:" not in first.printed
+    adapter = {"adapter": str(output / "adapter")}
+    second, _ = ended(lora=LORA | adapter, training={"export": False})
+    assert told in second.printed.splitlines() and "start check passed" not in second.printed
+    third, _ = ended(lora=LORA | adapter, training={"export": False}, reference={"source": "none"})
+    assert "reference:" not in third.printed
+
+
 def test_plain_dpo_of_all_weights(ended):
     objective = {"layers": [], "intermediate_weight": 0.0}
     outcome, output = ended(objective=objective, training={"export": False})

@@ -21,6 +21,21 @@ def test_scalars_and_a_resumed_run(tmp_path):
     assert shown == [(10, 10), (20, 20), (30, 50), (40, 60)]
 
 
+def test_a_run_that_starts_again_has_no_old_points(tmp_path):
+    """As after a kill before the first checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps, value in (((0, 10, 20), 1.0), ((0, 10), 2.0)):
+        logger = TensorBoardLogger(tmp_path, resumed_step=None)
+        for step in steps:
+            logger.log(step, {"loss": value})
+        logger.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(0, 2.0), (10, 2.0)]
+
+
 def test_its_absence_is_told_with_the_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (problem,) = tensorboard_problems()

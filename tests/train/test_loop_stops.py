@@ -155,7 +155,7 @@ def test_a_policy_that_is_not_the_reference_is_told_by_layer(
 
 
 def test_where_it_is_switched_off_such_a_run_begins(tiny, workers, tmp_path):
-    training = {"start_check": False, "max_steps": 1, "export": False}
+    training = {"start_check": False, "max_steps": 2, "export": False}
     file = write_config(tiny, tmp_path / "run", training=training)
     spoil = Spoil("decoder.layers.2.mlp.linear_fc2.weight", 0.0)
     (outcome,) = workers.run(run, 1, file, spoil)

@@ -94,27 +94,20 @@ def test_a_cache_of_something_else_is_refused_before_a_weight_is_read(
 
 
 @pytest.mark.distributed
-def test_a_run_that_has_begun_needs_its_cache(tiny: Files, workers: Any, tmp_path: Path) -> None:
-    file = config(tiny, tmp_path / "run", **CACHE)
+@pytest.mark.parametrize("trained", [{}, {"lora": LORA}])
+def test_a_cache_that_is_lost_is_made_again_to_the_bit(
+    tiny: Files, workers: Any, tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    """By the model that the run began with: the policy's checkpoint is read after that."""
+    file = config(tiny, tmp_path / "run", **CACHE, **trained)
     [stopped] = workers.run(run, 1, file, stop_after(3))
     assert stopped.code == EXIT_PREEMPTED
     cache = tmp_path / "run" / "reference"
     shutil.move(cache / "reference.parquet", tmp_path / "table")
     (cache / "fingerprint.json").unlink()
-    with pytest.raises(CheckpointError, match=r"megatron-idpo score .*run/config\.yaml"):
-        workers.run(run, 1, file)
-    # The command that the message names.
-    workers.run(score_alone, 1, str(tmp_path / "run" / "config.yaml"))
-    assert (cache / "reference.parquet").read_bytes() == (tmp_path / "table").read_bytes()
     [finished] = workers.run(run, 1, file)
     assert finished.code == 0 and "going on after step 3" in finished.printed
-
-
-def score_alone(file: str) -> int:
-    """On every rank: the verb `score`."""
-    from megatron_idpo.reference.main import main
-
-    return main(Path(file), [])
+    assert (cache / "reference.parquet").read_bytes() == (tmp_path / "table").read_bytes()
 
 
 def run_stopped_while_scoring(file: str) -> Outcome:
@@ -143,6 +136,7 @@ def test_a_signal_while_scoring_is_a_preemption(tiny: Files, workers: Any, tmp_p
     file = config(tiny, tmp_path / "run", **CACHE)
     [stopped] = workers.run(run_stopped_while_scoring, 1, file)
     assert stopped.code == EXIT_PREEMPTED
+    assert "the same command goes on from there (exit code 75)" in stopped.printed
     assert list((tmp_path / "run" / "reference" / "parts").glob("part-*"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     [finished] = workers.run(run, 1, file)

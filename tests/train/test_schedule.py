@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from megatron_idpo.config_training import OptimizerConfig
+from megatron_idpo.errors import ConfigError
 from megatron_idpo.train.schedule import LearningRate
 
 LR, STEPS = 5e-4, 37
@@ -34,7 +35,7 @@ def ours(**settings: Any) -> list[float]:
     return [rate.at(step) for step in range(STEPS)]
 
 
-@pytest.mark.parametrize("warmup", [0, 1, 7, STEPS, STEPS + 5])
+@pytest.mark.parametrize("warmup", [0, 1, 7, STEPS])
 @pytest.mark.parametrize(
     ("schedule", "make", "knows_the_end"),
     [
@@ -66,3 +67,12 @@ def test_a_share_of_the_steps_is_rounded_up(fraction, steps):
     rate = LearningRate(OptimizerConfig(lr=LR, warmup_fraction=fraction), STEPS)
     assert rate.warmup_steps == steps
     assert rate.at(steps) == LR > rate.at(steps - 1)
+
+
+def test_a_warm_up_ends_within_the_run():
+    told = (
+        rf"optimizer\.warmup_steps: is {STEPS + 1}, but the run has {STEPS} steps; .* {STEPS}, or"
+    )
+    with pytest.raises(ConfigError, match=told):
+        ours(warmup_steps=STEPS + 1)
+    assert LearningRate(OptimizerConfig(lr=LR, warmup_fraction=0.9), 1).warmup_steps == 1

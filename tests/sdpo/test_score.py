@@ -1,0 +1,59 @@
+"""Scores made ahead of a run of several steps are those that it reads."""
+
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_idpo.errors import CheckpointError, ConfigError
+
+from ..train.tiny_run import NUM_LAYERS
+from .stepped_run import THREE_STEPS, Files, cached_logps, run, stepped_config
+
+pytestmark = pytest.mark.distributed
+
+
+def score(file: str, *overrides: str) -> tuple[int, str]:
+    """On every rank: the verb; its code and what it printed."""
+    from megatron_idpo.cli_score import main
+
+    with redirect_stdout(StringIO()) as printed:
+        code = main(Path(file), list(overrides))
+    return code, printed.getvalue()
+
+
+def test_training_reads_what_was_scored_in_another_layout(
+    tiny: Files, workers: Any, tmp_path: Path
+) -> None:
+    """At the layers of every step; wherever the steps' own caches are."""
+    output = tmp_path / "run"
+    reference = {"cache": str(tmp_path / "caches")}
+    file = stepped_config(tiny, output, steps=THREE_STEPS, reference=reference, sdpo={"only": 1})
+    [(code, printed), _] = workers.run(score, 2, file, "layout.pipeline=2")
+    assert code == 0 and f"{output / 'first_model'}" in printed
+    before = (output / "first_model" / "reference.parquet").read_bytes()
+    assert set(cached_logps(output / "first_model")) == {1, 2, 3, NUM_LAYERS}
+    assert not (tmp_path / "caches").exists() and not (output / "reference").exists()
+    [outcome] = workers.run(run, 1, file)
+    assert outcome.code == 0 and "scored training pairs" not in outcome.printed
+    assert (output / "first_model" / "reference.parquet").read_bytes() == before
+
+
+def test_more_layers_are_a_question_of_the_objective(
+    tiny: Files, workers: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    [(code, _)] = workers.run(score, 1, stepped_config(tiny, output), "objective.layers=all")
+    assert code == 0
+    assert set(cached_logps(output / "first_model")) == {1, 2, 3, NUM_LAYERS}
+
+
+def test_what_cannot_be_is_told(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    file = stepped_config(tiny, tmp_path / "run")
+    with pytest.raises(ConfigError, match="layer 9 does not exist"):
+        workers.run(score, 1, file, "objective.layers=[9]")
+    assert workers.run(score, 1, file)[0][0] == 0
+    with pytest.raises(CheckpointError, match=r"first_model: is the cache .*; delete this one to"):
+        workers.run(score, 1, file, "data.max_length=64")
