@@ -32,13 +32,14 @@ class FixedModel:
     """Likewise of the adapter."""
 
     @classmethod
-    def of(cls, source: ModelSource, adapter: Path | None = None) -> Self:
+    def of(cls, source: ModelSource) -> Self:
         """A model as its files are; every byte is read. Collective."""
-        base = weights_fingerprint(source)
-        if adapter is None:
-            return cls(source, base)
+        return cls(source, weights_fingerprint(source))
+
+    def with_adapter(self, adapter: Path) -> "FixedModel":
+        """The same weights with a PEFT adapter, every byte of which is read. Collective."""
         files = [path for name in _ADAPTER_FILES if (path := adapter / name).is_file()]
-        return cls(source, base, adapter, files_fingerprint(files))
+        return FixedModel(self.source, self.base_identity, adapter, files_fingerprint(files))
 
     @property
     def identity(self) -> str:

@@ -20,7 +20,7 @@ from megatron_idpo.config_sdpo import SdpoConfig
 from megatron_idpo.config_steps import step_config
 from megatron_idpo.convert.fixed_model import FixedModel
 from megatron_idpo.data.run_pairs import RunPairs
-from megatron_idpo.errors import EXIT_PREEMPTED, CheckpointError
+from megatron_idpo.errors import EXIT_PREEMPTED
 from megatron_idpo.mcore.signals import Stopped, StopWish, listening
 from megatron_idpo.mcore.world import World, agreeing, gathered, joined_world
 from megatron_idpo.reference.cached import Cached
@@ -209,11 +209,7 @@ def models_of_step(run: SteppedRun, number: int) -> tuple[FixedModel, FixedModel
         return run.first, run.scores.model
     before = run.manifest.manifest.step(number - 1)
     directory = snapshot_directory(run.output.root, number - 1)
-    with agreeing("looking for the snapshot"):
-        if before.snapshot is None or before.is_removed:
-            told = "is needed as the reference of the next step, but was removed"
-            raise CheckpointError.at(str(directory), told, "copy it back")
-    assert before.snapshot is not None
+    assert before.snapshot is not None and not before.is_removed, "the newest one stays"
     reference = open_snapshot(directory, before.snapshot, run.scores.model)
     if sdpo_of(run.config).target == "first":
         return run.first, reference

@@ -179,7 +179,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     reference = FixedModel.of(source)
     start = reference
     if adapter is not None:
-        start = FixedModel.of(source, Path(adapter).expanduser())
+        start = reference.with_adapter(Path(adapter).expanduser())
     return Prepared(pairs, start, reference)
 
 

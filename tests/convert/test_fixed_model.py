@@ -17,7 +17,8 @@ def identities(model: Path, adapters: list[Path | None]) -> list[tuple[str, str]
     from megatron_idpo.convert.model_source import open_model
 
     source = open_model(str(model))
-    found = [FixedModel.of(source, adapter) for adapter in adapters]
+    base = FixedModel.of(source)
+    found = [base if adapter is None else base.with_adapter(adapter) for adapter in adapters]
     return [(one.base_identity, one.identity) for one in found]
 
 
