@@ -52,7 +52,8 @@ def main(arguments: Sequence[str]) -> int:
 def exit_code(codes: Sequence[int], *, stopped: bool) -> int:
     """One code for the workers that failed: the first one's, unless another says more.
 
-    A user's mistake says most; that a peer was lost says least, since the peer has a code too.
+    A user's mistake says most; that a peer was lost says less, since the peer has a code too; least
+    says the SIGTERM by which torchrun ends the others.
 
     Args:
         codes: their exit codes in the order of the failures, negative for a signal.
@@ -63,7 +64,7 @@ def exit_code(codes: Sequence[int], *, stopped: bool) -> int:
     failed = [code for code in codes if code not in answers]
     if not failed:
         return EXIT_PREEMPTED
-    says_less = {EXIT_USER_ERROR: 0, EXIT_PEER_LOST: 2}
+    says_less = {EXIT_USER_ERROR: 0, EXIT_PEER_LOST: 2, -signal.SIGTERM: 3}
     first = min(failed, key=lambda code: says_less.get(code, 1))
     return first if first > 0 else 128 - first
 

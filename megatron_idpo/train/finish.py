@@ -61,11 +61,11 @@ def tell_preempted(run: Run, report: Report) -> None:
 
 
 def tell_stopped(*, show: bool) -> None:
-    """That a signal came before the first step, and how to go on."""
+    """That a signal came while nothing was trained, and how to go on."""
     if show:
         print(
-            "stopped by a signal before the first step; what was scored is saved, and the same "
-            f"command goes on from there (exit code {EXIT_PREEMPTED})",
+            "stopped by a signal; everything so far is saved, and the same command goes on from "
+            f"there (exit code {EXIT_PREEMPTED})",
             flush=True,
         )
 

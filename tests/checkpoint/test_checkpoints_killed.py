@@ -45,7 +45,7 @@ def trials(model: Path, root: Path, mode: str, first: int, stride: int, number: 
     return answers
 
 
-SPARSE = (4, 6, 100)
+SPARSE = (4, 11, 100)
 EVERY = (0, 1, 100)
 
 

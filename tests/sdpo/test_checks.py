@@ -80,14 +80,13 @@ EARLY: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
 def test_what_can_be_known_is_told_before_anything_is_scored(
     tiny: Files, workers: Any, tmp_path: Path, name: str
 ) -> None:
-    """One held-out pair is longer than any other."""
     output, (sections, kind, told) = tmp_path / "run", EARLY[name]
     held_out = tmp_path / "held_out.jsonl"
-    long = {"prompt": "a?", "chosen": " b" * 90, "rejected": " c" * 90}
-    held_out.write_text(json.dumps(long) + "\n")
-    data = {"eval": str(held_out), **sections.pop("data", {})}
+    answer_words = 90 if kind is DataError else 3
+    pair = {"prompt": "a?", "chosen": " b" * answer_words, "rejected": " c" * answer_words}
+    held_out.write_text(json.dumps(pair) + "\n")
     with pytest.raises(kind, match=told):
-        workers.run(run, 1, stepped_config(tiny, output, data=data, **sections))
+        workers.run(run, 1, stepped_config(tiny, output, data={"eval": str(held_out)}, **sections))
     assert not (output / "first_model").exists()
 
 
@@ -100,7 +99,9 @@ def test_a_step_that_fills_no_batch_is_told_before_step_1(
     assert not (output / "step-1").exists() and not (output / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("source", ["resident", "offloaded"])
+@pytest.mark.parametrize(
+    "source", ["resident", pytest.param("offloaded", marks=pytest.mark.exhaustive)]
+)
 def test_a_step_does_not_go_on_against_another_reference(
     tiny: Files, workers: Any, tmp_path: Path, source: str
 ) -> None:

@@ -100,6 +100,7 @@ def test_pairs_are_lined_up_by_their_margin(tiny: Files, workers: Any, tmp_path:
     assert margins[1].min() >= margins[2].max()
 
 
+@pytest.mark.exhaustive
 def test_sources_that_steps_name(tiny: Files, workers: Any, tmp_path: Path) -> None:
     output, sources = tmp_path / "run", two_sources(tiny, tmp_path)
     steps = [{"sources": [2]}, {"sources": [1, 2]}]
@@ -128,6 +129,7 @@ def test_what_cannot_be_is_told_before_anything_is_scored(
         workers.run(run, 1, stepped_config(tiny, output, steps=fractions))
 
 
+@pytest.mark.exhaustive
 def test_the_same_path_twice_has_two_names(tiny: Files, workers: Any, tmp_path: Path) -> None:
     output = tmp_path / "run"
     source = {"path": str(tiny.train), "weight": 0.5}

@@ -149,7 +149,10 @@ def test_steps_in_different_layouts(
     assert start_checks(two[0]) == 2
 
 
-@pytest.mark.parametrize("kind", ["full", "merge", "carry"])
+@pytest.mark.parametrize(
+    "kind",
+    ["merge", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("full", "carry"))],
+)
 def test_a_target_that_starts_from_the_first_model(
     tiny: Files, workers: Any, tmp_path: Path, kind: str
 ) -> None:
@@ -168,7 +171,12 @@ def test_a_target_that_starts_from_the_first_model(
 
 
 @pytest.mark.parametrize(
-    ("kind", "source"), [("full", "resident"), ("merge", "adapter_off"), ("carry", "offloaded")]
+    ("kind", "source"),
+    [
+        ("carry", "offloaded"),
+        pytest.param("full", "resident", marks=pytest.mark.exhaustive),
+        pytest.param("merge", "adapter_off", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_other_sources_of_the_reference_learn_the_same(
     tiny: Files, workers: Any, tmp_path: Path, finished: Any, kind: str, source: str
@@ -182,7 +190,7 @@ def test_other_sources_of_the_reference_learn_the_same(
 
 
 def models_alive(file: str) -> list[int]:
-    """How many chunks are in memory when each step begins, garbage included."""
+    """How many more chunks are in memory when each step begins, garbage included."""
     import gc
 
     from megatron.core.models.gpt import GPTModel
@@ -193,10 +201,14 @@ def models_alive(file: str) -> list[int]:
     ordinary = loop.take_steps
 
     def take_steps(*args: Any) -> int:
-        found.append(sum(isinstance(one, GPTModel) for one in gc.get_objects()))
+        found.append(alive() - before)
         return ordinary(*args)
 
+    def alive() -> int:
+        return sum(isinstance(one, GPTModel) for one in gc.get_objects())
+
     gc.collect()
+    before = alive()  # of other tests in the same worker
     gc.disable()
     try:
         with patch.object(loop, "take_steps", take_steps):
@@ -206,7 +218,9 @@ def models_alive(file: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("target", ["previous", "first"])
+@pytest.mark.parametrize(
+    "target", [pytest.param("previous", marks=pytest.mark.exhaustive), "first"]
+)
 def test_a_step_has_one_model_in_memory(
     tiny: Files, workers: Any, tmp_path: Path, target: str
 ) -> None:
@@ -237,7 +251,7 @@ def test_one_step_at_a_time(tiny: Files, workers: Any, tmp_path: Path) -> None:
     assert again.code == 0 and again.found["steps"] == []
 
 
-@pytest.mark.parametrize("kind", ["full", "carry"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.exhaustive), "carry"])
 def test_stopped_in_a_step_it_goes_on_there(
     tiny: Files, workers: Any, tmp_path: Path, finished: Any, kind: str
 ) -> None:

@@ -18,7 +18,7 @@ TIMEOUT_S = 1800.0
 @pytest.mark.parametrize(
     ("kind", "which", "trials"),
     [
-        ("merge", "transitions", 4),
+        ("merge", "transitions", 2),
         pytest.param("merge", "all", 20, marks=pytest.mark.exhaustive),
         pytest.param("full", "transitions", 20, marks=pytest.mark.exhaustive),
         pytest.param("carry", "all", 20, marks=pytest.mark.exhaustive),
