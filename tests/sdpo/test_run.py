@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,6 +263,12 @@ def test_stopped_in_a_step_it_goes_on_there(
     assert snapshots(output) == snapshots(finished(kind)[0])
 
 
+def cli(words: list[str]) -> int:
+    from megatron_idpo.cli import main
+
+    return main(words)
+
+
 def test_a_result_that_is_not_there_any_more(tiny: Files, workers: Any, tmp_path: Path) -> None:
     """All is complete: nothing is trained, and how to make it again is told."""
     output = tmp_path / "run"
@@ -276,8 +280,7 @@ def test_a_result_that_is_not_there_any_more(tiny: Files, workers: Any, tmp_path
     assert again.code == 0 and again.found["steps"] == []
     command = again.printed.strip().splitlines()[-1].partition("to make it: ")[2].split()
     assert command[:3] == ["megatron-idpo", "convert", "megatron-to-hf"]
-    ended = subprocess.run([sys.executable, "-m", "megatron_idpo", *command[1:]], check=False)
-    assert ended.returncode == 0
+    assert workers.run(cli, 1, command[1:]) == [0]
     assert relative_difference(exported(output), before) == 0.0
 
 
