@@ -41,7 +41,8 @@ from megatron_idpo.data.batches import Batch
 from megatron_idpo.mcore.random import seed_step
 from megatron_idpo.mcore.schedule import run_schedule
 from megatron_idpo.mcore.world import joined_world, running
-from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+from megatron_idpo.plugin.batch_run import row_micro_batch
+from megatron_idpo.plugin.micro_batch import MicroBatch
 from megatron_idpo.reference.live import NoReference
 from megatron_idpo.train.output import opened
 from megatron_idpo.train.run import Run, assemble, prepare
@@ -159,7 +160,7 @@ def _sft_step(run: Run, batch: Batch, number: int) -> None:
     seed_step(0, number)
     trainable.begin_step()
     targets = sum(len(row.target_tokens_N) for row in batch.rows)
-    micro_batches = [_labelled(row) for row in batch.rows]
+    micro_batches = [_labelled(batch, index) for index in range(len(batch.rows))]
 
     def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Tensor, Any]:
         tokens_1T, labels_1T, mask_1T, params = next(iterator)
@@ -180,24 +181,13 @@ def _sft_step(run: Run, batch: Batch, number: int) -> None:
     trainable.step(1e-6)
 
 
-def _labelled(row: Any) -> tuple[Tensor, Tensor, Tensor, MicroBatch]:
+def _labelled(batch: Batch, index: int) -> tuple[Tensor, Tensor, Tensor, MicroBatch]:
     """Tokens, labels at the positions that predict an answer's token, their mask, the structure."""
-    tensors = row.tensors(torch.device("cpu"))
-    labels_T = torch.zeros_like(tensors.tokens_T)
-    mask_T = torch.zeros(len(labels_T))
-    labels_T[tensors.target_positions_N] = tensors.target_tokens_N
-    mask_T[tensors.target_positions_N] = 1.0
-    params = MicroBatch(
-        position_ids_T=tensors.position_ids_T,
-        spans_G4=tensors.spans_G4,
-        targets=Targets(
-            tensors.target_positions_N,
-            tensors.target_tokens_N,
-            tensors.target_sequences_N,
-            tensors.num_pairs,
-        ),
-    )
-    return tensors.tokens_T[None], labels_T[None], mask_T[None], params
+    tokens_1T, params = row_micro_batch(batch.rows[index], index, batch, None, reference_free=True)
+    labels_1T, mask_1T = torch.zeros_like(tokens_1T), torch.zeros(tokens_1T.shape)
+    labels_1T[0, params.targets.positions_N] = params.targets.tokens_N
+    mask_1T[0, params.targets.positions_N] = 1.0
+    return tokens_1T, labels_1T, mask_1T, params
 
 
 # ---- reporting ----------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def run_batch(
         What this rank's layers said, by micro-batch and layer.
     """
     micro_batches = [
-        _micro_batch(row, index, batch, reference, reference_free)
+        row_micro_batch(row, index, batch, reference, reference_free)
         for index, row in enumerate(batch.rows)
     ]
 
@@ -70,9 +70,18 @@ def logps_by_row(outputs: Sequence[LayerOutput], num_rows: int) -> list[dict[int
     return by_row
 
 
-def _micro_batch(
+def row_micro_batch(
     row: Row, index: int, batch: Batch, reference: ReferenceLogps | None, reference_free: bool
 ) -> tuple[Tensor, MicroBatch]:
+    """A row's tokens, int64 `[1, T]`, and what its losses need; arguments as of `run_batch`.
+
+    Args:
+        row: of the batch, the one with this index.
+        index: of the row.
+        batch: that it is in.
+        reference: of all rows, or None.
+        reference_free: whether there is none.
+    """
     tensors = row.tensors(default_device())
     return tensors.tokens_T[None], MicroBatch(
         position_ids_T=tensors.position_ids_T,
