@@ -281,6 +281,28 @@ def _sdpo(arguments: argparse.Namespace) -> int:
     return status(arguments.run, check=arguments.check)
 
 
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="a run's training.output or an evaluation's directory; several are compared",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.html",
+        help="the page (default: report.html in the first RUN)",
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megatron_idpo.evaluate.report import main as report
+
+    return report(arguments.runs, arguments.output)
+
+
 VERBS: dict[str, Verb] = {
     "train": _config_verb(
         "megatron_idpo.cli_train",
@@ -294,6 +316,27 @@ VERBS: dict[str, Verb] = {
         "Convert weights between Hugging Face and Megatron-Core.", _add_convert_arguments, _convert
     ),
     "sdpo": Verb("Look at a run of several steps.", _add_sdpo_arguments, _sdpo),
+    "likelihood": _config_verb(
+        "megatron_idpo.evaluate.likelihood_main",
+        "Read held-out pairs at every layer of one or several models: curves with intervals.",
+    ),
+    "advise": _config_verb(
+        "megatron_idpo.evaluate.advise", "Rank layers for a loss of their own, from the curves."
+    ),
+    "generate": _config_verb(
+        "megatron_idpo.evaluate.generate_main", "Let models answer prompts, for a judge to compare."
+    ),
+    "judge": _config_verb(
+        "megatron_idpo.evaluate.judge_main", "Have answers compared two by two; tell who wins."
+    ),
+    "h4": _config_verb(
+        "megatron_idpo.evaluate.h4_main", "ARC, HellaSwag, MMLU and TruthfulQA, by lm-eval."
+    ),
+    "report": Verb(
+        "Put runs and their evaluations on one self-contained page.",
+        _add_report_arguments,
+        _report,
+    ),
     "data": _config_verb("megatron_idpo.data.look", "Show what the data becomes."),
     "doctor": _config_verb(
         "megatron_idpo.doctor.main",

@@ -10,6 +10,7 @@ Here is also what concerns several sections. The sections themselves are in `con
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +18,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_idpo.config_evaluate import EvaluateConfig, GenerateConfig, H4Config, JudgeConfig
 from megatron_idpo.config_objective import LoraConfig, ObjectiveConfig, ReferenceConfig
 from megatron_idpo.config_sdpo import SdpoConfig
 from megatron_idpo.config_sections import (
@@ -55,6 +57,10 @@ class RunConfig(Section):
     sdpo: SdpoConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
+    judge: JudgeConfig | None = None
+    h4: H4Config = H4Config()
 
     def has(self, section: str) -> bool:
         """Whether a section is there, written or by its defaults."""
@@ -138,9 +144,18 @@ class RunConfig(Section):
         return step_problems(self) if self.has("training") and self.has("optimizer") else []
 
     def dump(self) -> str:
-        """The resolved configuration as YAML; `load_config` reads the same value from it."""
-        sections = self.model_dump(mode="json")
+        """The resolved configuration as YAML; `load_config` reads the same value from it.
+
+        Of what concerns evaluation alone only what differs from the defaults is told.
+        """
+        defaults = {name: RunConfig.model_fields[name].default for name in EVALUATION}
+        silent = {name for name, default in defaults.items() if getattr(self, name) == default}
+        sections = self.model_dump(mode="json", exclude=silent)
         return write_yaml({name: value for name, value in sections.items() if value is not None})
+
+
+EVALUATION = ("evaluate", "generate", "judge", "h4")
+"""The sections that training does not read."""
 
 
 SECTIONS = tuple(RunConfig.model_fields)
@@ -235,12 +250,13 @@ def _told(detail: Any, section: type[BaseModel], keys: Keys, tree: Tree) -> list
     if kind == "extra_forbidden":
         return [Problem(place, "unknown field", _remedy_unknown(str(keys[-1]), owner))]
     if kind == "missing":
-        field = owner.model_fields[str(keys[-1])]
-        return [Problem(place, "is missing", f"add it: {_first_sentence(field)}")]
+        field = owner.model_fields.get(str(keys[-1]))  # None: an element of a list
+        return [
+            Problem(place, "is missing", f"add it: {_first_sentence(field)}" if field else "add it")
+        ]
     value = detail["input"]
     if kind == "literal_error":
-        field = owner.model_fields[str(keys[-1])]
-        choices = [str(choice) for choice in get_args(field.annotation)]
+        choices = re.findall("'([^']*)'", context["expected"])
         return [Problem(place, f"is {value!r}", _nearest(str(value), choices, "values"))]
     told = detail["msg"].replace("Input should", "it should").replace("tuple", "list")
     told = told.removeprefix("Value error, ")

@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Mapping
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_idpo.config import RunConfig, section_class
+from megatron_idpo.config_evaluate import SubjectConfig
 from megatron_idpo.config_objective import Layers
 from megatron_idpo.config_sdpo import SdpoStepConfig
 from megatron_idpo.config_sections import LayoutConfig, SourceConfig
@@ -41,6 +43,7 @@ def config_reference() -> str:
         ("Sources of pairs", SourceConfig),
         ("Steps of `sdpo`", SdpoStepConfig),
         ("`logging.wandb`", WandbConfig),
+        ("Models of `evaluate`", SubjectConfig),
     ):
         parts.append(f"### {title}\n\n{section.__doc__}\n\n{_table(section)}")
     return "\n".join(parts)
@@ -76,6 +79,8 @@ def _type_name(annotation: Any, metadata: Any = ()) -> str:
         return _type_name(annotation.__origin__, bounds)
     if get_origin(annotation) is Literal:
         return " | ".join(f"`{choice}`" for choice in arguments)
+    if get_origin(annotation) is Mapping:
+        return "mapping of name to path or model"
     if get_origin(annotation) is tuple:
         if arguments[0] is SourceConfig:
             return "path, source, or list of them"

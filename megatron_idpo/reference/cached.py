@@ -24,6 +24,11 @@ class Cached:
         self._table = table
 
     @property
+    def logps_PL2(self) -> NDArray[np.float32]:
+        """Of every pair at every layer of the table, float32 [P, L, 2]."""
+        return self._table.logps_PL2
+
+    @property
     def final_logps_P2(self) -> NDArray[np.float32]:
         """Of every pair at the final layer, float32 [P, 2]."""
         return self._table.logps_PL2[:, -1]

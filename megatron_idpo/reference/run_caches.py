@@ -25,7 +25,7 @@ from megatron_idpo.reference.score import PART_S, score_pairs
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One of the two caches, and the pairs that it is of."""
+    """One cache, and the pairs that it is of."""
 
     what: str
     directory: Path
@@ -76,6 +76,27 @@ class RunCaches:
             for what, place, dataset in named
         ]
         return cls(directory, model, tuple(parts))
+
+    @classmethod
+    def of_one_set(
+        cls,
+        model: FixedModel,
+        pairs: PairDataset,
+        directory: Path,
+        fingerprint: Fingerprint,
+        *,
+        what: str,
+    ) -> Self:
+        """The cache of one set of pairs alone, wherever it is kept.
+
+        Args:
+            model: whose log-probabilities they are.
+            pairs: the set.
+            directory: of the cache.
+            fingerprint: of the cache.
+            what: to call the pairs while scoring.
+        """
+        return cls(directory, model, (_Part(what, directory, pairs, fingerprint),))
 
     def are_complete(self) -> bool:
         """Whether there is nothing to score. Collective.

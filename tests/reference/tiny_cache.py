@@ -73,7 +73,7 @@ def score(file: str, overrides: Sequence[str] = (), stop_after: int | None = Non
     from megatron_idpo.reference.main import main
 
     torch.set_num_threads(1)
-    with redirect_stdout(StringIO()) as printed, _small_batches(), _stopping(stop_after):
+    with redirect_stdout(StringIO()) as printed, _small_batches(), stopping(stop_after):
         code = main(Path(file), list(overrides))
     return code, printed.getvalue()
 
@@ -85,7 +85,7 @@ def _small_batches() -> Iterator[None]:
 
 
 @contextmanager
-def _stopping(pairs: int | None) -> Iterator[None]:
+def stopping(pairs: int | None) -> Iterator[None]:
     """A signal to this process, if it is the last rank, when so many pairs are done."""
     import os
     import signal

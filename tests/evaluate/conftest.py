@@ -1,0 +1,11 @@
+"""Models that evaluations compare."""
+
+import pytest
+
+from .tiny_evaluation import Models, write_models
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Two tiny models, their tokenizer and pairs; not to be changed."""
+    return write_models(tmp_path_factory.mktemp("models"))

@@ -1,0 +1,81 @@
+"""The ranking of layers: agreement times room, and what is said of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_idpo.errors import DataError
+from megatron_idpo.evaluate.advise import advice_markdown, best_layers_told, main, rank_layers
+from megatron_idpo.evaluate.curves_file import write_curves
+from megatron_idpo.evaluate.layer_curves import QUANTITIES, Estimate, LayerCurves
+
+
+def curves(
+    likelihood: list[float], agreement: list[float], *, width: float = 0.05, name: str = "dpo"
+) -> LayerCurves:
+    nothing = np.zeros(len(likelihood))
+    estimates = {quantity: Estimate(nothing, nothing, nothing) for quantity in QUANTITIES}
+    for quantity, values in (("likelihood", likelihood), ("agreement", agreement)):
+        value_L = np.array(values)
+        estimates[quantity] = Estimate(value_L, value_L - width, value_L + width)
+    return LayerCurves(name, tuple(range(1, len(likelihood) + 1)), 200, 40, estimates)
+
+
+def test_a_layer_that_agrees_and_has_not_gained_comes_first() -> None:
+    """Scores by hand: 0.1 x 1, 0.6 x 0.9, 0.9 x 0.5, 0.95 x 0.1."""
+    found = rank_layers(curves([0.5, 0.52, 0.6, 0.68, 0.7], [0.1, 0.6, 0.9, 0.95, 1.0]))
+    assert [advice.layer for advice in found] == [2, 3, 1, 4]
+    assert [round(advice.score, 3) for advice in found] == [0.54, 0.45, 0.1, 0.095]
+    assert (
+        found[0].reason
+        == "agrees 0.60 with the final layer, has made 10% of its gain in likelihood"
+    )
+
+
+def test_an_agreement_that_may_be_none_counts_nothing() -> None:
+    found = rank_layers(curves([0.5, 0.5, 0.7], [0.04, 0.3, 1.0]))
+    assert [advice.layer for advice in found] == [2, 1]
+    assert found[1].score == 0.0
+    assert "nothing that the final layer agrees with" in found[1].reason
+
+
+def test_without_a_gain_it_goes_by_the_layers_that_come_after() -> None:
+    """Of the reference itself (all at 0.5), and of a model whose gain may be none."""
+    for likelihood in ([0.5] * 4, [0.5, 0.5, 0.51, 0.53]):
+        found = rank_layers(curves(likelihood, [0.2, 0.6, 0.8, 1.0]))
+        assert [round(advice.score, 3) for advice in found] == [0.3, 0.2, 0.15]
+        assert "50% of the layers come after" in found[0].reason
+
+
+def test_a_layer_beyond_the_final_ones_gain_has_no_room() -> None:
+    found = rank_layers(curves([0.6, 0.8, 0.7], [0.9, 0.9, 1.0]))
+    assert [(advice.layer, round(advice.room, 3)) for advice in found] == [(1, 0.5), (2, 0.0)]
+
+
+def test_what_is_told_names_every_model_and_layer() -> None:
+    several = [
+        curves([0.5, 0.6, 0.7], [0.5, 0.9, 1.0]),
+        curves([0.5, 0.5, 0.5], [0.0, 0.0, 1.0], name="odd"),
+    ]
+    first, second = best_layers_told(several)
+    assert first.startswith("dpo: layers to tap next, by advise: 1, 2;")
+    assert second == "odd: no layer reads the pairs as the final one does"
+    text = advice_markdown(several)
+    assert "## dpo" in text and "## odd" in text and text.count("\n| 1 |") == 2
+
+
+def test_the_verb_reads_what_likelihood_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"evaluate: {{output: {tmp_path / 'out'}}}\n")
+    with pytest.raises(DataError, match="make it by `likelihood`"):
+        main(file, [])
+    write_curves(
+        tmp_path / "out" / "likelihood" / "likelihood.csv",
+        [curves([0.5, 0.52, 0.6, 0.7], [0.1, 0.6, 0.9, 1.0])],
+    )
+    assert main(file, []) == 0
+    told = capsys.readouterr().out
+    assert "1. layer   2 (depth 0.50)  score 0.54: agrees 0.60" in told

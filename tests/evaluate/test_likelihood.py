@@ -1,0 +1,201 @@
+"""Layer curves of real models against the oracle, in every layout, kept and gone on with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError
+from megatron_idpo.evaluate.curves_file import read_curves
+from megatron_idpo.evaluate.layer_curves import LayerCurves
+from megatron_idpo.testing import write_tiny_hf_model
+
+from ..oracle import sequence_logps
+from ..train.tiny_run import NUM_LAYERS, PAIRS, SIZES
+from .tiny_evaluation import BETA, Models, evaluation_config, likelihood
+
+TOLERANCE = 1e-4
+"""Issue 7's, absolute, of every quantity."""
+
+LAYERS = tuple(range(1, NUM_LAYERS + 1))
+LAYOUTS = {
+    "single": {},
+    "TP2": {"tensor": 2},
+    "TP2 SP": {"tensor": 2, "sequence_parallel": True},
+    "PP2": {"pipeline": 2},
+}
+
+
+def curves_of(output: Path) -> dict[str, LayerCurves]:
+    return {model.model: model for model in read_curves(output / "likelihood" / "likelihood.csv")}
+
+
+@pytest.fixture(scope="module")
+def expected(models: Models) -> dict[str, NDArray[np.float64]]:
+    """Every quantity of the other model at every layer, written plainly."""
+    pairs = tokens_of(models)
+    policy, reference = (
+        logps_PL2(path, pairs).astype(np.float64) for path in (models.other, models.files.model)
+    )
+    delta_PL = BETA * np.subtract(*np.moveaxis(policy - reference, 2, 0))
+    sizes_P2 = np.array([[len(chosen), len(rejected)] for _, chosen, rejected in pairs])
+    own_PL = np.subtract(*np.moveaxis(policy / sizes_P2[:, None], 2, 0))
+    return {
+        "likelihood": (1 / (1 + np.exp(-delta_PL))).mean(0),
+        "margin": delta_PL.mean(0),
+        "accuracy": (delta_PL > 0).mean(0),
+        "own_accuracy": (own_PL > 0).mean(0),
+        "agreement": np.array([np.corrcoef(x_P, own_PL[:, -1])[0, 1] for x_P in own_PL.T]),
+        "nats_per_token": -policy.sum((0, 2)) / sizes_P2.sum(),
+    }
+
+
+def tokens_of(models: Models) -> list[tuple[list[int], list[int], list[int]]]:
+    """As the tokenizer alone makes them: answers end with EOS."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models.files.model)
+    records = [json.loads(line) for line in models.files.train.read_text().splitlines()]
+
+    def encoded(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    pairs = []
+    for record in records:
+        prompt = encoded(record["prompt"])
+        answers = [
+            [*encoded(record["prompt"] + record[side])[len(prompt) :], tokenizer.eos_token_id]
+            for side in ("chosen", "rejected")
+        ]
+        pairs.append((prompt, answers[0], answers[1]))
+    return pairs
+
+
+def logps_PL2(path: Path, pairs: Any) -> NDArray[np.float32]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        by_layer = sequence_logps(model, pairs, LAYERS, sequences_per_forward=1)
+    found = torch.stack([by_layer[layer] for layer in LAYERS]).view(NUM_LAYERS, -1, 2)
+    return found.permute(1, 0, 2).numpy()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_is_what_the_oracle_says(
+    layout: str, models: Models, expected: dict[str, Any], workers: Any, tmp_path: Path
+) -> None:
+    subjects = {"base": str(models.files.model), "other": str(models.other)}
+    file = evaluation_config(models, tmp_path / "out", subjects, layout=LAYOUTS[layout])
+    outcomes = workers.run(likelihood, 1 if layout == "single" else 2, file)
+    assert [code for code, _ in outcomes] == [0] * len(outcomes)
+    curves = curves_of(tmp_path / "out")
+    other = curves["other"]
+    assert (other.layers, other.pairs) == (LAYERS, PAIRS)
+    for name, expected_L in expected.items():
+        found = other.estimates[name]
+        np.testing.assert_allclose(found.value_L, expected_L, rtol=0, atol=TOLERANCE, err_msg=name)
+        assert np.ptp(expected_L) > 20 * TOLERANCE, f"{name}: layers are to be told apart"
+    assert curves["base"].is_reference
+    assert (curves["base"].estimates["accuracy"].value_L == 0.5).all()
+    printed = outcomes[0][1]
+    for path in ("likelihood.csv", "likelihood.png", "advice.md"):
+        assert str(tmp_path / "out" / "likelihood" / path) in printed.replace("\n", "")
+        assert (tmp_path / "out" / "likelihood" / path).stat().st_size > 100
+
+
+@pytest.mark.distributed
+def test_a_model_is_read_once_and_again_when_it_changes(
+    models: Models, workers: Any, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(models.other, tmp_path / "copy")
+    subjects = {"base": str(models.files.model), "one": str(models.other), "two": str(copy)}
+    output = tmp_path / "out"
+    file = evaluation_config(models, output, subjects)
+    workers.run(likelihood, 1, file)
+    readings = {path.name for path in (output / "likelihood" / "logps").iterdir()}
+    assert len(readings) == 2, "the reference's, and one for both copies"
+    before = curves_of(output)
+    assert [code for code, _ in workers.run(likelihood, 1, file, blind=True)] == [0]
+    # Another beta is other curves of the same readings.
+    workers.run(likelihood, 1, file, ["objective.beta=0.6"], blind=True)
+    doubled = curves_of(output)["one"].estimates["margin"].value_L
+    np.testing.assert_allclose(doubled, 2 * before["one"].estimates["margin"].value_L, rtol=1e-6)
+
+    write_tiny_hf_model(copy, "llama", seed=8, **SIZES)
+    workers.run(likelihood, 1, file)
+    after = curves_of(output)
+    for name, is_same in (("one", True), ("two", False)):
+        margins = [curves[name].estimates["margin"].value_L for curves in (before, after)]
+        assert (margins[0] == margins[1]).all() == is_same, name
+
+
+@pytest.mark.distributed
+def test_a_signal_saves_and_the_same_command_goes_on(
+    models: Models, workers: Any, tmp_path: Path
+) -> None:
+    subjects = {"other": str(models.other)}
+    file = evaluation_config(models, tmp_path / "out", subjects)
+    whole = evaluation_config(models, tmp_path / "whole", subjects)
+    [(code, printed)] = workers.run(likelihood, 1, file, stop_after=6)
+    assert code == EXIT_PREEMPTED and "the same command goes on" in printed
+    assert not (tmp_path / "out" / "likelihood" / "likelihood.csv").exists()
+    assert workers.run(likelihood, 1, file)[0][0] == 0
+    workers.run(likelihood, 1, whole)
+    csv = "likelihood/likelihood.csv"
+    assert (tmp_path / "out" / csv).read_bytes() == (tmp_path / "whole" / csv).read_bytes()
+
+
+@pytest.mark.distributed
+def test_an_adapter_counts(models: Models, workers: Any, tmp_path: Path) -> None:
+    """The same figures as of the merged model, which PEFT made."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(models.files.model, dtype=torch.float32)
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    subjects = {
+        "adapter": {"path": str(models.files.model), "adapter": str(tmp_path / "adapter")},
+        "merged": str(tmp_path / "merged"),
+    }
+    file = evaluation_config(models, tmp_path / "out", subjects)
+    assert workers.run(likelihood, 1, file)[0][0] == 0
+    curves = curves_of(tmp_path / "out")
+    one, other = (curves[name].estimates["margin"].value_L for name in subjects)
+    np.testing.assert_allclose(one, other, rtol=0, atol=TOLERANCE)
+    assert np.abs(one).max() > 20 * TOLERANCE
+
+
+def test_models_that_cannot_be_compared_are_refused_together(
+    models: Models, workers: Any, tmp_path: Path
+) -> None:
+    deeper, retokenised = tmp_path / "deeper", tmp_path / "retokenised"
+    write_tiny_hf_model(deeper, "llama", seed=1, **{**SIZES, "num_hidden_layers": 6})
+    shutil.copytree(models.other, retokenised)
+    tokenizer = retokenised / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"ab"', '"zz"').replace('"a b"', '"z z"'))
+    subjects = {"deeper": str(deeper), "retokenised": str(retokenised)}
+    file = evaluation_config(models, tmp_path / "out", subjects)
+    with pytest.raises(ConfigError) as caught:
+        likelihood(file)
+    told = str(caught.value)
+    assert "evaluate.models.deeper: has num_layers 6, the reference 4" in told
+    assert "another tokenizer than model.path" in told
+
+
+def test_without_held_out_pairs_there_is_nothing_to_read(models: Models, tmp_path: Path) -> None:
+    file = evaluation_config(models, tmp_path / "out", {"other": str(models.other)})
+    with pytest.raises(ConfigError, match=r"data\.eval: there are no held-out pairs"):
+        likelihood(file, ["data.eval=null"])
