@@ -11,15 +11,15 @@ its traceback (1).
 """
 
 import argparse
-import difflib
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_idpo import __version__
+from megatron_idpo.cli_convert import add_convert_arguments, convert
 from megatron_idpo.cli_failures import (
     is_lost_peer,
     stopped_an_import_of_megatron,
@@ -27,6 +27,7 @@ from megatron_idpo.cli_failures import (
     tell_lost_peer,
     tell_user_error,
 )
+from megatron_idpo.cli_words import one_of
 from megatron_idpo.errors import ConfigError, UserError
 from megatron_idpo.mcore.quiet import quiet_megatron
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not words:
             raise ConfigError(f"no verb given; the verbs are {', '.join(VERBS)}")
         if not words[0].startswith("-"):
-            _one_of("verb", VERBS)(words[0])
+            one_of("verb", VERBS)(words[0])
         arguments = parser.parse_args(words)
         with quiet_megatron():  # from the first import on
             return VERBS[arguments.verb].run(arguments)
@@ -138,134 +139,13 @@ def _config_verb(module: str, summary: str, *, config_required: bool = True) -> 
     return Verb(summary, add_arguments, run)
 
 
-_DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
-_FORMATS = ("fp32", "bf16", "fp16")
-_BACKENDS = ("own", "bridge")
-_OWN_OPTIONS = {
-    "tensor": 1,
-    "pipeline": 1,
-    "virtual_pipeline": 1,
-    "pipeline_layers": None,
-    "overwrite": False,
-}
-"""Options of our own converter, with what they are where they are not given."""
-
-
-def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "direction",
-        type=_one_of("direction", _DIRECTIONS),
-        metavar="|".join(_DIRECTIONS),
-        help="from what to what",
-    )
-    parser.add_argument("input", type=Path, metavar="INPUT", help="the checkpoint's directory")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the directory to write")
-    parser.add_argument(
-        "--dtype",
-        type=_one_of("format", _FORMATS),
-        metavar="|".join(_FORMATS),
-        help="the weights' format (default: as stored)",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUTPUT if it is there already"
-    )
-    split = parser.add_argument_group(
-        "under torchrun", "how to split the work; the result is the same for every layout"
-    )
-    for name, meaning in (
-        ("tensor", "ranks that share every weight matrix"),
-        ("pipeline", "pipeline stages"),
-        ("virtual-pipeline", "model chunks per stage"),
-    ):
-        split.add_argument(f"--{name}", type=int, default=1, metavar="N", help=meaning)
-    split.add_argument(
-        "--pipeline-layers",
-        type=_counts,
-        metavar="N,N,...",
-        help="layers of each virtual stage, where they do not divide evenly",
-    )
-    other = parser.add_argument_group("families that this package does not know")
-    other.add_argument(
-        "--backend",
-        type=_one_of("backend", _BACKENDS),
-        default="own",
-        metavar="|".join(_BACKENDS),
-        help="bridge converts by Megatron-Bridge (needs it, Transformer Engine and a GPU)",
-    )
-    other.add_argument(
-        "--hf-model",
-        type=Path,
-        metavar="DIR",
-        help="with --backend bridge, megatron-to-hf: the model that the checkpoint came from",
-    )
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 3,2") from None
-
-
-def _convert_by_bridge(arguments: argparse.Namespace) -> int:
-    from megatron_idpo.convert.dtypes import parse_dtype
-    from megatron_idpo.mcore.bridge import bridge_export, bridge_import
-
-    unread = [
-        f"--{name.replace('_', '-')}"
-        for name, unset in _OWN_OPTIONS.items()
-        if getattr(arguments, name) != unset
-    ]
-    if arguments.direction == "megatron-to-hf" and arguments.dtype:
-        unread.append("--dtype")
-    if unread:
-        remedy = "leave them out: Megatron-Bridge converts by itself"
-        raise ConfigError.at(", ".join(unread), "not read with --backend bridge", remedy)
-    if arguments.direction == "hf-to-megatron":
-        dtype = parse_dtype(arguments.dtype) if arguments.dtype else None
-        bridge_import(arguments.input, arguments.output, dtype=dtype)
-    elif arguments.hf_model is None:
-        remedy = "give the Hugging Face directory or hub name that the checkpoint came from"
-        raise ConfigError.at("--hf-model", "is needed with --backend bridge", remedy)
-    else:
-        bridge_export(arguments.input, arguments.hf_model, arguments.output)
-    return 0
-
-
-def _convert(arguments: argparse.Namespace) -> int:
-    if arguments.backend == "bridge":
-        return _convert_by_bridge(arguments)
-    if arguments.hf_model is not None:
-        raise ConfigError.at("--hf-model", "is read with --backend bridge only", "leave it out")
-    from megatron_idpo.mcore.layout import Layout
-
-    if arguments.direction == "hf-to-megatron":
-        from megatron_idpo.convert.hf_to_megatron import convert
-    else:
-        from megatron_idpo.convert.megatron_to_hf import convert
-    layout = Layout(
-        tensor=arguments.tensor,
-        pipeline=arguments.pipeline,
-        virtual_pipeline=arguments.virtual_pipeline,
-        pipeline_layers=arguments.pipeline_layers,
-    )
-    convert(
-        arguments.input,
-        arguments.output,
-        dtype=arguments.dtype,
-        layout=layout,
-        overwrite=arguments.overwrite,
-    )
-    return 0
-
-
 _SDPO_ACTIONS = ("status",)
 
 
 def _add_sdpo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
-        type=_one_of("action", _SDPO_ACTIONS),
+        type=one_of("action", _SDPO_ACTIONS),
         metavar="|".join(_SDPO_ACTIONS),
         help="status: each step's state, result and size, and what would happen next",
     )
@@ -313,7 +193,7 @@ VERBS: dict[str, Verb] = {
         "Compute the reference log-probabilities of a configuration, at every layer it names.",
     ),
     "convert": Verb(
-        "Convert weights between Hugging Face and Megatron-Core.", _add_convert_arguments, _convert
+        "Convert weights between Hugging Face and Megatron-Core.", add_convert_arguments, convert
     ),
     "sdpo": Verb("Look at a run of several steps.", _add_sdpo_arguments, _sdpo),
     "likelihood": _config_verb(
@@ -355,25 +235,3 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
-
-
-def _one_of(what: str, known: Iterable[str]) -> Callable[[str], str]:
-    """A check, usable as argparse's `type`, that lets only `known` words pass.
-
-    Its error names the nearest known word. It is both what argparse wants to see, to say which
-    argument it was, and a `ConfigError` where it is called directly.
-    """
-    names = list(known)
-
-    def check(word: str) -> str:
-        if word in names:
-            return word
-        nearest = difflib.get_close_matches(word, names, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise _UnknownWord(f"no {what} {word!r}; {hint}known: {', '.join(names)}")
-
-    return check
-
-
-class _UnknownWord(argparse.ArgumentTypeError, ConfigError):
-    pass

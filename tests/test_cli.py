@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo import __version__, cli
+from megatron_idpo import __version__, cli, cli_convert
 from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ def test_format_names_are_those_of_the_conversion() -> None:
     """The command line repeats them, so as not to import torch for a typing mistake."""
     from megatron_idpo.convert.dtypes import DTYPES
 
-    assert set(cli._FORMATS) == set(DTYPES)
+    assert set(cli_convert.FORMATS) == set(DTYPES)
 
 
 def test_doctor_with_and_without_a_config(room: Any) -> None:
@@ -89,7 +89,7 @@ def test_doctor_with_and_without_a_config(room: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("", "no verb given; the verbs are train, score, convert, sdpo, data, doctor"),
+        ("", "no verb given; the verbs are train, score, convert, sdpo, likelihood"),
         ("covnert a b", "no verb 'covnert'; did you mean convert?"),
         ("zzz", "no verb 'zzz'; known: train, score"),
         ("convert hf-to-megatorn a b", "did you mean hf-to-megatron?"),
@@ -147,7 +147,7 @@ def test_help_and_version_load_nothing_heavy() -> None:
     assert shown.stdout.startswith(f"megatron-idpo {__version__}\n")
     assert shown.stdout.endswith("set()\n")
     for verb in cli.VERBS:
-        assert f"  {verb} " in shown.stdout
+        assert f"\n    {verb}" in shown.stdout
 
 
 @pytest.mark.parametrize(
