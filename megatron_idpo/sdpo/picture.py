@@ -117,5 +117,6 @@ def _colours(manifest: Manifest) -> Sequence[tuple[float, float, float, float]]:
 
 
 def _short_name(source: str) -> str:
-    """The end of a path, which tells it from others."""
-    return source if len(source) <= _LONGEST_NAME else f"…{source[1 - _LONGEST_NAME :]}"
+    """The end of a path, which tells it from others; a dollar sign begins no formula."""
+    end = source if len(source) <= _LONGEST_NAME else f"…{source[1 - _LONGEST_NAME :]}"
+    return end.replace("$", r"\$")

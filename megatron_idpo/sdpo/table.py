@@ -58,8 +58,9 @@ def terminal_table(manifest: Manifest) -> Table:
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
+    """A table in Markdown; a bar in a cell is no border."""
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in (heads, *rows)]
+    lines.insert(1, ["---"] * len(heads))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

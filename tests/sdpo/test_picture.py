@@ -124,6 +124,12 @@ def test_a_long_name_keeps_its_end(tmp_path: Path, drawn: list[Figure]) -> None:
     assert told.startswith("…x") and told.endswith("x/b.jsonl") and len(told) == 28
 
 
+def test_a_dollar_sign_is_no_formula(tmp_path: Path, drawn: list[Figure]) -> None:
+    odd = manifest("complete", accuracy={"a$^b$.jsonl": 0.5})
+    draw_curriculum(odd, tmp_path / "c.png")
+    assert drawn[0].axes[1].get_yticklabels()[0].get_text() == r"a\$^b\$.jsonl"
+
+
 def test_its_size(tmp_path: Path) -> None:
     from matplotlib.image import imread
 

@@ -93,6 +93,7 @@ def test_markdown() -> None:
         "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 | 4 |\n"
     )
     assert markdown(["a"], []) == "| a |\n| --- |\n"
+    assert markdown(["a|b"], [["1|2"]]) == "| a\\|b |\n| --- |\n| 1\\|2 |\n"
 
 
 @pytest.mark.parametrize(
