@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field, Strict
 
 from megatron_idpo.config_sections import (
     Int,
@@ -18,7 +18,6 @@ from megatron_idpo.config_sections import (
     Section,
     Sources,
     Text,
-    Weight,
 )
 from megatron_idpo.errors import Problem
 
@@ -98,7 +97,7 @@ class GenerateConfig(Section):
     repetition_penalty: PositiveFloat = 1.1
     """Of tokens that occurred, in the prompt too; 1 is none."""
 
-    top_p: Weight = 1.0
+    top_p: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0
     """Sample from the likeliest tokens that make up this share."""
 
     max_new_tokens: PositiveInt = 512

@@ -14,6 +14,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +31,18 @@ from megatron_idpo.data.tokenise import OnBadRow, place, tokenised_store
 from megatron_idpo.data.tokenizers import Tokenizer
 from megatron_idpo.data.workers import available_cores
 from megatron_idpo.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The row that a pair was read from."""
+
+    found: OpenSource
+    part: int
+    """Which of the source's parts."""
+
+    row: int
+    """1-based, within the part."""
 
 
 class PairDataset:
@@ -113,8 +126,13 @@ class PairDataset:
 
     def place(self, index: int) -> str:
         """Where a pair was read, as `file:row`, for messages."""
+        origin = self.origin(index)
+        return place(origin.found, origin.part, origin.row)
+
+    def origin(self, index: int) -> Origin:
+        """Where a pair was read, for reading its record again."""
         store, at = self._locate(index)
-        return place(self._found[store], *self._stores[store].origin(at))
+        return Origin(self._found[store], *self._stores[store].origin(at))
 
     def select(self, indices_K: IntArray) -> "PairDataset":
         """The dataset of these pairs, int [K], in this order; nothing is copied."""

@@ -103,6 +103,8 @@ def test_a_slice_keeps_order_origin_and_has_its_own_fingerprint(
     slice_ = dataset.select(np.array([4, 0, 3])).select(np.array([0, 1]))
     assert prompts(slice_, text_tokenizer) == ["b 1#", "a 0#"]
     assert slice_[0].index == 0 and slice_.place(0).endswith("b.jsonl:2")
+    origin = slice_.origin(0)
+    assert (origin.found.source.path, origin.part, origin.row) == (slice_.source_names[1], 0, 2)
     assert slice_.source_P.tolist() == [1, 0]
     assert slice_.lengths_P3.tolist() == dataset.lengths_P3[[4, 0]].tolist()
     assert slice_.fingerprint != dataset.fingerprint

@@ -1,0 +1,105 @@
+"""Files of answers: what is written is read again, and what a kill leaves is healed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_idpo.errors import DataError
+from megatron_idpo.evaluate.answers import (
+    Answer,
+    answers_file,
+    append_answers,
+    read_answers,
+    recover_answers,
+    settings_file,
+)
+
+
+def answer(index: int, text: str = "Yes.") -> Answer:
+    prompt = [{"role": "user", "content": f"Question {index}?"}]
+    return Answer(index, f"p.jsonl:{index + 1}", prompt, text, 4, index % 2 == 0)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = answers_file(tmp_path, "m-1.5")
+    path.parent.mkdir()
+    return path
+
+
+def test_what_is_written_is_read_again(path: Path) -> None:
+    awkward = "line\nbreaks\r, \u2028 and \x85, é, 中, \x1c, \ufffd"
+    answers = [answer(0, awkward), replace(answer(1), prompt="Only text\n"), answer(2, "")]
+    append_answers(path, answers[:2])
+    append_answers(path, answers[2:])
+    assert read_answers(path) == answers
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_the_files_are_where_the_judge_looks(path: Path) -> None:
+    assert path.name == "m-1.5.jsonl"
+    assert settings_file(path).name == "m-1.5.settings.json"
+
+
+def test_no_file_names_the_verb(path: Path) -> None:
+    with pytest.raises(DataError, match=r"there are no answers.*megatron-idpo generate"):
+        read_answers(path)
+
+
+def test_an_unfinished_file_is_not_read(path: Path) -> None:
+    append_answers(path, [answer(0), answer(1)])
+    settings_file(path).write_text(json.dumps({"prompts": {"count": 3}}))
+    with pytest.raises(DataError, match="has 2 answers of 3: `generate` has not finished"):
+        read_answers(path)
+    append_answers(path, [answer(2)])
+    assert len(read_answers(path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"index": 1', r"jsonl:2: is not JSON"),
+        ("[1]", r"jsonl:2: is \[1\], not an object"),
+        (json.dumps({"index": 1}), "has no field 'place'"),
+        (answer(2).line(), r"has the index 2, not 1: lines are missing"),
+        (answer(1).line().replace(": 4,", ": true,"), "has the answer_tokens True"),
+        (answer(1).line().replace('"Yes."', "null"), "has the answer None"),
+    ],
+)
+def test_a_line_that_is_no_answer_is_told_by_its_number(path: Path, line: str, told: str) -> None:
+    path.write_text(answer(0).line() + line)
+    with pytest.raises(DataError, match=told):
+        read_answers(path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "rest", "kept"),
+    [
+        (0, b"", 0),
+        (4, b"", 4),
+        (4, b'{"index": 4, "pla', 4),
+        (5, b"", 4),  # half a batch is made again, with the whole of it
+        (5, answer(5).line().encode()[:-1], 4),  # only a line break makes a line
+        (7, b"", 7),  # the last batch is smaller
+    ],
+)
+def test_whole_batches_stay(path: Path, lines: int, rest: bytes, kept: int) -> None:
+    written = [answer(index) for index in range(lines)]
+    append_answers(path, written)
+    with path.open("ab") as file:
+        file.write(rest)
+    assert recover_answers(path, wanted=7, batch_prompts=2) == written[:kept]
+    assert path.read_text() == "".join(a.line() for a in written[:kept])
+
+
+def test_no_file_has_no_answers(path: Path) -> None:
+    assert recover_answers(path, wanted=3, batch_prompts=2) == []
+    assert not path.exists()
+
+
+def test_more_answers_than_prompts_are_refused(path: Path) -> None:
+    append_answers(path, [answer(0), answer(1)])
+    with pytest.raises(DataError, match="has 2 answers to 1 prompts"):
+        recover_answers(path, wanted=1, batch_prompts=1)

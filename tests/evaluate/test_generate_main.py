@@ -1,0 +1,58 @@
+"""The verb `generate`: what its configuration has to say, before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.evaluate.generate_main import main
+
+
+def config(root: Path, **sections: Any) -> Path:
+    path = root / "config.yaml"
+    generate = {"prompts": "p.jsonl"}
+    evaluate = {"models": {"one": "m"}, "output": "out"}
+    given = {"model": {"path": "m"}, "generate": generate, "evaluate": evaluate, **sections}
+    path.write_text(yaml.safe_dump({name: part for name, part in given.items() if part}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "data", [None, {"train": "t.jsonl"}, {"train": "t.jsonl", "max_length": None}]
+)
+def test_there_must_be_prompts(tmp_path: Path, data: Any) -> None:
+    with pytest.raises(ConfigError, match=r"generate\.prompts: there are no prompts to answer"):
+        main(config(tmp_path, generate=None, data=data), [])
+
+
+def test_an_empty_list_of_sources_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"generate\.prompts: names no source"):
+        main(config(tmp_path, generate={"prompts": []}), [])
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"there are 2 processes.*start it without torchrun"):
+        main(config(tmp_path), [])
+
+
+def test_one_process_of_torchrun_is_let_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match=r"evaluate\.models: names no model"):
+        main(config(tmp_path, evaluate=None), [])
+
+
+def test_nothing_to_draw_from_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"generate\.top_p .*greater than 0"):
+        main(config(tmp_path), ["generate.top_p=0.0"])
+
+
+def test_an_optimizer_is_none_of_its_business(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="would not be read: no part of this verb"):
+        main(config(tmp_path), ["optimizer.lr=1.0"])

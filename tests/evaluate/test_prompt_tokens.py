@@ -1,0 +1,112 @@
+"""A prompt's tokens are those that training gave it, and an answer ends where a turn does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_idpo.data.chat import TokenOptions
+from megatron_idpo.data.dataset import load_pairs
+from megatron_idpo.data.sources import Source
+from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_idpo.errors import DataError
+from megatron_idpo.evaluate.prompt_tokens import prompt_tokens, stop_tokens
+from megatron_idpo.evaluate.prompts import PromptRecord, pair_prompts
+
+from .tiny_answers import CHATML, EOS, TURN_END, pair, user, write_records, write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> Tokenizer:
+    return load_tokenizer(str(directory))
+
+
+def test_tokens_are_those_of_training(directory: Path, tmp_path: Path) -> None:
+    template = "{{ tools or '' }}" + CHATML
+    tokenizer = load_tokenizer(str(directory), template)
+    long = [*user("Why?"), {"role": "assistant", "content": "So."}, *user("Really, é?")]
+    records: list[dict[str, Any]] = [
+        {**pair(user("Why?")), "tools": [{"f": 1}]},
+        pair([{"role": "system", "content": "Be brief."}, *long]),
+        {"prompt": "Some text", "chosen": " yes", "rejected": " no"},
+        {
+            "chosen": "\n\nHuman: Why?\n\nAssistant: a",
+            "rejected": "\n\nHuman: Why?\n\nAssistant: b",
+        },
+    ]
+    pairs = load_pairs(
+        [Source(path=write_records(tmp_path / "p.jsonl", records))],
+        tokenizer,
+        TokenOptions(),
+        cache=tmp_path / "cache",
+        num_workers=1,
+    )
+    prompts = pair_prompts(pairs, format="auto", has_template=True)
+    trained = [pairs[at].prompt_tokens.tolist() for at in range(4)]
+    assert prompt_tokens(prompts, tokenizer) == trained
+
+
+def test_a_prompt_ends_where_the_answer_begins(tokenizer: Tokenizer) -> None:
+    [tokens] = prompt_tokens([PromptRecord("p:1", user("Why?"))], tokenizer)
+    assert tokenizer.decode(tokens).endswith("Why?<|im_end|>\n<|im_start|>assistant\n")
+
+
+class EndingTokenizer:
+    """One that ends every text with EOS, as some do."""
+
+    eos_id = EOS
+    has_chat_template = False
+
+    def encode(self, texts: list[str], *, special_tokens: bool) -> list[list[int]]:
+        return [[*map(ord, text), *([EOS] if special_tokens else [])] for text in texts]
+
+
+def test_a_text_goes_on_although_the_tokenizer_ends_it() -> None:
+    tokenizer: Any = EndingTokenizer()
+    assert prompt_tokens([PromptRecord("p:1", "ab")], tokenizer) == [[97, 98]]
+    with_eos = PromptRecord("p:1", "a\x01")  # written there by the user
+    assert prompt_tokens([with_eos], tokenizer) == [[97, EOS, EOS]]
+
+
+def test_what_cannot_be_asked_is_told_by_its_place(directory: Path, tokenizer: Tokenizer) -> None:
+    fails = load_tokenizer(str(directory), "{{ raise_exception('no ' ~ messages[0].role) }}")
+    with pytest.raises(DataError, match=r"p:1: the chat template fails: .*no user"):
+        prompt_tokens([PromptRecord("p:1", user("x"))], fails)
+    with pytest.raises(DataError, match="p:2: the prompt has no token"):
+        prompt_tokens([PromptRecord("p:2", "")], tokenizer)
+    with pytest.raises(DataError, match="p:3: the prompt has a lone surrogate"):
+        prompt_tokens([PromptRecord("p:3", user("\ud800"))], tokenizer)
+
+
+def test_messages_need_a_template(directory: Path, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, template=None)
+    bare = load_tokenizer(str(tmp_path))
+    with pytest.raises(DataError, match=r"p:1: .*no chat template; set data\.chat_template"):
+        prompt_tokens([PromptRecord("p:1", user("x"))], bare)
+
+
+def test_the_end_of_a_turn_ends_an_answer(tokenizer: Tokenizer) -> None:
+    chat, text = PromptRecord("p:1", user("x")), PromptRecord("p:2", "x")
+    assert stop_tokens([text, chat], tokenizer) == {EOS, TURN_END}
+    assert stop_tokens([text], tokenizer) == {EOS}
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", {EOS}),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", {EOS}),  # no control token
+        # What stands before an answer, or begins the next turn, does not end it.
+        ("{% for m in messages %}<|im_start|>{{ m.content }}</s><s>{% endfor %}", {EOS}),
+    ],
+)
+def test_templates_that_end_turns_otherwise(directory: Path, template: str, ends: set[int]) -> None:
+    tokenizer = load_tokenizer(str(directory), template)
+    assert stop_tokens([PromptRecord("p:1", user("x"))], tokenizer) == ends
