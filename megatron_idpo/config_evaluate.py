@@ -208,7 +208,7 @@ class H4Config(Section):
     takes them from the hub."""
 
     limit: PositiveInt | None = None
-    """Items of each task, the first ones; null takes all."""
+    """Items of each task, the first ones (of MMLU: of each subject); null takes all."""
 
     batch_size: PositiveInt = 8
     """Requests at once."""

@@ -111,9 +111,17 @@ def accuracy_told(accuracy: float, margin: float | None, pairs: float | None) ->
     return f"{accuracy:.2f} [{low:.2f}, {high:.2f}]"
 
 
+_ROUNDING = 1e-5
+"""A mean margin below this is rounding: learning moves it by thousands of times as much a step."""
+
+
 def is_tied(accuracy: float | None, margin: float | None) -> bool:
-    """Whether no pair was preferred either way."""
-    return accuracy == 0 and margin == 0
+    """Whether policy and reference are equal but for rounding, so that an accuracy means nothing.
+
+    Pairs that are read in another row than when the reference was read may differ in the last
+    digit: some then have a margin, as likely below 0 as above.
+    """
+    return accuracy is not None and margin is not None and abs(margin) < _ROUNDING
 
 
 def short(value: float) -> str:

@@ -99,6 +99,14 @@ def test_held_out_pairs():
     )
 
 
+def test_rounding_is_a_tie():
+    """Of 400 equal pairs, a few differ in the last digit: that is neither 0 % nor 1 % accurate."""
+    for accuracy, margin in ((0.0, -3e-8), (0.01, 2e-7), (0.5, 0.0)):
+        assert accuracy_told(accuracy, margin, 400) == "tied"
+    assert accuracy_told(0.0, -0.01, 400).startswith("0.00 [0.00")
+    assert accuracy_told(0.6, 2e-4, None) == "0.60"
+
+
 def test_before_training_all_pairs_are_tied():
     values = EVALUATED | {"eval_rewards/margins": 0.0, "eval_rewards/accuracies": 0.0}
     assert "margin +0.000 acc tied |" in evaluation_line(0, 200, values, seconds=1.0)

@@ -1,0 +1,146 @@
+"""Directories as runs and evaluations leave them, written by the package's own writers, made up."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_idpo.evaluate.answers import Answer, answers_file, append_answers, settings_file
+from megatron_idpo.evaluate.curves_file import write_curves
+from megatron_idpo.evaluate.layer_curves import QUANTITIES, Estimate, LayerCurves
+from megatron_idpo.evaluate.tally import Tally
+from megatron_idpo.evaluate.verdicts import Verdict
+from megatron_idpo.sdpo.manifest import Manifest, write_manifest
+from megatron_idpo.train.metrics_file import MetricsFile
+
+STEPS, HELD_OUT, DEPTH = 40, 40, 4
+
+CONFIG = """\
+model: {path: some/model, dtype: bf16}
+data: {train: [{path: pairs.jsonl, weight: 1.0, split: train, subset: null}], row_tokens: 4096}
+objective: {loss: sigmoid, beta: 0.2, layers: [2], intermediate_weight: 0.1}
+lora: {rank: 8, alpha: 16.0, dropout: 0.05, targets: all-linear}
+layout: {tensor: 2, pipeline: 1}
+optimizer: {lr: 0.0005, schedule: cosine}
+training: {output: OUTPUT, global_batch_pairs: 8}
+"""
+
+
+def write_run(
+    root: Path, *, layers: Sequence[int] = (2,), config: str = CONFIG, last_margin: float = 1.0
+) -> Path:
+    """A finished run; the final layer's held-out accuracy goes from tied to 0.75."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "config.yaml").write_text(config.replace("OUTPUT", str(root)))
+    (root / "hf").mkdir()
+    model = {"model_type": "llama", "num_hidden_layers": DEPTH, "transformers_version": "5.24.0"}
+    (root / "hf" / "config.json").write_text(json.dumps(model))
+    file = MetricsFile(root / "metrics.jsonl", resumed_step=None)
+    for step in range(STEPS + 1):
+        done = step / STEPS
+        if step:
+            speed = {"throughput/step_s": 2.0, "throughput/tokens_per_s": 1000.0}
+            others = {"grad_norm": 1.0, "memory/peak_gb": 3.25, "epoch": done}
+            file.log(step, {**_quality("", layers, done * last_margin), **speed, **others})
+        if step % 20 == 0:
+            held_out = _quality("eval_", layers, done * last_margin)
+            file.log(step, {**held_out, "eval_pairs": HELD_OUT})
+    file.close()
+    return root
+
+
+def _quality(prefix: str, layers: Sequence[int], margin: float) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for layer in (*layers, None):
+        name = prefix if layer is None else f"{prefix}layer_{layer}/"
+        share = 1.0 if layer is None else min(1.0, layer / DEPTH)
+        values |= {
+            f"{name}{'final_loss' if layer is None else 'loss'}": float(
+                np.log1p(np.exp(-share * margin))
+            ),
+            f"{name}rewards/margins": share * margin,
+            f"{name}rewards/accuracies": 0.5 + 0.25 * share * margin if margin else 0.0,
+        }
+    return {**values, f"{prefix}loss": values[f"{prefix}final_loss"]}
+
+
+def curves(model: str, final: float, layers: int = DEPTH) -> LayerCurves:
+    """Curves that rise to a value at the final layer; with a half it is the reference."""
+    values = np.linspace(0.5, final, layers)
+    width = 0.1 * (values - 0.5)
+    estimates = {name: Estimate(values, values - width, values + width) for name in QUANTITIES}
+    return LayerCurves(model, tuple(range(1, layers + 1)), HELD_OUT, HELD_OUT, estimates)
+
+
+def write_likelihood(output: Path, models: Mapping[str, float]) -> None:
+    """Of models by their final layer's likelihood."""
+    write_curves(
+        output / "likelihood" / "likelihood.csv", [curves(*model) for model in models.items()]
+    )
+    (output / "likelihood" / "advice.md").write_text("# Layer 3, they <say>\n")
+
+
+def write_answers(
+    output: Path, model: str, texts: Sequence[str], prompts: Sequence[Any] | None = None
+) -> None:
+    """Answers to `What is 0?` and so on."""
+    prompts = prompts or [f"What is {number}?" for number in range(len(texts))]
+    path = answers_file(output, model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = [
+        Answer(number, f"held_out.jsonl:{number + 1}", prompt, text, len(text.split()), True)
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+    ]
+    append_answers(path, found)
+    settings = {"sampling": {"temperature": 0.3}, "prompts": {"count": len(texts)}}
+    settings_file(path).write_text(json.dumps(settings))
+
+
+def write_duel(output: Path, a: str, b: str, verdicts: Sequence[str]) -> None:
+    """A judged comparison: of each prompt both orders' verdicts in two letters, `-` for none."""
+    words = {"a": "a", "b": "b", "t": "tie", "-": None}
+    found = [
+        Verdict(index=index, order=order, verdict=words[letter])  # type: ignore[arg-type]
+        for index, letters in enumerate(verdicts)
+        for order, letter in zip(("ab", "ba"), letters, strict=True)
+    ]
+    directory = output / "judge" / f"{a}-vs-{b}"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "verdicts.jsonl").write_text("".join(verdict.line() for verdict in found))
+    standing = {(one.index, one.order): one for one in found if one.verdict is not None}
+    tally = Tally.of(standing, len(verdicts), ("ab", "ba"))
+    (directory / "result.json").write_text(json.dumps(tally.result(a, b, "some-judge", "api")))
+
+
+def write_h4(output: Path, model: str, **changes: Any) -> None:
+    """All four tasks at 0.25, 0.5, 0.75 and 1."""
+    names = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2")
+    tasks = {
+        name: {"metric": "acc", "value": 0.25 * place, "stderr": 0.01, "items": 9, "few_shot": 0}
+        for place, name in enumerate(names, start=1)
+    }
+    told = {"model": model, "tasks": tasks, "mean": 0.625, "mean_stderr": 0.005, "source": "hub"}
+    (output / "h4").mkdir(parents=True, exist_ok=True)
+    values = {**told, "lm_eval": "0.4.9", "limit": None, **changes}
+    (output / "h4" / f"{model}.json").write_text(json.dumps(values))
+
+
+def write_steps(root: Path, manifest: Manifest) -> Path:
+    """A run of several steps."""
+    write_run(root)
+    write_manifest(root, manifest)
+    return root
+
+
+def write_everything(root: Path) -> Path:
+    """A run with every kind of evaluation."""
+    write_run(root)
+    output = root / "evaluation"
+    write_likelihood(output, {"base": 0.5, "trained": 0.7})
+    write_answers(output, "base", ["zero", "one", "two"])
+    write_answers(output, "trained", ["Zero.", "One.", "Two."])
+    write_duel(output, "trained", "base", ["aa", "ab", "a-"])
+    write_h4(output, "trained")
+    return root

@@ -1,0 +1,53 @@
+"""Which prompts are shown, and what with them."""
+
+from pathlib import Path
+
+from megatron_idpo.evaluate.page.found import find
+from megatron_idpo.evaluate.page.samples import CLIPPED_CHARACTERS, Clipped, samples
+
+from .shown_runs import write_answers, write_duel
+
+
+def test_prompts_at_even_distances(tmp_path: Path) -> None:
+    write_answers(tmp_path, "a", [f"a{number}" for number in range(100)])
+    write_answers(tmp_path, "b", [f"b{number}" for number in range(50)])
+    found = samples(find([tmp_path]))
+    shown = [(one.replies[0].text.start, one.replies[1].text.start) for one in found]
+    assert shown == [(f"a{n}", f"b{n}") for n in (0, 7, 14, 21, 28, 35, 42, 49)]
+    assert found[1].place == "held_out.jsonl:8"
+    assert [(role, text.start) for role, text in found[1].messages] == [("", "What is 7?")]
+
+
+def test_few_prompts_are_all_there(tmp_path: Path) -> None:
+    write_answers(tmp_path, "a", ["x", "y"])
+    assert len(samples(find([tmp_path]))) == 2
+
+
+def test_what_the_judge_says_of_a_prompt(tmp_path: Path) -> None:
+    for model in ("new", "old"):
+        write_answers(tmp_path, model, ["x"] * 5)
+    write_duel(tmp_path, "new", "old", ["aa", "bb", "tt", "ab", "a-"])
+    told = [one.verdicts for one in samples(find([tmp_path]))]
+    disagreed = "new and old tied: the two orders disagree"
+    assert told == [["new over old"], ["old over new"], ["new and old tied"], [disagreed], []]
+
+
+def test_answers_of_several_runs(tmp_path: Path) -> None:
+    for run, text in (("x", "one"), ("y", "two")):
+        write_answers(tmp_path / run, "base", ["same"])
+        write_answers(tmp_path / run, "trained", [text])
+    (sample,) = samples(find([tmp_path / "x", tmp_path / "y"]))
+    told = [(reply.model, reply.text.start) for reply in sample.replies]
+    assert told == [("base", "same"), ("x · trained", "one"), ("y · trained", "two")]
+
+
+def test_a_long_text_is_cut_at_a_space_and_nothing_is_lost() -> None:
+    text = "word " * 400
+    clipped = Clipped.of(text)
+    assert len(clipped.start) <= CLIPPED_CHARACTERS and clipped.start.endswith("word")
+    assert f"{clipped.start} {clipped.rest}" == text
+    unbroken = Clipped.of("x" * 2000)
+    assert len(unbroken.start) == CLIPPED_CHARACTERS and len(unbroken.rest) == 2000 - len(
+        unbroken.start
+    )
+    assert Clipped.of("short") == Clipped("short", "")

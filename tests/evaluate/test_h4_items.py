@@ -1,0 +1,108 @@
+"""Which file is which task's, and what a line may be."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_idpo.config_evaluate import H4_TASKS
+from megatron_idpo.errors import ConfigError, DataError
+from megatron_idpo.evaluate.h4_items import read_items
+
+from .tiny_h4 import ARC, arc, hellaswag, mmlu, truthfulqa, write, write_items
+
+SHARED = Path(__file__).parents[3] / "shared" / "eval"
+
+
+def test_every_task_is_found_by_the_beginning_of_its_file_s_name(tmp_path: Path) -> None:
+    items = read_items(write_items(tmp_path / "items"), H4_TASKS)
+    assert {task: found.file.name for task, found in items.items()} == {
+        "arc_challenge": "arc_challenge_test.jsonl",
+        "hellaswag": "hellaswag_val.jsonl",
+        "mmlu": "mmlu.jsonl",
+        "truthfulqa_mc2": "truthfulqa_mc.jsonl",
+    }
+    assert all(found.examples is None for found in items.values())
+    assert len(items["arc_challenge"].asked) == ARC
+
+
+def test_a_second_file_has_the_examples(tmp_path: Path) -> None:
+    write(tmp_path / "arc_challenge.jsonl", arc(3))
+    write(tmp_path / "arc_challenge_train_25.jsonl", arc(30, seed=1))
+    found = read_items(tmp_path, ["arc_challenge"])["arc_challenge"]
+    assert len(found.asked) == 3 and found.examples is not None and len(found.examples) == 30
+    assert list(found.digests) == ["arc_challenge.jsonl", "arc_challenge_train_25.jsonl"]
+
+
+def test_numbers_of_items_are_left_out_so_that_copies_are_equal(tmp_path: Path) -> None:
+    row = arc(1)[0]
+    write(tmp_path / "arc_challenge.jsonl", [row, {**row, "id": "another"}])
+    first, second = read_items(tmp_path, ["arc_challenge"])["arc_challenge"].asked
+    assert first == second
+
+
+def test_the_exact_name_is_preferred(tmp_path: Path) -> None:
+    write(tmp_path / "mmlu.jsonl", mmlu({"anatomy": 2}))
+    write(tmp_path / "mmlu_old.jsonl", mmlu({"anatomy": 1}))
+    assert len(read_items(tmp_path, ["mmlu"])["mmlu"].asked) == 2
+
+
+def test_what_is_missing_and_what_is_there_twice_is_told_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "hellaswag_a.jsonl", hellaswag(1))
+    write(tmp_path / "hellaswag_b.jsonl", hellaswag(1))
+    with pytest.raises(ConfigError) as caught:
+        read_items(tmp_path, ["hellaswag", "mmlu"])
+    told = str(caught.value)
+    assert "hellaswag_a.jsonl, hellaswag_b.jsonl" in told
+    assert "no file mmlu.jsonl" in told and "leave mmlu out of h4.tasks" in told
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no directory"):
+        read_items(tmp_path / "none", ["mmlu"])
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("arc_challenge", {**arc(1)[0], "answerKey": "X"}, "answerKey is 'X', which is no label"),
+        ("hellaswag", {**hellaswag(1)[0], "label": ""}, "label is '', which is no ending's number"),
+        ("mmlu", {**mmlu({"anatomy": 1})[0], "answer": "B"}, "answer: "),
+        ("mmlu", {"question": "?"}, "subject: Field required"),
+        (
+            "truthfulqa_mc2",
+            {"question": "?", "mc2_targets": {"choices": ["a"], "labels": [0]}},
+            "needs a label for each choice, and 1 for one at least",
+        ),
+    ],
+)
+def test_a_line_that_is_no_item_is_named(
+    tmp_path: Path, name: str, row: dict[str, object], told: str
+) -> None:
+    good = {"arc_challenge": arc(1), "hellaswag": hellaswag(1), "truthfulqa_mc2": truthfulqa(1)}
+    path = write(tmp_path / f"{name}.jsonl", [*good.get(name, mmlu({"anatomy": 1})), row])
+    with pytest.raises(DataError) as caught:
+        read_items(tmp_path, [name])
+    assert str(caught.value).startswith(f"{path}:2: ") and told in str(caught.value)
+
+
+def test_a_file_that_is_not_json_or_empty(tmp_path: Path) -> None:
+    path = tmp_path / "mmlu.jsonl"
+    path.write_text("\nnonsense\n")
+    with pytest.raises(DataError, match=r"mmlu\.jsonl:2: is not JSON"):
+        read_items(tmp_path, ["mmlu"])
+    path.write_text("\n")
+    with pytest.raises(DataError, match="has no items"):
+        read_items(tmp_path, ["mmlu"])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared items")
+def test_the_shared_items_are_read() -> None:
+    tasks = ["arc_challenge", "hellaswag", "truthfulqa_mc2"]
+    items = read_items(SHARED, tasks)
+    for found in items.values():
+        lines = found.file.read_text("utf-8").splitlines()
+        assert [row["question"] for row in found.asked if "question" in row] == [
+            row["question"] for row in map(json.loads, lines) if "question" in row
+        ]
+        assert len(found.asked) == len(lines)

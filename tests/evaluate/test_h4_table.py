@@ -1,0 +1,73 @@
+"""The table: whose figure is whose, in which column, and what is said about it."""
+
+from typing import Any
+
+from rich.console import Console
+
+from megatron_idpo.config_evaluate import H4_TASKS
+from megatron_idpo.evaluate.h4_lm_eval import Measured
+from megatron_idpo.evaluate.h4_result import H4Result
+from megatron_idpo.evaluate.h4_table import markdown, notes, terminal_table
+from megatron_idpo.evaluate.h4_tasks import SAME_FILE
+
+SETTINGS: dict[str, Any] = {"limit": None, "lm_eval": "0.4.13"}
+
+
+def measured(value: float, stderr: float | None = 0.03, **other: Any) -> Measured:
+    told = {"metric": "acc", "items": 1172, "few_shot": 5, "examples": "split train", "cut": 0}
+    return Measured(value=value, stderr=stderr, **{**told, **other})
+
+
+def result(values: list[float], **settings: Any) -> H4Result:
+    tasks = {name: measured(value) for name, value in zip(H4_TASKS, values, strict=False)}
+    return H4Result("ours", {**SETTINGS, **settings}, "hub", tasks)
+
+
+def cells(text: str, model: str) -> list[str]:
+    [line] = [line for line in text.splitlines() if line.startswith(f"| {model} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_model_s_figures_stand_under_the_paper_s() -> None:
+    text = markdown([result([0.5, 0.6, 0.25, 0.4])])
+    heads = cells(text, "model")
+    assert heads == ["model", "from", "H4", "ARC", "HellaSwag", "MMLU", "TruthfulQA"]
+    # The mean of the values; its error is half of one task's, as of any four equal ones.
+    assert cells(text, "ours")[1:4] == ["measured", "43.75 ± 1.50", "50.00 ± 3.00 (1,172)"]
+    assert cells(text, "ours")[5] == "25.00 ± 3.00 (1,172)"
+    paper = ["paper", "74.31", "71.33", "88.08", "65.39", "72.45"]
+    assert cells(text, "SOLAR SFT + sDPO")[1:] == paper
+
+
+def test_there_is_no_mean_of_three() -> None:
+    three = result([0.5, 0.6, 0.25])
+    assert three.mean is None and three.mean_stderr is None
+    text = markdown([three])
+    assert cells(text, "ours")[2] == "–" and cells(text, "ours")[6] == "–"
+    assert "left open where one is missing" in text
+
+
+def test_a_terminal_of_80_characters_shows_every_figure() -> None:
+    console = Console(width=80, record=True)
+    with console.capture() as capture:
+        console.print(terminal_table([result([0.5, 0.6, 0.25, 0.4])]))
+    told = capture.get()
+    for figure in ("43.8 ± 1.5", "50.0 ± 3.0", "60.0 ± 3.0", "25.0 ± 3.0", "40.0 ± 3.0", "72.45"):
+        assert figure in told, told
+
+
+def test_notes_tell_what_keeps_figures_from_being_compared() -> None:
+    plain = result([0.5, 0.6, 0.25, 0.4])
+    assert not any("h4.limit" in note or "same file" in note for note in notes([plain]))
+    limited = result([0.5, 0.6], limit=20)
+    limited.tasks["arc_challenge"] = measured(0.5, items=20, examples=SAME_FILE, cut=3)
+    told = "\n".join(notes([limited, plain]))
+    assert "ARC 20 or 1,172" in told and "h4.limit" in told
+    assert "ARC: examples are other items of the same file" in told
+    assert "ours, ARC: 3 prompts were longer" in told
+
+
+def test_one_item_has_no_error() -> None:
+    one = result([0.5])
+    one.tasks["arc_challenge"] = measured(1.0, None, items=1)
+    assert cells(markdown([one]), "ours")[3] == "100.00 (1)"

@@ -1,0 +1,182 @@
+"""`tools/paper_table.py`: the commands that it prints are ones that the verbs take.
+
+Training and evaluation are stood in for; their own tests are elsewhere.
+"""
+
+import importlib
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import paper_table
+import pytest
+
+from megatron_idpo.cli import build_parser
+from megatron_idpo.config import SECTIONS, RunConfig, load_config
+
+MODULES = {
+    "generate": "megatron_idpo.evaluate.generate_main",
+    "judge": "megatron_idpo.evaluate.judge_main",
+    "likelihood": "megatron_idpo.evaluate.likelihood_main",
+    "h4": "megatron_idpo.evaluate.h4_main",
+}
+"""Verb -> where it says which sections it takes; training takes all."""
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
+    """The commands, from `megatron_idpo` on."""
+    assert paper_table.main([*words, "--dry-run"]) == 0
+    told = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
+    return [words[words.index("megatron_idpo") + 1 :] for words in told]
+
+
+def loaded(command: list[str]) -> RunConfig:
+    """A command's configuration, read as its verb reads it."""
+    arguments = build_parser().parse_args(command)
+    if command[0] == "train":
+        return load_config(arguments.config, required=("model", "data", "training", "optimizer"))
+    module = importlib.import_module(MODULES[command[0]])
+    return load_config(arguments.config, required=module.REQUIRED, optional=module.OPTIONAL)
+
+
+SMALL = ("--model", "models/tiny", "--data", "pairs.jsonl", "model.dtype=fp32")
+
+
+def test_a_table_of_the_paper_s_own_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    commands = dry_run(capsys, "intermediate-dpo", "--output", str(out))
+    assert [words[0] for words in commands] == [
+        "train",
+        "train",
+        "generate",
+        "likelihood",
+        "report",
+    ]
+    dpo, id5, answers, curves = (loaded(words) for words in commands[:4])
+    assert dpo.objective.layers == () and id5.objective.layers == (22,)
+    assert dpo.model == id5.model and dpo.data == id5.data and dpo.optimizer == id5.optimizer
+    assert dpo.training.output == str(out / "dpo") and id5.training.output == str(out / "id5")
+    assert {name: model.path for name, model in answers.evaluate.models.items()} == {
+        "sft": "mistralai/Mistral-7B-Instruct-v0.1",
+        "dpo": str(out / "dpo"),
+        "id5": str(out / "id5"),
+    }
+    assert answers.generate.max_prompts == 40
+    assert (answers.generate.temperature, answers.generate.repetition_penalty) == (0.3, 1.1)
+    assert curves.data.holds_out
+
+
+def test_a_judge_compares_as_the_paper_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("intermediate-dpo", *SMALL, "judge.model=judge", "generate.max_new_tokens=8")
+    commands = dry_run(capsys, *words, "--output", str(tmp_path))
+    assert [command[0] for command in commands] == [
+        "train",
+        "train",
+        "generate",
+        "judge",
+        "likelihood",
+        "report",
+    ]
+    judge = loaded(commands[3]).judge
+    assert judge is not None and judge.compare == (("id5", "dpo"), ("id5", "sft"))
+    assert loaded(commands[2]).generate.max_new_tokens == 8
+
+
+def test_another_model_gets_a_layer_as_deep_and_a_plain_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = dry_run(capsys, "intermediate-dpo", *SMALL, "--output", str(tmp_path))
+    dpo, id5 = loaded(commands[0]), loaded(commands[1])
+    assert id5.objective.layers == (0.69,) and dpo.objective.layers == ()
+    assert id5.layout.tensor == 1 and id5.model.dtype == "fp32"
+    assert id5.data.train[0].path == "pairs.jsonl" and id5.data.eval_fraction == 0.05
+
+
+def test_processes_are_torchrun_s_for_training_and_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("sdpo", "--output", str(tmp_path), "--processes", "8", "layout.pipeline=2")
+    assert paper_table.main([*words, "--dry-run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
+    several = ["--nproc-per-node=8" in line for line in lines]
+    assert several == [True, True, False, False]
+    assert load_config(tmp_path / "configs/sdpo.yaml", optional=SECTIONS).layout.pipeline == 2
+
+
+def test_the_table_of_h4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("sdpo", "--output", str(tmp_path), "--model", "m", "--data", "easy.jsonl")
+    options = ("--data", "hard.jsonl", "--held-out", "held.jsonl", "--random-split", "h4.limit=5")
+    commands = dry_run(capsys, *words, *options)
+    assert [command[0] for command in commands] == ["train", "train", "train", "h4", "report"]
+    dpo, sdpo, random, h4 = (loaded(command) for command in commands[:4])
+    assert dpo.sdpo is None and sdpo.sdpo is not None and random.sdpo is not None
+    assert [step.sources for step in sdpo.sdpo.steps] == [(1,), (2,)]
+    assert random.sdpo.order == "random"
+    assert [source.path for source in sdpo.data.train] == ["easy.jsonl", "hard.jsonl"]
+    assert sdpo.data.eval is not None and sdpo.data.eval[0].path == "held.jsonl"
+    assert list(h4.evaluate.models) == ["sft", "dpo", "sdpo", "sdpo_random"]
+    assert h4.h4.limit == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("intermediate-dpo", "objective.layers=[3]"), "objective.layers: is set by the table"),
+        (("intermediate-dpo", "model.path=x"), "use --model"),
+        (("intermediate-dpo", "--random-split"), "--random-split: belongs to sdpo"),
+        (("sdpo", "--data", "one.jsonl"), "--data: has 1 files, but there are two steps"),
+        (("sdpo", "sdpo.order=random"), "sdpo.order: is set by the table"),
+        (("intermediate-dpo", "--held-out", "x"), "--held-out: is there without --data"),
+        (("intermediate-dpo", "model.dtipe=fp32"), "did you mean `dtype`"),
+    ],
+)
+def test_what_a_table_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], told: str
+) -> None:
+    assert paper_table.main([*words, "--output", str(tmp_path), "--dry-run"]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_failing_command_ends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def run(command: list[str]) -> int:
+        started.append(command[command.index("megatron_idpo") + 1])
+        return 7 if started[-1] == "generate" else 0
+
+    monkeypatch.setattr(paper_table, "_run", run)
+    assert paper_table.main(["intermediate-dpo", *SMALL, "--output", str(tmp_path)]) == 7
+    assert started == ["train", "train", "generate"]
+
+
+def result(**figures: Any) -> str:
+    counts = {"prompts": 40, "wins": 20, "losses": 14, "ties": 4, "unjudged": 2}
+    return json.dumps({"judge": "gpt-4o", **counts, **figures})
+
+
+def test_measured_wins_stand_beside_the_paper_s(tmp_path: Path) -> None:
+    for other, rate in (("dpo", 0.6), ("sft", 0.25)):
+        file = tmp_path / "judge" / f"id5-vs-{other}" / "result.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(result(win_rate=rate, low=0.1, high=0.7))
+    lines = paper_table.wins_table(tmp_path, has_judge=True)
+    assert [line.split() for line in lines[1:5]] == [
+        "dpo measured 60.0 % 10 to 70 38".split(),
+        "dpo paper 52.5 % 37 to 67 40".split(),
+        "sft measured 25.0 % 10 to 70 38".split(),
+        "sft paper 67.5 % 52 to 80 40".split(),
+    ]
+    assert "gpt-4o" in lines[5]
+
+
+def test_without_a_judge_only_the_paper_s_figures_are_there(tmp_path: Path) -> None:
+    lines = paper_table.wins_table(tmp_path, has_judge=False)
+    assert not any("measured" in line for line in lines)
+    assert "judge.model" in "".join(lines)

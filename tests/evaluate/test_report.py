@@ -1,0 +1,82 @@
+"""The verb: where the page goes, what is said, and what is refused."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from megatron_idpo import cli
+from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError
+from megatron_idpo.evaluate.report import main
+
+from .page.shown_runs import write_answers, write_likelihood, write_run
+
+
+def test_the_page_goes_into_the_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roots = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    assert main(roots, None) == 0
+    page = tmp_path / "a" / "report.html"
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert capsys.readouterr().out.startswith(f"report   {page} (")
+    assert not (tmp_path / "b" / "report.html").exists()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "config.yaml",
+        "hf",
+        "metrics.jsonl",
+        "report.html",
+    ]
+
+
+def test_or_where_it_is_told_to(tmp_path: Path) -> None:
+    write_likelihood(tmp_path / "compared", {"base": 0.5})
+    target = tmp_path / "new" / "page.html"
+    assert cli.main(["report", str(tmp_path / "compared"), "--output", str(target)]) == 0
+    assert target.is_file()
+
+
+def test_half_a_character_is_shown_as_something(tmp_path: Path) -> None:
+    """Bytes that a model ends with in the middle of an emoji."""
+    write_answers(tmp_path, "m", ["x"])
+    path = tmp_path / "answers" / "m.jsonl"
+    path.write_text(path.read_text().replace('"x"', r'"half \ud83d"'))
+    assert main([tmp_path], None) == 0
+    assert "half ?" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_what_cannot_be_shown_is_told_in_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(tmp_path / "x"), str(tmp_path)]) == EXIT_USER_ERROR
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'x'}: does not exist" in told and "Traceback" not in told
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    write_likelihood(tmp_path, {"base": 0.5})
+    with pytest.raises(ConfigError, match=r"--output: .* is a directory; name a file"):
+        main([tmp_path], tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--output: cannot write .*: "):
+        main([tmp_path], tmp_path / "file" / "page.html")
+
+
+def test_an_older_page_stays_where_there_is_no_new_one(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run")
+    main([root], None)
+    before = (root / "report.html").read_bytes()
+    (root / "metrics.jsonl").write_text("nothing of ours\n")
+    with pytest.raises(ConfigError, match="has no line with a step"):
+        main([root], None)
+    assert (root / "report.html").read_bytes() == before
+
+
+def test_what_the_page_is_made_of_comes_with_the_package() -> None:
+    """Files that are no modules are shipped only where `pyproject.toml` names them."""
+    page = files("megatron_idpo.evaluate.page")
+    others = {one.name for one in page.iterdir() if one.is_file() and not one.name.endswith(".py")}
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    (line,) = [x for x in project.read_text().splitlines() if '"megatron_idpo.evaluate.page"' in x]
+    assert others == {"page.css", "page.html.jinja"}
+    assert all(f'"{name}"' in line for name in others)

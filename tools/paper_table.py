@@ -1,0 +1,296 @@
+"""A paper's table, end to end, on any model: what was measured beside what the paper prints.
+
+    .venv/bin/python tools/paper_table.py intermediate-dpo|sdpo --output DIR
+        [--model PATH] [--data FILE [--data FILE]] [--held-out FILE] [--processes N] [--dry-run]
+        [section.field=value ...]
+
+Writes a configuration for each run and one for their evaluation into `DIR/configs`, and starts the
+package's own verbs on them, each in a process of its own and printed first. They go on where they
+were interrupted, so this does, too. examples/paper/README.md has the options.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from megatron_idpo.config import EVALUATION, SECTIONS, load_config
+from megatron_idpo.config_yaml import read_tree, write_yaml
+from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError, Problem, UserError
+from megatron_idpo.evaluate.paper_figures import INTERMEDIATE_PAPER, PAPER_DEPTH, PAPER_WINS
+from megatron_idpo.train.confidence import wilson_interval
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+EXAMPLES: Final = ROOT / "examples"
+FIRST: Final = "sft"
+"""What the model to start from is called."""
+
+PROMPTS: Final = 40
+"""As many as the intermediate-DPO paper had judged."""
+
+HELD_OUT: Final = 0.05
+NOTHING: Final = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A model that a table compares."""
+
+    name: str
+    config: Path
+    scaled: tuple[str, ...] = ()
+    """What is otherwise with a model that is not the paper's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One of the tables."""
+
+    runs: tuple[Run, ...]
+    verbs: tuple[str, ...]
+    """After training, in their order."""
+
+
+TABLES: Final = {
+    "intermediate-dpo": Table(
+        (
+            Run("dpo", EXAMPLES / "paper/dpo_mistral_7b.yaml"),
+            Run("id5", EXAMPLES / "idpo_mistral_7b.yaml", (f"objective.layers=[{PAPER_DEPTH}]",)),
+        ),
+        ("generate", "judge", "likelihood"),
+    ),
+    "sdpo": Table(
+        (
+            Run("dpo", EXAMPLES / "paper/dpo_solar_10b.yaml"),
+            Run("sdpo", EXAMPLES / "sdpo_solar_10b.yaml"),
+        ),
+        ("h4",),
+    ),
+}
+RANDOM_SPLIT: Final = Run("sdpo_random", EXAMPLES / "paper/sdpo_random_solar_10b.yaml")
+
+OURS: Final = {
+    "model.path": "--model",
+    "data.train": "--data",
+    "data.eval": "--held-out",
+    "data.eval_fraction": "--held-out",
+    "training.output": "--output",
+    "objective.layers": "",
+    "objective.intermediate_weight": "",
+    "evaluate.models": "",
+    "evaluate.output": "--output",
+    "judge.compare": "",
+}
+"""Fields that the table itself sets, and the option to set them with."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Everything, in order; returns the exit code."""
+    try:
+        options = _parser().parse_intermixed_args(argv)
+        return paper_table(options)
+    except UserError as error:
+        print(f"paper_table: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="paper_table", description=__doc__.split("\n")[0])
+    parser.add_argument("table", choices=tuple(TABLES))
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--model", metavar="PATH", help="instead of the paper's")
+    parser.add_argument("--data", action="append", metavar="FILE", help="pairs; of sdpo one a step")
+    parser.add_argument("--held-out", metavar="FILE", help="held-out pairs")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that train")
+    parser.add_argument("--random-split", action="store_true", help="sdpo: a third run")
+    parser.add_argument("--dry-run", action="store_true", help="run nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    return parser
+
+
+def paper_table(options: argparse.Namespace) -> int:
+    """The parts; returns 0, or the exit code of the command that failed.
+
+    Raises:
+        UserError: an option or an override is wrong.
+    """
+    table = TABLES[options.table]
+    runs = [*table.runs, *([RANDOM_SPLIT] if options.random_split else [])]
+    _check(options)
+    configs = {run.name: _write(run, options) for run in runs}
+    evaluation = _write_evaluation(runs, configs, options)
+    has_judge = load_config(evaluation, optional=SECTIONS).judge is not None
+    print(f"configurations: {options.output / 'configs'}")
+    for command in commands(table, runs, configs, evaluation, options, has_judge=has_judge):
+        print(f"\n  {shlex.join(command)}", flush=True)
+        if not options.dry_run and (code := _run(command)):
+            return code
+    if not options.dry_run and options.table == "intermediate-dpo":
+        print("\n" + "\n".join(wins_table(options.output / "evaluation", has_judge=has_judge)))
+    return 0
+
+
+def commands(
+    table: Table,
+    runs: Sequence[Run],
+    configs: dict[str, Path],
+    evaluation: Path,
+    options: argparse.Namespace,
+    *,
+    has_judge: bool,
+) -> list[list[str]]:
+    """What is started, in order."""
+    several = _program(options.processes)
+    found = [[*several, "train", str(configs[run.name])] for run in runs]
+    for verb in table.verbs:
+        if verb != "judge" or has_judge:
+            program = several if verb == "likelihood" else _program(1)
+            found.append([*program, verb, str(evaluation)])
+    outputs = [str(options.output / run.name) for run in runs]
+    page = ["--output", str(options.output / "report.html")]
+    directory = str(options.output / "evaluation")
+    return [*found, [*_program(1), "report", *outputs, directory, *page]]
+
+
+def _program(processes: int) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "megatron_idpo"]
+
+
+def _run(command: Sequence[str]) -> int:
+    """Runs a program that speaks for itself; its exit code."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # it was interrupted as well, and may have something to save
+        raise
+
+
+# ---- configurations -------------------------------------------------------------------------
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what the table has to set itself, and options that do not go together.
+
+    Raises:
+        ConfigError: naming all of it.
+    """
+    problems = []
+    for override in options.overrides:
+        name = override.partition("=")[0]
+        if name in OURS or _section(override) == "sdpo":
+            option = OURS.get(name)
+            remedy = f"use {option}" if option else "leave it out"
+            problems.append(Problem(name, "is set by the table", remedy))
+    if options.random_split and options.table != "sdpo":
+        problems.append(Problem("--random-split", "belongs to sdpo", "leave it out"))
+    if options.table == "sdpo" and options.data and len(options.data) != 2:
+        told = f"has {len(options.data)} files, but there are two steps"
+        problems.append(Problem("--data", told, "name two, the easier one first"))
+    if options.held_out and not options.data:
+        problems.append(Problem("--held-out", "is there without --data", "name both"))
+    if problems:
+        raise ConfigError.of(problems)
+
+
+def _own(run: Run, options: argparse.Namespace) -> list[str]:
+    """What the options change in a paper's configuration, as overrides."""
+    found = [_set("training.output", str(options.output / run.name))]
+    if options.model:
+        found += [_set("model.path", options.model), "layout=null", *run.scaled]
+    if options.data:
+        found += [_set("data.train", options.data), _set("data.eval", options.held_out)]
+    if options.data and not options.held_out:
+        found.append(_set("data.eval_fraction", HELD_OUT))
+    return found
+
+
+def _set(name: str, value: Any) -> str:
+    return f"{name}={json.dumps(value)}"
+
+
+def _section(override: str) -> str:
+    return override.partition("=")[0].partition(".")[0]
+
+
+def _write(run: Run, options: argparse.Namespace) -> Path:
+    """A run's configuration; what concerns evaluation alone is left out."""
+    trained = [text for text in options.overrides if _section(text) not in EVALUATION]
+    return _written(run.name, run.config, [*_own(run, options), *trained], options.output)
+
+
+def _write_evaluation(
+    runs: Sequence[Run], configs: dict[str, Path], options: argparse.Namespace
+) -> Path:
+    """The configuration of every verb after training."""
+    base = configs[runs[0].name]
+    first = load_config(base, optional=SECTIONS).model.path
+    models = {FIRST: first} | {run.name: str(options.output / run.name) for run in runs}
+    overrides = [
+        _set("evaluate.models", models),
+        _set("evaluate.output", str(options.output / "evaluation")),
+        _set("generate.max_prompts", PROMPTS),
+        *(text for text in options.overrides if _section(text) in EVALUATION),
+    ]
+    if any(_section(text) == "judge" for text in overrides):
+        pairs = [[runs[-1].name, wins.other] for wins in PAPER_WINS]
+        overrides.append(_set("judge.compare", pairs))
+    return _written("evaluate", base, overrides, options.output)
+
+
+def _written(name: str, config: Path, overrides: Sequence[str], output: Path) -> Path:
+    """A configuration with overrides, as a file.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    load_config(config, overrides, optional=SECTIONS)  # every mistake, with its place
+    path = output / "configs" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(write_yaml(read_tree(config, overrides).values), encoding="utf-8")
+    return path
+
+
+# ---- the intermediate-DPO paper's table -----------------------------------------------------
+
+
+def wins_table(evaluation: Path, *, has_judge: bool) -> list[str]:
+    """Lines: how often `id5` wins, here and in the paper."""
+    rows = [("id5 against", "from", "preferred", "95 % interval", "prompts")]
+    told = "Nothing was judged: judge.model=NAME says by whom."
+    for paper in PAPER_WINS:
+        if has_judge:
+            file = evaluation / "judge" / f"id5-vs-{paper.other}" / "result.json"
+            found = json.loads(file.read_text("utf-8"))
+            told = f"measured: judged by {found['judge']}, ties as half a win."
+            shares = _shares(found["win_rate"], found["low"], found["high"])
+            judged = sum(found[name] for name in ("wins", "losses", "ties"))
+            rows.append((paper.other, "measured", *shares, str(judged)))
+        share = paper.wins / paper.prompts
+        shares = _shares(share, *wilson_interval(share, paper.prompts))
+        rows.append((paper.other, "paper", *shares, str(paper.prompts)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    paper_told = f"paper: {INTERMEDIATE_PAPER}, of Mistral-7B by GPT-4; intervals from its counts."
+    return [*lines, told, paper_told]
+
+
+def _shares(share: float | None, low: float | None, high: float | None) -> tuple[str, str]:
+    if share is None or low is None or high is None:  # nothing could be judged
+        return NOTHING, NOTHING
+    return f"{100 * share:.1f} %", f"{100 * low:.0f} to {100 * high:.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
