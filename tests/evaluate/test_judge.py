@@ -1,0 +1,287 @@
+"""The verb `judge` from files to who wins, by a judge whose verdicts are known beforehand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_idpo.cli import main as command_line
+from megatron_idpo.errors import ConfigError, DataError
+from megatron_idpo.evaluate.judge_main import main
+
+from .fake_judge_server import FakeJudge, first_shown, longer, shown, tied
+from .judge_case import (
+    KEY,
+    KEY_VARIABLE,
+    lengths,
+    place,
+    result,
+    verdicts,
+    won_and_lost,
+    write_answers,
+    write_case,
+)
+
+PAIR = "idpo-vs-base"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+
+
+def test_the_known_truth_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """27 answers are longer, 10 shorter, 3 as long; the judge likes length."""
+    with FakeJudge(longer) as server:
+        case = write_case(tmp_path, lengths([9] * 27 + [4] * 10 + [6] * 3), server.url)
+        assert main(case, []) == 0
+        assert set(server.served.values()) == {1} and len(server.served) == 80
+        assert server.keys == {KEY}
+        assert 1 < server.most_under_way <= 8
+    found = result(tmp_path, PAIR)
+    assert (found["wins"], found["losses"], found["ties"], found["unjudged"]) == (27, 10, 3, 0)
+    assert found["win_rate"] == 28.5 / 40 and found["disagreed"] == 0
+    assert (found["input_tokens"], found["output_tokens"]) == (8000, 800)
+    told = (
+        "idpo against base: 71.2 % [55.9, 82.9] of 40 prompts (27 won, 10 lost, 3 tied); "
+        "evidence for idpo (sign test p = 0.00763)"
+    )
+    printed = capsys.readouterr().out
+    assert found["told"] == told and told in printed
+    assert "idpo against base by fake: 40 prompts, each in both orders; 80 questions" in printed
+    lines = verdicts(tmp_path, PAIR)
+    assert len(lines) == 80
+    assert all(line["text"].startswith("I have read both.") for line in lines)
+    assert {line["verdict"] for line in lines if line["index"] < 27} == {"a"}
+    assert {line["verdict"] for line in lines if 27 <= line["index"] < 37} == {"b"}
+
+
+def test_both_orders_are_asked(tmp_path: Path) -> None:
+    answers = won_and_lost(1, 1)
+    with FakeJudge() as server:
+        assert main(write_case(tmp_path, answers, server.url), []) == 0
+        asked = {shown(body) for _, body in server.requests}
+    pairs = list(zip(answers["idpo"], answers["base"], strict=True))
+    assert asked == {*pairs, *((b, a) for a, b in pairs)}
+
+
+def test_a_judge_that_goes_by_position_decides_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeJudge(first_shown) as server:
+        assert main(write_case(tmp_path, won_and_lost(30, 10), server.url), []) == 0
+    found = result(tmp_path, PAIR)
+    assert (found["ties"], found["disagreed"], found["win_rate"]) == (40, 40, 0.5)
+    printed = capsys.readouterr().out
+    assert "no evidence" in found["told"] and found["told"] in printed
+    assert "40 of 40 ties are the judge's, who decided otherwise when" in printed
+
+
+def test_a_judge_that_finds_all_equal(tmp_path: Path) -> None:
+    with FakeJudge(tied) as server:
+        assert main(write_case(tmp_path, won_and_lost(30, 10), server.url), []) == 0
+    found = result(tmp_path, PAIR)
+    assert (found["ties"], found["disagreed"], found["win_rate"]) == (40, 0, 0.5)
+    assert "50.0 %" in found["told"] and "no evidence of a difference" in found["told"]
+
+
+def test_identical_answers_are_ties_nobody_is_asked_about(tmp_path: Path) -> None:
+    answers = won_and_lost(2, 1)
+    answers["idpo"][1] = answers["base"][1]
+    with FakeJudge(longer) as server:
+        case = write_case(tmp_path, answers, server.url)
+        assert main(case, []) == 0 and main(case, []) == 0
+        assert len(server.requests) == 4
+    found = result(tmp_path, PAIR)
+    assert (found["wins"], found["losses"], found["ties"], found["identical"]) == (1, 1, 1, 1)
+    (line,) = (line for line in verdicts(tmp_path, PAIR) if line["index"] == 1)
+    assert line == {"index": 1, "order": "both", "verdict": "tie", "note": "identical answers"}
+
+
+def test_a_second_start_asks_nothing_and_needs_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeJudge() as server:
+        case = write_case(tmp_path, won_and_lost(3, 2), server.url)
+        assert main(case, ["judge.max_prompts=2"]) == 0
+        assert len(server.requests) == 4 and result(tmp_path, PAIR)["prompts"] == 2
+        assert main(case, []) == 0
+        assert len(server.requests) == 10 and set(server.served.values()) == {1}
+        monkeypatch.delenv(KEY_VARIABLE)
+        before = (place(tmp_path, PAIR) / "result.json").read_bytes()
+        assert main(case, []) == 0
+        assert len(server.requests) == 10
+    assert (place(tmp_path, PAIR) / "result.json").read_bytes() == before
+
+
+def test_the_last_model_is_compared_with_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = {"sft": ["a", "b"], "dpo": ["aa", "bb"], "idpo": ["aaa", "b"]}
+    with FakeJudge() as server:
+        case = write_case(tmp_path, answers, server.url)
+        assert main(case, []) == 0
+        printed = capsys.readouterr().out
+        assert sorted(path.name for path in (tmp_path / "out/judge").iterdir()) == [
+            "idpo-vs-dpo",
+            "idpo-vs-sft",
+        ]
+        assert [result(tmp_path, f"idpo-vs-{b}")["win_rate"] for b in ("sft", "dpo")] == [0.75, 0.5]
+        rows = [line.split() for line in printed.splitlines() if line.split()[:1] == ["idpo"]]
+        assert [row[:6] for row in rows[:0] + [r for r in rows if r[1] != "against"]] == [
+            ["idpo", "sft", "1", "0", "1", "0"],
+            ["idpo", "dpo", "1", "1", "0", "0"],
+        ]
+        assert main(case, ["judge.compare=[[dpo, sft], [dpo, sft]]"]) == 0
+        assert result(tmp_path, "dpo-vs-sft")["win_rate"] == 1
+
+
+def test_a_runs_own_models_need_not_be_named_nor_there(tmp_path: Path) -> None:
+    for name, text in (("base", "x"), ("trained", "yy")):
+        write_answers(tmp_path / "run/evaluation", name, [text])
+    case = tmp_path / "config.yaml"
+    with FakeJudge() as server:
+        run = f"training: {{output: {tmp_path}/run}}"
+        case.write_text(f"{run}\njudge: {{model: m, base_url: '{server.url}'}}\n")
+        assert main(case, []) == 0
+    path = tmp_path / "run/evaluation/judge/trained-vs-base/result.json"
+    assert json.loads(path.read_text())["wins"] == 1
+
+
+def test_the_template_of_a_file(tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    text = "{% block user %}{{ fence }} prompt begins\n\n"
+    for letter in "ab":
+        shown_as = letter.upper()
+        text += f"{{{{ fence }}}} answer {shown_as} begins\n{{{{ answer_{letter} }}}}\n"
+        text += f"{{{{ fence }}}} answer {shown_as} ends\n"
+    template.write_text(text + "{% endblock %}")
+    with FakeJudge() as server:
+        case = write_case(tmp_path, won_and_lost(1, 0), server.url, template=str(template))
+        assert main(case, []) == 0
+        assert all(len(body["messages"]) == 1 for _, body in server.requests)
+        template.write_text(template.read_text() + " ")
+        with pytest.raises(ConfigError, match=r"idpo-vs-base: template\.sha256"):
+            main(case, [])
+
+
+def test_more_room_for_the_judge_keeps_its_verdicts(tmp_path: Path) -> None:
+    """So that answers that were cut off can be had without paying for the others again."""
+    with FakeJudge() as server:
+        case = write_case(tmp_path, won_and_lost(1, 1), f"{server.url}/")
+        assert main(case, []) == main(case, ["judge.max_tokens=2048"]) == 0
+        assert main(case, [f"judge.base_url={server.url}"]) == 0
+        assert len(server.requests) == 4
+
+
+# ---- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (["judge.model=other"], ["judge: is other, but there are verdicts with fake"]),
+        (["judge.base_url=https://h/v1"], ["base_url: is https://h/v1, but there are"]),
+    ],
+)
+def test_verdicts_of_another_judge_are_not_mixed_in(
+    tmp_path: Path, change: list[str], parts: list[str]
+) -> None:
+    with FakeJudge() as server:
+        case = write_case(tmp_path, won_and_lost(1, 1), server.url)
+        main(case, [])
+        with pytest.raises(ConfigError) as raised:
+            main(case, change)
+        assert len(server.requests) == 4
+    assert all(part in str(raised.value) for part in parts)
+    assert "\n" not in str(raised.value), "and nothing else"
+
+
+def test_verdicts_on_other_answers_are_refused(tmp_path: Path) -> None:
+    with FakeJudge() as server:
+        case = write_case(tmp_path, won_and_lost(1, 1), server.url)
+        main(case, [])
+        write_answers(tmp_path / "out", "idpo", ["other", "answers"])
+        with pytest.raises(ConfigError, match=r"idpo-vs-base: answers\.a: is") as raised:
+            main(case, [])
+    assert "answers.b" not in str(raised.value)
+
+
+def test_prompts_must_be_the_same(tmp_path: Path) -> None:
+    case = write_case(tmp_path, won_and_lost(2, 1), "http://localhost/v1")
+    write_answers(tmp_path / "out", "base", ["x"] * 3, ["Question 0?", "Where?", "Question 2?"])
+    with pytest.raises(DataError) as raised:
+        main(case, [])
+    for part in ("base.jsonl:2", "'Where?'", "idpo.jsonl:2", "'Question 1?'"):
+        assert part in str(raised.value)
+    write_answers(tmp_path / "out", "base", ["x"] * 2)
+    with pytest.raises(DataError, match=r"base\.jsonl: has 2 answers, but .*idpo\.jsonl has 3"):
+        main(case, [])
+
+
+def test_every_missing_file_is_named(tmp_path: Path) -> None:
+    case = write_case(tmp_path, {"base": ["x"], "dpo": ["x"], "idpo": ["x"]}, "http://localhost/v1")
+    for name in ("base", "idpo"):
+        (tmp_path / "out/answers" / f"{name}.jsonl").unlink()
+    with pytest.raises(DataError) as raised:
+        main(case, [])
+    assert "base.jsonl" in str(raised.value) and "idpo.jsonl" in str(raised.value)
+    assert "dpo.jsonl: " not in str(raised.value).replace("idpo.jsonl", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["judge=null"], r"judge: is missing.*judge\.model names who judges"),
+        (["judge.compare=[[idpo, dpo]]"], r"judge\.compare: names dpo; the models are base, idpo"),
+        (["judge.compare=[]"], r"judge\.compare: is empty"),
+        (["evaluate.models={base: x}"], r"evaluate\.models: names base alone"),
+        (["judge.template=no.jinja"], r"judge\.template: cannot read no\.jinja"),
+        (["judge.key_variable=NONE_SUCH", "judge.base_url=https://a.invalid"], "has no NONE_SUCH"),
+    ],
+)
+def test_mistakes_are_told(tmp_path: Path, change: list[str], told: str) -> None:
+    case = write_case(tmp_path, won_and_lost(1, 1), "http://localhost/v1")
+    with pytest.raises(ConfigError, match=told):
+        main(case, change)
+
+
+def test_a_secret_in_the_address_is_written_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = write_case(tmp_path, won_and_lost(1, 1), "http://localhost/v1")
+    url = f"http://user:{KEY}@localhost/v1"
+    assert command_line(["judge", str(case), f"judge.base_url={url}"]) == 2
+    assert KEY not in "".join(capsys.readouterr())
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*.json*"))
+
+
+def test_what_it_costs_is_told_and_may_be_too_much(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prices = ["judge.input_price=10.0", "judge.output_price=1000.0"]
+    with FakeJudge() as server:
+        case = write_case(tmp_path, won_and_lost(3, 2), server.url, max_tokens=100)
+        with pytest.raises(ConfigError, match=r"judge\.max_cost: is 1, but .* cost up to 1\.0"):
+            main(case, [*prices, "judge.max_cost=1.0"])
+        assert not server.requests
+        capsys.readouterr()
+        assert main(case, [*prices, "judge.max_cost=2.0"]) == 0
+        characters = [
+            sum(len(turn["content"]) for turn in body["messages"]) for _, body in server.requests
+        ]
+    printed = capsys.readouterr().out
+    (estimate,) = (line for line in printed.splitlines() if line.startswith("about"))
+    tokens = int(estimate.split()[1].replace(",", ""))
+    assert sum(characters) / 4 < tokens < sum(characters) / 4 + 20 * 10
+    assert "at most 1,000 output tokens: up to 1.0" in estimate
+    # 10 answers of 100 input and 10 output tokens: 0.001 · 10 + 0.0001 · 1000
+    assert "1,000 input and 100 output tokens in all, earlier starts included: 0.11" in printed
+
+
+def test_the_command_line_tells_mistakes_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = write_case(tmp_path, won_and_lost(1, 1), "http://localhost/v1")
+    assert command_line(["judge", str(case), "judge.template=no.jinja"]) == 2
+    assert "judge.template" in capsys.readouterr().err

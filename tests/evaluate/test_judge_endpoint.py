@@ -1,0 +1,80 @@
+"""Addresses and keys: what is refused, and that a key is told to nobody."""
+
+import pytest
+
+from megatron_idpo.config_evaluate import JudgeConfig
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.evaluate.judge_endpoint import PLACEHOLDER, Endpoint
+
+KEY = "sk-0123456789abcdef"
+
+
+def endpoint(url: str, **environment: str) -> Endpoint:
+    return Endpoint.of(JudgeConfig(model="m", base_url=url), environment)
+
+
+def test_the_key_is_the_environments() -> None:
+    found = endpoint("https://api.example.com/v1", OPENAI_API_KEY=f" {KEY}\n")
+    assert found.key == KEY and not found.is_local
+    assert KEY not in repr(found) and KEY not in str(found)
+    assert found.scrubbed(f"Bearer {KEY}!") == "Bearer [key]!"
+
+
+@pytest.mark.parametrize("value", ["", "  ", None])
+def test_without_a_key(value: str | None) -> None:
+    environment = {} if value is None else {"OPENAI_API_KEY": value}
+    with pytest.raises(ConfigError, match=r"key_variable: the environment has no OPENAI_API_KEY"):
+        endpoint("https://api.example.com/v1", **environment)
+    local = endpoint("http://localhost:8000/v1", **environment)
+    assert local.key == PLACEHOLDER and local.is_local
+
+
+@pytest.mark.parametrize(
+    ("host", "is_local"),
+    [
+        ("127.0.0.1:80", True),
+        ("127.8.9.10", True),
+        ("[::1]:8000", True),
+        ("LOCALHOST", True),
+        ("a.localhost", True),
+        ("localhost.example.com", False),
+        ("127.0.0.1.example.com", False),
+        ("10.0.0.1", False),
+        ("example.com", False),
+    ],
+)
+def test_what_is_local(host: str, is_local: bool) -> None:
+    assert endpoint(f"http://{host}/v1", OPENAI_API_KEY=KEY).is_local == is_local
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nX: y", f"{KEY} {KEY}", f"{KEY}é", f"{KEY}\x00"])
+def test_a_key_that_no_header_can_have_is_not_quoted(key: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        endpoint("http://localhost/v1", OPENAI_API_KEY=key)
+    assert "OPENAI_API_KEY" in str(raised.value) and KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"https://user:{KEY}@host/v1",
+        f"https://{KEY}@host/v1",
+        f"https://host/v1?key={KEY}",
+        f"https://host/v1#{KEY}",
+    ],
+)
+def test_secrets_in_an_address_are_refused_and_not_quoted(url: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        endpoint(url, OPENAI_API_KEY="other-key")
+    assert "judge.base_url" in str(raised.value) and KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["host/v1", "ftp://host", "https://", "http://[::1", "http://h:x"])
+def test_no_address(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"judge\.base_url"):
+        endpoint(url, OPENAI_API_KEY=KEY)
+
+
+def test_a_short_key_is_no_secret() -> None:
+    """Else a server that wants any key would have its verdicts mangled."""
+    assert endpoint("http://h/v1", OPENAI_API_KEY="A").scrubbed("Verdict: A") == "Verdict: A"

@@ -1,0 +1,264 @@
+"""Judges without a network, against the same figures computed another way."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from megatron_idpo.errors import CheckpointError, ConfigError, DataError
+from megatron_idpo.evaluate.judge_main import main
+from megatron_idpo.evaluate.judge_template import JudgeTemplate
+
+from .judge_case import place, result, verdicts, won_and_lost, write_answers, write_case
+
+PAIR = "idpo-vs-base"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SEED = 11
+"""Of weights with which the language model decides for both sides, and by position too."""
+
+CLOSE = 1e-4
+"""Of float32 scores that were computed from the same tokens by another call."""
+
+ANSWERS = {
+    "base": ["red", "a blue one", "green", "no", "perhaps not", "7", "same", "x y z"],
+    "idpo": ["pink", "black", "a white one", "yes", "maybe", "eight", "same", "abc"],
+}
+ROWS = range(len(ANSWERS["base"]))
+
+
+def write_tokenizer(directory: Path, chat_template: str | None = TEMPLATE) -> None:
+    """Every byte a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: at for at, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = chat_template
+    fast.save_pretrained(directory)
+
+
+def write_judge(
+    directory: Path, kind: type, *, template: str | None = TEMPLATE, **sizes: Any
+) -> str:
+    """A tiny random model, whose weights are large, so that it has opinions."""
+    config = LlamaConfig(
+        **{
+            "vocab_size": 256,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.6,
+            "num_labels": 1,
+            "pad_token_id": None,
+            **sizes,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        kind(config).save_pretrained(directory)
+    write_tokenizer(directory, template)
+    return str(directory)
+
+
+def zero_head(directory: str, kind: Any, name: str) -> None:
+    """Let everything be equal."""
+    model = kind.from_pretrained(directory)
+    getattr(model, name).weight.data.zero_()
+    model.save_pretrained(directory)
+
+
+def signs(found: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    return found["wins"], found["losses"], found["ties"], found["unjudged"]
+
+
+# ---- reward models ---------------------------------------------------------------------------
+
+
+def scores(directory: str, name: str) -> list[float]:
+    """Rewards, as a user of Transformers would compute them."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory)
+    found = []
+    for index in ROWS:
+        turns = [
+            {"role": "user", "content": f"Question {index}?"},
+            {"role": "assistant", "content": ANSWERS[name][index]},
+        ]
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            found.append(model(input_ids=ids["input_ids"]).logits.item())
+    return found
+
+
+def test_the_higher_reward_wins(tmp_path: Path) -> None:
+    model = write_judge(tmp_path / "rm", LlamaForSequenceClassification)
+    case = write_case(tmp_path, ANSWERS, kind="reward", model=model)
+    assert main(case, []) == 0
+    wanted = list(zip(scores(model, "idpo"), scores(model, "base"), strict=True))
+    wins = sum(a > b for a, b in wanted)
+    ties = sum(a == b for a, b in wanted)
+    assert 0 < wins < 7 and ties == 1, "else this shows nothing"
+    assert signs(result(tmp_path, PAIR)) == (wins, 8 - wins - ties, ties, 0)
+    for line in verdicts(tmp_path, PAIR):
+        assert line["order"] == "both"
+        if "scores" in line:
+            assert [*line["scores"].values()] == pytest.approx(wanted[line["index"]], abs=CLOSE)
+    settings = json.loads((place(tmp_path, PAIR) / "settings.json").read_text())
+    assert (
+        settings["kind"] == "reward" and "template" not in settings and "base_url" not in settings
+    )
+
+
+def test_equal_rewards_are_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_judge(tmp_path / "rm", LlamaForSequenceClassification)
+    zero_head(model, AutoModelForSequenceClassification, "score")
+    assert main(write_case(tmp_path, ANSWERS, kind="reward", model=model), []) == 0
+    found = result(tmp_path, PAIR)
+    assert signs(found) == (0, 0, 8, 0) and found["identical"] == 1
+    assert "50.0 %" in found["told"] and "no evidence" in capsys.readouterr().out
+
+
+def test_a_second_start_loads_nothing_and_other_weights_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_judge(tmp_path / "rm", LlamaForSequenceClassification)
+    case = write_case(tmp_path, ANSWERS, kind="reward", model=model)
+    assert main(case, []) == 0
+    monkeypatch.setattr("megatron_idpo.evaluate.judge_local._load", None)
+    assert main(case, []) == 0
+    zero_head(model, AutoModelForSequenceClassification, "score")
+    with pytest.raises(ConfigError, match=r"idpo-vs-base: weights: is"):
+        main(case, [])
+
+
+def test_text_goes_to_a_reward_model_without_a_template(tmp_path: Path) -> None:
+    model = write_judge(tmp_path / "rm", LlamaForSequenceClassification, template=None)
+    case = write_case(tmp_path, ANSWERS, kind="reward", model=model)
+    assert main(case, []) == 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForSequenceClassification.from_pretrained(model)
+    with torch.no_grad():
+        score = loaded(**tokenizer("Question 2?green", return_tensors="pt")).logits.item()
+    (line,) = (line for line in verdicts(tmp_path, PAIR) if line["index"] == 2)
+    assert line["scores"]["b"] == pytest.approx(score, abs=CLOSE)
+    for name, texts in ANSWERS.items():
+        prompts: Any = [[{"role": "user", "content": "Why?"}]] * 8
+        write_answers(tmp_path / "out", name, texts, prompts)
+    with pytest.raises(ConfigError, match=r"judge\.model: has no chat template"):
+        main(case, [f"evaluate.output={tmp_path / 'out'}", "judge.compare=[[base, idpo]]"])
+
+
+def test_what_is_too_long_is_unjudged(tmp_path: Path) -> None:
+    sizes = {"max_position_embeddings": 64}
+    model = write_judge(tmp_path / "rm", LlamaForSequenceClassification, **sizes)
+    answers = {"base": ["red", "blue"], "idpo": ["pink" * 20, "grey"]}
+    with pytest.raises(DataError, match="1 of 2 prompts have no verdict"):
+        main(write_case(tmp_path, answers, kind="reward", model=model), [])
+    (line,) = (line for line in verdicts(tmp_path, PAIR) if line["verdict"] is None)
+    assert line["index"] == 0 and line["note"].endswith("tokens, but the judge reads 64")
+
+
+def test_models_that_are_no_reward_model(tmp_path: Path) -> None:
+    causal = write_judge(tmp_path / "lm", LlamaForCausalLM)
+    case = write_case(tmp_path, ANSWERS, kind="reward", model=causal)
+    with pytest.raises(CheckpointError, match=r"judge\.model: .* lacks 1 weights, score\.weight"):
+        main(case, [])
+    several = write_judge(tmp_path / "sc", LlamaForSequenceClassification, num_labels=2)
+    with pytest.raises(ConfigError, match=r"judge\.model: .* has 2 outputs"):
+        main(case, [f"judge.model={several}"])
+    with pytest.raises((CheckpointError, DataError), match="nowhere"):
+        main(case, [f"judge.model={tmp_path}/nowhere"])
+
+
+# ---- language models -------------------------------------------------------------------------
+
+
+SHORT = """{% set opening = "=" %}
+{% block system %}Which?{% endblock %}
+{% block user %}{{ answer_a }} or {{ answer_b }}{% endblock %}"""
+"""So short that what a tiny model says hangs on the answers."""
+
+
+def preferences(directory: str, path: str, *, system: bool = True) -> list[tuple[str, str]]:
+    """The letters that the model prefers, `idpo` shown first and second."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    template = JudgeTemplate.load(path)
+    found = []
+    for index in ROWS:
+        a, b = (ANSWERS[name][index] for name in ("idpo", "base"))
+        letters = []
+        for first, second in ((a, b), (b, a)):
+            chat = template.chat(f"Question {index}?", first, second)
+            turns = chat.messages()
+            if not system:
+                turns = [{"role": "user", "content": f"{chat.system}\n\n{chat.user}"}]
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(f"{text}=", return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, -1]
+            by_letter = {letter: logits[tokenizer.encode(letter)[0]].item() for letter in "AB"}
+            letters.append(max(by_letter, key=lambda letter: by_letter[letter]))
+        found.append((letters[0], letters[1]))
+    return found
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize("prefix", ["", NO_SYSTEM], ids=["system", "no system"])
+def test_the_letter_that_is_likelier_in_both_orders(tmp_path: Path, prefix: str) -> None:
+    model = write_judge(tmp_path / "lm", LlamaForCausalLM, template=prefix + TEMPLATE)
+    path = tmp_path / "short.jinja"
+    path.write_text(SHORT)
+    case = write_case(tmp_path, ANSWERS, kind="language_model", model=model, template=str(path))
+    assert main(case, []) == 0
+    wanted = preferences(model, str(path), system=not prefix)
+    asked = [pair for index, pair in enumerate(wanted) if index != 6]  # both said the same
+    wins, losses = asked.count(("A", "B")), asked.count(("B", "A"))
+    found = result(tmp_path, PAIR)
+    assert signs(found) == (wins, losses, 8 - wins - losses, 0)
+    assert found["disagreed"] == 7 - wins - losses
+    for line in verdicts(tmp_path, PAIR):
+        if line["order"] != "both":
+            letter = wanted[line["index"]][("ab", "ba").index(line["order"])]
+            assert line["verdict"] == ("a" if (letter == "A") == (line["order"] == "ab") else "b")
+            assert max(line["scores"].values()) <= 0, "log-probabilities"
+    if not prefix:
+        assert wins and losses and found["disagreed"], "else this shows little"
+
+
+def test_a_model_without_preferences_ties(tmp_path: Path) -> None:
+    model = write_judge(tmp_path / "lm", LlamaForCausalLM)
+    zero_head(model, AutoModelForCausalLM, "lm_head")
+    assert main(write_case(tmp_path, ANSWERS, kind="language_model", model=model), []) == 0
+    found = result(tmp_path, PAIR)
+    assert signs(found) == (0, 0, 8, 0) and found["disagreed"] == 0
+    (line, *_) = (line for line in verdicts(tmp_path, PAIR) if line["order"] == "ab")
+    # Every one of 256 tokens is as likely: ln(1/256)
+    assert line["scores"] == pytest.approx({"A": -5.545177, "B": -5.545177})
+
+
+def test_a_model_without_a_chat_template_reads_plain_text(tmp_path: Path) -> None:
+    model = write_judge(tmp_path / "lm", LlamaForCausalLM, template=None)
+    case = write_case(tmp_path, won_and_lost(1, 1), kind="language_model", model=model)
+    assert main(case, []) == 0
+    assert result(tmp_path, PAIR)["unjudged"] == 0

@@ -1,0 +1,121 @@
+"""Verdicts survive whatever ends the program, and are not mixed with others."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_idpo.errors import ConfigError, DataError
+from megatron_idpo.evaluate.verdicts import IDENTICAL, Verdict, VerdictStore
+
+SETTINGS = {"judge": "fake", "answers": {"a": "1", "b": "2"}, "template": {"sha256": "3"}}
+FIRST = Verdict(index=0, order="ab", verdict="a", text="Ünicode\nVerdict: A", input_tokens=7)
+FAILED = Verdict(index=0, order="ba", verdict=None, note="cut off", attempts=6, output_tokens=9)
+SECOND = Verdict(index=0, order="ba", verdict="tie", scores={"A": -1.5, "B": -1.5})
+
+
+def stored(directory: Path, *verdicts: Verdict) -> dict[tuple[int, str], Verdict]:
+    with VerdictStore(directory, SETTINGS) as store:
+        for verdict in verdicts:
+            store.add(verdict)
+        return dict(store.standing)
+
+
+def test_they_are_there_again(tmp_path: Path) -> None:
+    stored(tmp_path, FIRST, FAILED)
+    assert stored(tmp_path, SECOND) == {(0, "ab"): FIRST, (0, "ba"): SECOND}
+    with VerdictStore(tmp_path, SETTINGS) as store:
+        assert store.standing == {(0, "ab"): FIRST, (0, "ba"): SECOND}
+        assert store.used_tokens == [7, 9], "a question without a verdict was paid for, too"
+
+
+def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
+    stored(tmp_path, FIRST)
+    path = tmp_path / "verdicts.jsonl"
+    whole = path.read_bytes()
+    for length in range(1, len(SECOND.line()) - 1, 7):
+        path.write_bytes(whole + SECOND.line().encode()[:length])
+        assert stored(tmp_path) == {(0, "ab"): FIRST}
+        assert path.read_bytes() == whole
+    path.write_bytes(whole[:20])
+    assert stored(tmp_path, FIRST) == {(0, "ab"): FIRST} and path.read_bytes() == whole
+
+
+def test_they_are_on_the_disk_at_once(tmp_path: Path) -> None:
+    with VerdictStore(tmp_path, SETTINGS) as store:
+        store.add(FIRST)
+        assert (tmp_path / "verdicts.jsonl").read_text("utf-8") == FIRST.line()
+
+
+def test_every_part_that_differs_is_named(tmp_path: Path) -> None:
+    stored(tmp_path, FIRST)
+    before = (tmp_path / "settings.json").read_bytes()
+    other = {"judge": "other", "answers": {"a": "1", "b": "9"}, "kind": "api"}
+    with pytest.raises(ConfigError) as raised:
+        VerdictStore(tmp_path, other)
+    told = str(raised.value)
+    for part in (
+        "judge: is other",
+        "answers.b: is 9",
+        "template.sha256: is absent",
+        "kind: is api",
+    ):
+        assert part in told
+    assert "answers.a" not in told and "there are verdicts with fake" in told
+    assert (tmp_path / "settings.json").read_bytes() == before
+    assert stored(tmp_path) == {(0, "ab"): FIRST}, "and the lock was let go"
+
+
+def test_settings_may_change_before_the_first_verdict(tmp_path: Path) -> None:
+    """A wrong name of a judge is found out by asking; it may be corrected then."""
+    same = Verdict(index=1, order="both", verdict="tie", note=IDENTICAL)
+    assert stored(tmp_path, same, FAILED) == stored(tmp_path) == {(1, "both"): same}
+    with VerdictStore(tmp_path, {"judge": "other"}) as store:
+        assert '"other"' in (tmp_path / "settings.json").read_text()
+        assert not store.standing and store.used_tokens == [0, 0]
+        store.add(same)
+    assert (tmp_path / "verdicts.jsonl").read_text("utf-8") == same.line()
+
+
+def test_verdicts_on_nobody_knows_what(tmp_path: Path) -> None:
+    stored(tmp_path, FIRST)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ConfigError, match=r"nobody knows what the verdicts beside it are on"):
+        VerdictStore(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"index": 0, "order": "ab"}',
+        '{"index": "0", "order": "ab", "verdict": "a"}',
+        '{"index": 0, "order": "abc", "verdict": "a"}',
+        '{"index": 0, "order": "ab", "verdict": "A"}',
+        '{"index": 0, "order": "ab", "verdict": "a", "input_tokens": "7"}',
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    stored(tmp_path, FIRST)
+    with (tmp_path / "verdicts.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(DataError, match=r"verdicts\.jsonl:2: is no verdict.*delete the line"):
+        VerdictStore(tmp_path, SETTINGS)
+
+
+def test_none_counts_twice(tmp_path: Path) -> None:
+    stored(tmp_path, FIRST)
+    with (tmp_path / "verdicts.jsonl").open("a") as file:
+        file.write(FIRST.line())
+    with pytest.raises(DataError, match=r":2: is a second verdict on prompt 0, order ab"):
+        VerdictStore(tmp_path, SETTINGS)
+    with pytest.raises(AssertionError, match="asked twice"):
+        stored(tmp_path / "other", FIRST, FIRST)
+
+
+def test_two_do_not_write_at_once(tmp_path: Path) -> None:
+    with VerdictStore(tmp_path, SETTINGS):
+        with pytest.raises(ConfigError, match="is being written by another process"):
+            VerdictStore(tmp_path, SETTINGS)
+    stored(tmp_path, FIRST)
