@@ -69,10 +69,14 @@ class HfTokenizer:
         }
         self.vocab_size = max(len(tokenizer), *(number + 1 for number in added), 1)
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab())
+        vocabulary = _told_backend(backend) if backend else json.dumps(tokenizer.get_vocab())
         named = (type(tokenizer).__name__, vocabulary)
         template = tokenizer.chat_template
-        special = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
+        special = {
+            name: str(text)
+            for name, text in tokenizer.special_tokens_map.items()
+            if name != "pad_token"  # pads batches, of which there are none here
+        }
         self.identity = _digest(*named, template, special)
         self.vocabulary_identity = _digest(*named, special)
         self.template_identity = _digest(template)
@@ -176,6 +180,13 @@ def _check_syntax(tokenizer: Tokenizer, place: str) -> None:
     # A template may refuse this conversation, in any way, and render the data's: rows tell.
     except Exception:
         return
+
+
+def _told_backend(backend: Any) -> str:
+    """All that decides which tokens a text becomes, and not how a batch would be padded or cut."""
+    told = json.loads(backend.to_str())
+    decisive = told.keys() - {"padding", "truncation"}
+    return json.dumps({name: told[name] for name in sorted(decisive)})
 
 
 def _digest(*parts: Any) -> str:

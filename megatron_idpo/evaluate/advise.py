@@ -17,20 +17,26 @@ those that it tried. docs/results.md tells how the rule fared.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 
 import numpy as np
 
-from megatron_idpo.config import load_config
+from megatron_idpo.config import RunConfig, load_config
+from megatron_idpo.errors import DataError
 from megatron_idpo.evaluate.curves_file import DIRECTORY, FILE, read_curves
 from megatron_idpo.evaluate.intervals import Floats
 from megatron_idpo.evaluate.layer_curves import LayerCurves
+from megatron_idpo.evaluate.likelihood_settings import read_made_of
 from megatron_idpo.evaluate.subjects import evaluation_directory
 
 ADVICE = "advice.md"
 _SHOWN = 5
 _NOTHING = 0.5
 """The likelihood of a model that is no further than the reference."""
+
+_SOMETHING = 1e-4
+"""A gain in likelihood that is more than rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,8 @@ class Advice:
     @property
     def reason(self) -> str:
         """In words."""
+        if isnan(self.agreement_low):
+            return "too few prompts to tell"
         if self.agreement_low <= 0:
             return "nothing that the final layer agrees with can be read there"
         reads = f"agrees {self.agreement:.2f} with the final layer"
@@ -71,7 +79,7 @@ def rank_layers(curves: LayerCurves) -> list[Advice]:
             layer,
             layer / depth,
             float(agreement.value_L[place]),
-            float(np.nan_to_num(agreement.low_L[place], nan=0.0)),
+            float(agreement.low_L[place]),
             float(room_L[place]),
             has_gained,
         )
@@ -83,8 +91,11 @@ def rank_layers(curves: LayerCurves) -> list[Advice]:
 def best_layers_told(curves: Sequence[LayerCurves]) -> Iterator[str]:
     """A line for each model."""
     for model in curves:
-        best = [advice for advice in rank_layers(model)[:3] if advice.score > 0]
-        if best:
+        ranked = rank_layers(model)
+        best = [advice for advice in ranked[:3] if advice.score > 0]
+        if not ranked or any(isnan(advice.agreement_low) for advice in ranked):
+            yield f"{model.model}: no advice, {ranked[0].reason if ranked else 'one layer only'}"
+        elif best:
             named = ", ".join(str(advice.layer) for advice in best)
             yield f"{model.model}: layers to tap next, by advise: {named}; {best[0].reason}"
         else:
@@ -113,7 +124,10 @@ def main(path: Path, overrides: Sequence[str]) -> int:
         UserError: there are none.
     """
     config = load_config(path, overrides, required=(), optional=("training", "evaluate"))
-    curves = read_curves(evaluation_directory(config) / DIRECTORY / FILE)
+    directory = evaluation_directory(config) / DIRECTORY
+    made_of, curves = read_made_of(directory), read_curves(directory / FILE)
+    _check_models(config, curves, directory)
+    print(f"against {made_of['reference']}, beta {made_of['beta']}")
     for model in curves:
         print(f"{model.model}: {model.sample_told}")
         for rank, advice in enumerate(rank_layers(model)[:_SHOWN], start=1):
@@ -121,6 +135,14 @@ def main(path: Path, overrides: Sequence[str]) -> int:
             print(f"  {rank}. {place}  score {advice.score:.2f}: {advice.reason}")
     print("score = agreement x room, a rule of thumb (docs/evaluation.md)")
     return 0
+
+
+def _check_models(config: RunConfig, curves: Sequence[LayerCurves], directory: Path) -> None:
+    """Refuse the curves of other models than those that are named, if any are."""
+    wanted, found = list(config.evaluate.models), [model.model for model in curves]
+    if wanted and wanted != found:
+        told = f"has the curves of {', '.join(found)}, not of {', '.join(wanted)}"
+        raise DataError.at(str(directory), told, "run `likelihood` again")
 
 
 _HEAD = """# Layers to tap
@@ -134,7 +156,7 @@ that it tried.
 def _room(curves: LayerCurves) -> tuple[Floats, bool]:
     """Of every layer, and whether it is measured."""
     likelihood = curves.estimates["likelihood"]
-    if curves.is_reference or not likelihood.low_L[-1] > _NOTHING:
+    if curves.is_reference or not likelihood.low_L[-1] > _NOTHING + _SOMETHING:
         layers_L = np.array(curves.layers, np.float64)
         return 1 - layers_L / layers_L[-1], False
     gained_L = (likelihood.value_L - _NOTHING) / (likelihood.value_L[-1] - _NOTHING)

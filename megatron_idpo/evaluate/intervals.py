@@ -7,7 +7,6 @@ Shapes: P pairs, G prompts, K quantities, S resamples; 2 = low, high.
 """
 
 from collections.abc import Callable
-from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,9 @@ Floats = NDArray[np.float64]
 
 _DRAWS_AT_ONCE = 10_000_000
 """Prompts drawn in one piece: 80 MB of counts."""
+
+_UNDEFINED = 0.05
+"""A statistic that is undefined in this share of the resamples has no interval."""
 
 
 def bootstrap_interval(
@@ -37,7 +39,7 @@ def bootstrap_interval(
         statistic: from means [S, K] to statistics [S, J]; None: the means themselves.
 
     Returns:
-        [2, J]. Where there is one prompt only, nothing is known: NaN.
+        [2, J]; NaN where there is one prompt only, or a statistic is undefined.
     """
     _, group_P = np.unique(prompt_P, return_inverse=True)
     groups = int(group_P.max()) + 1
@@ -54,9 +56,11 @@ def bootstrap_interval(
         found.append(means_SK if statistic is None else statistic(means_SK))
         left -= part
     drawn_SJ = np.concatenate(found)
-    if groups == 1:
-        return np.full((2, drawn_SJ.shape[1]), np.nan)
-    bounds: Floats = np.percentile(drawn_SJ, [2.5, 97.5], axis=0)
+    bounds = np.full((2, drawn_SJ.shape[1]), np.nan)
+    if groups > 1:
+        # A statistic may be undefined for a resample of one prompt alone; of few, say nothing.
+        is_known_J = np.isnan(drawn_SJ).mean(axis=0) < _UNDEFINED
+        bounds[:, is_known_J] = np.nanpercentile(drawn_SJ[:, is_known_J], [2.5, 97.5], axis=0)
     return bounds
 
 
@@ -67,5 +71,8 @@ def sign_test(wins: int, losses: int) -> float:
     """
     assert wins >= 0 and losses >= 0, (wins, losses)
     decided = wins + losses
-    tail = sum(comb(decided, count) for count in range(min(wins, losses) + 1))
+    term = tail = 1  # of the binomial row, from the end
+    for count in range(min(wins, losses)):
+        term = term * (decided - count) // (count + 1)
+        tail += term
     return min(1.0, float(2 * tail / 2**decided))

@@ -59,16 +59,26 @@ class LayerCurves:
     @property
     def sample_told(self) -> str:
         """`213 held-out pairs of 40 prompts`."""
-        return f"{self.pairs:,} held-out pairs of {self.prompts:,} prompts"
+        pairs = "1 held-out pair" if self.pairs == 1 else f"{self.pairs:,} held-out pairs"
+        return f"{pairs} of {self.prompts:,} prompt{'s' if self.prompts > 1 else ''}"
 
     @property
     def is_reference(self) -> bool:
-        """Whether it says of every pair and layer what the reference says."""
-        return bool((self.estimates["likelihood"].value_L == _TIED).all())
+        """Whether it is no further than the reference at any layer, but for rounding."""
+        margin_L = self.estimates["margin"].value_L
+        distance_L = np.abs(self.estimates["likelihood"].value_L - _TIED)
+        return bool(max(np.abs(margin_L).max(), distance_L.max()) < _NO_GAIN)
 
 
 _TIED = 0.5
 """sigma(0)"""
+
+_NO_GAIN = 1e-5
+"""Mean margins below this are what rounding in fp32 makes of equal models."""
+
+_SAME = 1e-6
+"""Log-probabilities that differ by less than this share of themselves are equal: what another
+layout or another packing changes in fp32."""
 
 
 def layer_curves(
@@ -132,12 +142,14 @@ def _columns(
     delta_PL = beta * (ratio_PL2[..., 0] - ratio_PL2[..., 1])
     per_token_PL2 = policy / answer_tokens_P2[:, None, :]
     own_PL = per_token_PL2[..., 0] - per_token_PL2[..., 1]
+    rounding_PL = _SAME * np.abs(reference).sum(axis=2)
+    own_rounding_PL = _SAME * np.abs(per_token_PL2).sum(axis=2)
     return np.column_stack(
         [
             0.5 * (1 + np.tanh(delta_PL / 2)),  # sigma, without overflow
             delta_PL,
-            _share(delta_PL),
-            _share(own_PL),
+            _share(delta_PL, beta * rounding_PL),
+            _share(own_PL, own_rounding_PL),
             own_PL,
             own_PL**2,
             own_PL * own_PL[:, -1:],
@@ -147,9 +159,9 @@ def _columns(
     )
 
 
-def _share(values: Floats) -> Floats:
-    """1 where positive, a half at 0, else 0."""
-    return (np.sign(values) + 1) / 2
+def _share(values: Floats, rounding: Floats) -> Floats:
+    """1 where positive, a half where it may be rounding, else 0."""
+    return (np.sign(np.where(np.abs(values) <= rounding, 0.0, values)) + 1) / 2
 
 
 def _quantities(means_SK: Floats, num_layers: int) -> Floats:
@@ -162,7 +174,8 @@ def _quantities(means_SK: Floats, num_layers: int) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         agreement = covariance / np.sqrt(variance * variance[:, -1:])
     # Where all pairs are alike there is no correlation, and rounding would make one up.
-    agreement[variance <= _ROUNDING * squares] = np.nan
+    is_flat = variance <= _ROUNDING * squares
+    agreement[is_flat | is_flat[:, -1:]] = np.nan
     return np.concatenate([*parts[: len(_MEANS)], agreement, -logps / tokens_S1], axis=1)
 
 

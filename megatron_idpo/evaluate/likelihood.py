@@ -10,7 +10,8 @@ Models are read in one layout and one after the other; only one is in memory.
 import gc
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 from megatron_idpo.config import RunConfig
 from megatron_idpo.convert.fixed_model import FixedModel
 from megatron_idpo.convert.model_source import ModelSource, open_model
+from megatron_idpo.data.dataset import PairDataset
 from megatron_idpo.data.run_pairs import (
     RunPairs,
     check_tokens,
@@ -27,11 +29,14 @@ from megatron_idpo.data.run_pairs import (
     tokenizer_path,
 )
 from megatron_idpo.data.tokenizers import load_tokenizer
-from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError, Problem
+from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError, Problem, UserError
 from megatron_idpo.evaluate.curves_file import DIRECTORY, FILE, write_curves
 from megatron_idpo.evaluate.layer_curves import LayerCurves, layer_curves, prompt_numbers
+from megatron_idpo.evaluate.likelihood_settings import write_made_of
 from megatron_idpo.evaluate.likelihood_told import tell_curves
 from megatron_idpo.evaluate.subjects import Subject
+from megatron_idpo.evaluate.text_file import check_writable
+from megatron_idpo.lora.peft_config import read_peft_settings
 from megatron_idpo.mcore.groups import this_place
 from megatron_idpo.mcore.signals import Stopped, StopWish, listening
 from megatron_idpo.mcore.world import World, agreeing, joined_world, running
@@ -57,6 +62,14 @@ class _Reading:
     pairs: RunPairs
     directory: Path
     wish: StopWish
+    has_adapters: bool
+    """Whether any model has: then all are read by the same kernels, to round alike."""
+
+    @property
+    def held_out(self) -> PairDataset:
+        """The pairs that are read; the verb has seen to it that there are some."""
+        assert self.pairs.eval is not None
+        return self.pairs.eval
 
 
 def likelihood(config: RunConfig, models: Sequence[Subject], output: Path) -> int:
@@ -78,55 +91,72 @@ def likelihood(config: RunConfig, models: Sequence[Subject], output: Path) -> in
             reference = open_model(config.model.path)
             sources = [open_model(subject.path) for subject in models]
             _check(config, world.size, reference, dict(zip(models, sources, strict=True)))
+            if world.is_first:
+                check_writable(output / DIRECTORY)
         with agreeing("reading the data"):
             pairs = load_run_pairs(config)
             check_tokens(pairs, reference.architecture.vocab_size)
-        reading = _Reading(_at_every_layer(config), world, pairs, output / DIRECTORY, wish)
+        reading = _Reading(
+            _at_every_layer(config, reference.architecture.num_layers),
+            world,
+            pairs,
+            output / DIRECTORY,
+            wish,
+            any(subject.adapter is not None for subject in models),
+        )
         try:
-            with running(config.layout.layout()):
-                curves = _all_curves(reading, reference, models, sources)
+            with running(config.layout.layout()), _naming_the_output():
+                logps = _all_logps(reading, reference, models, sources)
         except Stopped:
             if world.is_first:
                 print(_told_stopped(reading.directory), flush=True)
             return EXIT_PREEMPTED
         with agreeing("writing the curves"):
             if world.is_first:
+                curves = _curves(reading, models, logps)
+                (reading.directory / FILE).unlink(missing_ok=True)  # of another configuration
+                write_made_of(reading.directory, config, models)
                 write_curves(reading.directory / FILE, curves)
                 tell_curves(curves, reading.directory)
     return 0
 
 
-def _all_curves(
+def _all_logps(
     reading: _Reading,
     reference: ModelSource,
     models: Sequence[Subject],
     sources: Sequence[ModelSource],
-) -> list[LayerCurves]:
-    """Every model's. Collective; a layout runs."""
-    held_out = reading.pairs.eval
-    assert held_out is not None, "the verb has seen to it"
-    answer_tokens_P2 = np.asarray(held_out.lengths_P3)[:, 1:]
-    prompt_P = prompt_numbers([held_out[at].prompt_tokens for at in range(len(held_out))])
-    settings = reading.config.evaluate
-    reference_PL2 = _logps(reading, FixedModel.of(reference), REFERENCE)
-    found = []
+) -> list[Logps]:
+    """The reference's log-probabilities, then every model's. Collective; a layout runs."""
+    found = [_logps(reading, FixedModel.of(reference), REFERENCE)]
     for subject, source in zip(models, sources, strict=True):
         model = FixedModel.of(source)
         if subject.adapter is not None:
             model = model.with_adapter(subject.adapter)
-        found.append(
-            layer_curves(
-                subject.name,
-                _logps(reading, model, subject.name),
-                reference_PL2,
-                answer_tokens_P2,
-                prompt_P,
-                beta=reading.config.objective.beta,
-                samples=settings.bootstrap_samples,
-                seed=settings.seed,
-            )
-        )
+        found.append(_logps(reading, model, subject.name))
     return found
+
+
+def _curves(
+    reading: _Reading, models: Sequence[Subject], logps: Sequence[Logps]
+) -> list[LayerCurves]:
+    """Every model's, from what `_all_logps` found."""
+    held_out, settings = reading.held_out, reading.config.evaluate
+    prompt_P = prompt_numbers([held_out[at].prompt_tokens for at in range(len(held_out))])
+    reference_PL2, *others = logps
+    return [
+        layer_curves(
+            subject.name,
+            policy_PL2,
+            reference_PL2,
+            np.asarray(held_out.lengths_P3)[:, 1:],
+            prompt_P,
+            beta=reading.config.objective.beta,
+            samples=settings.bootstrap_samples,
+            seed=settings.seed,
+        )
+        for subject, policy_PL2 in zip(models, others, strict=True)
+    ]
 
 
 def _logps(reading: _Reading, model: FixedModel, name: str) -> Logps:
@@ -136,8 +166,7 @@ def _logps(reading: _Reading, model: FixedModel, name: str) -> Logps:
         UserError: on every rank.
         Stopped: on every rank; a signal came. What was read is saved.
     """
-    config, held_out = reading.config, reading.pairs.eval
-    assert held_out is not None, "the verb has seen to it"
+    config, held_out = reading.config, reading.held_out
     wanted = fingerprint(
         config,
         held_out,
@@ -157,14 +186,20 @@ def _logps(reading: _Reading, model: FixedModel, name: str) -> Logps:
 
 def _read(reading: _Reading, model: FixedModel, caches: RunCaches) -> bool:
     """Read what is missing; whether it is complete. Collective."""
-    chunks, dpo = frozen_model(reading.config, model, show_progress=reading.world.is_first)
+    chunks, dpo = frozen_model(
+        reading.config,
+        model,
+        show_progress=reading.world.is_first,
+        plain_linears=reading.has_adapters,
+    )
     rows = row_settings(reading.config, reading.world.size, data_rank=this_place().data)
     return caches.score(Resident(dpo, chunks), rows, reading.wish)
 
 
-def _at_every_layer(config: RunConfig) -> RunConfig:
+def _at_every_layer(config: RunConfig, num_layers: int) -> RunConfig:
     """The run's, read at all layers, each at its own reference."""
-    fields = {"layers": "all", "layer_weights": None, "reference_layer": "same"}
+    layers = "all" if num_layers > 1 else ()
+    fields = {"layers": layers, "layer_weights": None, "reference_layer": "same"}
     return config.model_copy(update={"objective": config.objective.model_copy(update=fields)})
 
 
@@ -177,6 +212,12 @@ def _check(
     vocabulary = None
     for subject, source in models.items():
         place = f"evaluate.models.{subject.name}"
+        if subject.adapter is not None:
+            try:
+                read_peft_settings(subject.adapter)
+            except UserError as error:
+                remedy = "name the directory of a PEFT adapter"
+                found.append(Problem(f"{place}.adapter", str(error), remedy))
         for name in ("num_layers", "vocab_size"):
             mine, other = getattr(source.architecture, name), getattr(wanted, name)
             if mine != other:
@@ -185,7 +226,8 @@ def _check(
                 found.append(Problem(place, told, remedy))
         if config.model.tokenizer is None and _has_tokenizer(source):
             vocabulary = vocabulary or _vocabulary(tokenizer_path(config.model))
-            if _vocabulary(str(source.directory)) != vocabulary:
+            mine = tokenizer_path(config.model.model_copy(update={"path": str(source.directory)}))
+            if _vocabulary(mine) != vocabulary:
                 told = f"{source.directory} has another tokenizer than model.path"
                 remedy = "compare models of one tokenizer, or name it in model.tokenizer"
                 found.append(Problem(place, told, remedy))
@@ -194,13 +236,23 @@ def _check(
 
 
 def _has_tokenizer(source: ModelSource) -> bool:
-    return source.hf is not None and any(
-        path.name in ("tokenizer.json", "tokenizer.model") for path in source.companions
-    )
+    return any(path.name in ("tokenizer.json", "tokenizer.model") for path in source.companions)
 
 
 def _vocabulary(path: str) -> str:
     return load_tokenizer(path).vocabulary_identity
+
+
+@contextmanager
+def _naming_the_output() -> Iterator[None]:
+    """Errors of a cache name the field that says where this one is."""
+    try:
+        yield
+    except UserError as error:
+        if "reference.cache" not in str(error):
+            raise
+        told = str(error).replace("reference.cache", "evaluate.output")
+        raise type(error)(told) from None
 
 
 def _digest(text: str) -> str:

@@ -4,6 +4,7 @@ Drawn without a display and without matplotlib's global state. A model has one c
 marker in all panels; bands are 95 % intervals.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,9 +27,10 @@ _PANELS = (
 """Quantity, what it is called, where nothing is known."""
 
 COLOURS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's, which every kind of colour vision tells apart; the first model is grey."""
+"""Grey, then Okabe and Ito's, which every kind of colour vision tells apart."""
 
-_MARKERS = "osD^vPX"
+_MARKERS = "osD^vP"
+"""One fewer than colours, so that both together tell 42 models apart."""
 
 
 def draw_likelihood(curves: Sequence[LayerCurves], target: Path) -> None:
@@ -56,7 +58,9 @@ def draw_likelihood(curves: Sequence[LayerCurves], target: Path) -> None:
     figure.supxlabel(f"{curves[0].sample_told}; bands: 95% intervals", fontsize=8, color="0.35")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target)
+        fresh = target.with_name(f".{target.stem}.fresh{target.suffix}")
+        figure.savefig(fresh)
+        os.replace(fresh, target)
     except OSError as error:
         told = f"cannot write {target}: {error.strerror or error}"
         raise ConfigError.at("evaluate.output", told, "name a directory to write to") from None

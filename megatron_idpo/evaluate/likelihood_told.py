@@ -1,6 +1,7 @@
 """What is shown of layer curves: a table in the terminal, a picture, the layers to tap."""
 
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 
 from rich import box
@@ -14,7 +15,9 @@ from megatron_idpo.evaluate.layer_curves import LayerCurves
 from megatron_idpo.evaluate.likelihood_picture import PICTURES, draw_likelihood
 from megatron_idpo.evaluate.text_file import write_text
 
-_SHOWN = ("likelihood", "margin", "accuracy", "own_accuracy")
+_SHOWN = ("likelihood", "margin", "accuracy")
+"""What a terminal of 80 characters has room for; the rest is in the file."""
+
 _DEPTHS = (0.25, 0.5, 0.69, 1.0)
 """Layers that the table shows; 0.69 is the intermediate-DPO paper's 22 of 32."""
 
@@ -30,7 +33,8 @@ def tell_curves(curves: Sequence[LayerCurves], directory: Path) -> None:
     write_text(directory / ADVICE, advice_markdown(curves))
     console = Console(highlight=False)
     console.print(likelihood_table(curves))
-    said = f"{curves[0].sample_told}; 95% intervals over prompts"
+    said = curves[0].sample_told
+    said += "; 95% intervals over prompts" if curves[0].prompts > 1 else ": too few for intervals"
     for line in (said, *best_layers_told(curves)):
         console.print(line, soft_wrap=True, markup=False)
     for title, name in (("curves", FILE), ("picture", PICTURES[0]), ("layers", ADVICE)):
@@ -40,10 +44,9 @@ def tell_curves(curves: Sequence[LayerCurves], directory: Path) -> None:
 def likelihood_table(curves: Sequence[LayerCurves]) -> Table:
     """Some layers of every model."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("model")
-    table.add_column("layer", justify="right")
-    for name in _SHOWN:
-        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column("model", overflow="fold")
+    for name in ("layer", *_SHOWN):
+        table.add_column(name, justify="right", no_wrap=True)
     for model in curves:
         for number, place in enumerate(_places(model.layers)):
             table.add_row(
@@ -59,8 +62,9 @@ def _places(layers: Sequence[int]) -> list[int]:
 
 
 def _told(model: LayerCurves, name: str, place: int) -> Text:
-    """`0.63 [0.60, 0.66]`."""
+    """`0.631 [0.602, 0.660]`; the interval is left out where it is not known."""
     one = model.estimates[name]
     sign = "+" if name == "margin" else ""
     value, low, high = (array[place] for array in (one.value_L, one.low_L, one.high_L))
-    return Text(f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]")
+    told = f"{value:{sign}.3f}"
+    return Text(told if isnan(low) else f"{told} [{low:{sign}.3f}, {high:{sign}.3f}]")

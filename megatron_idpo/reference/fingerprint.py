@@ -13,7 +13,7 @@ from megatron_idpo.data.dataset import PairDataset
 from megatron_idpo.data.tokenizers import Tokenizer
 from megatron_idpo.objective.layers import resolve_layers
 
-FORMAT = 2
+FORMAT = 3
 """Of the cache: raised when its files change, or what is computed for the same model and data."""
 
 

@@ -23,9 +23,15 @@ if TYPE_CHECKING:
 
 
 def frozen_model(
-    config: RunConfig, model: FixedModel, *, show_progress: bool
+    config: RunConfig, model: FixedModel, *, show_progress: bool, plain_linears: bool = False
 ) -> tuple[Sequence["GPTModel"], AttachedDpo]:
     """This rank's chunks with their weights, and the taps on them. Collective; a layout runs.
+
+    Args:
+        config: of the run.
+        model: the weights.
+        show_progress: while they are read.
+        plain_linears: never Transformer Engine's, to round as a model with adapters does.
 
     Raises:
         UserError: on every rank.
@@ -34,7 +40,7 @@ def frozen_model(
     options = ModelOptions(
         dtype=config.model.torch_dtype(),
         # The same modules as those of the model that learns beside it, for the same rounding.
-        transformer_engine=not config.has("lora"),
+        transformer_engine=not (plain_linears or config.has("lora") or model.adapter is not None),
     )
     chunks = build_model(architecture, config.layout.layout(), options)
     load_base(model.source, chunks, show_progress=show_progress)

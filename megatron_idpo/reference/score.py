@@ -144,8 +144,8 @@ def _check_finite(
     if len(wrong):
         pair, layer, answer = wrong[0]
         told = (
-            f"the reference gives its {('chosen', 'rejected')[answer]} answer the log-probability "
-            f"{logps_BL2[pair, layer, answer]} at layer {layers[layer]}"
+            f"the model that is read gives its {('chosen', 'rejected')[answer]} answer the "
+            f"log-probability {logps_BL2[pair, layer, answer]} at layer {layers[layer]}"
         )
         remedy = "compute in fp32 (model.dtype), or look at the pair and the model"
         raise DataError.at(pairs.place(first + int(pair)), told, remedy)

@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_idpo.config import SECTIONS, load_config
 from megatron_idpo.errors import DataError
 from megatron_idpo.evaluate.advise import advice_markdown, best_layers_told, main, rank_layers
 from megatron_idpo.evaluate.curves_file import write_curves
 from megatron_idpo.evaluate.layer_curves import QUANTITIES, Estimate, LayerCurves
+from megatron_idpo.evaluate.likelihood_settings import write_made_of
+from megatron_idpo.evaluate.subjects import Subject
 
 
 def curves(
@@ -38,6 +41,12 @@ def test_an_agreement_that_may_be_none_counts_nothing() -> None:
     assert [advice.layer for advice in found] == [2, 1]
     assert found[1].score == 0.0
     assert "nothing that the final layer agrees with" in found[1].reason
+
+
+def test_too_few_prompts_are_not_taken_for_no_agreement() -> None:
+    few = curves([0.5, 0.6, 0.7], [0.5, 0.9, 1.0], width=np.nan)
+    assert {advice.reason for advice in rank_layers(few)} == {"too few prompts to tell"}
+    assert list(best_layers_told([few])) == ["dpo: no advice, too few prompts to tell"]
 
 
 def test_without_a_gain_it_goes_by_the_layers_that_come_after() -> None:
@@ -72,10 +81,15 @@ def test_the_verb_reads_what_likelihood_left(
     file.write_text(f"evaluate: {{output: {tmp_path / 'out'}}}\n")
     with pytest.raises(DataError, match="make it by `likelihood`"):
         main(file, [])
+    directory = tmp_path / "out" / "likelihood"
     write_curves(
-        tmp_path / "out" / "likelihood" / "likelihood.csv",
-        [curves([0.5, 0.52, 0.6, 0.7], [0.1, 0.6, 0.9, 1.0])],
+        directory / "likelihood.csv", [curves([0.5, 0.52, 0.6, 0.7], [0.1, 0.6, 0.9, 1.0])]
     )
+    config = load_config(file, ["model.path=sft", "data.train=t"], optional=SECTIONS)
+    write_made_of(directory, config, [Subject("dpo", "runs/dpo/hf")])
     assert main(file, []) == 0
     told = capsys.readouterr().out
+    assert told.startswith("against sft, beta 0.1\n")
+    with pytest.raises(DataError, match="has the curves of dpo, not of sft; run `likelihood`"):
+        main(file, ["evaluate.models={sft: x}"])
     assert "1. layer   2 (depth 0.50)  score 0.54: agrees 0.60" in told

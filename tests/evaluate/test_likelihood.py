@@ -28,6 +28,7 @@ LAYOUTS = {
     "TP2": {"tensor": 2},
     "TP2 SP": {"tensor": 2, "sequence_parallel": True},
     "PP2": {"pipeline": 2},
+    "DP2": {},
 }
 
 
@@ -60,7 +61,7 @@ def tokens_of(models: Models) -> list[tuple[list[int], list[int], list[int]]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models.files.model)
-    records = [json.loads(line) for line in models.files.train.read_text().splitlines()]
+    records = [json.loads(line) for line in models.pairs.read_text().splitlines()]
 
     def encoded(text: str) -> list[int]:
         found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -98,7 +99,7 @@ def test_it_is_what_the_oracle_says(
     assert [code for code, _ in outcomes] == [0] * len(outcomes)
     curves = curves_of(tmp_path / "out")
     other = curves["other"]
-    assert (other.layers, other.pairs) == (LAYERS, PAIRS)
+    assert (other.layers, other.pairs, other.prompts) == (LAYERS, PAIRS, PAIRS // 2)
     for name, expected_L in expected.items():
         found = other.estimates[name]
         np.testing.assert_allclose(found.value_L, expected_L, rtol=0, atol=TOLERANCE, err_msg=name)
@@ -199,3 +200,45 @@ def test_without_held_out_pairs_there_is_nothing_to_read(models: Models, tmp_pat
     file = evaluation_config(models, tmp_path / "out", {"other": str(models.other)})
     with pytest.raises(ConfigError, match=r"data\.eval: there are no held-out pairs"):
         likelihood(file, ["data.eval=null"])
+
+
+@pytest.mark.distributed
+def test_the_same_weights_are_the_reference_whatever_rounds(
+    models: Models, workers: Any, tmp_path: Path
+) -> None:
+    """Read in another layout and under another identity: ties, not wins and losses."""
+    copy = shutil.copytree(models.files.model, tmp_path / "copy")
+    config = copy / "config.json"
+    config.write_text(config.read_text() + "\n")
+    base = evaluation_config(models, tmp_path / "out", {"base": str(models.files.model)})
+    workers.run(likelihood, 1, base)
+    file = evaluation_config(models, tmp_path / "out", {"copy": str(copy)}, layout={"tensor": 2})
+    assert [code for code, _ in workers.run(likelihood, 2, file)] == [0, 0]
+    found = curves_of(tmp_path / "out")["copy"]
+    assert found.is_reference
+    assert (found.estimates["accuracy"].value_L == 0.5).all()
+    assert (found.estimates["margin"].value_L != 0).any(), "nothing was rounded otherwise"
+
+
+def test_what_cannot_be_is_told_before_a_model_is_read(models: Models, tmp_path: Path) -> None:
+    subject = {"path": str(models.other), "adapter": str(tmp_path / "nowhere")}
+    file = evaluation_config(models, tmp_path / "out", {"a": subject})
+    with pytest.raises(ConfigError, match=r"evaluate\.models\.a\.adapter: .*nowhere"):
+        likelihood(file, blind=True)
+    (tmp_path / "file").write_text("")
+    fine = evaluation_config(models, tmp_path / "out", {"a": str(models.other)})
+    output = f"evaluate.output={tmp_path / 'file' / 'out'}"
+    with pytest.raises(ConfigError, match=r"evaluate\.output: .* cannot be made: Not a directory"):
+        likelihood(fine, [output], blind=True)
+
+
+def test_a_reading_that_another_process_makes_is_told_as_this_verb_has_it() -> None:
+    from megatron_idpo.errors import CheckpointError
+    from megatron_idpo.evaluate.likelihood import _naming_the_output
+
+    with (
+        pytest.raises(CheckpointError, match=r"name another directory in evaluate\.output"),
+        _naming_the_output(),
+    ):
+        remedy = "wait for it, or name another directory in reference.cache"
+        raise CheckpointError.at("x", "is being written", remedy)

@@ -1,5 +1,6 @@
 """Evaluations of tiny models: what tests of `evaluate/` share, and what workers run."""
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
@@ -29,6 +30,8 @@ class Models:
 
     files: Files
     other: Path
+    pairs: Path
+    """Held out: every prompt twice, with other answers."""
 
 
 def write_models(root: Path) -> Models:
@@ -39,14 +42,19 @@ def write_models(root: Path) -> Models:
     for file in files.model.iterdir():
         if "token" in file.name:
             shutil.copy(file, other / file.name)
-    return Models(files, other)
+    records = [json.loads(line) for line in files.train.read_text().splitlines()]
+    for at, record in enumerate(records):
+        record["prompt"] = records[at % (len(records) // 2)]["prompt"]
+    pairs = root / "pairs.jsonl"
+    pairs.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return Models(files, other, pairs)
 
 
 def evaluation_config(
     models: Models, output: Path, subjects: Mapping[str, Any], **sections: Any
 ) -> str:
-    """A configuration of an evaluation, beside its output; the training pairs are held out."""
-    sections["data"] = {"eval": str(models.files.train), **sections.get("data", {})}
+    """A configuration of an evaluation, beside its output."""
+    sections["data"] = {"eval": str(models.pairs), **sections.get("data", {})}
     sections["evaluate"] = {
         "models": subjects,
         "output": str(output),
