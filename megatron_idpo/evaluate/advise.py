@@ -1,15 +1,17 @@
 """Which layers to give a loss of their own, from the layer curves: a rule of thumb, with reasons.
 
-A tapped layer should read the pairs as the final layer does, or its loss pulls elsewhere; and it
-should not have learnt already what its loss would teach. So layers are ranked by
+A layer can be tapped where the head reads it at all: where it predicts the answers' tokens better
+than chance. It should read the pairs as the final layer does, or its loss pulls elsewhere; and it
+should not have learnt already what its loss would teach. So readable layers are ranked by
 
     score = agreement x room
 
-`agreement` is the correlation of the layer's own preference with the final layer's
-(`layer_curves.py`). `room` is the share of the final layer's gain in likelihood that the layer has
-not made: of a model that was trained by DPO, 1 - (likelihood - 1/2) / (final likelihood - 1/2),
-within 0 and 1. Of a model that is the reference itself, or has gained nothing, nobody knows; then
-it is the share of the layers that come after, which are what an earlier loss could spare.
+and the others come last. `agreement` is the correlation of the layer's own preference with the
+final layer's (`layer_curves.py`). `room` is the share of the final layer's gain in likelihood that
+the layer has not made: of a model that was trained by DPO, 1 - (likelihood - 1/2) / (final
+likelihood - 1/2), within 0 and 1. Of a model that is the reference itself, or has gained nothing,
+nobody knows; then it is the share of the layers that come after, which are what an earlier loss
+could spare.
 
 This is ours, not the papers'; the intermediate-DPO paper found layer 22 of 32 (depth 0.69) best of
 those that it tried. docs/results.md tells how the rule fared.
@@ -47,20 +49,34 @@ class Advice:
     depth: float
     agreement: float
     agreement_low: float
+    nats: float
+    """Per token of the answers."""
+
+    chance_nats: float
+    """What they are where all words are as likely."""
+
     room: float
     has_gained: bool
     """Whether `room` is measured; otherwise it is the share of layers that come after."""
 
     @property
+    def is_readable(self) -> bool:
+        """Whether it predicts the answers better than chance."""
+        return self.nats < self.chance_nats
+
+    @property
     def score(self) -> float:
-        """0 where the agreement may well be none."""
-        return self.agreement * self.room if self.agreement_low > 0 else 0.0
+        """0 where nothing can be read, or the agreement may well be none."""
+        return self.agreement * self.room if self.is_readable and self.agreement_low > 0 else 0.0
 
     @property
     def reason(self) -> str:
         """In words."""
         if isnan(self.agreement_low):
             return "too few prompts to tell"
+        if not self.is_readable:
+            worse = f"{self.nats:.1f} nats a token, {self.chance_nats:.1f} by chance"
+            return f"the head cannot read it: {worse}"
         if self.agreement_low <= 0:
             return "nothing that the final layer agrees with can be read there"
         reads = f"agrees {self.agreement:.2f} with the final layer"
@@ -71,7 +87,7 @@ class Advice:
 
 def rank_layers(curves: LayerCurves) -> list[Advice]:
     """All layers below the final one, the best first."""
-    agreement = curves.estimates["agreement"]
+    agreement, nats = curves.estimates["agreement"], curves.estimates["nats_per_token"]
     room_L, has_gained = _room(curves)
     depth = curves.layers[-1]
     found = [
@@ -80,12 +96,14 @@ def rank_layers(curves: LayerCurves) -> list[Advice]:
             layer / depth,
             float(agreement.value_L[place]),
             float(agreement.low_L[place]),
+            float(nats.value_L[place]),
+            curves.chance_nats,
             float(room_L[place]),
             has_gained,
         )
         for place, layer in enumerate(curves.layers[:-1])
     ]
-    return sorted(found, key=lambda advice: (-advice.score, -advice.layer))
+    return sorted(found, key=lambda advice: (-advice.score, not advice.is_readable, -advice.layer))
 
 
 def best_layers_told(curves: Sequence[LayerCurves]) -> Iterator[str]:
@@ -133,7 +151,7 @@ def main(path: Path, overrides: Sequence[str]) -> int:
         for rank, advice in enumerate(rank_layers(model)[:_SHOWN], start=1):
             place = f"layer {advice.layer:>3} (depth {advice.depth:.2f})"
             print(f"  {rank}. {place}  score {advice.score:.2f}: {advice.reason}")
-    print("score = agreement x room, a rule of thumb (docs/evaluation.md)")
+    print("score = agreement x room where the head can read, a rule of thumb (docs/evaluation.md)")
     return 0
 
 
@@ -147,9 +165,9 @@ def _check_models(config: RunConfig, curves: Sequence[LayerCurves], directory: P
 
 _HEAD = """# Layers to tap
 
-Ranked by agreement with the final layer times the room that is left: a rule of thumb of this
-package, not the papers'. The intermediate-DPO paper found layer 22 of 32 (depth 0.69) best of those
-that it tried.
+Ranked by agreement with the final layer times the room that is left, where the head reads the layer
+better than chance: a rule of thumb of this package, not the papers'. The intermediate-DPO paper
+found layer 22 of 32 (depth 0.69) best of those that it tried.
 """
 
 

@@ -1,6 +1,6 @@
 """Layer curves as a CSV file: one row per model and layer, readable by anything.
 
-    model, layer, depth, pairs, prompts, likelihood, likelihood_low, likelihood_high, margin, ...
+    model, layer, depth, pairs, prompts, chance_nats, likelihood, likelihood_low, ...
 
 Bounds are of 95 % intervals; a value that is not known is empty.
 """
@@ -22,7 +22,7 @@ DIRECTORY = "likelihood"
 
 FILE = "likelihood.csv"
 
-_SAMPLE = ("model", "layer", "depth", "pairs", "prompts")
+_SAMPLE = ("model", "layer", "depth", "pairs", "prompts", "chance_nats")
 _ENDINGS = ("", "_low", "_high")
 COLUMNS = (*_SAMPLE, *(f"{name}{ending}" for name in QUANTITIES for ending in _ENDINGS))
 
@@ -69,7 +69,8 @@ def read_curves(path: Path) -> list[LayerCurves]:
 def _rows(curves: LayerCurves) -> Iterator[list[str]]:
     depth = curves.layers[-1]
     for place, layer in enumerate(curves.layers):
-        sample = (curves.model, layer, f"{layer / depth:.4f}", curves.pairs, curves.prompts)
+        chance = f"{curves.chance_nats:.6g}"
+        sample = (curves.model, layer, f"{layer / depth:.4f}", curves.pairs, curves.prompts, chance)
         estimates = [curves.estimates[name] for name in QUANTITIES]
         figures = [
             figure
@@ -93,4 +94,6 @@ def _curves(model: str, rows: Sequence[dict[str, str]]) -> LayerCurves:
     layers = tuple(int(row["layer"]) for row in rows)
     if layers != tuple(range(1, len(layers) + 1)):
         raise ValueError(f"the layers of {model} are {layers}")
-    return LayerCurves(model, layers, int(rows[0]["pairs"]), int(rows[0]["prompts"]), estimates)
+    first = rows[0]
+    pairs, prompts, chance_nats = first["pairs"], first["prompts"], first["chance_nats"]
+    return LayerCurves(model, layers, int(pairs), int(prompts), float(chance_nats), estimates)

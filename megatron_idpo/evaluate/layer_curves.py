@@ -13,11 +13,12 @@ log-probabilities per token (sums would tell which answer is longer):
     own_accuracy   share of pairs whose chosen answer it finds likelier; a tie counts half
     agreement      correlation over pairs of its own preference, chosen minus rejected, with the
                    final layer's
-    nats_per_token how badly it predicts the answers' tokens
+    nats_per_token how badly it predicts the answers' tokens; chance is the log of the vocabulary
 
 Shapes: P pairs, L layers, S samples of means, K means, 2 = chosen, rejected.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,9 @@ class LayerCurves:
     pairs: int
     prompts: int
     """Different ones: what is resampled."""
+
+    chance_nats: float
+    """What a token costs where all words are as likely: log of the vocabulary's size."""
 
     estimates: Mapping[str, Estimate]
     """By name, in the order of `QUANTITIES`."""
@@ -88,6 +92,7 @@ def layer_curves(
     answer_tokens_P2: NDArray[np.integer],
     prompt_P: NDArray[np.int64],
     *,
+    vocab_size: int,
     beta: float,
     samples: int,
     seed: int,
@@ -100,6 +105,7 @@ def layer_curves(
         reference_PL2: the reference's, likewise.
         answer_tokens_P2: tokens of the answers, [P, 2], above 0.
         prompt_P: which prompt each pair is of.
+        vocab_size: words that a token can be.
         beta: of Eq. 1.
         samples: resamples of prompts for intervals.
         seed: of resampling.
@@ -119,6 +125,7 @@ def layer_curves(
         tuple(range(1, num_layers + 1)),
         len(policy_PL2),
         len(np.unique(prompt_P)),
+        math.log(vocab_size),
         {name: Estimate(*by_name[:, place]) for place, name in enumerate(QUANTITIES)},
     )
 

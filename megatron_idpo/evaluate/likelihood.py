@@ -62,6 +62,7 @@ class _Reading:
     pairs: RunPairs
     directory: Path
     wish: StopWish
+    vocab_size: int
     has_adapters: bool
     """Whether any model has: then all are read by the same kernels, to round alike."""
 
@@ -102,31 +103,42 @@ def likelihood(config: RunConfig, models: Sequence[Subject], output: Path) -> in
             pairs,
             output / DIRECTORY,
             wish,
+            reference.architecture.vocab_size,
             any(subject.adapter is not None for subject in models),
         )
         try:
             with running(config.layout.layout()), _naming_the_output():
-                logps = _all_logps(reading, reference, models, sources)
+                found = _read_all(reading, reference, models, sources)
         except Stopped:
             if world.is_first:
                 print(_told_stopped(reading.directory), flush=True)
             return EXIT_PREEMPTED
         with agreeing("writing the curves"):
             if world.is_first:
-                curves = _curves(reading, models, logps)
+                names = [subject.name for subject in models]
+                curves = _curves(reading, names, [one.logps_PL2 for one in found])
                 (reading.directory / FILE).unlink(missing_ok=True)  # of another configuration
-                write_made_of(reading.directory, config, models)
+                readings = dict(zip([REFERENCE, *names], [one.place for one in found], strict=True))
+                write_made_of(reading.directory, config, models, readings)
                 write_curves(reading.directory / FILE, curves)
                 tell_curves(curves, reading.directory)
     return 0
 
 
-def _all_logps(
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """A model's log-probabilities, and where in the results they are kept."""
+
+    place: str
+    logps_PL2: Logps
+
+
+def _read_all(
     reading: _Reading,
     reference: ModelSource,
     models: Sequence[Subject],
     sources: Sequence[ModelSource],
-) -> list[Logps]:
+) -> list[_Read]:
     """The reference's log-probabilities, then every model's. Collective; a layout runs."""
     found = [_logps(reading, FixedModel.of(reference), REFERENCE)]
     for subject, source in zip(models, sources, strict=True):
@@ -137,29 +149,28 @@ def _all_logps(
     return found
 
 
-def _curves(
-    reading: _Reading, models: Sequence[Subject], logps: Sequence[Logps]
-) -> list[LayerCurves]:
-    """Every model's, from what `_all_logps` found."""
+def _curves(reading: _Reading, names: Sequence[str], logps: Sequence[Logps]) -> list[LayerCurves]:
+    """Every model's, from what `_read_all` found: first the reference's, then theirs."""
     held_out, settings = reading.held_out, reading.config.evaluate
     prompt_P = prompt_numbers([held_out[at].prompt_tokens for at in range(len(held_out))])
     reference_PL2, *others = logps
     return [
         layer_curves(
-            subject.name,
+            name,
             policy_PL2,
             reference_PL2,
             np.asarray(held_out.lengths_P3)[:, 1:],
             prompt_P,
+            vocab_size=reading.vocab_size,
             beta=reading.config.objective.beta,
             samples=settings.bootstrap_samples,
             seed=settings.seed,
         )
-        for subject, policy_PL2 in zip(models, others, strict=True)
+        for name, policy_PL2 in zip(names, others, strict=True)
     ]
 
 
-def _logps(reading: _Reading, model: FixedModel, name: str) -> Logps:
+def _logps(reading: _Reading, model: FixedModel, name: str) -> _Read:
     """A model's log-probabilities at every layer, read now or before. Collective.
 
     Raises:
@@ -181,7 +192,7 @@ def _logps(reading: _Reading, model: FixedModel, name: str) -> Logps:
         if not _read(reading, model, caches):
             raise Stopped
         gc.collect()  # a model holds itself in circles
-    return caches.open()[0].logps_PL2
+    return _Read(f"{LOGPS}/{directory.name}", caches.open()[0].logps_PL2)
 
 
 def _read(reading: _Reading, model: FixedModel, caches: RunCaches) -> bool:

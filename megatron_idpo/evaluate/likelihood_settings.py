@@ -1,7 +1,7 @@
 """What the layer curves in a directory were made of, so that nobody takes them for others."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,17 @@ from megatron_idpo.evaluate.text_file import write_text
 FILE = "settings.json"
 
 
-def write_made_of(directory: Path, config: RunConfig, models: Sequence[Subject]) -> None:
+def write_made_of(
+    directory: Path, config: RunConfig, models: Sequence[Subject], readings: Mapping[str, str]
+) -> None:
     """Write it down.
+
+    Args:
+        directory: of the curves.
+        config: that they are of.
+        models: that they are of.
+        readings: where in the directory the log-probabilities of the reference and of each model
+            are (`reference.parquet`, docs/reference.md).
 
     Raises:
         ConfigError: it cannot be written.
@@ -32,6 +41,7 @@ def write_made_of(directory: Path, config: RunConfig, models: Sequence[Subject])
         "dtype": config.model.dtype,
         "bootstrap_samples": config.evaluate.bootstrap_samples,
         "seed": config.evaluate.seed,
+        "readings": dict(readings),
     }
     write_text(directory / FILE, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
 

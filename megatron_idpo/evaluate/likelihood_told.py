@@ -43,7 +43,7 @@ def tell_curves(curves: Sequence[LayerCurves], directory: Path) -> None:
 
 def likelihood_table(curves: Sequence[LayerCurves]) -> Table:
     """Some layers of every model."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("model", overflow="fold")
     for name in ("layer", *_SHOWN):
         table.add_column(name, justify="right", no_wrap=True)
@@ -64,7 +64,7 @@ def _places(layers: Sequence[int]) -> list[int]:
 def _told(model: LayerCurves, name: str, place: int) -> Text:
     """`0.631 [0.602, 0.660]`; the interval is left out where it is not known."""
     one = model.estimates[name]
-    sign = "+" if name == "margin" else ""
+    form = "+.2f" if name == "margin" else ".3f"
     value, low, high = (array[place] for array in (one.value_L, one.low_L, one.high_L))
-    told = f"{value:{sign}.3f}"
-    return Text(told if isnan(low) else f"{told} [{low:{sign}.3f}, {high:{sign}.3f}]")
+    told = f"{value:{form}}"
+    return Text(told if isnan(low) else f"{told} [{low:{form}}, {high:{form}}]")

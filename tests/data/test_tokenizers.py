@@ -33,6 +33,24 @@ def test_identity_changes_with_the_template_and_survives_a_pickle(
     )
 
 
+def test_how_batches_are_padded_and_cut_is_no_part_of_it(
+    text_tokenizer_path: str, tmp_path: Path
+) -> None:
+    """TRL gives many a model a padding token, and then saves it: the tokens of a text stay."""
+    from transformers import AutoTokenizer
+
+    identity = load_tokenizer(text_tokenizer_path).vocabulary_identity
+    loaded = AutoTokenizer.from_pretrained(text_tokenizer_path)
+    loaded.pad_token = loaded.eos_token
+    loaded.backend_tokenizer.enable_truncation(4)
+    loaded.backend_tokenizer.enable_padding()
+    loaded.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).vocabulary_identity == identity
+    loaded.add_tokens(["a new word"])
+    loaded.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).vocabulary_identity != identity
+
+
 def test_control_tokens_are_known(chat_tokenizer: Tokenizer) -> None:
     assert chat_tokenizer.special_ids >= {0, 1, 2, 3}
     assert chat_tokenizer.decode([3]) == "<|im_end|>"

@@ -15,14 +15,22 @@ from megatron_idpo.evaluate.subjects import Subject
 
 
 def curves(
-    likelihood: list[float], agreement: list[float], *, width: float = 0.05, name: str = "dpo"
+    likelihood: list[float],
+    agreement: list[float],
+    *,
+    nats: list[float] | None = None,
+    width: float = 0.05,
+    name: str = "dpo",
 ) -> LayerCurves:
+    """A model's whose head reads every layer, unless `nats` says otherwise; chance is 5 nats."""
     nothing = np.zeros(len(likelihood))
     estimates = {quantity: Estimate(nothing, nothing, nothing) for quantity in QUANTITIES}
     for quantity, values in (("likelihood", likelihood), ("agreement", agreement)):
         value_L = np.array(values)
         estimates[quantity] = Estimate(value_L, value_L - width, value_L + width)
-    return LayerCurves(name, tuple(range(1, len(likelihood) + 1)), 200, 40, estimates)
+    if nats is not None:
+        estimates["nats_per_token"] = Estimate(np.array(nats), nothing, nothing)
+    return LayerCurves(name, tuple(range(1, len(likelihood) + 1)), 200, 40, 5.0, estimates)
 
 
 def test_a_layer_that_agrees_and_has_not_gained_comes_first() -> None:
@@ -47,6 +55,15 @@ def test_too_few_prompts_are_not_taken_for_no_agreement() -> None:
     few = curves([0.5, 0.6, 0.7], [0.5, 0.9, 1.0], width=np.nan)
     assert {advice.reason for advice in rank_layers(few)} == {"too few prompts to tell"}
     assert list(best_layers_told([few])) == ["dpo: no advice, too few prompts to tell"]
+
+
+def test_a_layer_that_the_head_cannot_read_comes_last() -> None:
+    found = rank_layers(
+        curves([0.5, 0.5, 0.6, 0.7], [0.9, 0.9, 0.3, 1.0], nats=[15.0, 5.1, 4.9, 2.5])
+    )
+    assert [advice.layer for advice in found] == [3, 2, 1]
+    assert [round(advice.score, 3) for advice in found] == [0.15, 0.0, 0.0]
+    assert found[1].reason == "the head cannot read it: 5.1 nats a token, 5.0 by chance"
 
 
 def test_without_a_gain_it_goes_by_the_layers_that_come_after() -> None:
@@ -86,7 +103,7 @@ def test_the_verb_reads_what_likelihood_left(
         directory / "likelihood.csv", [curves([0.5, 0.52, 0.6, 0.7], [0.1, 0.6, 0.9, 1.0])]
     )
     config = load_config(file, ["model.path=sft", "data.train=t"], optional=SECTIONS)
-    write_made_of(directory, config, [Subject("dpo", "runs/dpo/hf")])
+    write_made_of(directory, config, [Subject("dpo", "runs/dpo/hf")], {})
     assert main(file, []) == 0
     told = capsys.readouterr().out
     assert told.startswith("against sft, beta 0.1\n")

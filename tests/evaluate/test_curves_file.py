@@ -14,7 +14,7 @@ def made_up(name: str, layers: int = 3, seed: int = 0) -> LayerCurves:
     random = np.random.default_rng(seed)
     estimates = {name: Estimate(*random.normal(size=(3, layers))) for name in QUANTITIES}
     estimates["agreement"].value_L[0] = np.nan
-    return LayerCurves(name, tuple(range(1, layers + 1)), 200, 40, estimates)
+    return LayerCurves(name, tuple(range(1, layers + 1)), 200, 40, 5.77, estimates)
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -22,12 +22,8 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     write_curves(tmp_path / "new" / "likelihood.csv", written)
     found = read_curves(tmp_path / "new" / "likelihood.csv")
     for one, other in zip(written, found, strict=True):
-        assert (one.model, one.layers, one.pairs, one.prompts) == (
-            other.model,
-            other.layers,
-            other.pairs,
-            other.prompts,
-        )
+        told = [(m.model, m.layers, m.pairs, m.prompts, m.chance_nats) for m in (one, other)]
+        assert told[0] == told[1]
         for name in QUANTITIES:
             for mine, theirs in zip(
                 (one.estimates[name].value_L, one.estimates[name].low_L),

@@ -21,7 +21,7 @@ def curves(
         reference_PL2.astype(np.float32),
         np.full((pairs, 2), 10) if tokens_P2 is None else tokens_P2,
         np.arange(pairs),
-        **{"beta": 0.1, "samples": 200, "seed": 0, **settings},
+        **{"vocab_size": 320, "beta": 0.1, "samples": 200, "seed": 0, **settings},
     )
 
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError
 from megatron_idpo.evaluate.curves_file import read_curves
 from megatron_idpo.evaluate.layer_curves import LayerCurves
+from megatron_idpo.evaluate.likelihood_settings import read_made_of
+from megatron_idpo.reference.cache_files import read_table
 from megatron_idpo.testing import write_tiny_hf_model
 
 from ..oracle import sequence_logps
@@ -104,6 +106,10 @@ def test_it_is_what_the_oracle_says(
         found = other.estimates[name]
         np.testing.assert_allclose(found.value_L, expected_L, rtol=0, atol=TOLERANCE, err_msg=name)
         assert np.ptp(expected_L) > 20 * TOLERANCE, f"{name}: layers are to be told apart"
+    made_of = read_made_of(tmp_path / "out" / "likelihood")
+    assert made_of["readings"]["base"] == made_of["readings"]["the reference"]
+    kept = tmp_path / "out" / "likelihood" / made_of["readings"]["other"] / "reference.parquet"
+    assert read_table(kept, LAYERS).shape == (PAIRS, NUM_LAYERS, 2)
     assert curves["base"].is_reference
     assert (curves["base"].estimates["accuracy"].value_L == 0.5).all()
     printed = outcomes[0][1]
@@ -186,7 +192,9 @@ def test_models_that_cannot_be_compared_are_refused_together(
     write_tiny_hf_model(deeper, "llama", seed=1, **{**SIZES, "num_hidden_layers": 6})
     shutil.copytree(models.other, retokenised)
     tokenizer = retokenised / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text().replace('"ab"', '"zz"').replace('"a b"', '"z z"'))
+    settings = json.loads(tokenizer.read_text())
+    settings["pre_tokenizer"]["add_prefix_space"] = True
+    tokenizer.write_text(json.dumps(settings))
     subjects = {"deeper": str(deeper), "retokenised": str(retokenised)}
     file = evaluation_config(models, tmp_path / "out", subjects)
     with pytest.raises(ConfigError) as caught:

@@ -14,7 +14,8 @@ def test_it_names_all_that_curves_depend_on(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: {path: sft, dtype: fp32}\ndata: {train: t}\nobjective: {beta: 1.0}\n")
     models = [Subject("dpo", "runs/dpo/hf"), Subject("a", "sft", Path("adapter"))]
-    write_made_of(tmp_path / "out", load_config(file, optional=SECTIONS), models)
+    readings = {"the reference": "logps/1", "dpo": "logps/2", "a": "logps/3"}
+    write_made_of(tmp_path / "out", load_config(file, optional=SECTIONS), models, readings)
     assert read_made_of(tmp_path / "out") == {
         "reference": "sft",
         "models": {"dpo": "runs/dpo/hf", "a": "sft with adapter"},
@@ -23,6 +24,7 @@ def test_it_names_all_that_curves_depend_on(tmp_path: Path) -> None:
         "dtype": "fp32",
         "bootstrap_samples": 2000,
         "seed": 0,
+        "readings": readings,
     }
 
 

@@ -71,7 +71,7 @@ def curves(model: str, final: float, layers: int = DEPTH) -> LayerCurves:
     values = np.linspace(0.5, final, layers)
     width = 0.1 * (values - 0.5)
     estimates = {name: Estimate(values, values - width, values + width) for name in QUANTITIES}
-    return LayerCurves(model, tuple(range(1, layers + 1)), HELD_OUT, HELD_OUT, estimates)
+    return LayerCurves(model, tuple(range(1, layers + 1)), HELD_OUT, HELD_OUT, 10.0, estimates)
 
 
 def write_likelihood(output: Path, models: Mapping[str, float]) -> None:
