@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_idpo.errors import DataError
+from megatron_idpo.evaluate.counted import counted
+from megatron_idpo.evaluate.text_file import telling
 
 type Prompt = str | list[dict[str, Any]]
 """A text, or chat messages with `role` and `content`."""
@@ -115,23 +117,31 @@ def recover_answers(path: Path, *, wanted: int, batch_prompts: int) -> list[Answ
 
     Raises:
         DataError: a whole line is no answer, or there are more than wanted.
+        ConfigError: the file cannot be read, or cannot be cut off.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is half a line
+    with telling(path, "read"):
+        if not path.exists():
+            return []
+        text = path.read_bytes()
+    lines = text.split(b"\n")[:-1]  # what follows the last line break is half a line
     found = [_parsed(line, index, path) for index, line in enumerate(lines)]
     if len(found) > wanted:
-        told = f"has {len(found)} answers to {wanted} prompts"
+        told = f"has {counted(len(found), 'answer')} to {counted(wanted, 'prompt')}"
         raise DataError.at(str(path), told, "delete it and let `generate` write it anew")
     if len(found) < wanted:
         found = found[: len(found) - len(found) % batch_prompts]
-    _cut(path, sum(len(line) + 1 for line in lines[: len(found)]))
+    with telling(path, "written"):
+        _cut(path, sum(len(line) + 1 for line in lines[: len(found)]))
     return found
 
 
 def append_answers(path: Path, answers: Sequence[Answer]) -> None:
-    """Add a batch; it is on the disk afterwards."""
-    with path.open("ab") as file:
+    """Add a batch; it is on the disk afterwards.
+
+    Raises:
+        ConfigError: it cannot be written. `recover_answers` heals what there is of it.
+    """
+    with telling(path, "written"), path.open("ab") as file:
         file.write("".join(answer.line() for answer in answers).encode())
         file.flush()
         os.fsync(file.fileno())

@@ -8,10 +8,12 @@ that are there stay what they are when a library is updated.
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_idpo.errors import DataError
+from megatron_idpo.evaluate.text_file import telling
 
 Settings = Mapping[str, Mapping[str, Any]]
 """Section -> field -> value as JSON has it."""
@@ -66,13 +68,16 @@ def read_settings(path: Path) -> Settings | None:
     """What made the answers; None where it was not told.
 
     Raises:
-        DataError: the file cannot be read.
+        ConfigError: the file cannot be read.
+        DataError: it holds something else.
     """
+    with telling(path, "read"):
+        if not path.exists():
+            return None
+        text = path.read_bytes()
     try:
-        values = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
+        values = json.loads(text)
+    except ValueError as error:
         told = f"cannot be read: {error}"
         raise DataError.at(str(path), told, "delete it and its answers") from None
     if not isinstance(values, dict) or not all(isinstance(part, dict) for part in values.values()):
@@ -81,13 +86,23 @@ def read_settings(path: Path) -> Settings | None:
 
 
 def write_settings(path: Path, settings: Settings) -> None:
-    """Write the file whole or not at all."""
+    """Write the file whole or not at all; it is on the disk afterwards.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     growing = path.with_name(f".{path.name}.incomplete")
-    with growing.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    growing.rename(path)
+    with telling(path, "written"):
+        try:
+            with growing.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            growing.rename(path)
+        except OSError:
+            with suppress(OSError):  # the first error is the one to tell
+                growing.unlink()
+            raise
 
 
 def _flat(settings: Settings) -> Iterator[tuple[str, Any]]:

@@ -38,7 +38,7 @@ class Weights:
 
 
 class Engine(Protocol):
-    """A loaded model; a context manager, after which its memory is free."""
+    """A loaded model, which whoever made it closes (`contextlib.closing`)."""
 
     def answer(self, first: int, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Answer one batch.
@@ -52,7 +52,7 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Let go of the model; its memory is free afterwards, and nothing can be answered."""
 
 
 def choose_engine(wanted: Literal["auto", "transformers", "vllm"]) -> EngineName:

@@ -8,8 +8,10 @@ Shapes: B prompts of a batch, T tokens so far with padding, V the vocabulary.
 """
 
 import gc
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +26,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from megatron_idpo.errors import CheckpointError, ConfigError
+from megatron_idpo.evaluate.counted import counted
 from megatron_idpo.evaluate.engine import Sampling, Weights, derived_seed
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_APART = ("vblora_vector_bank", "prompt_encoder", "prompt_embeddings")
+"""Parts of names that PEFT saves in another way than it holds them."""
 
 
 class TransformersEngine:
@@ -36,7 +41,8 @@ class TransformersEngine:
         """Load the model.
 
         Raises:
-            CheckpointError: it cannot be loaded, or some weights are missing.
+            CheckpointError: it cannot be loaded, weights are missing, or an adapter is of another
+                model.
         """
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = _load(weights, self._device)
@@ -99,10 +105,12 @@ class PaddedScores(LogitsProcessor):
         """Scores of the next token [B, V] after the tokens so far [B, T].
 
         Raises:
-            CheckpointError: a score is NaN.
+            CheckpointError: a score is NaN or infinite, or no token is possible.
         """
-        if bool(scores.isnan().any()):
-            told = "the model's output is no number (NaN)"
+        best_B = scores.amax(dim=-1)  # NaN if there is one; single scores may be -inf
+        if not bool(best_B.isfinite().all()):
+            kind = "NaN" if bool(best_B.isnan().any()) else "infinite"
+            told = f"the model's output is no number ({kind})"
             raise CheckpointError.at(self._place, told, "set model.dtype to bf16 or fp32")
         if self._penalty is None:
             return scores
@@ -140,7 +148,8 @@ def _load(weights: Weights, device: torch.device) -> Any:
     """The model, every weight of it read.
 
     Raises:
-        CheckpointError: it cannot be loaded, or some weights are missing.
+        CheckpointError: it cannot be loaded, weights are missing, or an adapter is of another
+            model.
     """
     place = str(weights.directory)
     try:
@@ -153,20 +162,51 @@ def _load(weights: Weights, device: torch.device) -> Any:
             )
         # `generate` would fill what is unset from the model's own, a top_k nobody asked for, say.
         model.generation_config = GenerationConfig()
-        missing = sorted(info["missing_keys"])
-        if not missing and weights.adapter is not None:
-            from peft import PeftModel
-
-            place = str(weights.adapter)
-            model = PeftModel.from_pretrained(model, weights.adapter, autocast_adapter_dtype=False)
     # The library raises whatever the file at hand leads to.
     except Exception as error:
         told = f"cannot be loaded: {type(error).__name__}: {error}"
         raise CheckpointError.at(place, told, "name a causal language model's directory") from error
-    if missing:
-        told = f"lacks {len(missing)} weights, {missing[0]} for one"
+    if missing := sorted(info["missing_keys"]):
+        told = f"lacks {counted(len(missing), 'weight')}, {missing[0]} for one"
         raise CheckpointError.at(place, told, "name a complete model's directory")
+    if weights.adapter is not None:
+        model = _with_adapter(model, weights.adapter)
     return model.eval().to(device)
+
+
+def _with_adapter(model: Any, directory: Path) -> Any:
+    """The model with an adapter that has a tensor for every place, and none besides.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or is of another model.
+    """
+    from peft import PeftModel
+
+    place, remedy = str(directory), "name the model that the adapter was trained on"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+            model = PeftModel.from_pretrained(model, directory, autocast_adapter_dtype=False)
+        # Only loading it again says which names did not fit.
+        found = model.load_adapter(directory, model.active_adapter, autocast_adapter_dtype=False)
+    except Exception as error:  # likewise
+        told = f"cannot be loaded: {type(error).__name__}: {error}"
+        raise CheckpointError.at(place, told, remedy) from error
+    problems = []
+    kinds = {"lacks {}": found.missing_keys, "has {} too many": found.unexpected_keys}
+    for what, keys in kinds.items():
+        names = [
+            key.replace(f".{model.active_adapter}", "")
+            for key in keys
+            if not any(part in key for part in _APART)
+        ]
+        if names:
+            more = ", ..." if len(names) > 2 else ""
+            number = what.format(counted(len(names), "tensor"))
+            problems.append(f"{number}: {', '.join(names[:2])}{more}")
+    if problems:
+        raise CheckpointError.at(place, "; ".join(problems), remedy)
+    return model
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from megatron_idpo.evaluate.answers import (
     settings_file,
 )
 from megatron_idpo.evaluate.answers_settings import write_settings
+from megatron_idpo.evaluate.counted import counted
 from megatron_idpo.evaluate.engine import Engine, EngineName, Weights, device_name
 from megatron_idpo.evaluate.generate_models import open_answering
 from megatron_idpo.evaluate.generate_progress import GenerateProgress, summary
@@ -46,8 +47,12 @@ def generate(
     tasks = [make_task(config, model, tokenizer, records, output, engine) for model in models]
     for task in tasks:
         check_settings(task)
+        if task.tokenizer is not tokenizer:
+            name = task.model.name
+            print(f"{name} is asked through its own tokenizer and chat template", flush=True)
     for task in tasks:
         with _only_writer(task.path):
+            check_settings(task)  # another process may have written since
             _answer(task)
     return 0
 
@@ -108,7 +113,7 @@ def _only_writer(path: Path) -> Iterator[None]:
     """Nobody else writes the file meanwhile.
 
     Raises:
-        ConfigError: somebody does, or the directory cannot be written.
+        ConfigError: somebody does, or the directory cannot be written, or has no locks.
     """
     from filelock import FileLock, Timeout
 
@@ -117,12 +122,19 @@ def _only_writer(path: Path) -> Iterator[None]:
     except OSError as error:
         told = f"{path.parent} cannot be made: {error.strerror}"
         raise ConfigError.at("evaluate.output", told, "name another directory") from None
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file, timeout=0)
     try:
         lock.acquire()
     except Timeout:
         remedy = "wait for it, or name another directory in evaluate.output"
         raise ConfigError.at(str(path), "another process is writing it", remedy) from None
+    except OSError as error:
+        told = f"{file} cannot be written: {error.strerror or error}"
+        raise ConfigError.at("evaluate.output", told, "name another directory") from None
+    except NotImplementedError:  # so `filelock` told ENOSYS
+        told = f"{file} cannot be written: the file system has no locks"
+        raise ConfigError.at("evaluate.output", told, "name another directory") from None
     try:
         yield
     finally:
@@ -133,13 +145,17 @@ def _told_prompts(
     records: Sequence[PromptRecord], skipped: int, tokenizer: Tokenizer, engine: EngineName
 ) -> str:
     """What will be answered, by what; what was left out; that text is not asked as a chat."""
-    told = f"{len(records):,} prompts, answered by {engine} on {device_name()}"
+    told = f"{counted(len(records), 'prompt')}, answered by {engine} on {device_name()}"
     if skipped:
-        told += f"\n{skipped:,} rows without a prompt were skipped (data.on_bad_row)"
+        were = "was" if skipped == 1 else "were"
+        told += f"\n{counted(skipped, 'row')} without a prompt {were} skipped (data.on_bad_row)"
     texts = sum(isinstance(record.prompt, str) for record in records)
     if texts and tokenizer.has_chat_template:
+        which = "is text and is continued as it is; to ask it"
+        if texts > 1:
+            which = "are text and are continued as they are; to ask them"
         told += (
-            f"\n{texts:,} prompts are text and are continued as they are; to ask them through the "
-            "chat template, give messages, or set data.format to chat"
+            f"\n{counted(texts, 'prompt')} {which} through the chat template, "
+            "give messages, or set data.format to chat"
         )
     return told

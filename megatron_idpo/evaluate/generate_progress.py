@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from megatron_idpo.evaluate.answers import Answer
+from megatron_idpo.evaluate.counted import counted
 
 _LINE_S = 15.0
 
@@ -104,6 +105,5 @@ def summary(name: str, answers: Sequence[Answer]) -> str:
     """How many answers a model gave, how long they are, and how many it ended by itself."""
     mean_tokens = sum(answer.answer_tokens for answer in answers) / len(answers)
     complete = sum(answer.is_complete for answer in answers) / len(answers)
-    return (
-        f"{name}: {len(answers):,} answers, {mean_tokens:,.1f} tokens each, {complete:.0%} complete"
-    )
+    told = counted(len(answers), "answer")
+    return f"{name}: {told}, {mean_tokens:,.1f} tokens each, {complete:.0%} complete"

@@ -28,6 +28,7 @@ from megatron_idpo.evaluate.engine import (
 from megatron_idpo.evaluate.generate_models import AnsweringModel, identities, tokenizer_of
 from megatron_idpo.evaluate.prompt_tokens import prompt_tokens, stop_tokens
 from megatron_idpo.evaluate.prompts import PromptRecord
+from megatron_idpo.evaluate.text_file import telling
 
 _LONG_TOLD = 5
 
@@ -166,8 +167,10 @@ def check_settings(task: Task) -> None:
 
     Raises:
         DataError: naming every part in which they are not.
+        ConfigError: they cannot be read.
     """
-    lines = task.path.read_bytes().count(b"\n") if task.path.exists() else 0
+    with telling(task.path, "read"):
+        lines = task.path.read_bytes().count(b"\n") if task.path.exists() else 0
     if not lines:
         return
     there = read_settings(settings_file(task.path))

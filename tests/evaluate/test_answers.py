@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.errors import DataError
+from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.evaluate.answers import (
     Answer,
     answers_file,
@@ -101,5 +101,27 @@ def test_no_file_has_no_answers(path: Path) -> None:
 
 def test_more_answers_than_prompts_are_refused(path: Path) -> None:
     append_answers(path, [answer(0), answer(1)])
-    with pytest.raises(DataError, match="has 2 answers to 1 prompts"):
+    with pytest.raises(DataError, match="has 2 answers to 1 prompt;"):
         recover_answers(path, wanted=1, batch_prompts=1)
+
+
+def test_what_the_system_refuses_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.symlink_to("/dev/full")
+    with pytest.raises(
+        ConfigError, match=r"m-1\.5\.jsonl cannot be written: No space left"
+    ) as told:
+        append_answers(path, [answer(0)])
+    assert [problem.place for problem in told.value.problems] == ["evaluate.output"]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match=r"m-1\.5\.jsonl cannot be read: Is a directory"):
+        recover_answers(path, wanted=1, batch_prompts=1)
+    path.rmdir()
+    path.write_text("half a line")
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(ConfigError, match=r"m-1\.5\.jsonl cannot be written: Input/output error"):
+        recover_answers(path, wanted=1, batch_prompts=1)
+
+
+def refuse(file: int) -> None:
+    raise OSError(5, "Input/output error")

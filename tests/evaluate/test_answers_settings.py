@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.errors import DataError
+from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.evaluate.answers_settings import differences, read_settings, write_settings
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -73,3 +73,13 @@ def test_a_damaged_file_is_told(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(DataError, match=r"m\.settings\.json"):
         read_settings(path)
+
+
+def test_what_the_system_refuses_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "m.settings.json"
+    path.mkdir()
+    with pytest.raises(ConfigError, match=r"m\.settings\.json cannot be read: Is a directory"):
+        read_settings(path)
+    with pytest.raises(ConfigError, match=r"m\.settings\.json cannot be written: Is a directory"):
+        write_settings(path, SETTINGS)
+    assert list(tmp_path.iterdir()) == [path]

@@ -122,6 +122,23 @@ def test_weights_are_held_as_wanted(directory: Path, dtype: str, held: torch.dty
     assert {parameter.dtype for parameter in model._model.parameters()} == {held}
 
 
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        ([0.0, torch.inf, 0.0], "no number (infinite)"),
+        ([torch.nan, torch.inf, 0.0], "no number (NaN)"),
+        ([-torch.inf] * 3, "no number (infinite)"),
+    ],
+)
+def test_scores_that_nothing_can_be_drawn_from_are_an_error(scores: list[float], told: str) -> None:
+    fine = [0.0, -torch.inf, 1.0]  # one token is ruled out
+    check = PaddedScores(torch.tensor([[1], [1]]), 1.0, "m")
+    check(torch.tensor([[4], [5]]), torch.tensor([fine, fine]))
+    with pytest.raises(CheckpointError) as caught:
+        check(torch.tensor([[4], [5]]), torch.tensor([fine, scores]))
+    assert told in str(caught.value)
+
+
 def test_output_that_is_no_number_is_an_error(directory: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -140,7 +157,7 @@ def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     weights = load_file(path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 weight, model\.layers\.1\.mlp\.up_proj"):
         engine(path, GREEDY)
 
 
@@ -174,3 +191,33 @@ def test_an_adapter_answers_as_the_merged_model(directory: Path, tmp_path: Path)
     assert found != engine(directory, GREEDY).answer(0, PROMPTS)
     half = engine(directory, GREEDY, adapter=adapter, dtype="bf16")
     assert {parameter.dtype for parameter in half._model.parameters()} == {torch.bfloat16}
+
+
+def test_an_adapter_of_another_depth_is_refused(
+    directory: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    adapter = write_adapter(directory, tmp_path / "adapter")
+    deep, flat = (write_model(tmp_path / str(n), num_hidden_layers=n) for n in (3, 1))
+    layer = r"base_model\.model\.model\.layers\.{}\.[a-z_.]+\.lora_A\.weight, .*lora_B.*, \.\.\.;"
+    lacks = r"adapter: lacks 4 tensors: " + layer.format(2)
+    with pytest.raises(CheckpointError, match=lacks):
+        engine(deep, GREEDY, adapter=adapter)
+    spare = r"adapter: has 4 tensors too many: " + layer.format(1)
+    with pytest.raises(CheckpointError, match=spare):
+        engine(flat, GREEDY, adapter=adapter)
+    wide = write_model(tmp_path / "wide", hidden_size=64)
+    with pytest.raises(CheckpointError, match=r"adapter: cannot be loaded(.|\n)*was trained on$"):
+        engine(wide, GREEDY, adapter=adapter)
+    assert not any("missing adapter keys" in str(warning.message) for warning in recwarn)
+
+
+def test_an_adapter_whose_tensors_are_saved_apart_is_no_other_models(
+    directory: Path, tmp_path: Path
+) -> None:
+    """PEFT saves VB-LoRA's one bank of vectors once and holds it in every layer."""
+    from peft import VBLoRAConfig, get_peft_model
+
+    options = {"r": 2, "num_vectors": 8, "vector_length": 8, "target_modules": ["q_proj"]}
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    get_peft_model(base, VBLoRAConfig(**options)).save_pretrained(tmp_path)
+    engine(directory, GREEDY, adapter=tmp_path)

@@ -18,6 +18,8 @@ from .tiny_answers import (
     CHATML,
     QUESTIONS,
     TURN_END,
+    answered,
+    unread,
     user,
     write_config,
     write_model,
@@ -34,10 +36,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "m", initializer_range=0.2)
 
 
-def answered(root: Path, name: str = "one") -> bytes:
-    return answers_file(root / "out", name).read_bytes()
-
-
 def interrupted(after: int) -> Any:
     """Ctrl-C when so many batches are answered."""
     answer: Callable[..., Tokens] = TransformersEngine.answer
@@ -50,11 +48,6 @@ def interrupted(after: int) -> Any:
         return answer(self, first, prompts)
 
     return patch.object(TransformersEngine, "answer", answer_some)
-
-
-def unread() -> Any:
-    """It is a mistake to load a model."""
-    return patch.object(TransformersEngine, "__init__", side_effect=AssertionError("loaded"))
 
 
 def test_every_model_answers_every_prompt(
@@ -190,15 +183,6 @@ def test_an_unfinished_file_wants_the_same_versions(model: Path, tmp_path: Path)
         main(config, [])
 
 
-def test_two_processes_do_not_write_one_file(model: Path, tmp_path: Path) -> None:
-    from filelock import FileLock
-
-    path = answers_file(tmp_path / "out", "one")
-    path.parent.mkdir(parents=True)
-    with FileLock(path.with_name(".one.jsonl.lock")), pytest.raises(ConfigError, match="another"):
-        main(write_config(tmp_path, model), [])
-
-
 def test_a_prompt_without_room_for_its_answer_is_refused(model: Path, tmp_path: Path) -> None:
     texts = ["x" * length for length in (10, 300, 20, 200, 230)]
     prompts = write_records(tmp_path / "p.jsonl", [{"prompt": text} for text in texts])
@@ -219,7 +203,8 @@ def test_skipped_rows_are_counted(
     data = {"train": "unread.jsonl", "on_bad_row": "skip"}
     main(write_config(tmp_path, model, generate={"prompts": prompts}, data=data), [])
     printed = capsys.readouterr().out
-    assert "1 prompts, answered" in printed and "1 rows without a prompt were skipped" in printed
+    assert "1 prompt, answered" in printed and "1 row without a prompt was skipped" in printed
+    assert "one: 1 answer, " in printed
 
 
 def test_text_is_said_not_to_be_asked_as_a_chat(
@@ -227,7 +212,7 @@ def test_text_is_said_not_to_be_asked_as_a_chat(
 ) -> None:
     prompts = write_records(tmp_path / "p.jsonl", [{"prompt": "Why?"}])
     main(write_config(tmp_path, model, generate={"prompts": prompts}), [])
-    assert "1 prompts are text and are continued as they are" in capsys.readouterr().out
+    assert "1 prompt is text and is continued as it is; to ask it " in capsys.readouterr().out
     assert read_answers(answers_file(tmp_path / "out", "one"))[0].prompt == "Why?"
 
 
@@ -282,7 +267,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(model: Path, tmp_path: Pa
 
 
 def test_a_model_of_another_vocabulary_is_asked_in_its_own_tokens(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: dict[str, Tokens] = {}
 
@@ -302,6 +287,10 @@ def test_a_model_of_another_vocabulary_is_asked_in_its_own_tokens(
     config = write_config(tmp_path, model, evaluate={"models": subjects})
     with patch.object(TransformersEngine, "answer", answer):
         main(config, [])
+        printed = capsys.readouterr().out.splitlines()
+        [told] = [line for line in printed if "own tokenizer" in line]
+        assert told == "other is asked through its own tokenizer and chat template"
+        assert printed.index(told) < min(n for n, line in enumerate(printed) if "answers," in line)
         mine, alike, own = asked.values()
         assert mine == alike != own
         shutil.rmtree(tmp_path / "out")

@@ -1,11 +1,12 @@
 """Small files of results: whole, replaced, and told where they cannot be."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.text_file import write_text
+from megatron_idpo.evaluate.text_file import telling, write_text
 
 
 def test_it_appears_in_a_new_directory_and_replaces(tmp_path: Path) -> None:
@@ -20,10 +21,32 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
     path = tmp_path / "advice.md"
     write_text(path, "first")
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(ConfigError, match=r"evaluate\.output: cannot write .*No space left"):
         write_text(path, "second")
     assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_processes_do_not_share_a_file_that_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grown = []
+    monkeypatch.setattr("os.replace", lambda fresh, path: grown.append(fresh))
+    write_text(tmp_path / "advice.md", "mine")
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    write_text(tmp_path / "advice.md", "theirs")
+    assert [file.read_text() for file in grown] == ["mine", "theirs"]
+
+
+@pytest.mark.parametrize("done", ["read", "written"])
+def test_what_the_system_refuses_is_told(tmp_path: Path, done: Literal["read", "written"]) -> None:
+    with (
+        pytest.raises(ConfigError, match=rf"^evaluate\.output: {tmp_path} cannot be {done}: No"),
+        telling(tmp_path, done),
+    ):
+        full()
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")

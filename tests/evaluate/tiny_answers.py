@@ -8,11 +8,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_idpo.evaluate.answers import answers_file
+from megatron_idpo.evaluate.engine_transformers import TransformersEngine
 from megatron_idpo.testing import write_tiny_hf_model
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -96,3 +99,13 @@ def write_config(root: Path, model: Path, **sections: Any) -> Path:
     path = root / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+def answered(root: Path, name: str = "one") -> bytes:
+    """The file of a model's answers."""
+    return answers_file(root / "out", name).read_bytes()
+
+
+def unread() -> Any:
+    """It is a mistake to load a model."""
+    return patch.object(TransformersEngine, "__init__", side_effect=AssertionError("loaded"))

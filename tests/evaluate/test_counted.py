@@ -1,0 +1,12 @@
+"""Numbers of things, in words."""
+
+import pytest
+
+from megatron_idpo.evaluate.counted import counted
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1234, "1,234 rows")]
+)
+def test_one_is_singular(number: int, told: str) -> None:
+    assert counted(number, "row") == told

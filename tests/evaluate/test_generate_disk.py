@@ -1,0 +1,115 @@
+"""`generate` where somebody else writes too, and where the disk refuses."""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from filelock import FileLock
+
+from megatron_idpo.errors import ConfigError, DataError
+from megatron_idpo.evaluate.answers import (
+    Answer,
+    answers_file,
+    append_answers,
+    read_answers,
+    settings_file,
+)
+from megatron_idpo.evaluate.engine_transformers import TransformersEngine
+from megatron_idpo.evaluate.generate_main import main
+
+from .tiny_answers import QUESTIONS, answered, unread, user, write_config, write_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
+    return write_model(tmp_path_factory.mktemp("model") / "m", initializer_range=0.2)
+
+
+def test_two_processes_do_not_write_one_file(model: Path, tmp_path: Path) -> None:
+    path = answers_file(tmp_path / "out", "one")
+    path.parent.mkdir(parents=True)
+    with FileLock(path.with_name(".one.jsonl.lock")), pytest.raises(ConfigError, match="another"):
+        main(write_config(tmp_path, model), [])
+
+
+def test_answers_of_another_kind_written_meanwhile_are_refused(model: Path, tmp_path: Path) -> None:
+    """While the first model answers, another process writes the second one's."""
+    two = answers_file(tmp_path / "out", "two")
+    subjects = {"one": str(model), "two": str(model)}
+    config = write_config(tmp_path, model, evaluate={"models": subjects})
+
+    def answer(self: Any, first: int, prompts: Any) -> list[list[int]]:
+        if not two.exists():
+            settings = json.loads(settings_file(answers_file(tmp_path / "out", "one")).read_text())
+            settings["sampling"]["temperature"] = 0.7
+            settings_file(two).write_text(json.dumps(settings))
+            two.write_text(Answer(0, "p:1", user(QUESTIONS[0]), "Theirs.", 3, True).line())
+        return [[76, 1] for _ in prompts]
+
+    with (
+        patch.object(TransformersEngine, "answer", answer),
+        pytest.raises(
+            DataError, match=r"two\.jsonl.*generate\.temperature is 0\.7 there, 0\.3 here"
+        ),
+    ):
+        main(config, [])
+    assert (
+        "Theirs." in two.read_text()
+        and len(read_answers(answers_file(tmp_path / "out", "one"))) == 5
+    )
+
+
+def test_a_full_disk_is_told_and_the_file_goes_on(model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, model)
+    main(config, [])
+    whole = answered(tmp_path)
+    path = answers_file(tmp_path / "out", "one")
+    path.unlink()
+    half = sum(map(len, whole.splitlines(keepends=True)[:2])) + 20
+
+    def append_some(file: Path, answers: Any) -> None:
+        with small_files(half):
+            append_answers(file, answers)
+
+    with (
+        patch("megatron_idpo.evaluate.generate.append_answers", append_some),
+        pytest.raises(ConfigError, match=r"output: .*one\.jsonl cannot be written: File too large"),
+    ):
+        main(config, [])
+    assert path.read_bytes() == whole[:half]
+    main(config, [])
+    assert answered(tmp_path) == whole
+
+
+@contextmanager
+def small_files(size_bytes: int) -> Iterator[None]:
+    """This process cannot write longer files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_the_system_refuses_is_told(model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, model)
+    path = answers_file(tmp_path / "out", "one")
+    path.mkdir(parents=True)
+    with unread(), pytest.raises(ConfigError, match=r"output: .*jsonl cannot be read: Is a dir"):
+        main(config, [])
+    path.rmdir()
+    path.with_name(".one.jsonl.lock").mkdir()
+    with unread(), pytest.raises(ConfigError, match=r"output: .*\.lock cannot be written: .*dir"):
+        main(config, [])
+    with (
+        patch("filelock.FileLock.acquire", side_effect=NotImplementedError),
+        pytest.raises(ConfigError, match=r"\.lock cannot be written: the file system has no locks"),
+    ):
+        main(config, [])
