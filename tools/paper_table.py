@@ -190,6 +190,8 @@ def _check(options: argparse.Namespace) -> None:
             option = OURS.get(name)
             remedy = f"use {option}" if option else "leave it out"
             problems.append(Problem(name, "is set by the table", remedy))
+        elif name != "judge" and any(field.startswith(f"{name}.") for field in OURS):
+            problems.append(Problem(name, "is partly set by the table", "set single fields of it"))
     if options.random_split and options.table != "sdpo":
         problems.append(Problem("--random-split", "belongs to sdpo", "leave it out"))
     if options.table == "sdpo" and options.data and len(options.data) != 2:
@@ -282,8 +284,10 @@ def wins_table(evaluation: Path, *, has_judge: bool) -> list[str]:
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    paper_told = f"paper: {INTERMEDIATE_PAPER}, of Mistral-7B by GPT-4; intervals from its counts."
-    return [*lines, told, paper_told]
+    whose = (
+        f"paper: {INTERMEDIATE_PAPER}, of Mistral-7B by GPT-4; its intervals are our arithmetic."
+    )
+    return [*lines, told, whose]
 
 
 def _shares(share: float | None, low: float | None, high: float | None) -> tuple[str, str]:

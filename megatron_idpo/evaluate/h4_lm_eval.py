@@ -8,6 +8,7 @@ follow.
 import importlib.metadata
 import io
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -74,6 +75,7 @@ class LmEval:
         """
         import torch
 
+        self._path = subject.path
         dtype = str(model.torch_dtype()).removeprefix("torch.")
         adapter = {} if subject.adapter is None else {"peft": str(subject.adapter)}
         with _quiet():
@@ -88,8 +90,9 @@ class LmEval:
                     batch_size=batch_size,
                     **adapter,
                 )
-            except (OSError, ValueError, KeyError) as error:
-                told = f"Transformers cannot load it: {error}"
+            # The libraries raise whatever the files at hand lead to, or PEFT's not being there.
+            except Exception as error:
+                told = f"Transformers cannot load it: {type(error).__name__}: {error}"
                 remedy = "name a complete Hugging Face model, with its tokenizer"
                 raise CheckpointError.at(subject.path, told, remedy) from error
 
@@ -102,6 +105,7 @@ class LmEval:
             limit: only so many, the first ones; of MMLU in each subject.
 
         Raises:
+            CheckpointError: the model's outputs are no numbers.
             ConfigError: the hub does not give the items; the GPU's memory is too small.
             DataError: local ones cannot be asked.
         """
@@ -120,6 +124,10 @@ class LmEval:
                 raise ConfigError.at("h4.batch_size", told, "set a smaller one") from None
         figures = found["results"][result_name(task, items)]
         value, stderr = (figures.get(f"{task.metric}{end},none") for end in ("", "_stderr"))
+        if not math.isfinite(value):
+            told = f"gives {task.title} no figure ({value}): its outputs are no numbers"
+            remedy = "see whether it is whole, or set model.dtype to fp32"
+            raise CheckpointError.at(self._path, told, remedy)
         return Measured(
             metric=task.shown,
             value=float(value),

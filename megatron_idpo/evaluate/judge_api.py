@@ -1,10 +1,11 @@
 """A judge behind an OpenAI-compatible endpoint: many requests at once, each until it has a verdict.
 
 What may pass (a server's error, a lost connection, no answer in time, an answer without a verdict)
-uses up an attempt. A rate limit uses up none: it is waited out, by all requests together. What will
-not pass (a wrong key, no such model) ends everything at once, and so does a row of questions
-without any verdict: paying for the rest would be of no use. Only questions that the endpoint cannot
-take (too long for it) cost nothing, and those that failed in an earlier start are known to be bad.
+uses up an attempt. A rate limit uses up none: it is waited out, by all requests together. A
+question waits for an hour in all, at most. What will not pass (a wrong key, no such model) ends
+everything at once, and so does a row of questions without any verdict: paying for the rest would be
+of no use. Only questions that the endpoint cannot take (too long for it) cost nothing, and those
+that failed in an earlier start are known to be bad.
 """
 
 import asyncio
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 GIVE_UP_AFTER = 10
 """Questions in a row without a verdict."""
 
-LONGEST_LIMIT_S = 3600.0
-"""Of waiting for rate limits; what takes longer is a quota, and somebody should know."""
+LONGEST_WAIT_S = 3600.0
+"""Of a question; what takes longer is a quota, and somebody should know."""
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 60.0
@@ -112,7 +113,7 @@ class ApiJudge:
         """
         chat = self._template.chat(question.prompt, *question.shown)
         attempts = limits = 0
-        limited_s = 0.0
+        waited_s = 0.0
         used = [0, 0]
         note = text = ""
         letter: Letter | None = None
@@ -120,28 +121,24 @@ class ApiJudge:
         while letter is None and attempts < self._settings.max_attempts:
             await self._pace.turn()
             found = await self._request(client, chat)
-            if isinstance(found, Trouble) and found.is_limit:
-                wait_s = _growing(limits) if found.wait_s is None else found.wait_s
-                limits, limited_s, note = limits + 1, limited_s + wait_s, found.reason
-                self._check_wait(wait_s, found.reason)
-                self._pace.hold(wait_s)
-                if wait_s >= _TOLD_WAIT_S:
-                    self._say(f"rate limit: waiting for {wait_s:.0f} s ({found.reason})")
-                if limited_s > LONGEST_LIMIT_S:
-                    break
-                continue
-            attempts += 1
             if isinstance(found, Reply):
+                attempts += 1
                 used = [used[0] + found.input_tokens, used[1] + found.output_tokens]
                 text, letter = found.text, self._template.letter(found.text)
                 note = self._answer_note(found, is_verdict=letter is not None)
                 continue  # without a pause: the endpoint is well
             note, is_hopeless = found.reason, not found.may_pass
-            if is_hopeless:
+            limits, attempts = limits + found.is_limit, attempts + (not found.is_limit)
+            if is_hopeless or attempts == self._settings.max_attempts:
                 break
-            if attempts < self._settings.max_attempts:
-                self._check_wait(found.wait_s or 0.0, found.reason)
-                await self._sleep(max(_growing(attempts - 1), found.wait_s or 0.0))
+            wait_s = self._wait_s(found, (limits if found.is_limit else attempts) - 1)
+            waited_s += wait_s
+            if waited_s > LONGEST_WAIT_S:
+                break
+            if found.is_limit:
+                self._pace.hold(wait_s)
+            else:
+                await self._sleep(wait_s)
         verdict = question.verdict(
             letter,
             note=note,
@@ -194,16 +191,26 @@ class ApiJudge:
             return reply.why_silent or "the judge's answer does not end with a verdict"
         return "" if "temperature" in self._options else "at the endpoint's own temperature"
 
-    def _check_wait(self, seconds: float, reason: str) -> None:
-        """Nobody sits through a quota.
+    def _wait_s(self, trouble: Trouble, number: int) -> float:
+        """How long the endpoint is left alone: as it says, else longer with each trouble.
+
+        Args:
+            trouble: of the last request.
+            number: troubles of this kind that the question had before.
 
         Raises:
-            ConfigError: it lasts too long.
+            ConfigError: so long that it is a quota, which nobody sits through.
         """
-        if seconds > LONGEST_LIMIT_S:
-            told = f"{self._endpoint.url} wants {seconds / 3600:.1f} hours of waiting ({reason})"
+        # An endpoint that says 0 and goes on refusing would be asked without end.
+        wait_s = max(trouble.wait_s, _FIRST_PAUSE_S) if trouble.wait_s else _growing(number)
+        if wait_s > LONGEST_WAIT_S:
+            told = f"{self._endpoint.url} wants {wait_s / 3600:.1f} hours of waiting"
             remedy = "what was judged is kept: start the same command again then"
-            raise ConfigError.at("judge.base_url", told, remedy)
+            raise ConfigError.at("judge.base_url", f"{told} ({trouble.reason})", remedy)
+        if wait_s >= _TOLD_WAIT_S:
+            what = "rate limit: " if trouble.is_limit else ""
+            self._say(f"{what}waiting for {wait_s:.0f} s ({trouble.reason})")
+        return wait_s
 
     def _notice(self, verdict: Verdict) -> None:
         """Give up where one question after the other stays without a verdict.

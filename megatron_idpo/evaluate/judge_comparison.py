@@ -116,6 +116,11 @@ def _pairs(config: RunConfig) -> list[tuple[str, str]]:
         Problem("judge.compare", f"names {name}", f"the models are {', '.join(names)}")
         for name in unknown
     ]
+    problems += [
+        Problem("judge.compare", f"names {a} and {b} in both directions", "keep one of them")
+        for a, b in dict.fromkeys(config.judge.compare)
+        if a < b and (b, a) in config.judge.compare
+    ]
     if not config.judge.compare:
         problems = [Problem("judge.compare", "is empty", "name pairs, or leave it out")]
     if problems:

@@ -52,12 +52,11 @@ def reply_of(body: str, endpoint: Endpoint) -> Reply | Trouble:
         values = json.loads(body)
         choice = values["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
-        text = message.get("content")
+        text = endpoint.scrubbed(_text(message.get("content")))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         start = endpoint.scrubbed(body)[:_REASON_CHARACTERS]
         return Trouble(f"the response is no chat completion: {start!r}")
     usage = values.get("usage")
-    text = endpoint.scrubbed(text) if isinstance(text, str) else ""
     silent = ""
     if finish == "length":
         silent = "the judge's answer was cut off: raise judge.max_tokens"
@@ -112,6 +111,14 @@ def _of_status(
     if status == 400 and error.param in _OPTIONS and str(error.code).startswith("unsupported_"):
         return Trouble(reason, may_pass=False, refused_option=error.param)
     return Trouble(reason, may_pass=status >= 500 or status in _PASSING, wait_s=wait_s)
+
+
+def _text(content: Any) -> str:
+    """What an answer says; of one in parts those that are text, not the judge's thoughts."""
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = "".join(text for part in parts if isinstance(text := part.get("text"), str))
+    return content if isinstance(content, str) else ""
 
 
 def _message(error: Any) -> str:

@@ -34,7 +34,7 @@ def result_table(names: Sequence[tuple[str, str]], tallies: Sequence[Tally]) -> 
                     NOTHING
                     if interval is None
                     else f"{interval[0] * 100:.1f} to {interval[1] * 100:.1f}",
-                    f"{tally.p_value:.3f}",
+                    f"{tally.p_value:.3f}" if tally.p_value >= 0.001 else "< 0.001",
                 ),
             )
         )

@@ -40,6 +40,8 @@ class PaperWins:
     """Name of the other model: `dpo` or `sft`."""
 
     wins: int
+    """Ours, from the share that the paper prints: it tells no counts, nor how it counts ties."""
+
     prompts: int
 
 

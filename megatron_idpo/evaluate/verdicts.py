@@ -9,6 +9,7 @@ twice and none counts twice. A question that got no verdict has a line too, with
 asked again at the next start. Verdicts of another judge or on other answers are refused.
 """
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -133,8 +134,8 @@ class VerdictStore:
         self._take(verdict)
         line = verdict.line().encode("utf-8", "replace")
         try:
-            written = self._file.write(line)
-            assert written == len(line) or written is None, (written, len(line))
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
             raise _unwritable(self._path, error) from None

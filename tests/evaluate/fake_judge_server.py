@@ -84,6 +84,8 @@ class FakeJudge:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
+    """With the 5 of the library, connections that come at once are put off by a second."""
 
     def __init__(self, judge: FakeJudge) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -7,6 +7,7 @@ import json
 import socket
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -345,6 +346,25 @@ def test_what_transformers_cannot_load(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="without torchrun"):
         h4_main.main(config(tmp_path / "c", model, items), [])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("sizes differ"), ModuleNotFoundError("no peft")])
+def test_whatever_loading_raises_is_told(
+    model: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM", Mock(side_effect=error))
+    with pytest.raises(CheckpointError, match=f"load it: {type(error).__name__}: {error}"):
+        h4_main.main(config(tmp_path / "out", model, items), [])
+
+
+def test_outputs_that_are_no_numbers_are_no_figure(
+    model: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"results": {"local::h4_arc_challenge": {"acc_norm,none": float("nan")}}}
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", lambda **_: found)
+    with pytest.raises(CheckpointError, match=r"gives ARC no figure \(nan\)"):
+        h4_main.main(config(tmp_path / "out", model, items), [])
+    assert not (tmp_path / "out/h4").exists()
 
 
 def test_too_large_a_batch_is_told(

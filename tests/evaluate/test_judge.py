@@ -235,6 +235,10 @@ def test_every_missing_file_is_named(tmp_path: Path) -> None:
         (["judge=null"], r"judge: is missing.*judge\.model names who judges"),
         (["judge.compare=[[idpo, dpo]]"], r"judge\.compare: names dpo; the models are base, idpo"),
         (["judge.compare=[]"], r"judge\.compare: is empty"),
+        (
+            ["judge.compare=[[idpo, base], [base, idpo]]"],
+            r"judge\.compare: names base and idpo in both directions",
+        ),
         (["evaluate.models={base: x}"], r"evaluate\.models: names base alone"),
         (["judge.template=no.jinja"], r"judge\.template: cannot read no\.jinja"),
         (["judge.key_variable=NONE_SUCH", "judge.base_url=https://a.invalid"], "has no NONE_SUCH"),

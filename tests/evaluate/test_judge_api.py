@@ -108,6 +108,27 @@ def test_retry_after_is_kept_by_all(tmp_path: Path) -> None:
     assert len(came_s) == 21 and result(tmp_path, PAIR)["unjudged"] == 0
 
 
+def test_a_limit_that_says_0_is_waited_out_all_the_same(tmp_path: Path) -> None:
+    """Else an endpoint that says so and goes on refusing would be asked without a pause."""
+    with FakeJudge(fault=first(["429:0"] * 6)) as server:
+        case = write_case(tmp_path, won_and_lost(1, 0), server.url, max_parallel=1)
+        assert main(case, []) == 0
+        came_s = [at for at, _ in server.requests]
+    # Pauses double from 0.01 s, less a quarter at most.
+    assert len(came_s) == 8 and came_s[6] - came_s[0] >= 0.75 * 0.63
+
+
+@pytest.mark.parametrize("fault", ["429:0.02", "503:0.02"])
+def test_waiting_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setattr(judge_api, "LONGEST_WAIT_S", 0.1)
+    with FakeJudge(fault=always(fault)) as server:
+        case = write_case(tmp_path, won_and_lost(1, 0), server.url, max_attempts=100)
+        with pytest.raises(DataError, match="1 of 1 prompts have no verdict"):
+            main(case, ["judge.max_parallel=1"])
+        assert len(server.requests) <= 2 * 6
+    assert verdicts(tmp_path, PAIR)[0]["note"].startswith(f"status {fault[:3]}")
+
+
 def test_a_limit_in_the_middle_stops_the_others_too(tmp_path: Path) -> None:
     with FakeJudge(fault=lambda n, _: "429:0.6" if n == 8 else None, seconds=0.02) as server:
         case = write_case(tmp_path, won_and_lost(10, 10), server.url, max_parallel=4)

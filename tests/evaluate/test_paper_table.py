@@ -128,6 +128,7 @@ def test_the_table_of_h4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     [
         (("intermediate-dpo", "objective.layers=[3]"), "objective.layers: is set by the table"),
         (("intermediate-dpo", "model.path=x"), "use --model"),
+        (("intermediate-dpo", "evaluate={seed: 1}"), "evaluate: is partly set by the table"),
         (("intermediate-dpo", "--random-split"), "--random-split: belongs to sdpo"),
         (("sdpo", "--data", "one.jsonl"), "--data: has 1 files, but there are two steps"),
         (("sdpo", "sdpo.order=random"), "sdpo.order: is set by the table"),
@@ -174,6 +175,7 @@ def test_measured_wins_stand_beside_the_paper_s(tmp_path: Path) -> None:
         "sft paper 67.5 % 52 to 80 40".split(),
     ]
     assert "gpt-4o" in lines[5]
+    assert "intervals are our arithmetic" in lines[6], "the paper prints none"
 
 
 def test_without_a_judge_only_the_paper_s_figures_are_there(tmp_path: Path) -> None:

@@ -203,11 +203,17 @@ def _rewritten(body: str, name: str) -> str:
     # Which of these two it is depends on matplotlib's version.
     body = re.sub(r"font: ([\d.]+)px[^;\"]*", r"font-size: \1px", body)
     body = re.sub(r"font-family:[^;\"]*;? ?", "", body)
-    body = re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", body)
-    for placeholder, css in _ROLES.items():
-        body = body.replace(placeholder, css)
-    body = _PLACEHOLDER.sub(lambda match: in_css(match[0]), body)
+    # In tags alone: names that are drawn have numbers of their own.
+    body = re.sub(r"<[^>]*>", lambda tag: _shown(tag[0]), body)
     return re.sub(r">\s+<", "><", body).strip()
+
+
+def _shown(tag: str) -> str:
+    """A tag in the page's colours, with short numbers."""
+    tag = re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", tag)
+    for placeholder, css in _ROLES.items():
+        tag = tag.replace(placeholder, css)
+    return _PLACEHOLDER.sub(lambda match: in_css(match[0]), tag)
 
 
 _MARKS = {

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_idpo.checkpoint.snapshot_file import file_digest
 from megatron_idpo.errors import ConfigError
+from megatron_idpo.evaluate.answers import answers_file
 from megatron_idpo.evaluate.curves_file import FILE, read_curves
 from megatron_idpo.evaluate.layer_curves import LayerCurves
 from megatron_idpo.evaluate.page.found_files import (
@@ -21,6 +23,9 @@ _ADVICE = "advice.md"
 _ORDERS = ("ab", "ba", "both")
 _VERDICTS = ("a", "b", "tie")
 
+type Prompt = str | tuple[tuple[str, str], ...]
+"""Text, or chat messages as role and content."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -29,9 +34,7 @@ class Answer:
     index: int
     """The prompt's number."""
 
-    prompt: str | tuple[tuple[str, str], ...]
-    """Text, or chat messages as role and content."""
-
+    prompt: Prompt
     text: str
     tokens: int | None
     is_complete: bool
@@ -68,7 +71,7 @@ class Duel:
 
     verdicts: Mapping[int, str]
     """By a prompt's number: who wins, `a` or `b`; `tie`, or `disagreed` where it is one because the
-    orders do not agree."""
+    orders do not agree. Empty where they are on other answers than those that are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,7 @@ def _answers(path: Path) -> AnswerSet:
     return AnswerSet(found, read_object(settings, remedy) if settings.exists() else {})
 
 
-def _prompt(value: Any, place: str) -> str | tuple[tuple[str, str], ...]:
+def _prompt(value: Any, place: str) -> Prompt:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
@@ -157,6 +160,9 @@ def _duel(path: Path) -> Duel:
     values = read_object(path, remedy)
     words = {name: text(values, name, str(path), remedy) for name in ("a", "b", "told")}
     verdicts = path.with_name("verdicts.jsonl")
+    is_outdated = _is_outdated(path.parent, words["a"], words["b"])
+    if is_outdated:
+        words["told"] += "; the answers have been made anew since"
     return Duel(
         **words,
         judge=str(values.get("judge", "")),
@@ -169,7 +175,19 @@ def _duel(path: Path) -> Duel:
         low=number(values, "low"),
         high=number(values, "high"),
         p_value=number(values, "p_value"),
-        verdicts=_verdicts(verdicts) if verdicts.exists() else {},
+        verdicts=_verdicts(verdicts) if verdicts.exists() and not is_outdated else {},
+    )
+
+
+def _is_outdated(directory: Path, a: str, b: str) -> bool:
+    """Whether a comparison is of other answers than those that are there; where known."""
+    settings = directory / "settings.json"
+    judged = read_object(settings, _again("judge")).get("answers") if settings.exists() else None
+    if not isinstance(judged, dict):
+        return False
+    files = {side: answers_file(directory.parents[1], name) for side, name in (("a", a), ("b", b))}
+    return any(
+        file.is_file() and file_digest(file) != judged.get(side) for side, file in files.items()
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,15 @@ def read_lines(path: Path, remedy: str) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def number(values: dict[str, Any], name: str) -> float:
-    """A number; NaN where there is none."""
+def number(values: Mapping[str, Any], name: str) -> float:
+    """A finite number; NaN where there is none."""
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
-    return float(value)
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def text(values: dict[str, Any], name: str, place: str, remedy: str) -> str:

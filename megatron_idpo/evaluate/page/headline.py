@@ -108,7 +108,7 @@ def _objective(found: Found) -> Fact | None:
         value = f"sDPO, {value[0].lower() if not is_plain else value[0]}{value[1:]}"
     notes = [f"{objective.get('loss', 'sigmoid')} loss, β {setting(objective.get('beta'))}"]
     if not is_plain and objective.get("intermediate_weight") is not None:
-        notes.append(f"intermediate weight {objective['intermediate_weight']:g}")
+        notes.append(f"intermediate weight {setting(objective['intermediate_weight'])}")
     return Fact("Objective", value, ", ".join(notes))
 
 

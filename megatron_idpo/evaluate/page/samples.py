@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_idpo.evaluate.page.found import Found
-from megatron_idpo.evaluate.page.found_evaluation import Answer, AnswerSet
+from megatron_idpo.evaluate.page.found_evaluation import Answer, AnswerSet, Prompt
 
 SAMPLES = 8
 CLIPPED_CHARACTERS = 450
@@ -72,38 +72,48 @@ def answer_sets(runs: Sequence[Found]) -> dict[str, AnswerSet]:
 def samples(runs: Sequence[Found]) -> list[Sample]:
     """Prompts at even distances, of those that all models have answered, else that any has."""
     sets = answer_sets(runs)
-    every = list(dict.fromkeys(place for one in sets.values() for place in one.answers))
-    places = [place for place in every if all(place in one.answers for one in sets.values())]
-    places = places or every
-    if not places:
+    every = list(
+        dict.fromkeys(
+            (place, answer.prompt) for one in sets.values() for place, answer in one.answers.items()
+        )
+    )
+    prompts = [key for key in every if all(_to(one, *key) for one in sets.values())] or every
+    if not prompts:
         return []
-    chosen = np.linspace(0, len(places) - 1, min(SAMPLES, len(places))).round().astype(int)
-    return [_sample(places[index], sets, runs) for index in chosen]
+    chosen = np.linspace(0, len(prompts) - 1, min(SAMPLES, len(prompts))).round().astype(int)
+    return [_sample(place, prompt, sets, runs) for place, prompt in (prompts[n] for n in chosen)]
 
 
-def _sample(place: str, sets: Mapping[str, AnswerSet], runs: Sequence[Found]) -> Sample:
+def _to(one: AnswerSet, place: str, prompt: Prompt) -> Answer | None:
+    """The answer to a prompt; runs may have had other data in a file of the same name."""
+    answer = one.answers.get(place)
+    return answer if answer is not None and answer.prompt == prompt else None
+
+
+def _sample(
+    place: str, prompt: Prompt, sets: Mapping[str, AnswerSet], runs: Sequence[Found]
+) -> Sample:
     replies = [
-        Reply(model, one.answers[place], Clipped.of(one.answers[place].text))
+        Reply(model, answer, Clipped.of(answer.text))
         for model, one in sets.items()
-        if place in one.answers
+        if (answer := _to(one, place, prompt)) is not None
     ]
-    prompt = replies[0].answer.prompt
     messages = (("", prompt),) if isinstance(prompt, str) else prompt
     return Sample(
         place,
         [(role, Clipped.of(content)) for role, content in messages],
         replies,
-        list(_verdicts(place, runs)),
+        list(_verdicts(place, prompt, runs)),
     )
 
 
-def _verdicts(place: str, runs: Sequence[Found]) -> Iterator[str]:
+def _verdicts(place: str, prompt: Prompt, runs: Sequence[Found]) -> Iterator[str]:
     """What each comparison says of the prompt, in words."""
     judged = [run for run in runs if run.evaluation.duels]
     for run in judged:
         for duel in run.evaluation.duels:
             answers = run.evaluation.answers.get(duel.a)
-            answer = answers.answers.get(place) if answers else None
+            answer = _to(answers, place, prompt) if answers else None
             verdict = duel.verdicts.get(answer.index) if answer else None
             if verdict is not None:
                 prefix = f"{run.label}: " if len(judged) > 1 else ""

@@ -9,6 +9,7 @@ from megatron_idpo.evaluate.h4_tasks import H4
 from megatron_idpo.evaluate.page.charts_evaluation import LEADING, SHOWN, Curve
 from megatron_idpo.evaluate.page.found import Found
 from megatron_idpo.evaluate.page.found_evaluation import Duel, Tasks
+from megatron_idpo.evaluate.page.found_files import number
 from megatron_idpo.evaluate.page.headline_speed import Fact
 from megatron_idpo.evaluate.page.told import NOTHING, accuracy, count, decimal, interval, percent
 from megatron_idpo.sdpo.table import cells
@@ -154,16 +155,12 @@ def h4_table(models: Mapping[str, Tasks]) -> Table:
 
 
 def _task(values: Mapping[str, Any]) -> Cell:
-    return _percent_cell(*(_number(values.get(name)) for name in ("value", "stderr")))
+    return _percent_cell(*(number(values, name) for name in ("value", "stderr")))
 
 
 def _percent_cell(value: float, error: float) -> Cell:
     note = f"± {decimal(100 * error, '.2f')}" if math.isfinite(error) else ""
     return Cell(decimal(100 * value, ".2f"), note)
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def curriculum_table(run: Found) -> Table:

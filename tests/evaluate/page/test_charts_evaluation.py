@@ -72,6 +72,13 @@ def test_win_rates(tmp_path: Path) -> None:
     assert cut.startswith("$x$xxx") and cut.endswith("yyy") and len(cut) <= 46
 
 
+def test_numbers_in_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    write_duel(tmp_path, "lr-0.0005", "lr-0.0001", ["aa"])
+    chart = duel_chart(duels_of(find([tmp_path])))
+    assert ">lr-0.0005 against lr-0.0001</text>" in chart.svg
+    assert not re.search(r'="[^"]*\d\.\d{3}', chart.svg), "but the chart's own are short"
+
+
 def test_comparisons_of_several_runs_bear_their_names(tmp_path: Path) -> None:
     for name in ("x", "y"):
         write_duel(tmp_path / name, "new", "old", ["aa"])

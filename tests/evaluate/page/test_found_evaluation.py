@@ -1,5 +1,7 @@
 """An evaluation's files as they are read, and damage told by its place."""
 
+import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,46 @@ def test_everything(tmp_path: Path) -> None:
     assert duel.verdicts == {0: "a", 1: "b", 2: "tie", 3: "disagreed"}
     assert duel.told.startswith("trained against base: 50.0 %")
     assert found.h4["base"].limit == 9 and found.h4["base"].mean == 0.625
+
+
+def test_verdicts_on_answers_that_have_been_made_anew_are_not_shown(tmp_path: Path) -> None:
+    for model in ("x", "y"):
+        write_answers(tmp_path, model, ["zero"])
+    write_duel(tmp_path, "x", "y", ["aa"])
+    files = {
+        side: tmp_path / "answers" / f"{name}.jsonl" for side, name in (("a", "x"), ("b", "y"))
+    }
+    digests = {side: sha256(file.read_bytes()).hexdigest() for side, file in files.items()}
+    settings = tmp_path / "judge" / "x-vs-y" / "settings.json"
+    settings.write_text(json.dumps({"answers": digests}))
+    (duel,) = read_evaluation(tmp_path).duels
+    assert duel.verdicts == {0: "a"} and "anew" not in duel.told
+    files["b"].write_text(files["b"].read_text().replace("zero", "none"))
+    (duel,) = read_evaluation(tmp_path).duels
+    assert duel.verdicts == {} and duel.told.endswith("; the answers have been made anew since")
+    files["b"].unlink()
+    assert read_evaluation(tmp_path).duels[0].verdicts == {0: "a"}, "nothing is shown beside them"
+
+
+@pytest.mark.parametrize(
+    "written", ["Infinity", "-Infinity", "NaN", "1" + "0" * 400, "true", '"1"']
+)
+def test_numbers_that_are_none(tmp_path: Path, written: str) -> None:
+    write_duel(tmp_path, "x", "y", ["aa"])
+    write_answers(tmp_path, "x", ["zero"])
+    write_h4(tmp_path, "x", limit="LIMIT", mean="LIMIT")
+    for path, old in (
+        (tmp_path / "judge/x-vs-y/result.json", '"win_rate": 1.0'),
+        (tmp_path / "answers/x.jsonl", '"answer_tokens": 1'),
+        (tmp_path / "h4/x.json", '"LIMIT"'),
+    ):
+        assert old in path.read_text()
+        name = old.split(":")[0] + ": " if ":" in old else ""
+        path.write_text(path.read_text().replace(old, f"{name}{written}"))
+    found = read_evaluation(tmp_path)
+    assert found.duels[0].rate != found.duels[0].rate
+    assert found.answers["x"].answers["held_out.jsonl:1"].tokens is None
+    assert found.h4["x"].limit is None and found.h4["x"].mean != found.h4["x"].mean
 
 
 def test_one_verdict_where_there_is_no_order(tmp_path: Path) -> None:

@@ -41,6 +41,21 @@ def test_answers_of_several_runs(tmp_path: Path) -> None:
     assert told == [("base", "same"), ("x · trained", "one"), ("y · trained", "two")]
 
 
+def test_an_answer_stands_under_its_own_prompt(tmp_path: Path) -> None:
+    """Two runs may have had other data in a file of the same name."""
+    for run, prompts in (("x", ["Who?", "Where?"]), ("y", ["Who?", "When?"])):
+        write_answers(tmp_path / run, "m", [f"{run}0", f"{run}1"], prompts)
+    (both,) = samples(find([tmp_path / "x", tmp_path / "y"]))
+    assert both.messages[0][1].start == "Who?"
+    assert [reply.text.start for reply in both.replies] == ["x0", "y0"]
+    write_answers(tmp_path / "z", "m", ["z0"], ["Why?"])
+    write_duel(tmp_path / "z", "m", "n", ["aa"])
+    found = samples(find([tmp_path / "x", tmp_path / "z"]))
+    told = [[reply.text.start for reply in one.replies] for one in found]
+    assert told == [["x0"], ["x1"], ["z0"]]
+    assert [one.verdicts for one in found] == [[], [], ["m over n"]]
+
+
 def test_a_long_text_is_cut_at_a_space_and_nothing_is_lost() -> None:
     text = "word " * 400
     clipped = Clipped.of(text)
