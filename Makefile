@@ -4,6 +4,9 @@
 VENV ?= .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 ARGS ?=
+# Test processes side by side; a file's tests stay in one. Each may start up to 8 workers of 0.8 GB.
+JOBS ?= 2
+PYTEST = $(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist loadfile
 
 # PYTHON and TORCH_INDEX_URL reach tools/setup.sh through the environment.
 export VENV
@@ -24,10 +27,10 @@ quickstart-sdpo: setup ## the same in two steps, the second compared to the firs
 	$(PYTHON_IN_VENV) tools/quickstart.py examples/quickstart_sdpo.yaml $(ARGS)
 
 test: setup ## every CPU test but the exhaustive ones
-	$(PYTHON_IN_VENV) -m pytest -m "not exhaustive and not gpu" $(ARGS)
+	$(PYTEST) -m "not exhaustive and not gpu" $(ARGS)
 
 test-all: setup ## every CPU test, the whole matrices too
-	$(PYTHON_IN_VENV) -m pytest -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 check: setup ## lint, formatting, strict types and the house rules
 	$(PYTHON_IN_VENV) -m ruff check .
