@@ -4,9 +4,9 @@
 VENV ?= .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 ARGS ?=
-# Test processes side by side; a file's tests stay in one. Each may start up to 8 workers of 0.8 GB.
+# Test processes side by side; a file's tests stay in one, in their order. Each may start up to 8 workers of 0.8 GB.
 JOBS ?= 2
-PYTEST = $(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist loadfile
+PYTEST = $(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # PYTHON and TORCH_INDEX_URL reach tools/setup.sh through the environment.
 export VENV

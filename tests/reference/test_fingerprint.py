@@ -22,7 +22,7 @@ OTHER = "0" * 64
         ("layers", (1, 2, 3, 4), "it lacks layers 1, 3"),
         ("norm", "none", "objective.norm is final, here none"),
         ("dtype", "bf16", "model.dtype is fp32, here bf16"),
-        ("format", 1, "the format is 2, here 1"),
+        ("format", 1, "the format is 3, here 1"),
     ],
 )
 def test_a_part_that_differs_is_named_alone(part: str, value: object, told: str) -> None:

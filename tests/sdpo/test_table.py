@@ -57,14 +57,14 @@ def test_figures_may_be_missing() -> None:
     steps = (
         record(1, "complete", metrics={}),
         record(2, "complete", metrics=own),
-        record(3, "complete", metrics={**values, "eval_rewards/margins": 0.0}),
+        record(3, "complete", metrics={**values, "eval_rewards/margins": 1e-3}),
         record(4, "complete", metrics=metrics(0.0, 0.0)),
     )
     figures = [row[3:7] for row in cells(manifest(steps=steps))]
     assert figures == [
         (NOTHING,) * 4,
         ("0.75 [0.60, 0.86]", "+0.500", NOTHING, NOTHING),
-        ("0.75 [0.60, 0.86]", "+0.000", "0.75 [0.60, 0.86]", "+1.000"),
+        ("0.75 [0.60, 0.86]", "+0.001", "0.75 [0.60, 0.86]", "+1.000"),
         ("tied", "+0.000", "tied", "+0.000"),
     ]
 

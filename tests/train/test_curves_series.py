@@ -23,12 +23,12 @@ def test_what_is_not_known_is_not_there():
 @pytest.mark.parametrize("prefix", ["", "layer_3/", "eval_"])
 def test_ties_are_no_accuracy(prefix):
     names = (f"{prefix}rewards/accuracies", f"{prefix}rewards/margins")
-    values = [(0.0, 0.0), (0.0, -1.0), (0.5, 0.0)]
+    values = [(0.0, 0.0), (0.0, -1.0), (0.5, 1e-3), (0.1, -3e-8)]
     records = [
         {"step": 1.0 + n, **dict(zip(names, told, strict=True))} for n, told in enumerate(values)
     ]
     assert Series.of(records, names[0]).steps_S.tolist() == [2.0, 3.0]
-    assert Series.of(records, names[1]).steps_S.tolist() == [1.0, 2.0, 3.0]
+    assert Series.of(records, names[1]).steps_S.tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_short_series_are_drawn_as_they_are():
