@@ -1,7 +1,4 @@
-"""The verb `h4` on a tiny model: lm-eval's own figures, without a network, resumed or refused.
-
-The second opinion is lm-eval's `simple_evaluate` on tasks that are written out here.
-"""
+"""The verb `h4` on a tiny model: the figures of `simple_evaluate` on hand-written tasks."""
 
 import json
 import socket
