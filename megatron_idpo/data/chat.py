@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from megatron_idpo.data.preferences import BadRecord, Format, Preference
+from megatron_idpo.data.preferences import Format, Preference
 from megatron_idpo.data.prefix import common_length
+from megatron_idpo.data.record import BadRecord
 from megatron_idpo.data.tokenizers import Tokenizer
 
 type Truncation = Literal["keep_start", "drop", "error"]

@@ -14,7 +14,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -188,7 +188,7 @@ def load_pairs(
         store = tokenised_store(
             found,
             tokenizer,
-            options,
+            replace(options, format=source.format or options.format),
             cache=cache or _default_cache(),
             num_workers=workers,
             on_bad_row=on_bad_row,

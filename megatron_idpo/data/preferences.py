@@ -10,6 +10,8 @@ Accepted are the shapes that TRL reads:
 * Anthropic-HH transcripts (`transcripts.py`): with a chat template they become messages; without
   one they stay text, as all text does.
 
+Under `single_turn`, which TRL has not, text becomes a chat (`single_turn.py`).
+
 Other columns are ignored. What cannot be a pair is a `BadRecord` with its reason: nothing is
 repaired by guessing. Reading files is `sources.py`, tokens are `chat.py`.
 """
@@ -20,16 +22,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_idpo.data.prefix import common_length
+from megatron_idpo.data.record import BadRecord, Message, kind_name, refuse_other_prompt
+from megatron_idpo.data.single_turn import from_single_turn
 from megatron_idpo.data.transcripts import BadTranscript, is_transcript, read_transcript
 
-type Format = Literal["auto", "text", "chat", "hh"]
+type Format = Literal["auto", "text", "chat", "hh", "single_turn"]
 """What the records are: `auto` decides for each record; the others refuse what is not theirs."""
-
-type Message = dict[str, Any]
-"""`role`, `content` and what the template may read besides (`tool_calls`, `name`, ...)."""
-
-FIELDS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-"""The columns that are read; all others are ignored."""
 
 _NEXT_ROLES = {
     "": ("system", "developer", "user"),
@@ -39,20 +37,6 @@ _NEXT_ROLES = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-
-
-class BadRecord(Exception):
-    """Why a record is not a preference pair. The reader adds file and row."""
-
-    def __init__(self, reason: str, remedy: str = "") -> None:
-        """Args: the reason, for the user; what to do about it."""
-        super().__init__(reason, remedy)  # Both are arguments, so that pickling keeps both.
-        self.reason = reason
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        """The reason."""
-        return self.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +71,22 @@ def parse_preference(
             messages are needed or the reverse, or anything else that is not a pair.
     """
     if not isinstance(record, Mapping):
-        raise BadRecord(f"the record is {_kind_name(record)}, not an object with fields")
+        raise BadRecord(f"the record is {kind_name(record)}, not an object with fields")
     for name in ("chosen", "rejected"):
         if record.get(name) is None:
             raise BadRecord(f"field '{name}' is missing", "chosen and rejected are always needed")
+    if record.get("system") is not None and format != "single_turn":
+        raise BadRecord(
+            "there is a system message beside the prompt",
+            "it is read with data.format: single_turn; else leave `system` out of columns",
+        )
     prompt, chosen, rejected = (record.get(name) for name in ("prompt", "chosen", "rejected"))
     if format == "hh" or (format == "auto" and has_template and _are_transcripts(record)):
         prompt, chosen, rejected = _from_transcripts(prompt, chosen, rejected)
+    elif format in ("auto", "single_turn") and prompt is None and isinstance(chosen, str):
+        refuse_other_prompt(record)
+    if format == "single_turn":
+        prompt, chosen, rejected = from_single_turn(prompt, chosen, rejected, record.get("system"))
     _check_kinds(prompt, chosen, rejected, format)
     if isinstance(chosen, str):
         preference = _text_preference(prompt, chosen, rejected)
@@ -159,7 +152,7 @@ def _check_kinds(prompt: Any, chosen: Any, rejected: Any, format: Format) -> Non
     """All text or all messages, except for a text prompt beside whole conversations."""
     for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, str | list) and not (name == "prompt" and value is None):
-            raise BadRecord(f"'{name}' is {_kind_name(value)}, neither text nor a list of messages")
+            raise BadRecord(f"'{name}' is {kind_name(value)}, neither text nor a list of messages")
         if format == "text" and isinstance(value, list):
             raise BadRecord(
                 f"'{name}' is a list of messages where text is needed",
@@ -188,7 +181,7 @@ def _messages(value: list[Any], name: str) -> list[Message]:
 
 def _message(item: Any, place: str) -> Message:
     if not isinstance(item, Mapping):
-        raise BadRecord(f"{place} is {_kind_name(item)}, not an object with role and content")
+        raise BadRecord(f"{place} is {kind_name(item)}, not an object with role and content")
     if "from" in item and "value" in item and "role" not in item:
         raise BadRecord(f"{place} has 'from' and 'value'", "rename them to 'role' and 'content'")
     message = {key: part for key, part in item.items() if part is not None}
@@ -201,7 +194,7 @@ def _message(item: Any, place: str) -> Message:
     if content is None and message.get("tool_calls"):
         return message
     if not isinstance(content, str):
-        raise BadRecord(f"{place} has the content {_kind_name(content)}, not text")
+        raise BadRecord(f"{place} has the content {kind_name(content)}, not text")
     return message
 
 
@@ -279,11 +272,5 @@ def _parsed(record: Mapping[str, Any], name: str, kind: type) -> Any:
         except ValueError:
             raise BadRecord(f"'{name}' is text, but not JSON") from None
     if value is not None and not isinstance(value, kind):
-        raise BadRecord(f"'{name}' is {_kind_name(value)}, not a {kind.__name__}")
+        raise BadRecord(f"'{name}' is {kind_name(value)}, not a {kind.__name__}")
     return value
-
-
-def _kind_name(value: object) -> str:
-    """What to call a value of the wrong type."""
-    names = {str: "text", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), f"{value!r:.40}")

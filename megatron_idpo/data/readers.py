@@ -12,12 +12,14 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_idpo.data.preferences import FIELDS, BadRecord
+from megatron_idpo.data.columns import AS_OURS, Columns, columns_read, renamed
+from megatron_idpo.data.record import BadRecord
 from megatron_idpo.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
@@ -40,15 +42,20 @@ class RawRow:
     content: bytes | Mapping[str, Any] | BadRecord
     """A JSON text, a parsed record, or why there is none."""
 
+    columns: Columns = field(default_factory=lambda: AS_OURS)
+    """What the record's fields stand for."""
+
     def record(self) -> object:
-        """The parsed record.
+        """The parsed record, with our names and only what is read of it.
 
         Raises:
-            BadRecord: it is not UTF-8, not JSON, or could not be read in the first place.
+            BadRecord: it is not UTF-8, not JSON, or could not be read in the first place; or a
+                column that was named is not there.
         """
         if isinstance(self.content, BadRecord):
             raise self.content
-        return _parse(self.content) if isinstance(self.content, bytes) else self.content
+        content = _parse(self.content) if isinstance(self.content, bytes) else self.content
+        return renamed(content, self.columns)
 
 
 def file_kind(path: Path) -> str:
@@ -56,39 +63,44 @@ def file_kind(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def read_file(path: Path) -> Iterator[RawRow]:
+def read_file(path: Path, columns: Columns = AS_OURS) -> Iterator[RawRow]:
     """The rows of one local file, by its suffix.
+
+    Args:
+        path: of the file.
+        columns: which of its columns stand for what.
 
     Raises:
         DataError: the suffix is unknown, or the file is damaged or may not be read.
     """
     kind = file_kind(path)
-    readers = {
+    readers: dict[str, Callable[[Path], Iterator[RawRow]]] = {
         ".jsonl": _read_lines,
         ".json": _read_json,
         ".csv": _read_csv,
-        ".parquet": _read_parquet,
-        ".arrow": _read_arrow,
+        ".parquet": partial(_read_parquet, columns=columns),
+        ".arrow": partial(_read_arrow, columns=columns),
     }
     if kind not in readers:
         known = " ".join(SUFFIXES)
         raise DataError.at(str(path), f"cannot read a '{path.suffix}' file", f"known are {known}")
     try:
-        yield from readers[kind](path)
+        for raw in readers[kind](path):
+            yield replace(raw, columns=columns)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError.at(str(path), f"the file cannot be read: {error}") from None
 
 
-def read_dataset(dataset: Any) -> Iterator[RawRow]:
+def read_dataset(dataset: Any, columns: Columns = AS_OURS) -> Iterator[RawRow]:
     """The rows of a memory-mapped `datasets.Dataset`; only the columns that matter are decoded."""
-    columns = [name for name in FIELDS if name in dataset.column_names]
-    if not columns:  # Then batches would show no rows at all.
-        yield from (RawRow(row, {}) for row in range(1, len(dataset) + 1))
+    names = columns_read(columns, dataset.column_names)
+    if not names:  # Then batches would show no rows at all.
+        yield from (RawRow(row, {}, columns) for row in range(1, len(dataset) + 1))
     row = 0
-    for batch in dataset.select_columns(columns).with_format(None).iter(_TABLE_ROWS):
+    for batch in dataset.select_columns(names).with_format(None).iter(_TABLE_ROWS):
         for values in zip(*batch.values(), strict=True):
             row += 1
-            yield RawRow(row, _without_nulls(dict(zip(batch, values, strict=True))))
+            yield RawRow(row, _without_nulls(dict(zip(batch, values, strict=True))), columns)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -215,15 +227,15 @@ def _csv_record(header: list[str], fields: list[str], until: str) -> dict[str, s
     return dict(zip(header, fields, strict=True))
 
 
-def _read_parquet(path: Path) -> Iterator[RawRow]:
+def _read_parquet(path: Path, *, columns: Columns) -> Iterator[RawRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            columns = [name for name in FIELDS if name in file.schema_arrow.names]
+            names = columns_read(columns, file.schema_arrow.names)
             row = 0
-            for batch in file.iter_batches(_TABLE_ROWS, columns=columns):
+            for batch in file.iter_batches(_TABLE_ROWS, columns=names):
                 for record in batch.to_pylist():
                     row += 1
                     yield RawRow(row, _without_nulls(record))
@@ -231,7 +243,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
         raise DataError.at(str(path), f"the parquet file cannot be read: {error}") from None
 
 
-def _read_arrow(path: Path) -> Iterator[RawRow]:
+def _read_arrow(path: Path, *, columns: Columns) -> Iterator[RawRow]:
     """An Arrow stream, as `datasets` writes it, or an Arrow file; memory-mapped."""
     import datasets
     import pyarrow as pa
@@ -242,7 +254,7 @@ def _read_arrow(path: Path) -> Iterator[RawRow]:
             if is_file:
                 table = pa.ipc.open_file(path).read_all()
         dataset = datasets.Dataset(table) if is_file else datasets.Dataset.from_file(str(path))
-        yield from read_dataset(dataset)
+        yield from read_dataset(dataset, columns)
     except pa.ArrowException as error:
         raise DataError.at(str(path), f"the Arrow file cannot be read: {error}") from None
 

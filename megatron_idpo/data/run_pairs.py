@@ -143,6 +143,11 @@ def hold_out(pairs: PairSource, wanted_pairs: int, *, seed: int) -> NDArray[np.b
     return held_out_P
 
 
+def source_of(config: SourceConfig) -> Source:
+    """What a configuration names, for the reader."""
+    return Source(**config.model_dump(exclude_none=True))
+
+
 def _load(
     data: DataConfig, sources: Sequence[SourceConfig], tokenizer: Tokenizer, *, listed_as: str = ""
 ) -> PairDataset:
@@ -150,7 +155,7 @@ def _load(
     if bad_rows_file is not None and listed_as:
         bad_rows_file = bad_rows_file.with_stem(bad_rows_file.stem + listed_as)
     return load_pairs(
-        [Source(**source.model_dump()) for source in sources],
+        [source_of(source) for source in sources],
         tokenizer,
         TokenOptions(max_length=data.max_length, truncation=data.truncation, format=data.format),
         cache=None if data.cache is None else Path(data.cache),

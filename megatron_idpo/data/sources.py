@@ -7,14 +7,17 @@ order and a digest of their contents, which the tokenised cache is keyed by. Wha
 
 import glob
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron_idpo.data.columns import AS_OURS, Columns
+from megatron_idpo.data.preferences import Format
 from megatron_idpo.data.readers import SUFFIXES, RawRow, file_kind, read_dataset, read_file
 from megatron_idpo.errors import DataError
 
@@ -35,6 +38,12 @@ class Source:
 
     subset: str | None = None
     """The configuration of a hub dataset."""
+
+    format: Format | None = None
+    """What its records are, where that is another than that of the other sources."""
+
+    columns: Columns = field(default_factory=lambda: AS_OURS)
+    """Which of its columns stand for what, where they have not our names."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,9 @@ class OpenSource:
     parts: tuple[Part, ...]
 
     def digest(self) -> str:
-        """sha256 over the contents of all parts, in order; of names only the kind of file enters.
+        """sha256 over the contents of all parts, in order, and what their columns stand for.
+
+        Of files' names only the kind enters.
 
         Raises:
             DataError: a file cannot be read.
@@ -73,6 +84,7 @@ class OpenSource:
                     raise DataError.at(str(path), f"the file cannot be read: {error}") from None
                 total.update(os.fsencode(file_kind(path)))
             total.update(f"part {part.selection}\n".encode())
+        total.update(json.dumps(dict(self.source.columns), sort_keys=True).encode())
         return total.hexdigest()
 
 
@@ -96,11 +108,11 @@ def open_source(source: Source) -> OpenSource:
 
 
 def _local(source: Source, path: Path) -> tuple[Part, ...]:
-    return _directory(source, path) if path.is_dir() else (_file(path),)
+    return _directory(source, path) if path.is_dir() else (_file(source, path),)
 
 
-def _file(path: Path) -> Part:
-    return Part(str(path), partial(read_file, path), (path,))
+def _file(source: Source, path: Path) -> Part:
+    return Part(str(path), partial(read_file, path, source.columns), (path,))
 
 
 def _directory(source: Source, path: Path) -> tuple[Part, ...]:
@@ -112,7 +124,7 @@ def _directory(source: Source, path: Path) -> tuple[Part, ...]:
         raise DataError.at(
             str(path), "the directory holds no data file", f"known are {' '.join(SUFFIXES)}"
         )
-    return tuple(_file(file) for file in found)
+    return tuple(_file(source, file) for file in found)
 
 
 def _saved(source: Source, path: Path) -> Part:
@@ -128,7 +140,7 @@ def _saved(source: Source, path: Path) -> Part:
             named = ", ".join(loaded)
             raise DataError.at(str(path), f"no split '{source.split}'", f"it has {named}")
         loaded = loaded[source.split]
-    return _dataset_part(source.path, loaded)
+    return _dataset_part(source, source.path, loaded)
 
 
 def _hub(source: Source) -> Part:
@@ -146,14 +158,14 @@ def _hub(source: Source) -> Part:
             "check the path or the name, data's split and subset, and the network",
         ) from error
     name = ":".join(filter(None, (source.path, source.subset, source.split)))
-    return _dataset_part(name, loaded, source.split)
+    return _dataset_part(source, name, loaded, source.split)
 
 
-def _dataset_part(name: str, dataset: Any, selection: str = "") -> Part:
+def _dataset_part(source: Source, name: str, dataset: Any, selection: str = "") -> Part:
     files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
     if not files:  # Nothing to hash: `datasets` has a fingerprint of its own.
         selection += dataset._fingerprint
-    return Part(name, partial(read_dataset, dataset), files, selection)
+    return Part(name, partial(read_dataset, dataset, source.columns), files, selection)
 
 
 def _looks_like_files(path: str) -> bool:

@@ -29,18 +29,20 @@ from megatron_idpo.data.chat import (
     pair_text,
     truncate,
 )
-from megatron_idpo.data.preferences import BadRecord, parse_preference
+from megatron_idpo.data.preferences import parse_preference
 from megatron_idpo.data.readers import RawRow
+from megatron_idpo.data.record import BadRecord
 from megatron_idpo.data.report import DataReport
 from megatron_idpo.data.sources import OpenSource
 from megatron_idpo.data.store import BadRow, PairStore, PairStoreWriter, TokenBatch
 from megatron_idpo.data.tokenizers import Tokenizer
 from megatron_idpo.data.workers import ordered_map
 from megatron_idpo.errors import DataError, Problem
+from megatron_idpo.file_lock import locked
 
 type OnBadRow = Literal["error", "skip"]
 
-_STORE_FORMAT = 1
+_STORE_FORMAT = 2
 """Raised whenever the same rows would become other tokens, or the files another shape."""
 
 _BATCH_ROWS = 512
@@ -71,16 +73,19 @@ def tokenised_store(
     """The store of a source, made if it is not there yet.
 
     Raises:
-        DataError: a bad row under `on_bad_row: error`, or a file that cannot be read.
+        DataError: a bad row under `on_bad_row: error`, a file that cannot be read, or a cache that
+            cannot be written.
     """
-    from filelock import FileLock
-
     name = _fingerprint(found, tokenizer, options)
     directory = cache / name
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{name}.lock"):
-        if not (directory / "meta.json").exists():
-            _build(found, Job(tokenizer, options), directory, num_workers, on_bad_row)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache / f"{name}.lock", wait=True):
+            if not (directory / "meta.json").exists():
+                _build(found, Job(tokenizer, options), directory, num_workers, on_bad_row)
+    except OSError as error:  # files that are read tell their own
+        told = f"{cache} cannot be written: {error.strerror or error}"
+        raise DataError.at("data.cache", told, "name a directory with free space") from None
     store = PairStore(directory)
     if on_bad_row == "error" and store.report.skipped_rows:
         _refuse(found, list(islice(store.bad_rows(), _PROBLEMS_TOLD)))

@@ -9,8 +9,7 @@ Shapes: B prompts of a batch, T tokens so far with padding, V the vocabulary.
 
 import gc
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
 )
-from transformers.utils import logging as transformers_logging
 
 from megatron_idpo.errors import CheckpointError, ConfigError
 from megatron_idpo.evaluate.counted import counted
 from megatron_idpo.evaluate.engine import Sampling, Weights, derived_seed
+from megatron_idpo.evaluate.without_bar import without_bar
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _APART = ("vblora_vector_bank", "prompt_encoder", "prompt_embeddings")
@@ -153,7 +152,7 @@ def _load(weights: Weights, device: torch.device) -> Any:
     """
     place = str(weights.directory)
     try:
-        with _without_bar():
+        with without_bar():
             model, info = AutoModelForCausalLM.from_pretrained(
                 weights.directory,
                 dtype=_DTYPES[weights.dtype],
@@ -207,15 +206,3 @@ def _with_adapter(model: Any, directory: Path) -> Any:
     if problems:
         raise CheckpointError.at(place, "; ".join(problems), remedy)
     return model
-
-
-@contextmanager
-def _without_bar() -> Iterator[None]:
-    """Transformers shows no bar of its own beside ours."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()

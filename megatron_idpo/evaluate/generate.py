@@ -6,14 +6,13 @@ batch. A batch is on the disk before the next one begins, always holds the same 
 from a seed of its own, so an interrupted file goes on as if nothing had happened.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from megatron_idpo.config import RunConfig
 from megatron_idpo.data.run_pairs import tokenizer_path
 from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_idpo.errors import ConfigError
 from megatron_idpo.evaluate.answers import (
     Answer,
     append_answers,
@@ -28,6 +27,7 @@ from megatron_idpo.evaluate.generate_progress import GenerateProgress, summary
 from megatron_idpo.evaluate.generate_task import Task, check_settings, make_task
 from megatron_idpo.evaluate.prompts import PromptRecord, load_prompts
 from megatron_idpo.evaluate.subjects import Subject
+from megatron_idpo.evaluate.text_file import only_writer
 
 
 def generate(
@@ -51,7 +51,7 @@ def generate(
             name = task.model.name
             print(f"{name} is asked through its own tokenizer and chat template", flush=True)
     for task in tasks:
-        with _only_writer(task.path):
+        with only_writer(task.path):
             check_settings(task)  # another process may have written since
             _answer(task)
     return 0
@@ -106,39 +106,6 @@ def _engine(task: Task) -> Engine:
     from megatron_idpo.evaluate.engine_transformers import TransformersEngine
 
     return TransformersEngine(weights, task.sampling, task.stop_tokens)
-
-
-@contextmanager
-def _only_writer(path: Path) -> Iterator[None]:
-    """Nobody else writes the file meanwhile.
-
-    Raises:
-        ConfigError: somebody does, or the directory cannot be written, or has no locks.
-    """
-    from filelock import FileLock, Timeout
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        told = f"{path.parent} cannot be made: {error.strerror}"
-        raise ConfigError.at("evaluate.output", told, "name another directory") from None
-    file = path.with_name(f".{path.name}.lock")
-    lock = FileLock(file, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        remedy = "wait for it, or name another directory in evaluate.output"
-        raise ConfigError.at(str(path), "another process is writing it", remedy) from None
-    except OSError as error:
-        told = f"{file} cannot be written: {error.strerror or error}"
-        raise ConfigError.at("evaluate.output", told, "name another directory") from None
-    except NotImplementedError:  # so `filelock` told ENOSYS
-        told = f"{file} cannot be written: the file system has no locks"
-        raise ConfigError.at("evaluate.output", told, "name another directory") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _told_prompts(

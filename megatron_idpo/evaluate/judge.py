@@ -34,9 +34,6 @@ from megatron_idpo.evaluate.tally import Tally
 from megatron_idpo.evaluate.text_file import write_text
 from megatron_idpo.evaluate.verdicts import IDENTICAL, Order, Verdict, VerdictStore
 
-ENOUGH = 0.95
-"""The share of prompts that must have a verdict, for judging to have succeeded."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Task:
@@ -139,6 +136,9 @@ def _judge(
         assert template is not None
         _check_library()
         endpoint = Endpoint.of(settings, environment)
+        if endpoint.is_overheard:
+            told = "whoever listens on the network reads the key in"
+            _say(console, f"{endpoint.url} is not encrypted: {told} {settings.key_variable}")
         from megatron_idpo.evaluate.judge_api import ApiJudge
 
         chats = (template.chat(question.prompt, *question.shown) for question in left)
@@ -228,10 +228,9 @@ def _check_enough(results: Sequence[Tally], tasks: Sequence[_Task]) -> None:
     """
     problems = []
     for tally, task in zip(results, tasks, strict=True):
-        prompts = tally.judged + tally.unjudged
-        if tally.judged >= ENOUGH * prompts:
+        if tally.is_enough:
             continue
-        told = f"{tally.unjudged} of {prompts} prompts have no verdict"
+        told = f"{tally.unjudged} of {tally.prompts} prompts have no verdict"
         remedy = "its notes say why; the same command asks for these again"
         problems.append(Problem(str(task.directory / "verdicts.jsonl"), told, remedy))
     if problems:

@@ -126,6 +126,8 @@ class ApiJudge:
                 used = [used[0] + found.input_tokens, used[1] + found.output_tokens]
                 text, letter = found.text, self._template.letter(found.text)
                 note = self._answer_note(found, is_verdict=letter is not None)
+                if found.is_cut and "temperature" in self._options:
+                    break
                 continue  # without a pause: the endpoint is well
             note, is_hopeless = found.reason, not found.may_pass
             limits, attempts = limits + found.is_limit, attempts + (not found.is_limit)

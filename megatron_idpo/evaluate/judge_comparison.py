@@ -1,6 +1,7 @@
 """Which answers are compared, and whether they can be."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -96,11 +97,27 @@ def comparisons(config: RunConfig, output: Path) -> list[Comparison]:
     for a, b in pairs:
         _same_prompts(found[a], found[b])
     most = config.judge.max_prompts
-    return [
+    asked = [
         Comparison(a, b, found[a], found[b], min(most or count, count))
         for a, b in pairs
         for count in (len(found[a].answers),)
     ]
+    _check_names(asked)
+    return asked
+
+
+def _check_names(asked: Sequence[Comparison]) -> None:
+    """No two comparisons have one directory, as `a-vs-b` against `c` and `a` against `b-vs-c`.
+
+    Raises:
+        ConfigError: two do.
+    """
+    places: dict[str, Comparison] = {}
+    for one in asked:
+        other = places.setdefault(one.name, one)
+        if other is not one:
+            told = f"{other.a} against {other.b} and {one.a} against {one.b} are both {one.name}"
+            raise ConfigError.at("evaluate.models", told, "give a model another name")
 
 
 def _pairs(config: RunConfig) -> list[tuple[str, str]]:

@@ -31,6 +31,12 @@ class Endpoint:
 
     key: str = field(repr=False)
 
+    @property
+    def is_overheard(self) -> bool:
+        """Whether a key goes over a network unencrypted."""
+        is_plain = urlsplit(self.url).scheme == "http"
+        return is_plain and not self.is_local and self.key != PLACEHOLDER
+
     @classmethod
     def of(cls, settings: JudgeConfig, environment: Mapping[str, str]) -> "Endpoint":
         """The endpoint of a configuration.

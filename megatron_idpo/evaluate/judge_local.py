@@ -23,6 +23,7 @@ from megatron_idpo.evaluate.answers import Prompt
 from megatron_idpo.evaluate.judge_question import Question
 from megatron_idpo.evaluate.judge_template import Chat, JudgeTemplate, Letter
 from megatron_idpo.evaluate.verdicts import Verdict
+from megatron_idpo.evaluate.without_bar import without_bar
 
 PLACE = "judge.model"
 _IDENTIFYING = ("*.safetensors", "*.bin", "config.json", "tokenizer*", "chat_template.jinja")
@@ -157,7 +158,8 @@ def _load(path: str, kind: Any) -> tuple[Any, Tokenizer]:
     place = str(Path(path).expanduser())
     tokenizer = load_tokenizer(place)
     try:
-        model, info = kind.from_pretrained(place, dtype="auto", output_loading_info=True)
+        with without_bar():
+            model, info = kind.from_pretrained(place, dtype="auto", output_loading_info=True)
     # The library raises whatever the file at hand leads to.
     except Exception as error:
         told = f"{path} cannot be loaded: {type(error).__name__}: {error}"

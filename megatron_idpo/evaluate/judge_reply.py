@@ -31,6 +31,9 @@ class Reply:
     why_silent: str = ""
     """What, other than the judge, may have kept a verdict out of it."""
 
+    is_cut: bool = False
+    """Whether the room for it was too small, which at a temperature of 0 it will be again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
@@ -62,7 +65,13 @@ def reply_of(body: str, endpoint: Endpoint) -> Reply | Trouble:
         silent = "the judge's answer was cut off: raise judge.max_tokens"
     elif finish == "content_filter" or message.get("refusal"):
         silent = "the endpoint refuses to answer this question"
-    return Reply(text, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"), silent)
+    return Reply(
+        text,
+        _count(usage, "prompt_tokens"),
+        _count(usage, "completion_tokens"),
+        silent,
+        is_cut=finish == "length",
+    )
 
 
 def trouble_of(

@@ -39,7 +39,7 @@ from megatron_idpo.evaluate.text_file import check_writable
 from megatron_idpo.lora.peft_config import read_peft_settings
 from megatron_idpo.mcore.groups import this_place
 from megatron_idpo.mcore.signals import Stopped, StopWish, listening
-from megatron_idpo.mcore.world import World, agreeing, joined_world, running
+from megatron_idpo.mcore.world import World, agreeing, gathered, joined_world, running
 from megatron_idpo.reference.cache_files import Logps
 from megatron_idpo.reference.fingerprint import fingerprint
 from megatron_idpo.reference.frozen import frozen_model
@@ -189,7 +189,8 @@ def _logps(reading: _Reading, model: FixedModel, name: str) -> _Read:
     what = f"held-out pairs by {name}"
     caches = RunCaches.of_one_set(model, held_out, directory, wanted, what=what)
     if not caches.are_complete():
-        if not _read(reading, model, caches):
+        # A signal in the last batch of the model before is heeded here.
+        if any(gathered(reading.wish.is_there)) or not _read(reading, model, caches):
             raise Stopped
         gc.collect()  # a model holds itself in circles
     return _Read(f"{LOGPS}/{directory.name}", caches.open()[0].logps_PL2)

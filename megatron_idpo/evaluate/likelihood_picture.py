@@ -4,7 +4,6 @@ Drawn without a display and without matplotlib's global state. A model has one c
 marker in all panels; bands are 95 % intervals.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_idpo.errors import ConfigError
 from megatron_idpo.evaluate.layer_curves import LayerCurves
+from megatron_idpo.evaluate.text_file import appearing
 
 PICTURES = ("likelihood.png", "likelihood.svg")
 
@@ -56,14 +55,8 @@ def draw_likelihood(curves: Sequence[LayerCurves], target: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     figure.supxlabel(f"{curves[0].sample_told}; bands: 95% intervals", fontsize=8, color="0.35")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_name(f".{target.stem}.fresh{target.suffix}")
-        figure.savefig(fresh)
-        os.replace(fresh, target)
-    except OSError as error:
-        told = f"cannot write {target}: {error.strerror or error}"
-        raise ConfigError.at("evaluate.output", told, "name a directory to write to") from None
+    with appearing(target) as fresh:
+        figure.savefig(fresh, format=target.suffix[1:])
 
 
 def _draw(axes: Axes, model: LayerCurves, name: str, number: int) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 from megatron_idpo.config import RunConfig
 from megatron_idpo.config_sections import SourceConfig
 from megatron_idpo.data.dataset import PairDataset
-from megatron_idpo.data.preferences import BadRecord, Format, Preference, parse_preference
+from megatron_idpo.data.preferences import Format, Preference, parse_preference
 from megatron_idpo.data.readers import RawRow
-from megatron_idpo.data.run_pairs import load_run_pairs
-from megatron_idpo.data.sources import OpenSource, Source, open_source
+from megatron_idpo.data.record import BadRecord, refuse_other_prompt
+from megatron_idpo.data.run_pairs import load_run_pairs, source_of
+from megatron_idpo.data.sources import OpenSource, open_source
 from megatron_idpo.data.tokenise import place
 from megatron_idpo.errors import ConfigError, DataError, Problem
 from megatron_idpo.evaluate.answers import Prompt
@@ -104,7 +105,7 @@ def pair_prompts(pairs: PairDataset, *, format: Format, has_template: bool) -> l
 
     Args:
         pairs: tokenised ones, which know their rows.
-        format: with which they were read.
+        format: with which they were read, where their source has none of its own.
         has_template: likewise.
 
     Raises:
@@ -124,7 +125,9 @@ def pair_prompts(pairs: PairDataset, *, format: Format, has_template: bool) -> l
             where = place(found, part, raw.row)
             try:
                 record = raw.record()
-                preference = parse_preference(record, format=format, has_template=has_template)
+                preference = parse_preference(
+                    record, format=found.source.format or format, has_template=has_template
+                )
             except BadRecord as error:
                 told = f"was a pair when the data was tokenised, and is none now: {error}"
                 raise DataError.at(
@@ -147,8 +150,8 @@ def source_prompts(
 
     Args:
         sources: where they are; a weight means nothing here and is refused.
-        format: what the records are. Under `chat` a `prompt` that is text, alone in its record, is
-            a user's message.
+        format: what the records are, where a source does not say it. Under `chat` a `prompt` that
+            is text, alone in its record, is a user's message.
         has_template: whether the tokenizer can render messages.
         skip: leave rows out that are neither.
 
@@ -162,11 +165,12 @@ def source_prompts(
         raise ConfigError.at("generate.prompts", told, "leave it out")
     found: list[PromptRecord] = []
     problems: list[Problem] = []
-    for opened in [open_source(Source(**source.model_dump())) for source in sources]:
+    for opened in [open_source(source_of(source)) for source in sources]:
         for where, raw in _rows(opened):
             try:
+                mine = opened.source.format or format
                 pair = parse_preference(
-                    _as_pair(raw.record(), format), format=format, has_template=has_template
+                    _as_pair(raw.record(), mine), format=mine, has_template=has_template
                 )
             except BadRecord as error:
                 problems.append(Problem(where, error.reason, error.remedy))
@@ -197,6 +201,8 @@ def _as_pair(record: object, format: Format) -> object:
     if not isinstance(record, Mapping) or not _is_alone(record):
         return record
     prompt = record.get("prompt")
+    if prompt is None:
+        refuse_other_prompt(record)
     if not prompt:
         reason = "field 'prompt' is missing" if prompt is None else "'prompt' is empty"
         raise BadRecord(reason, "give a prompt, or chosen and rejected that share one")

@@ -12,6 +12,7 @@ from rich.console import Console
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.evaluate.page.found import find
 from megatron_idpo.evaluate.page.render import render
+from megatron_idpo.evaluate.text_file import appearing
 
 FILE = "report.html"
 
@@ -36,18 +37,8 @@ def main(runs: Sequence[Path], output: Path | None) -> int:
         raise ConfigError.at("--output", f"{target} is a directory", remedy)
     # An answer may hold half a character, which JSON can write and UTF-8 cannot.
     page = render(find(runs)).encode("utf-8", "replace")
-    _write(target, page)
+    with appearing(target, place="--output") as fresh:
+        fresh.write_bytes(page)
     told = f"report   {target} ({len(page) / 1000:,.0f} kB)"
     Console(highlight=False).print(told, soft_wrap=True, markup=False)
     return 0
-
-
-def _write(target: Path, page: bytes) -> None:
-    fresh = target.with_name(f".{target.name}.fresh")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_bytes(page)
-        fresh.replace(target)
-    except OSError as error:
-        told = f"cannot write {target}: {error.strerror or error}"
-        raise ConfigError.at("--output", told, "name a file that can be written") from None

@@ -16,6 +16,9 @@ from megatron_idpo.train.confidence import wilson_interval
 EVIDENCE = 0.05
 """The p-value below which a difference is called one."""
 
+ENOUGH = 0.95
+"""The share of prompts that must have a verdict, for judging to have succeeded."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
@@ -78,6 +81,16 @@ class Tally:
         return self.wins + self.losses + self.ties
 
     @property
+    def prompts(self) -> int:
+        """With a verdict or without."""
+        return self.judged + self.unjudged
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether so few prompts have no verdict that they could hardly change who wins."""
+        return self.judged >= ENOUGH * self.prompts
+
+    @property
     def win_rate(self) -> float | None:
         """Of the first model, a tie being half a win; None where nothing is judged."""
         return (self.wins + self.ties / 2) / self.judged if self.judged else None
@@ -108,10 +121,11 @@ class Tally:
             return f"{a} against {b}: none of {self.unjudged} prompts could be judged"
         low, high = interval
         unjudged = f", {self.unjudged} more unjudged" if self.unjudged else ""
+        warning = "" if self.is_enough else ", but too many prompts are unjudged to rely on it"
         return (
             f"{a} against {b}: {rate * 100:.1f} % [{low * 100:.1f}, {high * 100:.1f}] of "
             f"{self.judged} prompts ({self.wins} won, {self.losses} lost, {self.ties} "
-            f"tied{unjudged}); {self.conclusion(a, b)}"
+            f"tied{unjudged}); {self.conclusion(a, b)}{warning}"
         )
 
     def result(self, a: str, b: str, judge: str, kind: str) -> dict[str, Any]:
@@ -122,7 +136,7 @@ class Tally:
             "b": b,
             "judge": judge,
             "kind": kind,
-            "prompts": self.judged + self.unjudged,
+            "prompts": self.prompts,
             "wins": self.wins,
             "losses": self.losses,
             "ties": self.ties,

@@ -13,15 +13,14 @@ import errno
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from filelock import FileLock, Timeout
-
 from megatron_idpo.errors import ConfigError, DataError, Problem
-from megatron_idpo.evaluate.text_file import write_text
+from megatron_idpo.evaluate.text_file import only_writer, write_text
 
 type Winner = Literal["a", "b", "tie"]
 type Order = Literal["ab", "ba", "both"]
@@ -94,22 +93,12 @@ class VerdictStore:
         """Questions that were put, and have no verdict."""
         self.used_tokens = [0, 0]
         """Input and output, of all verdicts ever."""
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(directory / ".lock", timeout=0)
-            self._lock.acquire()
-        except Timeout:
-            told = f"{directory} is being written by another process"
-            raise ConfigError.at("evaluate.output", told, "wait for it") from None
-        except OSError as error:
-            raise _unwritable(directory, error) from None
-        try:
+        with ExitStack() as opening:
+            opening.enter_context(only_writer(self._path))
             self._read()
             self._agree(directory, settings)
-            self._file = self._path.open("ab", buffering=0)
-        except BaseException:
-            self._lock.release()
-            raise
+            self._file = opening.enter_context(self._path.open("ab", buffering=0))
+            self._open = opening.pop_all()
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -122,8 +111,7 @@ class VerdictStore:
         trace: TracebackType | None,
     ) -> None:
         """Let go of it."""
-        self._file.close()
-        self._lock.release()
+        self._open.close()
 
     def add(self, verdict: Verdict) -> None:
         """Keep a verdict; it is on the disk afterwards.

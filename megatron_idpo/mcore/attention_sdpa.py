@@ -6,6 +6,10 @@ answer is one call per block of queries over *prompt + itself* with an explicit 
 relative distances only, so one small Toeplitz matrix per row and window serves every group of every
 layer as a view; no mask of the row's size exists.
 
+On a CPU half precision is computed in fp32. For every shape that it meets, torch's half-precision
+kernel makes machine code that it never gives back (5 to 6 MB on a processor with AMX), and every
+pair has lengths of its own: memory would grow with the number of pairs.
+
 Everything here is ordinary autograd. Pieces of the row are taken with `split`, whose backward is
 one concatenation; slicing the row would add a zero-filled gradient of the whole row per slice.
 
@@ -79,6 +83,8 @@ def attend_row(
     Returns:
         `[T, 1, N, D]`, contiguous; 0 where the row is padding.
     """
+    dtype = query_TBND.dtype
+    query_TBND, key_TBMD, value_TBMD = _as_computed(query_TBND, key_TBMD, value_TBMD)
     mask_key = ("distance mask", window, query_TBND.dtype)
     if mask_key not in row.derived:
         longest = max(max(b2 - b0, b1 - b0 + b3 - b2) for b0, b1, b2, b3 in row.groups)
@@ -97,7 +103,7 @@ def attend_row(
         group = (x[2 * i + 1] for x in (queries, keys, values))
         outputs += _attend_group(*group, lengths=lengths, mask=mask, scale=scale)
         outputs.append(torch.zeros_like(queries[2 * i + 2]))
-    return torch.cat(outputs)
+    return torch.cat(outputs).to(dtype)
 
 
 def attend_causal(
@@ -115,8 +121,15 @@ def attend_causal(
     Returns:
         `[Q, B, N, D]`.
     """
+    dtype = query_QBND.dtype
+    query_QBND, key_KBMD, value_KBMD = _as_computed(query_QBND, key_KBMD, value_KBMD)
     mask = _DistanceMask(key_KBMD.size(0), window, query_QBND)
-    return _attend(query_QBND, key_KBMD, value_KBMD, mask=mask, scale=scale)
+    return _attend(query_QBND, key_KBMD, value_KBMD, mask=mask, scale=scale).to(dtype)
+
+
+def _as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the precision that the kernel is to have: fp32 on a CPU, their own elsewhere."""
+    return tuple(x.float() if x.device.type == "cpu" and x.itemsize < 4 else x for x in tensors)
 
 
 def _attend_group(

@@ -20,14 +20,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.file_lock import Held, locked
 from megatron_idpo.reference.cache_files import (
     Logps,
     damaged,
@@ -99,20 +99,17 @@ def held(directory: Path) -> Iterator[None]:
         CheckpointError: somebody else writes it, or it cannot be made.
     """
     make_directory(directory)
-    lock = FileLock(directory / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        remedy = "wait for it, or name another directory in reference.cache"
-        raise CheckpointError.at(str(directory), "is being written", remedy) from None
-    except OSError as error:
-        remedy = "name a directory on another file system in reference.cache"
-        told = f"cannot be locked: {error.strerror}"
-        raise CheckpointError.at(str(directory), told, remedy) from None
-    try:
+    with ExitStack() as hold:
+        try:
+            hold.enter_context(locked(directory / ".lock"))
+        except Held:
+            remedy = "wait for it, or name another directory in reference.cache"
+            raise CheckpointError.at(str(directory), "is being written", remedy) from None
+        except OSError as error:
+            remedy = "name a directory on another file system in reference.cache"
+            told = f"cannot be locked: {error.strerror}"
+            raise CheckpointError.at(str(directory), told, remedy) from None
         yield
-    finally:
-        lock.release()
 
 
 class CacheWriter:

@@ -9,15 +9,14 @@ OUTPUT/
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from megatron_idpo.atomic import clear_leftovers
 from megatron_idpo.config_steps import MANIFEST
 from megatron_idpo.errors import ConfigError
+from megatron_idpo.file_lock import Held, locked
 from megatron_idpo.mcore.world import agreeing, is_first_rank
 
 PLACE = "training.output"
@@ -86,17 +85,14 @@ def opened(root: Path) -> Iterator[RunDirectory]:
         ConfigError: on every rank; it cannot be made or written, or another run has it.
     """
     directory = RunDirectory(root.expanduser())
-    lock = FileLock(directory.root / ".lock", timeout=0)
-    try:
+    with ExitStack() as hold:
         with agreeing("opening the output directory"):
             if is_first_rank():
                 _make(directory.root)
-                _hold(lock, directory.root)
+                _enter(hold, directory.root)
                 for result in (directory.hf, directory.adapter):
                     clear_leftovers(result)
         yield directory
-    finally:
-        lock.release()
 
 
 def refuse_steps_directory(root: Path) -> None:
@@ -123,10 +119,11 @@ def _make(root: Path) -> None:
         raise ConfigError.at(PLACE, f"{root} cannot be written: {error.strerror}", remedy) from None
 
 
-def _hold(lock: FileLock, root: Path) -> None:
+def _enter(hold: ExitStack, root: Path) -> None:
+    """Hold the directory until the stack is unwound."""
     try:
-        lock.acquire()
-    except Timeout:
+        hold.enter_context(locked(root / ".lock"))
+    except Held:
         told = f"{root} is being written by another run"
         raise ConfigError.at(PLACE, told, "wait for it, or name another directory") from None
     except OSError as error:

@@ -13,7 +13,8 @@ from megatron_idpo.data.chat import (
     pair_text,
     truncate,
 )
-from megatron_idpo.data.preferences import BadRecord, Preference
+from megatron_idpo.data.preferences import Preference
+from megatron_idpo.data.record import BadRecord
 from megatron_idpo.data.tokenizers import HfTokenizer, Tokenizer, load_tokenizer
 
 USER = {"role": "user", "content": "What is the capital of France?"}

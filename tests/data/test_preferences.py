@@ -8,11 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_idpo.data.preferences import (
-    BadRecord,
-    parse_preference,
-    shared_length,
-)
+from megatron_idpo.data.preferences import parse_preference, shared_length
+from megatron_idpo.data.record import BadRecord
 
 
 def user(text: str) -> dict[str, str]:
@@ -42,6 +39,15 @@ def test_an_implicit_prompt_is_the_common_prefix() -> None:
         {"chosen": [*shared, assistant("x")], "rejected": [*shared, assistant("y")]}
     )
     assert (chat.prompt, chat.chosen, chat.rejected) == (shared, [assistant("x")], [assistant("y")])
+
+
+def test_a_prompt_of_another_name_is_not_left_out() -> None:
+    """Training on answers to nothing would go unnoticed; TRL does it."""
+    record = {"question": "q", "chosen": "a", "rejected": "b"}
+    with pytest.raises(BadRecord, match="no field 'prompt', but 'question'"):
+        parse_preference(record)
+    assert parse_preference(record, format="text").prompt == ""
+    assert parse_preference({**TEXT, "question": "q"}).prompt == "q"
 
 
 def test_an_implicit_prompt_leaves_something_to_both_answers() -> None:

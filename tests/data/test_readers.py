@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_idpo.data import readers
-from megatron_idpo.data.preferences import BadRecord
 from megatron_idpo.data.readers import read_dataset, read_file
+from megatron_idpo.data.record import FIELDS, BadRecord
 from megatron_idpo.errors import DataError
 
 RECORDS = [
@@ -86,8 +86,13 @@ def test_lines_that_cannot_be_read_are_told_by_row(tmp_path: Path) -> None:
     assert told[5].startswith("not JSON")
 
 
-JSON = st.recursive(st.integers() | st.text(), lambda inner: st.lists(inner, max_size=2))
-OBJECTS = st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=2), max_size=6)
+JSON = st.recursive(
+    st.integers() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+)
+OBJECTS = st.lists(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=2), max_size=6)
 
 
 @given(OBJECTS, st.sampled_from([None, 1]), st.integers(1, 9))
@@ -119,12 +124,12 @@ def test_a_json_list_that_breaks_off_is_refused_whole(text: str, told: str, tmp_
 
 
 def test_bad_elements_of_a_json_list_are_told_by_element(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_bytes(b'[{}, 5, {"a": "\xff"}, {"a": "\\udcff"}]')
+    (tmp_path / "a.json").write_bytes(b'[{}, 5, {"chosen": "\xff"}, {"chosen": "\\udcff"}]')
     assert rows_of(tmp_path / "a.json") == [
         (1, {}),
         (2, "the record is 5, not an object with fields"),
         (3, "invalid UTF-8"),
-        (4, {"a": "\udcff"}),
+        (4, {"chosen": "\udcff"}),
     ]
 
 

@@ -1,5 +1,7 @@
 """Finding what a source names."""
 
+import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,41 @@ def test_the_digest_is_of_contents(write_jsonl: Callable[..., str]) -> None:
     first = digest(write_jsonl([TEXT], "a.jsonl"))
     assert digest(write_jsonl([TEXT], "b.jsonl")) == first
     assert digest(write_jsonl([TEXT], "a.json")) != first, "is read in another way"
+    named = Source(path=write_jsonl([TEXT], "a.jsonl"), columns={"chosen": "rejected"})
+    assert open_source(named).digest() != first
     assert digest(write_jsonl([{**TEXT, "chosen": "c"}], "a.jsonl")) != first
+
+
+OTHERS = {"question": "q", "best": "a", "worst": "b", "chosen": "no answer", "system": "s"}
+COLUMNS = {"prompt": "question", "chosen": "best", "rejected": "worst"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow", ""])
+def test_columns_of_other_names(tmp_path: Path, suffix: str) -> None:
+    """Whatever they are stored in; ours of the same names are not read, nor are unnamed ones."""
+    path = tmp_path / f"data{suffix}"
+    dataset = datasets.Dataset.from_list([OTHERS])
+    if suffix == ".arrow":
+        dataset.save_to_disk(tmp_path / "saved")
+        path = next((tmp_path / "saved").glob("*.arrow"))
+    elif suffix == "":
+        dataset.save_to_disk(path)
+    elif suffix.startswith(".json"):
+        path.write_text(json.dumps(OTHERS))
+    else:
+        {".csv": dataset.to_csv, ".parquet": dataset.to_parquet}[suffix](path)
+    read = {}
+    for name, columns in (
+        ("ours", {}),
+        ("named", COLUMNS),
+        ("all", {**COLUMNS, "system": "system"}),
+    ):
+        [part] = open_source(Source(path=str(path), columns=columns)).parts
+        [raw] = part.read()
+        read[name] = pickle.loads(pickle.dumps(raw)).record()
+    assert read["ours"] == {"question": "q", "chosen": "no answer"}
+    assert read["named"] == TEXT
+    assert read["all"] == {**TEXT, "system": "s"}
 
 
 def test_a_file_that_may_not_be_read_is_told(write_jsonl: Callable[..., str]) -> None:

@@ -131,6 +131,34 @@ def test_a_failed_run_leaves_nothing_behind(
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize(
+    "refusing", ["fcntl.flock", "megatron_idpo.data.tokenise.PairStoreWriter.append"]
+)
+def test_a_cache_that_cannot_be_written_is_named(
+    write_jsonl: Callable[..., str],
+    store_of: Callable[..., PairStore],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusing: str,
+) -> None:
+    """No locks, no space, no such directory: a user is told which, and where to change it."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = write_jsonl(GOOD)
+    with monkeypatch.context() as patched, pytest.raises(DataError) as told:
+        patched.setattr(refusing, refuse)
+        store_of(path)
+    assert f"data.cache: {tmp_path / 'cache'} cannot be written: No space left" in str(told.value)
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock"}
+    assert store_of(path).num_pairs == len(GOOD)
+    (tmp_path / "cache").rename(tmp_path / "before")
+    (tmp_path / "cache").touch()
+    with pytest.raises(DataError, match=r"data\.cache: .*cache cannot be written: File exists"):
+        store_of(path)
+
+
 def test_pairs_are_dropped_and_cut_and_counted(text_tokenizer: Tokenizer) -> None:
     rows = [
         RawRow(1, {"prompt": "q", "chosen": " yes, it is", "rejected": "no"}),

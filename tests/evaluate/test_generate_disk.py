@@ -9,7 +9,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from filelock import FileLock
 
 from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.evaluate.answers import (
@@ -21,6 +20,7 @@ from megatron_idpo.evaluate.answers import (
 )
 from megatron_idpo.evaluate.engine_transformers import TransformersEngine
 from megatron_idpo.evaluate.generate_main import main
+from megatron_idpo.file_lock import locked
 
 from .tiny_answers import QUESTIONS, answered, unread, user, write_config, write_model
 
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_do_not_write_one_file(model: Path, tmp_path: Path) -> None:
     path = answers_file(tmp_path / "out", "one")
     path.parent.mkdir(parents=True)
-    with FileLock(path.with_name(".one.jsonl.lock")), pytest.raises(ConfigError, match="another"):
+    with locked(path.with_name(".one.jsonl.lock")), pytest.raises(ConfigError, match="another"):
         main(write_config(tmp_path, model), [])
 
 
@@ -108,8 +108,9 @@ def test_what_the_system_refuses_is_told(model: Path, tmp_path: Path) -> None:
     path.with_name(".one.jsonl.lock").mkdir()
     with unread(), pytest.raises(ConfigError, match=r"output: .*\.lock cannot be written: .*dir"):
         main(config, [])
+    path.with_name(".one.jsonl.lock").rmdir()
     with (
-        patch("filelock.FileLock.acquire", side_effect=NotImplementedError),
-        pytest.raises(ConfigError, match=r"\.lock cannot be written: the file system has no locks"),
+        patch("fcntl.flock", side_effect=OSError(38, "Function not implemented")),
+        pytest.raises(ConfigError, match=r"\.lock cannot be written: Function not implemented"),
     ):
         main(config, [])

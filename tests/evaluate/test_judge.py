@@ -136,6 +136,26 @@ def test_the_last_model_is_compared_with_each_other(
         assert result(tmp_path, "dpo-vs-sft")["win_rate"] == 1
 
 
+def test_two_comparisons_do_not_share_a_directory(tmp_path: Path) -> None:
+    answers = {"a": ["a"], "b-vs-c": ["bb"], "a-vs-b": ["a"], "c": ["bb"]}
+    with FakeJudge() as server:
+        case = write_case(tmp_path, answers, server.url)
+        told = r"evaluate\.models: a against b-vs-c and a-vs-b against c are both a-vs-b-vs-c"
+        with pytest.raises(ConfigError, match=told):
+            main(case, ["judge.compare=[[a, b-vs-c], [a-vs-b, c]]"])
+        assert main(case, ["judge.compare=[[a, b-vs-c]]"]) == 0
+
+
+def test_a_key_on_an_open_network_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_idpo.evaluate.judge_endpoint._is_local", lambda url: False)
+    with FakeJudge() as server:
+        assert main(write_case(tmp_path, won_and_lost(1, 0), server.url), []) == 0
+        assert f"{server.url} is not encrypted" in capsys.readouterr().out
+        assert len(server.requests) == 2
+
+
 def test_a_runs_own_models_need_not_be_named_nor_there(tmp_path: Path) -> None:
     for name, text in (("base", "x"), ("trained", "yy")):
         write_answers(tmp_path / "run/evaluation", name, [text])

@@ -42,7 +42,7 @@ def first(faults: list[Fault]) -> Faults:
     return lambda number, _: faults[number] if number < len(faults) else None
 
 
-def always(fault: str) -> Faults:
+def always(fault: Fault) -> Faults:
     return lambda number, _: fault
 
 
@@ -61,7 +61,7 @@ def once_each(fault: str) -> Faults:
 PASSING = ("500", "502", "503:0.01", "408", "429", "429:0.05", "drop", "half", "html", "empty")
 
 
-@pytest.mark.parametrize("fault", [*PASSING, "malformed", "cut", "refused"])
+@pytest.mark.parametrize("fault", [*PASSING, "malformed", "refused"])
 def test_what_passes_is_asked_again(tmp_path: Path, fault: str) -> None:
     with FakeJudge(fault=once_each(fault)) as server:
         case = write_case(tmp_path, won_and_lost(4, 2), server.url, max_parallel=12)
@@ -73,8 +73,23 @@ def test_what_passes_is_asked_again(tmp_path: Path, fault: str) -> None:
     lines = verdicts(tmp_path, PAIR)
     assert len(lines) == 12
     assert {line["attempts"] for line in lines} == {1 if fault.startswith("429") else 2}
-    if fault in ("malformed", "cut", "refused"):
+    if fault in ("malformed", "refused"):
         assert {line["input_tokens"] for line in lines} == {200}, "both answers are paid for"
+
+
+def test_an_answer_that_was_cut_off_is_paid_for_once(tmp_path: Path) -> None:
+    """At a temperature of 0 it would be cut off again; with more room it is asked again."""
+    with FakeJudge(fault=always("cut")) as server:
+        case = write_case(tmp_path, won_and_lost(2, 1), server.url)
+        with pytest.raises(DataError, match="3 of 3 prompts have no verdict"):
+            main(case, [])
+        assert len(server.requests) == 6
+        lines = verdicts(tmp_path, PAIR)
+        assert {(line["attempts"], line["input_tokens"]) for line in lines} == {(1, 100)}
+        assert all("raise judge.max_tokens" in line["note"] for line in lines)
+        server.fault = always(None)
+        assert main(case, ["judge.max_tokens=2048"]) == 0
+        assert len(server.requests) == 12
 
 
 def test_what_never_answers_is_asked_again(tmp_path: Path) -> None:
@@ -88,7 +103,7 @@ def test_what_never_answers_is_asked_again(tmp_path: Path) -> None:
 
 
 def test_every_fault_at_once(tmp_path: Path) -> None:
-    faults: list[Fault] = [*PASSING, "malformed", "cut", "drop", "500", "500"]
+    faults: list[Fault] = [*PASSING, "malformed", "refused", "drop", "500", "500"]
     with FakeJudge(fault=first(faults)) as server:
         case = write_case(tmp_path, won_and_lost(12, 8), server.url)
         assert main(case, ["judge.max_attempts=20"]) == 0

@@ -47,6 +47,20 @@ def test_what_is_local(host: str, is_local: bool) -> None:
     assert endpoint(f"http://{host}/v1", OPENAI_API_KEY=KEY).is_local == is_local
 
 
+@pytest.mark.parametrize(
+    ("url", "key", "is_overheard"),
+    [
+        ("http://10.0.0.1:8000/v1", KEY, True),
+        ("HTTP://judge.example.com/v1", KEY, True),
+        ("https://judge.example.com/v1", KEY, False),
+        ("http://localhost:8000/v1", KEY, False),
+        ("http://localhost:8000/v1", "", False),
+    ],
+)
+def test_what_is_overheard(url: str, key: str, is_overheard: bool) -> None:
+    assert endpoint(url, OPENAI_API_KEY=key).is_overheard == is_overheard
+
+
 @pytest.mark.parametrize("key", [f"{KEY}\nX: y", f"{KEY} {KEY}", f"{KEY}é", f"{KEY}\x00"])
 def test_a_key_that_no_header_can_have_is_not_quoted(key: str) -> None:
     with pytest.raises(ConfigError) as raised:

@@ -145,14 +145,16 @@ def test_a_model_is_read_once_and_again_when_it_changes(
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("stop_after", [6, PAIRS], ids=["amid a model", "at a model's end"])
 def test_a_signal_saves_and_the_same_command_goes_on(
-    models: Models, workers: Any, tmp_path: Path
+    stop_after: int, models: Models, workers: Any, tmp_path: Path
 ) -> None:
     subjects = {"other": str(models.other)}
     file = evaluation_config(models, tmp_path / "out", subjects)
     whole = evaluation_config(models, tmp_path / "whole", subjects)
-    [(code, printed)] = workers.run(likelihood, 1, file, stop_after=6)
+    [(code, printed)] = workers.run(likelihood, 1, file, stop_after=stop_after)
     assert code == EXIT_PREEMPTED and "the same command goes on" in printed
+    assert len(list((tmp_path / "out" / "likelihood" / "logps").iterdir())) == 1, "the reference"
     assert not (tmp_path / "out" / "likelihood" / "likelihood.csv").exists()
     assert workers.run(likelihood, 1, file)[0][0] == 0
     workers.run(likelihood, 1, whole)

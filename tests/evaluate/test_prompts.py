@@ -63,6 +63,20 @@ def test_under_chat_a_text_alone_is_a_users_message(tmp_path: Path) -> None:
     assert prompts(read(path, format="chat")) == [user("Why?")]
 
 
+def test_columns_of_other_names_and_single_turns(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "p.jsonl", [{"instruction": "Why?", "setting": "Brief."}])
+    with pytest.raises(DataError, match="no field 'prompt', but 'instruction'"):
+        read(path)
+    columns: Any = {"prompt": "instruction", "system": "setting"}
+    found, _ = source_prompts(
+        [SourceConfig(path=path, columns=columns)],
+        format="single_turn",
+        has_template=True,
+        skip=False,
+    )
+    assert prompts(found) == [[{"role": "system", "content": "Brief."}, *user("Why?")]]
+
+
 def test_under_hh_a_transcript_alone_is_messages(tmp_path: Path) -> None:
     path = write_records(tmp_path / "p.jsonl", [{"prompt": HH}])
     assert prompts(read(path, format="hh")) == [HH_MESSAGES]
@@ -77,7 +91,8 @@ def test_tools_and_template_arguments_come_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "told"),
     [
-        ({"question": "Why?"}, r"p\.jsonl:2: field 'prompt' is missing"),
+        ({"answer": "So."}, r"p\.jsonl:2: field 'prompt' is missing"),
+        ({"question": "Why?"}, r"p\.jsonl:2: there is no field 'prompt', but 'question'"),
         ({"prompt": ""}, r"p\.jsonl:2: 'prompt' is empty"),
         ({"prompt": 3}, "'prompt' is 3, neither text nor"),
         ({"prompt": [{"role": "assistant", "content": "x"}]}, "role out of order"),

@@ -86,6 +86,17 @@ def test_what_is_unjudged_is_not_in_the_rate() -> None:
     assert "of 4 prompts (3 won, 1 lost, 0 tied, 4 more unjudged)" in found["told"]
 
 
+@pytest.mark.parametrize(("unjudged", "is_enough"), [(1, True), (2, False)])
+def test_too_much_unjudged_is_told_wherever_the_sentence_goes(
+    unjudged: int, is_enough: bool
+) -> None:
+    """A prompt in twenty may be; it goes into `result.json`, and from there into the report."""
+    tally = Tally(wins=19, unjudged=unjudged)
+    told = tally.result("idpo", "dpo", "fake", "api")["told"]
+    assert tally.is_enough == is_enough
+    assert ("but too many prompts are unjudged to rely on it" in told) != is_enough
+
+
 def test_nothing_judged_has_no_rate() -> None:
     found = Tally(unjudged=4).result("idpo", "dpo", "fake", "api")
     assert found["win_rate"] is found["low"] is found["high"] is None

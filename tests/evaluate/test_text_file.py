@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.text_file import telling, write_text
+from megatron_idpo.evaluate.text_file import appearing, only_writer, telling, write_text
 
 
 def test_it_appears_in_a_new_directory_and_replaces(tmp_path: Path) -> None:
@@ -37,6 +37,31 @@ def test_two_processes_do_not_share_a_file_that_grows(
     monkeypatch.setattr("os.getpid", lambda: -1)
     write_text(tmp_path / "advice.md", "theirs")
     assert [file.read_text() for file in grown] == ["mine", "theirs"]
+
+
+def test_what_fails_meanwhile_leaves_nothing(tmp_path: Path) -> None:
+    """The first file stays, also where the block itself is what the disk refuses."""
+    path = tmp_path / "report.html"
+    write_text(path, "first")
+    told = r"^--output: cannot write .*report\.html: No space left"
+    with pytest.raises(ConfigError, match=told), appearing(path, place="--output") as fresh:
+        fresh.write_bytes(b"hal")
+        full()
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "verdicts.jsonl"
+    for _ in range(2):
+        with only_writer(path):
+            told = rf"^evaluate\.output: {path} is being written by another process; wait"
+            with pytest.raises(ConfigError, match=told), only_writer(path):
+                pass
+    (tmp_path / "file").touch()
+    told = r"^evaluate\.output: .*file/\.one\.lock cannot be written: .*xist|Not a dir"
+    with pytest.raises(ConfigError, match=told), only_writer(tmp_path / "file" / "one"):
+        pass
 
 
 @pytest.mark.parametrize("done", ["read", "written"])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore import attention_sdpa
@@ -151,6 +152,22 @@ class TestRow:
         assert actual[0].dtype == torch.bfloat16
         expected = expected_results(inputs, grad, visible_pairs(MIXED, MIXED_TOKENS, None))
         assert_close(actual, expected, BF16_TOLERANCE)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_never_meets_the_cpus_kernel(self, dtype, monkeypatch):
+        """It keeps code for every shape: memory would grow with the number of pairs."""
+        met = []
+
+        def kernel(query, *others, **options):
+            met.append(query.dtype)
+            return scaled_dot_product_attention(query, *others, **options)
+
+        monkeypatch.setattr(attention_sdpa, "scaled_dot_product_attention", kernel)
+        inputs, grad = make_inputs(MIXED_TOKENS, dtype)
+        results = row_results(make_row(MIXED, MIXED_TOKENS), inputs, grad)
+        results = (*results, make_attention()(*inputs, None))
+        assert {result.dtype for result in results} == {dtype}
+        assert set(met) == {torch.float32}
 
     def test_takes_views_with_strides(self):
         """Megatron's value is a view into the fused projection."""

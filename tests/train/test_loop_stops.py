@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
 from megatron_idpo.cli_train import OPTIONAL, REQUIRED
 from megatron_idpo.config import load_config
@@ -18,6 +17,7 @@ from megatron_idpo.errors import (
     TrainingError,
     UserError,
 )
+from megatron_idpo.file_lock import locked
 from megatron_idpo.testing import write_tiny_hf_model
 
 from .run_hooks import Break, CountSteps, NoWeights, Spoil, SpoilAfter, stop_after
@@ -234,7 +234,7 @@ def test_an_output_that_cannot_be_written(tiny, workers, tmp_path):
 def test_an_output_that_another_run_has(tiny, workers, tmp_path):
     (tmp_path / "run").mkdir()
     file = write_config(tiny, tmp_path / "run")
-    with FileLock(tmp_path / "run" / ".lock"):
+    with locked(tmp_path / "run" / ".lock"):
         told = refused(ConfigError, workers, 2, file, NoWeights())
     assert "training.output" in told and "is being written by another run" in told
 

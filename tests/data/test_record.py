@@ -1,0 +1,40 @@
+"""What is said of records before they are understood."""
+
+import pickle
+from typing import Any
+
+import pytest
+
+from megatron_idpo.data.record import PROMPT_LIKE, BadRecord, kind_name, refuse_other_prompt
+
+
+@pytest.mark.parametrize("name", PROMPT_LIKE)
+def test_a_prompt_of_another_name_is_told(name: str) -> None:
+    with pytest.raises(BadRecord, match=f"no field 'prompt', but '{name}'") as told:
+        refuse_other_prompt({"chosen": "a", name: "What?"})
+    assert f"columns: {{prompt: {name}}}" in told.value.remedy
+
+
+@pytest.mark.parametrize("value", ["", " ", None, 3, ["What?"]])
+def test_what_is_no_text_is_no_prompt(value: Any) -> None:
+    refuse_other_prompt({"chosen": "a", "question": value})
+
+
+def test_a_reason_comes_through_other_processes() -> None:
+    error = pickle.loads(pickle.dumps(BadRecord("reason", "remedy")))
+    assert (error.reason, error.remedy, str(error)) == ("reason", "remedy", "reason")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("x", "text"),
+        ([], "a list"),
+        ({}, "an object"),
+        (True, "a boolean"),
+        (None, "null"),
+        (3, "3"),
+    ],
+)
+def test_kinds_have_names(value: Any, name: str) -> None:
+    assert kind_name(value) == name
