@@ -152,7 +152,8 @@ class JudgeConfig(Section):
     """After which a request counts as failed."""
 
     max_attempts: PositiveInt = 6
-    """Of one question, with growing pauses; also of one that is answered without a verdict."""
+    """Of one question, with growing pauses; also of one that is answered without a verdict, unless
+    the answer was cut off at a temperature of 0."""
 
     max_tokens: PositiveInt = 512
     """Of the judge's answer."""

@@ -114,14 +114,18 @@ class ColumnsConfig(Section):
     """What the chat template is told besides."""
 
     def problems(self) -> list[Problem]:
-        """Columns that are taken twice."""
+        """Columns that are taken twice, or away from a field that is needed."""
         named = self.model_dump(exclude_none=True)
-        twice = {name for name, column in named.items() if list(named.values()).count(column) > 1}
-        return [
-            Problem(name, f"is {column}, as another one is", "name each column once")
-            for name, column in named.items()
-            if name in twice
-        ]
+        found = []
+        first: dict[str, str] = {}
+        for name, column in named.items():
+            if first.setdefault(column, name) != name:
+                told = f"is {column}, as {first[column]} is"
+                found.append(Problem(name, told, "name each column once"))
+            elif column in ("prompt", "chosen", "rejected") and column not in named:
+                told = f"is {column}, which leaves none for {column} itself"
+                found.append(Problem(name, told, f"say which column the {column} is"))
+        return found
 
 
 class SourceConfig(Section):

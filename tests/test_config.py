@@ -140,6 +140,22 @@ MISTAKES = [
         "data: {train: a, truncation: keep_end}",
         ["data.truncation", "'keep_end'", "values are keep_start"],
     ),
+    (
+        "data: {train: [{path: a, columns: {promt: q}}]}",
+        ["data.train.0.columns.promt", "unknown", "`prompt`"],
+    ),
+    (
+        "data: {train: [{path: a, columns: {chosen: x, system: x, format: b}}]}",
+        ["data.train.0.columns.format", "unknown"],
+    ),
+    (
+        "data: {train: [{path: a, columns: {chosen: rejected}}]}",
+        ["data.train.0.columns.chosen", "leaves none for rejected", "which column the rejected is"],
+    ),
+    (
+        "data: {train: [{path: a, columns: {prompt: x, system: x}}]}",
+        ["data.train.0.columns.system", "is x, as prompt is", "each column once"],
+    ),
     ("data: {train: a, row_tokens: 512}", ["data.max_length", "1024", "at most 512"]),
     ("data: {train: a, eval: b, eval_pairs: 3}", ["data.eval_pairs", "not be read", "one of"]),
     ("data: {train: a, bad_rows_file: b}", ["data.bad_rows_file", "not be read", "skip"]),

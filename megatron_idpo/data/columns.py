@@ -4,10 +4,10 @@ Records come out of here with our names, and with nothing that is not read, so t
 knows what a dataset calls its columns.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_idpo.data.record import FIELDS, PROMPT_LIKE, BadRecord
+from megatron_idpo.data.record import FIELDS, PROMPT_LIKE, BadRecord, has_no_prompt
 
 type Columns = Mapping[str, str]
 """From our name, one of `FIELDS` or `system`, to the dataset's."""
@@ -18,9 +18,11 @@ AS_OURS: Columns = {}
 _NEEDED = ("prompt", "chosen", "rejected")
 
 
-def columns_read(columns: Columns, present: Iterable[str]) -> list[str]:
+def columns_read(columns: Columns, present: Sequence[str]) -> list[str]:
     """Those of a table's columns that are read; the others need not be decoded."""
-    wanted = {*FIELDS, *PROMPT_LIKE, *columns.values()}
+    wanted = {*FIELDS, *columns.values()}
+    if "prompt" not in (*present, *columns):
+        wanted |= set(PROMPT_LIKE)
     return [name for name in present if name in wanted]
 
 
@@ -38,10 +40,9 @@ def renamed(record: object, columns: Columns) -> object:
     if not isinstance(record, Mapping):
         return record
     named = {*columns, *columns.values()}
+    own = (*FIELDS, *PROMPT_LIKE) if has_no_prompt(record) else FIELDS
     found: dict[str, Any] = {
-        name: record[name]
-        for name in (*FIELDS, *PROMPT_LIKE)
-        if name in record and name not in named
+        name: record[name] for name in own if name in record and name not in named
     }
     for name, column in columns.items():
         if record.get(column) is not None:

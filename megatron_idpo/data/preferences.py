@@ -19,10 +19,16 @@ repaired by guessing. Reading files is `sources.py`, tokens are `chat.py`.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from megatron_idpo.data.prefix import common_length
-from megatron_idpo.data.record import BadRecord, Message, kind_name, refuse_other_prompt
+from megatron_idpo.data.record import (
+    BadRecord,
+    Message,
+    has_no_prompt,
+    kind_name,
+    refuse_other_prompt,
+)
 from megatron_idpo.data.single_turn import from_single_turn
 from megatron_idpo.data.transcripts import BadTranscript, is_transcript, read_transcript
 
@@ -78,13 +84,13 @@ def parse_preference(
     if record.get("system") is not None and format != "single_turn":
         raise BadRecord(
             "there is a system message beside the prompt",
-            "it is read with data.format: single_turn; else leave `system` out of columns",
+            "it is read in the format 'single_turn'; else leave `system` out of columns",
         )
     prompt, chosen, rejected = (record.get(name) for name in ("prompt", "chosen", "rejected"))
     if format == "hh" or (format == "auto" and has_template and _are_transcripts(record)):
         prompt, chosen, rejected = _from_transcripts(prompt, chosen, rejected)
-    elif format in ("auto", "single_turn") and prompt is None and isinstance(chosen, str):
-        refuse_other_prompt(record)
+    elif format in ("auto", "single_turn") and isinstance(chosen, str) and has_no_prompt(record):
+        refuse_other_prompt(record, else_="; the format 'text' leaves it out")
     if format == "single_turn":
         prompt, chosen, rejected = from_single_turn(prompt, chosen, rejected, record.get("system"))
     _check_kinds(prompt, chosen, rejected, format)
@@ -92,14 +98,21 @@ def parse_preference(
         preference = _text_preference(prompt, chosen, rejected)
     else:
         if not has_template:
-            raise BadRecord(
-                "the record is chat messages, but the tokenizer has no chat template",
-                "set data.chat_template, or give prompt, chosen and rejected as text",
-            )
+            _refuse_messages(format)
         preference = _chat_preference(prompt, chosen, rejected, record)
     if preference.chosen == preference.rejected:
         raise BadRecord("chosen and rejected are the same")
     return preference
+
+
+def _refuse_messages(format: Format) -> NoReturn:
+    """There is no chat template to render them."""
+    told, remedy = "the record is chat messages", "give prompt, chosen and rejected as text"
+    if format == "single_turn":
+        told, remedy = "the format is 'single_turn'", "set the format to 'text'"
+    raise BadRecord(
+        f"{told}, but the tokenizer has no chat template", f"set data.chat_template, or {remedy}"
+    )
 
 
 def shared_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
@@ -156,12 +169,12 @@ def _check_kinds(prompt: Any, chosen: Any, rejected: Any, format: Format) -> Non
         if format == "text" and isinstance(value, list):
             raise BadRecord(
                 f"'{name}' is a list of messages where text is needed",
-                "data.format is 'text': set it to 'chat' or 'auto'",
+                "the format is 'text': set it to 'chat' or 'auto'",
             )
         if format == "chat" and isinstance(value, str) and name != "prompt":
             raise BadRecord(
                 f"'{name}' is text where a list of messages is needed",
-                "data.format is 'chat': set it to 'text' or 'auto'",
+                "the format is 'chat': set it to 'text' or 'auto', or to 'single_turn'",
             )
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRecord("of chosen and rejected one is text and the other a list of messages")
@@ -240,7 +253,7 @@ def _are_transcripts(record: Mapping[str, Any]) -> bool:
     if len(found) == 1:
         raise BadRecord(
             f"of chosen and rejected only '{found[0]}' is a transcript with an answer",
-            "correct the record, or set data.format to 'text' to train on the text as it is",
+            "correct the record, or set the format to 'text' to train on the text as it is",
         )
     return len(found) == 2
 
@@ -253,7 +266,7 @@ def _from_transcripts(
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(answer, str) or not isinstance(prompt, str | None):
             raise BadRecord(
-                f"'{name}' is not a transcript", "data.format is 'hh', which reads text only"
+                f"'{name}' is not a transcript", "the format is 'hh', which reads text only"
             )
         text = answer if is_transcript(answer) or prompt is None else prompt + answer
         try:

@@ -30,18 +30,34 @@ class BadRecord(Exception):
         return self.reason
 
 
-def refuse_other_prompt(record: Mapping[str, Any]) -> None:
+def has_no_prompt(record: Mapping[str, Any]) -> bool:
+    """Whether there is none, or a blank one."""
+    return not _says_something(record.get("prompt"))
+
+
+def refuse_other_prompt(record: Mapping[str, Any], *, else_: str = "") -> None:
     """Refuse to take a record for one without a prompt that has it under another name.
+
+    Args:
+        record: without a prompt.
+        else_: what else than naming it would do.
 
     Raises:
         BadRecord: it does.
     """
-    for name in PROMPT_LIKE:
-        if isinstance(record.get(name), str) and record[name].strip():
-            raise BadRecord(
-                f"there is no field 'prompt', but '{name}'",
-                f"give the source `columns: {{prompt: {name}}}`; data.format: text leaves it out",
-            )
+    found = [name for name in PROMPT_LIKE if _says_something(record.get(name))]
+    if not found:
+        return
+    remedy = f"give the source `columns: {{prompt: {found[0]}}}`"
+    if len(found) > 1:
+        remedy = "write them into one column `prompt`"
+    named = " and ".join(f"'{name}'" for name in found)
+    raise BadRecord(f"there is no field 'prompt', but {named}", remedy + else_)
+
+
+def _says_something(value: object) -> bool:
+    """Text that is not blank, or messages."""
+    return bool(value.strip() if isinstance(value, str) else isinstance(value, list) and value)
 
 
 def kind_name(value: object) -> str:

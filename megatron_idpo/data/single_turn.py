@@ -24,12 +24,12 @@ def from_single_turn(
         BadRecord: one of them is something else.
     """
     if prompt is None:
-        raise BadRecord("field 'prompt' is missing", "data.format is 'single_turn', with prompts")
-    texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "system": system or ""}
+        raise BadRecord("field 'prompt' is missing", "the format 'single_turn' has prompts")
+    texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "system": system}
     for name, value in texts.items():
-        if not isinstance(value, str):
+        if not isinstance(value, str) and not (name == "system" and value is None):
             told = f"'{name}' is {kind_name(value)}, not text"
-            raise BadRecord(told, "data.format is 'single_turn', which reads text only")
+            raise BadRecord(told, "the format is 'single_turn', which reads text only")
     if not prompt.strip():
         raise BadRecord("'prompt' is empty")
     before = [{"role": "system", "content": system}] if system and system.strip() else []

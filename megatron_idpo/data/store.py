@@ -58,7 +58,7 @@ class TokenBatch:
 
 
 class PairStoreWriter:
-    """Writes a store into an empty directory; a context manager. Then `finish` makes it a store."""
+    """Writes a store into an empty directory. After `close`, `finish` makes it one."""
 
     def __init__(self, directory: Path) -> None:
         """Args: an existing, empty directory."""
@@ -110,12 +110,8 @@ class PairStoreWriter:
         }
         (self._directory / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 
-    def __enter__(self) -> "PairStoreWriter":
-        """Nothing to do: the files are open."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes the files, also after an error."""
+    def close(self) -> None:
+        """Closes the files; also after an error."""
         self._arrow.close()
         self._sink.close()
         self._lengths.close()

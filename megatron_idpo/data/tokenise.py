@@ -13,6 +13,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -78,14 +79,12 @@ def tokenised_store(
     """
     name = _fingerprint(found, tokenizer, options)
     directory = cache / name
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / f"{name}.lock", wait=True):
-            if not (directory / "meta.json").exists():
-                _build(found, Job(tokenizer, options), directory, num_workers, on_bad_row)
-    except OSError as error:  # files that are read tell their own
-        told = f"{cache} cannot be written: {error.strerror or error}"
-        raise DataError.at("data.cache", told, "name a directory with free space") from None
+    with ExitStack() as hold:
+        with _writing(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            hold.enter_context(locked(cache / f"{name}.lock", wait=True))
+        if not (directory / "meta.json").exists():
+            _build(found, Job(tokenizer, options), directory, num_workers, on_bad_row)
     store = PairStore(directory)
     if on_bad_row == "error" and store.report.skipped_rows:
         _refuse(found, list(islice(store.bad_rows(), _PROBLEMS_TOLD)))
@@ -159,8 +158,14 @@ def _batch(
 def _build(
     found: OpenSource, job: Job, directory: Path, num_workers: int, on_bad_row: OnBadRow
 ) -> None:
+    """Tokenise all rows.
+
+    Raises:
+        DataError: see `tokenised_store`.
+    """
+    cache = directory.parent
+    # A name of its own: there are file systems whose locks end at the machine.
     growing = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}")
-    growing.mkdir()
     batches = ordered_map(
         tokenise_rows,
         job,
@@ -169,18 +174,41 @@ def _build(
         first_here=_BATCHES_BEFORE_WORKERS,
     )
     try:
-        with PairStoreWriter(growing) as writer:
+        with _writing(cache):
+            growing.mkdir()
+            writer = PairStoreWriter(growing)
+        try:
             for batch in batches:
                 if batch.bad_rows and on_bad_row == "error":
                     _refuse(found, list(batch.bad_rows[:_PROBLEMS_TOLD]))
-                writer.append(batch)
-        writer.finish()
-        if directory.exists():  # Without meta.json: nothing that we wrote.
-            shutil.rmtree(directory)
-        os.rename(growing, directory)
+                with _writing(cache):
+                    writer.append(batch)
+        finally:
+            with _writing(cache):
+                writer.close()
+        with _writing(cache):
+            writer.finish()
+            if directory.exists():  # Without meta.json: nothing that we wrote.
+                shutil.rmtree(directory)
+            os.rename(growing, directory)
     finally:
         batches.close()
         shutil.rmtree(growing, ignore_errors=True)
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """Around what writes the cache, and nothing else: what is read fails for reasons of its own.
+
+    Raises:
+        DataError: the system refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        told = f"{cache} cannot be written: {error.strerror or error}"
+        remedy = "free space, or name a directory on another file system"
+        raise DataError.at("data.cache", told, remedy) from None
 
 
 def _units(found: OpenSource) -> Iterator[tuple[int, list[RawRow]]]:

@@ -123,6 +123,6 @@ def _told_prompts(
             which = "are text and are continued as they are; to ask them"
         told += (
             f"\n{counted(texts, 'prompt')} {which} through the chat template, "
-            "give messages, or set data.format to chat"
+            "give messages, or set data.format to single_turn"
         )
     return told

@@ -66,7 +66,9 @@ def only_writer(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def appearing(path: Path, *, place: str = PLACE) -> Iterator[Path]:
+def appearing(
+    path: Path, *, place: str = PLACE, remedy: str = "name a directory to write to"
+) -> Iterator[Path]:
     """A file to write that becomes `path` when the block ends well.
 
     The directory is made if need be. Of two processes that write the same, one has its way.
@@ -74,6 +76,7 @@ def appearing(path: Path, *, place: str = PLACE) -> Iterator[Path]:
     Args:
         path: the file; one that is there is replaced.
         place: what a user changes to have it elsewhere.
+        remedy: how.
 
     Raises:
         ConfigError: it cannot be written; nothing is left over.
@@ -84,10 +87,11 @@ def appearing(path: Path, *, place: str = PLACE) -> Iterator[Path]:
         yield fresh
         os.replace(fresh, path)
     except OSError as error:
-        with suppress(OSError):  # the first error is the one to tell
-            fresh.unlink()
         told = f"cannot write {path}: {error.strerror or error}"
-        raise ConfigError.at(place, told, "name a directory to write to") from None
+        raise ConfigError.at(place, told, remedy) from None
+    finally:
+        with suppress(OSError):  # not there: it has become the file, or never was
+            fresh.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,7 +10,12 @@ TEXT = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 def test_nothing_but_what_is_read_comes_out() -> None:
     assert renamed({**TEXT, "system": "s", "score": 1, "tools": []}, {}) == {**TEXT, "tools": []}
-    assert renamed({**TEXT, "query": "x"}, {}) == {**TEXT, "query": "x"}, "to be told"
+    assert renamed({**TEXT, "query": "x"}, {}) == TEXT
+    assert renamed({**TEXT, "prompt": "", "query": "x"}, {}) == {
+        **TEXT,
+        "prompt": "",
+        "query": "x",
+    }, "to be told"
     assert renamed({**TEXT, "query": "x"}, {"prompt": "query"}) == {**TEXT, "prompt": "x"}
     assert renamed(["no", "record"], {"prompt": "query"}) == ["no", "record"]
 
@@ -38,3 +43,5 @@ def test_columns_that_need_not_be_decoded() -> None:
     assert columns_read({}, present) == ["question", "rejected"]
     named = {"chosen": "best", "system": "system"}
     assert columns_read(named, present) == ["question", "best", "rejected", "system"]
+    assert columns_read({"prompt": "id"}, present) == ["id", "rejected"]
+    assert columns_read({}, ["prompt", "input"]) == ["prompt"], "an image, say"

@@ -137,7 +137,7 @@ def test_mixtures_held_out_pairs_and_no_sharing(
         ("data.max_length=2", "none of its 30 rows is left"),
         ("data.truncation=error", "more than max_length 90; set data.max_length to"),
         ("training.global_batch_pairs=31", "31 pairs do not fill from 1 x 30 pairs"),
-        ("data.format=chat", "data.format is 'chat'"),
+        ("data.format=chat", "the format is 'chat'"),
         ("model.path=/nowhere/at/all", "no tokenizer can be loaded"),
         ("objective.beta=1", "objective"),
     ],

@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.data.record import PROMPT_LIKE, BadRecord, kind_name, refuse_other_prompt
+from megatron_idpo.data.record import (
+    PROMPT_LIKE,
+    BadRecord,
+    has_no_prompt,
+    kind_name,
+    refuse_other_prompt,
+)
 
 
 @pytest.mark.parametrize("name", PROMPT_LIKE)
@@ -15,7 +21,26 @@ def test_a_prompt_of_another_name_is_told(name: str) -> None:
     assert f"columns: {{prompt: {name}}}" in told.value.remedy
 
 
-@pytest.mark.parametrize("value", ["", " ", None, 3, ["What?"]])
+def test_a_prompt_in_parts_is_not_taken_by_half() -> None:
+    record = {"instruction": "Translate.", "input": "Good morning", "query": " "}
+    with pytest.raises(BadRecord, match="but 'instruction' and 'input'") as told:
+        refuse_other_prompt(record, else_="; or not")
+    assert told.value.remedy == "write them into one column `prompt`; or not"
+
+
+def test_messages_are_a_prompt() -> None:
+    with pytest.raises(BadRecord, match="but 'question'"):
+        refuse_other_prompt({"question": [{"role": "user", "content": "What?"}]})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "is_none"), [(None, True), (" ", True), ([], True), ("x", False), ([{}], False)]
+)
+def test_a_blank_prompt_is_none(prompt: Any, is_none: bool) -> None:
+    assert has_no_prompt({"prompt": prompt}) == is_none and has_no_prompt({})
+
+
+@pytest.mark.parametrize("value", ["", " ", None, 3, []])
 def test_what_is_no_text_is_no_prompt(value: Any) -> None:
     refuse_other_prompt({"chosen": "a", "question": value})
 

@@ -84,7 +84,7 @@ def test_the_options_of_the_configuration_reach_the_reader(
     assert len((tmp_path / "bad.eval.jsonl").read_text().splitlines()) == 2
     with pytest.raises(DataError, match="more than max_length 8"):
         load(train=write_jsonl(records(["a"])), max_length=8, truncation="error")
-    with pytest.raises(DataError, match=r"data.format is 'chat'"):
+    with pytest.raises(DataError, match="the format is 'chat'"):
         load(train=write_jsonl(records(["a"])), format="chat")
 
 

@@ -32,7 +32,9 @@ def test_it_is_what_the_messages_would_be(system: str | None) -> None:
         ({"prompt": " "}, "'prompt' is empty"),
         ({"prompt": CHAT["prompt"]}, "'prompt' is a list, not text"),
         ({"chosen": CHAT["chosen"]}, "'chosen' is a list, not text"),
+        ({"prompt": "", "question": "q"}, "no field 'prompt', but 'question'"),
         ({"system": ["s"]}, "'system' is a list, not text"),
+        ({"system": []}, "'system' is a list, not text"),
         ({"rejected": ""}, "empty answer"),
         ({"rejected": "a"}, "chosen and rejected are the same"),
     ],
@@ -43,15 +45,16 @@ def test_what_is_none_is_told(fields: dict[str, Any], told: str) -> None:
 
 
 def test_it_needs_a_chat_template() -> None:
-    with pytest.raises(BadRecord, match="no chat template"):
+    with pytest.raises(BadRecord, match=r"is 'single_turn', but .* no chat template") as told:
         parse_preference(TEXT, format="single_turn", has_template=False)
+    assert told.value.remedy == "set data.chat_template, or set the format to 'text'"
 
 
 @pytest.mark.parametrize("record", [TEXT, CHAT])
 def test_a_system_message_is_read_here_only(record: dict[str, Any]) -> None:
     with pytest.raises(BadRecord, match="system message beside the prompt") as told:
         parse_preference({**record, "system": "s"})
-    assert "data.format: single_turn" in told.value.remedy
+    assert "the format 'single_turn'" in told.value.remedy
 
 
 def test_texts_stay_as_they_are() -> None:

@@ -1,6 +1,7 @@
 """Tokenised pairs on disk."""
 
 import pickle
+from contextlib import closing
 from pathlib import Path
 
 import datasets
@@ -33,7 +34,7 @@ def batch(pairs: list[tuple[list[int], ...]], first_row: int) -> TokenBatch:
 
 def write(directory: Path, *sizes: int, pairs: list[tuple[list[int], ...]] = PAIRS) -> PairStore:
     directory.mkdir()
-    with PairStoreWriter(directory) as writer:
+    with closing(PairStoreWriter(directory)) as writer:
         first = 0
         for size in sizes:
             writer.append(batch(pairs[first : first + size], first + 1))

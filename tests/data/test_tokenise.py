@@ -159,6 +159,24 @@ def test_a_cache_that_cannot_be_written_is_named(
         store_of(path)
 
 
+def test_what_is_no_writing_is_not_told_as_that(
+    write_jsonl: Callable[..., str], store_of: Callable[..., PairStore], tmp_path: Path
+) -> None:
+    """An image that does not decode, processes that cannot be started: errors of their own."""
+    path = write_jsonl(GOOD)
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        pytest.raises(OSError, match="Too many open files"),
+    ):
+        patched.setattr(tokenise, "tokenise_rows", _too_many)
+        store_of(path)
+    assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+def _too_many(*_: object) -> None:
+    raise OSError(24, "Too many open files")
+
+
 def test_pairs_are_dropped_and_cut_and_counted(text_tokenizer: Tokenizer) -> None:
     rows = [
         RawRow(1, {"prompt": "q", "chosen": " yes, it is", "rejected": "no"}),

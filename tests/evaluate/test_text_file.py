@@ -32,11 +32,12 @@ def test_two_processes_do_not_share_a_file_that_grows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grown = []
-    monkeypatch.setattr("os.replace", lambda fresh, path: grown.append(fresh))
+    monkeypatch.setattr("os.replace", lambda fresh, _: grown.append((fresh, fresh.read_text())))
     write_text(tmp_path / "advice.md", "mine")
     monkeypatch.setattr("os.getpid", lambda: -1)
     write_text(tmp_path / "advice.md", "theirs")
-    assert [file.read_text() for file in grown] == ["mine", "theirs"]
+    (one, mine), (other, theirs) = grown
+    assert (mine, theirs) == ("mine", "theirs") and one != other
 
 
 def test_what_fails_meanwhile_leaves_nothing(tmp_path: Path) -> None:
@@ -49,6 +50,13 @@ def test_what_fails_meanwhile_leaves_nothing(tmp_path: Path) -> None:
         full()
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_end_of_any_kind_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "report.html") as fresh:
+        fresh.write_bytes(b"hal")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:

@@ -61,8 +61,17 @@ def _part_told(part: Mapping[str, Any]) -> str:
     for kind in (SourceConfig, SdpoStepConfig):
         if set(part) <= set(kind.model_fields):
             defaults = {name: _field_default(kind, name) for name in part}
-    own = {name: value for name, value in part.items() if value != defaults.get(name)}
+    own = {
+        name: _without_nulls(value) for name, value in part.items() if value != defaults.get(name)
+    }
     return str(own["path"]) if set(own) == {"path"} else setting(own)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Of a section within a source or step, what is set."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: one for name, one in value.items() if one is not None}
 
 
 def _flattened(config: Mapping[str, Any]) -> dict[str, Any]:

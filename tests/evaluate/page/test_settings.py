@@ -1,5 +1,6 @@
 """What of a configuration is worth a line."""
 
+from megatron_idpo.config_sections import ColumnsConfig
 from megatron_idpo.config_yaml import write_yaml
 from megatron_idpo.evaluate.page.settings import as_yaml, differences, own_settings
 
@@ -52,6 +53,10 @@ def test_sources_and_steps_are_told_by_what_is_their_own() -> None:
     told = dict(own_settings({"sdpo": {"steps": steps}, "data": {"train": sources}}))
     assert told["sdpo.steps"] == "sources 1; sources 2, lr 0.0001"
     assert told["data.train"] == "path a.jsonl, weight 0.5; b.jsonl"
+    columns = ColumnsConfig(prompt="question").model_dump(mode="json")
+    sources = [{"path": "a", "columns": columns}, {"path": "b", "columns": dict.fromkeys(columns)}]
+    told = dict(own_settings({"data": {"train": sources}}))
+    assert told["data.train"] == "path a, columns prompt question; b"
 
 
 def test_everything() -> None:
