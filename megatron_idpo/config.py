@@ -258,6 +258,8 @@ def _told(detail: Any, section: type[BaseModel], keys: Keys, tree: Tree) -> list
     if kind == "literal_error":
         choices = re.findall("'([^']*)'", context["expected"])
         return [Problem(place, f"is {value!r}", _nearest(str(value), choices, "values"))]
+    if kind == "model_type":
+        return [Problem(place, f"is {value!r}", "it should be a mapping of fields to values")]
     told = detail["msg"].replace("Input should", "it should").replace("tuple", "list")
     told = told.removeprefix("Value error, ")
     return [Problem(place, f"is {value!r}", told)]

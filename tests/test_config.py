@@ -148,6 +148,7 @@ MISTAKES = [
         "data: {train: [{path: a, columns: {chosen: x, system: x, format: b}}]}",
         ["data.train.0.columns.format", "unknown"],
     ),
+    ("data: {train: [{path: a, columns: null}]}", ["data.train.0.columns", "is None", "mapping"]),
     (
         "data: {train: [{path: a, columns: {chosen: rejected}}]}",
         ["data.train.0.columns.chosen", "leaves none for rejected", "which column the rejected is"],
