@@ -34,6 +34,9 @@ class DataReport:
     longer_answers: int = 0
     """Kept chats with an answer of several messages; all of them are scored, as TRL does."""
 
+    untemplated_pairs: int = 0
+    """Kept pairs of text that nobody has said is meant to be, though there is a chat template."""
+
     prompt_tokens: int = 0
     chosen_tokens: int = 0
     rejected_tokens: int = 0
@@ -73,6 +76,12 @@ class DataReport:
             told.append(
                 f"{self.unterminated_pairs} answers do not end with a control token: the chat "
                 "template writes none, so the model does not learn to stop"
+            )
+        if self.untemplated_pairs:
+            are = "is" if self.untemplated_pairs == 1 else "are"
+            told.append(
+                f"{self.untemplated_pairs} {are} text, trained without the chat template "
+                "(data.format: single_turn gives text one, text says that it is meant so)"
             )
         if self.longer_answers:
             told.append(f"{self.longer_answers} with answers of several messages, all scored")

@@ -30,7 +30,7 @@ from megatron_idpo.data.chat import (
     pair_text,
     truncate,
 )
-from megatron_idpo.data.preferences import parse_preference
+from megatron_idpo.data.preferences import Preference, parse_preference
 from megatron_idpo.data.readers import RawRow
 from megatron_idpo.data.record import BadRecord
 from megatron_idpo.data.report import DataReport
@@ -95,7 +95,7 @@ def tokenise_rows(job: Job, unit: tuple[int, list[RawRow]]) -> TokenBatch:
     """Tokenises some rows of one part; bad ones become `BadRow`s and never an exception."""
     part, rows = unit
     bad: list[BadRow] = []
-    read: list[tuple[RawRow, PairText, bool]] = []
+    read: list[tuple[RawRow, PairText, Preference]] = []
     for raw in rows:
         try:
             preference = parse_preference(
@@ -107,12 +107,12 @@ def tokenise_rows(job: Job, unit: tuple[int, list[RawRow]]) -> TokenBatch:
         except BadRecord as error:
             bad.append(BadRow(part, raw.row, error.reason, error.remedy))
             continue
-        longer = preference.is_chat and max(map(len, (preference.chosen, preference.rejected))) > 1
-        read.append((raw, text, longer))
+        read.append((raw, text, preference))
     report = DataReport(rows=len(rows))
     kept: list[tuple[int, TokenPair]] = []
     encoded = encode_pairs([text for _, text, _ in read], job.tokenizer)
-    for (raw, _, longer), pair in zip(read, encoded, strict=True):
+    is_auto = job.options.format == "auto" and job.tokenizer.has_chat_template
+    for (raw, _, preference), pair in zip(read, encoded, strict=True):
         try:
             if isinstance(pair, BadRecord):
                 raise pair
@@ -123,11 +123,17 @@ def tokenise_rows(job: Job, unit: tuple[int, list[RawRow]]) -> TokenBatch:
         if isinstance(cut, Dropped):
             report.dropped_pairs[cut.reason] = report.dropped_pairs.get(cut.reason, 0) + 1
             continue
-        report.longer_answers += longer
+        report.longer_answers += _has_longer_answer(preference)
+        report.untemplated_pairs += is_auto and not preference.is_chat
         kept.append((raw.row, cut))
     bad.sort(key=lambda row: row.row)
     report.skipped_rows = len(bad)
     return _batch(part, kept, tuple(bad), report)
+
+
+def _has_longer_answer(preference: Preference) -> bool:
+    """Whether an answer has several messages."""
+    return preference.is_chat and max(len(preference.chosen), len(preference.rejected)) > 1
 
 
 def _batch(

@@ -24,6 +24,7 @@ def test_lines_tell_what_happened_and_nothing_else() -> None:
         skipped_rows=2,
         moved_boundaries=3,
         unterminated_pairs=4,
-        longer_answers=5,
+        untemplated_pairs=5,
+        longer_answers=6,
     ).lines()
-    assert [line.split()[0] for line in everything] == ["0", "1", "2", "3", "4", "5"]
+    assert [line.split()[0] for line in everything] == ["0", "1", "2", "3", "4", "5", "6"]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_idpo.data import tokenise
 from megatron_idpo.data.chat import TokenOptions
+from megatron_idpo.data.preferences import Format
 from megatron_idpo.data.readers import RawRow
 from megatron_idpo.data.sources import Source, open_source
 from megatron_idpo.data.store import PairStore
@@ -187,6 +188,18 @@ def test_pairs_are_dropped_and_cut_and_counted(text_tokenizer: Tokenizer) -> Non
     assert batch.report.dropped_pairs == {"the prompt fills max_length": 1}
     assert batch.lengths_B3[0, :2].sum() == 6 and text_tokenizer.eos_id not in batch.tokens[1]
     assert batch.tokens[2][-1] == text_tokenizer.eos_id
+
+
+@pytest.mark.parametrize(("format", "told"), [("auto", 1), ("text", 0), ("single_turn", 0)])
+def test_text_for_a_model_that_chats_is_counted(
+    chat_tokenizer: Tokenizer, text_tokenizer: Tokenizer, format: Format, told: int
+) -> None:
+    options = TokenOptions(format=format)
+    batch = tokenise_rows(Job(chat_tokenizer, options), (0, [RawRow(1, GOOD[0])]))
+    assert batch.report.untemplated_pairs == told and batch.report.kept_pairs == 1
+    if format != "single_turn":
+        batch = tokenise_rows(Job(text_tokenizer, options), (0, [RawRow(1, GOOD[0])]))
+        assert batch.report.untemplated_pairs == 0, "there is no template"
 
 
 def test_bad_rows_are_in_order_whatever_notices_them(text_tokenizer: Tokenizer) -> None:
