@@ -72,17 +72,7 @@ class DataReport:
                 f"{self.moved_boundaries} with tokens merged across the end of the prompt "
                 "(scored with both answers)"
             )
-        if self.unterminated_pairs:
-            told.append(
-                f"{self.unterminated_pairs} answers do not end with a control token: the chat "
-                "template writes none, so the model does not learn to stop"
-            )
-        if self.untemplated_pairs:
-            are = "is" if self.untemplated_pairs == 1 else "are"
-            told.append(
-                f"{self.untemplated_pairs} {are} text, trained without the chat template "
-                "(data.format: single_turn gives text one, text says that it is meant so)"
-            )
+        told += self.warnings()
         if self.longer_answers:
             told.append(f"{self.longer_answers} with answers of several messages, all scored")
         if self.kept_pairs:
@@ -91,4 +81,20 @@ class DataReport:
                 for total in (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens)
             ]
             told.append("mean tokens: prompt {}, chosen {}, rejected {}".format(*mean))
+        return told
+
+    def warnings(self) -> list[str]:
+        """What is likely not meant, although pairs can be trained on as they are."""
+        told = []
+        if self.unterminated_pairs:
+            told.append(
+                f"{self.unterminated_pairs} answers do not end with a control token: the chat "
+                "template writes none, so the model does not learn to stop"
+            )
+        if self.untemplated_pairs:
+            are = "pair is" if self.untemplated_pairs == 1 else "pairs are"
+            told.append(
+                f"{self.untemplated_pairs} {are} text, trained without the chat template "
+                "(data.format: single_turn gives text one, text says that it is meant so)"
+            )
         return told

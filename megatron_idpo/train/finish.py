@@ -27,6 +27,8 @@ def tell_start(run: Run, report: Report, resumed: Path | None) -> None:
         f"{len(run.pairs.train):,} pairs to train on, {held_out:,} held out; {run.total_steps:,} "
         f"steps of {config.training.global_batch_pairs} pairs{_left_over(run)}"
     )
+    for warning in run.pairs.train_report.warnings():
+        say(f"data: {warning}")
     say(f"training {learnt}; intermediate layers: {layers} of {policy.dpo.num_layers}")
     if config.reference.source == "cache":
         say(f"reference log-probabilities: {cache_directory(config)}")

@@ -55,6 +55,16 @@ def test_pairs_that_fill_no_batch(ended, training, told):
     assert outcome.printed.splitlines()[0] == f"24 pairs to train on, 0 held out; {told}"
 
 
+def test_text_that_goes_without_a_chat_template_is_told(ended):
+    told = "data: 24 pairs are text, trained without the chat template"
+    short = {"export": False}
+    for format, is_told in (("auto", True), ("text", False)):
+        data = {"chat_template": TEMPLATE, "format": format}
+        outcome, _ = ended(data=data, training=short)
+        assert (told in outcome.printed) == is_told
+    assert "data:" not in ended(training=short)[0].printed
+
+
 def test_a_run_that_does_not_start_at_its_reference_says_so(ended):
     told = "reference: the model without lora.adapter; no start check"
     first, output = ended(lora=LORA)
