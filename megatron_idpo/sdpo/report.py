@@ -18,6 +18,7 @@ from megatron_idpo.sdpo.manifest import Manifest
 from megatron_idpo.sdpo.picture import draw_curriculum
 from megatron_idpo.sdpo.table import HEADS, cells, markdown, terminal_table
 from megatron_idpo.train.curves import draw_curves
+from megatron_idpo.train.metric_names import EPOCH
 from megatron_idpo.train.metrics_file import STEP, read_metrics
 from megatron_idpo.train.output import RunDirectory
 
@@ -36,6 +37,7 @@ def report_steps(output: RunDirectory, manifest: Manifest, *, show: bool) -> Non
         if not is_first_rank():
             return
         root = output.root
+        _draw_missing_curves(root, manifest)
         _write(root / TABLE, curriculum_markdown(manifest))
         draw_curriculum(manifest, root / PICTURE)
         _write(output.metrics, metrics_of_all_steps(root, manifest))
@@ -76,7 +78,7 @@ def curriculum_markdown(manifest: Manifest) -> str:
 
 
 def metrics_of_all_steps(root: Path, manifest: Manifest) -> str:
-    """The complete steps' metrics files as one: steps counted on, `sdpo_step` added.
+    """The complete steps' metrics files as one: steps and epochs counted on, `sdpo_step` added.
 
     What was measured before a step's first optimizer step is left out after the first: its place is
     that of the step before's last.
@@ -84,22 +86,33 @@ def metrics_of_all_steps(root: Path, manifest: Manifest) -> str:
     Raises:
         ConfigError: a metrics file cannot be read.
     """
-    lines, taken = [], 0
+    lines, taken, taken_epochs = [], 0, 0.0
     for number, step in enumerate(manifest.steps, start=1):
         path = RunDirectory(root / step_name(number)).metrics
         if step.state != "complete" or not path.exists():
             continue
-        last = 0
+        last, last_epoch = 0, 0.0
         for record in read_metrics(path):
             at = int(record[STEP])
-            last = max(last, at)
+            last, last_epoch = max(last, at), max(last_epoch, record.get(EPOCH, 0.0))
             if at == 0 and taken:
                 continue
             values = {name: value if value == value else None for name, value in record.items()}
             told = {**values, STEP: taken + at, _SDPO_STEP: number}
+            if EPOCH in values:
+                told[EPOCH] = taken_epochs + record[EPOCH]
             lines.append(json.dumps(told, allow_nan=False) + "\n")
-        taken += last
+        taken, taken_epochs = taken + last, taken_epochs + last_epoch
     return "".join(lines)
+
+
+def _draw_missing_curves(root: Path, manifest: Manifest) -> None:
+    """Of steps that were killed between being complete and their picture."""
+    for number, step in enumerate(manifest.steps, start=1):
+        output = RunDirectory(root / step_name(number))
+        has_metrics = output.metrics.is_file() and output.metrics.stat().st_size
+        if step.state == "complete" and has_metrics and not output.curves.exists():
+            draw_curves(output.metrics, output.curves)
 
 
 def _write(path: Path, text: str) -> None:

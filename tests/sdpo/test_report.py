@@ -58,6 +58,15 @@ def test_steps_are_counted_on(tmp_path: Path) -> None:
     assert all(next(iter(one)) == "step" and type(one["step"]) is int for one in told)
 
 
+def test_epochs_are_counted_on(tmp_path: Path) -> None:
+    """Each step has its own pairs, so an epoch is one of its step's."""
+    write_metrics(tmp_path, 1, [{"step": 1, "epoch": 0.5}, {"step": 4, "epoch": 2.0}])
+    write_metrics(tmp_path, 2, [{"step": 0, "epoch": 0.0}, {"step": 2, "epoch": 0.5}, {"step": 3}])
+    write_metrics(tmp_path, 3, [{"step": 1, "epoch": 1.0}])
+    told = strictly(metrics_of_all_steps(tmp_path, DONE))
+    assert [one.get("epoch") for one in told] == [0.5, 2.0, 2.5, None, 3.5]
+
+
 def test_only_complete_steps_are_told(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         write_metrics(tmp_path, number, ordinary(2))
@@ -133,6 +142,7 @@ def test_everything_is_written_by_one_rank(workers, tmp_path):
     assert f"picture  {tmp_path / 'curriculum.png'}" in shown.splitlines()
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["curriculum.md", "curriculum.png", "curves.png", "metrics.jsonl"]
+    assert all((tmp_path / f"step-{number}" / "curves.png").is_file() for number in (1, 2, 3))
     assert (tmp_path / "curriculum.md").read_text() == curriculum_markdown(DONE)
     assert [one["step"] for one in read_metrics(tmp_path / "metrics.jsonl")] == list(range(7))
 
