@@ -164,21 +164,42 @@ def scripted(x):
     return x + torch.zeros([2]) + torch.ones_like(x).to(torch.float32)
 
 
-def test_device_contexts_dynamo_and_torchscript_still_work(redirected):
+def test_device_contexts_and_torchscript_still_work(redirected):
     with torch.device("meta"):
         assert torch.zeros(2).device.type == "meta"
         assert torch.nn.Linear(2, 2).weight.device.type == "meta"
     with torch.device("cpu"):
         assert torch.zeros(2, device="cuda").device == CPU
-
-    def compute(x):
-        return x.to(torch.float64) + torch.zeros(2) + torch.ones_like(x) + torch.tensor([1.0] * 2)
-
-    compiled = torch.compile(compute, backend="eager", fullgraph=True)
-    assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert torch.jit.script(scripted)(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+COMPILES = """
+import sys
+import torch
+from megatron_idpo.mcore import cpu
+
+def compute(x):
+    return x.to(torch.float64) + torch.zeros(2) + torch.ones_like(x) + torch.tensor([1.0] * 2)
+
+def compiled():
+    found = torch.compile(compute, backend="eager", fullgraph=True)(torch.ones(2))
+    torch.compiler.reset()
+    return found.tolist()
+
+assert sys.argv[1] == "first" or compiled() == [3.0, 3.0]
+assert cpu.redirect_cuda_to_cpu()
+assert compiled() == [3.0, 3.0]
+"""
+
+
+@pytest.mark.parametrize("redirected", ["first", "later"])
+def test_dynamo_still_works(redirected):
+    """In a process of its own: Dynamo's tables are the process's, and other tests fill them."""
+    program = [sys.executable, "-c", COMPILES, redirected]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_transformers_peft_and_safetensors_still_work(redirected, tmp_path):
