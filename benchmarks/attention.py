@@ -24,8 +24,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_idpo.mcore.attention import RowAttention
-from megatron_idpo.mcore.row_params import RowParams
+from megatron_idpo.mcore.attention.core import RowAttention
+from megatron_idpo.mcore.attention.row_params import RowParams
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT_TOKENS = (50, 200, 700)

@@ -35,11 +35,11 @@ import psutil
 import torch
 
 from megatron_idpo.convert.families import hf_shapes
-from megatron_idpo.convert.hf_reader import HfCheckpoint
-from megatron_idpo.convert.hf_writer import HfWriter
+from megatron_idpo.convert.hf_io.reader import HfCheckpoint
+from megatron_idpo.convert.hf_io.safetensors_header import TensorSpec
+from megatron_idpo.convert.hf_io.writer import HfWriter
 from megatron_idpo.convert.progress import weights_bytes
-from megatron_idpo.convert.safetensors_header import TensorSpec
-from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.model.architecture import Architecture
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED_BYTES = 10**9
@@ -52,12 +52,12 @@ RANDOM_BYTES = 64 << 20
 LOAD = """
 import sys
 from pathlib import Path
-from megatron_idpo.mcore.quiet import quiet_megatron
+from megatron_idpo.mcore.megatron_warnings import quiet_megatron
 with quiet_megatron():
     from megatron_idpo.convert.hf_to_megatron import hf_dtype, load_hf_weights, open_hf
-    from megatron_idpo.mcore.layout import Layout
-    from megatron_idpo.mcore.model import ModelOptions, build_model
-    from megatron_idpo.mcore.world import joined_world, running
+    from megatron_idpo.mcore.parallel.layout import Layout
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model
+    from megatron_idpo.mcore.parallel.world import joined_world, running
 layout = Layout(tensor=2)
 with joined_world(), running(layout):
     checkpoint, architecture = open_hf(Path(sys.argv[1]))

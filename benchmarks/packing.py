@@ -37,11 +37,11 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from megatron_idpo.data.batches import RowSettings, TrainingBatches
-from megatron_idpo.data.order import stream_pairs
-from megatron_idpo.data.packing import VISITS_PER_TOKEN, attention_visits, plan_rows
-from megatron_idpo.data.pair import Pair
-from megatron_idpo.data.rows import occupied_tokens
+from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches
+from megatron_idpo.data.packing.epoch_order import stream_pairs
+from megatron_idpo.data.packing.plan import VISITS_PER_TOKEN, attention_visits, plan_rows
+from megatron_idpo.data.packing.rows import occupied_tokens
+from megatron_idpo.data.tokenize.pair import Pair
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL_BATCH_PAIRS = 4

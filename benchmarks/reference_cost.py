@@ -34,19 +34,19 @@ from torch import Tensor
 from trl_case import Clock
 from trl_data import choose_records
 
-from megatron_idpo.cli_train import OPTIONAL, REQUIRED
-from megatron_idpo.config import load_config
-from megatron_idpo.config_yaml import write_yaml
-from megatron_idpo.data.batches import Batch
-from megatron_idpo.mcore.random import seed_step
-from megatron_idpo.mcore.schedule import run_schedule
-from megatron_idpo.mcore.world import joined_world, running
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.run_config import load_config
+from megatron_idpo.config.yaml_tree import write_yaml
+from megatron_idpo.data.packing.batches import Batch
+from megatron_idpo.mcore.parallel.random import seed_step
+from megatron_idpo.mcore.parallel.schedule import run_schedule
+from megatron_idpo.mcore.parallel.world import joined_world, running
 from megatron_idpo.plugin.batch_run import row_micro_batch
 from megatron_idpo.plugin.micro_batch import MicroBatch
 from megatron_idpo.reference.live import NoReference
-from megatron_idpo.train.output import opened
-from megatron_idpo.train.run import Run, assemble, prepare
+from megatron_idpo.train.run_directory import opened
 from megatron_idpo.train.step import Trainer
+from megatron_idpo.train.trainer import Run, assemble, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_PAIRS = 8

@@ -68,9 +68,9 @@ class Sizes(NamedTuple):
 
 def build_chunk(sizes: Sizes, pipeline: int, recompute: str) -> Any:
     """This rank's stage, with random weights."""
-    from megatron_idpo.mcore.architecture import Architecture
-    from megatron_idpo.mcore.layout import Layout
-    from megatron_idpo.mcore.model import ModelOptions, Recompute, build_model
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import ModelOptions, Recompute, build_model
+    from megatron_idpo.mcore.parallel.layout import Layout
 
     layout = Layout(pipeline=pipeline)
     layout.start()
@@ -101,8 +101,8 @@ def wrap(chunk: Any) -> Any:
 
 def micro_batches(sizes: Sizes, num: int, layers: Sequence[int]) -> list[tuple[Tensor, Any]]:
     """Rows of equal pairs with random tokens, and reference log-probabilities."""
-    from megatron_idpo.data.pair import Pair
-    from megatron_idpo.data.rows import Row
+    from megatron_idpo.data.packing.rows import Row
+    from megatron_idpo.data.tokenize.pair import Pair
     from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
 
     random = np.random.default_rng(0)

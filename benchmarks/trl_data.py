@@ -7,11 +7,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl_case import SEED, TARGETS
 
-from megatron_idpo.data.chat import TokenOptions
-from megatron_idpo.data.dataset import load_pairs
-from megatron_idpo.data.order import stream_pairs
-from megatron_idpo.data.sources import Source
-from megatron_idpo.data.tokenizers import load_tokenizer
+from megatron_idpo.data.packing.epoch_order import stream_pairs
+from megatron_idpo.data.sources.open import Source
+from megatron_idpo.data.tokenize.chat import TokenOptions
+from megatron_idpo.data.tokenize.dataset import load_pairs
+from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
 
 
 def choose_records(source: Path, target: Path, model: str, max_length: int, pairs: int) -> None:

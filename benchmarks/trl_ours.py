@@ -25,14 +25,14 @@ from trl_case import (
     digest,
 )
 
-from megatron_idpo.cli_train import OPTIONAL, REQUIRED
-from megatron_idpo.config import load_config
-from megatron_idpo.config_yaml import write_yaml
-from megatron_idpo.data.batches import Batch
-from megatron_idpo.data.rows import Row
-from megatron_idpo.mcore.world import joined_world, running
-from megatron_idpo.train.output import opened
-from megatron_idpo.train.run import assemble, prepare
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.run_config import load_config
+from megatron_idpo.config.yaml_tree import write_yaml
+from megatron_idpo.data.packing.batches import Batch
+from megatron_idpo.data.packing.rows import Row
+from megatron_idpo.mcore.parallel.world import joined_world, running
+from megatron_idpo.train.run_directory import opened
+from megatron_idpo.train.trainer import assemble, prepare
 
 
 def train(case: Case) -> Measured:

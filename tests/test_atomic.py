@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo import atomic
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.storage import directories as atomic
 
 
 def work(target: Path, token: str = "one", *, overwrite: bool = False, text: str = "new") -> Path:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo import __version__, cli, cli_convert
+from megatron_idpo import __version__
+from megatron_idpo.cli import convert as cli_convert
+from megatron_idpo.cli import main as cli
 from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +51,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("direction", ["hf_to_megatron", "megatron_to_hf"])
 def test_convert_hands_everything_on(room: Any, direction: str) -> None:
-    from megatron_idpo.mcore.layout import Layout
+    from megatron_idpo.mcore.parallel.layout import Layout
 
     convert = room(f"megatron_idpo.convert.{direction}", "convert", Recorder())
     words = f"convert {direction.replace('_', '-')} in out --dtype bf16 --overwrite --tensor 2"
@@ -61,7 +63,7 @@ def test_convert_hands_everything_on(room: Any, direction: str) -> None:
 
 
 def test_convert_keeps_the_stored_format_and_one_rank_unless_told(room: Any) -> None:
-    from megatron_idpo.mcore.layout import Layout
+    from megatron_idpo.mcore.parallel.layout import Layout
 
     convert = room("megatron_idpo.convert.hf_to_megatron", "convert", Recorder())
     assert cli.main(["convert", "hf-to-megatron", "in", "out"]) == 0
@@ -71,7 +73,7 @@ def test_convert_keeps_the_stored_format_and_one_rank_unless_told(room: Any) -> 
 
 def test_format_names_are_those_of_the_conversion() -> None:
     """The command line repeats them, so as not to import torch for a typing mistake."""
-    from megatron_idpo.convert.dtypes import DTYPES
+    from megatron_idpo.convert.hf_io.dtypes import DTYPES
 
     assert set(cli_convert.FORMATS) == set(DTYPES)
 
@@ -136,7 +138,7 @@ def test_ctrl_c_is_one_line(room: Any, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_help_and_version_load_nothing_heavy() -> None:
     script = (
-        "import sys, megatron_idpo.cli as cli\n"
+        "import sys, megatron_idpo.cli.main as cli\n"
         "for word in ('--version', '--help'):\n"
         "    try: cli.main([word])\n"
         "    except SystemExit as end: assert end.code == 0\n"

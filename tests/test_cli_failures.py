@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from megatron_idpo.cli_failures import (
+from megatron_idpo.cli.errors import (
     EXIT_INTERRUPTED,
     is_lost_peer,
     stopped_an_import_of_megatron,

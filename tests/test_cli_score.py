@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.cli import VERBS, build_parser
-from megatron_idpo.cli_score import main
-from megatron_idpo.config import RunConfig
+from megatron_idpo.cli.main import VERBS, build_parser
+from megatron_idpo.cli.score import main
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import ConfigError
 
 ONE_STEP = "model: {path: m}\ndata: {train: t.jsonl}\n"
@@ -18,7 +18,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[RunConfig]]:
     """Which configurations were scored by which pass."""
     calls: dict[str, list[RunConfig]] = {"one step": [], "steps": []}
     monkeypatch.setattr(
-        "megatron_idpo.reference.score_run.score", lambda c: calls["one step"].append(c) or 75
+        "megatron_idpo.reference.score_command.score", lambda c: calls["one step"].append(c) or 75
     )
     monkeypatch.setattr(
         "megatron_idpo.sdpo.score.score_for_steps", lambda c: calls["steps"].append(c) or 75

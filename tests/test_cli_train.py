@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from megatron_idpo.cli_train import main
-from megatron_idpo.config import RunConfig
+from megatron_idpo.cli.train import main
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import ConfigError
 
 GOOD = """\
@@ -57,7 +57,7 @@ def test_a_mistake_is_told_without_loading_torch(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(GOOD.replace("lr", "learning_rate"))
     code = (
-        "import sys; from megatron_idpo.cli import main; code = main(['train', sys.argv[1]]);"
+        "import sys; from megatron_idpo.cli.main import main; code = main(['train', sys.argv[1]]);"
         "sys.exit(10 * ('torch' in sys.modules) + code)"
     )
     ended = subprocess.run(

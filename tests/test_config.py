@@ -9,9 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_idpo.config import SECTIONS, RunConfig, load_config
-from megatron_idpo.config_reference import config_reference
-from megatron_idpo.config_sections import DataConfig, LayoutConfig
+from megatron_idpo.config.reference_page import config_reference
+from megatron_idpo.config.run_config import SECTIONS, RunConfig, load_config
+from megatron_idpo.config.sections import DataConfig, LayoutConfig
 from megatron_idpo.errors import ConfigError
 
 GOOD = """\
@@ -294,7 +294,7 @@ def test_no_text_ends_in_anything_but_a_config_error(tmp_path_factory, text, ove
 def test_the_reference_page_is_up_to_date():
     page = Path(__file__).parents[1] / "docs" / "configuration.md"
     assert page.read_text(encoding="utf-8") == config_reference(), (
-        "run python -m megatron_idpo.config_reference > docs/configuration.md"
+        "run python -m megatron_idpo.config.reference_page > docs/configuration.md"
     )
 
 
@@ -307,7 +307,7 @@ def test_every_field_is_documented():
 
 def test_reading_a_configuration_loads_neither_torch_nor_megatron():
     code = (
-        "import sys, megatron_idpo.config;"
+        "import sys, megatron_idpo.config.run_config;"
         "sys.exit(sum(name in sys.modules for name in ('torch', 'megatron.core', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

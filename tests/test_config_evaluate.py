@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.config import load_config
+from megatron_idpo.config.run_config import load_config
 from megatron_idpo.errors import ConfigError
 
 SECTIONS = ("evaluate", "generate", "judge", "h4")

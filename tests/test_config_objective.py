@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_idpo.config import RunConfig, load_config
-from megatron_idpo.config_objective import ObjectiveConfig
+from megatron_idpo.config.objective import ObjectiveConfig
+from megatron_idpo.config.run_config import RunConfig, load_config
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.objective.settings import Objective
 

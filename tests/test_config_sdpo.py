@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_idpo.config import RunConfig, load_config
-from megatron_idpo.config_sdpo import SdpoConfig, SdpoStepConfig
-from megatron_idpo.config_sections import LayoutConfig
+from megatron_idpo.config.run_config import RunConfig, load_config
+from megatron_idpo.config.sdpo import SdpoConfig, SdpoStepConfig
+from megatron_idpo.config.sections import LayoutConfig
 from megatron_idpo.errors import ConfigError
 
 

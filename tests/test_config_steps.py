@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_idpo.cli_train import OPTIONAL, REQUIRED
-from megatron_idpo.config import SECTIONS, RunConfig, load_config
-from megatron_idpo.config_sections import LayoutConfig
-from megatron_idpo.config_steps import step_config, step_name, step_problems
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.run_config import SECTIONS, RunConfig, load_config
+from megatron_idpo.config.sdpo_steps import step_config, step_name, step_problems
+from megatron_idpo.config.sections import LayoutConfig
 from megatron_idpo.errors import ConfigError
 
 GOOD: dict[str, dict[str, Any]] = {

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_idpo.cli_train import OPTIONAL, REQUIRED
-from megatron_idpo.config import RunConfig, load_config
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.run_config import RunConfig, load_config
 from megatron_idpo.errors import ConfigError
 
 GOOD: dict[str, dict[str, Any]] = {

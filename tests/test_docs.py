@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo import cli
-from megatron_idpo.config import SECTIONS, load_config
+from megatron_idpo.cli import main as cli
+from megatron_idpo.config.run_config import SECTIONS, load_config
 from megatron_idpo.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.cli import build_parser
-from megatron_idpo.config import SECTIONS, RunConfig, load_config
-from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.cli.main import build_parser
+from megatron_idpo.config.run_config import SECTIONS, RunConfig, load_config
+from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.objective.layers import resolve_layers
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_idpo.file_lock import Held, locked
+from megatron_idpo.storage.lock import Held, locked
 
 SOON_S = 10
 

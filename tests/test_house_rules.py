@@ -112,7 +112,7 @@ ALLOWED = {
         "if TYPE_CHECKING:\n    from megatron.core import x\n"
         "from megatron_idpo.mcore import a\n"
     ),
-    "megatron_idpo/cli.py": "def f():\n    import megatron_idpo.doctor",
+    "megatron_idpo/cli/main.py": "def f():\n    import megatron_idpo.doctor",
     "tools/a.py": "def f():\n    '''Doc.\n" + "    more\n" * 60 + "    '''\n    x = 1\n",
     "tests/mcore/test_a.py": "",
     "tests/plugin/test_a.py": "",

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import quickstart
 
-from megatron_idpo import cli
-from megatron_idpo.config import SECTIONS, load_config
+from megatron_idpo.cli import main as cli
+from megatron_idpo.config.run_config import SECTIONS, load_config
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.train.output import RunDirectory
+from megatron_idpo.train.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 BEFORE = {

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.data.preferences import parse_preference
-from megatron_idpo.data.readers import read_file
+from megatron_idpo.data.sources.preferences import parse_preference
+from megatron_idpo.data.sources.readers import read_file
 
 DATA = Path(__file__).parents[1] / "examples" / "data"
 FILES = ("quickstart_train.jsonl", "quickstart_held_out.jsonl")

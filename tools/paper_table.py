@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_idpo.config import EVALUATION, SECTIONS, load_config
-from megatron_idpo.config_yaml import read_tree, write_yaml
+from megatron_idpo.config.run_config import EVALUATION, SECTIONS, load_config
+from megatron_idpo.config.yaml_tree import read_tree, write_yaml
 from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError, Problem, UserError
 from megatron_idpo.evaluate.paper_figures import INTERMEDIATE_PAPER, PAPER_DEPTH, PAPER_WINS
-from megatron_idpo.train.confidence import wilson_interval
+from megatron_idpo.train.metrics.confidence import wilson_interval
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 EXAMPLES: Final = ROOT / "examples"

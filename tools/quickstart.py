@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from megatron_idpo.config import SECTIONS, RunConfig, load_config
-from megatron_idpo.config_sdpo import SdpoConfig
+from megatron_idpo.config.run_config import SECTIONS, RunConfig, load_config
+from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError, UserError
-from megatron_idpo.train.log_line import accuracy_told, clock_time
-from megatron_idpo.train.metric_names import (
+from megatron_idpo.train.logging.line import accuracy_told, clock_time
+from megatron_idpo.train.metrics.file import STEP, Record, read_metrics
+from megatron_idpo.train.metrics.names import (
     ACCURACY,
     EVAL,
     EVAL_PAIRS,
@@ -35,10 +36,9 @@ from megatron_idpo.train.metric_names import (
     layer_name,
     layers_in,
 )
-from megatron_idpo.train.metrics_file import STEP, Record, read_metrics
 
 if TYPE_CHECKING:
-    from megatron_idpo.train.output import RunDirectory
+    from megatron_idpo.train.run_directory import RunDirectory
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 CONFIG: Final = Path("examples/quickstart.yaml")
@@ -100,7 +100,9 @@ def quickstart(console: Console, overrides: Sequence[str], path: Path = CONFIG) 
     console.print(shown(command), soft_wrap=True)
     if code := run(command):
         return code
-    from megatron_idpo.train.output import RunDirectory  # torch: when training needs no memory
+    from megatron_idpo.train.run_directory import (
+        RunDirectory,  # torch: when training needs no memory
+    )
 
     output = RunDirectory(root)
     if config.sdpo is None:

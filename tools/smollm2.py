@@ -25,9 +25,9 @@ from typing import Final
 
 from gguf_to_hf import answer_of, convert
 
-from megatron_idpo.atomic import begin, discard, incomplete_directory, publish
 from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, UserError
-from megatron_idpo.file_lock import locked
+from megatron_idpo.storage.directories import begin, discard, incomplete_directory, publish
+from megatron_idpo.storage.lock import locked
 
 MARKER: Final = "smollm2.json"
 """The file beside the weights that says what they are and which bytes every file has."""

@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from megatron_idpo.checkpoint.box_files import read_boxes
-from megatron_idpo.checkpoint.boxes import Box, Region, boxes_of, regions_by_parameter
-from megatron_idpo.checkpoint.contents import Expected, check_holds
-from megatron_idpo.mcore.optimizer_state import (
+from megatron_idpo.checkpoint.chunk_io import read_boxes
+from megatron_idpo.checkpoint.stored_weights import Expected, check_holds
+from megatron_idpo.checkpoint.tensor_chunks import Box, Region, boxes_of, regions_by_parameter
+from megatron_idpo.mcore.megatron_warnings import quiet_megatron
+from megatron_idpo.mcore.optim.state import (
     MOMENTS,
     Held,
     held_parameters,
     set_steps_taken,
     steps_taken,
 )
-from megatron_idpo.mcore.quiet import quiet_megatron
-from megatron_idpo.mcore.world import agreeing, gathered
+from megatron_idpo.mcore.parallel.world import agreeing, gathered
 
 _STATE = "optimizer."
 """What the keys of optimizer state begin with."""

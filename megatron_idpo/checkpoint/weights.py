@@ -19,13 +19,13 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factories,
 )
 
-from megatron_idpo.checkpoint.contents import check_same_model
-from megatron_idpo.checkpoint.files import DirectSave, read_into
-from megatron_idpo.mcore.architecture import Architecture
-from megatron_idpo.mcore.lora_chunk import ADAPTERS_NAME
-from megatron_idpo.mcore.model import GPTModel
-from megatron_idpo.mcore.quiet import quiet_megatron
-from megatron_idpo.mcore.world import agreeing, gathered
+from megatron_idpo.checkpoint.dcp_io import DirectSave, read_into
+from megatron_idpo.checkpoint.stored_weights import check_same_model
+from megatron_idpo.mcore.lora.chunk import ADAPTERS_NAME
+from megatron_idpo.mcore.megatron_warnings import quiet_megatron
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.model.build import GPTModel
+from megatron_idpo.mcore.parallel.world import agreeing, gathered
 
 ShardedState = dict[str, Any]
 

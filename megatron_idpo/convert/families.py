@@ -17,7 +17,7 @@ from megatron_idpo.convert.slicing import (
     Slicing,
     VocabSplit,
 )
-from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.model.architecture import Architecture
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 
-from megatron_idpo.atomic import check_apart
-from megatron_idpo.checkpoint.casts import check_floating
-from megatron_idpo.checkpoint.directory import new_checkpoint
+from megatron_idpo.checkpoint.dtype_checks import check_floating
+from megatron_idpo.checkpoint.model_directory import new_checkpoint
 from megatron_idpo.checkpoint.weights import save_weights
-from megatron_idpo.convert.dtypes import parse_dtype, stored_dtype
 from megatron_idpo.convert.families import (
     LEGACY_TENSORS,
     entry,
     expected_tensors,
     hf_shapes,
 )
-from megatron_idpo.convert.hf_reader import HfCheckpoint
+from megatron_idpo.convert.hf_io.dtypes import parse_dtype, stored_dtype
+from megatron_idpo.convert.hf_io.reader import HfCheckpoint
+from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE
 from megatron_idpo.convert.progress import (
     busy,
     report_written,
@@ -30,13 +30,13 @@ from megatron_idpo.convert.progress import (
     weights_bytes,
 )
 from megatron_idpo.convert.slicing import Shard
-from megatron_idpo.convert.tokenizer_files import CONFIG_FILE
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.architecture import Architecture
-from megatron_idpo.mcore.groups import this_place
-from megatron_idpo.mcore.layout import Layout
-from megatron_idpo.mcore.model import GPTModel, ModelOptions, build_model, global_parameters
-from megatron_idpo.mcore.world import agreeing, is_first_rank, joined_world, running
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.model.build import GPTModel, ModelOptions, build_model, global_parameters
+from megatron_idpo.mcore.parallel.groups import this_place
+from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.mcore.parallel.world import agreeing, is_first_rank, joined_world, running
+from megatron_idpo.storage.directories import check_apart
 
 _INPUT, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 

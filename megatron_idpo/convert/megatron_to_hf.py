@@ -14,31 +14,35 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from megatron_idpo.atomic import check_apart
-from megatron_idpo.checkpoint.casts import check_floating
-from megatron_idpo.checkpoint.contents import stored_weights
-from megatron_idpo.checkpoint.directory import COMPANIONS, companion_files, copy_companions
-from megatron_idpo.checkpoint.snapshot_file import whole_snapshot
+from megatron_idpo.checkpoint.dtype_checks import check_floating
+from megatron_idpo.checkpoint.model_directory import COMPANIONS, companion_files, copy_companions
+from megatron_idpo.checkpoint.snapshot_metadata import whole_snapshot
+from megatron_idpo.checkpoint.stored_weights import stored_weights
 from megatron_idpo.checkpoint.weights import load_weights
-from megatron_idpo.convert.dtypes import parse_dtype, stored_dtype
 from megatron_idpo.convert.families import entry, hf_shapes
-from megatron_idpo.convert.hf_writer import HfWriter
-from megatron_idpo.convert.hf_writer_ranks import write_together
+from megatron_idpo.convert.hf_io.distributed_writer import write_together
+from megatron_idpo.convert.hf_io.dtypes import parse_dtype, stored_dtype
+from megatron_idpo.convert.hf_io.safetensors_header import TensorSpec
+from megatron_idpo.convert.hf_io.tokenizer_files import (
+    CONFIG_FILE,
+    check_vocabulary,
+    read_json_object,
+)
+from megatron_idpo.convert.hf_io.writer import HfWriter
 from megatron_idpo.convert.model_source import check_snapshot
 from megatron_idpo.convert.progress import busy, report_written, tensor_progress
-from megatron_idpo.convert.safetensors_header import TensorSpec
 from megatron_idpo.convert.slicing import Replicated
-from megatron_idpo.convert.tokenizer_files import CONFIG_FILE, check_vocabulary, read_json_object
-from megatron_idpo.mcore.architecture import Architecture
-from megatron_idpo.mcore.groups import gather_tensor_shards, this_place
-from megatron_idpo.mcore.layout import Layout
-from megatron_idpo.mcore.model import GPTModel, ModelOptions, build_model, global_parameters
-from megatron_idpo.mcore.world import (
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.model.build import GPTModel, ModelOptions, build_model, global_parameters
+from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, this_place
+from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.mcore.parallel.world import (
     agreeing,
     from_first,
     joined_world,
     running,
 )
+from megatron_idpo.storage.directories import check_apart
 
 ParameterValue = Callable[[torch.nn.Parameter], Tensor]
 """What to take of a parameter: its data, its gradient, its data with adapters merged in."""

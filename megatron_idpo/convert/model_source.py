@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_idpo.checkpoint.directory import COMPANIONS, companion_files
-from megatron_idpo.checkpoint.snapshot_file import (
+from megatron_idpo.checkpoint.model_directory import COMPANIONS, companion_files
+from megatron_idpo.checkpoint.snapshot_metadata import (
     Snapshot,
     check_digests,
     check_names,
@@ -21,13 +21,17 @@ from megatron_idpo.checkpoint.snapshot_file import (
     whole_snapshot,
 )
 from megatron_idpo.checkpoint.weights import load_weights
-from megatron_idpo.convert.hf_reader import HfCheckpoint
+from megatron_idpo.convert.hf_io.reader import HfCheckpoint
+from megatron_idpo.convert.hf_io.tokenizer_files import (
+    CONFIG_FILE,
+    check_vocabulary,
+    read_json_object,
+)
 from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
-from megatron_idpo.convert.tokenizer_files import CONFIG_FILE, check_vocabulary, read_json_object
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.architecture import Architecture
-from megatron_idpo.mcore.model import GPTModel
-from megatron_idpo.mcore.world import agreeing, gathered
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.model.build import GPTModel
+from megatron_idpo.mcore.parallel.world import agreeing, gathered
 
 _WEIGHT_FILES = ("*.safetensors", "*.distcp", ".metadata")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v3", "*.txt", "*.jinja"]

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_idpo.checkpoint.casts import check_range
-from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.checkpoint.dtype_checks import check_range
+from megatron_idpo.mcore.model.architecture import Architecture
 
 _BLOCK_BYTES = 32 << 20
 """Read at once: enough for any disk, and little beside a model."""

@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idpo.config import RunConfig
-from megatron_idpo.config_sections import DataConfig, ModelConfig, SourceConfig
-from megatron_idpo.data.batches import RowSettings
-from megatron_idpo.data.chat import TokenOptions
-from megatron_idpo.data.dataset import PairDataset, load_pairs
-from megatron_idpo.data.pair import PairSource
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.sections import DataConfig, ModelConfig, SourceConfig
+from megatron_idpo.data.packing.batches import RowSettings
 from megatron_idpo.data.report import DataReport
-from megatron_idpo.data.sources import Source
-from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_idpo.data.sources.open import Source
+from megatron_idpo.data.tokenize.chat import TokenOptions
+from megatron_idpo.data.tokenize.dataset import PairDataset, load_pairs
+from megatron_idpo.data.tokenize.pair import PairSource
+from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import ConfigError, DataError
 
 _CHECKPOINT_TOKENIZER = "huggingface"

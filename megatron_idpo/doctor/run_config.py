@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_idpo.config import SECTIONS, RunConfig, load_config
-from megatron_idpo.config_sections import SourceConfig
+from megatron_idpo.config.run_config import SECTIONS, RunConfig, load_config
+from megatron_idpo.config.sections import SourceConfig
 from megatron_idpo.doctor.finding import Finding, State
 from megatron_idpo.doctor.machine import Machine, nearest_existing, size_of
 from megatron_idpo.errors import CheckpointError, UserError
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 if TYPE_CHECKING:
-    from megatron_idpo.mcore.architecture import Architecture
+    from megatron_idpo.mcore.model.architecture import Architecture
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 TRAINED_BYTES = {"fp32": 12, "bf16": 16, "fp16": 16}
@@ -105,7 +105,7 @@ def _cached_snapshot(name: str) -> Path | None:
 
 
 def _architecture(directory: Path) -> "Architecture":
-    from megatron_idpo.mcore.architecture import Architecture
+    from megatron_idpo.mcore.model.architecture import Architecture
 
     for name in CONFIG_FILES:
         path = directory / name
@@ -123,7 +123,7 @@ def _architecture(directory: Path) -> "Architecture":
 def _check_weights(directory: Path, architecture: "Architecture") -> None:
     """Read the headers of the weights; a Megatron checkpoint has only its metadata looked for."""
     from megatron_idpo.convert.families import LEGACY_TENSORS, expected_tensors
-    from megatron_idpo.convert.hf_reader import HfCheckpoint
+    from megatron_idpo.convert.hf_io.reader import HfCheckpoint
 
     if not (directory / "metadata.json").is_file():
         checkpoint = HfCheckpoint(directory)

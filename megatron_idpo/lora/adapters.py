@@ -20,10 +20,7 @@ import torch
 from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.lora.names import weight_shape
 from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.architecture import Architecture
-from megatron_idpo.mcore.block import Undo, is_hooked, let_gradients_through_frozen_embedding
-from megatron_idpo.mcore.groups import Place, this_place
-from megatron_idpo.mcore.lora_chunk import (
+from megatron_idpo.mcore.lora.chunk import (
     AdapterTensor,
     ChunkAdapters,
     freeze,
@@ -32,8 +29,11 @@ from megatron_idpo.mcore.lora_chunk import (
     missing_linears,
     remove_adapters,
 )
-from megatron_idpo.mcore.lora_linear import LowRank
-from megatron_idpo.mcore.model import GPTModel
+from megatron_idpo.mcore.lora.linear import LowRank
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.model.build import GPTModel
+from megatron_idpo.mcore.model.chunk import Undo, is_hooked, let_gradients_through_frozen_embedding
+from megatron_idpo.mcore.parallel.groups import Place, this_place
 
 
 def add_adapters(

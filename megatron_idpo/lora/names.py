@@ -1,7 +1,7 @@
 """What a projection is called in a Hugging Face model and in PEFT's files, and its size."""
 
 from megatron_idpo.convert.families import hf_shapes
-from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.model.architecture import Architecture
 
 _PEFT_ROOT = "base_model.model"
 """PEFT's wrapper and the model in it."""

@@ -15,11 +15,11 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from megatron_idpo.checkpoint.casts import check_floating, check_range
-from megatron_idpo.convert.hf_reader import HfCheckpoint
-from megatron_idpo.convert.hf_writer import HfWriter
-from megatron_idpo.convert.hf_writer_ranks import write_together
-from megatron_idpo.convert.safetensors_header import TensorSpec
+from megatron_idpo.checkpoint.dtype_checks import check_floating, check_range
+from megatron_idpo.convert.hf_io.distributed_writer import write_together
+from megatron_idpo.convert.hf_io.reader import HfCheckpoint
+from megatron_idpo.convert.hf_io.safetensors_header import TensorSpec
+from megatron_idpo.convert.hf_io.writer import HfWriter
 from megatron_idpo.convert.slicing import Shard
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.lora.adapters import Adapters
@@ -31,9 +31,9 @@ from megatron_idpo.lora.peft_config import (
     read_peft_settings,
 )
 from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.architecture import Architecture
-from megatron_idpo.mcore.groups import gather_tensor_shards, this_place
-from megatron_idpo.mcore.world import agreeing, from_first
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, this_place
+from megatron_idpo.mcore.parallel.world import agreeing, from_first
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"

@@ -8,7 +8,7 @@ where it is from, is ignored.
 from pathlib import Path
 from typing import Any
 
-from megatron_idpo.convert.tokenizer_files import read_json_object
+from megatron_idpo.convert.hf_io.tokenizer_files import read_json_object
 from megatron_idpo.errors import CheckpointError, ConfigError, Problem
 from megatron_idpo.lora.settings import LoraSettings, resolve_targets
 

@@ -27,23 +27,18 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.block import (
+from megatron_idpo.mcore.model.build import GPTModel, finalize_model_grads
+from megatron_idpo.mcore.model.chunk import (
     Undo,
     chunk_layers,
     enter_output_layer,
     let_gradients_through_frozen_embedding,
     tap_layers,
 )
-from megatron_idpo.mcore.groups import data_parallel_size, this_place
-from megatron_idpo.mcore.model import GPTModel, finalize_model_grads
+from megatron_idpo.mcore.parallel.groups import data_parallel_size, this_place
 from megatron_idpo.objective.dpo import Objective, layer_loss
 from megatron_idpo.objective.layers import LayerSpec, resolve_layers
-from megatron_idpo.plugin.head import Head
-from megatron_idpo.plugin.inject import inject_loss
-from megatron_idpo.plugin.ledger import Ledger
-from megatron_idpo.plugin.micro_batch import MicroBatch
-from megatron_idpo.plugin.outputs import LayerOutput
-from megatron_idpo.plugin.refusals import (
+from megatron_idpo.plugin.compatibility import (
     agreed_problems,
     refused_chunks,
     refused_recompute,
@@ -51,6 +46,11 @@ from megatron_idpo.plugin.refusals import (
     refused_vocabulary,
     second_attach,
 )
+from megatron_idpo.plugin.head import Head
+from megatron_idpo.plugin.injection import inject_loss
+from megatron_idpo.plugin.layer_output import LayerOutput
+from megatron_idpo.plugin.micro_batch import MicroBatch
+from megatron_idpo.plugin.output_buffer import Ledger
 from megatron_idpo.plugin.shared_head import SharedHead
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_idpo.data.batches import Batch
-from megatron_idpo.data.rows import Row
-from megatron_idpo.mcore.cpu import default_device
-from megatron_idpo.mcore.schedule import run_schedule
+from megatron_idpo.data.packing.batches import Batch
+from megatron_idpo.data.packing.rows import Row
+from megatron_idpo.mcore.cpu.redirect import default_device
+from megatron_idpo.mcore.parallel.schedule import run_schedule
 from megatron_idpo.plugin.attach import AttachedDpo
+from megatron_idpo.plugin.layer_output import LayerOutput
 from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
-from megatron_idpo.plugin.outputs import LayerOutput
 
 ReferenceLogps = Sequence[Mapping[int, Tensor]]
 """For each row of a batch, by layer, the reference's log-probabilities: float32 `[2P]`. Every

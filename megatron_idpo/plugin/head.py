@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.block import gather_positions
+from megatron_idpo.mcore.model.chunk import gather_positions
 from megatron_idpo.plugin.logprobs import vocab_parallel_logprobs
 from megatron_idpo.plugin.micro_batch import Targets
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.errors import DataError, Problem
-from megatron_idpo.mcore.row_params import RowParams
+from megatron_idpo.mcore.attention.row_params import RowParams
 
 
 @dataclass(frozen=True, slots=True)

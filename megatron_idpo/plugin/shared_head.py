@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.block import Undo
-from megatron_idpo.mcore.groups import StageGroup, stage_group, tensor_group, this_place
-from megatron_idpo.mcore.head_replica import REPLICA_NAME, HeadReplica, mark_shared_head
-from megatron_idpo.mcore.model import GPTModel
-from megatron_idpo.mcore.world import gathered
+from megatron_idpo.mcore.model.build import GPTModel
+from megatron_idpo.mcore.model.chunk import Undo
+from megatron_idpo.mcore.model.head_replica import REPLICA_NAME, HeadReplica, mark_shared_head
+from megatron_idpo.mcore.parallel.groups import StageGroup, stage_group, tensor_group, this_place
+from megatron_idpo.mcore.parallel.world import gathered
 from megatron_idpo.plugin.head import Head, VocabShard
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.file_lock import Held, locked
 from megatron_idpo.reference.cache_files import (
     Logps,
     damaged,
@@ -37,6 +36,7 @@ from megatron_idpo.reference.cache_files import (
     write_table,
 )
 from megatron_idpo.reference.fingerprint import Fingerprint
+from megatron_idpo.storage.lock import Held, locked
 
 TABLE = "reference.parquet"
 FINGERPRINT = "fingerprint.json"

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_idpo.data.batches import Batch
-from megatron_idpo.mcore.cpu import default_device
+from megatron_idpo.data.packing.batches import Batch
+from megatron_idpo.mcore.cpu.redirect import default_device
 from megatron_idpo.plugin.batch_run import ReferenceLogps
 from megatron_idpo.reference.cache import CachedLogps
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from megatron_idpo.config import RunConfig
-from megatron_idpo.data.dataset import PairDataset
-from megatron_idpo.data.tokenizers import Tokenizer
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.data.tokenize.dataset import PairDataset
+from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 from megatron_idpo.objective.layers import resolve_layers
 
 FORMAT = 3

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_idpo.config import RunConfig
-from megatron_idpo.convert.fixed_model import FixedModel
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.convert.frozen_model import FixedModel
 from megatron_idpo.convert.model_source import load_base
 from megatron_idpo.lora.adapters import add_adapters
 from megatron_idpo.lora.peft import load_peft
 from megatron_idpo.lora.peft_config import read_peft_settings
-from megatron_idpo.mcore.architecture import Architecture
-from megatron_idpo.mcore.model import ModelOptions, build_model
-from megatron_idpo.mcore.world import agreeing
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.model.build import ModelOptions, build_model
+from megatron_idpo.mcore.parallel.world import agreeing
 from megatron_idpo.plugin.attach import AttachedDpo, attach
 
 if TYPE_CHECKING:
-    from megatron_idpo.mcore.model import GPTModel
+    from megatron_idpo.mcore.model.build import GPTModel
 
 
 def frozen_model(

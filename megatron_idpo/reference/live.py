@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_idpo.data.batches import Batch
-from megatron_idpo.mcore.cpu import default_device
-from megatron_idpo.mcore.groups import from_last_stage
+from megatron_idpo.data.packing.batches import Batch
+from megatron_idpo.mcore.cpu.redirect import default_device
+from megatron_idpo.mcore.parallel.groups import from_last_stage
 from megatron_idpo.plugin.attach import AttachedDpo
 from megatron_idpo.plugin.batch_run import ReferenceLogps, logps_by_row, run_batch
-from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.plugin.layer_output import LayerOutput
 
 
 class Adapters(Protocol):

@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_idpo.config import load_config
+from megatron_idpo.config.run_config import load_config
 from megatron_idpo.errors import ConfigError
 
 REQUIRED = ("model", "data")
@@ -23,6 +23,8 @@ def main(path: Path, overrides: Sequence[str]) -> int:
     if config.reference.source != "cache":
         told = f"is {config.reference.source}, which reads no cache"
         raise ConfigError.at("reference.source", told, "set it to cache, the default")
-    from megatron_idpo.reference.score_run import score  # torch and megatron-core: after the checks
+    from megatron_idpo.reference.score_command import (
+        score,  # torch and megatron-core: after the checks
+    )
 
     return score(config)

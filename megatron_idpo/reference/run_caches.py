@@ -8,14 +8,14 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idpo.config import RunConfig
-from megatron_idpo.convert.fixed_model import FixedModel
-from megatron_idpo.data.batches import RowSettings
-from megatron_idpo.data.dataset import PairDataset
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.data.packing.batches import RowSettings
 from megatron_idpo.data.run_pairs import RunPairs
+from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import CheckpointError, ConfigError
-from megatron_idpo.mcore.signals import StopWish
-from megatron_idpo.mcore.world import agreeing, gathered, is_first_rank
+from megatron_idpo.mcore.parallel.signals import StopWish
+from megatron_idpo.mcore.parallel.world import agreeing, gathered, is_first_rank
 from megatron_idpo.reference.cache import EVAL, CacheWriter, held, is_complete, open_cache
 from megatron_idpo.reference.cached import Cached
 from megatron_idpo.reference.fingerprint import Fingerprint, fingerprint

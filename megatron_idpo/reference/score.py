@@ -17,13 +17,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_idpo.data.batches import Batch, EvaluationBatches, RowSettings
-from megatron_idpo.data.dataset import PairDataset
+from megatron_idpo.data.packing.batches import Batch, EvaluationBatches, RowSettings
+from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import DataError
-from megatron_idpo.mcore.cpu import default_device
-from megatron_idpo.mcore.groups import is_last_stage, this_place
-from megatron_idpo.mcore.signals import StopWish
-from megatron_idpo.mcore.world import agreeing, from_first, is_first_rank
+from megatron_idpo.mcore.cpu.redirect import default_device
+from megatron_idpo.mcore.parallel.groups import is_last_stage, this_place
+from megatron_idpo.mcore.parallel.signals import StopWish
+from megatron_idpo.mcore.parallel.world import agreeing, from_first, is_first_rank
 from megatron_idpo.reference.cache import CacheWriter
 from megatron_idpo.reference.cache_files import Logps
 from megatron_idpo.reference.fingerprint import Fingerprint

@@ -19,20 +19,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idpo.config import RunConfig
-from megatron_idpo.config_steps import step_config
-from megatron_idpo.convert.fixed_model import FixedModel
-from megatron_idpo.data.dataset import PairDataset
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.sdpo_steps import step_config
+from megatron_idpo.convert.frozen_model import FixedModel
 from megatron_idpo.data.run_pairs import RunPairs, row_settings
+from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.groups import this_place
-from megatron_idpo.mcore.signals import Stopped, StopWish
-from megatron_idpo.mcore.world import World, agreeing, running
+from megatron_idpo.mcore.parallel.groups import this_place
+from megatron_idpo.mcore.parallel.signals import Stopped, StopWish
+from megatron_idpo.mcore.parallel.world import World, agreeing, running
 from megatron_idpo.objective.layers import resolve_layers
 from megatron_idpo.reference.frozen import frozen_model
 from megatron_idpo.reference.live import Resident
 from megatron_idpo.reference.run_caches import RunCaches
-from megatron_idpo.sdpo.slices import Easiness, Indices, deal
+from megatron_idpo.sdpo.deal import Easiness, Indices, deal
 
 FIRST_MODEL = "first_model"
 TABLE = "curriculum.parquet"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_idpo import __version__
-from megatron_idpo.checkpoint.sealed import read_sealed, write_sealed
 from megatron_idpo.errors import CheckpointError, Problem
+from megatron_idpo.storage.sealed import read_sealed, write_sealed
 
 FILE = "manifest.json"
 FIRST = "first_model/"

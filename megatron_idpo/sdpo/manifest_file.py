@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_idpo.checkpoint.snapshot_file import Snapshot
-from megatron_idpo.config_sdpo import SdpoConfig
-from megatron_idpo.convert.fixed_model import FixedModel
+from megatron_idpo.checkpoint.snapshot_metadata import Snapshot
+from megatron_idpo.config.sdpo import SdpoConfig
+from megatron_idpo.convert.frozen_model import FixedModel
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.world import agreeing, from_first, is_first_rank
+from megatron_idpo.mcore.parallel.world import agreeing, from_first, is_first_rank
 from megatron_idpo.sdpo.manifest import FILE, Manifest, continued, read_manifest, write_manifest
 from megatron_idpo.sdpo.retention import (
     clear_killed_snapshots,

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_idpo.config_steps import step_name
+from megatron_idpo.config.sdpo_steps import step_name
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.world import agreeing, is_first_rank
+from megatron_idpo.figures.curriculum import draw_curriculum
+from megatron_idpo.figures.training_curves import draw_curves
+from megatron_idpo.mcore.parallel.world import agreeing, is_first_rank
 from megatron_idpo.sdpo.manifest import Manifest
-from megatron_idpo.sdpo.picture import draw_curriculum
 from megatron_idpo.sdpo.table import HEADS, cells, markdown, terminal_table
-from megatron_idpo.train.curves import draw_curves
-from megatron_idpo.train.metric_names import EPOCH
-from megatron_idpo.train.metrics_file import STEP, read_metrics
-from megatron_idpo.train.output import RunDirectory
+from megatron_idpo.train.metrics.file import STEP, read_metrics
+from megatron_idpo.train.metrics.names import EPOCH
+from megatron_idpo.train.run_directory import RunDirectory
 
 TABLE = "curriculum.md"
 PICTURE = "curriculum.png"

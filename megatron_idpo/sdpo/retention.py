@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from megatron_idpo.atomic import clear_leftovers
-from megatron_idpo.config_sdpo import SdpoConfig
-from megatron_idpo.config_steps import step_name
+from megatron_idpo.config.sdpo import SdpoConfig
+from megatron_idpo.config.sdpo_steps import step_name
 from megatron_idpo.sdpo.manifest import Manifest
+from megatron_idpo.storage.directories import clear_leftovers
 
 SNAPSHOTS = "snapshots"
 _CHECKPOINTS = "checkpoints"

@@ -15,18 +15,17 @@ import gc
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_idpo.config import RunConfig
-from megatron_idpo.config_sdpo import SdpoConfig
-from megatron_idpo.config_steps import step_config
-from megatron_idpo.convert.fixed_model import FixedModel
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.sdpo import SdpoConfig
+from megatron_idpo.config.sdpo_steps import step_config
+from megatron_idpo.convert.frozen_model import FixedModel
 from megatron_idpo.data.run_pairs import RunPairs
 from megatron_idpo.errors import EXIT_PREEMPTED
-from megatron_idpo.mcore.signals import Stopped, StopWish, listening
-from megatron_idpo.mcore.world import World, agreeing, gathered, joined_world
+from megatron_idpo.mcore.parallel.signals import Stopped, StopWish, listening
+from megatron_idpo.mcore.parallel.world import World, agreeing, gathered, joined_world
 from megatron_idpo.reference.cached import Cached
 from megatron_idpo.reference.run_caches import RunCaches
-from megatron_idpo.sdpo.checks import check_fills_a_batch, check_step, refuse_to_go_on
-from megatron_idpo.sdpo.conclusion import Conclusion
+from megatron_idpo.sdpo.compatibility import check_fills_a_batch, check_step, refuse_to_go_on
 from megatron_idpo.sdpo.curriculum import (
     TABLE,
     Curriculum,
@@ -35,16 +34,17 @@ from megatron_idpo.sdpo.curriculum import (
     step_layers,
     write_curriculum,
 )
+from megatron_idpo.sdpo.finalize_step import Conclusion
 from megatron_idpo.sdpo.manifest import Manifest, StepRecord
 from megatron_idpo.sdpo.manifest_file import ManifestFile
-from megatron_idpo.sdpo.missing import missing_exports
+from megatron_idpo.sdpo.missing_exports import missing_exports
 from megatron_idpo.sdpo.report import report_steps
 from megatron_idpo.sdpo.retention import snapshot_directory
 from megatron_idpo.sdpo.snapshot import open_snapshot
-from megatron_idpo.train.finish import tell_stopped
 from megatron_idpo.train.loop import train_prepared
-from megatron_idpo.train.output import RunDirectory, opened
-from megatron_idpo.train.run import Prepared, prepare
+from megatron_idpo.train.messages import tell_stopped
+from megatron_idpo.train.run_directory import RunDirectory, opened
+from megatron_idpo.train.trainer import Prepared, prepare
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """The first model's scores of a run of several steps, made ahead of training."""
 
-from megatron_idpo.config import RunConfig
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.model_source import open_model
-from megatron_idpo.mcore.world import agreeing, joined_world
-from megatron_idpo.reference.score_run import score
+from megatron_idpo.mcore.parallel.world import agreeing, joined_world
+from megatron_idpo.reference.score_command import score
 from megatron_idpo.sdpo.curriculum import first_models_remedies, scoring_config
 
 

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_idpo.checkpoint.directory import COMPANIONS, copy_companions, new_directory
-from megatron_idpo.checkpoint.snapshot_file import (
+from megatron_idpo.checkpoint.model_directory import COMPANIONS, copy_companions, new_directory
+from megatron_idpo.checkpoint.snapshot_metadata import (
     ADAPTER,
     FILE,
     Snapshot,
@@ -28,15 +28,15 @@ from megatron_idpo.checkpoint.snapshot_file import (
     write_description,
 )
 from megatron_idpo.checkpoint.weights import save_weights
-from megatron_idpo.config import RunConfig
-from megatron_idpo.convert.fixed_model import FixedModel
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.convert.frozen_model import FixedModel
 from megatron_idpo.convert.megatron_to_hf import whole_tensors
 from megatron_idpo.convert.model_source import check_snapshot, file_digests, open_model
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.lora.merge import merge_for_good
 from megatron_idpo.lora.peft import save_peft, whole_adapter_tensors
-from megatron_idpo.mcore.world import agreeing, from_first, is_first_rank
-from megatron_idpo.sdpo.identity import tensors_identity
+from megatron_idpo.mcore.parallel.world import agreeing, from_first, is_first_rank
+from megatron_idpo.sdpo.tensor_identity import tensors_identity
 from megatron_idpo.train.build import Policy
 from megatron_idpo.train.export import companions_of
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_idpo.checkpoint.history import complete_checkpoints
-from megatron_idpo.checkpoint.snapshot_file import (
+from megatron_idpo.checkpoint.retention import complete_checkpoints
+from megatron_idpo.checkpoint.snapshot_metadata import (
     check_digests,
     check_names,
     file_digest,
     read_snapshot,
     remedy,
 )
-from megatron_idpo.config_steps import step_name
+from megatron_idpo.config.sdpo_steps import step_name
 from megatron_idpo.errors import CheckpointError, ConfigError
 from megatron_idpo.sdpo.manifest import FILE, Manifest, StepRecord, read_manifest
 from megatron_idpo.sdpo.retention import snapshot_directory

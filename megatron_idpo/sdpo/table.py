@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_idpo.sdpo.manifest import FIRST, Manifest, StepRecord
-from megatron_idpo.train.log_line import accuracy_told
-from megatron_idpo.train.metric_names import ACCURACY, EVAL, EVAL_PAIRS, MARGIN
+from megatron_idpo.train.logging.line import accuracy_told
+from megatron_idpo.train.metrics.names import ACCURACY, EVAL, EVAL_PAIRS, MARGIN
 
 NOTHING = "–"
 HEADS = (

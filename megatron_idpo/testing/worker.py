@@ -33,7 +33,7 @@ def _process_group(call: Call) -> Iterator[None]:
     """A gloo group for one call; on leaving, Megatron-Core's global state goes as well."""
     import torch
 
-    from megatron_idpo.mcore.process_state import forget_megatron_state
+    from megatron_idpo.mcore.parallel.process_state import forget_megatron_state
 
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(call.rank)
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(call.world_size)
@@ -105,7 +105,7 @@ def serve(connection: Connection) -> None:
     """Answer calls until the pipe ends."""
     import torch
 
-    from megatron_idpo.mcore.cpu import redirect_cuda_to_cpu
+    from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
 
     torch.set_num_threads(1)
     redirect_cuda_to_cpu()

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_idpo.config import RunConfig
-from megatron_idpo.config_objective import LoraConfig
-from megatron_idpo.config_training import OptimizerConfig, TrainingConfig
-from megatron_idpo.convert.fixed_model import FixedModel
+from megatron_idpo.config.objective import LoraConfig
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.training import OptimizerConfig, TrainingConfig
+from megatron_idpo.convert.frozen_model import FixedModel
 from megatron_idpo.convert.model_source import ModelSource, load_base
 from megatron_idpo.lora.adapters import Adapters, add_adapters
 from megatron_idpo.lora.peft import load_peft
 from megatron_idpo.lora.peft_config import CONFIG_NAME, check_same_settings, read_peft_settings
 from megatron_idpo.lora.settings import LoraSettings, resolve_targets
-from megatron_idpo.mcore.model import ModelOptions, Recompute, build_model
-from megatron_idpo.mcore.optimizer import AdamSettings, TrainableModel, wrap_and_optimise
+from megatron_idpo.mcore.model.build import ModelOptions, Recompute, build_model
+from megatron_idpo.mcore.optim.optimizer import AdamSettings, TrainableModel, wrap_and_optimise
 from megatron_idpo.plugin.attach import AttachedDpo, attach
 from megatron_idpo.reference.frozen import frozen_model
 from megatron_idpo.reference.live import AdapterOff, NoReference, Offloaded, Reference, Resident
 
 if TYPE_CHECKING:
-    from megatron_idpo.mcore.model import GPTModel
+    from megatron_idpo.mcore.model.build import GPTModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_idpo.config import RunConfig
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import ConfigError, Problem
-from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.objective.layers import resolve_layers
-from megatron_idpo.train.loggers import logger_problems
+from megatron_idpo.train.logging.loggers import logger_problems
 
 
 def check_against_model(config: RunConfig, architecture: Architecture, world_size: int) -> None:

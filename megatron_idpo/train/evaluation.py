@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from megatron_idpo.data.batches import Batch, EvaluationBatches, RowSettings
-from megatron_idpo.data.dataset import PairDataset
+from megatron_idpo.data.packing.batches import Batch, EvaluationBatches, RowSettings
+from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.plugin.batch_run import ReferenceLogps
 from megatron_idpo.reference.live import Reference
-from megatron_idpo.train.metrics import StepMetrics
+from megatron_idpo.train.metrics.reduce import StepMetrics
 from megatron_idpo.train.step import Trainer
 
 

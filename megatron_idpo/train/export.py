@@ -6,16 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from megatron_idpo.config import RunConfig
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.convert.hf_io.tokenizer_files import read_json_object
 from megatron_idpo.convert.megatron_to_hf import export_hf
 from megatron_idpo.convert.model_source import ModelSource
-from megatron_idpo.convert.tokenizer_files import read_json_object
-from megatron_idpo.data.tokenizers import read_template
+from megatron_idpo.data.tokenize.tokenizers import read_template
 from megatron_idpo.lora.merge import merged_value
 from megatron_idpo.lora.peft import save_peft
-from megatron_idpo.mcore.world import agreeing, from_first
+from megatron_idpo.mcore.parallel.world import agreeing, from_first
 from megatron_idpo.train.build import Policy
-from megatron_idpo.train.output import RunDirectory
+from megatron_idpo.train.run_directory import RunDirectory
 
 CHAT_TEMPLATE = "chat_template.jinja"
 """Where Transformers looks for a tokenizer's chat template first."""

@@ -8,19 +8,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_idpo.config import RunConfig
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import EXIT_PREEMPTED, TrainingError
-from megatron_idpo.mcore.signals import Stopped, StopWish, listening
-from megatron_idpo.mcore.world import World, agreeing, joined_world, running
+from megatron_idpo.mcore.parallel.signals import Stopped, StopWish, listening
+from megatron_idpo.mcore.parallel.world import World, agreeing, joined_world, running
 from megatron_idpo.train.export import export_result
-from megatron_idpo.train.failures import refuse_bad_evaluation
-from megatron_idpo.train.finish import tell_finished, tell_preempted, tell_start, tell_stopped
-from megatron_idpo.train.flops import BatchWork
-from megatron_idpo.train.output import RunDirectory, opened, refuse_steps_directory
-from megatron_idpo.train.report import MEMORY, Report, Stopwatch, reporting
-from megatron_idpo.train.run import Prepared, Run, assemble, prepare
+from megatron_idpo.train.finite_checks import refuse_bad_evaluation
+from megatron_idpo.train.logging.report import MEMORY, Report, Stopwatch, reporting
+from megatron_idpo.train.messages import tell_finished, tell_preempted, tell_start, tell_stopped
+from megatron_idpo.train.metrics.flops import BatchWork
+from megatron_idpo.train.metrics.throughput import peak_memory_bytes
+from megatron_idpo.train.run_directory import RunDirectory, opened, refuse_steps_directory
 from megatron_idpo.train.start_check import check_start, is_expected
-from megatron_idpo.train.throughput import peak_memory_bytes
+from megatron_idpo.train.trainer import Prepared, Run, assemble, prepare
 
 _STOP = "stop_wishes"
 

@@ -8,12 +8,12 @@ then, with its adapters on or off; else a second model does, which is gone befor
 import gc
 from dataclasses import dataclass
 
-from megatron_idpo.config import RunConfig
-from megatron_idpo.convert.fixed_model import FixedModel
-from megatron_idpo.data.batches import RowSettings
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.data.packing.batches import RowSettings
 from megatron_idpo.data.run_pairs import RunPairs
-from megatron_idpo.mcore.signals import Stopped, StopWish
-from megatron_idpo.mcore.world import agreeing, is_first_rank
+from megatron_idpo.mcore.parallel.signals import Stopped, StopWish
+from megatron_idpo.mcore.parallel.world import agreeing, is_first_rank
 from megatron_idpo.reference.frozen import frozen_model
 from megatron_idpo.reference.live import Reference, Resident
 from megatron_idpo.reference.run_caches import RunCaches

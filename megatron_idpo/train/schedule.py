@@ -7,7 +7,7 @@ follows TRL's: the warm-up begins at 0, which the first step takes.
 import math
 from dataclasses import dataclass
 
-from megatron_idpo.config_training import OptimizerConfig
+from megatron_idpo.config.training import OptimizerConfig
 from megatron_idpo.errors import ConfigError
 
 

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_idpo.config import RunConfig
-from megatron_idpo.data.batches import RowSettings, build_batch
-from megatron_idpo.data.dataset import PairDataset
-from megatron_idpo.data.order import stream_pairs
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.data.packing.batches import RowSettings, build_batch
+from megatron_idpo.data.packing.epoch_order import stream_pairs
+from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import TrainingError
-from megatron_idpo.mcore.world import gathered
+from megatron_idpo.mcore.parallel.world import gathered
 from megatron_idpo.objective.dpo import Objective, loss_at_zero, preference_loss
 from megatron_idpo.objective.settings import PER_TOKEN
 from megatron_idpo.plugin.batch_run import run_batch
-from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.plugin.layer_output import LayerOutput
 from megatron_idpo.train.step import Trainer, response_lengths
 
 PAIRS_PER_RANK = 2

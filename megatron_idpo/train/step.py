@@ -7,17 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_idpo.data.batches import Batch
-from megatron_idpo.data.rows import Row
-from megatron_idpo.mcore.cpu import default_device
-from megatron_idpo.mcore.random import seed_step
+from megatron_idpo.data.packing.batches import Batch
+from megatron_idpo.data.packing.rows import Row
+from megatron_idpo.mcore.cpu.redirect import default_device
+from megatron_idpo.mcore.parallel.random import seed_step
 from megatron_idpo.objective.dpo import Objective
 from megatron_idpo.plugin.batch_run import ReferenceLogps, run_batch
-from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.plugin.layer_output import LayerOutput
 from megatron_idpo.reference.live import Reference
 from megatron_idpo.train.build import Policy
-from megatron_idpo.train.failures import refuse_bad_gradient, refuse_bad_losses
-from megatron_idpo.train.metrics import StepMetrics, reduce_outputs
+from megatron_idpo.train.finite_checks import refuse_bad_gradient, refuse_bad_losses
+from megatron_idpo.train.metrics.reduce import StepMetrics, reduce_outputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_idpo.train.confidence import wilson_interval
-from megatron_idpo.train.log_line import clock_time, is_tied, short
-from megatron_idpo.train.metric_names import (
+from megatron_idpo.train.logging.line import clock_time, is_tied, short
+from megatron_idpo.train.metrics.confidence import wilson_interval
+from megatron_idpo.train.metrics.file import STEP, Record, read_metrics
+from megatron_idpo.train.metrics.names import (
     ACCURACY,
     EVAL,
     EVAL_PAIRS,
@@ -28,7 +29,6 @@ from megatron_idpo.train.metric_names import (
     layer_name,
     layers_in,
 )
-from megatron_idpo.train.metrics_file import STEP, Record, read_metrics
 
 _SHOWN_LAYERS = 4
 """Intermediate layers with lines of their own; of more the first and the last have one."""

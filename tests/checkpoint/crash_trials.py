@@ -28,9 +28,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_idpo import atomic
-from megatron_idpo.mcore.cpu import redirect_cuda_to_cpu
-from megatron_idpo.mcore.quiet import quiet_megatron
+from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
+from megatron_idpo.mcore.megatron_warnings import quiet_megatron
+from megatron_idpo.storage import directories as atomic
 
 from .tiny_training import Setup, prepare, progress
 
@@ -45,9 +45,9 @@ EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"
 
 IMPORTED = (
     "megatron.core.pipeline_parallel",
-    "megatron_idpo.checkpoint.checkpoints",
+    "megatron_idpo.checkpoint.store",
     "megatron_idpo.convert.hf_to_megatron",
-    "megatron_idpo.data.rows",
+    "megatron_idpo.data.packing.rows",
     "megatron_idpo.lora.adapters",
     "megatron_idpo.plugin.attach",
 )
@@ -56,7 +56,7 @@ IMPORTED = (
 
 def state_of(training: Any) -> list[torch.Tensor]:
     """Every tensor that a checkpoint keeps."""
-    from megatron_idpo.mcore.optimizer_state import held_parameters
+    from megatron_idpo.mcore.optim.state import held_parameters
 
     held = held_parameters(training.optimizer)
     moments = [tensor for one in held for tensor in one.moments().values()]
@@ -65,7 +65,7 @@ def state_of(training: Any) -> list[torch.Tensor]:
 
 def save(checkpoints: Any, training: Any, step: int, number: float) -> None:
     """Step `step`, with every number of the state being `number`."""
-    from megatron_idpo.mcore.optimizer_state import set_steps_taken
+    from megatron_idpo.mcore.optim.state import set_steps_taken
 
     set_steps_taken(training.optimizer, step)
     for tensor in state_of(training):
@@ -88,7 +88,7 @@ def die_at(call: int, directory: str) -> None:
 
 def save_once(model: str, directory: str, mode: str, call: int) -> None:
     """Steps 1 and 2, then the save that a kill interrupts."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup())
     checkpoints = Checkpoints(Path(directory), keep_last=1, keep_best=0)
@@ -106,7 +106,7 @@ def save_once(model: str, directory: str, mode: str, call: int) -> None:
 
 def save_and_save(model: str, directory: str) -> None:
     """Until somebody ends it."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup(data=2, distributed=True))
     checkpoints = Checkpoints(Path(directory), keep_last=1, keep_best=0)
@@ -118,7 +118,7 @@ def save_and_save(model: str, directory: str) -> None:
 
 def look(model: str, directory: str, answer: str) -> None:
     """As the next run does: what there is, and whether it is whole."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup())
     hidden = [path for path in Path(directory).iterdir() if path.name.startswith(".")]

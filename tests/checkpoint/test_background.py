@@ -14,7 +14,7 @@ def in_order() -> list[bool]:
     """What `poll` says before, while and after a job that every rank ends at another time."""
     import torch.distributed as dist
 
-    from megatron_idpo.checkpoint.background import Background
+    from megatron_idpo.checkpoint.background_save import Background
 
     background = Background()
     gate, said = threading.Event(), [background.poll(), background.wait(), background.is_running]
@@ -42,7 +42,7 @@ def collective_beside_the_jobs() -> float:
     import torch
     import torch.distributed as dist
 
-    from megatron_idpo.checkpoint.background import Background
+    from megatron_idpo.checkpoint.background_save import Background
 
     background, results = Background(), []
 
@@ -72,7 +72,7 @@ def failing(ask: str, kind: type[Exception]) -> list[str]:
     """The second rank's job fails; then another job runs."""
     import torch.distributed as dist
 
-    from megatron_idpo.checkpoint.background import Background
+    from megatron_idpo.checkpoint.background_save import Background
 
     background, said = Background(), []
 

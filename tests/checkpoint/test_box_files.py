@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_idpo.checkpoint.boxes import Box
+from megatron_idpo.checkpoint.tensor_chunks import Box
 from megatron_idpo.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed
@@ -26,7 +26,7 @@ def write(directory: str) -> str | None:
     """Rank 0 writes the first ten elements, rank 1 the others; what this rank was told."""
     import torch.distributed as dist
 
-    from megatron_idpo.checkpoint.box_files import write_boxes
+    from megatron_idpo.checkpoint.chunk_io import write_boxes
 
     pieces = [
         [((0, 0), (2, 4)), ((2, 0), (1, 2))],
@@ -43,7 +43,7 @@ def write(directory: str) -> str | None:
 
 def read(directory: str, pieces: list) -> list[list[list[float]]]:
     """The values of boxes: shape of the whole, offset, size, other fields."""
-    from megatron_idpo.checkpoint.box_files import read_boxes
+    from megatron_idpo.checkpoint.chunk_io import read_boxes
 
     boxes = [
         box_of(torch.full(shape, -1.0), offset, size, **fields)

@@ -6,7 +6,7 @@ from math import prod
 import pytest
 import torch
 
-from megatron_idpo.checkpoint.boxes import Region, bare, boxes_of, rectangles
+from megatron_idpo.checkpoint.tensor_chunks import Region, bare, boxes_of, rectangles
 
 SHAPES = [(), (7,), (5, 4), (1, 6), (6, 1), (3, 2, 4), (2, 1, 3, 2)]
 
@@ -92,8 +92,8 @@ def test_a_padded_tensor_is_marked():
 
 
 def regions() -> dict[str, list[tuple[str, int, int]]]:
-    from megatron_idpo.checkpoint.boxes import regions_by_parameter
-    from megatron_idpo.mcore.layout import Layout
+    from megatron_idpo.checkpoint.tensor_chunks import regions_by_parameter
+    from megatron_idpo.mcore.parallel.layout import Layout
     from tests.plugin import tiny_megatron as tiny
 
     chunks = tiny.start(Layout(tensor=2))

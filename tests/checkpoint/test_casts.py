@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_idpo.checkpoint.casts import check_floating, check_range
+from megatron_idpo.checkpoint.dtype_checks import check_floating, check_range
 from megatron_idpo.errors import CheckpointError
 
 FLOATS = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float8_e4m3fn}

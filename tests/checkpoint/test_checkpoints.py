@@ -30,7 +30,7 @@ def models(tmp_path_factory):
 
 def unbroken(directory: str, root: str, setup: Setup):
     """Six steps, saved after the third; the state after three and six, and the last weights."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(directory, setup)
     checkpoints = Checkpoints(Path(root))
@@ -48,7 +48,7 @@ def unbroken(directory: str, root: str, setup: Setup):
 
 def continued(directory: str, root: str, setup: Setup, copy_to: str | None = None):
     """What `unbroken` gives, from its checkpoint; which is saved anew at once, if asked for."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(directory, setup)
     training.forget()
@@ -158,7 +158,7 @@ def test_before_the_first_step(workers, models, tmp_path, dtype):
 
 def saved_at_once(directory: str, root: str, setup: Setup) -> bool:
     """A checkpoint without moments makes an optimizer that has none."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(directory, setup)
     checkpoints = Checkpoints(Path(root))

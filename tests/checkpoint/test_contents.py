@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_idpo.checkpoint.contents import StoredWeight, check_same_model, stored_weights
+from megatron_idpo.checkpoint.stored_weights import StoredWeight, check_same_model, stored_weights
 from megatron_idpo.errors import CheckpointError
 
 EMBEDDING, NORM = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.checkpoint.directory import companion_files, copy_companions, new_checkpoint
+from megatron_idpo.checkpoint.model_directory import (
+    companion_files,
+    copy_companions,
+    new_checkpoint,
+)
 from megatron_idpo.errors import CheckpointError
 
 
@@ -12,7 +16,7 @@ def write(target: str, companions: list[str], fail: str | None = None, **options
     """On every rank: a file each; returns the working directory's name."""
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.world import barrier
+    from megatron_idpo.mcore.parallel.world import barrier
 
     with new_checkpoint(Path(target), [Path(one) for one in companions], **options) as directory:
         (directory / f"part{dist.get_rank()}").write_text("x")
@@ -58,7 +62,7 @@ def wait_for_removal(target: str, companions: list[str]) -> int:
     import time
     from unittest import mock
 
-    from megatron_idpo import atomic
+    from megatron_idpo.storage import directories as atomic
 
     discard = atomic.discard
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 pytestmark = pytest.mark.distributed
 
@@ -33,7 +33,7 @@ def write_and_read(directory: str, failing_rank: int | None, error: Callable[[],
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint import filesystem
 
-    from megatron_idpo.checkpoint.files import DirectSave, read_into
+    from megatron_idpo.checkpoint.dcp_io import DirectSave, read_into
 
     Layout(tensor=dist.get_world_size()).start()
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -99,7 +99,7 @@ def test_a_directory_that_is_gone(workers, tmp_path):
 def write_below_a_file(directory: str) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from megatron_idpo.checkpoint.files import DirectSave
+    from megatron_idpo.checkpoint.dcp_io import DirectSave
 
     Layout().start()
     one = ShardedTensor.from_rank_offsets("same", torch.ones(3), replica_id=0)

@@ -6,7 +6,8 @@ from unittest import mock
 
 import pytest
 
-from megatron_idpo.checkpoint.history import (
+from megatron_idpo.checkpoint.metadata import Record
+from megatron_idpo.checkpoint.retention import (
     CheckpointInfo,
     Retention,
     clear_leftovers,
@@ -14,7 +15,6 @@ from megatron_idpo.checkpoint.history import (
     prune,
     target_of,
 )
-from megatron_idpo.checkpoint.progress import Record
 from megatron_idpo.errors import CheckpointError
 
 from .tiny_training import progress

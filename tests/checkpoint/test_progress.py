@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_idpo.checkpoint.progress import FILE, Progress, Record, check_same_run
+from megatron_idpo.checkpoint.metadata import FILE, Progress, Record, check_same_run
 from megatron_idpo.errors import CheckpointError
 
 PROGRESS = Progress(

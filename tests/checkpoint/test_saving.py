@@ -29,7 +29,7 @@ def model(tmp_path_factory) -> str:
 @contextmanager
 def held_up(gate: threading.Event):
     """Nothing is written before the gate opens."""
-    from megatron_idpo.checkpoint import checkpoints
+    from megatron_idpo.checkpoint import store as checkpoints
 
     write = checkpoints.write_boxes
 
@@ -53,7 +53,7 @@ def names(root: str) -> list[str]:
 
 def beside_the_step(model: str, root: str):
     """The state is spoilt while a save waits for the disk; polled meanwhile."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, SHARDS)
     training.step(1)
@@ -82,7 +82,7 @@ def test_training_goes_on_meanwhile(workers, model, tmp_path):
 
 def several(model: str, root: str) -> list[list[str]]:
     """Four saves, the second twice; what is there after each."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup())
     checkpoints = Checkpoints(Path(root), keep_last=1, keep_best=1, better="max")
@@ -104,7 +104,7 @@ def test_the_best_and_the_newest_stay(workers, model, tmp_path):
 
 def another_metric(model: str, root: str) -> tuple[list[int], list[str]]:
     """A run ranked by the loss, gone on with by the accuracy: which was the best, what is there."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup())
     best = []
@@ -129,7 +129,7 @@ def test_a_loss_is_not_ranked_among_accuracies(workers, model, tmp_path):
 
 def hurried(model: str, root: str) -> list[str]:
     """A save does not begin before the one before it has ended."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, SHARDS)
     checkpoints = Checkpoints(Path(root), keep_last=9)
@@ -146,7 +146,7 @@ def test_one_at_a_time(workers, model, tmp_path):
 
 def next_run(model: str, root: str) -> list[str]:
     """What is there once a new run has looked, and after it has saved step 2 again."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup())
     checkpoints = Checkpoints(Path(root))
@@ -173,7 +173,7 @@ def full_disk(model: str, root: str, when: str):
     """The second rank's disk is full at the second save; what this rank was told, what is left."""
     import torch.distributed as dist
 
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, SHARDS)
     training.step(1)  # so that there are moments to write
@@ -213,7 +213,7 @@ def test_a_full_disk_is_told_on_all_ranks(workers, model, tmp_path, when):
 
 
 def open_directory(root: str) -> None:
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     Checkpoints(Path(root))
 
@@ -226,7 +226,7 @@ def test_a_directory_that_cannot_be_written_is_refused_at_once(workers, tmp_path
 
 def broken_off(model: str, root: str, fail: bool) -> tuple[list[str], list[str]]:
     """Training fails while a save waits for the disk; the error's notes, and what is there."""
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, SHARDS)
     gate = threading.Event()
@@ -255,7 +255,7 @@ def test_both_failures_are_told(workers, model, tmp_path):
 
 
 def failed_at_the_end(model: str, root: str) -> None:
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup())
     gate = threading.Event()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.checkpoint.sealed import SEAL, read_sealed, seal_of, write_sealed
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.storage.sealed import SEAL, read_sealed, seal_of, write_sealed
 
 VALUES: dict[str, Any] = {"a": 1, "b": 0.1, "c": {"é/x": [None, True, 1e-7]}, "d": "–"}
 REMEDY = "put it back"

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.checkpoint.sealed import write_sealed
-from megatron_idpo.checkpoint.snapshot_file import (
+from megatron_idpo.checkpoint.snapshot_metadata import (
     FILE,
     Snapshot,
     check_digests,
@@ -19,6 +18,7 @@ from megatron_idpo.checkpoint.snapshot_file import (
     write_description,
 )
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.storage.sealed import write_sealed
 
 from ..sdpo.tiny_manifest import identity
 

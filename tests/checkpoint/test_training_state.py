@@ -32,7 +32,7 @@ def saved(tmp_path_factory, workers, model):
 
 
 def save(model: str, root: str, setup: Setup) -> None:
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, setup)
     training.step(1)
@@ -42,7 +42,7 @@ def save(model: str, root: str, setup: Setup) -> None:
 
 
 def load(model: str, root: str, setup: Setup) -> None:
-    from megatron_idpo.checkpoint.checkpoints import Checkpoints
+    from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, setup)
     checkpoints = Checkpoints(Path(root))

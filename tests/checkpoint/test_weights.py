@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.architecture import Architecture
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import tiny_hf_config
 
 pytestmark = pytest.mark.distributed
@@ -18,7 +18,7 @@ PP2_VP2 = Layout(pipeline=2, virtual_pipeline=2)
 
 
 def chunks_of(layout: Layout, dtype: torch.dtype, **overrides: Any) -> tuple[list[Any], Any]:
-    from megatron_idpo.mcore.model import ModelOptions, build_model
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model
 
     architecture = Architecture.from_hf(tiny_hf_config("qwen2", **overrides))
     layout.start()
@@ -33,8 +33,8 @@ def value(name: str, parameter: torch.Tensor, salt: int) -> torch.Tensor:
 
 def save(directory: str, layout: Layout, dtype: torch.dtype, salt: int = 0) -> None:
     from megatron_idpo.checkpoint.weights import save_weights
-    from megatron_idpo.mcore.groups import this_place
-    from megatron_idpo.mcore.model import global_parameters
+    from megatron_idpo.mcore.model.build import global_parameters
+    from megatron_idpo.mcore.parallel.groups import this_place
 
     chunks, _ = chunks_of(layout, dtype)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def load(
 ) -> dict[str, torch.Tensor]:
     from megatron_idpo.checkpoint.weights import load_weights
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
-    from megatron_idpo.mcore.model import global_parameters
+    from megatron_idpo.mcore.model.build import global_parameters
 
     chunks, architecture = chunks_of(layout, dtype, **overrides)
     for _, parameter in global_parameters(chunks):
@@ -93,7 +93,7 @@ def test_another_model_is_refused_on_every_rank(workers, tmp_path):
 
 
 def keys(directory: str) -> list[tuple[list[str], list[str]]]:
-    from megatron_idpo.checkpoint.contents import stored_weights
+    from megatron_idpo.checkpoint.stored_weights import stored_weights
     from megatron_idpo.checkpoint.weights import sharded_weights
 
     chunks, _ = chunks_of(Layout(), torch.float32)
@@ -123,7 +123,7 @@ def load_by_megatron_core(directory: str) -> bool:
     from megatron.core import dist_checkpointing
 
     from megatron_idpo.checkpoint.weights import load_weights
-    from megatron_idpo.mcore.model import global_parameters
+    from megatron_idpo.mcore.model.build import global_parameters
 
     chunks, architecture = chunks_of(Layout(), torch.float32)
     load_weights(chunks, Path(directory), architecture)
@@ -143,7 +143,7 @@ def save_by_megatron_core(directory: str) -> dict[str, torch.Tensor]:
     from megatron.core import dist_checkpointing
 
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
-    from megatron_idpo.mcore.model import global_parameters
+    from megatron_idpo.mcore.model.build import global_parameters
 
     chunks, architecture = chunks_of(TP2, torch.float32)
     with torch.no_grad():

@@ -99,7 +99,7 @@ class Training:
 
     def held(self) -> list[Any]:
         """What this rank's optimizer updates."""
-        from megatron_idpo.mcore.optimizer_state import held_parameters
+        from megatron_idpo.mcore.optim.state import held_parameters
 
         return held_parameters(self.optimizer)
 
@@ -117,8 +117,8 @@ def prepare(directory: str, setup: Setup) -> Training:
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.lora.adapters import add_adapters
     from megatron_idpo.lora.settings import LoraSettings
-    from megatron_idpo.mcore.layout import Layout
-    from megatron_idpo.mcore.model import ModelOptions, build_model, global_parameters
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model, global_parameters
+    from megatron_idpo.mcore.parallel.layout import Layout
     from megatron_idpo.objective.dpo import Objective
     from megatron_idpo.plugin.attach import attach
 
@@ -179,7 +179,7 @@ def _optimizer(wrapped: list[Any], setup: Setup) -> Any:
 
 def progress(step: int, **fields: Any) -> Any:
     """What a run would say of itself."""
-    from megatron_idpo.checkpoint.progress import Progress
+    from megatron_idpo.checkpoint.metadata import Progress
 
     said = {
         "data": {"consumed_pairs": 4 * step, "seed": 0, "num_pairs": tiny.PAIRS},

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 
 BOTH = """
 import sys
-from megatron_idpo.cli import main
+from megatron_idpo.cli.main import main
 hf, between, back = sys.argv[1:]
 sys.exit(main(["convert", "hf-to-megatron", hf, between]) or
          main(["convert", "megatron-to-hf", between, back, "--dtype", "bf16"]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_idpo.convert.dtypes import parse_dtype, stored_dtype
+from megatron_idpo.convert.hf_io.dtypes import parse_dtype, stored_dtype
 from megatron_idpo.errors import CheckpointError, ConfigError
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_idpo.convert import hf_reader
-from megatron_idpo.convert.hf_reader import INDEX_FILE, SINGLE_FILE, HfCheckpoint
+from megatron_idpo.convert.hf_io import reader as hf_reader
+from megatron_idpo.convert.hf_io.reader import INDEX_FILE, SINGLE_FILE, HfCheckpoint
 from megatron_idpo.errors import CheckpointError
 
 DTYPES = [
@@ -313,7 +313,7 @@ def test_config_and_companions(tmp_path: Path) -> None:
 READ_ALL = """
 import re, sys, torch
 from pathlib import Path
-from megatron_idpo.convert.hf_reader import HfCheckpoint
+from megatron_idpo.convert.hf_io.reader import HfCheckpoint
 def peak_mb():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 checkpoint = HfCheckpoint(sys.argv[1])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import write_tiny_hf_model
 
 TP2 = Layout(tensor=2)
@@ -322,7 +322,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(layout, source, attempt_on, 
 
 @contextmanager
 def unreadable_tensor() -> Iterator[None]:
-    from megatron_idpo.convert.hf_reader import HfCheckpoint
+    from megatron_idpo.convert.hf_io.reader import HfCheckpoint
 
     read = HfCheckpoint.read
 
@@ -346,8 +346,8 @@ def no_metadata() -> Iterator[None]:
 
 @contextmanager
 def no_publishing() -> Iterator[None]:
-    from megatron_idpo import atomic
     from megatron_idpo.errors import CheckpointError
+    from megatron_idpo.storage import directories as atomic
 
     error = CheckpointError.at("out", "has been filled meanwhile")
     with mock.patch.object(atomic, "publish", side_effect=error):
@@ -356,7 +356,7 @@ def no_publishing() -> Iterator[None]:
 
 @contextmanager
 def no_view_of_the_target() -> Iterator[None]:
-    from megatron_idpo.checkpoint import directory
+    from megatron_idpo.checkpoint import model_directory as directory
 
     with mock.patch.object(directory.os, "access", return_value=False):
         yield

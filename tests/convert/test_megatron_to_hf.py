@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 PP2 = Layout(pipeline=2)
 WEIGHTS = "model.safetensors"
@@ -223,7 +223,7 @@ def test_a_value_beyond_the_format_asked_for(tiny_llama, attempt_on, tmp_path):
 def slow_removal() -> Iterator[None]:
     import time
 
-    from megatron_idpo import atomic
+    from megatron_idpo.storage import directories as atomic
 
     discard = atomic.discard
 
@@ -239,9 +239,9 @@ def fail_and_look(source: str, target: str) -> int:
     """On every rank: fail to publish; what is left when this rank may end."""
     import torch.distributed as dist
 
-    from megatron_idpo import atomic
     from megatron_idpo.convert.megatron_to_hf import convert
     from megatron_idpo.errors import CheckpointError
+    from megatron_idpo.storage import directories as atomic
 
     slow = slow_removal() if dist.get_rank() == 0 else mock.patch.object(atomic, "discard")
     with slow, no_publishing(), pytest.raises(CheckpointError):
@@ -305,7 +305,7 @@ def unreadable_file() -> Iterator[None]:
 
 @contextmanager
 def failing_fsync() -> Iterator[None]:
-    from megatron_idpo.convert import hf_writer
+    from megatron_idpo.convert.hf_io import writer as hf_writer
 
     error = OSError(28, "No space left on device")
     with mock.patch.object(hf_writer.os, "fsync", side_effect=error):
@@ -314,8 +314,8 @@ def failing_fsync() -> Iterator[None]:
 
 @contextmanager
 def no_publishing() -> Iterator[None]:
-    from megatron_idpo import atomic
     from megatron_idpo.errors import CheckpointError
+    from megatron_idpo.storage import directories as atomic
 
     error = CheckpointError.at("out", "has been filled meanwhile")
     with mock.patch.object(atomic, "publish", side_effect=error):

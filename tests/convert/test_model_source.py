@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.checkpoint.snapshot_file import (
+from megatron_idpo.checkpoint.snapshot_metadata import (
     Snapshot,
     file_digest,
     files_below,
@@ -16,7 +16,7 @@ from megatron_idpo.checkpoint.snapshot_file import (
 )
 from megatron_idpo.convert.model_source import open_model
 from megatron_idpo.errors import CheckpointError, UserError
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import write_tiny_hf_model
 
 pytestmark = pytest.mark.distributed
@@ -45,7 +45,7 @@ def weights(path: str, layout: Layout) -> dict[str, torch.Tensor]:
     """This rank's part of all weights after loading."""
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
     from megatron_idpo.convert.model_source import load_base
-    from megatron_idpo.mcore.model import build_model
+    from megatron_idpo.mcore.model.build import build_model
 
     source = open_model(path)
     layout.start()

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import write_tiny_hf_model
 
 # fp32 sums in another order: 8 layers of a tiny model differ by ~1e-6 on logits of order 1.
@@ -190,7 +190,7 @@ def megatron_answer(directory: str, case: Case) -> dict[str, dict[str, Tensor]]:
     """What this rank contributes of logits, gradients and stepped weights."""
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
-    from megatron_idpo.mcore.model import build_model
+    from megatron_idpo.mcore.model.build import build_model
 
     checkpoint, architecture = open_hf(Path(directory))
     layout = case.layout
@@ -254,7 +254,7 @@ def _run(wrapped: list[Any], batches: list[Any], vocab_size: int) -> dict[int, T
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from megatron_idpo.mcore.row_params import RowParams
+    from megatron_idpo.mcore.attention.row_params import RowParams
 
     collected: dict[int, Tensor] = {}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from megatron_idpo.convert.safetensors_header import (
+from megatron_idpo.convert.hf_io.safetensors_header import (
     _DTYPE_NAMES,
     TensorSpec,
     plan_file,

@@ -9,7 +9,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from megatron_idpo.convert.hf_reader import SINGLE_FILE, HfCheckpoint
+from megatron_idpo.convert.hf_io.reader import SINGLE_FILE, HfCheckpoint
 from megatron_idpo.errors import CheckpointError
 
 FAST = {"model": {"vocab": {"x": 0, "y": 5}}, "added_tokens": [{"id": 6, "content": "<s>"}]}

@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_idpo.data.batches import RowSettings, build_batch
-from megatron_idpo.data.pair import Pair
-from megatron_idpo.data.rows import Row
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.data.packing.batches import RowSettings, build_batch
+from megatron_idpo.data.packing.rows import Row
+from megatron_idpo.data.tokenize.pair import Pair
+from megatron_idpo.mcore.parallel.layout import Layout
 
 PAD_TOKEN = 3
 """A token that answers contain too: padding must not reach its embedding's gradient."""
@@ -152,7 +152,7 @@ def _packed_answer(layout: Layout, run: Run) -> Answer:
 
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
-    from megatron_idpo.mcore.model import ModelOptions, Recompute, build_model
+    from megatron_idpo.mcore.model.build import ModelOptions, Recompute, build_model
 
     checkpoint, architecture = open_hf(run.directory)
     options = ModelOptions(recompute=Recompute(**RECOMPUTE[run.recompute]))
@@ -180,7 +180,7 @@ def _run_schedule(
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from megatron_idpo.mcore.row_params import RowParams
+    from megatron_idpo.mcore.attention.row_params import RowParams
 
     collected: dict[int, Tensor] = {}
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_idpo.data.batches import EvaluationBatches, RowSettings, TrainingBatches
-from megatron_idpo.data.pair import Pair
+from megatron_idpo.data.packing.batches import EvaluationBatches, RowSettings, TrainingBatches
+from megatron_idpo.data.tokenize.pair import Pair
 from megatron_idpo.errors import CheckpointError, DataError
 
 ROWS = RowSettings(row_tokens=96, pad_token=0)

@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_idpo.data.chat import (
+from megatron_idpo.data.sources.preferences import Preference
+from megatron_idpo.data.sources.raw_record import BadRecord
+from megatron_idpo.data.tokenize.chat import (
     Dropped,
     TokenPair,
     encode_pairs,
     pair_text,
     truncate,
 )
-from megatron_idpo.data.preferences import Preference
-from megatron_idpo.data.record import BadRecord
-from megatron_idpo.data.tokenizers import HfTokenizer, Tokenizer, load_tokenizer
+from megatron_idpo.data.tokenize.tokenizers import HfTokenizer, Tokenizer, load_tokenizer
 
 USER = {"role": "user", "content": "What is the capital of France?"}
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_idpo.data.columns import columns_read, renamed
-from megatron_idpo.data.record import BadRecord
+from megatron_idpo.data.sources.columns import columns_read, renamed
+from megatron_idpo.data.sources.raw_record import BadRecord
 
 TEXT = {"prompt": "q", "chosen": "a", "rejected": "b"}
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_idpo.data.batches import EvaluationBatches, RowSettings
-from megatron_idpo.data.chat import TokenOptions
-from megatron_idpo.data.dataset import PairDataset, load_pairs
-from megatron_idpo.data.sources import Source
-from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_idpo.data.packing.batches import EvaluationBatches, RowSettings
+from megatron_idpo.data.sources.open import Source
+from megatron_idpo.data.tokenize.chat import TokenOptions
+from megatron_idpo.data.tokenize.dataset import PairDataset, load_pairs
+from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -183,9 +183,9 @@ def test_nothing_left_is_an_error_with_the_reasons(
 MEASURE = """
 import sys
 from pathlib import Path
-from megatron_idpo.data.dataset import load_pairs
-from megatron_idpo.data.sources import Source
-from megatron_idpo.data.tokenizers import load_tokenizer
+from megatron_idpo.data.tokenize.dataset import load_pairs
+from megatron_idpo.data.sources.open import Source
+from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
 
 def anonymous_kib():
     lines = Path("/proc/self/status").read_text().splitlines()

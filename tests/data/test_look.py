@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo import cli
-from megatron_idpo.config import RunConfig
-from megatron_idpo.config_sections import DataConfig, LayoutConfig
+from megatron_idpo.cli import main as cli
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.sections import DataConfig, LayoutConfig
 from megatron_idpo.data.run_pairs import row_settings
 from megatron_idpo.errors import EXIT_USER_ERROR
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_idpo.data import look_numbers
-from megatron_idpo.data.batches import RowSettings, TrainingBatches
-from megatron_idpo.data.look_numbers import Spread, length_figures, row_figures, sampled_steps
-from megatron_idpo.data.pair import Pair
+from megatron_idpo.data.inspect import statistics as look_numbers
+from megatron_idpo.data.inspect.statistics import Spread, length_figures, row_figures, sampled_steps
+from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches
+from megatron_idpo.data.tokenize.pair import Pair
 from megatron_idpo.errors import DataError
 
 

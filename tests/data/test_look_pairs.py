@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from megatron_idpo.data.chat import TokenOptions
-from megatron_idpo.data.dataset import PairDataset, load_pairs
-from megatron_idpo.data.look_pairs import (
+from megatron_idpo.data.inspect.samples import (
     END_TOKENS,
     START_TOKENS,
     Choice,
@@ -23,8 +21,10 @@ from megatron_idpo.data.look_pairs import (
     part_text,
     show_pair,
 )
-from megatron_idpo.data.sources import Source
-from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_idpo.data.sources.open import Source
+from megatron_idpo.data.tokenize.chat import TokenOptions
+from megatron_idpo.data.tokenize.dataset import PairDataset, load_pairs
+from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from megatron_idpo.data.look_numbers import RowFigures
-from megatron_idpo.data.look_picture import PARTS, save_picture
+from megatron_idpo.data.inspect.statistics import RowFigures
 from megatron_idpo.errors import ConfigError
+from megatron_idpo.figures.data_lengths import PARTS, save_picture
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_idpo.data.order import stream_pairs
+from megatron_idpo.data.packing.epoch_order import stream_pairs
 
 
 @settings(deadline=None)

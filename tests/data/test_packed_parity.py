@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_idpo.data.chat import TokenOptions
-from megatron_idpo.data.dataset import load_pairs
-from megatron_idpo.data.pair import Pair
-from megatron_idpo.data.sources import Source
-from megatron_idpo.data.tokenizers import load_tokenizer
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.data.sources.open import Source
+from megatron_idpo.data.tokenize.chat import TokenOptions
+from megatron_idpo.data.tokenize.dataset import load_pairs
+from megatron_idpo.data.tokenize.pair import Pair
+from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import WorkerPool, write_tiny_hf_model
 
 from .packed_answers import (

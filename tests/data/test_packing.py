@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_idpo.data import packing
-from megatron_idpo.data.packing import ROW_OVERHEAD_TOKENS, attention_visits, plan_rows
-from megatron_idpo.data.rows import occupied_tokens
+from megatron_idpo.data.packing import plan as packing
+from megatron_idpo.data.packing.plan import ROW_OVERHEAD_TOKENS, attention_visits, plan_rows
+from megatron_idpo.data.packing.rows import occupied_tokens
 
 ROW_TOKENS = 64
 lengths = st.lists(

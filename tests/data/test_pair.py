@@ -5,8 +5,8 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
-from megatron_idpo.data.batches import EvaluationBatches, RowSettings
-from megatron_idpo.data.pair import Pair, PairSource
+from megatron_idpo.data.packing.batches import EvaluationBatches, RowSettings
+from megatron_idpo.data.tokenize.pair import Pair, PairSource
 
 PAIRS = [
     Pair(index, *(np.full(length, index, np.int32) for length in (3, 2, 1))) for index in range(4)

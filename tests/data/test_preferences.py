@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_idpo.data.preferences import parse_preference, shared_length
-from megatron_idpo.data.record import BadRecord
+from megatron_idpo.data.sources.preferences import parse_preference, shared_length
+from megatron_idpo.data.sources.raw_record import BadRecord
 
 
 def user(text: str) -> dict[str, str]:

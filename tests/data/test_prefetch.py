@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from megatron_idpo.data.prefetch import prefetch
+from megatron_idpo.data.packing.prefetch import prefetch
 
 
 def prefetch_threads():

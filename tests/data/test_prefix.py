@@ -5,7 +5,7 @@ from itertools import takewhile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_idpo.data.prefix import common_length
+from megatron_idpo.data.tokenize.common_prefix import common_length
 
 
 @given(st.lists(st.text("ab", max_size=6), min_size=1, max_size=3))

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_idpo.data import readers
-from megatron_idpo.data.readers import read_dataset, read_file
-from megatron_idpo.data.record import FIELDS, BadRecord
+from megatron_idpo.data.sources import readers
+from megatron_idpo.data.sources.raw_record import FIELDS, BadRecord
+from megatron_idpo.data.sources.readers import read_dataset, read_file
 from megatron_idpo.errors import DataError
 
 RECORDS = [

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.data.record import (
+from megatron_idpo.data.sources.raw_record import (
     PROMPT_LIKE,
     BadRecord,
     has_no_prompt,

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_idpo.data.pair import Pair
-from megatron_idpo.data.rows import Row, check_lengths, occupied_tokens
+from megatron_idpo.data.packing.rows import Row, check_lengths, occupied_tokens
+from megatron_idpo.data.tokenize.pair import Pair
 from megatron_idpo.errors import DataError
 
 PAD_TOKEN = 999

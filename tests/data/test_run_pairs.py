@@ -11,10 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_idpo.config import RunConfig
-from megatron_idpo.config_sections import DataConfig, ModelConfig
-from megatron_idpo.data.dataset import PairDataset
-from megatron_idpo.data.pair import Pair
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.sections import DataConfig, ModelConfig
 from megatron_idpo.data.run_pairs import (
     RunPairs,
     check_tokens,
@@ -22,6 +20,8 @@ from megatron_idpo.data.run_pairs import (
     load_run_pairs,
     tokenizer_path,
 )
+from megatron_idpo.data.tokenize.dataset import PairDataset
+from megatron_idpo.data.tokenize.pair import Pair
 from megatron_idpo.errors import ConfigError, DataError
 
 

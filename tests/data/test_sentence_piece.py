@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from megatron_idpo.data.chat import TokenPair, encode_pairs, pair_text
-from megatron_idpo.data.preferences import Preference
-from megatron_idpo.data.sentence_piece import SentencePieceTokenizer
-from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_idpo.data.sources.preferences import Preference
+from megatron_idpo.data.tokenize.chat import TokenPair, encode_pairs, pair_text
+from megatron_idpo.data.tokenize.sentencepiece import SentencePieceTokenizer
+from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import DataError
 
 TEMPLATE = (

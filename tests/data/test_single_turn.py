@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.data.preferences import parse_preference
-from megatron_idpo.data.record import BadRecord
-from megatron_idpo.data.single_turn import from_single_turn
+from megatron_idpo.data.sources.preferences import parse_preference
+from megatron_idpo.data.sources.raw_record import BadRecord
+from megatron_idpo.data.sources.single_turn import from_single_turn
 
 TEXT = {"prompt": "q", "chosen": "a", "rejected": "b"}
 CHAT = {

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from megatron_idpo.data.sources import Source, open_source
+from megatron_idpo.data.sources.open import Source, open_source
 from megatron_idpo.errors import DataError
 
 TEXT = {"prompt": "q", "chosen": "a", "rejected": "b"}

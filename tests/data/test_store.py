@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_idpo.data.report import DataReport
-from megatron_idpo.data.store import BadRow, PairStore, PairStoreWriter, TokenBatch
+from megatron_idpo.data.tokenize.store import BadRow, PairStore, PairStoreWriter, TokenBatch
 from megatron_idpo.errors import DataError
 
 PAIRS = [([1], [2, 3], [4]), ([5, 6], [7], [8, 9]), ([10], [11], [12])]

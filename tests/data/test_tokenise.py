@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_idpo.data import tokenise
-from megatron_idpo.data.chat import TokenOptions
-from megatron_idpo.data.preferences import Format
-from megatron_idpo.data.readers import RawRow
-from megatron_idpo.data.sources import Source, open_source
-from megatron_idpo.data.store import PairStore
-from megatron_idpo.data.tokenise import Job, tokenise_rows, tokenised_store
-from megatron_idpo.data.tokenizers import Tokenizer
+from megatron_idpo.data.sources.open import Source, open_source
+from megatron_idpo.data.sources.preferences import Format
+from megatron_idpo.data.sources.readers import RawRow
+from megatron_idpo.data.tokenize import build_store as tokenise
+from megatron_idpo.data.tokenize.build_store import Job, tokenise_rows, tokenised_store
+from megatron_idpo.data.tokenize.chat import TokenOptions
+from megatron_idpo.data.tokenize.store import PairStore
+from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 from megatron_idpo.errors import DataError
 
 GOOD = [{"prompt": f"What is {i}?", "chosen": f" It is {i}.", "rejected": " No."} for i in range(9)]
@@ -133,7 +133,7 @@ def test_a_failed_run_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize(
-    "refusing", ["fcntl.flock", "megatron_idpo.data.tokenise.PairStoreWriter.append"]
+    "refusing", ["fcntl.flock", "megatron_idpo.data.tokenize.build_store.PairStoreWriter.append"]
 )
 def test_a_cache_that_cannot_be_written_is_named(
     write_jsonl: Callable[..., str],

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.data.sentence_piece import SentencePieceTokenizer
-from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_idpo.data.tokenize.sentencepiece import SentencePieceTokenizer
+from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import DataError
 
 HELLO = [{"role": "user", "content": "hello"}]

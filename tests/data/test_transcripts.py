@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_idpo.data.transcripts import BadTranscript, is_transcript, read_transcript
+from megatron_idpo.data.sources.transcripts import BadTranscript, is_transcript, read_transcript
 
 
 def test_turns_become_messages_without_the_white_space_around() -> None:

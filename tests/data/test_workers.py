@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_idpo.data.workers import ordered_map
+from megatron_idpo.data.tokenize.process_map import ordered_map
 
 
 def plus(context: int, item: int) -> tuple[int, int]:

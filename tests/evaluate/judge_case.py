@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megatron_idpo.evaluate.answers import Answer, Prompt, answers_file
+from megatron_idpo.evaluate.generate.answers import Answer, Prompt, answers_file
 
 KEY = "sk-test-0123456789abcdef"
 KEY_VARIABLE = "FAKE_JUDGE_KEY"

@@ -5,13 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_idpo.config import SECTIONS, load_config
+from megatron_idpo.config.run_config import SECTIONS, load_config
 from megatron_idpo.errors import DataError
-from megatron_idpo.evaluate.advise import advice_markdown, best_layers_told, main, rank_layers
-from megatron_idpo.evaluate.curves_file import write_curves
-from megatron_idpo.evaluate.layer_curves import QUANTITIES, Estimate, LayerCurves
-from megatron_idpo.evaluate.likelihood_settings import write_made_of
-from megatron_idpo.evaluate.subjects import Subject
+from megatron_idpo.evaluate.likelihood.advise import (
+    advice_markdown,
+    best_layers_told,
+    main,
+    rank_layers,
+)
+from megatron_idpo.evaluate.likelihood.curves_file import write_curves
+from megatron_idpo.evaluate.likelihood.layer_curves import QUANTITIES, Estimate, LayerCurves
+from megatron_idpo.evaluate.likelihood.settings import write_made_of
+from megatron_idpo.evaluate.models import Subject
 
 
 def curves(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo.errors import ConfigError, DataError
-from megatron_idpo.evaluate.answers import (
+from megatron_idpo.evaluate.generate.answers import (
     Answer,
     answers_file,
     append_answers,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_idpo.errors import ConfigError, DataError
-from megatron_idpo.evaluate.answers_settings import differences, read_settings, write_settings
+from megatron_idpo.evaluate.generate.settings import differences, read_settings, write_settings
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"path": "/a", "weights": "1f", "adapter": None, "adapter_weights": None},

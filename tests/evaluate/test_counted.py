@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_idpo.evaluate.counted import counted
+from megatron_idpo.evaluate.counting import counted
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_idpo.errors import ConfigError, DataError
-from megatron_idpo.evaluate.curves_file import COLUMNS, read_curves, write_curves
-from megatron_idpo.evaluate.layer_curves import QUANTITIES, Estimate, LayerCurves
+from megatron_idpo.evaluate.likelihood.curves_file import COLUMNS, read_curves, write_curves
+from megatron_idpo.evaluate.likelihood.layer_curves import QUANTITIES, Estimate, LayerCurves
 
 
 def made_up(name: str, layers: int = 3, seed: int = 0) -> LayerCurves:

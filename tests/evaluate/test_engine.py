@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.engine import choose_engine, derived_seed, versions
+from megatron_idpo.evaluate.generate.engine import choose_engine, derived_seed, versions
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, vllm: bool, gpu: bool) -> None:

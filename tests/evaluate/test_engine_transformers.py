@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.evaluate.engine import Sampling, Weights
-from megatron_idpo.evaluate.engine_transformers import PaddedScores, TransformersEngine
+from megatron_idpo.evaluate.generate.engine import Sampling, Weights
+from megatron_idpo.evaluate.generate.transformers_engine import PaddedScores, TransformersEngine
 
 from .tiny_answers import EOS, write_model
 

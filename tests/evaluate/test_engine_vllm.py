@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.engine import Sampling, Weights, derived_seed
-from megatron_idpo.evaluate.engine_vllm import VllmEngine
+from megatron_idpo.evaluate.generate.engine import Sampling, Weights, derived_seed
+from megatron_idpo.evaluate.generate.vllm_engine import VllmEngine
 
 SAMPLING = Sampling(temperature=0.3, repetition_penalty=1.1, top_p=0.9, max_new_tokens=5, seed=3)
 

@@ -10,9 +10,9 @@ from unittest.mock import patch
 import pytest
 
 from megatron_idpo.errors import ConfigError, DataError, UserError
-from megatron_idpo.evaluate.answers import answers_file, read_answers, settings_file
-from megatron_idpo.evaluate.engine_transformers import TransformersEngine
-from megatron_idpo.evaluate.generate_main import main
+from megatron_idpo.evaluate.generate.answers import answers_file, read_answers, settings_file
+from megatron_idpo.evaluate.generate.main import main
+from megatron_idpo.evaluate.generate.transformers_engine import TransformersEngine
 
 from .tiny_answers import (
     CHATML,
@@ -137,7 +137,7 @@ def test_a_finished_model_is_not_loaded_again(
     main(config, [])
     before = answered(tmp_path)
     shutil.copytree(model, tmp_path / "copy")
-    with unread(), patch("megatron_idpo.evaluate.generate_task.__version__", "99"):
+    with unread(), patch("megatron_idpo.evaluate.generate.task.__version__", "99"):
         assert main(config, [f"evaluate.models={{one: {tmp_path}/copy}}"]) == 0
     assert "were there already" in capsys.readouterr().out
     assert answered(tmp_path) == before
@@ -177,7 +177,7 @@ def test_an_unfinished_file_wants_the_same_versions(model: Path, tmp_path: Path)
     with interrupted(after=1), pytest.raises(KeyboardInterrupt):
         main(config, [])
     with (
-        patch("megatron_idpo.evaluate.generate_task.__version__", "99"),
+        patch("megatron_idpo.evaluate.generate.task.__version__", "99"),
         pytest.raises(DataError, match=r"the version of megatron-idpo is .* there, 99 here"),
     ):
         main(config, [])
@@ -315,8 +315,8 @@ def test_vllm_gets_many_batches_at_once(
         def close(self) -> None:
             calls.append(0)
 
-    monkeypatch.setattr("megatron_idpo.evaluate.engine_vllm.VllmEngine", Engine)
-    monkeypatch.setattr("megatron_idpo.evaluate.generate_main.choose_engine", lambda wanted: "vllm")
+    monkeypatch.setattr("megatron_idpo.evaluate.generate.vllm_engine.VllmEngine", Engine)
+    monkeypatch.setattr("megatron_idpo.evaluate.generate.main.choose_engine", lambda wanted: "vllm")
     assert main(write_config(tmp_path, model), []) == 0
     assert calls == [5, 0]
     settings = json.loads(settings_file(answers_file(tmp_path / "out", "one")).read_text())

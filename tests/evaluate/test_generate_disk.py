@@ -11,16 +11,16 @@ from unittest.mock import patch
 import pytest
 
 from megatron_idpo.errors import ConfigError, DataError
-from megatron_idpo.evaluate.answers import (
+from megatron_idpo.evaluate.generate.answers import (
     Answer,
     answers_file,
     append_answers,
     read_answers,
     settings_file,
 )
-from megatron_idpo.evaluate.engine_transformers import TransformersEngine
-from megatron_idpo.evaluate.generate_main import main
-from megatron_idpo.file_lock import locked
+from megatron_idpo.evaluate.generate.main import main
+from megatron_idpo.evaluate.generate.transformers_engine import TransformersEngine
+from megatron_idpo.storage.lock import locked
 
 from .tiny_answers import QUESTIONS, answered, unread, user, write_config, write_model
 
@@ -78,7 +78,7 @@ def test_a_full_disk_is_told_and_the_file_goes_on(model: Path, tmp_path: Path) -
             append_answers(file, answers)
 
     with (
-        patch("megatron_idpo.evaluate.generate.append_answers", append_some),
+        patch("megatron_idpo.evaluate.generate.run.append_answers", append_some),
         pytest.raises(ConfigError, match=r"output: .*one\.jsonl cannot be written: File too large"),
     ):
         main(config, [])

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.generate_main import main
+from megatron_idpo.evaluate.generate.main import main
 
 
 def config(root: Path, **sections: Any) -> Path:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_idpo.evaluate.answers import Answer
-from megatron_idpo.evaluate.generate_progress import GenerateProgress
+from megatron_idpo.evaluate.generate.answers import Answer
+from megatron_idpo.evaluate.generate.progress import GenerateProgress
 
 
 def answers(count: int) -> list[Answer]:

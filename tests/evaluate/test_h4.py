@@ -9,11 +9,12 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
-from megatron_idpo.config import load_config
+from megatron_idpo.config.run_config import load_config
 from megatron_idpo.errors import CheckpointError, ConfigError, DataError
-from megatron_idpo.evaluate import h4_lm_eval, h4_main
-from megatron_idpo.evaluate.h4_items import read_items
-from megatron_idpo.evaluate.h4_tasks import H4, SAME_FILE, spec
+from megatron_idpo.evaluate.lm_eval import backend as h4_lm_eval
+from megatron_idpo.evaluate.lm_eval import main as h4_main
+from megatron_idpo.evaluate.lm_eval.items import read_items
+from megatron_idpo.evaluate.lm_eval.tasks import H4, SAME_FILE, spec
 
 from .tiny_answers import write_model
 from .tiny_h4 import MMLU, arc, hellaswag, mmlu, write, write_items

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.config_evaluate import H4_TASKS
+from megatron_idpo.config.evaluate import H4_TASKS
 from megatron_idpo.errors import ConfigError, DataError
-from megatron_idpo.evaluate.h4_items import read_items
+from megatron_idpo.evaluate.lm_eval.items import read_items
 
 from .tiny_h4 import ARC, arc, hellaswag, mmlu, truthfulqa, write, write_items
 

@@ -6,7 +6,7 @@ import io
 import pytest
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.h4_lm_eval import _WithoutBars, lm_eval_version
+from megatron_idpo.evaluate.lm_eval.backend import _WithoutBars, lm_eval_version
 
 
 def test_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.h4_lm_eval import Measured
-from megatron_idpo.evaluate.h4_result import H4Result, check_same, read_result
+from megatron_idpo.evaluate.lm_eval.backend import Measured
+from megatron_idpo.evaluate.lm_eval.result import H4Result, check_same, read_result
 
 SETTINGS: dict[str, Any] = {
     "weights": "a" * 64,

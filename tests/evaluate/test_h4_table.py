@@ -4,11 +4,11 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_idpo.config_evaluate import H4_TASKS
-from megatron_idpo.evaluate.h4_lm_eval import Measured
-from megatron_idpo.evaluate.h4_result import H4Result
-from megatron_idpo.evaluate.h4_table import markdown, notes, terminal_table
-from megatron_idpo.evaluate.h4_tasks import SAME_FILE
+from megatron_idpo.config.evaluate import H4_TASKS
+from megatron_idpo.evaluate.lm_eval.backend import Measured
+from megatron_idpo.evaluate.lm_eval.result import H4Result
+from megatron_idpo.evaluate.lm_eval.table import markdown, notes, terminal_table
+from megatron_idpo.evaluate.lm_eval.tasks import SAME_FILE
 
 SETTINGS: dict[str, Any] = {"limit": None, "lm_eval": "0.4.13"}
 

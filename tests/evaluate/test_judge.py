@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.cli import main as command_line
+from megatron_idpo.cli.main import main as command_line
 from megatron_idpo.errors import ConfigError, DataError
-from megatron_idpo.evaluate.judge_main import main
+from megatron_idpo.evaluate.judge.main import main
 
 from .fake_judge_server import FakeJudge, first_shown, longer, shown, tied
 from .judge_case import (
@@ -149,7 +149,7 @@ def test_two_comparisons_do_not_share_a_directory(tmp_path: Path) -> None:
 def test_a_key_on_an_open_network_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_idpo.evaluate.judge_endpoint._is_local", lambda url: False)
+    monkeypatch.setattr("megatron_idpo.evaluate.judge.endpoint._is_local", lambda url: False)
     with FakeJudge() as server:
         assert main(write_case(tmp_path, won_and_lost(1, 0), server.url), []) == 0
         assert f"{server.url} is not encrypted" in capsys.readouterr().out

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.cli import main as command_line
+from megatron_idpo.cli.main import main as command_line
 from megatron_idpo.errors import ConfigError, DataError
-from megatron_idpo.evaluate import judge_api
-from megatron_idpo.evaluate.judge_main import main
+from megatron_idpo.evaluate.judge import api as judge_api
+from megatron_idpo.evaluate.judge.main import main
 
 from .fake_judge_server import HANG_S, FakeJudge, Fault
 from .judge_case import KEY, KEY_VARIABLE, place, result, verdicts, won_and_lost, write_case

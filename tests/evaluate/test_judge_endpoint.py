@@ -2,9 +2,9 @@
 
 import pytest
 
-from megatron_idpo.config_evaluate import JudgeConfig
+from megatron_idpo.config.evaluate import JudgeConfig
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.judge_endpoint import PLACEHOLDER, Endpoint
+from megatron_idpo.evaluate.judge.endpoint import PLACEHOLDER, Endpoint
 
 KEY = "sk-0123456789abcdef"
 

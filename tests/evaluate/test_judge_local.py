@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from megatron_idpo.errors import CheckpointError, ConfigError, DataError
-from megatron_idpo.evaluate.judge_main import main
-from megatron_idpo.evaluate.judge_template import JudgeTemplate
+from megatron_idpo.evaluate.judge.main import main
+from megatron_idpo.evaluate.judge.template import JudgeTemplate
 
 from .judge_case import place, result, verdicts, won_and_lost, write_answers, write_case
 
@@ -142,7 +142,7 @@ def test_a_second_start_loads_nothing_and_other_weights_are_refused(
     model = write_judge(tmp_path / "rm", LlamaForSequenceClassification)
     case = write_case(tmp_path, ANSWERS, kind="reward", model=model)
     assert main(case, []) == 0
-    monkeypatch.setattr("megatron_idpo.evaluate.judge_local._load", None)
+    monkeypatch.setattr("megatron_idpo.evaluate.judge.local._load", None)
     assert main(case, []) == 0
     zero_head(model, AutoModelForSequenceClassification, "score")
     with pytest.raises(ConfigError, match=r"idpo-vs-base: weights: is"):

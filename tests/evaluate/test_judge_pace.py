@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from megatron_idpo.evaluate.judge_pace import Pace, retry_after_s
+from megatron_idpo.evaluate.judge.pace import Pace, retry_after_s
 
 
 class Clock:

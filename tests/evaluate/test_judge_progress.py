@@ -4,7 +4,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from megatron_idpo.evaluate.judge_progress import judging
+from megatron_idpo.evaluate.judge.progress import judging
 
 
 def test_a_line_every_now_and_then() -> None:

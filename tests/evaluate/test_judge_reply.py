@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.config_evaluate import JudgeConfig
-from megatron_idpo.evaluate.judge_endpoint import Endpoint
-from megatron_idpo.evaluate.judge_reply import Reply, Trouble, reply_of
+from megatron_idpo.config.evaluate import JudgeConfig
+from megatron_idpo.evaluate.judge.endpoint import Endpoint
+from megatron_idpo.evaluate.judge.reply import Reply, Trouble, reply_of
 
 KEY = "sk-0123456789abcdef"
 ENDPOINT = Endpoint.of(

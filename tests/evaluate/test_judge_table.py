@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
-from megatron_idpo.evaluate.judge_table import result_table
-from megatron_idpo.evaluate.tally import Tally
+from megatron_idpo.evaluate.judge.table import result_table
+from megatron_idpo.evaluate.judge.tally import Tally
 
 
 def test_chance_is_no_zero_and_nothing_is_no_rate() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.judge_template import JudgeTemplate, Letter
+from megatron_idpo.evaluate.judge.template import JudgeTemplate, Letter
 
 from .fake_judge_server import shown
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_idpo.evaluate.layer_curves import LayerCurves, layer_curves, prompt_numbers
+from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves, layer_curves, prompt_numbers
 
 PAIRS, NUM_LAYERS = 40, 3
 

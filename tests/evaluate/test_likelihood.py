@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError
-from megatron_idpo.evaluate.curves_file import read_curves
-from megatron_idpo.evaluate.layer_curves import LayerCurves
-from megatron_idpo.evaluate.likelihood_settings import read_made_of
+from megatron_idpo.evaluate.likelihood.curves_file import read_curves
+from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
+from megatron_idpo.evaluate.likelihood.settings import read_made_of
 from megatron_idpo.reference.cache_files import read_table
 from megatron_idpo.testing import write_tiny_hf_model
 
@@ -244,7 +244,7 @@ def test_what_cannot_be_is_told_before_a_model_is_read(models: Models, tmp_path:
 
 def test_a_reading_that_another_process_makes_is_told_as_this_verb_has_it() -> None:
     from megatron_idpo.errors import CheckpointError
-    from megatron_idpo.evaluate.likelihood import _naming_the_output
+    from megatron_idpo.evaluate.likelihood.run import _naming_the_output
 
     with (
         pytest.raises(CheckpointError, match=r"name another directory in evaluate\.output"),

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.config import SECTIONS, load_config
+from megatron_idpo.config.run_config import SECTIONS, load_config
 from megatron_idpo.errors import DataError
-from megatron_idpo.evaluate.likelihood_settings import FILE, read_made_of, write_made_of
-from megatron_idpo.evaluate.subjects import Subject
+from megatron_idpo.evaluate.likelihood.settings import FILE, read_made_of, write_made_of
+from megatron_idpo.evaluate.models import Subject
 
 
 def test_it_names_all_that_curves_depend_on(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_idpo.evaluate.likelihood_told import likelihood_table, tell_curves
+from megatron_idpo.evaluate.likelihood.summary import likelihood_table, tell_curves
 
 from .test_layer_curves import curves
 

@@ -12,14 +12,14 @@ from typing import Any
 import paper_table
 import pytest
 
-from megatron_idpo.cli import build_parser
-from megatron_idpo.config import SECTIONS, RunConfig, load_config
+from megatron_idpo.cli.main import build_parser
+from megatron_idpo.config.run_config import SECTIONS, RunConfig, load_config
 
 MODULES = {
-    "generate": "megatron_idpo.evaluate.generate_main",
-    "judge": "megatron_idpo.evaluate.judge_main",
-    "likelihood": "megatron_idpo.evaluate.likelihood_main",
-    "h4": "megatron_idpo.evaluate.h4_main",
+    "generate": "megatron_idpo.evaluate.generate.main",
+    "judge": "megatron_idpo.evaluate.judge.main",
+    "likelihood": "megatron_idpo.evaluate.likelihood.main",
+    "h4": "megatron_idpo.evaluate.lm_eval.main",
 }
 """Verb -> where it says which sections it takes; training takes all."""
 

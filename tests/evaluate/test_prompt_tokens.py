@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.data.chat import TokenOptions
-from megatron_idpo.data.dataset import load_pairs
-from megatron_idpo.data.sources import Source
-from megatron_idpo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_idpo.data.sources.open import Source
+from megatron_idpo.data.tokenize.chat import TokenOptions
+from megatron_idpo.data.tokenize.dataset import load_pairs
+from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import DataError
-from megatron_idpo.evaluate.prompt_tokens import prompt_tokens, stop_tokens
-from megatron_idpo.evaluate.prompts import PromptRecord, pair_prompts
+from megatron_idpo.evaluate.generate.prompt_tokens import prompt_tokens, stop_tokens
+from megatron_idpo.evaluate.generate.prompts import PromptRecord, pair_prompts
 
 from .tiny_answers import CHATML, EOS, TURN_END, pair, user, write_records, write_tokenizer
 

@@ -5,11 +5,16 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.config import RunConfig, load_config
-from megatron_idpo.config_sections import SourceConfig
-from megatron_idpo.data.preferences import Format
+from megatron_idpo.config.run_config import RunConfig, load_config
+from megatron_idpo.config.sections import SourceConfig
+from megatron_idpo.data.sources.preferences import Format
 from megatron_idpo.errors import ConfigError, DataError
-from megatron_idpo.evaluate.prompts import PromptRecord, choose, load_prompts, source_prompts
+from megatron_idpo.evaluate.generate.prompts import (
+    PromptRecord,
+    choose,
+    load_prompts,
+    source_prompts,
+)
 
 from .tiny_answers import pair, user, write_records, write_tokenizer
 
@@ -198,7 +203,7 @@ def test_pairs_that_are_held_out_of_the_training_ones(tmp_path: Path) -> None:
 
 
 def test_a_file_that_has_changed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_idpo.evaluate import prompts as module
+    from megatron_idpo.evaluate.generate import prompts as module
 
     load = module.load_run_pairs
 

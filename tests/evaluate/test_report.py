@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo import cli
+from megatron_idpo.cli import main as cli
 from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError
-from megatron_idpo.evaluate.report import main
+from megatron_idpo.evaluate.report.main import main
 
 from .page.shown_runs import write_answers, write_likelihood, write_run
 
@@ -74,9 +74,11 @@ def test_an_older_page_stays_where_there_is_no_new_one(tmp_path: Path) -> None:
 
 def test_what_the_page_is_made_of_comes_with_the_package() -> None:
     """Files that are no modules are shipped only where `pyproject.toml` names them."""
-    page = files("megatron_idpo.evaluate.page")
+    page = files("megatron_idpo.evaluate.report")
     others = {one.name for one in page.iterdir() if one.is_file() and not one.name.endswith(".py")}
     project = Path(__file__).parents[2] / "pyproject.toml"
-    (line,) = [x for x in project.read_text().splitlines() if '"megatron_idpo.evaluate.page"' in x]
+    (line,) = [
+        x for x in project.read_text().splitlines() if '"megatron_idpo.evaluate.report"' in x
+    ]
     assert others == {"page.css", "page.html.jinja"}
     assert all(f'"{name}"' in line for name in others)

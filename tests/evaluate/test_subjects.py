@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.config import RunConfig, load_config
+from megatron_idpo.config.run_config import RunConfig, load_config
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.subjects import Subject, evaluation_directory, subjects
+from megatron_idpo.evaluate.models import Subject, evaluation_directory, subjects
 
 
 def config(tmp_path: Path, text: str) -> RunConfig:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_idpo.evaluate.tally import Tally
-from megatron_idpo.evaluate.verdicts import IDENTICAL, Order, Verdict, Winner
+from megatron_idpo.evaluate.judge.tally import Tally
+from megatron_idpo.evaluate.judge.verdicts import IDENTICAL, Order, Verdict, Winner
 
 BOTH: tuple[Order, ...] = ("ab", "ba")
 

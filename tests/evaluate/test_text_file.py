@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.text_file import appearing, only_writer, telling, write_text
+from megatron_idpo.evaluate.result_files import appearing, only_writer, telling, write_text
 
 
 def test_it_appears_in_a_new_directory_and_replaces(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo.errors import ConfigError, DataError
-from megatron_idpo.evaluate.verdicts import IDENTICAL, Verdict, VerdictStore
+from megatron_idpo.evaluate.judge.verdicts import IDENTICAL, Verdict, VerdictStore
 
 SETTINGS = {"judge": "fake", "answers": {"a": "1", "b": "2"}, "template": {"sha256": "3"}}
 FIRST = Verdict(index=0, order="ab", verdict="a", text="Ünicode\nVerdict: A", input_tokens=7)

@@ -3,7 +3,7 @@
 import pytest
 from transformers.utils import logging
 
-from megatron_idpo.evaluate.without_bar import without_bar
+from megatron_idpo.evaluate.hf_progress import without_bar
 
 
 @pytest.mark.parametrize("is_wanted", [True, False])

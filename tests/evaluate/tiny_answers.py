@@ -14,8 +14,8 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_idpo.evaluate.answers import answers_file
-from megatron_idpo.evaluate.engine_transformers import TransformersEngine
+from megatron_idpo.evaluate.generate.answers import answers_file
+from megatron_idpo.evaluate.generate.transformers_engine import TransformersEngine
 from megatron_idpo.testing import write_tiny_hf_model
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]

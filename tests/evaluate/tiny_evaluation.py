@@ -80,7 +80,7 @@ def likelihood(
         stop_after: the last rank is asked to stop when so many pairs are done.
         blind: it is a mistake to read a model.
     """
-    from megatron_idpo.evaluate.likelihood_main import main
+    from megatron_idpo.evaluate.likelihood.main import main
 
     from ..reference.tiny_cache import stopping
 
@@ -91,7 +91,7 @@ def likelihood(
         if blind:
             unread = AssertionError("a model is read again")
             stack.enter_context(
-                patch("megatron_idpo.evaluate.likelihood.frozen_model", side_effect=unread)
+                patch("megatron_idpo.evaluate.likelihood.run.frozen_model", side_effect=unread)
             )
         code = main(Path(file), list(overrides))
     return code, printed.getvalue()

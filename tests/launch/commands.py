@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.distributed.run import parse_args as parse_torchrun
 
-from megatron_idpo.config import SECTIONS, load_config
+from megatron_idpo.config.run_config import SECTIONS, load_config
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

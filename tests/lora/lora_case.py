@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.lora.settings import PROJECTIONS, LoraSettings
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 NUM_SEQUENCES, SEQUENCE_TOKENS, STEPS = 4, 16, 2
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-4}

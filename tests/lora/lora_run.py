@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 from .lora_case import (
     ADAM,
@@ -34,7 +34,7 @@ def adapted(
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.lora.adapters import add_adapters
     from megatron_idpo.lora.peft import load_peft
-    from megatron_idpo.mcore.model import ModelOptions, build_model
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model
 
     checkpoint, architecture = open_hf(Path(base))
     layout.start()
@@ -51,7 +51,7 @@ def whole(
 ) -> dict[str, Tensor]:
     """This stage's tensors under PEFT's names, on its first rank; replicas must be equal."""
     from megatron_idpo.lora.names import peft_name
-    from megatron_idpo.mcore.groups import gather_tensor_shards
+    from megatron_idpo.mcore.parallel.groups import gather_tensor_shards
 
     found = {}
     for one in adapters.tensors():
@@ -72,7 +72,7 @@ def merged(parts: Sequence[Mapping[Any, Tensor]]) -> dict[Any, Tensor]:
 
 def logits_of(chunk: Any, sequences: Tensor) -> Tensor:
     """A single chunk's logits of sequences, `[sequences, tokens, vocabulary shard]`."""
-    from megatron_idpo.mcore.row_params import RowParams
+    from megatron_idpo.mcore.attention.row_params import RowParams
 
     count = sequences.shape[1]
     positions, row = torch.arange(count)[None], RowParams.plain(count)
@@ -82,7 +82,7 @@ def logits_of(chunk: Any, sequences: Tensor) -> Tensor:
 
 def train(base: str, adapter: str, case: Case) -> dict[str, Any]:
     """Two steps; this rank's part of logits, the first gradients, norms and the final adapters."""
-    from megatron_idpo.mcore.model import Recompute
+    from megatron_idpo.mcore.model.build import Recompute
 
     recompute = Recompute(granularity=case.recompute)  # type: ignore[arg-type]
     settings = SETTINGS[case.settings]
@@ -111,7 +111,7 @@ def train(base: str, adapter: str, case: Case) -> dict[str, Any]:
 
 
 def _base_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
-    from megatron_idpo.mcore.model import global_parameters
+    from megatron_idpo.mcore.model.build import global_parameters
 
     for name, parameter in global_parameters(chunks):
         assert not parameter.requires_grad and parameter.grad is None, name
@@ -156,7 +156,7 @@ def _run(wrapped: list[Any], vocab_size: int, step: int) -> dict[int, Tensor]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from megatron_idpo.mcore.row_params import RowParams
+    from megatron_idpo.mcore.attention.row_params import RowParams
 
     rank = parallel_state.get_data_parallel_rank()
     size = parallel_state.get_data_parallel_world_size()

@@ -10,7 +10,7 @@ import torch
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.lora.names import peft_name
 from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 from .lora_case import ADAM, CLIP, MODELS, NUM_SEQUENCES, SETTINGS, STEPS, Case, tokens
 from .lora_run import adapted, logits_of, merged, train, whole
@@ -136,7 +136,7 @@ def switched(base: str, adapter: str, layout: Layout, recompute: bool) -> dict[s
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.lora.adapters import add_adapters
     from megatron_idpo.lora.peft import load_peft
-    from megatron_idpo.mcore.model import ModelOptions, Recompute, build_model
+    from megatron_idpo.mcore.model.build import ModelOptions, Recompute, build_model
 
     checkpoint, architecture = open_hf(Path(base))
     layout.start()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.lora.peft_config import peft_config, read_peft_settings
 from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 from .conftest import hf_model
 from .lora_case import SETTINGS, tokens

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.objective.dpo import Objective
 
 from ..plugin import tiny_megatron as tiny
@@ -24,7 +24,7 @@ SETTINGS = LoraSettings(rank=2)
 def gradients(layout: Layout, tied: bool, recompute: dict[str, Any]) -> dict[str, Tensor]:
     """Of all adapters of this rank, after a step with two taps; B is not zero."""
     from megatron_idpo.lora.adapters import add_adapters
-    from megatron_idpo.mcore.architecture import Architecture
+    from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.plugin.attach import attach
     from megatron_idpo.testing import tiny_hf_config
 

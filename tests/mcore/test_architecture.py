@@ -10,8 +10,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.architecture import Architecture
-from megatron_idpo.mcore.hf_config import FAMILIES
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.model.hf_config import FAMILIES
 
 STORIES = Path(__file__).parents[3] / "shared/models/stories260K/config.json"
 

@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore import attention_sdpa
-from megatron_idpo.mcore.attention import RowAttention
-from megatron_idpo.mcore.row_params import RowParams
+from megatron_idpo.mcore.attention import sdpa as attention_sdpa
+from megatron_idpo.mcore.attention.core import RowAttention
+from megatron_idpo.mcore.attention.row_params import RowParams
 
 # Largest difference over the largest value of the fp64 result (over 1, the size of the inputs,
 # where that is smaller: with one visible key dq is 0 but for rounding). fp32: the kernels' online
@@ -231,7 +231,7 @@ class TestRow:
         """As under selective recompute: the row travels in the closure, another runs in between."""
         from megatron.core.tensor_parallel import checkpoint
 
-        from megatron_idpo.mcore.cpu import redirect_cuda_to_cpu
+        from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
 
         redirect_cuda_to_cpu()
         rows = [make_row(MIXED, MIXED_TOKENS), make_row(PLAIN, MIXED_TOKENS)]

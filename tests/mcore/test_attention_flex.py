@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from megatron_idpo.mcore import attention_flex, cpu
-from megatron_idpo.mcore.attention_sdpa import attend_row
-from megatron_idpo.mcore.row_params import RowParams
+from megatron_idpo.mcore.attention import flex as attention_flex
+from megatron_idpo.mcore.attention.row_params import RowParams
+from megatron_idpo.mcore.attention.sdpa import attend_row
+from megatron_idpo.mcore.cpu import redirect as cpu
 
 # Two fp32 kernels that sum in different orders, values of size 1.
 FP32_TOLERANCE = dict(rtol=0, atol=2e-6)

@@ -8,9 +8,9 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_idpo.mcore import attention_flex
-from megatron_idpo.mcore.attention import RowAttention
-from megatron_idpo.mcore.row_params import RowParams
+from megatron_idpo.mcore.attention import flex as attention_flex
+from megatron_idpo.mcore.attention.core import RowAttention
+from megatron_idpo.mcore.attention.row_params import RowParams
 
 pytestmark = [
     pytest.mark.gpu,

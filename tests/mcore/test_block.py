@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import tiny_hf_config
 
 pytestmark = pytest.mark.distributed
@@ -29,8 +29,8 @@ RECOMPUTE = {
 
 
 def build(layout: Layout, recompute: str = "off") -> list[Any]:
-    from megatron_idpo.mcore.architecture import Architecture
-    from megatron_idpo.mcore.model import ModelOptions, build_model
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model
 
     fields = RECOMPUTE[recompute]
     overrides = {"recompute_granularity": "full", **fields} if fields else {}
@@ -45,7 +45,7 @@ def build(layout: Layout, recompute: str = "off") -> list[Any]:
 
 
 def forward(chunk: Any, **kwargs: Any) -> Any:
-    from megatron_idpo.mcore.row_params import RowParams
+    from megatron_idpo.mcore.attention.row_params import RowParams
 
     row = RowParams.plain(TOKENS)
     tokens_1T = torch.arange(TOKENS)[None]
@@ -57,8 +57,8 @@ def forward(chunk: Any, **kwargs: Any) -> Any:
 
 def tapped(recompute: str) -> None:
     """Taps hand out what layers return, in ascending order, once in a forward pass."""
-    from megatron_idpo.mcore.block import tap_layers
-    from megatron_idpo.mcore.row_params import RowParams
+    from megatron_idpo.mcore.attention.row_params import RowParams
+    from megatron_idpo.mcore.model.chunk import tap_layers
 
     layout = Layout()
     layout.start()
@@ -98,7 +98,7 @@ def tapped(recompute: str) -> None:
 
 def changed_output() -> None:
     """What a tap returns is what is passed on; what is passed on is no view."""
-    from megatron_idpo.mcore.block import chunk_layers, is_hooked, tap_layers
+    from megatron_idpo.mcore.model.chunk import chunk_layers, is_hooked, tap_layers
 
     layout = Layout(pipeline=2)
     layout.start()
@@ -132,7 +132,7 @@ def test_what_is_passed_on(workers):
 
 def output_layer() -> None:
     """Only calls with targets are ours; the module's hooks run for them all."""
-    from megatron_idpo.mcore.block import enter_output_layer, is_hooked
+    from megatron_idpo.mcore.model.chunk import enter_output_layer, is_hooked
 
     layout = Layout()
     layout.start()
@@ -157,7 +157,7 @@ def output_layer() -> None:
 
 def frozen_embedding() -> None:
     """A frozen embedding's output asks for a gradient, in training only."""
-    from megatron_idpo.mcore.block import let_gradients_through_frozen_embedding
+    from megatron_idpo.mcore.model.chunk import let_gradients_through_frozen_embedding
 
     layout = Layout()
     layout.start()
@@ -194,8 +194,8 @@ def gathered() -> None:
     """The whole row on every rank; backward adds up what the ranks' partial gradients are."""
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.block import gather_positions
-    from megatron_idpo.mcore.groups import tensor_group
+    from megatron_idpo.mcore.model.chunk import gather_positions
+    from megatron_idpo.mcore.parallel.groups import tensor_group
 
     Layout(tensor=2, sequence_parallel=True).start()
     rank = dist.get_rank()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_idpo.errors import CheckpointError, ConfigError
-from megatron_idpo.mcore import bridge
+from megatron_idpo.mcore.model import bridge
 
 
 class FakeAutoBridge:

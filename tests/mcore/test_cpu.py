@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from megatron_idpo.mcore import cpu
+from megatron_idpo.mcore.cpu import redirect as cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
 
@@ -178,7 +178,7 @@ def test_device_contexts_and_torchscript_still_work(redirected):
 COMPILES = """
 import sys
 import torch
-from megatron_idpo.mcore import cpu
+from megatron_idpo.mcore.cpu import redirect as cpu
 
 def compute(x):
     return x.to(torch.float64) + torch.zeros(2) + torch.ones_like(x) + torch.tensor([1.0] * 2)

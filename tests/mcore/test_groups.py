@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 pytestmark = pytest.mark.distributed
 
@@ -13,7 +13,7 @@ LAYOUT = Layout(tensor=2, pipeline=2)
 
 
 def place(layout: Layout) -> tuple[Any, ...]:
-    from megatron_idpo.mcore.groups import data_parallel_size, tensor_group, this_place
+    from megatron_idpo.mcore.parallel.groups import data_parallel_size, tensor_group, this_place
 
     layout.start()
     here = this_place()
@@ -29,7 +29,7 @@ def test_places(workers):
 
 
 def last(layout: Layout) -> bool:
-    from megatron_idpo.mcore.groups import is_last_stage
+    from megatron_idpo.mcore.parallel.groups import is_last_stage
 
     layout.start()
     return is_last_stage()
@@ -43,7 +43,7 @@ def test_the_last_stage(workers):
 def gather(layout: Layout) -> list[list[float]] | None:
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.groups import gather_tensor_shards
+    from megatron_idpo.mcore.parallel.groups import gather_tensor_shards
 
     layout.start()
     rows = torch.full((3, 2), float(dist.get_rank()))
@@ -65,7 +65,7 @@ def stages(taking_part: set[int], needing: set[int]) -> tuple[tuple[int, ...], f
     """The ranks of this rank's group, and the sum of their numbers over it."""
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.groups import stage_group, this_place
+    from megatron_idpo.mcore.parallel.groups import stage_group, this_place
 
     Layout(tensor=2, pipeline=4).start()
     stage = this_place().pipeline

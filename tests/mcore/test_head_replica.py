@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.objective.dpo import Objective
 from megatron_idpo.testing import tiny_hf_config
 
@@ -43,8 +43,8 @@ class Case:
 
 
 def build(case: Case) -> tuple[list[Any], Any]:
-    from megatron_idpo.mcore.architecture import Architecture
-    from megatron_idpo.mcore.model import build_model
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import build_model
 
     config = tiny_hf_config("llama", tie_word_embeddings=case.tied, **SIZES)
     architecture = Architecture.from_hf(config)
@@ -65,8 +65,8 @@ def attached(chunks: list[Any]) -> Any:
 
 def fill(chunks: list[Any], tied: bool) -> None:
     """Weights that differ in every parameter and on every tensor-parallel rank."""
-    from megatron_idpo.mcore.groups import this_place
-    from megatron_idpo.mcore.model import global_parameters
+    from megatron_idpo.mcore.model.build import global_parameters
+    from megatron_idpo.mcore.parallel.groups import this_place
 
     for name, parameter in global_parameters(chunks):
         if tied and name == "output_layer.weight":
@@ -213,7 +213,7 @@ def describe() -> dict[str, Any]:
     from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
     from megatron.core.transformer.module import param_is_not_shared
 
-    from megatron_idpo.mcore.head_replica import HeadReplica, mark_shared_head
+    from megatron_idpo.mcore.model.head_replica import HeadReplica, mark_shared_head
 
     (chunk,), _ = build(Case(layout=Layout(tensor=2), tied=False, frozen=False))
     with_weight, without = (HeadReplica(chunk, with_weight=one) for one in (True, False))

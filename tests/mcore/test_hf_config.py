@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.model.architecture import Architecture
 
 REAL: dict[str, dict[str, Any]] = {
     path.stem: json.loads(path.read_text())

@@ -5,7 +5,7 @@ That what passes gives Transformers' own frequencies is `test_rope.py`'s to show
 
 import pytest
 
-from megatron_idpo.mcore.hf_rope import rope_problems
+from megatron_idpo.mcore.rope.hf_config import rope_problems
 
 LLAMA3 = {
     "rope_type": "llama3",

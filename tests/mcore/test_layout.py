@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import tiny_hf_config
 
 pytestmark = pytest.mark.distributed
@@ -21,8 +21,8 @@ SETTINGS = LoraSettings(rank=4)
 
 def build(layout: Layout, settings: LoraSettings = SETTINGS, **options: Any) -> tuple[Any, Any]:
     from megatron_idpo.lora.adapters import add_adapters
-    from megatron_idpo.mcore.architecture import Architecture
-    from megatron_idpo.mcore.model import ModelOptions, build_model, global_parameters
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model, global_parameters
 
     architecture = Architecture.from_hf(tiny_hf_config("qwen2"))
     layout.start(seed=1)
@@ -35,7 +35,7 @@ def build(layout: Layout, settings: LoraSettings = SETTINGS, **options: Any) -> 
 
 def everything(adapters: Any) -> dict[str, Tensor]:
     """This stage's whole adapters on its first rank."""
-    from megatron_idpo.mcore.groups import gather_tensor_shards
+    from megatron_idpo.mcore.parallel.groups import gather_tensor_shards
 
     found = {}
     for one in adapters.tensors():
@@ -50,7 +50,7 @@ def save(directory: str, layout: Layout) -> dict[str, Tensor]:
     """Adapters alone, by megatron-core."""
     from megatron.core import dist_checkpointing
 
-    from megatron_idpo.mcore.groups import this_place
+    from megatron_idpo.mcore.parallel.groups import this_place
 
     chunks, adapters = build(layout)
     for one in adapters.tensors():
@@ -100,7 +100,7 @@ def sharded_names(layout: Layout) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.mapping import is_main_replica
 
     from megatron_idpo.checkpoint.weights import sharded_weights
-    from megatron_idpo.mcore.model import global_parameters
+    from megatron_idpo.mcore.model.build import global_parameters
 
     chunks, adapters = build(layout)
     named = {id(parameter): name for name, parameter in adapters.parameters()}
@@ -127,8 +127,8 @@ def test_each_tensor_is_the_parameter_and_is_written_once(workers):
 
 def gradients(layout: Layout, recompute: str, dropout: float) -> dict[str, Tensor]:
     """After one forward and backward pass of a chunk that draws dropout masks."""
-    from megatron_idpo.mcore.model import Recompute
-    from megatron_idpo.mcore.row_params import RowParams
+    from megatron_idpo.mcore.attention.row_params import RowParams
+    from megatron_idpo.mcore.model.build import Recompute
 
     settings = LoraSettings(rank=4, dropout=dropout)
     (chunk,), adapters = build(layout, settings, recompute=Recompute(granularity=recompute))
@@ -177,8 +177,8 @@ def test_megatron_core_knows_what_is_split(layout, workers):
 def saved_with_adapters(directory: str) -> bool:
     """Whether a model reads from its checkpoint what it was when it had adapters."""
     from megatron_idpo.checkpoint.weights import load_weights, save_weights
-    from megatron_idpo.mcore.architecture import Architecture
-    from megatron_idpo.mcore.model import global_parameters
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import global_parameters
 
     chunks, adapters = build(Layout(tensor=2))
     before = {name: parameter.clone() for name, parameter in global_parameters(chunks)}
@@ -191,7 +191,7 @@ def saved_with_adapters(directory: str) -> bool:
 
 
 def test_the_base_models_checkpoint_has_no_adapters(workers, tmp_path):
-    from megatron_idpo.checkpoint.contents import stored_weights
+    from megatron_idpo.checkpoint.stored_weights import stored_weights
 
     assert workers.run(saved_with_adapters, 2, str(tmp_path)) == [True, True]
     assert not any("lora" in key for key in stored_weights(tmp_path))

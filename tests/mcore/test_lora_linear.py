@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import tiny_hf_config
 
 HIDDEN, TOKENS, DROPOUT = 64, 32, 0.25
 
 
 def slices_and_counts() -> tuple[list[slice], ...]:
-    from megatron_idpo.mcore.lora_linear import FusedRows
+    from megatron_idpo.mcore.lora.linear import FusedRows
 
     rows = FusedRows(2, {"q_proj": 4, "k_proj": 2, "v_proj": 2})
     assert (rows.rows("q_proj"), rows.rows("v_proj")) == (8, 4)
@@ -30,10 +30,10 @@ def test_rows_of_grouped_queries(workers):
 
 def layer_of(layout: Layout, model: dict[str, Any], **numbers: Any) -> tuple[Any, Any]:
     """The first layer's adapters by linear, and their chunk."""
-    from megatron_idpo.mcore.architecture import Architecture
-    from megatron_idpo.mcore.lora_chunk import FUSED, freeze, insert_adapters
-    from megatron_idpo.mcore.lora_linear import LowRank
-    from megatron_idpo.mcore.model import ModelOptions, build_model
+    from megatron_idpo.mcore.lora.chunk import FUSED, freeze, insert_adapters
+    from megatron_idpo.mcore.lora.linear import LowRank
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model
 
     options = ModelOptions(dtype=numbers.pop("dtype", torch.float32))
     layout.start(seed=1)

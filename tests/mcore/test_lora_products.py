@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.lora_products import WHOLE, add_low_rank, dropped_linear
+from megatron_idpo.mcore.lora.products import WHOLE, add_low_rank, dropped_linear
 
 # fp64, so that nothing but a mistake shows.
 ABSOLUTE = 1e-12

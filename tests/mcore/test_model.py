@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import tiny_hf_config
 
 pytestmark = pytest.mark.distributed
@@ -20,8 +20,8 @@ def config_fields(
     names: list[str], family: str, layout: Layout, options: dict[str, Any], overrides: Any
 ) -> dict[str, Any]:
     """Fields of the `TransformerConfig`."""
-    from megatron_idpo.mcore.architecture import Architecture
-    from megatron_idpo.mcore.model import ModelOptions, Recompute, transformer_config
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import ModelOptions, Recompute, transformer_config
 
     recompute = Recompute(**options.pop("recompute", {}))
     options["overrides"] = options.pop("overrides_of_megatron", {})
@@ -118,8 +118,8 @@ def test_nothing_is_dropped_out_or_fused_unless_asked(fields):
 
 def chunk_parameters(family: str, layout: Layout, overrides: dict[str, Any]) -> list[Any]:
     """Each chunk's ends and parameters, and the global names with their shapes."""
-    from megatron_idpo.mcore.architecture import Architecture
-    from megatron_idpo.mcore.model import ModelOptions, build_model, global_parameters
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model, global_parameters
 
     layout.start()
     architecture = Architecture.from_hf(tiny_hf_config(family, **overrides))
@@ -178,7 +178,7 @@ def test_an_impossible_layout_is_refused_before_anything_is_built(workers):
 
 
 def paddings() -> list[int]:
-    from megatron_idpo.mcore.model import padded_vocab_size
+    from megatron_idpo.mcore.model.build import padded_vocab_size
 
     return [
         padded_vocab_size(size, tensor) for size, tensor in ((509, 1), (509, 2), (512, 4), (5, 4))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from tests.plugin import tiny_megatron as tiny
 
 pytestmark = pytest.mark.distributed
@@ -23,8 +23,8 @@ def gradient(name: str, like: Tensor, step: int) -> Tensor:
 
 def given_gradients(dtype: torch.dtype, lr: float, **settings: Any) -> dict[str, Any]:
     """Weights before and after steps with made-up gradients, and the norms."""
-    from megatron_idpo.mcore.model import finalize_model_grads
-    from megatron_idpo.mcore.optimizer import AdamSettings, wrap_and_optimise
+    from megatron_idpo.mcore.model.build import finalize_model_grads
+    from megatron_idpo.mcore.optim.optimizer import AdamSettings, wrap_and_optimise
 
     (chunk,) = tiny.start(dtype=dtype)
     before = {name: p.detach().clone() for name, p in chunk.named_parameters()}
@@ -98,8 +98,8 @@ def test_weights_of_16_bits_add_up_in_fp32(workers):
 
 def trained(layout: Layout, distributed: bool) -> dict[str, Any]:
     """Weights after real steps, by name, and every step's norm."""
-    from megatron_idpo.mcore.model import global_parameters
-    from megatron_idpo.mcore.optimizer import AdamSettings, wrap_and_optimise
+    from megatron_idpo.mcore.model.build import global_parameters
+    from megatron_idpo.mcore.optim.optimizer import AdamSettings, wrap_and_optimise
     from megatron_idpo.objective.dpo import Objective
     from megatron_idpo.plugin.attach import attach
 
@@ -155,8 +155,8 @@ def test_every_layout_takes_the_same_steps(workers, layout, processes, distribut
 
 
 def spoilt() -> list[float]:
-    from megatron_idpo.mcore.model import finalize_model_grads
-    from megatron_idpo.mcore.optimizer import AdamSettings, wrap_and_optimise
+    from megatron_idpo.mcore.model.build import finalize_model_grads
+    from megatron_idpo.mcore.optim.optimizer import AdamSettings, wrap_and_optimise
 
     norms = []
     (chunk,) = tiny.start()

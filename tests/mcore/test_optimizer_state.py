@@ -43,7 +43,7 @@ def optimized(dtype, distributed, steps=0):
 
 def stretches(kind: str) -> dict[str, tuple[int, int]]:
     """The stretch that this rank holds of each parameter; their main values are the parameter's."""
-    from megatron_idpo.mcore.optimizer_state import held_parameters
+    from megatron_idpo.mcore.optim.state import held_parameters
 
     _, dtype, distributed = KINDS[kind]
     parameters, optimizer = optimized(dtype, distributed)
@@ -72,7 +72,7 @@ def test_the_stretches_are_every_parameter(kind, workers):
 
 def steps(kind: str) -> list[int | None]:
     """The number of steps before, after three, and as it is set; each parameter counts alone."""
-    from megatron_idpo.mcore.optimizer_state import (
+    from megatron_idpo.mcore.optim.state import (
         MOMENTS,
         held_parameters,
         set_steps_taken,
@@ -107,7 +107,7 @@ def test_steps_are_counted_once(kind, workers):
 
 
 def apart() -> None:
-    from megatron_idpo.mcore.optimizer_state import held_parameters, steps_taken
+    from megatron_idpo.mcore.optim.state import held_parameters, steps_taken
 
     _, optimizer = optimized(torch.float32, False, steps=1)
     held = held_parameters(optimizer)[0]
@@ -135,7 +135,7 @@ def in_groups() -> list[int | None]:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer.optimizer import FP32Optimizer
 
-    from megatron_idpo.mcore.optimizer_state import set_steps_taken, steps_taken
+    from megatron_idpo.mcore.optim.state import set_steps_taken, steps_taken
 
     inner = CountsInGroups([torch.nn.Parameter(torch.ones(2))])
     optimizer = FP32Optimizer(inner, OptimizerConfig(lr=0.1), None)
@@ -152,7 +152,7 @@ def test_an_optimizer_that_counts_in_its_groups(workers):
 def scaled() -> list[dict[str, float] | None]:
     from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
-    from megatron_idpo.mcore.optimizer_state import loss_scale_state, set_loss_scale_state
+    from megatron_idpo.mcore.optim.state import loss_scale_state, set_loss_scale_state
 
     def fresh() -> SimpleNamespace:
         return SimpleNamespace(grad_scaler=DynamicGradScaler(1024.0, 1.0, 2.0, 0.5, 4, 2))

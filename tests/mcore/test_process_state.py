@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_idpo.mcore.process_state import forget_megatron_state
+from megatron_idpo.mcore.parallel.process_state import forget_megatron_state
 
 
 def start_and_forget():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_idpo.mcore.quiet import quiet_megatron
+from megatron_idpo.mcore.megatron_warnings import quiet_megatron
 
 GPT = logging.getLogger("megatron.core.models.gpt.gpt_model")
 
@@ -37,7 +37,7 @@ def test_a_gradient_that_is_none_is_heard_of_where_it_is_ours():
         warnings.simplefilter("always")
         assert (2 * leaf).grad is None
     told = str(torchs[0].message)
-    assert heard_within(told, "megatron_idpo.plugin.inject")
+    assert heard_within(told, "megatron_idpo.plugin.injection")
     assert not heard_within(told, "megatron.core.optimizer.optimizer")
 
 

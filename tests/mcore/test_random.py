@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 pytestmark = pytest.mark.distributed
 
@@ -14,7 +14,7 @@ def draws(layout: Layout, *steps: tuple[int, int]) -> list[tuple[list[float], li
     """Of (seed, step): from torch's generator, and from the tracker's of tensor parallelism."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    from megatron_idpo.mcore.random import seed_step
+    from megatron_idpo.mcore.parallel.random import seed_step
 
     layout.start(seed=sum(map(sum, steps)))
     found = []

@@ -16,8 +16,8 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.architecture import Architecture
-from megatron_idpo.mcore.rope import (
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.rope.rotary import (
     RowRotary,
     attention_scale,
     inverse_frequencies,
@@ -212,7 +212,7 @@ def test_plain_sequences_count_from_zero_on_every_stage() -> None:
 
 
 def _row(position_ids: list[int], spans: list[tuple[int, int, int, int]]) -> Any:
-    from megatron_idpo.mcore.row_params import RowParams
+    from megatron_idpo.mcore.attention.row_params import RowParams
 
     spans_G4 = torch.tensor(spans, dtype=torch.int32).reshape(-1, 4)
     return RowParams.of(torch.tensor(position_ids), spans_G4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_idpo.mcore.row_params import RowParams
+from megatron_idpo.mcore.attention.row_params import RowParams
 
 
 def test_is_what_megatron_expects():

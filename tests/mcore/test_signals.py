@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from megatron_idpo.mcore.signals import STOPPING, listening
+from megatron_idpo.mcore.parallel.signals import STOPPING, listening
 
 
 @pytest.mark.parametrize("number", STOPPING)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import tiny_hf_config
 
 pytestmark = pytest.mark.distributed
@@ -17,7 +17,7 @@ NORM_RELATIVE = 1e-6
 def norm_answers(sequence_parallel: bool, eps: float) -> tuple[Any, ...]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_idpo.mcore.specs import RMSNorm
+    from megatron_idpo.mcore.model.specs import RMSNorm
 
     config = TransformerConfig(
         num_layers=1,
@@ -50,8 +50,8 @@ def test_the_norm(sequence_parallel, workers):
 
 def layer_modules(family: str, layout: Layout) -> list[list[tuple[str, ...]]]:
     """For each chunk, each layer's module types, and the final norm's."""
-    from megatron_idpo.mcore.architecture import Architecture
-    from megatron_idpo.mcore.model import build_model
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import build_model
 
     layout.start()
     chunks = build_model(Architecture.from_hf(tiny_hf_config(family)), layout)
@@ -91,10 +91,10 @@ def shared_instances() -> bool:
     """Whether megatron-core's own spec still has its own modules after ours was made of it."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 
-    from megatron_idpo.mcore.architecture import Architecture
-    from megatron_idpo.mcore.layout import Layout
-    from megatron_idpo.mcore.model import ModelOptions, transformer_config
-    from megatron_idpo.mcore.specs import block_spec
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import ModelOptions, transformer_config
+    from megatron_idpo.mcore.model.specs import block_spec
+    from megatron_idpo.mcore.parallel.layout import Layout
 
     layout = Layout()
     layout.start()
@@ -115,8 +115,9 @@ def implementations() -> list[tuple[str, str]]:
     """With and without `ModelOptions.transformer_engine`, as if it were there and could run."""
     from unittest.mock import patch
 
-    from megatron_idpo.mcore import model, specs
-    from megatron_idpo.mcore.architecture import Architecture
+    from megatron_idpo.mcore.model import build as model
+    from megatron_idpo.mcore.model import specs
+    from megatron_idpo.mcore.model.architecture import Architecture
 
     layout = Layout()
     layout.start()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from megatron_idpo.mcore import swiglu
-from megatron_idpo.mcore.swiglu import SwiGLU
+from megatron_idpo.mcore.model import swiglu
+from megatron_idpo.mcore.model.swiglu import SwiGLU
 
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2}
 """Relative to the largest value: one or two roundings of the format."""

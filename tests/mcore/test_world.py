@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_idpo.errors import CheckpointError, ConfigError, UserError
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 pytestmark = pytest.mark.distributed
 
@@ -15,7 +15,7 @@ def fail_on(ranks: list[int], error: Exception) -> tuple[str, str, list[str]]:
     """What this rank is told when some ranks fail, and that collectives work afterwards."""
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.world import agreeing, gathered
+    from megatron_idpo.mcore.parallel.world import agreeing, gathered
 
     told = ("", "")
     try:
@@ -54,7 +54,7 @@ def test_a_mistake_of_ours_is_not_exchanged(workers):
 def small_collectives() -> tuple[Any, ...]:
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.world import barrier, from_first, gathered, is_first_rank
+    from megatron_idpo.mcore.parallel.world import barrier, from_first, gathered, is_first_rank
 
     barrier()
     rank = dist.get_rank()
@@ -71,7 +71,7 @@ def join_and_run() -> tuple[Any, ...]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_idpo.mcore.world import joined_world, running
+    from megatron_idpo.mcore.parallel.world import joined_world, running
 
     with joined_world() as world:
         with running(Layout(tensor=2)):
@@ -92,7 +92,7 @@ def leave_and_join_alone() -> tuple[Any, ...]:
 
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.world import is_first_rank, joined_world, running
+    from megatron_idpo.mcore.parallel.world import is_first_rank, joined_world, running
 
     dist.destroy_process_group()
     outside = is_first_rank()
@@ -110,7 +110,7 @@ def test_a_plain_program_is_a_world_of_one(workers):
 def fail_within_a_layout() -> tuple[bool, bool]:
     from megatron.core import parallel_state
 
-    from megatron_idpo.mcore.world import joined_world, running
+    from megatron_idpo.mcore.parallel.world import joined_world, running
 
     try:
         with joined_world(), running(Layout()):
@@ -139,7 +139,7 @@ def join_with(gpus: int, **environment: str) -> str:
     import torch
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.world import joined_world
+    from megatron_idpo.mcore.parallel.world import joined_world
 
     dist.destroy_process_group()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):

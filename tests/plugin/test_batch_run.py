@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.objective.dpo import Objective
 
 from . import tiny_megatron as tiny
@@ -19,9 +19,9 @@ def batch_of(rows: Any) -> Any:
     """A batch of these rows of pairs, `tiny.PAIRS` in all."""
     import numpy as np
 
-    from megatron_idpo.data.batches import Batch
-    from megatron_idpo.data.pair import Pair
-    from megatron_idpo.data.rows import Row
+    from megatron_idpo.data.packing.batches import Batch
+    from megatron_idpo.data.packing.rows import Row
+    from megatron_idpo.data.tokenize.pair import Pair
 
     tokenised = [
         Pair(n, *(np.array(part, dtype=np.int32) for part in pair))

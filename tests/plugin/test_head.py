@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_idpo.mcore.specs import RMSNorm
+from megatron_idpo.mcore.model.specs import RMSNorm
 from megatron_idpo.plugin.head import Head, VocabShard
 from megatron_idpo.plugin.micro_batch import Targets
 

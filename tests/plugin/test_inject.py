@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_idpo.plugin.inject import inject_loss
+from megatron_idpo.plugin.injection import inject_loss
 
 
 def layers(seed: int = 0) -> tuple[torch.nn.Linear, torch.nn.Linear, torch.Tensor]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.plugin import ledger as ledger_module
-from megatron_idpo.plugin.ledger import Ledger
-from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.plugin import output_buffer as ledger_module
+from megatron_idpo.plugin.layer_output import LayerOutput
+from megatron_idpo.plugin.output_buffer import Ledger
 
 FINAL = 4
 

@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.plugin.layer_output import LayerOutput
 
 
 def test_an_output_is_immutable():

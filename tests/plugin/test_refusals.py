@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_idpo.plugin.refusals import (
+from megatron_idpo.plugin.compatibility import (
     _MUST_BE_OFF,
     refused_chunks,
     refused_recompute,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.plugin import refusals
+from megatron_idpo.plugin import compatibility as refusals
 
 PAGE = Path(__file__).parents[2] / "docs" / "how_it_works.md"
 

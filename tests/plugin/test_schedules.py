@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.objective.dpo import Objective, loss_at_zero
 from megatron_idpo.testing import write_tiny_hf_model
 
@@ -63,7 +63,7 @@ def attached(chunks: Any, layers: Any, objective: Objective | None = None) -> An
 def score(directory: str, layout: Layout, training: bool, options: Any) -> dict[int, Tensor]:
     """Log-probabilities of all local layers, without references, forward only."""
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
-    from megatron_idpo.mcore.model import build_model
+    from megatron_idpo.mcore.model.build import build_model
 
     checkpoint, architecture = open_hf(Path(directory))
     layout.start()
@@ -96,7 +96,7 @@ def scored(tmp_path_factory):
 
 
 def full_recompute() -> Any:
-    from megatron_idpo.mcore.model import ModelOptions, Recompute
+    from megatron_idpo.mcore.model.build import ModelOptions, Recompute
 
     return ModelOptions(recompute=Recompute(granularity="full", method="uniform", num_layers=1))
 

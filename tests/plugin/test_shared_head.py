@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.objective.dpo import Objective
 
 from . import tiny_megatron as tiny
@@ -135,7 +135,7 @@ def fine_tune(case: Case) -> dict[str, Any]:
     """Some steps of everything; the copies at both ends and the gradient norms between."""
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_idpo.mcore.groups import this_place
+    from megatron_idpo.mcore.parallel.groups import this_place
     from megatron_idpo.plugin.attach import attach
 
     dtype = torch.bfloat16 if case.half else torch.float32
@@ -370,7 +370,7 @@ def attach_and_detach(layout: Layout, tied: bool) -> list[str]:
 
 
 def plain_forward(chunks: list[Any]) -> Tensor:
-    from megatron_idpo.mcore.row_params import RowParams
+    from megatron_idpo.mcore.attention.row_params import RowParams
 
     row = RowParams.plain(tiny.ROW_TOKENS)
     tokens_1T = torch.arange(tiny.ROW_TOKENS)[None] % tiny.VOCAB

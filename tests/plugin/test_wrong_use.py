@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_idpo.errors import UserError
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 from . import tiny_megatron as tiny
 
@@ -154,7 +154,7 @@ def counting() -> dict[str, str]:
 
 def calling() -> dict[str, str]:
     """A model that is called as it should not be."""
-    from megatron_idpo.mcore.row_params import RowParams
+    from megatron_idpo.mcore.attention.row_params import RowParams
 
     (chunk,) = chunks = tiny.start()
     dpo = attached(chunks)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 NUM_LAYERS, VOCAB, ROW_TOKENS = 4, 51, 24
 PAIRS_BY_ROW = ((0, 1), (2,), (), (3,))
@@ -56,8 +56,8 @@ def chunks_of(
     **overrides: Any,
 ) -> list[Any]:
     """Chunks in a layout that runs already."""
-    from megatron_idpo.mcore.architecture import Architecture
-    from megatron_idpo.mcore.model import ModelOptions, build_model, global_parameters
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model, global_parameters
     from megatron_idpo.testing import tiny_hf_config
 
     architecture = Architecture.from_hf(tiny_hf_config("llama", tie_word_embeddings=tied, **SIZES))
@@ -71,7 +71,7 @@ def chunks_of(
 
 def weight_of(name: str, parameter: Tensor, tied: bool) -> Tensor:
     """What a parameter of this name is filled with."""
-    from megatron_idpo.mcore.groups import this_place
+    from megatron_idpo.mcore.parallel.groups import this_place
 
     if tied and name == "output_layer.weight":
         name = "embedding.word_embeddings.weight"
@@ -102,8 +102,8 @@ def micro_batches(reference: Mapping[int, Tensor] | None, **fields: Any) -> list
     import numpy as np
     from megatron.core import parallel_state
 
-    from megatron_idpo.data.pair import Pair
-    from megatron_idpo.data.rows import Row
+    from megatron_idpo.data.packing.rows import Row
+    from megatron_idpo.data.tokenize.pair import Pair
     from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
 
     tokenised = [
@@ -177,7 +177,7 @@ def wrap(dpo: Any, chunks: Sequence[Any], **settings: Any) -> list[Any]:
 
 def gradients(chunks: Sequence[Any]) -> dict[str, Tensor]:
     """Of this rank's parameters, by their names in the whole model."""
-    from megatron_idpo.mcore.model import global_parameters
+    from megatron_idpo.mcore.model.build import global_parameters
 
     return {
         name: parameter.main_grad.clone()

@@ -41,7 +41,7 @@ def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]
     """
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
-    from megatron_idpo.mcore.model import ModelOptions, build_model
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model
     from megatron_idpo.plugin.attach import attach
 
     checkpoint, architecture = open_hf(Path(directory))
@@ -79,7 +79,7 @@ def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]
 
 
 def _recompute(case: Case) -> Any:
-    from megatron_idpo.mcore.model import Recompute
+    from megatron_idpo.mcore.model.build import Recompute
 
     own_layers = NUM_LAYERS // (case.pipeline * case.virtual)
     return {
@@ -186,8 +186,8 @@ def _rows(pairs: list[Tokens], reference: dict[int, Tensor], case: Case) -> list
     import numpy as np
     from megatron.core import parallel_state
 
-    from megatron_idpo.data.pair import Pair
-    from megatron_idpo.data.rows import Row
+    from megatron_idpo.data.packing.rows import Row
+    from megatron_idpo.data.tokenize.pair import Pair
     from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
 
     tokenised = [

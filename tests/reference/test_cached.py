@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from megatron_idpo.data.batches import Batch
-from megatron_idpo.data.pair import Pair
-from megatron_idpo.data.rows import Row
+from megatron_idpo.data.packing.batches import Batch
+from megatron_idpo.data.packing.rows import Row
+from megatron_idpo.data.tokenize.pair import Pair
 from megatron_idpo.reference.cache import CachedLogps
 from megatron_idpo.reference.cached import Cached
 

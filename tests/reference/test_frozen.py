@@ -12,10 +12,10 @@ def build(file: str, overrides: list[str]) -> dict[str, Any]:
     """On a rank: what the model is like."""
     import torch
 
-    from megatron_idpo.config import load_config
-    from megatron_idpo.convert.fixed_model import FixedModel
+    from megatron_idpo.config.run_config import load_config
+    from megatron_idpo.convert.frozen_model import FixedModel
     from megatron_idpo.convert.model_source import open_model
-    from megatron_idpo.mcore.world import joined_world, running
+    from megatron_idpo.mcore.parallel.world import joined_world, running
     from megatron_idpo.reference.frozen import frozen_model
 
     sections = ("model", "data", "objective", "layout")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.objective.dpo import Objective
 from tests.plugin import tiny_megatron as tiny
 from tests.plugin.test_batch_run import batch_of
@@ -25,7 +25,7 @@ def answers(layout: Layout, kind: str) -> dict[str, Any]:
     """What a reference says, and what the bare model says; by row."""
     from megatron_idpo.lora.adapters import add_adapters
     from megatron_idpo.lora.settings import LoraSettings
-    from megatron_idpo.mcore.architecture import Architecture
+    from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.plugin.batch_run import logps_by_row, run_batch
     from megatron_idpo.reference import live
     from megatron_idpo.testing import tiny_hf_config

@@ -16,14 +16,14 @@ Said = dict[tuple[str, int, int], torch.Tensor]
 
 def say(file: str) -> tuple[Said, dict[str, bool]]:
     """On every rank: what each source says, by its name, row and layer; and where weights are."""
-    from megatron_idpo.cli_train import OPTIONAL, REQUIRED
-    from megatron_idpo.config import load_config
-    from megatron_idpo.convert.fixed_model import FixedModel
+    from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+    from megatron_idpo.config.run_config import load_config
+    from megatron_idpo.convert.frozen_model import FixedModel
     from megatron_idpo.convert.model_source import open_model
-    from megatron_idpo.data.batches import build_batch
+    from megatron_idpo.data.packing.batches import build_batch
     from megatron_idpo.data.run_pairs import load_run_pairs, row_settings
-    from megatron_idpo.mcore.groups import this_place
-    from megatron_idpo.mcore.world import joined_world, running
+    from megatron_idpo.mcore.parallel.groups import this_place
+    from megatron_idpo.mcore.parallel.world import joined_world, running
     from megatron_idpo.reference import live
     from megatron_idpo.reference.frozen import frozen_model
     from megatron_idpo.train.build import build_policy, reference_in_policy

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.config import RunConfig, load_config
+from megatron_idpo.config.run_config import RunConfig, load_config
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.reference.run_caches import cache_directory
 
@@ -17,7 +17,7 @@ from .tiny_cache import Files, score_config
 
 def look(file: str, changes: Sequence[Sequence[str]]) -> list[str]:
     """On a rank: what each changed configuration is told of the cache; empty if it may use it."""
-    from megatron_idpo.convert.fixed_model import FixedModel
+    from megatron_idpo.convert.frozen_model import FixedModel
     from megatron_idpo.convert.model_source import open_model
     from megatron_idpo.data.run_pairs import load_run_pairs
     from megatron_idpo.errors import CheckpointError

@@ -13,10 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from megatron_idpo.data.chat import TokenOptions
-from megatron_idpo.data.dataset import load_pairs
-from megatron_idpo.data.sources import Source
-from megatron_idpo.data.tokenizers import load_tokenizer
+from megatron_idpo.data.sources.open import Source
+from megatron_idpo.data.tokenize.chat import TokenOptions
+from megatron_idpo.data.tokenize.dataset import load_pairs
+from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
 from megatron_idpo.errors import EXIT_PREEMPTED, DataError
 from megatron_idpo.reference.cache_files import read_table
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from megatron_idpo.cli_train import main as train
+from megatron_idpo.cli.train import main as train
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}
 """Audit events of the file system: https://docs.python.org/3/library/audit_events.html."""
@@ -117,8 +117,8 @@ def main(config: Path, output: Path, answers: Path, which: str, trials: int) -> 
 
 def import_everything() -> None:
     """What every run needs."""
-    from megatron_idpo.mcore.cpu import redirect_cuda_to_cpu
-    from megatron_idpo.mcore.quiet import quiet_megatron
+    from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
+    from megatron_idpo.mcore.megatron_warnings import quiet_megatron
 
     redirect_cuda_to_cpu()
     with quiet_megatron():

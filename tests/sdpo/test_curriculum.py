@@ -9,7 +9,7 @@ import pytest
 
 from megatron_idpo.errors import CheckpointError, ConfigError, DataError
 from megatron_idpo.sdpo.curriculum import Curriculum, first_models_remedies, write_curriculum
-from megatron_idpo.sdpo.slices import Easiness
+from megatron_idpo.sdpo.deal import Easiness
 
 from ..train.tiny_run import NUM_LAYERS
 from .stepped_run import (

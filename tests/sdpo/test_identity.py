@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import write_tiny_hf_model
 
 pytestmark = pytest.mark.distributed
@@ -15,7 +15,7 @@ Named = list[tuple[str, Tensor]]
 
 
 def of_tensors(cases: list[Named]) -> list[str]:
-    from megatron_idpo.sdpo.identity import tensors_identity
+    from megatron_idpo.sdpo.tensor_identity import tensors_identity
 
     Layout().start()
     return [tensors_identity(iter(case)) for case in cases]
@@ -24,8 +24,8 @@ def of_tensors(cases: list[Named]) -> list[str]:
 def of_model(path: str, layout: Layout) -> str:
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
     from megatron_idpo.convert.model_source import load_base, open_model
-    from megatron_idpo.mcore.model import build_model
-    from megatron_idpo.sdpo.identity import tensors_identity
+    from megatron_idpo.mcore.model.build import build_model
+    from megatron_idpo.sdpo.tensor_identity import tensors_identity
 
     source = open_model(path)
     layout.start()

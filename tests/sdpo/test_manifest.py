@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.checkpoint.sealed import write_sealed
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.sdpo.manifest import (
     FILE,
@@ -15,6 +14,7 @@ from megatron_idpo.sdpo.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_idpo.storage.sealed import write_sealed
 
 from .tiny_manifest import identity, manifest, record
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_idpo.config_sdpo import SdpoConfig
+from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.sdpo.manifest import FILE, Manifest, read_manifest, write_manifest
 from megatron_idpo.sdpo.retention import snapshot_directory
@@ -22,9 +22,9 @@ LAYOUT = {"tensor": 2, "pipeline": 1, "context": 1}
 
 def train(root: str, planned: Manifest, number: int) -> list[Manifest]:
     """On a rank: the manifest after each transition of a step, as it is known here."""
-    from megatron_idpo.checkpoint.snapshot_file import Snapshot
-    from megatron_idpo.convert.fixed_model import FixedModel
-    from megatron_idpo.mcore.world import barrier
+    from megatron_idpo.checkpoint.snapshot_metadata import Snapshot
+    from megatron_idpo.convert.frozen_model import FixedModel
+    from megatron_idpo.mcore.parallel.world import barrier
     from megatron_idpo.sdpo.manifest_file import ManifestFile
 
     def noted() -> None:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from megatron_idpo.config import RunConfig
-from megatron_idpo.config_sdpo import SdpoConfig, SdpoStepConfig
-from megatron_idpo.config_training import TrainingConfig
-from megatron_idpo.sdpo.missing import missing_exports
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.sdpo import SdpoConfig, SdpoStepConfig
+from megatron_idpo.config.training import TrainingConfig
+from megatron_idpo.sdpo.missing_exports import missing_exports
 
 from .tiny_manifest import manifest
 

@@ -7,9 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from megatron_idpo.errors import ConfigError
+from megatron_idpo.figures.curriculum import draw_curriculum
 from megatron_idpo.sdpo.manifest import FIRST, Manifest
-from megatron_idpo.sdpo.picture import draw_curriculum
-from megatron_idpo.train.confidence import wilson_interval
+from megatron_idpo.train.metrics.confidence import wilson_interval
 
 from .tiny_manifest import SOURCES, manifest, metrics, record
 

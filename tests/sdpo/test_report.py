@@ -9,7 +9,7 @@ import pytest
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.sdpo.manifest import Manifest
 from megatron_idpo.sdpo.report import curriculum_markdown, metrics_of_all_steps
-from megatron_idpo.train.metrics_file import read_metrics
+from megatron_idpo.train.metrics.file import read_metrics
 
 from .tiny_manifest import SOURCES, identity, manifest
 
@@ -124,7 +124,7 @@ def report(root: str, now: Manifest, show: bool) -> str:
     from contextlib import redirect_stdout
 
     from megatron_idpo.sdpo.report import report_steps
-    from megatron_idpo.train.output import RunDirectory
+    from megatron_idpo.train.run_directory import RunDirectory
 
     with redirect_stdout(io.StringIO()) as printed:
         report_steps(RunDirectory(Path(root)), now, show=show)

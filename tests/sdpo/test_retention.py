@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_idpo.config_sdpo import SdpoConfig
+from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.sdpo.manifest import Manifest
 from megatron_idpo.sdpo.retention import (
     delete_checkpoints,

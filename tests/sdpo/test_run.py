@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.config import load_config
+from megatron_idpo.config.run_config import load_config
 from megatron_idpo.errors import EXIT_PREEMPTED, CheckpointError, ConfigError
-from megatron_idpo.train.metrics_file import read_metrics
+from megatron_idpo.train.metrics.file import read_metrics
 
 from .. import oracle
 from ..train.run_hooks import CountSteps, stop_after
@@ -264,7 +264,7 @@ def test_stopped_in_a_step_it_goes_on_there(
 
 
 def cli(words: list[str]) -> int:
-    from megatron_idpo.cli import main
+    from megatron_idpo.cli.main import main
 
     return main(words)
 
@@ -351,7 +351,7 @@ def test_another_run_in_the_same_directory_is_refused(
 
 def tokenised(file: str, chosen: list[int]) -> list[oracle.Pair]:
     """Training pairs of a configuration as the package tokenises them."""
-    from megatron_idpo.cli_train import OPTIONAL, REQUIRED
+    from megatron_idpo.cli.train import OPTIONAL, REQUIRED
     from megatron_idpo.data.run_pairs import load_run_pairs
 
     pairs = load_run_pairs(load_config(file, required=REQUIRED, optional=OPTIONAL)).train

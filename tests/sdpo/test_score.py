@@ -17,7 +17,7 @@ pytestmark = pytest.mark.distributed
 
 def score(file: str, *overrides: str) -> tuple[int, str]:
     """On every rank: the verb; its code and what it printed."""
-    from megatron_idpo.cli_score import main
+    from megatron_idpo.cli.score import main
 
     with redirect_stdout(StringIO()) as printed:
         code = main(Path(file), list(overrides))

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_idpo.config_sdpo import SdpoConfig
+from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.errors import DataError
-from megatron_idpo.sdpo.slices import Easiness, Indices, deal
+from megatron_idpo.sdpo.deal import Easiness, Indices, deal
 
 ROUNDING = 1e-6
 """Of fractions that are 1 in sum but for float64."""

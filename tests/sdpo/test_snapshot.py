@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 
 from .stepped_run import LORA, Files, stepped_config
 
@@ -22,14 +22,14 @@ LAYOUTS = {"one": Layout(), "tensor": Layout(tensor=2), "pipeline": Layout(pipel
 
 def write(file: str, directory: Path, carry: bool) -> tuple[Any, dict[str, Tensor]]:
     """On every rank: a trained-looking policy's snapshot; and its merged weights before that."""
-    from megatron_idpo.cli_train import OPTIONAL, REQUIRED
-    from megatron_idpo.config import load_config
+    from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+    from megatron_idpo.config.run_config import load_config
     from megatron_idpo.convert.megatron_to_hf import stored_value, whole_tensors
     from megatron_idpo.lora.merge import merged_value
-    from megatron_idpo.mcore.world import joined_world, running
+    from megatron_idpo.mcore.parallel.world import joined_world, running
     from megatron_idpo.sdpo.snapshot import write_snapshot
     from megatron_idpo.train.build import build_policy
-    from megatron_idpo.train.run import prepare
+    from megatron_idpo.train.trainer import prepare
 
     config = load_config(file, required=REQUIRED, optional=OPTIONAL)
     with joined_world() as world:
@@ -49,10 +49,10 @@ def write(file: str, directory: Path, carry: bool) -> tuple[Any, dict[str, Tenso
 
 def read(model: str, directory: Path, identity: str, layout: Layout) -> dict[str, Tensor]:
     """On every rank: the weights of a snapshot that was opened, its adapter left out."""
-    from megatron_idpo.convert.fixed_model import FixedModel
+    from megatron_idpo.convert.frozen_model import FixedModel
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
     from megatron_idpo.convert.model_source import load_base, open_model
-    from megatron_idpo.mcore.model import build_model
+    from megatron_idpo.mcore.model.build import build_model
     from megatron_idpo.sdpo.snapshot import open_snapshot
 
     first = FixedModel.of(open_model(model))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.checkpoint.snapshot_file import Snapshot, write_description
-from megatron_idpo.cli import main as cli
+from megatron_idpo.checkpoint.snapshot_metadata import Snapshot, write_description
+from megatron_idpo.cli.main import main as cli
 from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError, ConfigError
 from megatron_idpo.sdpo.manifest import FILE, Manifest, write_manifest
 from megatron_idpo.sdpo.retention import snapshot_directory

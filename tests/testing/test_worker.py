@@ -31,7 +31,7 @@ def return_tensors():
 def start_megatron(tensor):
     from megatron.core import parallel_state
 
-    from megatron_idpo.mcore.cpu import redirect_cuda_to_cpu
+    from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
 
     assert not parallel_state.model_parallel_is_initialized()
     parallel_state.initialize_model_parallel(tensor)

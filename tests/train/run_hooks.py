@@ -80,7 +80,7 @@ class ReadTrained:
 
 def read(run: Any) -> dict[tuple[int, int], Tensor]:
     """Log-probabilities of chosen and rejected, by layer and pair; this rank's part of them."""
-    from megatron_idpo.data.batches import EvaluationBatches
+    from megatron_idpo.data.packing.batches import EvaluationBatches
     from megatron_idpo.plugin.batch_run import run_batch
 
     policy, said = run.trainer.policy, {}
@@ -123,7 +123,7 @@ class Spoil:
             yield
 
     def _spoil(self, policy: Any) -> None:
-        from megatron_idpo.mcore.model import global_parameters
+        from megatron_idpo.mcore.model.build import global_parameters
 
         named = dict(global_parameters(policy.chunks))
         if policy.adapters is not None:
@@ -158,7 +158,7 @@ class Break:
 
     @contextmanager
     def __call__(self, found: dict[str, Any]) -> Iterator[None]:
-        from megatron_idpo.checkpoint import checkpoints
+        from megatron_idpo.checkpoint import store as checkpoints
 
         ordinary = checkpoints.write_boxes
 

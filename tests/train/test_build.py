@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 
 def built(file: str) -> dict[str, Any]:
     """What there is to see of a policy and its reference."""
-    from megatron_idpo.mcore.model import global_parameters
+    from megatron_idpo.mcore.model.build import global_parameters
 
     with assembled(file) as run:
         policy, reference = run.trainer.policy, run.trainer.reference

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.cli_train import OPTIONAL, REQUIRED
-from megatron_idpo.config import RunConfig, load_config
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.run_config import RunConfig, load_config
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.architecture import Architecture
+from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.testing import tiny_hf_config
 from megatron_idpo.train.checks import check_against_model, check_same_training
 

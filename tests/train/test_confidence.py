@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_idpo.train.confidence import wilson_interval
+from megatron_idpo.train.metrics.confidence import wilson_interval
 
 
 @pytest.mark.parametrize(

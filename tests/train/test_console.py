@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from megatron_idpo.train.console import RunConsole
+from megatron_idpo.train.logging.console import RunConsole
 
 VALUES = {
     "loss": 0.6213,

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from megatron_idpo.errors import ConfigError, DataError
-from megatron_idpo.train.curves import draw_curves, layer_colours
+from megatron_idpo.figures.training_curves import draw_curves, layer_colours
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

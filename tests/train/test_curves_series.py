@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from megatron_idpo.train.confidence import wilson_interval
-from megatron_idpo.train.curves_series import MAX_DRAWN, HeldOutAccuracy, Series
+from megatron_idpo.figures.series import MAX_DRAWN, HeldOutAccuracy, Series
+from megatron_idpo.train.metrics.confidence import wilson_interval
 
 
 def of(values: list[float]) -> Series:

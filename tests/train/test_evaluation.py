@@ -100,7 +100,7 @@ def held_out_losses_in(file: str, size: int) -> dict[str, float]:
     """Of evaluation batches of this size."""
     from unittest.mock import patch
 
-    from megatron_idpo.data.batches import EvaluationBatches
+    from megatron_idpo.data.packing.batches import EvaluationBatches
 
     def resized(*args: Any, global_batch_pairs: int, **kwargs: Any) -> Any:
         return EvaluationBatches(*args, global_batch_pairs=size, **kwargs)

@@ -30,7 +30,11 @@ def export(file: str, fill: float, *, full_disk: bool = False) -> None:
             for one in policy.adapters.tensors():
                 if one.side == "B":
                     one.parameter.data.fill_(fill)
-        failing = patch("megatron_idpo.atomic.publish", side_effect=_full) if full_disk else None
+        failing = (
+            patch("megatron_idpo.storage.directories.publish", side_effect=_full)
+            if full_disk
+            else None
+        )
         if failing is not None:
             failing.start()
         try:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_idpo.errors import TrainingError
-from megatron_idpo.plugin.outputs import LayerOutput
-from megatron_idpo.train.failures import refuse_bad_gradient, refuse_bad_losses
-from megatron_idpo.train.metrics import StepMetrics
+from megatron_idpo.plugin.layer_output import LayerOutput
+from megatron_idpo.train.finite_checks import refuse_bad_gradient, refuse_bad_losses
+from megatron_idpo.train.metrics.reduce import StepMetrics
 
 NAN, INF = float("nan"), float("inf")
 

@@ -117,6 +117,6 @@ def test_a_stop(ended):
 
 
 def test_other_ranks_say_nothing():
-    from megatron_idpo.train.finish import tell_finished
+    from megatron_idpo.train.messages import tell_finished
 
     tell_finished(SimpleNamespace(world=SimpleNamespace(is_first=False)), None, [])  # type: ignore

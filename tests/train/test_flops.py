@@ -9,10 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_idpo.data.pair import Pair
-from megatron_idpo.data.rows import Row
-from megatron_idpo.mcore.architecture import Architecture
-from megatron_idpo.train.flops import BatchWork, ModelFlops, attended_keys, lora_weights
+from megatron_idpo.data.packing.rows import Row
+from megatron_idpo.data.tokenize.pair import Pair
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.train.metrics.flops import BatchWork, ModelFlops, attended_keys, lora_weights
 
 CONFIG = LlamaConfig(
     vocab_size=96,
@@ -135,7 +135,7 @@ def test_the_work_in_rows():
 
 
 def work_of_rank(tensor: int, pipeline: int) -> dict[str, float]:
-    from megatron_idpo.mcore.layout import Layout
+    from megatron_idpo.mcore.parallel.layout import Layout
 
     Layout(tensor=tensor, pipeline=pipeline).start()
     return BatchWork.of(rows(True), (None,)).as_extra()

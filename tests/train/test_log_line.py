@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_idpo.train.log_line import (
+from megatron_idpo.train.logging.line import (
     accuracy_told,
     clock_time,
     evaluation_line,

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from megatron_idpo.train.log_tensorboard import TensorBoardLogger, tensorboard_problems
+from megatron_idpo.train.logging.tensorboard import TensorBoardLogger, tensorboard_problems
 
 
 def test_scalars_and_a_resumed_run(tmp_path):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.config_training import WandbConfig
+from megatron_idpo.config.training import WandbConfig
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.train.log_wandb import ID_FILE, WandbLogger, wandb_problems
+from megatron_idpo.train.logging.wandb import ID_FILE, WandbLogger, wandb_problems
 
 
 class FakeRun:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.config_training import LoggingConfig, WandbConfig
+from megatron_idpo.config.training import LoggingConfig, WandbConfig
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.train import loggers
-from megatron_idpo.train.loggers import Loggers, logger_problems, open_loggers
+from megatron_idpo.train.logging import loggers
+from megatron_idpo.train.logging.loggers import Loggers, logger_problems, open_loggers
 
 
 class Noting:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.cli_train import OPTIONAL, REQUIRED
-from megatron_idpo.config import load_config
-from megatron_idpo.data.order import stream_pairs
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.run_config import load_config
+from megatron_idpo.data.packing.epoch_order import stream_pairs
 from megatron_idpo.data.run_pairs import load_run_pairs
-from megatron_idpo.train.metrics_file import Record, read_metrics
+from megatron_idpo.train.metrics.file import Record, read_metrics
 from tests import oracle
 
 from .run_hooks import ReadTrained

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_idpo.errors import EXIT_PREEMPTED
-from megatron_idpo.train.metrics_file import read_metrics
+from megatron_idpo.train.metrics.file import read_metrics
 
 from .run_hooks import CountSteps, Signal, stop_after
 from .tiny_run import (

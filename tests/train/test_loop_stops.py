@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_idpo.cli_train import OPTIONAL, REQUIRED
-from megatron_idpo.config import load_config
-from megatron_idpo.data.order import stream_pairs
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.run_config import load_config
+from megatron_idpo.data.packing.epoch_order import stream_pairs
 from megatron_idpo.data.run_pairs import load_run_pairs
 from megatron_idpo.errors import (
     CheckpointError,
@@ -17,7 +17,7 @@ from megatron_idpo.errors import (
     TrainingError,
     UserError,
 )
-from megatron_idpo.file_lock import locked
+from megatron_idpo.storage.lock import locked
 from megatron_idpo.testing import write_tiny_hf_model
 
 from .run_hooks import Break, CountSteps, NoWeights, Spoil, SpoilAfter, stop_after

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_idpo.train.metric_names import dashboard_name, layer_name, layers_in
+from megatron_idpo.train.metrics.names import dashboard_name, layer_name, layers_in
 
 
 def test_layers_are_found_in_names():

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_idpo.mcore.layout import Layout
+from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.objective.dpo import Objective, layer_loss
-from megatron_idpo.plugin.outputs import LayerOutput
-from megatron_idpo.train.metrics import StepMetrics, reduce_outputs
+from megatron_idpo.plugin.layer_output import LayerOutput
+from megatron_idpo.train.metrics.reduce import StepMetrics, reduce_outputs
 
 NUM_LAYERS = 4
 TAPS = (3, 1)
@@ -69,7 +69,7 @@ def reduced(
     """This rank's reduction, and the collectives it took."""
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.groups import data_parallel_size, this_place
+    from megatron_idpo.mcore.parallel.groups import data_parallel_size, this_place
 
     layout.start()
     place = this_place()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.train.metrics_file import MetricsFile, read_metrics
+from megatron_idpo.train.metrics.file import MetricsFile, read_metrics
 
 
 def write(path: Path, *steps: int, resumed_step: int | None = None, loss: float = 0.5) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.train.output import RunDirectory
+from megatron_idpo.train.run_directory import RunDirectory
 
 pytestmark = pytest.mark.distributed
 
 
 def open_it(root: Path, *, twice: bool = False) -> list[str]:
     """What is there while the directory is open, and after."""
-    from megatron_idpo.train.output import opened
+    from megatron_idpo.train.run_directory import opened
 
     with opened(root) as directory:
         if twice:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_idpo.train.peak_flops import peak_flops, this_devices_peak
+from megatron_idpo.train.metrics.peak_flops import peak_flops, this_devices_peak
 
 HALF = torch.bfloat16
 

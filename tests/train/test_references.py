@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_idpo.errors import EXIT_PREEMPTED, CheckpointError
-from megatron_idpo.train.metrics_file import read_metrics
+from megatron_idpo.train.metrics.file import read_metrics
 
 from .run_hooks import stop_after
 from .tiny_run import LORA, STEPS, Files, Outcome, run, write_config

@@ -6,10 +6,10 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_idpo.mcore.groups import Place
-from megatron_idpo.train.flops import BatchWork
-from megatron_idpo.train.metrics import StepMetrics
-from megatron_idpo.train.report import MEMORY, Report, Stopwatch
+from megatron_idpo.mcore.parallel.groups import Place
+from megatron_idpo.train.logging.report import MEMORY, Report, Stopwatch
+from megatron_idpo.train.metrics.flops import BatchWork
+from megatron_idpo.train.metrics.reduce import StepMetrics
 
 from .run_hooks import Spoil
 from .tiny_run import run, write_config
@@ -47,7 +47,7 @@ class Fake:
 
 def metrics(loss: float, *, pairs: int = 2, memory: float = 1e9) -> StepMetrics:
     """Of one layer and a batch of so many pairs; `loss` is the mean."""
-    with patch("megatron_idpo.train.flops.this_place", return_value=Place(0, 1, 0, 0)):
+    with patch("megatron_idpo.train.metrics.flops.this_place", return_value=Place(0, 1, 0, 0)):
         extra = BatchWork(pairs=pairs).as_extra()
     sums = {"loss": loss * pairs, "rewards/margins": 3.0 * pairs}
     return StepMetrics(

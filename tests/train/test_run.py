@@ -74,7 +74,7 @@ def fixed_scores(file: str, scores: list[float]) -> list[str]:
     from pathlib import Path
     from unittest.mock import patch
 
-    from megatron_idpo.train.report import Report
+    from megatron_idpo.train.logging.report import Report
 
     given = iter(scores)
 

@@ -11,7 +11,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from megatron_idpo.config_training import OptimizerConfig
+from megatron_idpo.config.training import OptimizerConfig
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.train.schedule import LearningRate
 

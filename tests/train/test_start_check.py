@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.cli_train import OPTIONAL, REQUIRED
-from megatron_idpo.config import load_config
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.run_config import load_config
 from megatron_idpo.errors import TrainingError
 from megatron_idpo.train.start_check import BF16_LOGP_TOLERANCE, is_expected
 
@@ -37,7 +37,7 @@ def test_when_it_is_expected(tmp_path, sections, starts_there, expected):
 
 def checked(file: str, spoil: float = 0.0) -> dict[int, float] | str:
     """What the check finds where a weight of layer 3 is off by so much, as a share of itself."""
-    from megatron_idpo.mcore.model import global_parameters
+    from megatron_idpo.mcore.model.build import global_parameters
     from megatron_idpo.train.start_check import check_start
 
     with assembled(file) as run:

@@ -4,8 +4,8 @@ import psutil
 import pytest
 import torch
 
-from megatron_idpo.train.flops import BatchWork, ModelFlops
-from megatron_idpo.train.metric_names import (
+from megatron_idpo.train.metrics.flops import BatchWork, ModelFlops
+from megatron_idpo.train.metrics.names import (
     MFU,
     PAIRS_PER_S,
     ROW_FILL,
@@ -13,7 +13,7 @@ from megatron_idpo.train.metric_names import (
     TFLOPS,
     TOKENS_PER_S,
 )
-from megatron_idpo.train.throughput import Meter, peak_memory_bytes
+from megatron_idpo.train.metrics.throughput import Meter, peak_memory_bytes
 
 from .test_flops import ARCHITECTURE
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from megatron_idpo.data.batches import RowSettings, TrainingBatches
-from megatron_idpo.data.chat import TokenOptions
-from megatron_idpo.data.dataset import PairDataset, load_pairs
-from megatron_idpo.data.sources import Source
-from megatron_idpo.data.tokenizers import load_tokenizer
-from megatron_idpo.train.metrics_file import Record, read_metrics
+from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches
+from megatron_idpo.data.sources.open import Source
+from megatron_idpo.data.tokenize.chat import TokenOptions
+from megatron_idpo.data.tokenize.dataset import PairDataset, load_pairs
+from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
+from megatron_idpo.train.metrics.file import Record, read_metrics
 
 from .trl_case import (
     BATCH_PAIRS,
@@ -177,7 +177,7 @@ def test_every_step_follows_trl(
 
 def train(file: str) -> int:
     """On every rank: the verb."""
-    from megatron_idpo.cli_train import main
+    from megatron_idpo.cli.train import main
 
     torch.set_num_threads(1)
     return main(Path(file), [])

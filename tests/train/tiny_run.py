@@ -18,8 +18,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron_idpo.cli_train import OPTIONAL, REQUIRED
-from megatron_idpo.config import load_config
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.run_config import load_config
 from megatron_idpo.testing import write_tiny_hf_model
 
 NUM_LAYERS = 4
@@ -167,7 +167,7 @@ class Hook(Protocol):
 
 def run(file: str, *hooks: Hook) -> Outcome:
     """On every rank: the verb `train`."""
-    from megatron_idpo.cli_train import main
+    from megatron_idpo.cli.train import main
 
     found: dict[str, Any] = {}
     with ExitStack() as stack, redirect_stdout(StringIO()) as printed:
@@ -180,9 +180,9 @@ def run(file: str, *hooks: Hook) -> Outcome:
 @contextmanager
 def assembled(file: str) -> Iterator[Any]:
     """On every rank: a `Run` as `train` would have it before its first step."""
-    from megatron_idpo.mcore.world import joined_world, running
-    from megatron_idpo.train.output import opened
-    from megatron_idpo.train.run import assemble, prepare
+    from megatron_idpo.mcore.parallel.world import joined_world, running
+    from megatron_idpo.train.run_directory import opened
+    from megatron_idpo.train.trainer import assemble, prepare
 
     config = load_config(file, required=REQUIRED, optional=OPTIONAL)
     with joined_world() as world, opened(Path(config.training.output)) as output:

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from megatron_idpo.data.order import stream_pairs
+from megatron_idpo.data.packing.epoch_order import stream_pairs
 from megatron_idpo.testing import write_tiny_hf_model
 
 SHARED = Path(__file__).parents[3] / "shared"

@@ -7,13 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from megatron_idpo.evaluate.answers import Answer, answers_file, append_answers, settings_file
-from megatron_idpo.evaluate.curves_file import write_curves
-from megatron_idpo.evaluate.layer_curves import QUANTITIES, Estimate, LayerCurves
-from megatron_idpo.evaluate.tally import Tally
-from megatron_idpo.evaluate.verdicts import Verdict
+from megatron_idpo.evaluate.generate.answers import (
+    Answer,
+    answers_file,
+    append_answers,
+    settings_file,
+)
+from megatron_idpo.evaluate.judge.tally import Tally
+from megatron_idpo.evaluate.judge.verdicts import Verdict
+from megatron_idpo.evaluate.likelihood.curves_file import write_curves
+from megatron_idpo.evaluate.likelihood.layer_curves import QUANTITIES, Estimate, LayerCurves
 from megatron_idpo.sdpo.manifest import Manifest, write_manifest
-from megatron_idpo.train.metrics_file import MetricsFile
+from megatron_idpo.train.metrics.file import MetricsFile
 
 STEPS, HELD_OUT, DEPTH = 40, 40, 4
 

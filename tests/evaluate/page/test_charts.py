@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from megatron_idpo.evaluate.page.charts import (
+from megatron_idpo.evaluate.report.charts import (
     FINAL,
     INK,
     Style,

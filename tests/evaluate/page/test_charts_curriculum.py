@@ -2,7 +2,7 @@
 
 import re
 
-from megatron_idpo.evaluate.page.charts_curriculum import curriculum_charts
+from megatron_idpo.evaluate.report.charts_curriculum import curriculum_charts
 
 from ...sdpo.tiny_manifest import manifest, metrics, record
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.evaluate.page.charts_evaluation import (
+from megatron_idpo.evaluate.report.charts_evaluation import (
     LEADING,
     duel_chart,
     duels_of,
     layer_charts,
     layer_lines,
 )
-from megatron_idpo.evaluate.page.found import find
+from megatron_idpo.evaluate.report.inputs import find
 
 from .shown_runs import write_duel, write_likelihood
 

@@ -3,14 +3,14 @@
 import re
 from pathlib import Path
 
-from megatron_idpo.evaluate.page.charts import FINAL
-from megatron_idpo.evaluate.page.charts_training import (
+from megatron_idpo.evaluate.report.charts import FINAL
+from megatron_idpo.evaluate.report.charts_training import (
     drawn_layers,
     speed_charts,
     training_charts,
     training_lines,
 )
-from megatron_idpo.evaluate.page.found import find
+from megatron_idpo.evaluate.report.inputs import find
 
 from .shown_runs import write_likelihood, write_run
 

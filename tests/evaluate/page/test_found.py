@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo.errors import CheckpointError, ConfigError
-from megatron_idpo.evaluate.page.found import find
+from megatron_idpo.evaluate.report.inputs import find
 
 from ...sdpo.tiny_manifest import manifest
 from .shown_runs import STEPS, write_everything, write_likelihood, write_run, write_steps

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo.errors import ConfigError, UserError
-from megatron_idpo.evaluate.page.found_evaluation import read_evaluation
+from megatron_idpo.evaluate.report.evaluation_inputs import read_evaluation
 
 from .shown_runs import write_answers, write_duel, write_h4, write_likelihood
 

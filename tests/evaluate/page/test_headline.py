@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.evaluate.page.found import Found, find
-from megatron_idpo.evaluate.page.headline import result_facts, trained_facts
-from megatron_idpo.evaluate.page.headline_speed import speed_facts, speed_figures
+from megatron_idpo.evaluate.report.headline import result_facts, trained_facts
+from megatron_idpo.evaluate.report.headline_speed import speed_facts, speed_figures
+from megatron_idpo.evaluate.report.inputs import Found, find
 
 from ...sdpo.tiny_manifest import manifest
 from .shown_runs import CONFIG, write_likelihood, write_run, write_steps

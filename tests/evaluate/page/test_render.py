@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.evaluate.page.found import find
-from megatron_idpo.evaluate.page.render import page_title, render
+from megatron_idpo.evaluate.report.inputs import find
+from megatron_idpo.evaluate.report.render import page_title, render
 
 from ...sdpo.tiny_manifest import manifest
 from .shown_runs import (

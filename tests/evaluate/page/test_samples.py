@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_idpo.evaluate.page.found import find
-from megatron_idpo.evaluate.page.samples import CLIPPED_CHARACTERS, Clipped, samples
+from megatron_idpo.evaluate.report.inputs import find
+from megatron_idpo.evaluate.report.samples import CLIPPED_CHARACTERS, Clipped, samples
 
 from .shown_runs import write_answers, write_duel
 

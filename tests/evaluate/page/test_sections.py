@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_idpo.evaluate.page.found import find
-from megatron_idpo.evaluate.page.sections import (
+from megatron_idpo.evaluate.report.inputs import find
+from megatron_idpo.evaluate.report.sections import (
     curriculum_sections,
     duels_section,
     h4_section,

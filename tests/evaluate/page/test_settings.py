@@ -1,8 +1,8 @@
 """What of a configuration is worth a line."""
 
-from megatron_idpo.config_sections import ColumnsConfig
-from megatron_idpo.config_yaml import write_yaml
-from megatron_idpo.evaluate.page.settings import as_yaml, differences, own_settings
+from megatron_idpo.config.sections import ColumnsConfig
+from megatron_idpo.config.yaml_tree import write_yaml
+from megatron_idpo.evaluate.report.settings import as_yaml, differences, own_settings
 
 BASE = {
     "model": {"path": "some/model", "dtype": "bf16"},

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from megatron_idpo.evaluate.page.charts_evaluation import duels_of, layer_lines
-from megatron_idpo.evaluate.page.found import find
-from megatron_idpo.evaluate.page.headline_speed import Fact
-from megatron_idpo.evaluate.page.tables import (
+from megatron_idpo.evaluate.report.charts_evaluation import duels_of, layer_lines
+from megatron_idpo.evaluate.report.headline_speed import Fact
+from megatron_idpo.evaluate.report.inputs import find
+from megatron_idpo.evaluate.report.tables import (
     Cell,
     all_layers_table,
     curriculum_table,

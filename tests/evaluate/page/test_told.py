@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_idpo.evaluate.page import told
+from megatron_idpo.evaluate.report import format as told
 
 NAN = math.nan
 

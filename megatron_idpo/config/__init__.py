@@ -1,0 +1,1 @@
+"""The configuration: typed, immutable sections, YAML with line numbers, overrides."""

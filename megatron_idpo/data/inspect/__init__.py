@@ -1,0 +1,1 @@
+"""The verb `data`: what the preference data become before training."""

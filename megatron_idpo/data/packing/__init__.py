@@ -1,0 +1,1 @@
+"""From tokenized pairs to packed rows and global batches."""

@@ -1,0 +1,270 @@
+"""A row: the micro-batch. Whole preference pairs side by side in a fixed number of positions.
+
+With shared prompts a pair occupies prompt, chosen, rejected, once each, and no prompt token is
+computed twice:
+
+    tokens        p0 p1 p2 | c0 c1 c2 | r0 r1 |  ...next pair...  | pad
+    position_ids   0  1  2 |  3  4  5 |  3  4 |
+
+Without sharing it occupies prompt+chosen, prompt+rejected, as two plain sequences. What the output
+heads score is a list of targets, one for each response token: the row position whose hidden state
+predicts it, the token, and the sequence it belongs to. There is no label shift and no loss mask,
+and prompts and padding cost nothing in the vocabulary projection.
+
+A row's arrays are all that a rank needs; every tensor and pipeline rank builds the same ones.
+Which pairs share a row is decided in `packing.py`; who attends to whom is carried out in
+`mcore/attention.py` from `spans_G4`.
+
+Shapes: T row positions, N targets, P pairs in the row, G attention groups (P with shared prompts,
+2P without), S = 4P segments of tokens, B pairs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_idpo.data.tokenize.pair import IntArray, Pair
+from megatron_idpo.errors import DataError
+
+_PARTS = ("prompt", "chosen answer", "rejected answer")
+_NAMED_PAIRS = 5
+_CHECKED_AT_ONCE = 65_536
+
+
+def occupied_tokens(lengths_B3: IntArray, *, share_prompt: bool) -> NDArray[np.int64]:
+    """Row positions each pair needs: int64 [B], from prompt/chosen/rejected lengths [B, 3]."""
+    prompt_B, chosen_B, rejected_B = lengths_B3.astype(np.int64).T
+    tokens_B: NDArray[np.int64] = (1 if share_prompt else 2) * prompt_B + chosen_B + rejected_B
+    return tokens_B
+
+
+def check_lengths(
+    lengths_B3: IntArray,
+    *,
+    row_tokens: int,
+    share_prompt: bool,
+    indices: Sequence[int] | None = None,
+    place: Callable[[int], str] | None = None,
+) -> None:
+    """Refuse pairs that no row can hold or that have nothing to score.
+
+    Args:
+        lengths_B3: int [B, 3], prompt/chosen/rejected lengths; read in pieces, so that a
+            memory-mapped array stays on the disk.
+        row_tokens: positions in a row.
+        share_prompt: whether the prompt is stored once.
+        indices: of these pairs in their collection; 0 ... B - 1 if not given.
+        place: where the pair of an index was read, as messages call it; `pair <index>` if not
+            given.
+
+    Raises:
+        DataError: an empty prompt or answer (the first pair that has one, by index), or pairs
+            longer than a row (their places and the row length that would hold the longest).
+    """
+    indices = range(len(lengths_B3)) if indices is None else indices
+    place = place or "pair {}".format
+    long: list[int] = []
+    num_long = needed_tokens = 0
+    for first in range(0, len(lengths_B3), _CHECKED_AT_ONCE):
+        piece_B3 = lengths_B3[first : first + _CHECKED_AT_ONCE]
+        if (piece_B3 < 1).any():
+            pair, part = (int(number) for number in np.argwhere(piece_B3 < 1)[0])
+            raise DataError.at(
+                place(indices[first + pair]),
+                f"the {_PARTS[part]} is empty",
+                "its last position predicts the answers' first tokens: begin it with a BOS"
+                if part == 0
+                else "there is nothing to score: drop the pair",
+            )
+        tokens_B = occupied_tokens(piece_B3, share_prompt=share_prompt)
+        over = np.flatnonzero(tokens_B > row_tokens)
+        if over.size:
+            num_long += over.size
+            needed_tokens = max(needed_tokens, int(tokens_B.max()))
+            long += [indices[first + int(pair)] for pair in over[: _NAMED_PAIRS - len(long)]]
+    if num_long:
+        more = f" and {num_long - len(long)} more" if num_long > len(long) else ""
+        raise DataError.at(
+            f"{', '.join(map(place, long))}{more}",
+            f"up to {needed_tokens} positions needed, a row has {row_tokens}",
+            f"set data.row_tokens to {needed_tokens} or more, or lower data.max_length",
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowTensors:
+    """A row as torch tensors; `position_ids_T` and `spans_G4` are what attention is told."""
+
+    tokens_T: torch.Tensor
+    position_ids_T: torch.Tensor
+    target_positions_N: torch.Tensor
+    target_tokens_N: torch.Tensor
+    target_sequences_N: torch.Tensor
+    spans_G4: torch.Tensor
+    """On the CPU, where kernels' launch arguments and block masks are prepared; the rest is int64
+    on the device."""
+
+    num_pairs: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One micro-batch: `T` positions that hold whole pairs, and what to score in them."""
+
+    tokens_T: NDArray[np.int64]
+    position_ids_T: NDArray[np.int64]
+    """Position of each token within its own sequence; 0 on padding."""
+
+    spans_G4: NDArray[np.int32]
+    """Bounds b0 <= b1 <= b2 <= b3 of each group: prompt [b0, b1), chosen [b1, b2), rejected
+    [b2, b3). A plain sequence is (b0, e, e, e). Ascending and disjoint; outside is padding."""
+
+    target_positions_N: NDArray[np.int64]
+    """Where each response token is predicted: at the token before it in its own sequence."""
+
+    target_tokens_N: NDArray[np.int64]
+    target_sequences_N: NDArray[np.int64]
+    """2*pair for chosen, 2*pair + 1 for rejected, pair counted within the row; ascending."""
+
+    pair_index_P: NDArray[np.int64]
+    """`Pair.index` of each pair: which reference log-probabilities belong to it."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs in this row; 0 in an empty row."""
+        return len(self.pair_index_P)
+
+    @property
+    def used_tokens(self) -> int:
+        """Positions that hold a real token."""
+        return int((self.spans_G4[:, 3] - self.spans_G4[:, 0]).sum())
+
+    @staticmethod
+    def empty(row_tokens: int, pad_token: int) -> "Row":
+        """A row without pairs, which keeps ranks in step; it is all padding and scores nothing."""
+        nothing = np.zeros(0, np.int64)
+        return Row(
+            tokens_T=np.full(row_tokens, pad_token, np.int64),
+            position_ids_T=np.zeros(row_tokens, np.int64),
+            spans_G4=np.zeros((0, 4), np.int32),
+            target_positions_N=nothing,
+            target_tokens_N=nothing,
+            target_sequences_N=nothing,
+            pair_index_P=nothing,
+        )
+
+    @staticmethod
+    def build(
+        pairs: Sequence[Pair], row_tokens: int, pad_token: int, *, share_prompt: bool = True
+    ) -> "Row":
+        """Lay `pairs` side by side, in the given order.
+
+        Args:
+            pairs: what the packing put into this row.
+            row_tokens: positions T.
+            pad_token: token id of the positions that are left.
+            share_prompt: store each prompt once, or once for either answer.
+
+        Raises:
+            DataError: a pair has an empty prompt or answer or is longer than the row.
+        """
+        if not pairs:
+            return Row.empty(row_tokens, pad_token)
+        lengths_P3 = np.array(
+            [
+                (len(pair.prompt_tokens), len(pair.chosen_tokens), len(pair.rejected_tokens))
+                for pair in pairs
+            ],
+            np.int64,
+        )
+        indices = [pair.index for pair in pairs]
+        check_lengths(lengths_P3, row_tokens=row_tokens, share_prompt=share_prompt, indices=indices)
+        prompt_P, chosen_P, rejected_P = lengths_P3.T
+        # A pair is four segments in either layout; a shared prompt's second copy has length 0.
+        second_P = np.zeros_like(prompt_P) if share_prompt else prompt_P
+        length_P4 = np.stack([prompt_P, chosen_P, second_P, rejected_P], axis=1)
+        end_P4 = length_P4.cumsum().reshape(-1, 4)
+        start_P4 = end_P4 - length_P4
+        used_tokens = int(end_P4[-1, -1])
+        assert used_tokens <= row_tokens, f"packed {used_tokens} tokens into {row_tokens}"
+
+        tokens_T = np.full(row_tokens, pad_token, np.int64)
+        position_ids_T = np.zeros(row_tokens, np.int64)
+        tokens_T[:used_tokens] = np.concatenate(_segments(pairs, share_prompt=share_prompt))
+        first_id_P4 = np.stack([0 * prompt_P, prompt_P, 0 * prompt_P, prompt_P], axis=1)
+        position_ids_T[:used_tokens] = np.arange(used_tokens) - np.repeat(
+            (start_P4 - first_id_P4).ravel(), length_P4.ravel()
+        )
+        # Only an answer's first token is predicted from elsewhere than the position before it, and
+        # only where the chosen answer lies between the prompt and the rejected one.
+        answer_lengths = length_P4[:, 1::2].ravel()
+        answer_starts = start_P4[:, 1::2].ravel()
+        prompt_ends = (end_P4[:, [0, 0]] if share_prompt else end_P4[:, 0::2]).ravel()
+        first_targets = answer_lengths.cumsum() - answer_lengths
+        answer_positions_N = np.arange(answer_lengths.sum()) + np.repeat(
+            answer_starts - first_targets, answer_lengths
+        )
+        target_positions_N = answer_positions_N - 1
+        target_positions_N[first_targets] = prompt_ends - 1
+        return Row(
+            tokens_T=tokens_T,
+            position_ids_T=position_ids_T,
+            spans_G4=_spans(start_P4, end_P4, share_prompt=share_prompt),
+            target_positions_N=target_positions_N,
+            target_tokens_N=tokens_T[answer_positions_N],
+            target_sequences_N=np.repeat(np.arange(2 * len(pairs)), answer_lengths),
+            pair_index_P=np.array(indices, np.int64),
+        )
+
+    def tensors(self, device: torch.device) -> RowTensors:
+        """This row on `device`.
+
+        To a GPU it is one asynchronous copy out of pinned memory; the caching host allocator keeps
+        that memory until the copy has ended.
+        """
+        arrays = (
+            self.tokens_T,
+            self.position_ids_T,
+            self.target_positions_N,
+            self.target_tokens_N,
+            self.target_sequences_N,
+        )
+        together = torch.from_numpy(np.concatenate(arrays))
+        if device.type == "cuda":
+            together = together.pin_memory()
+        together = together.to(device, non_blocking=True)
+        tokens_T, ids_T, positions_N, targets_N, sequences_N = together.split(
+            [len(array) for array in arrays]
+        )
+        return RowTensors(
+            tokens_T=tokens_T,
+            position_ids_T=ids_T,
+            target_positions_N=positions_N,
+            target_tokens_N=targets_N,
+            target_sequences_N=sequences_N,
+            spans_G4=torch.from_numpy(self.spans_G4),
+            num_pairs=self.num_pairs,
+        )
+
+
+def _segments(pairs: Sequence[Pair], *, share_prompt: bool) -> list[IntArray]:
+    """The pairs' token arrays in row order."""
+    segments: list[IntArray] = []
+    for pair in pairs:
+        segments += (pair.prompt_tokens, pair.chosen_tokens)
+        if not share_prompt:
+            segments.append(pair.prompt_tokens)
+        segments.append(pair.rejected_tokens)
+    return segments
+
+
+def _spans(start_P4: IntArray, end_P4: IntArray, *, share_prompt: bool) -> NDArray[np.int32]:
+    """Group bounds `spans_G4` from the bounds of each pair's four segments."""
+    if share_prompt:
+        bounds = np.column_stack([start_P4[:, 0], end_P4[:, 0], end_P4[:, 1], end_P4[:, 3]])
+        return bounds.astype(np.int32)
+    end_G = end_P4[:, 1::2].ravel()
+    return np.column_stack([start_P4[:, 0::2].ravel(), end_G, end_G, end_G]).astype(np.int32)

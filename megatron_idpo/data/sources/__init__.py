@@ -1,0 +1,1 @@
+"""From files, directories and the hub to preference records."""

@@ -1,0 +1,1 @@
+"""From preference records to tokenized pairs on disk."""

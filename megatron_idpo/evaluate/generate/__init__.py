@@ -1,0 +1,1 @@
+"""Answers of one or several models to held-out prompts."""

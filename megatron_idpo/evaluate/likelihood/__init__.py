@@ -1,0 +1,1 @@
+"""Layer curves of held-out pairs, and the layers to tap."""

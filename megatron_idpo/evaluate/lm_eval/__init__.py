@@ -1,0 +1,1 @@
+"""The H4 benchmarks through lm-eval."""

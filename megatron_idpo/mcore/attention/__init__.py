@@ -1,0 +1,1 @@
+"""Core attention for packed shared-prompt rows."""

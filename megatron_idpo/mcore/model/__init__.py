@@ -1,0 +1,1 @@
+"""GPTModel chunks: architecture, specs, construction."""

@@ -1,0 +1,222 @@
+"""A model's architecture as one typed value, read from a Hugging Face config.json and nothing else.
+
+What the rest of the package knows of a model is here: its sizes, which layers have a sliding
+window, its rope settings. Reading refuses, all at once and by name, every field that would change
+the numbers and is not expressed here (`hf_config.py`, `hf_rope.py`), so that no converted model is
+silently another one.
+
+It reads no weights, computes no frequencies (`rope.py`) and knows nothing of parallel layouts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+
+from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.mcore.model.hf_config import PLACE, checkpoint_dtype, problem, read_config
+
+type RopeValue = float | bool | tuple[float, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSettings:
+    """Transformers' standardised `rope_parameters`, hashable.
+
+    Attributes:
+        rope_type: A key of Transformers' `ROPE_INIT_FUNCTIONS`, or "default".
+        parameters: The other entries, sorted by name; lists are tuples.
+    """
+
+    rope_type: str
+    parameters: tuple[tuple[str, RopeValue], ...]
+
+    @classmethod
+    def of(cls, rope_parameters: Mapping[str, Any]) -> Self:
+        """From the dictionary of a standardised Transformers config."""
+        entries = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in rope_parameters.items()
+            if name not in ("rope_type", "type")
+        }
+        return cls(
+            rope_type=rope_parameters["rope_type"], parameters=tuple(sorted(entries.items()))
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The `rope_parameters` that Transformers expects."""
+        entries = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in self.parameters
+            # Only YaRN reads a null: its factor is then the ratio of the two lengths.
+            if value is not None or self.rope_type == "yarn"
+        }
+        return {"rope_type": self.rope_type, **entries}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A decoder-only language model, as far as its numbers depend on it.
+
+    All of them have RMSNorm, a SiLU-gated MLP without biases and rotary positions.
+
+    Attributes:
+        family: "llama", "mistral", "qwen2" or "qwen3".
+        num_layers: Transformer layers.
+        hidden_size: Width of the residual stream.
+        ffn_hidden_size: Width of the gated MLP, per branch.
+        num_heads: Query heads.
+        num_kv_heads: Key-value heads; a divisor of `num_heads`.
+        head_dim: Width of a head, even; `num_heads * head_dim` may differ from `hidden_size`.
+        vocab_size: Rows of the embedding, unpadded.
+        max_positions: Longest sequence that the config promises.
+        norm_eps: RMSNorm's epsilon, of every norm.
+        tied_embeddings: The output layer is the embedding.
+        qkv_bias: Biases on the query, key and value projections, none on the output's.
+        qk_norm: An RMSNorm over each head's queries and keys, before rotation.
+        windows: One per layer: a query sees the keys with `0 <= q_pos - k_pos < window`; None sees
+            all before it (Transformers' `masking_utils.sliding_window_overlay`).
+        rope: Rotary settings.
+        dtype: Of the checkpoint's weights: float32, bfloat16 or float16.
+        num_experts: 0, dense.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
+    rope: RopeSettings
+    dtype: torch.dtype
+    num_experts: int = 0
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], place: str = PLACE) -> Self:
+        """Reads a parsed config.json, of Transformers 4 or 5.
+
+        Missing fields have the defaults of Transformers' own config class.
+
+        Args:
+            config: The parsed file; it is not changed.
+            place: What to call the file in errors, its path.
+
+        Returns:
+            The architecture.
+
+        Raises:
+            ConfigError: Naming every field that is unknown, malformed, or would change the numbers
+                in a way that is not supported.
+        """
+        if not isinstance(config, Mapping):
+            raise ConfigError.at(place, f"holds a {type(config).__name__}, not an object")
+        hf_config, problems = read_config(config)
+        if hf_config is not None:
+            problems += _head_problems(hf_config)
+            problems += _rope_list_problems(hf_config, config)
+            problems += _layer_type_problems(hf_config, config)
+        if problems:
+            raise ConfigError.of([_relocated(found, place) for found in problems])
+        family = hf_config.model_type
+        return cls(
+            family=family,
+            num_layers=hf_config.num_hidden_layers,
+            hidden_size=hf_config.hidden_size,
+            ffn_hidden_size=hf_config.intermediate_size,
+            num_heads=hf_config.num_attention_heads,
+            num_kv_heads=hf_config.num_key_value_heads,
+            head_dim=_head_dim(hf_config),
+            vocab_size=hf_config.vocab_size,
+            max_positions=hf_config.max_position_embeddings,
+            norm_eps=float(hf_config.rms_norm_eps),
+            tied_embeddings=hf_config.tie_word_embeddings,
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            windows=_windows(hf_config),
+            rope=RopeSettings.of(hf_config.rope_parameters),
+            dtype=checkpoint_dtype(config),
+        )
+
+
+def _relocated(found: Problem, place: str) -> Problem:
+    """The problem with the file's own path."""
+    assert found.place.startswith(PLACE), found
+    return replace(found, place=place + found.place.removeprefix(PLACE))
+
+
+def _head_dim(hf_config: Any) -> int:
+    """Transformers' rule where it is missing or null: the quotient, rounded down."""
+    given = getattr(hf_config, "head_dim", None)
+    return int(given or hf_config.hidden_size // hf_config.num_attention_heads)
+
+
+def _windows(hf_config: Any) -> tuple[int | None, ...]:
+    """Mistral windows all layers; Qwen those that `layer_types` says; Llama none.
+
+    Transformers 5.23: `modeling_mistral.py` picks one mask by `sliding_window`; `modeling_qwen2.py`
+    and `modeling_qwen3.py` pick by `layer_types[layer]`; all give the window to one overlay.
+    """
+    window: int | None = getattr(hf_config, "sliding_window", None)
+    num_layers: int = hf_config.num_hidden_layers
+    if hf_config.model_type in ("llama", "mistral"):
+        return (window,) * num_layers
+    kinds: list[str] = hf_config.layer_types
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _head_problems(hf_config: Any) -> list[Problem]:
+    """Whether heads can be grouped and rotated."""
+    heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
+    problems = []
+    if heads % groups:
+        problems.append(
+            problem("num_key_value_heads", f"{groups} does not divide num_attention_heads {heads}")
+        )
+    head_dim = _head_dim(hf_config)
+    if head_dim % 2 or head_dim < 2:
+        problems.append(problem("head_dim", f"{head_dim} is not even, it cannot be rotated"))
+    return problems
+
+
+def _rope_list_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Problem]:
+    """Whether LongRoPE's lists have one entry per frequency."""
+    head_dim, problems = _head_dim(hf_config), []
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    for name in ("short_factor", "long_factor"):
+        entries = hf_config.rope_parameters.get(name)
+        if entries is not None and len(entries) != head_dim // 2:
+            told = f"{len(entries)} entries for {head_dim // 2} frequencies (head_dim {head_dim})"
+            problems.append(problem(f"{key}.{name}", told))
+    return problems
+
+
+def _layer_type_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Problem]:
+    """Whether `layer_types` says what Transformers' model of the family does."""
+    window = getattr(hf_config, "sliding_window", None)
+    num_layers = hf_config.num_hidden_layers
+    if hf_config.model_type in ("llama", "mistral"):
+        only = "full_attention" if window is None else "sliding_attention"
+        if config.get("layer_types") in (None, [only] * num_layers):
+            return []
+        told = f"is not {num_layers} times {only!r}, which is what Transformers computes"
+        return [problem("layer_types", f"{config['layer_types']!r} {told}", "remove it")]
+    kinds = set(hf_config.layer_types)
+    strange = sorted(kinds - {"full_attention", "sliding_attention"})
+    if strange:
+        return [problem("layer_types", f"{strange} are not supported")]
+    if len(hf_config.layer_types) != num_layers:
+        told = f"{len(hf_config.layer_types)} entries for {num_layers} layers"
+        return [problem("layer_types", told)]
+    if "sliding_attention" in kinds and window is None:
+        told = "has 'sliding_attention' layers, but there is no window"
+        return [problem("layer_types", told, "set use_sliding_window and sliding_window")]
+    return []

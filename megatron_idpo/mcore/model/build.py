@@ -1,0 +1,234 @@
+"""A real megatron-core `GPTModel` from an `Architecture`, in any layout, without weights.
+
+`transformer_config` says in one place which megatron-core settings an architecture means and which
+accelerations a machine without Transformer Engine or apex has to go without. `build_model` makes
+this rank's chunks, replaces the rotary embedding by ours, and leaves the parameters uninitialised:
+`convert/hf_to_megatron.py` or `checkpoint/weights.py` fills every one of them.
+
+Not here: loading, wrapping in DDP, the optimizer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_idpo.mcore.lora.chunk import ADAPTERS_NAME
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.model.head_replica import REPLICA_NAME
+from megatron_idpo.mcore.model.specs import block_spec, has_transformer_engine
+from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.mcore.rope.rotary import RowRotary, attention_scale
+
+__all__ = [
+    "GPTModel",
+    "ModelOptions",
+    "Recompute",
+    "build_model",
+    "finalize_model_grads",
+    "global_parameters",
+    "padded_vocab_size",
+    "transformer_config",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """Which activations are recomputed in the backward pass instead of being kept."""
+
+    granularity: Literal["off", "selective", "full"] = "off"
+    """`selective` recomputes core attention only, `full` whole layers."""
+
+    method: Literal["uniform", "block"] = "uniform"
+    """With `full`: recompute in chunks of `num_layers`, or the first `num_layers` of a stage."""
+
+    num_layers: int = 1
+    """With `full`: see `method`."""
+
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of `TransformerConfig` that say the same."""
+        if self.granularity == "off":
+            return {}
+        if self.granularity == "selective":
+            return {"recompute_granularity": "selective"}
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": self.method,
+            "recompute_num_layers": self.num_layers,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What a run chooses about a model beyond its architecture and layout."""
+
+    dtype: torch.dtype = torch.float32
+    """Of parameters and activations: float32, bfloat16 or float16."""
+
+    recompute: Recompute = field(default_factory=Recompute)
+
+    transformer_engine: bool = True
+    """Build from Transformer Engine's modules where they work. Not with LoRA: Transformer Engine
+    fuses norms with the linears behind them, and adapters need what comes out of the norm."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Further `TransformerConfig` fields, for those who know megatron-core."""
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding in the model: `vocab_size` rounded up to a multiple of `tensor`.
+
+    Padding is kept minimal, since every padded row is a logit that log-probabilities have to mask.
+    Checkpoints do not depend on it: the embedding is saved with `allow_shape_mismatch`.
+    """
+    return -(-vocab_size // tensor) * tensor
+
+
+def transformer_config(
+    architecture: Architecture, layout: Layout, options: ModelOptions
+) -> TransformerConfig:
+    """The megatron-core configuration that means this architecture in this layout."""
+    engine = options.transformer_engine and has_transformer_engine()
+    fields = {
+        **_shape_fields(architecture),
+        **_numeric_fields(architecture, options.dtype),
+        **_acceleration_fields(),
+        "transformer_impl": "transformer_engine" if engine else "local",
+        **layout.transformer_config_fields(architecture.num_layers),
+        **options.recompute.config_fields(),
+        **options.overrides,
+    }
+    # Not Transformer Engine's: megatron-core's word for an activation module of the layer's spec.
+    # Experts get no such module, and would take the activation for one that is not gated.
+    is_dense = fields.get("num_moe_experts") is None
+    fields["use_te_activation_func"] = is_dense and not fields["bias_activation_fusion"]
+    return TransformerConfig(**fields)
+
+
+def build_model(
+    architecture: Architecture, layout: Layout, options: ModelOptions | None = None
+) -> list[GPTModel]:
+    """This rank's chunks of the model, on its device, with uninitialised parameters.
+
+    Call after `layout.start()`. Returns `layout.virtual_pipeline` chunks in virtual-stage order.
+
+    Raises:
+        ConfigError: the layout cannot hold this architecture.
+    """
+    layout.check(architecture, torch.distributed.get_world_size())
+    config = transformer_config(architecture, layout, options or ModelOptions())
+    if layout.virtual_pipeline == 1:
+        return [_build_chunk(architecture, layout, config, None)]
+    return [
+        _build_chunk(architecture, layout, config, chunk)
+        for chunk in range(layout.virtual_pipeline)
+    ]
+
+
+def global_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters with names whose layer numbers count over the whole model, from 0.
+
+    The model's own: not copies of a head, nor adapters, which have names of their own.
+
+    A chunk numbers its layers from 0 again; `TransformerLayer.layer_number` counts from 1 overall.
+    """
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            prefix, *rest = name.split(".", 3)
+            if prefix in (REPLICA_NAME, ADAPTERS_NAME):
+                continue  # the plugin's copy of a parameter that another stage owns; LoRA
+            if prefix == "decoder" and rest[0] == "layers":
+                layer = chunk.decoder.layers[int(rest[1])].layer_number - 1
+                name = f"decoder.layers.{layer}.{rest[2]}"
+            yield name, parameter
+
+
+def _build_chunk(
+    architecture: Architecture, layout: Layout, config: TransformerConfig, vp_stage: int | None
+) -> GPTModel:
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, vp_stage=vp_stage),
+        vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
+        max_sequence_length=architecture.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+        vp_stage=vp_stage,
+    )
+    # megatron-core's own rotary embedding knows neither rows nor every scaling of Transformers.
+    model.rotary_pos_emb = RowRotary(architecture)
+    return model
+
+
+def _shape_fields(architecture: Architecture) -> dict[str, Any]:
+    return {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_heads,
+        "num_query_groups": architecture.num_kv_heads,
+        "kv_channels": architecture.head_dim,
+        "add_qkv_bias": architecture.qkv_bias,
+        "qk_layernorm": architecture.qk_norm,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        **_window_fields(architecture.windows),
+    }
+
+
+def _window_fields(windows: tuple[int | None, ...]) -> dict[str, Any]:
+    """Sliding windows as megatron-core spells them: one size, and which layers have it.
+
+    A window of w tokens lets a query see itself and the w - 1 before it; megatron-core counts the
+    latter.
+    """
+    sizes = {window for window in windows if window is not None}
+    if not sizes:
+        return {}
+    assert len(sizes) == 1, f"megatron-core has one window size for all layers, not {sizes}"
+    return {
+        "window_size": (sizes.pop() - 1, 0),
+        "window_attn_skip_freq": [int(window is not None) for window in windows],
+    }
+
+
+def _numeric_fields(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.norm_eps,
+        "activation_func": torch.nn.functional.silu,
+        "softmax_scale": attention_scale(architecture),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        # Every parameter is filled by loading; drawing random ones first would only take time.
+        "perform_initialization": False,
+    }
+
+
+def _acceleration_fields() -> dict[str, Any]:
+    """What is fused where: `torch.compile`d pieces on a GPU only, apex's kernels never assumed."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "use_cpu_initialization": False,
+        "deallocate_pipeline_outputs": True,
+        "cross_entropy_loss_fusion": False,
+        # None are captured; megatron-core's own default is a spelling that it warns about.
+        "cuda_graph_modules": [],
+    }

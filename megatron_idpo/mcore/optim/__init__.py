@@ -1,0 +1,1 @@
+"""DDP, AdamW and their state."""

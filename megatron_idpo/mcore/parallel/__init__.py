@@ -1,0 +1,1 @@
+"""Layouts, process groups, the world and the schedule."""

@@ -1,0 +1,1 @@
+"""Rotary embeddings with the frequencies of Transformers."""

@@ -1,0 +1,1 @@
+"""Files and directories of a run: atomic writes, locks, sealed records."""

@@ -1,0 +1,1 @@
+"""Metrics of a training step: reduction, names, file, throughput."""
