@@ -262,14 +262,14 @@ def processor() -> str:
 
 def commit() -> str:
     """What was measured; `+` where files differ from it."""
-    told = subprocess.run(
+    message = subprocess.run(
         ["git", "describe", "--always", "--dirty=+"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    return told.stdout.strip() or "unknown"
+    return message.stdout.strip() or "unknown"
 
 
 def arguments() -> argparse.Namespace:
@@ -324,8 +324,8 @@ def main() -> None:
                         batch_pairs=BATCH_PAIRS,
                         threads=options.threads,
                     )
-                    told = f", layers {layers}" if layers else ""
-                    title = f"{set_name} at {max_length}, {dtype}{told}"
+                    message = f", layers {layers}" if layers else ""
+                    title = f"{set_name} at {max_length}, {dtype}{message}"
                     compared.append(compare(title, case, options, directory))
     text = report(compared, options)
     print(text)

@@ -251,9 +251,9 @@ def time_table(options: argparse.Namespace) -> list[str]:
                 bare_s, ratio, unrounded = ratios(
                     sizes, options.device, options.repeats, tiles, frozen=frozen
                 )
-                told = "" if unrounded is None else f"{unrounded:.2f}"
+                message = "" if unrounded is None else f"{unrounded:.2f}"
                 weight = "frozen" if frozen else "trainable"
-                lines.append(f"| {sizes} | {weight} | {bare_s:.2f} | {ratio:.2f} | {told} |")
+                lines.append(f"| {sizes} | {weight} | {bare_s:.2f} | {ratio:.2f} | {message} |")
                 print(lines[-1], flush=True)
     return [*lines, ""]
 

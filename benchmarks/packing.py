@@ -220,8 +220,8 @@ def report_file(
             lines.append(f"| {pairs} | {ranks} | {' | '.join(cells)} |")
             if fill < REQUIRED_FILL:
                 below.append(f"{pairs} pairs on {ranks}: {fill:.1%} of at most {possible:.1%}")
-    told = "; ".join(below) or "none"
-    return [*lines, "", f"Below {REQUIRED_FILL:.0%} when cut to {trims_tokens[0]}s: {told}.", ""]
+    message = "; ".join(below) or "none"
+    return [*lines, "", f"Below {REQUIRED_FILL:.0%} when cut to {trims_tokens[0]}s: {message}.", ""]
 
 
 def report_cell(

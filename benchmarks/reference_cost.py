@@ -111,7 +111,7 @@ def timed_steps(options: argparse.Namespace, directory: Path) -> dict[str, list[
             "adapter_off": build_reference(with_live, policy, run.reference, show_progress=False),
         }
         trainers = {
-            name: Trainer(policy, references[name], run.trainer.objective, 0, run.trainer.place)
+            name: Trainer(policy, references[name], run.trainer.objective, 0, run.trainer.location)
             for name in TIMED
         }
         steps: dict[str, list[Step]] = {name: [] for name in TIMED}
@@ -271,8 +271,8 @@ def main() -> None:
             (own / records.name).write_bytes(records.read_bytes())
             peaks[kind] = in_a_process(kind, own)
             print(f"{kind}: {peaks[kind] / 1e9:.2f} GB", file=sys.stderr)
-        told = in_a_process("time", Path(name))
-    steps = {name: [Step(*each) for each in found] for name, found in told.items()}
+        message = in_a_process("time", Path(name))
+    steps = {name: [Step(*each) for each in found] for name, found in message.items()}
     text = report(steps, peaks, options)
     print(text)
     if options.save:

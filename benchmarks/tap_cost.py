@@ -130,15 +130,15 @@ def time_table(pool: WorkerPool, sizes: Sizes, repeats: int) -> list[str]:
         flops = Flops.of(sizes, times.layer_weights, frozen=frozen)
         timed = Timed.of(np.array(times.rounds), flops)
         lines.append(f"| {'frozen' if frozen else 'trainable'} | {timed} |")
-    told = f"The bar is {BAR} for tap / products; medians of {repeats} rounds (their range)."
-    return [*lines, "", told, ""]
+    message = f"The bar is {BAR} for tap / products; medians of {repeats} rounds (their range)."
+    return [*lines, "", message, ""]
 
 
 def memory_table(pool: WorkerPool, sizes: Sizes, stages: int) -> list[str]:
     """Lines of the report: taps in the middle and at the end of every stage but the last."""
     per_stage = sizes.layers // stages
     ends = [per_stage * (stage + 1) for stage in range(stages - 1)]
-    places = {"an inner layer": [end - 1 for end in ends], "the stage's last layer": ends}
+    locations = {"an inner layer": [end - 1 for end in ends], "the stage's last layer": ends}
     hidden_bytes = 4 * sizes.row_tokens * sizes.hidden
     lines = [
         f"## Memory: {sizes}, {stages} stages, {2 * stages} micro-batches, fp32, frozen head",
@@ -152,7 +152,7 @@ def memory_table(pool: WorkerPool, sizes: Sizes, stages: int) -> list[str]:
     for recompute in ("off", "full, every layer"):
         run = partial(pool.run, memory_case, stages, sizes, stages, timeout_s=300, frozen=True)
         plain = run([], recompute)
-        for place, layers in places.items():
+        for location, layers in locations.items():
             tapped = run(layers, recompute)
             for stage in range(stages - 1):
                 flying = stages - 1 - stage  # forward passes before the first backward pass
@@ -162,7 +162,7 @@ def memory_table(pool: WorkerPool, sizes: Sizes, stages: int) -> list[str]:
                 ]
                 peak = (tapped[stage].peak - plain[stage].peak) / 1e6
                 lines.append(
-                    f"| {recompute} | {place} | {stage} | {flying} | {each[0]:.2f} "
+                    f"| {recompute} | {location} | {stage} | {flying} | {each[0]:.2f} "
                     f"| {each[1]:.2f} | {each[1] - each[0]:.2f} | {peak:.2f} |"
                 )
     return [*lines, ""]

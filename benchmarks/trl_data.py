@@ -26,7 +26,7 @@ def choose_records(source: Path, target: Path, model: str, max_length: int, pair
         cache=target.parent / "tokens",
         num_workers=1,
     )
-    rows = [int(kept.place(index).rpartition(":")[2]) for index in range(len(kept))]
+    rows = [int(kept.location(index).rpartition(":")[2]) for index in range(len(kept))]
     lines = source.read_text().splitlines()
     chosen = [lines[rows[number * len(rows) // pairs] - 1] for number in range(pairs)]
     target.write_text("".join(f"{line}\n" for line in chosen))

@@ -81,9 +81,9 @@ def problems(job: dict[str, Any], service: dict[str, Any]) -> Iterator[str]:
         (f"the action on exit code {EXIT_PREEMPTED}", _action(job, EXIT_PREEMPTED), "Ignore"),
         (f"the action on exit code {EXIT_USER_ERROR}", _action(job, EXIT_USER_ERROR), "FailJob"),
     )
-    for place, value, wanted in expected:
+    for location, value, wanted in expected:
         if value != wanted:
-            yield f"{place} is {value!r}; it should be {wanted!r}, like the rest of the file"
+            yield f"{location} is {value!r}; it should be {wanted!r}, like the rest of the file"
 
 
 def _container(job: dict[str, Any]) -> dict[str, Any]:

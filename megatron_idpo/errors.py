@@ -23,7 +23,7 @@ BSD's EX_TEMPFAIL, "try again later"."""
 class Problem:
     """One mistake: where it is, what is wrong there, and what would put it right."""
 
-    place: str
+    location: str
     """What the user can point at: `layout.tensor`, a shard's file name, `pairs.jsonl:17`."""
 
     message: str
@@ -34,8 +34,8 @@ class Problem:
 
     def __str__(self) -> str:
         """`place: message; remedy` on one line."""
-        told = f"{self.place}: {self.message}"
-        return f"{told}; {self.remedy}" if self.remedy else told
+        reason = f"{self.location}: {self.message}"
+        return f"{reason}; {self.remedy}" if self.remedy else reason
 
 
 class UserError(Exception):
@@ -54,9 +54,9 @@ class UserError(Exception):
         return error
 
     @classmethod
-    def at(cls, place: str, message: str, remedy: str = "") -> Self:
+    def at(cls, location: str, message: str, remedy: str = "") -> Self:
         """One problem, raised where it is found."""
-        return cls.of([Problem(place, message, remedy)])
+        return cls.of([Problem(location, message, remedy)])
 
 
 class ConfigError(UserError, ValueError):

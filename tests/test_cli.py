@@ -62,7 +62,7 @@ def test_convert_hands_everything_on(room: Any, direction: str) -> None:
     assert kwargs == {"dtype": "bf16", "layout": layout, "overwrite": True}
 
 
-def test_convert_keeps_the_stored_format_and_one_rank_unless_told(room: Any) -> None:
+def test_convert_keeps_the_stored_format_and_one_rank_unless_reported(room: Any) -> None:
     from megatron_idpo.mcore.parallel.layout import Layout
 
     convert = room("megatron_idpo.convert.hf_to_megatron", "convert", Recorder())
@@ -89,7 +89,7 @@ def test_doctor_with_and_without_a_config(room: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("", "no verb given; the verbs are train, score, convert, sdpo, likelihood"),
         ("covnert a b", "no verb 'covnert'; did you mean convert?"),
@@ -104,22 +104,22 @@ def test_doctor_with_and_without_a_config(room: Any) -> None:
     ],
 )
 def test_mistakes_are_told_on_one_line(
-    words: str, told: str, capsys: pytest.CaptureFixture[str]
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(words.split()) == EXIT_USER_ERROR
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("megatron-idpo: error: ")
     assert err.count("\n") == 1
-    assert told in err
+    assert message in err
 
 
 def test_a_users_error_has_no_traceback(room: Any, capsys: pytest.CaptureFixture[str]) -> None:
     failure = CheckpointError.at("model.safetensors", "truncated", "fetch it again")
     room("megatron_idpo.doctor.main", "main", Recorder(failure))
     assert cli.main(["doctor"]) == EXIT_USER_ERROR
-    told = "megatron-idpo: error: model.safetensors: truncated; fetch it again\n"
-    assert capsys.readouterr().err == told
+    message = "megatron-idpo: error: model.safetensors: truncated; fetch it again\n"
+    assert capsys.readouterr().err == message
 
 
 def test_an_unexpected_error_keeps_its_traceback(room: Any) -> None:
@@ -244,9 +244,9 @@ def test_a_crashing_import_of_megatron_points_to_the_doctor(
 
     monkeypatch.setitem(cli.VERBS, "convert", replace(cli.VERBS["convert"], run=run))
     assert cli.main(["convert", "hf-to-megatron", "in", "out"]) == 2
-    told = capsys.readouterr().err
-    assert "libtransformer_engine.so" in told and "megatron-idpo doctor" in told
-    assert "Traceback" not in told
+    message = capsys.readouterr().err
+    assert "libtransformer_engine.so" in message and "megatron-idpo doctor" in message
+    assert "Traceback" not in message
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import pytest
 from megatron_idpo.cli.errors import (
     EXIT_INTERRUPTED,
     is_lost_peer,
+    report_interrupted,
+    report_lost_peer,
+    report_user_error,
     stopped_an_import_of_megatron,
-    tell_interrupted,
-    tell_lost_peer,
-    tell_user_error,
 )
 from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, ConfigError
 
@@ -37,20 +37,24 @@ def one_of_two(monkeypatch):
 
 
 def test_a_users_mistake(alone, capsys):
-    assert tell_user_error(ConfigError.at("data.train", "is missing", "add it")) == EXIT_USER_ERROR
+    assert (
+        report_user_error(ConfigError.at("data.train", "is missing", "add it")) == EXIT_USER_ERROR
+    )
     assert capsys.readouterr().err == "megatron-idpo: error: data.train: is missing; add it\n"
 
 
 def test_ctrl_c(alone, capsys):
-    assert tell_interrupted() == EXIT_INTERRUPTED == 130
+    assert report_interrupted() == EXIT_INTERRUPTED == 130
     assert "interrupted; what was saved before is complete" in capsys.readouterr().err
 
 
 def test_a_lost_peer_is_told_by_the_first_line(one_of_two, capsys):
-    assert tell_lost_peer(RuntimeError(LOST)) == EXIT_PEER_LOST
-    told = capsys.readouterr().err
-    assert told.startswith("megatron-idpo: error (rank 1): another process of this run has ended")
-    assert "Connection closed by peer" in told and "more" not in told and "saved" in told
+    assert report_lost_peer(RuntimeError(LOST)) == EXIT_PEER_LOST
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "megatron-idpo: error (rank 1): another process of this run has ended"
+    )
+    assert "Connection closed by peer" in message and "more" not in message and "saved" in message
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,7 @@ def test_a_process_alone_has_no_peer_to_lose(alone, monkeypatch):
 
 
 def test_who_cannot_reach_the_others_speaks(one_of_two, capsys):
-    assert tell_user_error(ConfigError("here")) == EXIT_USER_ERROR
+    assert report_user_error(ConfigError("here")) == EXIT_USER_ERROR
     assert capsys.readouterr().err == "megatron-idpo: error (rank 1): here\n"
 
 
@@ -99,7 +103,7 @@ def test_of_several_ranks_that_fail_the_first_one_speaks(monkeypatch, capsys):
         }
         for name, value in world.items():
             monkeypatch.setenv(name, value)
-        assert tell_user_error(ConfigError(f"of rank {rank}")) == EXIT_USER_ERROR
+        assert report_user_error(ConfigError(f"of rank {rank}")) == EXIT_USER_ERROR
         said.append(capsys.readouterr().err)
     assert "error (rank 1): of rank 1" in said[0]
     assert said[1] == ""

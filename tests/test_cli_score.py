@@ -51,10 +51,10 @@ def test_with_steps_it_scores_the_first_model(
 def test_steps_need_what_training_needs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         main(config(tmp_path, f"{ONE_STEP}sdpo: {{steps: [{{}}]}}"), [])
-    assert {problem.place for problem in raised.value.problems} == {"optimizer", "training"}
+    assert {problem.location for problem in raised.value.problems} == {"optimizer", "training"}
 
 
-def test_an_empty_section_is_told(tmp_path: Path) -> None:
+def test_an_empty_section_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sdpo.*is empty"):
         main(config(tmp_path, f"{ONE_STEP}sdpo:"), [])
 

@@ -40,12 +40,12 @@ def test_it_trains_as_configured(tmp_path, monkeypatch):
     assert config.checkpoint.every_steps == 100 and config.logging.every_steps == 5
 
 
-def test_every_section_that_is_missing_is_told(tmp_path):
+def test_every_section_that_is_missing_is_reported(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("{}")
     with pytest.raises(ConfigError) as raised:
         main(path, [])
-    assert {problem.place for problem in raised.value.problems} == {
+    assert {problem.location for problem in raised.value.problems} == {
         "model",
         "data",
         "optimizer",

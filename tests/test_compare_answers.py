@@ -78,7 +78,7 @@ def test_what_is_no_model_is_told_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert compare_answers.main([str(tmp_path), str(tmp_path), "Why?"]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith(f"compare_answers: {tmp_path}: cannot be loaded: ")
-    assert told.err.count("\n") == 1
+    message = capsys.readouterr()
+    assert message.out == ""
+    assert message.err.startswith(f"compare_answers: {tmp_path}: cannot be loaded: ")
+    assert message.err.count("\n") == 1

@@ -190,10 +190,10 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), MISTAKES)
-def test_one_mistake_is_one_line_with_place_and_remedy(write, text, told):
+@pytest.mark.parametrize(("text", "message"), MISTAKES)
+def test_one_mistake_is_one_line_with_place_and_remedy(write, text, message):
     lines = refused(write(text), required=["data"])
-    assert all(part in "\n".join(lines) for part in told), lines
+    assert all(part in "\n".join(lines) for part in message), lines
     # What cannot even be read as YAML leaves a hole that is a second problem.
     assert len(lines) == 1 or any(mark in text for mark in "&!"), lines
 
@@ -202,7 +202,7 @@ def test_all_mistakes_are_told_together(write):
     text = "modle: {}\ndata: {train: a, sede: 1, row_tokens: x}\nlayout: {tensor: 1.5}\n"
     lines = refused(write(text), ["nonsense", "data.eval=["], required=["data", "training"])
     assert lines[0] == "7 problems:"
-    for place in (
+    for location in (
         "modle",
         "data.sede",
         "data.row_tokens",
@@ -210,7 +210,7 @@ def test_all_mistakes_are_told_together(write):
         "'nonsense'",
         "training",
     ):
-        assert any(place in line for line in lines), (place, lines)
+        assert any(location in line for line in lines), (location, lines)
 
 
 def test_a_file_is_checked_whole_whatever_the_verb_reads(write):

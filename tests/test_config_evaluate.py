@@ -30,7 +30,7 @@ def test_lists_stay_immutable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("judge: {model: x, kind: reward, template: t}", "kind is reward"),
         ("judge: {model: x, kind: language_model, timeout_s: 3.0}", "kind is language_model"),
@@ -45,8 +45,8 @@ def test_lists_stay_immutable(tmp_path: Path) -> None:
         ("evaluate: {models: {a: {adapter: x}}}", "evaluate.models.a.path.*is missing"),
     ],
 )
-def test_what_cannot_be_is_refused(text: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         load(tmp_path, text)
 
 

@@ -69,9 +69,9 @@ def test_layers_as_they_may_be_written(tmp_path, written, read):
     ["22", "every", 22, [True], ["1"], {"every": True}, {"each": 4}, {"every": 4, "a": 1}],
 )
 def test_layers_as_they_may_not_be_written(tmp_path, written):
-    (told,) = refused(tmp_path, objective={"layers": written})
-    assert told.startswith("objective.layers (run.yaml:") and f"is {written!r}" in told
-    assert "give a list of layer numbers or depth fractions, {every: n}" in told
+    (message,) = refused(tmp_path, objective={"layers": written})
+    assert message.startswith("objective.layers (run.yaml:") and f"is {written!r}" in message
+    assert "give a list of layer numbers or depth fractions, {every: n}" in message
 
 
 # A section's fields, and what its one problem says.
@@ -134,8 +134,8 @@ MISTAKES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 
 @pytest.mark.parametrize(("section", "fields", "words"), MISTAKES)
 def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, section, fields, words):
-    (told,) = refused(tmp_path, **{section: fields})
-    assert all(word in told for word in words), told
+    (message,) = refused(tmp_path, **{section: fields})
+    assert all(word in message for word in words), message
 
 
 def test_the_weight_zero_is_no_mistake_without_layers(tmp_path):

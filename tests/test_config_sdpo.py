@@ -62,8 +62,8 @@ def test_a_step_with_everything_of_its_own(tmp_path):
         "export": True,
     }
     (step,) = section(tmp_path, steps=[written]).steps
-    told = {name: getattr(step, name) for name in written}
-    assert told == {**written, "layout": LayoutConfig(tensor=2)}
+    message = {name: getattr(step, name) for name in written}
+    assert message == {**written, "layout": LayoutConfig(tensor=2)}
     assert section(tmp_path, steps=[{"sources": [2, 1]}]).steps[0].sources == (2, 1)
     assert section(tmp_path, steps=[{"layers": []}]).steps[0].layers == ()
 
@@ -186,15 +186,15 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 
 @pytest.mark.parametrize(("fields", "words"), MISTAKES)
 def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, fields, words):
-    (told,) = refused(tmp_path, **fields)
-    assert all(word in told for word in words), told
-    place, line = told.split(": ", 1)[0].split(" (")
-    assert place == words[0] and line.startswith("run.yaml:")
+    (message,) = refused(tmp_path, **fields)
+    assert all(word in message for word in words), message
+    location, line = message.split(": ", 1)[0].split(" (")
+    assert location == words[0] and line.startswith("run.yaml:")
 
 
 def test_mistakes_of_several_kinds_are_told_at_once(tmp_path):
-    told = refused(tmp_path, steps=[{"fraction": 0.5}, {}], only=3, by="pair")
-    assert [one.split(" (")[0] for one in told] == [
+    message = refused(tmp_path, steps=[{"fraction": 0.5}, {}], only=3, by="pair")
+    assert [one.split(" (")[0] for one in message] == [
         "sdpo.only",
         "sdpo.steps.1",
         "sdpo.steps",

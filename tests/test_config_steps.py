@@ -253,16 +253,16 @@ MISTAKES: list[tuple[list[dict[str, Any]], dict[str, Any], tuple[str, ...]]] = [
 
 @pytest.mark.parametrize(("steps", "sections", "words"), MISTAKES)
 def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, steps, sections, words):
-    (told,) = refused(tmp_path, *steps, **sections)
-    assert all(word in told for word in words), told
-    place, line = told.split(": ", 1)[0].split(" (")
-    assert place == words[0] and line.startswith("run.yaml:")
+    (message,) = refused(tmp_path, *steps, **sections)
+    assert all(word in message for word in words), message
+    location, line = message.split(": ", 1)[0].split(" (")
+    assert location == words[0] and line.startswith("run.yaml:")
 
 
 def test_every_wrong_step_is_named(tmp_path):
     wrong = {"intermediate_weight": 0.3}
-    told = refused(tmp_path, wrong, {}, wrong)
-    assert [one.split(" (")[0] for one in told] == [
+    message = refused(tmp_path, wrong, {}, wrong)
+    assert [one.split(" (")[0] for one in message] == [
         f"sdpo.steps.{index}.intermediate_weight" for index in (0, 2)
     ]
 

@@ -121,16 +121,16 @@ def test_a_best_checkpoint_needs_a_score(tmp_path, save, evaluate, because, reme
         "training": {"eval_every_steps": evaluate},
         "checkpoint": {"keep_best": 2, "every_steps": save},
     }
-    (told,) = refused(tmp_path, **sections)
-    assert told.startswith("checkpoint.keep_best (run.yaml:")
-    assert "is 2, but" in told and because in told and remedy in told, told
+    (message,) = refused(tmp_path, **sections)
+    assert message.startswith("checkpoint.keep_best (run.yaml:")
+    assert "is 2, but" in message and because in message and remedy in message, message
 
 
 @pytest.mark.parametrize(("sections", "words"), MISTAKES)
 def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, sections, words):
-    (told,) = refused(tmp_path, **sections)
-    assert all(word in told for word in words), told
-    assert "run.yaml" in told or "command line" in told, told
+    (message,) = refused(tmp_path, **sections)
+    assert all(word in message for word in words), message
+    assert "run.yaml" in message or "command line" in message, message
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,15 @@ def test_what_may_be_written(tmp_path, sections):
 
 
 def test_all_mistakes_between_sections_are_told_together(tmp_path):
-    told = refused(
+    message = refused(
         tmp_path,
         training={"eval_every_steps": 10},
         checkpoint={"keep_best": 1},
         reference={"source": "adapter_off"},
     )
-    places = ("training.eval_every_steps", "checkpoint.keep_best", "reference.source")
-    assert len(told) == 3
-    assert all(any(place in line for line in told) for place in places)
+    locations = ("training.eval_every_steps", "checkpoint.keep_best", "reference.source")
+    assert len(message) == 3
+    assert all(any(location in line for line in message) for location in locations)
 
 
 def test_a_verb_without_data_does_not_miss_held_out_pairs(tmp_path):

@@ -83,7 +83,9 @@ def program_arguments(words: list[str]) -> list[str] | None:
         rest = words[words.index("megatron_idpo") + 1 :]
     else:
         return None
-    redirections = [place for place, word in enumerate(rest) if re.match(r"\d?[<>]|&$|→", word)]
+    redirections = [
+        location for location, word in enumerate(rest) if re.match(r"\d?[<>]|&$|→", word)
+    ]
     return rest[: redirections[0]] if redirections else rest
 
 
@@ -150,8 +152,8 @@ def test_there_is_something_to_read() -> None:
 
 def test_help_and_make_agree(targets: set[str]) -> None:
     """Every target says in `make help` what it does."""
-    told = set(re.findall(r"^([a-z][\w-]*):.*## ", (ROOT / "Makefile").read_text(), re.M))
-    assert told == targets
+    message = set(re.findall(r"^([a-z][\w-]*):.*## ", (ROOT / "Makefile").read_text(), re.M))
+    assert message == targets
 
 
 PROMISES = [
@@ -169,14 +171,14 @@ PROMISES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), PROMISES)
+@pytest.mark.parametrize(("text", "message"), PROMISES)
 def test_a_broken_promise_is_noticed(
-    tmp_path: Path, targets: set[str], text: str, told: str
+    tmp_path: Path, targets: set[str], text: str, message: str
 ) -> None:
     path = tmp_path / "a.md"
     path.write_text(f"{text}\n")
     (found,) = problems(path, targets)
-    assert told in found
+    assert message in found
 
 
 KEPT = """

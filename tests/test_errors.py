@@ -26,7 +26,7 @@ def test_one_problem_is_a_line_and_several_are_a_list(kind: type[UserError]) -> 
 def test_an_error_raised_where_it_is_found_is_of_its_own_kind(kind: type[UserError]) -> None:
     error = kind.at("pairs.jsonl:17", "is empty")
     assert type(error) is kind and str(error) == str(SECOND)
-    assert str(kind.at(FIRST.place, FIRST.message, FIRST.remedy)) == str(FIRST)
+    assert str(kind.at(FIRST.location, FIRST.message, FIRST.remedy)) == str(FIRST)
 
 
 def test_an_error_without_a_problem_is_our_mistake() -> None:

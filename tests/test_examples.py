@@ -111,8 +111,8 @@ def test_an_example_tells_how_it_is_started(path: Path) -> None:
 @each_example
 def test_a_header_that_counts_processes_counts_right(path: Path) -> None:
     layout = read(path).layout
-    for told in WORLD.findall(path.read_text()):
-        world, tensor, pipeline, data = map(int, told)
+    for message in WORLD.findall(path.read_text()):
+        world, tensor, pipeline, data = map(int, message)
         assert (tensor, pipeline) == (layout.tensor, layout.pipeline)
         assert world == tensor * pipeline * data
         assert {world_size(words) for words in commands(path)} == {world}
@@ -158,7 +158,7 @@ def test_the_example_of_sdpo_has_the_paper_s_steps() -> None:
 def test_the_other_order_that_the_example_of_sdpo_tells_is_one() -> None:
     """Its comment gives overrides."""
     path = EXAMPLES / "sdpo_solar_10b.yaml"
-    [told] = re.findall(r"^ +# (sdpo\.order=.*)$", path.read_text(), re.M)
-    config = load_config(path, shlex.split(told), optional=SECTIONS)
+    [message] = re.findall(r"^ +# (sdpo\.order=.*)$", path.read_text(), re.M)
+    config = load_config(path, shlex.split(message), optional=SECTIONS)
     assert config.sdpo is not None
     assert config.sdpo.takes_whole_sources

@@ -83,11 +83,11 @@ def _tree(root: Path, **files: str) -> Any:
     return rules.Tree(root)
 
 
-@pytest.mark.parametrize(("rule", "path", "text", "told"), BREACHES)
-def test_a_breach_is_noticed(tmp_path: Path, rule: str, path: str, text: str, told: str) -> None:
+@pytest.mark.parametrize(("rule", "path", "text", "message"), BREACHES)
+def test_a_breach_is_noticed(tmp_path: Path, rule: str, path: str, text: str, message: str) -> None:
     (breach,) = getattr(rules, rule)(_tree(tmp_path, **{path: text}))
     assert breach.startswith(path)
-    assert told in breach
+    assert message in breach
 
 
 def test_a_circle_of_rooms_is_noticed(tmp_path: Path) -> None:
@@ -99,8 +99,11 @@ def test_a_circle_of_rooms_is_noticed(tmp_path: Path) -> None:
             "megatron_idpo/convert/a.py": "import megatron_idpo.data.a",
         },
     )
-    told = list(rules.import_directions(tree))
-    assert [line.split(":")[0] for line in told] == ["megatron_idpo/data", "megatron_idpo/plugin"]
+    message = list(rules.import_directions(tree))
+    assert [line.split(":")[0] for line in message] == [
+        "megatron_idpo/data",
+        "megatron_idpo/plugin",
+    ]
 
 
 ALLOWED = {

@@ -113,16 +113,16 @@ def test_model_training_answers_figures_commands(
     *models, question = stage.asked
     assert models == ["runs/smollm2", "runs/quickstart/hf"]
     assert question in [pair["prompt"][-1]["content"] for pair in pairs_of("eval")]
-    told = capsys.readouterr().out
-    assert shlex.join(stage.asked) in told
-    assert "0.95 [0.83, 0.99]" in told
-    assert "is there: training goes on" not in told
+    message = capsys.readouterr().out
+    assert shlex.join(stage.asked) in message
+    assert "0.95 [0.83, 0.99]" in message
+    assert "is there: training goes on" not in message
 
 
 def test_every_path_that_is_told_exists(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     quickstart.main([])
-    told = capsys.readouterr().out
-    words = {word.strip("'\"():,.") for word in told.split()}
+    message = capsys.readouterr().out
+    words = {word.strip("'\"():,.") for word in message.split()}
     paths = {word for word in words if word.startswith(("runs/", "examples/", "tools/"))}
     assert {"runs/quickstart/hf", "runs/quickstart/adapter", "runs/quickstart/curves.png"} <= paths
     for path in paths:
@@ -135,9 +135,9 @@ def test_a_file_that_training_did_not_leave_is_not_promised(
 ) -> None:
     stage.lost = lost
     assert quickstart.main([]) == 2
-    told = capsys.readouterr()
-    assert f"training left no runs/quickstart/{lost}" in told.err
-    assert "for Transformers" not in told.out
+    message = capsys.readouterr()
+    assert f"training left no runs/quickstart/{lost}" in message.err
+    assert "for Transformers" not in message.out
 
 
 def test_in_steps_it_ends_with_what_became_of_each(
@@ -146,12 +146,12 @@ def test_in_steps_it_ends_with_what_became_of_each(
     assert quickstart.main([str(SDPO)]) == 0
     assert stage.commands == ["smollm2", "train", "compare_answers", "status"]
     assert stage.asked[:2] == ["runs/smollm2", "runs/quickstart_sdpo/hf"]
-    told = capsys.readouterr().out
-    assert f"train {SDPO}" in told
-    assert "runs/quickstart_sdpo/curriculum.png" in told
-    assert "margin 0" in told
-    assert "runs/quickstart_sdpo/adapter" not in told
-    paths = {word for word in told.split() if word.startswith("runs/")}
+    message = capsys.readouterr().out
+    assert f"train {SDPO}" in message
+    assert "runs/quickstart_sdpo/curriculum.png" in message
+    assert "margin 0" in message
+    assert "runs/quickstart_sdpo/adapter" not in message
+    paths = {word for word in message.split() if word.startswith("runs/")}
     assert paths >= {"runs/quickstart_sdpo/snapshots/step-1"}
     for path in paths - {"runs/quickstart_sdpo-step-1"}:  # what a told command will write
         assert (stage.root / path).exists(), path
@@ -193,9 +193,9 @@ def test_a_second_call_says_that_it_goes_on(
     quickstart.main([])
     capsys.readouterr()
     assert quickstart.main([]) == 0
-    told = capsys.readouterr().out
-    assert "runs/quickstart is there: training goes on from where it was" in told
-    assert "rm -r runs/quickstart" in told
+    message = capsys.readouterr().out
+    assert "runs/quickstart is there: training goes on from where it was" in message
+    assert "rm -r runs/quickstart" in message
 
 
 @pytest.mark.parametrize(("failing", "ran"), [("smollm2", 1), ("train", 2), ("compare_answers", 3)])

@@ -38,16 +38,16 @@ def convert(
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    place = {"gguf_file": gguf.name, "local_files_only": True}
+    location = {"gguf_file": gguf.name, "local_files_only": True}
     with contextlib.redirect_stderr(io.StringIO()):  # another progress bar
         model = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent,
-            **place,
+            **location,
             # Left packed, the weights can be neither saved nor trained.
             quantization_config=transformers.GgufConfig(dequantize=True),
             dtype=getattr(torch, _TORCH_NAMES[dtype]),
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **place)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **location)
     split_digits(tokenizer)
     tokenizer.model_max_length = context_tokens
     for trace in ("is_local", "local_files_only"):

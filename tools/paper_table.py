@@ -195,8 +195,8 @@ def _check(options: argparse.Namespace) -> None:
     if options.random_split and options.table != "sdpo":
         problems.append(Problem("--random-split", "belongs to sdpo", "leave it out"))
     if options.table == "sdpo" and options.data and len(options.data) != 2:
-        told = f"has {len(options.data)} files, but there are two steps"
-        problems.append(Problem("--data", told, "name two, the easier one first"))
+        message = f"has {len(options.data)} files, but there are two steps"
+        problems.append(Problem("--data", message, "name two, the easier one first"))
     if options.held_out and not options.data:
         problems.append(Problem("--held-out", "is there without --data", "name both"))
     if problems:
@@ -267,12 +267,12 @@ def _written(name: str, config: Path, overrides: Sequence[str], output: Path) ->
 def wins_table(evaluation: Path, *, has_judge: bool) -> list[str]:
     """Lines: how often `id5` wins, here and in the paper."""
     rows = [("id5 against", "from", "preferred", "95 % interval", "prompts")]
-    told = "Nothing was judged: judge.model=NAME says by whom."
+    message = "Nothing was judged: judge.model=NAME says by whom."
     for paper in PAPER_WINS:
         if has_judge:
             file = evaluation / "judge" / f"id5-vs-{paper.other}" / "result.json"
             found = json.loads(file.read_text("utf-8"))
-            told = f"measured: judged by {found['judge']}, ties as half a win."
+            message = f"measured: judged by {found['judge']}, ties as half a win."
             shares = _shares(found["win_rate"], found["low"], found["high"])
             judged = sum(found[name] for name in ("wins", "losses", "ties"))
             rows.append((paper.other, "measured", *shares, str(judged)))
@@ -287,7 +287,7 @@ def wins_table(evaluation: Path, *, has_judge: bool) -> list[str]:
     whose = (
         f"paper: {INTERMEDIATE_PAPER}, of Mistral-7B by GPT-4; its intervals are our arithmetic."
     )
-    return [*lines, told, whose]
+    return [*lines, message, whose]
 
 
 def _shares(share: float | None, low: float | None, high: float | None) -> tuple[str, str]:

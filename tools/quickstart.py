@@ -25,7 +25,7 @@ from rich.console import Console
 from megatron_idpo.config.run_config import SECTIONS, RunConfig, load_config
 from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError, UserError
-from megatron_idpo.train.logging.line import accuracy_told, clock_time
+from megatron_idpo.train.logging.line import clock_time, format_accuracy
 from megatron_idpo.train.metrics.file import STEP, Record, read_metrics
 from megatron_idpo.train.metrics.names import (
     ACCURACY,
@@ -234,7 +234,7 @@ def figures(records: Sequence[Record]) -> list[str]:
 
 
 def _accuracy(record: Record, pairs: float) -> str:
-    return accuracy_told(record[EVAL + ACCURACY], record[EVAL + MARGIN], pairs)
+    return format_accuracy(record[EVAL + ACCURACY], record[EVAL + MARGIN], pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +253,7 @@ def uses(config: RunConfig, output: "RunDirectory") -> list[str]:
         ConfigError: a file that would be named is not there.
     """
     plain = plain_dpo_command(output)
-    return told(
+    return summary(
         output,
         [
             Use("the model for Transformers, adapters merged", f"  {output.hf}", (output.hf,)),
@@ -284,10 +284,10 @@ def uses_of_steps(sdpo: SdpoConfig, config: RunConfig, output: "RunDirectory") -
         found.append(Use("the model after step 1, for Transformers", shown(command), (file,)))
     check = status_command(output, "--check")
     found.append(Use("whether a byte of a snapshot has changed", shown(check), (output.root,)))
-    return told(output, found)
+    return summary(output, found)
 
 
-def told(output: "RunDirectory", uses: Sequence[Use]) -> list[str]:
+def summary(output: "RunDirectory", uses: Sequence[Use]) -> list[str]:
     """Lines about uses.
 
     Raises:

@@ -82,9 +82,9 @@ class Background:
         except BaseException as error:
             mine = error
         try:
-            told: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(told, None if mine is None else str(mine), group=self.group)
-            others = next((message for message in told if message is not None), None)
+            reason: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(reason, None if mine is None else str(mine), group=self.group)
+            others = next((message for message in reason if message is not None), None)
             self._error = mine or (None if others is None else CheckpointError(others))
         except BaseException as error:  # a rank has died
             self._error = mine or error

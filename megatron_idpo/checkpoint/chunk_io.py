@@ -38,11 +38,11 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_idpo.checkpoint.dcp_io import Reader, Writer, failure_to_write, first_failure
-from megatron_idpo.checkpoint.tensor_chunks import Box
+from megatron_idpo.checkpoint.tensor_chunks import TensorChunk
 
 
-def write_boxes(
-    boxes: Sequence[Box], directory: Path, group: dist.ProcessGroup, *, place: Path
+def write_chunks(
+    boxes: Sequence[TensorChunk], directory: Path, group: dist.ProcessGroup, *, location: Path
 ) -> None:
     """Write every rank's boxes into a directory. Collective over `group`, from any thread.
 
@@ -51,7 +51,7 @@ def write_boxes(
             boxes of all ranks.
         directory: exists and is empty, the same on every rank.
         group: of all ranks, over the CPU, used by nobody else meanwhile.
-        place: what to call the directory in errors.
+        location: what to call the directory in errors.
 
     Raises:
         CheckpointError: on every rank, when any of them could not write.
@@ -59,15 +59,15 @@ def write_boxes(
     try:
         torch_checkpoint.save(
             {},
-            storage_writer=Writer(directory, place, from_host=True),
+            storage_writer=Writer(directory, location, from_host=True),
             planner=_SavePlanner(boxes),
             process_group=group,
         )
     except CheckpointException as failed:  # no Exception, but BaseException
-        raise failure_to_write(failed, place) from failed
+        raise failure_to_write(failed, location) from failed
 
 
-def read_boxes(boxes: Sequence[Box], directory: Path) -> None:
+def read_chunks(boxes: Sequence[TensorChunk], directory: Path) -> None:
     """Fill boxes from a checkpoint written in any layout, in their own memory. Not collective.
 
     Args:
@@ -94,7 +94,7 @@ class _SavePlanner(SavePlanner):
     writing = "the first tensor"
     """Which tensor is being written, for the error message."""
 
-    def __init__(self, boxes: Sequence[Box]) -> None:
+    def __init__(self, boxes: Sequence[TensorChunk]) -> None:
         self._boxes = {(box.key, box.offset): box for box in boxes}
         assert len(self._boxes) == len(boxes), "a rectangle would be written twice"
 
@@ -123,7 +123,7 @@ class _SavePlanner(SavePlanner):
         return self._boxes[write_item.index.fqn, tuple(write_item.index.offset)].tensor
 
 
-def _write_item(box: Box) -> WriteItem:
+def _write_item(box: TensorChunk) -> WriteItem:
     offset = torch.Size(box.offset)
     return WriteItem(
         MetadataIndex(box.key, offset),
@@ -149,7 +149,7 @@ class _Stored:
         sizes = np.array([tuple(chunk.sizes) for chunk in stored.chunks], dtype=np.int64)
         return cls(offsets, offsets + sizes)
 
-    def overlaps(self, box: Box) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def overlaps(self, box: TensorChunk) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """A stored rectangle's offset, and where it meets the box: begin and end in the whole."""
         begins = np.maximum(self.offsets, np.array(box.offset))
         ends = np.minimum(self.ends, np.array(box.offset) + np.array(box.tensor.shape))
@@ -160,7 +160,7 @@ class _Stored:
 class _LoadPlanner(LoadPlanner):
     """Plans one item per meeting of a box with a stored rectangle; there may be many of either."""
 
-    def __init__(self, boxes: Sequence[Box]) -> None:
+    def __init__(self, boxes: Sequence[TensorChunk]) -> None:
         self._boxes = boxes
 
     def set_up_planner(
@@ -206,7 +206,7 @@ class _LoadPlanner(LoadPlanner):
         pass
 
 
-def _read_items(number: int, box: Box, stored: _Stored) -> Iterator[ReadItem]:
+def _read_items(number: int, box: TensorChunk, stored: _Stored) -> Iterator[ReadItem]:
     for offset, begin, end in stored.overlaps(box):
         yield ReadItem(
             LoadItemType.TENSOR,

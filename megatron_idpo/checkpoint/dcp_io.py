@@ -52,10 +52,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 class DirectSave(TorchDistSaveShardedStrategy):
     """A `dist_checkpointing` save strategy that writes at once, one tensor at a time."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, location: Path) -> None:
         """Args: what to call the directory in errors; it may be hidden until it is complete."""
         super().__init__()
-        self._place = place
+        self._place = location
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
         """Write every rank's main replicas. Collective.
@@ -202,9 +202,9 @@ class _Part(io.RawIOBase):
 class _LoadPlanner(MCoreLoadPlanner):
     """Refuses values that have become infinite on their way into the model's format."""
 
-    def __init__(self, place: Path, **options: Any) -> None:
+    def __init__(self, location: Path, **options: Any) -> None:
         super().__init__(**options)
-        self._place = place
+        self._place = location
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         super().commit_tensor(read_item, tensor)
@@ -229,19 +229,19 @@ class Writer(FileSystemWriter):
     Which tensor that is, its planner says in an attribute `writing`.
     """
 
-    def __init__(self, directory: Path, place: Path, *, from_host: bool = False) -> None:
+    def __init__(self, directory: Path, location: Path, *, from_host: bool = False) -> None:
         """Say what is written where.
 
         Args:
             directory: where to write.
-            place: what to call that in errors.
+            location: what to call that in errors.
             from_host: whether all tensors are in the host's memory. Then the GPU is not touched, on
                 which a new thread would first have to find its own device.
         """
         super().__init__(directory)
         if from_host:
             self.per_thread_copy_ahead = 0
-        self._place = place
+        self._place = location
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's file."""
@@ -280,14 +280,14 @@ def first_failure(failed: CheckpointException) -> BaseException:
     return error
 
 
-def failure_to_write(failed: CheckpointException, place: Path) -> BaseException:
+def failure_to_write(failed: CheckpointException, location: Path) -> BaseException:
     """What a rank could not write: for the user if it is theirs to mend, else the error as it is.
 
     Args:
         failed: torch's account of all ranks.
-        place: what to name where the system did not say which file it refused.
+        location: what to name where the system did not say which file it refused.
     """
     error = first_failure(failed)
     if isinstance(error, OSError):
-        return CheckpointError.at(str(place), f"cannot be written: {error.strerror}")
+        return CheckpointError.at(str(location), f"cannot be written: {error.strerror}")
     return error

@@ -11,11 +11,11 @@ from torch import Tensor
 from megatron_idpo.errors import CheckpointError
 
 
-def check_floating(place: str, dtypes: Mapping[str, torch.dtype]) -> None:
+def check_floating(location: str, dtypes: Mapping[str, torch.dtype]) -> None:
     """Every tensor is stored as floating-point numbers.
 
     Args:
-        place: what to name in errors, a directory.
+        location: what to name in errors, a directory.
         dtypes: the stored format of each tensor.
 
     Raises:
@@ -25,15 +25,15 @@ def check_floating(place: str, dtypes: Mapping[str, torch.dtype]) -> None:
     for name, dtype in dtypes.items():
         if not dtype.is_floating_point:
             raise CheckpointError.at(
-                place, f"tensor {name!r} is stored as {dtype}, no floats", "dequantise it first"
+                location, f"tensor {name!r} is stored as {dtype}, no floats", "dequantise it first"
             )
 
 
-def check_range(place: str, name: str, cast: Tensor, stored: torch.dtype) -> None:
+def check_range(location: str, name: str, cast: Tensor, stored: torch.dtype) -> None:
     """A tensor has no infinities after a cast to a format of smaller range.
 
     Args:
-        place: what to name in errors, a file or directory.
+        location: what to name in errors, a file or directory.
         name: of the tensor.
         cast: some or all of its values, in the new format.
         stored: the format they had.
@@ -44,7 +44,7 @@ def check_range(place: str, name: str, cast: Tensor, stored: torch.dtype) -> Non
     largest = torch.finfo(cast.dtype).max
     if largest < torch.finfo(stored).max and bool(cast.isinf().any()):
         raise CheckpointError.at(
-            place,
+            location,
             f"tensor {name!r} has values that are infinite in {cast.dtype} (largest {largest:g})",
             f"keep {stored}, or choose bf16 or fp32",
         )

@@ -97,8 +97,10 @@ class Record:
             written = content.pop("format")
             if written != _FORMAT:
                 version = content["progress"]["version"]
-                told = f"is in format {written}, of megatron-idpo {version}; this is {__version__}"
-                raise CheckpointError.at(str(path), told, "go on with that version")
+                message = (
+                    f"is in format {written}, of megatron-idpo {version}; this is {__version__}"
+                )
+                raise CheckpointError.at(str(path), message, "go on with that version")
             known = {one.name for one in fields(Progress)}
             kept = {k: v for k, v in content.pop("progress").items() if k in known}
             progress = Progress(**kept)
@@ -112,11 +114,11 @@ class Record:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            told = f"is damaged ({type(error).__name__}: {error})"
-            raise CheckpointError.at(str(path), told, remedy) from error
+            message = f"is damaged ({type(error).__name__}: {error})"
+            raise CheckpointError.at(str(path), message, remedy) from error
 
 
-def check_same_run(saved: Progress, current: Progress, place: str) -> list[Problem]:
+def check_same_run(saved: Progress, current: Progress, location: str) -> list[Problem]:
     """Why a run must not go on from a checkpoint; empty where it may.
 
     Layout, learning rate and most else may change. The data and the model that training began with
@@ -136,7 +138,7 @@ def check_same_run(saved: Progress, current: Progress, place: str) -> list[Probl
         compared = {**compared, "another reference": reference}
     return [
         Problem(
-            place,
+            location,
             f"belongs to a run with {what} (fingerprint {_short(theirs)}, here {_short(ours)})",
             f"resume with the `{section}` settings that the run began with, or name another output "
             "directory",

@@ -16,7 +16,12 @@ from uuid import uuid4
 
 from megatron_idpo.checkpoint.metadata import FILE as PROGRESS
 from megatron_idpo.errors import CheckpointError, UserError
-from megatron_idpo.mcore.parallel.world import agreeing, barrier, from_first, is_first_rank
+from megatron_idpo.mcore.parallel.world import (
+    barrier,
+    from_first,
+    is_first_rank,
+    raise_on_all_ranks,
+)
 from megatron_idpo.storage import directories as atomic
 
 COMPANIONS = "huggingface"
@@ -30,7 +35,7 @@ def new_checkpoint(
     """A directory for all ranks to write a checkpoint into; it gets its name if all goes well.
 
     Collective. The body may contain collectives; what it raises removes the directory again. If
-    that is a `UserError`, every rank must raise one (`agreeing`): they wait for the removal.
+    that is a `UserError`, every rank must raise it (`raise_on_all_ranks`): all wait for removal.
 
     Args:
         target: the checkpoint's name.
@@ -45,7 +50,7 @@ def new_checkpoint(
         target, marker="metadata.json", overwrite=overwrite, needed_bytes=needed_bytes
     ) as directory:
         yield directory
-        with agreeing("copying the configuration and the tokenizer"):
+        with raise_on_all_ranks("copying the configuration and the tokenizer"):
             if is_first_rank():
                 copy_companions(companions, directory / COMPANIONS)
 
@@ -71,14 +76,14 @@ def new_directory(
     token = from_first(lambda: uuid4().hex[:8])
     directory = atomic.incomplete_directory(target, token)
     try:
-        with agreeing("preparing the checkpoint's directory"):
+        with raise_on_all_ranks("preparing the checkpoint's directory"):
             if is_first_rank():
                 _check_replaceable(target, marker)
                 atomic.begin(target, token, overwrite=overwrite, needed_bytes=needed_bytes)
-        with agreeing("looking at the checkpoint's directory"):
+        with raise_on_all_ranks("looking at the checkpoint's directory"):
             check_shared(directory, target)
         yield directory
-        with agreeing("finishing the checkpoint"):
+        with raise_on_all_ranks("finishing the checkpoint"):
             if is_first_rank():
                 atomic.publish(directory, target, overwrite=overwrite)
     except BaseException as error:

@@ -45,8 +45,8 @@ def read_snapshot(directory: Path) -> Snapshot:
     """
     values = read_sealed(directory / FILE, remedy=remedy(directory))
     if values.pop("format", None) != _FORMAT:
-        told = "was written by another version of megatron-idpo"
-        raise CheckpointError.at(str(directory / FILE), told, "go on with that version")
+        message = "was written by another version of megatron-idpo"
+        raise CheckpointError.at(str(directory / FILE), message, "go on with that version")
     return Snapshot(**values)
 
 
@@ -69,9 +69,9 @@ def whole_snapshot(directory: Path) -> Snapshot | None:
         return None
     snapshot = read_snapshot(directory)
     if snapshot.base is not None:
-        told = "is an adapter for the first model of its run, not a model"
+        message = "is an adapter for the first model of its run, not a model"
         remedy = f"name the first model, and {directory / ADAPTER} in lora.adapter"
-        raise CheckpointError.at(str(directory), told, remedy)
+        raise CheckpointError.at(str(directory), message, remedy)
     return snapshot
 
 
@@ -85,8 +85,8 @@ def files_below(directory: Path) -> list[str]:
     try:
         names = sorted(str(path.relative_to(directory)) for path in paths)
     except OSError as error:
-        told = f"cannot be read: {error.strerror or error}"
-        raise CheckpointError.at(str(directory), told, remedy(directory)) from None
+        message = f"cannot be read: {error.strerror or error}"
+        raise CheckpointError.at(str(directory), message, remedy(directory)) from None
     return [name for name in names if name != FILE]
 
 
@@ -100,8 +100,8 @@ def check_names(directory: Path, snapshot: Snapshot) -> None:
     for name in sorted(snapshot.files.keys() - there):
         raise CheckpointError.at(str(directory / name), "is missing", remedy(directory))
     for name in sorted(there - snapshot.files.keys()):
-        told = f"is none of the files that {FILE} lists"
-        raise CheckpointError.at(str(directory / name), told, "move it out of the snapshot")
+        message = f"is none of the files that {FILE} lists"
+        raise CheckpointError.at(str(directory / name), message, "move it out of the snapshot")
 
 
 def check_digests(directory: Path, snapshot: Snapshot, digests: Sequence[str]) -> None:
@@ -112,8 +112,8 @@ def check_digests(directory: Path, snapshot: Snapshot, digests: Sequence[str]) -
     """
     for (name, sha256), found in zip(snapshot.files.items(), digests, strict=True):
         if found != sha256:
-            told = "has been changed since it was written"
-            raise CheckpointError.at(str(directory / name), told, remedy(directory))
+            message = "has been changed since it was written"
+            raise CheckpointError.at(str(directory / name), message, remedy(directory))
 
 
 def file_digest(path: Path) -> str:
@@ -126,8 +126,8 @@ def file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        told = f"cannot be read: {error.strerror or error}"
-        raise CheckpointError.at(str(path), told, "make it readable, or copy it anew") from None
+        message = f"cannot be read: {error.strerror or error}"
+        raise CheckpointError.at(str(path), message, "make it readable, or copy it anew") from None
 
 
 def remedy(directory: Path) -> str:

@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 from uuid import uuid4
 
 from megatron_idpo.checkpoint.background_save import Background
-from megatron_idpo.checkpoint.chunk_io import write_boxes
+from megatron_idpo.checkpoint.chunk_io import write_chunks
 from megatron_idpo.checkpoint.metadata import Progress, Record
 from megatron_idpo.checkpoint.model_directory import check_shared
 from megatron_idpo.checkpoint.retention import (
@@ -35,11 +35,16 @@ from megatron_idpo.checkpoint.retention import (
     prune,
     target_of,
 )
-from megatron_idpo.checkpoint.tensor_chunks import Box
+from megatron_idpo.checkpoint.tensor_chunks import TensorChunk
 from megatron_idpo.checkpoint.training_state import restore, snapshot, total_steps
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.optim.state import loss_scale_state, set_loss_scale_state
-from megatron_idpo.mcore.parallel.world import agreeing, from_first, gathered, is_first_rank
+from megatron_idpo.mcore.parallel.world import (
+    from_first,
+    gathered,
+    is_first_rank,
+    raise_on_all_ranks,
+)
 from megatron_idpo.storage import directories as atomic
 
 
@@ -76,11 +81,11 @@ class Checkpoints:
         assert keep_last >= 1 and keep_best >= 0, (keep_last, keep_best)
         self._root = directory
         self._retention = Retention(keep_last, keep_best, better, metric)
-        with agreeing("preparing the directory of checkpoints"):
+        with raise_on_all_ranks("preparing the directory of checkpoints"):
             if is_first_rank():
                 _make(directory)
                 clear_leftovers(directory)
-        with agreeing("looking at the directory of checkpoints"):
+        with raise_on_all_ranks("looking at the directory of checkpoints"):
             check_shared(directory, directory)
         self._background = Background()
         self._saving: CheckpointInfo | None = None
@@ -190,7 +195,7 @@ class Checkpoints:
             CheckpointError: on every rank; the checkpoint is of another model or trains something
                 else, or a file is missing, truncated or damaged.
         """
-        with agreeing("reading the checkpoint's progress"):
+        with raise_on_all_ranks("reading the checkpoint's progress"):
             record = Record.read(info.directory)
         restore(chunks, optimizer, info.directory, steps=record.optimizer_steps)
         if record.loss_scale is not None:
@@ -200,27 +205,29 @@ class Checkpoints:
 
     def _complete(self) -> list[CheckpointInfo]:
         found: list[CheckpointInfo] = []
-        with agreeing("looking for checkpoints"):
+        with raise_on_all_ranks("looking for checkpoints"):
             if is_first_rank():
                 found = complete_checkpoints(self._root)
         return from_first(lambda: found)
 
-    def _begin(self, target: Path, boxes: list[Box]) -> Path:
+    def _begin(self, target: Path, boxes: list[TensorChunk]) -> Path:
         """A hidden directory for all ranks to write into, with room for what is coming."""
         needed_bytes = sum(gathered(sum(box.tensor.nbytes for box in boxes)))
         token = from_first(lambda: uuid4().hex[:8])
-        with agreeing("preparing the checkpoint's directory"):
+        with raise_on_all_ranks("preparing the checkpoint's directory"):
             if is_first_rank():
                 atomic.begin(target, token, overwrite=True, needed_bytes=needed_bytes)
         directory = atomic.incomplete_directory(target, token)
-        with agreeing("looking at the checkpoint's directory"):
+        with raise_on_all_ranks("looking at the checkpoint's directory"):
             check_shared(directory, target)
         return directory
 
-    def _write(self, boxes: list[Box], record: Record, directory: Path, target: Path) -> None:
+    def _write(
+        self, boxes: list[TensorChunk], record: Record, directory: Path, target: Path
+    ) -> None:
         """On the thread of every rank: write, publish, prune."""
         try:
-            write_boxes(boxes, directory, self._background.group, place=target)
+            write_chunks(boxes, directory, self._background.group, location=target)
             if is_first_rank():
                 record.write(directory)
                 _write_marker(directory)

@@ -182,8 +182,8 @@ def _check_marker(directory: Path, remedy: str) -> None:
     """`metadata.json`, which megatron-core writes last, says that this is such a checkpoint."""
     path = directory / "metadata.json"
     if not path.is_file():
-        told = "is no Megatron-Core checkpoint (no metadata.json)"
-        raise CheckpointError.at(str(directory), told, remedy)
+        message = "is no Megatron-Core checkpoint (no metadata.json)"
+        raise CheckpointError.at(str(directory), message, remedy)
     with _damage(path):
         kind = json.loads(path.read_bytes())["sharded_backend"]
     if kind != "torch_dist":
@@ -207,11 +207,11 @@ def _check_files(directory: Path, metadata: Metadata, keys: Container[str]) -> N
         found = path.stat().st_size if path.is_file() else None
         for stop, key in sorted(stops):
             if found is None:
-                told = f"is missing; by .metadata it holds tensor {key!r}"
-                raise CheckpointError.at(str(path), told, remedy)
+                message = f"is missing; by .metadata it holds tensor {key!r}"
+                raise CheckpointError.at(str(path), message, remedy)
             if found < stop:
-                told = f"is truncated in or before tensor {key!r}, which ends at byte {stop}: "
-                raise CheckpointError.at(str(path), f"{told}{found} bytes", remedy)
+                message = f"is truncated in or before tensor {key!r}, which ends at byte {stop}: "
+                raise CheckpointError.at(str(path), f"{message}{found} bytes", remedy)
 
 
 @contextmanager

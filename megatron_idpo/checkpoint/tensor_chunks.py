@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Box:
+class TensorChunk:
     """A rectangle of a whole tensor, and the memory of this rank that holds its values."""
 
     key: str
@@ -84,9 +84,9 @@ def bare(chunk: Any) -> Any:
     return chunk
 
 
-def boxes_of(
+def tensor_chunks_of(
     region: Region, flat: Tensor, start: int, *, prefix: str = "", is_cut: bool = False
-) -> Iterator[Box]:
+) -> Iterator[TensorChunk]:
     """The rectangles of a region that `flat` holds.
 
     Args:
@@ -105,7 +105,7 @@ def boxes_of(
     position = first - start
     for offset, size in rectangles(sharded.local_shape, first - region.start, last - region.start):
         length = prod(size)
-        yield Box(
+        yield TensorChunk(
             key=f"{prefix}{sharded.key}",
             whole=tuple(sharded.global_shape),
             offset=(

@@ -17,9 +17,14 @@ from typing import Any
 
 import torch
 
-from megatron_idpo.checkpoint.chunk_io import read_boxes
+from megatron_idpo.checkpoint.chunk_io import read_chunks
 from megatron_idpo.checkpoint.stored_weights import Expected, check_holds
-from megatron_idpo.checkpoint.tensor_chunks import Box, Region, boxes_of, regions_by_parameter
+from megatron_idpo.checkpoint.tensor_chunks import (
+    Region,
+    TensorChunk,
+    regions_by_parameter,
+    tensor_chunks_of,
+)
 from megatron_idpo.mcore.megatron_warnings import quiet_megatron
 from megatron_idpo.mcore.optim.state import (
     MOMENTS,
@@ -28,7 +33,7 @@ from megatron_idpo.mcore.optim.state import (
     set_steps_taken,
     steps_taken,
 )
-from megatron_idpo.mcore.parallel.world import agreeing, gathered
+from megatron_idpo.mcore.parallel.world import gathered, raise_on_all_ranks
 
 _STATE = "optimizer."
 """What the keys of optimizer state begin with."""
@@ -36,7 +41,7 @@ _STATE = "optimizer."
 Regions = Mapping[torch.nn.Parameter, tuple[Region, ...]]
 
 
-def snapshot(chunks: Sequence[Any], optimizer: Any) -> list[Box]:
+def snapshot(chunks: Sequence[Any], optimizer: Any) -> list[TensorChunk]:
     """A copy of what this rank writes into a checkpoint, in the host's memory.
 
     Args:
@@ -66,10 +71,10 @@ def restore(chunks: Sequence[Any], optimizer: Any, directory: Path, *, steps: in
     set_steps_taken(optimizer, steps)
     boxes = list(_boxes_to_load(chunks, optimizer, with_moments=steps > 0))
     expected = _expected(chunks, with_moments=steps > 0)
-    with agreeing("loading the checkpoint"):
+    with raise_on_all_ranks("loading the checkpoint"):
         check_holds(directory, expected)
         with quiet_megatron():
-            read_boxes(boxes, directory)
+            read_chunks(boxes, directory)
 
 
 def total_steps(optimizer: Any) -> int:
@@ -79,7 +84,7 @@ def total_steps(optimizer: Any) -> int:
     return counts.pop() if counts else 0
 
 
-def _boxes_to_save(chunks: Sequence[Any], optimizer: Any) -> Iterator[Box]:
+def _boxes_to_save(chunks: Sequence[Any], optimizer: Any) -> Iterator[TensorChunk]:
     """Weights and state by the stretches that this rank's optimizer holds.
 
     Of a cut weight the own stretch: it is up to date, while the others' may still be on their way
@@ -89,29 +94,31 @@ def _boxes_to_save(chunks: Sequence[Any], optimizer: Any) -> Iterator[Box]:
     for held in held_parameters(optimizer):
         weight = held.parameter.detach().view(-1)[held.start : held.stop]
         for region in regions[held.parameter]:
-            yield from boxes_of(region, weight, held.start, is_cut=held.is_cut)
+            yield from tensor_chunks_of(region, weight, held.start, is_cut=held.is_cut)
         yield from _state_boxes(held, regions, with_moments=held.main in held.inner.state)
 
 
-def _boxes_to_load(chunks: Sequence[Any], optimizer: Any, *, with_moments: bool) -> Iterator[Box]:
+def _boxes_to_load(
+    chunks: Sequence[Any], optimizer: Any, *, with_moments: bool
+) -> Iterator[TensorChunk]:
     """All of every weight that learns, and this rank's stretches of the state."""
     regions = regions_by_parameter(chunks)
     for parameter, own in regions.items():
         if parameter.requires_grad:
             for region in own:
-                yield from boxes_of(region, parameter.detach().view(-1), 0)
+                yield from tensor_chunks_of(region, parameter.detach().view(-1), 0)
     for held in held_parameters(optimizer):
         yield from _state_boxes(held, regions, with_moments=with_moments)
 
 
-def _state_boxes(held: Held, regions: Regions, *, with_moments: bool) -> Iterator[Box]:
+def _state_boxes(held: Held, regions: Regions, *, with_moments: bool) -> Iterator[TensorChunk]:
     tensors = held.moments() if with_moments else {}
     if held.has_main_copy:
         tensors["main"] = held.main
     for name, tensor in tensors.items():
         flat, prefix = tensor.detach().view(-1), f"{_STATE}{name}."
         for region in regions[held.parameter]:
-            yield from boxes_of(region, flat, held.start, prefix=prefix, is_cut=held.is_cut)
+            yield from tensor_chunks_of(region, flat, held.start, prefix=prefix, is_cut=held.is_cut)
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from megatron_idpo.mcore.lora.chunk import ADAPTERS_NAME
 from megatron_idpo.mcore.megatron_warnings import quiet_megatron
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel
-from megatron_idpo.mcore.parallel.world import agreeing, gathered
+from megatron_idpo.mcore.parallel.world import gathered, raise_on_all_ranks
 
 ShardedState = dict[str, Any]
 
@@ -54,13 +54,15 @@ def sharded_weights(chunks: Sequence[GPTModel], *, extra_state: bool = False) ->
     return state
 
 
-def save_weights(chunks: Sequence[GPTModel], directory: Path, *, place: Path | None = None) -> None:
+def save_weights(
+    chunks: Sequence[GPTModel], directory: Path, *, location: Path | None = None
+) -> None:
     """Write the weights of all ranks into an empty directory. Collective.
 
     Args:
         chunks: this rank's model chunks.
         directory: exists and is empty, the same on every rank.
-        place: what to call it in errors, where it has a working name.
+        location: what to call it in errors, where it has a working name.
 
     Raises:
         CheckpointError: on every rank, when a file could not be written by any.
@@ -69,7 +71,7 @@ def save_weights(chunks: Sequence[GPTModel], directory: Path, *, place: Path | N
         dist_checkpointing.save(
             sharded_weights(chunks, extra_state=True),
             str(directory),
-            DirectSave(place or directory),
+            DirectSave(location or directory),
         )
 
 
@@ -90,7 +92,7 @@ def load_weights(chunks: Sequence[GPTModel], directory: Path, architecture: Arch
     tensors = list(_sharded_tensors(sharded_weights(chunks).values()))
     shapes = {one.key: tuple(one.global_shape) for one in tensors}
     everywhere = {key: shape for rank in gathered(shapes) for key, shape in rank.items()}
-    with agreeing("loading the weights"):
+    with raise_on_all_ranks("loading the weights"):
         check_same_model(directory, everywhere, architecture.vocab_size, architecture.num_kv_heads)
         with quiet_megatron():
             read_into(tensors, directory)

@@ -22,19 +22,19 @@ _PEER_IS_GONE = re.compile(
 """What gloo and NCCL say in a collective when a process at the other end has died."""
 
 
-def tell_user_error(error: UserError) -> int:
+def report_user_error(error: UserError) -> int:
     """Say what the user has to mend; returns the exit code."""
     _tell(f"error{{rank}}: {error}")
     return EXIT_USER_ERROR
 
 
-def tell_interrupted() -> int:
+def report_interrupted() -> int:
     """Say that Ctrl-C has ended the program; returns the exit code."""
     _tell("interrupted; what was saved before is complete")
     return EXIT_INTERRUPTED
 
 
-def tell_lost_peer(error: Exception) -> int:
+def report_lost_peer(error: Exception) -> int:
     """Say that a process of the run has died; returns the exit code."""
     first_line = str(error).strip().split("\n", 1)[0]
     _tell(

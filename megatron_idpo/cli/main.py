@@ -23,10 +23,10 @@ from megatron_idpo.cli.choices import one_of
 from megatron_idpo.cli.convert import add_convert_arguments, convert
 from megatron_idpo.cli.errors import (
     is_lost_peer,
+    report_interrupted,
+    report_lost_peer,
+    report_user_error,
     stopped_an_import_of_megatron,
-    tell_interrupted,
-    tell_lost_peer,
-    tell_user_error,
 )
 from megatron_idpo.errors import ConfigError, UserError
 from megatron_idpo.mcore.megatron_warnings import quiet_megatron
@@ -52,17 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         with quiet_megatron():  # from the first import on
             return VERBS[arguments.verb].run(arguments)
     except UserError as error:
-        return tell_user_error(error)
+        return report_user_error(error)
     except KeyboardInterrupt:
-        return tell_interrupted()
+        return report_interrupted()
     except Exception as error:
         if is_lost_peer(error):
-            return tell_lost_peer(error)
+            return report_lost_peer(error)
         if not stopped_an_import_of_megatron(error):
             raise
         remedy = "`megatron-idpo doctor` tells which library is half installed"
         reason = f"cannot be imported ({type(error).__name__}: {error})"
-        return tell_user_error(ConfigError.at("megatron-core", reason, remedy))
+        return report_user_error(ConfigError.at("megatron-core", reason, remedy))
 
 
 def build_parser() -> argparse.ArgumentParser:

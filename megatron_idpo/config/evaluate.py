@@ -193,8 +193,8 @@ class JudgeConfig(Section):
             found += self._unread("template", "kind is reward", "leave it out")
         for pair in self.compare or ():
             if pair[0] == pair[1]:
-                told = f"compares {pair[0]} with itself"
-                found.append(Problem("compare", told, "name two different models"))
+                message = f"compares {pair[0]} with itself"
+                found.append(Problem("compare", message, "name two different models"))
         return found
 
 

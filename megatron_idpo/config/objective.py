@@ -79,7 +79,9 @@ class ObjectiveConfig(Section):
             self.objective()
         except ConfigError as error:
             found = [
-                Problem(problem.place.removeprefix("objective."), problem.message, problem.remedy)
+                Problem(
+                    problem.location.removeprefix("objective."), problem.message, problem.remedy
+                )
                 for problem in error.problems
             ]
         if self.layers == ():

@@ -1,6 +1,6 @@
 """The reference page of the configuration, generated from the sections themselves.
 
-`python -m megatron_idpo.config.reference_page` prints `docs/configuration.md`; a test compares them.
+`python -m megatron_idpo.config.reference_page` prints `docs/configuration.md`; a test compares.
 """
 
 import json
@@ -100,17 +100,17 @@ def _parts(data: Any) -> list[Any]:
 
 
 def _bounds(metadata: Any) -> list[str]:
-    told = []
+    message = []
     for bound in metadata:
         if isinstance(bound, Gt):
-            told.append(f"> {bound.gt}")
+            message.append(f"> {bound.gt}")
         elif isinstance(bound, Ge):
-            told.append(f"≥ {bound.ge}")
+            message.append(f"≥ {bound.ge}")
         elif isinstance(bound, Lt):
-            told.append(f"< {bound.lt}")
+            message.append(f"< {bound.lt}")
         elif isinstance(bound, Le):
-            told.append(f"≤ {bound.le}")
-    return told
+            message.append(f"≤ {bound.le}")
+    return message
 
 
 if __name__ == "__main__":

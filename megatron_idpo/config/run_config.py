@@ -117,21 +117,21 @@ class RunConfig(Section):
             return []
         evaluate = self.training.eval_every_steps
         if save is None:
-            told = "but checkpoint.every_steps is null: only the last step is saved"
+            message = "but checkpoint.every_steps is null: only the last step is saved"
             remedy = f"set checkpoint.every_steps to {evaluate}"
             if evaluate is None:
                 default = type(self.checkpoint).model_fields["every_steps"].default
                 remedy = f"set it and training.eval_every_steps to {default}"
         elif evaluate is None:
-            told = "but training.eval_every_steps is null: only the last step is evaluated"
+            message = "but training.eval_every_steps is null: only the last step is evaluated"
             remedy = f"set training.eval_every_steps to {save}"
         elif save % evaluate and evaluate % save:
-            told = f"but every {save} steps are saved, and every {evaluate} evaluated"
+            message = f"but every {save} steps are saved, and every {evaluate} evaluated"
             remedy = f"set checkpoint.every_steps to {save + -save % evaluate}, or "
             remedy += f"training.eval_every_steps to {save}"
         else:
             return []
-        return [Problem("checkpoint.keep_best", f"is {best}, {told}", remedy)]
+        return [Problem("checkpoint.keep_best", f"is {best}, {message}", remedy)]
 
     def _wrong_reference(self) -> list[Problem]:
         if self.reference.source != "adapter_off" or self.has("lora"):
@@ -194,11 +194,13 @@ def load_config(
             sections[name] = info.default
     for name in tree.values.keys() - set(SECTIONS):
         remedy = _nearest(name, SECTIONS, "sections")
-        found.append(Problem(tree.place((name,)), "unknown section", remedy))
+        found.append(Problem(tree.location((name,)), "unknown section", remedy))
     config = RunConfig.model_construct(**sections)
     if not found:
         found = [
-            Problem(tree.place(tuple(problem.place.split("."))), problem.message, problem.remedy)
+            Problem(
+                tree.location(tuple(problem.location.split("."))), problem.message, problem.remedy
+            )
             for problem in config.problems()
         ]
     if found:
@@ -226,43 +228,45 @@ def _read_section(
     """Validate one section into `sections`, or its mistakes into `found`."""
     values, section = tree.values[name], section_class(info)
     if not isinstance(values, dict):
-        told = "is empty" if values is None else f"is {values!r}, not a mapping of fields"
+        message = "is empty" if values is None else f"is {values!r}, not a mapping of fields"
         first = next(iter(section.model_fields))
         remedy = f"write fields, such as `{name}.{first}`, under it, or remove it"
-        found.append(Problem(tree.place((name,)), told, remedy))
+        found.append(Problem(tree.location((name,)), message, remedy))
         return
     try:
         sections[name] = section.model_validate(values)
     except ValidationError as error:
         for detail in error.errors():
-            found.extend(_told(detail, section, (name, *detail["loc"]), tree))
+            found.extend(_describe(detail, section, (name, *detail["loc"]), tree))
 
 
-def _told(detail: Any, section: type[BaseModel], keys: Keys, tree: Tree) -> list[Problem]:
+def _describe(detail: Any, section: type[BaseModel], keys: Keys, tree: Tree) -> list[Problem]:
     """What pydantic found, in a user's words."""
-    place, kind, context = tree.place(keys), detail["type"], detail.get("ctx", {})
+    location, kind, context = tree.location(keys), detail["type"], detail.get("ctx", {})
     if kind == "value_error" and isinstance(context["error"], SectionError):
         return [
-            Problem(tree.place((*keys, problem.place)), problem.message, problem.remedy)
+            Problem(tree.location((*keys, problem.location)), problem.message, problem.remedy)
             for problem in context["error"].problems
         ]
     owner = _owner(section, keys[1:])
     if kind == "extra_forbidden":
-        return [Problem(place, "unknown field", _remedy_unknown(str(keys[-1]), owner))]
+        return [Problem(location, "unknown field", _remedy_unknown(str(keys[-1]), owner))]
     if kind == "missing":
         field = owner.model_fields.get(str(keys[-1]))  # None: an element of a list
         return [
-            Problem(place, "is missing", f"add it: {_first_sentence(field)}" if field else "add it")
+            Problem(
+                location, "is missing", f"add it: {_first_sentence(field)}" if field else "add it"
+            )
         ]
     value = detail["input"]
     if kind == "literal_error":
         choices = re.findall("'([^']*)'", context["expected"])
-        return [Problem(place, f"is {value!r}", _nearest(str(value), choices, "values"))]
+        return [Problem(location, f"is {value!r}", _nearest(str(value), choices, "values"))]
     if kind == "model_type":
-        return [Problem(place, f"is {value!r}", "it should be a mapping of fields to values")]
-    told = detail["msg"].replace("Input should", "it should").replace("tuple", "list")
-    told = told.removeprefix("Value error, ")
-    return [Problem(place, f"is {value!r}", told)]
+        return [Problem(location, f"is {value!r}", "it should be a mapping of fields to values")]
+    reason = detail["msg"].replace("Input should", "it should").replace("tuple", "list")
+    reason = reason.removeprefix("Value error, ")
+    return [Problem(location, f"is {value!r}", reason)]
 
 
 def _missing_section(name: str, info: FieldInfo) -> Problem:

@@ -101,8 +101,8 @@ class SdpoConfig(Section):
         if not self.steps:
             found.append(Problem("steps", "is empty", "write one entry per step, or {}"))
         if self.only is not None and self.only > len(self.steps):
-            told = f"is {self.only}, but there are {len(self.steps)} steps"
-            found.append(Problem("only", told, f"give a number from 1 to {len(self.steps)}"))
+            message = f"is {self.only}, but there are {len(self.steps)} steps"
+            found.append(Problem("only", message, f"give a number from 1 to {len(self.steps)}"))
         found += self._share_problems()
         if self.order != "easy_to_hard":
             for name in ("by", "measure", "length_normalised"):
@@ -126,11 +126,13 @@ class SdpoConfig(Section):
             with_it = [getattr(step, name) is not None for step in self.steps]
             if any(with_it) and not all(with_it):
                 lacking = with_it.index(False)
-                told = f"says no {name}, which other steps say"
-                found.append(Problem(f"steps.{lacking}", told, f"say {name} in all or in none"))
+                message = f"says no {name}, which other steps say"
+                found.append(Problem(f"steps.{lacking}", message, f"say {name} in all or in none"))
         if self.deals_sources and self.order != "given":
-            told = f"are named by steps, but order is {self.order}"
-            found.append(Problem("steps.0.sources", told, "leave them out, or set order to given"))
+            message = f"are named by steps, but order is {self.order}"
+            found.append(
+                Problem("steps.0.sources", message, "leave them out, or set order to given")
+            )
         found += [
             Problem(f"steps.{index}.sources", "names no source", "name at least one")
             for index, step in enumerate(self.steps)
@@ -138,12 +140,12 @@ class SdpoConfig(Section):
         ]
         fractions = [step.fraction for step in self.steps if step.fraction is not None]
         if fractions and self.deals_sources:
-            told = "would not be read: steps name their sources"
-            found.append(Problem("steps.0.fraction", told, "keep one of them"))
+            message = "would not be read: steps name their sources"
+            found.append(Problem("steps.0.fraction", message, "keep one of them"))
         elif fractions and self.takes_whole_sources:
-            told = "would not be read: each step gets a whole source"
-            found.append(Problem("steps.0.fraction", told, "leave it out, or set by to pair"))
+            message = "would not be read: each step gets a whole source"
+            found.append(Problem("steps.0.fraction", message, "leave it out, or set by to pair"))
         elif fractions and abs(sum(fractions) - 1) > _SHARE_TOLERANCE:
-            told = f"the fractions are {sum(fractions):g} in sum"
-            found.append(Problem("steps", told, "make them 1 in sum"))
+            message = f"the fractions are {sum(fractions):g} in sum"
+            found.append(Problem("steps", message, "make them 1 in sum"))
         return found

@@ -85,29 +85,29 @@ def step_problems(config: "RunConfig") -> list[Problem]:
     found = [*_reference_problems(config), *_source_problems(config)]
     told_once = config.model_copy(update={"sdpo": None}).problems()
     for index in range(len(config.sdpo.steps)):
-        place = f"sdpo.steps.{index}"
+        location = f"sdpo.steps.{index}"
         try:
             step = step_config(config, index + 1)
         except ValueError as error:  # pydantic's, around a section's own
-            found += _told(error, place)
+            found += _describe(error, location)
         else:
             found += [
-                Problem(place, f"{problem.place} {problem.message}", problem.remedy)
+                Problem(location, f"{problem.location} {problem.message}", problem.remedy)
                 for problem in step.problems()
                 if problem not in told_once
             ]
     return found
 
 
-def _told(error: ValueError, place: str) -> list[Problem]:
+def _describe(error: ValueError, location: str) -> list[Problem]:
     details = error.errors() if hasattr(error, "errors") else []
     inner = [detail.get("ctx", {}).get("error") for detail in details]
     sections = [one for one in inner if isinstance(one, SectionError)]
     assert sections, error  # a step's own fields are typed as those of the sections
     return [
-        Problem(f"{place}.{problem.place}", problem.message, problem.remedy)
-        if problem.place in _SECTION_OF  # others are not the step's own
-        else Problem(place, f"{problem.place} {problem.message}", problem.remedy)
+        Problem(f"{location}.{problem.location}", problem.message, problem.remedy)
+        if problem.location in _SECTION_OF  # others are not the step's own
+        else Problem(location, f"{problem.location} {problem.message}", problem.remedy)
         for section in sections
         for problem in section.problems
     ]
@@ -119,16 +119,18 @@ def _reference_problems(config: "RunConfig") -> list[Problem]:
     assert sdpo is not None
     found = []
     if source == "none":
-        told = "is none, but every step of sDPO is compared to the step before"
-        found.append(Problem("reference.source", told, "use cache, or leave the section sdpo out"))
+        message = "is none, but every step of sDPO is compared to the step before"
+        found.append(
+            Problem("reference.source", message, "use cache, or leave the section sdpo out")
+        )
     if source == "adapter_off" and (sdpo.target == "first" or sdpo.adapters == "carry"):
         kept = "sdpo.target = first" if sdpo.target == "first" else "sdpo.adapters = carry"
-        told = f"is adapter_off, but with {kept} that is the first model in every step"
-        found.append(Problem("reference.source", told, "use cache"))
+        message = f"is adapter_off, but with {kept} that is the first model in every step"
+        found.append(Problem("reference.source", message, "use cache"))
     if config.checkpoint.keep_best and not sdpo.keep_checkpoints:
-        told = "would not be read: a complete step's checkpoints are deleted"
+        message = "would not be read: a complete step's checkpoints are deleted"
         remedy = "leave it out, or set sdpo.keep_checkpoints"
-        found.append(Problem("checkpoint.keep_best", told, remedy))
+        found.append(Problem("checkpoint.keep_best", message, remedy))
     if config.lora is None and sdpo.adapters == "carry":
         remedy = "leave it out, or add the section lora"
         found.append(Problem("sdpo.adapters", "is carry, but there are no adapters", remedy))
@@ -142,9 +144,9 @@ def _source_problems(config: "RunConfig") -> list[Problem]:
         return []
     count = len(config.data.train)
     if sdpo.takes_whole_sources and count != len(sdpo.steps):
-        told = f"are {len(sdpo.steps)}, but each gets one of the {count} sources of data.train"
+        message = f"are {len(sdpo.steps)}, but each gets one of the {count} sources of data.train"
         remedy = "write as many steps as sources, or set sdpo.by to pair"
-        return [Problem("sdpo.steps", told, remedy)]
+        return [Problem("sdpo.steps", message, remedy)]
     if not sdpo.deals_sources:
         return []
     found, used = [], set()
@@ -152,11 +154,13 @@ def _source_problems(config: "RunConfig") -> list[Problem]:
         for number in step.sources or ():
             used.add(number)
             if number > count:
-                told = f"names source {number}, but data.train has {count}"
+                message = f"names source {number}, but data.train has {count}"
                 remedy = f"give numbers from 1 to {count}"
-                found.append(Problem(f"sdpo.steps.{index}.sources", told, remedy))
+                found.append(Problem(f"sdpo.steps.{index}.sources", message, remedy))
     unused = sorted(set(range(1, count + 1)) - used)
     if unused and not found:
-        told = f"leave source {unused[0]} of data.train out"
-        found.append(Problem("sdpo.steps", told, "name it in a step, or take it from data.train"))
+        message = f"leave source {unused[0]} of data.train out"
+        found.append(
+            Problem("sdpo.steps", message, "name it in a step, or take it from data.train")
+        )
     return found

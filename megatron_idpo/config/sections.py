@@ -120,11 +120,11 @@ class ColumnsConfig(Section):
         first: dict[str, str] = {}
         for name, column in named.items():
             if first.setdefault(column, name) != name:
-                told = f"is {column}, as {first[column]} is"
-                found.append(Problem(name, told, "name each column once"))
+                message = f"is {column}, as {first[column]} is"
+                found.append(Problem(name, message, "name each column once"))
             elif column in ("prompt", "chosen", "rejected") and column not in named:
-                told = f"is {column}, which leaves none for {column} itself"
-                found.append(Problem(name, told, f"say which column the {column} is"))
+                message = f"is {column}, which leaves none for {column} itself"
+                found.append(Problem(name, message, f"say which column the {column} is"))
         return found
 
 
@@ -284,7 +284,7 @@ class LayoutConfig(Section):
         """What is impossible for any model."""
         section = "layout."
         return [
-            Problem(problem.place.removeprefix(section), problem.message, problem.remedy)
+            Problem(problem.location.removeprefix(section), problem.message, problem.remedy)
             for problem in self.layout().problems()
         ]
 

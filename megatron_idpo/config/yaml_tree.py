@@ -33,7 +33,7 @@ class Tree:
     problems: list[Problem] = field(default_factory=list)
     """Mistakes that did not prevent reading on."""
 
-    def place(self, keys: Keys) -> str:
+    def location(self, keys: Keys) -> str:
         """`data.train.0.path (config.yaml:7)`: a key, and where it or its nearest parent is."""
         dotted = ".".join(map(str, keys))
         for length in range(len(keys), 0, -1):
@@ -130,9 +130,11 @@ def _compose(path: Path) -> yaml.Node | None:
         return yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        told = f"is not YAML: {_syntax(error)}"
-        raise ConfigError.at(place, told, "check quotes, colons and indentation there") from error
+        location = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        message = f"is not YAML: {_syntax(error)}"
+        raise ConfigError.at(
+            location, message, "check quotes, colons and indentation there"
+        ) from error
 
 
 def _syntax(error: yaml.YAMLError) -> str:
@@ -160,8 +162,8 @@ class _Reader:
         try:
             return _Loader("").construct_object(node)
         except (yaml.YAMLError, ValueError):
-            told = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
-            self._complain(node, keys, told, "leave the tag out")
+            message = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            self._complain(node, keys, message, "leave the tag out")
             return None
 
     def _mapping(
@@ -175,8 +177,8 @@ class _Reader:
             key = key_node.value
             if key in values:
                 first = self._tree.origins[(*keys, key)]
-                told = f"was already written at {first}"
-                self._complain(key_node, (*keys, key), told, "keep one of them")
+                message = f"was already written at {first}"
+                self._complain(key_node, (*keys, key), message, "keep one of them")
                 continue
             values[key] = self.value(value_node, self._note(key_node, (*keys, key)), above)
         return values
@@ -191,8 +193,8 @@ class _Reader:
         return f"{self._origin}:{node.start_mark.line + 1}"
 
     def _complain(self, node: yaml.Node, keys: Keys, message: str, remedy: str) -> None:
-        place = f"{'.'.join(map(str, keys))} ({self._where(node)})"
-        self._tree.problems.append(Problem(place, message, remedy))
+        location = f"{'.'.join(map(str, keys))} ({self._where(node)})"
+        self._tree.problems.append(Problem(location, message, remedy))
 
 
 def _apply(tree: Tree, override: str) -> Problem | None:

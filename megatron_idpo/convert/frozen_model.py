@@ -15,7 +15,7 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
-class FixedModel:
+class FrozenModel:
     """Weights, it may be with an adapter on them, and what tells them from all others.
 
     Two are the same where their identities are, wherever their files lie.
@@ -36,10 +36,10 @@ class FixedModel:
         """A model as its files are; every byte is read. Collective."""
         return cls(source, weights_fingerprint(source))
 
-    def with_adapter(self, adapter: Path) -> "FixedModel":
+    def with_adapter(self, adapter: Path) -> "FrozenModel":
         """The same weights with a PEFT adapter, every byte of which is read. Collective."""
         files = [path for name in _ADAPTER_FILES if (path := adapter / name).is_file()]
-        return FixedModel(self.source, self.base_identity, adapter, files_fingerprint(files))
+        return FrozenModel(self.source, self.base_identity, adapter, files_fingerprint(files))
 
     @property
     def identity(self) -> str:

@@ -33,9 +33,14 @@ from megatron_idpo.convert.slicing import Shard
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel, ModelOptions, build_model, global_parameters
-from megatron_idpo.mcore.parallel.groups import this_place
+from megatron_idpo.mcore.parallel.groups import this_rank
 from megatron_idpo.mcore.parallel.layout import Layout
-from megatron_idpo.mcore.parallel.world import agreeing, is_first_rank, joined_world, running
+from megatron_idpo.mcore.parallel.world import (
+    is_first_rank,
+    joined_world,
+    raise_on_all_ranks,
+    running,
+)
 from megatron_idpo.storage.directories import check_apart
 
 _INPUT, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -46,7 +51,7 @@ _BLOCK_BYTES = 32 << 20  # of the two embeddings, while they are compared
 def open_hf(source: Path) -> tuple[HfCheckpoint, Architecture]:
     """A Hugging Face checkpoint and the architecture it holds, both checked against each other.
 
-    What only one rank needs to look at, the first does, so call it within `agreeing`.
+    What only one rank needs to look at, the first does, so call it within `raise_on_all_ranks`.
 
     Raises:
         UserError: an unreadable file, an unsupported architecture, a missing, unknown or wrong-
@@ -94,10 +99,10 @@ def load_hf_weights(
     Raises:
         CheckpointError: a file is damaged, or a value too large for the model's format.
     """
-    place = this_place()
-    shard = Shard(place.tensor, place.tensor_size)
+    rank = this_rank()
+    shard = Shard(rank.tensor, rank.tensor_size)
     parameters = list(global_parameters(chunks))
-    with agreeing("reading the weights"), torch.no_grad():
+    with raise_on_all_ranks("reading the weights"), torch.no_grad():
         for name, parameter in tensor_progress(
             "reading", parameters, total=len(parameters), show=show_progress
         ):
@@ -130,7 +135,7 @@ def convert(
     """
     layout, begin_s = layout or Layout(), time.monotonic()
     with joined_world() as world:
-        with agreeing("opening the checkpoint"):
+        with raise_on_all_ranks("opening the checkpoint"):
             check_apart(source, target)
             checkpoint, architecture = open_hf(source)
             layout.check(architecture, world.size)
@@ -148,7 +153,7 @@ def convert(
             chunks = build_model(architecture, layout, ModelOptions(dtype=stored))
             load_hf_weights(chunks, checkpoint, architecture, show_progress=world.is_first)
             with busy("writing the checkpoint", show=world.is_first):
-                save_weights(chunks, directory, place=target)
+                save_weights(chunks, directory, location=target)
         if world.is_first:
             report_written(target, shapes, stored, time.monotonic() - begin_s)
 

@@ -34,12 +34,12 @@ from megatron_idpo.convert.progress import busy, report_written, tensor_progress
 from megatron_idpo.convert.slicing import Replicated
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel, ModelOptions, build_model, global_parameters
-from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, this_place
+from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, this_rank
 from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.mcore.parallel.world import (
-    agreeing,
     from_first,
     joined_world,
+    raise_on_all_ranks,
     running,
 )
 from megatron_idpo.storage.directories import check_apart
@@ -65,7 +65,7 @@ def whole_tensors(
     have to run through to the end. A tied output layer is the first stage's to yield. What is
     yielded may be a view of the parameter: clone it to keep it.
     """
-    is_first = this_place().tensor == 0
+    is_first = this_rank().tensor == 0
     for name, parameter in global_parameters(chunks):
         if _is_tied_output(name, architecture):
             continue
@@ -146,7 +146,7 @@ def convert(
     """
     layout, begin_s = layout or Layout(), time.monotonic()
     with joined_world() as world:
-        with agreeing("opening the checkpoint"):
+        with raise_on_all_ranks("opening the checkpoint"):
             check_apart(source, target)
             snapshot = whole_snapshot(source)
             companions = companion_files(source)
@@ -185,7 +185,7 @@ def _stage_tensors(
     show_progress: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     """What this rank writes; nothing but on the first replica, which gathers as it goes."""
-    if this_place().data > 0:
+    if this_rank().data > 0:
         return
     tensors = whole_tensors(chunks, architecture, value)
     total = sum(

@@ -31,7 +31,7 @@ from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel
-from megatron_idpo.mcore.parallel.world import agreeing, gathered
+from megatron_idpo.mcore.parallel.world import gathered, raise_on_all_ranks
 
 _WEIGHT_FILES = ("*.safetensors", "*.distcp", ".metadata")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v3", "*.txt", "*.jinja"]
@@ -52,7 +52,7 @@ class ModelSource:
 
 
 def open_model(path: str) -> ModelSource:
-    """Look at a model. Call within `agreeing`; a hub model is downloaded if it is not here yet.
+    """Open a model. Call within `raise_on_all_ranks`; a hub model is downloaded if not cached.
 
     Args:
         path: a Hugging Face directory, a `torch_dist` checkpoint of ours (a snapshot too), or a
@@ -102,7 +102,7 @@ def weights_fingerprint(source: ModelSource) -> str:
     """
     files = [path for pattern in _WEIGHT_FILES for path in sorted(source.directory.glob(pattern))]
     files += [path for path in source.companions if path.name == CONFIG_FILE]
-    with agreeing("opening the snapshot"):
+    with raise_on_all_ranks("opening the snapshot"):
         snapshot = whole_snapshot(source.directory)
     if snapshot is None:
         return files_fingerprint(files)
@@ -117,10 +117,10 @@ def check_snapshot(directory: Path, snapshot: Snapshot) -> None:
     Raises:
         CheckpointError: on every rank; a file is missing, was added or changed, or is unreadable.
     """
-    with agreeing("looking at the snapshot's files"):
+    with raise_on_all_ranks("looking at the snapshot's files"):
         check_names(directory, snapshot)
     digests = file_digests([directory / name for name in snapshot.files])
-    with agreeing("checking the snapshot"):
+    with raise_on_all_ranks("checking the snapshot"):
         check_digests(directory, snapshot, digests)
 
 
@@ -140,12 +140,12 @@ def file_digests(files: Sequence[Path]) -> list[str]:
         CheckpointError: on every rank; a file cannot be read.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    with agreeing("reading the model's files"):
+    with raise_on_all_ranks("reading the model's files"):
         digests = {
             number: file_digest(path) for number, path in enumerate(files) if number % size == rank
         }
-    told = {number: digest for part in gathered(digests) for number, digest in part.items()}
-    return [told[number] for number in sorted(told)]
+    message = {number: digest for part in gathered(digests) for number, digest in part.items()}
+    return [message[number] for number in sorted(message)]
 
 
 def _together(digests: Sequence[str]) -> str:
@@ -162,6 +162,6 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub's own errors, and those of four network libraries
-        told = f"{name} is no directory, and the hub cannot give it ({type(error).__name__})"
+        message = f"{name} is no directory, and the hub cannot give it ({type(error).__name__})"
         remedy = f"check the name, or fetch it where there is a network: hf download {name}"
-        raise CheckpointError.at("model.path", told, remedy) from error
+        raise CheckpointError.at("model.path", message, remedy) from error

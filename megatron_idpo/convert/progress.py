@@ -61,9 +61,9 @@ def report_written(
 ) -> None:
     """One line about what is there now."""
     size = weights_bytes(shapes, dtype)
-    told = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    message = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
     print(
-        f"wrote {target}: {len(shapes)} tensors, {told} of {str(dtype).removeprefix('torch.')}, "
+        f"wrote {target}: {len(shapes)} tensors, {message} of {str(dtype).removeprefix('torch.')}, "
         f"in {seconds:.1f} s",
         flush=True,
     )

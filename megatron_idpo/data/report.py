@@ -61,40 +61,40 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report for people; what did not happen is left out."""
-        told = [f"{self.kept_pairs} pairs kept of {self.rows} rows"]
+        message = [f"{self.kept_pairs} pairs kept of {self.rows} rows"]
         if self.truncated_pairs:
-            told.append(f"{self.truncated_pairs} of them cut at max_length")
-        told += [f"{count} dropped: {reason}" for reason, count in self.dropped_pairs.items()]
+            message.append(f"{self.truncated_pairs} of them cut at max_length")
+        message += [f"{count} dropped: {reason}" for reason, count in self.dropped_pairs.items()]
         if self.skipped_rows:
-            told.append(f"{self.skipped_rows} bad rows skipped")
+            message.append(f"{self.skipped_rows} bad rows skipped")
         if self.moved_boundaries:
-            told.append(
+            message.append(
                 f"{self.moved_boundaries} with tokens merged across the end of the prompt "
                 "(scored with both answers)"
             )
-        told += self.warnings()
+        message += self.warnings()
         if self.longer_answers:
-            told.append(f"{self.longer_answers} with answers of several messages, all scored")
+            message.append(f"{self.longer_answers} with answers of several messages, all scored")
         if self.kept_pairs:
             mean = [
                 round(total / self.kept_pairs)
                 for total in (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens)
             ]
-            told.append("mean tokens: prompt {}, chosen {}, rejected {}".format(*mean))
-        return told
+            message.append("mean tokens: prompt {}, chosen {}, rejected {}".format(*mean))
+        return message
 
     def warnings(self) -> list[str]:
         """What is likely not meant, although pairs can be trained on as they are."""
-        told = []
+        message = []
         if self.unterminated_pairs:
-            told.append(
+            message.append(
                 f"{self.unterminated_pairs} answers do not end with a control token: the chat "
                 "template writes none, so the model does not learn to stop"
             )
         if self.untemplated_pairs:
             are = "pair is" if self.untemplated_pairs == 1 else "pairs are"
-            told.append(
+            message.append(
                 f"{self.untemplated_pairs} {are} text, trained without the chat template "
                 "(data.format: single_turn gives text one, text says that it is meant so)"
             )
-        return told
+        return message

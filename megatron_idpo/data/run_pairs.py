@@ -63,9 +63,9 @@ def load_run_pairs(config: RunConfig) -> RunPairs:
         return RunPairs(train, None, tokenizer, train.report, None)
     is_held_out_P = hold_out(train, wanted_pairs, seed=data.seed)
     if is_held_out_P.all():
-        place = "data.eval_pairs" if data.eval_pairs else "data.eval_fraction"
-        told = f"holding out {wanted_pairs} of {len(train)} pairs, by whole prompts, leaves none"
-        raise DataError.at(place, told, "hold out fewer, or name other data in data.eval")
+        location = "data.eval_pairs" if data.eval_pairs else "data.eval_fraction"
+        message = f"holding out {wanted_pairs} of {len(train)} pairs, by whole prompts, leaves none"
+        raise DataError.at(location, message, "hold out fewer, or name other data in data.eval")
     return RunPairs(
         train.select(np.flatnonzero(~is_held_out_P)),
         train.select(np.flatnonzero(is_held_out_P)),
@@ -101,11 +101,11 @@ def check_tokens(pairs: RunPairs, vocab_size: int) -> None:
     """
     for dataset in filter(None, (pairs.train, pairs.eval)):
         if dataset.highest_token >= vocab_size:
-            told = (
+            message = (
                 f"token {dataset.highest_token} occurs in the data, but the model's vocabulary "
                 f"ends at {vocab_size - 1}"
             )
-            raise ConfigError.at("model.tokenizer", told, "use the model's own tokenizer")
+            raise ConfigError.at("model.tokenizer", message, "use the model's own tokenizer")
 
 
 def tokenizer_path(model: ModelConfig) -> str:

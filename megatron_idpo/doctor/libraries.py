@@ -29,7 +29,7 @@ class ImportFailure:
     kind: str
     """The exception's class, or `crash` or `hang`."""
 
-    told: str
+    message: str
     """The last line that the child wrote."""
 
 
@@ -56,8 +56,8 @@ class Probe:
         spec = importlib.util.find_spec(module)
         if spec is None:
             return None
-        place = spec.origin or next(iter(spec.submodule_search_locations or ()), None)
-        path = Path(place or ".")
+        location = spec.origin or next(iter(spec.submodule_search_locations or ()), None)
+        path = Path(location or ".")
         return path.parent if path.name == "__init__.py" else path
 
     def import_failure(self, module: str) -> ImportFailure | None:
@@ -71,10 +71,10 @@ class Probe:
             return ImportFailure("hang", f"still importing after {IMPORT_TIMEOUT_S} s")
         if child.returncode == 0:
             return None
-        told = next((line for line in reversed(child.stderr.splitlines()) if line.strip()), "")
+        message = next((line for line in reversed(child.stderr.splitlines()) if line.strip()), "")
         if child.returncode < 0:
-            return ImportFailure("crash", f"ended by signal {-child.returncode}; {told}")
-        return ImportFailure(told.partition(":")[0].rpartition(".")[2], told)
+            return ImportFailure("crash", f"ended by signal {-child.returncode}; {message}")
+        return ImportFailure(message.partition(":")[0].rpartition(".")[2], message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +137,13 @@ def _cuda(torch: Torch | None) -> Finding:
         return Finding("CUDA", State.OK if version else State.NOTE, version or "unknown")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if Path("/dev/nvidia0").exists() and not hidden:
-        told = f"built for CUDA {torch.cuda_version}" if torch.cuda_version else "built without it"
+        message = (
+            f"built for CUDA {torch.cuda_version}" if torch.cuda_version else "built without it"
+        )
         return Finding(
             "CUDA",
             State.BROKEN,
-            f"torch is {told} and cannot use the GPU of this machine",
+            f"torch is {message} and cannot use the GPU of this machine",
             "everything would run on the CPU",
             "install the torch build that fits the driver (`nvidia-smi` names its CUDA version), "
             'or set CUDA_VISIBLE_DEVICES="" to run on the CPU on purpose',
@@ -214,7 +216,7 @@ def _megatron(probe: Probe) -> Finding:
         return Finding(
             "megatron-core",
             State.BROKEN,
-            f"{version}, but importing it fails: {failure.told}",
+            f"{version}, but importing it fails: {failure.message}",
             "nothing can run; a half-installed library below is the usual reason",
             "mend what is broken below, then ask again",
         )
@@ -238,7 +240,7 @@ def _transformer_engine(probe: Probe, has_gpu: bool) -> Finding:
         return Finding(
             TE,
             State.BROKEN,
-            f"{version}, half installed: {failure.told}",
+            f"{version}, half installed: {failure.message}",
             f"{extension}megatron-core guards only against a Transformer Engine that is not there "
             "at all: with half of one, `import megatron.core` itself crashes or builds a model "
             "from mocks",

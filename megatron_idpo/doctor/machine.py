@@ -68,8 +68,8 @@ def examine_machine(machine: Machine, directory: Path) -> list[Finding]:
         Finding("disk", State.OK, f"{size_of(disk.free)} free of {size_of(disk.total)}"),
     ]
     if machine.gpus:
-        told = ", ".join(f"{name} with {size_of(size)}" for name, size in machine.gpus)
-        found.insert(0, Finding("GPUs", State.OK, f"{len(machine.gpus)}: {told}"))
+        message = ", ".join(f"{name} with {size_of(size)}" for name, size in machine.gpus)
+        found.insert(0, Finding("GPUs", State.OK, f"{len(machine.gpus)}: {message}"))
     return found
 
 
@@ -126,10 +126,10 @@ def _speeds(machine: Machine) -> str:
         name: matmul_flops(dtype)
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
-    told = ", ".join(f"{speed / 1e9:.0f} GFLOP/s in {name}" for name, speed in speeds.items())
+    message = ", ".join(f"{speed / 1e9:.0f} GFLOP/s in {name}" for name, speed in speeds.items())
     if speeds["bf16"] < speeds["fp32"]:
-        return f"matrix multiplication: {told}, so model.dtype=fp32 is the faster one here"
-    return f"matrix multiplication: {told}"
+        return f"matrix multiplication: {message}, so model.dtype=fp32 is the faster one here"
+    return f"matrix multiplication: {message}"
 
 
 def matmul_flops(dtype: "Dtype", clock: Callable[[], float] = time.perf_counter) -> float:

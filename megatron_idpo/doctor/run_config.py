@@ -78,9 +78,9 @@ def _model(path: str) -> "tuple[Architecture | None, Finding]":
             return None, Finding("model", State.BROKEN, f"{path} is no directory", "", remedy)
         cached = _cached_snapshot(path)
         if cached is None:
-            told = f"{path} is not on this machine, so it was not looked at"
+            message = f"{path} is not on this machine, so it was not looked at"
             remedy = f"download it: hf download {path}"
-            return None, Finding("model", State.NOTE, told, "", remedy)
+            return None, Finding("model", State.NOTE, message, "", remedy)
         directory = cached
     try:
         architecture = _architecture(directory)
@@ -88,8 +88,8 @@ def _model(path: str) -> "tuple[Architecture | None, Finding]":
     except (UserError, ImportError, OSError) as error:
         return None, _refused("model", error)
     count = sum(_parameters_by_layer(architecture).values())
-    told = f"{architecture.family}, {architecture.num_layers} layers, {count:,} parameters"
-    return architecture, Finding("model", State.OK, told)
+    message = f"{architecture.family}, {architecture.num_layers} layers, {count:,} parameters"
+    return architecture, Finding("model", State.OK, message)
 
 
 def _cached_snapshot(name: str) -> Path | None:
@@ -163,20 +163,20 @@ def _layout(
             "",
             f"run it on {machines} such machines, or lower layout.tensor or layout.pipeline",
         )
-    told = (
+    message = (
         f"tensor {layout.tensor} × pipeline {layout.pipeline} × data {layout.data(world_size)} "
         f"on {world_size} {'process' if world_size == 1 else 'processes'}"
     )
     start = "" if world_size == 1 else f"start it with torchrun --nproc-per-node {world_size}"
     if "WORLD_SIZE" in environ:
-        return Finding("layout", State.OK, told)
+        return Finding("layout", State.OK, message)
     if machine.gpus and world_size < len(machine.gpus):
         idle = len(machine.gpus) - world_size
-        return Finding("layout", State.NOTE, told, f"{idle} GPUs would be idle", start)
+        return Finding("layout", State.NOTE, message, f"{idle} GPUs would be idle", start)
     if not machine.gpus and world_size > machine.cores:
         slow = f"they share {machine.cores:g} cores: right, but slow"
-        return Finding("layout", State.NOTE, told, slow, start)
-    return Finding("layout", State.OK, told, "", start)
+        return Finding("layout", State.NOTE, message, slow, start)
+    return Finding("layout", State.OK, message, "", start)
 
 
 def _world_size(layout: Layout, machine: Machine, environ: Mapping[str, str]) -> int:
@@ -206,15 +206,15 @@ def _memory(
     weights = parameters * WEIGHT_BYTES[dtype]
     shared = TRAINED_BYTES[dtype] - GRADIENT_BYTES
     training = weights + parameters * (GRADIENT_BYTES + shared / data)
-    told = f"{size_of(weights)} in {dtype} of the {size_of(available)} of a {where}"
+    message = f"{size_of(weights)} in {dtype} of the {size_of(available)} of a {where}"
     more = f"training all of them with Adam takes {size_of(training)} before activations"
     if weights > available:
         remedy = "raise layout.tensor or layout.pipeline, or use a smaller model"
-        return Finding("weights", State.BROKEN, told, "they do not fit", remedy)
+        return Finding("weights", State.BROKEN, message, "they do not fit", remedy)
     if training > available:
         remedy = "train adapters only, or raise layout.tensor or layout.pipeline"
-        return Finding("weights", State.NOTE, told, f"{more}, which does not fit", remedy)
-    return Finding("weights", State.OK, told, more)
+        return Finding("weights", State.NOTE, message, f"{more}, which does not fit", remedy)
+    return Finding("weights", State.OK, message, more)
 
 
 def _parameters_per_process(architecture: "Architecture", layout: Layout) -> tuple[float, float]:
@@ -255,6 +255,6 @@ def _looks_local(path: str) -> bool:
 def _output(directory: Path) -> Finding:
     parent = nearest_existing(directory)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        told = f"{directory} cannot be written: {parent} is no directory of yours"
-        return Finding("output", State.BROKEN, told, "", "change training.output")
+        message = f"{directory} cannot be written: {parent} is no directory of yours"
+        return Finding("output", State.BROKEN, message, "", "change training.output")
     return Finding("output", State.OK, f"{directory} can be written")

@@ -60,9 +60,9 @@ def subjects(config: RunConfig) -> tuple[Subject, ...]:
         }
     found: list[Subject] = []
     problems: list[Problem] = []
-    for name, (place, path, adapter) in named.items():
+    for name, (location, path, adapter) in named.items():
         try:
-            model = _model(place, path)
+            model = _model(location, path)
         except ConfigError as error:
             problems += error.problems
             continue
@@ -86,7 +86,7 @@ def evaluation_directory(config: RunConfig) -> Path:
     return Path(config.training.output).expanduser() / "evaluation"
 
 
-def _model(place: str, path: str) -> str:
+def _model(location: str, path: str) -> str:
     """The model itself, where a run's output stands for its result.
 
     Raises:
@@ -96,7 +96,7 @@ def _model(place: str, path: str) -> str:
     is_run = (directory / RUN_FILE).is_file() and not (directory / "config.json").is_file()
     if (directory / RESULT).is_dir():
         return str(directory / RESULT)
-    if is_run or place == "training.output":
-        told = f"{path} has no {RESULT}/: no run has finished there"
-        raise ConfigError.at(place, told, "let `train` finish, or name a model's directory")
+    if is_run or location == "training.output":
+        message = f"{path} has no {RESULT}/: no run has finished there"
+        raise ConfigError.at(location, message, "let `train` finish, or name a model's directory")
     return path

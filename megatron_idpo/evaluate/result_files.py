@@ -21,12 +21,12 @@ def check_writable(directory: Path) -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        told = "is not writable" if not os.access(directory, os.W_OK) else ""
+        message = "is not writable" if not os.access(directory, os.W_OK) else ""
     except OSError as error:
-        told = f"cannot be made: {error.strerror or error}"
-    if told:
+        message = f"cannot be made: {error.strerror or error}"
+    if message:
         remedy = "name a directory to write to"
-        raise ConfigError.at(PLACE, f"{directory} {told}", remedy)
+        raise ConfigError.at(PLACE, f"{directory} {message}", remedy)
 
 
 @contextmanager
@@ -39,9 +39,9 @@ def telling(path: Path, done: Literal["read", "written"]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        told = f"{path} cannot be {done}: {error.strerror or error}"
+        message = f"{path} cannot be {done}: {error.strerror or error}"
         remedy = "put that right and start again, or name another directory"
-        raise ConfigError.at(PLACE, told, remedy) from None
+        raise ConfigError.at(PLACE, message, remedy) from None
 
 
 @contextmanager
@@ -57,17 +57,17 @@ def only_writer(path: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             hold.enter_context(locked(lock))
         except Held:
-            told, remedy = f"{path} is being written by another process", "wait for it"
-            raise ConfigError.at(PLACE, told, f"{remedy}, or name another directory") from None
+            message, remedy = f"{path} is being written by another process", "wait for it"
+            raise ConfigError.at(PLACE, message, f"{remedy}, or name another directory") from None
         except OSError as error:
-            told = f"{lock} cannot be written: {error.strerror or error}"
-            raise ConfigError.at(PLACE, told, "name another directory") from None
+            message = f"{lock} cannot be written: {error.strerror or error}"
+            raise ConfigError.at(PLACE, message, "name another directory") from None
         yield
 
 
 @contextmanager
 def appearing(
-    path: Path, *, place: str = PLACE, remedy: str = "name a directory to write to"
+    path: Path, *, location: str = PLACE, remedy: str = "name a directory to write to"
 ) -> Iterator[Path]:
     """A file to write that becomes `path` when the block ends well.
 
@@ -75,7 +75,7 @@ def appearing(
 
     Args:
         path: the file; one that is there is replaced.
-        place: what a user changes to have it elsewhere.
+        location: what a user changes to have it elsewhere.
         remedy: how.
 
     Raises:
@@ -87,8 +87,8 @@ def appearing(
         yield fresh
         os.replace(fresh, path)
     except OSError as error:
-        told = f"cannot write {path}: {error.strerror or error}"
-        raise ConfigError.at(place, told, remedy) from None
+        message = f"cannot write {path}: {error.strerror or error}"
+        raise ConfigError.at(location, message, remedy) from None
     finally:
         with suppress(OSError):  # not there: it has become the file, or never was
             fresh.unlink()

@@ -49,8 +49,8 @@ def draw_curriculum(manifest: Manifest, target: Path) -> None:
     try:
         figure.savefig(target)
     except OSError as error:
-        told = f"cannot write {target}: {error.strerror or error}"
-        raise ConfigError.at("training.output", told, "name a directory to write to") from None
+        message = f"cannot write {target}: {error.strerror or error}"
+        raise ConfigError.at("training.output", message, "name a directory to write to") from None
 
 
 def _draw_pairs(axes: Axes, manifest: Manifest) -> None:
@@ -71,9 +71,9 @@ def _draw_pairs(axes: Axes, manifest: Manifest) -> None:
 def _draw_first_model(axes: Axes, manifest: Manifest) -> None:
     """What share of each source the first model gets right already."""
     names = [_short_name(source) for source in manifest.accuracy]
-    places = np.arange(len(names))
-    axes.barh(places, list(manifest.accuracy.values()), 0.6, color=_colours(manifest))
-    axes.set_yticks(places, names)
+    locations = np.arange(len(names))
+    axes.barh(locations, list(manifest.accuracy.values()), 0.6, color=_colours(manifest))
+    axes.set_yticks(locations, names)
     axes.set_ylim(max(len(names), 3) - 0.4, -0.6)
     axes.axvline(0.5, color="0.75", linewidth=0.8, zorder=0)
     axes.set_xlim(0, 1)
@@ -97,8 +97,8 @@ def _draw_figures(axes: Axes, manifest: Manifest, name: str) -> None:
                 wilson_interval(value, step.metrics[f"{prefix}{EVAL_PAIRS}"])
                 for _, value, step in points
             ]
-            for place, (low, high) in zip(steps, bounds, strict=True):
-                axes.plot([place, place], [low, high], color=colour, linewidth=0.9)
+            for location, (low, high) in zip(steps, bounds, strict=True):
+                axes.plot([location, location], [low, high], color=colour, linewidth=0.9)
     if name == ACCURACY:
         axes.axhline(0.5, color="0.75", linewidth=0.8, zorder=0)
         axes.set_ylim(min(axes.get_ylim()[0], 0.3), 1.02)
@@ -112,7 +112,8 @@ def _draw_figures(axes: Axes, manifest: Manifest, name: str) -> None:
 def _colours(manifest: Manifest) -> Sequence[tuple[float, float, float, float]]:
     """One for each source."""
     return [
-        colormaps["viridis"](place) for place in np.linspace(0.15, 0.85, len(manifest.accuracy))
+        colormaps["viridis"](location)
+        for location in np.linspace(0.15, 0.85, len(manifest.accuracy))
     ]
 
 

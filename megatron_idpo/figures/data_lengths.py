@@ -56,8 +56,8 @@ def save_picture(path: Path, lengths_P3: IntArray, rows: RowFigures, title: str)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     except OSError as error:
-        told = f"cannot write {path}: {error.strerror or error}"
-        raise ConfigError.at("training.output", told, "name a directory to write to") from None
+        message = f"cannot write {path}: {error.strerror or error}"
+        raise ConfigError.at("training.output", message, "name a directory to write to") from None
 
 
 def _draw_lengths(axes: Axes, lengths_P3: IntArray) -> None:

@@ -54,7 +54,7 @@ def draw_likelihood(curves: Sequence[LayerCurves], target: Path) -> None:
         axes.tick_params(labelsize=8)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    figure.supxlabel(f"{curves[0].sample_told}; bands: 95% intervals", fontsize=8, color="0.35")
+    figure.supxlabel(f"{curves[0].format_sample}; bands: 95% intervals", fontsize=8, color="0.35")
     with appearing(target) as fresh:
         figure.savefig(fresh, format=target.suffix[1:])
 

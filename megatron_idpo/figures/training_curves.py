@@ -87,14 +87,14 @@ def draw_curves(metrics_path: Path, target: Path, *, title: str = "") -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target)
     except OSError as error:
-        told = f"cannot write {target}: {error.strerror or error}"
-        raise ConfigError.at("training.output", told, "name a directory to write to") from None
+        message = f"cannot write {target}: {error.strerror or error}"
+        raise ConfigError.at("training.output", message, "name a directory to write to") from None
 
 
 def layer_colours(layers: Sequence[int]) -> dict[int, str]:
     """A colour for each intermediate layer, told apart by every kind of colour vision."""
-    places = [0.45] if len(layers) == 1 else np.linspace(0.2, 0.85, len(layers))
-    colours = [to_hex(colormaps["viridis"](place)) for place in places]
+    locations = [0.45] if len(layers) == 1 else np.linspace(0.2, 0.85, len(layers))
+    colours = [to_hex(colormaps["viridis"](location)) for location in locations]
     return dict(zip(layers, colours, strict=True))
 
 
@@ -161,7 +161,7 @@ def _draw_accuracy(axes: Axes, records: Sequence[Record], layers: Sequence[int])
     shares = found.shares
     if len(shares):
         interval = (shares.values_S - found.low_S, found.high_S - shares.values_S)
-        told = f", 95% interval of {found.pairs:,} pairs" if found.pairs else ""
+        message = f", 95% interval of {found.pairs:,} pairs" if found.pairs else ""
         axes.errorbar(
             shares.steps_S,
             shares.values_S,
@@ -174,7 +174,7 @@ def _draw_accuracy(axes: Axes, records: Sequence[Record], layers: Sequence[int])
             capsize=2.5,
             elinewidth=0.9,
             clip_on=False,
-            label=f"held out, final layer{told}",
+            label=f"held out, final layer{message}",
         )
         axes.legend(frameon=False, fontsize=8, loc="best")
     axes.axhline(0.5, color="0.75", linewidth=0.8, zorder=0)

@@ -32,8 +32,8 @@ from megatron_idpo.mcore.lora.chunk import (
 from megatron_idpo.mcore.lora.linear import LowRank
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel
-from megatron_idpo.mcore.model.chunk import Undo, is_hooked, let_gradients_through_frozen_embedding
-from megatron_idpo.mcore.parallel.groups import Place, this_place
+from megatron_idpo.mcore.model.chunk import Undo, enable_embedding_output_grad, is_hooked
+from megatron_idpo.mcore.parallel.groups import RankCoordinates, this_rank
 
 
 def add_adapters(
@@ -73,14 +73,12 @@ class Adapters:
         self._undo: list[Undo] = [freeze(chunk) for chunk in chunks]
         numbers = LowRank(settings.rank, settings.scaling, settings.dropout)
         self._by_chunk = [insert_adapters(chunk, settings.targets, numbers) for chunk in chunks]
-        self._undo += [
-            let_gradients_through_frozen_embedding(chunk) for chunk in chunks if chunk.pre_process
-        ]
-        place = this_place()
+        self._undo += [enable_embedding_output_grad(chunk) for chunk in chunks if chunk.pre_process]
+        rank = this_rank()
         for one in self.tensors():
             if one.side == "A":
                 _, num_inputs = weight_shape(one.projection, architecture)
-                initialise(one, settings.seed, num_inputs, place)
+                initialise(one, settings.seed, num_inputs, rank)
 
     def tensors(self) -> Iterator[AdapterTensor]:
         """A and B of every projection in this rank's layers, this rank's parts of them."""
@@ -123,18 +121,18 @@ class Adapters:
         self.chunks = []
 
 
-def initialise(one: AdapterTensor, seed: int, num_inputs: int, place: Place) -> None:
+def initialise(one: AdapterTensor, seed: int, num_inputs: int, rank: RankCoordinates) -> None:
     """Fill this rank's part of an A, of `kaiming_uniform_(a=sqrt(5))` over all its inputs.
 
     The whole A is drawn on the CPU in fp32 by a generator of its own, so that a value depends on
     nothing but the seed and the tensor's name.
     """
-    told = hashlib.sha256(f"{seed} {one.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(told[:8]) >> 1)
+    message = hashlib.sha256(f"{seed} {one.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(message[:8]) >> 1)
     whole = torch.empty(len(one.parameter), num_inputs, device="cpu")
     # Kaiming's bound, sqrt(6 / ((1 + a²) * fan_in)), for a = sqrt(5).
     whole.uniform_(-1 / math.sqrt(num_inputs), 1 / math.sqrt(num_inputs), generator=generator)
-    part = whole if one.split_dim is None else whole.chunk(place.tensor_size, 1)[place.tensor]
+    part = whole if one.split_dim is None else whole.chunk(rank.tensor_size, 1)[rank.tensor]
     with torch.no_grad():
         one.parameter.copy_(part)
 
@@ -144,14 +142,14 @@ def _refused(chunks: Sequence[GPTModel], settings: LoraSettings) -> list[Problem
         return [Problem("chunks", "is empty", "give this rank's GPTModel chunks")]
     found = []
     for number, chunk in enumerate(chunks):
-        place = f"chunks[{number}]"
+        rank = f"chunks[{number}]"
         if not isinstance(chunk, GPTModel):
             wrapper = f"is a {type(chunk).__name__}, not a GPTModel"
-            found.append(Problem(place, wrapper, "add adapters first, then wrap the chunks in DDP"))
+            found.append(Problem(rank, wrapper, "add adapters first, then wrap the chunks in DDP"))
         elif has_adapters(chunk):
-            found.append(Problem(place, "has adapters already", "remove() those first"))
+            found.append(Problem(rank, "has adapters already", "remove() those first"))
         elif is_hooked(chunk):
-            found.append(Problem(place, "is attached to", "add adapters first, then attach"))
+            found.append(Problem(rank, "is attached to", "add adapters first, then attach"))
         else:
             found += missing_linears(chunk, settings.targets)
     return list(dict.fromkeys(found))

@@ -32,8 +32,8 @@ from megatron_idpo.lora.peft_config import (
 )
 from megatron_idpo.lora.settings import LoraSettings
 from megatron_idpo.mcore.model.architecture import Architecture
-from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, this_place
-from megatron_idpo.mcore.parallel.world import agreeing, from_first
+from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, this_rank
+from megatron_idpo.mcore.parallel.world import from_first, raise_on_all_ranks
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
@@ -89,9 +89,9 @@ def load_peft(adapters: Adapters, architecture: Architecture, directory: Path) -
         CheckpointError: other rank, scale or targets than the adapters', an option that we do not
             have, a missing, unknown or wrong-shaped tensor, a damaged file.
     """
-    place = this_place()
-    shard = Shard(place.tensor, place.tensor_size)
-    with agreeing("reading the adapter"), torch.no_grad():
+    rank = this_rank()
+    shard = Shard(rank.tensor, rank.tensor_size)
+    with raise_on_all_ranks("reading the adapter"), torch.no_grad():
         found = read_peft_settings(directory)
         check_same_settings(found, adapters.settings, directory / CONFIG_NAME)
         stored = _open(directory)
@@ -122,13 +122,13 @@ def whole_adapter_tensors(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
 
     Collective over the first replica's tensor-parallel groups: a gather for every split tensor.
     """
-    place = this_place()
-    if place.data > 0:
+    rank = this_rank()
+    if rank.data > 0:
         return
     for one in adapters.tensors():
         tensor = one.parameter.detach()
         shards = [tensor] if one.split_dim is None else gather_tensor_shards(tensor)
-        if place.tensor == 0:
+        if rank.tensor == 0:
             assert shards is not None
             whole = torch.cat(shards, one.split_dim) if one.split_dim is not None else tensor
             yield peft_name(one.layer, one.projection, one.side), whole
@@ -137,9 +137,9 @@ def whole_adapter_tensors(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
 def _open(directory: Path) -> HfCheckpoint:
     path = directory / WEIGHTS_NAME
     if not path.is_file():
-        told, remedy = "does not exist", "name the directory that PEFT's save_pretrained wrote"
+        message, remedy = "does not exist", "name the directory that PEFT's save_pretrained wrote"
         if (directory / _PICKLE_NAME).is_file():
-            told = f"does not exist, only {_PICKLE_NAME}, which could run any code when loaded"
+            message = f"does not exist, only {_PICKLE_NAME}, which could run any code when loaded"
             remedy = "where you trust the file, load it by PEFT and save it again"
-        raise CheckpointError.at(str(path), told, remedy)
+        raise CheckpointError.at(str(path), message, remedy)
     return HfCheckpoint(directory, single_file=WEIGHTS_NAME)

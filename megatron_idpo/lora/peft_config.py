@@ -120,24 +120,26 @@ def _unsupported(config: dict[str, Any], path: str) -> list[Problem]:
     found = []
     for name, wanted in (("peft_type", ("LORA",)), ("task_type", (None, "CAUSAL_LM"))):
         if config.get(name) not in wanted:
-            told = f"is {config.get(name)!r}, only {wanted[-1]} is supported"
-            found.append(Problem(f"{path}: {name}", told))
+            message = f"is {config.get(name)!r}, only {wanted[-1]} is supported"
+            found.append(Problem(f"{path}: {name}", message))
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
-        told, remedy = f"is the pattern {targets!r}", "list the projections"
-        found.append(Problem(f"{path}: target_modules", told, remedy))
+        message, remedy = f"is the pattern {targets!r}", "list the projections"
+        found.append(Problem(f"{path}: target_modules", message, remedy))
     elif not isinstance(targets, str | list):
         remedy = "list the projections"
         found.append(Problem(f"{path}: target_modules", f"is {targets!r}", remedy))
     if config.get("init_lora_weights") not in _PLAIN_STARTS:
-        told = f"is {config['init_lora_weights']!r}, which changes the base model's weights as well"
+        message = (
+            f"is {config['init_lora_weights']!r}, which changes the base model's weights as well"
+        )
         remedy = "save it by PEFT as plain LoRA (path_initial_model_for_weight_conversion)"
-        found.append(Problem(f"{path}: init_lora_weights", told, remedy))
+        found.append(Problem(f"{path}: init_lora_weights", message, remedy))
     for name, value in sorted(config.items()):
         is_neutral = not value or value == _NEUTRAL_WORDS.get(name)
         if name not in _READ | _IGNORED and not is_neutral:
-            told = f"is {value!r}, which is not supported"
+            message = f"is {value!r}, which is not supported"
             found.append(
-                Problem(f"{path}: {name}", told, "merge the adapter into its base by PEFT")
+                Problem(f"{path}: {name}", message, "merge the adapter into its base by PEFT")
             )
     return found

@@ -62,13 +62,13 @@ class LoraSettings:
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             found.append(Problem("lora.alpha", f"is {self.alpha!r}", "use a number above 0"))
         if not 0 <= self.dropout < 1:
-            told = f"is {self.dropout!r}"
-            found.append(Problem("lora.dropout", told, "use a number from 0 to below 1"))
+            message = f"is {self.dropout!r}"
+            found.append(Problem("lora.dropout", message, "use a number from 0 to below 1"))
         unknown = [name for name in self.targets if name not in PROJECTIONS]
         if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
-            told = f"is {list(self.targets)!r}"
+            message = f"is {list(self.targets)!r}"
             remedy = f"name some of {', '.join(PROJECTIONS)}, each once"
-            found.append(Problem("lora.targets", told, remedy))
+            found.append(Problem("lora.targets", message, remedy))
         return found
 
 

@@ -75,7 +75,7 @@ def _resolve(entry: object, num_layers: int) -> tuple[int, Problem | None]:
     if layer == num_layers:
         return layer, Problem(
             PLACE,
-            f"{_told(entry, num_layers)} is the final layer, which has its own loss",
+            f"{_describe(entry, num_layers)} is the final layer, which has its own loss",
             f"name layers from 1 to {num_layers - 1}; 1 - intermediate_weight weighs the final one",
         )
     if not 1 <= layer < num_layers:
@@ -91,11 +91,13 @@ def _at_depth(fraction: float, num_layers: int) -> int:
 
 def _twice(layer: int, first: int | float, second: int | float, num_layers: int) -> Problem:
     """Two entries that name the same layer."""
-    message = f"{_told(first, num_layers)} and {_told(second, num_layers)} are the same layer"
+    message = (
+        f"{_describe(first, num_layers)} and {_describe(second, num_layers)} are the same layer"
+    )
     return Problem(PLACE, message, f"name layer {layer} once")
 
 
-def _told(entry: object, num_layers: int) -> str:
+def _describe(entry: object, num_layers: int) -> str:
     """An entry in words; a fraction with the layer it falls on."""
     if isinstance(entry, float):
         return f"{entry} (layer {_at_depth(entry, num_layers)} of {num_layers})"

@@ -31,11 +31,11 @@ from megatron_idpo.mcore.model.build import GPTModel, finalize_model_grads
 from megatron_idpo.mcore.model.chunk import (
     Undo,
     chunk_layers,
+    enable_embedding_output_grad,
     enter_output_layer,
-    let_gradients_through_frozen_embedding,
     tap_layers,
 )
-from megatron_idpo.mcore.parallel.groups import data_parallel_size, this_place
+from megatron_idpo.mcore.parallel.groups import data_parallel_size, this_rank
 from megatron_idpo.objective.dpo import Objective, layer_loss
 from megatron_idpo.objective.layers import LayerSpec, resolve_layers
 from megatron_idpo.plugin.compatibility import (
@@ -50,7 +50,7 @@ from megatron_idpo.plugin.head import Head
 from megatron_idpo.plugin.injection import inject_loss
 from megatron_idpo.plugin.layer_output import LayerOutput
 from megatron_idpo.plugin.micro_batch import MicroBatch
-from megatron_idpo.plugin.output_buffer import Ledger
+from megatron_idpo.plugin.output_buffer import OutputBuffer
 from megatron_idpo.plugin.shared_head import SharedHead
 
 
@@ -123,10 +123,10 @@ class AttachedDpo:
         tapped = [[layer for layer in taps if layer in owned] for owned in by_chunk]
         local = [layer for layers in tapped for layer in layers]
         is_last = any(chunk.post_process for chunk in chunks)
-        self._ledger = Ledger(
+        self._ledger = OutputBuffer(
             [*local, *([self.num_layers] if is_last else [])],
             self.num_layers,
-            counts_pairs=is_last and this_place().tensor == 0,
+            counts_pairs=is_last and this_rank().tensor == 0,
         )
         self._is_checked = False
         self._sum_is_due = False
@@ -141,7 +141,7 @@ class AttachedDpo:
     def _hook(self, chunk: GPTModel, head: Head | None, layers: Sequence[int]) -> list[Undo]:
         undo = []
         if chunk.pre_process:
-            undo.append(let_gradients_through_frozen_embedding(chunk))
+            undo.append(enable_embedding_output_grad(chunk))
         if layers:
             assert head is not None
             undo.append(tap_layers(chunk, layers, partial(self._on_taps, head)))
@@ -300,8 +300,8 @@ class AttachedDpo:
         while hasattr(chunk, "module"):
             chunk = chunk.module
         if not any(chunk is own for own in self._chunks):
-            told = f"this {type(chunk).__name__} is not attached to, or not any more"
-            raise ConfigError.at("AttachedDpo.forward", told, "attach to it")
+            message = f"this {type(chunk).__name__} is not attached to, or not any more"
+            raise ConfigError.at("AttachedDpo.forward", message, "attach to it")
         _check_micro_batch(micro_batch).check_tokens(tokens_1T, self._vocab_size)
 
 

@@ -125,16 +125,19 @@ def refused_chunks(chunks: object) -> list[Problem]:
         return [Problem("chunks", given, "give the list of this rank's GPTModel chunks")]
     found = []
     for number, chunk in enumerate(chunks):
-        place = f"chunks[{number}]"
+        location = f"chunks[{number}]"
         if not isinstance(chunk, GPTModel):
-            told, remedy = f"is a {type(chunk).__name__}, not a GPTModel", "give GPTModel chunks"
+            message, remedy = f"is a {type(chunk).__name__}, not a GPTModel", "give GPTModel chunks"
             if hasattr(chunk, "module"):
-                told, remedy = f"is wrapped in {type(chunk).__name__}", "attach first, then wrap it"
-            found.append(Problem(place, told, remedy))
+                message, remedy = (
+                    f"is wrapped in {type(chunk).__name__}",
+                    "attach first, then wrap it",
+                )
+            found.append(Problem(location, message, remedy))
         elif not _understands_rows(chunk):
             found.append(
                 Problem(
-                    place,
+                    location,
                     "has attention or rotary embedding that would not see where a row's pairs end",
                     "build it by mcore.model.build_model, or give its layers RowAttention "
                     "(mcore/specs.py) and set rotary_pos_emb to a RowRotary",
@@ -214,8 +217,8 @@ def agreed_problems(
 def _disagreements(views: Sequence[_View], taps: Sequence[int], num_layers: int) -> list[Problem]:
     found = []
     if len({view.arguments for view in views}) > 1:
-        told = "differ between ranks: " + ", ".join(sorted({view.arguments for view in views}))
-        found.append(Problem("attach", told, "give every rank the same arguments"))
+        message = "differ between ranks: " + ", ".join(sorted({view.arguments for view in views}))
+        found.append(Problem("attach", message, "give every rank the same arguments"))
     owned = {layer for view in views for layer in view.layers}
     if missing := [layer for layer in range(1, num_layers + 1) if layer not in owned]:
         remedy = "give all of them on every rank; with interleaving there are several"
@@ -223,7 +226,7 @@ def _disagreements(views: Sequence[_View], taps: Sequence[int], num_layers: int)
     owners = {layer for view in views for layer in view.final_chunk}
     copied = any(layer not in owners for layer in taps)
     if copied and any(view.in_ddp for view in views) and any(view.learns for view in views):
-        told = "a trained copy of the head would not be in the buffers of DDP, which is there"
+        message = "a trained copy of the head would not be in the buffers of DDP, which is there"
         remedy = "attach before DDP and the optimizer are made, or freeze the head"
-        found.append(Problem("attach", told, remedy))
+        found.append(Problem("attach", message, remedy))
     return found

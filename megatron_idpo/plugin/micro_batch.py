@@ -106,8 +106,8 @@ class MicroBatch(RowParams):
         super().__post_init__()
         mistakes = [*self.targets.mistakes(self.row_tokens), *self._reference_mistakes()]
         if mistakes:
-            place, remedy = f"micro-batch {self.index}", "build it from one row (data/rows.py)"
-            raise DataError.of([Problem(place, mistake, remedy) for mistake in mistakes])
+            location, remedy = f"micro-batch {self.index}", "build it from one row (data/rows.py)"
+            raise DataError.of([Problem(location, mistake, remedy) for mistake in mistakes])
 
     def check_tokens(self, tokens_1T: Tensor, vocab_size: int) -> None:
         """Check this row's tokens, and its targets against the vocabulary.
@@ -115,17 +115,21 @@ class MicroBatch(RowParams):
         Raises:
             DataError: they are another row's, or there are no such tokens.
         """
-        place = f"micro-batch {self.index}"
+        location = f"micro-batch {self.index}"
         if tokens_1T.shape != (1, self.row_tokens):
-            told = f"tokens of shape {tuple(tokens_1T.shape)} for {self.row_tokens} row positions"
-            raise DataError.at(place, told, f"give int64 [1, {self.row_tokens}]")
+            message = (
+                f"tokens of shape {tuple(tokens_1T.shape)} for {self.row_tokens} row positions"
+            )
+            raise DataError.at(location, message, f"give int64 [1, {self.row_tokens}]")
         tokens_N = self.targets.tokens_N
         # On a GPU this would synchronise; there such a target's loss is infinite.
         if tokens_N.device.type == "cpu" and tokens_N.numel():
             least, most = int(tokens_N.min()), int(tokens_N.max())
             if least < 0 or most >= vocab_size:
-                told = f"targets reach from {least} to {most} in a vocabulary of {vocab_size}"
-                raise DataError.at(place, told, "use the tokenizer that vocab_size belongs to")
+                message = f"targets reach from {least} to {most} in a vocabulary of {vocab_size}"
+                raise DataError.at(
+                    location, message, "use the tokenizer that vocab_size belongs to"
+                )
 
     def _reference_mistakes(self) -> list[str]:
         if self.reference_free and self.reference_logps:

@@ -14,7 +14,7 @@ from megatron_idpo.plugin.layer_output import LayerOutput
 from megatron_idpo.plugin.micro_batch import MicroBatch
 
 
-class Ledger:
+class OutputBuffer:
     """The outputs of one rank's layers since they were last taken."""
 
     def __init__(self, layers: Sequence[int], final: int, *, counts_pairs: bool) -> None:
@@ -69,9 +69,9 @@ class Ledger:
         """
         mine, self._trained_pairs = self._trained_pairs, 0
         said, self._global_pairs_said = self._global_pairs_said, set()
-        told = gathered((mine if self._counts_pairs else 0, sorted(said)))
-        pairs = sum(count for count, _ in told)
-        everywhere = sorted({number for _, numbers in told for number in numbers})
+        message = gathered((mine if self._counts_pairs else 0, sorted(said)))
+        pairs = sum(count for count, _ in message)
+        everywhere = sorted({number for _, numbers in message for number in numbers})
         if everywhere != [pairs]:
             numbers = " and ".join(map(str, everywhere)) or "nothing"
             raise ConfigError.at(

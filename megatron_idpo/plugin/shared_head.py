@@ -21,7 +21,7 @@ from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.model.build import GPTModel
 from megatron_idpo.mcore.model.chunk import Undo
 from megatron_idpo.mcore.model.head_replica import REPLICA_NAME, HeadReplica, mark_shared_head
-from megatron_idpo.mcore.parallel.groups import StageGroup, stage_group, tensor_group, this_place
+from megatron_idpo.mcore.parallel.groups import StageGroup, stage_group, tensor_group, this_rank
 from megatron_idpo.mcore.parallel.world import gathered
 from megatron_idpo.plugin.head import Head, VocabShard
 
@@ -92,7 +92,7 @@ class _Copies:
 
         Integers add up to the same in any order; a GPU sums floats in an order of its own.
         """
-        shard = this_place().tensor
+        shard = this_rank().tensor
         return [
             (shard, one.requires_grad, int(bits.sum(dtype=torch.int64)))
             for one in (self._all() if self.stages is not None else [])
@@ -161,11 +161,16 @@ class SharedHead:
         Raises:
             ConfigError: on every rank, where they differ in value or in whether they learn.
         """
-        told = gathered([self._weights.digests(), self._norms.digests()])
-        place = this_place()
+        gathered_digests = gathered([self._weights.digests(), self._norms.digests()])
+        rank = this_rank()
         for name, column in (("output weight", 0), ("final norm", 1)):
-            for tensor in range(place.tensor_size):
-                known = {digest for rank in told for digest in rank[column] if digest[0] == tensor}
+            for tensor in range(rank.tensor_size):
+                known = {
+                    digest
+                    for digests in gathered_digests
+                    for digest in digests[column]
+                    if digest[0] == tensor
+                }
                 if len(known) > 1:
                     raise ConfigError.at(
                         "attach",
@@ -179,12 +184,12 @@ class SharedHead:
         chunk, replica = self._chunks[number], self.replicas.get(number)
         if replica is None and not chunk.post_process:
             return None
-        place = this_place()
-        rows = chunk.vocab_size // place.tensor_size
+        rank = this_rank()
+        rows = chunk.vocab_size // rank.tensor_size
         return Head(
             norm=chunk.decoder.final_layernorm if replica is None else replica.norm,
             weight=partial(_weight, chunk, replica),
-            shard=VocabShard(tensor_group(), place.tensor * rows, vocab_size),
+            shard=VocabShard(tensor_group(), rank.tensor * rows, vocab_size),
             sequence_parallel=chunk.config.sequence_parallel,
             use_norm=self._use_norm,
             replica=replica,
@@ -232,9 +237,9 @@ def _trainable(chunks: Sequence[GPTModel]) -> tuple[bool, bool]:
         for chunk in chunks
         if chunk.post_process
     ]
-    told = [answer for answers in gathered(mine) for answer in answers]
-    assert len(set(told)) == 1, f"the last stages disagree on what learns: {told}"
-    return told[0]
+    message = [answer for answers in gathered(mine) for answer in answers]
+    assert len(set(message)) == 1, f"the last stages disagree on what learns: {message}"
+    return message[0]
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

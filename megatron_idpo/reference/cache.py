@@ -107,8 +107,8 @@ def held(directory: Path) -> Iterator[None]:
             raise CheckpointError.at(str(directory), "is being written", remedy) from None
         except OSError as error:
             remedy = "name a directory on another file system in reference.cache"
-            told = f"cannot be locked: {error.strerror}"
-            raise CheckpointError.at(str(directory), told, remedy) from None
+            message = f"cannot be locked: {error.strerror}"
+            raise CheckpointError.at(str(directory), message, remedy) from None
         yield
 
 
@@ -138,9 +138,9 @@ class CacheWriter:
             found = _read_fingerprint(self._parts)[0]
             _check(self._parts, found, fingerprint)
             if found.layers != fingerprint.layers:
-                told = f"is unfinished, with the layers {', '.join(map(str, found.layers))}"
+                message = f"is unfinished, with the layers {', '.join(map(str, found.layers))}"
                 remedy = "finish it with the objective.layers that it began with, or delete it"
-                raise CheckpointError.at(str(self._parts), told, remedy)
+                raise CheckpointError.at(str(self._parts), message, remedy)
         else:
             write_json(self._parts / FINGERPRINT, fingerprint.as_dict())
         self._read_parts()
@@ -173,8 +173,8 @@ class CacheWriter:
         assert self.done_pairs == self._fingerprint.pairs, (self.done_pairs, self._fingerprint)
         table = self._directory / TABLE
         write_table(table, np.concatenate(self._done), self._fingerprint.layers)
-        told = {**self._fingerprint.as_dict(), _SHA256: _sha256(table)}
-        write_json(self._directory / FINGERPRINT, told)
+        message = {**self._fingerprint.as_dict(), _SHA256: _sha256(table)}
+        write_json(self._directory / FINGERPRINT, message)
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def _read_parts(self) -> None:

@@ -148,9 +148,11 @@ def make_directory(path: Path) -> None:
 
 def damaged(path: Path, error: Exception | str) -> CheckpointError:
     """What to say of a file that cannot be what it should be."""
-    told = str(error).split("\n", 1)[0]
+    message = str(error).split("\n", 1)[0]
     return CheckpointError.at(
-        str(path), f"is no reference cache, or a damaged one ({told})", "delete it to score again"
+        str(path),
+        f"is no reference cache, or a damaged one ({message})",
+        "delete it to score again",
     )
 
 

@@ -56,7 +56,7 @@ class Fingerprint:
         where none is wanted.
         """
         found = []
-        for name, told in _TOLD.items():
+        for name, message in _TOLD.items():
             mine, other = getattr(self, name), getattr(wanted, name)
             if name == "norm" and len(wanted.layers) == 1:
                 continue
@@ -65,9 +65,9 @@ class Fingerprint:
                 if lacking:
                     found.append(f"it lacks layers {', '.join(map(str, lacking))}")
             elif mine != other and isinstance(mine, str) and len(mine) == _DIGITS:
-                found.append(f"{told} differs")
+                found.append(f"{message} differs")
             elif mine != other:
-                found.append(f"{told} is {mine}, here {other}")
+                found.append(f"{message} is {mine}, here {other}")
         return found
 
     def as_dict(self) -> dict[str, Any]:

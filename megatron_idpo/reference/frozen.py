@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.convert.model_source import load_base
 from megatron_idpo.lora.adapters import add_adapters
 from megatron_idpo.lora.peft import load_peft
 from megatron_idpo.lora.peft_config import read_peft_settings
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import ModelOptions, build_model
-from megatron_idpo.mcore.parallel.world import agreeing
+from megatron_idpo.mcore.parallel.world import raise_on_all_ranks
 from megatron_idpo.plugin.attach import AttachedDpo, attach
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def frozen_model(
-    config: RunConfig, model: FixedModel, *, show_progress: bool, plain_linears: bool = False
+    config: RunConfig, model: FrozenModel, *, show_progress: bool, plain_linears: bool = False
 ) -> tuple[Sequence["GPTModel"], AttachedDpo]:
     """This rank's chunks with their weights, and the taps on them. Collective; a layout runs.
 
@@ -63,6 +63,6 @@ def _add_adapter(chunks: Sequence["GPTModel"], architecture: Architecture, direc
 
     Dropout is off wherever a reference is read.
     """
-    with agreeing("reading the adapter's settings"):
+    with raise_on_all_ranks("reading the adapter's settings"):
         settings = read_peft_settings(directory)
     load_peft(add_adapters(chunks, architecture, settings), architecture, directory)

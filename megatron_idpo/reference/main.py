@@ -21,8 +21,8 @@ def main(path: Path, overrides: Sequence[str]) -> int:
     """
     config = load_config(path, overrides, required=REQUIRED, optional=OPTIONAL)
     if config.reference.source != "cache":
-        told = f"is {config.reference.source}, which reads no cache"
-        raise ConfigError.at("reference.source", told, "set it to cache, the default")
+        message = f"is {config.reference.source}, which reads no cache"
+        raise ConfigError.at("reference.source", message, "set it to cache, the default")
     from megatron_idpo.reference.score_command import (
         score,  # torch and megatron-core: after the checks
     )

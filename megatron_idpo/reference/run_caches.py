@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.data.packing.batches import RowSettings
 from megatron_idpo.data.run_pairs import RunPairs
 from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import CheckpointError, ConfigError
-from megatron_idpo.mcore.parallel.signals import StopWish
-from megatron_idpo.mcore.parallel.world import agreeing, gathered, is_first_rank
+from megatron_idpo.mcore.parallel.signals import StopFlag
+from megatron_idpo.mcore.parallel.world import gathered, is_first_rank, raise_on_all_ranks
 from megatron_idpo.reference.cache import EVAL, CacheWriter, held, is_complete, open_cache
 from megatron_idpo.reference.cached import Cached
 from megatron_idpo.reference.fingerprint import Fingerprint, fingerprint
@@ -38,14 +38,14 @@ class RunCaches:
     """Where a run's reference log-probabilities are, and what they have to be."""
 
     directory: Path
-    model: FixedModel
+    model: FrozenModel
     """The reference."""
 
     parts: tuple[_Part, ...]
     """The training pairs', then the held-out ones' if there are any."""
 
     @classmethod
-    def of(cls, config: RunConfig, pairs: RunPairs, model: FixedModel) -> Self:
+    def of(cls, config: RunConfig, pairs: RunPairs, model: FrozenModel) -> Self:
         """Those that a configuration names.
 
         Args:
@@ -63,7 +63,7 @@ class RunCaches:
         parts = [
             _Part(
                 what,
-                place,
+                location,
                 dataset,
                 fingerprint(
                     config,
@@ -73,14 +73,14 @@ class RunCaches:
                     num_layers=model.source.architecture.num_layers,
                 ),
             )
-            for what, place, dataset in named
+            for what, location, dataset in named
         ]
         return cls(directory, model, tuple(parts))
 
     @classmethod
     def of_one_set(
         cls,
-        model: FixedModel,
+        model: FrozenModel,
         pairs: PairDataset,
         directory: Path,
         fingerprint: Fingerprint,
@@ -107,14 +107,14 @@ class RunCaches:
         return all([_is_complete_everywhere(part) for part in self.parts])
 
     def score(
-        self, source: Reference, rows: RowSettings, wish: StopWish, *, part_s: float = PART_S
+        self, source: Reference, rows: RowSettings, stop_flag: StopFlag, *, part_s: float = PART_S
     ) -> bool:
         """Compute what is missing. Collective.
 
         Args:
             source: a live reference, read at the layers of the fingerprint.
             rows: how pairs are laid out.
-            wish: whether this process has been asked to stop.
+            stop_flag: whether this process has been asked to stop.
             part_s: seconds after which a part is written.
 
         Returns:
@@ -124,7 +124,7 @@ class RunCaches:
             UserError: on every rank.
         """
         with ExitStack() as stack:
-            with agreeing("holding the reference cache"):
+            with raise_on_all_ranks("holding the reference cache"):
                 if is_first_rank():
                     stack.enter_context(held(self.directory))
             for part in self.parts:
@@ -134,7 +134,7 @@ class RunCaches:
                     rows,
                     directory=part.directory,
                     fingerprint=part.fingerprint,
-                    wish=wish,
+                    stop_flag=stop_flag,
                     what=part.what,
                     part_s=part_s,
                 ):
@@ -153,7 +153,7 @@ class RunCaches:
             CheckpointError: on every rank; a cache is damaged, is another model's, or cannot be
                 written.
         """
-        with agreeing("taking over the reference cache"):
+        with raise_on_all_ranks("taking over the reference cache"):
             if is_first_rank():
                 with held(self.directory):
                     for number, (mine, theirs) in enumerate(
@@ -175,7 +175,7 @@ class RunCaches:
         Raises:
             CheckpointError: on every rank; one is damaged.
         """
-        with agreeing("reading the reference cache"):
+        with raise_on_all_ranks("reading the reference cache"):
             return [Cached(open_cache(part.directory, part.fingerprint)) for part in self.parts]
 
 
@@ -185,13 +185,13 @@ def _is_complete_everywhere(part: _Part) -> bool:
     Raises:
         CheckpointError: on every rank; it is of something else, damaged, or not seen by all.
     """
-    with agreeing("looking at the reference cache"):
+    with raise_on_all_ranks("looking at the reference cache"):
         seen = is_complete(part.directory, part.fingerprint)
     everywhere = gathered(seen)
     if len(set(everywhere)) > 1:
-        told = f"is finished as {sum(everywhere)} of {len(everywhere)} ranks see it"
+        message = f"is finished as {sum(everywhere)} of {len(everywhere)} ranks see it"
         remedy = "name a directory that all machines share; if they do, start again"
-        raise CheckpointError.at(str(part.directory), told, remedy)
+        raise CheckpointError.at(str(part.directory), message, remedy)
     return seen
 
 

@@ -21,9 +21,9 @@ from megatron_idpo.data.packing.batches import Batch, EvaluationBatches, RowSett
 from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import DataError
 from megatron_idpo.mcore.cpu.redirect import default_device
-from megatron_idpo.mcore.parallel.groups import is_last_stage, this_place
-from megatron_idpo.mcore.parallel.signals import StopWish
-from megatron_idpo.mcore.parallel.world import agreeing, from_first, is_first_rank
+from megatron_idpo.mcore.parallel.groups import is_last_stage, this_rank
+from megatron_idpo.mcore.parallel.signals import StopFlag
+from megatron_idpo.mcore.parallel.world import from_first, is_first_rank, raise_on_all_ranks
 from megatron_idpo.reference.cache import CacheWriter
 from megatron_idpo.reference.cache_files import Logps
 from megatron_idpo.reference.fingerprint import Fingerprint
@@ -45,7 +45,7 @@ def score_pairs(
     *,
     directory: Path,
     fingerprint: Fingerprint,
-    wish: StopWish,
+    stop_flag: StopFlag,
     what: str = "pairs",
     part_s: float = PART_S,
 ) -> bool:
@@ -57,7 +57,7 @@ def score_pairs(
         rows: how they are laid out.
         directory: of the cache.
         fingerprint: of the cache.
-        wish: whether this process has been asked to stop.
+        stop_flag: whether this process has been asked to stop.
         what: to call them.
         part_s: seconds after which a part is written.
 
@@ -69,7 +69,7 @@ def score_pairs(
             log-probability is NaN or infinite.
     """
     writer = None
-    with agreeing("opening the reference cache"):
+    with raise_on_all_ranks("opening the reference cache"):
         if is_first_rank():
             writer = CacheWriter(directory, fingerprint)
     layers = fingerprint.layers
@@ -77,7 +77,7 @@ def score_pairs(
     marked_s, is_stopping = time.monotonic(), False
     with ScoreProgress(what, len(pairs), done=done, show=is_first_rank()) as progress:
         for batch in _rest(pairs, first, rows):
-            mine = (float(wish.is_there), float(time.monotonic() - marked_s >= part_s))
+            mine = (float(stop_flag.is_there), float(time.monotonic() - marked_s >= part_s))
             logps_BL2, stops, is_due = _read(source, batch, layers, mine)
             _check_finite(logps_BL2, layers, pairs, done)
             done += batch.num_pairs
@@ -87,12 +87,12 @@ def score_pairs(
                 writer.add(logps_BL2)
             if is_due or is_stopping:
                 marked_s = time.monotonic()
-                with agreeing("writing the reference cache"):
+                with raise_on_all_ranks("writing the reference cache"):
                     if writer:
                         writer.write_part()
             if is_stopping:
                 return False
-    with agreeing("finishing the reference cache"):
+    with raise_on_all_ranks("finishing the reference cache"):
         if writer:
             writer.finish()
     return True
@@ -102,7 +102,7 @@ def _rest(pairs: PairDataset, first: int, rows: RowSettings) -> EvaluationBatche
     """Batches of the pairs from `first` on; they count from there."""
     if first == len(pairs):
         return ()
-    with agreeing("laying out the data"):
+    with raise_on_all_ranks("laying out the data"):
         rest = pairs.select(np.arange(first, len(pairs)))
         return EvaluationBatches(rest, rows, global_batch_pairs=PAIRS_PER_RANK * rows.data_size)
 
@@ -116,21 +116,21 @@ def _read(
     """
     by_row = source.logps(batch)
     assert by_row is not None, "a live reference has log-probabilities"
-    told = torch.zeros(batch.num_pairs * len(layers) * 3 + 2, device=default_device())
-    if this_place().tensor == 0:
+    message = torch.zeros(batch.num_pairs * len(layers) * 3 + 2, device=default_device())
+    if this_rank().tensor == 0:
         first = batch.consumed_pairs - batch.num_pairs
-        table_BL3 = told[:-2].view(batch.num_pairs, len(layers), 3)
+        table_BL3 = message[:-2].view(batch.num_pairs, len(layers), 3)
         for row, found in zip(batch.rows, by_row, strict=True):
-            at_P = torch.from_numpy(row.pair_index_P - first).to(told.device)
+            at_P = torch.from_numpy(row.pair_index_P - first).to(message.device)
             for layer, logps_2P in found.items():
                 # Other stages may have been told of the final layer (`reference_layer: final`).
                 if layer != layers[-1] or is_last_stage():
                     table_BL3[at_P, layers.index(layer), :2] = logps_2P.view(-1, 2)
                     table_BL3[at_P, layers.index(layer), 2] = 1.0
-    told[-2] = mine[0]
-    told[-1] = mine[1] if is_first_rank() else 0.0
-    dist.all_reduce(told)
-    values = told.cpu().numpy()
+    message[-2] = mine[0]
+    message[-1] = mine[1] if is_first_rank() else 0.0
+    dist.all_reduce(message)
+    values = message.cpu().numpy()
     heard_BL3 = values[:-2].reshape(batch.num_pairs, len(layers), 3)
     assert (heard_BL3[..., 2] == 1.0).all(), "each pair and layer is told by one rank"
     return heard_BL3[..., :2], bool(values[-2] > 0), bool(values[-1] > 0)
@@ -143,9 +143,9 @@ def _check_finite(
     wrong = np.argwhere(~np.isfinite(logps_BL2))
     if len(wrong):
         pair, layer, answer = wrong[0]
-        told = (
+        message = (
             f"the model that is read gives its {('chosen', 'rejected')[answer]} answer the "
             f"log-probability {logps_BL2[pair, layer, answer]} at layer {layers[layer]}"
         )
         remedy = "compute in fp32 (model.dtype), or look at the pair and the model"
-        raise DataError.at(pairs.place(first + int(pair)), told, remedy)
+        raise DataError.at(pairs.location(first + int(pair)), message, remedy)

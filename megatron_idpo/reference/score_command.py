@@ -1,14 +1,14 @@
 """Scoring from a configuration to a finished cache, as named steps, on every rank."""
 
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.convert.model_source import ModelSource, open_model
 from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
 from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError, Problem
 from megatron_idpo.mcore.model.architecture import Architecture
-from megatron_idpo.mcore.parallel.groups import this_place
-from megatron_idpo.mcore.parallel.signals import StopWish, listening
-from megatron_idpo.mcore.parallel.world import World, agreeing, joined_world, running
+from megatron_idpo.mcore.parallel.groups import this_rank
+from megatron_idpo.mcore.parallel.signals import StopFlag, listening
+from megatron_idpo.mcore.parallel.world import World, joined_world, raise_on_all_ranks, running
 from megatron_idpo.objective.layers import resolve_layers
 from megatron_idpo.reference.frozen import frozen_model
 from megatron_idpo.reference.live import Resident
@@ -24,30 +24,30 @@ def score(config: RunConfig) -> int:
     Raises:
         UserError: on every rank; parts that were written before are there.
     """
-    with listening() as wish, joined_world() as world:
-        with agreeing("looking at the model"):
+    with listening() as stop_flag, joined_world() as world:
+        with raise_on_all_ranks("looking at the model"):
             source = open_model(config.model.path)
             _check(config, source.architecture, world.size)
-        with agreeing("reading the data"):
+        with raise_on_all_ranks("reading the data"):
             pairs = load_run_pairs(config)
             check_tokens(pairs, source.architecture.vocab_size)
         with running(config.layout.layout()):
-            return _score(config, world, source, pairs, wish)
+            return _score(config, world, source, pairs, stop_flag)
 
 
 def _score(
-    config: RunConfig, world: World, source: ModelSource, pairs: RunPairs, wish: StopWish
+    config: RunConfig, world: World, source: ModelSource, pairs: RunPairs, stop_flag: StopFlag
 ) -> int:
-    model = FixedModel.of(source)
-    with agreeing("finding the reference cache"):
+    model = FrozenModel.of(source)
+    with raise_on_all_ranks("finding the reference cache"):
         caches = RunCaches.of(config, pairs, model)
     is_complete = caches.are_complete()
     if not is_complete:
         chunks, dpo = frozen_model(config, model, show_progress=world.is_first)
-        rows = row_settings(config, world.size, data_rank=this_place().data)
-        is_complete = caches.score(Resident(dpo, chunks), rows, wish)
+        rows = row_settings(config, world.size, data_rank=this_rank().data)
+        is_complete = caches.score(Resident(dpo, chunks), rows, stop_flag)
     if world.is_first:
-        print(_told(caches, is_complete=is_complete), flush=True)
+        print(_describe(caches, is_complete=is_complete), flush=True)
     return 0 if is_complete else EXIT_PREEMPTED
 
 
@@ -62,7 +62,7 @@ def _check(config: RunConfig, architecture: Architecture, world_size: int) -> No
         raise ConfigError.of(found)
 
 
-def _told(caches: RunCaches, *, is_complete: bool) -> str:
+def _describe(caches: RunCaches, *, is_complete: bool) -> str:
     """Where the cache is, or how to go on."""
     if is_complete:
         layers = ", ".join(map(str, caches.parts[0].fingerprint.layers))

@@ -51,7 +51,7 @@ class ScoreProgress:
             transient=True,
             disable=not (show and self._console.is_terminal),
         )
-        self._task = self._bar.add_task(what, total=total_pairs, completed=done, told="")
+        self._task = self._bar.add_task(what, total=total_pairs, completed=done, message="")
 
     def __enter__(self) -> Self:
         """The bar appears."""
@@ -63,12 +63,12 @@ class ScoreProgress:
     def update(self, done: int) -> None:
         """So many pairs are done, those of earlier starts included."""
         self._done = done
-        told = self._told()
-        self._bar.update(self._task, completed=done, told=told)
+        message = self._describe()
+        self._bar.update(self._task, completed=done, message=message)
         now_s = self._clock()
         if not self._console.is_terminal and now_s - self._said_s >= _LINE_S and done < self._total:
             self._said_s = now_s
-            self._say(f"scoring {self._what}: {told}")
+            self._say(f"scoring {self._what}: {message}")
 
     def __exit__(
         self,
@@ -85,15 +85,15 @@ class ScoreProgress:
                 f"{self._done - self._first:,} of them now, in {_clock_time(taken_s)}"
             )
 
-    def _told(self) -> str:
+    def _describe(self) -> str:
         """Pairs done, pace and the time that is left."""
         taken_s = self._clock() - self._began_s
-        told = f"{self._done:,}/{self._total:,} pairs"
+        message = f"{self._done:,}/{self._total:,} pairs"
         if taken_s <= 0 or self._done == self._first:
-            return told
+            return message
         pace = (self._done - self._first) / taken_s
         left_s = (self._total - self._done) / pace
-        return f"{told} | {pace:,.1f} pairs/s | eta {_clock_time(left_s)}"
+        return f"{message} | {pace:,.1f} pairs/s | eta {_clock_time(left_s)}"
 
     def _say(self, line: str) -> None:
         if self._show:

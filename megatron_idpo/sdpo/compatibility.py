@@ -1,11 +1,11 @@
 """What can be known to go wrong with steps before the first model is scored, or a step is trained.
 
-Not collective; call within `agreeing`.
+Not collective; call within `raise_on_all_ranks`.
 """
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo_steps import step_config
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.errors import ConfigError, DataError, Problem
 from megatron_idpo.sdpo.manifest import FILE, read_manifest
 from megatron_idpo.train.checks import check_against_model
@@ -22,33 +22,35 @@ def refuse_to_go_on(config: RunConfig, output: RunDirectory) -> None:
     found, only = read_manifest(output.root), config.sdpo.only
     following = found.next_step if found else 1
     if only is not None and following is not None and only > following:
-        told = f"is {only}, but step {following} is not complete"
-        raise ConfigError.at("sdpo.only", told, f"run step {following} first, or leave it out")
+        message = f"is {only}, but step {following} is not complete"
+        raise ConfigError.at("sdpo.only", message, f"run step {following} first, or leave it out")
     if found is None:
         _refuse_plain_run(output)
     if config.checkpoint.resume == "never" and found:
-        told = f"has a manifest already: {output.root / FILE}"
+        message = f"has a manifest already: {output.root / FILE}"
         remedy = "name another directory, or set checkpoint.resume to auto to go on from it"
-        raise ConfigError.at("training.output", told, remedy)
+        raise ConfigError.at("training.output", message, remedy)
 
 
 def _refuse_plain_run(output: RunDirectory) -> None:
     """A run of one step has its result here."""
     for path in (output.checkpoints, output.hf):
         if path.exists():
-            told = f"there is {path}, but no {FILE}: a run of one step's, or that was lost"
-            raise ConfigError.at("training.output", told, "name another directory, or put it back")
+            message = f"there is {path}, but no {FILE}: a run of one step's, or that was lost"
+            raise ConfigError.at(
+                "training.output", message, "name another directory, or put it back"
+            )
 
 
-def check_step(config: RunConfig, number: int, model: FixedModel, world_size: int) -> None:
+def check_step(config: RunConfig, number: int, model: FrozenModel, world_size: int) -> None:
     """A step's configuration against the model and the world, told with the step's number."""
     try:
         check_against_model(step_config(config, number), model.source.architecture, world_size)
     except ConfigError as error:
-        place = f"sdpo.steps.{number - 1}"
+        location = f"sdpo.steps.{number - 1}"
         raise ConfigError.of(
             [
-                Problem(f"{place}: {each.place}", each.message, each.remedy)
+                Problem(f"{location}: {each.location}", each.message, each.remedy)
                 for each in error.problems
             ]
         ) from None
@@ -58,7 +60,7 @@ def check_fills_a_batch(config: RunConfig, number: int, pairs: int) -> None:
     """A step has to have pairs for one optimizer step, which would be told hours later."""
     training = step_config(config, number).training
     if training.epochs * pairs < training.global_batch_pairs:
-        told = f"has {pairs} pairs in {training.epochs} epochs, fewer than a batch of "
+        message = f"has {pairs} pairs in {training.epochs} epochs, fewer than a batch of "
         remedy = "give it more pairs or epochs, or lower training.global_batch_pairs"
-        place = f"sdpo.steps.{number - 1}"
-        raise DataError.at(place, f"{told}{training.global_batch_pairs}", remedy)
+        location = f"sdpo.steps.{number - 1}"
+        raise DataError.at(location, f"{message}{training.global_batch_pairs}", remedy)

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo_steps import step_config
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.data.run_pairs import RunPairs, row_settings
 from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.parallel.groups import this_place
-from megatron_idpo.mcore.parallel.signals import Stopped, StopWish
-from megatron_idpo.mcore.parallel.world import World, agreeing, running
+from megatron_idpo.mcore.parallel.groups import this_rank
+from megatron_idpo.mcore.parallel.signals import StopFlag, Stopped
+from megatron_idpo.mcore.parallel.world import World, raise_on_all_ranks, running
 from megatron_idpo.objective.layers import resolve_layers
 from megatron_idpo.reference.frozen import frozen_model
 from megatron_idpo.reference.live import Resident
@@ -66,7 +66,7 @@ class Curriculum:
 
 
 def score_first_model(
-    config: RunConfig, world: World, model: FixedModel, pairs: RunPairs, wish: StopWish
+    config: RunConfig, world: World, model: FrozenModel, pairs: RunPairs, stop_flag: StopFlag
 ) -> RunCaches:
     """The first model's log-probabilities of all pairs, computed where they are not there yet.
 
@@ -77,13 +77,13 @@ def score_first_model(
         Stopped: on every rank; a signal came. What was scored is saved.
     """
     scored = scoring_config(config, model.source.architecture.num_layers)
-    with agreeing("finding the first model's scores"):
+    with raise_on_all_ranks("finding the first model's scores"):
         caches = RunCaches.of(scored, pairs, model)
     with first_models_remedies():
         if caches.are_complete():
             return caches
     with first_models_remedies(), running(config.layout.layout()):
-        is_complete = _score(scored, world, model, caches, wish)
+        is_complete = _score(scored, world, model, caches, stop_flag)
         gc.collect()  # models hold themselves in circles, and step 1 needs the memory
     if not is_complete:
         raise Stopped
@@ -91,12 +91,12 @@ def score_first_model(
 
 
 def _score(
-    config: RunConfig, world: World, model: FixedModel, caches: RunCaches, wish: StopWish
+    config: RunConfig, world: World, model: FrozenModel, caches: RunCaches, stop_flag: StopFlag
 ) -> bool:
     """Load the first model and score all pairs; whether that came to its end."""
     chunks, dpo = frozen_model(config, model, show_progress=world.is_first)
-    rows = row_settings(config, world.size, data_rank=this_place().data)
-    return caches.score(Resident(dpo, chunks), rows, wish)
+    rows = row_settings(config, world.size, data_rank=this_rank().data)
+    return caches.score(Resident(dpo, chunks), rows, stop_flag)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def deal_pairs(config: RunConfig, caches: RunCaches, pairs: PairDataset) -> Curr
     """
     assert config.sdpo is not None
     scores = caches.open()[0]
-    with agreeing("dealing pairs to the steps"):
+    with raise_on_all_ranks("dealing pairs to the steps"):
         lengths_P2 = pairs.lengths_P3[:, 1:] if config.sdpo.length_normalised else None
         easiness = Easiness.of(scores.final_logps_P2, lengths_P2)
         sources, source_P = _labels(pairs.source_names), pairs.source_P
@@ -165,8 +165,8 @@ def write_curriculum(curriculum: Curriculum, path: Path) -> None:
         pq.write_table(table, fresh, compression="zstd")
         os.replace(fresh, path)
     except OSError as error:
-        told = f"cannot be written: {error.strerror or error}"
-        raise CheckpointError.at(str(path), told, "free some space") from None
+        message = f"cannot be written: {error.strerror or error}"
+        raise CheckpointError.at(str(path), message, "free some space") from None
 
 
 def _pairs_and_steps(curriculum: Curriculum) -> tuple[Indices, NDArray[np.int32]]:

@@ -76,11 +76,11 @@ def deal(
     slices = _dealt(sdpo, source_P, num_sources, easiness, seed)
     for index, slice_K in enumerate(slices):
         if not len(slice_K):
-            told = f"gets none of the {len(source_P)} pairs"
+            message = f"gets none of the {len(source_P)} pairs"
             remedy = "give it a larger fraction, or leave the step out"
             if sdpo.deals_sources or sdpo.takes_whole_sources:
                 remedy = "leave out the source that has no pairs, or the step"
-            raise DataError.at(f"sdpo.steps.{index}", told, remedy)
+            raise DataError.at(f"sdpo.steps.{index}", message, remedy)
     return slices
 
 

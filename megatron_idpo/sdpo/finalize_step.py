@@ -7,7 +7,7 @@ from uuid import uuid4
 
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.lora.peft_config import CONFIG_NAME
-from megatron_idpo.mcore.parallel.world import agreeing, is_first_rank
+from megatron_idpo.mcore.parallel.world import is_first_rank, raise_on_all_ranks
 from megatron_idpo.reference.live import Reference
 from megatron_idpo.sdpo.manifest import FIRST
 from megatron_idpo.sdpo.manifest_file import ManifestFile
@@ -75,11 +75,11 @@ class Conclusion:
 
     def _exported(self, run: Run) -> list[str]:
         """The step's own model and the run's, where they are wanted."""
-        places = [run.output] if run.config.training.export else []
+        locations = [run.output] if run.config.training.export else []
         if self.result is not None:
-            places.append(RunDirectory(self.result))
+            locations.append(RunDirectory(self.result))
         policy, lines = run.trainer.policy, []
-        for output in places:
+        for output in locations:
             lines += export_result(
                 run.config,
                 policy,
@@ -88,7 +88,7 @@ class Conclusion:
                 show_progress=run.world.is_first,
             )
             if not self.is_on_first_model:
-                with agreeing("removing an earlier adapter"):
+                with raise_on_all_ranks("removing an earlier adapter"):
                     _remove_adapter(output)
         return lines
 
@@ -107,8 +107,8 @@ def _remove_adapter(output: RunDirectory) -> None:
     try:
         output.adapter.rename(doomed)
     except OSError as error:
-        told = f"is of an earlier step, and cannot be removed: {error.strerror}"
-        raise CheckpointError.at(str(output.adapter), told, "delete it") from None
+        message = f"is of an earlier step, and cannot be removed: {error.strerror}"
+        raise CheckpointError.at(str(output.adapter), message, "delete it") from None
     atomic.discard(doomed)
 
 

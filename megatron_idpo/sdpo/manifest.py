@@ -118,8 +118,8 @@ def read_manifest(root: Path) -> Manifest | None:
         return None
     values = read_sealed(path, remedy=_REMEDY)
     if values.pop("format", None) != _FORMAT:
-        told = f"was written by megatron-idpo {values.get('version')}"
-        raise CheckpointError.at(str(path), told, "go on with that version")
+        message = f"was written by megatron-idpo {values.get('version')}"
+        raise CheckpointError.at(str(path), message, "go on with that version")
     steps = tuple(StepRecord(**step) for step in values.pop("steps"))
     return Manifest(**values, steps=steps)
 
@@ -144,9 +144,9 @@ def continued(root: Path, found: Manifest, planned: Manifest) -> Manifest:
     Raises:
         CheckpointError: naming all that this run would do otherwise than it has been done.
     """
-    place = str(root / FILE)
+    location = str(root / FILE)
     problems = [
-        Problem(place, f"was begun with {what}", remedy)
+        Problem(location, f"was begun with {what}", remedy)
         for what, remedy in _differences(found, planned)
     ]
     if problems:
@@ -161,32 +161,32 @@ def continued(root: Path, found: Manifest, planned: Manifest) -> Manifest:
 
 def _differences(found: Manifest, planned: Manifest) -> list[tuple[str, str]]:
     """What was done otherwise, in words, and what to do about it."""
-    told = []
+    message = []
     if found.model_identity != planned.model_identity:
-        told.append((f"another first model ({found.model})", _KEEP))
+        message.append((f"another first model ({found.model})", _KEEP))
     for name in ("target", "adapters"):
         before, now = getattr(found, name), getattr(planned, name)
         if before != now:
-            told.append((f"sdpo.{name} = {before}, not {now}", _KEEP))
+            message.append((f"sdpo.{name} = {before}, not {now}", _KEEP))
     begun = [step for step in found.steps if step.state != "pending"]
     if len(begun) > len(planned.steps):
-        told.append((f"{len(found.steps)} steps, of which {len(begun)} are begun", _KEEP))
+        message.append((f"{len(found.steps)} steps, of which {len(begun)} are begun", _KEEP))
     for number, (before_step, now_step) in enumerate(
         zip(begun, planned.steps, strict=False), start=1
     ):
-        told += _step_differences(number, before_step, now_step)
-    return told
+        message += _step_differences(number, before_step, now_step)
+    return message
 
 
 def _step_differences(
     number: int, before: StepRecord, now: StepRecord
 ) -> Sequence[tuple[str, str]]:
-    told = []
+    message = []
     if before.data != now.data:
         what = f"other pairs in step {number} ({before.pairs:,}, now {now.pairs:,})"
-        told.append((what, _KEEP_PAIRS))
+        message.append((what, _KEEP_PAIRS))
     for name in sorted({*before.learnt, *now.learnt}):
         if before.learnt.get(name) != now.learnt.get(name):
             was, wanted = before.learnt.get(name), now.learnt.get(name)
-            told.append((f"{name} = {was} in step {number}, not {wanted}", _KEEP))
-    return told
+            message.append((f"{name} = {was} in step {number}, not {wanted}", _KEEP))
+    return message

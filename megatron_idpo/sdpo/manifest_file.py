@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_idpo.checkpoint.snapshot_metadata import Snapshot
 from megatron_idpo.config.sdpo import SdpoConfig
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.parallel.world import agreeing, from_first, is_first_rank
+from megatron_idpo.mcore.parallel.world import from_first, is_first_rank, raise_on_all_ranks
 from megatron_idpo.sdpo.manifest import FILE, Manifest, continued, read_manifest, write_manifest
 from megatron_idpo.sdpo.retention import (
     clear_killed_snapshots,
@@ -37,7 +37,7 @@ class ManifestFile:
         self.root = root
         """The run's directory."""
 
-        with agreeing("reading the manifest"):
+        with raise_on_all_ranks("reading the manifest"):
             found = read_manifest(root) if is_first_rank() else None
             if found is not None:
                 planned = continued(root, found, planned)
@@ -47,7 +47,7 @@ class ManifestFile:
         self._write()
 
     def begun(
-        self, number: int, start: FixedModel, reference: FixedModel, layout: dict[str, Any]
+        self, number: int, start: FrozenModel, reference: FrozenModel, layout: dict[str, Any]
     ) -> None:
         """A step's data and models are settled; it is trained now, or goes on.
 
@@ -60,9 +60,11 @@ class ManifestFile:
             ("reference", before.reference, reference.identity),
         ):
             if known is not None and known != now:
-                told = f"step {number} was begun with another {what} ({known[:12]}, now {now[:12]})"
+                message = (
+                    f"step {number} was begun with another {what} ({known[:12]}, now {now[:12]})"
+                )
                 remedy = "put that back as it was, or begin anew in another training.output"
-                raise CheckpointError.at(str(self.root / FILE), told, remedy)
+                raise CheckpointError.at(str(self.root / FILE), message, remedy)
         self._change(
             number,
             state="training",
@@ -89,7 +91,7 @@ class ManifestFile:
         """
         for number in superfluous_snapshots(self.manifest, sdpo):
             self._change(number, is_removed=True)
-        with agreeing("deleting what is not needed"):
+        with raise_on_all_ranks("deleting what is not needed"):
             if is_first_rank():
                 self._delete(sdpo)
 
@@ -106,6 +108,6 @@ class ManifestFile:
         self._write()
 
     def _write(self) -> None:
-        with agreeing("writing the manifest"):
+        with raise_on_all_ranks("writing the manifest"):
             if is_first_rank():
                 write_manifest(self.root, self.manifest)

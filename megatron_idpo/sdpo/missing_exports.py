@@ -26,10 +26,10 @@ def missing_exports(config: RunConfig, root: Path, manifest: Manifest) -> list[s
     ]
     if config.training.export and manifest.next_step is None:
         wanted.append((len(manifest.steps), RunDirectory(root).hf))
-    return [_told(root, manifest, number, hf) for number, hf in wanted if not hf.exists()]
+    return [_describe(root, manifest, number, hf) for number, hf in wanted if not hf.exists()]
 
 
-def _told(root: Path, manifest: Manifest, number: int, hf: Path) -> str:
+def _describe(root: Path, manifest: Manifest, number: int, hf: Path) -> str:
     snapshot = snapshot_directory(root, number)
     if manifest.step(number).is_removed:
         return f"there is no {hf}, and {snapshot}, of which it could be made, has been removed"

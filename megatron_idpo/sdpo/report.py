@@ -15,7 +15,7 @@ from megatron_idpo.config.sdpo_steps import step_name
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.figures.curriculum import draw_curriculum
 from megatron_idpo.figures.training_curves import draw_curves
-from megatron_idpo.mcore.parallel.world import agreeing, is_first_rank
+from megatron_idpo.mcore.parallel.world import is_first_rank, raise_on_all_ranks
 from megatron_idpo.sdpo.manifest import Manifest
 from megatron_idpo.sdpo.table import HEADS, cells, markdown, terminal_table
 from megatron_idpo.train.metrics.file import STEP, read_metrics
@@ -33,7 +33,7 @@ def report_steps(output: RunDirectory, manifest: Manifest, *, show: bool) -> Non
     Raises:
         UserError: on every rank; it cannot be written.
     """
-    with agreeing("writing the report"):
+    with raise_on_all_ranks("writing the report"):
         if not is_first_rank():
             return
         root = output.root
@@ -98,10 +98,10 @@ def metrics_of_all_steps(root: Path, manifest: Manifest) -> str:
             if at == 0 and taken:
                 continue
             values = {name: value if value == value else None for name, value in record.items()}
-            told = {**values, STEP: taken + at, _SDPO_STEP: number}
+            message = {**values, STEP: taken + at, _SDPO_STEP: number}
             if EPOCH in values:
-                told[EPOCH] = taken_epochs + record[EPOCH]
-            lines.append(json.dumps(told, allow_nan=False) + "\n")
+                message[EPOCH] = taken_epochs + record[EPOCH]
+            lines.append(json.dumps(message, allow_nan=False) + "\n")
         taken, taken_epochs = taken + last, taken_epochs + last_epoch
     return "".join(lines)
 
@@ -121,5 +121,5 @@ def _write(path: Path, text: str) -> None:
         fresh.write_text(text, encoding="utf-8")
         fresh.replace(path)
     except OSError as error:
-        told = f"cannot be written: {error.strerror or error}"
-        raise CheckpointError.at(str(path), told, "free some space") from None
+        message = f"cannot be written: {error.strerror or error}"
+        raise CheckpointError.at(str(path), message, "free some space") from None

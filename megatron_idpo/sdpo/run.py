@@ -18,11 +18,11 @@ from pathlib import Path
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.config.sdpo_steps import step_config
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.data.run_pairs import RunPairs
 from megatron_idpo.errors import EXIT_PREEMPTED
-from megatron_idpo.mcore.parallel.signals import Stopped, StopWish, listening
-from megatron_idpo.mcore.parallel.world import World, agreeing, gathered, joined_world
+from megatron_idpo.mcore.parallel.signals import StopFlag, Stopped, listening
+from megatron_idpo.mcore.parallel.world import World, gathered, joined_world, raise_on_all_ranks
 from megatron_idpo.reference.cached import Cached
 from megatron_idpo.reference.run_caches import RunCaches
 from megatron_idpo.sdpo.compatibility import check_fills_a_batch, check_step, refuse_to_go_on
@@ -55,7 +55,7 @@ class SteppedRun:
     world: World
     output: RunDirectory
     pairs: RunPairs
-    first: FixedModel
+    first: FrozenModel
     """The first model, with its adapter if one was given."""
 
     scores: RunCaches
@@ -75,21 +75,21 @@ def train_in_steps(config: RunConfig) -> int:
         UserError: on every rank; complete steps and what was saved of others are there.
     """
     with (
-        listening() as wish,
+        listening() as stop_flag,
         joined_world() as world,
         opened(Path(config.training.output)) as output,
     ):
         try:
-            run = assemble_steps(config, world, output, wish)
+            run = assemble_steps(config, world, output, stop_flag)
         except Stopped:
             tell_stopped(show=world.is_first)
             return EXIT_PREEMPTED
         for number in steps_to_train(run):
             run.manifest.clean(sdpo_of(config))
-            if any(gathered(wish.is_there)):
+            if any(gathered(stop_flag.is_there)):
                 tell_stopped(show=world.is_first)
                 return EXIT_PREEMPTED
-            if train_step(run, number, wish) == EXIT_PREEMPTED:
+            if train_step(run, number, stop_flag) == EXIT_PREEMPTED:
                 return EXIT_PREEMPTED
             gc.collect()  # models hold themselves in circles, and the next step needs the memory
         run.manifest.clean(sdpo_of(config))
@@ -101,7 +101,7 @@ def train_in_steps(config: RunConfig) -> int:
 
 
 def assemble_steps(
-    config: RunConfig, world: World, output: RunDirectory, wish: StopWish
+    config: RunConfig, world: World, output: RunDirectory, stop_flag: StopFlag
 ) -> SteppedRun:
     """Look at everything, score the first model, deal the pairs, open the manifest. Collective.
 
@@ -113,13 +113,13 @@ def assemble_steps(
     first, model = prepared.start, prepared.reference
     sdpo, pairs = sdpo_of(config), prepared.pairs
     numbers = range(1, len(sdpo.steps) + 1)
-    with agreeing("looking at the steps"):
+    with raise_on_all_ranks("looking at the steps"):
         refuse_to_go_on(config, output)
         for number in numbers:
             check_step(config, number, model, world.size)
-    scores = score_first_model(config, world, model, pairs, wish)
+    scores = score_first_model(config, world, model, pairs, stop_flag)
     curriculum = deal_pairs(config, scores, pairs.train)
-    with agreeing("looking at the steps' pairs"):
+    with raise_on_all_ranks("looking at the steps' pairs"):
         for number in numbers:
             check_fills_a_batch(config, number, len(curriculum.slices[number - 1]))
     num_layers = model.source.architecture.num_layers
@@ -132,7 +132,7 @@ def assemble_steps(
         steps=tuple(_planned(config, number, pairs, curriculum, num_layers) for number in numbers),
     )
     manifest = ManifestFile(output.root, planned)  # refuses what would be another run
-    with agreeing("writing the configuration and the curriculum"):
+    with raise_on_all_ranks("writing the configuration and the curriculum"):
         if world.is_first:
             output.write_config(config.dump())
             write_curriculum(curriculum, output.root / TABLE)
@@ -149,7 +149,7 @@ def steps_to_train(run: SteppedRun) -> list[int]:
     ]
 
 
-def train_step(run: SteppedRun, number: int, wish: StopWish) -> int:
+def train_step(run: SteppedRun, number: int, stop_flag: StopFlag) -> int:
     """Train one step, from where it stands to its snapshot. Collective.
 
     Returns:
@@ -172,7 +172,7 @@ def train_step(run: SteppedRun, number: int, wish: StopWish) -> int:
     if run.world.is_first:
         print(f"\nsDPO step {number} of {last}: {len(pairs.train):,} pairs", flush=True)
     if reference.identity == run.scores.model.identity and config.reference.source == "cache":
-        with agreeing("finding the reference cache"):
+        with raise_on_all_ranks("finding the reference cache"):
             caches = RunCaches.of(config, pairs, reference)
         caches.take_from(run.scores, slice_K)
     sdpo = sdpo_of(run.config)
@@ -190,12 +190,12 @@ def train_step(run: SteppedRun, number: int, wish: StopWish) -> int:
             run.world,
             directory,
             Prepared(pairs, start, reference),
-            wish,
+            stop_flag,
             conclude=conclusion,
         )
 
 
-def models_of_step(run: SteppedRun, number: int) -> tuple[FixedModel, FixedModel]:
+def models_of_step(run: SteppedRun, number: int) -> tuple[FrozenModel, FrozenModel]:
     """What a step's policy starts from, and its reference; every byte of a snapshot is checked.
 
     Collective. The first step's reference is the first model without the adapter that it may have

@@ -2,7 +2,7 @@
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.model_source import open_model
-from megatron_idpo.mcore.parallel.world import agreeing, joined_world
+from megatron_idpo.mcore.parallel.world import joined_world, raise_on_all_ranks
 from megatron_idpo.reference.score_command import score
 from megatron_idpo.sdpo.curriculum import first_models_remedies, scoring_config
 
@@ -17,7 +17,7 @@ def score_for_steps(config: RunConfig) -> int:
         UserError: on every rank; parts that were written before are there.
     """
     with joined_world(), first_models_remedies():
-        with agreeing("looking at the model"):
+        with raise_on_all_ranks("looking at the model"):
             num_layers = open_model(config.model.path).architecture.num_layers
             scored = scoring_config(config, num_layers)
         return score(scored)

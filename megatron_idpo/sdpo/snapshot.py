@@ -29,13 +29,13 @@ from megatron_idpo.checkpoint.snapshot_metadata import (
 )
 from megatron_idpo.checkpoint.weights import save_weights
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.convert.megatron_to_hf import whole_tensors
 from megatron_idpo.convert.model_source import check_snapshot, file_digests, open_model
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.lora.merge import merge_for_good
 from megatron_idpo.lora.peft import save_peft, whole_adapter_tensors
-from megatron_idpo.mcore.parallel.world import agreeing, from_first, is_first_rank
+from megatron_idpo.mcore.parallel.world import from_first, is_first_rank, raise_on_all_ranks
 from megatron_idpo.sdpo.tensor_identity import tensors_identity
 from megatron_idpo.train.build import Policy
 from megatron_idpo.train.export import companions_of
@@ -61,7 +61,7 @@ def write_snapshot(config: RunConfig, policy: Policy, directory: Path, *, carry:
     with new_directory(directory, marker=FILE, overwrite=True) as incomplete:
         tensors, base = _fill(config, policy, incomplete, directory, carry=carry)
         listed: dict[str, int] = {}
-        with agreeing("listing the snapshot's files"):
+        with raise_on_all_ranks("listing the snapshot's files"):
             if is_first_rank():
                 listed = _sizes(incomplete)
         sizes = from_first(lambda: listed)
@@ -73,14 +73,14 @@ def write_snapshot(config: RunConfig, policy: Policy, directory: Path, *, carry:
             files=dict(zip(sizes, digests, strict=True)),
             total_bytes=sum(sizes.values()),
         )
-        with agreeing("finishing the snapshot"):
+        with raise_on_all_ranks("finishing the snapshot"):
             if is_first_rank():
                 write_description(incomplete, snapshot)
                 _protect(incomplete / name for name in (*sizes, FILE))
     return snapshot
 
 
-def open_snapshot(directory: Path, identity: str, first: FixedModel) -> FixedModel:
+def open_snapshot(directory: Path, identity: str, first: FrozenModel) -> FrozenModel:
     """A snapshot as a model, every byte of it checked. Collective.
 
     Args:
@@ -92,19 +92,21 @@ def open_snapshot(directory: Path, identity: str, first: FixedModel) -> FixedMod
         CheckpointError: on every rank; there is none, it is another one, or a file was changed or
             added.
     """
-    with agreeing("opening the snapshot"):
+    with raise_on_all_ranks("opening the snapshot"):
         snapshot = read_snapshot(directory)
         if snapshot.identity != identity:
-            told = f"is another snapshot ({snapshot.identity[:12]}) than the run's manifest names "
+            message = (
+                f"is another snapshot ({snapshot.identity[:12]}) than the run's manifest names "
+            )
             raise CheckpointError.at(
-                str(directory / FILE), f"{told}({identity[:12]})", remedy(directory)
+                str(directory / FILE), f"{message}({identity[:12]})", remedy(directory)
             )
     check_snapshot(directory, snapshot)
-    with agreeing("looking at the snapshot's model"):
+    with raise_on_all_ranks("looking at the snapshot's model"):
         if snapshot.base is None:
-            return FixedModel(open_model(str(directory)), snapshot.tensors)
+            return FrozenModel(open_model(str(directory)), snapshot.tensors)
         assert snapshot.base == first.base_identity, "the manifest has compared the first model"
-        return FixedModel(first.source, first.base_identity, directory / ADAPTER, snapshot.tensors)
+        return FrozenModel(first.source, first.base_identity, directory / ADAPTER, snapshot.tensors)
 
 
 def _fill(
@@ -119,20 +121,20 @@ def _fill(
         return tensors_identity(whole_adapter_tensors(adapters)), policy.start.base_identity
     if adapters is not None:
         merge_for_good(adapters)
-    save_weights(policy.chunks, incomplete, place=directory)
+    save_weights(policy.chunks, incomplete, location=directory)
     with (
         companions_of(config, source) as companions,
-        agreeing("copying the configuration and the tokenizer"),
+        raise_on_all_ranks("copying the configuration and the tokenizer"),
     ):
         if is_first_rank():
             copy_companions(companions, incomplete / COMPANIONS)
     return tensors_identity(whole_tensors(policy.chunks, source.architecture)), None
 
 
-def _identity(start: FixedModel, tensors: str, *, carry: bool) -> str:
+def _identity(start: FrozenModel, tensors: str, *, carry: bool) -> str:
     if not carry:
         return tensors
-    return FixedModel(start.source, start.base_identity, Path(ADAPTER), tensors).identity
+    return FrozenModel(start.source, start.base_identity, Path(ADAPTER), tensors).identity
 
 
 def _sizes(directory: Path) -> dict[str, int]:
@@ -141,8 +143,8 @@ def _sizes(directory: Path) -> dict[str, int]:
     try:
         return {name: (directory / name).stat().st_size for name in names}
     except OSError as error:
-        told = f"cannot be read: {error.strerror or error}"
-        raise CheckpointError.at(str(error.filename or directory), told) from None
+        message = f"cannot be read: {error.strerror or error}"
+        raise CheckpointError.at(str(error.filename or directory), message) from None
 
 
 def _protect(files: Iterable[Path]) -> None:

@@ -19,7 +19,7 @@ from megatron_idpo.config.sdpo_steps import step_name
 from megatron_idpo.errors import CheckpointError, ConfigError
 from megatron_idpo.sdpo.manifest import FILE, Manifest, StepRecord, read_manifest
 from megatron_idpo.sdpo.retention import snapshot_directory
-from megatron_idpo.sdpo.table import NOTHING, short_identity, size_told, terminal_table
+from megatron_idpo.sdpo.table import NOTHING, format_size, short_identity, terminal_table
 
 
 def main(root: Path, *, check: bool) -> int:
@@ -34,8 +34,8 @@ def main(root: Path, *, check: bool) -> int:
     """
     manifest = read_manifest(root)
     if manifest is None:
-        told = f"is no run of several steps: there is no {FILE}"
-        raise ConfigError.at(str(root), told, "name the training.output of a run with sdpo")
+        message = f"is no run of several steps: there is no {FILE}"
+        raise ConfigError.at(str(root), message, "name the training.output of a run with sdpo")
     console = Console(highlight=False)
     console.print(terminal_table(manifest))
     for line in identities(manifest):
@@ -58,21 +58,21 @@ def identities(manifest: Manifest) -> list[str]:
     for number, step in enumerate(manifest.steps, start=1):
         if step.state != "pending":
             sizes = {name: size for name, size in step.layout.items() if name in _SIZES}
-            told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            message = ", ".join(f"{name} {size}" for name, size in sizes.items())
             lines.append(
                 f"step {number}: starts from {short_identity(step.start)}, reference "
-                f"{short_identity(step.reference)}, layout {told or NOTHING}, "
-                f"snapshot {snapshot_told(step)}"
+                f"{short_identity(step.reference)}, layout {message or NOTHING}, "
+                f"snapshot {format_snapshot(step)}"
             )
     return lines
 
 
-def snapshot_told(step: StepRecord) -> str:
+def format_snapshot(step: StepRecord) -> str:
     """A step's snapshot and its size."""
     if step.snapshot is None:
         return "none yet"
-    told = f"{short_identity(step.snapshot)} ({size_told(step.snapshot_bytes)})"
-    return f"{told}, removed" if step.is_removed else told
+    message = f"{short_identity(step.snapshot)} ({format_size(step.snapshot_bytes)})"
+    return f"{message}, removed" if step.is_removed else message
 
 
 _SIZES = ("tensor", "pipeline")
@@ -95,8 +95,8 @@ def check_snapshot(directory: Path, identity: str) -> None:
     """
     snapshot = read_snapshot(directory)
     if snapshot.identity != identity:
-        told = "is another snapshot than the manifest names"
-        raise CheckpointError.at(str(directory), told, remedy(directory))
+        message = "is another snapshot than the manifest names"
+        raise CheckpointError.at(str(directory), message, remedy(directory))
     check_names(directory, snapshot)
     digests = [file_digest(directory / name) for name in snapshot.files]
     check_digests(directory, snapshot, digests)

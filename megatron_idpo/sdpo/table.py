@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_idpo.sdpo.manifest import FIRST, Manifest, StepRecord
-from megatron_idpo.train.logging.line import accuracy_told
+from megatron_idpo.train.logging.line import format_accuracy
 from megatron_idpo.train.metrics.names import ACCURACY, EVAL, EVAL_PAIRS, MARGIN
 
 NOTHING = "–"
@@ -40,7 +40,7 @@ def cells(manifest: Manifest) -> list[tuple[str, ...]]:
             *_figures(step, ""),
             *_figures(step, FIRST),
             short_identity(step.snapshot) + (" (removed)" if step.is_removed else ""),
-            size_told(step.snapshot_bytes) if step.snapshot else NOTHING,
+            format_size(step.snapshot_bytes) if step.snapshot else NOTHING,
         )
         for number, step in enumerate(manifest.steps, start=1)
     ]
@@ -69,7 +69,7 @@ def short_identity(identity: str | None) -> str:
     return NOTHING if identity is None else identity[:12]
 
 
-def size_told(size_bytes: int) -> str:
+def format_size(size_bytes: int) -> str:
     """`538.0 MB`."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size_bytes >= unit:
@@ -84,4 +84,4 @@ def _figures(step: StepRecord, against: str) -> tuple[str, str]:
     if accuracy is None or margin is None:
         return NOTHING, NOTHING
     pairs = step.metrics.get(f"{against}{EVAL_PAIRS}")
-    return accuracy_told(accuracy, margin, pairs), f"{margin:+.3f}"
+    return format_accuracy(accuracy, margin, pairs), f"{margin:+.3f}"

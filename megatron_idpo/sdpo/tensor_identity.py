@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.parallel.groups import this_place
+from megatron_idpo.mcore.parallel.groups import this_rank
 from megatron_idpo.mcore.parallel.world import gathered
 
 
@@ -21,10 +21,10 @@ def tensors_identity(tensors: Iterable[tuple[str, Tensor]]) -> str:
             of other replicas than the first are not looked at.
     """
     mine: dict[str, str] = {}
-    if this_place().data == 0:
+    if this_rank().data == 0:
         for name, tensor in tensors:
             mine[name] = f"{name} {tensor.dtype} {tuple(tensor.shape)} {_digest(tensor)}\n"
-    everywhere = {name: told for part in gathered(mine) for name, told in part.items()}
+    everywhere = {name: message for part in gathered(mine) for name, message in part.items()}
     total = hashlib.sha256()
     for name in sorted(everywhere):
         total.update(everywhere[name].encode())

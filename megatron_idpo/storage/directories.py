@@ -59,18 +59,18 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
         CheckpointError: it is a file or a mount point, or holds something and is not to be
             overwritten.
     """
-    place = str(target)
+    location = str(target)
     if target.exists() and not target.is_dir():
-        raise CheckpointError.at(place, "is a file", "name a directory that does not exist")
+        raise CheckpointError.at(location, "is a file", "name a directory that does not exist")
     is_mount = os.path.ismount(target)
     if is_mount or (target.is_dir() and Path.cwd().is_relative_to(target.resolve())):
         what = "is a mount point" if is_mount else "holds the working directory"
         raise CheckpointError.at(
-            place, f"{what} and cannot be replaced", "name a new directory inside it"
+            location, f"{what} and cannot be replaced", "name a new directory inside it"
         )
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise CheckpointError.at(
-            place, "exists and is not empty", "name another, or pass --overwrite"
+            location, "exists and is not empty", "name another, or pass --overwrite"
         )
 
 

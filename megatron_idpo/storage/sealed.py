@@ -41,8 +41,8 @@ def write_sealed(path: Path, values: dict[str, Any], *, indent: int | None = 1) 
         finally:
             os.close(directory)
     except OSError as error:
-        told = f"cannot be written: {error.strerror or error}"
-        raise CheckpointError.at(str(path), told, "free some space") from None
+        message = f"cannot be written: {error.strerror or error}"
+        raise CheckpointError.at(str(path), message, "free some space") from None
 
 
 def read_sealed(path: Path, *, remedy: str, indent: int | None = 1) -> dict[str, Any]:
@@ -64,8 +64,8 @@ def read_sealed(path: Path, *, remedy: str, indent: int | None = 1) -> dict[str,
             {**values, SEAL: seal}, indent
         ).encode("utf-8")
     except OSError as error:
-        told = f"cannot be read: {error.strerror or error}"
-        raise CheckpointError.at(str(path), told, remedy) from None
+        message = f"cannot be read: {error.strerror or error}"
+        raise CheckpointError.at(str(path), message, remedy) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         is_whole = False
     if not is_whole:

@@ -202,14 +202,14 @@ def _collect(
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
     # A death explains the connection errors of the others, whichever was noticed first.
     if dead:
-        return outcomes, WorkerError(_told_of(dead, workers, "died", timeout_s))
+        return outcomes, WorkerError(_format_of(dead, workers, "died", timeout_s))
     if pending and not any(outcome and outcome.result is None for outcome in outcomes):
         hung = sorted(pending.values())
-        return outcomes, WorkerError(_told_of(hung, workers, "hung", timeout_s))
+        return outcomes, WorkerError(_format_of(hung, workers, "hung", timeout_s))
     return outcomes, None
 
 
-def _told_of(
+def _format_of(
     ranks: Sequence[int], workers: Sequence[WorkerProcess], fate: str, timeout_s: float
 ) -> str:
     """What happened to these ranks and where they were."""
@@ -232,9 +232,9 @@ def _results(outcomes: Sequence[Outcome | None]) -> list[Any]:
     if not failures:
         return [wire.loads(outcome.result) for outcome in outcomes if outcome and outcome.result]
     _, rank, failure = min(failures, key=lambda entry: entry[:2])
-    told = f"rank {rank} of {len(outcomes)} raised:\n{failure.traceback}"
+    message = f"rank {rank} of {len(outcomes)} raised:\n{failure.traceback}"
     if failure.exception is None:
-        raise WorkerError(f"{failure.description}\n{told}")
+        raise WorkerError(f"{failure.description}\n{message}")
     error = wire.loads(failure.exception)
-    error.add_note(told)
+    error.add_note(message)
     raise error

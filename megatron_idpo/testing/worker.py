@@ -84,7 +84,7 @@ def _wait_for_other_ranks() -> None:
 
 def _failure(error: BaseException) -> Outcome:
     failed_at_s = time.monotonic()
-    told = traceback.format_exc()
+    message = traceback.format_exc()
     # The frames hold the call's tensors and process groups; the text above has replaced them.
     traceback.clear_frames(error.__traceback__)
     try:
@@ -97,7 +97,7 @@ def _failure(error: BaseException) -> Outcome:
         failed_at_s=failed_at_s,
         exception=pickled,
         description=f"{type(error).__name__}: {error}",
-        traceback=told,
+        traceback=message,
     )
 
 

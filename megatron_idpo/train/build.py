@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_idpo.config.objective import LoraConfig
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.training import OptimizerConfig, TrainingConfig
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.convert.model_source import ModelSource, load_base
 from megatron_idpo.lora.adapters import Adapters, add_adapters
 from megatron_idpo.lora.peft import load_peft
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Policy:
     """The model that is trained."""
 
-    start: FixedModel
+    start: FrozenModel
     """What it is before the first step."""
 
     chunks: Sequence["GPTModel"]
@@ -48,7 +48,7 @@ class Policy:
         return self.start.source
 
 
-def build_policy(config: RunConfig, start: FixedModel, *, show_progress: bool) -> Policy:
+def build_policy(config: RunConfig, start: FrozenModel, *, show_progress: bool) -> Policy:
     """Load the model and make it ready to learn. Collective; a layout is running.
 
     Raises:
@@ -62,7 +62,7 @@ def build_policy(config: RunConfig, start: FixedModel, *, show_progress: bool) -
 
 
 def build_reference(
-    config: RunConfig, policy: Policy, model: FixedModel, *, show_progress: bool
+    config: RunConfig, policy: Policy, model: FrozenModel, *, show_progress: bool
 ) -> Reference:
     """What the policy is compared to while it learns: `reference.source`, a cache excepted.
 
@@ -83,7 +83,7 @@ def build_reference(
     return Offloaded(dpo, chunks) if wanted == "offloaded" else Resident(dpo, chunks)
 
 
-def reference_in_policy(policy: Policy, model: FixedModel) -> Reference | None:
+def reference_in_policy(policy: Policy, model: FrozenModel) -> Reference | None:
     """The reference as the policy itself, before its first step: it needs no second model.
 
     Returns:
@@ -100,7 +100,7 @@ def reference_in_policy(policy: Policy, model: FixedModel) -> Reference | None:
 
 
 def _attached(
-    config: RunConfig, start: FixedModel, *, show: bool
+    config: RunConfig, start: FrozenModel, *, show: bool
 ) -> tuple[Sequence["GPTModel"], AttachedDpo, Adapters | None]:
     """Chunks with their weights, adapters if any, and taps."""
     architecture, lora = start.source.architecture, config.lora

@@ -22,13 +22,15 @@ def check_against_model(config: RunConfig, architecture: Architecture, world_siz
         *logger_problems(config.logging),
     ]
     if config.model.dtype == "fp16":
-        told = "is fp16, which has not been tried in training"
-        found.append(Problem("model.dtype", told, "use bf16, or fp32"))
+        message = "is fp16, which has not been tried in training"
+        found.append(Problem("model.dtype", message, "use bf16, or fp32"))
     if found:
         raise ConfigError.of(found)
 
 
-def check_same_training(saved: Mapping[str, Any], config: RunConfig, place: str) -> list[Problem]:
+def check_same_training(
+    saved: Mapping[str, Any], config: RunConfig, location: str
+) -> list[Problem]:
     """Why a run with this configuration must not go on from a checkpoint; empty where it may.
 
     What is learnt has to stay: the objective, the adapters, whether there is a reference. Layout,
@@ -45,14 +47,14 @@ def check_same_training(saved: Mapping[str, Any], config: RunConfig, place: str)
         before, now = saved.get(section) or {}, mine[section] or {}
         for name in sorted({*before, *now}):
             if before.get(name) != now.get(name):
-                told = f"was written with {section}.{name} = {before.get(name)}, not "
+                message = f"was written with {section}.{name} = {before.get(name)}, not "
                 remedy = "keep it as it was, or name another output directory"
-                found.append(Problem(place, f"{told}{now.get(name)}", remedy))
+                found.append(Problem(location, f"{message}{now.get(name)}", remedy))
     source, wanted = (saved.get("reference") or {}).get("source"), mine["reference"]["source"]
     if (source == "none") != (wanted == "none"):
-        told = f"was written with reference.source = {source}, not {wanted}"
+        message = f"was written with reference.source = {source}, not {wanted}"
         remedy = "keep a reference or none, or name another output directory"
-        found.append(Problem(place, told, remedy))
+        found.append(Problem(location, message, remedy))
     return found
 
 

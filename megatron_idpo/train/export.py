@@ -13,7 +13,7 @@ from megatron_idpo.convert.model_source import ModelSource
 from megatron_idpo.data.tokenize.tokenizers import read_template
 from megatron_idpo.lora.merge import merged_value
 from megatron_idpo.lora.peft import save_peft
-from megatron_idpo.mcore.parallel.world import agreeing, from_first
+from megatron_idpo.mcore.parallel.world import from_first, raise_on_all_ranks
 from megatron_idpo.train.build import Policy
 from megatron_idpo.train.run_directory import RunDirectory
 
@@ -59,11 +59,11 @@ def export_result(
             show_progress=show_progress,
             value=None if adapters is None else merged_value(adapters),
         )
-    told = [f"model    {output.hf}"]
+    message = [f"model    {output.hf}"]
     if adapters is not None and with_adapter:
         save_peft(adapters, architecture, output.adapter, base_model=config.model.path)
-        told.append(f"adapter  {output.adapter}")
-    return [*told, "try it:", from_first(lambda: f"  {_command(output.hf)}")]
+        message.append(f"adapter  {output.adapter}")
+    return [*message, "try it:", from_first(lambda: f"  {_command(output.hf)}")]
 
 
 def has_chat_template(model: Path) -> bool:
@@ -81,7 +81,7 @@ def companions_of(config: RunConfig, source: ModelSource) -> Iterator[tuple[Path
     Collective.
     Whoever uses the model has to speak to it as the training data did.
     """
-    with agreeing("reading the chat template"):
+    with raise_on_all_ranks("reading the chat template"):
         text = read_template(config.data.chat_template)
     if text is None:
         yield source.companions

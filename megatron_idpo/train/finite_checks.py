@@ -20,7 +20,7 @@ def refuse_bad_losses(
     outputs: Sequence[LayerOutput],
     rows: Sequence[Row],
     step: int,
-    place: Callable[[int], str],
+    location: Callable[[int], str],
 ) -> None:
     """Stop where any quantity of any layer is NaN or infinite. Collective if one is.
 
@@ -29,7 +29,7 @@ def refuse_bad_losses(
         outputs: of this rank's layers.
         rows: this rank's, by `LayerOutput.micro_batch`.
         step: of the run.
-        place: where a pair of the data was read.
+        location: where a pair of the data was read.
 
     Raises:
         TrainingError: on every rank, with layers and pairs.
@@ -39,7 +39,7 @@ def refuse_bad_losses(
         return
     pairs = sorted({pair for rank in gathered(_bad_pairs(outputs, rows)) for pair in rank})
     layers = "; ".join(f"layer {layer} ({', '.join(names)})" for layer, names in found.items())
-    named = ", ".join(map(place, pairs[:_NAMED_PAIRS]))
+    named = ", ".join(map(location, pairs[:_NAMED_PAIRS]))
     more = f" and {len(pairs) - _NAMED_PAIRS} more" if len(pairs) > _NAMED_PAIRS else ""
     where = f", in the pairs {named}{more}" if pairs else ""
     raise TrainingError.at(f"step {step}", f"NaN or infinite at {layers}{where}", _REMEDY)
@@ -52,8 +52,8 @@ def refuse_bad_gradient(grad_norm: float, step: int) -> None:
         TrainingError: on every rank.
     """
     if not math.isfinite(grad_norm):
-        told = f"the gradient's norm is {grad_norm}, though every loss is finite"
-        raise TrainingError.at(f"step {step}", told, _REMEDY)
+        message = f"the gradient's norm is {grad_norm}, though every loss is finite"
+        raise TrainingError.at(f"step {step}", message, _REMEDY)
 
 
 def refuse_bad_evaluation(metrics: StepMetrics, step: int) -> None:
@@ -64,8 +64,8 @@ def refuse_bad_evaluation(metrics: StepMetrics, step: int) -> None:
     """
     if found := metrics.not_finite():
         layers = "; ".join(f"layer {layer} ({', '.join(names)})" for layer, names in found.items())
-        told = f"the held-out pairs are NaN or infinite at {layers}"
-        raise TrainingError.at(f"evaluation after step {step}", told, _REMEDY)
+        message = f"the held-out pairs are NaN or infinite at {layers}"
+        raise TrainingError.at(f"evaluation after step {step}", message, _REMEDY)
 
 
 def refuse_bad_weights(chunks: Sequence[torch.nn.Module], step: int) -> None:
@@ -86,8 +86,8 @@ def refuse_bad_weights(chunks: Sequence[torch.nn.Module], step: int) -> None:
         None,
     )
     if found := [name for name in gathered(mine) if name is not None]:
-        told = f"the update has made {found[0]} NaN or infinite"
-        raise TrainingError.at(f"step {step}", told, _REMEDY)
+        message = f"the update has made {found[0]} NaN or infinite"
+        raise TrainingError.at(f"step {step}", message, _REMEDY)
 
 
 def _bad_pairs(outputs: Sequence[LayerOutput], rows: Sequence[Row]) -> list[int]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import EXIT_PREEMPTED, TrainingError
-from megatron_idpo.mcore.parallel.signals import Stopped, StopWish, listening
-from megatron_idpo.mcore.parallel.world import World, agreeing, joined_world, running
+from megatron_idpo.mcore.parallel.signals import StopFlag, Stopped, listening
+from megatron_idpo.mcore.parallel.world import World, joined_world, raise_on_all_ranks, running
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.finite_checks import refuse_bad_evaluation
 from megatron_idpo.train.logging.report import MEMORY, Report, Stopwatch, reporting
@@ -35,14 +35,14 @@ def train(config: RunConfig) -> int:
         UserError: on every rank; what was saved before is there.
     """
     with (
-        listening() as wish,
+        listening() as stop_flag,
         joined_world() as world,
         opened(Path(config.training.output)) as output,
     ):
-        with agreeing("looking at the output directory"):
+        with raise_on_all_ranks("looking at the output directory"):
             refuse_steps_directory(output.root)
         prepared = prepare(config, world)
-        return train_prepared(config, world, output, prepared, wish, conclude=export)
+        return train_prepared(config, world, output, prepared, stop_flag, conclude=export)
 
 
 def train_prepared(
@@ -50,7 +50,7 @@ def train_prepared(
     world: World,
     output: RunDirectory,
     prepared: Prepared,
-    wish: StopWish,
+    stop_flag: StopFlag,
     *,
     conclude: Callable[[Run, Report], Sequence[str]],
 ) -> int:
@@ -61,7 +61,7 @@ def train_prepared(
         world: all processes.
         output: the run's directory, which it holds.
         prepared: data, starting point and reference.
-        wish: whether this process has been asked to stop.
+        stop_flag: whether this process has been asked to stop.
         conclude: called at the end with the trained model in memory; returns lines that say what
             it has left where. Collective; it has to bear being called again, where a run is started
             again that had ended.
@@ -74,7 +74,7 @@ def train_prepared(
     """
     with running(config.layout.layout(), config.training.seed):
         try:
-            run = assemble(config, world, output, prepared, wish)
+            run = assemble(config, world, output, prepared, stop_flag)
         except Stopped:
             tell_stopped(show=world.is_first)
             return EXIT_PREEMPTED
@@ -84,7 +84,7 @@ def train_prepared(
             tell_start(run, report, resumed)
             if not resumed:
                 begin(run, report)
-            if take_steps(run, report, wish) == EXIT_PREEMPTED:
+            if take_steps(run, report, stop_flag) == EXIT_PREEMPTED:
                 tell_preempted(run, report)
                 return EXIT_PREEMPTED
             left = conclude(run, report)
@@ -105,12 +105,12 @@ def begin(run: Run, report: Report) -> None:
     """What comes before the first step: the check that it starts right, the first evaluation."""
     if is_expected(run.config, starts_at_reference=run.starts_at_reference):
         losses = check_start(run.trainer, run.pairs.train, run.rows, seed=run.config.data.seed)
-        told = ", ".join(f"layer {layer} {loss:.6f}" for layer, loss in losses.items())
-        report.console.say(f"start check passed, policy and reference are equal: {told}")
+        message = ", ".join(f"layer {layer} {loss:.6f}" for layer, loss in losses.items())
+        report.console.say(f"start check passed, policy and reference are equal: {message}")
     evaluate(run, report)
 
 
-def take_steps(run: Run, report: Report, wish: StopWish) -> int:
+def take_steps(run: Run, report: Report, stop_flag: StopFlag) -> int:
     """The loop: step, report, evaluate, save, until the end or a signal. Returns the exit code."""
     if run.is_complete:
         return 0
@@ -123,7 +123,7 @@ def take_steps(run: Run, report: Report, wish: StopWish) -> int:
                 batch,
                 run.step + 1,
                 lr=lr,
-                extra=partial(_step_numbers, wish, work),
+                extra=partial(_step_numbers, stop_flag, work),
                 peaks=lambda: {MEMORY: float(peak_memory_bytes())},
             )
         except TrainingError as error:
@@ -152,9 +152,9 @@ def take_steps(run: Run, report: Report, wish: StopWish) -> int:
     return 0 if run.is_complete else EXIT_PREEMPTED
 
 
-def _step_numbers(wish: StopWish, work: BatchWork) -> dict[str, float]:
+def _step_numbers(stop_flag: StopFlag, work: BatchWork) -> dict[str, float]:
     """What is summed over ranks along with a step's metrics."""
-    return {_STOP: float(wish.is_there), **work.as_extra()}
+    return {_STOP: float(stop_flag.is_there), **work.as_extra()}
 
 
 def evaluate(run: Run, report: Report) -> None:

@@ -9,11 +9,11 @@ import gc
 from dataclasses import dataclass
 
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.data.packing.batches import RowSettings
 from megatron_idpo.data.run_pairs import RunPairs
-from megatron_idpo.mcore.parallel.signals import Stopped, StopWish
-from megatron_idpo.mcore.parallel.world import agreeing, is_first_rank
+from megatron_idpo.mcore.parallel.signals import StopFlag, Stopped
+from megatron_idpo.mcore.parallel.world import is_first_rank, raise_on_all_ranks
 from megatron_idpo.reference.frozen import frozen_model
 from megatron_idpo.reference.live import Reference, Resident
 from megatron_idpo.reference.run_caches import RunCaches
@@ -31,7 +31,7 @@ class References:
 
 def find_caches(
     config: RunConfig,
-    model: FixedModel,
+    model: FrozenModel,
     pairs: RunPairs,
 ) -> RunCaches | None:
     """The caches that a run reads, complete or still to be made. Collective.
@@ -49,7 +49,7 @@ def find_caches(
     """
     if config.reference.source != "cache":
         return None
-    with agreeing("finding the reference cache"):
+    with raise_on_all_ranks("finding the reference cache"):
         caches = RunCaches.of(config, pairs, model)
     caches.are_complete()
     return caches
@@ -58,10 +58,10 @@ def find_caches(
 def resolve_references(
     config: RunConfig,
     policy: Policy,
-    model: FixedModel,
+    model: FrozenModel,
     caches: RunCaches | None,
     rows: RowSettings,
-    wish: StopWish,
+    stop_flag: StopFlag,
 ) -> References:
     """The references of a run whose policy is at its start, also where it goes on. Collective.
 
@@ -73,7 +73,7 @@ def resolve_references(
         model: the reference.
         caches: what `find_caches` found.
         rows: how pairs are laid out.
-        wish: whether this process has been asked to stop.
+        stop_flag: whether this process has been asked to stop.
 
     Raises:
         UserError: on every rank.
@@ -83,7 +83,7 @@ def resolve_references(
         live = build_reference(config, policy, model, show_progress=is_first_rank())
         return References(live, live)
     if not caches.are_complete():
-        is_complete = caches.score(_scorer(config, policy, model), rows, wish)
+        is_complete = caches.score(_scorer(config, policy, model), rows, stop_flag)
         gc.collect()  # a second model, if there was one, holds itself in circles
         if not is_complete:
             raise Stopped
@@ -91,7 +91,7 @@ def resolve_references(
     return References(opened[0], opened[-1])
 
 
-def _scorer(config: RunConfig, policy: Policy, model: FixedModel) -> Reference:
+def _scorer(config: RunConfig, policy: Policy, model: FrozenModel) -> Reference:
     """What computes a cache: the policy itself where it has not left the reference yet."""
     inside = reference_in_policy(policy, model)
     if inside is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_idpo.config.sdpo_steps import MANIFEST
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.parallel.world import agreeing, is_first_rank
+from megatron_idpo.mcore.parallel.world import is_first_rank, raise_on_all_ranks
 from megatron_idpo.storage.directories import clear_leftovers
 from megatron_idpo.storage.lock import Held, locked
 
@@ -69,8 +69,8 @@ class RunDirectory:
             fresh.write_text(text, encoding="utf-8")
             fresh.replace(self.config)
         except OSError as error:
-            told = f"{self.config} cannot be written: {error.strerror}"
-            raise ConfigError.at(PLACE, told, "free some space") from None
+            message = f"{self.config} cannot be written: {error.strerror}"
+            raise ConfigError.at(PLACE, message, "free some space") from None
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def opened(root: Path) -> Iterator[RunDirectory]:
     """
     directory = RunDirectory(root.expanduser())
     with ExitStack() as hold:
-        with agreeing("opening the output directory"):
+        with raise_on_all_ranks("opening the output directory"):
             if is_first_rank():
                 _make(directory.root)
                 _enter(hold, directory.root)
@@ -103,9 +103,9 @@ def refuse_steps_directory(root: Path) -> None:
     """
     for run in (root, root.parent):
         if (run / MANIFEST).is_file() and (run == root or root.name.startswith("step-")):
-            told = f"{root} belongs to a run of several steps: {run / MANIFEST}"
+            message = f"{root} belongs to a run of several steps: {run / MANIFEST}"
             remedy = "name another directory, or go on with the configuration that has sdpo"
-            raise ConfigError.at(PLACE, told, remedy)
+            raise ConfigError.at(PLACE, message, remedy)
 
 
 def _make(root: Path) -> None:
@@ -124,8 +124,8 @@ def _enter(hold: ExitStack, root: Path) -> None:
     try:
         hold.enter_context(locked(root / ".lock"))
     except Held:
-        told = f"{root} is being written by another run"
-        raise ConfigError.at(PLACE, told, "wait for it, or name another directory") from None
+        message = f"{root} is being written by another run"
+        raise ConfigError.at(PLACE, message, "wait for it, or name another directory") from None
     except OSError as error:
-        told = f"{root} cannot be locked: {error.strerror}"
-        raise ConfigError.at(PLACE, told, "name a directory on another file system") from None
+        message = f"{root} cannot be locked: {error.strerror}"
+        raise ConfigError.at(PLACE, message, "name a directory on another file system") from None

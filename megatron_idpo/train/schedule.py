@@ -22,9 +22,9 @@ class LearningRate:
     def __post_init__(self) -> None:
         """Raises `ConfigError` where the warm-up does not end within the run."""
         if self.warmup_steps > self.total_steps:
-            told = f"is {self.warmup_steps}, but the run has {self.total_steps} steps"
+            message = f"is {self.warmup_steps}, but the run has {self.total_steps} steps"
             remedy = f"use at most {self.total_steps}, or optimizer.warmup_fraction instead"
-            raise ConfigError.at("optimizer.warmup_steps", told, remedy)
+            raise ConfigError.at("optimizer.warmup_steps", message, remedy)
 
     @property
     def warmup_steps(self) -> int:

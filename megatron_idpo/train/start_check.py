@@ -70,11 +70,11 @@ def check_start(
     outputs = run_batch(policy.dpo, policy.trainable.model, batch, reference_logps)
     if objective.reference_layer == "final":
         outputs = [output for output in outputs if output.layer == policy.dpo.num_layers]
-    told = gathered(_by_layer(outputs, response_lengths(batch.rows), objective))
-    layers = sorted({layer for rank in told for layer in rank})
+    message = gathered(_by_layer(outputs, response_lengths(batch.rows), objective))
+    layers = sorted({layer for rank in message for layer in rank})
     losses, per_token = {}, {}
     for layer in layers:
-        heard = [rank[layer] for rank in told if layer in rank]
+        heard = [rank[layer] for rank in message if layer in rank]
         losses[layer] = sum(loss for loss, _, _ in heard) / sum(count for _, _, count in heard)
         per_token[layer] = max(difference for _, difference, _ in heard)
     is_fp32 = policy.chunks[0].config.params_dtype == torch.float32

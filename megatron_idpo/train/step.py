@@ -30,7 +30,7 @@ class Trainer:
     seed: int
     """Of the run: dropout depends on it, on the step and on the rank's place."""
 
-    place: Callable[[int], str]
+    location: Callable[[int], str]
     """Where a training pair was read, for messages."""
 
     def step(
@@ -64,7 +64,7 @@ class Trainer:
         self.policy.trainable.begin_step()
         outputs = self._run(batch, reference_logps, training=True)
         metrics = self._reduced(batch, outputs, extra(), peaks())
-        refuse_bad_losses(metrics, outputs, batch.rows, number, self.place)
+        refuse_bad_losses(metrics, outputs, batch.rows, number, self.location)
         grad_norm = self.policy.trainable.step(lr)
         refuse_bad_gradient(grad_norm, number)
         return metrics, grad_norm

@@ -35,7 +35,7 @@ _SHOWN_LAYERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class MetricTrend:
     """How one quantity went."""
 
     first: float
@@ -44,7 +44,7 @@ class Course:
     best_step: int
 
     @classmethod
-    def of(cls, records: Sequence[Record], name: str, *, lowest: bool) -> "Course | None":
+    def of(cls, records: Sequence[Record], name: str, *, lowest: bool) -> "MetricTrend | None":
         """The course of the finite values of this name; None if there are none."""
         points = [
             (int(record[STEP]), record[name])
@@ -88,8 +88,8 @@ def pace_line(achieved: Mapping[str, float], wall_s: float) -> str:
         (MFU, lambda value: f"MFU {value:.0%}"),
         (PEAK_GB, lambda value: f"{value:.1f} GB at most"),
     )
-    told = [text(achieved[name]) for name, text in formats if name in achieved]
-    return "; ".join([f"in {clock_time(wall_s)}", *([", ".join(told)] if told else [])])
+    message = [text(achieved[name]) for name, text in formats if name in achieved]
+    return "; ".join([f"in {clock_time(wall_s)}", *([", ".join(message)] if message else [])])
 
 
 def _flops(tera: float) -> str:
@@ -120,11 +120,11 @@ def _rows(records: Sequence[Record], prefix: str) -> list[tuple[str, ...]]:
         if name == ACCURACY:
             rows += _accuracy_rows(label, records, prefix)
             continue
-        course = Course.of(records, f"{prefix}{name}", lowest=name.endswith(LOSS))
+        course = MetricTrend.of(records, f"{prefix}{name}", lowest=name.endswith(LOSS))
         form = "+.3f" if name.endswith(MARGIN) else ".4f"
         if course is not None:
-            told = [f"{number:{form}}" for number in (course.first, course.last, course.best)]
-            rows.append((label, *told, f"{course.best_step:,}"))
+            message = [f"{number:{form}}" for number in (course.first, course.last, course.best)]
+            rows.append((label, *message, f"{course.best_step:,}"))
     return rows
 
 
@@ -136,13 +136,13 @@ def _accuracy_rows(label: str, records: Sequence[Record], prefix: str) -> list[t
     names = (f"{prefix}{ACCURACY}", f"{prefix}{MARGIN}")
     measured = [record for record in records if names[0] in record]
     untied = [record for record in measured if not is_tied(*map(record.get, names))]
-    course = Course.of(untied, names[0], lowest=False)
+    course = MetricTrend.of(untied, names[0], lowest=False)
     if course is None:
         return []
     shares = (course.first, course.last, course.best)
     begins_tied = untied[0] is not measured[0]
-    told = ["tied" if begins_tied else f"{course.first:.2f}", *(f"{s:.2f}" for s in shares[1:])]
-    rows = [(label, *told, f"{course.best_step:,}")]
+    message = ["tied" if begins_tied else f"{course.first:.2f}", *(f"{s:.2f}" for s in shares[1:])]
+    rows = [(label, *message, f"{course.best_step:,}")]
     pairs = next((record[EVAL_PAIRS] for record in measured if record.get(EVAL_PAIRS)), None)
     if prefix and pairs:
         bounds = [wilson_interval(share, pairs) for share in shares]

@@ -13,14 +13,14 @@ from megatron_idpo.checkpoint.retention import CheckpointInfo
 from megatron_idpo.checkpoint.store import Checkpoints
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.training import CheckpointConfig
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.convert.model_source import open_model
 from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches, check_pairs
 from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
 from megatron_idpo.errors import CheckpointError, ConfigError, TrainingError
-from megatron_idpo.mcore.parallel.groups import this_place
-from megatron_idpo.mcore.parallel.signals import StopWish
-from megatron_idpo.mcore.parallel.world import World, agreeing
+from megatron_idpo.mcore.parallel.groups import this_rank
+from megatron_idpo.mcore.parallel.signals import StopFlag
+from megatron_idpo.mcore.parallel.world import World, raise_on_all_ranks
 from megatron_idpo.reference.live import Reference
 from megatron_idpo.train.build import build_policy, check_adapter
 from megatron_idpo.train.checks import check_against_model, check_same_training
@@ -39,10 +39,10 @@ class Prepared:
     """What is known before a weight is read into a model."""
 
     pairs: RunPairs
-    start: FixedModel
+    start: FrozenModel
     """What the policy starts from."""
 
-    reference: FixedModel
+    reference: FrozenModel
     """What it is compared to."""
 
 
@@ -60,7 +60,7 @@ class Run:
     evaluation: Evaluation | None
     checkpoints: Checkpoints
     learning_rate: LearningRate
-    reference: FixedModel
+    reference: FrozenModel
     """What the policy is compared to, if to anything."""
 
     step: int = 0
@@ -123,10 +123,10 @@ class Run:
     def with_last_good(self, error: TrainingError) -> TrainingError:
         """What has stopped the run, and where it can go on. Collective."""
         try:
-            told = self.last_good()
+            message = self.last_good()
         except CheckpointError as failed:
-            told = f"the last save failed too: {failed}"
-        return TrainingError(f"{error}; {told}")
+            message = f"the last save failed too: {failed}"
+        return TrainingError(f"{error}; {message}")
 
     def last_good(self) -> str:
         """Where the newest complete checkpoint is, in words, after the one being written."""
@@ -140,7 +140,7 @@ class Run:
         Raises:
             ConfigError: on every rank; it cannot be written.
         """
-        with agreeing("writing the configuration"):
+        with raise_on_all_ranks("writing the configuration"):
             if self.world.is_first:
                 self.output.write_config(self.config.dump())
 
@@ -164,10 +164,10 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     Raises:
         UserError: on every rank; naming all that is wrong with the configuration for this model.
     """
-    with agreeing("looking at the model"):
+    with raise_on_all_ranks("looking at the model"):
         source = open_model(config.model.path)
         check_against_model(config, source.architecture, world.size)
-    with agreeing("reading the data"):
+    with raise_on_all_ranks("reading the data"):
         pairs = load_run_pairs(config)
         check_tokens(pairs, source.architecture.vocab_size)
         rows = row_settings(config, world.size)
@@ -176,7 +176,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         if config.lora is not None:
             check_adapter(config.lora, config.training.seed)
     adapter = None if config.lora is None else config.lora.adapter
-    reference = FixedModel.of(source)
+    reference = FrozenModel.of(source)
     start = reference
     if adapter is not None:
         start = reference.with_adapter(Path(adapter).expanduser())
@@ -188,7 +188,7 @@ def assemble(
     world: World,
     output: RunDirectory,
     prepared: Prepared,
-    wish: StopWish | None = None,
+    stop_flag: StopFlag | None = None,
 ) -> Run:
     """Build every part of a run, its reference cache included. Collective; a layout is running.
 
@@ -197,15 +197,15 @@ def assemble(
         world: all processes.
         output: the run's directory.
         prepared: what `prepare` found.
-        wish: whether this process has been asked to stop; nobody asks if not given.
+        stop_flag: whether this process has been asked to stop; nobody asks if not given.
 
     Raises:
         UserError: on every rank.
         Stopped: on every rank; a signal came while the cache was made.
     """
     pairs, training = prepared.pairs, config.training
-    rows = row_settings(config, world.size, data_rank=this_place().data)
-    with agreeing("laying out the data"):
+    rows = row_settings(config, world.size, data_rank=this_rank().data)
+    with raise_on_all_ranks("laying out the data"):
         batches = TrainingBatches(
             pairs.train,
             rows,
@@ -224,10 +224,10 @@ def assemble(
     caches = find_caches(config, prepared.reference, pairs)
     policy = build_policy(config, prepared.start, show_progress=world.is_first)
     references = resolve_references(
-        config, policy, prepared.reference, caches, rows, wish or StopWish()
+        config, policy, prepared.reference, caches, rows, stop_flag or StopFlag()
     )
     trainer = Trainer(
-        policy, references.train, config.objective.objective(), training.seed, pairs.train.place
+        policy, references.train, config.objective.objective(), training.seed, pairs.train.location
     )
     return Run(
         config=config,
@@ -251,7 +251,7 @@ def _evaluation(
     rows: RowSettings,
     global_batch_pairs: int,
 ) -> Evaluation | None:
-    with agreeing("laying out the held-out data"):
+    with raise_on_all_ranks("laying out the held-out data"):
         if pairs.eval is None:
             return None
         return Evaluation(
@@ -277,9 +277,9 @@ def _to_go_on_from(checkpoints: Checkpoints, settings: CheckpointConfig) -> Chec
     """
     found = checkpoints.latest()
     if found is not None and settings.resume == "never":
-        told = f"has a checkpoint already: {found.directory}"
+        message = f"has a checkpoint already: {found.directory}"
         remedy = "name another directory, or set checkpoint.resume to auto to go on from it"
-        raise ConfigError.at("training.output", told, remedy)
+        raise ConfigError.at("training.output", message, remedy)
     return found
 
 
@@ -294,8 +294,8 @@ def _go_on_in_data(
     Raises:
         CheckpointError: on every rank; naming all that differs.
     """
-    place = str(found.directory)
-    with agreeing("reading the checkpoint's progress"):
+    rank = str(found.directory)
+    with raise_on_all_ranks("reading the checkpoint's progress"):
         saved = Record.read(found.directory).progress
         mine = Progress(
             step=0,
@@ -305,8 +305,8 @@ def _go_on_in_data(
             reference=prepared.reference.identity,
             config={},
         )
-        problems = check_same_run(saved, mine, place)
-        problems += check_same_training(saved.config, config, place)
+        problems = check_same_run(saved, mine, rank)
+        problems += check_same_training(saved.config, config, rank)
         if problems:
             raise CheckpointError.of(problems)
         batches.load_state_dict(saved.data)

@@ -93,8 +93,8 @@ def failing(ask: str, kind: type[Exception]) -> list[str]:
 
 @pytest.mark.parametrize("ask", ["poll", "wait"])
 def test_a_failure_is_everyones(workers, ask):
-    told = ["CheckpointError: no room", "True"]
-    assert workers.run(failing, 2, ask, CheckpointError) == [told, told]
+    message = ["CheckpointError: no room", "True"]
+    assert workers.run(failing, 2, ask, CheckpointError) == [message, message]
 
 
 def test_a_mistake_of_ours_stays_what_it_is(workers):

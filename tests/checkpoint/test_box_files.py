@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_idpo.checkpoint.tensor_chunks import Box
+from megatron_idpo.checkpoint.tensor_chunks import TensorChunk
 from megatron_idpo.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed
@@ -17,16 +17,18 @@ def whole() -> torch.Tensor:
     return torch.arange(float(ROWS * COLUMNS)).view(ROWS, COLUMNS)
 
 
-def box_of(tensor: torch.Tensor, offset: tuple[int, int], size: tuple[int, int], **fields) -> Box:
+def box_of(
+    tensor: torch.Tensor, offset: tuple[int, int], size: tuple[int, int], **fields
+) -> TensorChunk:
     part = tensor[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
-    return Box("w", tuple(tensor.shape), offset, part.clone(), **fields)
+    return TensorChunk("w", tuple(tensor.shape), offset, part.clone(), **fields)
 
 
 def write(directory: str) -> str | None:
     """Rank 0 writes the first ten elements, rank 1 the others; what this rank was told."""
     import torch.distributed as dist
 
-    from megatron_idpo.checkpoint.chunk_io import write_boxes
+    from megatron_idpo.checkpoint.chunk_io import write_chunks
 
     pieces = [
         [((0, 0), (2, 4)), ((2, 0), (1, 2))],
@@ -35,7 +37,7 @@ def write(directory: str) -> str | None:
     boxes = [box_of(whole(), *piece) for piece in pieces]
     group = dist.new_group(backend="gloo")
     try:
-        write_boxes(boxes, Path(directory), group, place=Path("shown"))
+        write_chunks(boxes, Path(directory), group, location=Path("shown"))
     except CheckpointError as error:
         return str(error)
     return None
@@ -43,13 +45,13 @@ def write(directory: str) -> str | None:
 
 def read(directory: str, pieces: list) -> list[list[list[float]]]:
     """The values of boxes: shape of the whole, offset, size, other fields."""
-    from megatron_idpo.checkpoint.chunk_io import read_boxes
+    from megatron_idpo.checkpoint.chunk_io import read_chunks
 
     boxes = [
         box_of(torch.full(shape, -1.0), offset, size, **fields)
         for shape, offset, size, fields in pieces
     ]
-    read_boxes(boxes, Path(directory))
+    read_chunks(boxes, Path(directory))
     return [box.tensor.tolist() for box in boxes]
 
 
@@ -89,8 +91,8 @@ def test_a_changed_byte_is_noticed(workers, tmp_path):
     workers.run(write, 2, str(tmp_path))
     file = tmp_path / "__1_0.distcp"
     content = bytearray(file.read_bytes())
-    place = content.find(whole()[3:].numpy().tobytes())
-    content[place + 1] ^= 1
+    location = content.find(whole()[3:].numpy().tobytes())
+    content[location + 1] ^= 1
     file.write_bytes(content)
     shape = (ROWS, COLUMNS)
     with pytest.raises(CheckpointError, match=r"__1_0\.distcp: tensor 'w' cannot be read"):
@@ -99,5 +101,5 @@ def test_a_changed_byte_is_noticed(workers, tmp_path):
 
 def test_a_file_that_cannot_be_written_is_told_on_all_ranks(workers, tmp_path):
     (tmp_path / "__1_0.distcp").mkdir()
-    told = "shown/__1_0.distcp: the first tensor cannot be written: Is a directory"
-    assert workers.run(write, 2, str(tmp_path)) == [told, told]
+    message = "shown/__1_0.distcp: the first tensor cannot be written: Is a directory"
+    assert workers.run(write, 2, str(tmp_path)) == [message, message]

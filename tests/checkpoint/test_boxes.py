@@ -6,7 +6,7 @@ from math import prod
 import pytest
 import torch
 
-from megatron_idpo.checkpoint.tensor_chunks import Region, bare, boxes_of, rectangles
+from megatron_idpo.checkpoint.tensor_chunks import Region, bare, rectangles, tensor_chunks_of
 
 SHAPES = [(), (7,), (5, 4), (1, 6), (6, 1), (3, 2, 4), (2, 1, 3, 2)]
 
@@ -51,19 +51,22 @@ def test_boxes_lie_where_the_shard_does():
     chance = random.Random(0)
     for _ in range(50):
         start, stop = sorted(chance.choices(range(13), k=2))
-        for box in boxes_of(Region(shard, 0), values[start:stop], start, prefix="m."):
+        for box in tensor_chunks_of(Region(shard, 0), values[start:stop], start, prefix="m."):
             assert (box.key, box.whole, box.padded) == ("m.w", (3, 4, 6), False)
-            place = [slice(o, o + s) for o, s in zip(box.offset, box.tensor.shape, strict=True)]
-            assert torch.equal(box.tensor, whole[tuple(place)])
+            location = [slice(o, o + s) for o, s in zip(box.offset, box.tensor.shape, strict=True)]
+            assert torch.equal(box.tensor, whole[tuple(location)])
             assert box.tensor.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
 
 
 def test_a_region_takes_its_part_of_a_stretch():
     """The second of two regions of 6 elements, of a stretch of elements 4 to 9."""
     region = Region(sharded((2, 3)), 6)
-    found = [(box.offset, box.tensor.tolist()) for box in boxes_of(region, torch.arange(4, 10), 4)]
+    found = [
+        (box.offset, box.tensor.tolist())
+        for box in tensor_chunks_of(region, torch.arange(4, 10), 4)
+    ]
     assert found == [((0, 0), [[6, 7, 8]]), ((1, 0), [[9]])]
-    assert not list(boxes_of(region, torch.arange(4.0, 6.0), 4))
+    assert not list(tensor_chunks_of(region, torch.arange(4.0, 6.0), 4))
 
 
 @pytest.mark.parametrize(
@@ -80,14 +83,14 @@ def test_a_region_takes_its_part_of_a_stretch():
 def test_one_copy_is_saved(replica, whole, cut):
     """Of data-parallel copies (the last number), that is each of them where they share one."""
     region = Region(sharded((2,), replica=replica), 0)
-    assert [box.saved_here for box in boxes_of(region, torch.zeros(2), 0)] == [whole]
+    assert [box.saved_here for box in tensor_chunks_of(region, torch.zeros(2), 0)] == [whole]
     if cut is not None:
-        (box,) = boxes_of(region, torch.zeros(2), 0, is_cut=True)
+        (box,) = tensor_chunks_of(region, torch.zeros(2), 0, is_cut=True)
         assert box.saved_here == cut
 
 
 def test_a_padded_tensor_is_marked():
-    (box,) = boxes_of(Region(sharded((2,), padded=True), 0), torch.zeros(2), 0)
+    (box,) = tensor_chunks_of(Region(sharded((2,), padded=True), 0), torch.zeros(2), 0)
     assert box.padded
 
 

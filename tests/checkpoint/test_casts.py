@@ -15,8 +15,8 @@ def test_floats_of_any_kind_can_be_cast():
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
 def test_codes_are_refused_with_their_tensor(dtype):
-    told = rf"^here: tensor 'w' is stored as {dtype}, no floats; dequantise it first$"
-    with pytest.raises(CheckpointError, match=told):
+    message = rf"^here: tensor 'w' is stored as {dtype}, no floats; dequantise it first$"
+    with pytest.raises(CheckpointError, match=message):
         check_floating("here", FLOATS | {"w": dtype})
 
 

@@ -34,12 +34,12 @@ def checkpoint(tmp_path: Path) -> Path:
         )
         for key, shape in {**SHAPES, "optimizer.state": (4,)}.items()
     }
-    places = {
+    locations = {
         MetadataIndex(EMBEDDING): _StorageInfo("__0_0.distcp", 0, 100),
         MetadataIndex(NORM): _StorageInfo("__0_0.distcp", 100, 100),
         MetadataIndex("optimizer.state"): _StorageInfo("__1_0.distcp", 0, 100),
     }
-    metadata = Metadata({**stored, "common_state": BytesStorageMetadata()}, storage_data=places)
+    metadata = Metadata({**stored, "common_state": BytesStorageMetadata()}, storage_data=locations)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
     (tmp_path / "__0_0.distcp").write_bytes(bytes(200))
@@ -55,8 +55,8 @@ def test_weights_alone_are_listed(checkpoint):
 @pytest.mark.parametrize(("num_bytes", "key"), [(199, NORM), (99, EMBEDDING), (0, EMBEDDING)])
 def test_the_first_weight_that_is_cut_is_named(num_bytes, key, checkpoint):
     (checkpoint / "__0_0.distcp").write_bytes(bytes(num_bytes))
-    told = rf"__0_0\.distcp: is truncated in or before tensor '{key}', .*: {num_bytes} bytes"
-    with pytest.raises(CheckpointError, match=told):
+    message = rf"__0_0\.distcp: is truncated in or before tensor '{key}', .*: {num_bytes} bytes"
+    with pytest.raises(CheckpointError, match=message):
         stored_weights(checkpoint)
 
 
@@ -82,9 +82,9 @@ OTHER_MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("expected", "vocab_size", "told"), OTHER_MODELS)
-def test_another_model_is_told_on_one_line(expected, vocab_size, told, checkpoint):
-    with pytest.raises(CheckpointError, match=told) as error:
+@pytest.mark.parametrize(("expected", "vocab_size", "message"), OTHER_MODELS)
+def test_another_model_is_told_on_one_line(expected, vocab_size, message, checkpoint):
+    with pytest.raises(CheckpointError, match=message) as error:
         check_same_model(checkpoint, expected, vocab_size)
     assert str(error.value).startswith(f"{checkpoint}: holds another model than its config.json")
     assert "\n" not in str(error.value)
@@ -117,6 +117,6 @@ def test_padding_by_a_rule_is_left_out(vocab_size, num_rows, checkpoint):
 @pytest.mark.parametrize(("vocab_size", "num_rows"), [(8, 5000), (32000, 32001), (32000, 34000)])
 def test_another_vocabulary_is_not_padding(vocab_size, num_rows, checkpoint):
     set_rows(checkpoint, num_rows)
-    told = rf"has shape \({num_rows}, 4\), expected \({vocab_size}, 4\)"
-    with pytest.raises(CheckpointError, match=told):
+    message = rf"has shape \({num_rows}, 4\), expected \({vocab_size}, 4\)"
+    with pytest.raises(CheckpointError, match=message):
         check_same_model(checkpoint, SHAPES, vocab_size)

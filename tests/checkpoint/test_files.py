@@ -42,8 +42,8 @@ def write_and_read(directory: str, failing_rank: int | None, error: Callable[[],
     try:
         with mock.patch.object(filesystem, "_write_item", side_effect=side_effect):
             dist_checkpointing.save(state, directory, DirectSave(Path("shown")))
-    except BaseException as told:
-        return type(told).__name__, str(told)
+    except BaseException as message:
+        return type(message).__name__, str(message)
     fresh = tensors(rank, size)
     for one in fresh.values():
         one.data.zero_()
@@ -83,11 +83,11 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize(("error", "told"), FAILURES.values(), ids=FAILURES)
-def test_a_failed_write_is_told_alike_on_all_ranks(error, told, workers, tmp_path):
+@pytest.mark.parametrize(("error", "message"), FAILURES.values(), ids=FAILURES)
+def test_a_failed_write_is_told_alike_on_all_ranks(error, message, workers, tmp_path):
     (tmp_path / "out").mkdir()
     answers = workers.run(write_and_read, 2, str(tmp_path / "out"), 1, error)
-    assert answers == [("CheckpointError", f"shown/__1_0.distcp: {told}")] * 2
+    assert answers == [("CheckpointError", f"shown/__1_0.distcp: {message}")] * 2
 
 
 def test_a_directory_that_is_gone(workers, tmp_path):

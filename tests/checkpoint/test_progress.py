@@ -61,13 +61,13 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize(("content", "told"), DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_named(content, told, tmp_path):
+@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named(content, message, tmp_path):
     if content is not None:
         (tmp_path / FILE).write_text(content)
     with pytest.raises(CheckpointError) as caught:
         Record.read(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / FILE}: {told}")
+    assert str(caught.value).startswith(f"{tmp_path / FILE}: {message}")
     assert f"delete {tmp_path} to go on from the checkpoint before it" in str(caught.value)
 
 

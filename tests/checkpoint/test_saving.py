@@ -31,13 +31,13 @@ def held_up(gate: threading.Event):
     """Nothing is written before the gate opens."""
     from megatron_idpo.checkpoint import store as checkpoints
 
-    write = checkpoints.write_boxes
+    write = checkpoints.write_chunks
 
     def waiting(*arguments, **options):
         gate.wait()
         write(*arguments, **options)
 
-    with mock.patch.object(checkpoints, "write_boxes", waiting):
+    with mock.patch.object(checkpoints, "write_chunks", waiting):
         yield
 
 
@@ -189,26 +189,26 @@ def full_disk(model: str, root: str, when: str):
             checkpoints.save(training.chunks, training.optimizer, progress(2))
             checkpoints.wait()
     except CheckpointError as error:
-        told = str(error)
+        message = str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     left = (names(root), checkpoints.latest().step)
     checkpoints.save(training.chunks, training.optimizer, progress(3))
-    return told, left, checkpoints.wait().step
+    return message, left, checkpoints.wait().step
 
 
 @pytest.mark.parametrize("when", ["begun", "written"])
 def test_a_full_disk_is_told_on_all_ranks(workers, model, tmp_path, when):
     """The checkpoint before it is as it was, and with room there is the next."""
     answers = workers.run(full_disk, 2, model, str(tmp_path), when)
-    for told, left, then in answers:
+    for message, left, then in answers:
         assert left == (["step-00000001"], 1)
         assert then == 3
         if when == "written":
-            assert told.startswith(f"{tmp_path}/step-00000002/__1_0.distcp: tensor '")
-            assert told.endswith("cannot be written: File too large")
+            assert message.startswith(f"{tmp_path}/step-00000002/__1_0.distcp: tensor '")
+            assert message.endswith("cannot be written: File too large")
         else:
-            assert f"{tmp_path}/step-00000002: needs " in told and "1,000 are free" in told
+            assert f"{tmp_path}/step-00000002: needs " in message and "1,000 are free" in message
     assert answers[0][0] in answers[1][0]
 
 
@@ -247,7 +247,7 @@ def test_a_save_ends_though_training_fails(workers, model, tmp_path):
     assert answers == [([], ["step-00000001"])] * 2
 
 
-def test_both_failures_are_told(workers, model, tmp_path):
+def test_both_failures_are_reported(workers, model, tmp_path):
     for notes, found in workers.run(broken_off, 2, model, str(tmp_path), True):
         (note,) = notes
         assert f"Meanwhile: {tmp_path}/step-00000001/__0_0.distcp: the first tensor cannot" in note

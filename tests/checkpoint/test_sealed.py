@@ -27,7 +27,7 @@ def refused(path: Path, content: bytes, indent: int | None = 1) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=CHANGED) as raised:
         read_sealed(path, remedy=REMEDY, indent=indent)
-    assert raised.value.problems[0].place == str(path)
+    assert raised.value.problems[0].location == str(path)
 
 
 @pytest.mark.parametrize("indent", [1, None])
@@ -151,7 +151,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         read_sealed(tmp_path / "x.json", remedy=REMEDY)
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"x\.json: cannot be written: No such file.*; free"):
         write_sealed(tmp_path / "missing" / "x.json", VALUES)
 

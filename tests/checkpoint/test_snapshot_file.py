@@ -53,7 +53,7 @@ def test_there_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [0.05, 0.35, 0.65, 0.95])
-def test_a_byte_that_changed_is_told(tmp_path: Path, at: float) -> None:
+def test_a_byte_that_changed_is_reported(tmp_path: Path, at: float) -> None:
     write_description(tmp_path, WHOLE)
     content = bytearray((tmp_path / FILE).read_bytes())
     content[int(at * len(content))] ^= 1
@@ -62,13 +62,13 @@ def test_a_byte_that_changed_is_told(tmp_path: Path, at: float) -> None:
         read_snapshot(tmp_path)
 
 
-def test_another_version_is_told(tmp_path: Path) -> None:
+def test_another_version_is_reported(tmp_path: Path) -> None:
     write_sealed(tmp_path / FILE, {"format": 2, **asdict(WHOLE), "new": 1})
     with pytest.raises(CheckpointError, match=r"snapshot\.json: .*another version.*; go on with"):
         read_snapshot(tmp_path)
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"snapshot\.json: cannot be written"):
         write_description(tmp_path / "missing", WHOLE)
 
@@ -129,6 +129,8 @@ def test_a_model_that_is_a_snapshot(tmp_path: Path) -> None:
 
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     write_description(tmp_path, CARRIED)
-    told = rf"is an adapter for the first model.*name the first model, and {tmp_path}/adapter in l"
-    with pytest.raises(CheckpointError, match=told):
+    message = (
+        rf"is an adapter for the first model.*name the first model, and {tmp_path}/adapter in l"
+    )
+    with pytest.raises(CheckpointError, match=message):
         whole_snapshot(tmp_path)

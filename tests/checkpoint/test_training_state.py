@@ -100,9 +100,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "setup", "told"), OTHERS.values(), ids=OTHERS)
-def test_a_checkpoint_of_other_training_is_refused(workers, model, saved, kind, setup, told):
-    with pytest.raises(CheckpointError, match=f"step-00000001: is of a run that .*{told}"):
+@pytest.mark.parametrize(("kind", "setup", "message"), OTHERS.values(), ids=OTHERS)
+def test_a_checkpoint_of_other_training_is_refused(workers, model, saved, kind, setup, message):
+    with pytest.raises(CheckpointError, match=f"step-00000001: is of a run that .*{message}"):
         workers.run(load, 1, model, str(saved[kind]), setup)
 
 
@@ -131,14 +131,14 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind", "told"), DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_told_by_file_on_all_ranks(workers, model, saved, tmp_path, name, kind, told):
+@pytest.mark.parametrize(("name", "kind", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_told_by_file_on_all_ranks(workers, model, saved, tmp_path, name, kind, message):
     copy = shutil.copytree(saved["one-some"], tmp_path / "copy") / "step-00000001"
     damage_file(copy / (name or "metadata.json"), kind)
     setup = Setup(learns="some", data=2, distributed=True)
     for answer in workers.run(told_on_loading, 2, model, str(copy.parent), setup):
         assert str(copy / name) in answer
-        assert re.search(told, answer), answer
+        assert re.search(message, answer), answer
 
 
 def told_on_loading(model: str, root: str, setup: Setup) -> str:

@@ -34,12 +34,12 @@ def value(name: str, parameter: torch.Tensor, salt: int) -> torch.Tensor:
 def save(directory: str, layout: Layout, dtype: torch.dtype, salt: int = 0) -> None:
     from megatron_idpo.checkpoint.weights import save_weights
     from megatron_idpo.mcore.model.build import global_parameters
-    from megatron_idpo.mcore.parallel.groups import this_place
+    from megatron_idpo.mcore.parallel.groups import this_rank
 
     chunks, _ = chunks_of(layout, dtype)
     with torch.no_grad():
         for name, parameter in global_parameters(chunks):
-            rank = 0 if parameter.dim() == 1 and "bias" not in name else this_place().tensor
+            rank = 0 if parameter.dim() == 1 and "bias" not in name else this_rank().tensor
             parameter.copy_(value(name, parameter, salt + rank))
     before = {name: parameter.clone() for name, parameter in global_parameters(chunks)}
     save_weights(chunks, Path(directory))

@@ -55,7 +55,7 @@ def test_one_error_of_several_processes(tiny_llama, tmp_path):
     (tmp_path / "out" / "precious").touch()
     done = torchrun("hf-to-megatron", tiny_llama, tmp_path / "out", "--tensor", 2)
     assert done.returncode != 0 and done.stdout == ""
-    told = [line for line in done.stderr.splitlines() if line.startswith("megatron-idpo: error")]
-    assert len(told) == 1
-    assert "exists and holds something else" in told[0]
+    message = [line for line in done.stderr.splitlines() if line.startswith("megatron-idpo: error")]
+    assert len(message) == 1
+    assert "exists and holds something else" in message[0]
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]

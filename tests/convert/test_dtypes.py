@@ -26,12 +26,14 @@ def test_one_format():
 
 def test_several_formats_are_named_with_a_tensor_of_each():
     dtypes = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float32}
-    told = r"here: b is torch.bfloat16 and a is torch.float32: formats are mixed; .*--dtype fp32\|"
-    with pytest.raises(CheckpointError, match=told):
+    message = (
+        r"here: b is torch.bfloat16 and a is torch.float32: formats are mixed; .*--dtype fp32\|"
+    )
+    with pytest.raises(CheckpointError, match=message):
         stored_dtype("here", dtypes)
 
 
 def test_a_format_that_no_model_is_in():
-    told = r"here: the tensors are torch.float8_e4m3fn, no model format; choose one with --dtype"
-    with pytest.raises(CheckpointError, match=told):
+    message = r"here: the tensors are torch.float8_e4m3fn, no model format; choose one with --dtype"
+    with pytest.raises(CheckpointError, match=message):
         stored_dtype("here", {"a": torch.float8_e4m3fn})

@@ -13,11 +13,11 @@ pytestmark = pytest.mark.distributed
 
 def identities(model: Path, adapters: list[Path | None]) -> list[tuple[str, str]]:
     """Of the weights, and of the whole."""
-    from megatron_idpo.convert.frozen_model import FixedModel
+    from megatron_idpo.convert.frozen_model import FrozenModel
     from megatron_idpo.convert.model_source import open_model
 
     source = open_model(str(model))
-    base = FixedModel.of(source)
+    base = FrozenModel.of(source)
     found = [base if adapter is None else base.with_adapter(adapter) for adapter in adapters]
     return [(one.base_identity, one.identity) for one in found]
 

@@ -67,9 +67,9 @@ def open_single(directory: Path, **tensors: Tensor) -> HfCheckpoint:
 
 
 def one_line(error: pytest.ExceptionInfo[CheckpointError]) -> str:
-    told = str(error.value)
-    assert "\n" not in told
-    return told
+    message = str(error.value)
+    assert "\n" not in message
+    return message
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -193,12 +193,12 @@ CORRUPTIONS: list[tuple[Callable[[Path], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("corrupt", "told"), CORRUPTIONS)
+@pytest.mark.parametrize(("corrupt", "message"), CORRUPTIONS)
 def test_a_corrupt_checkpoint_is_refused_by_file_and_tensor(
-    sharded: Path, corrupt: Callable[[Path], Any], told: str
+    sharded: Path, corrupt: Callable[[Path], Any], message: str
 ) -> None:
     corrupt(sharded)
-    with pytest.raises(CheckpointError, match=told) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         HfCheckpoint(sharded)
     one_line(error)
 
@@ -221,7 +221,7 @@ def test_a_file_cut_short_after_opening(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         (["pytorch_model.bin"], "pickled weights .pytorch_model.bin.*save_pretrained"),
         (["consolidated.00.pth"], "pickled weights"),
@@ -229,10 +229,10 @@ def test_a_file_cut_short_after_opening(sharded: Path) -> None:
         (["adapter_model.safetensors"], "has neither .*, only adapter_model.safetensors"),
     ],
 )
-def test_no_safetensors_there(tmp_path: Path, files: list[str], told: str) -> None:
+def test_no_safetensors_there(tmp_path: Path, files: list[str], message: str) -> None:
     for name in files:
         (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=told) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         HfCheckpoint(tmp_path)
     one_line(error)
 
@@ -280,9 +280,9 @@ def test_check_tells_every_difference(sharded: Path) -> None:
         checkpoint.read("x")
     with pytest.raises(CheckpointError) as error:
         checkpoint.check({"a": (4, 4), "x": (1,), "b": (4, 3)})
-    told = str(error.value)
-    assert "3 problems" in told and "tensor 'x' of shape (1,) is missing" in told
-    assert "'a' has shape (4, 3), expected (4, 4)" in told and "unexpected tensor 'c'" in told
+    message = str(error.value)
+    assert "3 problems" in message and "tensor 'x' of shape (1,) is missing" in message
+    assert "'a' has shape (4, 3), expected (4, 4)" in message and "unexpected tensor 'c'" in message
 
 
 def test_another_model_altogether_is_told_briefly(sharded: Path) -> None:

@@ -76,10 +76,10 @@ def transposed(weights: dict[str, torch.Tensor]) -> None:
     weights[name] = weights[name].T.contiguous()
 
 
-def assert_one_line(told: str | None, expected: str) -> None:
-    assert told is not None
-    assert "\n" not in told
-    assert re.search(expected, told), told
+def assert_one_line(message: str | None, expected: str) -> None:
+    assert message is not None
+    assert "\n" not in message
+    assert re.search(expected, message), message
 
 
 def remaining(directory: Path) -> set[str]:
@@ -150,8 +150,8 @@ def test_a_source_that_cannot_be_used_is_told_on_one_line(
     damage, expected, source, attempt_on, tmp_path
 ):
     damage(source)
-    (told,) = attempt_on("there", source, tmp_path / "out")
-    assert_one_line(told, expected)
+    (message,) = attempt_on("there", source, tmp_path / "out")
+    assert_one_line(message, expected)
     assert remaining(tmp_path) <= {"hf"}
 
 
@@ -163,8 +163,10 @@ def codes(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_codes_of_a_quantised_model_are_refused(dtype, source, attempt_on, tmp_path):
     change_weights(source, codes)
-    (told,) = attempt_on("there", source, tmp_path / "out", dtype=dtype)
-    assert_one_line(told, r"hf: tensor 'model\.layers\.2\.mlp\.up_proj\.weight' is stored as .*8,")
+    (message,) = attempt_on("there", source, tmp_path / "out", dtype=dtype)
+    assert_one_line(
+        message, r"hf: tensor 'model\.layers\.2\.mlp\.up_proj\.weight' is stored as .*8,"
+    )
     assert remaining(tmp_path) == {"hf"}
 
 
@@ -174,8 +176,8 @@ def too_large_for_fp16(weights: dict[str, torch.Tensor]) -> None:
 
 def test_a_value_beyond_the_format_asked_for(source, attempt_on, tmp_path):
     change_weights(source, too_large_for_fp16)
-    told = attempt_on("there", source, tmp_path / "out", TP2, dtype="fp16")
-    for one in told:
+    message = attempt_on("there", source, tmp_path / "out", TP2, dtype="fp16")
+    for one in message:
         assert_one_line(one, r"tensor 'model\.layers\.1\.self_attn\.v_proj\.weight' .*\.float16")
     assert attempt_on("there", source, tmp_path / "out", dtype="bf16") == [None]
 
@@ -188,9 +190,9 @@ def test_all_ranks_are_told_at_once(source, attempt_on, tmp_path):
 
 
 def test_a_layout_that_cannot_hold_the_model(source, attempt_on, tmp_path):
-    told = attempt_on("there", source, tmp_path / "out", Layout(pipeline=3))
-    assert len(set(told)) == 1
-    assert_one_line(told[0], r"layout\.pipeline: 4 layers do not divide evenly over 3 stages")
+    message = attempt_on("there", source, tmp_path / "out", Layout(pipeline=3))
+    assert len(set(message)) == 1
+    assert_one_line(message[0], r"layout\.pipeline: 4 layers do not divide evenly over 3 stages")
     assert remaining(tmp_path) == {"hf"}
 
 
@@ -246,9 +248,11 @@ def test_an_output_layer_that_is_not_what_it_is_tied_to_is_refused(
     change, tied, attempt_on, tmp_path
 ):
     change_weights(tied, change)
-    told = attempt_on("there", tied, tmp_path / "m", TP2, sabotage=small_blocks)
-    assert_one_line(told[0], r"hf: tensor 'lm_head\.weight' differs from 'model\.embed_tokens\.we")
-    assert told[1] == f"opening the checkpoint failed on rank 0: {told[0]}"
+    message = attempt_on("there", tied, tmp_path / "m", TP2, sabotage=small_blocks)
+    assert_one_line(
+        message[0], r"hf: tensor 'lm_head\.weight' differs from 'model\.embed_tokens\.we"
+    )
+    assert message[1] == f"opening the checkpoint failed on rank 0: {message[0]}"
     assert remaining(tmp_path) == {"hf"}
 
 
@@ -257,10 +261,10 @@ def test_an_output_layer_that_is_not_what_it_is_tied_to_is_refused(
 
 def test_a_target_that_cannot_be_made(source, attempt_on, tmp_path):
     (tmp_path / "file").touch()
-    (told,) = attempt_on("there", source, tmp_path / "file" / "out")
-    assert_one_line(told, r"file/out: cannot be created: (Not a directory|File exists)")
-    (told,) = attempt_on("there", source, tmp_path / "file")
-    assert_one_line(told, r"file: is a file; name a directory")
+    (message,) = attempt_on("there", source, tmp_path / "file" / "out")
+    assert_one_line(message, r"file/out: cannot be created: (Not a directory|File exists)")
+    (message,) = attempt_on("there", source, tmp_path / "file")
+    assert_one_line(message, r"file: is a file; name a directory")
     assert remaining(tmp_path) == {"hf", "file"}
 
 
@@ -268,8 +272,8 @@ def test_a_checkpoint_is_replaced_when_asked(source, attempt_on, tmp_path):
     out = tmp_path / "out"
     assert attempt_on("there", source, out) == [None]
     before = sorted((path.name, path.read_bytes()) for path in out.glob("*.distcp"))
-    (told,) = attempt_on("there", source, out)
-    assert_one_line(told, r"out: exists and is not empty; .*overwrite")
+    (message,) = attempt_on("there", source, out)
+    assert_one_line(message, r"out: exists and is not empty; .*overwrite")
     assert before == sorted((path.name, path.read_bytes()) for path in out.glob("*.distcp"))
     assert attempt_on("there", source, out, TP2, overwrite=True) == [None, None]
     assert {"__0_0.distcp", "__1_0.distcp"} < remaining(out)
@@ -279,9 +283,9 @@ def test_a_checkpoint_is_replaced_when_asked(source, attempt_on, tmp_path):
 def test_the_source_is_not_replaced(source, attempt_on, tmp_path):
     """Not even where it lies in a checkpoint, which may be replaced."""
     (tmp_path / "metadata.json").touch()
-    told = attempt_on("there", source, tmp_path, TP2, overwrite=True)
-    assert told[0] == told[1]
-    assert_one_line(told[0], r": holds the source .*/hf; name another directory to write$")
+    message = attempt_on("there", source, tmp_path, TP2, overwrite=True)
+    assert message[0] == message[1]
+    assert_one_line(message[0], r": holds the source .*/hf; name another directory to write$")
     assert remaining(tmp_path) == {"hf", "metadata.json"}
 
 
@@ -289,8 +293,8 @@ def test_only_a_checkpoint_is_replaced(source, attempt_on, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     (home / "precious").touch()
-    (told,) = attempt_on("there", source, home, overwrite=True)
-    assert_one_line(told, r"home: exists and holds something else than a checkpoint")
+    (message,) = attempt_on("there", source, home, overwrite=True)
+    assert_one_line(message, r"home: exists and holds something else than a checkpoint")
     assert remaining(home) == {"precious"}
     assert remaining(tmp_path) == {"hf", "home"}
 
@@ -304,18 +308,20 @@ def weight_bytes(source: Path) -> int:
 
 def test_a_disk_that_is_too_small_is_told_before_any_work(source, attempt_on, tiny_disk):
     disk = tiny_disk(weight_bytes(source) - 8192)
-    (told,) = attempt_on("there", source, disk / "out")
-    assert_one_line(told, rf"out: needs {weight_bytes(source):,} bytes of disk, [\d,]+ are free; ")
+    (message,) = attempt_on("there", source, disk / "out")
+    assert_one_line(
+        message, rf"out: needs {weight_bytes(source):,} bytes of disk, [\d,]+ are free; "
+    )
     assert remaining(disk) == set()
 
 
 @pytest.mark.parametrize("layout", [Layout(), TP2], ids=["one process", "TP2"])
 def test_a_disk_that_fills_up_leaves_nothing_behind(layout, source, attempt_on, tiny_disk):
     disk = tiny_disk(weight_bytes(source) + 16384)  # less than what the files take on top
-    told = attempt_on("there", source, disk / "out", layout)
-    assert None not in told
+    message = attempt_on("there", source, disk / "out", layout)
+    assert None not in message
     assert_one_line(
-        told[0], r"out/__\d_0\.distcp: the disk or quota is full: no room for tensor '\w+\."
+        message[0], r"out/__\d_0\.distcp: the disk or quota is full: no room for tensor '\w+\."
     )
     assert remaining(disk) == set()
 
@@ -373,24 +379,24 @@ ALONE: list[tuple[Callable[[], Any], int, str]] = [
 def test_one_rank_that_fails_alone_fails_them_all(
     sabotage, rank, expected, source, attempt_on, tmp_path
 ):
-    told = attempt_on("there", source, tmp_path / "out", TP2, sabotage=sabotage, rank=rank)
-    for one in told:
+    message = attempt_on("there", source, tmp_path / "out", TP2, sabotage=sabotage, rank=rank)
+    for one in message:
         assert_one_line(one, expected)
     assert remaining(tmp_path) == {"hf"}
 
 
 def test_a_source_that_is_damaged_while_it_is_read(source, attempt_on, tmp_path):
-    told = attempt_on("there", source, tmp_path / "out", TP2, sabotage=unreadable_tensor, rank=1)
+    message = attempt_on("there", source, tmp_path / "out", TP2, sabotage=unreadable_tensor, rank=1)
     expected = r"hf/model\.safetensors: cannot read tensor '[\w.]+': it has become shorter$"
-    for one in told:
+    for one in message:
         assert_one_line(one, expected)
     assert remaining(tmp_path) == {"hf"}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_cannot_write_its_file(rank, source, attempt_on, file_limit, tmp_path):
-    told = attempt_on("there", source, tmp_path / "out", TP2, sabotage=file_limit, rank=rank)
-    for one in told:
+    message = attempt_on("there", source, tmp_path / "out", TP2, sabotage=file_limit, rank=rank)
+    for one in message:
         assert_one_line(
             one, rf"out/__{rank}_0\.distcp: tensor '[\w.]+' cannot be written: File too"
         )

@@ -176,8 +176,11 @@ def test_several_processes_write_into_the_same_files(tmp_path: Path) -> None:
 
 def test_every_tensor_is_written_exactly_once(tmp_path: Path) -> None:
     weights = weights_of(3)
-    told = r"out/model\.safetensors: tensor 'layers.1.weight' \(and 1 others\) was not written"
-    with pytest.raises(CheckpointError, match=told), writer_of(tmp_path / "out", weights) as writer:
+    message = r"out/model\.safetensors: tensor 'layers.1.weight' \(and 1 others\) was not written"
+    with (
+        pytest.raises(CheckpointError, match=message),
+        writer_of(tmp_path / "out", weights) as writer,
+    ):
         writer.begin()
         writer.write("layers.0.weight", weights["layers.0.weight"])
         writer.finish()
@@ -256,7 +259,7 @@ def full(number: int, after: int = 0) -> Callable[..., int]:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize(
-    ("name", "after", "told"),
+    ("name", "after", "message"),
     [
         ("posix_fallocate", 0, r"00001-of-00002.*no room for tensors 'layers.0.*bytes; the whole"),
         ("pwrite", 2, r"00001-of-00002.*no room for tensor 'layers.0.weight', 64 bytes"),
@@ -265,10 +268,15 @@ def full(number: int, after: int = 0) -> Callable[..., int]:
     ],
 )
 def test_a_full_disk_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int, told: str, number: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    after: int,
+    message: str,
+    number: int,
 ) -> None:
     monkeypatch.setattr(hf_writer.os, name, full(number, after))
-    with pytest.raises(CheckpointError, match=told) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         export(tmp_path / "out", weights_of(3), max_shard_bytes=160)
     assert "the disk or quota is full" in str(error.value) and "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
@@ -276,8 +284,8 @@ def test_a_full_disk_leaves_nothing_behind(
 
 def test_another_failure_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_writer.os, "pwrite", full(errno.EIO))
-    told = r"model\.safetensors: tensor 'layers.2.weight' cannot be written: Input/output error"
-    with pytest.raises(CheckpointError, match=told):
+    message = r"model\.safetensors: tensor 'layers.2.weight' cannot be written: Input/output error"
+    with pytest.raises(CheckpointError, match=message):
         export(tmp_path / "out", weights_of(3))
     assert list(tmp_path.iterdir()) == []
 

@@ -44,10 +44,10 @@ def source(converted: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def assert_one_line(told: str | None, expected: str) -> None:
-    assert told is not None
-    assert "\n" not in told
-    assert re.search(expected, told), told
+def assert_one_line(message: str | None, expected: str) -> None:
+    assert message is not None
+    assert "\n" not in message
+    assert re.search(expected, message), message
 
 
 def remaining(directory: Path) -> set[str]:
@@ -178,8 +178,8 @@ def test_a_checkpoint_that_cannot_be_used_is_told_on_one_line(
     damage, expected, source, attempt_on, tmp_path
 ):
     damage(source)
-    (told,) = attempt_on("back", source, tmp_path / "out")
-    assert_one_line(told, expected)
+    (message,) = attempt_on("back", source, tmp_path / "out")
+    assert_one_line(message, expected)
     assert remaining(tmp_path) <= {"m"}
 
 
@@ -212,9 +212,9 @@ def test_a_value_beyond_the_format_asked_for(tiny_llama, attempt_on, tmp_path):
     weights["model.layers.3.mlp.down_proj.weight"][-1, -1] = 65520.0
     save_file(weights, hf / WEIGHTS, metadata={"format": "pt"})
     assert attempt_on("there", hf, between) == [None]
-    for told in attempt_on("back", between, tmp_path / "out", PP2, dtype="fp16"):
+    for message in attempt_on("back", between, tmp_path / "out", PP2, dtype="fp16"):
         assert_one_line(
-            told, r"m: tensor 'decoder\.layers\.mlp\.linear_fc2\.weight' .* in torch\.float16"
+            message, r"m: tensor 'decoder\.layers\.mlp\.linear_fc2\.weight' .* in torch\.float16"
         )
     assert remaining(tmp_path) == {"hf", "m"}
 
@@ -260,27 +260,27 @@ def test_an_export_is_replaced_when_asked(source, attempt_on, tmp_path):
     out = tmp_path / "out"
     assert attempt_on("back", source, out) == [None]
     before = (out / WEIGHTS).read_bytes()
-    (told,) = attempt_on("back", source, out)
-    assert_one_line(told, r"out: exists and is not empty; .*overwrite")
+    (message,) = attempt_on("back", source, out)
+    assert_one_line(message, r"out: exists and is not empty; .*overwrite")
     assert (out / WEIGHTS).read_bytes() == before
-    told = attempt_on("back", source, out, PP2, overwrite=True, dtype="bf16")
-    assert told == [None, None]
+    message = attempt_on("back", source, out, PP2, overwrite=True, dtype="bf16")
+    assert message == [None, None]
     assert (out / WEIGHTS).stat().st_size < len(before)
     assert remaining(tmp_path) == {"m", "out"}
 
 
 def test_targets_that_cannot_be_used(source, attempt_on, tmp_path):
     (tmp_path / "file").touch()
-    (told,) = attempt_on("back", source, tmp_path / "file" / "out")
-    assert_one_line(told, r"file/out: cannot be created: (Not a directory|File exists)")
-    (told,) = attempt_on("back", source, source, overwrite=True)
-    assert_one_line(told, r"m: is the source itself; name another directory to write$")
-    (told,) = attempt_on("back", source, tmp_path, overwrite=True)
-    assert_one_line(told, r": holds the source .*/m; name another directory to write$")
+    (message,) = attempt_on("back", source, tmp_path / "file" / "out")
+    assert_one_line(message, r"file/out: cannot be created: (Not a directory|File exists)")
+    (message,) = attempt_on("back", source, source, overwrite=True)
+    assert_one_line(message, r"m: is the source itself; name another directory to write$")
+    (message,) = attempt_on("back", source, tmp_path, overwrite=True)
+    assert_one_line(message, r": holds the source .*/m; name another directory to write$")
     assert remaining(tmp_path) == {"m", "file"}
     shutil.copytree(source, tmp_path / "other")
-    (told,) = attempt_on("back", source, tmp_path / "other", overwrite=True)
-    assert_one_line(told, r"other: is not overwritten, because it holds something else than Hug")
+    (message,) = attempt_on("back", source, tmp_path / "other", overwrite=True)
+    assert_one_line(message, r"other: is not overwritten, because it holds something else than Hug")
 
 
 # ---- full disks and other failures on the way ----------------------------------------------------
@@ -288,9 +288,9 @@ def test_targets_that_cannot_be_used(source, attempt_on, tmp_path):
 
 def test_a_disk_that_is_too_small_is_told_before_any_work(source, attempt_on, tiny_disk):
     disk = tiny_disk(500_000)
-    told = attempt_on("back", source, disk / "out", PP2)
-    assert_one_line(told[0], r"out: needs [\d,]+ bytes of disk, [\d,]+ are free; free some")
-    assert told[1] == f"preparing the export failed on rank 0: {told[0]}"
+    message = attempt_on("back", source, disk / "out", PP2)
+    assert_one_line(message[0], r"out: needs [\d,]+ bytes of disk, [\d,]+ are free; free some")
+    assert message[1] == f"preparing the export failed on rank 0: {message[0]}"
     assert remaining(disk) == set()
 
 
@@ -341,15 +341,15 @@ ALONE: dict[str, tuple[Callable[[], Any], int, str]] = {
 def test_one_rank_that_fails_alone_fails_them_all(
     sabotage, rank, expected, source, attempt_on, tmp_path
 ):
-    told = attempt_on("back", source, tmp_path / "out", PP2, sabotage=sabotage, rank=rank)
-    for one in told:
+    message = attempt_on("back", source, tmp_path / "out", PP2, sabotage=sabotage, rank=rank)
+    for one in message:
         assert_one_line(one, expected)
     assert remaining(tmp_path) == {"m"}
 
 
 def test_a_rank_that_cannot_write_its_tensors(source, attempt_on, file_limit, tmp_path):
     layout = Layout(tensor=2, pipeline=2)
-    told = attempt_on("back", source, tmp_path / "out", layout, sabotage=file_limit, rank=2)
-    for one in told:
+    message = attempt_on("back", source, tmp_path / "out", layout, sabotage=file_limit, rank=2)
+    for one in message:
         assert_one_line(one, r"out/model\.safetensors: tensor '[\w.]+' cannot be written: File too")
     assert remaining(tmp_path) == {"m"}

@@ -106,8 +106,8 @@ def test_a_hub_name_without_a_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError) as raised:
         open_model("nobody/no-such-model")
-    told = str(raised.value)
-    assert "the hub cannot give it" in told and "hf download nobody/no-such-model" in told
+    message = str(raised.value)
+    assert "the hub cannot give it" in message and "hf download nobody/no-such-model" in message
 
 
 def test_a_hub_name_is_a_snapshots_directory(monkeypatch, hf):
@@ -134,8 +134,8 @@ def snapshot(ours: Path, tmp_path: Path) -> Path:
     """The same checkpoint with hashes of its files, as a step of sDPO leaves it."""
     directory = shutil.copytree(ours, tmp_path / "snapshot")
     files = {name: file_digest(directory / name) for name in files_below(directory)}
-    told = Snapshot(identity="a", tensors="a", base=None, files=files, total_bytes=0)
-    write_description(directory, told)
+    message = Snapshot(identity="a", tensors="a", base=None, files=files, total_bytes=0)
+    write_description(directory, message)
     return directory
 
 
@@ -162,8 +162,8 @@ def test_a_snapshot_with_an_added_file_is_no_model(snapshot):
 
 
 def test_a_snapshot_of_an_adapter_is_no_model(tmp_path):
-    told = Snapshot(identity="a", tensors="b", base="c", files={}, total_bytes=0)
-    write_description(tmp_path, told)
+    message = Snapshot(identity="a", tensors="b", base="c", files={}, total_bytes=0)
+    write_description(tmp_path, message)
     with pytest.raises(CheckpointError, match="is an adapter for the first model"):
         open_model(str(tmp_path))
 
@@ -181,5 +181,5 @@ def test_a_file_that_cannot_be_read_is_told_on_all_ranks(workers, tmp_path):
     """Though only one of them was to read it."""
     paths = [tmp_path / "there", tmp_path / "gone"]
     paths[0].touch()
-    told = workers.run(unreadable, 2, paths)
-    assert all(f"{paths[1]}: cannot be read: No such file" in one for one in told)
+    message = workers.run(unreadable, 2, paths)
+    assert all(f"{paths[1]}: cannot be read: No such file" in one for one in message)

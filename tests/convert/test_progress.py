@@ -53,12 +53,12 @@ def test_bytes():
 
 
 @pytest.mark.parametrize(
-    ("shapes", "told"),
+    ("shapes", "message"),
     [
         (SHAPES, "wrote some/where: 2 tensors, 4.0 MB of bfloat16, in 12.3 s\n"),
         ({"a": (1000, 1000, 1000)}, "wrote some/where: 1 tensors, 2.0 GB of bfloat16, in 12.3 s\n"),
     ],
 )
-def test_the_line_at_the_end(shapes, told, capsys):
+def test_the_line_at_the_end(shapes, message, capsys):
     report_written(Path("some/where"), shapes, torch.bfloat16, 12.34)
-    assert capsys.readouterr() == (told, "")
+    assert capsys.readouterr() == (message, "")

@@ -50,7 +50,7 @@ TOKENIZER = {
 """What travels byte for byte, in spellings that nothing would write twice by itself."""
 
 
-def told(layout: Layout) -> str:
+def message(layout: Layout) -> str:
     return f"TP{layout.tensor}-PP{layout.pipeline}-VP{layout.virtual_pipeline}"
 
 
@@ -67,7 +67,7 @@ def cases() -> list[Any]:
                     VARIANTS[variant],
                     layout,
                     [other] if in_make_test else [layout, other],
-                    id=f"{'-'.join(VARIANTS[variant])}-{told(layout)}-to-{told(other)}",
+                    id=f"{'-'.join(VARIANTS[variant])}-{message(layout)}-to-{message(other)}",
                     marks=[] if in_make_test else [pytest.mark.exhaustive],
                 )
             )
@@ -154,12 +154,12 @@ def test_every_tensor_comes_back_to_the_byte(
     workers.run(there, saved_in.model_ranks, str(source), between, saved_in)
     expected = tensors(source)
     for layout in exported_from:
-        target = tmp_path / told(layout)
+        target = tmp_path / message(layout)
         workers.run(back, layout.model_ranks, between, str(target), layout)
         assert_same_tensors(target, expected)
         for path in source.iterdir():
             assert (target / path.name).read_bytes() == path.read_bytes()
-    names = {"between", *map(told, exported_from)}
+    names = {"between", *map(message, exported_from)}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 

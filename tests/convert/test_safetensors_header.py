@@ -40,7 +40,7 @@ def test_a_planned_file_is_the_librarys_own(
     expected = save(zeros, metadata=metadata or None)
     assert expected[: len(plan.header)] == plan.header
     assert plan.num_bytes == len(expected)
-    assert sorted(place.spec.name for place in plan.placements) == sorted(tensors)
+    assert sorted(location.spec.name for location in plan.placements) == sorted(tensors)
 
 
 def test_what_safetensors_cannot_store_is_refused() -> None:
@@ -67,10 +67,10 @@ def test_a_damaged_header_is_refused_or_read_as_the_library_reads_it(
     try:
         with safe_open(path, "pt") as library:
             assert set(library.keys()) == set(found)
-            for name, place in found.items():
+            for name, location in found.items():
                 theirs = library.get_slice(name)
-                assert tuple(theirs.get_shape()) == place.spec.shape
-                start, stop = place.start, place.stop
+                assert tuple(theirs.get_shape()) == location.spec.shape
+                start, stop = location.start, location.stop
                 expected = library.get_tensor(name).flatten().view(torch.uint8)
                 assert bytes(expected.numpy()) == bytes(content[start:stop])
     except SafetensorError as error:
@@ -87,7 +87,7 @@ def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("document", "told"),
+    ("document", "message"),
     [
         ({"a": entry(), "b": entry()}, "tensor 'b' begins at"),
         ({"a": entry(offsets=(4, 12))}, "tensor 'a' begins at"),
@@ -103,9 +103,9 @@ def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
         ('{"a":' + "[" * 100_000, "recursion"),
     ],
 )
-def test_contradictions_within_a_header(tmp_path: Path, document: Any, told: str) -> None:
+def test_contradictions_within_a_header(tmp_path: Path, document: Any, message: str) -> None:
     header_file(tmp_path / "x.safetensors", document, 8)
-    with pytest.raises(CheckpointError, match=told) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         read_header(tmp_path / "x.safetensors")
     assert "x.safetensors: the safetensors header is garbage" in str(error.value)
     assert "\n" not in str(error.value)

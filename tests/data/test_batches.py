@@ -151,7 +151,7 @@ def test_rows_are_trimmed_together():
     assert left.row_tokens - fullest < 8
 
 
-def test_rows_keep_their_length_when_told():
+def test_rows_keep_their_length_when_reported():
     ((batch,),) = run(
         MadePairs(8, longest=4), replace(ROWS, trim_tokens=0), global_batch_pairs=8, seed=0
     )

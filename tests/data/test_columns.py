@@ -32,9 +32,9 @@ def test_columns_may_change_places() -> None:
 @pytest.mark.parametrize("record", [{"chosen": "a", "rejected": "b"}, {**TEXT, "query": None}])
 def test_a_named_column_that_is_not_there(record: dict[str, str | None]) -> None:
     """Not even where ours is."""
-    with pytest.raises(BadRecord, match="field 'query' is missing") as told:
+    with pytest.raises(BadRecord, match="field 'query' is missing") as message:
         renamed(record, {"prompt": "query"})
-    assert "has the prompt" in told.value.remedy
+    assert "has the prompt" in message.value.remedy
     assert renamed(TEXT, {"system": "query", "tools": "functions"}) == TEXT
 
 

@@ -59,7 +59,7 @@ def test_pairs_come_in_the_order_of_the_files(
     pair = dataset[4]
     assert pair.index == 4 and pair.chosen_tokens.dtype == np.int32
     assert text_tokenizer.decode(pair.chosen_tokens.tolist()) == " Yes. Yes.</s>"
-    assert dataset.place(4).endswith("b.jsonl:2")
+    assert dataset.location(4).endswith("b.jsonl:2")
     assert dataset.source_P.tolist() == [0, 0, 0, 1, 1]
     assert [Path(name).name for name in dataset.source_names] == ["a.jsonl", "b.jsonl"]
     assert dataset.report.kept_pairs == 5
@@ -102,7 +102,7 @@ def test_a_slice_keeps_order_origin_and_has_its_own_fingerprint(
     dataset = load(a=(3, 1), b=(2, 1))
     slice_ = dataset.select(np.array([4, 0, 3])).select(np.array([0, 1]))
     assert prompts(slice_, text_tokenizer) == ["b 1#", "a 0#"]
-    assert slice_[0].index == 0 and slice_.place(0).endswith("b.jsonl:2")
+    assert slice_[0].index == 0 and slice_.location(0).endswith("b.jsonl:2")
     origin = slice_.origin(0)
     assert (origin.found.source.path, origin.part, origin.row) == (slice_.source_names[1], 0, 2)
     assert slice_.source_P.tolist() == [1, 0]

@@ -54,7 +54,7 @@ def facts(out: str) -> dict[str, str]:
     return {line[:16].strip(): line[16:].strip() for line in lines if line[:16].strip()}
 
 
-def test_everything_is_told(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_is_reported(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", str(config)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -63,11 +63,11 @@ def test_everything_is_told(config: Path, capsys: pytest.CaptureFixture[str]) ->
     assert out.count("✂ cut at max_length") == 1, "the longest pair's chosen answer"
     assert "train  30 pairs kept of 30 rows" in out
     assert " of them cut at max_length" in out
-    told = facts(out)
-    assert told["steps"].startswith("3 of 8 pairs in 1 epoch; the last 6 pairs fill none")
-    assert told["row length"].endswith("positions of at most 256")
-    assert told["row fill"].endswith("% of the positions computed hold a token")
-    assert told["prompt sharing"].endswith("× fewer positions than with every prompt twice")
+    message = facts(out)
+    assert message["steps"].startswith("3 of 8 pairs in 1 epoch; the last 6 pairs fill none")
+    assert message["row length"].endswith("positions of at most 256")
+    assert message["row fill"].endswith("% of the positions computed hold a token")
+    assert message["prompt sharing"].endswith("× fewer positions than with every prompt twice")
     picture = Path(out.splitlines()[-1])
     assert picture == config.parent / "out" / "data.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -94,9 +94,9 @@ def test_ranks_make_rows(
     layout = "layout={tensor: 2, pipeline: 2, virtual_pipeline: 2}"
     monkeypatch.setenv("WORLD_SIZE", "12")
     assert cli.main(["data", str(config), layout]) == 0
-    told = facts(capsys.readouterr().out)
-    assert told["rows per step"] == "2 on each of 3 data-parallel ranks"
-    assert told["pairs per row"].startswith("1 (1 to ")
+    message = facts(capsys.readouterr().out)
+    assert message["rows per step"] == "2 on each of 3 data-parallel ranks"
+    assert message["pairs per row"].startswith("1 (1 to ")
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["data", str(config), layout]) == 0
     assert capsys.readouterr().out == "", "the first process speaks"
@@ -131,7 +131,7 @@ def test_mixtures_held_out_pairs_and_no_sharing(
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("data.train=missing.jsonl", "missing.jsonl: no such file or directory; check the path"),
         ("data.max_length=2", "none of its 30 rows is left"),
@@ -143,12 +143,12 @@ def test_mixtures_held_out_pairs_and_no_sharing(
     ],
 )
 def test_a_users_mistake_is_told_without_a_traceback(
-    config: Path, capsys: pytest.CaptureFixture[str], override: str, told: str
+    config: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
     assert cli.main(["data", str(config), override]) == EXIT_USER_ERROR
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("megatron-idpo: error: ") and told in err
+    assert err.startswith("megatron-idpo: error: ") and message in err
 
 
 def test_a_bad_row_is_named(
@@ -181,6 +181,6 @@ def test_real_data(
     ]
     assert cli.main(["data", str(config), *words]) == 0
     out = capsys.readouterr().out
-    told = facts(out)
-    assert 50 < float(told["row fill"].split("%")[0]) <= 100
-    assert float(told["prompt sharing"].split()[0]) > 1
+    message = facts(out)
+    assert 50 < float(message["row fill"].split("%")[0]) <= 100
+    assert float(message["prompt sharing"].split()[0]) > 1

@@ -172,8 +172,8 @@ def test_a_sentencepiece_answer_keeps_its_first_space(unigram_model: Path) -> No
 
 def test_a_long_part_loses_its_middle(text_tokenizer: Tokenizer) -> None:
     tokens = text_tokenizer.encode([words(3000)], special_tokens=False)[0]
-    start, told, end = shown(tokens, text_tokenizer).split("\n")
-    assert told == f"⋯ {len(tokens) - START_TOKENS - END_TOKENS:,} tokens not shown ⋯"
+    start, message, end = shown(tokens, text_tokenizer).split("\n")
+    assert message == f"⋯ {len(tokens) - START_TOKENS - END_TOKENS:,} tokens not shown ⋯"
     assert start == text_tokenizer.decode(tokens[:START_TOKENS])
     assert end == text_tokenizer.decode(tokens[-END_TOKENS:])
     # Half a character at the gap is nothing that the data holds.
@@ -200,8 +200,8 @@ def test_what_is_printed_for_a_pair(
     plain = printed()
     assert plain[0].startswith("Any pair ───")
     assert "".join(plain).count("pairs.jsonl:1") == 1
-    place = plain.index(f"prompt  {prompt}, not scored")
-    assert plain[place + 1 : place + 3] == ["  ⟦<s>⟧Why?↵", "  [b]␛[2J"]
+    location = plain.index(f"prompt  {prompt}, not scored")
+    assert plain[location + 1 : location + 3] == ["  ⟦<s>⟧Why?↵", "  [b]␛[2J"]
     assert f"chosen  {chosen}, scored" in plain
     end = plain.index(f"rejected  {rejected}, scored")
     assert plain[end - 1] == "  ✂ cut at max_length"

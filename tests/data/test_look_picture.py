@@ -37,9 +37,9 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_picture(path, lengths_P3, figures([90, 95, 100, 40]), "some pairs")
     assert path.read_bytes().startswith(PNG)
     lengths_axes, fill_axes = drawn[0].axes
-    told = [text.get_text() for text in lengths_axes.get_legend().get_texts()]
+    message = [text.get_text() for text in lengths_axes.get_legend().get_texts()]
     medians = np.quantile(lengths_P3, 0.5, axis=0, method="inverted_cdf")
-    assert told == [f"{name}, median {m}" for (name, *_), m in zip(PARTS, medians, strict=True)]
+    assert message == [f"{name}, median {m}" for (name, *_), m in zip(PARTS, medians, strict=True)]
     assert [int(np.sum(line.get_ydata())) for line in lengths_axes.lines] == [300] * 3
     assert sum(bar.get_height() for bar in fill_axes.patches) == 4
     assert [text.get_text() for text in fill_axes.texts] == ["81.2% overall "]

@@ -266,7 +266,7 @@ def _check_chats(
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     num_cut = 0
     for pair in pairs:
-        record = records[int(dataset.place(pair.index).rpartition(":")[2]) - 1]
+        record = records[int(dataset.location(pair.index).rpartition(":")[2]) - 1]
         whole = [
             tokenizer.apply_chat_template(
                 record["prompt"] + record[answer], chat_template=CHATML, return_dict=False

@@ -79,11 +79,11 @@ def test_a_json_file_may_be_json_lines(tmp_path: Path) -> None:
 def test_lines_that_cannot_be_read_are_told_by_row(tmp_path: Path) -> None:
     lines = [b"\xef\xbb\xbf{}", b"", b"{nope", b'"\xff"', b"[" * 100_000, b"{}"]
     (tmp_path / "a.jsonl").write_bytes(b"\r\n".join(lines))
-    told = dict(rows_of(tmp_path / "a.jsonl"))
-    assert sorted(told) == [1, 3, 4, 5, 6] and told[1] == told[6] == {}
-    assert told[3].startswith("not JSON: Expecting property name")
-    assert told[4] == "invalid UTF-8 at byte 2 of the row"
-    assert told[5].startswith("not JSON")
+    message = dict(rows_of(tmp_path / "a.jsonl"))
+    assert sorted(message) == [1, 3, 4, 5, 6] and message[1] == message[6] == {}
+    assert message[3].startswith("not JSON: Expecting property name")
+    assert message[4] == "invalid UTF-8 at byte 2 of the row"
+    assert message[5].startswith("not JSON")
 
 
 JSON = st.recursive(
@@ -109,17 +109,19 @@ def test_a_json_list_is_read_through_a_window_of_any_size(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ('[{"a": 1}, {"a": ]', r"a\.json:2: not JSON: Expecting value, so the rest"),
         ('[{"a": 1} {"a": 2}, {}]', r"a\.json:1: not JSON: no ',' or ']' after the element, so"),
         ('[{"a": 1}, {"a": 2}', r"a\.json:2: not JSON"),
     ],
 )
-def test_a_json_list_that_breaks_off_is_refused_whole(text: str, told: str, tmp_path: Path) -> None:
+def test_a_json_list_that_breaks_off_is_refused_whole(
+    text: str, message: str, tmp_path: Path
+) -> None:
     """Skipping the element would lose every good pair behind it."""
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         list(read_file(tmp_path / "a.json"))
 
 
@@ -168,7 +170,7 @@ def test_nulls_that_arrow_adds_are_taken_out_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.txt", "a.jsonl.gz"])
-def test_a_damaged_or_unknown_file_is_told(name: str, tmp_path: Path) -> None:
+def test_a_damaged_or_unknown_file_is_reported(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"nothing of the kind")
     with pytest.raises(DataError, match=r"cannot (be )?read"):
         list(read_file(tmp_path / name))

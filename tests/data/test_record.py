@@ -15,17 +15,17 @@ from megatron_idpo.data.sources.raw_record import (
 
 
 @pytest.mark.parametrize("name", PROMPT_LIKE)
-def test_a_prompt_of_another_name_is_told(name: str) -> None:
-    with pytest.raises(BadRecord, match=f"no field 'prompt', but '{name}'") as told:
+def test_a_prompt_of_another_name_is_reported(name: str) -> None:
+    with pytest.raises(BadRecord, match=f"no field 'prompt', but '{name}'") as message:
         refuse_other_prompt({"chosen": "a", name: "What?"})
-    assert f"columns: {{prompt: {name}}}" in told.value.remedy
+    assert f"columns: {{prompt: {name}}}" in message.value.remedy
 
 
 def test_a_prompt_in_parts_is_not_taken_by_half() -> None:
     record = {"instruction": "Translate.", "input": "Good morning", "query": " "}
-    with pytest.raises(BadRecord, match="but 'instruction' and 'input'") as told:
+    with pytest.raises(BadRecord, match="but 'instruction' and 'input'") as message:
         refuse_other_prompt(record, else_="; or not")
-    assert told.value.remedy == "write them into one column `prompt`; or not"
+    assert message.value.remedy == "write them into one column `prompt`; or not"
 
 
 def test_messages_are_a_prompt() -> None:

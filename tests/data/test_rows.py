@@ -17,8 +17,8 @@ some_pairs = st.lists(st.tuples(answer, answer, answer), max_size=6)
 
 def make_pairs(token_lists, first_index=100):
     return [
-        Pair(first_index + place, *(np.array(tokens, np.int32) for tokens in parts))
-        for place, parts in enumerate(token_lists)
+        Pair(first_index + location, *(np.array(tokens, np.int32) for tokens in parts))
+        for location, parts in enumerate(token_lists)
     ]
 
 
@@ -43,10 +43,10 @@ def test_every_response_token_is_predicted_from_its_own_sequence(token_lists, sh
 
     scored = zip(row.target_positions_N, row.target_tokens_N, row.target_sequences_N, strict=True)
     expected = [
-        (prompt + answer[:place], token, 2 * number + side)
+        (prompt + answer[:location], token, 2 * number + side)
         for number, (prompt, *answers) in enumerate(token_lists)
         for side, answer in enumerate(answers)
-        for place, token in enumerate(answer)
+        for location, token in enumerate(answer)
     ]
     seen = []
     for position, token, sequence in scored:
@@ -126,7 +126,7 @@ def test_a_pair_that_cannot_be_laid_out_is_named(parts, said):
         Row.build(make_pairs([([1], [1], [1]), parts], first_index=41), 8, PAD_TOKEN)
 
 
-def test_all_long_pairs_are_counted_and_the_longest_is_told():
+def test_all_long_pairs_are_counted_and_the_longest_is_reported():
     lengths = np.full((200_000, 3), 2)
     lengths[[3, 70_000, 70_001, 150_000, 150_001, 150_002]] = 5
     lengths[150_002, 0] = 90

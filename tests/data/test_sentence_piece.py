@@ -91,7 +91,7 @@ def test_template_and_vocabulary_have_identities_of_their_own(unigram_model: Pat
     assert without_bos.vocabulary_identity != one.vocabulary_identity
 
 
-def test_a_file_that_is_no_model_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_no_model_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"no model at all")
     with pytest.raises(DataError, match="not a sentencepiece model"):
         load_tokenizer(str(tmp_path / "x.model"))

@@ -25,7 +25,7 @@ def test_it_is_what_the_messages_would_be(system: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"prompt": None}, "field 'prompt' is missing"),
         ({"prompt": None, "question": "q"}, "no field 'prompt', but 'question'"),
@@ -39,22 +39,22 @@ def test_it_is_what_the_messages_would_be(system: str | None) -> None:
         ({"rejected": "a"}, "chosen and rejected are the same"),
     ],
 )
-def test_what_is_none_is_told(fields: dict[str, Any], told: str) -> None:
-    with pytest.raises(BadRecord, match=told):
+def test_what_is_none_is_reported(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRecord, match=message):
         parse_preference({**TEXT, **fields}, format="single_turn")
 
 
 def test_it_needs_a_chat_template() -> None:
-    with pytest.raises(BadRecord, match=r"is 'single_turn', but .* no chat template") as told:
+    with pytest.raises(BadRecord, match=r"is 'single_turn', but .* no chat template") as message:
         parse_preference(TEXT, format="single_turn", has_template=False)
-    assert told.value.remedy == "set data.chat_template, or set the format to 'text'"
+    assert message.value.remedy == "set data.chat_template, or set the format to 'text'"
 
 
 @pytest.mark.parametrize("record", [TEXT, CHAT])
 def test_a_system_message_is_read_here_only(record: dict[str, Any]) -> None:
-    with pytest.raises(BadRecord, match="system message beside the prompt") as told:
+    with pytest.raises(BadRecord, match="system message beside the prompt") as message:
         parse_preference({**record, "system": "s"})
-    assert "the format 'single_turn'" in told.value.remedy
+    assert "the format 'single_turn'" in message.value.remedy
 
 
 def test_texts_stay_as_they_are() -> None:

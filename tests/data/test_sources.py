@@ -90,7 +90,7 @@ def test_columns_of_other_names(tmp_path: Path, suffix: str) -> None:
     assert read["all"] == {**TEXT, "system": "s"}
 
 
-def test_a_file_that_may_not_be_read_is_told(write_jsonl: Callable[..., str]) -> None:
+def test_a_file_that_may_not_be_read_is_reported(write_jsonl: Callable[..., str]) -> None:
     found = open_source(Source(path=write_jsonl([TEXT])))
     Path(found.parts[0].name).unlink()
     with pytest.raises(DataError, match="the file cannot be read: "):
@@ -113,7 +113,7 @@ def test_a_hub_dataset_is_read_by_split_and_subset(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("missing.jsonl", "no such file or directory"),
         ("./missing", "no such file or directory"),
@@ -122,8 +122,8 @@ def test_a_hub_dataset_is_read_by_split_and_subset(monkeypatch: pytest.MonkeyPat
         ("{tmp}", "the directory holds no data file"),
     ],
 )
-def test_what_is_not_there_is_told(
-    path: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_not_there_is_reported(
+    path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*_: object, **__: object) -> None:
         raise ConnectionError("gone")
@@ -131,4 +131,4 @@ def test_what_is_not_there_is_told(
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError) as error:
         open_source(Source(path=path.format(tmp=tmp_path)))
-    assert told in str(error.value)
+    assert message in str(error.value)

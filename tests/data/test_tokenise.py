@@ -13,7 +13,7 @@ from megatron_idpo.data.sources.open import Source, open_source
 from megatron_idpo.data.sources.preferences import Format
 from megatron_idpo.data.sources.readers import RawRow
 from megatron_idpo.data.tokenize import build_store as tokenise
-from megatron_idpo.data.tokenize.build_store import Job, tokenise_rows, tokenised_store
+from megatron_idpo.data.tokenize.build_store import Job, tokenize_rows, tokenized_store
 from megatron_idpo.data.tokenize.chat import TokenOptions
 from megatron_idpo.data.tokenize.store import PairStore
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer
@@ -28,7 +28,7 @@ def store_of(tmp_path: Path, text_tokenizer: Tokenizer) -> Callable[..., PairSto
     def make(path: str, tokenizer: Tokenizer = text_tokenizer, **kwargs: Any) -> PairStore:
         options = TokenOptions(max_length=kwargs.pop("max_length", None))
         found = open_source(Source(path=path))
-        return tokenised_store(found, tokenizer, options, cache=tmp_path / "cache", **kwargs)
+        return tokenized_store(found, tokenizer, options, cache=tmp_path / "cache", **kwargs)
 
     return make
 
@@ -57,9 +57,9 @@ def test_one_mistake_in_many_rows_is_told_once(
     write_jsonl: Callable[..., str], store_of: Callable[..., PairStore]
 ) -> None:
     lacking = [{"prompt": "p", "rejected": f"r{n}"} for n in range(4)]
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as message:
         store_of(write_jsonl([*lacking, {"prompt": "p", "chosen": "c"}]))
-    lines = str(told.value).splitlines()
+    lines = str(message.value).splitlines()
     assert lines[0] == "2 problems:" and len(lines) == 3
     assert ":1, " in lines[1] and ":2 and more: " in lines[1] and "'chosen'" in lines[1]
     assert ":5: " in lines[2] and "'rejected'" in lines[2]
@@ -148,10 +148,12 @@ def test_a_cache_that_cannot_be_written_is_named(
         raise OSError(28, "No space left on device")
 
     path = write_jsonl(GOOD)
-    with monkeypatch.context() as patched, pytest.raises(DataError) as told:
+    with monkeypatch.context() as patched, pytest.raises(DataError) as message:
         patched.setattr(refusing, refuse)
         store_of(path)
-    assert f"data.cache: {tmp_path / 'cache'} cannot be written: No space left" in str(told.value)
+    assert f"data.cache: {tmp_path / 'cache'} cannot be written: No space left" in str(
+        message.value
+    )
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock"}
     assert store_of(path).num_pairs == len(GOOD)
     (tmp_path / "cache").rename(tmp_path / "before")
@@ -169,7 +171,7 @@ def test_what_is_no_writing_is_not_told_as_that(
         pytest.MonkeyPatch.context() as patched,
         pytest.raises(OSError, match="Too many open files"),
     ):
-        patched.setattr(tokenise, "tokenise_rows", _too_many)
+        patched.setattr(tokenise, "tokenize_rows", _too_many)
         store_of(path)
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".lock"}
 
@@ -183,29 +185,29 @@ def test_pairs_are_dropped_and_cut_and_counted(text_tokenizer: Tokenizer) -> Non
         RawRow(1, {"prompt": "q", "chosen": " yes, it is", "rejected": "no"}),
         RawRow(2, {"prompt": "What do you mean by 34567890?", "chosen": "x", "rejected": "y"}),
     ]
-    batch = tokenise_rows(Job(text_tokenizer, TokenOptions(max_length=6)), (0, rows))
+    batch = tokenize_rows(Job(text_tokenizer, TokenOptions(max_length=6)), (0, rows))
     assert batch.rows_B.tolist() == [1] and batch.report.truncated_pairs == 1
     assert batch.report.dropped_pairs == {"the prompt fills max_length": 1}
     assert batch.lengths_B3[0, :2].sum() == 6 and text_tokenizer.eos_id not in batch.tokens[1]
     assert batch.tokens[2][-1] == text_tokenizer.eos_id
 
 
-@pytest.mark.parametrize(("format", "told"), [("auto", 1), ("text", 0), ("single_turn", 0)])
+@pytest.mark.parametrize(("format", "message"), [("auto", 1), ("text", 0), ("single_turn", 0)])
 def test_text_for_a_model_that_chats_is_counted(
-    chat_tokenizer: Tokenizer, text_tokenizer: Tokenizer, format: Format, told: int
+    chat_tokenizer: Tokenizer, text_tokenizer: Tokenizer, format: Format, message: int
 ) -> None:
     options = TokenOptions(format=format)
-    batch = tokenise_rows(Job(chat_tokenizer, options), (0, [RawRow(1, GOOD[0])]))
-    assert batch.report.untemplated_pairs == told and batch.report.kept_pairs == 1
+    batch = tokenize_rows(Job(chat_tokenizer, options), (0, [RawRow(1, GOOD[0])]))
+    assert batch.report.untemplated_pairs == message and batch.report.kept_pairs == 1
     if format != "single_turn":
-        batch = tokenise_rows(Job(text_tokenizer, options), (0, [RawRow(1, GOOD[0])]))
+        batch = tokenize_rows(Job(text_tokenizer, options), (0, [RawRow(1, GOOD[0])]))
         assert batch.report.untemplated_pairs == 0, "there is no template"
 
 
 def test_bad_rows_are_in_order_whatever_notices_them(text_tokenizer: Tokenizer) -> None:
     rows = [RawRow(1, {"prompt": "p", "chosen": "a b c d", "rejected": "b"}), RawRow(2, b"{")]
     options = TokenOptions(max_length=4, truncation="error")
-    batch = tokenise_rows(Job(text_tokenizer, options), (0, rows))
+    batch = tokenize_rows(Job(text_tokenizer, options), (0, rows))
     assert [bad.row for bad in batch.bad_rows] == [1, 2]
 
 
@@ -218,7 +220,7 @@ def test_no_neighbour_makes_it_lose_a_good_pair(text_tokenizer: Tokenizer, lines
         RawRow(at, line if isinstance(line, bytes) else json.dumps(line).encode())
         for at, line in enumerate(lines, 1)
     ]
-    batch = tokenise_rows(Job(text_tokenizer, TokenOptions()), (0, rows))
+    batch = tokenize_rows(Job(text_tokenizer, TokenOptions()), (0, rows))
     good = [at for at, line in enumerate(lines, 1) if isinstance(line, dict)]
     assert batch.rows_B.tolist() == good
     assert [bad.row for bad in batch.bad_rows] == sorted(set(range(1, len(lines) + 1)) - set(good))

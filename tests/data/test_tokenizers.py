@@ -71,7 +71,7 @@ def test_the_length_a_tokenizer_file_asks_for_is_not_obeyed(
 
 
 @pytest.mark.parametrize(
-    ("path", "template", "told"),
+    ("path", "template", "message"),
     [
         ("no/such/place/anywhere", None, "no tokenizer can be loaded"),
         ("missing.model", None, "missing.model: no such file"),
@@ -79,12 +79,12 @@ def test_the_length_a_tokenizer_file_asks_for_is_not_obeyed(
         (None, "missing.jinja", "cannot read 'missing.jinja'"),
     ],
 )
-def test_what_cannot_be_loaded_is_told(
-    text_tokenizer_path: str, path: str | None, template: str | None, told: str
+def test_what_cannot_be_loaded_is_reported(
+    text_tokenizer_path: str, path: str | None, template: str | None, message: str
 ) -> None:
     with pytest.raises(DataError) as error:
         load_tokenizer(path or text_tokenizer_path, template)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_template_that_cannot_write_a_greeting_is_left_to_the_rows(

@@ -117,7 +117,7 @@ def test_torch_without_nccl_cannot_use_gpus():
     assert libraries(without)["NCCL"].state is State.BROKEN
 
 
-def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_reported(monkeypatch):
     monkeypatch.setattr(doctor_libraries.Path, "exists", lambda path: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert libraries(CPU)["CUDA"].state is State.BROKEN

@@ -54,10 +54,10 @@ def test_a_configuration_that_can_run(judge):
     assert names == ["configuration", "model", "layout", "weights", "data", "output"]
 
 
-def test_mistakes_in_the_file_are_all_told(judge):
+def test_mistakes_in_the_file_are_all_reported(judge):
     report = judge("data.train=null", "layout.tensor=x")
-    told = report["configuration"].found
-    assert len(report.findings) == 1 and "data.train" in told and "layout.tensor" in told
+    message = report["configuration"].found
+    assert len(report.findings) == 1 and "data.train" in message and "layout.tensor" in message
 
 
 def test_the_layout_is_held_against_model_and_machine(judge):

@@ -49,16 +49,16 @@ def write_case(
 
 
 def result(directory: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((place(directory, name) / "result.json").read_text())
+    found: dict[str, Any] = json.loads((location(directory, name) / "result.json").read_text())
     return found
 
 
 def verdicts(directory: Path, name: str) -> list[dict[str, Any]]:
-    lines = (place(directory, name) / "verdicts.jsonl").read_text("utf-8").splitlines()
+    lines = (location(directory, name) / "verdicts.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
-def place(directory: Path, name: str) -> Path:
+def location(directory: Path, name: str) -> Path:
     return directory / "out" / "judge" / name
 
 

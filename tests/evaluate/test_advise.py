@@ -9,7 +9,7 @@ from megatron_idpo.config.run_config import SECTIONS, load_config
 from megatron_idpo.errors import DataError
 from megatron_idpo.evaluate.likelihood.advise import (
     advice_markdown,
-    best_layers_told,
+    format_best_layers,
     main,
     rank_layers,
 )
@@ -59,7 +59,7 @@ def test_an_agreement_that_may_be_none_counts_nothing() -> None:
 def test_too_few_prompts_are_not_taken_for_no_agreement() -> None:
     few = curves([0.5, 0.6, 0.7], [0.5, 0.9, 1.0], width=np.nan)
     assert {advice.reason for advice in rank_layers(few)} == {"too few prompts to tell"}
-    assert list(best_layers_told([few])) == ["dpo: no advice, too few prompts to tell"]
+    assert list(format_best_layers([few])) == ["dpo: no advice, too few prompts to tell"]
 
 
 def test_a_layer_that_the_head_cannot_read_comes_last() -> None:
@@ -89,7 +89,7 @@ def test_what_is_told_names_every_model_and_layer() -> None:
         curves([0.5, 0.6, 0.7], [0.5, 0.9, 1.0]),
         curves([0.5, 0.5, 0.5], [0.0, 0.0, 1.0], name="odd"),
     ]
-    first, second = best_layers_told(several)
+    first, second = format_best_layers(several)
     assert first.startswith("dpo: layers to tap next, by advise: 1, 2;")
     assert second == "odd: no layer reads the pairs as the final one does"
     text = advice_markdown(several)
@@ -110,8 +110,8 @@ def test_the_verb_reads_what_likelihood_left(
     config = load_config(file, ["model.path=sft", "data.train=t"], optional=SECTIONS)
     write_made_of(directory, config, [Subject("dpo", "runs/dpo/hf")], {})
     assert main(file, []) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("against sft, beta 0.1\n")
+    message = capsys.readouterr().out
+    assert message.startswith("against sft, beta 0.1\n")
     with pytest.raises(DataError, match="has the curves of dpo, not of sft; run `likelihood`"):
         main(file, ["evaluate.models={sft: x}"])
-    assert "1. layer   2 (depth 0.50)  score 0.54: agrees 0.60" in told
+    assert "1. layer   2 (depth 0.50)  score 0.54: agrees 0.60" in message

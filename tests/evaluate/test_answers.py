@@ -58,19 +58,21 @@ def test_an_unfinished_file_is_not_read(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ('{"index": 1', r"jsonl:2: is not JSON"),
         ("[1]", r"jsonl:2: is \[1\], not an object"),
-        (json.dumps({"index": 1}), "has no field 'place'"),
+        (json.dumps({"index": 1}), "has no field 'location'"),
         (answer(2).line(), r"has the index 2, not 1: lines are missing"),
         (answer(1).line().replace(": 4,", ": true,"), "has the answer_tokens True"),
         (answer(1).line().replace('"Yes."', "null"), "has the answer None"),
     ],
 )
-def test_a_line_that_is_no_answer_is_told_by_its_number(path: Path, line: str, told: str) -> None:
+def test_a_line_that_is_no_answer_is_told_by_its_number(
+    path: Path, line: str, message: str
+) -> None:
     path.write_text(answer(0).line() + line)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read_answers(path)
 
 
@@ -105,13 +107,13 @@ def test_more_answers_than_prompts_are_refused(path: Path) -> None:
         recover_answers(path, wanted=1, batch_prompts=1)
 
 
-def test_what_the_system_refuses_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_system_refuses_is_reported(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.symlink_to("/dev/full")
     with pytest.raises(
         ConfigError, match=r"m-1\.5\.jsonl cannot be written: No space left"
-    ) as told:
+    ) as message:
         append_answers(path, [answer(0)])
-    assert [problem.place for problem in told.value.problems] == ["evaluate.output"]
+    assert [problem.location for problem in message.value.problems] == ["evaluate.output"]
     path.unlink()
     path.mkdir()
     with pytest.raises(ConfigError, match=r"m-1\.5\.jsonl cannot be read: Is a directory"):

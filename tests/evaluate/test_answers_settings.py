@@ -25,7 +25,7 @@ def changed(section: str, field: str, value: Any) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("section", "field", "value", "told"),
+    ("section", "field", "value", "message"),
     [
         ("model", "weights", "2f", "the model differs (weights or config.json)"),
         ("model", "adapter_weights", "2f", "the adapter differs"),
@@ -38,9 +38,9 @@ def changed(section: str, field: str, value: Any) -> dict[str, dict[str, Any]]:
         ("made_with", "peft", "1.0", "the version of peft is None there, 1.0 here"),
     ],
 )
-def test_a_difference_is_named(section: str, field: str, value: Any, told: str) -> None:
+def test_a_difference_is_named(section: str, field: str, value: Any, message: str) -> None:
     wanted = changed(section, field, value)
-    assert differences(SETTINGS, wanted, finished=False) == [told]
+    assert differences(SETTINGS, wanted, finished=False) == [message]
 
 
 def test_all_differences_are_told_at_once() -> None:
@@ -68,14 +68,14 @@ def test_settings_are_read_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": 1}'])
-def test_a_damaged_file_is_told(tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_is_reported(tmp_path: Path, text: str) -> None:
     path = tmp_path / "m.settings.json"
     path.write_text(text)
     with pytest.raises(DataError, match=r"m\.settings\.json"):
         read_settings(path)
 
 
-def test_what_the_system_refuses_is_told(tmp_path: Path) -> None:
+def test_what_the_system_refuses_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "m.settings.json"
     path.mkdir()
     with pytest.raises(ConfigError, match=r"m\.settings\.json cannot be read: Is a directory"):

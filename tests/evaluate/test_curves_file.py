@@ -22,8 +22,8 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     write_curves(tmp_path / "new" / "likelihood.csv", written)
     found = read_curves(tmp_path / "new" / "likelihood.csv")
     for one, other in zip(written, found, strict=True):
-        told = [(m.model, m.layers, m.pairs, m.prompts, m.chance_nats) for m in (one, other)]
-        assert told[0] == told[1]
+        message = [(m.model, m.layers, m.pairs, m.prompts, m.chance_nats) for m in (one, other)]
+        assert message[0] == message[1]
         for name in QUANTITIES:
             for mine, theirs in zip(
                 (one.estimates[name].value_L, one.estimates[name].low_L),
@@ -37,16 +37,16 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "has no row"),
         ("a,b\n1,2\n", "no table of layer curves"),
         (",".join(COLUMNS) + "\n" + ",".join(["sft", "2", *["1"] * (len(COLUMNS) - 2)]), "layers"),
     ],
 )
-def test_another_table_is_refused(text: str, told: str, tmp_path: Path) -> None:
+def test_another_table_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "likelihood.csv").write_text(text)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read_curves(tmp_path / "likelihood.csv")
 
 
@@ -55,7 +55,7 @@ def test_a_missing_file_names_its_verb(tmp_path: Path) -> None:
         read_curves(tmp_path / "likelihood.csv")
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"evaluate\.output: cannot write"):
         write_curves(tmp_path / "file" / "likelihood.csv", [made_up("sft")])

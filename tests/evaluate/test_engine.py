@@ -48,7 +48,7 @@ def test_seeds_differ_and_stay_the_same() -> None:
     assert derived_seed(0, 0) == 1136261819
 
 
-def test_only_libraries_that_have_a_say_are_told() -> None:
+def test_only_libraries_that_have_a_say_are_reported() -> None:
     assert set(versions("transformers", has_adapter=False)) == {"torch", "transformers"}
     assert set(versions("transformers", has_adapter=True)) == {"torch", "transformers", "peft"}
     assert versions("vllm", has_adapter=True)["vllm"] == "unknown"

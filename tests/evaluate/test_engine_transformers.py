@@ -123,20 +123,22 @@ def test_weights_are_held_as_wanted(directory: Path, dtype: str, held: torch.dty
 
 
 @pytest.mark.parametrize(
-    ("scores", "told"),
+    ("scores", "message"),
     [
         ([0.0, torch.inf, 0.0], "no number (infinite)"),
         ([torch.nan, torch.inf, 0.0], "no number (NaN)"),
         ([-torch.inf] * 3, "no number (infinite)"),
     ],
 )
-def test_scores_that_nothing_can_be_drawn_from_are_an_error(scores: list[float], told: str) -> None:
+def test_scores_that_nothing_can_be_drawn_from_are_an_error(
+    scores: list[float], message: str
+) -> None:
     fine = [0.0, -torch.inf, 1.0]  # one token is ruled out
     check = PaddedScores(torch.tensor([[1], [1]]), 1.0, "m")
     check(torch.tensor([[4], [5]]), torch.tensor([fine, fine]))
     with pytest.raises(CheckpointError) as caught:
         check(torch.tensor([[4], [5]]), torch.tensor([fine, scores]))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_output_that_is_no_number_is_an_error(directory: Path, tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
         engine(path, GREEDY)
 
 
-def test_a_file_that_is_damaged_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_damaged_is_reported(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m")
     (path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"m: cannot be loaded"):

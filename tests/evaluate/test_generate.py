@@ -59,7 +59,7 @@ def test_every_model_answers_every_prompt(
     one, two = (read_answers(answers_file(tmp_path / "out", name)) for name in subjects)
     assert [answer.prompt for answer in one] == [user(text) for text in QUESTIONS]
     assert [answer.index for answer in one] == list(range(5))
-    assert [answer.place for answer in one] == [
+    assert [answer.location for answer in one] == [
         f"{tmp_path}/prompts.jsonl:{n}" for n in range(1, 6)
     ]
     assert [answer.prompt for answer in two] == [answer.prompt for answer in one]
@@ -157,7 +157,7 @@ def test_answers_of_another_kind_are_refused_part_by_part(model: Path, tmp_path:
     ]
     with unread(), pytest.raises(DataError) as caught:
         main(config, changes)
-    for told in (
+    for message in (
         "the model differs",
         "generate.temperature is 0.3 there, 0.7 here",
         "the number of prompts is 5 there, 3 here",
@@ -165,7 +165,7 @@ def test_answers_of_another_kind_are_refused_part_by_part(model: Path, tmp_path:
         "evaluate.seed is 0 there, 1 here",
         "name another directory in evaluate.output, or delete",
     ):
-        assert told in str(caught.value)
+        assert message in str(caught.value)
     assert answered(tmp_path) == before
     settings_file(answers_file(tmp_path / "out", "one")).unlink()
     with pytest.raises(DataError, match="nothing tells what made these answers"):
@@ -189,9 +189,11 @@ def test_a_prompt_without_room_for_its_answer_is_refused(model: Path, tmp_path: 
     config = write_config(tmp_path, model, generate={"prompts": prompts, "max_new_tokens": 40})
     with unread(), pytest.raises(DataError) as caught:
         main(config, [])
-    assert [p.place.rpartition(":")[2] for p in caught.value.problems] == ["2", "5"]
-    told = "the prompt has 300 tokens, and one has room for 216 before an answer of 40"
-    assert told in str(caught.value) and "lower generate.max_new_tokens by 84" in str(caught.value)
+    assert [p.location.rpartition(":")[2] for p in caught.value.problems] == ["2", "5"]
+    message = "the prompt has 300 tokens, and one has room for 216 before an answer of 40"
+    assert message in str(caught.value) and "lower generate.max_new_tokens by 84" in str(
+        caught.value
+    )
     with pytest.raises(ConfigError, match="is 256, but one has 256 positions in all"):
         main(config, ["generate.max_new_tokens=256"])
 
@@ -229,9 +231,9 @@ def test_a_checkpoint_of_ours_has_to_be_converted(model: Path, tmp_path: Path) -
     directory = tmp_path / "ours"
     directory.mkdir()
     (directory / "metadata.json").write_text("{}")
-    told = refused(tmp_path, model, str(directory))
-    assert f"{directory} is a torch_dist checkpoint, which cannot generate" in told
-    assert f"megatron-idpo convert megatron-to-hf {directory}" in told
+    message = refused(tmp_path, model, str(directory))
+    assert f"{directory} is a torch_dist checkpoint, which cannot generate" in message
+    assert f"megatron-idpo convert megatron-to-hf {directory}" in message
 
 
 def test_what_is_no_model_is_refused(model: Path, tmp_path: Path) -> None:
@@ -254,16 +256,16 @@ def test_an_adapter_needs_its_files_and_peft(
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    told = refused(tmp_path, model, subject)
-    assert "needs the library peft" in told and "pip install peft" in told
+    message = refused(tmp_path, model, subject)
+    assert "needs the library peft" in message and "pip install peft" in message
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(model: Path, tmp_path: Path) -> None:
     small = write_model(tmp_path / "small", vocab_size=64)
     for file in small.glob("token*"):
         file.unlink()
-    told = refused(tmp_path, model, str(small))
-    assert "occurs in the prompts, but the vocabulary of one ends at 63" in told
+    message = refused(tmp_path, model, str(small))
+    assert "occurs in the prompts, but the vocabulary of one ends at 63" in message
 
 
 def test_a_model_of_another_vocabulary_is_asked_in_its_own_tokens(
@@ -288,9 +290,11 @@ def test_a_model_of_another_vocabulary_is_asked_in_its_own_tokens(
     with patch.object(TransformersEngine, "answer", answer):
         main(config, [])
         printed = capsys.readouterr().out.splitlines()
-        [told] = [line for line in printed if "own tokenizer" in line]
-        assert told == "other is asked through its own tokenizer and chat template"
-        assert printed.index(told) < min(n for n, line in enumerate(printed) if "answers," in line)
+        [message] = [line for line in printed if "own tokenizer" in line]
+        assert message == "other is asked through its own tokenizer and chat template"
+        assert printed.index(message) < min(
+            n for n, line in enumerate(printed) if "answers," in line
+        )
         mine, alike, own = asked.values()
         assert mine == alike != own
         shutil.rmtree(tmp_path / "out")

@@ -98,7 +98,7 @@ def small_files(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_the_system_refuses_is_told(model: Path, tmp_path: Path) -> None:
+def test_what_the_system_refuses_is_reported(model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, model)
     path = answers_file(tmp_path / "out", "one")
     path.mkdir(parents=True)

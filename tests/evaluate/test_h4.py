@@ -264,15 +264,15 @@ def test_what_is_there_is_not_measured_again(
     assert h4_main.main(path, []) == 0, "a date is no change"
 
 
-def test_prompts_longer_than_the_context_are_counted_and_told(
+def test_prompts_longer_than_the_context_are_counted_and_reported(
     items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = write_model(tmp_path / "small", max_position_embeddings=300)
     path = config(tmp_path / "out", small, items, tasks=["hellaswag"], limit=2)
     assert h4_main.main(path, []) == 0
     assert written(tmp_path / "out")["tasks"]["hellaswag"]["cut"] == 8
-    told = " ".join(capsys.readouterr().out.split())
-    assert "HellaSwag: 8 prompts were longer than the model's context" in told
+    message = " ".join(capsys.readouterr().out.split())
+    assert "HellaSwag: 8 prompts were longer than the model's context" in message
 
 
 def test_an_adapter_counts(model: Path, items: Path, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_what_transformers_cannot_load(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("sizes differ"), ModuleNotFoundError("no peft")])
-def test_whatever_loading_raises_is_told(
+def test_whatever_loading_raises_is_reported(
     model: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM", Mock(side_effect=error))
@@ -365,7 +365,7 @@ def test_outputs_that_are_no_numbers_are_no_figure(
     assert not (tmp_path / "out/h4").exists()
 
 
-def test_too_large_a_batch_is_told(
+def test_too_large_a_batch_is_reported(
     model: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch

@@ -52,9 +52,9 @@ def test_what_is_missing_and_what_is_there_twice_is_told_at_once(tmp_path: Path)
     write(tmp_path / "hellaswag_b.jsonl", hellaswag(1))
     with pytest.raises(ConfigError) as caught:
         read_items(tmp_path, ["hellaswag", "mmlu"])
-    told = str(caught.value)
-    assert "hellaswag_a.jsonl, hellaswag_b.jsonl" in told
-    assert "no file mmlu.jsonl" in told and "leave mmlu out of h4.tasks" in told
+    message = str(caught.value)
+    assert "hellaswag_a.jsonl, hellaswag_b.jsonl" in message
+    assert "no file mmlu.jsonl" in message and "leave mmlu out of h4.tasks" in message
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "told"),
+    ("name", "row", "message"),
     [
         ("arc_challenge", {**arc(1)[0], "answerKey": "X"}, "answerKey is 'X', which is no label"),
         ("hellaswag", {**hellaswag(1)[0], "label": ""}, "label is '', which is no ending's number"),
@@ -77,13 +77,13 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     ],
 )
 def test_a_line_that_is_no_item_is_named(
-    tmp_path: Path, name: str, row: dict[str, object], told: str
+    tmp_path: Path, name: str, row: dict[str, object], message: str
 ) -> None:
     good = {"arc_challenge": arc(1), "hellaswag": hellaswag(1), "truthfulqa_mc2": truthfulqa(1)}
     path = write(tmp_path / f"{name}.jsonl", [*good.get(name, mmlu({"anatomy": 1})), row])
     with pytest.raises(DataError) as caught:
         read_items(tmp_path, [name])
-    assert str(caught.value).startswith(f"{path}:2: ") and told in str(caught.value)
+    assert str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value)
 
 
 def test_a_file_that_is_not_json_or_empty(tmp_path: Path) -> None:

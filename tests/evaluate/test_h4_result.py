@@ -46,7 +46,7 @@ def test_the_same_settings_and_other_tasks_files_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"dtype": "bf16"}, "model.dtype was fp32, here bf16"),
         ({"limit": 4}, "h4.limit was null, here 4"),
@@ -55,10 +55,10 @@ def test_the_same_settings_and_other_tasks_files_pass() -> None:
         ({"source": "hub"}, "h4.items was files, here hub"),
     ],
 )
-def test_other_settings_are_named(settings: dict[str, Any], told: str) -> None:
+def test_other_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_same(Path("one.json"), result(), result(**settings), FILES)
-    assert told in str(caught.value) and "remove the file" in str(caught.value)
+    assert message in str(caught.value) and "remove the file" in str(caught.value)
 
 
 def test_changed_items_are_named() -> None:

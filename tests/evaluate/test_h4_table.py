@@ -14,8 +14,8 @@ SETTINGS: dict[str, Any] = {"limit": None, "lm_eval": "0.4.13"}
 
 
 def measured(value: float, stderr: float | None = 0.03, **other: Any) -> Measured:
-    told = {"metric": "acc", "items": 1172, "few_shot": 5, "examples": "split train", "cut": 0}
-    return Measured(value=value, stderr=stderr, **{**told, **other})
+    message = {"metric": "acc", "items": 1172, "few_shot": 5, "examples": "split train", "cut": 0}
+    return Measured(value=value, stderr=stderr, **{**message, **other})
 
 
 def result(values: list[float], **settings: Any) -> H4Result:
@@ -51,9 +51,9 @@ def test_a_terminal_of_80_characters_shows_every_figure() -> None:
     console = Console(width=80, record=True)
     with console.capture() as capture:
         console.print(terminal_table([result([0.5, 0.6, 0.25, 0.4])]))
-    told = capture.get()
+    message = capture.get()
     for figure in ("43.8 ± 1.5", "50.0 ± 3.0", "60.0 ± 3.0", "25.0 ± 3.0", "40.0 ± 3.0", "72.45"):
-        assert figure in told, told
+        assert figure in message, message
 
 
 def test_notes_tell_what_keeps_figures_from_being_compared() -> None:
@@ -61,10 +61,10 @@ def test_notes_tell_what_keeps_figures_from_being_compared() -> None:
     assert not any("h4.limit" in note or "same file" in note for note in notes([plain]))
     limited = result([0.5, 0.6], limit=20)
     limited.tasks["arc_challenge"] = measured(0.5, items=20, examples=SAME_FILE, cut=3)
-    told = "\n".join(notes([limited, plain]))
-    assert "ARC 20 or 1,172" in told and "h4.limit" in told
-    assert "ARC: examples are other items of the same file" in told
-    assert "ours, ARC: 3 prompts were longer" in told
+    message = "\n".join(notes([limited, plain]))
+    assert "ARC 20 or 1,172" in message and "h4.limit" in message
+    assert "ARC: examples are other items of the same file" in message
+    assert "ours, ARC: 3 prompts were longer" in message
 
 
 def test_one_item_has_no_error() -> None:

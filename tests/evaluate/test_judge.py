@@ -14,7 +14,7 @@ from .judge_case import (
     KEY,
     KEY_VARIABLE,
     lengths,
-    place,
+    location,
     result,
     verdicts,
     won_and_lost,
@@ -42,12 +42,12 @@ def test_the_known_truth_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (found["wins"], found["losses"], found["ties"], found["unjudged"]) == (27, 10, 3, 0)
     assert found["win_rate"] == 28.5 / 40 and found["disagreed"] == 0
     assert (found["input_tokens"], found["output_tokens"]) == (8000, 800)
-    told = (
+    message = (
         "idpo against base: 71.2 % [55.9, 82.9] of 40 prompts (27 won, 10 lost, 3 tied); "
         "evidence for idpo (sign test p = 0.00763)"
     )
     printed = capsys.readouterr().out
-    assert found["told"] == told and told in printed
+    assert found["message"] == message and message in printed
     assert "idpo against base by fake: 40 prompts, each in both orders; 80 questions" in printed
     lines = verdicts(tmp_path, PAIR)
     assert len(lines) == 80
@@ -73,7 +73,7 @@ def test_a_judge_that_goes_by_position_decides_nothing(
     found = result(tmp_path, PAIR)
     assert (found["ties"], found["disagreed"], found["win_rate"]) == (40, 40, 0.5)
     printed = capsys.readouterr().out
-    assert "no evidence" in found["told"] and found["told"] in printed
+    assert "no evidence" in found["message"] and found["told"] in printed
     assert "40 of 40 ties are the judge's, who decided otherwise when" in printed
 
 
@@ -82,7 +82,7 @@ def test_a_judge_that_finds_all_equal(tmp_path: Path) -> None:
         assert main(write_case(tmp_path, won_and_lost(30, 10), server.url), []) == 0
     found = result(tmp_path, PAIR)
     assert (found["ties"], found["disagreed"], found["win_rate"]) == (40, 0, 0.5)
-    assert "50.0 %" in found["told"] and "no evidence of a difference" in found["told"]
+    assert "50.0 %" in found["message"] and "no evidence of a difference" in found["told"]
 
 
 def test_identical_answers_are_ties_nobody_is_asked_about(tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ def test_a_second_start_asks_nothing_and_needs_no_key(
         assert main(case, []) == 0
         assert len(server.requests) == 10 and set(server.served.values()) == {1}
         monkeypatch.delenv(KEY_VARIABLE)
-        before = (place(tmp_path, PAIR) / "result.json").read_bytes()
+        before = (location(tmp_path, PAIR) / "result.json").read_bytes()
         assert main(case, []) == 0
         assert len(server.requests) == 10
-    assert (place(tmp_path, PAIR) / "result.json").read_bytes() == before
+    assert (location(tmp_path, PAIR) / "result.json").read_bytes() == before
 
 
 def test_the_last_model_is_compared_with_each_other(
@@ -140,13 +140,13 @@ def test_two_comparisons_do_not_share_a_directory(tmp_path: Path) -> None:
     answers = {"a": ["a"], "b-vs-c": ["bb"], "a-vs-b": ["a"], "c": ["bb"]}
     with FakeJudge() as server:
         case = write_case(tmp_path, answers, server.url)
-        told = r"evaluate\.models: a against b-vs-c and a-vs-b against c are both a-vs-b-vs-c"
-        with pytest.raises(ConfigError, match=told):
+        message = r"evaluate\.models: a against b-vs-c and a-vs-b against c are both a-vs-b-vs-c"
+        with pytest.raises(ConfigError, match=message):
             main(case, ["judge.compare=[[a, b-vs-c], [a-vs-b, c]]"])
         assert main(case, ["judge.compare=[[a, b-vs-c]]"]) == 0
 
 
-def test_a_key_on_an_open_network_is_told(
+def test_a_key_on_an_open_network_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_idpo.evaluate.judge.endpoint._is_local", lambda url: False)
@@ -250,7 +250,7 @@ def test_every_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (["judge=null"], r"judge: is missing.*judge\.model names who judges"),
         (["judge.compare=[[idpo, dpo]]"], r"judge\.compare: names dpo; the models are base, idpo"),
@@ -264,9 +264,9 @@ def test_every_missing_file_is_named(tmp_path: Path) -> None:
         (["judge.key_variable=NONE_SUCH", "judge.base_url=https://a.invalid"], "has no NONE_SUCH"),
     ],
 )
-def test_mistakes_are_told(tmp_path: Path, change: list[str], told: str) -> None:
+def test_mistakes_are_reported(tmp_path: Path, change: list[str], message: str) -> None:
     case = write_case(tmp_path, won_and_lost(1, 1), "http://localhost/v1")
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         main(case, change)
 
 

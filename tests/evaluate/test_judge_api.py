@@ -15,7 +15,7 @@ from megatron_idpo.evaluate.judge import api as judge_api
 from megatron_idpo.evaluate.judge.main import main
 
 from .fake_judge_server import HANG_S, FakeJudge, Fault
-from .judge_case import KEY, KEY_VARIABLE, place, result, verdicts, won_and_lost, write_case
+from .judge_case import KEY, KEY_VARIABLE, location, result, verdicts, won_and_lost, write_case
 
 PAIR = "idpo-vs-base"
 Faults = Callable[[int, tuple[str, str]], Fault]
@@ -31,8 +31,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def nobody_hears_the_key(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """In no file and no output of any of these tests."""
     yield
-    told = "".join(capfd.readouterr())
-    assert KEY not in told
+    message = "".join(capfd.readouterr())
+    assert KEY not in message
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
 
@@ -178,7 +178,7 @@ def test_what_has_no_verdict_is_unjudged_and_asked_again(
         assert len(server.requests) == 36 + 4 * 3
         found = result(tmp_path, PAIR)
         assert (found["wins"], found["losses"], found["unjudged"]) == (10, 8, 2)
-        assert found["win_rate"] == 10 / 18 and "2 more unjudged" in found["told"]
+        assert found["win_rate"] == 10 / 18 and "2 more unjudged" in found["message"]
         failed = [line for line in verdicts(tmp_path, PAIR) if line["verdict"] is None]
         assert len(failed) == 4
         for line in failed:
@@ -196,7 +196,7 @@ def test_what_has_no_verdict_is_unjudged_and_asked_again(
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         ("401", r"judge\.key_variable: http://127.* refuses the key in FAKE_JUDGE_KEY"),
         ("402", r"judge\.model: .* refuses to serve fake \(status 402: this is a 402; you sent Be"),
@@ -207,11 +207,11 @@ def test_what_has_no_verdict_is_unjudged_and_asked_again(
         ("429:7300", r"judge\.base_url: .* wants 2\.0 hours of waiting"),
     ],
 )
-def test_what_never_passes_ends_at_once(tmp_path: Path, fault: str, told: str) -> None:
+def test_what_never_passes_ends_at_once(tmp_path: Path, fault: str, message: str) -> None:
     with FakeJudge(fault=lambda number, _: fault if number >= 8 else None) as server:
         case = write_case(tmp_path, won_and_lost(10, 10), server.url, max_parallel=2)
         began_s = time.monotonic()
-        with pytest.raises(ConfigError, match=told) as raised:
+        with pytest.raises(ConfigError, match=message) as raised:
             main(case, [])
         assert time.monotonic() - began_s < 60 and len(server.requests) <= 10
     assert KEY not in str(raised.value)
@@ -327,4 +327,4 @@ def test_ctrl_c_keeps_what_was_judged(tmp_path: Path, capfd: pytest.CaptureFixtu
         assert server.served.total() - 120 <= 2
     lines = verdicts(tmp_path, PAIR)
     assert len({(line["index"], line["order"]) for line in lines}) == len(lines) == 120
-    assert not list(place(tmp_path, PAIR).glob(".result.json.fresh*"))
+    assert not list(location(tmp_path, PAIR).glob(".result.json.fresh*"))

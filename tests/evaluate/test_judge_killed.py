@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from .fake_judge_server import FakeJudge, shown
-from .judge_case import KEY, KEY_VARIABLE, place, result, verdicts, won_and_lost, write_case
+from .judge_case import KEY, KEY_VARIABLE, location, result, verdicts, won_and_lost, write_case
 
 PAIR = "idpo-vs-base"
 PARALLEL = 4
@@ -61,13 +61,13 @@ def test_killed_twice(tmp_path: Path) -> None:
             before = len(server.requests)
             printed += killed(case, server, after)
             assert not set(kept) & set(asked(server, before)), "asked although it was stored"
-            path = place(tmp_path, PAIR) / "verdicts.jsonl"
+            path = location(tmp_path, PAIR) / "verdicts.jsonl"
             if not path.read_bytes().endswith(b"\n"):  # half a line, which the next start cuts off
                 path.write_bytes(path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1])
             kept = stored()
             # Lost is what was under way at that moment, at most.
             assert 0 <= server.served.total() - len(kept) <= kills * PARALLEL
-            assert not (place(tmp_path, PAIR) / "result.json").exists()
+            assert not (location(tmp_path, PAIR) / "result.json").exists()
         with path.open("ab") as file:  # as a kill at another moment would leave it
             file.write(b'{"index": 3, "order": "a')
         before = len(server.requests)

@@ -22,7 +22,7 @@ from megatron_idpo.errors import CheckpointError, ConfigError, DataError
 from megatron_idpo.evaluate.judge.main import main
 from megatron_idpo.evaluate.judge.template import JudgeTemplate
 
-from .judge_case import place, result, verdicts, won_and_lost, write_answers, write_case
+from .judge_case import location, result, verdicts, won_and_lost, write_answers, write_case
 
 PAIR = "idpo-vs-base"
 TEMPLATE = (
@@ -121,7 +121,7 @@ def test_the_higher_reward_wins(tmp_path: Path) -> None:
         assert line["order"] == "both"
         if "scores" in line:
             assert [*line["scores"].values()] == pytest.approx(wanted[line["index"]], abs=CLOSE)
-    settings = json.loads((place(tmp_path, PAIR) / "settings.json").read_text())
+    settings = json.loads((location(tmp_path, PAIR) / "settings.json").read_text())
     assert (
         settings["kind"] == "reward" and "template" not in settings and "base_url" not in settings
     )
@@ -133,7 +133,7 @@ def test_equal_rewards_are_ties(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(write_case(tmp_path, ANSWERS, kind="reward", model=model), []) == 0
     found = result(tmp_path, PAIR)
     assert signs(found) == (0, 0, 8, 0) and found["identical"] == 1
-    assert "50.0 %" in found["told"] and "no evidence" in capsys.readouterr().out
+    assert "50.0 %" in found["message"] and "no evidence" in capsys.readouterr().out
 
 
 def test_a_second_start_loads_nothing_and_other_weights_are_refused(

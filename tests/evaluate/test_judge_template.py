@@ -105,7 +105,7 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{% block user %}{{ answer_c }}{% endblock %}", "'answer_c' is undefined"),
         ("{% block user %}\n{% if %}{% endblock %}", "syntax error in line 2"),
@@ -118,11 +118,11 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     ],
 )
 def test_a_template_that_does_not_work_is_told_at_once(
-    tmp_path: Path, text: str, told: str
+    tmp_path: Path, text: str, message: str
 ) -> None:
     with pytest.raises(ConfigError) as raised:
         JudgeTemplate.load(written(tmp_path, text))
-    assert told in str(raised.value) and "judge.template" in str(raised.value)
+    assert message in str(raised.value) and "judge.template" in str(raised.value)
 
 
 def test_no_template_there() -> None:

@@ -85,7 +85,7 @@ def test_rounding_is_a_tie_and_a_little_more_is_none(logps_PL2: NDArray[Any]) ->
 
 def test_of_one_pair_or_prompt_there_are_no_intervals(logps_PL2: NDArray[Any]) -> None:
     one = curves(logps_PL2[:1] + 1, logps_PL2[:1])
-    assert one.sample_told == "1 held-out pair of 1 prompt"
+    assert one.format_sample == "1 held-out pair of 1 prompt"
     assert all(np.isnan(estimate.low_L).all() for estimate in one.estimates.values())
     assert np.isnan(one.estimates["agreement"].value_L).all()
     two = curves(logps_PL2[:2] + 1, logps_PL2[:2]).estimates

@@ -201,9 +201,9 @@ def test_models_that_cannot_be_compared_are_refused_together(
     file = evaluation_config(models, tmp_path / "out", subjects)
     with pytest.raises(ConfigError) as caught:
         likelihood(file)
-    told = str(caught.value)
-    assert "evaluate.models.deeper: has num_layers 6, the reference 4" in told
-    assert "another tokenizer than model.path" in told
+    message = str(caught.value)
+    assert "evaluate.models.deeper: has num_layers 6, the reference 4" in message
+    assert "another tokenizer than model.path" in message
 
 
 def test_without_held_out_pairs_there_is_nothing_to_read(models: Models, tmp_path: Path) -> None:

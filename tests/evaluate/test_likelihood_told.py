@@ -30,8 +30,8 @@ def test_a_table_fits_80_characters(pairs: int) -> None:
 def test_all_files_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logps_PL2 = np.random.default_rng(1).normal(-60, 15, (20, 4, 2))
     tell_curves([curves(logps_PL2 + 1, logps_PL2)], tmp_path)
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     for name in ("likelihood.png", "likelihood.svg", "advice.md"):
         assert (tmp_path / name).stat().st_size > 500, name
     assert not list(tmp_path.glob(".*")), "nothing half done is left"
-    assert "20 held-out pairs of 20 prompts; 95% intervals over prompts" in told
+    assert "20 held-out pairs of 20 prompts; 95% intervals over prompts" in message

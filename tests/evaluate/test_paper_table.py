@@ -27,8 +27,10 @@ MODULES = {
 def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
     """The commands, from `megatron_idpo` on."""
     assert paper_table.main([*words, "--dry-run"]) == 0
-    told = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
-    return [words[words.index("megatron_idpo") + 1 :] for words in told]
+    message = [
+        shlex.split(line) for line in capsys.readouterr().out.splitlines() if line[:2] == "  "
+    ]
+    return [words[words.index("megatron_idpo") + 1 :] for words in message]
 
 
 def loaded(command: list[str]) -> RunConfig:
@@ -124,7 +126,7 @@ def test_the_table_of_h4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("intermediate-dpo", "objective.layers=[3]"), "objective.layers: is set by the table"),
         (("intermediate-dpo", "model.path=x"), "use --model"),
@@ -137,10 +139,10 @@ def test_the_table_of_h4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_what_a_table_refuses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
 ) -> None:
     assert paper_table.main([*words, "--output", str(tmp_path), "--dry-run"]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_failing_command_ends_it(

@@ -60,7 +60,7 @@ HH_MESSAGES = [
 def test_every_shape_of_a_record(tmp_path: Path, record: Any, prompt: Any) -> None:
     [found] = read(write_records(tmp_path / "p.jsonl", [record]))
     assert found.prompt == prompt
-    assert found.place == f"{tmp_path}/p.jsonl:1"
+    assert found.location == f"{tmp_path}/p.jsonl:1"
 
 
 def test_under_chat_a_text_alone_is_a_users_message(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_tools_and_template_arguments_come_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "message"),
     [
         ({"answer": "So."}, r"p\.jsonl:2: field 'prompt' is missing"),
         ({"question": "Why?"}, r"p\.jsonl:2: there is no field 'prompt', but 'question'"),
@@ -106,10 +106,10 @@ def test_tools_and_template_arguments_come_along(tmp_path: Path) -> None:
     ],
 )
 def test_a_row_without_a_prompt_is_told_by_its_place(
-    tmp_path: Path, record: Any, told: str
+    tmp_path: Path, record: Any, message: str
 ) -> None:
     path = write_records(tmp_path / "p.jsonl", [{"prompt": "x"}, record])
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read(path)
     assert prompts(read(path, skip=True)) == ["x"]
 
@@ -192,17 +192,19 @@ def test_held_out_pairs_each_prompt_once_in_order(tmp_path: Path) -> None:
     )
     found = held_out(tmp_path, eval=path)
     assert prompts(found) == [user("b"), user("a")]
-    assert [record.place for record in found] == [f"{path}:1", f"{path}:2"]
+    assert [record.location for record in found] == [f"{path}:1", f"{path}:2"]
 
 
 def test_pairs_that_are_held_out_of_the_training_ones(tmp_path: Path) -> None:
     found = held_out(tmp_path, eval_pairs=4)
     assert len(found) == 2  # of six prompts, each in two pairs
-    rows = [int(record.place.rpartition(":")[2]) for record in found]
+    rows = [int(record.location.rpartition(":")[2]) for record in found]
     assert [user(f"Q{(row - 1) % 6}?") for row in rows] == prompts(found)
 
 
-def test_a_file_that_has_changed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_has_changed_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron_idpo.evaluate.generate import prompts as module
 
     load = module.load_run_pairs

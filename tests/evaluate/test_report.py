@@ -49,8 +49,8 @@ def test_what_cannot_be_shown_is_told_in_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["report", str(tmp_path / "x"), str(tmp_path)]) == EXIT_USER_ERROR
-    told = capsys.readouterr().err
-    assert f"{tmp_path / 'x'}: does not exist" in told and "Traceback" not in told
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'x'}: does not exist" in message and "Traceback" not in message
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

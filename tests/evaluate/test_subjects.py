@@ -43,7 +43,7 @@ def test_without_names_it_is_the_run_before_and_after(tmp_path: Path) -> None:
     assert evaluation_directory(own) == run / "evaluation"
 
 
-def test_all_runs_without_a_result_are_told(tmp_path: Path) -> None:
+def test_all_runs_without_a_result_are_reported(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text("")
@@ -55,7 +55,7 @@ def test_all_runs_without_a_result_are_told(tmp_path: Path) -> None:
     assert "no run has finished there" in str(caught.value)
 
 
-def test_nothing_to_evaluate_and_no_place_are_told(tmp_path: Path) -> None:
+def test_nothing_to_evaluate_and_no_place_are_reported(tmp_path: Path) -> None:
     bare = config(tmp_path, "")
     with pytest.raises(ConfigError, match=r"evaluate\.models: names no model"):
         subjects(bare)

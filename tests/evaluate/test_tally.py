@@ -49,14 +49,14 @@ def test_21_of_40_is_no_win() -> None:
     split in two.
     """
     tally = Tally(wins=21, losses=19)
-    assert tally.told("idpo", "dpo") == (
+    assert tally.summary("idpo", "dpo") == (
         "idpo against dpo: 52.5 % [37.5, 67.1] of 40 prompts (21 won, 19 lost, 0 tied); "
         "no evidence of a difference (sign test p = 0.87)"
     )
 
 
 @pytest.mark.parametrize(
-    ("tally", "told"),
+    ("tally", "message"),
     [
         # 2·P(X ≤ 13 of 40) = 0.0385: the paper's other figure
         (Tally(wins=27, losses=13), "evidence for idpo (sign test p = 0.0385)"),
@@ -68,22 +68,22 @@ def test_21_of_40_is_no_win() -> None:
         (Tally(ties=40), "no evidence of a difference (sign test p = 1.00)"),
     ],
 )
-def test_what_is_evidence(tally: Tally, told: str) -> None:
-    assert tally.told("idpo", "dpo").endswith(f"; {told}")
+def test_what_is_evidence(tally: Tally, message: str) -> None:
+    assert tally.summary("idpo", "dpo").endswith(f"; {message}")
 
 
 def test_all_ties_are_one_half() -> None:
     found = Tally(ties=40).result("idpo", "dpo", "fake", "api")
     assert found["win_rate"] == 0.5 and found["p_value"] == 1
     assert found["low"] == pytest.approx(1 - found["high"]) and found["low"] > 0.3
-    assert "50.0 % [35.2, 64.8] of 40" in found["told"]
+    assert "50.0 % [35.2, 64.8] of 40" in found["message"]
 
 
 def test_what_is_unjudged_is_not_in_the_rate() -> None:
     tally = Tally(wins=3, losses=1, unjudged=4)
     found = tally.result("idpo", "dpo", "fake", "api")
     assert found["win_rate"] == 0.75 and found["prompts"] == 8 and found["unjudged"] == 4
-    assert "of 4 prompts (3 won, 1 lost, 0 tied, 4 more unjudged)" in found["told"]
+    assert "of 4 prompts (3 won, 1 lost, 0 tied, 4 more unjudged)" in found["message"]
 
 
 @pytest.mark.parametrize(("unjudged", "is_enough"), [(1, True), (2, False)])
@@ -92,12 +92,12 @@ def test_too_much_unjudged_is_told_wherever_the_sentence_goes(
 ) -> None:
     """A prompt in twenty may be; it goes into `result.json`, and from there into the report."""
     tally = Tally(wins=19, unjudged=unjudged)
-    told = tally.result("idpo", "dpo", "fake", "api")["told"]
+    message = tally.result("idpo", "dpo", "fake", "api")["message"]
     assert tally.is_enough == is_enough
-    assert ("but too many prompts are unjudged to rely on it" in told) != is_enough
+    assert ("but too many prompts are unjudged to rely on it" in message) != is_enough
 
 
 def test_nothing_judged_has_no_rate() -> None:
     found = Tally(unjudged=4).result("idpo", "dpo", "fake", "api")
     assert found["win_rate"] is found["low"] is found["high"] is None
-    assert found["told"] == "idpo against dpo: none of 4 prompts could be judged"
+    assert found["message"] == "idpo against dpo: none of 4 prompts could be judged"

@@ -44,8 +44,8 @@ def test_what_fails_meanwhile_leaves_nothing(tmp_path: Path) -> None:
     """The first file stays, also where the block itself is what the disk refuses."""
     path = tmp_path / "report.html"
     write_text(path, "first")
-    told = r"^--output: cannot write .*report\.html: No space left"
-    with pytest.raises(ConfigError, match=told), appearing(path, place="--output") as fresh:
+    message = r"^--output: cannot write .*report\.html: No space left"
+    with pytest.raises(ConfigError, match=message), appearing(path, location="--output") as fresh:
         fresh.write_bytes(b"hal")
         full()
     assert path.read_text() == "first"
@@ -63,17 +63,19 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "new" / "verdicts.jsonl"
     for _ in range(2):
         with only_writer(path):
-            told = rf"^evaluate\.output: {path} is being written by another process; wait"
-            with pytest.raises(ConfigError, match=told), only_writer(path):
+            message = rf"^evaluate\.output: {path} is being written by another process; wait"
+            with pytest.raises(ConfigError, match=message), only_writer(path):
                 pass
     (tmp_path / "file").touch()
-    told = r"^evaluate\.output: .*file/\.one\.lock cannot be written: .*xist|Not a dir"
-    with pytest.raises(ConfigError, match=told), only_writer(tmp_path / "file" / "one"):
+    message = r"^evaluate\.output: .*file/\.one\.lock cannot be written: .*xist|Not a dir"
+    with pytest.raises(ConfigError, match=message), only_writer(tmp_path / "file" / "one"):
         pass
 
 
 @pytest.mark.parametrize("done", ["read", "written"])
-def test_what_the_system_refuses_is_told(tmp_path: Path, done: Literal["read", "written"]) -> None:
+def test_what_the_system_refuses_is_reported(
+    tmp_path: Path, done: Literal["read", "written"]
+) -> None:
     with (
         pytest.raises(ConfigError, match=rf"^evaluate\.output: {tmp_path} cannot be {done}: No"),
         telling(tmp_path, done),

@@ -52,15 +52,15 @@ def test_every_part_that_differs_is_named(tmp_path: Path) -> None:
     other = {"judge": "other", "answers": {"a": "1", "b": "9"}, "kind": "api"}
     with pytest.raises(ConfigError) as raised:
         VerdictStore(tmp_path, other)
-    told = str(raised.value)
+    message = str(raised.value)
     for part in (
         "judge: is other",
         "answers.b: is 9",
         "template.sha256: is absent",
         "kind: is api",
     ):
-        assert part in told
-    assert "answers.a" not in told and "there are verdicts with fake" in told
+        assert part in message
+    assert "answers.a" not in message and "there are verdicts with fake" in message
     assert (tmp_path / "settings.json").read_bytes() == before
     assert stored(tmp_path) == {(0, "ab"): FIRST}, "and the lock was let go"
 

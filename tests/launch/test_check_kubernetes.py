@@ -63,21 +63,21 @@ INTEGERS = {
 BOOLEANS = {"optional", "publishNotReadyAddresses"}
 
 
-def misfits(value: Any, place: str, name: str = "") -> list[str]:
+def misfits(value: Any, location: str, name: str = "") -> list[str]:
     """Unknown fields below `place`, and scalars of another type than the API's."""
     if isinstance(value, list):
-        return [problem for item in value for problem in misfits(item, place, name)]
+        return [problem for item in value for problem in misfits(item, location, name)]
     if not isinstance(value, dict):
         wanted = int if name in INTEGERS else bool if name in BOOLEANS else str
-        return [] if type(value) is wanted else [f"{place} = {value!r}"]
-    if place in FREE:
+        return [] if type(value) is wanted else [f"{location} = {value!r}"]
+    if location in FREE:
         return []
     found = []
     for field, below in value.items():
-        if field in KNOWN[place].split():
-            found += misfits(below, f"{place}.{field}", field)
+        if field in KNOWN[location].split():
+            found += misfits(below, f"{location}.{field}", field)
         else:
-            found.append(f"{place}.{field}")
+            found.append(f"{location}.{field}")
     return found
 
 
@@ -162,10 +162,10 @@ BROKEN: list[tuple[Callable[[dict[str, Any]], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "told"), BROKEN, ids=[told for _, told in BROKEN])
-def test_what_does_not_fit_together_is_told(
+@pytest.mark.parametrize(("change", "message"), BROKEN, ids=[message for _, message in BROKEN])
+def test_what_does_not_fit_together_is_reported(
     change: Callable[[dict[str, Any]], None],
-    told: str,
+    message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -175,4 +175,4 @@ def test_what_does_not_fit_together_is_told(
     path.write_text("---\n".join(json.dumps(value) + "\n" for value in found.values()))
     assert kubernetes.main([str(path)]) == EXIT_USER_ERROR
     answer = capsys.readouterr()
-    assert told in answer.err and answer.out == ""
+    assert message in answer.err and answer.out == ""

@@ -173,20 +173,20 @@ def _listens(pid: int) -> bool:
 def test_a_failure_keeps_its_code(machines: Machines, code: int, tells: bool) -> None:
     """And ends the machine's other workers. What the user has to mend was told by the worker."""
     machine = machines.start("fails", str(code), options=("--nproc-per-node", "2"))
-    _, told = machine.communicate(timeout=PATIENCE_S)
+    _, message = machine.communicate(timeout=PATIENCE_S)
     assert machine.returncode == code
-    assert ("Root Cause" in told) == tells
+    assert ("Root Cause" in message) == tells
 
 
-def test_a_port_in_use_is_told(machines: Machines) -> None:
+def test_a_port_in_use_is_reported(machines: Machines) -> None:
     with socket.socket() as other:
         other.bind(("0.0.0.0", machines.port))
         other.listen()
         machine = machines.start("runs")
-        _, told = machine.communicate(timeout=PATIENCE_S)
+        _, message = machine.communicate(timeout=PATIENCE_S)
     assert machine.returncode == 1
-    assert str(machines.port) in told and "choose another --master-port" in told
-    assert "Traceback" not in told
+    assert str(machines.port) in message and "choose another --master-port" in message
+    assert "Traceback" not in message
 
 
 def test_a_signal_reaches_the_queue_through_all_of_it(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_slurm_is_asked_for_what_the_script_relies_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "settings", "told"),
+    ("arguments", "settings", "message"),
     [
         ((), {}, "usage: sbatch"),
         ((EXAMPLE,), {"SLURM_JOB_NODELIST": ""}, "start this with sbatch"),
@@ -152,11 +152,11 @@ def test_slurm_is_asked_for_what_the_script_relies_on() -> None:
         ((EXAMPLE,), {"SLURM_SUBMIT_DIR": str(ROOT / "tests")}, "submit from the checkout"),
     ],
 )
-def test_what_is_missing_is_told(
-    slurm: Slurm, arguments: tuple[str, ...], settings: dict[str, str], told: str
+def test_what_is_missing_is_reported(
+    slurm: Slurm, arguments: tuple[str, ...], settings: dict[str, str], message: str
 ) -> None:
     answer = slurm.sbatch(*arguments, **settings)
-    assert (answer.returncode, told in answer.stderr) == (EXIT_USER_ERROR, True), answer.stderr
+    assert (answer.returncode, message in answer.stderr) == (EXIT_USER_ERROR, True), answer.stderr
 
 
 def test_files_that_the_readme_names_are_there() -> None:

@@ -227,7 +227,7 @@ def refused(base: str, how: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "reason"),
     [
         ("twice", "chunks[0]: has adapters already; remove() those first"),
         ("wrapped", "chunks[0]: is a DistributedDataParallel, not a GPTModel; add adapters first"),
@@ -237,6 +237,6 @@ def refused(base: str, how: str) -> str:
         ("none", "chunks: is empty"),
     ],
 )
-def test_what_cannot_work_is_refused(how, told, workers, base_model):
+def test_what_cannot_work_is_refused(how, reason, workers, base_model):
     (message,) = workers.run(refused, 1, str(base_model("llama-tied")), how)
-    assert told in message
+    assert reason in message

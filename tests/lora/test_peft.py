@@ -89,7 +89,7 @@ def with_config(source: Path, target: Path, **fields: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"use_dora": True}, "use_dora: is True, which is not supported"),
         ({"bias": "all"}, "bias: is 'all'"),
@@ -113,11 +113,11 @@ def with_config(source: Path, target: Path, **fields: Any) -> Path:
         ({"lora_alpha": "many"}, "does not describe an adapter"),
     ],
 )
-def test_options_we_do_not_have_are_named(fields, told, peft_adapter, tmp_path):
+def test_options_we_do_not_have_are_named(fields, message, peft_adapter, tmp_path):
     directory = with_config(peft_adapter("llama-tied"), tmp_path / "changed", **fields)
     with pytest.raises(CheckpointError) as error:
         read_peft_settings(directory)
-    assert told in str(error.value) and str(directory / CONFIG) in str(error.value)
+    assert message in str(error.value) and str(directory / CONFIG) in str(error.value)
 
 
 def test_all_refused_options_come_at_once(peft_adapter, tmp_path):
@@ -147,11 +147,11 @@ def test_what_changes_no_number_is_read(fields, peft_adapter, tmp_path):
 def test_other_settings_are_refused_field_by_field(workers, base_model, peft_adapter):
     other = LoraSettings(rank=8, alpha=3.0, targets=("q_proj",), use_rslora=True)
     base, adapter = base_model("llama-tied"), peft_adapter("llama-tied")
-    for told in workers.run(load, 2, str(base), str(adapter), TP2, other):
-        assert "r: is 4, and 8 in this model; make them equal" in told
-        assert "lora_alpha: is 12.0, and 3.0" in told
-        assert "use_rslora: is False, and True" in told
-        assert "and ['q_proj'] in this model" in told
+    for message in workers.run(load, 2, str(base), str(adapter), TP2, other):
+        assert "r: is 4, and 8 in this model; make them equal" in message
+        assert "lora_alpha: is 12.0, and 3.0" in message
+        assert "use_rslora: is False, and True" in message
+        assert "and ['q_proj'] in this model" in message
 
 
 def spoil(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
@@ -172,7 +172,7 @@ NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "reason"),
     [
         ("missing", f"tensor '{NAME}' of shape (4, 128) is missing"),
         ("unexpected", "unexpected tensor 'base_model.model.lm_head.lora_A.weight'"),
@@ -180,28 +180,28 @@ NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         ("integers", f"tensor '{NAME}' is stored as torch.int8"),
     ],
 )
-def test_wrong_tensors_are_named(how, told, workers, base_model, peft_adapter, tmp_path):
+def test_wrong_tensors_are_named(how, reason, workers, base_model, peft_adapter, tmp_path):
     directory = with_config(peft_adapter("llama-tied"), tmp_path / "changed")
     save_file(spoil(load_file(directory / WEIGHTS), how), directory / WEIGHTS)
     arguments = (str(base_model("llama-tied")), str(directory), Layout(), SETTINGS["all"])
     (message,) = workers.run(load, 1, *arguments)
-    assert told in message
+    assert reason in message
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("absent", "told"),
+    ("absent", "reason"),
     [
         (WEIGHTS, f"{WEIGHTS}: does not exist; name the directory that PEFT's"),
         (CONFIG, f"{CONFIG}: cannot be read: No such file or directory"),
     ],
 )
-def test_a_missing_file_is_named(absent, told, workers, base_model, peft_adapter, tmp_path):
+def test_a_missing_file_is_named(absent, reason, workers, base_model, peft_adapter, tmp_path):
     directory = with_config(peft_adapter("llama-tied"), tmp_path / "changed")
     (directory / absent).unlink()
     arguments = (str(base_model("llama-tied")), str(directory), Layout(), SETTINGS["all"])
     (message,) = workers.run(load, 1, *arguments)
-    assert told in message
+    assert reason in message
     (directory / "adapter_model.bin").touch()
     (message,) = workers.run(load, 1, *arguments)
     assert ("adapter_model.bin" in message) == (absent == WEIGHTS)
@@ -232,6 +232,6 @@ def save_where_it_cannot(base: str, target: str) -> str:
 @pytest.mark.distributed
 def test_something_else_is_not_overwritten(workers, base_model, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    told = workers.run(save_where_it_cannot, 2, str(base_model("llama-tied")), str(tmp_path))
-    assert all("is not overwritten, because it holds something else" in one for one in told)
+    message = workers.run(save_where_it_cannot, 2, str(base_model("llama-tied")), str(tmp_path))
+    assert all("is not overwritten, because it holds something else" in one for one in message)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]

@@ -29,7 +29,7 @@ def test_targets_are_what_users_write(given, meant):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (["q", "w", "lm_head"], ["there is no linear 'w'", "there is no linear 'lm_head'"]),
         (["q", "q_proj"], ["q_proj is named twice"]),
@@ -37,14 +37,14 @@ def test_targets_are_what_users_write(given, meant):
         ("all", ["there is no linear 'all'", "or write all-linear"]),
     ],
 )
-def test_unknown_targets_are_named(given, told):
+def test_unknown_targets_are_named(given, message):
     with pytest.raises(ConfigError) as error:
         resolve_targets(given)
-    assert all(part in str(error.value) for part in told)
+    assert all(part in str(error.value) for part in message)
 
 
 @pytest.mark.parametrize(
-    ("fields", "place"),
+    ("fields", "location"),
     [
         ({"rank": 0}, "lora.rank: is 0"),
         ({"rank": 2.5}, "lora.rank: is 2.5"),
@@ -59,10 +59,10 @@ def test_unknown_targets_are_named(given, told):
         ({"targets": ("q_proj", "q_proj")}, "lora.targets: is ['q_proj', 'q_proj']"),
     ],
 )
-def test_values_are_checked(fields: dict[str, Any], place):
+def test_values_are_checked(fields: dict[str, Any], location):
     with pytest.raises(ConfigError) as error:
         LoraSettings(**fields)
-    assert place in str(error.value)
+    assert location in str(error.value)
 
 
 def test_all_problems_come_at_once():

@@ -327,7 +327,7 @@ class TestConstruction:
         assert attention.state_dict() == {}
 
     @pytest.mark.parametrize(
-        ("overrides", "place"),
+        ("overrides", "location"),
         [
             (dict(attention_dropout=0.1), "attention_dropout"),
             (dict(softmax_type="off-by-one"), "softmax_type"),
@@ -335,8 +335,8 @@ class TestConstruction:
             (dict(attn_mask_type=AttnMaskType.padding), "attn_mask_type"),
         ],
     )
-    def test_refuses(self, overrides, place):
-        with pytest.raises(ConfigError, match=place):
+    def test_refuses(self, overrides, location):
+        with pytest.raises(ConfigError, match=location):
             make_attention(**overrides)
 
     def test_refuses_everything_at_once(self):
@@ -345,11 +345,11 @@ class TestConstruction:
         config.qk_clip = True
         with pytest.raises(ConfigError) as error:
             RowAttention(config, 1, AttnMaskType.causal, "self")
-        for told in ("attention_dropout: is 0.2", "layout.context: is 2", "qk_clip"):
-            assert told in str(error.value)
+        for message in ("attention_dropout: is 0.2", "layout.context: is 2", "qk_clip"):
+            assert message in str(error.value)
 
     @pytest.mark.parametrize(
-        ("place", "arguments"),
+        ("location", "arguments"),
         [
             ("attention_mask", dict(attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))),
             ("attention_bias", dict(attention_bias=torch.zeros(3, 3))),
@@ -357,7 +357,7 @@ class TestConstruction:
             ("packed_seq_params", dict(packed_seq_params=PackedSeqParams(qkv_format="thd"))),
         ],
     )
-    def test_refuses_what_a_row_does_not_say(self, place, arguments):
+    def test_refuses_what_a_row_does_not_say(self, location, arguments):
         inputs, _ = make_inputs(3)
-        with pytest.raises(ConfigError, match=place):
+        with pytest.raises(ConfigError, match=location):
             make_attention()(*inputs, **{"attention_mask": None, **arguments})

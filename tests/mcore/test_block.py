@@ -157,14 +157,14 @@ def output_layer() -> None:
 
 def frozen_embedding() -> None:
     """A frozen embedding's output asks for a gradient, in training only."""
-    from megatron_idpo.mcore.model.chunk import let_gradients_through_frozen_embedding
+    from megatron_idpo.mcore.model.chunk import enable_embedding_output_grad
 
     layout = Layout()
     layout.start()
     (chunk,) = build(layout, "block")
     chunk.embedding.requires_grad_(False)
     chunk.decoder.layers[0].self_attention.linear_qkv.weight.requires_grad_()
-    undo = let_gradients_through_frozen_embedding(chunk)
+    undo = enable_embedding_output_grad(chunk)
     forward(chunk).sum().backward()
     gradient = chunk.decoder.layers[0].self_attention.linear_qkv.weight.grad
     assert gradient is not None and gradient.any(), "the first layer learned nothing"

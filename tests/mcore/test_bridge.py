@@ -46,10 +46,10 @@ def installed(monkeypatch):
 def test_refused_with_every_reason_where_it_cannot_work(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(bridge, "_is_installed", lambda module: False)
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as message:
         bridge.bridge_import(tmp_path, tmp_path / "out", dtype=None)
     for reason in ("needs a GPU", "transformer_engine", "megatron.bridge"):
-        assert reason in str(told.value)
+        assert reason in str(message.value)
     assert "megatron.bridge" not in sys.modules
 
 

@@ -75,8 +75,8 @@ def test_idempotent_and_restorable(pristine):
 
 def test_every_patch_tells_its_reason(redirected):
     assert all(patch.reason for patch, _ in cpu._applied)
-    places = [(patch.owner, patch.name) for patch, _ in cpu._applied]
-    assert len({(id(owner), name) for owner, name in places}) == len(places)
+    locations = [(patch.owner, patch.name) for patch, _ in cpu._applied]
+    assert len({(id(owner), name) for owner, name in locations}) == len(locations)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda"), 0])

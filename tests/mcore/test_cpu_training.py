@@ -71,7 +71,7 @@ def build(*, tensor=1, pipeline=1, chunks=None, expert=1, **options):
     models = []
     for stage in range(chunks or 1):
         vp_stage = stage if chunks else None
-        place = {"ignore_virtual": False, "vp_stage": vp_stage}
+        location = {"ignore_virtual": False, "vp_stage": vp_stage}
         model = GPTModel(
             config,
             TransformerBlockSubmodules(
@@ -80,8 +80,8 @@ def build(*, tensor=1, pipeline=1, chunks=None, expert=1, **options):
             ),
             VOCABULARY,
             SEQUENCE,
-            pre_process=parallel_state.is_pipeline_first_stage(**place),
-            post_process=parallel_state.is_pipeline_last_stage(**place),
+            pre_process=parallel_state.is_pipeline_first_stage(**location),
+            post_process=parallel_state.is_pipeline_last_stage(**location),
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )

@@ -12,18 +12,18 @@ pytestmark = pytest.mark.distributed
 LAYOUT = Layout(tensor=2, pipeline=2)
 
 
-def place(layout: Layout) -> tuple[Any, ...]:
-    from megatron_idpo.mcore.parallel.groups import data_parallel_size, tensor_group, this_place
+def rank(layout: Layout) -> tuple[Any, ...]:
+    from megatron_idpo.mcore.parallel.groups import data_parallel_size, tensor_group, this_rank
 
     layout.start()
-    here = this_place()
+    here = this_rank()
     size = tensor_group().size()
     return here.tensor, here.tensor_size, here.pipeline, here.data, data_parallel_size(), size
 
 
 def test_places(workers):
     """megatron-core's order: tensor first, then data, then pipeline."""
-    assert workers.run(place, 8, LAYOUT) == [
+    assert workers.run(rank, 8, LAYOUT) == [
         (rank % 2, 2, rank // 4, rank // 2 % 2, 2, 2) for rank in range(8)
     ]
 
@@ -65,10 +65,10 @@ def stages(taking_part: set[int], needing: set[int]) -> tuple[tuple[int, ...], f
     """The ranks of this rank's group, and the sum of their numbers over it."""
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.parallel.groups import stage_group, this_place
+    from megatron_idpo.mcore.parallel.groups import stage_group, this_rank
 
     Layout(tensor=2, pipeline=4).start()
-    stage = this_place().pipeline
+    stage = this_rank().pipeline
     found = stage_group(takes_part=stage in taking_part, needs_it=stage in needing)
     if found is None:
         return None

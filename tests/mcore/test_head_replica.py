@@ -66,12 +66,12 @@ def attached(chunks: list[Any]) -> Any:
 def fill(chunks: list[Any], tied: bool) -> None:
     """Weights that differ in every parameter and on every tensor-parallel rank."""
     from megatron_idpo.mcore.model.build import global_parameters
-    from megatron_idpo.mcore.parallel.groups import this_place
+    from megatron_idpo.mcore.parallel.groups import this_rank
 
     for name, parameter in global_parameters(chunks):
         if tied and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"
-        shard = this_place().tensor if parameter.dim() > 1 else 0
+        shard = this_rank().tensor if parameter.dim() > 1 else 0
         generator = torch.Generator().manual_seed(sum(name.encode()) * 8 + shard)
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
 
@@ -244,8 +244,8 @@ def describe() -> dict[str, Any]:
 
 
 def test_what_a_copy_is_made_of(workers):
-    for told in workers.run(describe, 2):
-        assert told == {
+    for message in workers.run(describe, 2):
+        assert message == {
             "names": ["weight", "norm.weight"],
             "names_without": ["norm.weight"],
             "shape": (26, SIZES["hidden_size"]),

@@ -107,12 +107,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "told"), BAD)
+@pytest.mark.parametrize(("name", "change", "reason"), BAD)
 def test_what_would_change_the_numbers_is_refused(
-    name: str, change: dict[str, Any], told: str
+    name: str, change: dict[str, Any], reason: str
 ) -> None:
     message = _refused(REAL[name] | change)
-    assert "config.json" in message and told in message
+    assert "config.json" in message and reason in message
 
 
 def test_problems_name_the_path_that_is_given() -> None:
@@ -131,9 +131,11 @@ def test_all_problems_are_told_at_once() -> None:
         | {"mlp_bias": True, "sliding_window": 8, "num_key_value_heads": 7, "surprise": 1}
         | {"rope_scaling": {"rope_type": "dynamic"}, "torch_dtype": "int8"}
     )
-    told = "mlp_bias sliding_window num_key_value_heads surprise rope_scaling.rope_type torch_dtype"
+    reason = (
+        "mlp_bias sliding_window num_key_value_heads surprise rope_scaling.rope_type torch_dtype"
+    )
     assert message.startswith("6 problems:")
-    assert all(name in message for name in told.split())
+    assert all(name in message for name in reason.split())
 
 
 @pytest.mark.parametrize("config", [None, [], "llama", {}])

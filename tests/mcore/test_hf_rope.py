@@ -59,22 +59,22 @@ REFUSED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_transformers_reads_passes(name):
     config = {"max_position_embeddings": 32768, "head_dim": 64} | ACCEPTED[name]
-    assert rope_problems(config, place="config.json") == []
+    assert rope_problems(config, location="config.json") == []
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_ignored_or_misread_is_named(name):
     config, field = REFUSED[name]
-    found = rope_problems({"max_position_embeddings": 32768} | config, place="config.json")
-    assert [problem.place for problem in found] == [f"config.json: {field}"]
+    found = rope_problems({"max_position_embeddings": 32768} | config, location="config.json")
+    assert [problem.location for problem in found] == [f"config.json: {field}"]
     assert all(problem.message for problem in found)
 
 
 def test_all_mistakes_are_told_at_once():
     scaling = {"rope_type": "llama3", "surplus": 1}
-    found = rope_problems({"rope_scaling": scaling}, place="here")
-    places = {problem.place for problem in found}
-    assert places == {
+    found = rope_problems({"rope_scaling": scaling}, location="here")
+    locations = {problem.location for problem in found}
+    assert locations == {
         "here: rope_scaling.factor",
         "here: rope_scaling.low_freq_factor",
         "here: rope_scaling.high_freq_factor",

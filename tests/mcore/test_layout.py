@@ -22,8 +22,10 @@ class Shape:
     num_experts: int = 0
 
 
-def places(layout: Layout, shape: Shape | None = None, world_size: int | None = None) -> list[str]:
-    return [problem.place for problem in layout.problems(shape, world_size)]
+def locations(
+    layout: Layout, shape: Shape | None = None, world_size: int | None = None
+) -> list[str]:
+    return [problem.location for problem in layout.problems(shape, world_size)]
 
 
 # Impossible value, the places it is reported at, and a word of its remedy.
@@ -63,7 +65,7 @@ def test_impossible_layouts_name_their_place_and_remedy(
     layout, shape, world_size, expected, remedy
 ):
     problems = layout.problems(shape, world_size)
-    assert [problem.place for problem in problems] == expected
+    assert [problem.location for problem in problems] == expected
     assert all(problem.remedy for problem in problems)
     assert any(remedy in problem.remedy for problem in problems), problems
     with pytest.raises(ConfigError):
@@ -90,7 +92,7 @@ def test_all_problems_are_told_together():
     layout = Layout(
         tensor=3, pipeline=3, context=2, expert=2, virtual_pipeline=1, sequence_parallel=False
     )
-    assert set(places(layout, Shape(), 5)) == {
+    assert set(locations(layout, Shape(), 5)) == {
         "layout",
         "layout.tensor",
         "layout.pipeline",
@@ -100,8 +102,8 @@ def test_all_problems_are_told_together():
 
 
 def test_the_model_and_the_world_may_be_left_out():
-    assert places(Layout(tensor=3)) == []
-    assert places(Layout(tensor=3), world_size=4) == ["layout"]
+    assert locations(Layout(tensor=3)) == []
+    assert locations(Layout(tensor=3), world_size=4) == ["layout"]
 
 
 def test_data_parallelism_is_what_is_left():
@@ -155,7 +157,7 @@ def start_and_count(layouts: list[tuple[int, Layout]]) -> list[tuple[int, dict[s
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    told = []
+    message = []
     for num_layers, layout in layouts:
         layout.start(seed=3)
         with pytest.raises(RuntimeError, match="stop"):
@@ -168,11 +170,11 @@ def start_and_count(layouts: list[tuple[int, Layout]]) -> list[tuple[int, dict[s
             "data": ps.get_data_parallel_world_size(),
         }
         rank = ps.get_pipeline_model_parallel_rank()
-        told.append((rank, sizes, megatron_layers(layout, num_layers)))
+        message.append((rank, sizes, megatron_layers(layout, num_layers)))
         layout.stop()
         layout.stop()
         assert not ps.is_initialized() and not get_cuda_rng_tracker().get_states()
-    return told
+    return message
 
 
 @pytest.mark.distributed

@@ -50,11 +50,11 @@ def save(directory: str, layout: Layout) -> dict[str, Tensor]:
     """Adapters alone, by megatron-core."""
     from megatron.core import dist_checkpointing
 
-    from megatron_idpo.mcore.parallel.groups import this_place
+    from megatron_idpo.mcore.parallel.groups import this_rank
 
     chunks, adapters = build(layout)
     for one in adapters.tensors():
-        rank = 0 if one.split_dim is None else this_place().tensor
+        rank = 0 if one.split_dim is None else this_rank().tensor
         generator = torch.Generator().manual_seed(sum(one.name.encode()) * 2 + rank)
         one.parameter.data.copy_(torch.randn(one.parameter.shape, generator=generator))
     dist_checkpointing.save(_sharded(chunks), directory)

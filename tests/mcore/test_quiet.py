@@ -19,8 +19,8 @@ def test_listed_warnings_are_left_unsaid_and_others_heard():
             warnings.warn("Apex is not installed. Falling back to Torch Norm", stacklevel=1)
             warnings.warn("the disk is on fire", stacklevel=1)
         warnings.warn("Apex is not installed. And this is outside", stacklevel=1)
-    told = [str(warning.message) for warning in heard]
-    assert told == ["the disk is on fire", "Apex is not installed. And this is outside"]
+    reason = [str(warning.message) for warning in heard]
+    assert reason == ["the disk is on fire", "Apex is not installed. And this is outside"]
 
 
 def heard_within(message: str, module: str, **options: bool) -> bool:
@@ -36,9 +36,9 @@ def test_a_gradient_that_is_none_is_heard_of_where_it_is_ours():
     with warnings.catch_warnings(record=True) as torchs:
         warnings.simplefilter("always")
         assert (2 * leaf).grad is None
-    told = str(torchs[0].message)
-    assert heard_within(told, "megatron_idpo.plugin.injection")
-    assert not heard_within(told, "megatron.core.optimizer.optimizer")
+    reason = str(torchs[0].message)
+    assert heard_within(reason, "megatron_idpo.plugin.injection")
+    assert not heard_within(reason, "megatron.core.optimizer.optimizer")
 
 
 @pytest.mark.parametrize("what", ["sequence parallelism", "async grad allreduce"])

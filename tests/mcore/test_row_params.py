@@ -28,7 +28,7 @@ def test_positions_may_start_anywhere():
 
 
 @pytest.mark.parametrize(
-    ("spans", "told"),
+    ("spans", "message"),
     [
         ([[0, 2, 1, 3]], "do not ascend"),
         ([[0, 1, 2, 4], [3, 4, 5, 6]], "before 4"),
@@ -37,8 +37,8 @@ def test_positions_may_start_anywhere():
         ([[0, 8, 8]], r"not int32 \[G, 4\]"),
     ],
 )
-def test_asserts_sound_spans(spans, told):
-    with pytest.raises(AssertionError, match=told):
+def test_asserts_sound_spans(spans, message):
+    with pytest.raises(AssertionError, match=message):
         RowParams.of(torch.zeros(8, dtype=torch.int64), torch.tensor(spans, dtype=torch.int32))
 
 

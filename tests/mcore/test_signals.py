@@ -10,10 +10,10 @@ from megatron_idpo.mcore.parallel.signals import STOPPING, listening
 
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_stopping_signal_is_remembered(number: signal.Signals) -> None:
-    with listening() as wish:
-        assert not wish.is_there
+    with listening() as stop_flag:
+        assert not stop_flag.is_there
         os.kill(os.getpid(), number)
-        assert wish.is_there and wish.signal == number
+        assert stop_flag.is_there and stop_flag.signal == number
 
 
 def test_handlers_are_as_before_afterwards() -> None:

@@ -55,7 +55,7 @@ def layer_modules(family: str, layout: Layout) -> list[list[tuple[str, ...]]]:
 
     layout.start()
     chunks = build_model(Architecture.from_hf(tiny_hf_config(family)), layout)
-    told = []
+    message = []
     for chunk in chunks:
         layers = [
             tuple(
@@ -71,8 +71,8 @@ def layer_modules(family: str, layout: Layout) -> list[list[tuple[str, ...]]]:
             for layer in chunk.decoder.layers
         ]
         final = chunk.decoder.final_layernorm
-        told.append([*layers, (type(final).__name__,)])
-    return told
+        message.append([*layers, (type(final).__name__,)])
+    return message
 
 
 NONE = "NoneType"

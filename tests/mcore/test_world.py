@@ -15,16 +15,16 @@ def fail_on(ranks: list[int], error: Exception) -> tuple[str, str, list[str]]:
     """What this rank is told when some ranks fail, and that collectives work afterwards."""
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.parallel.world import agreeing, gathered
+    from megatron_idpo.mcore.parallel.world import gathered, raise_on_all_ranks
 
-    told = ("", "")
+    message = ("", "")
     try:
-        with agreeing("the step"):
+        with raise_on_all_ranks("the step"):
             if dist.get_rank() in ranks:
                 raise error
     except UserError as caught:
-        told = (type(caught).__name__, str(caught))
-    return *told, gathered(f"rank {dist.get_rank()}")
+        message = (type(caught).__name__, str(caught))
+    return *message, gathered(f"rank {dist.get_rank()}")
 
 
 AFTERWARDS = ["rank 0", "rank 1", "rank 2"]
@@ -148,19 +148,23 @@ def join_with(gpus: int, **environment: str) -> str:
         mock.patch.dict(os.environ, environment),
         mock.patch.object(torch.cuda, "is_available", lambda: gpus > 0),
         mock.patch.object(torch.cuda, "device_count", lambda: gpus),
-        pytest.raises(ConfigError) as told,
+        pytest.raises(ConfigError) as message,
         joined_world(),
     ):
         raise AssertionError("joined")
-    return str(told.value)
+    return str(message.value)
 
 
 def test_a_rank_of_no_world(workers):
-    (told,) = workers.run(join_with, 1, 0, RANK="0")
-    assert told.startswith("RANK: is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with")
+    (message,) = workers.run(join_with, 1, 0, RANK="0")
+    assert message.startswith(
+        "RANK: is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with"
+    )
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
 def test_more_ranks_than_gpus(name, workers):
-    (told,) = workers.run(join_with, 1, 2, **{name: "3" if name == "LOCAL_RANK" else "4"})
-    assert told.startswith("LOCAL_WORLD_SIZE: 4 ranks on this machine, but 2 visible GPUs; start")
+    (message,) = workers.run(join_with, 1, 2, **{name: "3" if name == "LOCAL_RANK" else "4"})
+    assert message.startswith(
+        "LOCAL_WORLD_SIZE: 4 ranks on this machine, but 2 visible GPUs; start"
+    )

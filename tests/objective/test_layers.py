@@ -27,7 +27,7 @@ def test_layers_are_numbered_from_one(spec, num_layers, layers):
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ([0], "layer 0 does not exist in a model of 32 layers"),
         ([-1], "layer -1 does not exist"),
@@ -51,16 +51,21 @@ def test_layers_are_numbered_from_one(spec, num_layers, layers):
         ({"every": True}, "every True layers"),
     ],
 )
-def test_what_is_no_intermediate_layer_is_refused(spec, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_is_no_intermediate_layer_is_refused(spec, message):
+    with pytest.raises(ConfigError, match=message):
         resolve_layers(spec, 32)
 
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError, match=r"^4 problems") as caught:
         resolve_layers([40, 32, 7, 7, "x"], 32)
-    for told in ("layer 40 does not", "layer 32 is the final", "the same layer", "'x' is neither"):
-        assert told in str(caught.value)
+    for message in (
+        "layer 40 does not",
+        "layer 32 is the final",
+        "the same layer",
+        "'x' is neither",
+    ):
+        assert message in str(caught.value)
 
 
 @given(

@@ -35,13 +35,15 @@ def test_without_layers_the_weight_counts_as_zero():
 
 
 def test_weights_for_another_number_of_layers_are_refused():
-    for count, told in ((0, "2 weights for 0 layers"), (3, "2 weights for 3 layers")):
-        with pytest.raises(ConfigError, match=f"objective.layer_weights: {told}; give one weight"):
+    for count, message in ((0, "2 weights for 0 layers"), (3, "2 weights for 3 layers")):
+        with pytest.raises(
+            ConfigError, match=f"objective.layer_weights: {message}; give one weight"
+        ):
             Objective(layer_weights=(1.0, 2.0)).layer_scales(count)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("loss", "dpo", "'dpo' is no loss; choose one of sigmoid, ipo, hinge, robust, sigmoid_nor"),
         ("beta", 0.0, "0.0 is not a positive number"),
@@ -56,8 +58,8 @@ def test_weights_for_another_number_of_layers_are_refused():
         ("reference_layer", "last", "'last' is no place to read the reference"),
     ],
 )
-def test_wrong_fields_are_told(field, value, told):
-    with pytest.raises(ConfigError, match=rf"objective\.{field}: {told}"):
+def test_wrong_fields_are_reported(field, value, message):
+    with pytest.raises(ConfigError, match=rf"objective\.{field}: {message}"):
         Objective(**{field: value})
 
 

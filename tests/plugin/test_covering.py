@@ -64,5 +64,5 @@ def test_the_plugins_cases_cover_every_triple_of_settings(capsys):
     assert pairs == set(SPACE.combinations(2))
     assert len(ARRAY) <= 400
     with capsys.disabled():
-        told = f"{len(ARRAY)} cases, {len(triples)} triples"
-        print(f"\ncovering array: {told}; in `make test` {len(QUICK)} cases, {len(pairs)} pairs")
+        message = f"{len(ARRAY)} cases, {len(triples)} triples"
+        print(f"\ncovering array: {message}; in `make test` {len(QUICK)} cases, {len(pairs)} pairs")

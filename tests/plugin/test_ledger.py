@@ -8,7 +8,7 @@ import torch
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.plugin import output_buffer as ledger_module
 from megatron_idpo.plugin.layer_output import LayerOutput
-from megatron_idpo.plugin.output_buffer import Ledger
+from megatron_idpo.plugin.output_buffer import OutputBuffer
 
 FINAL = 4
 
@@ -25,7 +25,7 @@ def micro_batch(pairs=1, of=2, global_pairs=2):
 
 @pytest.fixture
 def ledger():
-    return Ledger([2, FINAL], FINAL, counts_pairs=True)
+    return OutputBuffer([2, FINAL], FINAL, counts_pairs=True)
 
 
 def test_outputs_are_taken_once_in_the_order_they_were_said(ledger):
@@ -37,7 +37,7 @@ def test_outputs_are_taken_once_in_the_order_they_were_said(ledger):
 
 
 def test_a_stage_without_layers_says_nothing():
-    assert Ledger([], FINAL, counts_pairs=False).take(7) == []
+    assert OutputBuffer([], FINAL, counts_pairs=False).take(7) == []
 
 
 def test_what_is_wrong_is_forgotten_as_well(ledger):
@@ -69,10 +69,10 @@ def test_pairs_are_counted_at_the_final_layer_over_all_ranks(ledger, monkeypatch
 
 
 def test_a_second_tensor_parallel_rank_does_not_count_again(monkeypatch):
-    counts = [Ledger([FINAL], FINAL, counts_pairs=first) for first in (True, False)]
-    told = []
-    monkeypatch.setattr(ledger_module, "gathered", lambda mine: told.append(mine) or [(2, [2])])
+    counts = [OutputBuffer([FINAL], FINAL, counts_pairs=first) for first in (True, False)]
+    message = []
+    monkeypatch.setattr(ledger_module, "gathered", lambda mine: message.append(mine) or [(2, [2])])
     for one in counts:
         one.record_trained(FINAL, micro_batch(pairs=2))
         one.check_pairs()
-    assert told == [(2, [2]), (0, [2])]
+    assert message == [(2, [2]), (0, [2])]

@@ -58,10 +58,10 @@ def test_mistakes_are_told_together_with_the_micro_batch():
         micro_batch(
             index=7, targets=replace(one, positions_N=one.positions_N + 8), reference_logps=wrong
         )
-    told = str(caught.value)
-    assert told.startswith("3 problems") and told.count("micro-batch 7") == 3
-    assert "reaches from 8 to 12" in told and "[2] has shape (3,)" in told
-    assert "[4] is torch.float16" in told
+    message = str(caught.value)
+    assert message.startswith("3 problems") and message.count("micro-batch 7") == 3
+    assert "reaches from 8 to 12" in message and "[2] has shape (3,)" in message
+    assert "[4] is torch.float16" in message
 
 
 def mistakes_of_targets() -> dict[str, tuple[Targets, str]]:
@@ -81,10 +81,10 @@ def mistakes_of_targets() -> dict[str, tuple[Targets, str]]:
 
 @pytest.mark.parametrize("name", mistakes_of_targets())
 def test_targets_that_are_no_rows(name):
-    wrong, told = mistakes_of_targets()[name]
+    wrong, message = mistakes_of_targets()[name]
     with pytest.raises(DataError) as caught:
         micro_batch(targets=wrong)
-    assert told in str(caught.value) and "build it from one row" in str(caught.value)
+    assert message in str(caught.value) and "build it from one row" in str(caught.value)
 
 
 def test_a_reference_is_there_or_it_is_not():

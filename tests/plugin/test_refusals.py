@@ -50,7 +50,7 @@ REFUSED = [{name: 1 if name == "mtp_num_layers" else True} for name in _MUST_BE_
 def test_a_setting_is_refused_with_place_reason_and_remedy(change):
     (problem,) = refused_settings(config(**change))
     (name,) = change
-    assert problem.place == f"TransformerConfig.{name}" and problem.message and problem.remedy
+    assert problem.location == f"TransformerConfig.{name}" and problem.message and problem.remedy
 
 
 def test_every_name_is_a_setting_of_this_megatron_core():
@@ -71,9 +71,9 @@ def test_batched_p2p_is_refused_where_two_stages_interleave(stages, chunks, batc
         "batch_p2p_comm": batched,
     }
     problems = refused_settings(config(**changes))
-    places = [problem.place for problem in problems]
+    locations = [problem.location for problem in problems]
     wrong = stages == 2 and chunks == 2 and batched
-    assert places == (["TransformerConfig.batch_p2p_comm"] if wrong else [])
+    assert locations == (["TransformerConfig.batch_p2p_comm"] if wrong else [])
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -123,7 +123,7 @@ def test_other_recomputation_hands_out_every_layer(granularity, method):
 def test_things_that_are_no_chunks():
     for thing in ([], (), object(), None):
         (problem,) = refused_chunks(thing)
-        assert problem.place == "chunks" and "list" in problem.remedy
+        assert problem.location == "chunks" and "list" in problem.remedy
 
 
 def test_a_vocabulary_may_be_padded_but_not_be_more():

@@ -33,7 +33,7 @@ def _refused() -> set[str]:
         *refusals.refused_settings(config),
         *refusals.refused_recompute(config, [1], [[1, 2]]),
     ]
-    return {problem.place.removeprefix("TransformerConfig.") for problem in problems}
+    return {problem.location.removeprefix("TransformerConfig.") for problem in problems}
 
 
 @pytest.mark.parametrize("name", refusals._MUST_BE_OFF)

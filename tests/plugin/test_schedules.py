@@ -138,7 +138,7 @@ def start(layout: Layout) -> dict[str, Any]:
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, mine)
     reference = tiny.together(parts)
-    told: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     for objective in OBJECTIVES:
         dpo = attached(chunks, [1, 2], objective)
         tiny.run(dpo, chunks, tiny.micro_batches(reference))
@@ -146,7 +146,7 @@ def start(layout: Layout) -> dict[str, Any]:
         dpo.detach()
         for chunk in chunks:
             chunk.zero_grad()
-        told[repr(objective)] = {
+        message[repr(objective)] = {
             layer: (loss, policy - against)
             for (layer, loss), policy, against in zip(
                 tiny.by_layer(outputs, "loss_P").items(),
@@ -155,7 +155,7 @@ def start(layout: Layout) -> dict[str, Any]:
                 strict=True,
             )
         }
-    return told
+    return message
 
 
 def test_at_the_start_every_layers_loss_is_that_of_no_difference(workers):

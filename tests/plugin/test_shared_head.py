@@ -135,7 +135,7 @@ def fine_tune(case: Case) -> dict[str, Any]:
     """Some steps of everything; the copies at both ends and the gradient norms between."""
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_idpo.mcore.parallel.groups import this_place
+    from megatron_idpo.mcore.parallel.groups import this_rank
     from megatron_idpo.plugin.attach import attach
 
     dtype = torch.bfloat16 if case.half else torch.float32
@@ -164,7 +164,7 @@ def fine_tune(case: Case) -> dict[str, Any]:
         for model in models:
             model.disable_forward_pre_hook(param_sync=True)
     return {
-        "shard": this_place().tensor,
+        "shard": this_rank().tensor,
         "before": before,
         "after": copies(chunks, case.tied),
         "norms": norms,
@@ -276,7 +276,7 @@ def frozen_copies() -> dict[str, Any]:
 
     layout = Layout(pipeline=2, virtual_pipeline=2)
     layout.start()
-    told: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     for name, tied, learns in (
         ("frozen", False, False),
         ("tied", True, False),
@@ -292,7 +292,7 @@ def frozen_copies() -> dict[str, Any]:
         owned += [chunk.output_layer.weight for chunk in chunks if chunk.post_process]
         replicas = [chunk.head_replica for chunk in chunks if hasattr(chunk, "head_replica")]
         weights = [one.weight for one in replicas if one.weight is not None] + owned
-        told[name] = {
+        message[name] = {
             "replicas": len(replicas),
             "weights": len({one.data_ptr() for one in weights}),
             "norms": len({one.norm_weight.data_ptr() for one in replicas}),
@@ -300,19 +300,19 @@ def frozen_copies() -> dict[str, Any]:
             "norm_learns": {one.norm_weight.requires_grad for one in replicas},
             "learns": dpo._shared_head.learns,
         }
-    return told
+    return message
 
 
 def test_frozen_copies_of_a_rank_share_memory(workers):
     first, last = workers.run(frozen_copies, 2)
     for answer, replicas in ((first, 2), (last, 1)):
         for name in ("frozen", "tied"):
-            told = answer[name]
-            assert told["replicas"] == replicas
-            assert told["weights"] == 1, "one output weight for all chunks of a rank"
-            assert told["norms"] == 1
-            assert told["weight_learns"] == {False} and told["norm_learns"] == {False}
-            assert not told["learns"]
+            message = answer[name]
+            assert message["replicas"] == replicas
+            assert message["weights"] == 1, "one output weight for all chunks of a rank"
+            assert message["norms"] == 1
+            assert message["weight_learns"] == {False} and message["norm_learns"] == {False}
+            assert not message["learns"]
         assert answer["norm"]["weights"] == 1 and answer["norm"]["norms"] == replicas
         assert answer["norm"]["weight_learns"] == {False}
         assert answer["norm"]["norm_learns"] == {True} and answer["norm"]["learns"]

@@ -35,7 +35,7 @@ def attached(chunks: Any, layers: Any = (2,), **options: Any) -> Any:
     )
 
 
-def told(mistake: Callable[[], Any]) -> str:
+def message(mistake: Callable[[], Any]) -> str:
     """What the user is told; `went on` where nobody said anything."""
     try:
         mistake()
@@ -73,15 +73,15 @@ def attaching() -> dict[str, str]:
         "Float16Module": lambda: attached([half]),
         "another model": lambda: attached([torch.nn.Linear(2, 2)]),
     }
-    answers = {name: told(mistake) for name, mistake in mistakes.items()}
+    answers = {name: message(mistake) for name, mistake in mistakes.items()}
     stock = get_gpt_layer_local_submodules(num_experts=None).self_attention.submodules
     chunks[0].decoder.layers[1].self_attention.core_attention = stock.core_attention(
         config=config, layer_number=2, attn_mask_type=None, attention_type="self"
     )
-    answers["stock attention"] = told(lambda: attached(chunks))
+    answers["stock attention"] = message(lambda: attached(chunks))
     chunks[0].decoder.layers[1].self_attention.core_attention = core
     attached(chunks)
-    answers["second attach"] = told(lambda: attached(chunks))
+    answers["second attach"] = message(lambda: attached(chunks))
     return answers
 
 
@@ -120,12 +120,12 @@ def counting() -> dict[str, str]:
     full = tiny.references(LAYERS)
 
     def train(batches: Any) -> str:
-        return told(lambda: tiny.run(dpo, models, batches))
+        return message(lambda: tiny.run(dpo, models, batches))
 
     def step(**fields: Any) -> str:
         """A step as it should be, but for what is given; and its outputs."""
         answer = train(tiny.micro_batches(full, **fields))
-        taken = told(lambda: dpo.take_outputs(4))
+        taken = message(lambda: dpo.take_outputs(4))
         return taken if answer == "went on" else answer
 
     answers = {
@@ -141,14 +141,14 @@ def counting() -> dict[str, str]:
     }
     # What was said in vain is forgotten, and a right step goes through.
     answers["a right step"] = step()
-    answers["taken twice"] = told(lambda: dpo.take_outputs(4))
+    answers["taken twice"] = message(lambda: dpo.take_outputs(4))
     train(tiny.micro_batches(full))
-    answers["not all taken"] = told(lambda: dpo.take_outputs(3))
+    answers["not all taken"] = message(lambda: dpo.take_outputs(3))
     ((tokens_1T, alone), *_) = tiny.micro_batches(full, num_micro_batches=1)
     dpo.loss(alone, dpo.forward(models[0], tokens_1T, alone))
-    answers["no backward"] = told(lambda: dpo.take_outputs(1))
+    answers["no backward"] = message(lambda: dpo.take_outputs(1))
     dpo.forward(models[0], tokens_1T, alone).sum().backward()
-    answers["a loss of one's own"] = told(lambda: dpo.take_outputs(1))
+    answers["a loss of one's own"] = message(lambda: dpo.take_outputs(1))
     return answers
 
 
@@ -165,7 +165,7 @@ def calling() -> dict[str, str]:
     other = tiny.chunks_of(PLAIN)[0]
 
     def call(model: Any = chunk, tokens_1T: Any = tokens_1T, packed: Any = micro_batch) -> str:
-        return told(lambda: dpo.forward(model, tokens_1T, packed))
+        return message(lambda: dpo.forward(model, tokens_1T, packed))
 
     answers = {
         "beyond the vocabulary": call(packed=replace(micro_batch, targets=unknown)),
@@ -173,7 +173,7 @@ def calling() -> dict[str, str]:
         "tokens without a batch": call(tokens_1T=tokens_1T[0]),
         "no packed row": call(packed=None),
         "a row without targets": call(packed=row),
-        "not through forward": told(lambda: chunk(tokens_1T, row.position_ids_T[None], None)),
+        "not through forward": message(lambda: chunk(tokens_1T, row.position_ids_T[None], None)),
         "another's chunk": call(other),
         "as it should be": call(),
     }
@@ -237,7 +237,7 @@ def over_two_stages() -> dict[str, str]:
     def under(**fields: Any) -> str:
         kept = {name: getattr(config, name) for name in fields}
         vars(config).update(fields)
-        answer = told(lambda: attached(chunks, [1, 2, 3]))
+        answer = message(lambda: attached(chunks, [1, 2, 3]))
         vars(config).update(kept)
         return answer
 
@@ -245,21 +245,21 @@ def over_two_stages() -> dict[str, str]:
         "uniform recompute": under(**FULL_RECOMPUTE),
         "several": under(calculate_per_token_loss=True, attention_dropout=0.1),
         "layer norm": under(normalization="LayerNorm"),
-        "other arguments": told(lambda: attached(chunks, [1 + stage])),
-        "other vocabularies": told(lambda: attached(chunks, vocab_size=tiny.VOCAB - stage)),
+        "other arguments": message(lambda: attached(chunks, [1 + stage])),
+        "other vocabularies": message(lambda: attached(chunks, vocab_size=tiny.VOCAB - stage)),
     }
     # Stage 0 owns no tap and not the head: nothing of its chunk was touched.
     dpo = attached(chunks, [3])
-    answers["second attach"] = told(lambda: attached(chunks, [3]))
+    answers["second attach"] = message(lambda: attached(chunks, [3]))
     dpo.detach()
     dpo = attached(chunks, [1])
     models = tiny.wrap(dpo, chunks)
     batches = tiny.micro_batches(tiny.references([1, 4]))
     config.finalize_model_grads_func = None
     tiny.run(dpo, models, batches)
-    answers["gradients not finished"] = told(lambda: dpo.take_outputs(4))
+    answers["gradients not finished"] = message(lambda: dpo.take_outputs(4))
     dpo.detach()
-    answers["after DDP"] = told(lambda: attached(chunks, [1]))
+    answers["after DDP"] = message(lambda: attached(chunks, [1]))
     return answers
 
 
@@ -277,7 +277,7 @@ def with_copies_that_differ() -> dict[str, str]:
                 chunks[0].decoder.final_layernorm.weight.requires_grad_(False)
         models = tiny.wrap(dpo, chunks)
         batches = tiny.micro_batches(tiny.references([1, 4]))
-        answers[mistake] = told(partial(tiny.run, dpo, models, batches))
+        answers[mistake] = message(partial(tiny.run, dpo, models, batches))
     return answers
 
 
@@ -309,9 +309,9 @@ def interleaved() -> dict[str, str]:
     chunks = tiny.start(layout)
     config = chunks[0].config
     config.batch_p2p_comm = True
-    answers = {"batched p2p": told(lambda: attached(chunks))}
+    answers = {"batched p2p": message(lambda: attached(chunks))}
     config.batch_p2p_comm = False
-    answers["a chunk left out"] = told(lambda: attached(chunks[:1]))
+    answers["a chunk left out"] = message(lambda: attached(chunks[:1]))
     dpo = attached(chunks, [1, 3])
     batches = tiny.micro_batches(tiny.references([1, 3, 4]))
 
@@ -326,7 +326,7 @@ def interleaved() -> dict[str, str]:
         )
         dpo.take_outputs(2)
 
-    answers["other micro-batches"] = told(mixed_up)
+    answers["other micro-batches"] = message(mixed_up)
     return answers
 
 

@@ -71,12 +71,12 @@ def chunks_of(
 
 def weight_of(name: str, parameter: Tensor, tied: bool) -> Tensor:
     """What a parameter of this name is filled with."""
-    from megatron_idpo.mcore.parallel.groups import this_place
+    from megatron_idpo.mcore.parallel.groups import this_rank
 
     if tied and name == "output_layer.weight":
         name = "embedding.word_embeddings.weight"
     if getattr(parameter, "tensor_model_parallel", False):
-        name += str(this_place().tensor)
+        name += str(this_rank().tensor)
     generator = torch.Generator().manual_seed(sum(n * b for n, b in enumerate(name.encode(), 1)))
     shape = tuple(parameter.shape)
     return 0.2 * torch.randn(shape, generator=generator) + (1.0 if len(shape) == 1 else 0.0)

@@ -119,7 +119,7 @@ def _with_optimizer(chunks: list[Any], dpo: Any, case: Case) -> tuple[list[Any],
     settings = DistributedDataParallelConfig(
         bucket_size=2000,
         align_param_gather="align" in wishes,
-        **{wish: True for wish in wishes if wish != "align"},
+        **{stop_flag: True for stop_flag in wishes if stop_flag != "align"},
     )
     wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
     adam = OptimizerConfig(

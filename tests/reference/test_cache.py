@@ -110,9 +110,9 @@ def test_the_cache_of_something_else_is_refused(
     other = fingerprint(dtype="bf16", truncation="drop")
     with pytest.raises(CheckpointError) as refused:
         use(tmp_path, other)
-    told = str(refused.value)
-    assert str(tmp_path) in told
-    assert "model.dtype is fp32, here bf16" in told and "data.truncation" in told
+    message = str(refused.value)
+    assert str(tmp_path) in message
+    assert "model.dtype is fp32, here bf16" in message and "data.truncation" in message
 
 
 def test_parts_with_other_layers_are_refused(tmp_path: Path) -> None:
@@ -152,14 +152,14 @@ def test_a_table_without_its_fingerprint_is_refused(tmp_path: Path) -> None:
         is_complete(tmp_path, fingerprint())
 
 
-def test_a_missing_table_is_told(tmp_path: Path) -> None:
+def test_a_missing_table_is_reported(tmp_path: Path) -> None:
     make(tmp_path)
     (tmp_path / "reference.parquet").unlink()
     with pytest.raises(CheckpointError, match=r"reference\.parquet"):
         open_cache(tmp_path, fingerprint())
 
 
-def test_a_part_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_part_that_is_missing_is_reported(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path, fingerprint())
     for first in (0, 4):
         writer.add(logps()[first : first + 4])
@@ -169,7 +169,7 @@ def test_a_part_that_is_missing_is_told(tmp_path: Path) -> None:
         CacheWriter(tmp_path, fingerprint())
 
 
-def test_a_damaged_part_is_told(tmp_path: Path) -> None:
+def test_a_damaged_part_is_reported(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path, fingerprint())
     writer.add(logps())
     writer.write_part()
@@ -193,7 +193,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file/cache"), held(tmp_path / "file" / "cache"):
         pass

@@ -59,7 +59,7 @@ def test_a_byte_that_changed_is_found(tmp_path: Path, at: float) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, -1])
-def test_a_truncated_file_is_told(tmp_path: Path, kept: int) -> None:
+def test_a_truncated_file_is_reported(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "x.parquet"
     write_table(path, logps(), (2, 4))
     path.write_bytes(path.read_bytes()[:kept])
@@ -68,13 +68,13 @@ def test_a_truncated_file_is_told(tmp_path: Path, kept: int) -> None:
 
 
 @pytest.mark.parametrize("layers", [(1, 4), (4,), (1, 2, 4)])
-def test_a_table_of_other_layers_is_told(tmp_path: Path, layers: tuple[int, ...]) -> None:
+def test_a_table_of_other_layers_is_reported(tmp_path: Path, layers: tuple[int, ...]) -> None:
     write_table(tmp_path / "x.parquet", logps(), (2, 4))
     with pytest.raises(CheckpointError, match=r"x\.parquet.*not every pair has the layers"):
         read_table(tmp_path / "x.parquet", layers)
 
 
-def test_a_foreign_table_is_told(tmp_path: Path) -> None:
+def test_a_foreign_table_is_reported(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -83,7 +83,7 @@ def test_a_foreign_table_is_told(tmp_path: Path) -> None:
         read_table(tmp_path / "x.parquet", (2, 4))
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     for write in (
         lambda path: write_table(path, logps(), (2, 4)),
         lambda path: write_json(path, {}),

@@ -10,7 +10,7 @@ OTHER = "0" * 64
 
 
 @pytest.mark.parametrize(
-    ("part", "value", "told"),
+    ("part", "value", "message"),
     [
         ("weights", OTHER, "the model (weights or config.json) differs"),
         ("tokenizer", OTHER, "the tokenizer differs"),
@@ -25,8 +25,8 @@ OTHER = "0" * 64
         ("format", 1, "the format is 3, here 1"),
     ],
 )
-def test_a_part_that_differs_is_named_alone(part: str, value: object, told: str) -> None:
-    assert fingerprint().differences(fingerprint(**{part: value})) == [told]
+def test_a_part_that_differs_is_named_alone(part: str, value: object, message: str) -> None:
+    assert fingerprint().differences(fingerprint(**{part: value})) == [message]
 
 
 def test_every_part_is_compared() -> None:

@@ -13,7 +13,7 @@ def build(file: str, overrides: list[str]) -> dict[str, Any]:
     import torch
 
     from megatron_idpo.config.run_config import load_config
-    from megatron_idpo.convert.frozen_model import FixedModel
+    from megatron_idpo.convert.frozen_model import FrozenModel
     from megatron_idpo.convert.model_source import open_model
     from megatron_idpo.mcore.parallel.world import joined_world, running
     from megatron_idpo.reference.frozen import frozen_model
@@ -21,7 +21,7 @@ def build(file: str, overrides: list[str]) -> dict[str, Any]:
     sections = ("model", "data", "objective", "layout")
     config = load_config(file, overrides, optional=sections)
     with joined_world(), running(config.layout.layout()):
-        model = FixedModel.of(open_model(config.model.path))
+        model = FrozenModel.of(open_model(config.model.path))
         chunks, dpo = frozen_model(config, model, show_progress=False)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         return {

@@ -18,11 +18,11 @@ def say(file: str) -> tuple[Said, dict[str, bool]]:
     """On every rank: what each source says, by its name, row and layer; and where weights are."""
     from megatron_idpo.cli.train import OPTIONAL, REQUIRED
     from megatron_idpo.config.run_config import load_config
-    from megatron_idpo.convert.frozen_model import FixedModel
+    from megatron_idpo.convert.frozen_model import FrozenModel
     from megatron_idpo.convert.model_source import open_model
     from megatron_idpo.data.packing.batches import build_batch
     from megatron_idpo.data.run_pairs import load_run_pairs, row_settings
-    from megatron_idpo.mcore.parallel.groups import this_place
+    from megatron_idpo.mcore.parallel.groups import this_rank
     from megatron_idpo.mcore.parallel.world import joined_world, running
     from megatron_idpo.reference import live
     from megatron_idpo.reference.frozen import frozen_model
@@ -31,8 +31,8 @@ def say(file: str) -> tuple[Said, dict[str, bool]]:
     config = load_config(file, required=REQUIRED, optional=OPTIONAL)
     pairs = load_run_pairs(config).train
     with joined_world() as world, running(config.layout.layout()):
-        model = FixedModel.of(open_model(config.model.path))
-        rows = row_settings(config, world.size, data_rank=this_place().data)
+        model = FrozenModel.of(open_model(config.model.path))
+        rows = row_settings(config, world.size, data_rank=this_rank().data)
         batch = build_batch(pairs, np.arange(8), rows, consumed_pairs=0)
         said: Said = {}
 

@@ -17,22 +17,22 @@ from .tiny_cache import Files, score_config
 
 def look(file: str, changes: Sequence[Sequence[str]]) -> list[str]:
     """On a rank: what each changed configuration is told of the cache; empty if it may use it."""
-    from megatron_idpo.convert.frozen_model import FixedModel
+    from megatron_idpo.convert.frozen_model import FrozenModel
     from megatron_idpo.convert.model_source import open_model
     from megatron_idpo.data.run_pairs import load_run_pairs
     from megatron_idpo.errors import CheckpointError
     from megatron_idpo.reference.run_caches import RunCaches
 
-    told = []
+    message = []
     for overrides in changes:
         config = load_config(file, overrides, required=("model", "data"), optional=OPTIONAL)
-        model = FixedModel.of(open_model(config.model.path))
+        model = FrozenModel.of(open_model(config.model.path))
         caches = RunCaches.of(config, load_run_pairs(config), model)
         try:
-            told.append("" if caches.are_complete() else "not complete")
+            message.append("" if caches.are_complete() else "not complete")
         except CheckpointError as error:
-            told.append(str(error))
-    return told
+            message.append(str(error))
+    return message
 
 
 OPTIONAL = ("objective", "training", "reference")
@@ -73,12 +73,12 @@ def test_every_change_is_noticed_and_named(
     }
     file = score_config(tiny, scored, objective={"layers": "all"})
     [answers] = workers.run(look, 1, file, list(changes))
-    for overrides, expected, told in zip(changes, changes.values(), answers, strict=True):
+    for overrides, expected, message in zip(changes, changes.values(), answers, strict=True):
         if expected:
-            assert expected in told, (overrides, told)
-            assert str(scored / "reference") in told and "delete this one" in told
+            assert expected in message, (overrides, message)
+            assert str(scored / "reference") in message and "delete this one" in message
         else:
-            assert told == "", (overrides, told)
+            assert message == "", (overrides, message)
 
 
 @pytest.mark.distributed
@@ -87,8 +87,8 @@ def test_a_layer_that_was_not_scored_is_named(tiny: Files, workers: Any, tmp_pat
 
     file = score_config(tiny, tmp_path / "run", objective={"layers": [2]})
     workers.run(score, 1, file)
-    [told] = workers.run(look, 1, file, [["objective.layers=[1,2,3]"]])
-    assert "it lacks layers 1, 3" in told[0]
+    [message] = workers.run(look, 1, file, [["objective.layers=[1,2,3]"]])
+    assert "it lacks layers 1, 3" in message[0]
 
 
 def _copy(model: Path, target: Path) -> Path:
@@ -109,6 +109,6 @@ def test_the_place_is_the_configured_one_or_in_the_output(tmp_path: Path) -> Non
     assert cache_directory(both) == Path("elsewhere")
 
 
-def test_no_place_is_told(tmp_path: Path) -> None:
+def test_no_place_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"reference\.cache.*no place"):
         cache_directory(_config(tmp_path, ""))

@@ -221,6 +221,6 @@ def test_a_pair_that_is_no_number_is_named_on_every_rank(
     tiny: Files, workers: Any, tmp_path: Path
 ) -> None:
     file = score_config(tiny, tmp_path / "run", layout={"pipeline": 2}, objective={"layers": "all"})
-    for told in workers.run(score_with_nan, 2, file):
-        assert "train.jsonl:7" in told
-        assert "rejected answer the log-probability nan at layer 2" in told
+    for message in workers.run(score_with_nan, 2, file):
+        assert "train.jsonl:7" in message
+        assert "rejected answer the log-probability nan at layer 2" in message

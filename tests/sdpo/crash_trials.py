@@ -111,8 +111,8 @@ def main(config: Path, output: Path, answers: Path, which: str, trials: int) -> 
         shutil.rmtree(output)
         ended = forked(killed, config, output, moment)
         again = forked(killed, config, output, sys.maxsize)
-        told = {"moment": moment, "at": calls[moment], "ended": ended, "again": again}
-        print(json.dumps({**told, **result(output)}), flush=True)
+        message = {"moment": moment, "at": calls[moment], "ended": ended, "again": again}
+        print(json.dumps({**message, **result(output)}), flush=True)
 
 
 def import_everything() -> None:

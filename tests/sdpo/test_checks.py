@@ -80,12 +80,12 @@ EARLY: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
 def test_what_can_be_known_is_told_before_anything_is_scored(
     tiny: Files, workers: Any, tmp_path: Path, name: str
 ) -> None:
-    output, (sections, kind, told) = tmp_path / "run", EARLY[name]
+    output, (sections, kind, message) = tmp_path / "run", EARLY[name]
     held_out = tmp_path / "held_out.jsonl"
     answer_words = 90 if kind is DataError else 3
     pair = {"prompt": "a?", "chosen": " b" * answer_words, "rejected": " c" * answer_words}
     held_out.write_text(json.dumps(pair) + "\n")
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         workers.run(run, 1, stepped_config(tiny, output, data={"eval": str(held_out)}, **sections))
     assert not (output / "first_model").exists()
 

@@ -56,8 +56,8 @@ def test_it_is_scored_once_at_every_layer_of_any_step(
     mine = table(output).query("step == 1").pair.to_numpy()
     assert set(one) == {1, 3, NUM_LAYERS}
     assert all(np.array_equal(one[layer], first[layer][mine]) for layer in one)
-    told = (output / "curriculum.md").read_text()
-    assert all(head in told for head in HEADS) and str(tiny.train) in told
+    message = (output / "curriculum.md").read_text()
+    assert all(head in message for head in HEADS) and str(tiny.train) in message
 
 
 def test_sources_are_lined_up_by_the_first_models_accuracy(

@@ -37,7 +37,7 @@ def test_there_may_be_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [0.01, 0.3, 0.6, 0.99])
-def test_a_byte_that_changed_is_told(tmp_path: Path, at: float) -> None:
+def test_a_byte_that_changed_is_reported(tmp_path: Path, at: float) -> None:
     write_manifest(tmp_path, FOUND)
     content = bytearray((tmp_path / FILE).read_bytes())
     content[int(at * len(content))] ^= 1
@@ -55,7 +55,7 @@ def test_another_version_is_told_which(tmp_path: Path, format_: int | None) -> N
         read_manifest(tmp_path)
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be written"):
         write_manifest(tmp_path / "missing", FOUND)
 
@@ -86,8 +86,8 @@ def test_what_has_not_begun_is_as_it_is_planned_now() -> None:
         (*PLANNED.steps[:2], other, record(4)),
         PLANNED.steps[:2],
     ):
-        told = continued(Path("x"), FOUND, replace(PLANNED, steps=steps))
-        assert told.steps == (*FOUND.steps[:2], *steps[2:])
+        message = continued(Path("x"), FOUND, replace(PLANNED, steps=steps))
+        assert message.steps == (*FOUND.steps[:2], *steps[2:])
 
 
 def test_a_source_of_a_begun_step_may_have_another_name() -> None:
@@ -162,14 +162,14 @@ REFUSED: dict[str, tuple[Manifest, str]] = {
 }
 
 
-@pytest.mark.parametrize(("planned", "told"), REFUSED.values(), ids=REFUSED)
-def test_what_was_done_otherwise_is_refused(planned: Manifest, told: str) -> None:
+@pytest.mark.parametrize(("planned", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_was_done_otherwise_is_refused(planned: Manifest, reason: str) -> None:
     with pytest.raises(CheckpointError) as raised:
         continued(Path("runs/x"), FOUND, planned)
     (problem,) = raised.value.problems
-    pairs = "pairs" in told
-    assert problem.place == f"runs/x/{FILE}"
-    assert problem.message == told
+    pairs = "pairs" in reason
+    assert problem.location == f"runs/x/{FILE}"
+    assert problem.message == reason
     assert problem.remedy.endswith(", or name another training.output")
     assert problem.remedy.startswith("use the data, seed and sdpo.order" if pairs else "keep it,")
 

@@ -23,7 +23,7 @@ LAYOUT = {"tensor": 2, "pipeline": 1, "context": 1}
 def train(root: str, planned: Manifest, number: int) -> list[Manifest]:
     """On a rank: the manifest after each transition of a step, as it is known here."""
     from megatron_idpo.checkpoint.snapshot_metadata import Snapshot
-    from megatron_idpo.convert.frozen_model import FixedModel
+    from megatron_idpo.convert.frozen_model import FrozenModel
     from megatron_idpo.mcore.parallel.world import barrier
     from megatron_idpo.sdpo.manifest_file import ManifestFile
 
@@ -36,7 +36,7 @@ def train(root: str, planned: Manifest, number: int) -> list[Manifest]:
     file = ManifestFile(Path(root), planned)
     noted()
     before = identity("model" if number == 1 else f"snapshot{number - 1}")
-    model = FixedModel(cast(Any, None), before)
+    model = FrozenModel(cast(Any, None), before)
     file.begun(number, model, model, LAYOUT)
     noted()
     whole = identity(f"snapshot{number}")
@@ -58,8 +58,8 @@ def clean(root: str, fields: dict[str, Any], dies: bool = False) -> Manifest:
     file = ManifestFile(Path(root), found)
     sdpo = SdpoConfig.model_validate({"steps": [{}] * len(found.steps), **fields})
     if dies:
-        place = "megatron_idpo.sdpo.manifest_file.delete_snapshot"
-        with mock.patch(place, side_effect=CheckpointError("killed")):
+        location = "megatron_idpo.sdpo.manifest_file.delete_snapshot"
+        with mock.patch(location, side_effect=CheckpointError("killed")):
             file.clean(sdpo)
     file.clean(sdpo)
     return file.manifest
@@ -113,7 +113,7 @@ def test_another_run_is_refused_on_every_rank_and_stays(workers, tmp_path):
         workers.run(train, 2, str(tmp_path), PLANNED, 1)
 
 
-def test_a_place_that_cannot_be_written_is_told(workers, tmp_path):
+def test_a_place_that_cannot_be_written_is_reported(workers, tmp_path):
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be written"):
         workers.run(train, 2, str(tmp_path / "missing"), PLANNED, 1)
 

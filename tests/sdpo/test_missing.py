@@ -31,11 +31,11 @@ def test_every_model_that_is_wanted_and_not_there(tmp_path: Path) -> None:
     assert missing_exports(config(tmp_path, True, False), tmp_path, now) == []
 
 
-def test_what_is_not_wanted_or_not_complete_is_not_told(tmp_path: Path) -> None:
+def test_what_is_not_wanted_or_not_complete_is_not_reported(tmp_path: Path) -> None:
     every = config(tmp_path, True, True)
     assert missing_exports(every, tmp_path, manifest("training", "pending")) == []
-    [told] = missing_exports(every, tmp_path, manifest("complete", "training"))
-    assert "step-1/hf; to make it" in told
+    [message] = missing_exports(every, tmp_path, manifest("complete", "training"))
+    assert "step-1/hf; to make it" in message
     none = config(tmp_path, False, False, export=False)
     assert missing_exports(none, tmp_path, manifest("complete", "complete")) == []
 
@@ -43,7 +43,9 @@ def test_what_is_not_wanted_or_not_complete_is_not_told(tmp_path: Path) -> None:
 def test_what_cannot_be_made_of_a_snapshot(tmp_path: Path) -> None:
     wanted = config(tmp_path, False)
     carried = manifest("complete", adapters="carry")
-    told = f"there is no {tmp_path / 'hf'}; the adapter for PEFT is in {tmp_path}/snapshots/step-1"
-    assert missing_exports(wanted, tmp_path, carried) == [told]
-    [told] = missing_exports(wanted, tmp_path, carried.with_step(1, is_removed=True))
-    assert told.endswith("snapshots/step-1, of which it could be made, has been removed")
+    message = (
+        f"there is no {tmp_path / 'hf'}; the adapter for PEFT is in {tmp_path}/snapshots/step-1"
+    )
+    assert missing_exports(wanted, tmp_path, carried) == [message]
+    [message] = missing_exports(wanted, tmp_path, carried.with_step(1, is_removed=True))
+    assert message.endswith("snapshots/step-1, of which it could be made, has been removed")

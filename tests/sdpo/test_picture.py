@@ -120,8 +120,8 @@ def test_a_long_name_keeps_its_end(tmp_path: Path, drawn: list[Figure]) -> None:
     name = "x" * 40 + "/b.jsonl"
     run = manifest(steps=(record(1, sources={name: 5}),), accuracy={name: 0.5})
     draw_curriculum(run, tmp_path / "c.png")
-    (told,) = [text.get_text() for text in drawn[0].axes[1].get_yticklabels()]
-    assert told.startswith("…x") and told.endswith("x/b.jsonl") and len(told) == 28
+    (message,) = [text.get_text() for text in drawn[0].axes[1].get_yticklabels()]
+    assert message.startswith("…x") and message.endswith("x/b.jsonl") and len(message) == 28
 
 
 def test_a_dollar_sign_is_no_formula(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -141,7 +141,7 @@ def test_its_size(tmp_path: Path) -> None:
             assert (panel[..., :3] < 1).any(axis=-1).mean() > 0.005  # not an empty sheet
 
 
-def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
-    told = r"training\.output: cannot write .*missing/c\.png: No such file.*; name a directory"
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    message = r"training\.output: cannot write .*missing/c\.png: No such file.*; name a directory"
+    with pytest.raises(ConfigError, match=message):
         draw_curriculum(manifest("pending"), tmp_path / "missing" / "c.png")

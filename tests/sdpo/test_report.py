@@ -44,8 +44,8 @@ def strictly(text: str) -> list[dict[str, Any]]:
 def test_steps_are_counted_on(tmp_path: Path) -> None:
     for number, last in ((1, 2), (2, 3), (3, 1)):
         write_metrics(tmp_path, number, ordinary(last, loss=number / 4))
-    told = strictly(metrics_of_all_steps(tmp_path, DONE))
-    assert [(one["step"], one["sdpo_step"], one.get("loss")) for one in told] == [
+    message = strictly(metrics_of_all_steps(tmp_path, DONE))
+    assert [(one["step"], one["sdpo_step"], one.get("loss")) for one in message] == [
         (0, 1, None),
         (1, 1, 0.25),
         (2, 1, 0.25),
@@ -54,8 +54,8 @@ def test_steps_are_counted_on(tmp_path: Path) -> None:
         (5, 2, 0.5),
         (6, 3, 0.75),
     ]
-    assert [one["step"] for one in told if "eval_loss" in one] == [0, 2, 5, 6]
-    assert all(next(iter(one)) == "step" and type(one["step"]) is int for one in told)
+    assert [one["step"] for one in message if "eval_loss" in one] == [0, 2, 5, 6]
+    assert all(next(iter(one)) == "step" and type(one["step"]) is int for one in message)
 
 
 def test_epochs_are_counted_on(tmp_path: Path) -> None:
@@ -63,38 +63,38 @@ def test_epochs_are_counted_on(tmp_path: Path) -> None:
     write_metrics(tmp_path, 1, [{"step": 1, "epoch": 0.5}, {"step": 4, "epoch": 2.0}])
     write_metrics(tmp_path, 2, [{"step": 0, "epoch": 0.0}, {"step": 2, "epoch": 0.5}, {"step": 3}])
     write_metrics(tmp_path, 3, [{"step": 1, "epoch": 1.0}])
-    told = strictly(metrics_of_all_steps(tmp_path, DONE))
-    assert [one.get("epoch") for one in told] == [0.5, 2.0, 2.5, None, 3.5]
+    message = strictly(metrics_of_all_steps(tmp_path, DONE))
+    assert [one.get("epoch") for one in message] == [0.5, 2.0, 2.5, None, 3.5]
 
 
-def test_only_complete_steps_are_told(tmp_path: Path) -> None:
+def test_only_complete_steps_are_reported(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         write_metrics(tmp_path, number, ordinary(2))
-    told = strictly(metrics_of_all_steps(tmp_path, manifest("complete", "training", "pending")))
-    assert {one["sdpo_step"] for one in told} == {1}
+    message = strictly(metrics_of_all_steps(tmp_path, manifest("complete", "training", "pending")))
+    assert {one["sdpo_step"] for one in message} == {1}
     assert metrics_of_all_steps(tmp_path, manifest("training", "pending")) == ""
 
 
 def test_a_step_without_metrics_is_passed_over(tmp_path: Path) -> None:
     write_metrics(tmp_path, 1, [])
     write_metrics(tmp_path, 3, ordinary(2))
-    told = strictly(metrics_of_all_steps(tmp_path, DONE))
-    assert [(one["step"], one["sdpo_step"]) for one in told] == [(0, 3), (1, 3), (2, 3)]
+    message = strictly(metrics_of_all_steps(tmp_path, DONE))
+    assert [(one["step"], one["sdpo_step"]) for one in message] == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_what_is_no_number_is_null_and_a_half_line_is_left_out(tmp_path: Path) -> None:
     write_metrics(tmp_path, 1, [{"step": 1, "loss": None, "grad_norm": 1.0}])
     with (tmp_path / "step-1" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "loss": 0.')
-    told = strictly(metrics_of_all_steps(tmp_path, DONE))
-    assert told == [{"step": 1, "loss": None, "grad_norm": 1.0, "sdpo_step": 1}]
+    message = strictly(metrics_of_all_steps(tmp_path, DONE))
+    assert message == [{"step": 1, "loss": None, "grad_norm": 1.0, "sdpo_step": 1}]
 
 
 def test_logged_steps_may_be_far_apart(tmp_path: Path) -> None:
     write_metrics(tmp_path, 1, [{"step": step, "loss": 0.5} for step in (1, 10, 15)])
     write_metrics(tmp_path, 2, [{"step": step, "loss": 0.5} for step in (1, 10)])
-    told = strictly(metrics_of_all_steps(tmp_path, DONE))
-    assert [one["step"] for one in told] == [1, 10, 15, 16, 25]
+    message = strictly(metrics_of_all_steps(tmp_path, DONE))
+    assert [one["step"] for one in message] == [1, 10, 15, 16, 25]
 
 
 def test_the_table_names_every_source_and_step() -> None:

@@ -341,8 +341,8 @@ def test_another_run_in_the_same_directory_is_refused(
         ({"sdpo": {"target": "first"}}, "sdpo.target = previous, not first"),
         ({"checkpoint": {"resume": "never"}}, "has a manifest already"),
     ]
-    for sections, told in changes:
-        with pytest.raises((CheckpointError, ConfigError), match=told):
+    for sections, message in changes:
+        with pytest.raises((CheckpointError, ConfigError), match=message):
             workers.run(run, 1, stepped_config(tiny, output, **sections))
 
 

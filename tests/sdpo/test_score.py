@@ -50,7 +50,7 @@ def test_more_layers_are_a_question_of_the_objective(
     assert set(cached_logps(output / "first_model")) == {1, 2, 3, NUM_LAYERS}
 
 
-def test_what_cannot_be_is_told(tiny: Files, workers: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_is_reported(tiny: Files, workers: Any, tmp_path: Path) -> None:
     file = stepped_config(tiny, tmp_path / "run")
     with pytest.raises(ConfigError, match="layer 9 does not exist"):
         workers.run(score, 1, file, "objective.layers=[9]")

@@ -63,7 +63,7 @@ def test_shares_are_a_partition(order, margin_P, weighed, are_equal, seed):
         slices = dealt(sdpo, margin_P, seed=seed)
     except DataError as error:
         (problem,) = error.problems
-        index = int(problem.place.removeprefix("sdpo.steps."))
+        index = int(problem.location.removeprefix("sdpo.steps."))
         assert wanted[index] <= 1 + ROUNDING
         return
     assert sorted(pair for slice_K in slices for pair in slice_K) == list(range(len(margin_P)))
@@ -216,6 +216,6 @@ def test_a_step_without_pairs_is_named(sdpo, sources, index, remedy):
     with pytest.raises(DataError) as raised:
         dealt(sdpo, [1.0] * len(sources), sources)
     (problem,) = raised.value.problems
-    assert problem.place == f"sdpo.steps.{index}"
+    assert problem.location == f"sdpo.steps.{index}"
     assert problem.message == f"gets none of the {len(sources)} pairs"
     assert problem.remedy.startswith(remedy)

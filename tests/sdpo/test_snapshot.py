@@ -49,13 +49,13 @@ def write(file: str, directory: Path, carry: bool) -> tuple[Any, dict[str, Tenso
 
 def read(model: str, directory: Path, identity: str, layout: Layout) -> dict[str, Tensor]:
     """On every rank: the weights of a snapshot that was opened, its adapter left out."""
-    from megatron_idpo.convert.frozen_model import FixedModel
+    from megatron_idpo.convert.frozen_model import FrozenModel
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
     from megatron_idpo.convert.model_source import load_base, open_model
     from megatron_idpo.mcore.model.build import build_model
     from megatron_idpo.sdpo.snapshot import open_snapshot
 
-    first = FixedModel.of(open_model(model))
+    first = FrozenModel.of(open_model(model))
     opened = open_snapshot(directory, identity, first)
     assert opened.identity == identity
     layout.start()
@@ -157,10 +157,10 @@ def test_every_changed_or_missing_file_is_named(
 def test_an_added_file_is_named(tiny: Files, workers: Any, tmp_path: Path, merged: Any) -> None:
     copy = shutil.copytree(merged[0], tmp_path / "copy")
     (copy / "huggingface" / "vocab.json").write_text("{}")
-    told = r"huggingface/vocab\.json: is none of the files"
-    with pytest.raises(CheckpointError, match=told):
+    message = r"huggingface/vocab\.json: is none of the files"
+    with pytest.raises(CheckpointError, match=message):
         workers.run(read, 2, str(tiny.model), copy, merged[1].identity, Layout())
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         workers.run(to_hf, 1, copy, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

@@ -12,9 +12,9 @@ from megatron_idpo.sdpo.manifest import FILE, Manifest, write_manifest
 from megatron_idpo.sdpo.retention import snapshot_directory
 from megatron_idpo.sdpo.status import (
     check_snapshot,
+    format_snapshot,
     identities,
     main,
-    snapshot_told,
     snapshots_there,
     what_is_next,
 )
@@ -102,11 +102,11 @@ NEXT: dict[str, tuple[Manifest, list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("now", "there", "told"), NEXT.values(), ids=NEXT)
-def test_what_is_next(tmp_path: Path, now: Manifest, there: list[str], told: str) -> None:
+@pytest.mark.parametrize(("now", "there", "message"), NEXT.values(), ids=NEXT)
+def test_what_is_next(tmp_path: Path, now: Manifest, there: list[str], message: str) -> None:
     for name in there:
         (tmp_path / name).mkdir(parents=True)
-    assert what_is_next(tmp_path, now) == told
+    assert what_is_next(tmp_path, now) == message
 
 
 def test_the_chain_can_be_followed() -> None:
@@ -120,7 +120,7 @@ def test_the_chain_can_be_followed() -> None:
     assert identities(manifest("pending", adapters=None, target="first")) == [
         "first model model0000000 (some/model); target first"
     ]
-    assert snapshot_told(record(1, "complete", is_removed=True)).endswith("(269.0 MB), removed")
+    assert format_snapshot(record(1, "complete", is_removed=True)).endswith("(269.0 MB), removed")
 
 
 def test_snapshots_that_should_be_there() -> None:
@@ -136,12 +136,12 @@ def test_a_run_is_shown_and_not_touched(
     root = write_run(tmp_path / "run", now)
     before = listing(root)
     assert main(root, check=check) == 0
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     assert listing(root) == before
-    assert "0.75 [0.60, 0.86]" in told
+    assert "0.75 [0.60, 0.86]" in message
     for line in (*identities(now), f"next: {what_is_next(root, now)}"):
-        assert line in told.splitlines()
-    checked = [line for line in told.splitlines() if "every byte" in line]
+        assert line in message.splitlines()
+    checked = [line for line in message.splitlines() if "every byte" in line]
     assert checked == ["step 2: every byte of its snapshot is as it was written"] * check
 
 
@@ -191,7 +191,7 @@ def test_what_was_added_is_named(tmp_path: Path, name: str) -> None:
         main(root, check=True)
 
 
-def test_another_snapshot_is_told(tmp_path: Path) -> None:
+def test_another_snapshot_is_reported(tmp_path: Path) -> None:
     directory = write_snapshot(tmp_path, 2)
     check_snapshot(directory, identity("snapshot2"))
     with pytest.raises(CheckpointError, match=r"step-2: is another snapshot than the manifest"):
@@ -201,12 +201,12 @@ def test_another_snapshot_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing", "empty"])
 def test_a_directory_of_no_such_run(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    told = rf"{name}: is no run of several steps: there is no manifest\.json; name the training"
-    with pytest.raises(ConfigError, match=told):
+    message = rf"{name}: is no run of several steps: there is no manifest\.json; name the training"
+    with pytest.raises(ConfigError, match=message):
         main(tmp_path / name, check=False)
 
 
-def test_a_changed_manifest_is_told(tmp_path: Path) -> None:
+def test_a_changed_manifest_is_reported(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", manifest("complete"))
     path = root / FILE
     path.write_bytes(path.read_bytes().replace(b"complete", b"pending"))

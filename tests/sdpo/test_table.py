@@ -11,9 +11,9 @@ from megatron_idpo.sdpo.table import (
     HEADS,
     NOTHING,
     cells,
+    format_size,
     markdown,
     short_identity,
-    size_told,
     terminal_table,
 )
 
@@ -78,8 +78,8 @@ def test_it_fits_a_terminal() -> None:
     rows = cells(now)
     assert len(lines) <= len(rows) + 2
     for row, line in zip(rows, lines[-len(rows) :], strict=True):
-        told = "".join(row[:7]).replace(" ", "")
-        assert line.replace(" ", "") == told
+        message = "".join(row[:7]).replace(" ", "")
+        assert line.replace(" ", "") == message
     words = " ".join(lines[: -len(rows)]).split()
     assert all(word in words for head in HEADS[:7] for word in head.split())
 
@@ -97,7 +97,7 @@ def test_markdown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size_bytes", "told"),
+    ("size_bytes", "message"),
     [
         (0, "0 bytes"),
         (999, "999 bytes"),
@@ -107,8 +107,8 @@ def test_markdown() -> None:
         (1_400_000_000_000, "1400.0 GB"),
     ],
 )
-def test_sizes(size_bytes: int, told: str) -> None:
-    assert size_told(size_bytes) == told
+def test_sizes(size_bytes: int, message: str) -> None:
+    assert format_size(size_bytes) == message
 
 
 def test_short_identities() -> None:

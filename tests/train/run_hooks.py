@@ -160,7 +160,7 @@ class Break:
     def __call__(self, found: dict[str, Any]) -> Iterator[None]:
         from megatron_idpo.checkpoint import store as checkpoints
 
-        ordinary = checkpoints.write_boxes
+        ordinary = checkpoints.write_chunks
 
         def slow(*args: Any, **kwargs: Any) -> None:
             time.sleep(self.save_s)
@@ -171,7 +171,7 @@ class Break:
                 raise ConfigError.at("training.output", "is full")
 
         broken = _after("train.report:Report", "step", also)
-        with broken, patch.object(checkpoints, "write_boxes", slow):
+        with broken, patch.object(checkpoints, "write_chunks", slow):
             yield
 
 

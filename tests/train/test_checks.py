@@ -27,11 +27,11 @@ def config(tmp_path):
     return make
 
 
-def places(config: RunConfig, world_size: int = 1) -> list[str]:
+def locations(config: RunConfig, world_size: int = 1) -> list[str]:
     """What is found wrong, by place."""
     with pytest.raises(ConfigError) as raised:
         check_against_model(config, LLAMA, world_size)
-    return [problem.place for problem in raised.value.problems]
+    return [problem.location for problem in raised.value.problems]
 
 
 def test_nothing_is_wrong(config):
@@ -41,7 +41,7 @@ def test_nothing_is_wrong(config):
 
 
 @pytest.mark.parametrize(
-    ("sections", "place"),
+    ("sections", "location"),
     [
         ({"objective": {"layers": [4]}}, "objective.layers"),
         ({"objective": {"layers": [0]}}, "objective.layers"),
@@ -50,18 +50,18 @@ def test_nothing_is_wrong(config):
         ({"model": {"dtype": "fp16"}}, "model.dtype"),
     ],
 )
-def test_what_this_model_cannot_do(config, sections, place):
-    found = places(config(**sections), world_size=3 if "layout" in sections else 1)
-    assert any(one.startswith(place) for one in found), found
+def test_what_this_model_cannot_do(config, sections, location):
+    found = locations(config(**sections), world_size=3 if "layout" in sections else 1)
+    assert any(one.startswith(location) for one in found), found
 
 
 def test_a_logger_that_is_not_installed(config, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    assert places(config(logging={"wandb": {"project": "p"}})) == ["logging.wandb"]
+    assert locations(config(logging={"wandb": {"project": "p"}})) == ["logging.wandb"]
 
 
 def test_all_mistakes_together(config):
-    found = places(config(model={"dtype": "fp16"}, objective={"layers": [9]}), world_size=1)
+    found = locations(config(model={"dtype": "fp16"}, objective={"layers": [9]}), world_size=1)
     assert set(found) == {"model.dtype", "objective.layers"}
 
 
@@ -89,7 +89,7 @@ def test_what_may_change(config, changes):
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "told"),
+    ("before", "now", "reason"),
     [
         ({}, {"objective": {"beta": 0.5}}, "objective.beta = 0.3, not 0.5"),
         ({}, {"objective": {"layers": [1]}}, "objective.layers = [1, 3], not [1]"),
@@ -100,13 +100,13 @@ def test_what_may_change(config, changes):
         ({}, {"lora": LORA}, "lora.rank = None, not 4"),
     ],
 )
-def test_what_is_learnt_may_not(config, before, now, told):
+def test_what_is_learnt_may_not(config, before, now, reason):
     reference = {"reference": {"source": "none"}}
     problems = check_same_training(
         saved(config(**before, **reference)), config(**now, **reference), "step-3"
     )
-    assert any(problem.message == f"was written with {told}" for problem in problems), problems
-    assert all(problem.place == "step-3" and problem.remedy for problem in problems)
+    assert any(problem.message == f"was written with {reason}" for problem in problems), problems
+    assert all(problem.location == "step-3" and problem.remedy for problem in problems)
 
 
 def test_whether_there_is_a_reference_may_not_change_either(config):

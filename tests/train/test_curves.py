@@ -75,8 +75,8 @@ def test_what_is_drawn(tmp_path, drawn):
     assert margins.lines[-2].get_ydata() == pytest.approx(  # zero is a line of the panel's own
         [0.0, 1.0]
     )
-    told = [text.get_text() for text in accuracies.get_legend().get_texts()]
-    assert told == ["held out, final layer, 95% interval of 40 pairs"]
+    message = [text.get_text() for text in accuracies.get_legend().get_texts()]
+    assert message == ["held out, final layer, 95% interval of 40 pairs"]
     # Before training there is no accuracy on held-out pairs.
     assert accuracies.containers[0][0].get_xdata().tolist() == [3]
     assert [len(line.get_xdata()) for line in (*optimizer.lines, *rate.lines)] == [3, 3]
@@ -139,7 +139,7 @@ def test_layers_have_colours_of_their_own():
     assert list(layer_colours([22])) == [22]
 
 
-def test_what_cannot_be_drawn_is_told(tmp_path):
+def test_what_cannot_be_drawn_is_reported(tmp_path):
     empty = tmp_path / "metrics.jsonl"
     empty.touch()
     with pytest.raises(DataError, match=r"metrics\.jsonl: has no metrics to draw"):

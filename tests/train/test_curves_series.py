@@ -25,7 +25,8 @@ def test_ties_are_no_accuracy(prefix):
     names = (f"{prefix}rewards/accuracies", f"{prefix}rewards/margins")
     values = [(0.0, 0.0), (0.0, -1.0), (0.5, 1e-3), (0.1, -3e-8)]
     records = [
-        {"step": 1.0 + n, **dict(zip(names, told, strict=True))} for n, told in enumerate(values)
+        {"step": 1.0 + n, **dict(zip(names, message, strict=True))}
+        for n, message in enumerate(values)
     ]
     assert Series.of(records, names[0]).steps_S.tolist() == [2.0, 3.0]
     assert Series.of(records, names[1]).steps_S.tolist() == [1.0, 2.0, 3.0, 4.0]
@@ -80,8 +81,8 @@ def test_the_extent_hides_no_spike():
 
 def test_held_out_accuracy_has_its_interval_where_it_means_something():
     def record(step: float, accuracy: float, margin: float, pairs: float | None) -> dict:
-        told = {"eval_rewards/accuracies": accuracy, "eval_rewards/margins": margin}
-        return {"step": step, **told, **({} if pairs is None else {"eval_pairs": pairs})}
+        message = {"eval_rewards/accuracies": accuracy, "eval_rewards/margins": margin}
+        return {"step": step, **message, **({} if pairs is None else {"eval_pairs": pairs})}
 
     records = [record(0, 0, 0, 40), {"step": 5.0}, record(10, 0.7, 1, 40), record(20, 0.8, 1, None)]
     found = HeldOutAccuracy.of(records)

@@ -68,8 +68,8 @@ def test_adapters_are_merged_and_kept(tiny, workers, tmp_path):
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert len(changed) == 7 * 4 and all("_proj" in name for name in changed)
     for name in changed:
-        place = f"base_model.model.{name.removesuffix('.weight')}"
-        delta = 2.0 * adapter[f"{place}.lora_B.weight"] @ adapter[f"{place}.lora_A.weight"]
+        location = f"base_model.model.{name.removesuffix('.weight')}"
+        delta = 2.0 * adapter[f"{location}.lora_B.weight"] @ adapter[f"{location}.lora_A.weight"]
         torch.testing.assert_close(merged[name], base[name] + delta, rtol=0, atol=1e-6)
     settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tiny.model) and settings["r"] == 4
@@ -99,8 +99,8 @@ def lost_template(file: str) -> str:
 def test_a_template_that_is_gone_is_told_on_all_ranks(tiny, workers, tmp_path):
     (tmp_path / "template.jinja").write_text(TEMPLATE)
     data = {"chat_template": str(tmp_path / "template.jinja")}
-    told = workers.run(lost_template, 2, write_config(tiny, tmp_path / "run", data=data))
-    assert all("cannot read '/nowhere/template.jinja'" in one for one in told)
+    message = workers.run(lost_template, 2, write_config(tiny, tmp_path / "run", data=data))
+    assert all("cannot read '/nowhere/template.jinja'" in one for one in message)
     assert not (tmp_path / "run" / "hf").exists()
 
 

@@ -41,9 +41,9 @@ def judge(bad: dict[int, list[int]], **sums: float) -> str:
     outputs = []
     for index, row in enumerate(rows):
         loss_P = torch.zeros(len(row.pair_index_P))
-        for place, pair in enumerate(row.pair_index_P.tolist()):
+        for location, pair in enumerate(row.pair_index_P.tolist()):
             if pair in bad.get(rank, []):
-                loss_P[place] = NAN
+                loss_P[location] = NAN
         outputs += [LayerOutput(layer, index, loss_P, None, loss_P) for layer in (1, 2)]
     try:
         refuse_bad_losses(metrics(**sums), outputs, rows, 7, "file:{}".format)
@@ -59,26 +59,26 @@ def test_all_is_well(workers):
 
 @pytest.mark.distributed
 def test_every_rank_hears_of_all_pairs(workers):
-    told = workers.run(judge, 2, {0: [2, 1], 1: [10]}, loss_1=NAN, margins_1=INF, loss_2=NAN)
+    message = workers.run(judge, 2, {0: [2, 1], 1: [10]}, loss_1=NAN, margins_1=INF, loss_2=NAN)
     expected = (
         "step 7: NaN or infinite at layer 1 (loss, rewards/margins); layer 2 (loss), "
         "in the pairs file:1, file:2, file:10; lower optimizer.lr, warm up longer, or compute in "
         "fp32 (model.dtype)"
     )
-    assert told == [expected] * 2
+    assert message == [expected] * 2
 
 
 @pytest.mark.distributed
 def test_of_many_pairs_the_first_are_named(workers):
-    (told, _) = workers.run(judge, 2, {0: [0, 1, 2], 1: [10, 11, 12]}, loss_2=INF)
-    assert "file:0, file:1, file:2, file:10, file:11 and 1 more;" in told
-    assert "layer 1" not in told
+    (message, _) = workers.run(judge, 2, {0: [0, 1, 2], 1: [10, 11, 12]}, loss_2=INF)
+    assert "file:0, file:1, file:2, file:10, file:11 and 1 more;" in message
+    assert "layer 1" not in message
 
 
 @pytest.mark.distributed
 def test_where_only_a_metric_is_infinite_no_pair_is_named(workers):
-    (told,) = workers.run(judge, 1, {}, margins_2=INF)
-    assert "at layer 2 (rewards/margins); lower" in told
+    (message,) = workers.run(judge, 1, {}, margins_2=INF)
+    assert "at layer 2 (rewards/margins); lower" in message
 
 
 @pytest.mark.parametrize("norm", [NAN, INF])

@@ -42,36 +42,36 @@ def test_the_beginning(ended, tiny):
 
 
 @pytest.mark.parametrize(
-    ("training", "told"),
+    ("training", "message"),
     [
         ({"max_steps": None}, "3 steps of 7 pairs, 3 pairs left over"),
         ({"max_steps": 3}, "3 steps of 7 pairs, 3 pairs left over"),
         ({"max_steps": 2}, "2 steps of 7 pairs"),  # it never comes to them
     ],
 )
-def test_pairs_that_fill_no_batch(ended, training, told):
+def test_pairs_that_fill_no_batch(ended, training, message):
     training |= {"epochs": 1, "global_batch_pairs": 7, "export": False}
     outcome, _ = ended(training=training)
-    assert outcome.printed.splitlines()[0] == f"24 pairs to train on, 0 held out; {told}"
+    assert outcome.printed.splitlines()[0] == f"24 pairs to train on, 0 held out; {message}"
 
 
-def test_text_that_goes_without_a_chat_template_is_told(ended):
-    told = "data: 24 pairs are text, trained without the chat template"
+def test_text_that_goes_without_a_chat_template_is_reported(ended):
+    message = "data: 24 pairs are text, trained without the chat template"
     short = {"export": False}
-    for format, is_told in (("auto", True), ("text", False)):
+    for format, is_reported in (("auto", True), ("text", False)):
         data = {"chat_template": TEMPLATE, "format": format}
         outcome, _ = ended(data=data, training=short)
-        assert (told in outcome.printed) == is_told
+        assert (message in outcome.printed) == is_reported
     assert "data:" not in ended(training=short)[0].printed
 
 
 def test_a_run_that_does_not_start_at_its_reference_says_so(ended):
-    told = "reference: the model without lora.adapter; no start check"
+    message = "reference: the model without lora.adapter; no start check"
     first, output = ended(lora=LORA)
     assert "start check passed" in first.printed and "reference:" not in first.printed
     adapter = {"adapter": str(output / "adapter")}
     second, _ = ended(lora=LORA | adapter, training={"export": False})
-    assert told in second.printed.splitlines() and "start check passed" not in second.printed
+    assert message in second.printed.splitlines() and "start check passed" not in second.printed
     third, _ = ended(lora=LORA | adapter, training={"export": False}, reference={"source": "none"})
     assert "reference:" not in third.printed
 
@@ -88,18 +88,18 @@ def test_plain_dpo_of_all_weights(ended):
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 def test_the_paths_exist_and_the_command_speaks(ended, capsys, chat):
     outcome, output = ended(lora=LORA, **({"data": {"chat_template": TEMPLATE}} if chat else {}))
-    told = dict(
+    message = dict(
         line.split(maxsplit=1)
         for line in outcome.printed.splitlines()
         if line.startswith(("curves ", "metrics ", "model ", "adapter "))
     )
-    assert told == {
+    assert message == {
         "curves": str(output / "curves.png"),
         "metrics": str(output / "metrics.jsonl"),
         "model": str(output / "hf"),
         "adapter": str(output / "adapter"),
     }
-    assert all(Path(path).exists() for path in told.values())
+    assert all(Path(path).exists() for path in message.values())
     python, option, code = shlex.split(outcome.printed.splitlines()[-1])
     assert (python, option) == ("python", "-c")
     assert ("role" in code) == chat

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from megatron_idpo.train.logging.line import (
-    accuracy_told,
     clock_time,
     evaluation_line,
+    format_accuracy,
     short,
     training_line,
 )
@@ -70,7 +70,7 @@ def test_plain_dpo_has_one_loss():
     assert "| loss 0.6213 | margin" in training_line(20, 200, values)
 
 
-def test_of_many_layers_the_range_is_told():
+def test_of_many_layers_the_range_is_reported():
     values = VALUES | {f"layer_{layer}/loss": 0.5 + layer / 100 for layer in (4, 8, 28)}
     assert "(L4..L28 0.54-0.78, final 0.62)" in training_line(20, 200, values)
     two = VALUES | {"layer_4/loss": 0.5}
@@ -102,20 +102,20 @@ def test_held_out_pairs():
 def test_rounding_is_a_tie():
     """Of 400 equal pairs, a few differ in the last digit: that is neither 0 % nor 1 % accurate."""
     for accuracy, margin in ((0.0, -3e-8), (0.01, 2e-7), (0.5, 0.0)):
-        assert accuracy_told(accuracy, margin, 400) == "tied"
-    assert accuracy_told(0.0, -0.01, 400).startswith("0.00 [0.00")
-    assert accuracy_told(0.6, 2e-4, None) == "0.60"
+        assert format_accuracy(accuracy, margin, 400) == "tied"
+    assert format_accuracy(0.0, -0.01, 400).startswith("0.00 [0.00")
+    assert format_accuracy(0.6, 2e-4, None) == "0.60"
 
 
 def test_before_training_all_pairs_are_tied():
     values = EVALUATED | {"eval_rewards/margins": 0.0, "eval_rewards/accuracies": 0.0}
     assert "margin +0.000 acc tied |" in evaluation_line(0, 200, values, seconds=1.0)
-    assert accuracy_told(0.0, -0.5, 40) == "0.00 [0.00, 0.09]"
-    assert accuracy_told(0.5, None, None) == "0.50"
+    assert format_accuracy(0.0, -0.5, 40) == "0.00 [0.00, 0.09]"
+    assert format_accuracy(0.5, None, None) == "0.50"
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         (0.004, "0.00"),
         (9.994, "9.99"),
@@ -129,12 +129,12 @@ def test_before_training_all_pairs_are_tied():
         (123_456_789, "123M"),
     ],
 )
-def test_short_numbers(value, told):
-    assert short(value) == told
+def test_short_numbers(value, message):
+    assert short(value) == message
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "message"),
     [
         (0.4, "0:00"),
         (59.6, "1:00"),
@@ -143,5 +143,5 @@ def test_short_numbers(value, told):
         (183_600, "2d 03:00"),
     ],
 )
-def test_clock_times(seconds, told):
-    assert clock_time(seconds) == told
+def test_clock_times(seconds, message):
+    assert clock_time(seconds) == message

@@ -39,7 +39,7 @@ def test_a_run_that_starts_again_has_no_old_points(tmp_path):
 def test_its_absence_is_told_with_the_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (problem,) = tensorboard_problems()
-    assert problem.place == "logging.tensorboard"
+    assert problem.location == "logging.tensorboard"
     assert 'pip install "megatron-idpo[tensorboard]"' in problem.remedy
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or None)
     assert tensorboard_problems() == []

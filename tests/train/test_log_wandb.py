@@ -58,8 +58,8 @@ def test_values_and_settings(runs, tmp_path):
     logger.log(10, {"loss": 0.5, "eval_rewards/margins": 1.0})
     logger.close()
     (run,) = runs
-    told = {name: run.settings[name] for name in ("project", "name", "entity", "mode", "config")}
-    assert told == {
+    message = {name: run.settings[name] for name in ("project", "name", "entity", "mode", "config")}
+    assert message == {
         "project": "idpo",
         "name": "night",
         "entity": "team",
@@ -98,7 +98,7 @@ def test_a_refusal_is_the_users_to_mend(runs, tmp_path):
 def test_its_absence_is_told_with_the_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (problem,) = wandb_problems()
-    assert problem.place == "logging.wandb"
+    assert problem.location == "logging.wandb"
     assert 'pip install "megatron-idpo[wandb]"' in problem.remedy
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or None)
     assert wandb_problems() == []

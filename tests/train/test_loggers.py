@@ -52,8 +52,8 @@ def test_what_is_asked_for_is_opened_and_closed_when_another_fails(tmp_path, mon
         notes.append((directory, resumed_step))
         return Noting(notes, "tensorboard")
 
-    def wandb(output: Path, settings: WandbConfig, **told: object) -> Noting:
-        notes.append((output, settings.project, told))
+    def wandb(output: Path, settings: WandbConfig, **message: object) -> Noting:
+        notes.append((output, settings.project, message))
         raise ConfigError("no account")
 
     monkeypatch.setattr(loggers, "TensorBoardLogger", tensorboard)
@@ -81,5 +81,5 @@ def test_only_what_is_asked_for_has_to_be_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert logger_problems(LoggingConfig()) == []
     both = LoggingConfig(tensorboard=True, wandb=WandbConfig(project="p"))
-    places = [problem.place for problem in logger_problems(both)]
-    assert places == ["logging.tensorboard", "logging.wandb"]
+    locations = [problem.location for problem in logger_problems(both)]
+    assert locations == ["logging.tensorboard", "logging.wandb"]

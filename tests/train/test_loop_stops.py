@@ -71,13 +71,13 @@ def test_a_loss_that_is_no_number_is_told_with_its_pair(
         checkpoint={"every_steps": 1},
     )
     spoil = Spoil(EMBEDDING, NAN, row=odd_token, before_step=bad)
-    told = refused(TrainingError, workers, processes, file, spoil)
-    assert told.startswith(f"step {bad}: NaN or infinite at layer 1 (loss")
-    assert "; layer 3 (loss" in told and "; layer 4 (loss" in told
-    assert f"in the pairs {tiny.train}:{ODD_PAIR + 1};" in told
-    assert "lower optimizer.lr" in told
+    message = refused(TrainingError, workers, processes, file, spoil)
+    assert message.startswith(f"step {bad}: NaN or infinite at layer 1 (loss")
+    assert "; layer 3 (loss" in message and "; layer 4 (loss" in message
+    assert f"in the pairs {tiny.train}:{ODD_PAIR + 1};" in message
+    assert "lower optimizer.lr" in message
     saved = tmp_path / "run" / "checkpoints" / f"step-{bad - 1:08d}"
-    assert told.endswith(f"last checkpoint: {saved}") and saved.is_dir()
+    assert message.endswith(f"last checkpoint: {saved}") and saved.is_dir()
 
     outcomes = workers.run(run, processes, file, CountSteps())
     assert outcomes[0].found["steps"] == list(range(bad, STEPS + 1))
@@ -87,26 +87,26 @@ def test_a_loss_that_is_no_number_is_told_with_its_pair(
 def test_only_the_layers_that_are_wrong_are_named(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run")
     spoil = Spoil("decoder.layers.1.mlp.linear_fc2.weight", NAN, before_step=3)
-    told = refused(TrainingError, workers, 1, file, spoil)
-    assert told.startswith("step 3: NaN or infinite at layer 3 (loss")
-    assert "layer 4 (" in told and "layer 1 (" not in told
-    assert told.count("train.jsonl:") == 5 and "and 1 more" in told
-    assert told.endswith("nothing was saved yet")
+    message = refused(TrainingError, workers, 1, file, spoil)
+    assert message.startswith("step 3: NaN or infinite at layer 3 (loss")
+    assert "layer 4 (" in message and "layer 1 (" not in message
+    assert message.count("train.jsonl:") == 5 and "and 1 more" in message
+    assert message.endswith("nothing was saved yet")
 
 
 def test_a_learning_rate_beyond_reason_ends_in_the_second_step(tiny, workers, tmp_path):
     optimizer = {"lr": 1e30, "warmup_steps": 0, "schedule": "constant"}
     file = write_config(tiny, tmp_path / "run", optimizer=optimizer)
-    told = refused(TrainingError, workers, 1, file)
-    assert told.startswith("step 2: NaN or infinite at layer")
+    message = refused(TrainingError, workers, 1, file)
+    assert message.startswith("step 2: NaN or infinite at layer")
 
 
 @pytest.mark.parametrize(
-    ("held_out", "told"),
+    ("held_out", "message"),
     [(True, "evaluation after step 1: the held-out pairs are NaN"), (False, "step 1: the update")],
 )
 def test_what_the_last_step_has_spoilt_is_neither_saved_nor_exported(
-    tiny, workers, tmp_path, held_out, told
+    tiny, workers, tmp_path, held_out, message
 ):
     """No step comes after it that would find out."""
     sections: dict[str, Any] = {
@@ -118,15 +118,15 @@ def test_what_the_last_step_has_spoilt_is_neither_saved_nor_exported(
     said = refused(
         TrainingError, workers, 1, write_config(tiny, tmp_path / "run", **sections), *hooks
     )
-    assert said.startswith(told) and said.endswith("nothing was saved yet")
+    assert said.startswith(message) and said.endswith("nothing was saved yet")
     assert not (tmp_path / "run" / "hf").exists()
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_what_was_being_saved_is_complete_after_an_error(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run", checkpoint={"every_steps": 2})
-    told = refused(ConfigError, workers, 1, file, Break(step=3, save_s=1.0))
-    assert told == "training.output: is full"
+    message = refused(ConfigError, workers, 1, file, Break(step=3, save_s=1.0))
+    assert message == "training.output: is full"
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
     (outcome,) = workers.run(run, 1, file, CountSteps())
     assert outcome.found["steps"] == list(range(3, STEPS + 1))
@@ -147,10 +147,10 @@ def test_a_policy_that_is_not_the_reference_is_told_by_layer(
     tiny, workers, tmp_path, sections, spoil
 ):
     file = write_config(tiny, tmp_path / "run", **sections)
-    told = refused(TrainingError, workers, 2, file, spoil)
-    assert told.startswith("start check: policy and reference should be equal")
-    assert "0.693147" in told and "layer 3: loss" in told and "layer 4: loss" in told
-    assert "layer 1:" not in told and "training.start_check" in told
+    message = refused(TrainingError, workers, 2, file, spoil)
+    assert message.startswith("start check: policy and reference should be equal")
+    assert "0.693147" in message and "layer 3: loss" in message and "layer 4: loss" in message
+    assert "layer 1:" not in message and "training.start_check" in message
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
@@ -211,32 +211,32 @@ REFUSED: dict[str, tuple[dict[str, Any], type[UserError], tuple[str, ...]]] = {
 def test_what_cannot_work_is_refused_before_a_weight_is_read(tiny, workers, tmp_path, name):
     sections, kind, words = REFUSED[name]
     file = write_config(tiny, tmp_path / "run", **sections)
-    told = refused(kind, workers, 1, file, NoWeights())
-    assert all(word in told for word in words), told
+    message = refused(kind, workers, 1, file, NoWeights())
+    assert all(word in message for word in words), message
 
 
 def test_a_tokenizer_of_another_model(tiny, workers, tmp_path):
     small = write_tiny_hf_model(tmp_path / "small", "llama", **{**SIZES, "vocab_size": 260})
     model = {"path": str(small), "tokenizer": str(tiny.model)}
     file = write_config(tiny, tmp_path / "run", model=model)
-    told = refused(ConfigError, workers, 1, file, NoWeights())
-    assert told.startswith("model.tokenizer: token ") and "vocabulary ends at 259" in told
+    message = refused(ConfigError, workers, 1, file, NoWeights())
+    assert message.startswith("model.tokenizer: token ") and "vocabulary ends at 259" in message
 
 
 def test_an_output_that_cannot_be_written(tiny, workers, tmp_path):
     (tmp_path / "file").write_text("")
     training = {"output": str(tmp_path / "file" / "run")}
     file = write_config(tiny, tmp_path / "run", training=training)
-    told = refused(ConfigError, workers, 2, file, NoWeights())
-    assert f"training.output: {tmp_path / 'file' / 'run'} cannot be written" in told
+    message = refused(ConfigError, workers, 2, file, NoWeights())
+    assert f"training.output: {tmp_path / 'file' / 'run'} cannot be written" in message
 
 
 def test_an_output_that_another_run_has(tiny, workers, tmp_path):
     (tmp_path / "run").mkdir()
     file = write_config(tiny, tmp_path / "run")
     with locked(tmp_path / "run" / ".lock"):
-        told = refused(ConfigError, workers, 2, file, NoWeights())
-    assert "training.output" in told and "is being written by another run" in told
+        message = refused(ConfigError, workers, 2, file, NoWeights())
+    assert "training.output" in message and "is being written by another run" in message
 
 
 # ---- refused on resuming ------------------------------------------------------------------------
@@ -266,9 +266,9 @@ def test_a_run_that_learns_something_else_does_not_go_on(tiny, workers, two_step
     changes, words = CHANGED[name]
     before = (two_steps / "config.yaml").read_bytes()
     file = write_config(tiny, two_steps, **{"lora": LORA, **changes})
-    told = refused(UserError, workers, 1, file, NoWeights())
-    assert all(word in told for word in words), told
-    assert "output" in told or "resume with" in told, told
+    message = refused(UserError, workers, 1, file, NoWeights())
+    assert all(word in message for word in words), message
+    assert "output" in message or "resume with" in message, message
     assert (two_steps / "config.yaml").read_bytes() == before
     assert (two_steps / "checkpoints" / "step-00000002").is_dir()
 
@@ -277,8 +277,8 @@ def test_a_run_of_another_model_does_not_go_on(tiny, workers, two_steps, tmp_pat
     other = write_tiny_hf_model(tmp_path / "other", "llama", seed=9, **SIZES)
     model = {"path": str(other), "tokenizer": str(tiny.model)}
     file = write_config(tiny, two_steps, lora=LORA, model=model)
-    told = refused(CheckpointError, workers, 1, file, NoWeights())
-    assert "another base model" in told and "step-00000002" in told
+    message = refused(CheckpointError, workers, 1, file, NoWeights())
+    assert "another base model" in message and "step-00000002" in message
 
 
 def test_what_may_change_may_change(tiny, workers, two_steps):

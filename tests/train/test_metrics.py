@@ -69,13 +69,13 @@ def reduced(
     """This rank's reduction, and the collectives it took."""
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.parallel.groups import data_parallel_size, this_place
+    from megatron_idpo.mcore.parallel.groups import data_parallel_size, this_rank
 
     layout.start()
-    place = this_place()
-    own = [layer + 1 for layer in layout.layers(NUM_LAYERS, place.pipeline)]
+    rank = this_rank()
+    own = [layer + 1 for layer in layout.layers(NUM_LAYERS, rank.pipeline)]
     layers = [layer for layer in own if layer in (*TAPS, NUM_LAYERS)]
-    outputs, lengths = rank_outputs(layers, place.data, data_parallel_size(), spoil)
+    outputs, lengths = rank_outputs(layers, rank.data, data_parallel_size(), spoil)
     rank = dist.get_rank()
     names = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "reduce", "barrier")
     used: list[str] = []

@@ -32,9 +32,9 @@ def test_it_is_made_and_held(workers, tmp_path):
 def test_one_run_at_a_time(workers, tmp_path):
     with pytest.raises(ConfigError) as raised:
         workers.run(open_it, 2, tmp_path / "run", twice=True)
-    told = str(raised.value)
-    assert f"training.output: {tmp_path / 'run'} is being written by another run" in told
-    assert "name another directory" in told
+    message = str(raised.value)
+    assert f"training.output: {tmp_path / 'run'} is being written by another run" in message
+    assert "name another directory" in message
     workers.run(open_it, 2, tmp_path / "run")
 
 
@@ -61,7 +61,7 @@ def open_at_home(home: Path) -> list[str]:
 
 def test_where_things_lie(tmp_path):
     directory = RunDirectory(tmp_path)
-    places = (
+    locations = (
         directory.config,
         directory.metrics,
         directory.curves,
@@ -70,7 +70,7 @@ def test_where_things_lie(tmp_path):
         directory.adapter,
     )
     names = ["config.yaml", "metrics.jsonl", "curves.png", "checkpoints", "hf", "adapter"]
-    assert [path.relative_to(tmp_path).as_posix() for path in places] == names
+    assert [path.relative_to(tmp_path).as_posix() for path in locations] == names
 
 
 def test_the_configuration_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_idpo.mcore.parallel.groups import Place
+from megatron_idpo.mcore.parallel.groups import RankCoordinates
 from megatron_idpo.train.logging.report import MEMORY, Report, Stopwatch
 from megatron_idpo.train.metrics.flops import BatchWork
 from megatron_idpo.train.metrics.reduce import StepMetrics
@@ -47,7 +47,9 @@ class Fake:
 
 def metrics(loss: float, *, pairs: int = 2, memory: float = 1e9) -> StepMetrics:
     """Of one layer and a batch of so many pairs; `loss` is the mean."""
-    with patch("megatron_idpo.train.metrics.flops.this_place", return_value=Place(0, 1, 0, 0)):
+    with patch(
+        "megatron_idpo.train.metrics.flops.this_rank", return_value=RankCoordinates(0, 1, 0, 0)
+    ):
         extra = BatchWork(pairs=pairs).as_extra()
     sums = {"loss": loss * pairs, "rewards/margins": 3.0 * pairs}
     return StepMetrics(
@@ -55,7 +57,7 @@ def metrics(loss: float, *, pairs: int = 2, memory: float = 1e9) -> StepMetrics:
     )
 
 
-def told(losses: list[float], *, ends: bool = True, **settings: int) -> Fake:
+def message(losses: list[float], *, ends: bool = True, **settings: int) -> Fake:
     """Console and logs of steps with these losses; whether the run ends after the last of them."""
     fake = Fake()
     arguments = {"every_steps": 3, "first_step": 0, **settings}
@@ -76,7 +78,7 @@ def told(losses: list[float], *, ends: bool = True, **settings: int) -> Fake:
 
 
 def test_a_line_is_the_mean_since_the_line_before():
-    fake = told([1.0, 2.0, 4.0, 1.0, 1.0, 4.0, 7.0, 8.0])
+    fake = message([1.0, 2.0, 4.0, 1.0, 1.0, 4.0, 7.0, 8.0])
     # Each line twice: console and logs.
     steps = [step for step, _ in fake.lines]
     assert steps == [1, 1, 3, 3, 6, 6, 8, 8]
@@ -89,13 +91,13 @@ def test_a_line_is_the_mean_since_the_line_before():
 
 
 def test_a_resumed_run_tells_of_its_first_step():
-    fake = told([1.0, 2.0, 3.0], first_step=3)
+    fake = message([1.0, 2.0, 3.0], first_step=3)
     assert [step for step, _ in fake.lines[::2]] == [4, 6]
 
 
 @pytest.mark.parametrize(("ends", "steps"), [(True, [1, 3, 5]), (False, [1, 3])])
 def test_a_run_that_is_stopped_tells_of_its_last_steps(ends, steps):
-    fake = told([1.0, 2.0, 3.0, 5.0, 7.0], ends=ends)
+    fake = message([1.0, 2.0, 3.0, 5.0, 7.0], ends=ends)
     assert [step for step, _ in fake.lines[::2]] == steps
     assert fake.lines[-1][1]["loss"] == (6.0 if ends else 2.5)
 

@@ -70,9 +70,9 @@ def test_a_share_of_the_steps_is_rounded_up(fraction, steps):
 
 
 def test_a_warm_up_ends_within_the_run():
-    told = (
+    message = (
         rf"optimizer\.warmup_steps: is {STEPS + 1}, but the run has {STEPS} steps; .* {STEPS}, or"
     )
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         ours(warmup_steps=STEPS + 1)
     assert LearningRate(OptimizerConfig(lr=LR, warmup_fraction=0.9), 1).warmup_steps == 1

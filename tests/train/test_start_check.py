@@ -89,14 +89,16 @@ def test_every_loss_has_its_own_value_at_zero(tiny, workers, tmp_path, loss, exp
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_difference_is_told_at_the_layers_that_have_it(tiny, workers, tmp_path, dtype):
     file = write_config(tiny, tmp_path / "run", model={"dtype": dtype})
-    (told,) = workers.run(checked, 1, file, spoil=-1.0)
-    assert isinstance(told, str) and told.startswith("start check: policy and reference")
-    assert "layer 3: loss" in told and "layer 4: loss" in told and "layer 1: loss" not in told
+    (message,) = workers.run(checked, 1, file, spoil=-1.0)
+    assert isinstance(message, str) and message.startswith("start check: policy and reference")
+    assert (
+        "layer 3: loss" in message and "layer 4: loss" in message and "layer 1: loss" not in message
+    )
 
 
 @pytest.mark.distributed
 def test_a_small_difference_is_seen_in_fp32(tiny, workers, tmp_path):
     """A hundredth of one weight matrix; bf16 has to allow for its own rounding."""
-    (told,) = workers.run(checked, 1, write_config(tiny, tmp_path / "run"), spoil=0.01)
-    assert isinstance(told, str)
+    (message,) = workers.run(checked, 1, write_config(tiny, tmp_path / "run"), spoil=0.01)
+    assert isinstance(message, str)
     assert 0 < BF16_LOGP_TOLERANCE < 0.05

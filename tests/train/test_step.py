@@ -114,15 +114,15 @@ class _With:
 
 def test_losses_are_looked_at_before_weights_are_touched(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run", reference={"source": "none"})
-    ((told, untouched),) = workers.run(refused, 1, file, "loss")
-    assert told.startswith("step 4: NaN or infinite at layer 1 (") and untouched
-    assert f"{tiny.train}:" in told
+    ((message, untouched),) = workers.run(refused, 1, file, "loss")
+    assert message.startswith("step 4: NaN or infinite at layer 1 (") and untouched
+    assert f"{tiny.train}:" in message
 
 
 def test_a_gradient_is_looked_at_though_losses_are_fine(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run")
-    ((told, _),) = workers.run(refused, 1, file, "gradient")
-    assert told.startswith("step 4: the gradient's norm is ") and "though every loss" in told
+    ((message, _),) = workers.run(refused, 1, file, "gradient")
+    assert message.startswith("step 4: the gradient's norm is ") and "though every loss" in message
 
 
 def lengths(file: str) -> list[tuple[list[float], list[tuple[int, int]]]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_idpo.train.summary import Course, pace_line, show_summary
+from megatron_idpo.train.summary import MetricTrend, pace_line, show_summary
 
 ACHIEVED = {
     "throughput/pairs_per_s": 12.31,
@@ -77,8 +77,8 @@ def test_intermediate_layers_have_rows_of_their_own(tmp_path):
         "accuracy, final layer",
     ]
     many = {f"layer_{layer}/loss": 0.6 for layer in range(2, 24, 2)}
-    told = "\n".join(summary(tmp_path, [step(1, 0.51, 0.3, 0.5) | many]))
-    assert "layer 2 " in told and "layer 22 " in told and "layer 4 " not in told
+    message = "\n".join(summary(tmp_path, [step(1, 0.51, 0.3, 0.5) | many]))
+    assert "layer 2 " in message and "layer 22 " in message and "layer 4 " not in message
 
 
 def test_without_metrics_there_is_the_pace_alone(tmp_path):
@@ -88,9 +88,9 @@ def test_without_metrics_there_is_the_pace_alone(tmp_path):
 def test_a_course_passes_over_what_is_not_finite():
     values = [math.nan, 3.0, 1.0, 2.0, math.nan]
     records = [{"step": float(number), "x": value} for number, value in enumerate(values)]
-    assert Course.of(records, "x", lowest=True) == Course(3.0, 2.0, 1.0, 2)
-    assert Course.of(records, "x", lowest=False) == Course(3.0, 2.0, 3.0, 1)
-    assert Course.of(records, "y", lowest=True) is None
+    assert MetricTrend.of(records, "x", lowest=True) == MetricTrend(3.0, 2.0, 1.0, 2)
+    assert MetricTrend.of(records, "x", lowest=False) == MetricTrend(3.0, 2.0, 3.0, 1)
+    assert MetricTrend.of(records, "y", lowest=True) is None
 
 
 def test_pace():

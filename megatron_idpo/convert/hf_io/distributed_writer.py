@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_idpo.convert.hf_io.writer import HfWriter
 from megatron_idpo.errors import CheckpointError, UserError
-from megatron_idpo.mcore.parallel.world import agreeing, barrier, gathered, is_first_rank
+from megatron_idpo.mcore.parallel.world import barrier, gathered, is_first_rank, raise_on_all_ranks
 
 
 def write_together(
@@ -28,14 +28,14 @@ def write_together(
         CheckpointError: on every rank; nothing is left behind.
     """
     with _failing_together(), writer:
-        with agreeing("preparing the export"):
+        with raise_on_all_ranks("preparing the export"):
             if is_first_rank():
                 writer.begin()
-        with agreeing("writing the weights"):
+        with raise_on_all_ranks("writing the weights"):
             _write(writer, tensors)
             written = writer.flush()
         by_rank = gathered(written)
-        with agreeing("finishing the export"):
+        with raise_on_all_ranks("finishing the export"):
             if is_first_rank():
                 add_companions(writer.incomplete)
                 writer.finish([name for names in by_rank[1:] for name in names])

@@ -21,11 +21,11 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def stored_dtype(place: str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+def stored_dtype(location: str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     """The one format that all tensors of a checkpoint are stored in.
 
     Args:
-        place: what to name in errors, a directory.
+        location: what to name in errors, a directory.
         dtypes: the format of each tensor.
 
     Raises:
@@ -39,8 +39,8 @@ def stored_dtype(place: str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
             next(name for name in dtypes if dtypes[name] == kind) for kind in found[:2]
         )
         raise CheckpointError.at(
-            place, f"{first} is {found[0]} and {second} is {found[1]}: formats are mixed", remedy
+            location, f"{first} is {found[0]} and {second} is {found[1]}: formats are mixed", remedy
         )
     if found[0] not in DTYPES.values():
-        raise CheckpointError.at(place, f"the tensors are {found[0]}, no model format", remedy)
+        raise CheckpointError.at(location, f"the tensors are {found[0]}, no model format", remedy)
     return found[0]

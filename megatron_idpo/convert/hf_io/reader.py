@@ -63,7 +63,7 @@ class HfCheckpoint:
             raise _no_directory(self.directory)
         if (self.directory / single_file).is_file():
             path = self.directory / single_file
-            self._places = {name: (path, place) for name, place in read_header(path).items()}
+            self._places = {name: (path, location) for name, location in read_header(path).items()}
         elif (self.directory / INDEX_FILE).is_file():
             self._places = _sharded(self.directory)
         else:
@@ -97,17 +97,17 @@ class HfCheckpoint:
         Raises:
             CheckpointError: no such tensor, or the file has changed since it was opened.
         """
-        path, place = self._place(name)
-        shape = list(place.spec.shape)
+        path, location = self._place(name)
+        shape = list(location.spec.shape)
         start_row, shape[:1] = _span(rows, shape[:1])
         start_column, shape[1:2] = _span(columns, shape[1:2])
-        item_bytes = math.prod(shape[2:]) * place.spec.dtype.itemsize
-        row_bytes = math.prod(place.spec.shape[1:]) * place.spec.dtype.itemsize
-        flat = torch.empty(math.prod(shape) * place.spec.dtype.itemsize, dtype=torch.uint8)
+        item_bytes = math.prod(shape[2:]) * location.spec.dtype.itemsize
+        row_bytes = math.prod(location.spec.shape[1:]) * location.spec.dtype.itemsize
+        flat = torch.empty(math.prod(shape) * location.spec.dtype.itemsize, dtype=torch.uint8)
         try:
             with path.open("rb", buffering=0) as file:
-                position = place.start + start_row * row_bytes
-                if shape[1:2] == list(place.spec.shape[1:2]):
+                position = location.start + start_row * row_bytes
+                if shape[1:2] == list(location.spec.shape[1:2]):
                     _read_into(file.fileno(), flat, position)
                 elif flat.numel():
                     cut = slice(start_column * item_bytes, (start_column + shape[1]) * item_bytes)
@@ -116,7 +116,7 @@ class HfCheckpoint:
         except (OSError, EOFError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it has become shorter"
             raise CheckpointError.at(str(path), f"cannot read tensor {name!r}: {reason}") from None
-        return flat.view(place.spec.dtype).view(shape)
+        return flat.view(location.spec.dtype).view(shape)
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()) -> None:
         """The checkpoint holds exactly the expected tensors.
@@ -173,9 +173,10 @@ class HfCheckpoint:
         return self._places[name]
 
     def _wrong_shape(self, name: str, expected: Sequence[int]) -> Problem:
-        path, place = self._place(name)
+        path, location = self._place(name)
         return Problem(
-            str(path), f"tensor {name!r} has shape {place.spec.shape}, expected {tuple(expected)}"
+            str(path),
+            f"tensor {name!r} has shape {location.spec.shape}, expected {tuple(expected)}",
         )
 
 
@@ -188,7 +189,7 @@ def _sharded(directory: Path) -> dict[str, tuple[Path, Placement]]:
     ):
         raise CheckpointError.at(str(path), "weight_map does not map tensors to file names")
     problems: list[Problem] = []
-    places: dict[str, tuple[Path, Placement]] = {}
+    locations: dict[str, tuple[Path, Placement]] = {}
     for file in sorted(set(listed.values())):
         shard = directory / file
         try:
@@ -196,21 +197,21 @@ def _sharded(directory: Path) -> dict[str, tuple[Path, Placement]]:
         except CheckpointError as error:
             problems.append(_unreadable(shard, listed, error))
             continue
-        for name, place in found.items():
-            if name in places:
-                other = places[name][0].name
+        for name, location in found.items():
+            if name in locations:
+                other = locations[name][0].name
                 problems.append(Problem(str(shard), f"tensor {name!r} is also in {other}"))
             elif name not in listed:
                 problems.append(Problem(str(shard), f"tensor {name!r} is not in {INDEX_FILE}"))
             else:
-                places[name] = (shard, place)
+                locations[name] = (shard, location)
         absent = sorted(name for name in listed if listed[name] == file and name not in found)
         problems += [
             Problem(str(shard), f"tensor {name!r} is listed in {INDEX_FILE} but not in this file")
             for name in absent
         ]
     _raise_any(problems, directory)
-    return places
+    return locations
 
 
 def _unreadable(shard: Path, listed: Mapping[str, str], error: CheckpointError) -> Problem:

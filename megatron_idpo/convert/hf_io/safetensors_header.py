@@ -54,7 +54,7 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
-_ORDER = {dtype: place for place, dtype in enumerate(_DTYPE_NAMES)}
+_ORDER = {dtype: location for location, dtype in enumerate(_DTYPE_NAMES)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,9 +77,9 @@ class HfWriter:
         headers = {**_METADATA, **(metadata or {})}
         self._files = _plan_files(tensors, max_shard_bytes, headers, single_file)
         self._places = {
-            place.spec.name: (file, place)
+            location.spec.name: (file, location)
             for file, plan in self._files.items()
-            for place in plan.placements
+            for location in plan.placements
         }
         self._written: set[str] = set()
         self._descriptors: dict[str, int] = {}
@@ -127,7 +127,7 @@ class HfWriter:
                     os.close(descriptor)
             except OSError as error:
                 self.discard()
-                what = _told([place.spec for place in plan.placements])
+                what = _describe([location.spec for location in plan.placements])
                 raise self._failed(file, what, plan.num_bytes, error) from None
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -142,14 +142,14 @@ class HfWriter:
         """
         assert name in self._places, f"{name} was not announced"
         assert name not in self._written, f"{name} is written twice"
-        file, place = self._places[name]
+        file, location = self._places[name]
         spec = TensorSpec(name, tuple(tensor.shape), tensor.dtype)
-        assert spec == place.spec, f"{spec}, but announced was {place.spec}"
+        assert spec == location.spec, f"{spec}, but announced was {location.spec}"
         flat = tensor.detach().cpu().flatten().view(torch.uint8)
         try:
             if file not in self._descriptors:
                 self._descriptors[file] = _open(self.incomplete / file)
-            _write_all(self._descriptors[file], memoryview(flat.numpy()), place.start)
+            _write_all(self._descriptors[file], memoryview(flat.numpy()), location.start)
         except OSError as error:
             raise self._failed(file, f"tensor {name!r}", spec.num_bytes, error) from None
         self._written.add(name)
@@ -167,10 +167,10 @@ class HfWriter:
             try:
                 os.fsync(descriptor)
             except OSError as error:
-                specs = [place.spec for place in self._files[file].placements]
+                specs = [location.spec for location in self._files[file].placements]
                 mine = [spec for spec in specs if spec.name in self._written]
                 num_bytes = sum(spec.num_bytes for spec in mine)
-                raise self._failed(file, _told(mine), num_bytes, error) from None
+                raise self._failed(file, _describe(mine), num_bytes, error) from None
         self._close()
         return sorted(self._written)
 
@@ -213,7 +213,7 @@ class HfWriter:
             )
 
     def _index(self) -> bytes:
-        specs = [place.spec for _, place in self._places.values()]
+        specs = [location.spec for _, location in self._places.values()]
         index = {
             "metadata": {
                 "total_parameters": sum(math.prod(spec.shape) for spec in specs),
@@ -274,7 +274,7 @@ def _plan_files(
     }
 
 
-def _told(specs: Sequence[TensorSpec]) -> str:
+def _describe(specs: Sequence[TensorSpec]) -> str:
     """Tensors of one file, in words."""
     if len(specs) == 1:
         return f"tensor {specs[0].name!r}"

@@ -103,19 +103,19 @@ def _world_size(config: RunConfig) -> int:
 
 def show_sources(console: Console, found: RunPairs) -> None:
     """What became of the rows of the sources."""
-    told = [("train", line) for line in found.train_report.lines()]
+    message = [("train", line) for line in found.train_report.lines()]
     names, pairs = found.train.source_names, found.train
     if len(names) > 1:
         counts = np.bincount(pairs.source_P, minlength=len(names)).tolist()
-        told += [
+        message += [
             ("", f"{count:,} pairs an epoch from {name}")
             for count, name in zip(counts, names, strict=True)
         ]
     if found.eval is not None:
         report = found.eval_report
         lines = report.lines() if report else [f"{len(found.eval):,} pairs held out of train"]
-        told += [("eval", line) for line in lines]
-    _print_facts(console, "Pairs", told)
+        message += [("eval", line) for line in lines]
+    _print_facts(console, "Pairs", message)
 
 
 def show_lengths(console: Console, lengths: LengthFigures, *, share_prompt: bool) -> None:
@@ -126,9 +126,9 @@ def show_lengths(console: Console, lengths: LengthFigures, *, share_prompt: bool
     for heading in ("median", "p90", "max"):
         table.add_column(heading, justify="right", min_width=7)
     for name, spread in lengths.parts.items():
-        told = name if name != "pair" else f"pair, prompt {'once' if share_prompt else 'twice'}"
+        message = name if name != "pair" else f"pair, prompt {'once' if share_prompt else 'twice'}"
         values = (spread.median, spread.p90, spread.highest)
-        table.add_row(Text(told, PART_STYLES.get(name, "")), *(f"{value:,}" for value in values))
+        table.add_row(Text(message, PART_STYLES.get(name, "")), *(f"{value:,}" for value in values))
     console.print(table, "")
 
 
@@ -150,7 +150,7 @@ def show_rows(
         sharing = f"off; data.share_prompt would make it {gain:.2f} × fewer positions"
     sampled = len(rows.rows_S)
     looked_at = "" if sampled == rows.steps else f", measured on {sampled:,} steps"
-    told = [
+    message = [
         ("steps", steps),
         ("rows per step", _range(Spread.of(rows.rows_S)) + per_rank),
         ("row length", length),
@@ -158,7 +158,7 @@ def show_rows(
         ("row fill", f"{rows.fill:.1%} of the positions computed hold a token"),
         ("prompt sharing", sharing),
     ]
-    _print_facts(console, f"Rows, median (lowest to highest){looked_at}", told)
+    _print_facts(console, f"Rows, median (lowest to highest){looked_at}", message)
 
 
 def _range(spread: Spread) -> str:
@@ -167,13 +167,13 @@ def _range(spread: Spread) -> str:
     return f"{spread.median:,} ({spread.lowest:,} to {spread.highest:,})"
 
 
-def _print_facts(console: Console, title: str, told: list[tuple[str, str]]) -> None:
+def _print_facts(console: Console, title: str, message: list[tuple[str, str]]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, title_justify="left")
     table.title = Text(title, style="bold")
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     previous = ""
-    for name, words in told:
+    for name, words in message:
         table.add_row("" if name == previous else name, Text(words))
         previous = name
     console.print(table, "")

@@ -98,10 +98,10 @@ def _longest_P(lengths_P3: IntArray) -> IntArray:
 def _ending(answer: IntArray, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The last control token and the white space behind it; nothing if it ends with words."""
     tokens: list[int] = answer.tolist()
-    for place in reversed(range(len(tokens))):
-        if tokens[place] in tokenizer.special_ids:
-            return tuple(tokens[place:])
-        if tokenizer.decode([tokens[place]]).strip():
+    for location in reversed(range(len(tokens))):
+        if tokens[location] in tokenizer.special_ids:
+            return tuple(tokens[location:])
+        if tokenizer.decode([tokens[location]]).strip():
             break
     return ()
 
@@ -138,7 +138,7 @@ def show_pair(
     """Prints one pair: where it is from, then prompt, chosen and rejected."""
     pair = pairs[choice.index]
     console.print(Rule(Text(choice.why, style="bold"), align="left", style="dim"))
-    console.print(Text(pairs.place(choice.index), style="dim", overflow="fold"))
+    console.print(Text(pairs.location(choice.index), style="dim", overflow="fold"))
     prompt = pair.prompt_tokens.tolist()
     for name, tokens in (
         ("prompt", prompt),
@@ -146,11 +146,11 @@ def show_pair(
         ("rejected", pair.rejected_tokens.tolist()),
     ):
         is_prompt = name == "prompt"
-        told = Text(name, style=f"bold {PART_STYLES[name]}")
-        told.append(
+        message = Text(name, style=f"bold {PART_STYLES[name]}")
+        message.append(
             f"  {len(tokens):,} tokens, {'not scored' if is_prompt else 'scored'}", "not bold"
         )
-        console.print(told)
+        console.print(message)
         text = part_text(
             tokens,
             tokenizer,

@@ -140,4 +140,4 @@ def sampled_steps(steps: int, global_batch_pairs: int) -> Iterable[int]:
     most = min(SAMPLED_STEPS, max(1, SAMPLED_PAIRS // global_batch_pairs))
     if steps <= most:
         return range(steps)
-    return [place * steps // most for place in range(most)]
+    return [location * steps // most for location in range(most)]

@@ -140,7 +140,7 @@ def check_pairs(pairs: PairSource, settings: RowSettings) -> None:
         pairs.lengths_P3,
         row_tokens=settings.row_tokens,
         share_prompt=settings.share_prompt,
-        place=getattr(pairs, "place", None),  # A `PairDataset` knows file and row.
+        location=getattr(pairs, "location", None),  # A `PairDataset` knows file and row.
     )
 
 

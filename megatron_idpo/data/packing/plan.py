@@ -174,9 +174,9 @@ def _best_fit(
     gaps: list[tuple[int, int]] = []  # (free tokens, row), ascending
     for pair in np.argsort(-tokens_B, kind="stable").tolist():
         tokens = int(tokens_B[pair])
-        place = bisect_left(gaps, (tokens, -1))
-        if place < len(gaps):
-            free_tokens, row = gaps.pop(place)
+        location = bisect_left(gaps, (tokens, -1))
+        if location < len(gaps):
+            free_tokens, row = gaps.pop(location)
         else:
             free_tokens, row = row_tokens, len(packed)
             packed.append([])
@@ -219,13 +219,13 @@ def _level(
         given_MC = tokens_C[pair_M, None] - tokens_C
         fuller_MC = np.maximum(used_R[fullest] - given_MC, used_R[row_C] + given_MC)
         fuller_MC[:, row_C == fullest] = used_R[fullest]
-        place, partner = divmod(int(fuller_MC.argmin()), len(row_C))
-        if fuller_MC[place, partner] >= used_R[fullest]:
+        location, partner = divmod(int(fuller_MC.argmin()), len(row_C))
+        if fuller_MC[location, partner] >= used_R[fullest]:
             break
-        given, other = given_MC[place, partner], int(row_C[partner])
+        given, other = given_MC[location, partner], int(row_C[partner])
         used_R[fullest] -= given
         used_R[other] += given
-        row_C[pair_M[place]] = other
+        row_C[pair_M[location]] = other
         if partner < num_pairs:
             row_C[partner] = fullest
     row_B[:] = row_C[:num_pairs]

@@ -47,7 +47,7 @@ def check_lengths(
     row_tokens: int,
     share_prompt: bool,
     indices: Sequence[int] | None = None,
-    place: Callable[[int], str] | None = None,
+    location: Callable[[int], str] | None = None,
 ) -> None:
     """Refuse pairs that no row can hold or that have nothing to score.
 
@@ -57,7 +57,7 @@ def check_lengths(
         row_tokens: positions in a row.
         share_prompt: whether the prompt is stored once.
         indices: of these pairs in their collection; 0 ... B - 1 if not given.
-        place: where the pair of an index was read, as messages call it; `pair <index>` if not
+        location: where the pair of an index was read, as messages call it; `pair <index>` if not
             given.
 
     Raises:
@@ -65,7 +65,7 @@ def check_lengths(
             longer than a row (their places and the row length that would hold the longest).
     """
     indices = range(len(lengths_B3)) if indices is None else indices
-    place = place or "pair {}".format
+    location = location or "pair {}".format
     long: list[int] = []
     num_long = needed_tokens = 0
     for first in range(0, len(lengths_B3), _CHECKED_AT_ONCE):
@@ -73,7 +73,7 @@ def check_lengths(
         if (piece_B3 < 1).any():
             pair, part = (int(number) for number in np.argwhere(piece_B3 < 1)[0])
             raise DataError.at(
-                place(indices[first + pair]),
+                location(indices[first + pair]),
                 f"the {_PARTS[part]} is empty",
                 "its last position predicts the answers' first tokens: begin it with a BOS"
                 if part == 0
@@ -88,7 +88,7 @@ def check_lengths(
     if num_long:
         more = f" and {num_long - len(long)} more" if num_long > len(long) else ""
         raise DataError.at(
-            f"{', '.join(map(place, long))}{more}",
+            f"{', '.join(map(location, long))}{more}",
             f"up to {needed_tokens} positions needed, a row has {row_tokens}",
             f"set data.row_tokens to {needed_tokens} or more, or lower data.max_length",
         )

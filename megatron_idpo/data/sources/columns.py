@@ -48,6 +48,6 @@ def renamed(record: object, columns: Columns) -> object:
         if record.get(column) is not None:
             found[name] = record[column]
         elif name in _NEEDED:
-            told = f"the source's columns say that it has the {name}"
-            raise BadRecord(f"field '{column}' is missing", told)
+            message = f"the source's columns say that it has the {name}"
+            raise BadRecord(f"field '{column}' is missing", message)
     return found

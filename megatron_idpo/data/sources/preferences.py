@@ -107,11 +107,11 @@ def parse_preference(
 
 def _refuse_messages(format: Format) -> NoReturn:
     """There is no chat template to render them."""
-    told, remedy = "the record is chat messages", "give prompt, chosen and rejected as text"
+    message, remedy = "the record is chat messages", "give prompt, chosen and rejected as text"
     if format == "single_turn":
-        told, remedy = "the format is 'single_turn'", "set the format to 'text'"
+        message, remedy = "the format is 'single_turn'", "set the format to 'text'"
     raise BadRecord(
-        f"{told}, but the tokenizer has no chat template", f"set data.chat_template, or {remedy}"
+        f"{message}, but the tokenizer has no chat template", f"set data.chat_template, or {remedy}"
     )
 
 
@@ -192,29 +192,29 @@ def _messages(value: list[Any], name: str) -> list[Message]:
     return [_message(item, f"message {at} of '{name}'") for at, item in enumerate(value, 1)]
 
 
-def _message(item: Any, place: str) -> Message:
+def _message(item: Any, location: str) -> Message:
     if not isinstance(item, Mapping):
-        raise BadRecord(f"{place} is {kind_name(item)}, not an object with role and content")
+        raise BadRecord(f"{location} is {kind_name(item)}, not an object with role and content")
     if "from" in item and "value" in item and "role" not in item:
-        raise BadRecord(f"{place} has 'from' and 'value'", "rename them to 'role' and 'content'")
+        raise BadRecord(f"{location} has 'from' and 'value'", "rename them to 'role' and 'content'")
     message = {key: part for key, part in item.items() if part is not None}
     role, content = message.get("role"), message.get("content")
     if role not in _NEXT_ROLES or role == "":
         allowed = ", ".join(filter(None, _NEXT_ROLES))
-        raise BadRecord(f"{place} has the role {role!r}", f"roles are {allowed}")
+        raise BadRecord(f"{location} has the role {role!r}", f"roles are {allowed}")
     if isinstance(content, list):
-        message["content"] = content = "".join(_text_part(part, place) for part in content)
+        message["content"] = content = "".join(_text_part(part, location) for part in content)
     if content is None and message.get("tool_calls"):
         return message
     if not isinstance(content, str):
-        raise BadRecord(f"{place} has the content {kind_name(content)}, not text")
+        raise BadRecord(f"{location} has the content {kind_name(content)}, not text")
     return message
 
 
-def _text_part(part: Any, place: str) -> str:
+def _text_part(part: Any, location: str) -> str:
     text = part.get("text") if isinstance(part, Mapping) else None
     if not isinstance(text, str):
-        raise BadRecord(f"{place} has a part that is not text", "only text can be trained on")
+        raise BadRecord(f"{location} has a part that is not text", "only text can be trained on")
     return text
 
 

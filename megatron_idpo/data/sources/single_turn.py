@@ -28,8 +28,8 @@ def from_single_turn(
     texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "system": system}
     for name, value in texts.items():
         if not isinstance(value, str) and not (name == "system" and value is None):
-            told = f"'{name}' is {kind_name(value)}, not text"
-            raise BadRecord(told, "the format is 'single_turn', which reads text only")
+            message = f"'{name}' is {kind_name(value)}, not text"
+            raise BadRecord(message, "the format is 'single_turn', which reads text only")
     if not prompt.strip():
         raise BadRecord("'prompt' is empty")
     before = [{"role": "system", "content": system}] if system and system.strip() else []

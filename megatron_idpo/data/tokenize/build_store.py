@@ -62,7 +62,7 @@ class Job:
     options: TokenOptions
 
 
-def tokenised_store(
+def tokenized_store(
     found: OpenSource,
     tokenizer: Tokenizer,
     options: TokenOptions,
@@ -91,7 +91,7 @@ def tokenised_store(
     return store
 
 
-def tokenise_rows(job: Job, unit: tuple[int, list[RawRow]]) -> TokenBatch:
+def tokenize_rows(job: Job, unit: tuple[int, list[RawRow]]) -> TokenBatch:
     """Tokenises some rows of one part; bad ones become `BadRow`s and never an exception."""
     part, rows = unit
     bad: list[BadRow] = []
@@ -167,13 +167,13 @@ def _build(
     """Tokenise all rows.
 
     Raises:
-        DataError: see `tokenised_store`.
+        DataError: see `tokenized_store`.
     """
     cache = directory.parent
     # A name of its own: there are file systems whose locks end at the machine.
     growing = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}")
     batches = ordered_map(
-        tokenise_rows,
+        tokenize_rows,
         job,
         _units(found),
         num_workers=num_workers,
@@ -212,9 +212,9 @@ def _writing(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        told = f"{cache} cannot be written: {error.strerror or error}"
+        message = f"{cache} cannot be written: {error.strerror or error}"
         remedy = "free space, or name a directory on another file system"
-        raise DataError.at("data.cache", told, remedy) from None
+        raise DataError.at("data.cache", message, remedy) from None
 
 
 def _units(found: OpenSource) -> Iterator[tuple[int, list[RawRow]]]:
@@ -231,21 +231,24 @@ def _units(found: OpenSource) -> Iterator[tuple[int, list[RawRow]]]:
 
 def _refuse(found: OpenSource, bad_rows: list[BadRow]) -> None:
     """Stop, with each mistake told once: a missing chat template is one, not one for every row."""
-    places: dict[tuple[str, str], list[str]] = {}
+    locations: dict[tuple[str, str], list[str]] = {}
     for bad in bad_rows:
         mistake = (bad.reason, bad.remedy)
-        places.setdefault(mistake, []).append(place(found, bad.part, bad.row))
+        locations.setdefault(mistake, []).append(location(found, bad.part, bad.row))
     raise DataError.of(
-        [Problem(_told_places(rows), reason, remedy) for (reason, remedy), rows in places.items()]
+        [
+            Problem(_format_places(rows), reason, remedy)
+            for (reason, remedy), rows in locations.items()
+        ]
     )
 
 
-def _told_places(rows: list[str]) -> str:
+def _format_places(rows: list[str]) -> str:
     """The first rows with a mistake; how many there are of it is not known where reading stops."""
     return f"{', '.join(rows[:_ROWS_TOLD])}{' and more' if len(rows) > _ROWS_TOLD else ''}"
 
 
-def place(found: OpenSource, part: int, row: int) -> str:
+def location(found: OpenSource, part: int, row: int) -> str:
     """How a row is called: `file:row`, or the file alone for row 0."""
     name = found.parts[part].name
     return f"{name}:{row}" if row else name

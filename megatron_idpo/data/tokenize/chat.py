@@ -128,18 +128,18 @@ def encode_pairs(texts: Sequence[PairText], tokenizer: Tokenizer) -> list[TokenP
     """
     encoded: dict[int, list[list[int]]] = {}
     for is_chat in (False, True):
-        places = [place for place, text in enumerate(texts) if text.is_chat == is_chat]
+        locations = [location for location, text in enumerate(texts) if text.is_chat == is_chat]
         flat = [
             part
-            for at in places
+            for at in locations
             for part in (texts[at].prompt, texts[at].chosen, texts[at].rejected)
         ]
         tokens = tokenizer.encode(flat, special_tokens=not is_chat)
-        encoded |= {at: tokens[3 * n : 3 * n + 3] for n, at in enumerate(places)}
+        encoded |= {at: tokens[3 * n : 3 * n + 3] for n, at in enumerate(locations)}
     pairs: list[TokenPair | BadRecord] = []
-    for place, text in enumerate(texts):
+    for location, text in enumerate(texts):
         try:
-            pairs.append(_split(text, encoded[place], tokenizer))
+            pairs.append(_split(text, encoded[location], tokenizer))
         except BadRecord as error:
             pairs.append(error)
     return pairs

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from megatron_idpo.data.packing.epoch_order import stream_pairs
 from megatron_idpo.data.report import DataReport
 from megatron_idpo.data.sources.open import OpenSource, Source, open_source
-from megatron_idpo.data.tokenize.build_store import OnBadRow, place, tokenised_store
+from megatron_idpo.data.tokenize.build_store import OnBadRow, location, tokenized_store
 from megatron_idpo.data.tokenize.chat import TokenOptions
 from megatron_idpo.data.tokenize.pair import IntArray, Pair
 from megatron_idpo.data.tokenize.process_map import available_cores
@@ -124,10 +124,10 @@ class PairDataset:
         totals_P = prompts * lengths_P3[:, 0] + lengths_P3[:, 1] + lengths_P3[:, 2]
         return int(totals_P.max())
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Where a pair was read, as `file:row`, for messages."""
         origin = self.origin(index)
-        return place(origin.found, origin.part, origin.row)
+        return location(origin.found, origin.part, origin.row)
 
     def origin(self, index: int) -> Origin:
         """Where a pair was read, for reading its record again."""
@@ -185,7 +185,7 @@ def load_pairs(
     stores = []
     for source in sources:
         found = open_source(source)
-        store = tokenised_store(
+        store = tokenized_store(
             found,
             tokenizer,
             replace(options, format=source.format or options.format),
@@ -214,11 +214,11 @@ def _weighted_order(
         pieces += [every_N] * int(weight)
         sampled = round((weight - int(weight)) * size)
         if sampled:
-            places = stream_pairs(0, sampled, num_pairs=size, seed=seed + number)
-            pieces.append(start + np.sort(places))
+            locations = stream_pairs(0, sampled, num_pairs=size, seed=seed + number)
+            pieces.append(start + np.sort(locations))
         elif weight < 1:
-            told = f"weight {weight} leaves none of its {size} pairs"
-            raise DataError.at(found.source.path, told, f"give it at least {1 / size:.2g}")
+            message = f"weight {weight} leaves none of its {size} pairs"
+            raise DataError.at(found.source.path, message, f"give it at least {1 / size:.2g}")
         start += size
     return np.concatenate(pieces)
 
@@ -227,10 +227,10 @@ def _check_not_empty(found: OpenSource, store: PairStore) -> None:
     if store.num_pairs:
         return
     reasons = Counter(bad.reason for bad in store.bad_rows()) + Counter(store.report.dropped_pairs)
-    told = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+    message = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
     raise DataError.at(
         found.source.path,
-        f"none of its {store.report.rows} rows is left: {told}",
+        f"none of its {store.report.rows} rows is left: {message}",
         "check data.max_length, data.truncation and the rows themselves",
     )
 
@@ -244,8 +244,8 @@ def _list_bad_rows(stores: Sequence[tuple[OpenSource, PairStore]], path: Path) -
         for found, store in stores:
             for bad in store.bad_rows():
                 name = found.parts[bad.part].name
-                told = {"file": name, "row": bad.row, "reason": bad.reason}
-                file.write(json.dumps(told, ensure_ascii=False) + "\n")
+                message = {"file": name, "row": bad.row, "reason": bad.reason}
+                file.write(json.dumps(message, ensure_ascii=False) + "\n")
     os.replace(growing, path)
 
 

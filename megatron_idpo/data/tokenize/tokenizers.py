@@ -69,7 +69,7 @@ class HfTokenizer:
         }
         self.vocab_size = max(len(tokenizer), *(number + 1 for number in added), 1)
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        vocabulary = _told_backend(backend) if backend else json.dumps(tokenizer.get_vocab())
+        vocabulary = _format_backend(backend) if backend else json.dumps(tokenizer.get_vocab())
         named = (type(tokenizer).__name__, vocabulary)
         template = tokenizer.chat_template
         special = {
@@ -168,25 +168,25 @@ def read_template(value: str | None) -> str | None:
         ) from None
 
 
-def _check_syntax(tokenizer: Tokenizer, place: str) -> None:
+def _check_syntax(tokenizer: Tokenizer, location: str) -> None:
     """Refuses a template that no conversation could be rendered with, before any row is blamed."""
     from jinja2 import TemplateSyntaxError
 
     try:
         tokenizer.render([{"role": "user", "content": "x"}], add_generation_prompt=True)
     except TemplateSyntaxError as error:
-        told = f"the chat template has a syntax error in line {error.lineno}: {error.message}"
-        raise DataError.at(place, told, "correct it or set data.chat_template") from None
+        reason = f"the chat template has a syntax error in line {error.lineno}: {error.message}"
+        raise DataError.at(location, reason, "correct it or set data.chat_template") from None
     # A template may refuse this conversation, in any way, and render the data's: rows tell.
     except Exception:
         return
 
 
-def _told_backend(backend: Any) -> str:
+def _format_backend(backend: Any) -> str:
     """All that decides which tokens a text becomes, and not how a batch would be padded or cut."""
-    told = json.loads(backend.to_str())
-    decisive = told.keys() - {"padding", "truncation"}
-    return json.dumps({name: told[name] for name in sorted(decisive)})
+    message = json.loads(backend.to_str())
+    decisive = message.keys() - {"padding", "truncation"}
+    return json.dumps({name: message[name] for name in sorted(decisive)})
 
 
 def _digest(*parts: Any) -> str:

@@ -1,6 +1,6 @@
 """Files of answers: one line for each prompt, in order, written by `generate`, read by a judge.
 
-    answers/NAME.jsonl             {"index", "place", "prompt", "answer", "answer_tokens",
+    answers/NAME.jsonl             {"index", "location", "prompt", "answer", "answer_tokens",
                                     "is_complete"}
     answers/NAME.settings.json     what made it (`answers_settings.py`); of answers that somebody
                                    else wrote there is none
@@ -34,7 +34,7 @@ class Answer:
     index: int
     """The prompt's place among the prompts, from 0; the number of the line."""
 
-    place: str
+    location: str
     """Where the prompt was read, as `file:row`."""
 
     prompt: Prompt
@@ -55,7 +55,7 @@ class Answer:
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "index": (int,),
-    "place": (str,),
+    "location": (str,),
     "prompt": (str, list),
     "answer": (str,),
     "answer_tokens": (int,),
@@ -97,8 +97,8 @@ def read_answers(path: Path) -> list[Answer]:
     found = [_parsed(line, index, path) for index, line in enumerate(lines)]
     wanted = _wanted(settings_file(path))
     if wanted is not None and wanted != len(found):
-        told = f"has {len(found)} answers of {wanted}: `generate` has not finished"
-        raise DataError.at(str(path), told, "run it again, it goes on where it stopped")
+        message = f"has {len(found)} answers of {wanted}: `generate` has not finished"
+        raise DataError.at(str(path), message, "run it again, it goes on where it stopped")
     if not found:
         raise DataError.at(str(path), "holds no answers", _REMEDY)
     return found
@@ -126,8 +126,8 @@ def recover_answers(path: Path, *, wanted: int, batch_prompts: int) -> list[Answ
     lines = text.split(b"\n")[:-1]  # what follows the last line break is half a line
     found = [_parsed(line, index, path) for index, line in enumerate(lines)]
     if len(found) > wanted:
-        told = f"has {counted(len(found), 'answer')} to {counted(wanted, 'prompt')}"
-        raise DataError.at(str(path), told, "delete it and let `generate` write it anew")
+        message = f"has {counted(len(found), 'answer')} to {counted(wanted, 'prompt')}"
+        raise DataError.at(str(path), message, "delete it and let `generate` write it anew")
     if len(found) < wanted:
         found = found[: len(found) - len(found) % batch_prompts]
     with telling(path, "written"):
@@ -161,22 +161,22 @@ def _parsed(line: bytes, index: int, path: Path) -> Answer:
     Raises:
         DataError: it is not the answer with this index.
     """
-    place = f"{path}:{index + 1}"
+    location = f"{path}:{index + 1}"
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise DataError.at(place, f"is not JSON: {error}", _REMEDY) from None
+        raise DataError.at(location, f"is not JSON: {error}", _REMEDY) from None
     if not isinstance(values, dict):
-        raise DataError.at(place, f"is {values!r:.40}, not an object with fields", _REMEDY)
+        raise DataError.at(location, f"is {values!r:.40}, not an object with fields", _REMEDY)
     for name, kinds in _KINDS.items():
         value = values.get(name)
         if name not in values:
-            raise DataError.at(place, f"has no field '{name}'", _REMEDY)
+            raise DataError.at(location, f"has no field '{name}'", _REMEDY)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise DataError.at(place, f"has the {name} {value!r:.40}", _REMEDY)
+            raise DataError.at(location, f"has the {name} {value!r:.40}", _REMEDY)
     if values["index"] != index:
-        told = f"has the index {values['index']}, not {index}: lines are missing or out of order"
-        raise DataError.at(place, told, _REMEDY)
+        message = f"has the index {values['index']}, not {index}: lines are missing or out of order"
+        raise DataError.at(location, message, _REMEDY)
     return Answer(**{name: values[name] for name in _KINDS})
 
 
@@ -188,5 +188,5 @@ def _wanted(path: Path) -> int | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        told = f"does not tell how many answers there are ({type(error).__name__})"
-        raise DataError.at(str(path), told, "delete it if the answers are complete") from None
+        message = f"does not tell how many answers there are ({type(error).__name__})"
+        raise DataError.at(str(path), message, "delete it if the answers are complete") from None

@@ -35,8 +35,8 @@ def _problems(config: RunConfig) -> list[Problem]:
     found = []
     world_size = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and world_size != "1":
-        told = f"there are {world_size} processes, and one answers all prompts"
-        found.append(Problem("torchrun", told, "start it without torchrun"))
+        message = f"there are {world_size} processes, and one answers all prompts"
+        found.append(Problem("torchrun", message, "start it without torchrun"))
     if config.generate.prompts == ():
         remedy = "name at least one file or dataset, or leave it out"
         found.append(Problem("generate.prompts", "names no source", remedy))

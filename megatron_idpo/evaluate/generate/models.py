@@ -48,23 +48,25 @@ def open_answering(subject: Subject, engine: EngineName) -> AnsweringModel:
             not there, or cannot be used without PEFT.
         CheckpointError: a configuration file cannot be read.
     """
-    place = f"model {subject.name}"
+    location = f"model {subject.name}"
     directory = Path(subject.path).expanduser()
     if not directory.is_dir():
-        directory = _from_hub(subject.path, place)
+        directory = _from_hub(subject.path, location)
     if not (directory / CONFIG_FILE).is_file():
         if (directory / "metadata.json").is_file():
-            told = f"{subject.path} is a torch_dist checkpoint, which cannot generate"
+            message = f"{subject.path} is a torch_dist checkpoint, which cannot generate"
             remedy = f"convert it: megatron-idpo convert megatron-to-hf {subject.path} DIRECTORY"
-            raise ConfigError.at(place, told, f"{remedy}, and name DIRECTORY")
-        told = f"{subject.path} has no {CONFIG_FILE}"
-        raise ConfigError.at(place, told, "name a Hugging Face model's directory, or a hub name")
+            raise ConfigError.at(location, message, f"{remedy}, and name DIRECTORY")
+        message = f"{subject.path} has no {CONFIG_FILE}"
+        raise ConfigError.at(
+            location, message, "name a Hugging Face model's directory, or a hub name"
+        )
     if not any(next(directory.glob(pattern), None) for pattern in _WEIGHT_FILES):
-        told = f"{subject.path} has no weights"
-        raise ConfigError.at(place, told, "name a complete model's directory")
+        message = f"{subject.path} has no weights"
+        raise ConfigError.at(location, message, "name a complete model's directory")
     if subject.adapter is not None:
-        _check_adapter(subject.adapter, place, engine)
-    config = _language_config(directory, place)
+        _check_adapter(subject.adapter, location, engine)
+    config = _language_config(directory, location)
     return AnsweringModel(
         subject.name,
         directory,
@@ -108,21 +110,21 @@ def tokenizer_of(model: AnsweringModel, config: ModelConfig, run_tokenizer: Toke
     return run_tokenizer if same else own
 
 
-def _check_adapter(adapter: Path, place: str, engine: EngineName) -> None:
+def _check_adapter(adapter: Path, location: str, engine: EngineName) -> None:
     """Refuse what PEFT could not load.
 
     Raises:
         ConfigError: it is no adapter, or PEFT is not installed.
     """
     if not (adapter / _ADAPTER_FILES[0]).is_file():
-        told = f"{adapter} has no {_ADAPTER_FILES[0]}, so it is no PEFT adapter"
-        raise ConfigError.at(f"{place}, adapter", told, "name the directory of one")
+        message = f"{adapter} has no {_ADAPTER_FILES[0]}, so it is no PEFT adapter"
+        raise ConfigError.at(f"{location}, adapter", message, "name the directory of one")
     if engine == "transformers" and importlib.util.find_spec("peft") is None:
-        told = "answering with an adapter needs the library peft, which is not installed"
-        raise ConfigError.at(f"{place}, adapter", told, "install it: pip install peft")
+        message = "answering with an adapter needs the library peft, which is not installed"
+        raise ConfigError.at(f"{location}, adapter", message, "install it: pip install peft")
 
 
-def _language_config(directory: Path, place: str) -> Any:
+def _language_config(directory: Path, location: str) -> Any:
     """The part of Transformers' configuration that is about text.
 
     Raises:
@@ -134,8 +136,8 @@ def _language_config(directory: Path, place: str) -> Any:
         return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
     # A configuration of an unknown kind fails wherever the library happens to look first.
     except Exception as error:
-        told = f"Transformers cannot read {directory / CONFIG_FILE}: {error}"
-        raise ConfigError.at(place, told, "name a model that it knows") from error
+        message = f"Transformers cannot read {directory / CONFIG_FILE}: {error}"
+        raise ConfigError.at(location, message, "name a model that it knows") from error
 
 
 def _end_tokens(directory: Path, config: Any) -> frozenset[int]:
@@ -153,7 +155,7 @@ def _digest(files: Sequence[Path]) -> str:
     return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
 
 
-def _from_hub(name: str, place: str) -> Path:
+def _from_hub(name: str, location: str) -> Path:
     """The snapshot of a hub model, downloaded where it is not in the cache.
 
     Raises:
@@ -164,6 +166,6 @@ def _from_hub(name: str, place: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub's own errors, and those of four network libraries
-        told = f"{name} is no directory, and the hub cannot give it ({type(error).__name__})"
+        message = f"{name} is no directory, and the hub cannot give it ({type(error).__name__})"
         remedy = f"check the name, or fetch it where there is a network: hf download {name}"
-        raise ConfigError.at(place, told, remedy) from error
+        raise ConfigError.at(location, message, remedy) from error

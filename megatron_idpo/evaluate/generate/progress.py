@@ -53,7 +53,7 @@ class GenerateProgress:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(name, total=total, completed=done, told=self._told())
+        self._task = self._bar.add_task(name, total=total, completed=done, message=self._describe())
 
     def __enter__(self) -> Self:
         """The bar appears."""
@@ -66,13 +66,13 @@ class GenerateProgress:
         """A batch has been answered and saved."""
         self._done += len(answers)
         self._tokens += sum(answer.answer_tokens for answer in answers)
-        told = self._told()
-        self._bar.update(self._task, completed=self._done, told=told)
+        message = self._describe()
+        self._bar.update(self._task, completed=self._done, message=message)
         now_s = self._clock()
         is_due = now_s - self._said_s >= _LINE_S and self._done < self._total
         if not self._console.is_terminal and is_due:
             self._said_s = now_s
-            self._say(f"{self._name}: {told}")
+            self._say(f"{self._name}: {message}")
 
     def finish(self, answers: Sequence[Answer], path: Path) -> None:
         """The line that stays: all answers of the file, and the pace of those made now."""
@@ -88,7 +88,7 @@ class GenerateProgress:
         """The bar is gone."""
         self._bar.stop()
 
-    def _told(self) -> str:
+    def _describe(self) -> str:
         return f"{self._done:,}/{self._total:,} answers{self._pace()}"
 
     def _pace(self) -> str:
@@ -105,5 +105,5 @@ def summary(name: str, answers: Sequence[Answer]) -> str:
     """How many answers a model gave, how long they are, and how many it ended by itself."""
     mean_tokens = sum(answer.answer_tokens for answer in answers) / len(answers)
     complete = sum(answer.is_complete for answer in answers) / len(answers)
-    told = counted(len(answers), "answer")
-    return f"{name}: {told}, {mean_tokens:,.1f} tokens each, {complete:.0%} complete"
+    message = counted(len(answers), "answer")
+    return f"{name}: {message}, {mean_tokens:,.1f} tokens each, {complete:.0%} complete"

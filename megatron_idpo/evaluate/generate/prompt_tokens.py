@@ -49,8 +49,8 @@ def _tokens(record: PromptRecord, tokenizer: Tokenizer) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError:
-        told = "the prompt has a lone surrogate, which is no character"
-        raise DataError.at(record.place, told, "take it out") from None
+        message = "the prompt has a lone surrogate, which is no character"
+        raise DataError.at(record.location, message, "take it out") from None
     [tokens] = tokenizer.encode([text], special_tokens=is_text)
     if is_text and tokens[-1:] == [tokenizer.eos_id]:
         # Some tokenizers end every text with EOS; this one goes on.
@@ -58,8 +58,8 @@ def _tokens(record: PromptRecord, tokenizer: Tokenizer) -> list[int]:
         if bare[-1:] != [tokenizer.eos_id]:
             tokens = tokens[:-1]
     if not tokens:
-        told = "the prompt has no token, so an answer has nothing to follow"
-        raise DataError.at(record.place, told, "give it some text")
+        message = "the prompt has no token, so an answer has nothing to follow"
+        raise DataError.at(record.location, message, "give it some text")
     return tokens
 
 
@@ -70,8 +70,10 @@ def _rendered(record: PromptRecord, tokenizer: Tokenizer, answer: str | None = N
         DataError: there is no template, or it fails.
     """
     if not tokenizer.has_chat_template:
-        told = "the prompt is chat messages, but the tokenizer has no chat template"
-        raise DataError.at(record.place, told, "set data.chat_template, or give the prompt as text")
+        message = "the prompt is chat messages, but the tokenizer has no chat template"
+        raise DataError.at(
+            record.location, message, "set data.chat_template, or give the prompt as text"
+        )
     assert not isinstance(record.prompt, str)
     messages: list[dict[str, Any]] = list(record.prompt)
     if answer is not None:
@@ -81,6 +83,6 @@ def _rendered(record: PromptRecord, tokenizer: Tokenizer, answer: str | None = N
         return tokenizer.render(messages, add_generation_prompt=answer is None, **kwargs)
     # A template is a program of somebody else's, and fails in any way it likes.
     except Exception as error:
-        told = f"the chat template fails: {type(error).__name__}: {error}"
+        message = f"the chat template fails: {type(error).__name__}: {error}"
         remedy = "change the prompt, or set data.chat_template to one that can write it"
-        raise DataError.at(record.place, told, remedy) from None
+        raise DataError.at(record.location, message, remedy) from None

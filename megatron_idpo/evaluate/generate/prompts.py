@@ -19,7 +19,7 @@ from megatron_idpo.data.sources.open import OpenSource, open_source
 from megatron_idpo.data.sources.preferences import Format, Preference, parse_preference
 from megatron_idpo.data.sources.raw_record import BadRecord, refuse_other_prompt
 from megatron_idpo.data.sources.readers import RawRow
-from megatron_idpo.data.tokenize.build_store import place
+from megatron_idpo.data.tokenize.build_store import location
 from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import ConfigError, DataError, Problem
 from megatron_idpo.evaluate.generate.answers import Prompt
@@ -31,7 +31,7 @@ _PROBLEMS_TOLD = 10
 class PromptRecord:
     """One prompt, as people read it."""
 
-    place: str
+    location: str
     """Where it was read, as `file:row`."""
 
     prompt: Prompt
@@ -44,10 +44,10 @@ class PromptRecord:
         return json.dumps([self.prompt, self.tools, self.template_kwargs], sort_keys=True)
 
     @staticmethod
-    def of(preference: Preference, place: str) -> "PromptRecord":
+    def of(preference: Preference, location: str) -> "PromptRecord":
         """The prompt of a pair."""
         return PromptRecord(
-            place, preference.prompt, preference.tools, dict(preference.template_kwargs)
+            location, preference.prompt, preference.tools, dict(preference.template_kwargs)
         )
 
 
@@ -122,25 +122,25 @@ def pair_prompts(pairs: PairDataset, *, format: Format, has_template: bool) -> l
         for raw in found.parts[part].read():
             if raw.row not in rows:
                 continue
-            where = place(found, part, raw.row)
+            where = location(found, part, raw.row)
             try:
                 record = raw.record()
                 preference = parse_preference(
                     record, format=found.source.format or format, has_template=has_template
                 )
             except BadRecord as error:
-                told = f"was a pair when the data was tokenised, and is none now: {error}"
+                message = f"was a pair when the data was tokenised, and is none now: {error}"
                 raise DataError.at(
-                    where, told, "leave the data as it is, and start again"
+                    where, message, "leave the data as it is, and start again"
                 ) from None
             read[source, part, raw.row] = PromptRecord.of(preference, where)
     try:
         return [read[id(origin.found), origin.part, origin.row] for origin in origins]
     except KeyError as error:
         source, part, row = error.args[0]
-        told = "was a row when the data was tokenised, and is none now"
-        where = place(found_by_id[source], part, row)
-        raise DataError.at(where, told, "leave the data as it is, and start again") from None
+        message = "was a row when the data was tokenised, and is none now"
+        where = location(found_by_id[source], part, row)
+        raise DataError.at(where, message, "leave the data as it is, and start again") from None
 
 
 def source_prompts(
@@ -161,8 +161,8 @@ def source_prompts(
             left.
     """
     if weighted := [source.path for source in sources if source.weight != 1]:
-        told = f"the weight of {weighted[0]} would not be read: each prompt is answered once"
-        raise ConfigError.at("generate.prompts", told, "leave it out")
+        message = f"the weight of {weighted[0]} would not be read: each prompt is answered once"
+        raise ConfigError.at("generate.prompts", message, "leave it out")
     found: list[PromptRecord] = []
     problems: list[Problem] = []
     for opened in [open_source(source_of(source)) for source in sources]:
@@ -189,7 +189,7 @@ def _rows(found: OpenSource) -> Iterator[tuple[str, RawRow]]:
     """Every row of a source with its place."""
     for number, part in enumerate(found.parts):
         for raw in part.read():
-            yield place(found, number, raw.row), raw
+            yield location(found, number, raw.row), raw
 
 
 def _as_pair(record: object, format: Format) -> object:

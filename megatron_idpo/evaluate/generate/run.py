@@ -42,7 +42,7 @@ def generate(
         tokenizer_path(config.model), config.data.chat_template if config.has("data") else None
     )
     records, skipped = load_prompts(config, has_template=tokenizer.has_chat_template)
-    print(_told_prompts(records, skipped, tokenizer, engine), flush=True)
+    print(_format_prompts(records, skipped, tokenizer, engine), flush=True)
     models = [open_answering(subject, engine) for subject in subjects]
     tasks = [make_task(config, model, tokenizer, records, output, engine) for model in models]
     for task in tasks:
@@ -87,7 +87,7 @@ def _read(task: Task, index: int, tokens: Sequence[int]) -> Answer:
     record = task.records[index]
     return Answer(
         index=index,
-        place=record.place,
+        location=record.location,
         prompt=record.prompt,
         answer=task.tokenizer.decode([token for token in said if token not in special]),
         answer_tokens=len(said),
@@ -108,21 +108,21 @@ def _engine(task: Task) -> Engine:
     return TransformersEngine(weights, task.sampling, task.stop_tokens)
 
 
-def _told_prompts(
+def _format_prompts(
     records: Sequence[PromptRecord], skipped: int, tokenizer: Tokenizer, engine: EngineName
 ) -> str:
     """What will be answered, by what; what was left out; that text is not asked as a chat."""
-    told = f"{counted(len(records), 'prompt')}, answered by {engine} on {device_name()}"
+    message = f"{counted(len(records), 'prompt')}, answered by {engine} on {device_name()}"
     if skipped:
         were = "was" if skipped == 1 else "were"
-        told += f"\n{counted(skipped, 'row')} without a prompt {were} skipped (data.on_bad_row)"
+        message += f"\n{counted(skipped, 'row')} without a prompt {were} skipped (data.on_bad_row)"
     texts = sum(isinstance(record.prompt, str) for record in records)
     if texts and tokenizer.has_chat_template:
         which = "is text and is continued as it is; to ask it"
         if texts > 1:
             which = "are text and are continued as they are; to ask them"
-        told += (
+        message += (
             f"\n{counted(texts, 'prompt')} {which} through the chat template, "
             "give messages, or set data.format to single_turn"
         )
-    return told
+    return message

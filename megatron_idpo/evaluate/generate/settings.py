@@ -60,7 +60,7 @@ def differences(there: Settings, wanted: Settings, *, finished: bool) -> list[st
         if name in _DIGESTS:
             found.append(_DIGESTS[name])
         else:
-            found.append(f"{_told(name)} is {mine.get(name)} there, {other.get(name)} here")
+            found.append(f"{_describe(name)} is {mine.get(name)} there, {other.get(name)} here")
     return found
 
 
@@ -78,8 +78,8 @@ def read_settings(path: Path) -> Settings | None:
     try:
         values = json.loads(text)
     except ValueError as error:
-        told = f"cannot be read: {error}"
-        raise DataError.at(str(path), told, "delete it and its answers") from None
+        message = f"cannot be read: {error}"
+        raise DataError.at(str(path), message, "delete it and its answers") from None
     if not isinstance(values, dict) or not all(isinstance(part, dict) for part in values.values()):
         raise DataError.at(str(path), "holds no settings", "delete it and its answers")
     return values
@@ -111,7 +111,7 @@ def _flat(settings: Settings) -> Iterator[tuple[str, Any]]:
             yield f"{section}.{name}", value
 
 
-def _told(name: str) -> str:
+def _describe(name: str) -> str:
     """A field in a user's words."""
     if name in _NAMES:
         return _NAMES[name]

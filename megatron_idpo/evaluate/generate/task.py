@@ -136,21 +136,25 @@ def _check_prompts(
     """
     highest = max(map(max, prompts))
     if highest >= model.vocab_size:
-        told = f"token {highest} occurs in the prompts, but the vocabulary of {model.name} ends at "
+        message = (
+            f"token {highest} occurs in the prompts, but the vocabulary of {model.name} ends at "
+        )
         remedy = "use the model's own tokenizer"
-        raise ConfigError.at("model.tokenizer", f"{told}{model.vocab_size - 1}", remedy)
+        raise ConfigError.at("model.tokenizer", f"{message}{model.vocab_size - 1}", remedy)
     if model.context_tokens is None:
         return
     room = model.context_tokens - max_new_tokens
     if room < 1:
-        told = f"is {max_new_tokens}, but {model.name} has {model.context_tokens} positions in all"
-        raise ConfigError.at("generate.max_new_tokens", told, "set it lower")
+        message = (
+            f"is {max_new_tokens}, but {model.name} has {model.context_tokens} positions in all"
+        )
+        raise ConfigError.at("generate.max_new_tokens", message, "set it lower")
     long = [at for at, prompt in enumerate(prompts) if len(prompt) > room]
     if long:
         remedy = f"lower generate.max_new_tokens by {max(len(prompts[at]) for at in long) - room}"
         problems = [
             Problem(
-                records[at].place,
+                records[at].location,
                 f"the prompt has {len(prompts[at])} tokens, and {model.name} has room for {room} "
                 f"before an answer of {max_new_tokens}",
                 f"{remedy}, or leave the prompt out",
@@ -179,8 +183,8 @@ def check_settings(task: Task) -> None:
         raise DataError.at(str(task.path), "nothing tells what made these answers", remedy)
     found = differences(there, task.settings, finished=lines >= len(task.records))
     if found:
-        told = f"these answers are not of this configuration: {'; '.join(found)}"
-        raise DataError.at(str(task.path), told, remedy)
+        message = f"these answers are not of this configuration: {'; '.join(found)}"
+        raise DataError.at(str(task.path), message, remedy)
 
 
 def _digest(values: Any) -> str:

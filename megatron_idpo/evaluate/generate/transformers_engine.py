@@ -77,9 +77,9 @@ class TransformersEngine:
                     logits_processor=LogitsProcessorList([scores]),
                 )
             except torch.OutOfMemoryError:
-                told = f"the GPU's memory does not suffice for {len(prompts)} prompts at once"
+                message = f"the GPU's memory does not suffice for {len(prompts)} prompts at once"
                 remedy = "lower it, or generate.max_new_tokens"
-                raise ConfigError.at("generate.batch_prompts", told, remedy) from None
+                raise ConfigError.at("generate.batch_prompts", message, remedy) from None
         answers: list[list[int]] = out_BT[:, longest:].tolist()
         return answers
 
@@ -94,11 +94,11 @@ class TransformersEngine:
 class PaddedScores(LogitsProcessor):
     """The repetition penalty without padding, and a check that scores are numbers."""
 
-    def __init__(self, is_token_BT: Tensor, penalty: float, place: str) -> None:
+    def __init__(self, is_token_BT: Tensor, penalty: float, location: str) -> None:
         """Args: 0 where the prompts are padded; the penalty; the model's name for messages."""
         self._is_padding_BT = is_token_BT == 0
         self._penalty = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None
-        self._place = place
+        self._place = location
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores of the next token [B, V] after the tokens so far [B, T].
@@ -109,8 +109,8 @@ class PaddedScores(LogitsProcessor):
         best_B = scores.amax(dim=-1)  # NaN if there is one; single scores may be -inf
         if not bool(best_B.isfinite().all()):
             kind = "NaN" if bool(best_B.isnan().any()) else "infinite"
-            told = f"the model's output is no number ({kind})"
-            raise CheckpointError.at(self._place, told, "set model.dtype to bf16 or fp32")
+            message = f"the model's output is no number ({kind})"
+            raise CheckpointError.at(self._place, message, "set model.dtype to bf16 or fp32")
         if self._penalty is None:
             return scores
         # The penalty counts a token once, so the last one, which is never padding, can stand there.
@@ -150,7 +150,7 @@ def _load(weights: Weights, device: torch.device) -> Any:
         CheckpointError: it cannot be loaded, weights are missing, or an adapter is of another
             model.
     """
-    place = str(weights.directory)
+    location = str(weights.directory)
     try:
         with without_bar():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -163,11 +163,13 @@ def _load(weights: Weights, device: torch.device) -> Any:
         model.generation_config = GenerationConfig()
     # The library raises whatever the file at hand leads to.
     except Exception as error:
-        told = f"cannot be loaded: {type(error).__name__}: {error}"
-        raise CheckpointError.at(place, told, "name a causal language model's directory") from error
+        message = f"cannot be loaded: {type(error).__name__}: {error}"
+        raise CheckpointError.at(
+            location, message, "name a causal language model's directory"
+        ) from error
     if missing := sorted(info["missing_keys"]):
-        told = f"lacks {counted(len(missing), 'weight')}, {missing[0]} for one"
-        raise CheckpointError.at(place, told, "name a complete model's directory")
+        message = f"lacks {counted(len(missing), 'weight')}, {missing[0]} for one"
+        raise CheckpointError.at(location, message, "name a complete model's directory")
     if weights.adapter is not None:
         model = _with_adapter(model, weights.adapter)
     return model.eval().to(device)
@@ -181,7 +183,7 @@ def _with_adapter(model: Any, directory: Path) -> Any:
     """
     from peft import PeftModel
 
-    place, remedy = str(directory), "name the model that the adapter was trained on"
+    location, remedy = str(directory), "name the model that the adapter was trained on"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
@@ -189,8 +191,8 @@ def _with_adapter(model: Any, directory: Path) -> Any:
         # Only loading it again says which names did not fit.
         found = model.load_adapter(directory, model.active_adapter, autocast_adapter_dtype=False)
     except Exception as error:  # likewise
-        told = f"cannot be loaded: {type(error).__name__}: {error}"
-        raise CheckpointError.at(place, told, remedy) from error
+        message = f"cannot be loaded: {type(error).__name__}: {error}"
+        raise CheckpointError.at(location, message, remedy) from error
     problems = []
     kinds = {"lacks {}": found.missing_keys, "has {} too many": found.unexpected_keys}
     for what, keys in kinds.items():
@@ -204,5 +206,5 @@ def _with_adapter(model: Any, directory: Path) -> Any:
             number = what.format(counted(len(names), "tensor"))
             problems.append(f"{number}: {', '.join(names[:2])}{more}")
     if problems:
-        raise CheckpointError.at(place, "; ".join(problems), remedy)
+        raise CheckpointError.at(location, "; ".join(problems), remedy)
     return model

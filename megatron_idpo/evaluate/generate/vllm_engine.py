@@ -65,11 +65,11 @@ class VllmEngine:
                 top_p=sampling.top_p,
                 repetition_penalty=sampling.repetition_penalty,
                 max_tokens=sampling.max_new_tokens,
-                seed=derived_seed(sampling.seed, first + place),
+                seed=derived_seed(sampling.seed, first + location),
                 stop_token_ids=self._stop_tokens,
                 detokenize=False,
             )
-            for place in range(len(prompts))
+            for location in range(len(prompts))
         ]
         given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         outputs = self._llm.generate(given, params, use_tqdm=False, **self._lora)
@@ -101,6 +101,6 @@ def _lora_rank(weights: Weights) -> int:
     assert weights.adapter is not None
     rank = int(read_json_object(weights.adapter / "adapter_config.json").get("r", 8))
     if rank > _LORA_RANKS[-1]:
-        told = f"the adapter has rank {rank}, and vLLM holds {_LORA_RANKS[-1]} at most"
-        raise ConfigError.at(str(weights.adapter), told, "set generate.engine to transformers")
+        message = f"the adapter has rank {rank}, and vLLM holds {_LORA_RANKS[-1]} at most"
+        raise ConfigError.at(str(weights.adapter), message, "set generate.engine to transformers")
     return next(room for room in _LORA_RANKS if room >= rank)

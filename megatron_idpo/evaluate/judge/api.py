@@ -206,9 +206,9 @@ class ApiJudge:
         # An endpoint that says 0 and goes on refusing would be asked without end.
         wait_s = max(trouble.wait_s, _FIRST_PAUSE_S) if trouble.wait_s else _growing(number)
         if wait_s > LONGEST_WAIT_S:
-            told = f"{self._endpoint.url} wants {wait_s / 3600:.1f} hours of waiting"
+            message = f"{self._endpoint.url} wants {wait_s / 3600:.1f} hours of waiting"
             remedy = "what was judged is kept: start the same command again then"
-            raise ConfigError.at("judge.base_url", f"{told} ({trouble.reason})", remedy)
+            raise ConfigError.at("judge.base_url", f"{message} ({trouble.reason})", remedy)
         if wait_s >= _TOLD_WAIT_S:
             what = "rate limit: " if trouble.is_limit else ""
             self._say(f"{what}waiting for {wait_s:.0f} s ({trouble.reason})")
@@ -222,10 +222,12 @@ class ApiJudge:
         """
         self._failed_in_a_row = self._failed_in_a_row + 1 if verdict.verdict is None else 0
         if self._failed_in_a_row >= GIVE_UP_AFTER:
-            told = f"{GIVE_UP_AFTER} questions in a row have no verdict of {self._settings.model}"
+            message = (
+                f"{GIVE_UP_AFTER} questions in a row have no verdict of {self._settings.model}"
+            )
             where = f"at {self._endpoint.url}, the last because: {verdict.note}"
             remedy = "what was judged is kept: mend it and start the same command again"
-            raise ConfigError.at("judge", f"{told} {where}", remedy)
+            raise ConfigError.at("judge", f"{message} {where}", remedy)
 
 
 def _growing(number: int) -> float:

@@ -112,12 +112,12 @@ def _check_names(asked: Sequence[Comparison]) -> None:
     Raises:
         ConfigError: two do.
     """
-    places: dict[str, Comparison] = {}
+    locations: dict[str, Comparison] = {}
     for one in asked:
-        other = places.setdefault(one.name, one)
+        other = locations.setdefault(one.name, one)
         if other is not one:
-            told = f"{other.a} against {other.b} and {one.a} against {one.b} are both {one.name}"
-            raise ConfigError.at("evaluate.models", told, "give a model another name")
+            message = f"{other.a} against {other.b} and {one.a} against {one.b} are both {one.name}"
+            raise ConfigError.at("evaluate.models", message, "give a model another name")
 
 
 def _pairs(config: RunConfig) -> list[tuple[str, str]]:
@@ -125,8 +125,8 @@ def _pairs(config: RunConfig) -> list[tuple[str, str]]:
     names = tuple(config.evaluate.models) or (BASE, TRAINED)
     if config.judge.compare is None:
         if len(names) == 1:
-            told = f"names {names[0]} alone, so there is nothing to compare"
-            raise ConfigError.at("evaluate.models", told, "name another model")
+            message = f"names {names[0]} alone, so there is nothing to compare"
+            raise ConfigError.at("evaluate.models", message, "name another model")
         return [(names[-1], name) for name in names[:-1]]
     unknown = {name: None for pair in config.judge.compare for name in pair if name not in names}
     problems = [
@@ -154,12 +154,14 @@ def _same_prompts(a: AnswerFile, b: AnswerFile) -> None:
     remedy = "let `generate` write both with the same configuration"
     for first, second in zip(a.answers, b.answers, strict=False):
         if first.prompt != second.prompt:
-            told = f"answers the prompt {_start(second)}, but {a.path}:{first.index + 1} answers "
-            place = f"{b.path}:{second.index + 1}"
-            raise DataError.at(place, f"{told}{_start(first)}", remedy)
+            message = (
+                f"answers the prompt {_start(second)}, but {a.path}:{first.index + 1} answers "
+            )
+            location = f"{b.path}:{second.index + 1}"
+            raise DataError.at(location, f"{message}{_start(first)}", remedy)
     if len(a.answers) != len(b.answers):
-        told = f"has {len(b.answers)} answers, but {a.path} has {len(a.answers)}"
-        raise DataError.at(str(b.path), told, remedy)
+        message = f"has {len(b.answers)} answers, but {a.path} has {len(a.answers)}"
+        raise DataError.at(str(b.path), message, remedy)
 
 
 def _start(answer: Answer) -> str:

@@ -34,7 +34,7 @@ class Estimate:
         tokens = sum(size // _BYTES_PER_TOKEN + _TOKENS_PER_REQUEST for size in bytes_each)
         return cls(tokens, len(bytes_each) * max_tokens)
 
-    def told(self, settings: JudgeConfig) -> str:
+    def summary(self, settings: JudgeConfig) -> str:
         """A line for the user.
 
         Raises:
@@ -45,9 +45,9 @@ class Estimate:
         if cost is None:
             return f"about {tokens}; set judge.input_price and output_price for the cost"
         if settings.max_cost is not None and cost > settings.max_cost:
-            told = f"is {settings.max_cost:g}, but the questions would cost up to {cost:.4g}"
+            message = f"is {settings.max_cost:g}, but the questions would cost up to {cost:.4g}"
             remedy = "raise it, or lower judge.max_prompts or judge.max_tokens"
-            raise ConfigError.at("judge.max_cost", f"{told} ({tokens})", remedy)
+            raise ConfigError.at("judge.max_cost", f"{message} ({tokens})", remedy)
         return f"about {tokens}: up to {cost:.4g}"
 
 

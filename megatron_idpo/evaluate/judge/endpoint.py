@@ -50,11 +50,11 @@ class Endpoint:
         key = environment.get(name, "").strip()
         if not key and not is_local:
             remedy = f"export {name}=..., or name the variable that has the key"
-            told = f"the environment has no {name}, and {url} needs a key"
-            raise ConfigError.at("judge.key_variable", told, remedy)
+            message = f"the environment has no {name}, and {url} needs a key"
+            raise ConfigError.at("judge.key_variable", message, remedy)
         if not (key.isascii() and key.isprintable() and " " not in key):
-            told = f"{name} has characters that no key has (blanks, line breaks, non-ASCII)"
-            raise ConfigError.at("judge.key_variable", told, "set it to the key alone")
+            message = f"{name} has characters that no key has (blanks, line breaks, non-ASCII)"
+            raise ConfigError.at("judge.key_variable", message, "set it to the key alone")
         return cls(url, is_local, key or PLACEHOLDER)
 
     def scrubbed(self, text: str) -> str:
@@ -69,17 +69,17 @@ def checked_url(url: str) -> str:
     Raises:
         ConfigError: it is none, or has more in it, which is not told, since it may be a secret.
     """
-    place, example = "judge.base_url", "write it like https://host/v1"
+    location, example = "judge.base_url", "write it like https://host/v1"
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        raise ConfigError.at(place, "is no address", example) from None
+        raise ConfigError.at(location, "is no address", example) from None
     if parts.username is not None or parts.query or parts.fragment:
-        told = "has a user, a password or a query in it"
-        raise ConfigError.at(place, told, f"{example}; the key comes from judge.key_variable")
+        message = "has a user, a password or a query in it"
+        raise ConfigError.at(location, message, f"{example}; the key comes from judge.key_variable")
     if parts.scheme not in ("http", "https") or not host:
-        raise ConfigError.at(place, f"is {url!r}, no address of an endpoint", example)
+        raise ConfigError.at(location, f"is {url!r}, no address of an endpoint", example)
     return url.rstrip("/")
 
 

@@ -60,8 +60,8 @@ class RewardJudge:
 
         self._model, self._tokenizer = _load(path, AutoModelForSequenceClassification)
         if self._model.config.num_labels != 1:
-            told = f"{path} has {self._model.config.num_labels} outputs, a reward model has one"
-            raise ConfigError.at(PLACE, told, "name a reward model")
+            message = f"{path} has {self._model.config.num_labels} outputs, a reward model has one"
+            raise ConfigError.at(PLACE, message, "name a reward model")
 
     def ask(self, questions: Sequence[Question], done: Callable[[Verdict], None]) -> None:
         """See `Judge.ask`."""
@@ -82,8 +82,8 @@ class RewardJudge:
         elif isinstance(prompt, str):
             text = prompt + answer
         else:
-            told = "has no chat template, but prompts are chat messages"
-            raise ConfigError.at(PLACE, told, "name a reward model with one")
+            message = "has no chat template, but prompts are chat messages"
+            raise ConfigError.at(PLACE, message, "name a reward model with one")
         ids_1T = _tokens(self._model, self._tokenizer, text)
         return float(self._model(input_ids=ids_1T).logits.float().squeeze())
 
@@ -131,9 +131,9 @@ class LanguageModelJudge:
         a, b = (ids_1T[0].tolist() for ids_1T in both)
         shared = common_length(a, b)
         if shared == 0 or a[shared + 1 :] != b[shared + 1 :]:
-            told = "is no place where A and B are a token each"
+            message = "is no place where A and B are a token each"
             remedy = f"set `opening` to other words than {self._template.opening!r}"
-            raise ConfigError.at("judge.template", told, remedy)
+            raise ConfigError.at("judge.template", message, remedy)
         logits_V = self._model(input_ids=both[0][:, :shared]).logits[0, -1].float()
         logps_V = logits_V.log_softmax(-1)
         return {letter: float(logps_V[ids[shared]]) for letter, ids in (("A", a), ("B", b))}
@@ -155,18 +155,18 @@ def _load(path: str, kind: Any) -> tuple[Any, Tokenizer]:
         UserError: it cannot be loaded, or some weights are missing, such as a reward model's head
             in a model that is none.
     """
-    place = str(Path(path).expanduser())
-    tokenizer = load_tokenizer(place)
+    location = str(Path(path).expanduser())
+    tokenizer = load_tokenizer(location)
     try:
         with without_bar():
-            model, info = kind.from_pretrained(place, dtype="auto", output_loading_info=True)
+            model, info = kind.from_pretrained(location, dtype="auto", output_loading_info=True)
     # The library raises whatever the file at hand leads to.
     except Exception as error:
-        told = f"{path} cannot be loaded: {type(error).__name__}: {error}"
-        raise CheckpointError.at(PLACE, told, "name a model of judge.kind") from error
+        message = f"{path} cannot be loaded: {type(error).__name__}: {error}"
+        raise CheckpointError.at(PLACE, message, "name a model of judge.kind") from error
     if missing := sorted(info["missing_keys"]):
-        told = f"{path} lacks {len(missing)} weights, {missing[0]} for one"
-        raise CheckpointError.at(PLACE, told, "name a complete model of judge.kind")
+        message = f"{path} lacks {len(missing)} weights, {missing[0]} for one"
+        raise CheckpointError.at(PLACE, message, "name a complete model of judge.kind")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

@@ -37,16 +37,16 @@ def judging(
     said_s = clock()
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with bar:
-        task = bar.add_task(what, total=total, told="")
+        task = bar.add_task(what, total=total, message="")
 
         def step(is_verdict: bool) -> None:
             nonlocal done, silent, said_s
             done, silent = done + 1, silent + (not is_verdict)
-            told = f"{silent} without a verdict" if silent else ""
-            bar.update(task, completed=done, told=told)
+            message = f"{silent} without a verdict" if silent else ""
+            bar.update(task, completed=done, message=message)
             if not console.is_terminal and clock() - said_s >= _LINE_S and done < total:
                 said_s = clock()
-                line = f"{what}: {done:,} of {total:,} questions{told and ', '}{told}"
+                line = f"{what}: {done:,} of {total:,} questions{message and ', '}{message}"
                 console.print(Text(line), soft_wrap=True)
 
         yield step

@@ -94,8 +94,8 @@ def trouble_of(
         return _of_status(error.status_code, error, settings, endpoint, now_s)
     if isinstance(error, APIConnectionError):
         cause = error.__cause__ or error
-        told = f"no connection ({type(cause).__name__}: {cause})"
-        return Trouble(_short(told, endpoint))
+        message = f"no connection ({type(cause).__name__}: {cause})"
+        return Trouble(_short(message, endpoint))
     return Trouble(_short(f"{type(error).__name__}: {error}", endpoint))
 
 
@@ -107,14 +107,14 @@ def _of_status(
     wait_s = retry_after_s(error.response.headers.get("retry-after"), now_s)
     if status == 401:
         # Not in the endpoint's words, which may quote parts of the key.
-        told = f"{endpoint.url} refuses the key in {settings.key_variable} (status 401)"
-        raise ConfigError.at("judge.key_variable", told, "export the right key")
+        message = f"{endpoint.url} refuses the key in {settings.key_variable} (status 401)"
+        raise ConfigError.at("judge.key_variable", message, "export the right key")
     if status in (402, 403) or (status == 429 and error.code == "insufficient_quota"):
-        told = f"{endpoint.url} refuses to serve {settings.model} ({reason})"
-        raise ConfigError.at("judge.model", told, "see what your account there may do")
+        message = f"{endpoint.url} refuses to serve {settings.model} ({reason})"
+        raise ConfigError.at("judge.model", message, "see what your account there may do")
     if status in (404, 405, 410):
-        told = f"{endpoint.url} does not serve {settings.model} ({reason})"
-        raise ConfigError.at("judge.model", told, "correct the name, or judge.base_url")
+        message = f"{endpoint.url} does not serve {settings.model} ({reason})"
+        raise ConfigError.at("judge.model", message, "correct the name, or judge.base_url")
     if status == 429:
         return Trouble(reason, is_limit=True, wait_s=wait_s)
     if status == 400 and error.param in _OPTIONS and str(error.code).startswith("unsupported_"):

@@ -137,12 +137,12 @@ def _judge(
         _check_library()
         endpoint = Endpoint.of(settings, environment)
         if endpoint.is_overheard:
-            told = "whoever listens on the network reads the key in"
-            _say(console, f"{endpoint.url} is not encrypted: {told} {settings.key_variable}")
+            message = "whoever listens on the network reads the key in"
+            _say(console, f"{endpoint.url} is not encrypted: {message} {settings.key_variable}")
         from megatron_idpo.evaluate.judge.api import ApiJudge
 
         chats = (template.chat(question.prompt, *question.shown) for question in left)
-        _say(console, Estimate.of(chats, settings.max_tokens).told(settings))
+        _say(console, Estimate.of(chats, settings.max_tokens).summary(settings))
         return ApiJudge(settings, endpoint, template, lambda line: _say(console, line))
     from megatron_idpo.evaluate.judge.local import LanguageModelJudge, RewardJudge
 
@@ -163,12 +163,12 @@ def _plan(task: _Task, settings: JudgeConfig) -> str:
     comparison, standing = task.comparison, task.store.standing
     same = sum(map(comparison.is_identical, range(comparison.prompts)))
     before = len(standing) - sum(verdict.is_identical for verdict in standing.values())
-    told = f"{comparison.a} against {comparison.b} by {settings.model}: "
-    told += f"{comparison.prompts:,} prompts"
-    told += ", each in both orders" if settings.kind != "reward" else ""
-    told += f"; {same:,} with identical answers" if same else ""
-    told += f"; {before:,} verdicts are there already" if before else ""
-    return f"{told}; {len(task.left):,} questions to put"
+    message = f"{comparison.a} against {comparison.b} by {settings.model}: "
+    message += f"{comparison.prompts:,} prompts"
+    message += ", each in both orders" if settings.kind != "reward" else ""
+    message += f"; {same:,} with identical answers" if same else ""
+    message += f"; {before:,} verdicts are there already" if before else ""
+    return f"{message}; {len(task.left):,} questions to put"
 
 
 def _ask(judge: Judge, task: _Task, console: Console) -> None:
@@ -203,20 +203,22 @@ def _tell(
     names = [(task.comparison.a, task.comparison.b) for task in tasks]
     console.print(result_table(names, results))
     for (a, b), tally in zip(names, results, strict=True):
-        _say(console, tally.told(a, b))
+        _say(console, tally.summary(a, b))
         if tally.disagreed:
-            told = f"{tally.disagreed} of {tally.ties} ties are the judge's, who decided otherwise"
-            _say(console, f"  {told} when the answers changed places")
+            message = (
+                f"{tally.disagreed} of {tally.ties} ties are the judge's, who decided otherwise"
+            )
+            _say(console, f"  {message} when the answers changed places")
     if settings.kind == "api":
         inputs, outputs = (sum(task.store.used_tokens[side] for task in tasks) for side in (0, 1))
         cost = cost_of(inputs, outputs, settings)
-        told = f"{inputs:,} input and {outputs:,} output tokens"
-        _say(console, f"{told} in all, earlier starts included{_cost_told(cost)}")
+        message = f"{inputs:,} input and {outputs:,} output tokens"
+        _say(console, f"{message} in all, earlier starts included{_format_cost(cost)}")
     for task in tasks:
         _say(console, f"written: {task.directory}")
 
 
-def _cost_told(cost: float | None) -> str:
+def _format_cost(cost: float | None) -> str:
     return "" if cost is None else f": {cost:.4g}"
 
 
@@ -230,9 +232,9 @@ def _check_enough(results: Sequence[Tally], tasks: Sequence[_Task]) -> None:
     for tally, task in zip(results, tasks, strict=True):
         if tally.is_enough:
             continue
-        told = f"{tally.unjudged} of {tally.prompts} prompts have no verdict"
+        message = f"{tally.unjudged} of {tally.prompts} prompts have no verdict"
         remedy = "its notes say why; the same command asks for these again"
-        problems.append(Problem(str(task.directory / "verdicts.jsonl"), told, remedy))
+        problems.append(Problem(str(task.directory / "verdicts.jsonl"), message, remedy))
     if problems:
         raise DataError.of(problems)
 

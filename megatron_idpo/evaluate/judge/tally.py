@@ -109,12 +109,12 @@ class Tally:
     def conclusion(self, a: str, b: str) -> str:
         """Whether this is a difference, with the sign test's p-value."""
         p = self.p_value
-        told = "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.3g}"
+        message = "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.3g}"
         if p >= EVIDENCE:
-            return f"no evidence of a difference (sign test {told})"
-        return f"evidence for {a if self.wins > self.losses else b} (sign test {told})"
+            return f"no evidence of a difference (sign test {message})"
+        return f"evidence for {a if self.wins > self.losses else b} (sign test {message})"
 
-    def told(self, a: str, b: str) -> str:
+    def summary(self, a: str, b: str) -> str:
         """One sentence, with the interval and without calling chance a win."""
         rate, interval = self.win_rate, self.interval
         if rate is None or interval is None:
@@ -147,7 +147,7 @@ class Tally:
             "low": low,
             "high": high,
             "p_value": self.p_value,
-            "told": self.told(a, b),
+            "summary": self.summary(a, b),
         }
 
 

@@ -85,8 +85,8 @@ class JudgeTemplate:
         try:
             template = environment.from_string(text)
         except TemplateSyntaxError as error:
-            told = f"{path} has a syntax error in line {error.lineno}: {error.message}"
-            raise ConfigError.at(PLACE, told, _REMEDY) from None
+            reason = f"{path} has a syntax error in line {error.lineno}: {error.message}"
+            raise ConfigError.at(PLACE, reason, _REMEDY) from None
         if "user" not in template.blocks:
             raise ConfigError.at(PLACE, f"{path} has no block `user`", _REMEDY)
         context = _context(template, _values("prompt", "first", "second"))
@@ -187,9 +187,9 @@ def _pattern(text: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(text)
     except re.error as error:
-        told = f"sets `verdict` to {text!r}, which is no regular expression: {error}"
-        raise ConfigError.at(PLACE, told, _REMEDY) from None
+        message = f"sets `verdict` to {text!r}, which is no regular expression: {error}"
+        raise ConfigError.at(PLACE, message, _REMEDY) from None
     if missing := {"a", "b"} - pattern.groupindex.keys():
-        told = f"sets `verdict` to {text!r} without a group {' and '.join(sorted(missing))}"
-        raise ConfigError.at(PLACE, told, "name its groups: (?P<a>A), (?P<b>B), (?P<tie>tie)")
+        message = f"sets `verdict` to {text!r} without a group {' and '.join(sorted(missing))}"
+        raise ConfigError.at(PLACE, message, "name its groups: (?P<a>A), (?P<b>B), (?P<tie>tie)")
     return pattern

@@ -150,11 +150,11 @@ class VerdictStore:
         except OSError as error:
             raise _unwritable(self._path, error) from None
         for number, line in enumerate(text[:whole].splitlines(), start=1):
-            place = f"{self._path}:{number}"
-            verdict = _parsed(line, place)
+            location = f"{self._path}:{number}"
+            verdict = _parsed(line, location)
             if (verdict.index, verdict.order) in self.standing:
-                told = f"is a second verdict on prompt {verdict.index}, order {verdict.order}"
-                raise DataError.at(place, told, "delete one of the two lines")
+                message = f"is a second verdict on prompt {verdict.index}, order {verdict.order}"
+                raise DataError.at(location, message, "delete one of the two lines")
             self._take(verdict)
 
     def _agree(self, directory: Path, settings: Mapping[str, Any]) -> None:
@@ -190,8 +190,8 @@ def _check(directory: Path, path: Path, settings: Mapping[str, Any]) -> None:
     try:
         before = _flat(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, AttributeError) as error:
-        told = f"cannot be read ({error}), so nobody knows what the verdicts beside it are on"
-        raise ConfigError.at(str(path), told, f"restore it, or move {directory} away") from None
+        message = f"cannot be read ({error}), so nobody knows what the verdicts beside it are on"
+        raise ConfigError.at(str(path), message, f"restore it, or move {directory} away") from None
     now = _flat(settings)
     names = [name for name in dict.fromkeys([*now, *before]) if now.get(name) != before.get(name)]
     problems = [
@@ -206,7 +206,7 @@ def _check(directory: Path, path: Path, settings: Mapping[str, Any]) -> None:
         raise ConfigError.of(problems)
 
 
-def _parsed(line: bytes, place: str) -> Verdict:
+def _parsed(line: bytes, location: str) -> Verdict:
     """One line.
 
     Raises:
@@ -218,7 +218,7 @@ def _parsed(line: bytes, place: str) -> Verdict:
         known = {field.name for field in fields(Verdict)}
         verdict = Verdict(**{name: values[name] for name in values if name in known})
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError.at(place, f"is no verdict ({error})", remedy) from None
+        raise DataError.at(location, f"is no verdict ({error})", remedy) from None
     is_right = (
         type(verdict.index) is int
         and verdict.order in _ORDERS
@@ -226,7 +226,7 @@ def _parsed(line: bytes, place: str) -> Verdict:
         and type(verdict.input_tokens) is type(verdict.output_tokens) is int
     )
     if not is_right:
-        raise DataError.at(place, f"is no verdict: {line!r:.80}", remedy)
+        raise DataError.at(location, f"is no verdict: {line!r:.80}", remedy)
     return verdict
 
 
@@ -234,11 +234,11 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """`{"answers": {"a": 1}}` as `{"answers.a": 1}`."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
-        place = f"{above}{name}"
-        found |= _flat(value, f"{place}.") if isinstance(value, dict) else {place: value}
+        location = f"{above}{name}"
+        found |= _flat(value, f"{location}.") if isinstance(value, dict) else {location: value}
     return found
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
-    told = f"cannot write {path}: {error.strerror or error}"
-    return ConfigError.at("evaluate.output", told, "free space, or name a directory to write to")
+    message = f"cannot write {path}: {error.strerror or error}"
+    return ConfigError.at("evaluate.output", message, "free space, or name a directory to write to")

@@ -94,19 +94,19 @@ def rank_layers(curves: LayerCurves) -> list[Advice]:
         Advice(
             layer,
             layer / depth,
-            float(agreement.value_L[place]),
-            float(agreement.low_L[place]),
-            float(nats.value_L[place]),
+            float(agreement.value_L[location]),
+            float(agreement.low_L[location]),
+            float(nats.value_L[location]),
             curves.chance_nats,
-            float(room_L[place]),
+            float(room_L[location]),
             has_gained,
         )
-        for place, layer in enumerate(curves.layers[:-1])
+        for location, layer in enumerate(curves.layers[:-1])
     ]
     return sorted(found, key=lambda advice: (-advice.score, not advice.is_readable, -advice.layer))
 
 
-def best_layers_told(curves: Sequence[LayerCurves]) -> Iterator[str]:
+def format_best_layers(curves: Sequence[LayerCurves]) -> Iterator[str]:
     """A line for each model."""
     for model in curves:
         ranked = rank_layers(model)
@@ -124,7 +124,7 @@ def advice_markdown(curves: Sequence[LayerCurves]) -> str:
     """Every model's ranking, and what it is worth."""
     parts = [_HEAD]
     for model in curves:
-        parts.append(f"## {model.model}\n\n{model.sample_told}\n")
+        parts.append(f"## {model.model}\n\n{model.format_sample}\n")
         parts.append("| rank | layer | depth | score | why |\n|---|---|---|---|---|")
         for rank, advice in enumerate(rank_layers(model), start=1):
             parts.append(
@@ -147,10 +147,10 @@ def main(path: Path, overrides: Sequence[str]) -> int:
     _check_models(config, curves, directory)
     print(f"against {made_of['reference']}, beta {made_of['beta']}")
     for model in curves:
-        print(f"{model.model}: {model.sample_told}")
+        print(f"{model.model}: {model.format_sample}")
         for rank, advice in enumerate(rank_layers(model)[:_SHOWN], start=1):
-            place = f"layer {advice.layer:>3} (depth {advice.depth:.2f})"
-            print(f"  {rank}. {place}  score {advice.score:.2f}: {advice.reason}")
+            location = f"layer {advice.layer:>3} (depth {advice.depth:.2f})"
+            print(f"  {rank}. {location}  score {advice.score:.2f}: {advice.reason}")
     print("score = agreement x room where the head can read, a rule of thumb (docs/evaluation.md)")
     return 0
 
@@ -159,8 +159,8 @@ def _check_models(config: RunConfig, curves: Sequence[LayerCurves], directory: P
     """Refuse the curves of other models than those that are named, if any are."""
     wanted, found = list(config.evaluate.models), [model.model for model in curves]
     if wanted and wanted != found:
-        told = f"has the curves of {', '.join(found)}, not of {', '.join(wanted)}"
-        raise DataError.at(str(directory), told, "run `likelihood` again")
+        message = f"has the curves of {', '.join(found)}, not of {', '.join(wanted)}"
+        raise DataError.at(str(directory), message, "run `likelihood` again")
 
 
 _HEAD = """# Layers to tap

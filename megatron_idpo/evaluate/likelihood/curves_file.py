@@ -51,16 +51,16 @@ def read_curves(path: Path) -> list[LayerCurves]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        told = f"cannot be read: {error}"
-        raise DataError.at(str(path), told, "make it by `likelihood`") from None
+        message = f"cannot be read: {error}"
+        raise DataError.at(str(path), message, "make it by `likelihood`") from None
     models: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         models.setdefault(row.get("model") or "", []).append(row)
     try:
         found = [_curves(model, rows) for model, rows in models.items()]
     except (KeyError, ValueError, TypeError) as error:
-        told = f"is no table of layer curves ({type(error).__name__}: {error})"
-        raise DataError.at(str(path), told, "make it again by `likelihood`") from None
+        message = f"is no table of layer curves ({type(error).__name__}: {error})"
+        raise DataError.at(str(path), message, "make it again by `likelihood`") from None
     if not found:
         raise DataError.at(str(path), "has no row", "make it again by `likelihood`")
     return found
@@ -68,14 +68,14 @@ def read_curves(path: Path) -> list[LayerCurves]:
 
 def _rows(curves: LayerCurves) -> Iterator[list[str]]:
     depth = curves.layers[-1]
-    for place, layer in enumerate(curves.layers):
+    for location, layer in enumerate(curves.layers):
         chance = f"{curves.chance_nats:.6g}"
         sample = (curves.model, layer, f"{layer / depth:.4f}", curves.pairs, curves.prompts, chance)
         estimates = [curves.estimates[name] for name in QUANTITIES]
         figures = [
             figure
             for one in estimates
-            for figure in (one.value_L[place], one.low_L[place], one.high_L[place])
+            for figure in (one.value_L[location], one.low_L[location], one.high_L[location])
         ]
         yield [*map(str, sample), *("" if math.isnan(f) else f"{f:.9g}" for f in figures)]
 

@@ -61,7 +61,7 @@ class LayerCurves:
     """By name, in the order of `QUANTITIES`."""
 
     @property
-    def sample_told(self) -> str:
+    def format_sample(self) -> str:
         """`213 held-out pairs of 40 prompts`."""
         pairs = "1 held-out pair" if self.pairs == 1 else f"{self.pairs:,} held-out pairs"
         return f"{pairs} of {self.prompts:,} prompt{'s' if self.prompts > 1 else ''}"
@@ -126,7 +126,7 @@ def layer_curves(
         len(policy_PL2),
         len(np.unique(prompt_P)),
         math.log(vocab_size),
-        {name: Estimate(*by_name[:, place]) for place, name in enumerate(QUANTITIES)},
+        {name: Estimate(*by_name[:, location]) for location, name in enumerate(QUANTITIES)},
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.convert.frozen_model import FixedModel
+from megatron_idpo.convert.frozen_model import FrozenModel
 from megatron_idpo.convert.model_source import ModelSource, open_model
 from megatron_idpo.data.run_pairs import (
     RunPairs,
@@ -37,9 +37,15 @@ from megatron_idpo.evaluate.likelihood.summary import tell_curves
 from megatron_idpo.evaluate.models import Subject
 from megatron_idpo.evaluate.result_files import check_writable
 from megatron_idpo.lora.peft_config import read_peft_settings
-from megatron_idpo.mcore.parallel.groups import this_place
-from megatron_idpo.mcore.parallel.signals import Stopped, StopWish, listening
-from megatron_idpo.mcore.parallel.world import World, agreeing, gathered, joined_world, running
+from megatron_idpo.mcore.parallel.groups import this_rank
+from megatron_idpo.mcore.parallel.signals import StopFlag, Stopped, listening
+from megatron_idpo.mcore.parallel.world import (
+    World,
+    gathered,
+    joined_world,
+    raise_on_all_ranks,
+    running,
+)
 from megatron_idpo.reference.cache_files import Logps
 from megatron_idpo.reference.fingerprint import fingerprint
 from megatron_idpo.reference.frozen import frozen_model
@@ -61,7 +67,7 @@ class _Reading:
     world: World
     pairs: RunPairs
     directory: Path
-    wish: StopWish
+    stop_flag: StopFlag
     vocab_size: int
     has_adapters: bool
     """Whether any model has: then all are read by the same kernels, to round alike."""
@@ -87,14 +93,14 @@ def likelihood(config: RunConfig, models: Sequence[Subject], output: Path) -> in
     Raises:
         UserError: on every rank; what was read before is there.
     """
-    with listening() as wish, joined_world() as world:
-        with agreeing("looking at the models"):
+    with listening() as stop_flag, joined_world() as world:
+        with raise_on_all_ranks("looking at the models"):
             reference = open_model(config.model.path)
             sources = [open_model(subject.path) for subject in models]
             _check(config, world.size, reference, dict(zip(models, sources, strict=True)))
             if world.is_first:
                 check_writable(output / DIRECTORY)
-        with agreeing("reading the data"):
+        with raise_on_all_ranks("reading the data"):
             pairs = load_run_pairs(config)
             check_tokens(pairs, reference.architecture.vocab_size)
         reading = _Reading(
@@ -102,7 +108,7 @@ def likelihood(config: RunConfig, models: Sequence[Subject], output: Path) -> in
             world,
             pairs,
             output / DIRECTORY,
-            wish,
+            stop_flag,
             reference.architecture.vocab_size,
             any(subject.adapter is not None for subject in models),
         )
@@ -111,14 +117,14 @@ def likelihood(config: RunConfig, models: Sequence[Subject], output: Path) -> in
                 found = _read_all(reading, reference, models, sources)
         except Stopped:
             if world.is_first:
-                print(_told_stopped(reading.directory), flush=True)
+                print(_format_stopped(reading.directory), flush=True)
             return EXIT_PREEMPTED
-        with agreeing("writing the curves"):
+        with raise_on_all_ranks("writing the curves"):
             if world.is_first:
                 names = [subject.name for subject in models]
                 curves = _curves(reading, names, [one.logps_PL2 for one in found])
                 (reading.directory / FILE).unlink(missing_ok=True)  # of another configuration
-                readings = dict(zip([REFERENCE, *names], [one.place for one in found], strict=True))
+                readings = dict(zip([REFERENCE, *names], [one.rank for one in found], strict=True))
                 write_made_of(reading.directory, config, models, readings)
                 write_curves(reading.directory / FILE, curves)
                 tell_curves(curves, reading.directory)
@@ -129,7 +135,7 @@ def likelihood(config: RunConfig, models: Sequence[Subject], output: Path) -> in
 class _Read:
     """A model's log-probabilities, and where in the results they are kept."""
 
-    place: str
+    rank: str
     logps_PL2: Logps
 
 
@@ -140,9 +146,9 @@ def _read_all(
     sources: Sequence[ModelSource],
 ) -> list[_Read]:
     """The reference's log-probabilities, then every model's. Collective; a layout runs."""
-    found = [_logps(reading, FixedModel.of(reference), REFERENCE)]
+    found = [_logps(reading, FrozenModel.of(reference), REFERENCE)]
     for subject, source in zip(models, sources, strict=True):
-        model = FixedModel.of(source)
+        model = FrozenModel.of(source)
         if subject.adapter is not None:
             model = model.with_adapter(subject.adapter)
         found.append(_logps(reading, model, subject.name))
@@ -170,7 +176,7 @@ def _curves(reading: _Reading, names: Sequence[str], logps: Sequence[Logps]) -> 
     ]
 
 
-def _logps(reading: _Reading, model: FixedModel, name: str) -> _Read:
+def _logps(reading: _Reading, model: FrozenModel, name: str) -> _Read:
     """A model's log-probabilities at every layer, read now or before. Collective.
 
     Raises:
@@ -190,13 +196,13 @@ def _logps(reading: _Reading, model: FixedModel, name: str) -> _Read:
     caches = RunCaches.of_one_set(model, held_out, directory, wanted, what=what)
     if not caches.are_complete():
         # A signal in the last batch of the model before is heeded here.
-        if any(gathered(reading.wish.is_there)) or not _read(reading, model, caches):
+        if any(gathered(reading.stop_flag.is_there)) or not _read(reading, model, caches):
             raise Stopped
         gc.collect()  # a model holds itself in circles
     return _Read(f"{LOGPS}/{directory.name}", caches.open()[0].logps_PL2)
 
 
-def _read(reading: _Reading, model: FixedModel, caches: RunCaches) -> bool:
+def _read(reading: _Reading, model: FrozenModel, caches: RunCaches) -> bool:
     """Read what is missing; whether it is complete. Collective."""
     chunks, dpo = frozen_model(
         reading.config,
@@ -204,8 +210,8 @@ def _read(reading: _Reading, model: FixedModel, caches: RunCaches) -> bool:
         show_progress=reading.world.is_first,
         plain_linears=reading.has_adapters,
     )
-    rows = row_settings(reading.config, reading.world.size, data_rank=this_place().data)
-    return caches.score(Resident(dpo, chunks), rows, reading.wish)
+    rows = row_settings(reading.config, reading.world.size, data_rank=this_rank().data)
+    return caches.score(Resident(dpo, chunks), rows, reading.stop_flag)
 
 
 def _at_every_layer(config: RunConfig, num_layers: int) -> RunConfig:
@@ -223,26 +229,26 @@ def _check(
     found: list[Problem] = list(config.layout.layout().problems(wanted, world_size))
     vocabulary = None
     for subject, source in models.items():
-        place = f"evaluate.models.{subject.name}"
+        rank = f"evaluate.models.{subject.name}"
         if subject.adapter is not None:
             try:
                 read_peft_settings(subject.adapter)
             except UserError as error:
                 remedy = "name the directory of a PEFT adapter"
-                found.append(Problem(f"{place}.adapter", str(error), remedy))
+                found.append(Problem(f"{rank}.adapter", str(error), remedy))
         for name in ("num_layers", "vocab_size"):
             mine, other = getattr(source.architecture, name), getattr(wanted, name)
             if mine != other:
-                told = f"has {name} {mine}, the reference {other}"
+                message = f"has {name} {mine}, the reference {other}"
                 remedy = "compare models that were made from the same one"
-                found.append(Problem(place, told, remedy))
+                found.append(Problem(rank, message, remedy))
         if config.model.tokenizer is None and _has_tokenizer(source):
             vocabulary = vocabulary or _vocabulary(tokenizer_path(config.model))
             mine = tokenizer_path(config.model.model_copy(update={"path": str(source.directory)}))
             if _vocabulary(mine) != vocabulary:
-                told = f"{source.directory} has another tokenizer than model.path"
+                message = f"{source.directory} has another tokenizer than model.path"
                 remedy = "compare models of one tokenizer, or name it in model.tokenizer"
-                found.append(Problem(place, told, remedy))
+                found.append(Problem(rank, message, remedy))
     if found:
         raise ConfigError.of(found)
 
@@ -263,15 +269,15 @@ def _naming_the_output() -> Iterator[None]:
     except UserError as error:
         if "reference.cache" not in str(error):
             raise
-        told = str(error).replace("reference.cache", "evaluate.output")
-        raise type(error)(told) from None
+        message = str(error).replace("reference.cache", "evaluate.output")
+        raise type(error)(message) from None
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
-def _told_stopped(directory: Path) -> str:
+def _format_stopped(directory: Path) -> str:
     return (
         f"stopped by a signal, what was read is saved in {directory}; the same command goes on "
         f"from there (exit code {EXIT_PREEMPTED})"

@@ -28,7 +28,7 @@ def write_made_of(
     Raises:
         ConfigError: it cannot be written.
     """
-    told = {
+    message = {
         "reference": config.model.path,
         "models": {
             subject.name: subject.path
@@ -43,7 +43,7 @@ def write_made_of(
         "seed": config.evaluate.seed,
         "readings": dict(readings),
     }
-    write_text(directory / FILE, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    write_text(directory / FILE, json.dumps(message, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_made_of(directory: Path) -> dict[str, Any]:
@@ -58,6 +58,6 @@ def read_made_of(directory: Path) -> dict[str, Any]:
         models, reference, beta = found["models"], found["reference"], found["beta"]
         assert isinstance(models, dict) and isinstance(reference, str) and isinstance(beta, float)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        told = f"cannot be read ({type(error).__name__}: {error})"
-        raise DataError.at(str(path), told, "make it by `likelihood`") from None
+        message = f"cannot be read ({type(error).__name__}: {error})"
+        raise DataError.at(str(path), message, "make it by `likelihood`") from None
     return found

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_idpo.evaluate.likelihood.advise import ADVICE, advice_markdown, best_layers_told
+from megatron_idpo.evaluate.likelihood.advise import ADVICE, advice_markdown, format_best_layers
 from megatron_idpo.evaluate.likelihood.curves_file import FILE
 from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
 from megatron_idpo.evaluate.result_files import write_text
@@ -33,9 +33,9 @@ def tell_curves(curves: Sequence[LayerCurves], directory: Path) -> None:
     write_text(directory / ADVICE, advice_markdown(curves))
     console = Console(highlight=False)
     console.print(likelihood_table(curves))
-    said = curves[0].sample_told
+    said = curves[0].format_sample
     said += "; 95% intervals over prompts" if curves[0].prompts > 1 else ": too few for intervals"
-    for line in (said, *best_layers_told(curves)):
+    for line in (said, *format_best_layers(curves)):
         console.print(line, soft_wrap=True, markup=False)
     for title, name in (("curves", FILE), ("picture", PICTURES[0]), ("layers", ADVICE)):
         console.print(f"{title:8} {directory / name}", soft_wrap=True, markup=False)
@@ -48,11 +48,11 @@ def likelihood_table(curves: Sequence[LayerCurves]) -> Table:
     for name in ("layer", *_SHOWN):
         table.add_column(name, justify="right", no_wrap=True)
     for model in curves:
-        for number, place in enumerate(_places(model.layers)):
+        for number, location in enumerate(_places(model.layers)):
             table.add_row(
                 Text(model.model if number == 0 else ""),
-                f"{model.layers[place]}/{model.layers[-1]}",
-                *(_told(model, name, place) for name in _SHOWN),
+                f"{model.layers[location]}/{model.layers[-1]}",
+                *(_describe(model, name, location) for name in _SHOWN),
             )
     return table
 
@@ -61,10 +61,10 @@ def _places(layers: Sequence[int]) -> list[int]:
     return sorted({max(1, round(depth * len(layers))) - 1 for depth in _DEPTHS})
 
 
-def _told(model: LayerCurves, name: str, place: int) -> Text:
+def _describe(model: LayerCurves, name: str, location: int) -> Text:
     """`0.631 [0.602, 0.660]`; the interval is left out where it is not known."""
     one = model.estimates[name]
     form = "+.2f" if name == "margin" else ".3f"
-    value, low, high = (array[place] for array in (one.value_L, one.low_L, one.high_L))
-    told = f"{value:{form}}"
-    return Text(told if isnan(low) else f"{told} [{low:{form}}, {high:{form}}]")
+    value, low, high = (array[location] for array in (one.value_L, one.low_L, one.high_L))
+    message = f"{value:{form}}"
+    return Text(message if isnan(low) else f"{message} [{low:{form}}, {high:{form}}]")

@@ -24,7 +24,7 @@ from megatron_idpo.evaluate.lm_eval.items import Items
 from megatron_idpo.evaluate.lm_eval.tasks import (
     H4,
     H4Task,
-    examples_told,
+    format_examples,
     parts_of,
     result_name,
     spec,
@@ -99,9 +99,9 @@ class LmEval:
                 )
             # The libraries raise whatever the files at hand lead to, or PEFT's not being there.
             except Exception as error:
-                told = f"Transformers cannot load it: {type(error).__name__}: {error}"
+                message = f"Transformers cannot load it: {type(error).__name__}: {error}"
                 remedy = "name a complete Hugging Face model, with its tokenizer"
-                raise CheckpointError.at(subject.path, told, remedy) from error
+                raise CheckpointError.at(subject.path, message, remedy) from error
 
     def measure(self, task: H4Task, items: Items | None, limit: int | None) -> Measured:
         """Ask a task's items.
@@ -127,21 +127,21 @@ class LmEval:
             try:
                 found = evaluate(lm=self._model, task_dict=loaded, **settings)
             except torch.OutOfMemoryError:
-                told = f"is {self._model.batch_size}: {task.title} does not fit into memory"
-                raise ConfigError.at("h4.batch_size", told, "set a smaller one") from None
+                message = f"is {self._model.batch_size}: {task.title} does not fit into memory"
+                raise ConfigError.at("h4.batch_size", message, "set a smaller one") from None
         figures = found["results"][result_name(task, items)]
         value, stderr = (figures.get(f"{task.metric}{end},none") for end in ("", "_stderr"))
         if not math.isfinite(value):
-            told = f"gives {task.title} no figure ({value}): its outputs are no numbers"
+            message = f"gives {task.title} no figure ({value}): its outputs are no numbers"
             remedy = "see whether it is whole, or set model.dtype to fp32"
-            raise CheckpointError.at(self._path, told, remedy)
+            raise CheckpointError.at(self._path, message, remedy)
         return Measured(
             metric=task.shown,
             value=float(value),
             stderr=float(stderr) if isinstance(stderr, float) else None,
             items=int(figures["sample_len"]),
             few_shot=task.few_shot,
-            examples=examples_told(task, items),
+            examples=format_examples(task, items),
             cut=listener.cut,
         )
 
@@ -167,9 +167,9 @@ def _load(task: H4Task, items: Items | None) -> Any:
     except Exception as error:  # of the hub and of four network libraries
         if items is not None:
             raise
-        told = f"is null, and the hub does not give {task.name}: {type(error).__name__}: {error}"
+        message = f"is null, and the hub does not give {task.name}: {type(error).__name__}: {error}"
         remedy = "name a directory with the items, or see to the network"
-        raise ConfigError.at("h4.items", told, remedy) from error
+        raise ConfigError.at("h4.items", message, remedy) from error
     for part in loaded["tasks"].values():
         part.set_config("num_fewshot", task.few_shot)
         part.set_fewshot_seed(DEFAULT_OTHER_SEED)

@@ -140,13 +140,13 @@ def _names_of(task: str, names: Sequence[str]) -> tuple[str, str | None]:
     if f"{task}.jsonl" in asked:
         asked = [f"{task}.jsonl"]
     if not asked:
-        told = f"has no items of {task}: no file {task}.jsonl, and none that begins with {stem}"
-        raise ConfigError.at("h4.items", told, f"add it, or leave {task} out of h4.tasks")
+        message = f"has no items of {task}: no file {task}.jsonl, and none that begins with {stem}"
+        raise ConfigError.at("h4.items", message, f"add it, or leave {task} out of h4.tasks")
     for several in (asked, examples):
         if len(several) > 1:
-            told = f"has several files for {task}: {', '.join(several)}"
+            message = f"has several files for {task}: {', '.join(several)}"
             remedy = f"keep one of them there, or call the one that is meant {task}.jsonl"
-            raise ConfigError.at("h4.items", told, remedy)
+            raise ConfigError.at("h4.items", message, remedy)
     return asked[0], (examples[0] if examples else None)
 
 
@@ -179,16 +179,16 @@ def _records(path: Path, line: type[BaseModel]) -> list[Record]:
     return found
 
 
-def _record(text: str, line: type[BaseModel], place: str) -> Record:
+def _record(text: str, line: type[BaseModel], location: str) -> Record:
     fields = ", ".join(line.model_fields)
     remedy = f"write an object with the hub's fields {fields}"
     try:
         return line.model_validate(json.loads(text)).model_dump()
     except json.JSONDecodeError as error:
-        raise DataError.at(place, f"is not JSON: {error}", remedy) from None
+        raise DataError.at(location, f"is not JSON: {error}", remedy) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        told = first["msg"].removeprefix("Value error, ")
-        told = f"{where}: {told}" if where else told
-        raise DataError.at(place, told, remedy) from None
+        message = first["msg"].removeprefix("Value error, ")
+        message = f"{where}: {message}" if where else message
+        raise DataError.at(location, message, remedy) from None

@@ -73,7 +73,7 @@ class H4Result:
             for name in H4_TASKS
             if name in self.tasks
         }
-        told = {
+        message = {
             "model": self.model,
             "tasks": tasks,
             "mean": self.mean,
@@ -83,7 +83,7 @@ class H4Result:
             "limit": self.settings["limit"],
             "settings": self.settings,
         }
-        write_text(path, json.dumps(told, indent=1) + "\n")
+        write_text(path, json.dumps(message, indent=1) + "\n")
 
 
 def read_result(path: Path) -> H4Result | None:
@@ -94,22 +94,22 @@ def read_result(path: Path) -> H4Result | None:
     """
     try:
         values = json.loads(path.read_text("utf-8"))
-        tasks = {name: dict(told) for name, told in values["tasks"].items()}
-        files = {name: told.pop("files") for name, told in tasks.items()}
+        tasks = {name: dict(message) for name, message in values["tasks"].items()}
+        files = {name: message.pop("files") for name, message in tasks.items()}
         if set(values["settings"]) != set(_TOLD):
             raise ValueError(f"settings {sorted(set(values['settings']) ^ set(_TOLD))}")
         return H4Result(
             values["model"],
             dict(values["settings"]),
             values["source"],
-            {name: Measured(**told) for name, told in tasks.items()},
+            {name: Measured(**message) for name, message in tasks.items()},
             files,
         )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        told = f"is no result of h4: {type(error).__name__}: {error}"
-        raise ConfigError.at(str(path), told, "remove it") from None
+        message = f"is no result of h4: {type(error).__name__}: {error}"
+        raise ConfigError.at(str(path), message, "remove it") from None
 
 
 def check_same(
@@ -126,20 +126,20 @@ def check_same(
     Raises:
         ConfigError: naming everything that differs.
     """
-    told = [_told(name, found.settings[name], wanted.settings[name]) for name in _TOLD]
-    told += [
+    message = [_describe(name, found.settings[name], wanted.settings[name]) for name in _TOLD]
+    message += [
         f"the items of {task} differ"
         for task in found.tasks
         if task in files and dict(files[task]) != found.files.get(task)
     ]
-    differences = [difference for difference in told if difference]
+    differences = [difference for difference in message if difference]
     if differences:
         told_all = f"was measured otherwise: {'; '.join(differences)}"
         remedy = "remove the file to measure again, or name another evaluate.output"
         raise ConfigError.at(str(path), told_all, remedy)
 
 
-def _told(name: str, before: Any, now: Any) -> str | None:
+def _describe(name: str, before: Any, now: Any) -> str | None:
     if before == now:
         return None
     if any(isinstance(value, str) and len(value) == _DIGITS for value in (before, now)):

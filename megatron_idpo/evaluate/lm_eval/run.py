@@ -87,8 +87,8 @@ def _measure(
         if name in items:
             result.files[name] = dict(items[name].digests)
         result.write(path)
-        told = f"{found.metric} {100 * found.value:.2f} % of {found.items:,} items"
-        console.print(f"{subject.name}: {H4[name].title} {told}", markup=False)
+        message = f"{found.metric} {100 * found.value:.2f} % of {found.items:,} items"
+        console.print(f"{subject.name}: {H4[name].title} {message}", markup=False)
     del model
     gc.collect()  # before the next one is loaded
 
@@ -125,8 +125,8 @@ def _digest(path: str | Path, patterns: Sequence[str]) -> str:
     if not directory.is_dir():
         return str(path)
     files = sorted({file for pattern in patterns for file in directory.glob(pattern)})
-    told = "\n".join(f"{file.name} {file_digest(file)}" for file in files)
-    return hashlib.sha256(told.encode()).hexdigest()
+    message = "\n".join(f"{file.name} {file_digest(file)}" for file in files)
+    return hashlib.sha256(message.encode()).hexdigest()
 
 
 def _check_process() -> None:
@@ -150,16 +150,18 @@ def _check_models(config: RunConfig, models: Sequence[Subject]) -> None:
     for subject in models:
         directory = Path(subject.path).expanduser()
         if (directory / "metadata.json").is_file():
-            told = f"is a torch_dist checkpoint ({subject.name}), which lm-eval cannot load"
+            message = f"is a torch_dist checkpoint ({subject.name}), which lm-eval cannot load"
             remedy = f"megatron-idpo convert megatron-to-hf {subject.path} DIRECTORY"
-            problems.append(Problem(subject.path, told, f"convert it: {remedy}"))
+            problems.append(Problem(subject.path, message, f"convert it: {remedy}"))
         if subject.adapter is not None and not (subject.adapter / "adapter_config.json").is_file():
-            told = f"has no adapter_config.json ({subject.name})"
-            problems.append(Problem(str(subject.adapter), told, "name a PEFT adapter's directory"))
+            message = f"has no adapter_config.json ({subject.name})"
+            problems.append(
+                Problem(str(subject.adapter), message, "name a PEFT adapter's directory")
+            )
     tokenizer = config.model.tokenizer
     if tokenizer is not None and tokenizer.endswith(".model"):
-        told = f"is {tokenizer}, which lm-eval cannot load by itself"
+        message = f"is {tokenizer}, which lm-eval cannot load by itself"
         remedy = "name a directory with a Hugging Face tokenizer"
-        problems.append(Problem("model.tokenizer", told, remedy))
+        problems.append(Problem("model.tokenizer", message, remedy))
     if problems:
         raise ConfigError.of(problems)

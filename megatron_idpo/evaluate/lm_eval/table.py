@@ -43,12 +43,12 @@ def notes(results: Sequence[H4Result]) -> list[str]:
     )
     return [
         f"measured: percent ± standard error, by lm-eval {', '.join(versions)}. {how}.",
-        *_items_told(results),
+        *_format_items(results),
         f"paper: {SDPO_PAPER}; all items, no intervals. A figure of another model, or of a part of "
         "the items, neither confirms nor refutes them.",
-        *_same_file_told(results),
-        *_cut_told(results),
-        *_mean_told(results),
+        *_format_same_file(results),
+        *_format_cut(results),
+        *_format_mean(results),
     ]
 
 
@@ -64,8 +64,8 @@ def _measured(
             if task is None:
                 cells.append(NOTHING)
                 continue
-            told = _percent(task.value, task.stderr, decimals)
-            cells.append(f"{told} ({task.items:,})" if with_items else told)
+            message = _percent(task.value, task.stderr, decimals)
+            cells.append(f"{message} ({task.items:,})" if with_items else message)
         found.append((result.model, "measured", *cells))
     return found
 
@@ -77,7 +77,7 @@ def _paper() -> list[tuple[str, ...]]:
     ]
 
 
-def _items_told(results: Sequence[H4Result]) -> list[str]:
+def _format_items(results: Sequence[H4Result]) -> list[str]:
     found = []
     for name in H4_TASKS:
         counts = {result.tasks[name].items for result in results if name in result.tasks}
@@ -88,7 +88,7 @@ def _items_told(results: Sequence[H4Result]) -> list[str]:
     return [f"items: {', '.join(found)}{limited}."]
 
 
-def _same_file_told(results: Sequence[H4Result]) -> list[str]:
+def _format_same_file(results: Sequence[H4Result]) -> list[str]:
     names = [
         H4[name].title
         for name in H4_TASKS
@@ -98,11 +98,11 @@ def _same_file_told(results: Sequence[H4Result]) -> list[str]:
     ]
     if not names:
         return []
-    told = f"{', '.join(names)}: examples are other items of the same file"
-    return [f"{told}; the task's own are from its training split."]
+    message = f"{', '.join(names)}: examples are other items of the same file"
+    return [f"{message}; the task's own are from its training split."]
 
 
-def _cut_told(results: Sequence[H4Result]) -> list[str]:
+def _format_cut(results: Sequence[H4Result]) -> list[str]:
     return [
         f"{result.model}, {H4[name].title}: {task.cut:,} prompts were longer than the model's "
         "context and lost their beginning."
@@ -112,7 +112,7 @@ def _cut_told(results: Sequence[H4Result]) -> list[str]:
     ]
 
 
-def _mean_told(results: Sequence[H4Result]) -> list[str]:
+def _format_mean(results: Sequence[H4Result]) -> list[str]:
     if all(result.mean is not None for result in results):
         return []
     return ["H4 is the mean of all four, and is left open where one is missing."]
@@ -121,5 +121,5 @@ def _mean_told(results: Sequence[H4Result]) -> list[str]:
 def _percent(value: float | None, stderr: float | None, decimals: int) -> str:
     if value is None:
         return NOTHING
-    told = f"{100 * value:.{decimals}f}"
-    return told if stderr is None else f"{told} ± {100 * stderr:.{decimals}f}"
+    message = f"{100 * value:.{decimals}f}"
+    return message if stderr is None else f"{message} ± {100 * stderr:.{decimals}f}"

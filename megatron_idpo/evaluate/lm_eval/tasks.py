@@ -106,7 +106,7 @@ def parts_of(task: H4Task, items: Items) -> list[str]:
     return [name for name, _, _ in _parts(task, items)]
 
 
-def examples_told(task: H4Task, items: Items | None) -> str:
+def format_examples(task: H4Task, items: Items | None) -> str:
     """Where a prompt's examples come from."""
     if task.examples is None:
         return FIXED
@@ -169,9 +169,9 @@ def _check_examples(
     # One more where lm-eval leaves out the item itself, which it does for HellaSwag in any case.
     needed = task.few_shot + (examples is None or task.name == "hellaswag")
     if different < needed:
-        told = f"there are {different} different items{of} to take {task.few_shot} examples from"
+        message = f"there are {different} different items{of} to take {task.few_shot} examples from"
         remedy = f"give at least {needed} of them, or leave {task.name} out of h4.tasks"
-        raise DataError.at(str(items.file.parent / list(items.digests)[-1]), told, remedy)
+        raise DataError.at(str(items.file.parent / list(items.digests)[-1]), message, remedy)
 
 
 def _maker(splits: Mapping[str, Sequence[Record]]) -> "Callable[..., datasets.DatasetDict]":

@@ -83,14 +83,14 @@ def layer_styles(layers: Sequence[int]) -> dict[int, Style]:
     """Of intermediate layers, from early to late; the final layer is `FINAL`."""
     assert len(layers) <= _MOST_LAYERS, layers
     ends = (0, _MOST_LAYERS - 1) if len(layers) > 1 else (5, 5)
-    places = np.linspace(*ends, len(layers))
+    locations = np.linspace(*ends, len(layers))
     return {
         layer: Style(
-            f"{_LAYER}{round(place):02x}",
+            f"{_LAYER}{round(location):02x}",
             _DASHES[1 + number % (len(_DASHES) - 1)],
             _MARKERS[1 + number % (len(_MARKERS) - 1)],
         )
-        for number, (layer, place) in enumerate(zip(layers, places, strict=True))
+        for number, (layer, location) in enumerate(zip(layers, locations, strict=True))
     }
 
 
@@ -102,12 +102,12 @@ def colour_variables(*, dark: bool) -> str:
     """CSS that gives every placeholder its colour, as `--series-0: #0072b2; …`."""
     series = [f"--series-{number}: {pair[dark]};" for number, pair in enumerate(_SERIES)]
     # viridis, without the end that the page's own colour swallows.
-    places = (
+    locations = (
         np.linspace(0.45, 0.95, _MOST_LAYERS) if dark else np.linspace(0.12, 0.54, _MOST_LAYERS)
     )
     layers = [
-        f"--layer-{number}: {to_hex(colormaps['viridis'](place))};"
-        for number, place in enumerate(places)
+        f"--layer-{number}: {to_hex(colormaps['viridis'](location))};"
+        for number, location in enumerate(locations)
     ]
     return " ".join([*series, *layers])
 
@@ -157,8 +157,8 @@ def value_axis(axes: Axes, *, percent: bool = False) -> None:
 
 
 def _short(value: float) -> str:
-    told = f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:,.6g}"
-    return told.replace("-", "\N{MINUS SIGN}")
+    message = f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:,.6g}"
+    return message.replace("-", "\N{MINUS SIGN}")
 
 
 def to_svg(figure: Figure, name: str, *, title: str, description: str) -> str:

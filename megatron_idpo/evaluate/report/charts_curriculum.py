@@ -26,7 +26,7 @@ AGAINST = (("", "its own reference"), (FIRST, "the first model"))
 
 def against_styles() -> list[tuple[str, str, Style]]:
     """`AGAINST` with how each is drawn."""
-    return [(prefix, told, series_style(n)) for n, (prefix, told) in enumerate(AGAINST)]
+    return [(prefix, message, series_style(n)) for n, (prefix, message) in enumerate(AGAINST)]
 
 
 def curriculum_charts(manifest: Manifest, name: str) -> list[Chart]:
@@ -48,20 +48,20 @@ def curriculum_charts(manifest: Manifest, name: str) -> list[Chart]:
 def _chart(manifest: Manifest, quantity: str, name: str, title: str, note: str) -> Chart:
     figure, axes = new_chart()
     axes.axhline(0.5 if quantity == ACCURACY else 0, color=QUIET, linewidth=1, zorder=0.5)
-    told = []
+    message = []
     for number, (prefix, against, style) in enumerate(against_styles()):
         points = _points(manifest, prefix, quantity)
         if points:
             _draw(axes, points, style, shift=0.05 * (2 * number - 1))
             values = [f"step {step} {decimal(value)}" for step, value, _, _ in points]
-            told.append(f"against {against}: {', '.join(values)}")
+            message.append(f"against {against}: {', '.join(values)}")
     steps = np.arange(1, len(manifest.steps) + 1)
     axes.set_xlim(0.5, len(steps) + 0.5)
     axes.set_xticks(steps, [f"step {count(float(step))}" for step in steps])
     if quantity == ACCURACY:
         axes.set_ylim(min(axes.get_ylim()[0], 0.4), 1.03)
     value_axis(axes, percent=quantity == ACCURACY)
-    svg = to_svg(figure, name, title=f"{title} after each step", description="; ".join(told))
+    svg = to_svg(figure, name, title=f"{title} after each step", description="; ".join(message))
     return Chart(title, note, svg)
 
 

@@ -98,7 +98,7 @@ def _layer_chart(lines: Sequence[Curve], name: str) -> Chart:
     figure, axes = new_chart()
     if name in _EVEN:
         axes.axhline(_EVEN[name], color=QUIET, linewidth=1, zorder=0.5)
-    told = []
+    message = []
     for line in lines:
         estimate, layers = line.curves.estimates[name], np.array(line.curves.layers)
         colour = line.style.colour
@@ -116,10 +116,12 @@ def _layer_chart(lines: Sequence[Curve], name: str) -> Chart:
         ends = [decimal(float(value)) for value in estimate.value_L[[0, -1]]]
         bounds = interval(float(estimate.low_L[-1]), float(estimate.high_L[-1]), ".3f")
         within = f" ({bounds})" if bounds else ""
-        told.append(f"{line.label}: {ends[0]} at layer 1, {ends[1]}{within} at layer {layers[-1]}")
+        message.append(
+            f"{line.label}: {ends[0]} at layer 1, {ends[1]}{within} at layer {layers[-1]}"
+        )
     count_axis(axes, "layer", max(line.curves.layers[-1] for line in lines), first=1)
     value_axis(axes, percent=name.endswith("accuracy"))
-    svg = to_svg(figure, f"layer-{name}", title=f"{title} by layer", description="; ".join(told))
+    svg = to_svg(figure, f"layer-{name}", title=f"{title} by layer", description="; ".join(message))
     return Chart(title, note, svg)
 
 
@@ -138,7 +140,7 @@ def duel_chart(duels: Sequence[tuple[str, Duel]]) -> Chart:
     figure, axes = new_chart(34 + _ROW * len(duels))
     axes.grid(visible=False)
     axes.axvline(0.5, color=QUIET, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0.5)
-    told = []
+    message = []
     for row, (title, duel) in enumerate(duels):
         label = axes.text(0, row - 0.2, _shortened(title), fontsize=FONT_SIZE, color=INK)
         label.set(verticalalignment="bottom", parse_math=False)
@@ -146,7 +148,7 @@ def duel_chart(duels: Sequence[tuple[str, Duel]]) -> Chart:
         axes.plot([duel.low, duel.high], [row, row], color=colour, linewidth=2.2)
         axes.plot([duel.rate], [row], "o", color=colour, markersize=7.5)
         bounds = interval(100 * duel.low, 100 * duel.high, ".0f")
-        told.append(f"{title}: {percent(duel.rate)}" + (f" ({bounds} %)" if bounds else ""))
+        message.append(f"{title}: {percent(duel.rate)}" + (f" ({bounds} %)" if bounds else ""))
     axes.set_ylim(len(duels) - 0.6, -0.85)
     axes.set_yticks([])
     axes.set_xlim(0, 1)
@@ -154,7 +156,7 @@ def duel_chart(duels: Sequence[tuple[str, Duel]]) -> Chart:
     # The outermost figures would reach beyond the chart.
     axes.xaxis.get_majorticklabels()[0].set_horizontalalignment("left")
     axes.xaxis.get_majorticklabels()[-1].set_horizontalalignment("right")
-    svg = to_svg(figure, "win-rates", title="Win rates", description="; ".join(told))
+    svg = to_svg(figure, "win-rates", title="Win rates", description="; ".join(message))
     return Chart("Win rate of the first model", "95 % intervals; a tie counts half", svg)
 
 

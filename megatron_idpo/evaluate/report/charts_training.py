@@ -75,7 +75,7 @@ def drawn_layers(layers: Sequence[int]) -> list[int]:
     """The intermediate layers that have lines: all, or some from the first to the last."""
     if len(layers) <= DRAWN_LAYERS:
         return list(layers)
-    return [layers[round(place)] for place in np.linspace(0, len(layers) - 1, DRAWN_LAYERS)]
+    return [layers[round(location)] for location in np.linspace(0, len(layers) - 1, DRAWN_LAYERS)]
 
 
 def training_lines(runs: Sequence[Found]) -> list[Line]:
@@ -132,8 +132,8 @@ def _chart(
     draw: Callable[[Axes, Line, str], None],
 ) -> Chart | None:
     """One chart; None where nothing was logged."""
-    told = [words for line in lines if (words := _told(line, quantity))]
-    if not told:
+    message = [words for line in lines if (words := _describe(line, quantity))]
+    if not message:
         return None
     figure, axes = new_chart()
     for line in lines:
@@ -146,11 +146,13 @@ def _chart(
     last = max(record[STEP] for line in lines for record in line.records)
     count_axis(axes, "step", last)
     value_axis(axes, percent=quantity == ACCURACY)
-    svg = to_svg(figure, f"train-{name}", title=f"{title} over steps", description="; ".join(told))
+    svg = to_svg(
+        figure, f"train-{name}", title=f"{title} over steps", description="; ".join(message)
+    )
     return Chart(title, note, svg)
 
 
-def _told(line: Line, quantity: str) -> str:
+def _describe(line: Line, quantity: str) -> str:
     """How a line goes, in words."""
     parts = []
     for prefix, pairs in (("", "training"), (EVAL, "held-out pairs")):
@@ -170,8 +172,8 @@ def _accuracy_note(lines: Sequence[Line]) -> str:
     pairs = {HeldOutAccuracy.of(line.records).pairs for line in lines} - {0}
     if not pairs:
         return "share of pairs with a margin above 0"
-    told = f"{pairs.pop():,} pairs" if len(pairs) == 1 else "each run's pairs"
-    return f"held out: 95 % intervals of {told}"
+    message = f"{pairs.pop():,} pairs" if len(pairs) == 1 else "each run's pairs"
+    return f"held out: 95 % intervals of {message}"
 
 
 def _draw_plain(axes: Axes, line: Line, quantity: str) -> None:

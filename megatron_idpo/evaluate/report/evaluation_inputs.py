@@ -66,7 +66,7 @@ class Duel:
     low: float
     high: float
     p_value: float
-    told: str
+    summary: str
     """The outcome in a sentence."""
 
     verdicts: Mapping[int, str]
@@ -135,7 +135,7 @@ def _answers(path: Path) -> AnswerSet:
     found: dict[str, Answer] = {}
     for line, values in read_lines(path, remedy):
         tokens, index = (number(values, name) for name in ("answer_tokens", "index"))
-        found[text(values, "place", line, remedy)] = Answer(
+        found[text(values, "location", line, remedy)] = Answer(
             int(index) if index == index else len(found),
             _prompt(values.get("prompt"), line),
             text(values, "answer", line, remedy),
@@ -146,23 +146,23 @@ def _answers(path: Path) -> AnswerSet:
     return AnswerSet(found, read_object(settings, remedy) if settings.exists() else {})
 
 
-def _prompt(value: Any, place: str) -> Prompt:
+def _prompt(value: Any, location: str) -> Prompt:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
         return tuple((str(m.get("role", "")), str(m.get("content", ""))) for m in value)
-    told = f"has a prompt that is neither text nor messages ({type(value).__name__})"
-    raise ConfigError.at(place, told, _again("generate"))
+    reason = f"has a prompt that is neither text nor messages ({type(value).__name__})"
+    raise ConfigError.at(location, reason, _again("generate"))
 
 
 def _duel(path: Path) -> Duel:
     remedy = _again("judge")
     values = read_object(path, remedy)
-    words = {name: text(values, name, str(path), remedy) for name in ("a", "b", "told")}
+    words = {name: text(values, name, str(path), remedy) for name in ("a", "b", "summary")}
     verdicts = path.with_name("verdicts.jsonl")
     is_outdated = _is_outdated(path.parent, words["a"], words["b"])
     if is_outdated:
-        words["told"] += "; the answers have been made anew since"
+        words["summary"] += "; the answers have been made anew since"
     return Duel(
         **words,
         judge=str(values.get("judge", "")),

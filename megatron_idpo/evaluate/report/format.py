@@ -32,8 +32,8 @@ def duration(seconds: float) -> str:
     if seconds < 59.5:
         digits = 2 if seconds < 0.995 else 1 if seconds < 9.95 else 0
         return f"{seconds:.{digits}f} s"
-    told = clock_time(seconds)
-    return told if "d" in told else f"{told} {'h' if told.count(':') == 2 else 'min'}"
+    message = clock_time(seconds)
+    return message if "d" in message else f"{message} {'h' if message.count(':') == 2 else 'min'}"
 
 
 def percent(share: float, digits: int = 0) -> str:

@@ -16,7 +16,7 @@ from megatron_idpo.evaluate.report.format import (
     rate,
     setting,
 )
-from megatron_idpo.evaluate.report.headline_speed import Fact, memory_told, speed_figures
+from megatron_idpo.evaluate.report.headline_speed import Fact, format_memory, speed_figures
 from megatron_idpo.evaluate.report.inputs import Found
 from megatron_idpo.sdpo.manifest import FIRST
 from megatron_idpo.train.logging.line import is_tied
@@ -58,7 +58,7 @@ def result_facts(found: Found) -> list[Fact]:
         *_against_first(found),
         Fact("Time of steps", duration(speed.seconds), "without evaluations and checkpoints"),
         Fact("Tokens per second", rate(speed.means.get(TOKENS_PER_S, math.nan)), "all devices"),
-        Fact("Peak memory", memory_told(speed.peak_gb), "of the fullest rank"),
+        Fact("Peak memory", format_memory(speed.peak_gb), "of the fullest rank"),
     ]
     return [fact for fact in facts if fact.value != NOTHING]
 
@@ -97,13 +97,13 @@ def _objective(found: Found) -> Fact | None:
     if not isinstance(objective, Mapping):
         return None
     layers = found.layers
-    told = _layers_told(layers) or setting(objective.get("layers"))
+    message = _format_layers(layers) or setting(objective.get("layers"))
     is_plain = not objective.get("layers") and not layers
     depth = found.model.get("num_hidden_layers")
     value = "DPO at the final layer alone"
     if not is_plain:
         plural = "s" if len(layers) > 1 else ""
-        value = f"Intermediate DPO at layer{plural} {told}" + (f" of {depth}" if depth else "")
+        value = f"Intermediate DPO at layer{plural} {message}" + (f" of {depth}" if depth else "")
     if found.manifest is not None:
         value = f"sDPO, {value[0].lower() if not is_plain else value[0]}{value[1:]}"
     notes = [f"{objective.get('loss', 'sigmoid')} loss, β {setting(objective.get('beta'))}"]
@@ -112,7 +112,7 @@ def _objective(found: Found) -> Fact | None:
     return Fact("Objective", value, ", ".join(notes))
 
 
-def _layers_told(layers: Sequence[int]) -> str:
+def _format_layers(layers: Sequence[int]) -> str:
     """`15, 22`; `1 to 29` for several in a row."""
     if len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
         return f"{layers[0]} to {layers[-1]}"
@@ -155,8 +155,8 @@ def _versions(found: Found) -> Fact | None:
         "megatron-idpo": found.manifest.version if found.manifest else None,
         "transformers": found.model.get("transformers_version"),
     }
-    told = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    return Fact("Written by", told) if told else None
+    message = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return Fact("Written by", message) if message else None
 
 
 def _held_out(records: Sequence[Record], found: Found) -> list[Fact]:
@@ -166,10 +166,10 @@ def _held_out(records: Sequence[Record], found: Found) -> list[Fact]:
     if not measured:
         return []
     (share, margin), (last_share, last_margin) = (
-        tuple(measured[place][name] for name in names) for place in (0, -1)
+        tuple(measured[location][name] for name in names) for location in (0, -1)
     )
     pairs = measured[-1].get(EVAL_PAIRS, math.nan)
-    notes = ["" if is_tied(last_share, last_margin) else _interval_told(last_share, pairs)]
+    notes = ["" if is_tied(last_share, last_margin) else _format_interval(last_share, pairs)]
     if found.manifest is not None:
         notes.append("each against its own step's reference")
     if len(measured) == 1:
@@ -195,17 +195,17 @@ def _against_first(found: Found) -> list[Fact]:
     if not known:
         return []
     share, margin = (known[-1][name] for name in names)
-    note = _interval_told(share, known[-1].get(f"{FIRST}{EVAL_PAIRS}", math.nan))
+    note = _format_interval(share, known[-1].get(f"{FIRST}{EVAL_PAIRS}", math.nan))
     value = f"{_percent(share, margin)}, margin {decimal(margin, '+.3f')}"
     return [Fact("Against the first model", value, note)]
 
 
 def _percent(share: float, margin: float) -> str:
-    told = accuracy(share, margin)
-    return told if told in ("tied", NOTHING) else percent(share)
+    message = accuracy(share, margin)
+    return message if message in ("tied", NOTHING) else percent(share)
 
 
-def _interval_told(share: float, pairs: float) -> str:
+def _format_interval(share: float, pairs: float) -> str:
     if not (math.isfinite(share) and math.isfinite(pairs)):
         return ""
     low, high = (100 * bound for bound in wilson_interval(share, pairs))

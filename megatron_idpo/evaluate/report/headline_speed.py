@@ -67,25 +67,25 @@ def speed_facts(records: Sequence[Record]) -> list[Fact]:
     """Everything that is known of throughput and memory."""
     speed = speed_figures(records)
     mean = speed.means
-    told = [
+    message = [
         ("Time of all steps", duration(speed.seconds)),
         ("A step", duration(mean.get(STEP_S, math.nan))),
         ("Tokens per second", rate(mean.get(TOKENS_PER_S, math.nan))),
         ("Pairs per second", rate(mean.get(PAIRS_PER_S, math.nan))),
         ("Rows filled", percent(mean.get(ROW_FILL, math.nan), 1)),
-        ("Operations per device", _flops_told(mean.get(TFLOPS, math.nan))),
+        ("Operations per device", _format_flops(mean.get(TFLOPS, math.nan))),
         ("Model FLOP utilisation", percent(mean.get(MFU, math.nan), 1)),
-        ("Peak memory", memory_told(speed.peak_gb)),
+        ("Peak memory", format_memory(speed.peak_gb)),
     ]
-    return [Fact(name, value) for name, value in told if value != NOTHING]
+    return [Fact(name, value) for name, value in message if value != NOTHING]
 
 
-def _flops_told(tera: float) -> str:
+def _format_flops(tera: float) -> str:
     if not math.isfinite(tera):
         return NOTHING
     return f"{rate(tera)} TFLOP/s" if tera >= 1 else f"{rate(1000 * tera)} GFLOP/s"
 
 
-def memory_told(peak_gb: float) -> str:
+def format_memory(peak_gb: float) -> str:
     """`3.3 GB`"""
     return f"{decimal(peak_gb, '.1f')} GB" if math.isfinite(peak_gb) else NOTHING

@@ -20,8 +20,8 @@ def read_text(path: Path, remedy: str) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError.at(str(path), f"is not UTF-8: {error}", remedy) from None
     except OSError as error:
-        told = f"cannot be read: {error.strerror or error}"
-        raise ConfigError.at(str(path), told, remedy) from None
+        message = f"cannot be read: {error.strerror or error}"
+        raise ConfigError.at(str(path), message, remedy) from None
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -43,10 +43,10 @@ def read_lines(path: Path, remedy: str) -> list[tuple[str, dict[str, Any]]]:
         ConfigError: it cannot be read, or a whole line is no object.
     """
     lines = read_text(path, remedy).split("\n")[:-1]
-    places = [f"{path}:{number}" for number in range(1, len(lines) + 1)]
+    locations = [f"{path}:{number}" for number in range(1, len(lines) + 1)]
     return [
-        (place, _object(line, place, remedy))
-        for place, line in zip(places, lines, strict=True)
+        (location, _object(line, location, remedy))
+        for location, line in zip(locations, lines, strict=True)
         if line.strip()
     ]
 
@@ -62,7 +62,7 @@ def number(values: Mapping[str, Any], name: str) -> float:
         return math.nan
 
 
-def text(values: dict[str, Any], name: str, place: str, remedy: str) -> str:
+def text(values: dict[str, Any], name: str, location: str, remedy: str) -> str:
     """A text that has to be there.
 
     Raises:
@@ -70,15 +70,15 @@ def text(values: dict[str, Any], name: str, place: str, remedy: str) -> str:
     """
     value = values.get(name)
     if not isinstance(value, str):
-        raise ConfigError.at(place, f"has {name} = {value!r}, which is no text", remedy)
+        raise ConfigError.at(location, f"has {name} = {value!r}, which is no text", remedy)
     return value
 
 
-def _object(written: str, place: str, remedy: str) -> dict[str, Any]:
+def _object(written: str, location: str, remedy: str) -> dict[str, Any]:
     try:
         value = json.loads(written)
     except ValueError as error:
-        raise ConfigError.at(place, f"is no JSON: {error}", remedy) from None
+        raise ConfigError.at(location, f"is no JSON: {error}", remedy) from None
     if not isinstance(value, dict):
-        raise ConfigError.at(place, "is no JSON object", remedy)
+        raise ConfigError.at(location, "is no JSON object", remedy)
     return value

@@ -67,8 +67,8 @@ def find(roots: Sequence[Path]) -> list[Found]:
     resolved = [path.resolve() for path in paths]
     problems += [
         Problem(str(path), "is named twice", "name it once")
-        for place, path in enumerate(paths)
-        if resolved.index(path.resolve()) < place
+        for location, path in enumerate(paths)
+        if resolved.index(path.resolve()) < location
     ]
     if problems:
         raise ConfigError.of(problems)
@@ -83,8 +83,8 @@ def find(roots: Sequence[Path]) -> list[Found]:
 def _unusable(path: Path) -> Problem | None:
     if path.is_dir():
         return None
-    told = "is a file, not a directory" if path.exists() else "does not exist"
-    return Problem(str(path), told, _REMEDY)
+    message = "is a file, not a directory" if path.exists() else "does not exist"
+    return Problem(str(path), message, _REMEDY)
 
 
 def _nothing(found: Found) -> str:
@@ -115,10 +115,12 @@ def _evaluation(root: Path, config: Mapping[str, Any]) -> Evaluation:
     """Of the directory itself, or of the one where the run's evaluation goes."""
     section = config.get("evaluate")
     named = section.get("output") if isinstance(section, dict) else None
-    places = [root, root / "evaluation"]
+    locations = [root, root / "evaluation"]
     if isinstance(named, str):
-        places.insert(1, Path(named).expanduser())
-    return next((found for place in places if (found := read_evaluation(place))), Evaluation())
+        locations.insert(1, Path(named).expanduser())
+    return next(
+        (found for location in locations if (found := read_evaluation(location))), Evaluation()
+    )
 
 
 def _records(path: Path) -> list[Record]:
@@ -129,13 +131,13 @@ def _records(path: Path) -> list[Record]:
     """
     records = read_metrics(path)
     if not records and path.stat().st_size:
-        told = "has no line with a step: it is damaged, or of another program"
-        raise ConfigError.at(str(path), told, "copy it back from where it is whole")
+        message = "has no line with a step: it is damaged, or of another program"
+        raise ConfigError.at(str(path), message, "copy it back from where it is whole")
     for record in records:
         for name, value in record.items():
             if name.endswith(ACCURACY) and (value < 0 or value > 1):
-                told = f"has {name} = {value:g} at step {record[STEP]:.0f}, which is no share"
-                raise ConfigError.at(str(path), told, "copy it back from where it is whole")
+                message = f"has {name} = {value:g} at step {record[STEP]:.0f}, which is no share"
+                raise ConfigError.at(str(path), message, "copy it back from where it is whole")
     return [{k: v for k, v in one.items() if k != EVAL_PAIRS or v > 0} for one in records]
 
 

@@ -38,8 +38,8 @@ def main(runs: Sequence[Path], output: Path | None) -> int:
     # An answer may hold half a character, which JSON can write and UTF-8 cannot.
     page = render(find(runs)).encode("utf-8", "replace")
     remedy = "name a file that can be written"
-    with appearing(target, place="--output", remedy=remedy) as fresh:
+    with appearing(target, location="--output", remedy=remedy) as fresh:
         fresh.write_bytes(page)
-    told = f"report   {target} ({len(page) / 1000:,.0f} kB)"
-    Console(highlight=False).print(told, soft_wrap=True, markup=False)
+    message = f"report   {target} ({len(page) / 1000:,.0f} kB)"
+    Console(highlight=False).print(message, soft_wrap=True, markup=False)
     return 0

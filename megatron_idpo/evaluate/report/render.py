@@ -20,10 +20,10 @@ from megatron_idpo.evaluate.report.sections import (
     Section,
     curriculum_sections,
     duels_section,
+    format_sampling,
     h4_section,
     layers_section,
     missing,
-    sampling_told,
     speed_section,
     training_section,
 )
@@ -104,11 +104,11 @@ def _context(runs: Sequence[Found]) -> dict[str, Any]:
 
 def _sampling(runs: Sequence[Found]) -> list[str]:
     """How answers were made; once where all were made alike."""
-    told = {name: sampling_told(one.settings) for name, one in answer_sets(runs).items()}
-    different = dict.fromkeys(filter(None, told.values()))
+    message = {name: format_sampling(one.settings) for name, one in answer_sets(runs).items()}
+    different = dict.fromkeys(filter(None, message.values()))
     if len(different) <= 1:
         return list(different)
-    return [f"{name}: {words}" for name, words in told.items() if words]
+    return [f"{name}: {words}" for name, words in message.items() if words]
 
 
 def _settings(runs: Sequence[Found]) -> Table | None:

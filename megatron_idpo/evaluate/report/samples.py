@@ -43,7 +43,7 @@ class Reply:
 class Sample:
     """A prompt, the answers to it, and what a judge says of them."""
 
-    place: str
+    location: str
     messages: Sequence[tuple[str, Clipped]]
     """Role and text; the role of a plain prompt is empty."""
 
@@ -74,53 +74,57 @@ def samples(runs: Sequence[Found]) -> list[Sample]:
     sets = answer_sets(runs)
     every = list(
         dict.fromkeys(
-            (place, answer.prompt) for one in sets.values() for place, answer in one.answers.items()
+            (location, answer.prompt)
+            for one in sets.values()
+            for location, answer in one.answers.items()
         )
     )
     prompts = [key for key in every if all(_to(one, *key) for one in sets.values())] or every
     if not prompts:
         return []
     chosen = np.linspace(0, len(prompts) - 1, min(SAMPLES, len(prompts))).round().astype(int)
-    return [_sample(place, prompt, sets, runs) for place, prompt in (prompts[n] for n in chosen)]
+    return [
+        _sample(location, prompt, sets, runs) for location, prompt in (prompts[n] for n in chosen)
+    ]
 
 
-def _to(one: AnswerSet, place: str, prompt: Prompt) -> Answer | None:
+def _to(one: AnswerSet, location: str, prompt: Prompt) -> Answer | None:
     """The answer to a prompt; runs may have had other data in a file of the same name."""
-    answer = one.answers.get(place)
+    answer = one.answers.get(location)
     return answer if answer is not None and answer.prompt == prompt else None
 
 
 def _sample(
-    place: str, prompt: Prompt, sets: Mapping[str, AnswerSet], runs: Sequence[Found]
+    location: str, prompt: Prompt, sets: Mapping[str, AnswerSet], runs: Sequence[Found]
 ) -> Sample:
     replies = [
         Reply(model, answer, Clipped.of(answer.text))
         for model, one in sets.items()
-        if (answer := _to(one, place, prompt)) is not None
+        if (answer := _to(one, location, prompt)) is not None
     ]
     messages = (("", prompt),) if isinstance(prompt, str) else prompt
     return Sample(
-        place,
+        location,
         [(role, Clipped.of(content)) for role, content in messages],
         replies,
-        list(_verdicts(place, prompt, runs)),
+        list(_verdicts(location, prompt, runs)),
     )
 
 
-def _verdicts(place: str, prompt: Prompt, runs: Sequence[Found]) -> Iterator[str]:
+def _verdicts(location: str, prompt: Prompt, runs: Sequence[Found]) -> Iterator[str]:
     """What each comparison says of the prompt, in words."""
     judged = [run for run in runs if run.evaluation.duels]
     for run in judged:
         for duel in run.evaluation.duels:
             answers = run.evaluation.answers.get(duel.a)
-            answer = _to(answers, place, prompt) if answers else None
+            answer = _to(answers, location, prompt) if answers else None
             verdict = duel.verdicts.get(answer.index) if answer else None
             if verdict is not None:
                 prefix = f"{run.label}: " if len(judged) > 1 else ""
-                told = {
+                message = {
                     "a": f"{duel.a} over {duel.b}",
                     "b": f"{duel.b} over {duel.a}",
                     "tie": f"{duel.a} and {duel.b} tied",
                     "disagreed": f"{duel.a} and {duel.b} tied: the two orders disagree",
                 }[verdict]
-                yield f"{prefix}{told}"
+                yield f"{prefix}{message}"

@@ -115,7 +115,7 @@ def curriculum_sections(runs: Sequence[Found]) -> list[Section]:
                     f"{start.get(manifest.target, manifest.target)}."
                     f"{between.get(manifest.adapters or '', '')} Intervals are 95 %."
                 ],
-                legend=[(f"against {told}", style) for _, told, style in against_styles()]
+                legend=[(f"against {message}", style) for _, message, style in against_styles()]
                 if charts
                 else (),
                 charts=charts,
@@ -131,7 +131,7 @@ def layers_section(runs: Sequence[Found]) -> Section | None:
     if not lines:
         return None
     samples = {(line.curves.pairs, line.curves.prompts) for line in lines}
-    told = "; ".join(f"{pairs:,} pairs of {prompts:,} prompts" for pairs, prompts in samples)
+    message = "; ".join(f"{pairs:,} pairs of {prompts:,} prompts" for pairs, prompts in samples)
     several = len(runs) > 1
     advice = [
         (f"Which layers to tap{f': {run.label}' if several else ''}", run.evaluation.advice)
@@ -142,7 +142,7 @@ def layers_section(runs: Sequence[Found]) -> Section | None:
         "layers",
         "Layers",
         words=[
-            f"Held-out pairs read at every layer: {told}. Bands are 95 % intervals over prompts."
+            f"Held-out pairs read at every layer: {message}. Bands are 95 % intervals over prompts."
         ],
         legend=[(line.label, line.style) for line in lines],
         charts=layer_charts(lines, LEADING),
@@ -160,7 +160,7 @@ def duels_section(runs: Sequence[Found]) -> Section | None:
         return None
     judged = [run for run in runs if run.evaluation.duels]
     words = [
-        f"{run.label}: {duel.told}" if len(judged) > 1 else duel.told
+        f"{run.label}: {duel.summary}" if len(judged) > 1 else duel.summary
         for run in judged
         for duel in run.evaluation.duels
     ]
@@ -187,10 +187,10 @@ def h4_section(runs: Sequence[Found]) -> Section | None:
     words = ["Percent, ± one standard error."]
     limits = sorted({tasks.limit for tasks in models.values() if tasks.limit is not None})
     if limits:
-        told = " or ".join(f"{limit:,}" for limit in limits)
+        message = " or ".join(f"{limit:,}" for limit in limits)
         words.append(
-            f"Only the first {told} items of each task (of MMLU, of each subject): not comparable "
-            "to others' figures."
+            f"Only the first {message} items of each task (of MMLU, of each subject): not "
+            "comparable to others' figures."
         )
     return Section(
         "h4",
@@ -204,15 +204,15 @@ def _h4_origins(models: Mapping[str, Tasks]) -> list[str]:
     sources = dict.fromkeys(one.source for one in models.values() if one.source)
     versions = dict.fromkeys(one.version for one in models.values() if one.version)
     items = ", ".join("the hub" if source == "hub" else source for source in sources)
-    told = [f"Items from {items}"] if items else []
-    told += [f"lm-eval {', '.join(versions)}"] if versions else []
-    return [f"{', '.join(told)}."] if told else []
+    message = [f"Items from {items}"] if items else []
+    message += [f"lm-eval {', '.join(versions)}"] if versions else []
+    return [f"{', '.join(message)}."] if message else []
 
 
 def speed_section(runs: Sequence[Found]) -> Section | None:
     """Throughput and memory."""
     facts = {run.label: speed_facts(run.records) for run in runs if run.records}
-    facts = {label: told for label, told in facts.items() if told}
+    facts = {label: message for label, message in facts.items() if message}
     if not facts:
         return None
     lines = training_lines(runs)
@@ -248,7 +248,7 @@ def missing(runs: Sequence[Found]) -> list[tuple[str, str]]:
     return found
 
 
-def sampling_told(settings: Mapping[str, Any]) -> str:
+def format_sampling(settings: Mapping[str, Any]) -> str:
     """How answers were sampled, in a line; empty where nobody knows."""
     sampling = settings.get("sampling")
     if not isinstance(sampling, Mapping):

@@ -18,7 +18,7 @@ _OWN = "training.output"
 def own_settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What somebody has set: fields without a default, and those that are not as by default."""
     return [
-        (name, setting_told(value))
+        (name, format_setting(value))
         for name, value in _flattened(config).items()
         if value != _default(name)
     ]
@@ -39,8 +39,8 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[st
     for name in dict.fromkeys(name for one in flat for name in one):
         values = [one.get(name, _default(name)) for one in flat]
         if name != _OWN and any(value != values[0] for value in values):
-            told = [setting_told(one[name]) if name in one else NOTHING for one in flat]
-            found.append((name, told))
+            message = [format_setting(one[name]) if name in one else NOTHING for one in flat]
+            found.append((name, message))
     return found
 
 
@@ -49,14 +49,14 @@ def as_yaml(config: Mapping[str, Any]) -> str:
     return write_yaml(dict(config))
 
 
-def setting_told(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A value in words; of sources and steps what is not as by default."""
     if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-        return "; ".join(map(_part_told, value))
+        return "; ".join(map(_format_part, value))
     return setting(value)
 
 
-def _part_told(part: Mapping[str, Any]) -> str:
+def _format_part(part: Mapping[str, Any]) -> str:
     defaults: dict[str, Any] = {}
     for kind in (SourceConfig, SdpoStepConfig):
         if set(part) <= set(kind.model_fields):

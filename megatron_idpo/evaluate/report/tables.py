@@ -114,16 +114,16 @@ def final_layers_table(lines: Sequence[Curve]) -> Table:
 def all_layers_table(line: Curve) -> Table:
     """A model's layer curves in figures."""
     rows = [
-        (str(layer), [_estimate(line, name, place) for name in SHOWN])
-        for place, layer in enumerate(line.curves.layers)
+        (str(layer), [_estimate(line, name, location) for name in SHOWN])
+        for location, layer in enumerate(line.curves.layers)
     ]
     return Table(["Layer", *(title for title, _ in SHOWN.values())], rows)
 
 
-def _estimate(line: Curve, name: str, place: int) -> Cell:
+def _estimate(line: Curve, name: str, location: int) -> Cell:
     one = line.curves.estimates[name]
     form = "+.3f" if name == "margin" else ".3f"
-    value, low, high = (float(array[place]) for array in (one.value_L, one.low_L, one.high_L))
+    value, low, high = (float(array[location]) for array in (one.value_L, one.low_L, one.high_L))
     return Cell(decimal(value, form), interval(low, high, form))
 
 
@@ -135,11 +135,11 @@ def duels_table(duels: Sequence[tuple[str, Duel]]) -> Table:
         bounds = interval(100 * duel.low, 100 * duel.high, ".0f")
         counts = [Cell(count(n)) for n in (duel.wins, duel.losses, duel.ties, duel.unjudged)]
         rate = Cell(percent(duel.rate, 1), f"{bounds} %" if bounds else "")
-        rows.append((title, [rate, *counts, Cell(_p_told(duel.p_value)), Cell(duel.judge)]))
+        rows.append((title, [rate, *counts, Cell(_format_p(duel.p_value)), Cell(duel.judge)]))
     return Table(heads, rows)
 
 
-def _p_told(p_value: float) -> str:
+def _format_p(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else decimal(p_value)
 
 
@@ -178,9 +178,9 @@ def curriculum_table(run: Found) -> Table:
     return Table(heads, rows)
 
 
-def _split(told: str) -> Cell:
+def _split(message: str) -> Cell:
     """`0.78 [0.62, 0.88]` as a figure and its interval."""
-    value, bracket, bounds = told.replace("-", "\N{MINUS SIGN}").partition(" [")
+    value, bracket, bounds = message.replace("-", "\N{MINUS SIGN}").partition(" [")
     return Cell(value, bounds.rstrip("]").replace(", ", " to ") if bracket else "")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_idpo.errors import Problem
 from megatron_idpo.mcore.lora.linear import FusedRows, LinearAdapters, LowRank, ParallelLinear
 from megatron_idpo.mcore.model.chunk import Undo
-from megatron_idpo.mcore.parallel.groups import this_place
+from megatron_idpo.mcore.parallel.groups import this_rank
 
 ADAPTERS_NAME = "lora"
 """The submodule's name in a chunk, and the prefix of its parameters' names and checkpoint keys."""
@@ -105,13 +105,13 @@ class ChunkAdapters(torch.nn.Module):
         """
         from megatron.core.dist_checkpointing import ShardedTensor
 
-        place = this_place()
+        rank = this_rank()
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         state = {}
         for one in self.tensors():
             dim = one.split_dim
-            offsets = [] if dim is None else [(dim, place.tensor, place.tensor_size)]
-            copy = (0, place.tensor if dim is None else 0, place.data)
+            offsets = [] if dim is None else [(dim, rank.tensor, rank.tensor_size)]
+            copy = (0, rank.tensor if dim is None else 0, rank.data)
             state[f"{prefix}{names[id(one.parameter)]}"] = ShardedTensor.from_rank_offsets(
                 one.name, one.parameter, *offsets, replica_id=copy
             )
@@ -146,11 +146,11 @@ def missing_linears(chunk: GPTModel, targets: Sequence[str]) -> list[Problem]:
             continue
         named = ", ".join(one for one in FUSED[name] if one in targets)
         if chunk.config.num_moe_experts and name in ("linear_fc1", "linear_fc2"):
-            told, remedy = "are experts in this model", "adapt the attention only"
+            message, remedy = "are experts in this model", "adapt the attention only"
         else:
-            told = f"have no {name} of megatron-core's own in layer {lacking[0].layer_number}"
+            message = f"have no {name} of megatron-core's own in layer {lacking[0].layer_number}"
             remedy = "build the model with ModelOptions(transformer_engine=False)"
-        found.append(Problem("lora.targets", f"{named} {told}", remedy))
+        found.append(Problem("lora.targets", f"{named} {message}", remedy))
     return found
 
 

@@ -101,7 +101,7 @@ class Architecture:
     num_experts: int = 0
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], place: str = PLACE) -> Self:
+    def from_hf(cls, config: Mapping[str, Any], location: str = PLACE) -> Self:
         """Reads a parsed config.json, of Transformers 4 or 5.
 
         Missing fields have the defaults of Transformers' own config class.
@@ -118,14 +118,14 @@ class Architecture:
                 in a way that is not supported.
         """
         if not isinstance(config, Mapping):
-            raise ConfigError.at(place, f"holds a {type(config).__name__}, not an object")
+            raise ConfigError.at(location, f"holds a {type(config).__name__}, not an object")
         hf_config, problems = read_config(config)
         if hf_config is not None:
             problems += _head_problems(hf_config)
             problems += _rope_list_problems(hf_config, config)
             problems += _layer_type_problems(hf_config, config)
         if problems:
-            raise ConfigError.of([_relocated(found, place) for found in problems])
+            raise ConfigError.of([_relocated(found, location) for found in problems])
         family = hf_config.model_type
         return cls(
             family=family,
@@ -147,10 +147,10 @@ class Architecture:
         )
 
 
-def _relocated(found: Problem, place: str) -> Problem:
+def _relocated(found: Problem, location: str) -> Problem:
     """The problem with the file's own path."""
-    assert found.place.startswith(PLACE), found
-    return replace(found, place=place + found.place.removeprefix(PLACE))
+    assert found.location.startswith(PLACE), found
+    return replace(found, location=location + found.location.removeprefix(PLACE))
 
 
 def _head_dim(hf_config: Any) -> int:
@@ -194,8 +194,10 @@ def _rope_list_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Probl
     for name in ("short_factor", "long_factor"):
         entries = hf_config.rope_parameters.get(name)
         if entries is not None and len(entries) != head_dim // 2:
-            told = f"{len(entries)} entries for {head_dim // 2} frequencies (head_dim {head_dim})"
-            problems.append(problem(f"{key}.{name}", told))
+            message = (
+                f"{len(entries)} entries for {head_dim // 2} frequencies (head_dim {head_dim})"
+            )
+            problems.append(problem(f"{key}.{name}", message))
     return problems
 
 
@@ -207,16 +209,16 @@ def _layer_type_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Prob
         only = "full_attention" if window is None else "sliding_attention"
         if config.get("layer_types") in (None, [only] * num_layers):
             return []
-        told = f"is not {num_layers} times {only!r}, which is what Transformers computes"
-        return [problem("layer_types", f"{config['layer_types']!r} {told}", "remove it")]
+        message = f"is not {num_layers} times {only!r}, which is what Transformers computes"
+        return [problem("layer_types", f"{config['layer_types']!r} {message}", "remove it")]
     kinds = set(hf_config.layer_types)
     strange = sorted(kinds - {"full_attention", "sliding_attention"})
     if strange:
         return [problem("layer_types", f"{strange} are not supported")]
     if len(hf_config.layer_types) != num_layers:
-        told = f"{len(hf_config.layer_types)} entries for {num_layers} layers"
-        return [problem("layer_types", told)]
+        message = f"{len(hf_config.layer_types)} entries for {num_layers} layers"
+        return [problem("layer_types", message)]
     if "sliding_attention" in kinds and window is None:
-        told = "has 'sliding_attention' layers, but there is no window"
-        return [problem("layer_types", told, "set use_sliding_window and sliding_window")]
+        message = "has 'sliding_attention' layers, but there is no window"
+        return [problem("layer_types", message, "set use_sliding_window and sliding_window")]
     return []

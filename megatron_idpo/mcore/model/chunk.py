@@ -95,7 +95,7 @@ def enter_output_layer(chunk: GPTModel, forward: Callable[[Tensor, Any], Any]) -
     return undo
 
 
-def let_gradients_through_frozen_embedding(chunk: GPTModel) -> Undo:
+def enable_embedding_output_grad(chunk: GPTModel) -> Undo:
     """Make the output of a frozen embedding require a gradient.
 
     Otherwise `tensor_parallel.checkpoint` sees no input that does, returns a tensor without a

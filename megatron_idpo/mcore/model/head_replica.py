@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_idpo.mcore.model.chunk import Undo
 from megatron_idpo.mcore.model.specs import final_norm
-from megatron_idpo.mcore.parallel.groups import this_place
+from megatron_idpo.mcore.parallel.groups import this_rank
 
 REPLICA_NAME = "head_replica"
 """The submodule's name in a chunk, and the prefix of its parameters' names."""
@@ -93,14 +93,14 @@ class HeadReplica(torch.nn.Module):
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """megatron-core's description of this copy for a distributed checkpoint."""
-        place = this_place()
+        rank = this_rank()
         # The first number tells copies of one shard apart; only all zeros is the one that is saved.
-        copy = (1 + place.pipeline, 0, place.data)
+        copy = (1 + rank.pipeline, 0, rank.data)
         state = {
             f"{prefix}norm.weight": _whole_tensor(
                 self.norm_weight,
                 "decoder.final_layernorm.weight",
-                (1 + place.pipeline, place.tensor, place.data),
+                (1 + rank.pipeline, rank.tensor, rank.data),
             )
         }
         if self.weight is not None:

@@ -120,9 +120,11 @@ def read_config(config: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
                 f"supported are {known}; `--backend bridge` may convert others",
             )
         ]
-    found = {key: told for key in config if (told := _problem_of(key, config, family)) is not None}
+    found = {
+        key: message for key in config if (message := _problem_of(key, config, family)) is not None
+    }
     problems = list(found.values()) + _dtype_problems(config)
-    rope = rope_problems(config, place=PLACE)
+    rope = rope_problems(config, location=PLACE)
     read = _SIZES | _WINDOW_KEYS[family] | {"rms_norm_eps", "tie_word_embeddings"}
     if "qwen" in family:
         read |= {"layer_types"}

@@ -135,8 +135,8 @@ def _held_by(leaf: Any) -> Iterator[Held]:
     assert not config.use_precision_aware_optimizer, "the main parameters are not at hand"
     if isinstance(leaf, DistributedOptimizer):
         assert leaf.ddp_config.num_distributed_optimizer_instances == 1
-        for parameter, (group, place) in leaf.model_param_group_index_map.items():
-            main = leaf.optimizer.param_groups[group]["params"][place]
+        for parameter, (group, location) in leaf.model_param_group_index_map.items():
+            main = leaf.optimizer.param_groups[group]["params"][location]
             own = leaf._get_model_param_range_map(parameter)["param"]
             yield Held(parameter, own.start, own.end, main, leaf.optimizer, is_cut=True)
     elif isinstance(leaf, Float16OptimizerWithFloat16Params):

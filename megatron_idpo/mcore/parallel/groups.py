@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankCoordinates:
     """Where this rank stands in each dimension of the layout, counted from 0."""
 
     tensor: int
@@ -23,9 +23,9 @@ class Place:
     """Over data and context parallel ranks, which hold the same parameters."""
 
 
-def this_place() -> Place:
+def this_rank() -> RankCoordinates:
     """This rank's place in the running layout."""
-    return Place(
+    return RankCoordinates(
         tensor=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),

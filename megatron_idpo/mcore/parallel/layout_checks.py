@@ -139,7 +139,7 @@ def _expert_problems(layout: "Layout", architecture: "Architecture") -> list[Pro
 
 def split_problems(layout: "Layout", num_layers: int) -> list[Problem]:
     """Why `num_layers` layers cannot be split over the pipeline like that."""
-    stages, place = layout.num_virtual_stages, "layout.pipeline_layers"
+    stages, location = layout.num_virtual_stages, "layout.pipeline_layers"
     if layout.pipeline_layers is None:
         if num_layers % stages == 0:
             return []
@@ -149,7 +149,7 @@ def split_problems(layout: "Layout", num_layers: int) -> list[Problem]:
                 "layout.pipeline",
                 f"{num_layers} layers do not divide evenly over {even}",
                 f"make layout.pipeline · layout.virtual_pipeline one of "
-                f"{_divisors(num_layers)}, or write the split out in {place}"
+                f"{_divisors(num_layers)}, or write the split out in {location}"
                 + _example_split(num_layers, stages),
             )
         ]
@@ -157,17 +157,17 @@ def split_problems(layout: "Layout", num_layers: int) -> list[Problem]:
     if len(split) != stages:
         found.append(
             Problem(
-                place,
+                location,
                 f"{split} has {len(split)} entries",
                 f"write layout.pipeline · layout.virtual_pipeline = {stages} of them",
             )
         )
     if min(split, default=0) < 1:
-        found.append(Problem(place, f"{split} leaves a stage without layers", "use 1 or more"))
+        found.append(Problem(location, f"{split} leaves a stage without layers", "use 1 or more"))
     if sum(split) != num_layers:
         found.append(
             Problem(
-                place,
+                location,
                 f"{split} adds up to {sum(split)} layers, the model has {num_layers}",
                 "change the entries so that they add up" + _example_split(num_layers, stages),
             )

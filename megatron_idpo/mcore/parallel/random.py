@@ -9,7 +9,7 @@ import hashlib
 
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_idpo.mcore.parallel.groups import this_place
+from megatron_idpo.mcore.parallel.groups import this_rank
 
 _STAGES = 100_000
 """Distance between the seeds of stages; tensor-parallel ranks differ by less."""
@@ -25,7 +25,7 @@ def seed_step(seed: int, step: int) -> None:
         seed: of the run.
         step: of the optimizer, any integer.
     """
-    place = this_place()
-    told = f"{seed}/{step}/{place.data}".encode()
-    drawn = int.from_bytes(hashlib.blake2b(told, digest_size=4).digest())
-    model_parallel_cuda_manual_seed(drawn + _STAGES * (1 + place.pipeline))
+    rank = this_rank()
+    message = f"{seed}/{step}/{rank.data}".encode()
+    drawn = int.from_bytes(hashlib.blake2b(message, digest_size=4).digest())
+    model_parallel_cuda_manual_seed(drawn + _STAGES * (1 + rank.pipeline))

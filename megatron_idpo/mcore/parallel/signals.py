@@ -12,7 +12,7 @@ from types import FrameType
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopWish:
+class StopFlag:
     """Whether this process has been asked to stop."""
 
     def __init__(self) -> None:
@@ -34,12 +34,12 @@ class Stopped(Exception):
 
 
 @contextmanager
-def listening() -> Iterator[StopWish]:
+def listening() -> Iterator[StopFlag]:
     """Remember stopping signals instead of dying of them, until the end of the block."""
-    wish = StopWish()
-    before = {number: signal.signal(number, wish.hear) for number in STOPPING}
+    stop_flag = StopFlag()
+    before = {number: signal.signal(number, stop_flag.hear) for number in STOPPING}
     try:
-        yield wish
+        yield stop_flag
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,8 +1,8 @@
 """The processes of a run: joining them, and making them fail together.
 
 Started by torchrun, a verb joins the world that the environment describes; started as a plain
-program it is a world of one. `agreeing` turns an error on any rank into the same error on all,
-because a rank that stops alone leaves the others waiting in a collective until a time-out.
+program it is a world of one. `raise_on_all_ranks` turns an error on any rank into the same error
+on all, because a rank that stops alone leaves the others waiting in a collective until a time-out.
 """
 
 import os
@@ -93,11 +93,11 @@ def _rendezvous(timeout: timedelta) -> None:
     except dist.DistNetworkError as error:
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if "EADDRINUSE" in str(error):
-            told, remedy = f"{port} is in use on this machine", "choose another (--master-port)"
-            raise ConfigError.at("MASTER_PORT", told, remedy) from error
-        told = f"{address}:{port} cannot be reached"
+            message, remedy = f"{port} is in use on this machine", "choose another (--master-port)"
+            raise ConfigError.at("MASTER_PORT", message, remedy) from error
+        message = f"{address}:{port} cannot be reached"
         remedy = "is the first node up, and is that its address and an open port?"
-        raise ConfigError.at("MASTER_ADDR", told, remedy) from error
+        raise ConfigError.at("MASTER_ADDR", message, remedy) from error
 
 
 def _check_environment() -> None:
@@ -112,9 +112,9 @@ def _check_environment() -> None:
     # The number of local ranks, so that all of them refuse rather than those without a GPU alone.
     last = max(int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     if last >= num_gpus:
-        told = f"{last + 1} ranks on this machine, but {num_gpus} visible GPUs"
+        message = f"{last + 1} ranks on this machine, but {num_gpus} visible GPUs"
         remedy = f"start torchrun with --nproc-per-node {num_gpus}"
-        raise ConfigError.at("LOCAL_WORLD_SIZE", told, remedy)
+        raise ConfigError.at("LOCAL_WORLD_SIZE", message, remedy)
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def running(layout: Layout, seed: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def agreeing(what: str) -> Iterator[None]:
+def raise_on_all_ranks(what: str) -> Iterator[None]:
     """Run a block on every rank; if it fails for a user's reason on any, it fails on all.
 
     The block must contain no collective that a failing rank would skip. Collective: an all-gather
@@ -146,8 +146,8 @@ def agreeing(what: str) -> Iterator[None]:
         yield
     except UserError as error:
         failure = error
-    told = None if failure is None else (type(failure).__name__, str(failure))
-    everyone = gathered(told)
+    reason = None if failure is None else (type(failure).__name__, str(failure))
+    everyone = gathered(reason)
     if failure is not None:
         raise failure
     for rank, other in enumerate(everyone):

@@ -54,7 +54,7 @@ _REFUSED = {
 }
 
 
-def rope_problems(config: Mapping[str, Any], *, place: str) -> list[Problem]:
+def rope_problems(config: Mapping[str, Any], *, location: str) -> list[Problem]:
     """Everything wrong with the rope fields of a config.json.
 
     Args:
@@ -64,41 +64,41 @@ def rope_problems(config: Mapping[str, Any], *, place: str) -> list[Problem]:
     Returns:
         The problems, each at its field; none if Transformers reads every rope field that is there.
     """
-    key, rope, problems = _chosen(config, place)
-    problems += _type_problems(key, rope, place)
+    key, rope, problems = _chosen(config, location)
+    problems += _type_problems(key, rope, location)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if problems:
         return problems
-    problems += _field_problems(key, rope_type, rope, place)
+    problems += _field_problems(key, rope_type, rope, location)
     for name in ("rope_theta", "partial_rotary_factor", _ORIGINAL):
         if name not in config or (name == "partial_rotary_factor" and config[name] is None):
             continue
-        where, value = f"{place}: {name}", config[name]
+        where, value = f"{location}: {name}", config[name]
         if name == _ORIGINAL and name not in _OPTIONAL[rope_type]:
             problems.append(_unread(where, value, rope_type))
         elif name != _ORIGINAL and rope.get(name, value) != value:
             # Transformers would take the inner one. Of two original lengths it takes the outer,
             # and writes such files itself, so there it is no mistake.
-            told = f"{value!r} contradicts {key}.{name} = {rope[name]!r}"
-            problems.append(Problem(where, told, "keep the true one"))
+            message = f"{value!r} contradicts {key}.{name} = {rope[name]!r}"
+            problems.append(Problem(where, message, "keep the true one"))
         else:
             problems += _value_problems(where, name, value, rope_type)
     return problems
 
 
-def _chosen(config: Mapping[str, Any], place: str) -> tuple[str, dict[str, Any], list[Problem]]:
+def _chosen(config: Mapping[str, Any], location: str) -> tuple[str, dict[str, Any], list[Problem]]:
     """The dictionary that Transformers takes (`rope_scaling` before `rope_parameters`)."""
     given: dict[str, dict[str, Any]] = {}
     problems = []
     for key in ("rope_scaling", "rope_parameters"):
         value = config.get(key)
         if value is not None and not isinstance(value, Mapping):
-            problems.append(Problem(f"{place}: {key}", f"{value!r} is not an object"))
+            problems.append(Problem(f"{location}: {key}", f"{value!r} is not an object"))
         elif value:
             given[key] = dict(value)
     if len(given) == 2 and len({repr(_plain(rope, config)) for rope in given.values()}) > 1:
         problems.append(
-            Problem(f"{place}: rope_scaling", "contradicts rope_parameters", "keep the true one")
+            Problem(f"{location}: rope_scaling", "contradicts rope_parameters", "keep the true one")
         )
     key = next(iter(given), "rope_parameters")
     return key, given.get(key, {}), problems
@@ -112,13 +112,13 @@ def _plain(rope: dict[str, Any], config: Mapping[str, Any]) -> list[tuple[str, A
     return sorted(same.items())
 
 
-def _type_problems(key: str, rope: dict[str, Any], place: str) -> list[Problem]:
+def _type_problems(key: str, rope: dict[str, Any], location: str) -> list[Problem]:
     nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
     if nested:
-        told = f"{nested} hold parameters of their own; this family has one set for all layers"
-        return [Problem(f"{place}: {key}", told)]
+        message = f"{nested} hold parameters of their own; this family has one set for all layers"
+        return [Problem(f"{location}: {key}", message)]
     names = [rope[name] for name in ("rope_type", "type") if name in rope] or ["default"]
-    where = f"{place}: {key}.{'rope_type' if 'rope_type' in rope else 'type'}"
+    where = f"{location}: {key}.{'rope_type' if 'rope_type' in rope else 'type'}"
     if any(name != names[0] for name in names):
         return [Problem(where, f"{names[0]!r} contradicts type = {names[1]!r}", "keep one")]
     rope_type = names[0]
@@ -131,19 +131,19 @@ def _type_problems(key: str, rope: dict[str, Any], place: str) -> list[Problem]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
-        told = f"{rope_type!r} is unknown to the installed Transformers"
-        return [Problem(where, told, "install a newer one")]
+        message = f"{rope_type!r} is unknown to the installed Transformers"
+        return [Problem(where, message, "install a newer one")]
     return []
 
 
-def _field_problems(key: str, rope_type: str, rope: dict[str, Any], place: str) -> list[Problem]:
+def _field_problems(key: str, rope_type: str, rope: dict[str, Any], location: str) -> list[Problem]:
     required, optional = _REQUIRED[rope_type], _OPTIONAL[rope_type]
     problems = [
-        Problem(f"{place}: {key}.{name}", f"missing, rope type {rope_type!r} needs it")
+        Problem(f"{location}: {key}.{name}", f"missing, rope type {rope_type!r} needs it")
         for name in sorted(required - rope.keys())
     ]
     for name, value in rope.items():
-        where = f"{place}: {key}.{name}"
+        where = f"{location}: {key}.{name}"
         if name not in required | optional | _EVERY_TYPE:
             problems.append(_unread(where, value, rope_type))
         elif name not in ("type", "rope_type"):
@@ -151,8 +151,8 @@ def _field_problems(key: str, rope_type: str, rope: dict[str, Any], place: str) 
     if not problems and rope_type == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         if high <= low:
-            told = f"{high} is not above low_freq_factor = {low}"
-            problems.append(Problem(f"{place}: {key}.high_freq_factor", told))
+            message = f"{high} is not above low_freq_factor = {low}"
+            problems.append(Problem(f"{location}: {key}.high_freq_factor", message))
     return problems
 
 
@@ -185,13 +185,13 @@ def _partial_problems(where: str, value: Any, rope_type: str) -> list[Problem]:
         return []
     # These families rotate whole heads: with type 'default' Transformers ignores the field, with
     # any other its own forward fails on the shapes.
-    told = f"{value!r}: Transformers' models of this family rotate whole heads"
-    return [Problem(where, told, "remove it if the model was trained with whole heads rotated")]
+    message = f"{value!r}: Transformers' models of this family rotate whole heads"
+    return [Problem(where, message, "remove it if the model was trained with whole heads rotated")]
 
 
 def _unread(where: str, value: Any, rope_type: str) -> Problem:
-    told = f"{value!r} is not read by rope type {rope_type!r}"
-    return Problem(where, told, "correct the type, or remove it: Transformers ignores it")
+    message = f"{value!r} is not read by rope type {rope_type!r}"
+    return Problem(where, message, "correct the type, or remove it: Transformers ignores it")
 
 
 def _is_positive(value: Any) -> bool:

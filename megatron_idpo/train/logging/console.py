@@ -69,7 +69,7 @@ class RunConsole:
             total=total_steps,
             completed=first_step,
             count=f"{first_step}/{total_steps}",
-            told="",
+            message="",
             eta="",
         )
 
@@ -98,12 +98,12 @@ class RunConsole:
         # The first step of a start takes longer than others: it is not counted.
         self._marked = self._marked or self._now
         eta_s = self._eta_s()
-        told = [f"{word} {values[name]:{form}}" for word, name, form in _SHOWN if name in values]
+        message = [f"{word} {values[name]:{form}}" for word, name, form in _SHOWN if name in values]
         self._bar.update(
             self._training,
             completed=step,
             count=f"{step}/{self._total_steps}",
-            told=" ".join(told),
+            message=" ".join(message),
             eta="" if eta_s is None else f"eta {clock_time(eta_s)}",
         )
 
@@ -147,7 +147,7 @@ class RunConsole:
             what: the word before it: `evaluating`.
             total: how often the function that this gives is going to be called.
         """
-        task = self._bar.add_task(what, total=total, count=f"0/{total}", told="", eta="")
+        task = self._bar.add_task(what, total=total, count=f"0/{total}", message="", eta="")
         done = 0
 
         def advance() -> None:

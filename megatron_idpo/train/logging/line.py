@@ -74,8 +74,8 @@ def training_line(
     )
     parts = [_counter("step", step, total_steps), *_quality(values, "")]
     parts += [
-        _Part(group, rank, told(values[name]))
-        for name, group, rank, told in formats
+        _Part(group, rank, message(values[name]))
+        for name, group, rank, message in formats
         if name in values
     ]
     if eta_s is not None:
@@ -98,7 +98,7 @@ def evaluation_line(
     return _fitted(parts, width)
 
 
-def accuracy_told(accuracy: float, margin: float | None, pairs: float | None) -> str:
+def format_accuracy(accuracy: float, margin: float | None, pairs: float | None) -> str:
     """`0.78 [0.62, 0.88]` with the number of pairs, `0.78` without; `tied` where it means nothing.
 
     Before training policy and reference are equal: all margins are exactly 0, and none is accurate.
@@ -164,7 +164,7 @@ def _quality(values: Mapping[str, float], prefix: str) -> list[_Part]:
         parts.append(_Part(2, 0, f"margin {margin:+.3f}"))
     if accuracy is not None:
         pairs = values.get(EVAL_PAIRS) if prefix else None
-        parts.append(_Part(2, 0, f"acc {accuracy_told(accuracy, margin, pairs)}"))
+        parts.append(_Part(2, 0, f"acc {format_accuracy(accuracy, margin, pairs)}"))
     return parts
 
 
@@ -178,12 +178,12 @@ def _layer_losses(values: Mapping[str, float], prefix: str) -> str:
     if not losses:
         return ""
     if len(losses) <= _NAMED_LAYERS:
-        told = [f"L{layer} {_loss(loss)}" for layer, loss in losses.items()]
+        message = [f"L{layer} {_loss(loss)}" for layer, loss in losses.items()]
     else:
         first, *_, last = losses
         lowest, highest = min(losses.values()), max(losses.values())
-        told = [f"L{first}..L{last} {_loss(lowest)}-{_loss(highest)}"]
-    return f"({', '.join([*told, f'final {_loss(values[prefix + FINAL_LOSS])}'])})"
+        message = [f"L{first}..L{last} {_loss(lowest)}-{_loss(highest)}"]
+    return f"({', '.join([*message, f'final {_loss(values[prefix + FINAL_LOSS])}'])})"
 
 
 def _loss(loss: float) -> str:

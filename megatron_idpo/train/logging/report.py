@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from megatron_idpo.lora.settings import resolve_targets
-from megatron_idpo.mcore.parallel.world import agreeing
+from megatron_idpo.mcore.parallel.world import raise_on_all_ranks
 from megatron_idpo.train.logging.console import RunConsole
 from megatron_idpo.train.logging.loggers import Loggers, open_loggers
 from megatron_idpo.train.metrics.flops import BatchWork, ModelFlops, lora_weights
@@ -35,7 +35,7 @@ class Report:
         *,
         every_steps: int,
         first_step: int,
-        agree: Callable[[str], AbstractContextManager[None]] = agreeing,
+        agree: Callable[[str], AbstractContextManager[None]] = raise_on_all_ranks,
     ) -> None:
         """Put the parts together; `reporting` makes them. `agree` is around what may fail."""
         self.console = console
@@ -99,7 +99,7 @@ def reporting(run: Run) -> Iterator[Report]:
         ConfigError: a logger cannot be opened.
     """
     settings = run.config.logging
-    with agreeing("opening the loggers"):
+    with raise_on_all_ranks("opening the loggers"):
         loggers = open_loggers(
             run.output.root,
             settings,

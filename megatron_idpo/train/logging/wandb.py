@@ -60,9 +60,9 @@ class WandbLogger:
                 settings={"console": "off"},
             )
         except Exception as error:  # wandb's own kinds, requests', and its service's
-            told = f"cannot be reached: {str(error) or type(error).__name__}"
+            message = f"cannot be reached: {str(error) or type(error).__name__}"
             remedy = "run `wandb login`, or set logging.wandb.mode to offline"
-            raise ConfigError.at("logging.wandb", told, remedy) from error
+            raise ConfigError.at("logging.wandb", message, remedy) from error
         id_file.write_text(f"{run_id}\n", encoding="utf-8")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

@@ -87,8 +87,8 @@ def read_metrics(path: Path) -> list[Record]:
                 }
                 records.setdefault(found[STEP], {}).update(numbers)
     except OSError as error:
-        told = f"cannot read {path}: {error.strerror or error}"
-        raise ConfigError.at("training.output", told, "name the directory of a run") from None
+        message = f"cannot read {path}: {error.strerror or error}"
+        raise ConfigError.at("training.output", message, "name the directory of a run") from None
     return [records[step] for step in sorted(records)]
 
 
@@ -114,5 +114,5 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
-    told = f"cannot write {path}: {error.strerror or error}"
-    return ConfigError.at("training.output", told, "free space, or name a directory to write to")
+    message = f"cannot write {path}: {error.strerror or error}"
+    return ConfigError.at("training.output", message, "free space, or name a directory to write to")

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from megatron_idpo.data.packing.rows import Row
 from megatron_idpo.mcore.model.architecture import Architecture
-from megatron_idpo.mcore.parallel.groups import this_place
+from megatron_idpo.mcore.parallel.groups import this_rank
 
 _PREFIX = "work/"
 
@@ -67,8 +67,8 @@ class BatchWork:
 
     def as_extra(self) -> dict[str, float]:
         """This rank's part of the sums over ranks: its own rows, once per model replica."""
-        place = this_place()
-        counts = place.tensor == 0 and place.pipeline == 0
+        rank = this_rank()
+        counts = rank.tensor == 0 and rank.pipeline == 0
         return {f"{_PREFIX}{name}": value * counts for name, value in asdict(self).items()}
 
     @classmethod

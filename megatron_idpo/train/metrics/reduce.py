@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idpo.mcore.cpu.redirect import default_device
-from megatron_idpo.mcore.parallel.groups import this_place
+from megatron_idpo.mcore.parallel.groups import this_rank
 from megatron_idpo.objective.dpo import Objective, layer_metrics
 from megatron_idpo.plugin.layer_output import LayerOutput
 from megatron_idpo.train.metrics.names import EVAL, EVAL_PAIRS, FINAL_LOSS, LOSS, layer_name
@@ -135,7 +135,7 @@ def reduce_outputs(
     world_size = dist.get_world_size()
 
     layer_sums = torch.zeros(len(ordered), len(names), dtype=torch.float64, device=default_device())
-    if this_place().tensor == 0:  # The others of a stage say the same.
+    if this_rank().tensor == 0:  # The others of a stage say the same.
         for layer in {output.layer for output in outputs}:
             spoken = [output for output in outputs if output.layer == layer]
             layer_sums[ordered.index(layer)] = _sums(spoken, lengths, objective, names)
@@ -146,9 +146,9 @@ def reduce_outputs(
     everything = torch.cat([layer_sums.flatten(), numbers.to(layer_sums.device)])
     dist.all_reduce(everything)
 
-    told: list[float] = everything.tolist()
-    table = [told[row * len(names) :][: len(names)] for row in range(len(ordered))]
-    told = told[len(ordered) * len(names) :]
+    message: list[float] = everything.tolist()
+    table = [message[row * len(names) :][: len(names)] for row in range(len(ordered))]
+    message = message[len(ordered) * len(names) :]
     pairs = {row[0] for row in table}
     assert len(pairs) == 1, f"layers {ordered} spoke of {[row[0] for row in table]} pairs"
     return StepMetrics(
@@ -158,9 +158,9 @@ def reduce_outputs(
             for layer, row in zip(ordered, table, strict=True)
         },
         scales={layer: scale_of[layer] for layer in ordered},
-        extra=dict(zip(extra, told, strict=False)),
+        extra=dict(zip(extra, message, strict=False)),
         peaks={
-            name: _highest(told[len(extra) + number * world_size :][:world_size])
+            name: _highest(message[len(extra) + number * world_size :][:world_size])
             for number, name in enumerate(peaks)
         },
     )

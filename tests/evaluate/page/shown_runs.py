@@ -123,12 +123,12 @@ def write_h4(output: Path, model: str, **changes: Any) -> None:
     """All four tasks at 0.25, 0.5, 0.75 and 1."""
     names = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2")
     tasks = {
-        name: {"metric": "acc", "value": 0.25 * place, "stderr": 0.01, "items": 9, "few_shot": 0}
-        for place, name in enumerate(names, start=1)
+        name: {"metric": "acc", "value": 0.25 * location, "stderr": 0.01, "items": 9, "few_shot": 0}
+        for location, name in enumerate(names, start=1)
     }
-    told = {"model": model, "tasks": tasks, "mean": 0.625, "mean_stderr": 0.005, "source": "hub"}
+    message = {"model": model, "tasks": tasks, "mean": 0.625, "mean_stderr": 0.005, "source": "hub"}
     (output / "h4").mkdir(parents=True, exist_ok=True)
-    values = {**told, "lm_eval": "0.4.9", "limit": None, **changes}
+    values = {**message, "lm_eval": "0.4.9", "limit": None, **changes}
     (output / "h4" / f"{model}.json").write_text(json.dumps(values))
 
 

@@ -53,7 +53,7 @@ def test_colours_are_the_pages() -> None:
 
 def luminance(colour: str) -> float:
     """WCAG's relative luminance of `#rrggbb`."""
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    parts = [int(colour[location : location + 2], 16) / 255 for location in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

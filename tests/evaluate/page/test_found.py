@@ -62,9 +62,9 @@ def test_all_wrong_directories_are_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError) as error:
         find([tmp_path / "nowhere", tmp_path / "file", run, tmp_path / "x" / ".." / "run"])
-    told = str(error.value)
-    assert "nowhere: does not exist; name a run's training.output" in told
-    assert "file: is a file, not a directory" in told
+    message = str(error.value)
+    assert "nowhere: does not exist; name a run's training.output" in message
+    assert "file: is a file, not a directory" in message
     with pytest.raises(ConfigError, match="run: is named twice; name it once"):
         find([run, run])
 
@@ -79,23 +79,23 @@ def test_a_directory_with_nothing_to_show(tmp_path: Path) -> None:
         find([run])
 
 
-def test_metrics_of_another_program_are_told(tmp_path: Path) -> None:
+def test_metrics_of_another_program_are_reported(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run")
     (root / "metrics.jsonl").write_text("step loss\n1 0.7\n")
     with pytest.raises(ConfigError, match=r"metrics\.jsonl: has no line with a step"):
         find([root])
 
 
-def test_a_share_above_1_is_told(tmp_path: Path) -> None:
+def test_a_share_above_1_is_reported(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run")
     with (root / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 41, "eval_rewards/accuracies": 75.0}) + "\n")
-    told = re.escape("has eval_rewards/accuracies = 75 at step 41, which is no share")
-    with pytest.raises(ConfigError, match=told):
+    message = re.escape("has eval_rewards/accuracies = 75 at step 41, which is no share")
+    with pytest.raises(ConfigError, match=message):
         find([root])
 
 
-def test_a_configuration_that_is_no_yaml_is_told(tmp_path: Path) -> None:
+def test_a_configuration_that_is_no_yaml_is_reported(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run")
     (root / "config.yaml").write_text("model: {path: x\n")
     with pytest.raises(ConfigError, match=r"config\.yaml:2:1: is not YAML"):

@@ -31,7 +31,7 @@ def test_everything(tmp_path: Path) -> None:
     (duel,) = found.duels
     assert (duel.wins, duel.losses, duel.ties, duel.unjudged) == (1, 1, 2, 1)
     assert duel.verdicts == {0: "a", 1: "b", 2: "tie", 3: "disagreed"}
-    assert duel.told.startswith("trained against base: 50.0 %")
+    assert duel.summary.startswith("trained against base: 50.0 %")
     assert found.h4["base"].limit == 9 and found.h4["base"].mean == 0.625
 
 
@@ -46,10 +46,10 @@ def test_verdicts_on_answers_that_have_been_made_anew_are_not_shown(tmp_path: Pa
     settings = tmp_path / "judge" / "x-vs-y" / "settings.json"
     settings.write_text(json.dumps({"answers": digests}))
     (duel,) = read_evaluation(tmp_path).duels
-    assert duel.verdicts == {0: "a"} and "anew" not in duel.told
+    assert duel.verdicts == {0: "a"} and "anew" not in duel.summary
     files["b"].write_text(files["b"].read_text().replace("zero", "none"))
     (duel,) = read_evaluation(tmp_path).duels
-    assert duel.verdicts == {} and duel.told.endswith("; the answers have been made anew since")
+    assert duel.verdicts == {} and duel.summary.endswith("; the answers have been made anew since")
     files["b"].unlink()
     assert read_evaluation(tmp_path).duels[0].verdicts == {0: "a"}, "nothing is shown beside them"
 
@@ -97,7 +97,7 @@ def test_half_a_line_at_the_end_is_still_being_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "told"),
+    ("file", "text", "message"),
     [
         ("likelihood/likelihood.csv", "model,layer\nx,1\n", "likelihood.csv: is no table of layer"),
         ("answers/m.jsonl", '{"prompt": "x"}\n', r"m.jsonl:1: has answer = None, which is no text"),
@@ -113,17 +113,17 @@ def test_half_a_line_at_the_end_is_still_being_written(tmp_path: Path) -> None:
     ],
 )
 def test_damage_is_told_with_its_place_and_a_remedy(
-    tmp_path: Path, file: str, text: str, told: str
+    tmp_path: Path, file: str, text: str, message: str
 ) -> None:
     path = tmp_path / file
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_evaluation(tmp_path)
     assert "make it again by `" in str(error.value)
 
 
-def test_a_verdict_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_verdict_that_is_none_is_reported(tmp_path: Path) -> None:
     write_duel(tmp_path, "x", "y", ["aa"])
     with (tmp_path / "judge" / "x-vs-y" / "verdicts.jsonl").open("a") as file:
         file.write('{"index": 0, "order": "ab", "verdict": "x"}\n')
@@ -131,7 +131,7 @@ def test_a_verdict_that_is_none_is_told(tmp_path: Path) -> None:
         read_evaluation(tmp_path)
 
 
-def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
+def test_bytes_that_are_no_text_are_reported(tmp_path: Path) -> None:
     write_answers(tmp_path, "m", ["x"])
     (tmp_path / "answers" / "m.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(ConfigError, match=r"m.jsonl: is not UTF-8"):

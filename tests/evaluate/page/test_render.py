@@ -78,8 +78,13 @@ def test_a_run_with_everything(everything: str) -> None:
     page = Page(everything)
     assert everything.startswith("<!DOCTYPE html>")
     assert page.titles() == ["Training", "Layers", "Win rates", "Answers", "H4"]
-    for told in ("tied → 75 %", "95 % interval 60 to 86 %, 40 pairs", "no evidence", "What is 2?"):
-        assert told in page.text
+    for message in (
+        "tied → 75 %",
+        "95 % interval 60 to 86 %, 40 pairs",
+        "no evidence",
+        "What is 2?",
+    ):
+        assert message in page.text
     assert "Not here yet" not in page.text
     # Of training 4, of layers 4 and 2 more, of speed 2, of win rates 1.
     charts = [attrs for tag, attrs in page.elements if tag == "svg" and attrs.get("role") == "img"]

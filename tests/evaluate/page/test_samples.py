@@ -14,7 +14,7 @@ def test_prompts_at_even_distances(tmp_path: Path) -> None:
     found = samples(find([tmp_path]))
     shown = [(one.replies[0].text.start, one.replies[1].text.start) for one in found]
     assert shown == [(f"a{n}", f"b{n}") for n in (0, 7, 14, 21, 28, 35, 42, 49)]
-    assert found[1].place == "held_out.jsonl:8"
+    assert found[1].location == "held_out.jsonl:8"
     assert [(role, text.start) for role, text in found[1].messages] == [("", "What is 7?")]
 
 
@@ -27,9 +27,9 @@ def test_what_the_judge_says_of_a_prompt(tmp_path: Path) -> None:
     for model in ("new", "old"):
         write_answers(tmp_path, model, ["x"] * 5)
     write_duel(tmp_path, "new", "old", ["aa", "bb", "tt", "ab", "a-"])
-    told = [one.verdicts for one in samples(find([tmp_path]))]
+    message = [one.verdicts for one in samples(find([tmp_path]))]
     disagreed = "new and old tied: the two orders disagree"
-    assert told == [["new over old"], ["old over new"], ["new and old tied"], [disagreed], []]
+    assert message == [["new over old"], ["old over new"], ["new and old tied"], [disagreed], []]
 
 
 def test_answers_of_several_runs(tmp_path: Path) -> None:
@@ -37,8 +37,8 @@ def test_answers_of_several_runs(tmp_path: Path) -> None:
         write_answers(tmp_path / run, "base", ["same"])
         write_answers(tmp_path / run, "trained", [text])
     (sample,) = samples(find([tmp_path / "x", tmp_path / "y"]))
-    told = [(reply.model, reply.text.start) for reply in sample.replies]
-    assert told == [("base", "same"), ("x · trained", "one"), ("y · trained", "two")]
+    message = [(reply.model, reply.text.start) for reply in sample.replies]
+    assert message == [("base", "same"), ("x · trained", "one"), ("y · trained", "two")]
 
 
 def test_an_answer_stands_under_its_own_prompt(tmp_path: Path) -> None:
@@ -51,8 +51,8 @@ def test_an_answer_stands_under_its_own_prompt(tmp_path: Path) -> None:
     write_answers(tmp_path / "z", "m", ["z0"], ["Why?"])
     write_duel(tmp_path / "z", "m", "n", ["aa"])
     found = samples(find([tmp_path / "x", tmp_path / "z"]))
-    told = [[reply.text.start for reply in one.replies] for one in found]
-    assert told == [["x0"], ["x1"], ["z0"]]
+    message = [[reply.text.start for reply in one.replies] for one in found]
+    assert message == [["x0"], ["x1"], ["z0"]]
     assert [one.verdicts for one in found] == [[], [], ["m over n"]]
 
 

@@ -6,10 +6,10 @@ from megatron_idpo.evaluate.report.inputs import find
 from megatron_idpo.evaluate.report.sections import (
     curriculum_sections,
     duels_section,
+    format_sampling,
     h4_section,
     layers_section,
     missing,
-    sampling_told,
     speed_section,
     training_section,
 )
@@ -44,9 +44,9 @@ def test_many_layers_are_folded(tmp_path: Path) -> None:
 def test_what_a_judge_says_is_told_as_it_is(tmp_path: Path) -> None:
     section = duels_section(find([write_everything(tmp_path / "run")]))
     assert section is not None
-    (told,) = section.words
+    (message,) = section.words
     # One of three prompts has no verdict.
-    assert "; no evidence of a difference (sign test p = 1.00), but too many prompts" in told
+    assert "; no evidence of a difference (sign test p = 1.00), but too many prompts" in message
 
 
 def test_part_of_the_items_is_said_to_be_a_part(tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_of_several_runs_those_are_named_that_lack_something(tmp_path: Path) -> 
         write_run(tmp_path / "a"),
         write_run(tmp_path / "b"),
     ]
-    told = missing(find(roots))
-    assert told[0] == ("Layer likelihoods of a, b", "megatron-idpo likelihood CONFIG.yaml")
+    message = missing(find(roots))
+    assert message[0] == ("Layer likelihoods of a, b", "megatron-idpo likelihood CONFIG.yaml")
 
 
 def test_an_evaluation_beside_its_runs_counts_for_them(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_an_evaluation_beside_its_runs_counts_for_them(tmp_path: Path) -> None:
 
 
 def test_how_answers_were_sampled() -> None:
-    assert sampling_told({"sampling": {"temperature": 0.3, "top_p": 1.0}}) == (
+    assert format_sampling({"sampling": {"temperature": 0.3, "top_p": 1.0}}) == (
         "temperature 0.3, top p 1"
     )
-    assert sampling_told({}) == ""
+    assert format_sampling({}) == ""

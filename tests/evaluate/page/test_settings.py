@@ -23,7 +23,7 @@ def test_what_is_as_by_default_is_left_out() -> None:
     ]
 
 
-def test_fields_of_another_version_are_told() -> None:
+def test_fields_of_another_version_are_reported() -> None:
     assert own_settings({"model": {"colour": "red"}, "new": {"x": 1}}) == [
         ("model.colour", "red"),
         ("new.x", "1"),
@@ -50,13 +50,13 @@ def test_a_field_that_is_not_written_is_as_by_default() -> None:
 def test_sources_and_steps_are_told_by_what_is_their_own() -> None:
     steps = [{"sources": [1], "fraction": None, "export": False}, {"sources": [2], "lr": 1e-4}]
     sources = [{"path": "a.jsonl", "weight": 0.5, "split": "train"}, {"path": "b.jsonl"}]
-    told = dict(own_settings({"sdpo": {"steps": steps}, "data": {"train": sources}}))
-    assert told["sdpo.steps"] == "sources 1; sources 2, lr 0.0001"
-    assert told["data.train"] == "path a.jsonl, weight 0.5; b.jsonl"
+    message = dict(own_settings({"sdpo": {"steps": steps}, "data": {"train": sources}}))
+    assert message["sdpo.steps"] == "sources 1; sources 2, lr 0.0001"
+    assert message["data.train"] == "path a.jsonl, weight 0.5; b.jsonl"
     columns = ColumnsConfig(prompt="question").model_dump(mode="json")
     sources = [{"path": "a", "columns": columns}, {"path": "b", "columns": dict.fromkeys(columns)}]
-    told = dict(own_settings({"data": {"train": sources}}))
-    assert told["data.train"] == "path a, columns prompt question; b"
+    message = dict(own_settings({"data": {"train": sources}}))
+    assert message["data.train"] == "path a, columns prompt question; b"
 
 
 def test_everything() -> None:
