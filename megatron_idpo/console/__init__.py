@@ -1,0 +1,1 @@
+"""Console output shared by all verbs: progress and number formats."""
