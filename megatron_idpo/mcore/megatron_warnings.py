@@ -53,7 +53,7 @@ _LOG_RECORDS = (
 
 
 @contextmanager
-def quiet_megatron(*, has_gpu: bool = True) -> Iterator[None]:
+def suppress_megatron_warnings(*, has_gpu: bool = True) -> Iterator[None]:
     """Leave those messages unsaid within this block; blocks can be nested.
 
     Warning filters are the process's, as everywhere in Python: other threads are quiet too.

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.testing import tiny_hf_config
 
 pytestmark = pytest.mark.distributed
@@ -59,9 +59,10 @@ def tapped(recompute: str) -> None:
     """Taps hand out what layers return, in ascending order, once in a forward pass."""
     from megatron_idpo.mcore.attention.row_params import RowParams
     from megatron_idpo.mcore.model.chunk import tap_layers
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     layout = Layout()
-    layout.start()
+    start_layout(layout)
     (chunk,) = build(layout, recompute)
     wanted = [4, 2] if recompute == "runs" else [3, 1]
     returned: dict[int, Any] = {}
@@ -98,13 +99,14 @@ def tapped(recompute: str) -> None:
 
 def changed_output() -> None:
     """What a tap returns is what is passed on; what is passed on is no view."""
-    from megatron_idpo.mcore.model.chunk import chunk_layers, is_hooked, tap_layers
+    from megatron_idpo.mcore.model.chunk import chunk_layer_numbers, is_hooked, tap_layers
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     layout = Layout(pipeline=2)
-    layout.start()
+    start_layout(layout)
     (chunk,) = build(layout)
     first = torch.distributed.get_rank() == 0
-    assert chunk_layers(chunk) == ([1, 2] if first else [3, 4])
+    assert chunk_layer_numbers(chunk) == ([1, 2] if first else [3, 4])
     assert not is_hooked(chunk)
     chunk.decoder.set_input_tensor(torch.ones(TOKENS, 1, SIZES["hidden_size"]))
     before = forward(chunk)
@@ -132,14 +134,15 @@ def test_what_is_passed_on(workers):
 
 def output_layer() -> None:
     """Only calls with targets are ours; the module's hooks run for them all."""
-    from megatron_idpo.mcore.model.chunk import enter_output_layer, is_hooked
+    from megatron_idpo.mcore.model.chunk import is_hooked, override_output_layer
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     layout = Layout()
-    layout.start()
+    start_layout(layout)
     (chunk,) = build(layout)
     logits = forward(chunk)
     asked: list[Any] = []
-    undo = enter_output_layer(chunk, lambda hidden, targets: asked.append(targets) or hidden * 0)
+    undo = override_output_layer(chunk, lambda hidden, targets: asked.append(targets) or hidden * 0)
     entered: list[int] = []
     hook = chunk.output_layer.register_forward_pre_hook(lambda *_: entered.append(1))
     assert is_hooked(chunk)
@@ -158,9 +161,10 @@ def output_layer() -> None:
 def frozen_embedding() -> None:
     """A frozen embedding's output asks for a gradient, in training only."""
     from megatron_idpo.mcore.model.chunk import enable_embedding_output_grad
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     layout = Layout()
-    layout.start()
+    start_layout(layout)
     (chunk,) = build(layout, "block")
     chunk.embedding.requires_grad_(False)
     chunk.decoder.layers[0].self_attention.linear_qkv.weight.requires_grad_()
@@ -195,9 +199,9 @@ def gathered() -> None:
     import torch.distributed as dist
 
     from megatron_idpo.mcore.model.chunk import gather_positions
-    from megatron_idpo.mcore.parallel.groups import tensor_group
+    from megatron_idpo.mcore.parallel.groups import start_layout, tensor_group
 
-    Layout(tensor=2, sequence_parallel=True).start()
+    start_layout(Layout(tensor=2, sequence_parallel=True))
     rank = dist.get_rank()
     shard_t1H = (torch.arange(6.0).reshape(2, 1, 3) + 10 * rank).requires_grad_()
     whole_T1H = gather_positions(shard_t1H, tensor_group())

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 
 pytestmark = pytest.mark.distributed
 
@@ -13,12 +13,17 @@ LAYOUT = Layout(tensor=2, pipeline=2)
 
 
 def rank(layout: Layout) -> tuple[Any, ...]:
-    from megatron_idpo.mcore.parallel.groups import data_parallel_size, tensor_group, this_rank
+    from megatron_idpo.mcore.parallel.groups import (
+        data_parallel_size,
+        rank_coordinates,
+        start_layout,
+        tensor_group,
+    )
 
-    layout.start()
-    here = this_rank()
+    start_layout(layout)
+    here = rank_coordinates()
     size = tensor_group().size()
-    return here.tensor, here.tensor_size, here.pipeline, here.data, data_parallel_size(), size
+    return here.tp_rank, here.tp_size, here.pp_rank, here.dp_rank, data_parallel_size(), size
 
 
 def test_places(workers):
@@ -29,9 +34,10 @@ def test_places(workers):
 
 
 def last(layout: Layout) -> bool:
-    from megatron_idpo.mcore.parallel.groups import is_last_stage
+    from megatron_idpo.mcore.parallel.groups import start_layout
+    from megatron_idpo.mcore.parallel.pipeline import is_last_stage
 
-    layout.start()
+    start_layout(layout)
     return is_last_stage()
 
 
@@ -43,9 +49,9 @@ def test_the_last_stage(workers):
 def gather(layout: Layout) -> list[list[float]] | None:
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.parallel.groups import gather_tensor_shards
+    from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, start_layout
 
-    layout.start()
+    start_layout(layout)
     rows = torch.full((3, 2), float(dist.get_rank()))
     shards = gather_tensor_shards(rows[:, :1])  # a view with gaps
     return None if shards is None else [shard.flatten().tolist() for shard in shards]
@@ -65,11 +71,12 @@ def stages(taking_part: set[int], needing: set[int]) -> tuple[tuple[int, ...], f
     """The ranks of this rank's group, and the sum of their numbers over it."""
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.parallel.groups import stage_group, this_rank
+    from megatron_idpo.mcore.parallel.groups import rank_coordinates, start_layout
+    from megatron_idpo.mcore.parallel.pipeline import stage_group
 
-    Layout(tensor=2, pipeline=4).start()
-    stage = this_rank().pipeline
-    found = stage_group(takes_part=stage in taking_part, needs_it=stage in needing)
+    start_layout(Layout(tensor=2, pipeline=4))
+    stage = rank_coordinates().pp_rank
+    found = stage_group(is_member=stage in taking_part, needs_group=stage in needing)
     if found is None:
         return None
     total = torch.tensor(float(dist.get_rank()))

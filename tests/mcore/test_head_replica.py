@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.objective.dpo import Objective
 from megatron_idpo.testing import tiny_hf_config
 
@@ -45,10 +45,11 @@ class Case:
 def build(case: Case) -> tuple[list[Any], Any]:
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import build_model
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     config = tiny_hf_config("llama", tie_word_embeddings=case.tied, **SIZES)
     architecture = Architecture.from_hf(config)
-    case.layout.start()
+    start_layout(case.layout)
     chunks = build_model(architecture, case.layout)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -66,12 +67,12 @@ def attached(chunks: list[Any]) -> Any:
 def fill(chunks: list[Any], tied: bool) -> None:
     """Weights that differ in every parameter and on every tensor-parallel rank."""
     from megatron_idpo.mcore.model.build import global_parameters
-    from megatron_idpo.mcore.parallel.groups import this_rank
+    from megatron_idpo.mcore.parallel.groups import rank_coordinates
 
     for name, parameter in global_parameters(chunks):
         if tied and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"
-        shard = this_rank().tensor if parameter.dim() > 1 else 0
+        shard = rank_coordinates().tp_rank if parameter.dim() > 1 else 0
         generator = torch.Generator().manual_seed(sum(name.encode()) * 8 + shard)
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
 

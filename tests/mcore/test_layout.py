@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.parallel.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Shape:
 def locations(
     layout: Layout, shape: Shape | None = None, world_size: int | None = None
 ) -> list[str]:
-    return [problem.location for problem in layout.problems(shape, world_size)]
+    return [problem.location for problem in layout.problems_for(shape, world_size)]
 
 
 # Impossible value, the places it is reported at, and a word of its remedy.
@@ -64,7 +64,7 @@ IMPOSSIBLE = [
 def test_impossible_layouts_name_their_place_and_remedy(
     layout, shape, world_size, expected, remedy
 ):
-    problems = layout.problems(shape, world_size)
+    problems = layout.problems_for(shape, world_size)
     assert [problem.location for problem in problems] == expected
     assert all(problem.remedy for problem in problems)
     assert any(remedy in problem.remedy for problem in problems), problems
@@ -139,12 +139,14 @@ def megatron_layers(layout: Layout, num_layers: int) -> list[range]:
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+    from megatron_idpo.mcore.model.build import layout_fields
+
     config = TransformerConfig(
         num_layers=num_layers,
         hidden_size=64,
         num_attention_heads=8,
         pipeline_dtype="float32",
-        **layout.transformer_config_fields(num_layers),
+        **layout_fields(layout, num_layers),
     )
     chunks = [None] if layout.virtual_pipeline == 1 else range(layout.virtual_pipeline)
     offsets = [get_transformer_layer_offset(config, vp_stage=chunk) for chunk in chunks]
@@ -157,11 +159,13 @@ def start_and_count(layouts: list[tuple[int, Layout]]) -> list[tuple[int, dict[s
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    from megatron_idpo.mcore.parallel.groups import start_layout, stop_layout
+
     message = []
     for num_layers, layout in layouts:
-        layout.start(seed=3)
+        start_layout(layout, seed=3)
         with pytest.raises(RuntimeError, match="stop"):
-            layout.start()
+            start_layout(layout)
         assert get_cuda_rng_tracker().get_states()
         sizes = {
             "tensor": ps.get_tensor_model_parallel_world_size(),
@@ -171,8 +175,8 @@ def start_and_count(layouts: list[tuple[int, Layout]]) -> list[tuple[int, dict[s
         }
         rank = ps.get_pipeline_model_parallel_rank()
         message.append((rank, sizes, megatron_layers(layout, num_layers)))
-        layout.stop()
-        layout.stop()
+        stop_layout()
+        stop_layout()
         assert not ps.is_initialized() and not get_cuda_rng_tracker().get_states()
     return message
 
@@ -197,8 +201,10 @@ def test_megatron_places_the_layers_where_the_layout_says(workers):
 
 def refuse_this_world() -> str:
     """In a worker: a layout that does not divide the world."""
+    from megatron_idpo.mcore.parallel.groups import start_layout
+
     with pytest.raises(ConfigError) as refused:
-        Layout(tensor=3).start()
+        start_layout(Layout(tensor=3))
     return str(refused.value)
 
 

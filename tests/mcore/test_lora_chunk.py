@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
+from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.testing import tiny_hf_config
 
 pytestmark = pytest.mark.distributed
@@ -16,16 +16,17 @@ pytestmark = pytest.mark.distributed
 TP2_PP2 = Layout(tensor=2, pipeline=2)
 PP2_VP2 = Layout(pipeline=2, virtual_pipeline=2)
 TP2_SP = Layout(tensor=2, sequence_parallel=True)
-SETTINGS = LoraSettings(rank=4)
+SETTINGS = LoraConfig(rank=4)
 
 
-def build(layout: Layout, settings: LoraSettings = SETTINGS, **options: Any) -> tuple[Any, Any]:
+def build(layout: Layout, settings: LoraConfig = SETTINGS, **options: Any) -> tuple[Any, Any]:
     from megatron_idpo.lora.adapters import add_adapters
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import ModelOptions, build_model, global_parameters
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     architecture = Architecture.from_hf(tiny_hf_config("qwen2"))
-    layout.start(seed=1)
+    start_layout(layout, seed=1)
     chunks = build_model(architecture, layout, ModelOptions(**options))
     for name, parameter in global_parameters(chunks):
         generator = torch.Generator().manual_seed(sum(name.encode()))
@@ -50,11 +51,11 @@ def save(directory: str, layout: Layout) -> dict[str, Tensor]:
     """Adapters alone, by megatron-core."""
     from megatron.core import dist_checkpointing
 
-    from megatron_idpo.mcore.parallel.groups import this_rank
+    from megatron_idpo.mcore.parallel.groups import rank_coordinates
 
     chunks, adapters = build(layout)
     for one in adapters.tensors():
-        rank = 0 if one.split_dim is None else this_rank().tensor
+        rank = 0 if one.split_dim is None else rank_coordinates().tp_rank
         generator = torch.Generator().manual_seed(sum(one.name.encode()) * 2 + rank)
         one.parameter.data.copy_(torch.randn(one.parameter.shape, generator=generator))
     dist_checkpointing.save(_sharded(chunks), directory)
@@ -117,7 +118,7 @@ def sharded_names(layout: Layout) -> dict[str, Any]:
 def test_each_tensor_is_the_parameter_and_is_written_once(workers):
     """On data-parallel replicas too; the model's own checkpoint knows nothing of adapters."""
     answers = workers.run(sharded_names, 4, Layout(tensor=2))
-    keys = [f"lora.layers.{n}.{p}.{s}" for n in range(4) for p in SETTINGS.targets for s in "AB"]
+    keys = [f"lora.layers.{n}.{p}.{s}" for n in range(4) for p in SETTINGS.projections for s in "AB"]
     for key in keys:
         writers = sum(answer[key] for answer in answers)
         is_split = key.endswith("A") == key.split(".")[3].startswith(("o_", "down_"))
@@ -130,7 +131,7 @@ def gradients(layout: Layout, recompute: str, dropout: float) -> dict[str, Tenso
     from megatron_idpo.mcore.attention.row_params import RowParams
     from megatron_idpo.mcore.model.build import Recompute
 
-    settings = LoraSettings(rank=4, dropout=dropout)
+    settings = LoraConfig(rank=4, dropout=dropout)
     (chunk,), adapters = build(layout, settings, recompute=Recompute(granularity=recompute))
     for one in adapters.tensors():
         if one.side == "B":

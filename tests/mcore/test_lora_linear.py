@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.testing import tiny_hf_config
 
 HIDDEN, TOKENS, DROPOUT = 64, 32, 0.25
@@ -31,18 +31,19 @@ def test_rows_of_grouped_queries(workers):
 def layer_of(layout: Layout, model: dict[str, Any], **numbers: Any) -> tuple[Any, Any]:
     """The first layer's adapters by linear, and their chunk."""
     from megatron_idpo.mcore.lora.chunk import FUSED, freeze, insert_adapters
-    from megatron_idpo.mcore.lora.linear import LowRank
+    from megatron_idpo.mcore.lora.linear import LoraHyperparams
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import ModelOptions, build_model
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     options = ModelOptions(dtype=numbers.pop("dtype", torch.float32))
-    layout.start(seed=1)
+    start_layout(layout, seed=1)
     architecture = Architecture.from_hf(tiny_hf_config("llama", **model))
     chunk = build_model(architecture, layout, options)[0]
     freeze(chunk)
     targets = numbers.pop("targets", [name for fused in FUSED.values() for name in fused])
     adapters = insert_adapters(
-        chunk, targets, LowRank(**{"scaling": 1.0, "dropout": 0.0, **numbers})
+        chunk, targets, LoraHyperparams(**{"scaling": 1.0, "dropout": 0.0, **numbers})
     )
     return adapters.layers[0], chunk
 

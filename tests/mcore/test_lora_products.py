@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.lora.products import WHOLE, add_low_rank, dropped_linear
+from megatron_idpo.mcore.lora.products import WHOLE, add_low_rank, dropout_linear
 
 # fp64, so that nothing but a mistake shows.
 ABSOLUTE = 1e-12
@@ -95,7 +95,7 @@ def test_dropout_before_a_linear(needs_gradient):
     truth = [one.grad for one in (given, down)]
     given.grad = down.grad = None
     torch.default_generator.manual_seed(3)
-    found = dropped_linear(given, down, 0.4)
+    found = dropout_linear(given, down, 0.4)
     assert (found - expected).abs().max() <= ABSOLUTE
     found.square().sum().backward()
     assert (down.grad - truth[1]).abs().max() <= ABSOLUTE
@@ -121,7 +121,7 @@ def test_little_is_kept_for_the_backward_pass():
     given, downs = numbers(TOKENS, INPUTS), [numbers(RANK, INPUTS, seed=n) for n in (1, 2, 3)]
     ups = sum(down.nbytes for down in downs)
     results: list[Tensor] = []  # kept alive, so that no memory is used twice
-    with_masks = kept_bytes(lambda: results.extend(dropped_linear(given, d, 0.4) for d in downs))
+    with_masks = kept_bytes(lambda: results.extend(dropout_linear(given, d, 0.4) for d in downs))
     assert with_masks == given.nbytes + 3 * given.numel() + ups
     output, low_rank, up = (numbers(TOKENS, OUTPUTS), numbers(TOKENS, RANK), numbers(OUTPUTS, RANK))
     copy = output * 1

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.testing import tiny_hf_config
 
 pytestmark = pytest.mark.distributed
@@ -22,11 +22,12 @@ def config_fields(
     """Fields of the `TransformerConfig`."""
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import ModelOptions, Recompute, transformer_config
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     recompute = Recompute(**options.pop("recompute", {}))
     options["overrides"] = options.pop("overrides_of_megatron", {})
     architecture = Architecture.from_hf(tiny_hf_config(family, **overrides))
-    layout.start()
+    start_layout(layout)
     config = transformer_config(architecture, layout, ModelOptions(recompute=recompute, **options))
     return {name: getattr(config, name) for name in names}
 
@@ -120,8 +121,9 @@ def chunk_parameters(family: str, layout: Layout, overrides: dict[str, Any]) -> 
     """Each chunk's ends and parameters, and the global names with their shapes."""
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import ModelOptions, build_model, global_parameters
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
-    layout.start()
+    start_layout(layout)
     architecture = Architecture.from_hf(tiny_hf_config(family, **overrides))
     chunks = build_model(architecture, layout, ModelOptions(dtype=torch.bfloat16))
     ends = [(chunk.pre_process, chunk.post_process) for chunk in chunks]

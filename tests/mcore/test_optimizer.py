@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from tests.plugin import tiny_megatron as tiny
 
 pytestmark = pytest.mark.distributed
@@ -23,18 +23,21 @@ def gradient(name: str, like: Tensor, step: int) -> Tensor:
 
 def given_gradients(dtype: torch.dtype, lr: float, **settings: Any) -> dict[str, Any]:
     """Weights before and after steps with made-up gradients, and the norms."""
+    from megatron_idpo.config.training import OptimizerConfig
     from megatron_idpo.mcore.model.build import finalize_model_grads
-    from megatron_idpo.mcore.optim.optimizer import AdamSettings, wrap_and_optimise
+    from megatron_idpo.mcore.optim.optimizer import setup_ddp_and_optimizer
 
     (chunk,) = tiny.start(dtype=dtype)
     before = {name: p.detach().clone() for name, p in chunk.named_parameters()}
-    trainable = wrap_and_optimise([chunk], AdamSettings(lr=1.0, **settings), finalize_model_grads)
+    trainable = setup_ddp_and_optimizer(
+        [chunk], OptimizerConfig(lr=1.0, **settings), finalize_model_grads
+    )
     assert chunk.config.finalize_model_grads_func is finalize_model_grads
     norms = []
     for step in range(STEPS):
         for parameter in chunk.parameters():
             parameter.main_grad.fill_(9.0)
-        trainable.begin_step()
+        trainable.zero_grad_buffers()
         for name, parameter in chunk.named_parameters():
             assert parameter.main_grad.dtype == torch.float32 and not parameter.main_grad.any()
             parameter.main_grad.copy_(gradient(name, parameter, step))
@@ -98,8 +101,9 @@ def test_weights_of_16_bits_add_up_in_fp32(workers):
 
 def trained(layout: Layout, distributed: bool) -> dict[str, Any]:
     """Weights after real steps, by name, and every step's norm."""
+    from megatron_idpo.config.training import OptimizerConfig
     from megatron_idpo.mcore.model.build import global_parameters
-    from megatron_idpo.mcore.optim.optimizer import AdamSettings, wrap_and_optimise
+    from megatron_idpo.mcore.optim.optimizer import setup_ddp_and_optimizer
     from megatron_idpo.objective.dpo import Objective
     from megatron_idpo.plugin.attach import attach
 
@@ -110,12 +114,12 @@ def trained(layout: Layout, distributed: bool) -> dict[str, Any]:
         objective=Objective(beta=0.5, intermediate_weight=0.4),
         vocab_size=tiny.VOCAB,
     )
-    settings = AdamSettings(lr=LR, eps=1e-4, clip_grad=0.1, distributed=distributed)
-    trainable = wrap_and_optimise(chunks, settings, dpo.finalize_model_grads)
+    settings = OptimizerConfig(lr=LR, eps=1e-4, clip_grad=0.1, distributed=distributed)
+    trainable = setup_ddp_and_optimizer(chunks, settings, dpo.finalize_model_grads)
     rows = tiny.micro_batches(tiny.references((1, 3, tiny.NUM_LAYERS)))
     norms = []
     for _ in range(STEPS):
-        trainable.begin_step()
+        trainable.zero_grad_buffers()
         tiny.run(dpo, trainable.model, rows)
         dpo.take_outputs(len(rows))
         norms.append(trainable.step(LR))
@@ -155,14 +159,15 @@ def test_every_layout_takes_the_same_steps(workers, layout, processes, distribut
 
 
 def spoilt() -> list[float]:
+    from megatron_idpo.config.training import OptimizerConfig
     from megatron_idpo.mcore.model.build import finalize_model_grads
-    from megatron_idpo.mcore.optim.optimizer import AdamSettings, wrap_and_optimise
+    from megatron_idpo.mcore.optim.optimizer import setup_ddp_and_optimizer
 
     norms = []
     (chunk,) = tiny.start()
-    trainable = wrap_and_optimise([chunk], AdamSettings(lr=LR), finalize_model_grads)
+    trainable = setup_ddp_and_optimizer([chunk], OptimizerConfig(lr=LR), finalize_model_grads)
     for value in (float("nan"), float("inf")):
-        trainable.begin_step()
+        trainable.zero_grad_buffers()
         next(chunk.parameters()).main_grad[0] = value
         norms.append(trainable.step(LR))
     return norms

@@ -43,12 +43,12 @@ def optimized(dtype, distributed, steps=0):
 
 def stretches(kind: str) -> dict[str, tuple[int, int]]:
     """The stretch that this rank holds of each parameter; their main values are the parameter's."""
-    from megatron_idpo.mcore.optim.state import held_parameters
+    from megatron_idpo.mcore.optim.state import sharded_params
 
     _, dtype, distributed = KINDS[kind]
     parameters, optimizer = optimized(dtype, distributed)
     names = {parameter: name for name, parameter in parameters.items()}
-    held = held_parameters(optimizer)
+    held = sharded_params(optimizer)
     for one in held:
         assert (one.is_cut, one.has_main_copy) == (distributed, dtype != torch.float32)
         own = one.parameter.detach().view(-1)[one.start : one.stop]
@@ -74,28 +74,28 @@ def steps(kind: str) -> list[int | None]:
     """The number of steps before, after three, and as it is set; each parameter counts alone."""
     from megatron_idpo.mcore.optim.state import (
         MOMENTS,
-        held_parameters,
-        set_steps_taken,
-        steps_taken,
+        optimizer_step,
+        set_optimizer_step,
+        sharded_params,
     )
 
     _, dtype, distributed = KINDS[kind]
     parameters, optimizer = optimized(dtype, distributed)
-    said = [steps_taken(optimizer)]
-    set_steps_taken(optimizer, 5)
-    for held in held_parameters(optimizer):
+    said = [optimizer_step(optimizer)]
+    set_optimizer_step(optimizer, 5)
+    for held in sharded_params(optimizer):
         assert {name: one.shape for name, one in held.moments().items()} == {
             name: held.main.shape for name in MOMENTS
         }
-    said.append(steps_taken(optimizer))
+    said.append(optimizer_step(optimizer))
     for parameter in parameters.values():
         if parameter.requires_grad:
             parameter.main_grad.fill_(0.5)
     optimizer.step()
-    said.append(steps_taken(optimizer))
-    set_steps_taken(optimizer, 0)
-    said.append(steps_taken(optimizer))
-    assert all(not held.inner.state.get(held.main) for held in held_parameters(optimizer))
+    said.append(optimizer_step(optimizer))
+    set_optimizer_step(optimizer, 0)
+    said.append(optimizer_step(optimizer))
+    assert all(not held.inner.state.get(held.main) for held in sharded_params(optimizer))
     return said
 
 
@@ -107,12 +107,12 @@ def test_steps_are_counted_once(kind, workers):
 
 
 def apart() -> None:
-    from megatron_idpo.mcore.optim.state import held_parameters, steps_taken
+    from megatron_idpo.mcore.optim.state import optimizer_step, sharded_params
 
     _, optimizer = optimized(torch.float32, False, steps=1)
-    held = held_parameters(optimizer)[0]
+    held = sharded_params(optimizer)[0]
     held.inner.state[held.main]["step"].add_(1)
-    steps_taken(optimizer)
+    optimizer_step(optimizer)
 
 
 def test_parameters_that_count_differently(workers):
@@ -135,14 +135,14 @@ def in_groups() -> list[int | None]:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer.optimizer import FP32Optimizer
 
-    from megatron_idpo.mcore.optim.state import set_steps_taken, steps_taken
+    from megatron_idpo.mcore.optim.state import optimizer_step, set_optimizer_step
 
     inner = CountsInGroups([torch.nn.Parameter(torch.ones(2))])
     optimizer = FP32Optimizer(inner, OptimizerConfig(lr=0.1), None)
-    said = [steps_taken(optimizer)]
-    set_steps_taken(optimizer, 4)
+    said = [optimizer_step(optimizer)]
+    set_optimizer_step(optimizer, 4)
     inner.step()
-    return [*said, steps_taken(optimizer), inner.param_groups[0]["step"]]
+    return [*said, optimizer_step(optimizer), inner.param_groups[0]["step"]]
 
 
 def test_an_optimizer_that_counts_in_its_groups(workers):
@@ -152,7 +152,7 @@ def test_an_optimizer_that_counts_in_its_groups(workers):
 def scaled() -> list[dict[str, float] | None]:
     from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
-    from megatron_idpo.mcore.optim.state import loss_scale_state, set_loss_scale_state
+    from megatron_idpo.mcore.optim.state import loss_scaler_state, set_loss_scaler_state
 
     def fresh() -> SimpleNamespace:
         return SimpleNamespace(grad_scaler=DynamicGradScaler(1024.0, 1.0, 2.0, 0.5, 4, 2))
@@ -161,14 +161,14 @@ def scaled() -> list[dict[str, float] | None]:
     one.grad_scaler.update(found_inf=True)
     one.grad_scaler.update(found_inf=True)
     one.grad_scaler.update(found_inf=False)
-    state = loss_scale_state(one)
-    set_loss_scale_state(other, state)
-    set_loss_scale_state(none, state)
+    state = loss_scaler_state(one)
+    set_loss_scaler_state(other, state)
+    set_loss_scaler_state(none, state)
     for scaler in (one.grad_scaler, other.grad_scaler):
         for _ in range(3):
             scaler.update(found_inf=False)
     assert float(other.grad_scaler.scale) == float(one.grad_scaler.scale) == 1024.0
-    return [state, loss_scale_state(none)]
+    return [state, loss_scaler_state(none)]
 
 
 def test_the_loss_scale_goes_on(workers):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_idpo.mcore.parallel.process_state import forget_megatron_state
+from megatron_idpo.mcore.parallel.groups import reset_megatron_state
 
 
 def start_and_forget():
@@ -18,8 +18,8 @@ def start_and_forget():
         with pytest.raises(ValueError):
             checkpoint(fail, False, torch.ones(1, requires_grad=True))
         assert random.is_checkpointing()
-        forget_megatron_state()
-        forget_megatron_state()
+        reset_megatron_state()
+        reset_megatron_state()
         assert not parallel_state.is_initialized()
         assert not random.is_checkpointing()
         assert get_cuda_rng_tracker().get_states() == {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_idpo.mcore.megatron_warnings import quiet_megatron
+from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
 GPT = logging.getLogger("megatron.core.models.gpt.gpt_model")
 
@@ -15,7 +15,7 @@ GPT = logging.getLogger("megatron.core.models.gpt.gpt_model")
 def test_listed_warnings_are_left_unsaid_and_others_heard():
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        with quiet_megatron():
+        with suppress_megatron_warnings():
             warnings.warn("Apex is not installed. Falling back to Torch Norm", stacklevel=1)
             warnings.warn("the disk is on fire", stacklevel=1)
         warnings.warn("Apex is not installed. And this is outside", stacklevel=1)
@@ -26,7 +26,7 @@ def test_listed_warnings_are_left_unsaid_and_others_heard():
 def heard_within(message: str, module: str, **options: bool) -> bool:
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        with quiet_megatron(**options), quiet_megatron():
+        with suppress_megatron_warnings(**options), suppress_megatron_warnings():
             warnings.warn_explicit(message, UserWarning, "file.py", 1, module=module)
     return bool(heard)
 
@@ -56,8 +56,8 @@ def test_advice_for_gpus_is_heard_where_there_is_one(what):
 
 def test_listed_records_are_dropped_from_their_logger_alone(caplog: pytest.LogCaptureFixture):
     other = logging.getLogger("somebody.else")
-    with quiet_megatron():
-        with quiet_megatron():
+    with suppress_megatron_warnings():
+        with suppress_megatron_warnings():
             GPT.warning("GPTModel IS DEPRECATED. Really.")
         GPT.warning("GPTModel IS %s. Still.", "DEPRECATED")
         GPT.warning("gradients are NaN")
@@ -72,6 +72,6 @@ def test_listed_records_are_dropped_from_their_logger_alone(caplog: pytest.LogCa
 
 
 def test_an_error_ends_the_silence_too():
-    with pytest.raises(ZeroDivisionError), quiet_megatron():
+    with pytest.raises(ZeroDivisionError), suppress_megatron_warnings():
         raise ZeroDivisionError
     assert not GPT.filters

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 
 pytestmark = pytest.mark.distributed
 
@@ -14,12 +14,12 @@ def draws(layout: Layout, *steps: tuple[int, int]) -> list[tuple[list[float], li
     """Of (seed, step): from torch's generator, and from the tracker's of tensor parallelism."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    from megatron_idpo.mcore.parallel.random import seed_step
+    from megatron_idpo.mcore.parallel.groups import seed_rng_for_step, start_layout
 
-    layout.start(seed=sum(map(sum, steps)))
+    start_layout(layout, seed=sum(map(sum, steps)))
     found = []
     for seed, step in steps:
-        seed_step(seed, step)
+        seed_rng_for_step(seed, step)
         own = torch.rand(4).tolist()
         with get_cuda_rng_tracker().fork():
             tracked = torch.rand(4).tolist()

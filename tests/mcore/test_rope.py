@@ -21,7 +21,7 @@ from megatron_idpo.mcore.rope.rotary import (
     RowRotary,
     attention_scale,
     inverse_frequencies,
-    longest_sequence,
+    max_sequence_length,
 )
 
 # cos and sin are of order 1 and computed by the same fp32 operations: one rounding at most.
@@ -235,7 +235,7 @@ def test_longrope_ends_at_its_original_length() -> None:
     architecture = Architecture.from_hf(
         _config("llama", {"rope_scaling": LONGROPE | {ORIGINAL: 4}})
     )
-    assert longest_sequence(architecture) == 4
+    assert max_sequence_length(architecture) == 4
     rotary = RowRotary(architecture)
     hidden = torch.zeros(4, 1, 64)
     rotary.get_rotary_seq_len(None, _stage(None), hidden, _settings())
@@ -250,7 +250,7 @@ def test_longrope_ends_at_its_original_length() -> None:
 
 
 def test_other_types_have_no_longest_sequence() -> None:
-    assert longest_sequence(Architecture.from_hf(_config("llama", TYPES["yarn"]))) is None
+    assert max_sequence_length(Architecture.from_hf(_config("llama", TYPES["yarn"]))) is None
 
 
 NUMBERS = st.sampled_from([1.5, 2, 2.5, 4, 16, 32.0])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from tests.plugin import tiny_megatron as tiny
 
 pytestmark = pytest.mark.distributed
@@ -16,7 +16,7 @@ def scheduled(layout: Layout, training: bool) -> tuple[list[tuple[int, int]], bo
     """(chunk, micro-batch) in the order in which they ran, whether graphs were recorded, and the
     sum of this rank's gradients' sizes."""
     from megatron_idpo.mcore.attention.row_params import RowParams
-    from megatron_idpo.mcore.parallel.schedule import run_schedule
+    from megatron_idpo.mcore.parallel.pipeline import run_schedule
 
     chunks = tiny.start(layout)
     ran: list[tuple[int, int]] = []

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.testing import tiny_hf_config
 
 pytestmark = pytest.mark.distributed
@@ -52,8 +52,9 @@ def layer_modules(family: str, layout: Layout) -> list[list[tuple[str, ...]]]:
     """For each chunk, each layer's module types, and the final norm's."""
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import build_model
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
-    layout.start()
+    start_layout(layout)
     chunks = build_model(Architecture.from_hf(tiny_hf_config(family)), layout)
     message = []
     for chunk in chunks:
@@ -91,13 +92,14 @@ def shared_instances() -> bool:
     """Whether megatron-core's own spec still has its own modules after ours was made of it."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 
+    from megatron_idpo.config.layout import Layout
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import ModelOptions, transformer_config
     from megatron_idpo.mcore.model.specs import block_spec
-    from megatron_idpo.mcore.parallel.layout import Layout
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     layout = Layout()
-    layout.start()
+    start_layout(layout)
     architecture = Architecture.from_hf(tiny_hf_config("qwen3"))
     config = transformer_config(architecture, layout, ModelOptions())
     block_spec(config, vp_stage=None)
@@ -118,9 +120,10 @@ def implementations() -> list[tuple[str, str]]:
     from megatron_idpo.mcore.model import build as model
     from megatron_idpo.mcore.model import specs
     from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     layout = Layout()
-    layout.start()
+    start_layout(layout)
     architecture = Architecture.from_hf(tiny_hf_config("llama"))
     found = []
     with (

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.errors import CheckpointError, ConfigError, UserError
-from megatron_idpo.mcore.parallel.layout import Layout
 
 pytestmark = pytest.mark.distributed
 
@@ -15,7 +15,7 @@ def fail_on(ranks: list[int], error: Exception) -> tuple[str, str, list[str]]:
     """What this rank is told when some ranks fail, and that collectives work afterwards."""
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.parallel.world import gathered, raise_on_all_ranks
+    from megatron_idpo.mcore.parallel.world import all_gather_objects, raise_on_all_ranks
 
     message = ("", "")
     try:
@@ -24,7 +24,7 @@ def fail_on(ranks: list[int], error: Exception) -> tuple[str, str, list[str]]:
                 raise error
     except UserError as caught:
         message = (type(caught).__name__, str(caught))
-    return *message, gathered(f"rank {dist.get_rank()}")
+    return *message, all_gather_objects(f"rank {dist.get_rank()}")
 
 
 AFTERWARDS = ["rank 0", "rank 1", "rank 2"]
@@ -54,11 +54,16 @@ def test_a_mistake_of_ours_is_not_exchanged(workers):
 def small_collectives() -> tuple[Any, ...]:
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.parallel.world import barrier, from_first, gathered, is_first_rank
+    from megatron_idpo.mcore.parallel.world import (
+        all_gather_objects,
+        barrier,
+        broadcast_from_rank0,
+        is_rank0,
+    )
 
     barrier()
     rank = dist.get_rank()
-    return from_first(lambda: {"made on": rank}), gathered(rank * 2), is_first_rank()
+    return broadcast_from_rank0(lambda: {"made on": rank}), all_gather_objects(rank * 2), is_rank0()
 
 
 def test_small_collectives(workers):
@@ -71,10 +76,10 @@ def join_and_run() -> tuple[Any, ...]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_idpo.mcore.parallel.world import joined_world, running
+    from megatron_idpo.mcore.parallel.world import distributed_world, running_layout
 
-    with joined_world() as world:
-        with running(Layout(tensor=2)):
+    with distributed_world() as world:
+        with running_layout(Layout(tensor=2)):
             tensor = parallel_state.get_tensor_model_parallel_world_size()
         stopped = not parallel_state.is_initialized()
     return world.rank, world.size, world.is_first, tensor, stopped, dist.is_initialized()
@@ -92,13 +97,13 @@ def leave_and_join_alone() -> tuple[Any, ...]:
 
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.parallel.world import is_first_rank, joined_world, running
+    from megatron_idpo.mcore.parallel.world import distributed_world, is_rank0, running_layout
 
     dist.destroy_process_group()
-    outside = is_first_rank()
+    outside = is_rank0()
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.pop(name)
-    with joined_world() as world, running(Layout()):
+    with distributed_world() as world, running_layout(Layout()):
         inside = world.rank, world.size, dist.get_backend()
     return outside, inside, dist.is_initialized()
 
@@ -110,10 +115,10 @@ def test_a_plain_program_is_a_world_of_one(workers):
 def fail_within_a_layout() -> tuple[bool, bool]:
     from megatron.core import parallel_state
 
-    from megatron_idpo.mcore.parallel.world import joined_world, running
+    from megatron_idpo.mcore.parallel.world import distributed_world, running_layout
 
     try:
-        with joined_world(), running(Layout()):
+        with distributed_world(), running_layout(Layout()):
             started = parallel_state.is_initialized()
             raise CheckpointError("broken")
     except CheckpointError:
@@ -139,7 +144,7 @@ def join_with(gpus: int, **environment: str) -> str:
     import torch
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.parallel.world import joined_world
+    from megatron_idpo.mcore.parallel.world import distributed_world
 
     dist.destroy_process_group()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
@@ -149,7 +154,7 @@ def join_with(gpus: int, **environment: str) -> str:
         mock.patch.object(torch.cuda, "is_available", lambda: gpus > 0),
         mock.patch.object(torch.cuda, "device_count", lambda: gpus),
         pytest.raises(ConfigError) as message,
-        joined_world(),
+        distributed_world(),
     ):
         raise AssertionError("joined")
     return str(message.value)

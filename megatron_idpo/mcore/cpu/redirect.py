@@ -27,7 +27,7 @@ from torch.jit import _builtins as torchscript_builtins
 from torch.utils import _device as torch_device_context
 
 from megatron_idpo.mcore.cpu import streams as cpu_streams
-from megatron_idpo.mcore.megatron_warnings import quiet_megatron
+from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
 CPU = torch.device("cpu")
 
@@ -94,7 +94,7 @@ def redirect_cuda_to_cpu() -> bool:
     if not _applied:
         # Megatron-Core first: it imports dynamo, which indexes torch's functions by identity and
         # has to see the originals. So do the functions that `with torch.device(...)` redirects.
-        with quiet_megatron():
+        with suppress_megatron_warnings():
             megatron_patches = list(_megatron_patches())
         torch_device_context._device_constructors()
         _apply([*_torch_patches(), *_cuda_patches(), *megatron_patches])

@@ -15,9 +15,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megatron_idpo.errors import Problem
-from megatron_idpo.mcore.lora.linear import FusedRows, LinearAdapters, LowRank, ParallelLinear
-from megatron_idpo.mcore.model.chunk import Undo
-from megatron_idpo.mcore.parallel.groups import this_rank
+from megatron_idpo.mcore.lora.linear import (
+    FusedRows,
+    LinearAdapters,
+    LoraHyperparams,
+    ParallelLinear,
+)
+from megatron_idpo.mcore.model.chunk import RestoreFn
+from megatron_idpo.mcore.parallel.groups import rank_coordinates
 
 ADAPTERS_NAME = "lora"
 """The submodule's name in a chunk, and the prefix of its parameters' names and checkpoint keys."""
@@ -55,7 +60,7 @@ class AdapterTensor:
 class ChunkAdapters(torch.nn.Module):
     """The adapters of a chunk's layers; `layers[local number][linear]` are `LinearAdapters`."""
 
-    def __init__(self, chunk: GPTModel, targets: Sequence[str], numbers: LowRank) -> None:
+    def __init__(self, chunk: GPTModel, targets: Sequence[str], numbers: LoraHyperparams) -> None:
         """Allocate them: A uninitialised, B zero.
 
         Args:
@@ -105,13 +110,13 @@ class ChunkAdapters(torch.nn.Module):
         """
         from megatron.core.dist_checkpointing import ShardedTensor
 
-        rank = this_rank()
+        rank = rank_coordinates()
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         state = {}
         for one in self.tensors():
             dim = one.split_dim
-            offsets = [] if dim is None else [(dim, rank.tensor, rank.tensor_size)]
-            copy = (0, rank.tensor if dim is None else 0, rank.data)
+            offsets = [] if dim is None else [(dim, rank.tp_rank, rank.tp_size)]
+            copy = (0, rank.tp_rank if dim is None else 0, rank.dp_rank)
             state[f"{prefix}{names[id(one.parameter)]}"] = ShardedTensor.from_rank_offsets(
                 one.name, one.parameter, *offsets, replica_id=copy
             )
@@ -154,7 +159,9 @@ def missing_linears(chunk: GPTModel, targets: Sequence[str]) -> list[Problem]:
     return found
 
 
-def insert_adapters(chunk: GPTModel, targets: Sequence[str], numbers: LowRank) -> ChunkAdapters:
+def insert_adapters(
+    chunk: GPTModel, targets: Sequence[str], numbers: LoraHyperparams
+) -> ChunkAdapters:
     """Make the adapters a submodule of the chunk and let its linears use them."""
     assert not has_adapters(chunk)
     adapters = ChunkAdapters(chunk, targets, numbers)
@@ -172,7 +179,7 @@ def remove_adapters(chunk: GPTModel) -> None:
     delattr(chunk, ADAPTERS_NAME)
 
 
-def freeze(chunk: GPTModel) -> Undo:
+def freeze(chunk: GPTModel) -> RestoreFn:
     """No parameter of the chunk learns any more; to be called before adapters are inserted."""
     learning = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
     for parameter in learning:

@@ -37,7 +37,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_idpo.mcore.lora.products import WHOLE, Part, add_low_rank, dropped_linear
+from megatron_idpo.mcore.lora.products import WHOLE, Part, add_low_rank, dropout_linear
 
 type ParallelLinear = Any
 """A `ColumnParallelLinear` or a `RowParallelLinear`; megatron-core has no types for us."""
@@ -72,7 +72,7 @@ class FusedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LoraHyperparams:
     """The numbers that all adapters share."""
 
     rank: int
@@ -88,7 +88,11 @@ class LinearAdapters(torch.nn.Module):
     """
 
     def __init__(
-        self, linear: ParallelLinear, rows: FusedRows, targets: Sequence[str], numbers: LowRank
+        self,
+        linear: ParallelLinear,
+        rows: FusedRows,
+        targets: Sequence[str],
+        numbers: LoraHyperparams,
     ) -> None:
         """Allocate A (uninitialised) and B (zeros) for each target.
 
@@ -191,7 +195,7 @@ class LinearAdapters(torch.nn.Module):
             return torch.nn.functional.linear(input_tI, self.fused_down())
         with self._mask_generator():
             dropout = self.numbers.dropout
-            parts = [dropped_linear(input_tI, self.down(name), dropout) for name in self.targets]
+            parts = [dropout_linear(input_tI, self.down(name), dropout) for name in self.targets]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _mask_generator(self) -> Any:

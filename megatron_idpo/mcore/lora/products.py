@@ -39,7 +39,7 @@ def add_low_rank(
     return cast(Tensor, _AddLowRank.apply(output_T1O, low_rank_TR, scaling, parts, *ups))
 
 
-def dropped_linear(input_TI: Tensor, down_RI: Tensor, dropout: float) -> Tensor:
+def dropout_linear(input_TI: Tensor, down_RI: Tensor, dropout: float) -> Tensor:
     """`linear(dropout(input), down)`, keeping the input and a mask of one byte per element.
 
     The input is kept once for all adapters on it; torch's dropout would keep its result, one for

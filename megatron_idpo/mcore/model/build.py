@@ -18,11 +18,11 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.mcore.lora.chunk import ADAPTERS_NAME
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.head_replica import REPLICA_NAME
 from megatron_idpo.mcore.model.specs import block_spec, has_transformer_engine
-from megatron_idpo.mcore.parallel.layout import Layout
 from megatron_idpo.mcore.rope.rotary import RowRotary, attention_scale
 
 __all__ = [
@@ -99,7 +99,7 @@ def transformer_config(
         **_numeric_fields(architecture, options.dtype),
         **_acceleration_fields(),
         "transformer_impl": "transformer_engine" if engine else "local",
-        **layout.transformer_config_fields(architecture.num_layers),
+        **layout_fields(layout, architecture.num_layers),
         **options.recompute.config_fields(),
         **options.overrides,
     }
@@ -110,12 +110,39 @@ def transformer_config(
     return TransformerConfig(**fields)
 
 
+def layout_fields(layout: Layout, num_layers: int) -> dict[str, Any]:
+    """The fields of megatron-core's `TransformerConfig` that describe a layout.
+
+    `pipeline_layers` becomes a `PipelineParallelLayerLayout`: a list per virtual stage, with the
+    embedding before the first layer and the loss after the last. megatron-core's alternative,
+    `num_layers_in_first/last_pipeline_stage`, keeps the middle stages equal.
+    """
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        # megatron-core takes any number, also 1, as a request for the interleaved schedule.
+        "virtual_pipeline_model_parallel_size": (
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+        ),
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "sequence_parallel": layout.sequence_parallel,
+        "batch_p2p_comm": layout.batch_p2p_comm,
+    }
+    if layout.pipeline_layers is not None and layout.pipeline > 1:
+        stages = [["decoder"] * count for count in layout.split(num_layers)]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        fields["pipeline_model_parallel_layout"] = stages
+    return fields
+
+
 def build_model(
     architecture: Architecture, layout: Layout, options: ModelOptions | None = None
 ) -> list[GPTModel]:
     """This rank's chunks of the model, on its device, with uninitialised parameters.
 
-    Call after `layout.start()`. Returns `layout.virtual_pipeline` chunks in virtual-stage order.
+    Call after `start_layout`. Returns `layout.virtual_pipeline` chunks in virtual-stage order.
 
     Raises:
         ConfigError: the layout cannot hold this architecture.

@@ -23,7 +23,7 @@ OnTaps = Callable[[Tensor, dict[int, Tensor], Any], Tensor]
 micro-batch (`packed_seq_params`); returns the output, perhaps with more behind it in the graph."""
 
 
-def chunk_layers(chunk: GPTModel) -> list[int]:
+def chunk_layer_numbers(chunk: GPTModel) -> list[int]:
     """The layers that a chunk owns, counted from 1 over the whole model."""
     return [layer.layer_number for layer in chunk.decoder.layers]
 
@@ -70,7 +70,7 @@ def is_hooked(chunk: GPTModel) -> bool:
     return "forward" in vars(chunk.decoder) or "forward" in output_layer
 
 
-def enter_output_layer(chunk: GPTModel, forward: Callable[[Tensor, Any], Any]) -> Undo:
+def override_output_layer(chunk: GPTModel, forward: Callable[[Tensor, Any], Any]) -> Undo:
     """Let a last stage's output layer answer calls that name `response_targets` by `forward`.
 
     Those calls still go through the module, so that DDP's pre-hooks wait for its parameter where

@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from megatron_idpo.mcore.model.chunk import Undo
+from megatron_idpo.mcore.model.chunk import RestoreFn
 from megatron_idpo.mcore.model.specs import final_norm
-from megatron_idpo.mcore.parallel.groups import this_rank
+from megatron_idpo.mcore.parallel.groups import rank_coordinates
 
 REPLICA_NAME = "head_replica"
 """The submodule's name in a chunk, and the prefix of its parameters' names."""
@@ -93,14 +93,14 @@ class HeadReplica(torch.nn.Module):
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """megatron-core's description of this copy for a distributed checkpoint."""
-        rank = this_rank()
+        rank = rank_coordinates()
         # The first number tells copies of one shard apart; only all zeros is the one that is saved.
-        copy = (1 + rank.pipeline, 0, rank.data)
+        copy = (1 + rank.pp_rank, 0, rank.dp_rank)
         state = {
             f"{prefix}norm.weight": _whole_tensor(
                 self.norm_weight,
                 "decoder.final_layernorm.weight",
-                (1 + rank.pipeline, rank.tensor, rank.data),
+                (1 + rank.pp_rank, rank.tp_rank, rank.dp_rank),
             )
         }
         if self.weight is not None:
@@ -110,7 +110,7 @@ class HeadReplica(torch.nn.Module):
         return state
 
 
-def mark_shared_head(parameter: torch.nn.Parameter, *, is_owner: bool) -> Undo:
+def mark_shared_head(parameter: torch.nn.Parameter, *, is_owner: bool) -> RestoreFn:
     """Tell megatron-core that several stages hold this parameter.
 
     `shared_embedding` puts it into a DDP bucket of its own, so that the distributed optimizer cuts

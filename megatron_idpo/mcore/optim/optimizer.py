@@ -1,6 +1,6 @@
 """megatron-core's DDP and AdamW around model chunks, set up in one place.
 
-`wrap_and_optimise` makes both; `TrainableModel` is what a training step needs of them. Gradients
+`setup_ddp_and_optimizer` makes both; `TrainableModel` is what a training step needs of them. Gradients
 are reduced in fp32, and 16-bit parameters have fp32 main copies. With several data-parallel ranks
 the reduction overlaps with the backward pass, and the optimizer's state is split over them (ZeRO-1)
 if so wished.
@@ -13,31 +13,11 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import (
-    OptimizerConfig,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
+from megatron_idpo.config.training import OptimizerConfig
 from megatron_idpo.mcore.parallel.groups import data_parallel_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamSettings:
-    """AdamW, as megatron-core is told."""
-
-    lr: float
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    """Decoupled; norms and biases have none."""
-
-    clip_grad: float = 1.0
-    """Largest norm of the whole gradient; 0 does not clip."""
-
-    distributed: bool = True
-    """Split the state over data-parallel ranks, where there are several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +30,7 @@ class TrainableModel:
     optimizer: Any
     """A `MegatronOptimizer`."""
 
-    def begin_step(self) -> None:
+    def zero_grad_buffers(self) -> None:
         """Forget the gradients of the step before."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
@@ -75,8 +55,8 @@ class TrainableModel:
         return float(grad_norm)
 
 
-def wrap_and_optimise(
-    chunks: Sequence[GPTModel], settings: AdamSettings, finalize_model_grads: Callable[..., None]
+def setup_ddp_and_optimizer(
+    chunks: Sequence[GPTModel], settings: OptimizerConfig, finalize_model_grads: Callable[..., None]
 ) -> TrainableModel:
     """Put chunks into DDP and make an optimizer for what is trainable in them. Collective.
 
@@ -96,7 +76,7 @@ def wrap_and_optimise(
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
-    adam = OptimizerConfig(
+    adam = MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
         adam_beta1=settings.beta1,

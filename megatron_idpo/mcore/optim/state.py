@@ -1,6 +1,6 @@
 """What megatron-core's optimizers keep of each parameter, seen alike in all of them.
 
-`held_parameters` looks through chains and says of every parameter that learns which stretch of it
+`sharded_params` looks through chains and says of every parameter that learns which stretch of it
 this rank's optimizer holds, where its fp32 main values lie and where Adam's moments do. The plain
 optimizers hold whole parameters; a `DistributedOptimizer` holds stretches that pay no heed to rows.
 So a checkpoint can be written and read in the parameters' own terms, whatever the layout.
@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class ShardedParam:
     """A stretch of one parameter that this rank's optimizer updates."""
 
     parameter: torch.nn.Parameter
@@ -68,15 +68,15 @@ class Held:
         self.inner.state.pop(self.main, None)
 
 
-def held_parameters(optimizer: MegatronOptimizer) -> list[Held]:
+def sharded_params(optimizer: MegatronOptimizer) -> list[ShardedParam]:
     """Every stretch that this rank's optimizer updates, in a fixed order."""
     return [held for leaf in _leaves(optimizer) for held in _held_by(leaf)]
 
 
-def steps_taken(optimizer: MegatronOptimizer) -> int | None:
+def optimizer_step(optimizer: MegatronOptimizer) -> int | None:
     """How many steps the optimizer has taken; None where this rank updates nothing."""
     steps = set()
-    for held in held_parameters(optimizer):
+    for held in sharded_params(optimizer):
         step = held.inner.state.get(held.main, {}).get("step")
         if step is None:
             # apex and Transformer Engine count in the group; before the first step nobody does.
@@ -86,9 +86,9 @@ def steps_taken(optimizer: MegatronOptimizer) -> int | None:
     return steps.pop() if steps else None
 
 
-def set_steps_taken(optimizer: MegatronOptimizer, step: int) -> None:
+def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
     """Make the optimizer one that has taken so many steps; with 0 it has no moments either."""
-    for held in held_parameters(optimizer):
+    for held in sharded_params(optimizer):
         if step == 0:
             held.forget()
             continue
@@ -104,7 +104,7 @@ def set_steps_taken(optimizer: MegatronOptimizer, step: int) -> None:
             group["step"] = step
 
 
-def loss_scale_state(optimizer: MegatronOptimizer) -> dict[str, float] | None:
+def loss_scaler_state(optimizer: MegatronOptimizer) -> dict[str, float] | None:
     """The loss scaler's numbers, where there is one (fp16)."""
     for leaf in _leaves(optimizer):
         if getattr(leaf, "grad_scaler", None) is not None:
@@ -112,8 +112,8 @@ def loss_scale_state(optimizer: MegatronOptimizer) -> dict[str, float] | None:
     return None
 
 
-def set_loss_scale_state(optimizer: MegatronOptimizer, state: dict[str, float]) -> None:
-    """Take over what `loss_scale_state` gave."""
+def set_loss_scaler_state(optimizer: MegatronOptimizer, state: dict[str, float]) -> None:
+    """Take over what `loss_scaler_state` gave."""
     for leaf in _leaves(optimizer):
         if getattr(leaf, "grad_scaler", None) is not None:
             counters = {name: int(number) for name, number in state.items() if name != "scale"}
@@ -130,7 +130,7 @@ def _leaves(optimizer: MegatronOptimizer) -> Iterator[Any]:
         yield optimizer
 
 
-def _held_by(leaf: Any) -> Iterator[Held]:
+def _held_by(leaf: Any) -> Iterator[ShardedParam]:
     config = leaf.config
     assert not config.use_precision_aware_optimizer, "the main parameters are not at hand"
     if isinstance(leaf, DistributedOptimizer):
@@ -138,23 +138,25 @@ def _held_by(leaf: Any) -> Iterator[Held]:
         for parameter, (group, location) in leaf.model_param_group_index_map.items():
             main = leaf.optimizer.param_groups[group]["params"][location]
             own = leaf._get_model_param_range_map(parameter)["param"]
-            yield Held(parameter, own.start, own.end, main, leaf.optimizer, is_cut=True)
+            yield ShardedParam(parameter, own.start, own.end, main, leaf.optimizer, is_cut=True)
     elif isinstance(leaf, Float16OptimizerWithFloat16Params):
         copies = zip(_flat(leaf.float16_groups), _flat(leaf.fp32_from_float16_groups), strict=True)
         own = ((parameter, parameter) for parameter in _flat(leaf.fp32_from_fp32_groups))
         for parameter, main in (*copies, *own):
-            yield Held(parameter, 0, parameter.numel(), main, leaf.optimizer, is_cut=False)
+            yield ShardedParam(parameter, 0, parameter.numel(), main, leaf.optimizer, is_cut=False)
     else:
         assert isinstance(leaf, FP32Optimizer), f"no checkpoints of {type(leaf).__name__}"
         for parameter in leaf.get_parameters():
-            yield Held(parameter, 0, parameter.numel(), parameter, leaf.optimizer, is_cut=False)
+            yield ShardedParam(
+                parameter, 0, parameter.numel(), parameter, leaf.optimizer, is_cut=False
+            )
 
 
 def _flat(groups: Iterable[Iterable[Any]]) -> Iterator[Any]:
     return (one for group in groups for one in group)
 
 
-def _group_of(held: Held) -> dict[str, Any]:
+def _group_of(held: ShardedParam) -> dict[str, Any]:
     for group in held.inner.param_groups:
         if any(one is held.main for one in group["params"]):
             return group

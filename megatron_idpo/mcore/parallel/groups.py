@@ -1,46 +1,104 @@
-"""This rank's place in megatron-core's process groups, and the few collectives we run over them.
+"""megatron-core's process-wide state: process groups, this rank's coordinates, RNG tracker.
 
-Valid between `Layout.start` and `Layout.stop`.
+The coordinates and collectives are valid between `start_layout` and `stop_layout`.
 """
 
+import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import num_microbatches_calculator, parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
+
+from megatron_idpo.config.layout import Layout
+
+_STAGE_SEED_STRIDE = 100_000
+"""Distance between the seeds of pipeline stages. megatron-core adds the tensor-parallel rank (plus
+a constant) to a stage's seed, which is far less, so no two ranks share a seed."""
+
+
+def start_layout(layout: Layout, seed: int = 0) -> None:
+    """Create megatron-core's process groups for a layout and seed its RNG tracker.
+
+    Every rank calls it, after `torch.distributed` is initialized and the model was checked.
+
+    Args:
+        layout: of the run.
+        seed: of the RNG tracker; each pipeline stage adds 100 times its rank, as in Megatron-LM, so
+            that stages draw different dropout masks.
+
+    Raises:
+        RuntimeError: a layout is already running in this process.
+        ConfigError: this layout cannot run in this world.
+    """
+    if parallel_state.is_initialized():
+        raise RuntimeError("megatron-core already runs a layout here; call stop_layout() first")
+    layout.check(None, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        # megatron-core takes any number, also 1, as a request for the interleaved schedule.
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+    )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    model_parallel_cuda_manual_seed(seed + 100 * stage)
+
+
+def stop_layout() -> None:
+    """Destroy megatron-core's groups and its RNG tracker's states; the world's group stays.
+
+    Does nothing if no layout is running.
+    """
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+        get_cuda_rng_tracker().reset()
+
+
+def reset_megatron_state() -> None:
+    """Reset all module globals of megatron-core, also after a job that failed midway.
+
+    For a process that runs one job after another, like the workers of `megatron_idpo.testing`; a
+    program that called `start_layout` calls `stop_layout` instead. Not collective; torch's default
+    process group stays.
+    """
+    parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    # megatron-core has no function to reset the tracker; the next seeding creates a new one.
+    megatron_random._CUDA_RNG_STATE_TRACKER = None
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    megatron_random._unset_checkpointing()
 
 
 @dataclass(frozen=True, slots=True)
 class RankCoordinates:
-    """Where this rank stands in each dimension of the layout, counted from 0."""
+    """This rank's index in each dimension of the layout, from 0."""
 
-    tensor: int
-    tensor_size: int
-    pipeline: int
-    data: int
-    """Over data and context parallel ranks, which hold the same parameters."""
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    dp_rank: int
+    """Over data- and context-parallel ranks, which hold the same parameters."""
 
 
-def this_rank() -> RankCoordinates:
-    """This rank's place in the running layout."""
+def rank_coordinates() -> RankCoordinates:
+    """This rank's coordinates in the running layout."""
     return RankCoordinates(
-        tensor=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
-        data=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
 
 
-def is_last_stage() -> bool:
-    """Whether this rank's is the pipeline stage with the final layer."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    return bool(dist.get_rank(group) == group.size() - 1)
-
-
 def data_parallel_size() -> int:
-    """Ranks over which DDP averages gradients: data and context parallel."""
+    """Number of ranks over which DDP averages gradients: data- and context-parallel."""
     return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
 
@@ -50,61 +108,13 @@ def tensor_group() -> dist.ProcessGroup:
     return group
 
 
-@dataclass(frozen=True, slots=True)
-class StageGroup:
-    """Some of the stages of this rank's pipeline, as a process group."""
-
-    group: dist.ProcessGroup
-    ranks: tuple[int, ...]
-    """Global ranks, from the first stage to the last."""
-
-
-def stage_group(*, takes_part: bool, needs_it: bool) -> StageGroup | None:
-    """A group of those stages of this rank's pipeline that take part.
-
-    Collective over the world: an all-gather of a small object, and every rank creates every group,
-    as `torch.distributed.new_group` wants it. Ranks of different pipelines get different groups.
-
-    Args:
-        takes_part: whether this rank belongs to its pipeline's group.
-        needs_it: whether it wants one; where no stage does, none is made.
-
-    Returns:
-        None where none is needed, or where this rank takes no part.
-    """
-    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    pipeline = tuple(dist.get_process_group_ranks(pipeline_group))
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (pipeline, takes_part, needs_it))
-    mine: StageGroup | None = None
-    for ranks in sorted({line for line, _, _ in answers}):
-        members = tuple(rank for rank in ranks if answers[rank][1])
-        if any(answers[rank][2] for rank in ranks):
-            group = dist.new_group(list(members))
-            if isinstance(group, dist.ProcessGroup):  # a non-member gets a number
-                mine = StageGroup(group, members)
-    return mine
-
-
-def from_last_stage(tensor: Tensor) -> Tensor:
-    """The last pipeline stage's tensor, on every stage. Collective over the pipeline: a broadcast.
-
-    Args:
-        tensor: of one shape and dtype on all stages; the others' is overwritten. No gradient flows.
-    """
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if group.size() > 1:
-        dist.broadcast(tensor, group=group, group_src=group.size() - 1)
-    return tensor
-
-
 def gather_tensor_shards(shard: Tensor) -> list[Tensor] | None:
     """The shards of all tensor-parallel ranks, on the first of them; None on the others.
 
     Collective over the tensor-parallel group: a gather forward; no gradient flows back.
 
     Args:
-        shard: this rank's; every rank's has the same shape and dtype.
+        shard: this rank's; same shape and dtype on every rank.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -114,3 +124,23 @@ def gather_tensor_shards(shard: Tensor) -> list[Tensor] | None:
     shards = [torch.empty_like(shard) for _ in range(size)] if rank == 0 else None
     dist.gather(shard, shards, group=group, group_dst=0)
     return shards
+
+
+def seed_rng_for_step(seed: int, step: int) -> None:
+    """Seed this rank's random number generators for one step. Not collective.
+
+    The seed is a function of (seed, step, rank), so there is no generator state to save: a resumed
+    run draws the numbers of an uninterrupted one, and an evaluation between two steps changes
+    nothing. Tensor-parallel ranks share torch's default generator and differ in the tracker's
+    (dropout masks of replicated activations must agree, those of sharded ones must differ); stages
+    and data-parallel ranks differ in both.
+
+    Args:
+        seed: of the run.
+        step: of the optimizer, any integer.
+    """
+    rank = rank_coordinates()
+    # A hash instead of a sum: seed 1 at step 2 must not draw like seed 2 at step 1.
+    key = f"{seed}/{step}/{rank.dp_rank}".encode()
+    step_seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest())
+    model_parallel_cuda_manual_seed(step_seed + _STAGE_SEED_STRIDE * (1 + rank.pp_rank))

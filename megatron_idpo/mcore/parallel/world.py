@@ -1,20 +1,27 @@
-"""The processes of a run: joining them, and making them fail together.
+"""The processes of a run: join them, make them fail together, stop them together.
 
 Started by torchrun, a verb joins the world that the environment describes; started as a plain
-program it is a world of one. `raise_on_all_ranks` turns an error on any rank into the same error
-on all, because a rank that stops alone leaves the others waiting in a collective until a time-out.
+program, it is a world of one. `raise_on_all_ranks` turns an error on any rank into the same error
+on all, because a rank that stops alone leaves the others waiting in a collective until its timeout.
+
+Schedulers send SIGTERM or SIGUSR1 before they take a machine away. Ranks receive the signal at
+different moments, so no rank stops by itself: `StopFlag` remembers it, its state travels with a
+step's metrics, and all ranks stop after the same step.
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import cast
 
 import torch
 import torch.distributed as dist
 
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.errors import (
     CheckpointError,
     ConfigError,
@@ -23,57 +30,62 @@ from megatron_idpo.errors import (
     UserError,
 )
 from megatron_idpo.mcore.cpu.redirect import backend, default_device, redirect_cuda_to_cpu
-from megatron_idpo.mcore.megatron_warnings import quiet_megatron
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
 _RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torch needs beside `RANK` to find the other processes."""
+"""What torch needs besides `RANK` to find the other processes."""
 
-_KINDS = {
+_ERROR_TYPES = {
     kind.__name__: kind
     for kind in (ConfigError, DataError, CheckpointError, TrainingError, UserError)
 }
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+# --- joining ----------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process's place among all processes of the run."""
+    """This process's rank among all processes of the run."""
 
     rank: int
     size: int
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that speaks to the user."""
+        """Whether this is rank 0, which writes the output that the user sees."""
         return self.rank == 0
 
 
 @contextmanager
-def joined_world(timeout_s: float = 1800.0) -> Iterator[World]:
-    """Join torchrun's world, or make one of this process alone; leave it at the end.
+def distributed_world(timeout_s: float = 1800.0) -> Iterator[World]:
+    """Join torchrun's world, or create one of this process alone; leave it at the end.
 
-    A world that exists already (a test's, a user's own script's) is used and left standing.
-    Everything of megatron-core that asks for CUDA is redirected first where there is none, and
-    what it says about itself meanwhile is kept from the user (`mcore/quiet.py`).
+    A process group that exists already (created by a test or an embedding script) is used and not
+    destroyed. Without a GPU, megatron-core's CUDA calls are redirected first; its warnings about
+    the installation are suppressed within the block (`mcore/megatron_warnings.py`).
 
     Args:
         timeout_s: how long a collective may wait for a rank, in seconds.
 
     Raises:
-        ConfigError: the environment describes half a world, or more ranks here than GPUs.
+        ConfigError: the environment is incomplete, or there are more ranks here than GPUs.
     """
     has_gpu = not redirect_cuda_to_cpu()
-    with quiet_megatron(has_gpu=has_gpu), _process_group(timeout_s):
+    with suppress_megatron_warnings(has_gpu=has_gpu), _process_group(timeout_s):
         yield World(dist.get_rank(), dist.get_world_size())
 
 
 @contextmanager
 def _process_group(timeout_s: float) -> Iterator[None]:
-    """A process group of our own, unless there is one."""
+    """torch's default process group: the existing one, or one for this block."""
     if dist.is_initialized():
         yield
         return
     _check_environment()
+    # Before the group exists: NCCL and new tensors use the device that is current here.
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
@@ -87,7 +99,7 @@ def _process_group(timeout_s: float) -> Iterator[None]:
 
 
 def _rendezvous(timeout: timedelta) -> None:
-    """Meet the other processes where the environment says."""
+    """Connect to the other processes at the address in the environment."""
     try:
         dist.init_process_group(backend(), timeout=timeout)
     except dist.DistNetworkError as error:
@@ -101,7 +113,7 @@ def _rendezvous(timeout: timedelta) -> None:
 
 
 def _check_environment() -> None:
-    """What torchrun sets is there as a whole, and every rank of this machine has a GPU."""
+    """Check that torchrun's variables are complete and every rank of this machine has a GPU."""
     missing = [name for name in _RENDEZVOUS if name not in os.environ]
     if "RANK" in os.environ and missing:
         remedy = "start with torchrun, or unset RANK to run in one process"
@@ -109,7 +121,8 @@ def _check_environment() -> None:
     if not torch.cuda.is_available():
         return
     num_gpus = torch.cuda.device_count()
-    # The number of local ranks, so that all of them refuse rather than those without a GPU alone.
+    # LOCAL_WORLD_SIZE as well as LOCAL_RANK: all local ranks must raise, not only those without a
+    # GPU, or the others wait for them in the rendezvous.
     last = max(int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     if last >= num_gpus:
         message = f"{last + 1} ranks on this machine, but {num_gpus} visible GPUs"
@@ -118,62 +131,69 @@ def _check_environment() -> None:
 
 
 @contextmanager
-def running(layout: Layout, seed: int = 0) -> Iterator[None]:
-    """megatron-core's process groups for a layout, taken down again at the end. Collective."""
-    layout.start(seed)
+def running_layout(layout: Layout, seed: int = 0) -> Iterator[None]:
+    """Create megatron-core's process groups for a layout; destroy them at the end. Collective."""
+    # megatron-core is imported only where a layout runs: other verbs join a world without it.
+    from megatron_idpo.mcore.parallel.groups import start_layout, stop_layout
+
+    start_layout(layout, seed)
     try:
         yield
     finally:
-        layout.stop()
+        stop_layout()
+
+
+# --- failing together, and small collectives ---------------------------------------------------
 
 
 @contextmanager
-def raise_on_all_ranks(what: str) -> Iterator[None]:
-    """Run a block on every rank; if it fails for a user's reason on any, it fails on all.
+def raise_on_all_ranks(step: str) -> Iterator[None]:
+    """Run a block on every rank; a `UserError` on any rank is raised on all of them.
 
     The block must contain no collective that a failing rank would skip. Collective: an all-gather
     of one small object at the end of the block. Unexpected errors (bugs) are not exchanged: they
-    end this rank with their traceback and torchrun ends the others.
+    end this rank with their traceback, and torchrun ends the others.
 
     Args:
-        what: the step, to be named on ranks that are told of another rank's failure.
+        step: what the block does; the prefix of the message on ranks that did not fail themselves.
 
     Raises:
-        UserError: this rank's own error, or the first failing rank's, of the same kind.
+        UserError: this rank's own error, or the first failing rank's, with the same type.
     """
     failure: UserError | None = None
     try:
         yield
     except UserError as error:
         failure = error
+    # As strings: an exception with its traceback and cause may not be picklable.
     reason = None if failure is None else (type(failure).__name__, str(failure))
-    everyone = gathered(reason)
+    reasons = all_gather_objects(reason)
     if failure is not None:
         raise failure
-    for rank, other in enumerate(everyone):
+    for rank, other in enumerate(reasons):
         if other is not None:
             kind, message = other
-            raise _KINDS.get(kind, UserError)(f"{what} failed on rank {rank}: {message}")
+            raise _ERROR_TYPES.get(kind, UserError)(f"{step} failed on rank {rank}: {message}")
 
 
-def from_first[Value](make: Callable[[], Value]) -> Value:
-    """What the first rank makes, on every rank. Collective: a broadcast of one small object."""
-    made = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(made, src=0)
-    return cast(Value, made[0])
+def broadcast_from_rank0[Value](compute: Callable[[], Value]) -> Value:
+    """The result of `compute` on rank 0, on every rank. Collective: a broadcast of an object."""
+    result = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result, src=0)
+    return cast(Value, result[0])
 
 
-def gathered[Value](mine: Value) -> list[Value]:
+def all_gather_objects[Value](value: Value) -> list[Value]:
     """Every rank's value, in rank order. Collective: an all-gather of one small object."""
-    everyone: list[Value | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return cast(list[Value], everyone)
+    values: list[Value | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return cast(list[Value], values)
 
 
-def is_first_rank() -> bool:
-    """Whether this is the rank that speaks to the user and writes what is written once.
+def is_rank0() -> bool:
+    """Whether this is rank 0, which prints, and writes files that are written once.
 
-    A process outside of any world is one.
+    True without a process group.
     """
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -181,6 +201,43 @@ def is_first_rank() -> bool:
 def barrier() -> None:
     """Wait for every rank. Collective without data; forward only."""
     if backend() == "nccl":
+        # Without device_ids NCCL guesses the device from the global rank, which can hang.
         dist.barrier(device_ids=[default_device().index])
     else:
         dist.barrier()
+
+
+# --- stopping together ------------------------------------------------------------------------
+
+
+class StopFlag:
+    """Whether this process has received a stop signal, and which."""
+
+    def __init__(self) -> None:
+        """No signal yet."""
+        self.signal: signal.Signals | None = None
+
+    def handle(self, signum: int, frame: FrameType | None = None) -> None:
+        """Signal handler: remember the signal."""
+        self.signal = signal.Signals(signum)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a stop signal has arrived."""
+        return self.signal is not None
+
+
+class RunStopped(Exception):
+    """The work stopped on every rank after a stop signal; what was done is saved."""
+
+
+@contextmanager
+def catch_stop_signals() -> Iterator[StopFlag]:
+    """Set a flag on a stop signal instead of ending the process, within the block."""
+    stop_flag = StopFlag()
+    previous = {signum: signal.signal(signum, stop_flag.handle) for signum in STOP_SIGNALS}
+    try:
+        yield stop_flag
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -73,7 +73,7 @@ def attention_scale(architecture: Architecture) -> float:
     return float(attention_factor**2 * architecture.head_dim**-0.5)
 
 
-def longest_sequence(architecture: Architecture) -> int | None:
+def max_sequence_length(architecture: Architecture) -> int | None:
     """The longest sequence, in tokens, for which one set of frequencies is the right one.
 
     LongRoPE has two: Transformers takes the long set for a whole batch as soon as any sequence in
@@ -107,7 +107,7 @@ class RowRotary(torch.nn.Module):
         """See the class."""
         super().__init__()
         self.inv_freq_F, _ = inverse_frequencies(architecture)
-        self.longest_sequence = longest_sequence(architecture)
+        self.max_sequence_length = max_sequence_length(architecture)
 
     def get_rotary_seq_len(
         self,
@@ -135,7 +135,7 @@ class RowRotary(torch.nn.Module):
             Position ids, int64 `[T]`.
 
         Raises:
-            ConfigError: A sequence is longer than the frequencies hold (`longest_sequence`).
+            ConfigError: A sequence is longer than the frequencies hold (`max_sequence_length`).
         """
         assert inference_context is None and inference_params is None, "inference engine"
         assert transformer_config.context_parallel_size == 1, "context parallelism"
@@ -175,12 +175,12 @@ class RowRotary(torch.nn.Module):
         return torch.cat([angles_TF, angles_TF], dim=-1)[:, None, None, :]
 
     def _check_length(self, num_tokens: int) -> None:
-        if self.longest_sequence is not None and num_tokens > self.longest_sequence:
+        if self.max_sequence_length is not None and num_tokens > self.max_sequence_length:
             raise ConfigError.at(
                 "config.json: rope_parameters.original_max_position_embeddings",
-                f"a sequence of {num_tokens} tokens is longer than {self.longest_sequence}, where "
+                f"a sequence of {num_tokens} tokens is longer than {self.max_sequence_length}, where "
                 "longrope changes its frequencies for the whole batch",
-                f"set data.max_length to at most {self.longest_sequence}",
+                f"set data.max_length to at most {self.max_sequence_length}",
             )
 
 

@@ -1,0 +1,105 @@
+"""Pipeline stages of the running layout: which one this rank has, their groups, the schedule."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_idpo.mcore.parallel.world import all_gather_objects
+
+ForwardStep = Callable[[Iterator[Any], Any], tuple[Any, Callable[[Any], Any]]]
+"""megatron-core's `forward_step_func`: from an iterator of micro-batches and a model chunk to the
+chunk's output and the loss function of the last stage."""
+
+
+def is_last_stage() -> bool:
+    """Whether this rank has the pipeline stage with the final layer."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    return bool(dist.get_rank(group) == group.size() - 1)
+
+
+def broadcast_from_last_stage(tensor: Tensor) -> Tensor:
+    """The last stage's tensor, on every stage. Collective over the pipeline group: a broadcast.
+
+    Args:
+        tensor: same shape and dtype on all stages; overwritten in place on all but the last. No
+            gradient flows.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast(tensor, group=group, group_src=group.size() - 1)
+    return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StageGroup:
+    """A process group over some stages of this rank's pipeline."""
+
+    group: dist.ProcessGroup
+    ranks: tuple[int, ...]
+    """Global ranks, from the first stage to the last."""
+
+
+def stage_group(*, is_member: bool, needs_group: bool) -> StageGroup | None:
+    """Create a group of the member stages in every pipeline where a stage needs one.
+
+    Collective over the world: an all-gather of a small object, then `new_group` calls.
+
+    Args:
+        is_member: whether this rank belongs to its pipeline's group.
+        needs_group: whether this rank will use it; without such a rank, the pipeline gets none.
+
+    Returns:
+        The group of this rank's pipeline; None if it has none or this rank is not a member.
+    """
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    pipeline = tuple(dist.get_process_group_ranks(pipeline_group))
+    by_rank = all_gather_objects((pipeline, is_member, needs_group))
+    own_group: StageGroup | None = None
+    # new_group is collective over the world: every rank creates every group, also those of other
+    # pipelines, in the same (sorted) order. Otherwise the calls pair up wrongly, or hang.
+    for ranks in sorted({pipeline_ranks for pipeline_ranks, _, _ in by_rank}):
+        members = tuple(rank for rank in ranks if by_rank[rank][1])
+        if any(by_rank[rank][2] for rank in ranks):
+            group = dist.new_group(list(members))
+            # A non-member gets the integer GroupMember.NON_GROUP_MEMBER instead of a group.
+            if isinstance(group, dist.ProcessGroup):
+                own_group = StageGroup(group, members)
+    return own_group
+
+
+def run_schedule(
+    forward_step: ForwardStep,
+    micro_batches: Sequence[Any],
+    model: Sequence[Any],
+    *,
+    row_tokens: int,
+    training: bool,
+) -> None:
+    """Run one global batch through megatron-core's pipeline schedule.
+
+    Collective over the pipeline.
+
+    Args:
+        forward_step: called for every micro-batch and chunk.
+        micro_batches: of this data-parallel rank, the same on every stage.
+        model: this rank's chunks, in DDP or not.
+        row_tokens: positions of every micro-batch.
+        training: also run backward; if False, no graph is recorded.
+    """
+    with torch.set_grad_enabled(training):
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            # One iterator per chunk: with interleaving each chunk reads all micro-batches.
+            data_iterator=[iter(micro_batches) for _ in model],
+            model=list(model),
+            num_microbatches=len(micro_batches),
+            seq_length=row_tokens,
+            micro_batch_size=1,
+            forward_only=not training,
+        )
