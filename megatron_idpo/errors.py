@@ -7,7 +7,8 @@ traceback. The command line prints them on one rank and exits with `EXIT_USER_ER
 for our own invariants and never for a user's mistake.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -57,6 +58,15 @@ class UserError(Exception):
     def at(cls, location: str, message: str, remedy: str = "") -> Self:
         """One problem, raised where it is found."""
         return cls.of([Problem(location, message, remedy)])
+
+    @classmethod
+    @contextmanager
+    def on_os_error(cls, location: str, message: str, remedy: str = "") -> Iterator[None]:
+        """Turns an `OSError` of the block into this error: `message`, then the system's reason."""
+        try:
+            yield
+        except OSError as error:
+            raise cls.at(location, f"{message}: {error.strerror or error}", remedy) from None
 
 
 class ConfigError(UserError, ValueError):

@@ -26,7 +26,12 @@ from typing import Final
 from gguf_to_hf import answer_of, convert
 
 from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, UserError
-from megatron_idpo.storage.directories import begin, discard, incomplete_directory, publish
+from megatron_idpo.storage.atomic import (
+    begin_directory,
+    discard_directory,
+    incomplete_directory,
+    publish_directory,
+)
 from megatron_idpo.storage.lock import locked
 
 MARKER: Final = "smollm2.json"
@@ -124,13 +129,17 @@ def make(target: Path, dtype: str, *, wheel: Path | None = None, release: Releas
         with locked(target.parent / f".{target.name}.lock", wait=True):
             if is_complete(target, dtype, release):  # another process made it meanwhile
                 return found
-            discard(incomplete_directory(target, _TOKEN))  # of a killed attempt: we hold the lock
-            directory = begin(target, _TOKEN, needed_bytes=release.source_bytes + weight_bytes)
+            discard_directory(
+                incomplete_directory(target, _TOKEN)
+            )  # of a killed attempt: we hold the lock
+            directory = begin_directory(
+                target, _TOKEN, needed_bytes=release.source_bytes + weight_bytes
+            )
             try:
                 answer = _fill(directory, dtype, wheel, release)
-                publish(directory, target)
+                publish_directory(directory, target)
             finally:
-                discard(directory)
+                discard_directory(directory)
     except OSError as error:
         if error.errno is None:  # Transformers raises it for everything
             raise

@@ -6,13 +6,13 @@ layout, or after a crash, draws what the unbroken run would have drawn.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 from megatron_idpo import __version__
 from megatron_idpo.errors import CheckpointError, Problem
+from megatron_idpo.storage.provenance import as_problems, diff
 
 FILE = "progress.json"
 """The file's name in a checkpoint."""
@@ -129,24 +129,17 @@ def check_same_run(saved: Progress, current: Progress, location: str) -> list[Pr
         current: what this run would say at its start.
         place: the checkpoint's directory, to be named.
     """
-    compared: Mapping[str, tuple[str, str, str]] = {
-        "another base model": (saved.base_model, current.base_model, "model"),
-        "other data": (saved.data_fingerprint, current.data_fingerprint, "data"),
+    labels = {
+        "base_model": "the base model (section `model`)",
+        "data_fingerprint": "the data (section `data`)",
     }
-    if saved.reference and current.reference:
-        reference = (saved.reference, current.reference, "reference")
-        compared = {**compared, "another reference": reference}
-    return [
-        Problem(
-            location,
-            f"belongs to a run with {what} (fingerprint {_short(theirs)}, here {_short(ours)})",
-            f"resume with the `{section}` settings that the run began with, or name another output "
-            "directory",
-        )
-        for what, (theirs, ours, section) in compared.items()
-        if theirs != ours
-    ]
-
-
-def _short(fingerprint: str) -> str:
-    return fingerprint[:12] or "unknown"
+    if saved.reference and current.reference:  # empty: unknown
+        labels["reference"] = "the reference"
+    saved_parts, current_parts = (
+        {name: getattr(progress, name) for name in labels} for progress in (saved, current)
+    )
+    return as_problems(
+        diff(saved_parts, current_parts, labels),
+        location,
+        "resume with the settings that the run was started with, or name another output directory",
+    )

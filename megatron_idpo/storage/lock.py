@@ -1,7 +1,7 @@
-"""A file that one process at a time holds: the system's lock, which ends with the process.
+"""A lock file that one process at a time holds, released by the system when the process ends.
 
-Nothing stands in for it where a file system has no locks (Lustre mounted without `flock`): a marker
-outlives a kill and stops the run that would go on. Who cannot hold a file is told so.
+There is no fallback for file systems without locks (Lustre mounted without `flock`): a marker file
+would outlive a killed process and block the run that resumes. The caller reports the `OSError`.
 """
 
 import fcntl
@@ -11,32 +11,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class Held(Exception):
-    """Another process holds the file."""
+class LockHeldError(Exception):
+    """Another process holds the lock."""
 
 
 @contextmanager
 def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a file, made if need be and never deleted, until the end of the block (`flock(2)`).
+    """Holds an exclusive lock on a file until the end of the block (`flock(2)`).
 
     Args:
-        file: nothing but the lock; its directory is there.
-        wait: for whoever holds it.
+        file: the lock file; created if needed, never deleted. Its directory must exist.
+        wait: whether to wait while another process holds the lock.
 
     Raises:
-        Held: somebody does, and `wait` is False.
-        OSError: it cannot be written, or its file system has no locks.
+        LockHeldError: another process holds it and `wait` is False.
+        OSError: the file cannot be written, or its file system has no locks.
     """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise Held from None
+            raise LockHeldError from None
         try:
             yield
         finally:
-            # Closing is not enough where a forked child has the descriptor too.
+            # Closing the descriptor does not release the lock while a forked child has it open.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)

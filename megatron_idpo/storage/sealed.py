@@ -1,80 +1,65 @@
-"""A JSON file that notices every byte that is changed in it.
+"""Sealed JSON files: any change made after writing is detected on reading.
 
-The text depends on the values alone, and one of them, `sha256`, is the hash of the text without it.
-Whoever reads the file makes the text anew and compares: a changed value, name, space or line end
-makes a difference. This is against damage and slips of an editor, not against somebody who means
-it.
+The text of the file is a function of its values, and the value `sha256` is the hash of the text
+without it. The reader rebuilds the text and compares bytes, so a changed value, name, space or line
+end is detected. This protects against disk errors and accidental edits, not against forgery.
 """
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.storage.atomic import write_text
 
 SEAL = "sha256"
 
 
 def write_sealed(path: Path, values: dict[str, Any], *, indent: int | None = 1) -> None:
-    """Write the file; a kill at any moment leaves the old one or the new one.
+    """Writes the file in one step: after a kill there is the old file or the new one.
 
     Args:
         path: the file.
-        values: what JSON has; no `sha256` at the top.
-        indent: of the text; None for one line.
+        values: values that JSON can represent, without the key `sha256`.
+        indent: of the text; None writes one line.
 
     Raises:
         CheckpointError: it cannot be written.
+        ValueError: a value is NaN or infinite.
     """
-    fresh = path.with_name(f".{path.name}.incomplete")
-    try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(_text({**values, SEAL: seal_of(values, indent=indent)}, indent))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        message = f"cannot be written: {error.strerror or error}"
-        raise CheckpointError.at(str(path), message, "free some space") from None
+    text = _text({**values, SEAL: seal_of(values, indent=indent)}, indent)
+    with CheckpointError.on_os_error(str(path), "cannot be written", "free some space"):
+        write_text(path, text)
 
 
 def read_sealed(path: Path, *, remedy: str, indent: int | None = 1) -> dict[str, Any]:
-    """The values of a file that `write_sealed` wrote with the same indent, without the seal.
+    """Reads the values of a sealed file, without the seal.
 
     Args:
         path: the file.
-        remedy: what to do where it is not what was written.
-        indent: as it was written with.
+        remedy: what the user can do if the file has been changed.
+        indent: the one it was written with.
 
     Raises:
-        CheckpointError: there is no such file, or a byte of it has changed.
+        CheckpointError: the file does not exist, or a byte of it has changed.
     """
+    with CheckpointError.on_os_error(str(path), "cannot be read", remedy):
+        content = path.read_bytes()
     try:
-        text = path.read_bytes()
-        values = json.loads(text)
+        values = json.loads(content)
         seal = values.pop(SEAL)
-        is_whole = seal == seal_of(values, indent=indent) and text == _text(
-            {**values, SEAL: seal}, indent
-        ).encode("utf-8")
-    except OSError as error:
-        message = f"cannot be read: {error.strerror or error}"
-        raise CheckpointError.at(str(path), message, remedy) from None
+        is_unchanged = seal == seal_of(values, indent=indent)
+        is_unchanged &= content == _text({**values, SEAL: seal}, indent).encode("utf-8")
     except (ValueError, KeyError, TypeError, AttributeError):
-        is_whole = False
-    if not is_whole:
+        is_unchanged = False
+    if not is_unchanged:
         raise CheckpointError.at(str(path), "has been changed since it was written", remedy)
     return dict(values)
 
 
 def seal_of(values: dict[str, Any], *, indent: int | None = 1) -> str:
-    """The hash that the file of these values carries."""
+    """The hash that the file of these values carries, in hexadecimal digits."""
     return hashlib.sha256(_text(values, indent).encode("utf-8")).hexdigest()
 
 

@@ -90,7 +90,7 @@ def test_the_same_run_may_change_what_does_not_matter():
 
 def test_another_run_is_refused_with_every_reason():
     other = replace(PROGRESS, base_model="n" * 64, data_fingerprint="")
-    model, data = map(str, check_same_run(PROGRESS, other, "out/step-00000012"))
-    assert model.startswith("out/step-00000012: belongs to a run with another base model")
-    assert "fingerprint mmmmmmmmmmmm, here nnnnnnnnnnnn" in model and "`model` settings" in model
-    assert "other data (fingerprint dddddddddddd, here unknown)" in data and "`data`" in data
+    location = "out/step-00000012"
+    model, data = map(str, check_same_run(PROGRESS, other, location))
+    assert model.startswith(f"{location}: the base model (section `model`) differs; resume with")
+    assert data.startswith(f"{location}: the data (section `data`) differs; resume with")

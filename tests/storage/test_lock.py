@@ -1,0 +1,91 @@
+"""A lock file that one process at a time holds."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from megatron_idpo.storage.lock import LockHeldError, locked
+
+TIMEOUT_S = 10
+
+
+def held_elsewhere(file: Path) -> bool:
+    try:
+        with locked(file):
+            return False
+    except LockHeldError:
+        return True
+
+
+def hold(file: Path, started: str) -> None:
+    """Holds the lock until this process is killed."""
+    with locked(file):
+        Path(started).touch()
+        time.sleep(600)
+
+
+def test_lock_is_exclusive_and_released(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    for _ in range(2):
+        with locked(file):
+            assert held_elsewhere(file)
+        assert not held_elsewhere(file)
+    with pytest.raises(ZeroDivisionError), locked(file):
+        _ = 1 / 0
+    assert not held_elsewhere(file)
+
+
+def test_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:
+    file, started = tmp_path / "lock", tmp_path / "there"
+    process = multiprocessing.get_context("spawn").Process(target=hold, args=(file, str(started)))
+    process.start()
+    until_s = time.monotonic() + 6 * TIMEOUT_S
+    while not started.exists():
+        assert time.monotonic() < until_s and process.is_alive()
+        time.sleep(0.01)
+    assert held_elsewhere(file)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    with locked(file, wait=True):
+        pass
+    process.join(TIMEOUT_S)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_lock_is_released_although_a_child_inherited_the_descriptor(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    with locked(file):
+        [descriptor] = [
+            int(name)
+            for name in os.listdir("/proc/self/fd")
+            if os.path.realpath(f"/proc/self/fd/{name}") == str(file)
+        ]
+        os.set_inheritable(descriptor, True)
+        child = subprocess.Popen(["sleep", "600"], close_fds=False)
+    try:
+        assert str(file) in map(os.path.realpath, Path(f"/proc/{child.pid}/fd").iterdir())
+        assert not held_elsewhere(file)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_os_errors_are_raised_and_leave_no_open_descriptor(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError), locked(tmp_path / "file" / "lock"):
+        pass
+    no_locks = OSError(38, "Function not implemented")
+    with (
+        patch("fcntl.flock", side_effect=no_locks),
+        pytest.raises(OSError, match="not implemented"),
+        locked(tmp_path / "other"),
+    ):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before
