@@ -1,9 +1,9 @@
-"""The house rules that ruff and mypy do not know: `python tools/house_rules.py [ROOT]`.
+"""The house rules that ruff and mypy do not check: `python tools/house_rules.py [ROOT]`.
 
-Sizes, file names, which room may import which, where megatron-core may be touched, a test beside
-every module, nothing left undone, no paths of somebody's machine. Each rule is a function from a
-`Tree` to the sentences that say what breaks it; CONTRIBUTING.md gives the reasons. Documentation of
-everything public is ruff's (D1), types are mypy's.
+File and function sizes, file names, import directions and cycles, where megatron-core may be
+imported, unfinished work, machine paths, plain language. Each rule is a function from a `Tree` to
+messages that say what breaks it. CONTRIBUTING.md gives the reasons. Docstrings of public names are
+checked by ruff (D1), types by mypy.
 """
 
 import ast
@@ -23,46 +23,60 @@ MAX_EXCEPTION_LINES = 80
 LONG_FUNCTIONS: dict[str, str] = {}
 """`path:function` -> why it may have up to `MAX_EXCEPTION_LINES`."""
 
-UNTESTED_MODULES: dict[str, str] = {
-    "megatron_idpo/__main__.py": "three lines; tests/test_cli.py starts it",
-}
-"""Module -> why it has no test file of its own."""
-
 TIERS = (
-    {"errors", "atomic", "file_lock"},
+    {"errors"},
+    {"storage", "console"},
+    {"config"},
     {"objective", "mcore"},
-    {"config", "checkpoint", "convert", "data", "lora", "plugin", "reference"},
+    {"checkpoint", "convert", "data", "figures", "lora", "plugin", "reference"},
     {"doctor", "evaluate", "plan", "sdpo", "train"},
     {"testing"},
     {"cli"},
     {"__main__"},
 )
-"""The rooms, lowest first. Imports go down or sideways, and sideways never in a circle."""
+"""Subpackages, lowest first. Imports go to the same tier or below; cycles are refused."""
 
-ALONE = {"objective", "mcore"}
-"""Rooms that import nothing of ours but errors."""
+RESTRICTED = {"objective": {"errors", "config"}, "mcore": {"errors", "config"}}
+"""Subpackages that may import only these others."""
 
-MEGATRON_ROOMS = {"mcore", "checkpoint"}
-MEGATRON_TYPES_ROOMS = {"convert", "lora", "plugin", "train"}
-NAMELESS_FILES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
-UNDONE = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b")
+MEGATRON_PACKAGES = {"mcore", "checkpoint"}
+MEGATRON_TYPES_PACKAGES = {"convert", "lora", "plugin", "train"}
+VAGUE_FILE_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
+UNFINISHED = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b")
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:home|root|Users|work|workspace)/\w")
 TEXT_FILES = {".py", ".md", ".sh", ".toml", ".yaml", ".yml", ".cfg", ".ipynb"}
 SKIPPED_DIRECTORIES = {"build", "dist", "runs", "__pycache__"}
 
+# Words that name nothing, or that a reader has to translate first. Names are searched too, with
+# underscores as spaces. docs/decisions.md and CHANGELOG.md quote old text and are not searched.
+UNPLAIN_WORDS = re.compile(
+    r"\b(?:told|tell|tells|telling|beside|whoever|whatever|nobody|in vain|mend(?:s|ed|ing)?"
+    r"|wish(?:es|ed)?|(?<!there )(?:is|are) no(?! (?:more|longer|other|such|need|way|limit)\b)"
+    r"|of (?:its|their) own|go(?:es|ing)? on|put down|two by two"
+    r"|ha(?:s|ve) not(?! (?:been|yet|begun|run|\w+ed)\b)|rooms)\b",
+    re.IGNORECASE,
+)
+MAX_UNPLAIN_PER_1000_LINES = 0.5
+PLAIN_FILES = {".py", ".md", ".yaml", ".sh"}
+NOT_SEARCHED_FOR_WORDS = {"tools/house_rules.py", "docs/decisions.md", "CHANGELOG.md"}
+
 
 @dataclass(frozen=True)
 class Import:
-    """One import of a module: what, where, and whether only a type checker sees it."""
+    """One import statement of a module."""
 
     module: str
     line: int
     types_only: bool
+    """Whether it is below `if TYPE_CHECKING`."""
+
+    at_top: bool
+    """Whether it runs when the module is imported (not inside a function)."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A Python file and what the rules ask about it."""
+    """A Python file and what the rules read from it."""
 
     path: str
     text: str
@@ -73,22 +87,21 @@ class Source:
         return ast.parse(self.text, self.path)
 
     @property
-    def room(self) -> str | None:
-        """The room of a package file (`mcore`, `cli`, ...); None outside and for the package.
-
-        A top-level `config_yaml.py` is part of the room `config`.
-        """
+    def subpackage(self) -> str | None:
+        """`mcore`, `cli`, `errors`, ...; None outside the package and for its `__init__`."""
         parts = Path(self.path).with_suffix("").parts
-        if parts[0] != PACKAGE or parts[1] == "__init__":
-            return None
-        known = set().union(*TIERS)
-        part_of = [room for room in known if parts[1].startswith(f"{room}_")]
-        return part_of[0] if part_of and len(parts) == 2 else parts[1]
+        return None if parts[0] != PACKAGE or parts[1] == "__init__" else parts[1]
+
+    @property
+    def module(self) -> str:
+        """The dotted name."""
+        return ".".join(Path(self.path).with_suffix("").parts).removesuffix(".__init__")
 
     @cached_property
     def imports(self) -> list[Import]:
-        """Every import, at any depth; relative ones resolved."""
-        return list(_imports(self.tree, Path(self.path).parent.parts, types_only=False))
+        """Every import at any depth, relative ones resolved."""
+        package = Path(self.path).parent.parts
+        return list(_imports(self.tree, package, types_only=False, at_top=True))
 
 
 class Tree:
@@ -105,7 +118,7 @@ class Tree:
         self.package = [source for source in self.sources if source.path.startswith(f"{PACKAGE}/")]
 
     def files(self) -> Iterator[Path]:
-        """Every file of ours, not what tools leave behind (hidden directories, builds)."""
+        """Every project file; hidden directories and build products are skipped."""
         for directory, below, names in os.walk(self.root):
             below[:] = sorted(
                 name
@@ -117,27 +130,34 @@ class Tree:
             yield from (Path(directory, name) for name in sorted(names))
 
 
-def _imports(node: ast.AST, package: tuple[str, ...], *, types_only: bool) -> Iterator[Import]:
+def _imports(
+    node: ast.AST, package: tuple[str, ...], *, types_only: bool, at_top: bool
+) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for inner in child.body:
-                yield from _imports(ast.Module([inner], []), package, types_only=True)
+                body = ast.Module([inner], [])
+                yield from _imports(body, package, types_only=True, at_top=at_top)
             for inner in child.orelse:
-                yield from _imports(ast.Module([inner], []), package, types_only=types_only)
+                body = ast.Module([inner], [])
+                yield from _imports(body, package, types_only=types_only, at_top=at_top)
         elif isinstance(child, ast.Import):
             for alias in child.names:
-                yield Import(alias.name, child.lineno, types_only)
+                yield Import(alias.name, child.lineno, types_only, at_top)
         elif isinstance(child, ast.ImportFrom):
             above = package[: len(package) + 1 - child.level] if child.level else ()
             base = ".".join((*above, *([child.module] if child.module else [])))
             for alias in child.names:
-                yield Import(f"{base}.{alias.name}", child.lineno, types_only)
+                yield Import(f"{base}.{alias.name}", child.lineno, types_only, at_top)
         else:
-            yield from _imports(child, package, types_only=types_only)
+            is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from _imports(
+                child, package, types_only=types_only, at_top=at_top and not is_function
+            )
 
 
 def file_sizes(tree: Tree) -> Iterator[str]:
-    """A file is one concept; a long one is two."""
+    """One concept per file; a long file usually holds two."""
     for source in tree.sources:
         lines = len(source.text.splitlines())
         if lines > MAX_FILE_LINES:
@@ -151,11 +171,11 @@ def function_sizes(tree: Tree) -> Iterator[str]:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             lines = _code_lines(node)
-            excused = f"{source.path}:{node.name}" in LONG_FUNCTIONS
-            allowed = MAX_EXCEPTION_LINES if excused else MAX_FUNCTION_LINES
+            is_exception = f"{source.path}:{node.name}" in LONG_FUNCTIONS
+            allowed = MAX_EXCEPTION_LINES if is_exception else MAX_FUNCTION_LINES
             if lines > allowed:
-                where = f"{source.path}:{node.lineno}"
-                yield f"{where}: {node.name} has {lines} lines, at most {allowed}"
+                location = f"{source.path}:{node.lineno}"
+                yield f"{location}: {node.name} has {lines} lines, at most {allowed}"
 
 
 def _code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -169,75 +189,98 @@ def _code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def file_names(tree: Tree) -> Iterator[str]:
     """A file is named for its concept."""
     for source in tree.sources:
-        if Path(source.path).name in NAMELESS_FILES:
-            yield f"{source.path}: name the file for what is in it"
+        if Path(source.path).name in VAGUE_FILE_NAMES:
+            yield f"{source.path}: name the file for its content"
 
 
 def import_directions(tree: Tree) -> Iterator[str]:
-    """Rooms import downwards; the foundation rooms import errors alone."""
-    tier = {room: level for level, rooms in enumerate(TIERS) for room in rooms}
-    sideways: dict[str, set[str]] = {}
+    """Subpackages import from their own tier or below, without cycles between them."""
+    tier = {name: level for level, names in enumerate(TIERS) for name in names}
+    edges: dict[str, set[str]] = {}
     for source in tree.package:
-        room = source.room
-        if room is None:
+        own = source.subpackage
+        if own is None:
             continue
-        if room not in tier:
-            yield f"{source.path}: room {room!r} has no place in TIERS of tools/house_rules.py"
+        if own not in tier:
+            yield f"{source.path}: subpackage {own!r} is not listed in TIERS of house_rules.py"
             continue
-        for found in source.imports:
-            parts = found.module.split(".")
+        for imported in source.imports:
+            parts = imported.module.split(".")
             other = parts[1] if parts[0] == PACKAGE and len(parts) > 1 else None
-            if other is None or other == room or other not in tier:
+            if other is None or other == own or other not in tier:
                 continue
-            where = f"{source.path}:{found.line}"
-            if room in ALONE and other != "errors":
-                yield f"{where}: {room} imports {other}; it may import errors only"
-            elif tier[other] > tier[room]:
-                yield f"{where}: {room} imports {other}, which is above it"
-            elif not found.types_only:
-                sideways.setdefault(room, set()).add(other)
-    for room in sorted(sideways):
-        if room in _reachable(room, sideways):
-            yield f"{PACKAGE}/{room}: is in a circle of imports between rooms"
+            location = f"{source.path}:{imported.line}"
+            if own in RESTRICTED and other not in RESTRICTED[own]:
+                allowed = " and ".join(sorted(RESTRICTED[own]))
+                yield f"{location}: {own} imports {other}; it may import only {allowed}"
+            elif tier[other] > tier[own]:
+                yield f"{location}: {own} imports {other}, which is in a higher tier"
+            else:
+                edges.setdefault(own, set()).add(other)
+    for name in sorted(edges):
+        if name in _reachable(name, edges):
+            yield f"{PACKAGE}/{name}: takes part in an import cycle between subpackages"
+
+
+def import_cycles(tree: Tree) -> Iterator[str]:
+    """No module imports itself through others, also not behind `TYPE_CHECKING`."""
+    modules = {source.module: source for source in tree.package}
+    edges = {
+        name: {
+            target
+            for imported in source.imports
+            if imported.at_top
+            for target in (imported.module, imported.module.rpartition(".")[0])
+            if target in modules
+            and target != name
+            # Importing a.b.c runs a/__init__ and a/b/__init__: those edges are not the author's.
+            and not name.startswith(f"{target}.")
+        }
+        for name, source in modules.items()
+    }
+    for name in sorted(edges):
+        if name in _reachable(name, edges):
+            yield f"{modules[name].path}: takes part in an import cycle"
 
 
 def _reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
     seen: set[str] = set()
     waiting = list(edges.get(start, ()))
     while waiting:
-        room = waiting.pop()
-        if room not in seen:
-            seen.add(room)
-            waiting.extend(edges.get(room, ()))
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting.extend(edges.get(name, ()))
     return seen
 
 
 def megatron_imports(tree: Tree) -> Iterator[str]:
-    """megatron-core is touched in the seam alone, so that its changes are met in one place."""
+    """megatron-core is imported in few places, so that a new release is adapted to there."""
     for source in tree.package:
-        for found in source.imports:
-            if found.module.split(".")[0] != "megatron" or source.room in MEGATRON_ROOMS:
+        for imported in source.imports:
+            is_megatron = imported.module.split(".")[0] == "megatron"
+            if not is_megatron or source.subpackage in MEGATRON_PACKAGES:
                 continue
-            if source.room in MEGATRON_TYPES_ROOMS and found.types_only:
+            if source.subpackage in MEGATRON_TYPES_PACKAGES and imported.types_only:
                 continue
-            yield f"{source.path}:{found.line}: imports {found.module}; go through mcore/"
+            yield f"{source.path}:{imported.line}: imports {imported.module}; go through mcore/"
 
 
 def pure_objective(tree: Tree) -> Iterator[str]:
-    """The objective is a function of tensors: no process groups."""
+    """The objective consists of functions of tensors, without process groups."""
     for source in tree.package:
-        if source.room == "objective":
-            for found in source.imports:
-                if found.module.startswith(("torch.distributed", "megatron.")):
-                    yield f"{source.path}:{found.line}: imports {found.module}"
+        if source.subpackage == "objective":
+            for imported in source.imports:
+                if imported.module.startswith(("torch.distributed", "megatron.")):
+                    yield f"{source.path}:{imported.line}: imports {imported.module}"
 
 
-def nothing_undone(tree: Tree) -> Iterator[str]:
-    """What is not written is not there, and not promised either."""
+def nothing_unfinished(tree: Tree) -> Iterator[str]:
+    """What is not written is neither stubbed nor promised."""
     for source in tree.sources:
-        for number, line in enumerate(source.text.splitlines(), 1):
-            if UNDONE.search(line):
-                yield f"{source.path}:{number}: finish it or file an issue: {line.strip()}"
+        for line_number, line in enumerate(source.text.splitlines(), 1):
+            if UNFINISHED.search(line):
+                yield f"{source.path}:{line_number}: finish it or file an issue: {line.strip()}"
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Raise) and node.exc is not None:
                 if "NotImplementedError" in ast.unparse(node.exc):
@@ -245,30 +288,31 @@ def nothing_undone(tree: Tree) -> Iterator[str]:
 
 
 def machine_paths(tree: Tree) -> Iterator[str]:
-    """Nobody else has our directories."""
+    """No absolute paths of the author's machine."""
     for path in tree.files():
         name = path.relative_to(tree.root)
         if path.suffix in TEXT_FILES or name.parts[0] in ("Makefile", ".ci"):
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 if MACHINE_PATH.search(line):
-                    yield f"{name}:{number}: a path of one machine: {line.strip()}"
+                    yield f"{name}:{line_number}: a path of one machine: {line.strip()}"
 
 
-def mirrored_tests(tree: Tree) -> Iterator[str]:
-    """Each module has a test file where one looks for it.
-
-    A module `layout_problems.py` beside `layout.py` is part of it and may be tested with it.
-    """
-    for source in tree.package:
-        path = Path(source.path)
-        if path.name == "__init__.py" or source.path in UNTESTED_MODULES:
+def plain_language(tree: Tree) -> Iterator[str]:
+    """The field's terms in short sentences; reported when unplain words are no longer rare."""
+    num_lines, hits = 0, []
+    for path in tree.files():
+        name = str(path.relative_to(tree.root))
+        if path.suffix not in PLAIN_FILES or name in NOT_SEARCHED_FOR_WORDS:
             continue
-        words = path.stem.split("_")
-        wholes = ["_".join(words[:count]) for count in range(1, len(words))]
-        stems = [path.stem, *(n for n in wholes if (tree.root / path.with_stem(n)).exists())]
-        tests = [Path("tests", *path.parts[1:-1], f"test_{stem}.py") for stem in stems]
-        if not any((tree.root / test).exists() for test in tests):
-            yield f"{source.path}: has no {tests[0]}"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        num_lines += len(lines)
+        hits += [
+            f"{name}:{line_number}: {match.group()!r}; say it plainly: {line.strip()}"
+            for line_number, line in enumerate(lines, 1)
+            for match in UNPLAIN_WORDS.finditer(line.replace("_", " "))
+        ]
+    if len(hits) > MAX_UNPLAIN_PER_1000_LINES * num_lines / 1000:
+        yield from hits
 
 
 RULES: tuple[Callable[[Tree], Iterator[str]], ...] = (
@@ -276,21 +320,22 @@ RULES: tuple[Callable[[Tree], Iterator[str]], ...] = (
     function_sizes,
     file_names,
     import_directions,
+    import_cycles,
     megatron_imports,
     pure_objective,
-    nothing_undone,
+    nothing_unfinished,
     machine_paths,
-    mirrored_tests,
+    plain_language,
 )
 
 
 def main() -> int:
-    """Print every breach; return 1 if there is one."""
+    """Print every violation; return 1 if there is one."""
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]
     tree = Tree(root)
-    breaches = [f"{rule.__name__}: {breach}" for rule in RULES for breach in rule(tree)]
-    print("\n".join([*breaches, f"house rules: {len(breaches) or 'no'} breaches"]))
-    return 1 if breaches else 0
+    violations = [f"{rule.__name__}: {violation}" for rule in RULES for violation in rule(tree)]
+    print("\n".join([*violations, f"house rules: {len(violations) or 'no'} violations"]))
+    return 1 if violations else 0
 
 
 if __name__ == "__main__":
