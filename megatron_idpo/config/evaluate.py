@@ -1,7 +1,4 @@
-"""The sections that say how models are compared: what is compared, answers, judges, H4.
-
-Fields only; what is done with them is in `evaluate/`.
-"""
+"""The sections `evaluate`, `generate`, `judge` and `h4`: which models are compared, and how."""
 
 import re
 from collections.abc import Mapping
@@ -9,71 +6,70 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, Strict
 
-from megatron_idpo.config.sections import (
+from megatron_idpo.config.data import Sources
+from megatron_idpo.config.section import (
     Int,
     NonNegativeFloat,
     PathText,
     PositiveFloat,
     PositiveInt,
     Section,
-    Sources,
     Text,
 )
 from megatron_idpo.errors import Problem
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-"""What a model may be called: it becomes the name of files."""
+"""Allowed model names; they become file names."""
 
 H4Task = Literal["arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2"]
 H4_TASKS: tuple[H4Task, ...] = get_args(H4Task)
 
 
-class SubjectConfig(Section):
-    """One model that is evaluated."""
+class EvalModelConfig(Section):
+    """A model to evaluate."""
 
     path: PathText
-    """A Hugging Face directory, a hub name, or the `training.output` of a finished run, which
-    stands for its result."""
+    """A Hugging Face directory, a hub name, or the `training.output` of a finished run, for its
+    result."""
 
     adapter: PathText | None = None
-    """The directory of a PEFT adapter on it."""
+    """Directory of a PEFT adapter for it."""
 
 
-def _as_subjects(value: Any) -> Any:
-    """A path by itself as what it stands for."""
+def _as_models(value: Any) -> Any:
+    """A mapping of names to paths or models, each path as a model."""
     if not isinstance(value, dict):
         return value
     return {
-        name: {"path": subject} if isinstance(subject, str) else subject
-        for name, subject in value.items()
+        name: {"path": model} if isinstance(model, str) else model for name, model in value.items()
     }
 
 
 def _as_tuples(value: Any) -> Any:
-    """Lists in a list as tuples, so that the section stays immutable."""
+    """A list, and lists in it, as tuples, so that the section is immutable."""
     if not isinstance(value, list):
         return value
     return tuple(tuple(part) if isinstance(part, list) else part for part in value)
 
 
 class EvaluateConfig(Section):
-    """What is compared, and where results go (docs/evaluation.md)."""
+    """Which models are compared, and where results go (docs/evaluation.md)."""
 
-    models: Annotated[Mapping[Text, SubjectConfig], BeforeValidator(_as_subjects)] = {}
-    """The models by name, each a path or `{path, adapter}`. Empty: `base` is `model.path` and
-    `trained` the result of the run in `training.output`."""
+    models: Annotated[Mapping[Text, EvalModelConfig], BeforeValidator(_as_models)] = {}
+    """The models by name, each a path or `{path, adapter}`. Empty means `base`, the `model.path`,
+    and `trained`, the result of the run in `training.output`."""
 
     output: PathText | None = None
     """Directory of the results; null is `evaluation` in `training.output`."""
 
     bootstrap_samples: PositiveInt = 2000
-    """Resamples of the held-out prompts from which intervals are taken."""
+    """Bootstrap resamples of the held-out prompts for confidence intervals."""
 
     seed: Int = 0
-    """Of resampling and of sampled answers."""
+    """Seed of the bootstrap and of sampled answers."""
 
     def problems(self) -> list[Problem]:
-        """Names that cannot be files' names."""
+        """Model names that cannot be file names."""
         return [
             Problem("models", f"has the name {name!r}", "use letters, digits, dots, - and _")
             for name in self.models
@@ -82,94 +78,95 @@ class EvaluateConfig(Section):
 
 
 class GenerateConfig(Section):
-    """Answers to prompts, by default as the intermediate-DPO paper sampled them."""
+    """Generating answers to prompts; the defaults are those of the intermediate-DPO paper."""
 
     prompts: Sources | None = None
-    """Prompts written like `data.train`: preference pairs or records with a `prompt` alone. null
-    takes the held-out pairs' prompts, each once."""
+    """Prompts, written like `data.train`: preference pairs, or records with only a `prompt`. null
+    takes each prompt of the held-out pairs once."""
 
     max_prompts: PositiveInt | None = None
-    """Take this many of them, chosen by `evaluate.seed`; null takes all."""
+    """Take a random sample of this many, drawn with `evaluate.seed`; null takes all."""
 
     temperature: NonNegativeFloat = 0.3
-    """0 takes the likeliest token."""
+    """Sampling temperature; 0 is greedy decoding."""
 
     repetition_penalty: PositiveFloat = 1.1
-    """Of tokens that occurred, in the prompt too; 1 is none."""
+    """Penalty of tokens that already occurred, in the prompt as well; 1 is none."""
 
     top_p: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0
-    """Sample from the likeliest tokens that make up this share."""
+    """Nucleus sampling: the probability mass of the tokens to sample from."""
 
     max_new_tokens: PositiveInt = 512
-    """Where an answer is cut off."""
+    """Maximum length of an answer in tokens."""
 
     batch_prompts: PositiveInt = 8
-    """Prompts that are answered at once; with another number, sampled answers are others."""
+    """Prompts per batch; sampled answers depend on it."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """`auto` is vLLM where it is installed and a GPU is there."""
+    """`auto` is vLLM if it is installed and there is a GPU."""
 
     def problems(self) -> list[Problem]:
-        """What a temperature of 0 leaves unread."""
+        """Fields that greedy decoding leaves unused."""
         if self.temperature:
             return []
-        return self._unread("top_p", "temperature is 0", "leave it out, or set a temperature")
+        remedy = "leave it out, or set a temperature"
+        return self._without_effect("top_p", "temperature is 0", remedy)
 
 
 class JudgeConfig(Section):
-    """Who judges which answers."""
+    """Comparing answers pairwise with a judge."""
 
     model: Text
-    """The judge: a name that the endpoint knows, or a local model's directory or hub name."""
+    """The judge: a model name of the endpoint, or the directory or hub name of a local model."""
 
     kind: Literal["api", "reward", "language_model"] = "api"
-    """An OpenAI-compatible endpoint; or, without a network, a reward model (sequence
-    classification) or a language model that is given the template."""
+    """An OpenAI-compatible endpoint, or locally a reward model (sequence classification) or a
+    language model that is prompted with the template."""
 
     compare: Annotated[tuple[tuple[Text, Text], ...] | None, BeforeValidator(_as_tuples)] = None
-    """Pairs of names in `evaluate.models`, the first against the second; null is the last model
-    against each of the others."""
+    """Pairs of names from `evaluate.models`, the first against the second; null is the last model
+    against each other one."""
 
     template: PathText | None = None
-    """A Jinja file with the judge's instructions; null is the one that comes with the package."""
+    """A Jinja file with the judge's instructions; null is the built-in one."""
 
     max_prompts: PositiveInt | None = None
-    """Judge this many prompts, the first ones; null judges all."""
+    """Judge only the first N prompts; null judges all."""
 
     base_url: Text = "https://api.openai.com/v1"
-    """Of the endpoint."""
+    """URL of the endpoint."""
 
     key_variable: Text = "OPENAI_API_KEY"
-    """The environment variable that has the key."""
+    """The environment variable that holds the API key."""
 
     max_parallel: PositiveInt = 8
-    """Requests under way at once."""
+    """Concurrent requests."""
 
     requests_per_minute: PositiveInt | None = None
-    """At most; null leaves it to the endpoint, whose rate limits are waited out."""
+    """Request limit; null relies on the rate limits of the endpoint."""
 
     timeout_s: PositiveFloat = 60.0
-    """After which a request counts as failed."""
+    """Seconds after which a request fails."""
 
     max_attempts: PositiveInt = 6
-    """Of one question, with growing pauses; also of one that is answered without a verdict, unless
-    the answer was cut off at a temperature of 0."""
+    """Attempts per question, with exponential backoff; also if an answer has no verdict, unless it
+    was cut off at temperature 0."""
 
     max_tokens: PositiveInt = 512
-    """Of the judge's answer."""
+    """Maximum length of the judge's answer in tokens."""
 
     input_price: NonNegativeFloat | None = None
-    """For a million tokens, in whatever currency; with `output_price` the cost is estimated."""
+    """Price of a million input tokens, in any currency; with `output_price`, estimates the cost."""
 
     output_price: NonNegativeFloat | None = None
-    """Likewise."""
+    """Price of a million output tokens."""
 
     max_cost: PositiveFloat | None = None
-    """Refuse to begin where the estimate is above this."""
+    """Do not start if the estimated cost is higher."""
 
     def problems(self) -> list[Problem]:
-        """Fields that another judge reads."""
-        found = []
+        """Fields that this kind of judge does not use."""
+        problems = []
         if self.kind != "api":
             for name in (
                 "base_url",
@@ -183,39 +180,39 @@ class JudgeConfig(Section):
                 "output_price",
                 "max_cost",
             ):
-                found += self._unread(name, f"kind is {self.kind}", "leave it out")
+                problems += self._without_effect(name, f"kind is {self.kind}", "leave it out")
         elif (self.input_price is None) != (self.output_price is None):
             name = "input_price" if self.input_price is None else "output_price"
-            found.append(Problem(name, "is missing beside the other price", "set both or none"))
+            problems.append(Problem(name, "is missing, the other price is set", "set both or none"))
         elif self.input_price is None:
-            found += self._unread("max_cost", "there are no prices", "set both prices")
+            problems += self._without_effect("max_cost", "there are no prices", "set both prices")
         if self.kind == "reward":
-            found += self._unread("template", "kind is reward", "leave it out")
+            problems += self._without_effect("template", "kind is reward", "leave it out")
         for pair in self.compare or ():
             if pair[0] == pair[1]:
                 message = f"compares {pair[0]} with itself"
-                found.append(Problem("compare", message, "name two different models"))
-        return found
+                problems.append(Problem("compare", message, "name two different models"))
+        return problems
 
 
 class H4Config(Section):
     """The four tasks of the sDPO paper's table, by lm-eval."""
 
     tasks: Annotated[tuple[H4Task, ...], BeforeValidator(_as_tuples)] = H4_TASKS
-    """ARC (25 examples), HellaSwag (10), MMLU (5), TruthfulQA (none; mc2)."""
+    """ARC (25-shot), HellaSwag (10-shot), MMLU (5-shot), TruthfulQA (0-shot, mc2)."""
 
     items: PathText | None = None
-    """A directory with the tasks' items as jsonl, named after the tasks (docs/evaluation.md); null
-    takes them from the hub."""
+    """A directory with the items of each task as jsonl (docs/evaluation.md); null downloads them
+    from the hub."""
 
     limit: PositiveInt | None = None
-    """Items of each task, the first ones (of MMLU: of each subject); null takes all."""
+    """Only the first N items of each task (MMLU: of each subject); null takes all."""
 
     batch_size: PositiveInt = 8
-    """Requests at once."""
+    """Requests per batch."""
 
     def problems(self) -> list[Problem]:
-        """No task, or one twice."""
+        """No task, or a repeated task."""
         if not self.tasks:
             return [Problem("tasks", "names no task", f"name some of {', '.join(H4_TASKS)}")]
         if len(set(self.tasks)) < len(self.tasks):

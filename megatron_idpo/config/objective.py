@@ -1,27 +1,25 @@
-"""The sections that say what is learnt: the objective, LoRA, the reference.
+"""The sections `objective` and `reference`: the loss, its layers, and what it is compared to.
 
-Fields only; what they mean is computed in `objective/`, `lora/` and `reference/`.
+What the values mean is computed in `objective/` and `reference/`.
 """
 
-from typing import Annotated, Any, Literal, get_args
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field, Strict
 
-from megatron_idpo.config.sections import (
-    Bool,
-    NonNegativeFloat,
-    PathText,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    Weight,
-)
+from megatron_idpo.config.section import NonNegativeFloat, PathText, PositiveFloat, Section, Weight
 from megatron_idpo.errors import ConfigError, Problem
-from megatron_idpo.objective.settings import Objective
+
+SMOOTHED = ("sigmoid", "robust", "sigmoid_norm")
+"""Losses that label smoothing is defined for."""
+
+PER_TOKEN = ("ipo", "sigmoid_norm")
+"""Losses that compare means over a sequence's tokens; the others compare sums."""
 
 
 def _as_layers(value: Any) -> Any:
-    """A list as a tuple, so that the section stays immutable; `resolve_layers` judges numbers."""
+    """A list as a tuple, so that the section is immutable; `resolve_layers` checks the values."""
     if isinstance(value, list):
         value = tuple(value)
     if value == "all" or (isinstance(value, tuple) and all(map(_is_number, value))):
@@ -40,120 +38,86 @@ Layers = Annotated[
 ]
 
 
-class ObjectiveConfig(Section):
+class Objective(Section):
     """The loss: Eq. 1 to 3 and their variants (docs/how_it_works.md)."""
 
     loss: Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"] = "sigmoid"
     """The function of policy and reference log-ratios, by TRL's names; `sigmoid` is DPO."""
 
     beta: PositiveFloat = 0.1
-    """How strongly the policy is held to the reference."""
+    """β: how strongly the policy is held to the reference (τ in IPO)."""
 
-    label_smoothing: NonNegativeFloat = 0.0
-    """The assumed share of pairs whose labels are swapped, below 0.5."""
+    label_smoothing: Annotated[float, Strict(), Field(ge=0, lt=0.5)] = 0.0
+    """ε: the assumed share of pairs whose labels are swapped."""
 
     nll_weight: NonNegativeFloat = 0.0
     """Weight of the chosen answer's negative log-likelihood per token, at every layer."""
 
-    layers: Layers = ()
-    """Intermediate layers that have a loss of their own: numbers from 1, fractions of the depth
-    (0.69), `{every: 4}` or `all`; `[]` is plain DPO."""
-
     intermediate_weight: Weight = 0.1
-    """Share w of the intermediate layers in the loss; the final layer has 1 - w. Read where there
-    are `layers`."""
+    """w of Eq. 3: share of the intermediate layers in the loss; the final layer has 1 - w. Without
+    intermediate layers it counts as 0."""
 
     layer_weights: tuple[PositiveFloat, ...] | None = None
-    """One weight per intermediate layer, made to sum to 1; null weighs them equally."""
+    """One weight per intermediate layer, normalized to sum to 1; null weighs them equally."""
 
     reference_layer: Literal["same", "final"] = "same"
     """Where the reference of an intermediate layer is read: at that layer, or at the final one."""
+
+    def problems(self) -> list[Problem]:
+        """Label smoothing with a loss that does not define it."""
+        if not self.label_smoothing or self.loss in SMOOTHED:
+            return []
+        message = f"is {self.label_smoothing}, but the loss {self.loss} has no label smoothing"
+        return [Problem("label_smoothing", message, f"set it to 0, or use {', '.join(SMOOTHED)}")]
+
+    def layer_scales(self, num_layers: int) -> tuple[float, tuple[float, ...]]:
+        """The factors of the layers' losses in Eq. 3: 1 − w, and w·α_l for every layer.
+
+        Args:
+            num_layers: K, the number of intermediate layers. 0 is plain DPO: w is 0.
+
+        Returns:
+            The final layer's factor and the K others; they sum to 1.
+
+        Raises:
+            ConfigError: `layer_weights` does not have K values.
+        """
+        weights = self.layer_weights
+        if weights is not None and len(weights) != num_layers:
+            raise ConfigError.at(
+                "objective.layer_weights",
+                f"{len(weights)} weights for {num_layers} layers",
+                "give one weight per intermediate layer, or none for the mean",
+            )
+        if not num_layers:
+            return 1.0, ()
+        weights = weights or (1.0,) * num_layers
+        total = math.fsum(weights)
+        shares = tuple(self.intermediate_weight * weight / total for weight in weights)
+        return 1.0 - self.intermediate_weight, shares
+
+
+class ObjectiveConfig(Objective):
+    """The loss: Eq. 1 to 3 and their variants (docs/how_it_works.md)."""
+
+    layers: Layers = ()
+    """Intermediate layers with their own loss: numbers from 1, fractions of the depth (0.69),
+    `{every: 4}` or `all`; `[]` is plain DPO."""
 
     norm: Literal["final", "none"] = "final"
     """Whether intermediate layers are read through the final norm."""
 
     def problems(self) -> list[Problem]:
-        """What the objective itself refuses, and fields that plain DPO does not read."""
-        found = []
-        try:
-            self.objective()
-        except ConfigError as error:
-            found = [
-                Problem(
-                    problem.location.removeprefix("objective."), problem.message, problem.remedy
-                )
-                for problem in error.problems
-            ]
+        """Also fields that plain DPO leaves unused."""
+        problems = super().problems()
         if self.layers == ():
+            names = ["layer_weights", "reference_layer", "norm"]
+            if self.intermediate_weight != 0.0:  # an explicit 0 says the same as no layers
+                names.append("intermediate_weight")
             because, remedy = "there are no intermediate layers", "name some in objective.layers"
-            for name in ("layer_weights", "reference_layer", "norm"):
-                found += self._unread(name, because, remedy)
-            if self.intermediate_weight != 0.0:
-                found += self._unread("intermediate_weight", because, remedy)
-        return found
-
-    def objective(self) -> Objective:
-        """The validated value that the plugin works with.
-
-        Raises:
-            ConfigError: naming every field that cannot be.
-        """
-        names = Objective.__dataclass_fields__
-        return Objective(**{name: getattr(self, name) for name in names})
-
-
-LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def _as_targets(value: Any) -> Any:
-    """A list as a tuple of known names; pydantic would tell a mistake in a union twice."""
-    if value == "all-linear":
-        return value
-    known = get_args(LoraTarget)
-    if isinstance(value, list | tuple) and all(name in known for name in value):
-        return tuple(value)
-    raise ValueError(f"give all-linear, or a list of {', '.join(known)}")
-
-
-LoraTargets = Annotated[
-    Literal["all-linear"] | tuple[LoraTarget, ...], BeforeValidator(_as_targets)
-]
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (LoRA); without this section all weights are trained."""
-
-    rank: PositiveInt = 16
-    """Rank r of every adapter."""
-
-    alpha: PositiveFloat = 16.0
-    """An adapter's output is scaled by alpha / rank."""
-
-    dropout: NonNegativeFloat = 0.0
-    """Dropout before the adapters, below 1; off in evaluation and for the reference."""
-
-    targets: LoraTargets = "all-linear"
-    """Which projections get an adapter, by Hugging Face's names (`[q_proj, v_proj]`)."""
-
-    rslora: Bool = False
-    """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
-
-    adapter: PathText | None = None
-    """A PEFT adapter directory to start from; null starts where the adapter changes nothing. The
-    reference is the base model without it."""
-
-    def problems(self) -> list[Problem]:
-        """Values that mean no adapter."""
-        found = []
-        if self.dropout >= 1:
-            found.append(Problem("dropout", f"is {self.dropout}", "it must be below 1"))
-        if self.targets == ():
-            remedy = "name projections, or leave the section out to train all weights"
-            found.append(Problem("targets", "names no projection", remedy))
-        twice = [name for name in self.targets if self.targets.count(name) > 1]
-        if self.targets != "all-linear" and twice:
-            found.append(Problem("targets", f"names {twice[0]} twice", "name it once"))
-        return found
+            for name in names:
+                problems += self._without_effect(name, because, remedy)
+        return problems
 
 
 class ReferenceConfig(Section):
@@ -170,7 +134,7 @@ class ReferenceConfig(Section):
     """Directory of the cache; null is `reference` in `training.output`."""
 
     def problems(self) -> list[Problem]:
-        """Fields that the others leave unread."""
+        """Fields that `source` leaves unused."""
         if self.source == "cache":
             return []
-        return self._unread("cache", f"source is {self.source}", "set source to cache")
+        return self._without_effect("cache", f"source is {self.source}", "set source to cache")

@@ -12,11 +12,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_idpo.config.evaluate import SubjectConfig
+from megatron_idpo.config.data import ColumnsConfig, SourceConfig
+from megatron_idpo.config.evaluate import EvalModelConfig
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.objective import Layers
-from megatron_idpo.config.run_config import RunConfig, section_class
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo import SdpoStepConfig
-from megatron_idpo.config.sections import ColumnsConfig, LayoutConfig, Section, SourceConfig
+from megatron_idpo.config.section import Section, section_class
 from megatron_idpo.config.training import WandbConfig
 
 _HEAD = """# Configuration
@@ -24,11 +26,11 @@ _HEAD = """# Configuration
 <!-- Generated: python -m megatron_idpo.config.reference_page > docs/configuration.md -->
 
 One YAML file serves every verb: `megatron-idpo VERB CONFIG.yaml [section.field=value …]`. A verb
-reads the sections it needs and leaves the others alone, but the whole file is checked: unknown
-sections and fields, wrong types, fields that would not be read and impossible combinations are
-told all at once, before anything is loaded. On the command line `section.field=value` sets a field,
+reads the sections it needs and ignores the others, but the whole file is checked: unknown
+sections and fields, wrong types, fields without effect and impossible combinations are reported
+together, before anything is loaded. On the command line `section.field=value` sets a field,
 with the value in YAML, and `section=null` removes a section. Scalars follow YAML 1.2: `1e-4` is a
-number, `true` and `false` are the only truth values.
+number, `true` and `false` are the only booleans.
 """
 
 
@@ -44,7 +46,7 @@ def config_reference() -> str:
         ("Columns of a source", ColumnsConfig),
         ("Steps of `sdpo`", SdpoStepConfig),
         ("`logging.wandb`", WandbConfig),
-        ("Models of `evaluate`", SubjectConfig),
+        ("Models of `evaluate`", EvalModelConfig),
     ):
         parts.append(f"### {title}\n\n{section.__doc__}\n\n{_table(section)}")
     return "\n".join(parts)
@@ -75,7 +77,7 @@ def _type_name(annotation: Any, metadata: Any = ()) -> str:
     arguments = get_args(annotation)
     if annotation == get_args(Layers)[0]:
         return "list of layers, {every: n}, or `all`"
-    if annotation in (WandbConfig, LayoutConfig, SdpoStepConfig, ColumnsConfig):
+    if annotation in (WandbConfig, Layout, SdpoStepConfig, ColumnsConfig):
         return "mapping"
     if hasattr(annotation, "__metadata__"):
         bounds = [part for data in annotation.__metadata__ for part in _parts(data)]
@@ -95,22 +97,18 @@ def _type_name(annotation: Any, metadata: Any = ()) -> str:
 
 
 def _parts(data: Any) -> list[Any]:
-    """A `Field(gt=…)` inside `Annotated` carries its bounds as metadata of its own."""
+    """A `Field(gt=…)` inside `Annotated` has its bounds in its own metadata."""
     return data.metadata if isinstance(data, FieldInfo) else [data]
 
 
 def _bounds(metadata: Any) -> list[str]:
-    message = []
-    for bound in metadata:
-        if isinstance(bound, Gt):
-            message.append(f"> {bound.gt}")
-        elif isinstance(bound, Ge):
-            message.append(f"≥ {bound.ge}")
-        elif isinstance(bound, Lt):
-            message.append(f"< {bound.lt}")
-        elif isinstance(bound, Le):
-            message.append(f"≤ {bound.le}")
-    return message
+    signs = ((Gt, ">", "gt"), (Ge, "≥", "ge"), (Lt, "<", "lt"), (Le, "≤", "le"))
+    return [
+        f"{sign} {getattr(bound, name)}"
+        for bound in metadata
+        for kind, sign, name in signs
+        if isinstance(bound, kind)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""The section of stepwise DPO: how pairs are dealt to the steps, and what differs between steps.
+"""The section `sdpo`: how pairs are dealt to the steps, and what differs between steps.
 
-Fields only; pairs are dealt in `sdpo/slices.py`, and `config_steps.py` makes each step's
-configuration of the whole one.
+Pairs are dealt in `sdpo/deal.py`; `sdpo_steps.py` derives the configuration of each step.
 """
 
 from typing import Literal
 
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.objective import Layers
-from megatron_idpo.config.sections import (
+from megatron_idpo.config.section import (
     Bool,
     Int,
-    LayoutConfig,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -19,133 +18,133 @@ from megatron_idpo.config.sections import (
 from megatron_idpo.errors import Problem
 
 _SHARE_TOLERANCE = 1e-6
-"""Of a sum of fractions: 1/3 is not written exactly."""
+"""Tolerance of a sum of fractions: 1/3 has no exact decimal."""
 
 
 class SdpoStepConfig(Section):
-    """One step: its share of the pairs, and what it does otherwise than the rest of the file."""
+    """One step: its share of the pairs, and values that replace those of other sections."""
 
     sources: tuple[PositiveInt, ...] | None = None
-    """Which of `data.train` it learns from, counted from 1; in every step or in none."""
+    """Which sources of `data.train` it trains on, counted from 1; in every step or in none."""
 
     fraction: PositiveFloat | None = None
-    """Its share of the pairs; in every step, with 1 as their sum, or in none, for equal shares."""
+    """Its share of the pairs; in every step (they sum to 1), or in none, for equal shares."""
 
     lr: PositiveFloat | None = None
-    """Instead of `optimizer.lr`."""
+    """Replaces `optimizer.lr`."""
 
     warmup_steps: Int | None = None
-    """Instead of `optimizer.warmup_steps`."""
+    """Replaces `optimizer.warmup_steps`."""
 
     epochs: PositiveInt | None = None
-    """Instead of `training.epochs`."""
+    """Replaces `training.epochs`."""
 
     max_steps: PositiveInt | None = None
-    """Instead of `training.max_steps`."""
+    """Replaces `training.max_steps`."""
 
     beta: PositiveFloat | None = None
-    """Instead of `objective.beta`."""
+    """Replaces `objective.beta`."""
 
     layers: Layers | None = None
-    """Instead of `objective.layers`."""
+    """Replaces `objective.layers`."""
 
     intermediate_weight: Weight | None = None
-    """Instead of `objective.intermediate_weight`."""
+    """Replaces `objective.intermediate_weight`."""
 
-    layout: LayoutConfig | None = None
-    """Instead of the section `layout`, as a whole; over as many processes."""
+    layout: Layout | None = None
+    """Replaces the whole section `layout`, for the same number of processes."""
 
     export: Bool = False
-    """Also leave this step's model for Transformers, in `OUTPUT/step-N/hf`."""
+    """Also export this step's model for Transformers, to `OUTPUT/step-N/hf`."""
 
 
 class SdpoConfig(Section):
-    """Stepwise DPO: each step learns from some pairs, with the step before as its reference."""
+    """Stepwise DPO: each step trains on a part of the pairs, with the step before as reference."""
 
     steps: tuple[SdpoStepConfig, ...]
-    """Every step in order; `{}` is one without anything of its own."""
+    """Every step in order; `{}` is a step without overrides."""
 
     order: Literal["given", "easy_to_hard", "random"] = "given"
-    """How pairs are lined up before they are dealt out: as `data.train` lists them; those first
-    that the first model gets right already; or shuffled by `data.seed`."""
+    """Order of the pairs before they are dealt to steps: that of `data.train`; those that the first
+    model already ranks correctly first; or shuffled by `data.seed`."""
 
     by: Literal["source", "pair"] = "source"
-    """With `easy_to_hard`: line up whole sources, one for each step, or single pairs."""
+    """With `easy_to_hard`: order whole sources, one for each step, or single pairs."""
 
     measure: Literal["accuracy", "margin"] = "accuracy"
-    """With `easy_to_hard`: the share of pairs whose chosen answer the first model finds likelier,
-    or the mean difference of log-probabilities; a single pair has 0 or 1, or its own."""
+    """With `easy_to_hard`: accuracy is the share of pairs where the first model gives the chosen
+    answer the higher log-probability; margin is the mean difference of log-probabilities."""
 
     length_normalised: Bool = False
-    """With `easy_to_hard`: compare log-probabilities per token of the answers."""
+    """With `easy_to_hard`: compare log-probabilities per token of the answer."""
 
     target: Literal["previous", "first"] = "previous"
-    """What each step's policy starts from: the previous step's result, or the first model."""
+    """The model that each step's policy starts from: the previous step's result, or the first."""
 
     adapters: Literal["merge", "carry"] = "merge"
-    """With LoRA, between steps: merge the adapters into the weights and start fresh ones, or go on
-    with them, the first model staying as it is."""
+    """With LoRA, between steps: merge the adapters into the weights and start new ones, or carry
+    them on and leave the weights of the first model unchanged."""
 
     only: PositiveInt | None = None
-    """Run this step alone, where those before it are complete; null runs all that are not."""
+    """Run only this step; the steps before it must be complete. null runs all incomplete steps."""
 
     keep_snapshots: Literal["all", "last"] = "all"
-    """Which steps' snapshots stay: all, or only the newest that is complete."""
+    """Which snapshots to keep: all, or only that of the newest complete step."""
 
     keep_checkpoints: Bool = False
-    """Keep a step's training checkpoints, optimizer state included, when its snapshot is there."""
+    """Keep a step's training checkpoints, with optimizer state, after its snapshot is written."""
 
     def problems(self) -> list[Problem]:
-        """Steps that contradict each other, and fields that the others leave unread."""
-        found = []
+        """Steps that contradict each other, and fields that the others leave unused."""
+        problems = []
         if not self.steps:
-            found.append(Problem("steps", "is empty", "write one entry per step, or {}"))
+            problems.append(Problem("steps", "is empty", "write one entry per step, or {}"))
         if self.only is not None and self.only > len(self.steps):
             message = f"is {self.only}, but there are {len(self.steps)} steps"
-            found.append(Problem("only", message, f"give a number from 1 to {len(self.steps)}"))
-        found += self._share_problems()
+            problems.append(Problem("only", message, f"give a number from 1 to {len(self.steps)}"))
+        problems += self._share_problems()
         if self.order != "easy_to_hard":
             for name in ("by", "measure", "length_normalised"):
                 because, remedy = f"order is {self.order}", "set order to easy_to_hard"
-                found += self._unread(name, because, remedy)
-        return found
+                problems += self._without_effect(name, because, remedy)
+        return problems
 
     @property
     def deals_sources(self) -> bool:
-        """Whether steps name the sources that they learn from."""
+        """Whether steps name the sources that they train on."""
         return any(step.sources is not None for step in self.steps)
 
     @property
     def takes_whole_sources(self) -> bool:
-        """Whether each step gets one source, in the order of their easiness."""
+        """Whether each step gets one source, from easy to hard."""
         return self.order == "easy_to_hard" and self.by == "source"
 
     def _share_problems(self) -> list[Problem]:
-        found = []
+        problems = []
         for name in ("sources", "fraction"):
-            with_it = [getattr(step, name) is not None for step in self.steps]
-            if any(with_it) and not all(with_it):
-                lacking = with_it.index(False)
-                message = f"says no {name}, which other steps say"
-                found.append(Problem(f"steps.{lacking}", message, f"say {name} in all or in none"))
+            is_set = [getattr(step, name) is not None for step in self.steps]
+            if any(is_set) and not all(is_set):
+                location = f"steps.{is_set.index(False)}"
+                message, remedy = f"has no {name}, unlike other steps", f"set {name} in all or none"
+                problems.append(Problem(location, message, remedy))
         if self.deals_sources and self.order != "given":
             message = f"are named by steps, but order is {self.order}"
-            found.append(
+            problems.append(
                 Problem("steps.0.sources", message, "leave them out, or set order to given")
             )
-        found += [
+        problems += [
             Problem(f"steps.{index}.sources", "names no source", "name at least one")
             for index, step in enumerate(self.steps)
             if step.sources == ()
         ]
         fractions = [step.fraction for step in self.steps if step.fraction is not None]
         if fractions and self.deals_sources:
-            message = "would not be read: steps name their sources"
-            found.append(Problem("steps.0.fraction", message, "keep one of them"))
+            message = "has no effect: steps name their sources"
+            problems.append(Problem("steps.0.fraction", message, "keep one of them"))
         elif fractions and self.takes_whole_sources:
-            message = "would not be read: each step gets a whole source"
-            found.append(Problem("steps.0.fraction", message, "leave it out, or set by to pair"))
+            message = "has no effect: each step gets a whole source"
+            problems.append(Problem("steps.0.fraction", message, "leave it out, or set by to pair"))
         elif fractions and abs(sum(fractions) - 1) > _SHARE_TOLERANCE:
-            message = f"the fractions are {sum(fractions):g} in sum"
-            found.append(Problem("steps", message, "make them 1 in sum"))
-        return found
+            message = f"the fractions sum to {sum(fractions):g}"
+            problems.append(Problem("steps", message, "make them sum to 1"))
+        return problems

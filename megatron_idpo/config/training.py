@@ -1,8 +1,8 @@
-"""The sections that say how a run goes: the optimizer, the run itself, checkpoints, logging."""
+"""The sections `optimizer`, `training`, `checkpoint` and `logging`."""
 
 from typing import Literal
 
-from megatron_idpo.config.sections import (
+from megatron_idpo.config.section import (
     Bool,
     Fraction,
     Int,
@@ -17,13 +17,13 @@ from megatron_idpo.errors import Problem
 
 
 class OptimizerConfig(Section):
-    """AdamW, and how its learning rate goes."""
+    """AdamW and its learning-rate schedule."""
 
     lr: PositiveFloat
     """The highest learning rate: about 1e-4 to 5e-4 for LoRA, 5e-7 to 5e-6 for all weights."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls from `lr` to `min_lr` after the warm-up."""
+    """How the learning rate decays from `lr` to `min_lr` after the warm-up."""
 
     min_lr: NonNegativeFloat = 0.0
     """The learning rate at the end of the run."""
@@ -32,110 +32,110 @@ class OptimizerConfig(Section):
     """Steps over which the learning rate rises from 0 to `lr`."""
 
     warmup_fraction: Fraction | None = None
-    """Instead of `warmup_steps`: the share of the run's steps."""
+    """Replaces `warmup_steps`: warm-up as a share of the run's steps."""
 
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay, not applied to norms and biases."""
 
     beta1: Fraction = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the running mean of gradients."""
 
     beta2: Fraction = 0.999
-    """Decay of the mean of squared gradients."""
+    """Decay of the running mean of squared gradients."""
 
     eps: PositiveFloat = 1e-8
     """Added to the root of the mean square."""
 
     clip_grad: NonNegativeFloat = 1.0
-    """Largest norm of the whole gradient; 0 does not clip."""
+    """Clip the global gradient norm at this value; 0 does not clip."""
 
     distributed: Bool = True
-    """Split the optimizer's state over data-parallel ranks (ZeRO-1); with one rank it is whole."""
+    """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
 
     def problems(self) -> list[Problem]:
         """Fields that exclude each other."""
-        found = []
+        problems = []
         if self.warmup_steps:
-            found += self._unread(
-                "warmup_fraction", "warmup_steps says how long it is", "keep one of them"
+            problems += self._without_effect(
+                "warmup_fraction", "warmup_steps is set", "keep one of them"
             )
         if self.schedule == "constant":
-            found += self._unread("min_lr", "the schedule is constant", "leave it out")
+            problems += self._without_effect("min_lr", "the schedule is constant", "leave it out")
         elif self.min_lr > self.lr:
-            found.append(Problem("min_lr", f"is {self.min_lr}, above lr {self.lr}", "lower it"))
-        return found
+            problems.append(Problem("min_lr", f"is {self.min_lr}, above lr {self.lr}", "lower it"))
+        return problems
 
 
 class TrainingConfig(Section):
     """The run."""
 
     output: PathText
-    """Directory of everything the run leaves: checkpoints, metrics, the final model."""
+    """Directory of the run: checkpoints, metrics, the final model."""
 
     global_batch_pairs: PositiveInt = 32
-    """Preference pairs in each optimizer step, over all processes."""
+    """Preference pairs per optimizer step, over all processes."""
 
     epochs: PositiveInt = 1
-    """How often the data is gone through."""
+    """Passes over the data."""
 
     max_steps: PositiveInt | None = None
-    """End after this many optimizer steps, if the epochs do not end before."""
+    """Stop after this many optimizer steps, if the epochs do not end first."""
 
     eval_every_steps: PositiveInt | None = None
-    """Evaluate held-out pairs every so many steps; null: only before and after training."""
+    """Steps between evaluations of the held-out pairs; null: only before and after training."""
 
     recompute: Literal["off", "selective", "full"] = "off"
-    """Activations to compute again in the backward pass instead of keeping them: none, core
-    attention's, or whole layers'."""
+    """Activations to recompute in the backward pass: none, those of core attention, or those of
+    whole layers."""
 
     recompute_layers: PositiveInt | None = None
-    """With `recompute: full`: only the first so many layers of each chunk; null is all of them."""
+    """With `recompute: full`: only the first N layers of each chunk; null is all layers."""
 
     start_check: Bool = True
-    """Before the first step, check that policy and reference agree at every layer (loss ln 2)."""
+    """Before the first step, check that policy equals reference at every layer (loss ln 2)."""
 
     export: Bool = True
-    """At the end, write a Hugging Face model, and a PEFT adapter where LoRA was trained."""
+    """At the end, write a Hugging Face model, and with LoRA also a PEFT adapter."""
 
     seed: Int = 0
-    """Of dropout and of fresh adapters."""
+    """Seed of dropout and of the initial values of adapters."""
 
     def problems(self) -> list[Problem]:
-        """Fields that the others leave unread."""
+        """Fields that the others leave unused."""
         if self.recompute == "full":
             return []
-        return self._unread(
+        return self._without_effect(
             "recompute_layers", f"recompute is {self.recompute}", "set recompute to full"
         )
 
 
 class CheckpointConfig(Section):
-    """Saving the run's state, so that it can go on after anything."""
+    """Saving the state of the run, to resume it after any interruption."""
 
     every_steps: PositiveInt | None = 100
-    """Save after every so many steps; null: only at the end and on a signal."""
+    """Steps between checkpoints; null: only at the end and on a signal."""
 
     keep_last: PositiveInt = 2
     """How many of the newest checkpoints to keep."""
 
     keep_best: Int = 0
-    """How many of those with the best `best_metric` to keep besides; only evaluated steps have one,
-    so `training.eval_every_steps` must be `every_steps`, or divide it or be a multiple of it."""
+    """How many checkpoints with the best `best_metric` to keep as well. Only evaluated steps have
+    one, so `training.eval_every_steps` must divide `every_steps` or be a multiple of it."""
 
     best_metric: Literal["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"] = (
         "eval_loss"
     )
-    """What `keep_best` goes by: the lowest loss, or the highest accuracy or margin."""
+    """The metric of `keep_best`: lowest loss, or highest accuracy or margin."""
 
     resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the newest checkpoint in `training.output`, in whatever layout; `never`
-    refuses an output directory that has one."""
+    """`auto` resumes from the newest checkpoint in `training.output`, in any layout; `never` is an
+    error if there is one."""
 
     def problems(self) -> list[Problem]:
-        """Fields that the others leave unread."""
+        """Fields that the others leave unused."""
         if self.keep_best:
             return []
-        return self._unread("best_metric", "keep_best is 0", "set keep_best")
+        return self._without_effect("best_metric", "keep_best is 0", "set keep_best")
 
 
 class WandbConfig(Section):
@@ -148,17 +148,17 @@ class WandbConfig(Section):
     """The run's name; null lets W&B choose one."""
 
     entity: Text | None = None
-    """The team or user; null is the account's own."""
+    """The team or user; null is the default of the account."""
 
     mode: Literal["online", "offline"] = "online"
-    """`offline` writes to the disk only."""
+    """`offline` writes to disk only."""
 
 
 class LoggingConfig(Section):
-    """What is told of the run, and where. `OUTPUT/metrics.jsonl` is always written."""
+    """Where metrics go. `OUTPUT/metrics.jsonl` is always written."""
 
     every_steps: PositiveInt = 10
-    """Log every so many steps, and the first and the last."""
+    """Log every N steps, and the first and the last step."""
 
     tensorboard: Bool = False
     """Also write TensorBoard events to `OUTPUT/tensorboard`."""

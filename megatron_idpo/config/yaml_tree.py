@@ -162,7 +162,7 @@ class _Reader:
         try:
             return _Loader("").construct_object(node)
         except (yaml.YAMLError, ValueError):
-            message = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            message = f"{node.value!r} is not a valid {node.tag.rpartition(':')[2]}"
             self._complain(node, keys, message, "leave the tag out")
             return None
 

@@ -1,7 +1,7 @@
 """Adapters on this rank's model chunks: added, switched off for the reference, removed.
 
     chunks = ...                                       # weights loaded
-    adapters = add_adapters(chunks, architecture, LoraSettings(rank=16, alpha=16.0))
+    adapters = add_adapters(chunks, architecture, LoraConfig(rank=16, alpha=16.0))
     ...                                                # attach, DDP, optimizer, training
     with adapters.disabled():
         ...                                            # the model as it was, bit for bit
@@ -17,9 +17,9 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.lora.names import weight_shape
-from megatron_idpo.lora.settings import LoraSettings
 from megatron_idpo.mcore.lora.chunk import (
     AdapterTensor,
     ChunkAdapters,
@@ -29,15 +29,15 @@ from megatron_idpo.mcore.lora.chunk import (
     missing_linears,
     remove_adapters,
 )
-from megatron_idpo.mcore.lora.linear import LowRank
+from megatron_idpo.mcore.lora.linear import LoraHyperparams
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel
-from megatron_idpo.mcore.model.chunk import Undo, enable_embedding_output_grad, is_hooked
-from megatron_idpo.mcore.parallel.groups import RankCoordinates, this_rank
+from megatron_idpo.mcore.model.chunk import RestoreFn, enable_embedding_output_grad, is_hooked
+from megatron_idpo.mcore.parallel.groups import RankCoordinates, rank_coordinates
 
 
 def add_adapters(
-    chunks: Sequence[GPTModel], architecture: Architecture, settings: LoraSettings
+    chunks: Sequence[GPTModel], architecture: Architecture, settings: LoraConfig, seed: int = 0
 ) -> "Adapters":
     """Put low-rank adapters beside the linears of every layer, and freeze everything else.
 
@@ -49,6 +49,7 @@ def add_adapters(
         chunks: this rank's chunks, with their weights loaded.
         architecture: what they are.
         settings: rank, scale, dropout and targets.
+        seed: of the initial values of A.
 
     Raises:
         ConfigError: chunks that are wrapped, attached or adapted already, or that lack a target
@@ -56,29 +57,35 @@ def add_adapters(
     """
     if problems := _refused(chunks, settings):
         raise ConfigError.of(problems)
-    return Adapters(chunks, architecture, settings)
+    return Adapters(chunks, architecture, settings, seed)
 
 
 class Adapters:
     """The adapters of this rank's chunks, until `remove`. Made by `add_adapters`."""
 
     def __init__(
-        self, chunks: Sequence[GPTModel], architecture: Architecture, settings: LoraSettings
+        self,
+        chunks: Sequence[GPTModel],
+        architecture: Architecture,
+        settings: LoraConfig,
+        seed: int,
     ) -> None:
         """Insert and initialise them; `add_adapters` has checked the arguments."""
         self.settings = settings
-        """What was asked for."""
+        """Rank, scale, dropout and targets."""
+        self.seed = seed
+        """Of the initial values of A."""
         self.chunks = list(chunks)
         """The adapted chunks."""
-        self._undo: list[Undo] = [freeze(chunk) for chunk in chunks]
-        numbers = LowRank(settings.rank, settings.scaling, settings.dropout)
-        self._by_chunk = [insert_adapters(chunk, settings.targets, numbers) for chunk in chunks]
+        self._undo: list[RestoreFn] = [freeze(chunk) for chunk in chunks]
+        numbers = LoraHyperparams(settings.rank, settings.scaling, settings.dropout)
+        self._by_chunk = [insert_adapters(chunk, settings.projections, numbers) for chunk in chunks]
         self._undo += [enable_embedding_output_grad(chunk) for chunk in chunks if chunk.pre_process]
-        rank = this_rank()
+        rank = rank_coordinates()
         for one in self.tensors():
             if one.side == "A":
                 _, num_inputs = weight_shape(one.projection, architecture)
-                initialise(one, settings.seed, num_inputs, rank)
+                initialise(one, seed, num_inputs, rank)
 
     def tensors(self) -> Iterator[AdapterTensor]:
         """A and B of every projection in this rank's layers, this rank's parts of them."""
@@ -132,12 +139,12 @@ def initialise(one: AdapterTensor, seed: int, num_inputs: int, rank: RankCoordin
     whole = torch.empty(len(one.parameter), num_inputs, device="cpu")
     # Kaiming's bound, sqrt(6 / ((1 + a²) * fan_in)), for a = sqrt(5).
     whole.uniform_(-1 / math.sqrt(num_inputs), 1 / math.sqrt(num_inputs), generator=generator)
-    part = whole if one.split_dim is None else whole.chunk(rank.tensor_size, 1)[rank.tensor]
+    part = whole if one.split_dim is None else whole.chunk(rank.tp_size, 1)[rank.tp_rank]
     with torch.no_grad():
         one.parameter.copy_(part)
 
 
-def _refused(chunks: Sequence[GPTModel], settings: LoraSettings) -> list[Problem]:
+def _refused(chunks: Sequence[GPTModel], settings: LoraConfig) -> list[Problem]:
     if not chunks:
         return [Problem("chunks", "is empty", "give this rank's GPTModel chunks")]
     found = []
@@ -151,5 +158,5 @@ def _refused(chunks: Sequence[GPTModel], settings: LoraSettings) -> list[Problem
         elif is_hooked(chunk):
             found.append(Problem(rank, "is attached to", "add adapters first, then attach"))
         else:
-            found += missing_linears(chunk, settings.targets)
+            found += missing_linears(chunk, settings.projections)
     return list(dict.fromkeys(found))

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.checkpoint.dtype_checks import check_floating, check_range
+from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.convert.hf_io.distributed_writer import write_together
 from megatron_idpo.convert.hf_io.reader import HfCheckpoint
-from megatron_idpo.convert.hf_io.safetensors_header import TensorSpec
+from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
 from megatron_idpo.convert.hf_io.writer import HfWriter
 from megatron_idpo.convert.slicing import Shard
 from megatron_idpo.errors import CheckpointError
@@ -30,10 +31,9 @@ from megatron_idpo.lora.peft_config import (
     peft_config,
     read_peft_settings,
 )
-from megatron_idpo.lora.settings import LoraSettings
 from megatron_idpo.mcore.model.architecture import Architecture
-from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, this_rank
-from megatron_idpo.mcore.parallel.world import from_first, raise_on_all_ranks
+from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, rank_coordinates
+from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, raise_on_all_ranks
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
@@ -57,7 +57,7 @@ def save_peft(
         CheckpointError: on every rank; it cannot be written, and nothing is left behind.
     """
     shapes = peft_shapes(adapters.settings, architecture)
-    dtype = from_first(lambda: next(adapters.parameters())[1].dtype)
+    dtype = broadcast_from_rank0(lambda: next(adapters.parameters())[1].dtype)
     config = peft_config(adapters.settings, base_model)
 
     def add_config(incomplete: Path) -> None:
@@ -67,7 +67,7 @@ def save_peft(
     writer = HfWriter(
         directory,
         [TensorSpec(name, shape, dtype) for name, shape in shapes.items()],
-        token=from_first(lambda: uuid4().hex[:8]),
+        token=broadcast_from_rank0(lambda: uuid4().hex[:8]),
         single_file=WEIGHTS_NAME,
         max_shard_bytes=sys.maxsize,
         overwrite=True,
@@ -89,8 +89,8 @@ def load_peft(adapters: Adapters, architecture: Architecture, directory: Path) -
         CheckpointError: other rank, scale or targets than the adapters', an option that we do not
             have, a missing, unknown or wrong-shaped tensor, a damaged file.
     """
-    rank = this_rank()
-    shard = Shard(rank.tensor, rank.tensor_size)
+    rank = rank_coordinates()
+    shard = Shard(rank.tp_rank, rank.tp_size)
     with raise_on_all_ranks("reading the adapter"), torch.no_grad():
         found = read_peft_settings(directory)
         check_same_settings(found, adapters.settings, directory / CONFIG_NAME)
@@ -105,12 +105,12 @@ def load_peft(adapters: Adapters, architecture: Architecture, directory: Path) -
             check_range(str(directory), name, one.parameter, stored.dtype(name))
 
 
-def peft_shapes(settings: LoraSettings, architecture: Architecture) -> dict[str, tuple[int, int]]:
+def peft_shapes(settings: LoraConfig, architecture: Architecture) -> dict[str, tuple[int, int]]:
     """Every tensor of an adapter by PEFT's name, in the order of the layers."""
     return {
         peft_name(layer, target, side): adapter_shape(target, side, settings.rank, architecture)
         for layer in range(architecture.num_layers)
-        for target in settings.targets
+        for target in settings.projections
         for side in ("A", "B")
     }
 
@@ -122,13 +122,13 @@ def whole_adapter_tensors(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
 
     Collective over the first replica's tensor-parallel groups: a gather for every split tensor.
     """
-    rank = this_rank()
-    if rank.data > 0:
+    rank = rank_coordinates()
+    if rank.dp_rank > 0:
         return
     for one in adapters.tensors():
         tensor = one.parameter.detach()
         shards = [tensor] if one.split_dim is None else gather_tensor_shards(tensor)
-        if rank.tensor == 0:
+        if rank.tp_rank == 0:
             assert shards is not None
             whole = torch.cat(shards, one.split_dim) if one.split_dim is not None else tensor
             yield peft_name(one.layer, one.projection, one.side), whole

@@ -1,6 +1,6 @@
 """PEFT's `adapter_config.json`: what of it we mean, and what we refuse.
 
-Everything that would change the numbers and is not expressed in `LoraSettings` is refused by name,
+Everything that would change the numbers and is not expressed in `LoraConfig` is refused by name,
 so that no adapter is silently read as another one. What only concerns how an adapter was made, or
 where it is from, is ignored.
 """
@@ -8,9 +8,9 @@ where it is from, is ignored.
 from pathlib import Path
 from typing import Any
 
+from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.convert.hf_io.tokenizer_files import read_json_object
 from megatron_idpo.errors import CheckpointError, ConfigError, Problem
-from megatron_idpo.lora.settings import LoraSettings, resolve_targets
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -40,7 +40,7 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base model's weights alone."""
 
 
-def read_peft_settings(directory: Path) -> LoraSettings:
+def read_peft_settings(directory: Path) -> LoraConfig:
     """The settings of an adapter that PEFT saved; the seed is the default.
 
     Args:
@@ -54,18 +54,18 @@ def read_peft_settings(directory: Path) -> LoraSettings:
     if problems := _unsupported(config, str(path)):
         raise CheckpointError.of(problems)
     try:
-        return LoraSettings(
+        return LoraConfig(
             rank=config.get("r", 8),
             alpha=float(config.get("lora_alpha", 8)),
             dropout=float(config.get("lora_dropout", 0.0)),
-            targets=resolve_targets(config["target_modules"]),
-            use_rslora=bool(config.get("use_rslora", False)),
+            targets=config["target_modules"],
+            rslora=bool(config.get("use_rslora", False)),
         )
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError.at(str(path), f"does not describe an adapter: {error}") from None
 
 
-def check_same_settings(found: LoraSettings, wanted: LoraSettings, path: Path) -> None:
+def check_same_settings(found: LoraConfig, wanted: LoraConfig, path: Path) -> None:
     """An adapter on disk means the same as the one in the model; dropout may differ.
 
     Raises:
@@ -74,8 +74,8 @@ def check_same_settings(found: LoraSettings, wanted: LoraSettings, path: Path) -
     fields = {
         "r": (found.rank, wanted.rank),
         "lora_alpha": (found.alpha, wanted.alpha),
-        "use_rslora": (found.use_rslora, wanted.use_rslora),
-        "target_modules": (list(found.targets), list(wanted.targets)),
+        "use_rslora": (found.rslora, wanted.rslora),
+        "target_modules": (list(found.projections), list(wanted.projections)),
     }
     problems = [
         Problem(f"{path}: {name}", f"is {there}, and {here} in this model", "make them equal")
@@ -86,7 +86,7 @@ def check_same_settings(found: LoraSettings, wanted: LoraSettings, path: Path) -
         raise CheckpointError.of(problems)
 
 
-def peft_config(settings: LoraSettings, base_model: str) -> dict[str, Any]:
+def peft_config(settings: LoraConfig, base_model: str) -> dict[str, Any]:
     """The content of `adapter_config.json` for `PeftModel.from_pretrained`.
 
     Args:
@@ -105,8 +105,8 @@ def peft_config(settings: LoraSettings, base_model: str) -> dict[str, Any]:
         # PEFT's own type is int; it computes with any number.
         "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
         "lora_dropout": settings.dropout,
-        "use_rslora": settings.use_rslora,
-        "target_modules": list(settings.targets),
+        "use_rslora": settings.rslora,
+        "target_modules": list(settings.projections),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from megatron_idpo.objective.settings import PER_TOKEN, Objective
+from megatron_idpo.config.objective import PER_TOKEN, Objective
 
 __all__ = [
     "Objective",

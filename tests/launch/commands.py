@@ -6,7 +6,8 @@ from typing import Any
 
 from torch.distributed.run import parse_args as parse_torchrun
 
-from megatron_idpo.config.run_config import SECTIONS, load_config
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import SECTIONS
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -31,5 +32,5 @@ def check_command(words: list[str], *, nodes: int, rank: int, gpus: int = 8) -> 
     assert options.module and options.training_script == "megatron_idpo"
     verb, config, *overrides = options.training_script_args
     assert verb == "train"
-    layout = load_config(ROOT / config, overrides, optional=SECTIONS).layout.layout()
-    assert layout.problems(world_size=nodes * gpus) == []
+    layout = load_config(ROOT / config, overrides, optional=SECTIONS).layout
+    assert layout.problems_for(world_size=nodes * gpus) == []

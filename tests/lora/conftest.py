@@ -58,8 +58,8 @@ def fresh_peft(base: Path, settings: str) -> Any:
     config = LoraConfig(
         r=asked.rank,
         lora_alpha=int(asked.alpha),
-        target_modules=list(asked.targets),
-        use_rslora=asked.use_rslora,
+        target_modules=list(asked.projections),
+        use_rslora=asked.rslora,
         task_type="CAUSAL_LM",
         init_lora_weights=False,
     )

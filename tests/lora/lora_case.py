@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idpo.lora.settings import PROJECTIONS, LoraSettings
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
+from megatron_idpo.config.lora import PROJECTIONS, LoraConfig
 
 NUM_SEQUENCES, SEQUENCE_TOKENS, STEPS = 4, 16, 2
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-4}
@@ -27,13 +27,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 SETTINGS = {
-    "all": LoraSettings(rank=4, alpha=12.0),
-    "rslora": LoraSettings(rank=4, alpha=12.0, use_rslora=True),
-    "q-v": LoraSettings(rank=3, alpha=3.0, targets=("q_proj", "v_proj")),
-    "k-o-up": LoraSettings(rank=2, alpha=5.0, targets=("k_proj", "o_proj", "up_proj")),
-    "gate-down": LoraSettings(rank=2, alpha=5.0, targets=("gate_proj", "down_proj")),
+    "all": LoraConfig(rank=4, alpha=12.0),
+    "rslora": LoraConfig(rank=4, alpha=12.0, rslora=True),
+    "q-v": LoraConfig(rank=3, alpha=3.0, targets=("q_proj", "v_proj")),
+    "k-o-up": LoraConfig(rank=2, alpha=5.0, targets=("k_proj", "o_proj", "up_proj")),
+    "gate-down": LoraConfig(rank=2, alpha=5.0, targets=("gate_proj", "down_proj")),
 }
-assert SETTINGS["all"].targets == PROJECTIONS
+assert SETTINGS["all"].projections == PROJECTIONS
 
 SYNCS: dict[str, tuple[str, ...]] = {
     "plain": (),

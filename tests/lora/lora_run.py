@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
+from megatron_idpo.config.lora import LoraConfig
 
 from .lora_case import (
     ADAM,
@@ -28,19 +28,25 @@ from .lora_case import (
 
 
 def adapted(
-    base: str, layout: Layout, settings: LoraSettings, adapter: str | None = None, **options: Any
+    base: str,
+    layout: Layout,
+    settings: LoraConfig,
+    adapter: str | None = None,
+    seed: int = 0,
+    **options: Any,
 ) -> tuple[list[Any], Any, Any]:
     """Chunks with a base model's weights, its architecture, and adapters (from a directory)."""
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.lora.adapters import add_adapters
     from megatron_idpo.lora.peft import load_peft
     from megatron_idpo.mcore.model.build import ModelOptions, build_model
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     checkpoint, architecture = open_hf(Path(base))
-    layout.start()
+    start_layout(layout)
     chunks = build_model(architecture, layout, ModelOptions(**options))
     load_hf_weights(chunks, checkpoint, architecture)
-    adapters = add_adapters(chunks, architecture, settings)
+    adapters = add_adapters(chunks, architecture, settings, seed)
     if adapter is not None:
         load_peft(adapters, architecture, Path(adapter))
     return chunks, architecture, adapters

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_idpo.config.layout import Layout
+from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.lora.names import peft_name
-from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.parallel.layout import Layout
 
 from .lora_case import ADAM, CLIP, MODELS, NUM_SEQUENCES, SETTINGS, STEPS, Case, tokens
 from .lora_run import adapted, logits_of, merged, train, whole
@@ -93,15 +93,15 @@ def test_every_layout_trains_as_peft(case, workers, base_model, peft_adapter, pe
         assert moved <= STEP_IN_LR * STEPS, f"{name}: {moved:.2e} lr"
 
 
-def fresh(base: str, layout: Layout, settings: LoraSettings) -> dict[str, torch.Tensor]:
-    return whole(adapted(base, layout, settings)[2])
+def fresh(base: str, layout: Layout, settings: LoraConfig, seed: int) -> dict[str, torch.Tensor]:
+    return whole(adapted(base, layout, settings, seed=seed)[2])
 
 
 def test_the_start_is_the_same_in_every_layout(workers, base_model):
-    settings, base = LoraSettings(rank=4, seed=7), str(base_model("qwen3"))
-    first = merged(workers.run(fresh, 1, base, TP1, settings))
+    settings, base = LoraConfig(rank=4), str(base_model("qwen3"))
+    first = merged(workers.run(fresh, 1, base, TP1, settings, 7))
     for layout in (TP2_SP, PP2_VP2):
-        other = merged(workers.run(fresh, 2, base, layout, settings))
+        other = merged(workers.run(fresh, 2, base, layout, settings, 7))
         assert other.keys() == first.keys()
         assert all(torch.equal(first[name], tensor) for name, tensor in other.items())
     downs = {name: tensor for name, tensor in first.items() if "lora_A" in name}
@@ -113,7 +113,7 @@ def test_the_start_is_the_same_in_every_layout(workers, base_model):
         assert tensor.var() == pytest.approx(bound**2 / 3, rel=0.25), name
     q, k = (downs[peft_name(0, projection, "A")] for projection in ("q_proj", "k_proj"))
     assert not torch.equal(q, k)
-    seeded = merged(workers.run(fresh, 1, base, TP1, LoraSettings(rank=4, seed=8)))
+    seeded = merged(workers.run(fresh, 1, base, TP1, settings, 8))
     assert not any(torch.equal(downs[name], seeded[name]) for name in downs)
 
 
@@ -137,9 +137,10 @@ def switched(base: str, adapter: str, layout: Layout, recompute: bool) -> dict[s
     from megatron_idpo.lora.adapters import add_adapters
     from megatron_idpo.lora.peft import load_peft
     from megatron_idpo.mcore.model.build import ModelOptions, Recompute, build_model
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     checkpoint, architecture = open_hf(Path(base))
-    layout.start()
+    start_layout(layout)
     options = ModelOptions(recompute=Recompute(granularity="full" if recompute else "off"))
     chunks = build_model(architecture, layout, options)
     load_hf_weights(chunks, checkpoint, architecture)
@@ -179,7 +180,7 @@ def test_off_is_the_bare_model_to_the_bit(layout, recompute, workers, base_model
 
 
 def learning(base: str, layout: Layout) -> tuple[list[str], list[str]]:
-    chunks, _, adapters = adapted(base, layout, LoraSettings(rank=2, targets=("k_proj",)))
+    chunks, _, adapters = adapted(base, layout, LoraConfig(rank=2, targets=("k_proj",)))
     trained = {id(parameter): name for name, parameter in adapters.parameters()}
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     found = [trained.get(id(one), "base") for one in parameters if one.requires_grad]
@@ -201,7 +202,7 @@ def refused(base: str, how: str) -> str:
     from megatron_idpo.objective.dpo import Objective
     from megatron_idpo.plugin.attach import attach
 
-    settings = LoraSettings(rank=2)
+    settings = LoraConfig(rank=2)
     chunks, architecture, adapters = adapted(base, Layout(), settings)
     if how == "twice":
         with pytest.raises(ConfigError) as error:

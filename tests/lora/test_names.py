@@ -3,8 +3,8 @@
 import pytest
 from safetensors.torch import load_file
 
+from megatron_idpo.config.lora import PROJECTIONS
 from megatron_idpo.lora.names import adapter_shape, peft_name, weight_shape
-from megatron_idpo.lora.settings import PROJECTIONS
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.testing import tiny_hf_config
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_idpo.config.layout import Layout
+from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.lora.peft_config import peft_config, read_peft_settings
-from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.parallel.layout import Layout
 
 from .conftest import hf_model
 from .lora_case import SETTINGS, tokens
@@ -62,7 +62,7 @@ def test_there_and_back_is_exact(
     assert found == SETTINGS[settings] and found == read_peft_settings(adapter)
 
 
-def load(base: str, adapter: str, layout: Layout, settings: LoraSettings, **options: Any) -> Any:
+def load(base: str, adapter: str, layout: Layout, settings: LoraConfig, **options: Any) -> Any:
     """The whole adapters, or what the user is told."""
     try:
         return whole(adapted(base, layout, settings, adapter, **options)[2])
@@ -106,7 +106,7 @@ def with_config(source: Path, target: Path, **fields: Any) -> Path:
         ({"init_lora_weights": "pissa"}, "init_lora_weights: is 'pissa', which changes the base"),
         ({"target_modules": ".*proj"}, "target_modules: is the pattern '.*proj'"),
         ({"target_modules": None}, "target_modules: is None"),
-        ({"target_modules": ["lm_head"]}, "there is no linear 'lm_head'"),
+        ({"target_modules": ["lm_head"]}, "lora.targets: is ['lm_head']"),
         ({"peft_type": "LOHA"}, "peft_type: is 'LOHA', only LORA"),
         ({"task_type": "SEQ_CLS"}, "task_type: is 'SEQ_CLS', only CAUSAL_LM"),
         ({"r": 0}, "lora.rank: is 0"),
@@ -132,7 +132,7 @@ def test_all_refused_options_come_at_once(peft_adapter, tmp_path):
     [
         {"lora_dropout": 0.3, "revision": "main", "inference_mode": False, "task_type": None},
         {"init_lora_weights": "gaussian", "peft_version": "9.9", "an_option_of_tomorrow": None},
-        {"target_modules": ["down_proj", "up_proj", "q_proj", "gate_proj", "k", "v", "o"]},
+        {"target_modules": ["down_proj", "up_proj", "q_proj", "gate_proj", "k_proj", "v_proj", "o_proj"]},
         {"target_modules": "all-linear"},
     ],
 )
@@ -140,12 +140,12 @@ def test_what_changes_no_number_is_read(fields, peft_adapter, tmp_path):
     directory = with_config(peft_adapter("llama-tied"), tmp_path / "changed", **fields)
     found = read_peft_settings(directory)
     assert found.dropout == fields.get("lora_dropout", 0.0)
-    assert (found.rank, found.alpha, found.targets) == (4, 12.0, SETTINGS["all"].targets)
+    assert (found.rank, found.alpha, found.projections) == (4, 12.0, SETTINGS["all"].projections)
 
 
 @pytest.mark.distributed
 def test_other_settings_are_refused_field_by_field(workers, base_model, peft_adapter):
-    other = LoraSettings(rank=8, alpha=3.0, targets=("q_proj",), use_rslora=True)
+    other = LoraConfig(rank=8, alpha=3.0, targets=("q_proj",), rslora=True)
     base, adapter = base_model("llama-tied"), peft_adapter("llama-tied")
     for message in workers.run(load, 2, str(base), str(adapter), TP2, other):
         assert "r: is 4, and 8 in this model; make them equal" in message

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from megatron_idpo.lora.settings import LoraSettings
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
+from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.objective.dpo import Objective
 
 from ..plugin import tiny_megatron as tiny
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 GRADIENT_RELATIVE = 1e-5
 
 TAPS = [1, 3]
-SETTINGS = LoraSettings(rank=2)
+SETTINGS = LoraConfig(rank=2)
 
 
 def gradients(layout: Layout, tied: bool, recompute: dict[str, Any]) -> dict[str, Tensor]:

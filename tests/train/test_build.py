@@ -22,7 +22,7 @@ def built(file: str) -> dict[str, Any]:
         frozen_twin = getattr(reference, "_model", None)
         return {
             "learning": [name for name, p in global_parameters(policy.chunks) if p.requires_grad],
-            "adapters": policy.adapters and policy.adapters.settings,
+            "adapters": policy.adapters and (policy.adapters.settings, policy.adapters.seed),
             "dtype": config.params_dtype,
             "recompute": (
                 config.recompute_granularity,
@@ -63,9 +63,9 @@ def test_all_weights(tiny, workers, tmp_path):
 def test_adapters(tiny, workers, tmp_path):
     lora = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": ["v_proj", "q_proj"]}
     found = look(workers, tiny, tmp_path, lora={**lora, "rslora": True}, training={"seed": 7})
-    settings = found["adapters"]
+    settings, seed = found["adapters"]
     assert (settings.rank, settings.alpha, settings.dropout) == (3, 5.0, 0.1)
-    assert settings.targets == ("q_proj", "v_proj") and settings.use_rslora and settings.seed == 7
+    assert settings.projections == ("q_proj", "v_proj") and settings.rslora and seed == 7
     assert found["learning"] == [] and found["reference"] == "AdapterOff"
 
 

@@ -1,9 +1,8 @@
-"""megatron-core's DDP and AdamW around model chunks, set up in one place.
+"""megatron-core's DDP and AdamW around model chunks.
 
-`setup_ddp_and_optimizer` makes both; `TrainableModel` is what a training step needs of them. Gradients
-are reduced in fp32, and 16-bit parameters have fp32 main copies. With several data-parallel ranks
-the reduction overlaps with the backward pass, and the optimizer's state is split over them (ZeRO-1)
-if so wished.
+Gradients are reduced in fp32, and 16-bit parameters have fp32 main copies. With several
+data-parallel ranks the reduction overlaps with the backward pass, and the optimizer state is
+sharded over them (ZeRO-1) if the configuration says so.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,29 +24,29 @@ class TrainableModel:
     """Model chunks in DDP with their optimizer."""
 
     model: list[Any]
-    """The chunks in DDP, in the order that schedules want them."""
+    """The chunks in DDP, in virtual-stage order, as pipeline schedules take them."""
 
     optimizer: Any
     """A `MegatronOptimizer`."""
 
     def zero_grad_buffers(self) -> None:
-        """Forget the gradients of the step before."""
+        """Zero DDP's gradient buffers and the optimizer's gradients before a step."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def step(self, lr: float) -> float:
-        """Clip, update the weights, and tell the norm that the whole gradient had before clipping.
+        """Clip the gradient, update the weights, and return the gradient norm before clipping.
 
-        Collective: the norm is summed over the model's ranks; with a distributed optimizer the
-        updated weights are gathered over data-parallel ones.
+        Collective: the norm is summed over the model-parallel ranks; with a distributed optimizer
+        the updated weights are all-gathered over the data-parallel ranks.
 
         Args:
-            lr: of this step.
+            lr: learning rate of this step.
 
         Returns:
-            The norm, the same on every rank; NaN or infinite where a gradient is, and then the
-            weights are spoilt too.
+            The norm, the same on every rank. NaN or inf if a gradient is, and then the updated
+            weights are NaN too.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -58,23 +57,26 @@ class TrainableModel:
 def setup_ddp_and_optimizer(
     chunks: Sequence[GPTModel], settings: OptimizerConfig, finalize_model_grads: Callable[..., None]
 ) -> TrainableModel:
-    """Put chunks into DDP and make an optimizer for what is trainable in them. Collective.
+    """Wrap chunks in DDP and create an optimizer for their trainable parameters. Collective.
 
     Args:
-        chunks: this rank's, with adapters and taps in place and the weights to start from.
+        chunks: this rank's, with adapters and taps inserted and the initial weights loaded: the
+            fp32 main copies are made here.
         settings: of AdamW.
-        finalize_model_grads: what the schedule calls at the end of a step's gradients.
+        finalize_model_grads: called by the schedule after the last micro-batch's backward pass.
     """
-    config, shards = chunks[0].config, data_parallel_size() > 1
-    distributed = settings.distributed and shards
+    config, has_replicas = chunks[0].config, data_parallel_size() > 1
+    distributed = settings.distributed and has_replicas
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=shards,
+        overlap_grad_reduce=has_replicas,
         use_distributed_optimizer=distributed,
     )
+    # Buckets only in the first chunk, as in Megatron-LM's `wrap_with_ddp`: with interleaving, the
+    # communication of later chunks is overlapped by the schedule anyway.
     model = [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0)
-        for number, chunk in enumerate(chunks)
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
     ]
     adam = MegatronOptimizerConfig(
         optimizer="adam",
@@ -90,10 +92,13 @@ def setup_ddp_and_optimizer(
     )
     optimizer = get_megatron_optimizer(adam, model, get_standard_config_overrides(adam))
     for group in optimizer.param_groups:
-        # Its own scheduler would do this; ours has the learning rate only.
+        # `wd_mult` is 0 for norms and biases. megatron-core applies it in its own parameter
+        # scheduler, which we do not use: our schedule sets the learning rate only.
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:
+        # The schedule uses these to hold back the reduction until the last micro-batch. Without
+        # them DDP starts it in the first one's backward pass, before the other gradients are there.
         no_sync = [chunk.no_sync for chunk in model]
         config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
     return TrainableModel(model, optimizer)

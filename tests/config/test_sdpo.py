@@ -1,13 +1,14 @@
-"""The section of stepwise DPO: how it may be written, and what of it is refused."""
+"""The section `sdpo`: forms and problems."""
 
 from typing import Any
 
 import pytest
 import yaml
 
-from megatron_idpo.config.run_config import RunConfig, load_config
+from megatron_idpo.config.layout import Layout
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo import SdpoConfig, SdpoStepConfig
-from megatron_idpo.config.sections import LayoutConfig
 from megatron_idpo.errors import ConfigError
 
 
@@ -23,13 +24,13 @@ def section(tmp_path, **fields: Any) -> SdpoConfig:
     return sdpo
 
 
-def refused(tmp_path, **fields: Any) -> list[str]:
+def problems_of(tmp_path, **fields: Any) -> list[str]:
     with pytest.raises(ConfigError) as raised:
         load(tmp_path, **fields)
     return [str(problem) for problem in raised.value.problems]
 
 
-def test_what_is_not_written(tmp_path):
+def test_defaults(tmp_path):
     sdpo = section(tmp_path, steps=[{}, {}])
     assert sdpo.steps == (SdpoStepConfig(), SdpoStepConfig())
     assert (sdpo.order, sdpo.by, sdpo.measure) == ("given", "source", "accuracy")
@@ -40,7 +41,7 @@ def test_what_is_not_written(tmp_path):
     assert all(getattr(sdpo.steps[0], name) is None for name in fields)
 
 
-def test_without_the_section_there_are_no_steps(tmp_path):
+def test_the_section_is_optional(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("{}")
     config = load_config(path, optional=("sdpo",))
@@ -48,7 +49,7 @@ def test_without_the_section_there_are_no_steps(tmp_path):
     assert load(tmp_path, "sdpo=null", steps=[{}]).sdpo is None
 
 
-def test_a_step_with_everything_of_its_own(tmp_path):
+def test_a_step_with_every_field(tmp_path):
     written = {
         "fraction": 1,
         "lr": 1e-5,
@@ -62,18 +63,20 @@ def test_a_step_with_everything_of_its_own(tmp_path):
         "export": True,
     }
     (step,) = section(tmp_path, steps=[written]).steps
-    message = {name: getattr(step, name) for name in written}
-    assert message == {**written, "layout": LayoutConfig(tensor=2)}
+    assert {name: getattr(step, name) for name in written} == {
+        **written,
+        "layout": Layout(tensor=2),
+    }
     assert section(tmp_path, steps=[{"sources": [2, 1]}]).steps[0].sources == (2, 1)
     assert section(tmp_path, steps=[{"layers": []}]).steps[0].layers == ()
 
 
-def test_a_field_on_the_command_line(tmp_path):
+def test_overrides(tmp_path):
     sdpo = load(tmp_path, "sdpo.only=2", "sdpo.target=first", steps=[{}, {}]).sdpo
     assert sdpo is not None and (sdpo.only, sdpo.target) == (2, "first")
 
 
-def test_thirds_are_one_in_sum(tmp_path):
+def test_rounded_thirds_sum_to_one(tmp_path):
     assert len(section(tmp_path, steps=[{"fraction": 0.3333333}] * 3).steps) == 3
 
 
@@ -87,7 +90,7 @@ def test_thirds_are_one_in_sum(tmp_path):
         ({"steps": [{"sources": [1]}]}, True, False),
     ],
 )
-def test_what_is_dealt(tmp_path, fields, deals_sources, takes_whole_sources):
+def test_how_pairs_are_dealt(tmp_path, fields, deals_sources, takes_whole_sources):
     sdpo = section(tmp_path, **{"steps": [{}], **fields})
     assert sdpo.deals_sources is deals_sources
     assert sdpo.takes_whole_sources is takes_whole_sources
@@ -97,19 +100,19 @@ def steps(*written: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"steps": list(written), **fields}
 
 
-# Fields, and what their one problem says.
-MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+# Fields, and parts of their one problem.
+INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"order": "random"}, ("sdpo.steps", "is missing", "Every step in order")),
     (steps(), ("sdpo.steps", "is empty", "one entry per step, or {}")),
     (steps({}, only=0), ("sdpo.only", "is 0", "greater than 0")),
     (steps({}, {}, only=3), ("sdpo.only", "is 3", "there are 2 steps", "from 1 to 2")),
     (
         steps({"sources": [1]}, {}),
-        ("sdpo.steps.1", "says no sources, which other", "in all or in none"),
+        ("sdpo.steps.1", "has no sources, unlike other steps", "in all or none"),
     ),
     (
         steps({}, {"fraction": 1.0}),
-        ("sdpo.steps.0", "says no fraction, which other", "in all or in none"),
+        ("sdpo.steps.0", "has no fraction, unlike other steps", "in all or none"),
     ),
     (
         steps({"sources": [1]}, order="random"),
@@ -125,28 +128,28 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         steps({"sources": [1], "fraction": 1.0}),
-        ("sdpo.steps.0.fraction", "not be read", "steps name their sources", "keep one"),
+        ("sdpo.steps.0.fraction", "no effect", "steps name their sources", "keep one"),
     ),
     (
         steps({"fraction": 1.0}, order="easy_to_hard"),
-        ("sdpo.steps.0.fraction", "not be read", "a whole source", "set by to pair"),
+        ("sdpo.steps.0.fraction", "no effect", "a whole source", "set by to pair"),
     ),
     (
         steps({"fraction": 0.5}, {"fraction": 0.4}),
-        ("sdpo.steps", "0.9 in sum", "make them 1"),
+        ("sdpo.steps", "sum to 0.9", "make them sum to 1"),
     ),
     (
         steps({"fraction": 0.50001}, {"fraction": 0.5}),
-        ("sdpo.steps", "1.00001 in sum", "make them 1"),
+        ("sdpo.steps", "sum to 1.00001", "make them sum to 1"),
     ),
-    (steps({}, by="pair"), ("sdpo.by", "not be read", "order is given", "easy_to_hard")),
+    (steps({}, by="pair"), ("sdpo.by", "no effect", "order is given", "easy_to_hard")),
     (
         steps({}, measure="margin", order="random"),
-        ("sdpo.measure", "not be read", "order is random", "easy_to_hard"),
+        ("sdpo.measure", "no effect", "order is random", "easy_to_hard"),
     ),
     (
         steps({}, length_normalised=True),
-        ("sdpo.length_normalised", "not be read", "order is given", "easy_to_hard"),
+        ("sdpo.length_normalised", "no effect", "order is given", "easy_to_hard"),
     ),
     (steps({}, order="easy_to_hrad"), ("sdpo.order", "'easy_to_hrad'", "`easy_to_hard`")),
     (steps({}, by="row"), ("sdpo.by", "'row'", "source, pair")),
@@ -184,17 +187,17 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "words"), MISTAKES)
-def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, fields, words):
-    (message,) = refused(tmp_path, **fields)
+@pytest.mark.parametrize(("fields", "words"), INVALID)
+def test_a_problem_has_location_value_and_remedy(tmp_path, fields, words):
+    (message,) = problems_of(tmp_path, **fields)
     assert all(word in message for word in words), message
     location, line = message.split(": ", 1)[0].split(" (")
     assert location == words[0] and line.startswith("run.yaml:")
 
 
-def test_mistakes_of_several_kinds_are_told_at_once(tmp_path):
-    message = refused(tmp_path, steps=[{"fraction": 0.5}, {}], only=3, by="pair")
-    assert [one.split(" (")[0] for one in message] == [
+def test_all_problems_are_reported_together(tmp_path):
+    problems = problems_of(tmp_path, steps=[{"fraction": 0.5}, {}], only=3, by="pair")
+    assert [problem.split(" (")[0] for problem in problems] == [
         "sdpo.only",
         "sdpo.steps.1",
         "sdpo.steps",

@@ -1,4 +1,4 @@
-"""Each step's configuration, and what is refused between the steps and the other sections."""
+"""The configuration of one sDPO step, and problems between steps and other sections."""
 
 from typing import Any
 
@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
-from megatron_idpo.config.run_config import SECTIONS, RunConfig, load_config
+from megatron_idpo.config.layout import Layout
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.config.sdpo_steps import step_config, step_name, step_problems
-from megatron_idpo.config.sections import LayoutConfig
 from megatron_idpo.errors import ConfigError
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -27,14 +28,14 @@ def load(tmp_path, *steps: dict[str, Any], **sections: Any) -> RunConfig:
     return load_config(path, required=REQUIRED, optional=OPTIONAL)
 
 
-def refused(tmp_path, *steps: dict[str, Any], **sections: Any) -> list[str]:
+def problems_of(tmp_path, *steps: dict[str, Any], **sections: Any) -> list[str]:
     with pytest.raises(ConfigError) as raised:
         load(tmp_path, *steps, **sections)
     return [str(problem) for problem in raised.value.problems]
 
 
 def changed(config: RunConfig, number: int) -> dict[str, Any]:
-    """What a step's configuration has otherwise than the whole one, by `section.field`."""
+    """Values of a step's configuration that differ from the run's, by `section.field`."""
     before, after = config.model_dump(), step_config(config, number).model_dump()
     assert after["sdpo"] is None
     return {
@@ -45,11 +46,11 @@ def changed(config: RunConfig, number: int) -> dict[str, Any]:
     }
 
 
-def test_training_reads_the_section():
+def test_train_reads_the_section():
     assert "sdpo" in {*REQUIRED, *OPTIONAL}
 
 
-def test_a_step_has_a_directory_and_a_seed_of_its_own(tmp_path):
+def test_a_step_has_its_own_directory_and_seed(tmp_path):
     config = load(tmp_path, training={"seed": 5})
     assert changed(config, 1) == {"training.output": "runs/x/step-1", "training.export": False}
     assert changed(config, 2) == {
@@ -60,14 +61,14 @@ def test_a_step_has_a_directory_and_a_seed_of_its_own(tmp_path):
     assert step_name(12) == "step-12"
 
 
-def test_a_home_directory_is_a_directory(tmp_path, monkeypatch):
+def test_a_tilde_is_expanded_before_the_step_is_appended(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     step = step_config(load(tmp_path, training={"output": "~/x"}, reference={"cache": "~/c"}), 1)
     assert step.training.output == f"{tmp_path}/x/step-1"
     assert step.reference.cache == f"{tmp_path}/c/step-1"
 
 
-def test_a_steps_own_fields_are_instead_of_the_others(tmp_path):
+def test_fields_of_a_step_replace_those_of_the_run(tmp_path):
     own = {
         "lr": 1e-5,
         "warmup_steps": 3,
@@ -94,7 +95,7 @@ def test_a_steps_own_fields_are_instead_of_the_others(tmp_path):
     }
 
 
-def test_steps_leave_the_whole_configuration_as_it_is(tmp_path):
+def test_step_config_does_not_change_the_run(tmp_path):
     config = load(tmp_path, {"lr": 1e-5}, lora={"adapter": "some/adapter"})
     before = config.dump()
     step_config(config, 1)
@@ -104,8 +105,8 @@ def test_steps_leave_the_whole_configuration_as_it_is(tmp_path):
 def test_a_layout_is_replaced_as_a_whole(tmp_path):
     layout = {"tensor": 2, "sequence_parallel": True}
     config = load(tmp_path, {}, {"layout": {"pipeline": 2}}, layout=layout)
-    assert step_config(config, 1).layout == LayoutConfig(**layout)
-    assert step_config(config, 2).layout == LayoutConfig(pipeline=2)
+    assert step_config(config, 1).layout == Layout(**layout)
+    assert step_config(config, 2).layout == Layout(pipeline=2)
 
 
 def test_the_adapter_is_the_first_steps_alone(tmp_path):
@@ -117,19 +118,19 @@ def test_the_adapter_is_the_first_steps_alone(tmp_path):
     assert step_config(load(tmp_path), 2).lora is None
 
 
-def test_a_cache_is_a_steps_own(tmp_path):
+def test_each_step_has_its_own_cache(tmp_path):
     config = load(tmp_path, reference={"cache": "some/cache"})
     assert step_config(config, 2).reference.cache == "some/cache/step-2"
     assert step_config(load(tmp_path), 2).reference.cache is None
 
 
-def test_a_step_goes_on_where_it_stands(tmp_path):
+def test_a_step_always_resumes(tmp_path):
     config = load(tmp_path, checkpoint={"resume": "never", "every_steps": 7})
     step = step_config(config, 1).checkpoint
     assert (step.resume, step.every_steps) == ("auto", 7)
 
 
-def test_plain_dpo_in_a_step_reads_nothing_of_layers(tmp_path):
+def test_a_plain_dpo_step_ignores_layer_fields(tmp_path):
     objective = {
         "layers": [1, 2],
         "intermediate_weight": 0.4,
@@ -148,14 +149,14 @@ def test_plain_dpo_in_a_step_reads_nothing_of_layers(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [0, 5])
-def test_a_warm_up_in_steps_is_instead_of_a_share(tmp_path, steps):
+def test_warmup_steps_of_a_step_replace_a_warmup_fraction(tmp_path, steps):
     config = load(tmp_path, {"warmup_steps": steps}, {}, optimizer={"warmup_fraction": 0.1})
     own, other = (step_config(config, number).optimizer for number in (1, 2))
     assert (own.warmup_steps, own.warmup_fraction) == (steps, None)
     assert (other.warmup_steps, other.warmup_fraction) == (0, 0.1)
 
 
-def test_a_dump_is_read_back(tmp_path):
+def test_a_dump_is_loaded_as_the_same_configuration(tmp_path):
     steps = [
         {"fraction": 1 / 3, "lr": 1e-7, "layers": {"every": 4}, "layout": {"tensor": 2}},
         {"fraction": 2 / 3, "layers": [0.5, 2], "export": True},
@@ -172,7 +173,7 @@ def test_a_dump_is_read_back(tmp_path):
             assert step_config(again, number) == step_config(config, number)
 
 
-def test_a_step_is_an_ordinary_configuration(tmp_path):
+def test_a_step_config_is_a_valid_run_config(tmp_path):
     step = step_config(load(tmp_path, {"lr": 1e-5}, {"layout": {"tensor": 2}}), 2)
     (tmp_path / "step.yaml").write_text(step.dump())
     assert load_config(tmp_path / "step.yaml", required=REQUIRED, optional=OPTIONAL) == step
@@ -181,12 +182,17 @@ def test_a_step_is_an_ordinary_configuration(tmp_path):
 
 HARD = {"order": "easy_to_hard"}
 
-# Steps and sections, and what their one problem says.
-MISTAKES: list[tuple[list[dict[str, Any]], dict[str, Any], tuple[str, ...]]] = [
+# Steps, sections, and parts of their one problem.
+INVALID: list[tuple[list[dict[str, Any]], dict[str, Any], tuple[str, ...]]] = [
     (
         [],
         {"reference": {"source": "none"}},
-        ("reference.source", "is none, but every step", "use cache", "leave the section sdpo out"),
+        (
+            "reference.source",
+            "is none, but the reference of every sDPO step",
+            "use cache",
+            "leave the section sdpo out",
+        ),
     ),
     (
         [],
@@ -216,7 +222,7 @@ MISTAKES: list[tuple[list[dict[str, Any]], dict[str, Any], tuple[str, ...]]] = [
     (
         [{"sources": [2]}, {"sources": [2]}],
         {},
-        ("sdpo.steps", "leave source 1 of data.train out", "name it in a step, or take it"),
+        ("sdpo.steps", "leave source 1 of data.train out", "name it in a step, or remove it"),
     ),
     (
         [{}, {"intermediate_weight": 0.3}],
@@ -226,7 +232,7 @@ MISTAKES: list[tuple[list[dict[str, Any]], dict[str, Any], tuple[str, ...]]] = [
     (
         [{"layers": [], "intermediate_weight": 0.3}],
         {"objective": {"layers": [1]}},
-        ("sdpo.steps.0.intermediate_weight", "not be read", "no intermediate layers"),
+        ("sdpo.steps.0.intermediate_weight", "no effect", "no intermediate layers"),
     ),
     (
         [{}, {"lr": 1e-6}],
@@ -251,23 +257,23 @@ MISTAKES: list[tuple[list[dict[str, Any]], dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("steps", "sections", "words"), MISTAKES)
-def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, steps, sections, words):
-    (message,) = refused(tmp_path, *steps, **sections)
+@pytest.mark.parametrize(("steps", "sections", "words"), INVALID)
+def test_a_problem_has_location_value_and_remedy(tmp_path, steps, sections, words):
+    (message,) = problems_of(tmp_path, *steps, **sections)
     assert all(word in message for word in words), message
     location, line = message.split(": ", 1)[0].split(" (")
     assert location == words[0] and line.startswith("run.yaml:")
 
 
-def test_every_wrong_step_is_named(tmp_path):
+def test_every_invalid_step_is_reported(tmp_path):
     wrong = {"intermediate_weight": 0.3}
-    message = refused(tmp_path, wrong, {}, wrong)
-    assert [one.split(" (")[0] for one in message] == [
+    problems = problems_of(tmp_path, wrong, {}, wrong)
+    assert [problem.split(" (")[0] for problem in problems] == [
         f"sdpo.steps.{index}.intermediate_weight" for index in (0, 2)
     ]
 
 
-def test_what_goes_together(tmp_path):
+def test_valid_combinations(tmp_path):
     load(tmp_path, lora={}, reference={"source": "adapter_off"})
     load(tmp_path, lora={}, sdpo={"adapters": "carry", "target": "first"})
     load(tmp_path, reference={"source": "offloaded"})
@@ -276,7 +282,7 @@ def test_what_goes_together(tmp_path):
     load(tmp_path, {"sources": [2]}, {"sources": [1, 2]})
 
 
-def test_steps_without_training_are_not_read(tmp_path):
+def test_steps_without_training_are_not_checked(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"reference": {"source": "none"}, "sdpo": {"steps": [{}]}}))
     assert load_config(path, optional=("reference",)).has("sdpo")

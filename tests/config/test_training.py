@@ -1,4 +1,4 @@
-"""How a run goes, and what of it the sections refuse: alone, and against each other."""
+"""The sections `optimizer`, `training`, `checkpoint` and `logging`, and problems between them."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
-from megatron_idpo.config.run_config import RunConfig, load_config
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import ConfigError
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -24,13 +25,13 @@ def load(tmp_path, **sections: Any) -> RunConfig:
     return load_config(path, required=REQUIRED, optional=OPTIONAL)
 
 
-def refused(tmp_path, **sections: Any) -> list[str]:
+def problems_of(tmp_path, **sections: Any) -> list[str]:
     with pytest.raises(ConfigError) as raised:
         load(tmp_path, **sections)
     return [str(problem) for problem in raised.value.problems]
 
 
-def test_what_is_not_written(tmp_path):
+def test_defaults(tmp_path):
     config = load(tmp_path)
     optimizer, checkpoint = config.optimizer, config.checkpoint
     assert (optimizer.schedule, optimizer.warmup_steps, optimizer.clip_grad) == ("cosine", 0, 1.0)
@@ -41,7 +42,7 @@ def test_what_is_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("section", REQUIRED)
-def test_a_required_section_is_missed(tmp_path, section):
+def test_a_missing_section_is_reported(tmp_path, section):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({name: GOOD[name] for name in GOOD if name != section}))
     with pytest.raises(ConfigError, match=rf"{section}: the section is missing; add it") as raised:
@@ -49,19 +50,19 @@ def test_a_required_section_is_missed(tmp_path, section):
     assert f"{section}.{next(iter(GOOD[section]))}" in str(raised.value)
 
 
-# Sections, and what their one problem says.
-MISTAKES: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
+# Sections, and parts of their one problem.
+INVALID: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
     ({"optimizer": {"lr": 0.0}}, ("optimizer.lr", "is 0.0", "greater than 0")),
     ({"optimizer": {"lr": float("inf")}}, ("optimizer.lr", "inf", "finite")),
     ({"optimizer": {"lr": "fast"}}, ("optimizer.lr", "'fast'", "number")),
     (
         {"optimizer": {"warmup_steps": 5, "warmup_fraction": 0.1}},
-        ("optimizer.warmup_fraction", "not be read", "warmup_steps", "keep one"),
+        ("optimizer.warmup_fraction", "no effect", "warmup_steps is set", "keep one"),
     ),
     ({"optimizer": {"warmup_steps": -1}}, ("optimizer.warmup_steps", "is -1")),
     (
         {"optimizer": {"schedule": "constant", "min_lr": 1e-5}},
-        ("optimizer.min_lr", "not be read", "constant", "leave it out"),
+        ("optimizer.min_lr", "no effect", "constant", "leave it out"),
     ),
     ({"optimizer": {"min_lr": 1e-3}}, ("optimizer.min_lr", "0.001, above lr 0.0005", "lower")),
     ({"optimizer": {"schedule": "cosin"}}, ("optimizer.schedule", "'cosin'", "`cosine`")),
@@ -69,11 +70,11 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
     ({"optimizer": {"learning_rate": 1.0}}, ("optimizer.learning_rate", "unknown field")),
     (
         {"training": {"recompute_layers": 2}},
-        ("training.recompute_layers", "not be read", "recompute is off", "set recompute to full"),
+        ("training.recompute_layers", "no effect", "recompute is off", "set recompute to full"),
     ),
     (
         {"training": {"recompute": "selective", "recompute_layers": 2}},
-        ("training.recompute_layers", "not be read", "selective"),
+        ("training.recompute_layers", "no effect", "selective"),
     ),
     ({"training": {"global_batch_pairs": 0}}, ("training.global_batch_pairs", "is 0")),
     ({"training": {"batch_pairs": 8}}, ("training.batch_pairs", "`global_batch_pairs`")),
@@ -87,7 +88,7 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
     ),
     (
         {"checkpoint": {"best_metric": "eval_rewards/margins"}},
-        ("checkpoint.best_metric", "not be read", "keep_best is 0", "set keep_best"),
+        ("checkpoint.best_metric", "no effect", "keep_best is 0", "set keep_best"),
     ),
     ({"checkpoint": {"keep_last": 0}}, ("checkpoint.keep_last", "is 0", "greater than 0")),
     ({"checkpoint": {"resume": "always"}}, ("checkpoint.resume", "'always'", "auto")),
@@ -104,7 +105,7 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
 ]
 
 
-# checkpoint.every_steps, training.eval_every_steps, and what is said of keep_best.
+# checkpoint.every_steps, training.eval_every_steps, and parts of the problem of keep_best.
 UNSCORED = [
     (100, None, "eval_every_steps is null: only the last", "eval_every_steps to 100"),
     (None, 40, "every_steps is null: only the last", "set checkpoint.every_steps to 40"),
@@ -115,20 +116,22 @@ UNSCORED = [
 
 
 @pytest.mark.parametrize(("save", "evaluate", "because", "remedy"), UNSCORED)
-def test_a_best_checkpoint_needs_a_score(tmp_path, save, evaluate, because, remedy):
+def test_keep_best_needs_steps_that_are_saved_and_evaluated(
+    tmp_path, save, evaluate, because, remedy
+):
     sections = {
         "data": {"eval": "held"},
         "training": {"eval_every_steps": evaluate},
         "checkpoint": {"keep_best": 2, "every_steps": save},
     }
-    (message,) = refused(tmp_path, **sections)
+    (message,) = problems_of(tmp_path, **sections)
     assert message.startswith("checkpoint.keep_best (run.yaml:")
     assert "is 2, but" in message and because in message and remedy in message, message
 
 
-@pytest.mark.parametrize(("sections", "words"), MISTAKES)
-def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, sections, words):
-    (message,) = refused(tmp_path, **sections)
+@pytest.mark.parametrize(("sections", "words"), INVALID)
+def test_a_problem_has_location_value_and_remedy(tmp_path, sections, words):
+    (message,) = problems_of(tmp_path, **sections)
     assert all(word in message for word in words), message
     assert "run.yaml" in message or "command line" in message, message
 
@@ -154,23 +157,23 @@ def test_one_mistake_is_one_problem_with_place_and_remedy(tmp_path, sections, wo
          "layout": {"tensor": 2, "sequence_parallel": True}},
     ],
 )  # fmt: skip
-def test_what_may_be_written(tmp_path, sections):
+def test_valid_combinations(tmp_path, sections):
     load(tmp_path, **sections)
 
 
-def test_all_mistakes_between_sections_are_told_together(tmp_path):
-    message = refused(
+def test_all_problems_between_sections_are_reported_together(tmp_path):
+    problems = problems_of(
         tmp_path,
         training={"eval_every_steps": 10},
         checkpoint={"keep_best": 1},
         reference={"source": "adapter_off"},
     )
     locations = ("training.eval_every_steps", "checkpoint.keep_best", "reference.source")
-    assert len(message) == 3
-    assert all(any(location in line for line in message) for location in locations)
+    assert len(problems) == 3
+    assert all(any(location in problem for problem in problems) for location in locations)
 
 
-def test_a_verb_without_data_does_not_miss_held_out_pairs(tmp_path):
+def test_eval_every_steps_is_not_checked_without_data(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("training: {output: x, eval_every_steps: 3}\n")
     assert load_config(path, required=["training"]).training.eval_every_steps == 3

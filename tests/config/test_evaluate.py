@@ -1,10 +1,10 @@
-"""The sections of evaluation: what they take, what they refuse, what a training run keeps."""
+"""The sections `evaluate`, `generate`, `judge` and `h4`."""
 
 from pathlib import Path
 
 import pytest
 
-from megatron_idpo.config.run_config import load_config
+from megatron_idpo.config.load import load_config
 from megatron_idpo.errors import ConfigError
 
 SECTIONS = ("evaluate", "generate", "judge", "h4")
@@ -16,17 +16,17 @@ def load(tmp_path: Path, text: str):  # type: ignore[no-untyped-def]
     return load_config(file, required=(), optional=SECTIONS)
 
 
-def test_defaults_are_the_papers(tmp_path: Path) -> None:
-    found = load(tmp_path, "judge: {model: gpt-4}")
-    assert (found.generate.temperature, found.generate.repetition_penalty) == (0.3, 1.1)
-    assert found.h4.tasks == ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2")
-    assert found.judge.compare is None
+def test_defaults_are_those_of_the_papers(tmp_path: Path) -> None:
+    config = load(tmp_path, "judge: {model: gpt-4}")
+    assert (config.generate.temperature, config.generate.repetition_penalty) == (0.3, 1.1)
+    assert config.h4.tasks == ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2")
+    assert config.judge.compare is None
 
 
-def test_lists_stay_immutable(tmp_path: Path) -> None:
-    found = load(tmp_path, "judge: {model: x, compare: [[a, b], [a, c]]}\nh4: {tasks: [mmlu]}")
-    assert found.judge.compare == (("a", "b"), ("a", "c"))
-    assert found.h4.tasks == ("mmlu",)
+def test_lists_become_tuples(tmp_path: Path) -> None:
+    config = load(tmp_path, "judge: {model: x, compare: [[a, b], [a, c]]}\nh4: {tasks: [mmlu]}")
+    assert config.judge.compare == (("a", "b"), ("a", "c"))
+    assert config.h4.tasks == ("mmlu",)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_lists_stay_immutable(tmp_path: Path) -> None:
     [
         ("judge: {model: x, kind: reward, template: t}", "kind is reward"),
         ("judge: {model: x, kind: language_model, timeout_s: 3.0}", "kind is language_model"),
-        ("judge: {model: x, input_price: 1.0}", "output_price.*is missing beside"),
+        ("judge: {model: x, input_price: 1.0}", "output_price.*is missing, the other price is set"),
         ("judge: {model: x, max_cost: 1.0}", "there are no prices"),
         ("judge: {model: x, compare: [[a, a]]}", "compares a with itself"),
         ("judge: {model: x, compare: [[a]]}", "judge.compare"),
@@ -45,15 +45,15 @@ def test_lists_stay_immutable(tmp_path: Path) -> None:
         ("evaluate: {models: {a: {adapter: x}}}", "evaluate.models.a.path.*is missing"),
     ],
 )
-def test_what_cannot_be_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_fields_are_reported(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, text)
 
 
-def test_a_run_keeps_only_what_was_written(tmp_path: Path) -> None:
-    """`config.yaml` of a training run has the evaluation's sections where they say something."""
-    silent = load(tmp_path, "evaluate: {seed: 0}").dump()
-    assert not any(f"{name}:" in silent for name in SECTIONS)
+def test_a_dump_omits_sections_with_defaults(tmp_path: Path) -> None:
+    """The `config.yaml` of a training run has evaluation sections only where they are set."""
+    unset = load(tmp_path, "evaluate: {seed: 0}").dump()
+    assert not any(f"{name}:" in unset for name in SECTIONS)
     text = load(tmp_path, "evaluate: {models: {a: x}}\ngenerate: {temperature: 0.7}").dump()
     (tmp_path / "again.yaml").write_text(text)
     again = load_config(tmp_path / "again.yaml", required=(), optional=SECTIONS)

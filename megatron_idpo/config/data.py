@@ -1,0 +1,206 @@
+"""The sections `model` and `data`: the model to start from and the pairs to train on."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from megatron_idpo.config.section import (
+    Bool,
+    Fraction,
+    Int,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Text,
+)
+from megatron_idpo.errors import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+Format = Literal["auto", "text", "chat", "hh", "single_turn"]
+"""What the records of a dataset are (`data/sources/preferences.py`)."""
+
+
+class ModelConfig(Section):
+    """The model to start from."""
+
+    path: PathText
+    """A Hugging Face directory, a hub name, or a `torch_dist` checkpoint that we wrote."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """The format that weights are held and computed in, independent of the checkpoint's."""
+
+    tokenizer: PathText | None = None
+    """Directory or hub name of the tokenizer, or a sentencepiece `.model` file; null is `path`."""
+
+    def torch_dtype(self) -> "torch.dtype":
+        """`dtype` as torch names it."""
+        import torch
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.dtype]
+
+
+class ColumnsConfig(Section):
+    """The names of the columns that are read; null is the standard name."""
+
+    prompt: Text | None = None
+    """The prompt, such as `question`."""
+
+    chosen: Text | None = None
+    """The better answer."""
+
+    rejected: Text | None = None
+    """The worse answer."""
+
+    system: Text | None = None
+    """Text of a system message, under `data.format: single_turn`; null is none."""
+
+    tools: Text | None = None
+    """The tools of a chat."""
+
+    chat_template_kwargs: Text | None = None
+    """Further arguments of the chat template."""
+
+    def problems(self) -> list[Problem]:
+        """A column that two fields name, or that a required field needs."""
+        named = self.model_dump(exclude_none=True)
+        problems = []
+        first: dict[str, str] = {}
+        for name, column in named.items():
+            if first.setdefault(column, name) != name:
+                message = f"is {column}, as {first[column]} is"
+                problems.append(Problem(name, message, "name each column once"))
+            elif column in ("prompt", "chosen", "rejected") and column not in named:
+                message = f"is {column}, which leaves none for {column} itself"
+                problems.append(Problem(name, message, f"name the column of the {column}"))
+        return problems
+
+
+class SourceConfig(Section):
+    """One file or dataset of preference pairs."""
+
+    path: PathText
+    """A jsonl, json, parquet, csv or arrow file, a directory of them, or a hub name."""
+
+    weight: PositiveFloat = 1.0
+    """How often each of its pairs is seen in an epoch: 0.5 takes half of them, 2 repeats them."""
+
+    split: Text = "train"
+    """The split of a hub dataset; a file has only `train`."""
+
+    subset: Text | None = None
+    """The configuration of a hub dataset that has several."""
+
+    format: Format | None = None
+    """Replaces `data.format` for this source."""
+
+    columns: ColumnsConfig = ColumnsConfig()
+    """Column names that differ from the standard ones in docs/data.md: `{prompt: question}`."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, or a list of paths, as sources."""
+    values = [value] if isinstance(value, (str, dict)) else value
+    if not isinstance(values, (list, tuple)):
+        return value
+    return tuple({"path": item} if isinstance(item, str) else item for item in values)
+
+
+Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)]
+
+
+class DataConfig(Section):
+    """Preference pairs, and how they are tokenized and packed into rows."""
+
+    train: Sources
+    """A path, a list of paths, or a list of `{path, weight, split, subset, format, columns}`."""
+
+    eval: Sources | None = None
+    """Held-out pairs, written like `train`."""
+
+    eval_pairs: PositiveInt | None = None
+    """Instead of `eval`: hold out this many pairs of `train`."""
+
+    eval_fraction: Fraction | None = None
+    """Instead of `eval`: hold out this share of `train`."""
+
+    row_tokens: PositiveInt = 4096
+    """Tokens in a row, which is a micro-batch. A pair longer than a row is an error."""
+
+    trim_tokens: Int = 128
+    """Rows are trimmed to a multiple of this. With `layout.pipeline` > 1, where stages send rows to
+    each other, all rows of a step get the length of the fullest one. 0 keeps `row_tokens`. With
+    `layout.sequence_parallel` it must be a multiple of `layout.tensor`."""
+
+    max_length: PositiveInt | None = 1024
+    """Tokens of prompt and answer, above which `truncation` applies; null is no limit."""
+
+    truncation: Literal["keep_start", "drop", "error"] = "keep_start"
+    """Cut off the end of the answer (it then has no EOS), drop the pair, or stop."""
+
+    share_prompt: Bool = True
+    """Compute a prompt once for both answers."""
+
+    format: Format = "auto"
+    """Text, chat messages or Anthropic-HH transcripts; `auto` decides for each record.
+    `single_turn`: text that becomes a chat: the prompt is the user's message, the answers are
+    replies."""
+
+    chat_template: PathText | None = None
+    """A Jinja template or a file with one; null is the tokenizer's own."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that is not a preference pair."""
+
+    bad_rows_file: PathText | None = None
+    """With `on_bad_row: skip`: a file to list the skipped rows and why; null only counts them."""
+
+    seed: Int = 0
+    """Seed of the order of the pairs and of the choice of held-out pairs."""
+
+    num_workers: PositiveInt | None = None
+    """Processes that tokenize; null is one per core."""
+
+    cache: PathText | None = None
+    """Directory for tokenized pairs; null is the cache of Hugging Face `datasets`."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are pairs to evaluate on."""
+        return bool(self.eval or self.eval_pairs or self.eval_fraction)
+
+    def problems(self) -> list[Problem]:
+        """Fields that exclude each other or that the others leave unused."""
+        problems = [
+            Problem(name, "names no source", "name at least one file or dataset")
+            for name in ("train", "eval")
+            if getattr(self, name) == ()
+        ]
+        if self.max_length is not None and self.max_length > self.row_tokens:
+            problems.append(
+                Problem(
+                    "max_length",
+                    f"is {self.max_length}, longer than a row of {self.row_tokens} tokens",
+                    f"set it to at most {self.row_tokens}, or raise data.row_tokens",
+                )
+            )
+        if self.trim_tokens > self.row_tokens:
+            problems += self._without_effect(
+                "trim_tokens",
+                f"a row of {self.row_tokens} tokens is shorter than {self.trim_tokens}",
+                f"set it to at most {self.row_tokens}, or to 0 for rows of equal length",
+            )
+        held_out = [n for n in ("eval", "eval_pairs", "eval_fraction") if getattr(self, n)]
+        for name in held_out[1:]:
+            problems += self._without_effect(
+                name, f"{held_out[0]} already selects the held-out pairs", "keep one of them"
+            )
+        if self.max_length is None:
+            problems += self._without_effect("truncation", "max_length is null", "set max_length")
+        if self.on_bad_row == "error":
+            problems += self._without_effect(
+                "bad_rows_file", "on_bad_row is error", "set on_bad_row to skip, or leave it out"
+            )
+        return problems

@@ -1,0 +1,240 @@
+"""The section `layout`: how a model and its data are split over the ranks.
+
+A `Layout` holds tensor, pipeline (with model chunks per stage), context, expert and sequence
+parallelism and the pipeline's layer split. Data parallelism is what is left. It is checked in two
+stages, both before a weight is read: contradictions between its fields when it is constructed, and
+what does not fit the model or the number of ranks by `Layout.problems_for`. megatron-core's own
+checks come later, one at a time, and miss the combinations that are silently wrong.
+"""
+
+from itertools import accumulate
+from typing import Protocol
+
+from megatron_idpo.config.section import Bool, PositiveInt, Section
+from megatron_idpo.errors import ConfigError, Problem
+
+
+class ModelShape(Protocol):
+    """What a layout has to divide; `mcore.model.architecture.Architecture` has it."""
+
+    @property
+    def family(self) -> str: ...  # noqa: D102
+    @property
+    def num_layers(self) -> int: ...  # noqa: D102
+    @property
+    def num_heads(self) -> int: ...  # noqa: D102
+    @property
+    def num_kv_heads(self) -> int: ...  # noqa: D102
+    @property
+    def ffn_hidden_size(self) -> int: ...  # noqa: D102
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+    @property
+    def num_experts(self) -> int: ...  # noqa: D102
+
+
+class Layout(Section):
+    """How the model is split over processes; data parallelism is what is left."""
+
+    tensor: PositiveInt = 1
+    """Processes that share every weight matrix."""
+
+    pipeline: PositiveInt = 1
+    """Pipeline stages, each with some of the layers."""
+
+    virtual_pipeline: PositiveInt = 1
+    """Model chunks per stage; more than 1 interleaves them, for a smaller pipeline bubble."""
+
+    context: PositiveInt = 1
+    """Processes that share a row's positions; only 1 so far."""
+
+    expert: PositiveInt = 1
+    """Processes that share the experts of a mixture-of-experts model."""
+
+    sequence_parallel: Bool = False
+    """With `tensor` > 1: split norms and dropouts along the sequence, which saves activations."""
+
+    pipeline_layers: tuple[PositiveInt, ...] | None = None
+    """Layers of each of the `pipeline` · `virtual_pipeline` chunks in order; null splits evenly."""
+
+    batch_p2p_comm: Bool = False
+    """One batched call for a stage's sends and receives; not with interleaving over 2 stages."""
+
+    @property
+    def num_virtual_stages(self) -> int:
+        """Model chunks along the whole pipeline."""
+        return self.pipeline * self.virtual_pipeline
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that one replica of the (dense) model needs."""
+        return self.tensor * self.pipeline * self.context
+
+    def data(self, world_size: int) -> int:
+        """Data-parallel replicas in a world of this size."""
+        assert world_size % self.model_ranks == 0, f"{self} in a world of {world_size}"
+        return world_size // self.model_ranks
+
+    def layers(self, num_layers: int, pipeline_rank: int, chunk: int = 0) -> range:
+        """The layers, counted from 0, in one model chunk of one stage.
+
+        Virtual stage v is chunk `v // pipeline` of pipeline rank `v % pipeline`: chunk 0 of every
+        stage, then chunk 1 of every stage
+        (`megatron.core.transformer.transformer_layer.get_transformer_layer_offset`).
+        """
+        assert 0 <= pipeline_rank < self.pipeline and 0 <= chunk < self.virtual_pipeline
+        ends = [0, *accumulate(self.split(num_layers))]
+        virtual_stage = chunk * self.pipeline + pipeline_rank
+        return range(ends[virtual_stage], ends[virtual_stage + 1])
+
+    def split(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each virtual stage."""
+        assert not _split_problems(self, num_layers), f"{self} cannot hold {num_layers} layers"
+        stages = self.num_virtual_stages
+        return self.pipeline_layers or (num_layers // stages,) * stages
+
+    def problems(self) -> list[Problem]:
+        """Contradictions between the fields, which hold for any model."""
+        problems = []
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            message = f"{self.virtual_pipeline} chunks per stage with layout.pipeline = 1"
+            remedy = "interleaving needs stages: set layout.pipeline to 2 or more, "
+            remedy += "or layout.virtual_pipeline to 1"
+            problems.append(Problem("virtual_pipeline", message, remedy))
+        if self.virtual_pipeline > 1 and self.pipeline == 2 and self.batch_p2p_comm:
+            # The previous and the next stage are the same rank then, and batched p2p does not say
+            # which of its two messages is which.
+            message = (
+                "interleaving over 2 stages with batched p2p gives silently wrong gradients "
+                "(both neighbors are the same rank, and its two messages are mixed up)"
+            )
+            remedy = "set layout.batch_p2p_comm to false, or use more than 2 stages"
+            problems.append(Problem("batch_p2p_comm", message, remedy))
+        if self.sequence_parallel and self.tensor == 1:
+            message = "is true with layout.tensor = 1: no ranks to split the sequence over"
+            remedy = "set layout.tensor to 2 or more, or layout.sequence_parallel to false"
+            problems.append(Problem("sequence_parallel", message, remedy))
+        if self.context > 1:
+            message = f"is {self.context}, but the attention over packed rows cannot split a row"
+            remedy = "set layout.context to 1; layout.sequence_parallel also saves activations"
+            problems.append(Problem("context", message, remedy))
+        return problems
+
+    def problems_for(
+        self, model: ModelShape | None = None, world_size: int | None = None
+    ) -> list[Problem]:
+        """Why this layout cannot split this model over this many ranks.
+
+        Args:
+            model: the model to split; None checks the number of ranks only.
+            world_size: ranks of the run; None checks the model only.
+
+        Returns:
+            Every problem; `Problem.location` is `layout.field`.
+        """
+        problems = []
+        if model is not None:
+            problems += _tensor_problems(self, model)
+            problems += _expert_problems(self, model)
+            problems += _split_problems(self, model.num_layers)
+        if world_size is not None:
+            problems += _world_problems(self, world_size)
+        return problems
+
+    def check(self, model: ModelShape | None, world_size: int) -> None:
+        """Raise the problems for this model and world.
+
+        Raises:
+            ConfigError: listing every problem.
+        """
+        if problems := self.problems_for(model, world_size):
+            raise ConfigError.of(problems)
+
+
+def _tensor_problems(layout: Layout, model: ModelShape) -> list[Problem]:
+    tensor, location = layout.tensor, "layout.tensor"
+    if tensor == 1:
+        return []
+    sizes = {
+        "attention heads": model.num_heads,
+        "key-value heads": model.num_kv_heads,
+        "feed-forward columns": model.ffn_hidden_size,
+    }
+    smallest = min(sizes.values())
+    common = [n for n in range(1, smallest + 1) if not any(size % n for size in sizes.values())]
+    remedy = f"set layout.tensor to one of {', '.join(map(str, common))}"
+    problems = [
+        Problem(location, f"{tensor} does not divide the {size} {what}", remedy)
+        for what, size in sizes.items()
+        if size % tensor
+    ]
+    vocab = model.vocab_size
+    if vocab < tensor:
+        message = f"{tensor} ranks for a vocabulary of {vocab}: some would hold no token"
+        problems.append(Problem(location, message, f"set layout.tensor to at most {vocab}"))
+    return problems
+
+
+def _expert_problems(layout: Layout, model: ModelShape) -> list[Problem]:
+    problems, experts, location = [], model.num_experts, "layout.expert"
+    if layout.expert > 1 and not experts:
+        message = f"is {layout.expert}, but this {model.family} model is dense"
+        problems.append(Problem(location, message, "set layout.expert to 1"))
+    elif experts % layout.expert:
+        message = f"{layout.expert} does not divide the {experts} experts"
+        problems.append(Problem(location, message, f"use one of {_divisors(experts)}"))
+    if experts and layout.tensor > 1 and not layout.sequence_parallel:
+        message = "is false, but megatron-core trains experts under tensor parallelism only with "
+        message += "sequence parallelism"
+        remedy = "set layout.sequence_parallel to true, or layout.tensor to 1"
+        problems.append(Problem("layout.sequence_parallel", message, remedy))
+    return problems
+
+
+def _split_problems(layout: Layout, num_layers: int) -> list[Problem]:
+    stages, location = layout.num_virtual_stages, "layout.pipeline_layers"
+    if num_layers < stages:
+        example = f" ({num_layers} layers fill at most {num_layers} stages)"
+    else:
+        few, extra = divmod(num_layers, stages)
+        example = f", such as {[few + (stage < extra) for stage in range(stages)]}"
+    if layout.pipeline_layers is None:
+        if num_layers % stages == 0:
+            return []
+        chunks = f"{layout.pipeline} stages × {layout.virtual_pipeline} chunks"
+        message = f"{num_layers} layers do not divide evenly over {chunks}"
+        remedy = (
+            f"make layout.pipeline · layout.virtual_pipeline one of {_divisors(num_layers)}, "
+            f"or write the split out in {location}{example}"
+        )
+        return [Problem("layout.pipeline", message, remedy)]
+    problems, split = [], list(layout.pipeline_layers)
+    if len(split) != stages:
+        message = f"{split} has {len(split)} entries"
+        remedy = f"write layout.pipeline · layout.virtual_pipeline = {stages} of them"
+        problems.append(Problem(location, message, remedy))
+    if sum(split) != num_layers:
+        message = f"{split} adds up to {sum(split)} layers, the model has {num_layers}"
+        remedy = f"change the entries so that they add up{example}"
+        problems.append(Problem(location, message, remedy))
+    return problems
+
+
+def _world_problems(layout: Layout, world_size: int) -> list[Problem]:
+    ranks = layout.model_ranks
+    if world_size % ranks:
+        product = f"tensor {layout.tensor} × pipeline {layout.pipeline} × context {layout.context}"
+        message = f"{product} = {ranks} ranks do not divide the world of {world_size}"
+        remedy = f"start a multiple of {ranks} processes, or lower the layout"
+        return [Problem("layout", message, remedy)]
+    data = layout.data(world_size)
+    if data % layout.expert:
+        message = f"{layout.expert} does not divide the {data} data-parallel ranks"
+        remedy = f"use one of {_divisors(data)}, or start a multiple of {ranks * layout.expert} "
+        return [Problem("layout.expert", message, f"{remedy}processes")]
+    return []
+
+
+def _divisors(number: int) -> str:
+    """`1, 2, 4` for 4."""
+    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)

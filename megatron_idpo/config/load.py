@@ -1,0 +1,109 @@
+"""Reading a configuration: one YAML file for every verb, with overrides, checked as a whole.
+
+`load_config` reports every problem at once, each with its location, the value and a remedy: unknown
+sections and fields with the nearest name, wrong types, fields without effect, missing sections. A
+section of another verb is checked and not used. An override of such a section is an error, because
+it would have no effect.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from megatron_idpo.config.run_config import SECTIONS, RunConfig
+from megatron_idpo.config.sdpo_steps import step_problems
+from megatron_idpo.config.section import describe_errors, section_class, suggest
+from megatron_idpo.config.yaml_tree import COMMAND_LINE, Tree, read_tree
+from megatron_idpo.errors import ConfigError, Problem
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    required: Iterable[str] = (),
+    optional: Iterable[str] = (),
+) -> RunConfig:
+    """Read and check a configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.field=value`, with YAML values; `section=null` removes a section.
+        required: the sections that the verb needs.
+        optional: further sections that it reads if they are present.
+
+    Raises:
+        ConfigError: with every problem in the file and in the overrides.
+    """
+    required, optional = tuple(required), tuple(optional)
+    assert {*required, *optional} <= set(SECTIONS), f"unknown among {required}, {optional}"
+    tree = read_tree(path, overrides)
+    problems = list(tree.problems)
+    problems += _unused_overrides(tree, {*required, *optional})
+    sections: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        if name in tree.values:
+            _read_section(name, field, tree, sections, problems)
+        elif field.is_required() and name in required:
+            problems.append(_missing_section(name, field))
+        elif not field.is_required():
+            sections[name] = field.default
+    for name in tree.values.keys() - set(SECTIONS):
+        remedy = suggest(name, SECTIONS, "sections")
+        problems.append(Problem(tree.location((name,)), "unknown section", remedy))
+    config = RunConfig.model_construct(**sections)
+    if not problems:  # sections that are incomplete cannot be compared
+        problems = [
+            Problem(
+                tree.location(tuple(problem.location.split("."))), problem.message, problem.remedy
+            )
+            for problem in (*config.problems(), *step_problems(config))
+        ]
+    if problems:
+        raise ConfigError.of(problems)
+    return config
+
+
+def _unused_overrides(tree: Tree, used: set[str]) -> list[Problem]:
+    names = {
+        str(keys[0]): None
+        for keys, origin in tree.origins.items()
+        if origin == COMMAND_LINE and keys[0] in SECTIONS and keys[0] not in used
+    }
+    message = "has no effect: this verb does not read the section"
+    return [Problem(f"{name} ({COMMAND_LINE})", message, "leave it out") for name in names]
+
+
+def _read_section(
+    name: str, field: FieldInfo, tree: Tree, sections: dict[str, Any], problems: list[Problem]
+) -> None:
+    """Validate one section into `sections`, or append its `problems`."""
+    values, section = tree.values[name], section_class(field)
+    if not isinstance(values, dict):
+        message = "is empty" if values is None else f"is {values!r}, not a mapping of fields"
+        first = next(iter(section.model_fields))
+        remedy = f"write fields, such as `{name}.{first}`, under it, or remove it"
+        problems.append(Problem(tree.location((name,)), message, remedy))
+        return
+    try:
+        sections[name] = section.model_validate(values)
+    except ValidationError as error:
+        problems += describe_errors(error, section, (name,), tree.location, _fields_by_name())
+
+
+def _fields_by_name() -> dict[str, str]:
+    """`section.field` by field name; the first section that has it."""
+    names: dict[str, str] = {}
+    for section, field in RunConfig.model_fields.items():
+        for name in section_class(field).model_fields:
+            names.setdefault(name, f"{section}.{name}")
+    return names
+
+
+def _missing_section(name: str, field: FieldInfo) -> Problem:
+    fields = section_class(field).model_fields
+    needed = [f"{name}.{inner}" for inner, info in fields.items() if info.is_required()]
+    return Problem(name, "the section is missing", f"add it, with at least {', '.join(needed)}")

@@ -1,0 +1,178 @@
+"""The base of every configuration section: frozen, typed, strict, documented by its docstrings.
+
+A section is one class and one line in `RunConfig`. Its docstring and the strings below its fields
+become `docs/configuration.md`. Values are checked strictly: `true` is not a number, nor is `"8"`.
+A section that is constructed in Python raises `ConfigError` with every problem, as `load_config`
+does for a file.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from megatron_idpo.config.yaml_tree import Keys
+from megatron_idpo.errors import ConfigError, Problem
+
+Bool = Annotated[bool, Strict()]
+Int = Annotated[int, Strict(), Field(ge=0)]
+PositiveInt = Annotated[int, Strict(), Field(gt=0)]
+PositiveFloat = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Strict(), Field(ge=0, le=1)]
+Fraction = Annotated[float, Strict(), Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path. A leading `~` is the home directory; hub names and glob patterns are left as they are."""
+
+
+class SectionError(ValueError):
+    """Problems between the fields of one section; each `Problem.location` is a field of it."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        """Keep the problems, so that a caller can add where the section was written."""
+        super().__init__("; ".join(map(str, problems)))
+        self.problems = problems
+
+
+class Section(BaseModel):
+    """A frozen group of fields that rejects unknown ones.
+
+    Raises:
+        ConfigError: on construction, with every problem. `model_validate` raises pydantic's
+            `ValidationError` instead, which `describe_errors` turns into problems.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    if not TYPE_CHECKING:  # type checkers keep the signature that pydantic derives from the fields
+
+        def __init__(self, **fields: Any) -> None:
+            """Validate the fields; raises ConfigError."""
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                name = type(self).__name__.removesuffix("Config").lower()
+                raise ConfigError.of(describe_errors(error, type(self), (name,))) from None
+
+        # Without this mark pydantic would call __init__ for nested sections too, and their
+        # location in the file would be lost in the ConfigError.
+        __init__.__pydantic_base_init__ = True
+
+    def problems(self) -> list[Problem]:
+        """Contradictions between this section's fields; `Problem.location` is a field's name."""
+        return []
+
+    @model_validator(mode="after")
+    def _check_problems(self) -> Self:
+        if problems := self.problems():
+            raise SectionError(problems)
+        return self
+
+    def _without_effect(self, name: str, because: str, remedy: str) -> list[Problem]:
+        """A problem if the user set a field that the section's other fields leave unused."""
+        if getattr(self, name) == type(self).model_fields[name].default:
+            return []
+        return [Problem(name, f"has no effect: {because}", remedy)]
+
+
+def dotted(keys: Keys) -> str:
+    """`data.train.0.path`."""
+    return ".".join(map(str, keys))
+
+
+def describe_errors(
+    error: ValidationError,
+    section: type[BaseModel],
+    keys: Keys = (),
+    locate: Callable[[Keys], str] = dotted,
+    fields_elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> list[Problem]:
+    """Pydantic's errors in the words of a configuration file.
+
+    Args:
+        error: raised while `section` was validated.
+        section: its class.
+        keys: path of the section in the file.
+        locate: the `Problem.location` of a path.
+        fields_elsewhere: `section.field` by field name, to suggest for an unknown field.
+    """
+    problems = []
+    for detail in error.errors():
+        path: Keys = (*keys, *detail["loc"])
+        inner = detail.get("ctx", {}).get("error")
+        if isinstance(inner, SectionError):
+            problems += [
+                Problem(locate((*path, problem.location)), problem.message, problem.remedy)
+                for problem in inner.problems
+            ]
+        else:
+            owner = _owner(section, path[len(keys) :])
+            message, remedy = _describe(detail, str(path[-1]), owner, fields_elsewhere)
+            problems.append(Problem(locate(path), message, remedy))
+    return problems
+
+
+def _describe(
+    detail: Any, name: str, owner: type[BaseModel], fields_elsewhere: Mapping[str, str]
+) -> tuple[str, str]:
+    """Message and remedy for one of pydantic's errors at the field `name` of `owner`."""
+    kind, value = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        if name in fields_elsewhere and not difflib.get_close_matches(name, owner.model_fields):
+            return "unknown field", f"did you mean `{fields_elsewhere[name]}`?"
+        return "unknown field", suggest(name, owner.model_fields, "fields")
+    if kind == "missing":
+        field = owner.model_fields.get(name)  # None: an element of a list
+        return "is missing", f"add it: {_first_sentence(field)}" if field else "add it"
+    if kind == "literal_error":
+        choices = re.findall("'([^']*)'", detail["ctx"]["expected"])
+        return f"is {value!r}", suggest(str(value), choices, "values")
+    if kind == "model_type":
+        return f"is {value!r}", "it should be a mapping of fields to values"
+    reason = detail["msg"].replace("Input should", "it should").replace("tuple", "list")
+    return f"is {value!r}", reason.removeprefix("Value error, ")
+
+
+def suggest(name: str, names: Iterable[str], what: str) -> str:
+    """The nearest of `names` as a remedy, or all of them."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean `{near[0]}`?" if near else f"the {what} are {', '.join(names)}"
+
+
+def section_class(field: FieldInfo) -> type[Section]:
+    """The class behind a section's annotation, which may be optional."""
+    (section,) = _models_in(field.annotation)
+    assert issubclass(section, Section), field
+    return section
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _owner(section: type[BaseModel], keys: Keys) -> type[BaseModel]:
+    """The class that has, or should have, the field at the end of `keys`."""
+    for key in keys[:-1]:
+        if isinstance(key, str) and key in section.model_fields:
+            section = next(iter(_models_in(section.model_fields[key].annotation)), section)
+    return section
+
+
+def _first_sentence(field: FieldInfo) -> str:
+    return (field.description or "").split(". ")[0].rstrip(".").replace("\n", " ")
