@@ -1,14 +1,13 @@
-"""Attention over a row with FlexAttention: one fused kernel for the whole row, on a GPU.
+"""Row attention on a GPU: FlexAttention, one fused kernel for the whole row.
 
-Which 128 x 128 blocks a row needs follows from its spans, so the block mask is computed from them
-on the CPU, in microseconds and without a mask of the row's size, and kept on the row: one per
-window, for every layer and for recomputation. Inside a block that is only partly visible the kernel
-asks `_visible` per pair of positions.
+FlexAttention skips 128 x 128 blocks without a visible pair of positions, and evaluates the mask
+function (`_visible`) only in partly visible blocks. `create_block_mask` would evaluate it for all
+T x T pairs; here the blocks are computed from the row's spans on the CPU, in microseconds, and kept
+on the row: one block mask per window, used by every layer and in recomputation.
 
 The kernel is compiled for static shapes, at the first use of a row length with a window: rows are
-cut to one length per step (`data.trim_tokens`), so there are a few dozen of them. Uncompiled,
-FlexAttention is a plain (and T x T) implementation of the same meaning, through which the tests
-check blocks and mask on a CPU.
+trimmed to one length per step (`data.trim_tokens`), so there are a few dozen. Uncompiled,
+FlexAttention computes the same with a T x T score matrix, which the tests use on a CPU.
 
 Shape suffixes: `T` positions of the row, `N` query heads, `M` key-value heads (M divides N), `D`
 head size, `I`/`J` blocks of queries and of keys.
@@ -39,24 +38,26 @@ def attend_row_flex(
     window: int | None,
     backend: str | None = "inductor",
 ) -> Tensor:
-    """Attention that honours the row's groups; the same contract as `attention_sdpa.attend_row`.
+    """Attention within the row's groups, with the interface of `sdpa.attend_row`.
 
     Args:
         query_TBND: `[T, 1, N, D]`.
         key_TBMD: `[T, 1, M, D]`.
         value_TBMD: `[T, 1, M, D]`.
-        row: The structure; at least one group that is not empty. The block mask is kept in its
+        row: The structure, with at least one group that is not empty. Block masks are kept in its
             `derived`, one per window.
         scale: Factor on the scores.
         window: A query sees keys at distances `0 <= q_pos - k_pos < window`; None sees all.
-        backend: Another one only in tests: torch.compile's, or None for the plain implementation.
+        backend: Of torch.compile; None runs uncompiled. For tests.
 
     Returns:
         `[T, 1, N, D]`; 0 where the row is padding (FlexAttention's value for a query without keys).
     """
     mask_key = ("block mask", window)
     if mask_key not in row.derived:
-        with torch.inference_mode(False):  # it may be built in a scoring pass and used in training
+        # It may be built in a scoring pass and used in training, where autograd rejects inference
+        # tensors.
+        with torch.inference_mode(False):
             row.derived[mask_key] = block_mask(row, window)
     attend: Any = flex_attention
     if backend is not None:
@@ -73,20 +74,18 @@ def attend_row_flex(
 
 
 def block_mask(row: RowParams, window: int | None) -> BlockMask:
-    """The row's block mask, on the device of its position ids.
+    """The row's block mask `[1, 1, T, T]`, on the device of its position ids.
 
     Args:
         row: The structure.
         window: As in `attend_row_flex`.
-
-    Returns:
-        A mask `[1, 1, T, T]` with blocks of `BLOCK`: those that any pair needs, and among them
-        those that every pair may use.
     """
     device = row.position_ids_T.device
     needed_IJ, full_IJ = _blocks(row, window)
-    kv_num_blocks, kv_indices = _ordered(needed_IJ & ~full_IJ)
-    full_kv_num_blocks, full_kv_indices = _ordered(full_IJ)
+    # FlexAttention keeps two lists: partial blocks, where it calls mask_mod, and full ones, where
+    # it does not. A block in both would be counted twice in the softmax.
+    kv_num_blocks, kv_indices = _block_lists(needed_IJ & ~full_IJ)
+    full_kv_num_blocks, full_kv_indices = _block_lists(full_IJ)
     mask = BlockMask.from_kv_blocks(
         kv_num_blocks,
         kv_indices,
@@ -103,13 +102,13 @@ def block_mask(row: RowParams, window: int | None) -> BlockMask:
 def _compiled_flex_attention(
     row_tokens: int, window: int | None, backend: str
 ) -> Callable[..., Any]:
-    """FlexAttention for one row length and window; this cache is the only state here.
+    """FlexAttention compiled for one row length and window.
 
-    Rows of one length share a compilation, as their structure arrives in tensors. Dynamo counts
-    compilations by code object and gives up at 8 (`recompile_limit`), which a few lengths with two
-    windows reach; so each gets a code object of its own. Its 8 are for gradients on and off and the
-    like. With `fullgraph`, exceeding them is an error instead of the slow implementation: whatever
-    makes every row compile anew is noticed.
+    Rows of one length share a compilation, because their structure is in tensors. Dynamo counts
+    compilations per code object and gives up at 8 (`recompile_limit`), which a few lengths with two
+    windows reach. So each pair gets a separate code object, whose 8 are left for gradients on and
+    off and the like. With `fullgraph`, reaching the limit is an error instead of a fallback to the
+    slow implementation, so recompilation per row cannot go unnoticed.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Any:
@@ -121,81 +120,93 @@ def _compiled_flex_attention(
 
 
 def _visible(row: RowParams, window: int | None) -> Callable[[Any, Any, Any, Any], Any]:
-    """Whether the query at one position of the row sees the key at another.
+    """The `mask_mod`: whether the query at one position of the row sees the key at another.
 
-    Every answer and every prompt is a *part* with a number of its own. A query sees its own part
-    and its group's prompt, backwards from its position. Padding is part -1, whose "prompt" -2 and
-    own part are both excluded.
+    Each prompt and each answer is a *part* with a unique index. A query sees keys of the same part
+    and of its group's prompt, at distances from 0 to the window.
     """
+    # Padding is part -1 with prompt -2: a padding query matches no prompt or answer, and the test
+    # part >= 0 excludes padding keys.
     part_T = np.full(row.row_tokens, -1, dtype=np.int32)
     prompt_T = np.full(row.row_tokens, -2, dtype=np.int32)
     for i, (b0, b1, b2, b3) in enumerate(row.groups):
         part_T[b0:b1], part_T[b1:b2], part_T[b2:b3] = 3 * i, 3 * i + 1, 3 * i + 2
         prompt_T[b0:b3] = 3 * i
+    # Distances are differences of position ids, not of row positions: between a rejected answer and
+    # its prompt lies the chosen answer.
     position_T = row.position_ids_T.to(torch.int32)
     part_of_T = torch.from_numpy(part_T).to(position_T.device)
     prompt_of_T = torch.from_numpy(prompt_T).to(position_T.device)
-    reach = row.row_tokens if window is None else window
+    max_distance = row.row_tokens if window is None else window
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         part = part_of_T[key]
-        together = (part == part_of_T[query]) | (part == prompt_of_T[query])
+        same_sequence = (part == part_of_T[query]) | (part == prompt_of_T[query])
         distance = position_T[query] - position_T[key]
-        return together & (part >= 0) & (distance >= 0) & (distance < reach)
+        return same_sequence & (part >= 0) & (distance >= 0) & (distance < max_distance)
 
     return visible
 
 
 class _Rectangle(NamedTuple):
-    """Queries `[query_start, query_end)` that look at keys `[key_start, key_end)`."""
+    """Queries `[query_start, query_end)` and the keys `[key_start, key_end)` that they may see."""
 
     query_start: int
     query_end: int
     key_start: int
     key_end: int
     skipped: int
-    """Positions between the two that count no distance: the chosen answer, for a rejected one."""
+    """Row positions between keys and queries that do not count as distance: the chosen answer,
+    between a prompt and its rejected answer."""
 
 
 def _rectangles(groups: tuple[Group, ...]) -> Iterator[_Rectangle]:
     for b0, b1, b2, b3 in groups:
-        yield _Rectangle(b0, b2, b0, b2, 0)
-        yield _Rectangle(b2, b3, b0, b1, b2 - b1)
-        yield _Rectangle(b2, b3, b2, b3, 0)
+        yield _Rectangle(b0, b2, b0, b2, 0)  # prompt and chosen answer: one causal sequence
+        yield _Rectangle(b2, b3, b0, b1, b2 - b1)  # rejected answer on the prompt
+        yield _Rectangle(b2, b3, b2, b3, 0)  # rejected answer on itself
 
 
 def _blocks(row: RowParams, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Bool `[I, J]`: blocks with a visible pair, and blocks in which every pair is visible."""
+    """Two bool `[I, J]`: blocks with a visible pair, and blocks in which every pair is visible."""
     num_blocks = -(-row.row_tokens // BLOCK)
     needed_IJ = np.zeros((num_blocks, num_blocks), dtype=bool)
     full_IJ = np.zeros_like(needed_IJ)
-    reach = row.row_tokens if window is None else window
+    max_distance = row.row_tokens if window is None else window
     for query_start, query_end, key_start, key_end, skipped in _rectangles(row.groups):
         if query_start == query_end or key_start == key_end:
             continue
-        rows, query_low, query_high = _cut(query_start, query_end)
-        columns, key_low, key_high = _cut(key_start, key_end)
-        nearest = query_low[:, None] - key_high[None, :] - skipped
-        farthest = query_high[:, None] - key_low[None, :] - skipped
-        whole = (query_high - query_low == BLOCK - 1)[:, None] & (key_high - key_low == BLOCK - 1)
-        needed_IJ[rows, columns] |= (farthest >= 0) & (nearest < reach)
-        full_IJ[rows, columns] |= whole & (nearest >= 0) & (farthest < reach)
+        rows, query_first, query_last = _blocks_of(query_start, query_end)
+        columns, key_first, key_last = _blocks_of(key_start, key_end)
+        # Smallest and largest distance q_pos - k_pos of any pair in each block. Distances take all
+        # values in between, so a block has a visible pair iff the interval meets [0, max_distance),
+        # and all pairs are visible iff it lies inside.
+        smallest_IJ = query_first[:, None] - key_last[None, :] - skipped
+        largest_IJ = query_last[:, None] - key_first[None, :] - skipped
+        needed_IJ[rows, columns] |= (largest_IJ >= 0) & (smallest_IJ < max_distance)
+        # A block that the rectangle covers partly also has pairs outside it: never full.
+        is_covered_IJ = (query_last - query_first == BLOCK - 1)[:, None] & (
+            key_last - key_first == BLOCK - 1
+        )
+        full_IJ[rows, columns] |= is_covered_IJ & (smallest_IJ >= 0) & (largest_IJ < max_distance)
     return needed_IJ, full_IJ
 
 
-def _cut(start: int, end: int) -> tuple[slice, np.ndarray, np.ndarray]:
-    """The blocks that `[start, end)` touches, with its first and last position in each."""
-    first, behind = start // BLOCK, -(-end // BLOCK)
-    low = np.arange(first, behind) * BLOCK
+def _blocks_of(start: int, end: int) -> tuple[slice, np.ndarray, np.ndarray]:
+    """The blocks that `[start, end)` touches, and its first and last position in each."""
+    first_block, end_block = start // BLOCK, -(-end // BLOCK)
+    block_start = np.arange(first_block, end_block) * BLOCK
     return (
-        slice(first, behind),
-        np.maximum(low, start),
-        np.minimum(low + BLOCK, end) - 1,
+        slice(first_block, end_block),
+        np.maximum(block_start, start),
+        np.minimum(block_start + BLOCK, end) - 1,
     )
 
 
-def _ordered(blocks_IJ: np.ndarray) -> tuple[Tensor, Tensor]:
-    """FlexAttention's form: how many key blocks, `[1, 1, I]`, and which, leading `[1, 1, I, J]`."""
-    marked_first = np.argsort(~blocks_IJ, axis=1, kind="stable").astype(np.int32)
-    counts = blocks_IJ.sum(axis=1, dtype=np.int32)
-    return torch.from_numpy(counts)[None, None], torch.from_numpy(marked_first)[None, None]
+def _block_lists(blocks_IJ: np.ndarray) -> tuple[Tensor, Tensor]:
+    """FlexAttention's format: the number of key blocks per query block, `[1, 1, I]`, and their
+    indices, which come first in `[1, 1, I, J]`."""
+    # False sorts before True, and a stable sort keeps the key blocks in ascending order.
+    indices_IJ = np.argsort(~blocks_IJ, axis=1, kind="stable").astype(np.int32)
+    counts_I = blocks_IJ.sum(axis=1, dtype=np.int32)
+    return torch.from_numpy(counts_I)[None, None], torch.from_numpy(indices_IJ)[None, None]

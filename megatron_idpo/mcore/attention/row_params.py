@@ -1,11 +1,9 @@
-"""The row as Megatron carries it: positions and attention structure of one micro-batch.
+"""`RowParams`: positions and attention structure of one row, as Megatron's `packed_seq_params`.
 
-Megatron-core hands `packed_seq_params` down to every layer of every stage and closes over it per
-micro-batch, so it survives full and selective recompute. `RowParams` is such an object: what
-attention, rotary and the taps need to know about the row they are in, and nothing global. A row is
-one micro-batch: tokens `[1, T]`, hidden `[T, 1, H]`.
-
-It says nothing about targets or losses, and it does not build rows (`data/rows.py` does).
+Megatron-core passes `packed_seq_params` to every layer of every stage and keeps it per micro-batch,
+so it is still the right one under full and selective recomputation. `RowParams` contains what
+attention, the rotary embedding and the taps need to know about their row. A row is one micro-batch:
+tokens `[1, T]`, hidden `[T, 1, H]`. Rows are built in `data/packing/rows.py`.
 
 Shape suffixes: `T` positions of the row, `G` groups in it.
 """
@@ -19,28 +17,27 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 type Group = tuple[int, int, int, int]
-"""Bounds `(b0, b1, b2, b3)` of one group, in row positions; see `RowParams.spans_G4`."""
+"""Bounds `(b0, b1, b2, b3)` of one group, in row positions; see `RowParams`."""
 
 
 @dataclass(kw_only=True, eq=False)
 class RowParams(PackedSeqParams):
     """The structure of one row.
 
-    A *group* is a prompt with its two answers, stored once each, one behind the other. The prompt
-    `[b0, b1)` is causal; the chosen answer `[b1, b2)` sees the prompt and itself, causally; the
-    rejected answer `[b2, b3)` sees the prompt and itself, never the chosen one. A plain sequence is
-    `(b0, e, e, e)`. Groups never see each other. Positions in no group are padding: attention
-    gives 0 there.
+    A *group* is a prompt followed by its two answers. The prompt `[b0, b1)` is causal. The chosen
+    answer `[b1, b2)` sees the prompt and itself, causally. The rejected answer `[b2, b3)` sees the
+    prompt and itself, but not the chosen answer. A plain sequence is `(b0, e, e, e)`. Groups do not
+    see each other. Positions outside all groups are padding; attention outputs 0 there.
 
     Build it with `of` or `plain`; treat it as immutable.
 
     Attributes:
-        position_ids_T: int64 `[T]`, on the model's device. Within a group they are consecutive,
-            and both answers continue from the prompt; what padding holds is of no matter.
-        spans_G4: int32 `[G, 4]` on the CPU (attention on a CPU slices by them, and reading them
-            from a GPU would synchronise). Groups are disjoint and ascending; G may be 0.
-        derived: what attention backends build once per row and read in every layer (the block
-            mask, one per distinct window), keyed by them. It lives exactly as long as the row.
+        position_ids_T: int64 `[T]`, on the model's device. Consecutive within a group, where both
+            answers continue from the prompt; arbitrary in padding.
+        spans_G4: int32 `[G, 4]` on the CPU, since both attention backends read it on the host and
+            reading from a GPU would synchronize. Groups are disjoint and ascending; G may be 0.
+        derived: masks that the attention backends compute once per row and read in every layer,
+            keyed by backend and window. It lives as long as the row.
     """
 
     position_ids_T: Tensor
@@ -48,45 +45,39 @@ class RowParams(PackedSeqParams):
     derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Fills Megatron's fields for the `sbhd` format and asserts that the spans make sense."""
+        """Set Megatron's fields for the `sbhd` format and assert that the arrays are consistent."""
         super().__post_init__()
         self.qkv_format = "sbhd"
         self.max_seqlen_q = self.max_seqlen_kv = self.position_ids_T.numel()
-        self._assert_sound()
+        self._assert_consistent()
 
     @classmethod
     def of(cls, position_ids_T: Tensor, spans_G4: Tensor) -> Self:
-        """A row from the arrays that `data/rows.py` builds.
+        """A row from its arrays.
 
         Args:
             position_ids_T: int64 `[T]` on the device of the model.
             spans_G4: int32 `[G, 4]` on the CPU.
 
-        Returns:
-            The row.
-
         Raises:
-            AssertionError: If the arrays contradict what the class promises.
+            AssertionError: If the arrays violate the invariants of the class.
         """
         return cls(position_ids_T=position_ids_T, spans_G4=spans_G4)
 
     @classmethod
     def plain(cls, num_tokens: int, device: torch.device | str = "cpu") -> Self:
-        """One ordinary causal sequence that fills the row.
+        """One causal sequence that fills the row.
 
         Args:
             num_tokens: T, at least 1.
-            device: Where the model is.
-
-        Returns:
-            The row.
+            device: Of the model.
         """
         spans_G4 = torch.tensor([[0, num_tokens, num_tokens, num_tokens]], dtype=torch.int32)
         return cls.of(torch.arange(num_tokens, device=device), spans_G4)
 
     @property
     def row_tokens(self) -> int:
-        """T, the positions of the row, padding included."""
+        """T, the positions of the row, including padding."""
         return self.position_ids_T.numel()
 
     @cached_property
@@ -94,7 +85,7 @@ class RowParams(PackedSeqParams):
         """`spans_G4` as plain integers."""
         return tuple((b0, b1, b2, b3) for b0, b1, b2, b3 in self.spans_G4.tolist())
 
-    def _assert_sound(self) -> None:
+    def _assert_consistent(self) -> None:
         position_ids_T, spans_G4 = self.position_ids_T, self.spans_G4
         assert position_ids_T.dim() == 1 and position_ids_T.dtype == torch.int64, (
             f"position ids: {tuple(position_ids_T.shape)} {position_ids_T.dtype}, not int64 [T]"
@@ -105,21 +96,22 @@ class RowParams(PackedSeqParams):
         assert spans_G4.device.type == "cpu", f"spans are on {spans_G4.device}, not on the CPU"
         end = 0
         for group in self.groups:
-            assert end <= group[0], f"group {group} starts before {end}, the end of the one before"
+            assert end <= group[0], f"group {group} starts before {end}, where the last one ended"
             assert list(group) == sorted(group), f"the bounds of group {group} do not ascend"
             end = group[3]
         assert end <= self.row_tokens, f"a group ends at {end} in a row of {self.row_tokens}"
-        if position_ids_T.device.type == "cpu":  # on a GPU this would synchronise
+        if position_ids_T.device.type == "cpu":  # on a GPU this would synchronize
             self._assert_positions()
 
     def _assert_positions(self) -> None:
         for b0, b1, b2, b3 in self.groups:
-            prompt_tokens, longer = b1 - b0, max(b2 - b1, b3 - b2)
             if b3 == b0:
                 continue
-            first = self.position_ids_T[b0]
-            expected = torch.arange(prompt_tokens + longer) + first
-            answers = (expected[prompt_tokens:][: b2 - b1], expected[prompt_tokens:][: b3 - b2])
-            assert torch.equal(
-                self.position_ids_T[b0:b3], torch.cat([expected[:prompt_tokens], *answers])
-            ), f"the positions of group {(b0, b1, b2, b3)} do not continue from its prompt"
+            # From the prompt's first position: chosen runs on to the end of its answer, rejected
+            # starts again where the prompt ends.
+            chosen = torch.arange(b2 - b0)
+            rejected = torch.arange(b1 - b0, b1 - b0 + b3 - b2)
+            expected = torch.cat([chosen, rejected]) + self.position_ids_T[b0]
+            assert torch.equal(self.position_ids_T[b0:b3], expected), (
+                f"the positions of group {(b0, b1, b2, b3)} do not continue from its prompt"
+            )

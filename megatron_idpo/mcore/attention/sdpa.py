@@ -1,17 +1,14 @@
-"""Attention over a row with `scaled_dot_product_attention` on the slices of each group.
+"""Row attention on a CPU: `scaled_dot_product_attention` on slices of each group.
 
-Torch's CPU kernel is a flash kernel: no score matrix is stored, and grouped-query heads are read in
-place. It knows one structure of its own, the causal square, so a prompt is one plain call and an
-answer is one call per block of queries over *prompt + itself* with an explicit mask. A mask holds
-relative distances only, so one small Toeplitz matrix per row and window serves every group of every
-layer as a view; no mask of the row's size exists.
+Torch's CPU kernel is a flash kernel: it stores no score matrix, and reads grouped-query heads in
+place. Without a mask it supports only the causal square. So a prompt is one call without a mask,
+and an answer is one call per block of queries on *prompt + answer* with an explicit mask. A mask
+depends on relative distances only, so it is a view of one small Toeplitz matrix per row and window,
+used for every group and layer. No mask of the row's size exists.
 
-On a CPU half precision is computed in fp32. For every shape that it meets, torch's half-precision
-kernel makes machine code that it never gives back (5 to 6 MB on a processor with AMX), and every
-pair has lengths of its own: memory would grow with the number of pairs.
-
-Everything here is ordinary autograd. Pieces of the row are taken with `split`, whose backward is
-one concatenation; slicing the row would add a zero-filled gradient of the whole row per slice.
+On a CPU, half precision is computed in fp32. Torch's half-precision kernel generates machine code
+for each new shape and never frees it (5 to 6 MB on a processor with AMX). Nearly every pair has a
+new shape, so memory would grow with the number of pairs.
 
 Shape suffixes: `T` positions of the row, `Q`/`K` queries and keys of one call (queries are the last
 Q of the K positions), `B` batch, `N` query heads, `M` key-value heads (M divides N), `D` head size.
@@ -27,17 +24,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_idpo.mcore.attention.row_params import RowParams
 
 QUERY_BLOCK = 256
-"""Queries per masked call: bounds the mask, and keys beyond a block's last query are skipped."""
+"""Queries per masked call. Limits the mask's size; keys after a block's last query are skipped."""
 
 
 class _DistanceMask:
-    """Additive masks by relative distance, all of them views of one Toeplitz matrix."""
+    """Additive masks by relative distance, all of them views of one Toeplitz matrix.
 
-    def __init__(self, longest: int, window: int | None, like: Tensor) -> None:
-        """Masks for at most `longest` visible positions, in the dtype and place of `like`."""
-        self.window = longest if window is None else min(window, longest)
-        self.rows = min(QUERY_BLOCK, longest)
-        # Before the first query of a block lie at most `window - 1` keys that it sees.
+    Row i, column j of the matrix is the mask at distance `before + i - j`.
+    """
+
+    def __init__(self, max_keys: int, window: int | None, like: Tensor) -> None:
+        """For sequences of at most `max_keys` positions; dtype and device of `like`."""
+        self.window = max_keys if window is None else min(window, max_keys)
+        self.rows = min(QUERY_BLOCK, max_keys)
+        # The first query of a block sees at most `window - 1` keys before itself.
         self.before = self.window - 1
         self.dtype, self.device = like.dtype, like.device
         self._matrix: Tensor | None = None
@@ -45,9 +45,11 @@ class _DistanceMask:
     def view(self, num_queries: int, num_keys: int) -> Tensor:
         """The `[Q, K]` mask of the last Q of K positions: 0 where visible, -inf elsewhere."""
         if self._matrix is None:
-            # Built in a scoring pass, used in a training pass: must not be an inference tensor.
+            # It may be built in a scoring pass and used in training, where autograd rejects
+            # inference tensors.
             with torch.inference_mode(False):
                 self._matrix = self._build()
+        # In row 0, the query itself (distance 0) is column `before`; here it is key K - Q.
         first = self.before - (num_keys - num_queries)
         assert first >= 0 and num_queries <= self.rows, (num_queries, num_keys, self.before)
         return self._matrix[:num_queries, first : first + num_keys]
@@ -70,13 +72,13 @@ def attend_row(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Attention that honours the row's groups.
+    """Attention within the row's groups.
 
     Args:
         query_TBND: `[T, 1, N, D]`.
         key_TBMD: `[T, 1, M, D]`.
         value_TBMD: `[T, 1, M, D]`.
-        row: The structure. The masks are kept in its `derived`, one matrix per window.
+        row: The structure. Masks are kept in its `derived`, one matrix per window.
         scale: Factor on the scores.
         window: A query sees keys at distances `0 <= q_pos - k_pos < window`; None sees all.
 
@@ -84,19 +86,23 @@ def attend_row(
         `[T, 1, N, D]`, contiguous; 0 where the row is padding.
     """
     dtype = query_TBND.dtype
-    query_TBND, key_TBMD, value_TBMD = _as_computed(query_TBND, key_TBMD, value_TBMD)
+    query_TBND, key_TBMD, value_TBMD = _to_compute_dtype(query_TBND, key_TBMD, value_TBMD)
     mask_key = ("distance mask", window, query_TBND.dtype)
     if mask_key not in row.derived:
-        longest = max(max(b2 - b0, b1 - b0 + b3 - b2) for b0, b1, b2, b3 in row.groups)
-        row.derived[mask_key] = _DistanceMask(longest, window, query_TBND)
+        max_keys = max(max(b2 - b0, b1 - b0 + b3 - b2) for b0, b1, b2, b3 in row.groups)
+        row.derived[mask_key] = _DistanceMask(max_keys, window, query_TBND)
     mask: _DistanceMask = row.derived[mask_key]
 
-    gaps_and_groups, end = [], 0
+    # Lengths of gap, group, gap, ..., group, gap: together the whole row. `split`, not slices: its
+    # backward is one concatenation, while each slice's backward would allocate and add a zero-filled
+    # gradient of the whole row.
+    piece_lengths, end = [], 0
     for b0, _, _, b3 in row.groups:
-        gaps_and_groups += [b0 - end, b3 - b0]
+        piece_lengths += [b0 - end, b3 - b0]
         end = b3
-    gaps_and_groups.append(row.row_tokens - end)
-    queries, keys, values = (x.split(gaps_and_groups) for x in (query_TBND, key_TBMD, value_TBMD))
+    piece_lengths.append(row.row_tokens - end)
+    queries, keys, values = (x.split(piece_lengths) for x in (query_TBND, key_TBMD, value_TBMD))
+    # Groups are the pieces at odd indices. Gaps are padding, whose output is 0.
     outputs = [torch.zeros_like(queries[0])]
     for i, (b0, b1, b2, b3) in enumerate(row.groups):
         lengths = (b1 - b0, b2 - b1, b3 - b2)
@@ -112,7 +118,7 @@ def attend_causal(
     """Plain causal attention; the queries are the last Q of the K positions.
 
     Args:
-        query_QBND: `[Q, B, N, D]`, Q <= K (fewer when keys come from a cache).
+        query_QBND: `[Q, B, N, D]`; Q < K if keys come from a key-value cache.
         key_KBMD: `[K, B, M, D]`.
         value_KBMD: `[K, B, M, D]`.
         scale: Factor on the scores.
@@ -122,13 +128,13 @@ def attend_causal(
         `[Q, B, N, D]`.
     """
     dtype = query_QBND.dtype
-    query_QBND, key_KBMD, value_KBMD = _as_computed(query_QBND, key_KBMD, value_KBMD)
+    query_QBND, key_KBMD, value_KBMD = _to_compute_dtype(query_QBND, key_KBMD, value_KBMD)
     mask = _DistanceMask(key_KBMD.size(0), window, query_QBND)
     return _attend(query_QBND, key_KBMD, value_KBMD, mask=mask, scale=scale).to(dtype)
 
 
-def _as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In the precision that the kernel is to have: fp32 on a CPU, their own elsewhere."""
+def _to_compute_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """16-bit tensors on a CPU as fp32 (see the module docstring); others unchanged."""
     return tuple(x.float() if x.device.type == "cpu" and x.itemsize < 4 else x for x in tensors)
 
 
@@ -141,20 +147,23 @@ def _attend_group(
     mask: _DistanceMask,
     scale: float,
 ) -> Iterator[Tensor]:
-    """The outputs of prompt, chosen and rejected, in the order of the row."""
+    """The outputs of prompt, chosen and rejected answer, in row order."""
     prompt, chosen, rejected = query.split(lengths)
     prompt_key, _, rejected_key = key.split(lengths)
     prompt_value, _, rejected_value = value.split(lengths)
-    until_rejected = lengths[0] + lengths[1]
+    rejected_start = lengths[0] + lengths[1]
+    # The kernel rejects empty inputs, so empty parts are skipped.
     if lengths[0]:
         yield _attend(prompt, prompt_key, prompt_value, mask=mask, scale=scale)
     if lengths[1]:
-        seen = key[:until_rejected], value[:until_rejected]
-        yield _attend(chosen, *seen, mask=mask, scale=scale)
+        # Prompt and chosen answer are adjacent in the row: a slice, no copy.
+        keys_and_values = key[:rejected_start], value[:rejected_start]
+        yield _attend(chosen, *keys_and_values, mask=mask, scale=scale)
     if lengths[2]:
-        # One copy, after which index differences are distances: the chosen answer is left out.
-        seen = torch.cat([prompt_key, rejected_key]), torch.cat([prompt_value, rejected_value])
-        yield _attend(rejected, *seen, mask=mask, scale=scale)
+        # One copy, without the chosen answer in between: index differences are distances again.
+        keys = torch.cat([prompt_key, rejected_key])
+        values = torch.cat([prompt_value, rejected_value])
+        yield _attend(rejected, keys, values, mask=mask, scale=scale)
 
 
 def _attend(
@@ -163,13 +172,16 @@ def _attend(
     """Causal attention of the last Q of K consecutive positions: `[Q, B, N, D]`."""
     num_queries, num_keys = query_QBND.size(0), key_KBMD.size(0)
     if num_queries == num_keys <= mask.window:
+        # A causal square without an effective window: the kernel needs no mask.
         return _sdpa(query_QBND, key_KBMD, value_KBMD, scale=scale, mask_QK=None)
     outputs, end = [], num_keys - num_queries
     for block_QBND in query_QBND.split(QUERY_BLOCK):
+        # `end` is the position of the block's first query. Keys from the earliest that this query
+        # sees to the block's last query; the others are invisible to the whole block.
         start, end = max(0, end - mask.window + 1), end + block_QBND.size(0)
         mask_QK = mask.view(block_QBND.size(0), end - start)
-        seen = key_KBMD[start:end], value_KBMD[start:end]
-        outputs.append(_sdpa(block_QBND, *seen, scale=scale, mask_QK=mask_QK))
+        keys_and_values = key_KBMD[start:end], value_KBMD[start:end]
+        outputs.append(_sdpa(block_QBND, *keys_and_values, scale=scale, mask_QK=mask_QK))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -181,7 +193,7 @@ def _sdpa(
     scale: float,
     mask_QK: Tensor | None,
 ) -> Tensor:
-    """One kernel call: causal without a mask, else as the mask says."""
+    """One kernel call: causal if there is no mask."""
     output_BNQD = scaled_dot_product_attention(
         query_QBND.permute(1, 2, 0, 3),
         key_KBMD.permute(1, 2, 0, 3),

@@ -1,11 +1,8 @@
-"""A model's architecture as one typed value, read from a Hugging Face config.json and nothing else.
+"""`Architecture`: a model's sizes, windows and rope settings, read from a Hugging Face config.json.
 
-What the rest of the package knows of a model is here: its sizes, which layers have a sliding
-window, its rope settings. Reading refuses, all at once and by name, every field that would change
-the numbers and is not expressed here (`hf_config.py`, `hf_rope.py`), so that no converted model is
-silently another one.
-
-It reads no weights, computes no frequencies (`rope.py`) and knows nothing of parallel layouts.
+Reading reports every field that would change the model's outputs and cannot be expressed here
+(`model/hf_config.py`, `rope/hf_config.py`), so that no converted model silently computes something
+else. Frequencies are computed in `rope/rotary.py`.
 """
 
 from collections.abc import Mapping
@@ -15,14 +12,19 @@ from typing import Any, Self
 import torch
 
 from megatron_idpo.errors import ConfigError, Problem
-from megatron_idpo.mcore.model.hf_config import PLACE, checkpoint_dtype, problem, read_config
+from megatron_idpo.mcore.model.hf_config import (
+    CONFIG_JSON,
+    checkpoint_dtype,
+    field_problem,
+    read_config,
+)
 
 type RopeValue = float | bool | tuple[float, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSettings:
-    """Transformers' standardised `rope_parameters`, hashable.
+    """Transformers' standardized `rope_parameters`, hashable.
 
     Attributes:
         rope_type: A key of Transformers' `ROPE_INIT_FUNCTIONS`, or "default".
@@ -34,7 +36,7 @@ class RopeSettings:
 
     @classmethod
     def of(cls, rope_parameters: Mapping[str, Any]) -> Self:
-        """From the dictionary of a standardised Transformers config."""
+        """From the dictionary of a standardized Transformers config."""
         entries = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in rope_parameters.items()
@@ -49,7 +51,7 @@ class RopeSettings:
         entries = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in self.parameters
-            # Only YaRN reads a null: its factor is then the ratio of the two lengths.
+            # Only YaRN accepts a null: its factor is then the ratio of the two lengths.
             if value is not None or self.rope_type == "yarn"
         }
         return {"rope_type": self.rope_type, **entries}
@@ -57,9 +59,7 @@ class RopeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder-only language model, as far as its numbers depend on it.
-
-    All of them have RMSNorm, a SiLU-gated MLP without biases and rotary positions.
+    """A decoder-only language model with RMSNorm, a SiLU-gated MLP without biases and rope.
 
     Attributes:
         family: "llama", "mistral", "qwen2" or "qwen3".
@@ -70,16 +70,17 @@ class Architecture:
         num_kv_heads: Key-value heads; a divisor of `num_heads`.
         head_dim: Width of a head, even; `num_heads * head_dim` may differ from `hidden_size`.
         vocab_size: Rows of the embedding, unpadded.
-        max_positions: Longest sequence that the config promises.
-        norm_eps: RMSNorm's epsilon, of every norm.
-        tied_embeddings: The output layer is the embedding.
-        qkv_bias: Biases on the query, key and value projections, none on the output's.
-        qk_norm: An RMSNorm over each head's queries and keys, before rotation.
-        windows: One per layer: a query sees the keys with `0 <= q_pos - k_pos < window`; None sees
-            all before it (Transformers' `masking_utils.sliding_window_overlay`).
+        max_positions: `max_position_embeddings`, the longest supported sequence.
+        norm_eps: Epsilon of every RMSNorm.
+        tied_embeddings: Whether the output layer shares the embedding's weight.
+        qkv_bias: Whether the query, key and value projections have biases; the output projection
+            has none.
+        qk_norm: Whether an RMSNorm is applied to each head's queries and keys, before rotation.
+        windows: One entry per layer: a query sees the keys with `0 <= q_pos - k_pos < window`; with
+            None it sees all up to itself (Transformers' `masking_utils.sliding_window_overlay`).
         rope: Rotary settings.
-        dtype: Of the checkpoint's weights: float32, bfloat16 or float16.
-        num_experts: 0, dense.
+        dtype: Dtype of the checkpoint's weights: float32, bfloat16 or float16.
+        num_experts: 0: dense.
     """
 
     family: str
@@ -101,31 +102,28 @@ class Architecture:
     num_experts: int = 0
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], location: str = PLACE) -> Self:
-        """Reads a parsed config.json, of Transformers 4 or 5.
+    def from_hf(cls, config: Mapping[str, Any], location: str = CONFIG_JSON) -> Self:
+        """From a parsed config.json of Transformers 4 or 5.
 
         Missing fields have the defaults of Transformers' own config class.
 
         Args:
             config: The parsed file; it is not changed.
-            place: What to call the file in errors, its path.
-
-        Returns:
-            The architecture.
+            location: The file's path, for error messages.
 
         Raises:
-            ConfigError: Naming every field that is unknown, malformed, or would change the numbers
-                in a way that is not supported.
+            ConfigError: Lists every field that is unknown, malformed, or would change the model's
+                outputs in an unsupported way.
         """
         if not isinstance(config, Mapping):
-            raise ConfigError.at(location, f"holds a {type(config).__name__}, not an object")
+            raise ConfigError.at(location, f"contains a {type(config).__name__}, not an object")
         hf_config, problems = read_config(config)
         if hf_config is not None:
             problems += _head_problems(hf_config)
             problems += _rope_list_problems(hf_config, config)
             problems += _layer_type_problems(hf_config, config)
         if problems:
-            raise ConfigError.of([_relocated(found, location) for found in problems])
+            raise ConfigError.of([_relocated(problem, location) for problem in problems])
         family = hf_config.model_type
         return cls(
             family=family,
@@ -147,23 +145,23 @@ class Architecture:
         )
 
 
-def _relocated(found: Problem, location: str) -> Problem:
-    """The problem with the file's own path."""
-    assert found.location.startswith(PLACE), found
-    return replace(found, location=location + found.location.removeprefix(PLACE))
+def _relocated(problem: Problem, location: str) -> Problem:
+    """The problem with the file's path instead of `CONFIG_JSON`."""
+    assert problem.location.startswith(CONFIG_JSON), problem
+    return replace(problem, location=location + problem.location.removeprefix(CONFIG_JSON))
 
 
 def _head_dim(hf_config: Any) -> int:
-    """Transformers' rule where it is missing or null: the quotient, rounded down."""
+    """If it is missing or null, hidden_size // num_attention_heads, as in Transformers."""
     given = getattr(hf_config, "head_dim", None)
     return int(given or hf_config.hidden_size // hf_config.num_attention_heads)
 
 
 def _windows(hf_config: Any) -> tuple[int | None, ...]:
-    """Mistral windows all layers; Qwen those that `layer_types` says; Llama none.
+    """The window of each layer: all of Mistral's, Qwen's by `layer_types`, none of Llama's.
 
-    Transformers 5.23: `modeling_mistral.py` picks one mask by `sliding_window`; `modeling_qwen2.py`
-    and `modeling_qwen3.py` pick by `layer_types[layer]`; all give the window to one overlay.
+    Transformers 5.23: `modeling_mistral.py` selects one mask by `sliding_window`;
+    `modeling_qwen2.py` and `modeling_qwen3.py` select one by `layer_types[layer]`.
     """
     window: int | None = getattr(hf_config, "sliding_window", None)
     num_layers: int = hf_config.num_hidden_layers
@@ -174,21 +172,23 @@ def _windows(hf_config: Any) -> tuple[int | None, ...]:
 
 
 def _head_problems(hf_config: Any) -> list[Problem]:
-    """Whether heads can be grouped and rotated."""
+    """Checks that heads can be grouped and rotated."""
     heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
     problems = []
     if heads % groups:
         problems.append(
-            problem("num_key_value_heads", f"{groups} does not divide num_attention_heads {heads}")
+            field_problem(
+                "num_key_value_heads", f"{groups} does not divide num_attention_heads {heads}"
+            )
         )
     head_dim = _head_dim(hf_config)
     if head_dim % 2 or head_dim < 2:
-        problems.append(problem("head_dim", f"{head_dim} is not even, it cannot be rotated"))
+        problems.append(field_problem("head_dim", f"{head_dim} is not even, it cannot be rotated"))
     return problems
 
 
 def _rope_list_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Problem]:
-    """Whether LongRoPE's lists have one entry per frequency."""
+    """Checks that LongRoPE's lists have one entry per frequency."""
     head_dim, problems = _head_dim(hf_config), []
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     for name in ("short_factor", "long_factor"):
@@ -197,28 +197,28 @@ def _rope_list_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Probl
             message = (
                 f"{len(entries)} entries for {head_dim // 2} frequencies (head_dim {head_dim})"
             )
-            problems.append(problem(f"{key}.{name}", message))
+            problems.append(field_problem(f"{key}.{name}", message))
     return problems
 
 
 def _layer_type_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Problem]:
-    """Whether `layer_types` says what Transformers' model of the family does."""
+    """Checks that `layer_types` is consistent with what Transformers' model computes."""
     window = getattr(hf_config, "sliding_window", None)
     num_layers = hf_config.num_hidden_layers
     if hf_config.model_type in ("llama", "mistral"):
-        only = "full_attention" if window is None else "sliding_attention"
-        if config.get("layer_types") in (None, [only] * num_layers):
+        implied = "full_attention" if window is None else "sliding_attention"
+        if config.get("layer_types") in (None, [implied] * num_layers):
             return []
-        message = f"is not {num_layers} times {only!r}, which is what Transformers computes"
-        return [problem("layer_types", f"{config['layer_types']!r} {message}", "remove it")]
+        message = f"is not {num_layers} times {implied!r}, which is what Transformers computes"
+        return [field_problem("layer_types", f"{config['layer_types']!r} {message}", "remove it")]
     kinds = set(hf_config.layer_types)
-    strange = sorted(kinds - {"full_attention", "sliding_attention"})
-    if strange:
-        return [problem("layer_types", f"{strange} are not supported")]
+    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
+    if unknown:
+        return [field_problem("layer_types", f"{unknown} are not supported")]
     if len(hf_config.layer_types) != num_layers:
         message = f"{len(hf_config.layer_types)} entries for {num_layers} layers"
-        return [problem("layer_types", message)]
+        return [field_problem("layer_types", message)]
     if "sliding_attention" in kinds and window is None:
         message = "has 'sliding_attention' layers, but there is no window"
-        return [problem("layer_types", message, "set use_sliding_window and sliding_window")]
+        return [field_problem("layer_types", message, "set use_sliding_window and sliding_window")]
     return []

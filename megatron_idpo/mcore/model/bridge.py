@@ -1,15 +1,16 @@
-"""Megatron-Bridge as another converter, for families that ours does not know.
+"""Conversion with Megatron-Bridge, for model families that our converter does not support.
 
-Optional and imported only when asked for (`--backend bridge`): it needs Transformer Engine and a
-GPU even to import, and its rope handling differs from Transformers' for some models (see
-docs/decisions.md), which is why it is never chosen silently. What it writes is Megatron-Bridge's
-own checkpoint layout, and goes back through Megatron-Bridge.
+Optional, and imported only for `--backend bridge`: it needs Transformer Engine and a GPU even to
+import, and its rope handling differs from Transformers' for some models (see docs/decisions.md), so
+it is never selected automatically. It writes Megatron-Bridge's own checkpoint format, which only
+Megatron-Bridge converts back.
 
 Not run on this project's test machines, which have no GPU: the tests replace the library.
 """
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +18,50 @@ import torch
 
 from megatron_idpo.errors import CheckpointError, ConfigError, Problem
 
-_PLACE = "--backend bridge"
+_LOCATION = "--backend bridge"
 
 
 def bridge_problems() -> list[Problem]:
-    """Every reason why Megatron-Bridge cannot work on this machine; none of it is imported."""
-    found = []
+    """All reasons why Megatron-Bridge cannot run on this machine; imports none of it."""
+    problems = []
     if not torch.cuda.is_available():
-        found.append(
-            Problem(_PLACE, "Megatron-Bridge needs a GPU, and torch sees none", "use one with CUDA")
+        problems.append(
+            Problem(
+                _LOCATION, "Megatron-Bridge needs a GPU, and torch sees none", "use one with CUDA"
+            )
         )
     for module, remedy in (
         ("transformer_engine", "pip install 'megatron-idpo[te]'"),
         ("megatron.bridge", "pip install --no-deps megatron-bridge"),
     ):
         if not _is_installed(module):
-            found.append(Problem(_PLACE, f"{module} is not installed", remedy))
-    return found
+            problems.append(Problem(_LOCATION, f"{module} is not installed", remedy))
+    return problems
 
 
 def bridge_import(source: Path, target: Path, *, dtype: torch.dtype | None) -> None:
-    """Hugging Face to Megatron by `AutoBridge.import_ckpt` (Megatron-Bridge 0.6).
+    """Convert Hugging Face to Megatron with `AutoBridge.import_ckpt` (Megatron-Bridge 0.6).
 
     Raises:
-        ConfigError: the library cannot work here; every reason is listed.
-        CheckpointError: it failed; its own words are passed on.
+        ConfigError: the library cannot run here; lists all reasons.
+        CheckpointError: it failed; contains its message.
     """
-    chosen = {} if dtype is None else {"torch_dtype": dtype}
-    _run(source, lambda bridge: bridge.import_ckpt(str(source), str(target), **chosen))
+    options = {} if dtype is None else {"torch_dtype": dtype}
+    _run(source, lambda bridge: bridge.import_ckpt(str(source), str(target), **options))
 
 
 def bridge_export(source: Path, hf_model: Path, target: Path) -> None:
-    """Megatron to Hugging Face by `AutoBridge.export_ckpt` (Megatron-Bridge 0.6).
+    """Convert Megatron to Hugging Face with `AutoBridge.export_ckpt` (Megatron-Bridge 0.6).
 
     Args:
         source: the checkpoint that `bridge_import` wrote.
-        hf_model: the Hugging Face directory or hub name that it came from; its configuration and
-            tokenizer go along.
+        hf_model: the Hugging Face directory or hub name that it was converted from; its
+            configuration and tokenizer are copied.
         target: directory to write.
 
     Raises:
-        ConfigError: the library cannot work here; every reason is listed.
-        CheckpointError: it failed; its own words are passed on.
+        ConfigError: the library cannot run here; lists all reasons.
+        CheckpointError: it failed; contains its message.
     """
 
     def export(bridge: Any) -> None:
@@ -68,13 +71,13 @@ def bridge_export(source: Path, hf_model: Path, target: Path) -> None:
     _run(source, export)
 
 
-def _run(source: Path, work: Any) -> None:
-    found = bridge_problems()
-    if found:
-        raise ConfigError.of(found)
+def _run(source: Path, convert: Callable[[Any], None]) -> None:
+    problems = bridge_problems()
+    if problems:
+        raise ConfigError.of(problems)
     try:
-        work(importlib.import_module("megatron.bridge").AutoBridge)
-    except Exception as error:  # a library of many families fails in many ways
+        convert(importlib.import_module("megatron.bridge").AutoBridge)
+    except Exception as error:  # the library raises many types, depending on the family
         raise CheckpointError.at(str(source), f"Megatron-Bridge failed ({error})") from error
 
 

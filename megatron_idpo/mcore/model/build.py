@@ -1,11 +1,8 @@
-"""A real megatron-core `GPTModel` from an `Architecture`, in any layout, without weights.
+"""Builds megatron-core `GPTModel` chunks from an `Architecture` and a `Layout`, without weights.
 
-`transformer_config` says in one place which megatron-core settings an architecture means and which
-accelerations a machine without Transformer Engine or apex has to go without. `build_model` makes
-this rank's chunks, replaces the rotary embedding by ours, and leaves the parameters uninitialised:
-`convert/hf_to_megatron.py` or `checkpoint/weights.py` fills every one of them.
-
-Not here: loading, wrapping in DDP, the optimizer.
+`transformer_config` maps the architecture, the layout and the options to megatron-core's
+configuration. `build_model` builds this rank's chunks and replaces their rotary embedding. Their
+parameters are uninitialized: `convert/hf_to_megatron.py` or `checkpoint/weights.py` fills them all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Recompute:
-    """Which activations are recomputed in the backward pass instead of being kept."""
+    """Which activations are recomputed in the backward pass instead of kept."""
 
     granularity: Literal["off", "selective", "full"] = "off"
     """`selective` recomputes core attention only, `full` whole layers."""
@@ -51,7 +48,7 @@ class Recompute:
     """With `full`: see `method`."""
 
     def config_fields(self) -> dict[str, Any]:
-        """The fields of `TransformerConfig` that say the same."""
+        """The corresponding fields of `TransformerConfig`."""
         if self.granularity == "off":
             return {}
         if self.granularity == "selective":
@@ -65,7 +62,7 @@ class Recompute:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """What a run chooses about a model beyond its architecture and layout."""
+    """Choices about a model other than its architecture and layout."""
 
     dtype: torch.dtype = torch.float32
     """Of parameters and activations: float32, bfloat16 or float16."""
@@ -74,16 +71,16 @@ class ModelOptions:
 
     transformer_engine: bool = True
     """Build from Transformer Engine's modules where they work. Not with LoRA: Transformer Engine
-    fuses norms with the linears behind them, and adapters need what comes out of the norm."""
+    fuses norms with the linears that follow, and adapters need the output of the norm."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Further `TransformerConfig` fields, for those who know megatron-core."""
+    """Further `TransformerConfig` fields, applied last."""
 
 
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:
-    """Rows of the embedding in the model: `vocab_size` rounded up to a multiple of `tensor`.
+    """Rows of the model's embedding: `vocab_size` rounded up to a multiple of `tensor`.
 
-    Padding is kept minimal, since every padded row is a logit that log-probabilities have to mask.
+    No more padding than that: every padded row is a logit that log-probabilities have to mask.
     Checkpoints do not depend on it: the embedding is saved with `allow_shape_mismatch`.
     """
     return -(-vocab_size // tensor) * tensor
@@ -92,19 +89,20 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
 def transformer_config(
     architecture: Architecture, layout: Layout, options: ModelOptions
 ) -> TransformerConfig:
-    """The megatron-core configuration that means this architecture in this layout."""
-    engine = options.transformer_engine and has_transformer_engine()
+    """megatron-core's configuration for this architecture in this layout."""
+    uses_te = options.transformer_engine and has_transformer_engine()
     fields = {
         **_shape_fields(architecture),
         **_numeric_fields(architecture, options.dtype),
         **_acceleration_fields(),
-        "transformer_impl": "transformer_engine" if engine else "local",
+        "transformer_impl": "transformer_engine" if uses_te else "local",
         **layout_fields(layout, architecture.num_layers),
         **options.recompute.config_fields(),
         **options.overrides,
     }
-    # Not Transformer Engine's: megatron-core's word for an activation module of the layer's spec.
-    # Experts get no such module, and would take the activation for one that is not gated.
+    # Despite its name, this makes megatron-core's MLP use the activation module in the layer's
+    # spec, here our SwiGLU. Off for experts: their spec has no such module, and with the flag set
+    # they would apply the activation without the gate.
     is_dense = fields.get("num_moe_experts") is None
     fields["use_te_activation_func"] = is_dense and not fields["bias_activation_fusion"]
     return TransformerConfig(**fields)
@@ -140,36 +138,33 @@ def layout_fields(layout: Layout, num_layers: int) -> dict[str, Any]:
 def build_model(
     architecture: Architecture, layout: Layout, options: ModelOptions | None = None
 ) -> list[GPTModel]:
-    """This rank's chunks of the model, on its device, with uninitialised parameters.
+    """Build this rank's chunks of the model on its device, with uninitialized parameters.
 
     Call after `start_layout`. Returns `layout.virtual_pipeline` chunks in virtual-stage order.
 
     Raises:
-        ConfigError: the layout cannot hold this architecture.
+        ConfigError: the layout does not fit this architecture.
     """
     layout.check(architecture, torch.distributed.get_world_size())
     config = transformer_config(architecture, layout, options or ModelOptions())
-    if layout.virtual_pipeline == 1:
-        return [_build_chunk(architecture, layout, config, None)]
-    return [
-        _build_chunk(architecture, layout, config, chunk)
-        for chunk in range(layout.virtual_pipeline)
-    ]
+    # Without interleaving the chunk's index is None.
+    vp_stages = [None] if layout.virtual_pipeline == 1 else range(layout.virtual_pipeline)
+    return [_build_chunk(architecture, layout, config, vp_stage) for vp_stage in vp_stages]
 
 
 def global_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters with names whose layer numbers count over the whole model, from 0.
+    """This rank's parameters, named with layer indices that count over the whole model, from 0.
 
-    The model's own: not copies of a head, nor adapters, which have names of their own.
-
-    A chunk numbers its layers from 0 again; `TransformerLayer.layer_number` counts from 1 overall.
+    In a chunk's own names each chunk starts at layer 0. Only parameters of the base model: head
+    replicas and LoRA adapters have other naming schemes and are skipped.
     """
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             prefix, *rest = name.split(".", 3)
             if prefix in (REPLICA_NAME, ADAPTERS_NAME):
-                continue  # the plugin's copy of a parameter that another stage owns; LoRA
+                continue
             if prefix == "decoder" and rest[0] == "layers":
+                # `layer_number` counts from 1 over the whole model.
                 layer = chunk.decoder.layers[int(rest[1])].layer_number - 1
                 name = f"decoder.layers.{layer}.{rest[2]}"
             yield name, parameter
@@ -190,7 +185,8 @@ def _build_chunk(
         position_embedding_type="rope",
         vp_stage=vp_stage,
     )
-    # megatron-core's own rotary embedding knows neither rows nor every scaling of Transformers.
+    # megatron-core's own rotary embedding supports neither packed rows, whose positions restart,
+    # nor all of Transformers' frequency scalings.
     model.rotary_pos_emb = RowRotary(architecture)
     return model
 
@@ -212,16 +208,14 @@ def _shape_fields(architecture: Architecture) -> dict[str, Any]:
 
 
 def _window_fields(windows: tuple[int | None, ...]) -> dict[str, Any]:
-    """Sliding windows as megatron-core spells them: one size, and which layers have it.
-
-    A window of w tokens lets a query see itself and the w - 1 before it; megatron-core counts the
-    latter.
-    """
+    """Sliding windows in megatron-core's fields: one size, and which layers have it."""
     sizes = {window for window in windows if window is not None}
     if not sizes:
         return {}
     assert len(sizes) == 1, f"megatron-core has one window size for all layers, not {sizes}"
     return {
+        # A window of w tokens is the query itself and the w - 1 before it; megatron-core counts
+        # only the latter.
         "window_size": (sizes.pop() - 1, 0),
         "window_attn_skip_freq": [int(window is not None) for window in windows],
     }
@@ -239,13 +233,13 @@ def _numeric_fields(architecture: Architecture, dtype: torch.dtype) -> dict[str,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
-        # Every parameter is filled by loading; drawing random ones first would only take time.
+        # Loading fills every parameter; random initialization would only take time.
         "perform_initialization": False,
     }
 
 
 def _acceleration_fields() -> dict[str, Any]:
-    """What is fused where: `torch.compile`d pieces on a GPU only, apex's kernels never assumed."""
+    """Fusions: `torch.compile`d ones on a GPU only; none that need apex, which is optional."""
     on_gpu = torch.cuda.is_available()
     return {
         "bias_activation_fusion": on_gpu,
@@ -256,6 +250,6 @@ def _acceleration_fields() -> dict[str, Any]:
         "use_cpu_initialization": False,
         "deallocate_pipeline_outputs": True,
         "cross_entropy_loss_fusion": False,
-        # None are captured; megatron-core's own default is a spelling that it warns about.
+        # No CUDA graphs. megatron-core's default means the same, but it warns about it.
         "cuda_graph_modules": [],
     }

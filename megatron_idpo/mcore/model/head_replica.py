@@ -1,11 +1,12 @@
-"""A copy of the output head, on a model chunk that taps layers and does not own the head.
+"""A copy of the output head, for a model chunk that taps layers but does not own the head.
 
-The head is the final norm and this rank's shard of the output weight. A chunk that lacks them gets
-a `HeadReplica` as a submodule, before DDP wraps the chunk, so that a trainable copy lies in DDP's
-buffers and the optimizer like any parameter. Frozen copies on one rank share their memory.
+The head is the final norm and this rank's vocabulary shard of the output weight. A chunk without
+them gets a `HeadReplica` as a submodule, before DDP wraps the chunk, so that a trainable copy is in
+DDP's gradient buffers and in the optimizer like any other parameter. Frozen copies on one rank
+share their memory.
 
-In a distributed checkpoint a replica carries the owner's key with a replica id that is never the
-main one: one copy is saved, every copy is filled on load.
+In a distributed checkpoint a replica uses the owner's key, with a replica id that is never the main
+one: one copy is saved, every copy is loaded.
 
     V  this tensor-parallel rank's rows of the padded vocabulary   H  hidden size
 """
@@ -16,7 +17,6 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
-from torch import Tensor
 
 from megatron_idpo.mcore.model.chunk import RestoreFn
 from megatron_idpo.mcore.model.specs import final_norm
@@ -27,19 +27,19 @@ REPLICA_NAME = "head_replica"
 
 
 class HeadReplica(torch.nn.Module):
-    """Final norm and output weight of another stage.
+    """Copies of another stage's final norm and output weight.
 
     Attributes:
-        weight: `[V, H]`; None where the chunk has the weight itself (a tied embedding).
-        norm: the final norm's copy.
+        weight: `[V, H]`; None if the chunk has the weight itself (a tied embedding).
+        norm: copy of the final norm.
     """
 
     def __init__(self, chunk: GPTModel, *, with_weight: bool) -> None:
-        """Allocate the copy; its values come from the owner, see `fill`.
+        """Allocate the copy, uninitialized: the plugin fills it from the owner.
 
         Args:
-            chunk: the chunk it will belong to, which gives sizes, format and device.
-            with_weight: False where the chunk's own embedding serves as the weight.
+            chunk: the chunk it will belong to; gives sizes, dtype and device.
+            with_weight: False if the chunk's own embedding is the output weight.
         """
         super().__init__()
         config = chunk.config
@@ -60,24 +60,30 @@ class HeadReplica(torch.nn.Module):
                     device=torch.cuda.current_device(),
                 )
             )
-            # What ColumnParallelLinear says of its own weight.
+            # The attributes that the owner's weight has. ColumnParallelLinear sets these, so that
+            # the gradient norm counts every tensor-parallel shard:
             set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
-            # And LanguageModule of the owner: a learning rate of its own (`decoupled_lr`), no Muon.
-            setattr(self.weight, "is_embedding_or_output_parameter", True)  # noqa: B010 - as above
+            # LanguageModule sets this: `decoupled_lr` applies, and Muon does not.
+            setattr(self.weight, "is_embedding_or_output_parameter", True)  # noqa: B010 - not a Tensor field
         for parameter in self.parameters():
             mark_shared_head(parameter, is_owner=False)
 
     def set_trainable(self, *, weight: bool, norm: bool) -> None:
-        """Whether the copies learn; their owners must be set alike."""
+        """Set `requires_grad` of the copies; the owners must have the same.
+
+        A trainable copy needs its owner's gradient summed with its own on every step; if only one
+        of the two were trainable, the copies would drift apart.
+        """
         self.norm.requires_grad_(norm)
         if self.weight is not None:
             self.weight.requires_grad_(weight)
 
     def forward(self) -> None:
-        """Do nothing, as a module: enter every parameter, so that DDP waits for its all-gather.
+        """Use every parameter without computing anything, so that DDP's pre-hooks run.
 
-        `overlap_param_gather` waits in the pre-hooks of the module that owns a parameter. The head
-        is evaluated in the backward pass; this call comes in the forward pass before it.
+        With `overlap_param_gather` the pre-hooks of the module that owns a parameter wait for its
+        all-gather. The head itself is evaluated in the backward pass, outside any module's forward;
+        this call comes before it, in the forward pass.
         """
         with torch.no_grad():
             self.norm(self.norm_weight.new_zeros(1, 1, self.norm_weight.numel()))
@@ -93,43 +99,45 @@ class HeadReplica(torch.nn.Module):
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """megatron-core's description of this copy for a distributed checkpoint."""
+        from megatron.core.dist_checkpointing import ShardedTensor
+
         rank = rank_coordinates()
-        # The first number tells copies of one shard apart; only all zeros is the one that is saved.
-        copy = (1 + rank.pp_rank, 0, rank.dp_rank)
+        # megatron-core saves the copy whose replica id is all zeros, the owner's. The first entry
+        # of ours is at least 1, so it is never saved; the entries tell the copies of a shard apart.
+        # The norm is replicated over tensor-parallel ranks, the weight is sharded over them.
         state = {
-            f"{prefix}norm.weight": _whole_tensor(
-                self.norm_weight,
+            f"{prefix}norm.weight": ShardedTensor.from_rank_offsets(
                 "decoder.final_layernorm.weight",
-                (1 + rank.pp_rank, rank.tp_rank, rank.dp_rank),
+                self.norm_weight,
+                replica_id=(1 + rank.pp_rank, rank.tp_rank, rank.dp_rank),
             )
         }
         if self.weight is not None:
             state[f"{prefix}weight"] = make_tp_sharded_tensor_for_checkpoint(
-                self.weight, self.weight_key, replica_id=copy, allow_shape_mismatch=True
+                self.weight,
+                self.weight_key,
+                replica_id=(1 + rank.pp_rank, 0, rank.dp_rank),
+                # Layouts pad the vocabulary to different sizes.
+                allow_shape_mismatch=True,
             )
         return state
 
 
 def mark_shared_head(parameter: torch.nn.Parameter, *, is_owner: bool) -> RestoreFn:
-    """Tell megatron-core that several stages hold this parameter.
+    """Set megatron-core's attributes for a parameter of which several stages hold a copy.
 
-    `shared_embedding` puts it into a DDP bucket of its own, so that the distributed optimizer cuts
-    it at the same places on every stage and the gradients of the parts can be added up. `shared`
-    leaves all copies but the owner's out of the gradient's norm.
+    `shared_embedding` gives it its own DDP bucket, so that the distributed optimizer cuts it at the
+    same elements on every stage and the shards' gradients can be summed over the stages. `shared`
+    excludes all copies but the owner's from the gradient norm, which would count them repeatedly.
     """
-    wanted = ("shared_embedding",) if is_owner else ("shared_embedding", "shared")
-    added = [name for name in wanted if not getattr(parameter, name, False)]
+    names = ("shared_embedding",) if is_owner else ("shared_embedding", "shared")
+    # A tied embedding has `shared_embedding` already; restoring must leave it.
+    added = [name for name in names if not getattr(parameter, name, False)]
     for name in added:
         setattr(parameter, name, True)
 
-    def undo() -> None:
+    def restore() -> None:
         for name in added:
             delattr(parameter, name)
 
-    return undo
-
-
-def _whole_tensor(tensor: Tensor, key: str, replica_id: tuple[int, int, int]) -> Any:
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    return ShardedTensor.from_rank_offsets(key, tensor, replica_id=replica_id)
+    return restore

@@ -1,30 +1,28 @@
-"""Every key of a Hugging Face config.json, accounted for.
+"""Checks every key of a Hugging Face config.json.
 
-A key is read (it shapes the model), harmless (it cannot reach a logit), neutral only at certain
-values (a bias that must be off, an activation that must be SiLU), or a problem. There is no fifth
-kind: a key nobody here knows may change the numbers, so it is refused by name. What is read is then
-normalised by Transformers' own config class of the family, so that defaults of missing fields and
-the old spellings (`rope_theta`, `rope_scaling`, `torch_dtype`) mean what they mean there.
+A key is read (it shapes the model), harmless (it cannot affect a logit), allowed with certain
+values only (a bias that must be off, an activation that must be SiLU), or a problem. An unknown key
+is a problem too, because it may change the model's outputs. The keys that are read are then
+normalized by Transformers' own config class of the family, so that defaults of missing fields and
+old spellings (`rope_theta`, `rope_scaling`, `torch_dtype`) have the meaning they have there.
 
-Rope parameters have rules of their own: `hf_rope.py`. Turning the result into an `Architecture` and
-checking its shape is `architecture.py`. This module reads no file and no weight.
+Rope parameters are checked in `rope/hf_config.py`; `architecture.py` checks the shape.
 
-Two fields are accepted though training with Transformers would feel them; inference does not.
-`attention_dropout`: we train without attention dropout whatever it says (so does TRL by default),
-because the log-probabilities that DPO compares should be the model's own and not a sample.
-`pad_token_id`: Transformers also keeps that row of the embedding from being trained.
+Two accepted fields affect training with Transformers, but not inference. `attention_dropout`: we
+train without attention dropout, as TRL does by default, because DPO compares log-probabilities of
+the model itself and not of a random subnetwork. `pad_token_id`: Transformers does not train that
+row of the embedding.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from megatron_idpo.errors import Problem
-from megatron_idpo.mcore.rope.hf_config import ROPE_KEYS, rope_problems
+from megatron_idpo.mcore.rope.hf_config import ROPE_KEYS, is_number, rope_problems
 
-PLACE = "config.json"
+CONFIG_JSON = "config.json"
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -32,7 +30,7 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-"""`model_type` of each supported family, and the model class its checkpoints are of."""
+"""`model_type` of each supported family, and the class of its checkpoints."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,7 +52,7 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "mlp_bias": ((False,), "biases in the MLP are not supported"),
     "hidden_act": (("silu", "swish"), "only the SiLU-gated MLP is supported"),
     "sliding_window": ((None,), "Transformers' model of this family has no sliding window"),
-    "quantization_config": ((None,), "dequantise the checkpoint first"),
+    "quantization_config": ((None,), "dequantize the checkpoint first"),
     "compression_config": ((None,), "decompress the checkpoint first"),
     "final_logit_softcapping": ((None,), "logit soft-capping is not supported"),
     "attn_logit_softcapping": ((None,), "logit soft-capping is not supported"),
@@ -70,22 +68,22 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "tie_encoder_decoder": (_OFF, "only decoder-only models are supported"),
     "chunk_size_feed_forward": ((0,), "set it to 0"),
 }
-"""Keys with the only values that leave the numbers alone, and what to say about any other."""
+"""Keys with the only values that do not change the outputs, and the reason to reject others."""
 
 _HARMLESS = frozenset(
-    # Which tokens mean what, and where the file came from.
+    # Special tokens, and where the file came from.
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id "
     "decoder_start_token_id prefix tokenizer_class transformers_version _name_or_path name_or_path "
     "_commit_hash unsloth_version unsloth_fixed transformers.js_config is_llama_config "
-    # Initialisation, caching, what a forward returns, which kernel computes it.
+    # Initialization, caching, what forward returns, which kernel computes it.
     "initializer_range use_cache output_attentions output_hidden_states return_dict is_decoder "
     "tie_last_hidden_states torchscript use_bfloat16 gradient_checkpointing pretraining_tp "
     "max_sequence_length keys_to_ignore_at_inference attn_implementation _attn_implementation "
     "_attn_implementation_autoset _attn_implementation_internal experts_implementation "
     "_experts_implementation_internal "
-    # Classification heads that a causal language model has not.
+    # Classification heads, absent from causal language models.
     "id2label label2id num_labels problem_type finetuning_task task_specific_params "
-    # Generation settings that older versions kept in this file; Transformers drops them too.
+    # Generation settings, which older versions kept in this file; Transformers drops them too.
     "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
     "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
     "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores "
@@ -94,55 +92,53 @@ _HARMLESS = frozenset(
 )
 
 
-def problem(key: str, message: str, remedy: str = "") -> Problem:
-    """A problem at one field of config.json."""
-    return Problem(f"{PLACE}: {key}", message, remedy)
+def field_problem(key: str, message: str, remedy: str = "") -> Problem:
+    """A problem with one field of config.json."""
+    return Problem(f"{CONFIG_JSON}: {key}", message, remedy)
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
-    """Accounts for every key and normalises what is read with Transformers' own config class.
+    """Checks every key and normalizes the read ones with Transformers' own config class.
 
     Args:
-        config: A parsed config.json, old format or new; it is not changed.
+        config: A parsed config.json, in the old or the new format; it is not changed.
 
     Returns:
         Transformers' config object of the family, with every default filled in and
-        `rope_parameters` standardised, or None where a field it needs is itself a problem; and the
-        problems found so far, in the order of the file's keys.
+        `rope_parameters` standardized, or None if a field it needs is itself a problem; and the
+        problems, in the order of the file's keys.
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(FAMILIES)
         return None, [
-            problem(
+            field_problem(
                 "model_type",
                 f"{family!r} is not a supported family",
                 f"supported are {known}; `--backend bridge` may convert others",
             )
         ]
-    found = {
-        key: message for key in config if (message := _problem_of(key, config, family)) is not None
+    key_problems = {
+        key: problem for key in config if (problem := _key_problem(key, config, family)) is not None
     }
-    problems = list(found.values()) + _dtype_problems(config)
-    rope = rope_problems(config, location=PLACE)
+    problems = list(key_problems.values()) + _dtype_problems(config)
+    rope = rope_problems(config, location=CONFIG_JSON)
     read = _SIZES | _WINDOW_KEYS[family] | {"rms_norm_eps", "tie_word_embeddings"}
     if "qwen" in family:
         read |= {"layer_types"}
     hf_config = None
-    if not read & found.keys():
+    if not read & key_problems.keys():
+        # Transformers may fail on invalid rope fields; leave them out to check the other ones.
         kept = read if rope else read | ROPE_KEYS
-        hf_config, refusal = _transformers_config(
-            family, {k: config[k] for k in config.keys() & kept}
+        hf_config, hf_problems = _transformers_config(
+            family, {key: config[key] for key in config.keys() & kept}
         )
-        problems += refusal
+        problems += hf_problems
     return hf_config, problems + rope
 
 
 def checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that the config states for its weights; if it is silent, PyTorch's float32.
-
-    `read_config` must have found nothing wrong with it.
-    """
+    """The dtype of the weights according to a valid config; float32 if there is none."""
     return DTYPES[config.get("dtype") or config.get("torch_dtype") or "float32"]
 
 
@@ -152,38 +148,43 @@ def _transformers_config(family: str, fields: dict[str, Any]) -> tuple[Any, list
     from transformers import CONFIG_MAPPING
 
     try:
-        # A copy: Transformers completes the rope dictionaries in place.
+        # A copy: Transformers modifies the rope dictionaries in place.
         hf_config = CONFIG_MAPPING[family](**copy.deepcopy(fields))
-        # Only now does `original_max_position_embeddings` beside them reach the rope parameters.
+        # Copies a top-level `original_max_position_embeddings` into the rope parameters.
         hf_config.standardize_rope_params()
-    except Exception as error:  # its strict dataclass raises several kinds, without a common base
-        return None, [Problem(PLACE, "Transformers refuses it: " + " ".join(str(error).split()))]
+    except Exception as error:  # its strict dataclass raises several types without a common base
+        message = " ".join(str(error).split())
+        return None, [Problem(CONFIG_JSON, f"Transformers rejects it: {message}")]
     return hf_config, []
 
 
-def _problem_of(key: str, config: Mapping[str, Any], family: str) -> Problem | None:
-    """What is wrong with one key on its own, if anything."""
+def _key_problem(key: str, config: Mapping[str, Any], family: str) -> Problem | None:
+    """The problem with one key, regardless of the others."""
     value = config[key]
     if key in _HARMLESS or key in ROPE_KEYS or key in ("model_type", "dtype", "torch_dtype"):
         return None
     if key in _SIZES or (key in _WINDOW_KEYS[family] and key != "use_sliding_window"):
         return _size_problem(key, value)
     if key in _CHECKS:
-        complaint = _CHECKS[key](value)
-        return problem(key, complaint) if complaint else None
+        message = _CHECKS[key](value)
+        return field_problem(key, message) if message else None
     if key == "use_sliding_window" and key in _WINDOW_KEYS[family]:
-        return None if isinstance(value, bool) else problem(key, f"{value!r} is not true or false")
+        return (
+            None
+            if isinstance(value, bool)
+            else field_problem(key, f"{value!r} is not true or false")
+        )
     if key == "architectures":
         return _architectures_problem(value, FAMILIES[family])
     if key in _NEUTRAL:
         accepted, reason = _NEUTRAL[key]
-        # The type too: 0 equals False in Python, and Transformers accepts only one of them.
-        if any(type(value) is type(good) and value == good for good in accepted):
+        # Compare the type too: 0 == False in Python, but Transformers accepts only one of them.
+        if any(type(value) is type(valid) and value == valid for valid in accepted):
             return None
-        return problem(key, f"{value!r} would change the numbers: {reason}")
-    return problem(
+        return field_problem(key, f"{value!r} would change the outputs: {reason}")
+    return field_problem(
         key,
-        f"{value!r}: unknown field for {family}, it may change the numbers",
+        f"{value!r}: unknown field for {family}, may change the outputs",
         "remove it from config.json if it does not",
     )
 
@@ -191,15 +192,10 @@ def _problem_of(key: str, config: Mapping[str, Any], family: str) -> Problem | N
 def _size_problem(key: str, value: Any) -> Problem | None:
     if value is None and key in _NULLABLE_SIZES:
         return None
-    least = 0 if key == "max_window_layers" else 1
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+    minimum = 0 if key == "max_window_layers" else 1
+    if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
         return None
-    return problem(key, f"{value!r} is not a whole number of at least {least}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number (true and false are none)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return field_problem(key, f"{value!r} is not an integer of at least {minimum}")
 
 
 def _check_eps(value: Any) -> str:
@@ -211,8 +207,8 @@ def _check_tied(value: Any) -> str:
 
 
 def _check_dropout(value: Any) -> str:
-    good = value is None or (is_number(value) and 0 <= value < 1)
-    return "" if good else f"{value!r} is not a probability below 1"
+    valid = value is None or (is_number(value) and 0 <= value < 1)
+    return "" if valid else f"{value!r} is not a probability below 1"
 
 
 def _check_layer_types(value: Any) -> str:
@@ -223,11 +219,11 @@ def _check_layer_types(value: Any) -> str:
 
 def _check_auto_map(value: Any) -> str:
     classes = list(value) if isinstance(value, Mapping) else [value]
-    own = [name for name in classes if not str(name).startswith("AutoTokenizer")]
-    if value is None or not own:
+    custom = [name for name in classes if not str(name).startswith("AutoTokenizer")]
+    if value is None or not custom:
         return ""
     return (
-        f"{value!r} names model code of its own, which we cannot follow; "
+        f"{value!r} selects custom model code, which cannot be converted; "
         "remove it if Transformers' own class of this family computes the same"
     )
 
@@ -239,13 +235,13 @@ _CHECKS: dict[str, Callable[[Any], str]] = {
     "layer_types": _check_layer_types,
     "auto_map": _check_auto_map,
 }
-"""Checks of single values: each returns a complaint, or nothing."""
+"""Checks of single values; each returns an error message, empty if the value is valid."""
 
 
 def _architectures_problem(value: Any, expected: str) -> Problem | None:
     if value in (None, [], [expected]):
         return None
-    return problem(
+    return field_problem(
         "architectures",
         f"{value!r} is not [{expected!r}], the language model of this model_type",
         "only causal language models can be converted",
@@ -255,10 +251,12 @@ def _architectures_problem(value: Any, expected: str) -> Problem | None:
 def _dtype_problems(config: Mapping[str, Any]) -> list[Problem]:
     given = {key: config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None}
     problems = [
-        problem(key, f"{value!r} is not supported", f"convert the weights to {', '.join(DTYPES)}")
+        field_problem(
+            key, f"{value!r} is not supported", f"convert the weights to {', '.join(DTYPES)}"
+        )
         for key, value in given.items()
         if not isinstance(value, str) or value not in DTYPES
     ]
     if not problems and len(set(given.values())) > 1:
-        problems.append(problem("dtype", f"contradictory: {given}", "keep the true one"))
+        problems.append(field_problem("dtype", f"contradictory: {given}", "keep the correct one"))
     return problems

@@ -1,19 +1,22 @@
-"""Which modules a transformer layer is made of: Transformer Engine's where it works, else ours.
+"""Layer specs: the modules of a transformer layer, from Transformer Engine where it works.
 
-Both specs share our core attention (`RowAttention`), because neither megatron-core's nor
-Transformer Engine's honours a row's shared prompts. Without Transformer Engine, megatron-core's own
-norm refuses sequence parallelism, so the local spec brings `RMSNorm`, which does not.
+Both specs use our core attention (`RowAttention`), because neither megatron-core's nor Transformer
+Engine's supports shared-prompt rows. The local spec also replaces the norm and the activation:
+without Transformer Engine, megatron-core's own norm rejects sequence parallelism (`RMSNorm` does
+not), and its unfused activation keeps more for the backward pass than `SwiGLU`.
 
 Parameter names differ: `input_layernorm.weight` is `self_attention.linear_qkv.layer_norm_weight` in
 Transformer Engine's. megatron-core maps the local names onto those in checkpoints, and
 `convert/families.py` knows both.
 
     S  sequence positions (a shard of them under sequence parallelism)   B  batch   H  hidden size
+    T  positions, all leading dimensions flattened   F  MLP features on this rank; the fused input
+    12F has the F features of the gate, then the F of the up projection
 """
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -31,16 +34,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_idpo.mcore.attention.core import RowAttention
-from megatron_idpo.mcore.model.swiglu import SwiGLU
+from megatron_idpo.mcore.attention.row_attention import RowAttention
+
+_SWIGLU_BLOCK_ELEMENTS = 1 << 17
+"""Elements of one half of the input per backward block: 512 KiB in fp32, about a core's cache."""
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension, sequence parallel where the model is.
+    """Root-mean-square norm over the last dimension; supports sequence parallelism.
 
-    Under sequence parallelism each tensor-parallel rank normalises its own positions with a
+    Under sequence parallelism each tensor-parallel rank normalizes its own positions with a
     replicated weight, so the weight's gradient is a partial sum. The parameter attribute
-    `sequence_parallel` asks megatron-core to add the parts up over the tensor-parallel group
+    `sequence_parallel` makes megatron-core sum it over the tensor-parallel group
     (`finalize_model_grads._allreduce_non_tensor_model_parallel_grads`).
     """
 
@@ -49,7 +54,7 @@ class RMSNorm(torch.nn.Module):
 
         Args:
             config: gives `params_dtype` and `sequence_parallel`.
-            hidden_size: size of the normalised dimension (the head dimension for q and k norms).
+            hidden_size: size of the normalized dimension (the head dimension for q and k norms).
             eps: added to the mean square.
         """
         super().__init__()
@@ -61,29 +66,80 @@ class RMSNorm(torch.nn.Module):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - not a Tensor field
 
     def forward(self, hidden_SBH: Tensor) -> Tensor:
-        """Normalise `hidden_SBH` of any leading shape; returns the same shape and dtype."""
+        """Normalize `hidden_SBH`, with any leading dimensions; same shape and dtype."""
         return torch.nn.functional.rms_norm(
             hidden_SBH, (hidden_SBH.shape[-1],), self.weight, self.eps
         )
+
+
+class SwiGLU(torch.nn.Module):
+    """`silu(gate) * up`; keeps only its input for the backward pass. Used on a CPU.
+
+    megatron-core's unfused form also keeps the gate's SiLU and a copy of the up half; its fused
+    form is compiled, which is for GPUs.
+    """
+
+    def __init__(self, config: Any) -> None:
+        """Build with the signature of megatron-core's activation modules.
+
+        Args:
+            config: megatron-core's configuration; only checked.
+        """
+        super().__init__()
+        assert config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+        assert not config.glu_linear_offset and config.activation_func_clamp_value is None
+
+    def forward(self, fused_t12F: Tensor) -> Tensor:
+        """From `[..., 2F]` to `[..., F]`, in the same dtype."""
+        return cast(Tensor, _SwiGLUFunction.apply(fused_t12F))
+
+
+class _SwiGLUFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fused_t12F: Tensor) -> Tensor:
+        ctx.save_for_backward(fused_t12F)
+        gate_t1F, up_t1F = fused_t12F.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate_t1F).mul_(up_t1F)
+
+    @staticmethod
+    def backward(ctx: Any, grad_t1F: Tensor) -> Tensor:
+        (fused_t12F,) = ctx.saved_tensors
+        grad_fused_t12F = torch.empty_like(fused_t12F)
+        size = fused_t12F.shape[-1] // 2
+        # A few rows at a time, so that the temporaries silu(gate) and grad * up stay in the cache.
+        rows = max(1, _SWIGLU_BLOCK_ELEMENTS // size)
+        blocks = zip(
+            grad_fused_t12F.view(-1, 2 * size).split(rows),
+            fused_t12F.reshape(-1, 2 * size).split(rows),
+            grad_t1F.reshape(-1, size).split(rows),
+            strict=True,
+        )
+        for grad_fused, fused, grad in blocks:
+            gate, up = fused.chunk(2, dim=-1)
+            grad_gate, grad_up = grad_fused.chunk(2, dim=-1)
+            # Written into the two halves of the result: no torch.cat, hence no second copy.
+            torch.mul(torch.nn.functional.silu(gate), grad, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_fused_t12F
 
 
 def block_spec(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The submodules of this rank's transformer block, one layer spec per layer it owns.
 
     Args:
-        config: the model's megatron-core configuration; `transformer_impl` says which modules.
+        config: the model's megatron-core configuration; `transformer_impl` selects the modules.
         vp_stage: the model chunk on this rank, None without interleaving.
     """
-    engine = _uses_transformer_engine(config)
-    layer = _engine_layer(config) if engine else _local_layer(config)
+    uses_te = _uses_transformer_engine(config)
+    layer = _te_layer(config) if uses_te else _local_layer(config)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
-        layer_norm=LayerNormImpl if engine else RMSNorm,
+        layer_norm=LayerNormImpl if uses_te else RMSNorm,
     )
 
 
 def final_norm(config: TransformerConfig) -> torch.nn.Module:
-    """The norm before the output layer, of the kind that `block_spec` gives a last stage."""
+    """A norm like the one before the output layer, which `block_spec` gives to the last stage."""
     builder = LayerNormImpl if _uses_transformer_engine(config) else RMSNorm
     norm: torch.nn.Module = builder(
         config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
@@ -92,9 +148,9 @@ def final_norm(config: TransformerConfig) -> torch.nn.Module:
 
 
 def has_transformer_engine() -> bool:
-    """Whether models can be built from Transformer Engine: importable, and with a GPU to run on.
+    """Whether Transformer Engine can be used: it is importable, and there is a GPU.
 
-    Its modules need CUDA even to be constructed, so on a CPU it is left aside even where installed.
+    Its modules need CUDA even to be constructed, so on a CPU it is not used even if installed.
     """
     return bool(HAVE_TE) and torch.cuda.is_available()
 
@@ -103,12 +159,12 @@ def _uses_transformer_engine(config: TransformerConfig) -> bool:
     return has_transformer_engine() and config.transformer_impl == "transformer_engine"
 
 
-def _engine_layer(config: TransformerConfig) -> ModuleSpec:
+def _te_layer(config: TransformerConfig) -> ModuleSpec:
     submodules = get_gpt_layer_with_transformer_engine_submodules(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
     )
     attention = replace(submodules.self_attention.submodules, core_attention=RowAttention)
-    return _layer(submodules, attention)
+    return _layer_spec(submodules, attention)
 
 
 def _local_layer(config: TransformerConfig) -> ModuleSpec:
@@ -122,21 +178,16 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
         attention = replace(attention, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
     submodules = replace(submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
     if config.num_moe_experts is None:
-        submodules = replace(submodules, mlp=_with_swiglu(submodules.mlp))
-    return _layer(submodules, attention)
+        # Only used if `use_te_activation_func` is set, see `build.transformer_config`.
+        mlp = submodules.mlp
+        mlp_submodules = replace(mlp.keywords["submodules"], activation_func=SwiGLU)
+        submodules = replace(submodules, mlp=partial(mlp.func, submodules=mlp_submodules))
+    return _layer_spec(submodules, attention)
 
 
-def _with_swiglu(mlp: Any) -> Any:
-    """A dense MLP's builder with our activation, which `use_te_activation_func` switches on."""
-    mlps = mlp.keywords["submodules"]
-    return partial(mlp.func, submodules=replace(mlps, activation_func=SwiGLU))
-
-
-def _layer(submodules: Any, attention: Any) -> ModuleSpec:
-    """A layer spec with `attention` as the submodules of its self-attention.
-
-    Nested specs are replaced, never edited: megatron-core hands out shared instances.
-    """
+def _layer_spec(submodules: Any, attention: Any) -> ModuleSpec:
+    """A layer spec with `attention` as the submodules of its self-attention."""
+    # Nested specs are replaced, never edited in place: megatron-core returns shared instances.
     self_attention = replace(submodules.self_attention, submodules=attention)
     return ModuleSpec(
         module=TransformerLayer, submodules=replace(submodules, self_attention=self_attention)

@@ -1,11 +1,10 @@
-"""The rope fields of a config.json, accounted for: old spelling, new spelling, every scaling type.
+"""Checks the rope fields of a Hugging Face config.json, in old and new spelling.
 
-Transformers only warns about rope parameters it does not read, and takes one of two contradictory
-ones without a word. Here both are problems, because a wrong rotary frequency looks like a slightly
-worse model and nothing else. What passes is exactly what Transformers' `ROPE_INIT_FUNCTIONS`
-reads; the frequencies themselves come from there (`rope.py`).
-
-It does not fill in defaults: Transformers' config class does (`hf_config.py`).
+Transformers only warns about rope parameters that it does not read, and silently takes one of two
+contradictory values. Here both are problems, because the only symptom of a wrong rotary frequency
+is a slightly worse model. Exactly the parameters that Transformers' `ROPE_INIT_FUNCTIONS` read are
+accepted. Transformers' config class fills in defaults (`model/hf_config.py`), and its functions
+compute the frequencies (`rope/rotary.py`).
 """
 
 import math
@@ -18,7 +17,7 @@ ROPE_KEYS = frozenset(
     "rope_theta rope_scaling rope_parameters partial_rotary_factor "
     "original_max_position_embeddings".split()
 )
-"""The top-level fields that take part."""
+"""The top-level fields that affect rope."""
 
 _REQUIRED: dict[str, frozenset[str]] = {
     "default": frozenset(),
@@ -46,25 +45,25 @@ _EVERY_TYPE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_fact
 
 _REFUSED = {
     "dynamic": (
-        "its frequencies change with the longest sequence seen, so a packed row has no one answer",
-        "up to max_position_embeddings it equals rope type 'default': say so in config.json if no "
-        "sequence is longer",
+        "its frequencies depend on the longest sequence so far, which packed rows do not define",
+        "if no sequence is longer than max_position_embeddings, set rope type 'default', which is "
+        "equal up to there",
     ),
     "mrope": ("multimodal rotary embeddings are not supported", "use a text-only checkpoint"),
 }
 
 
 def rope_problems(config: Mapping[str, Any], *, location: str) -> list[Problem]:
-    """Everything wrong with the rope fields of a config.json.
+    """All problems with the rope fields of a config.json.
 
     Args:
         config: The whole parsed config.json.
-        place: What to call that file in the messages.
+        location: The file's name in the messages.
 
     Returns:
-        The problems, each at its field; none if Transformers reads every rope field that is there.
+        The problems, each at its field; none if Transformers reads all rope fields of the file.
     """
-    key, rope, problems = _chosen(config, location)
+    key, rope, problems = _rope_dictionary(config, location)
     problems += _type_problems(key, rope, location)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if problems:
@@ -77,17 +76,19 @@ def rope_problems(config: Mapping[str, Any], *, location: str) -> list[Problem]:
         if name == _ORIGINAL and name not in _OPTIONAL[rope_type]:
             problems.append(_unread(where, value, rope_type))
         elif name != _ORIGINAL and rope.get(name, value) != value:
-            # Transformers would take the inner one. Of two original lengths it takes the outer,
-            # and writes such files itself, so there it is no mistake.
+            # Transformers would take the inner value. Two different original lengths are valid:
+            # Transformers writes such files itself, and takes the outer one.
             message = f"{value!r} contradicts {key}.{name} = {rope[name]!r}"
-            problems.append(Problem(where, message, "keep the true one"))
+            problems.append(Problem(where, message, "keep the correct one"))
         else:
             problems += _value_problems(where, name, value, rope_type)
     return problems
 
 
-def _chosen(config: Mapping[str, Any], location: str) -> tuple[str, dict[str, Any], list[Problem]]:
-    """The dictionary that Transformers takes (`rope_scaling` before `rope_parameters`)."""
+def _rope_dictionary(
+    config: Mapping[str, Any], location: str
+) -> tuple[str, dict[str, Any], list[Problem]]:
+    """The dictionary that Transformers reads, and its key: `rope_scaling` has precedence."""
     given: dict[str, dict[str, Any]] = {}
     problems = []
     for key in ("rope_scaling", "rope_parameters"):
@@ -96,26 +97,27 @@ def _chosen(config: Mapping[str, Any], location: str) -> tuple[str, dict[str, An
             problems.append(Problem(f"{location}: {key}", f"{value!r} is not an object"))
         elif value:
             given[key] = dict(value)
-    if len(given) == 2 and len({repr(_plain(rope, config)) for rope in given.values()}) > 1:
+    if len(given) == 2 and len({repr(_normalized(rope, config)) for rope in given.values()}) > 1:
         problems.append(
-            Problem(f"{location}: rope_scaling", "contradicts rope_parameters", "keep the true one")
+            Problem(
+                f"{location}: rope_scaling", "contradicts rope_parameters", "keep the correct one"
+            )
         )
     key = next(iter(given), "rope_parameters")
     return key, given.get(key, {}), problems
 
 
-def _plain(rope: dict[str, Any], config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """One spelling for what the two dictionaries may say differently."""
-    same = {"rope_theta": config.get("rope_theta"), **rope}
-    same["rope_type"] = same.pop("type", None) if "rope_type" not in same else same["rope_type"]
-    same.pop("type", None)
-    return sorted(same.items())
+def _normalized(rope: dict[str, Any], config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The entries in one spelling, to compare two dictionaries."""
+    entries = {"rope_theta": config.get("rope_theta"), "rope_type": rope.get("type"), **rope}
+    entries.pop("type", None)
+    return sorted(entries.items())
 
 
 def _type_problems(key: str, rope: dict[str, Any], location: str) -> list[Problem]:
     nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
     if nested:
-        message = f"{nested} hold parameters of their own; this family has one set for all layers"
+        message = f"{nested} contain separate parameters; this family has one set for all layers"
         return [Problem(f"{location}: {key}", message)]
     names = [rope[name] for name in ("rope_type", "type") if name in rope] or ["default"]
     where = f"{location}: {key}.{'rope_type' if 'rope_type' in rope else 'type'}"
@@ -132,7 +134,7 @@ def _type_problems(key: str, rope: dict[str, Any], location: str) -> list[Proble
 
     if rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
         message = f"{rope_type!r} is unknown to the installed Transformers"
-        return [Problem(where, message, "install a newer one")]
+        return [Problem(where, message, "install a newer version")]
     return []
 
 
@@ -159,32 +161,32 @@ def _field_problems(key: str, rope_type: str, rope: dict[str, Any], location: st
 def _value_problems(where: str, name: str, value: Any, rope_type: str) -> list[Problem]:
     if name == "partial_rotary_factor":
         return _partial_problems(where, value, rope_type)
-    # Only these two types read a null as "not given"; the others fail on it.
+    # These two types treat null as absent; the others fail on it.
     nullable = rope_type in ("yarn", "longrope") and name in _NULLABLE
     if value is None and nullable:
         return []
     if name == "truncate":
-        good, kind = isinstance(value, bool), "true or false"
+        valid, kind = isinstance(value, bool), "true or false"
     elif name in ("short_factor", "long_factor"):
-        good = isinstance(value, list) and bool(value) and all(map(_is_positive, value))
+        valid = isinstance(value, list) and bool(value) and all(map(_is_positive, value))
         kind = "a list of positive numbers"
     elif name == _ORIGINAL:
-        good, kind = _is_positive(value) and isinstance(value, int), "a positive whole number"
+        valid, kind = _is_positive(value) and isinstance(value, int), "a positive integer"
     elif name == "rope_theta":
-        good, kind = _is_positive(value) and value > 1, "a number above 1"
+        valid, kind = _is_positive(value) and value > 1, "a number above 1"
     else:
-        good, kind = _is_positive(value), "a positive number"
-    return [] if good else [Problem(where, f"{value!r} is not {kind}")]
+        valid, kind = _is_positive(value), "a positive number"
+    return [] if valid else [Problem(where, f"{value!r} is not {kind}")]
 
 
 def _partial_problems(where: str, value: Any, rope_type: str) -> list[Problem]:
     if rope_type == "proportional":
-        good = _is_positive(value) and value <= 1
-        return [] if good else [Problem(where, f"{value!r} is not in (0, 1]")]
+        valid = _is_positive(value) and value <= 1
+        return [] if valid else [Problem(where, f"{value!r} is not in (0, 1]")]
     if _is_positive(value) and value == 1:
         return []
-    # These families rotate whole heads: with type 'default' Transformers ignores the field, with
-    # any other its own forward fails on the shapes.
+    # These families rotate whole heads: Transformers ignores the field with type 'default', and
+    # its forward fails on the shapes with any other type.
     message = f"{value!r}: Transformers' models of this family rotate whole heads"
     return [Problem(where, message, "remove it if the model was trained with whole heads rotated")]
 
@@ -194,6 +196,10 @@ def _unread(where: str, value: Any, rope_type: str) -> Problem:
     return Problem(where, message, "correct the type, or remove it: Transformers ignores it")
 
 
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number, not a boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _is_positive(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
+    return is_number(value) and value > 0

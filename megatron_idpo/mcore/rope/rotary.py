@@ -1,16 +1,17 @@
-"""Rotary angles of a row, with the frequencies that Transformers itself would use.
+"""Rotary embedding for packed rows, with Transformers' own frequencies.
 
 Converters that translate Hugging Face's rope settings into Megatron's arguments are silently wrong
-for some of them (`llama3` with another original length, for one). So the frequencies come from
-Transformers' own `ROPE_INIT_FUNCTIONS`, and the positions from the row: `RowRotary` takes the place
-of `GPTModel.rotary_pos_emb`.
+for some of them (for example `llama3` with another original length). So the frequencies come from
+Transformers' `ROPE_INIT_FUNCTIONS`, and the positions from the row: `RowRotary` replaces
+`GPTModel.rotary_pos_emb`.
 
-megatron-core 0.19 asks `get_rotary_seq_len` for a length and hands the answer, unread, to
-`forward`. We answer with the position ids themselves: they travel without any module state, so
-several rows may be in flight. Nothing is cached by length, as megatron-core's own does.
+megatron-core 0.19 calls `get_rotary_seq_len` for a length and passes the result, without reading
+it, to `forward`. We return the position ids instead: no module state is involved, so several rows
+may be in flight in a pipeline. There is no cache by length as in megatron-core's own module.
 
-YaRN and LongRoPE scale cos and sin by an attention factor. Megatron rotates by angles, so it is
-folded, squared (once for the query, once for the key), into the softmax scale: `attention_scale`.
+YaRN and LongRoPE multiply cos and sin by an attention factor. Megatron's rotation takes angles
+only, so the factor, squared (once for the query, once for the key), is part of the softmax scale:
+`attention_scale`.
 
 Shape suffixes: `T` positions of the row, `F` frequencies (head_dim / 2).
 """
@@ -25,7 +26,7 @@ from megatron_idpo.mcore.model.architecture import Architecture
 
 
 def inverse_frequencies(architecture: Architecture) -> tuple[Tensor, float]:
-    """Transformers' rotary frequencies for a model.
+    """Transformers' rotary frequencies of a model.
 
     Source: `transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS`.
 
@@ -33,18 +34,18 @@ def inverse_frequencies(architecture: Architecture) -> tuple[Tensor, float]:
         architecture: The model.
 
     Returns:
-        The frequencies, fp32 `[F]` on the CPU, in radians per position; and the attention factor,
-        by which Transformers multiplies both cos and sin (1.0 for most types).
+        The frequencies, fp32 `[F]` on the CPU, in radians per position; and the attention factor
+        that Transformers multiplies cos and sin by (1.0 for most types).
     """
     from transformers import CONFIG_MAPPING
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = architecture.rope.as_dict()
     if parameters["rope_type"] == "default":
-        # The one type without an entry: each model class has its own copy. Linear scaling by 1
-        # computes the same, to the bit.
+        # The only type without an entry: each model class has its own copy. Linear scaling by 1
+        # gives bitwise the same frequencies.
         parameters |= {"rope_type": "linear", "factor": 1.0}
-    # Exactly what those functions read.
+    # These are all the fields that the functions read.
     hf_config = CONFIG_MAPPING[architecture.family](
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_heads,
@@ -53,7 +54,7 @@ def inverse_frequencies(architecture: Architecture) -> tuple[Tensor, float]:
         rope_parameters=parameters,
     )
     compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
-    with torch.device("cpu"):  # a model may be built under another default device
+    with torch.device("cpu"):  # the caller may have set another default device
         inv_freq_F, attention_factor = compute(hf_config, torch.device("cpu"))
     assert inv_freq_F.shape == (architecture.head_dim // 2,), inv_freq_F.shape
     assert inv_freq_F.dtype == torch.float32, inv_freq_F.dtype
@@ -74,17 +75,17 @@ def attention_scale(architecture: Architecture) -> float:
 
 
 def max_sequence_length(architecture: Architecture) -> int | None:
-    """The longest sequence, in tokens, for which one set of frequencies is the right one.
+    """The longest sequence, in tokens, for which the frequencies do not change.
 
-    LongRoPE has two: Transformers takes the long set for a whole batch as soon as any sequence in
-    it exceeds the original length. What a sequence's log-probability is would then depend on its
-    neighbours, so we compute with the short set and refuse longer sequences.
+    LongRoPE has two sets: Transformers uses the long set for a whole batch as soon as any sequence
+    in it exceeds the original length. A sequence's log-probability would then depend on the other
+    sequences in its batch, so we use the short set and reject longer sequences.
 
     Args:
         architecture: The model.
 
     Returns:
-        LongRoPE's original length; None where frequencies do not depend on the length.
+        LongRoPE's original length; None if frequencies do not depend on the length.
     """
     if architecture.rope.rope_type != "longrope":
         return None
@@ -96,8 +97,8 @@ def max_sequence_length(architecture: Architecture) -> int | None:
 class RowRotary(torch.nn.Module):
     """Rotary angles by position id; replaces `GPTModel.rotary_pos_emb` on every model chunk.
 
-    It has no parameters and no buffers: `Float16Module` would cast a buffer, and frequencies in
-    bf16 are wrong.
+    The frequencies are a plain attribute, not a buffer: `Float16Module` would cast a buffer to
+    bf16, whose 8 bits of precision cannot represent them.
 
     Args:
         architecture: The model.
@@ -119,36 +120,37 @@ class RowRotary(torch.nn.Module):
         *,
         inference_params: Any = None,
     ) -> Tensor:
-        """The positions of this micro-batch, where megatron-core asks for their number.
+        """The position ids of this micro-batch, in place of the length that megatron-core expects.
 
         Signature of megatron-core 0.19's `RotaryEmbedding.get_rotary_seq_len`.
 
         Args:
             inference_context: None; megatron-core's inference engine is not supported.
-            transformer: The decoder, whose `input_tensor` is set on later pipeline stages.
+            transformer: The decoder; its `input_tensor` is set on later pipeline stages.
             transformer_input: `[s(/tp), b, h]` on the first stage, None on later ones.
             transformer_config: For sequence parallelism.
             packed_seq_params: A `RowParams`, or None for plain sequences from position 0.
-            inference_params: None, likewise.
+            inference_params: None.
 
         Returns:
             Position ids, int64 `[T]`.
 
         Raises:
-            ConfigError: A sequence is longer than the frequencies hold (`max_sequence_length`).
+            ConfigError: A sequence is longer than `max_sequence_length`.
         """
         assert inference_context is None and inference_params is None, "inference engine"
         assert transformer_config.context_parallel_size == 1, "context parallelism"
         if packed_seq_params is not None:
             assert hasattr(packed_seq_params, "position_ids_T"), type(packed_seq_params)
-            self._check_length(_longest_of(packed_seq_params.groups))
+            self._check_length(_max_sequence_tokens(packed_seq_params.groups))
             row_positions_T: Tensor = packed_seq_params.position_ids_T
             return row_positions_T
-        carried = getattr(transformer, "input_tensor", None)
-        hidden: Tensor | None = transformer_input if carried is None else carried
+        received = getattr(transformer, "input_tensor", None)
+        hidden: Tensor | None = transformer_input if received is None else received
         assert hidden is not None, "a stage without input"
         num_positions: int = hidden.size(0)
         if transformer_config.sequence_parallel:
+            # Dimension 0 is this rank's shard, but attention runs on the gathered sequence.
             num_positions *= transformer_config.tensor_model_parallel_size
         self._check_length(num_positions)
         return torch.arange(num_positions, device=hidden.device)
@@ -156,7 +158,7 @@ class RowRotary(torch.nn.Module):
     def forward(
         self, position_ids_T: Tensor, packed_seq: bool = False, cp_group: Any = None
     ) -> Tensor:
-        """Angles for megatron-core's `apply_rotary_pos_emb`, halves not interleaved.
+        """Angles for megatron-core's `apply_rotary_pos_emb` with `rotary_interleaved=False`.
 
         Args:
             position_ids_T: int64 `[T]`, what `get_rotary_seq_len` returned.
@@ -169,21 +171,23 @@ class RowRotary(torch.nn.Module):
         assert not packed_seq, "rows are sbhd, not thd"
         assert cp_group is None or cp_group.size() == 1, "context parallelism"
         if self.inv_freq_F.device != position_ids_T.device:
-            # Moved once: a copy from the host in every forward would synchronise.
+            # Moved once: a copy from the host in every forward pass would synchronize.
             self.inv_freq_F = self.inv_freq_F.to(position_ids_T.device)
         angles_TF = position_ids_T[:, None].float() * self.inv_freq_F
+        # Repeated, not interleaved: feature i rotates with feature i + F, as in Transformers.
         return torch.cat([angles_TF, angles_TF], dim=-1)[:, None, None, :]
 
     def _check_length(self, num_tokens: int) -> None:
-        if self.max_sequence_length is not None and num_tokens > self.max_sequence_length:
+        limit = self.max_sequence_length
+        if limit is not None and num_tokens > limit:
             raise ConfigError.at(
                 "config.json: rope_parameters.original_max_position_embeddings",
-                f"a sequence of {num_tokens} tokens is longer than {self.max_sequence_length}, where "
+                f"a sequence of {num_tokens} tokens is longer than {limit}, above which "
                 "longrope changes its frequencies for the whole batch",
-                f"set data.max_length to at most {self.max_sequence_length}",
+                f"set data.max_length to at most {limit}",
             )
 
 
-def _longest_of(groups: tuple[tuple[int, int, int, int], ...]) -> int:
-    """Tokens of the longest sequence in a row: a prompt with the longer of its answers."""
+def _max_sequence_tokens(groups: tuple[tuple[int, int, int, int], ...]) -> int:
+    """Tokens of the longest sequence in a row: a prompt with the longer of its two answers."""
     return max((b1 - b0 + max(b2 - b1, b3 - b2) for b0, b1, b2, b3 in groups), default=0)

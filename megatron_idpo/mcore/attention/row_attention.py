@@ -1,13 +1,13 @@
-"""Core attention that honours the row's structure.
+"""Core attention for rows with shared prompts.
 
-Neither megatron-core's `DotProductAttention` nor Transformer Engine's knows shared prompts, so this
-module takes their place in both layer specs. It has their constructor and forward signature, no
-parameters and no state: everything about a micro-batch arrives with its `RowParams`, which is why a
-recomputed forward sees its own row.
+Neither megatron-core's `DotProductAttention` nor Transformer Engine's supports shared prompts, so
+this module replaces them in both layer specs. It has their constructor and forward signature, no
+parameters and no state: everything about a micro-batch arrives in its `RowParams`, so a recomputed
+forward pass sees the same row.
 
-Where the tensors are decides the kernel: FlexAttention on a GPU, SDPA on per-pair slices on a CPU.
-Both do grouped-query heads and sliding windows. Neither does dropout, context parallelism,
-attention masks or biases given from outside, attention sinks or query-key clipping: refused.
+The kernel depends on the device: FlexAttention on a GPU, SDPA on slices of each pair on a CPU. Both
+support grouped-query heads and sliding windows. Dropout, context parallelism, attention masks and
+biases as arguments, attention sinks and query-key clipping are rejected.
 
 Shape suffixes: `Q`/`K` query and key positions (both the row's T when there is a row), `B` batch
 (1 for a row), `N` query heads and `M` key-value heads of this tensor-parallel rank, `D` head size.
@@ -34,9 +34,9 @@ _CAUSAL = (None, AttnMaskType.causal, AttnMaskType.padding_causal)
 class RowAttention(MegatronModule):
     """Causal attention within the groups of a row, or plain causal attention without a row.
 
-    See `megatron.core.transformer.dot_product_attention.DotProductAttention` for the contract.
-    `config.apply_query_key_layer_scaling` needs nothing here: it divides the scores and multiplies
-    them back, for the sake of fp16 score matrices, which these kernels never store.
+    Implements the interface of `megatron.core.transformer.dot_product_attention
+    .DotProductAttention`. `config.apply_query_key_layer_scaling` has no effect: it divides fp16
+    scores and multiplies them back to avoid overflow, and these kernels never store scores.
     """
 
     def __init__(
@@ -50,21 +50,21 @@ class RowAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
     ) -> None:
-        """Reads the scale and this layer's window; allocates nothing.
+        """Store the scale and this layer's window; nothing is allocated.
 
         Args:
             config: Megatron's configuration; `window_size = (w - 1, 0)` is a window of w tokens, in
-                the layers that `window_attn_skip_freq` names.
+                the layers selected by `window_attn_skip_freq`.
             layer_number: 1-based, over the whole model.
-            attn_mask_type: Causal; other structures come with the row.
+            attn_mask_type: Causal; the structure of a row is in its `RowParams`.
             attention_type: "self".
-            attention_dropout: Overrides `config.attention_dropout`; must come to 0.
+            attention_dropout: Overrides `config.attention_dropout`; the result must be 0.
             softmax_scale: Factor on the scores; None is `1 / sqrt(config.kv_channels)`.
-            cp_comm_type: Unused: there is no context parallelism here.
-            pg_collection: Unused: heads are counted from the tensors.
+            cp_comm_type: Unused, there is no context parallelism.
+            pg_collection: Unused, the number of heads comes from the tensors.
 
         Raises:
-            ConfigError: For what these kernels cannot do, all of it at once.
+            ConfigError: Lists everything that these kernels do not support.
         """
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -79,8 +79,9 @@ class RowAttention(MegatronModule):
         if is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, self.layer_number
         ):
-            before = config.window_size[0]
-            self.window = None if before < 0 else before + 1
+            # megatron-core counts the keys before the query; our window includes the query itself.
+            keys_before = config.window_size[0]
+            self.window = None if keys_before < 0 else keys_before + 1
 
     def forward(
         self,
@@ -92,15 +93,15 @@ class RowAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attends.
+        """Compute attention.
 
         Args:
             query: `[Q, B, N, D]`.
             key: `[K, B, M, D]`.
             value: `[K, B, M, D]`.
-            attention_mask: None: the row says who sees whom.
-            attn_mask_type: Causal or None, or what Megatron says of one query behind its key-value
-                cache: `no_mask`. A window holds there too.
+            attention_mask: None; `packed_seq_params` defines the mask.
+            attn_mask_type: Causal or None; or `no_mask` with a single query, which Megatron passes
+                when decoding with a key-value cache. A window still applies then.
             attention_bias: None.
             packed_seq_params: The `RowParams` of this micro-batch; None for plain causal sequences.
 
@@ -108,17 +109,17 @@ class RowAttention(MegatronModule):
             `[Q, B, N * D]` in the dtype of `value`. Padding positions are 0 and carry no gradient.
 
         Raises:
-            ConfigError: If given a mask, a bias, another mask type or a packed format that is not a
-                row.
+            ConfigError: For a mask, a bias, another mask type or another packed format.
         """
         if attention_mask is not None or attention_bias is not None:
             raise ConfigError.at(
                 "attention_mask" if attention_bias is None else "attention_bias",
-                "is a tensor, which RowAttention cannot honour",
-                "pass None; the structure of a row comes in packed_seq_params as RowParams",
+                "is a tensor, which RowAttention does not support",
+                "pass None, and describe the row with RowParams in packed_seq_params",
             )
-        decodes_one = attn_mask_type is AttnMaskType.no_mask and query.size(0) == 1
-        if attn_mask_type not in _CAUSAL and not decodes_one:
+        # One query sees all cached keys, so no mask and the causal mask are the same.
+        is_decoding = attn_mask_type is AttnMaskType.no_mask and query.size(0) == 1
+        if attn_mask_type not in _CAUSAL and not is_decoding:
             raise ConfigError.at(
                 "attn_mask_type", f"is {attn_mask_type}", "RowAttention is causal; pass None"
             )
@@ -137,6 +138,7 @@ class RowAttention(MegatronModule):
             f"query {tuple(query.shape)}, key {tuple(key.shape)}: not one row of {row.row_tokens}"
         )
         if all(b0 == b3 for b0, _, _, b3 in row.groups):
+            # A data-parallel rank may get an empty row; the kernels need at least one position.
             return _connected_zeros(query, key, value).flatten(2)
         attend = attend_row_flex if query.is_cuda else attend_row
         return attend(query, key, value, row=row, scale=scale, window=window).flatten(2)
@@ -147,14 +149,14 @@ class RowAttention(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Nothing: attention has no weights."""
+        """Empty: core attention has no weights."""
         return {}
 
 
 def _problems(
     config: TransformerConfig, dropout: float, attn_mask_type: AttnMaskType, attention_type: str
 ) -> list[Problem]:
-    """What these kernels cannot do, each with its remedy."""
+    """Everything that these kernels do not support."""
     problems = []
     if dropout > 0:
         problems.append(
@@ -168,7 +170,7 @@ def _problems(
         problems.append(
             Problem(
                 "layout.context",
-                f"is {config.context_parallel_size}, but a row cannot be split over ranks here",
+                f"is {config.context_parallel_size}, but a row cannot be split over ranks",
                 "set it to 1 and use tensor parallelism with sequence_parallel for long rows",
             )
         )
@@ -177,14 +179,14 @@ def _problems(
             Problem(
                 "softmax_type",
                 f"is {config.softmax_type!r}; attention sinks are not supported",
-                "use a model with an ordinary softmax",
+                "use a model with a plain softmax",
             )
         )
     if getattr(config, "qk_clip", False):
         problems.append(
             Problem(
                 "qk_clip",
-                "needs the largest attention score, which these kernels do not keep",
+                "needs the largest attention score, which these kernels do not store",
                 "turn it off",
             )
         )
@@ -192,7 +194,7 @@ def _problems(
         problems.append(
             Problem(
                 "window_size",
-                f"is {config.window_size}: a window that looks ahead is not causal",
+                f"is {config.window_size}: a window with keys after the query is not causal",
                 "use (w - 1, 0) for a window of w tokens",
             )
         )
@@ -201,17 +203,17 @@ def _problems(
             Problem(
                 "attn_mask_type",
                 f"is {attn_mask_type} in {attention_type}-attention",
-                "RowAttention serves causal self-attention only",
+                "use causal self-attention, the only kind that RowAttention supports",
             )
         )
     return problems
 
 
 def _connected_zeros(query_TBND: Tensor, key_TBMD: Tensor, value_TBMD: Tensor) -> Tensor:
-    """Zeros for an empty row, whose gradient reaches q, k and v as zeros rather than as None.
+    """Zeros for an empty row, connected to q, k and v, which get zero gradients instead of None.
 
-    Data-parallel reduction counts a gradient per parameter and micro-batch, empty rows included.
-    Sums of nothing stay zero whatever the padding holds; `0 * query` would keep its NaN.
+    DDP expects a gradient of every parameter in every micro-batch, also for an empty row.
     """
-    nothing = query_TBND[:0].sum() + key_TBMD[:0].sum() + value_TBMD[:0].sum()
-    return query_TBND.new_zeros(query_TBND.shape) + nothing
+    # Sums over empty slices are 0 whatever the padding contains; `0 * query` would propagate NaN.
+    zero = query_TBND[:0].sum() + key_TBMD[:0].sum() + value_TBMD[:0].sum()
+    return query_TBND.new_zeros(query_TBND.shape) + zero
