@@ -15,7 +15,6 @@ scheduler there are plain lines without control characters. Both end with one fi
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -159,12 +158,7 @@ class ProgressDisplay:
         self.bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Remove the bars; printed lines stay."""
         self.bars.stop()
 

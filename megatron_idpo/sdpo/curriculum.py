@@ -1,15 +1,14 @@
-"""What the first model makes of all pairs, and which pairs each step gets after that.
+"""Scores of the first model, and the assignment of pairs to steps that is based on them.
 
-The first model is scored once, on the training pairs and the held-out ones, at every layer that any
-step reads: to line pairs up, to know its own accuracy on each source, to compare every step's
-result with it, and as the first step's reference. The scores are an ordinary reference cache,
-`OUTPUT/first_model`; which pair went where is left in `OUTPUT/curriculum.parquet`.
+The first model is scored once, on the training and the held-out pairs, at every layer that any step
+uses. The scores order the pairs, give the first model's accuracy on each source, are what every
+step's result is compared to, and serve as the first step's reference. They are an ordinary
+reference cache, `OUTPUT/first_model`. The assignment is in `OUTPUT/curriculum.parquet`.
 
-Shapes: P pairs, R lines of the table, 2 = chosen, rejected.
+Shapes: P pairs, R rows of the table, 2 = chosen, rejected.
 """
 
 import gc
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,18 +20,25 @@ from numpy.typing import NDArray
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo_steps import step_config
-from megatron_idpo.convert.frozen_model import FrozenModel
+from megatron_idpo.convert.model_source import FrozenModel, open_model
 from megatron_idpo.data.run_pairs import RunPairs, row_settings
 from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.parallel.groups import this_rank
-from megatron_idpo.mcore.parallel.signals import StopFlag, Stopped
-from megatron_idpo.mcore.parallel.world import World, raise_on_all_ranks, running
+from megatron_idpo.mcore.parallel.groups import rank_coordinates
+from megatron_idpo.mcore.parallel.world import (
+    RunStopped,
+    StopFlag,
+    World,
+    distributed_world,
+    raise_on_all_ranks,
+    running_layout,
+)
 from megatron_idpo.objective.layers import resolve_layers
-from megatron_idpo.reference.frozen import frozen_model
-from megatron_idpo.reference.live import Resident
 from megatron_idpo.reference.run_caches import RunCaches
-from megatron_idpo.sdpo.deal import Easiness, Indices, deal
+from megatron_idpo.reference.score_command import score
+from megatron_idpo.reference.sources import Resident, frozen_model
+from megatron_idpo.sdpo.split import Easiness, Indices, split_pairs
+from megatron_idpo.storage.atomic import atomic_file
 
 FIRST_MODEL = "first_model"
 TABLE = "curriculum.parquet"
@@ -40,7 +46,7 @@ TABLE = "curriculum.parquet"
 
 @dataclass(frozen=True, slots=True)
 class Curriculum:
-    """Which pairs each step gets."""
+    """The pairs of each step."""
 
     slices: Sequence[Indices]
     """Of every step: int64 indices of training pairs, ascending."""
@@ -49,100 +55,115 @@ class Curriculum:
     """Names of the sources."""
 
     source_P: Indices
-    """Which of them each pair comes from."""
+    """Index of each pair's source."""
 
     easiness: Easiness
     """Of every pair for the first model."""
 
     def accuracy(self) -> dict[str, float]:
-        """The first model's on each source that has pairs."""
+        """Accuracy of the first model on each source that has pairs."""
         means = self.easiness.by_source(self.source_P, len(self.sources), "accuracy")
         return {name: mean for name, mean in zip(self.sources, means, strict=True) if mean == mean}
 
     def source_counts(self, number: int) -> dict[str, int]:
-        """How many pairs a step has from each source; steps are counted from 1."""
-        counted = Counter(self.source_P[self.slices[number - 1]].tolist())
-        return {self.sources[source]: count for source, count in sorted(counted.items())}
+        """Number of pairs from each source in a step; steps are counted from 1."""
+        counts = Counter(self.source_P[self.slices[number - 1]].tolist())
+        return {self.sources[source]: count for source, count in sorted(counts.items())}
+
+
+def score_for_steps(config: RunConfig) -> int:
+    """Compute the missing part of `OUTPUT/first_model` ahead of training.
+
+    Returns:
+        0 if it is complete; `EXIT_PREEMPTED` if a signal stopped it, after saving.
+
+    Raises:
+        UserError: on every rank; parts that were written before still exist.
+    """
+    with distributed_world(), first_model_remedies():
+        with raise_on_all_ranks("opening the model"):
+            num_layers = open_model(config.model.path).architecture.num_layers
+            first_config = scoring_config(config, num_layers)
+        return score(first_config)
 
 
 def score_first_model(
     config: RunConfig, world: World, model: FrozenModel, pairs: RunPairs, stop_flag: StopFlag
 ) -> RunCaches:
-    """The first model's log-probabilities of all pairs, computed where they are not there yet.
+    """The first model's log-probabilities of all pairs; missing ones are computed.
 
-    Collective; no layout runs yet.
+    Collective; no layout may be running.
 
     Raises:
         UserError: on every rank.
-        Stopped: on every rank; a signal came. What was scored is saved.
+        RunStopped: on every rank; a signal came. What was scored is saved.
     """
-    scored = scoring_config(config, model.source.architecture.num_layers)
+    first_config = scoring_config(config, model.source.architecture.num_layers)
     with raise_on_all_ranks("finding the first model's scores"):
-        caches = RunCaches.of(scored, pairs, model)
-    with first_models_remedies():
+        caches = RunCaches.of(first_config, pairs, model)
+    with first_model_remedies():
         if caches.are_complete():
             return caches
-    with first_models_remedies(), running(config.layout.layout()):
-        is_complete = _score(scored, world, model, caches, stop_flag)
-        gc.collect()  # models hold themselves in circles, and step 1 needs the memory
+        with running_layout(config.layout):
+            is_complete = _score(first_config, world, model, caches, stop_flag)
+            # The model is in reference cycles: free its memory for step 1 now.
+            gc.collect()
     if not is_complete:
-        raise Stopped
+        raise RunStopped
     return caches
 
 
 def _score(
     config: RunConfig, world: World, model: FrozenModel, caches: RunCaches, stop_flag: StopFlag
 ) -> bool:
-    """Load the first model and score all pairs; whether that came to its end."""
+    """Load the first model and score all pairs; False if a signal stopped it."""
     chunks, dpo = frozen_model(config, model, show_progress=world.is_first)
-    rows = row_settings(config, world.size, data_rank=this_rank().data)
+    rows = row_settings(config, world.size, data_rank=rank_coordinates().dp_rank)
     return caches.score(Resident(dpo, chunks), rows, stop_flag)
 
 
 @contextmanager
-def first_models_remedies() -> Iterator[None]:
-    """What is told of the first model's cache leaves `reference.cache` out: it does not move it.
+def first_model_remedies() -> Iterator[None]:
+    """Remove `reference.cache` from remedies: the first model's cache has a fixed directory.
 
     Raises:
-        CheckpointError: the block's, with remedies that work here.
+        CheckpointError: the block's, with remedies that apply.
     """
     try:
         yield
     except CheckpointError as error:
-        if not error.problems:  # another rank's, told in words
+        if not error.problems:  # the error of another rank, which is text only
             raise
-        mended = [replace(one, remedy=_without_moving(one.remedy)) for one in error.problems]
-        raise CheckpointError.of(mended) from None
+        problems = [replace(each, remedy=_without_cache(each.remedy)) for each in error.problems]
+        raise CheckpointError.of(problems) from None
 
 
-def _without_moving(remedy: str) -> str:
+def _without_cache(remedy: str) -> str:
     """A remedy without those of its choices that name `reference.cache`."""
-    if "reference.cache" not in remedy:
-        return remedy
-    left = [choice for choice in remedy.split(", or ") if "reference.cache" not in choice]
-    return ", or ".join(left) or "name another training.output"
+    choices = [choice for choice in remedy.split(", or ") if "reference.cache" not in choice]
+    return ", or ".join(choices) or "name another training.output"
 
 
-def deal_pairs(config: RunConfig, caches: RunCaches, pairs: PairDataset) -> Curriculum:
-    """Deal the training pairs to the steps. Collective.
+def build_curriculum(config: RunConfig, caches: RunCaches, pairs: PairDataset) -> Curriculum:
+    """Assign the training pairs to the steps. Collective.
 
     Raises:
         UserError: on every rank; a cache is damaged, or a step gets no pair.
     """
     assert config.sdpo is not None
     scores = caches.open()[0]
-    with raise_on_all_ranks("dealing pairs to the steps"):
+    with raise_on_all_ranks("assigning pairs to steps"):
         lengths_P2 = pairs.lengths_P3[:, 1:] if config.sdpo.length_normalised else None
         easiness = Easiness.of(scores.final_logps_P2, lengths_P2)
-        sources, source_P = _labels(pairs.source_names), pairs.source_P
-        slices = deal(config.sdpo, source_P, len(sources), easiness, seed=config.data.seed)
+        sources, source_P = _unique_names(pairs.source_names), pairs.source_P
+        slices = split_pairs(config.sdpo, source_P, len(sources), easiness, seed=config.data.seed)
         return Curriculum(slices, sources, source_P, easiness)
 
 
 def write_curriculum(curriculum: Curriculum, path: Path) -> None:
-    """One line per training pair and step: its source, and what the first model says of it.
+    """Write one row per training pair and step, with its source and the first model's scores.
 
-    A pair of no step has one line, with step 0. On one rank.
+    A pair of no step has one row, with step 0. Not collective.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -160,39 +181,38 @@ def write_curriculum(curriculum: Curriculum, path: Path) -> None:
             "first_model_accuracy": curriculum.easiness.accuracy_P[pair_R],
         }
     )
-    fresh = path.with_name(f".{path.name}.incomplete")
-    try:
-        pq.write_table(table, fresh, compression="zstd")
-        os.replace(fresh, path)
-    except OSError as error:
-        message = f"cannot be written: {error.strerror or error}"
-        raise CheckpointError.at(str(path), message, "free some space") from None
+    with (
+        CheckpointError.on_os_error(str(path), "cannot be written", "free some space"),
+        atomic_file(path) as temporary,
+    ):
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def _pairs_and_steps(curriculum: Curriculum) -> tuple[Indices, NDArray[np.int32]]:
-    """Every pair with each of its steps, or with 0; in the order of pairs, then of steps."""
+    """Every pair with each of its steps, or with 0; sorted by pair, then by step."""
     every_P = np.arange(len(curriculum.source_P))
-    dealt = [np.setdiff1d(every_P, np.concatenate(curriculum.slices)), *curriculum.slices]
-    pair_R = np.concatenate(dealt)
-    step_R = np.repeat(np.arange(len(dealt), dtype=np.int32), [len(pairs) for pairs in dealt])
+    unused = np.setdiff1d(every_P, np.concatenate(curriculum.slices))
+    by_step = [unused, *curriculum.slices]
+    pair_R = np.concatenate(by_step)
+    step_R = np.repeat(np.arange(len(by_step), dtype=np.int32), [len(pairs) for pairs in by_step])
     order_R = np.lexsort((step_R, pair_R))
     return pair_R[order_R], step_R[order_R]
 
 
 def step_layers(config: RunConfig, number: int, num_layers: int) -> tuple[int, ...]:
-    """The intermediate layers of a step, by number.
+    """Intermediate layers of a step.
 
     Raises:
-        ConfigError: layers that the model has not.
+        ConfigError: the model does not have one of them.
     """
     return resolve_layers(step_config(config, number).objective.layers, num_layers)
 
 
 def scoring_config(config: RunConfig, num_layers: int) -> RunConfig:
-    """A run's that reads every layer of any step, with the cache in the run's own directory.
+    """A configuration that scores every layer of any step into `OUTPUT/first_model`.
 
     Raises:
-        ConfigError: a step's layers that the model has not.
+        ConfigError: the model does not have a layer of a step.
     """
     assert config.sdpo is not None
     numbers = range(1, len(config.sdpo.steps) + 1)
@@ -205,11 +225,11 @@ def scoring_config(config: RunConfig, num_layers: int) -> RunConfig:
     return config.model_copy(update={"objective": objective, "reference": reference, "sdpo": None})
 
 
-def _labels(names: Sequence[str]) -> list[str]:
-    """Names of sources, told apart where one path is given twice."""
+def _unique_names(names: Sequence[str]) -> list[str]:
+    """Names of sources, numbered where one path is given twice."""
     seen: Counter[str] = Counter()
-    labels = []
+    unique = []
     for name in names:
         seen[name] += 1
-        labels.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return labels
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return unique

@@ -1,4 +1,4 @@
-"""The end of a step, with its trained model in memory: figures, exports, snapshot, manifest."""
+"""The end of an sDPO step, with the trained model in memory: metrics, exports, snapshot."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,85 +7,85 @@ from uuid import uuid4
 
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.lora.peft_config import CONFIG_NAME
-from megatron_idpo.mcore.parallel.world import is_first_rank, raise_on_all_ranks
-from megatron_idpo.reference.live import Reference
-from megatron_idpo.sdpo.manifest import FIRST
+from megatron_idpo.mcore.parallel.world import is_rank0, raise_on_all_ranks
+from megatron_idpo.reference.sources import Reference
+from megatron_idpo.sdpo.manifest import FIRST, snapshot_directory
 from megatron_idpo.sdpo.manifest_file import ManifestFile
-from megatron_idpo.sdpo.retention import snapshot_directory
 from megatron_idpo.sdpo.snapshot import write_snapshot
-from megatron_idpo.storage import directories as atomic
+from megatron_idpo.storage import atomic
 from megatron_idpo.train.evaluation import Evaluation
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.logging.report import Report
 from megatron_idpo.train.metrics.names import EVAL
 from megatron_idpo.train.run_directory import RunDirectory
-from megatron_idpo.train.trainer import Run
+from megatron_idpo.train.trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True)
-class Conclusion:
-    """What is done at the end of a step, before its model goes."""
+class StepFinalizer:
+    """Finalizes one step; passed to `train_prepared`."""
 
     manifest: ManifestFile
     number: int
     first_eval: Reference | None
-    """What the first model says of the held-out pairs; None where there are none."""
+    """The first model on the held-out pairs; None if there are none."""
 
     carries_adapter: bool
     is_on_first_model: bool
-    """Whether the policy's weights below the adapters are the first model's."""
+    """Whether the weights below the policy's adapters are the first model's."""
 
     result: Path | None
-    """Where the model is exported to as the whole run's; None where it is not, or not wanted."""
+    """Where to export the model as the result of the whole run; None exports nothing."""
 
-    def __call__(self, run: Run, report: Report) -> Sequence[str]:
-        """All of it. Collective; twice does the same.
+    def __call__(self, trainer: Trainer, report: Report) -> Sequence[str]:
+        """Finalize the step. Collective and idempotent.
 
-        The snapshot comes last but one, since it takes the policy's weights, and the manifest after
-        it: until then the step is not complete.
+        The order matters: the snapshot consumes the policy's weights, so it follows the exports.
+        The manifest is written last: only then is the step complete.
         """
-        metrics = {**self._against_reference(run), **self._against_first(run)}
-        lines = self._exported(run)
+        metrics = {**self._metrics(trainer), **self._metrics_against_first(trainer)}
+        lines = self._export(trainer)
         directory = snapshot_directory(self.manifest.root, self.number)
         snapshot = write_snapshot(
-            run.config, run.trainer.policy, directory, carry=self.carries_adapter
+            trainer.config, trainer.policy, directory, carry=self.carries_adapter
         )
-        self.manifest.completed(self.number, snapshot, metrics)
+        self.manifest.mark_complete(self.number, snapshot, metrics)
         return [f"snapshot {directory}", *lines]
 
-    def _against_reference(self, run: Run) -> dict[str, float]:
-        """The last evaluation's figures; read anew where an earlier start made them."""
-        if run.evaluation is None:
+    def _metrics(self, trainer: Trainer) -> dict[str, float]:
+        """Held-out metrics against the step's reference."""
+        if trainer.evaluation is None:
             return {}
-        return dict(run.evaluated) or run.evaluation.run(_nothing).evaluation_values()
+        # Empty if the last step was taken before this start: then evaluate again.
+        return dict(trainer.eval_values) or trainer.evaluation.run(_no_bar).evaluation_values()
 
-    def _against_first(self, run: Run) -> dict[str, float]:
-        """The same of the first model as the reference, on held-out pairs."""
-        if self.first_eval is None or run.pairs.eval is None:
+    def _metrics_against_first(self, trainer: Trainer) -> dict[str, float]:
+        """Held-out metrics against the first model."""
+        if self.first_eval is None or trainer.pairs.eval is None:
             return {}
-        against_first = Evaluation(
-            run.trainer,
+        evaluation = Evaluation(
+            trainer.train_step,
             self.first_eval,
-            run.pairs.eval,
-            run.rows,
-            global_batch_pairs=run.config.training.global_batch_pairs,
+            trainer.pairs.eval,
+            trainer.rows,
+            global_batch_pairs=trainer.config.training.global_batch_pairs,
         )
-        values = against_first.run(_nothing).evaluation_values()
+        values = evaluation.run(_no_bar).evaluation_values()
         return {f"{FIRST}{name}": value for name, value in values.items() if name.startswith(EVAL)}
 
-    def _exported(self, run: Run) -> list[str]:
-        """The step's own model and the run's, where they are wanted."""
-        locations = [run.output] if run.config.training.export else []
+    def _export(self, trainer: Trainer) -> list[str]:
+        """Export the step's model and the run's, as configured."""
+        outputs = [trainer.output] if trainer.config.training.export else []
         if self.result is not None:
-            locations.append(RunDirectory(self.result))
-        policy, lines = run.trainer.policy, []
-        for output in locations:
+            outputs.append(RunDirectory(self.result))
+        lines = []
+        for output in outputs:
             lines += export_result(
-                run.config,
-                policy,
+                trainer.config,
+                trainer.policy,
                 output,
                 with_adapter=self.is_on_first_model,
-                show_progress=run.world.is_first,
+                show_progress=trainer.world.is_first,
             )
             if not self.is_on_first_model:
                 with raise_on_all_ranks("removing an earlier adapter"):
@@ -94,23 +94,21 @@ class Conclusion:
 
 
 def _remove_adapter(output: RunDirectory) -> None:
-    """Take away an adapter that an earlier end left beside another model. On the first rank.
+    """Remove an adapter that an earlier end left next to another model; on the first rank.
 
-    It loses its name first, so that none is there by half.
+    It is renamed first, so that a kill never leaves an incomplete one.
 
     Raises:
         CheckpointError: it cannot be removed.
     """
-    if not (is_first_rank() and (output.adapter / CONFIG_NAME).is_file()):
+    if not (is_rank0() and (output.adapter / CONFIG_NAME).is_file()):
         return
     doomed = atomic.incomplete_directory(output.adapter, uuid4().hex[:8])
-    try:
+    message = "belongs to an earlier step and cannot be removed"
+    with CheckpointError.on_os_error(str(output.adapter), message, "delete it"):
         output.adapter.rename(doomed)
-    except OSError as error:
-        message = f"is of an earlier step, and cannot be removed: {error.strerror}"
-        raise CheckpointError.at(str(output.adapter), message, "delete it") from None
-    atomic.discard(doomed)
+    atomic.discard_directory(doomed)
 
 
-def _nothing() -> None:
-    """An evaluation without a progress bar."""
+def _no_bar() -> None:
+    """Advances no progress bar."""

@@ -1,70 +1,77 @@
-"""The manifest of the run at hand: known to every rank, written by the first, one transition each.
+"""Transitions of the manifest during a run, and deletion of what complete steps do not need.
 
-What is deleted is deleted after the manifest no longer needs it.
+Every rank knows the manifest; the first rank writes it, once per transition. Files are deleted only
+after the written manifest no longer refers to them, so that a kill at any moment loses nothing.
+What could not be deleted is deleted by the next start.
 """
 
 import math
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from megatron_idpo.checkpoint.snapshot_metadata import Snapshot
 from megatron_idpo.config.sdpo import SdpoConfig
-from megatron_idpo.convert.frozen_model import FrozenModel
+from megatron_idpo.config.sdpo_steps import step_name
+from megatron_idpo.convert.model_source import FrozenModel
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.mcore.parallel.world import from_first, is_first_rank, raise_on_all_ranks
-from megatron_idpo.sdpo.manifest import FILE, Manifest, continued, read_manifest, write_manifest
-from megatron_idpo.sdpo.retention import (
-    clear_killed_snapshots,
-    delete_checkpoints,
-    delete_snapshot,
-    superfluous_snapshots,
+from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, is_rank0, raise_on_all_ranks
+from megatron_idpo.sdpo.manifest import (
+    FILE,
+    Manifest,
+    merge_manifests,
+    read_manifest,
+    snapshot_directory,
+    write_manifest,
 )
+from megatron_idpo.storage.atomic import clear_leftovers
 
 
 class ManifestFile:
-    """A run's manifest. Every method is collective."""
+    """The manifest of the current run. Every method is collective.
+
+    Attributes:
+        root: the run's directory.
+        manifest: as written.
+    """
 
     def __init__(self, root: Path, planned: Manifest) -> None:
-        """Go on with the manifest that is there, or begin one.
+        """Continue the existing manifest, or start one.
 
         Args:
             root: the run's directory.
-            planned: the run as this configuration wants it, every step pending.
+            planned: of the current configuration, every step pending.
 
         Raises:
-            CheckpointError: on every rank; what is there is of another run, or has been changed.
+            CheckpointError: on every rank; the existing one is of another run, or was changed.
         """
         self.root = root
-        """The run's directory."""
-
         with raise_on_all_ranks("reading the manifest"):
-            found = read_manifest(root) if is_first_rank() else None
-            if found is not None:
-                planned = continued(root, found, planned)
-        self.manifest = from_first(lambda: planned)
-        """As it stands."""
-
+            saved = read_manifest(root) if is_rank0() else None
+            if saved is not None:
+                planned = merge_manifests(root, saved, planned)
+        self.manifest = broadcast_from_rank0(lambda: planned)
         self._write()
 
-    def begun(
+    def mark_training(
         self, number: int, start: FrozenModel, reference: FrozenModel, layout: dict[str, Any]
     ) -> None:
-        """A step's data and models are settled; it is trained now, or goes on.
+        """Record the models of a step before it is trained or resumed.
 
         Raises:
-            CheckpointError: on every rank; it was begun from or against another model.
+            CheckpointError: on every rank; it began from or against another model.
         """
-        before = self.manifest.step(number)
-        for what, known, now in (
-            ("start", before.start, start.identity),
-            ("reference", before.reference, reference.identity),
+        record = self.manifest.step(number)
+        for role, saved, current in (
+            ("start", record.start, start.identity),
+            ("reference", record.reference, reference.identity),
         ):
-            if known is not None and known != now:
-                message = (
-                    f"step {number} was begun with another {what} ({known[:12]}, now {now[:12]})"
-                )
-                remedy = "put that back as it was, or begin anew in another training.output"
-                raise CheckpointError.at(str(self.root / FILE), message, remedy)
+            if saved is not None and saved != current:
+                message = f"step {number} began with another {role} ({saved[:12]}, now "
+                remedy = "restore that model, or start again in another training.output"
+                raise CheckpointError.at(str(self.root / FILE), f"{message}{current[:12]})", remedy)
         self._change(
             number,
             state="training",
@@ -73,8 +80,8 @@ class ManifestFile:
             layout=layout,
         )
 
-    def completed(self, number: int, snapshot: Snapshot, metrics: dict[str, float]) -> None:
-        """A step's snapshot has its name. Metrics that are no number are left out."""
+    def mark_complete(self, number: int, snapshot: Snapshot, metrics: dict[str, float]) -> None:
+        """Record a step's snapshot, which has its final name. NaN and infinity are left out."""
         self._change(
             number,
             state="complete",
@@ -83,25 +90,22 @@ class ManifestFile:
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
         )
 
-    def clean(self, sdpo: SdpoConfig) -> None:
-        """Delete what complete steps need not keep, and what kills have left.
+    def delete_unneeded(self, sdpo: SdpoConfig) -> None:
+        """Delete checkpoints and snapshots that are not kept, and what kills have left.
 
         Raises:
             CheckpointError: on every rank; the manifest cannot be written.
         """
-        for number in superfluous_snapshots(self.manifest, sdpo):
+        for number in unneeded_snapshots(self.manifest, sdpo):
             self._change(number, is_removed=True)
-        with raise_on_all_ranks("deleting what is not needed"):
-            if is_first_rank():
-                self._delete(sdpo)
-
-    def _delete(self, sdpo: SdpoConfig) -> None:
-        for number, step in enumerate(self.manifest.steps, start=1):
-            clear_killed_snapshots(self.root, number)
-            if step.state == "complete" and not sdpo.keep_checkpoints:
-                delete_checkpoints(self.root, number)
-            if step.is_removed:
-                delete_snapshot(self.root, number)
+        with raise_on_all_ranks("deleting unneeded checkpoints and snapshots"):
+            if is_rank0():
+                for number, step in enumerate(self.manifest.steps, start=1):
+                    clear_leftovers(snapshot_directory(self.root, number))
+                    if step.state == "complete" and not sdpo.keep_checkpoints:
+                        delete_directory(self.root / step_name(number) / "checkpoints")
+                    if step.is_removed:
+                        delete_directory(snapshot_directory(self.root, number))
 
     def _change(self, number: int, **changes: Any) -> None:
         self.manifest = self.manifest.with_step(number, **changes)
@@ -109,5 +113,26 @@ class ManifestFile:
 
     def _write(self) -> None:
         with raise_on_all_ranks("writing the manifest"):
-            if is_first_rank():
+            if is_rank0():
                 write_manifest(self.root, self.manifest)
+
+
+def unneeded_snapshots(manifest: Manifest, sdpo: SdpoConfig) -> list[int]:
+    """Steps whose snapshots can go: with `keep_snapshots: last`, all but the newest."""
+    complete = [n for n, step in enumerate(manifest.steps, 1) if step.state == "complete"]
+    if sdpo.keep_snapshots == "all":
+        return []
+    return [number for number in complete[:-1] if not manifest.step(number).is_removed]
+
+
+def delete_directory(directory: Path) -> None:
+    """Delete a directory, and what an interrupted deletion of it left.
+
+    It is renamed first, so that a kill never leaves an incomplete directory under its name.
+    """
+    if directory.is_dir():
+        doomed = directory.with_name(f".{directory.name}.removed-{uuid4().hex[:8]}")
+        with suppress(OSError):
+            directory.rename(doomed)
+    for path in directory.parent.glob(f".{directory.name}.removed-*"):
+        shutil.rmtree(path, ignore_errors=True)

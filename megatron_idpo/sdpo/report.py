@@ -1,9 +1,9 @@
-"""What a run of several steps came to: a table, a picture, all metrics in one file.
+"""Report of an sDPO run: a table, a plot, the metrics of all steps in one file, missing exports.
 
-curriculum.md     pairs per step and source, the first model's accuracy, each step's figures
-curriculum.png    the same as a picture
-metrics.jsonl     the steps' metrics one after the other, their steps counted on
-curves.png        of that
+curriculum.md     pairs per step and source, the first model's accuracy, each step's metrics
+curriculum.png    the same as a plot
+metrics.jsonl     the metrics of all steps in a row, with continuous step numbers
+curves.png        plot of metrics.jsonl
 """
 
 import json
@@ -11,42 +11,44 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo_steps import step_name
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.figures.curriculum import draw_curriculum
-from megatron_idpo.figures.training_curves import draw_curves
-from megatron_idpo.mcore.parallel.world import is_first_rank, raise_on_all_ranks
-from megatron_idpo.sdpo.manifest import Manifest
+from megatron_idpo.mcore.parallel.world import is_rank0, raise_on_all_ranks
+from megatron_idpo.sdpo.curriculum_figure import draw_curriculum
+from megatron_idpo.sdpo.manifest import Manifest, snapshot_directory
 from megatron_idpo.sdpo.table import HEADS, cells, markdown, terminal_table
+from megatron_idpo.storage.atomic import write_text
+from megatron_idpo.train.metrics.curves import draw_curves
 from megatron_idpo.train.metrics.file import STEP, read_metrics
 from megatron_idpo.train.metrics.names import EPOCH
 from megatron_idpo.train.run_directory import RunDirectory
 
 TABLE = "curriculum.md"
-PICTURE = "curriculum.png"
+PLOT = "curriculum.png"
 _SDPO_STEP = "sdpo_step"
 
 
 def report_steps(output: RunDirectory, manifest: Manifest, *, show: bool) -> None:
-    """Write the report as far as the steps are complete, and show it. Collective.
+    """Write the report of all complete steps, and print it if `show`. Collective.
 
     Raises:
         UserError: on every rank; it cannot be written.
     """
     with raise_on_all_ranks("writing the report"):
-        if not is_first_rank():
+        if not is_rank0():
             return
         root = output.root
         _draw_missing_curves(root, manifest)
         _write(root / TABLE, curriculum_markdown(manifest))
-        draw_curriculum(manifest, root / PICTURE)
+        draw_curriculum(manifest, root / PLOT)
         _write(output.metrics, metrics_of_all_steps(root, manifest))
         if output.metrics.stat().st_size:
             draw_curves(output.metrics, output.curves)
     if show:
         console = Console(highlight=False)
         console.print(terminal_table(manifest))
-        for title, path in (("report", root / TABLE), ("picture", root / PICTURE)):
+        for title, path in (("report", root / TABLE), ("picture", root / PLOT)):
             console.print(f"{title:8} {path}", soft_wrap=True, markup=False)
 
 
@@ -65,12 +67,12 @@ def curriculum_markdown(manifest: Manifest) -> str:
         [
             f"# sDPO from {manifest.model}",
             "",
-            "Pairs of each source in each step, and the share of a source's pairs whose chosen "
-            "answer the first model finds more likely:",
+            "Pairs of each source in each step, and the first model's accuracy: the share of pairs "
+            "whose chosen answer it finds more likely:",
             "",
             markdown(["step", *sources], [*counts, accuracy]),
-            "Results on held-out pairs, against the step's own reference and against the first "
-            "model (rewards with the step's own beta; 95 % intervals):",
+            "Results on held-out pairs, against the step's reference and against the first model "
+            "(rewards with the step's beta; 95 % intervals):",
             "",
             markdown(HEADS, cells(manifest)),
         ]
@@ -78,36 +80,67 @@ def curriculum_markdown(manifest: Manifest) -> str:
 
 
 def metrics_of_all_steps(root: Path, manifest: Manifest) -> str:
-    """The complete steps' metrics files as one: steps and epochs counted on, `sdpo_step` added.
+    """The metrics files of complete steps as one, with continuous steps and epochs and `sdpo_step`.
 
-    What was measured before a step's first optimizer step is left out after the first: its place is
-    that of the step before's last.
+    The evaluation before a step's first optimizer step is left out after the first step: its
+    position is that of the last evaluation of the step before.
 
     Raises:
         ConfigError: a metrics file cannot be read.
     """
-    lines, taken, taken_epochs = [], 0, 0.0
+    lines, first_step, first_epoch = [], 0, 0.0
     for number, step in enumerate(manifest.steps, start=1):
         path = RunDirectory(root / step_name(number)).metrics
         if step.state != "complete" or not path.exists():
             continue
-        last, last_epoch = 0, 0.0
+        last_step, last_epoch = 0, 0.0
         for record in read_metrics(path):
             at = int(record[STEP])
-            last, last_epoch = max(last, at), max(last_epoch, record.get(EPOCH, 0.0))
-            if at == 0 and taken:
+            last_step, last_epoch = max(last_step, at), max(last_epoch, record.get(EPOCH, 0.0))
+            if at == 0 and first_step:
                 continue
+            # NaN is not JSON.
             values = {name: value if value == value else None for name, value in record.items()}
-            message = {**values, STEP: taken + at, _SDPO_STEP: number}
-            if EPOCH in values:
-                message[EPOCH] = taken_epochs + record[EPOCH]
-            lines.append(json.dumps(message, allow_nan=False) + "\n")
-        taken, taken_epochs = taken + last, taken_epochs + last_epoch
+            values |= {STEP: first_step + at, _SDPO_STEP: number}
+            if EPOCH in record:
+                values[EPOCH] = first_epoch + record[EPOCH]
+            lines.append(json.dumps(values, allow_nan=False) + "\n")
+        first_step, first_epoch = first_step + last_step, first_epoch + last_epoch
     return "".join(lines)
 
 
+def missing_exports(config: RunConfig, root: Path, manifest: Manifest) -> list[str]:
+    """A line for each model that is configured to be exported but was not when its step ended.
+
+    Args:
+        config: with the section `sdpo`.
+        root: the run's directory.
+        manifest: of the run.
+    """
+    assert config.sdpo is not None
+    exports = [
+        (number, RunDirectory(root / step_name(number)).hf)
+        for number, record in enumerate(manifest.steps, start=1)
+        if config.sdpo.steps[number - 1].export and record.state == "complete"
+    ]
+    if config.training.export and manifest.next_step is None:
+        exports.append((len(manifest.steps), RunDirectory(root).hf))
+    lines = []
+    for number, hf in exports:
+        if hf.exists():
+            continue
+        snapshot = snapshot_directory(root, number)
+        remedy = f"to create it: megatron-idpo convert megatron-to-hf {snapshot} {hf}"
+        if manifest.step(number).is_removed:
+            remedy = f"its snapshot {snapshot} has been removed (sdpo.keep_snapshots)"
+        elif manifest.adapters == "carry":
+            remedy = f"the adapter for PEFT is in {snapshot}"
+        lines.append(f"{hf} does not exist; {remedy}")
+    return lines
+
+
 def _draw_missing_curves(root: Path, manifest: Manifest) -> None:
-    """Of steps that were killed between being complete and their picture."""
+    """Of steps that were killed after they were complete and before their plot was drawn."""
     for number, step in enumerate(manifest.steps, start=1):
         output = RunDirectory(root / step_name(number))
         has_metrics = output.metrics.is_file() and output.metrics.stat().st_size
@@ -116,10 +149,5 @@ def _draw_missing_curves(root: Path, manifest: Manifest) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}.incomplete")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
-    except OSError as error:
-        message = f"cannot be written: {error.strerror or error}"
-        raise CheckpointError.at(str(path), message, "free some space") from None
+    with CheckpointError.on_os_error(str(path), "cannot be written", "free some space"):
+        write_text(path, text)

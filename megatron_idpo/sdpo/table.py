@@ -1,6 +1,6 @@
-"""The steps of a run in a table: what each learnt from, and what its result is worth.
+"""Table of the steps of an sDPO run: training pairs, held-out metrics and snapshots.
 
-From the manifest alone, so that it can be shown while a run goes on and long after it.
+It is built from the manifest alone, so that it can be shown during and after the run.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from megatron_idpo.sdpo.manifest import FIRST, Manifest, StepRecord
 from megatron_idpo.train.logging.line import format_accuracy
 from megatron_idpo.train.metrics.names import ACCURACY, EVAL, EVAL_PAIRS, MARGIN
 
-NOTHING = "–"
+UNKNOWN = "–"
 HEADS = (
     "step",
     "state",
@@ -26,12 +26,12 @@ HEADS = (
     "snapshot",
     "size",
 )
-_IN_A_TERMINAL = 7
-"""Columns that 80 characters have room for; `status` tells snapshots in lines of their own."""
+_TERMINAL_COLUMNS = 7
+"""Columns that fit into 80 characters; `status` prints snapshots in separate lines."""
 
 
 def cells(manifest: Manifest) -> list[tuple[str, ...]]:
-    """A row of `HEADS` for every step. Accuracies are of held-out pairs, with 95 % intervals."""
+    """One row of `HEADS` per step. Accuracies are of held-out pairs, with 95 % intervals."""
     return [
         (
             str(number),
@@ -40,33 +40,33 @@ def cells(manifest: Manifest) -> list[tuple[str, ...]]:
             *_figures(step, ""),
             *_figures(step, FIRST),
             short_identity(step.snapshot) + (" (removed)" if step.is_removed else ""),
-            format_size(step.snapshot_bytes) if step.snapshot else NOTHING,
+            format_size(step.snapshot_bytes) if step.snapshot else UNKNOWN,
         )
         for number, step in enumerate(manifest.steps, start=1)
     ]
 
 
 def terminal_table(manifest: Manifest) -> Table:
-    """The same for a terminal."""
+    """The table for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    for head in HEADS[:_IN_A_TERMINAL]:
+    for head in HEADS[:_TERMINAL_COLUMNS]:
         justify: Literal["left", "right"] = "left" if head == "state" else "right"
         table.add_column(head.replace(" vs ", "\nvs "), justify=justify)
     for row in cells(manifest):
-        table.add_row(*map(Text, row[:_IN_A_TERMINAL]))
+        table.add_row(*map(Text, row[:_TERMINAL_COLUMNS]))
     return table
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; a bar in a cell is no border."""
+    """A table in Markdown; bars within cells are escaped."""
     lines = [[cell.replace("|", r"\|") for cell in line] for line in (heads, *rows)]
     lines.insert(1, ["---"] * len(heads))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def short_identity(identity: str | None) -> str:
-    """Enough of a hash to tell it from others by eye."""
-    return NOTHING if identity is None else identity[:12]
+    """The first 12 digits of a hash."""
+    return UNKNOWN if identity is None else identity[:12]
 
 
 def format_size(size_bytes: int) -> str:
@@ -78,10 +78,10 @@ def format_size(size_bytes: int) -> str:
 
 
 def _figures(step: StepRecord, against: str) -> tuple[str, str]:
-    """Accuracy and margin against one reference."""
+    """Accuracy and margin; `against` is the prefix of the reference in the metrics."""
     prefix = f"{against}{EVAL}"
     accuracy, margin = (step.metrics.get(f"{prefix}{name}") for name in (ACCURACY, MARGIN))
     if accuracy is None or margin is None:
-        return NOTHING, NOTHING
+        return UNKNOWN, UNKNOWN
     pairs = step.metrics.get(f"{against}{EVAL_PAIRS}")
     return format_accuracy(accuracy, margin, pairs), f"{margin:+.3f}"

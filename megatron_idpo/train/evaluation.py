@@ -1,63 +1,70 @@
-"""Held-out pairs, read again and again while training goes on."""
+"""Evaluation of the policy on the held-out pairs."""
 
 from collections.abc import Callable
 
 from megatron_idpo.data.packing.batches import Batch, EvaluationBatches, RowSettings
 from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.plugin.batch_run import ReferenceLogps
-from megatron_idpo.reference.live import Reference
+from megatron_idpo.reference.sources import Reference
 from megatron_idpo.train.metrics.reduce import StepMetrics
-from megatron_idpo.train.step import Trainer
+from megatron_idpo.train.step import TrainStep
 
 
 class Evaluation:
-    """Every held-out pair once, whenever asked.
+    """Evaluates every held-out pair once per call of `run`.
 
-    The reference does not change, so a live one is asked the first time only: its log-probabilities
-    are a few numbers per pair and layer.
+    The reference does not change, so a live one runs in the first evaluation only. Its
+    log-probabilities are kept: two floats per pair and layer.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
+        train_step: TrainStep,
         reference: Reference,
         pairs: PairDataset,
         rows: RowSettings,
         *,
         global_batch_pairs: int,
     ) -> None:
-        """Check the pairs' lengths; read nothing yet. The reference knows these pairs.
+        """Check the lengths of the pairs.
+
+        Args:
+            train_step: with the policy.
+            reference: of these pairs.
+            pairs: held out.
+            rows: how pairs are packed.
+            global_batch_pairs: pairs per batch.
 
         Raises:
             DataError: a pair is longer than a row.
         """
-        self._trainer = trainer
+        self._train_step = train_step
         self._reference = reference
         self._batches = EvaluationBatches(pairs, rows, global_batch_pairs=global_batch_pairs)
-        self._known: list[ReferenceLogps | None] = []
+        self._cached_logps: list[ReferenceLogps | None] = []
 
     def __len__(self) -> int:
-        """The number of batches."""
+        """Number of batches."""
         return len(self._batches)
 
     def run(self, advance: Callable[[], None]) -> StepMetrics:
-        """The metrics of all held-out pairs, dropout off. Collective.
+        """Metrics of all held-out pairs, with dropout off. Collective.
 
         Args:
             advance: called after each batch.
         """
         total: StepMetrics | None = None
-        for number, batch in enumerate(self._batches):
-            metrics = self._trainer.read(batch, self._reference_logps(number, batch))
+        for index, batch in enumerate(self._batches):
+            metrics = self._train_step.evaluate(batch, self._reference_logps(index, batch))
             total = metrics if total is None else total + metrics
             advance()
-        assert total is not None, "there is a pair at least"
+        assert total is not None, "no held-out pairs"
         return total
 
-    def _reference_logps(self, number: int, batch: Batch) -> ReferenceLogps | None:
-        """The batch's with this number, the same in every run over the pairs."""
-        if not self._reference.is_live:
+    def _reference_logps(self, index: int, batch: Batch) -> ReferenceLogps | None:
+        """Of the batch with this index; batches are the same in every evaluation."""
+        if not self._reference.needs_forward:
             return self._reference.logps(batch)
-        if number == len(self._known):
-            self._known.append(self._reference.logps(batch))
-        return self._known[number]
+        if index == len(self._cached_logps):
+            self._cached_logps.append(self._reference.logps(batch))
+        return self._cached_logps[index]

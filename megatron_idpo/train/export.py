@@ -1,4 +1,4 @@
-"""The result of a run, for those who use it: a Hugging Face model, and a PEFT adapter."""
+"""Export of a trained policy: a Hugging Face model, and a PEFT adapter."""
 
 import shlex
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from megatron_idpo.convert.model_source import ModelSource
 from megatron_idpo.data.tokenize.tokenizers import read_template
 from megatron_idpo.lora.merge import merged_value
 from megatron_idpo.lora.peft import save_peft
-from megatron_idpo.mcore.parallel.world import from_first, raise_on_all_ranks
-from megatron_idpo.train.build import Policy
+from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, raise_on_all_ranks
+from megatron_idpo.train.policy import Policy
 from megatron_idpo.train.run_directory import RunDirectory
 
 CHAT_TEMPLATE = "chat_template.jinja"
-"""Where Transformers looks for a tokenizer's chat template first."""
+"""Transformers reads a tokenizer's chat template from this file first."""
 
 
 def export_result(
@@ -29,23 +29,23 @@ def export_result(
     with_adapter: bool = True,
     show_progress: bool,
 ) -> list[str]:
-    """Write `hf/`, with adapters merged in fp32, and `adapter/` where there are some. Collective.
+    """Write `hf/`, with adapters merged in fp32, and with LoRA `adapter/`. Collective.
 
-    What an earlier end of this run left is replaced in one step.
+    An earlier export of this run is replaced atomically.
 
     Args:
         config: of the run.
         policy: trained.
         output: the run's directory.
-        with_adapter: write the adapter too. Not where its base is another model than the configured
-            one: PEFT would put it on the wrong weights.
+        with_adapter: write the adapter too. False if its base is not the configured model: PEFT
+            would apply it to the wrong weights.
         show_progress: draw a progress bar.
 
     Returns:
-        Lines that say where the result is, and how to use it.
+        Lines that say where the results are and how to use them.
 
     Raises:
-        CheckpointError: on every rank; it cannot be written, and nothing is left behind.
+        CheckpointError: on every rank; it cannot be written, and no incomplete export is left.
     """
     architecture, adapters = policy.source.architecture, policy.adapters
     with companions_of(config, policy.source) as companions:
@@ -59,11 +59,11 @@ def export_result(
             show_progress=show_progress,
             value=None if adapters is None else merged_value(adapters),
         )
-    message = [f"model    {output.hf}"]
+    lines = [f"model    {output.hf}"]
     if adapters is not None and with_adapter:
         save_peft(adapters, architecture, output.adapter, base_model=config.model.path)
-        message.append(f"adapter  {output.adapter}")
-    return [*message, "try it:", from_first(lambda: f"  {_command(output.hf)}")]
+        lines.append(f"adapter  {output.adapter}")
+    return [*lines, "try it:", broadcast_from_rank0(lambda: f"  {_command(output.hf)}")]
 
 
 def has_chat_template(model: Path) -> bool:
@@ -76,10 +76,9 @@ def has_chat_template(model: Path) -> bool:
 
 @contextmanager
 def companions_of(config: RunConfig, source: ModelSource) -> Iterator[tuple[Path, ...]]:
-    """The base model's files, with the template that the run was trained with in place of its own.
+    """The base model's companion files, with the chat template of the training data. Collective.
 
-    Collective.
-    Whoever uses the model has to speak to it as the training data did.
+    Prompts must be formatted as in training, so a configured template replaces the base model's.
     """
     with raise_on_all_ranks("reading the chat template"):
         text = read_template(config.data.chat_template)
@@ -94,9 +93,8 @@ def companions_of(config: RunConfig, source: ModelSource) -> Iterator[tuple[Path
 
 
 def _command(model: Path) -> str:
-    """A line for a shell that lets the exported model speak."""
-    asked = "Why is the sky blue?"
-    prompt, answer = f'"{asked}"', "[0]"
+    """A shell command that generates text with the exported model."""
+    prompt, answer = '"Why is the sky blue?"', "[0]"
     if has_chat_template(model):
         prompt = f'[{{"role": "user", "content": {prompt}}}]'
         answer = '[0]["generated_text"][-1]["content"]'

@@ -1,48 +1,59 @@
-"""The main job: train, resume, export. `train` is the whole of it, as named steps.
+"""Training from beginning to end: set up, check, take steps, evaluate, save, export.
 
-Everything here happens on every rank, in the same order. `train_prepared` is the same for a run
-whose data, starting point or end are somebody else's choice, as those of sDPO's steps are.
+Every function here is collective: all ranks run it in the same order.
 """
 
+import logging
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import EXIT_PREEMPTED, TrainingError
-from megatron_idpo.mcore.parallel.signals import StopFlag, Stopped, listening
-from megatron_idpo.mcore.parallel.world import World, joined_world, raise_on_all_ranks, running
+from megatron_idpo.mcore.parallel.world import (
+    RunStopped,
+    StopFlag,
+    World,
+    catch_stop_signals,
+    distributed_world,
+    raise_on_all_ranks,
+    running_layout,
+)
 from megatron_idpo.train.export import export_result
-from megatron_idpo.train.finite_checks import refuse_bad_evaluation
-from megatron_idpo.train.logging.report import MEMORY, Report, Stopwatch, reporting
-from megatron_idpo.train.messages import tell_finished, tell_preempted, tell_start, tell_stopped
-from megatron_idpo.train.metrics.flops import BatchWork
-from megatron_idpo.train.metrics.throughput import peak_memory_bytes
-from megatron_idpo.train.run_directory import RunDirectory, opened, refuse_steps_directory
-from megatron_idpo.train.start_check import check_start, is_expected
-from megatron_idpo.train.trainer import Prepared, Run, assemble, prepare
+from megatron_idpo.train.finite_checks import check_evaluation_finite
+from megatron_idpo.train.logging.report import Report, open_report
+from megatron_idpo.train.messages import report_finished, report_preempted, report_start
+from megatron_idpo.train.run_directory import RunDirectory, check_not_stepped, open_run_directory
+from megatron_idpo.train.setup import Prepared, assemble, prepare
+from megatron_idpo.train.start_check import check_start, is_start_check_due
+from megatron_idpo.train.trainer import Trainer
 
-_STOP = "stop_wishes"
+logger = logging.getLogger(__name__)
+
+Finalize = Callable[[Trainer, Report], Sequence[str]]
+"""Called with the trained model in memory; returns lines that say where the results are.
+
+Collective. Must be idempotent, because a run that has ended may be started again."""
 
 
 def train(config: RunConfig) -> int:
-    """Train as configured, from the start or from where an earlier run ended.
+    """Train as configured, from the start or from the newest checkpoint.
 
     Returns:
-        0 when the run is complete, `EXIT_PREEMPTED` when a signal ended it early, saved.
+        0 if the run is complete; `EXIT_PREEMPTED` if a signal stopped it, after saving.
 
     Raises:
-        UserError: on every rank; what was saved before is there.
+        UserError: on every rank; checkpoints that were complete before still exist.
     """
     with (
-        listening() as stop_flag,
-        joined_world() as world,
-        opened(Path(config.training.output)) as output,
+        catch_stop_signals() as stop_flag,
+        distributed_world() as world,
+        open_run_directory(Path(config.training.output)) as output,
     ):
-        with raise_on_all_ranks("looking at the output directory"):
-            refuse_steps_directory(output.root)
+        with raise_on_all_ranks("checking the output directory"):
+            check_not_stepped(output.root)
         prepared = prepare(config, world)
-        return train_prepared(config, world, output, prepared, stop_flag, conclude=export)
+        return train_prepared(config, world, output, prepared, stop_flag, finalize=export)
 
 
 def train_prepared(
@@ -52,120 +63,126 @@ def train_prepared(
     prepared: Prepared,
     stop_flag: StopFlag,
     *,
-    conclude: Callable[[Run, Report], Sequence[str]],
+    finalize: Finalize,
 ) -> int:
-    """Train as configured, on prepared data from a prepared starting point.
+    """Train on prepared data from a prepared start; a step of sDPO is such a run.
 
     Args:
         config: of the run.
         world: all processes.
-        output: the run's directory, which it holds.
-        prepared: data, starting point and reference.
-        stop_flag: whether this process has been asked to stop.
-        conclude: called at the end with the trained model in memory; returns lines that say what
-            it has left where. Collective; it has to bear being called again, where a run is started
-            again that had ended.
+        output: the run's directory, locked by this run.
+        prepared: data, start and reference.
+        stop_flag: whether this process has received a stop signal.
+        finalize: called after the last step.
 
     Returns:
         As `train`.
 
     Raises:
-        UserError: on every rank; what was saved before is there.
+        UserError: as `train`.
     """
-    with running(config.layout.layout(), config.training.seed):
+    with running_layout(config.layout, config.training.seed):
         try:
-            run = assemble(config, world, output, prepared, stop_flag)
-        except Stopped:
-            tell_stopped(show=world.is_first)
-            return EXIT_PREEMPTED
-        resumed = run.resume()
-        run.write_config()
-        with run.checkpoints, reporting(run) as report:
-            tell_start(run, report, resumed)
-            if not resumed:
-                begin(run, report)
-            if take_steps(run, report, stop_flag) == EXIT_PREEMPTED:
-                tell_preempted(run, report)
+            trainer = assemble(config, world, output, prepared, stop_flag)
+        except RunStopped:
+            return preempted_before_training(show=world.is_first)
+        trainer.write_config()
+        with trainer.checkpoints, open_report(trainer) as report:
+            report_start(trainer, report)
+            if trainer.resumed_from is None:
+                run_start_check(trainer, report)
+                evaluate(trainer, report)
+            if not train_steps(trainer, report):
+                report_preempted(trainer, report)
                 return EXIT_PREEMPTED
-            left = conclude(run, report)
-        tell_finished(run, report, left)
+            results = finalize(trainer, report)
+        report_finished(trainer, report, results)
     return 0
 
 
-def export(run: Run, report: Report) -> Sequence[str]:
-    """Write the result, if it is wanted; says where it is, or the state where it is not."""
-    if not run.config.training.export:
-        return [f"state    {run.output.checkpoints}"]
-    return export_result(
-        run.config, run.trainer.policy, run.output, show_progress=run.world.is_first
+def preempted_before_training(*, show: bool) -> int:
+    """Report a stop signal that came while nothing was trained; returns `EXIT_PREEMPTED`."""
+    if show:
+        logger.info(
+            "stopped by a signal; all results so far are saved, and the same command resumes "
+            "(exit code %d)",
+            EXIT_PREEMPTED,
+        )
+    return EXIT_PREEMPTED
+
+
+def run_start_check(trainer: Trainer, report: Report) -> None:
+    """Check that policy and reference agree before the first step, if they should."""
+    if not is_start_check_due(trainer.config, starts_at_reference=trainer.starts_at_reference):
+        return
+    difference = check_start(
+        trainer.train_step, trainer.pairs.train, trainer.rows, seed=trainer.config.data.seed
+    )
+    report.print(
+        f"start check passed: policy equals reference within {trainer.config.model.dtype} "
+        f"rounding (max {difference:.1g} nats/token)"
     )
 
 
-def begin(run: Run, report: Report) -> None:
-    """What comes before the first step: the check that it starts right, the first evaluation."""
-    if is_expected(run.config, starts_at_reference=run.starts_at_reference):
-        losses = check_start(run.trainer, run.pairs.train, run.rows, seed=run.config.data.seed)
-        message = ", ".join(f"layer {layer} {loss:.6f}" for layer, loss in losses.items())
-        report.console.say(f"start check passed, policy and reference are equal: {message}")
-    evaluate(run, report)
+def train_steps(trainer: Trainer, report: Report) -> bool:
+    """Step, report, evaluate and save until the last step or a stop signal.
 
-
-def take_steps(run: Run, report: Report, stop_flag: StopFlag) -> int:
-    """The loop: step, report, evaluate, save, until the end or a signal. Returns the exit code."""
-    if run.is_complete:
-        return 0
+    Returns:
+        Whether the last step has been taken.
+    """
+    if trainer.is_complete:
+        return True
     report.meter.begin()
-    for batch in run.batches:
-        lr = run.learning_rate.at(run.step)
-        work = BatchWork.of(batch.rows, run.trainer.policy.source.architecture.windows)
+    for batch in trainer.batches:
+        lr = trainer.learning_rate.at(trainer.step)
         try:
-            metrics, grad_norm = run.trainer.step(
-                batch,
-                run.step + 1,
-                lr=lr,
-                extra=partial(_step_numbers, stop_flag, work),
-                peaks=lambda: {MEMORY: float(peak_memory_bytes())},
-            )
+            metrics, grad_norm = trainer.train_step.train(batch, trainer.step + 1, lr=lr)
         except TrainingError as error:
-            raise run.with_last_good(error) from error
-        run.step += 1
-        run.evaluated = {}
-        is_stopping = metrics.extra[_STOP] > 0
+            raise trainer.with_last_checkpoint(error) from error
+        trainer.step += 1
+        trainer.eval_values = {}
+        is_last = metrics.stop_requested or trainer.is_complete
         report.step(
-            run.step,
+            trainer.step,
             metrics,
             grad_norm=grad_norm,
             lr=lr,
-            epoch=run.batches.epoch,
-            ends=is_stopping or run.is_complete,
+            epoch=trainer.batches.epoch,
+            is_last=is_last,
         )
-        run.checkpoints.poll()
-        if run.is_due(run.config.training.eval_every_steps) or run.is_complete:
-            evaluate(run, report)
-        if run.is_due(run.config.checkpoint.every_steps) or run.is_complete or is_stopping:
-            run.save()
-        if run.is_complete or is_stopping:
+        # Publishes a background save that has finished on all ranks; does not wait for one.
+        trainer.checkpoints.poll()
+        if trainer.is_due(trainer.config.training.eval_every_steps) or trainer.is_complete:
+            evaluate(trainer, report)
+        if trainer.is_due(trainer.config.checkpoint.every_steps) or is_last:
+            trainer.save()
+        if is_last:
             break
         report.meter.begin()
-    run.checkpoints.wait()
-    assert run.is_complete or is_stopping, "the data reach as far as the run does"
-    return 0 if run.is_complete else EXIT_PREEMPTED
+    trainer.checkpoints.wait()
+    assert is_last, "the data ended before the last step"
+    return trainer.is_complete
 
 
-def _step_numbers(stop_flag: StopFlag, work: BatchWork) -> dict[str, float]:
-    """What is summed over ranks along with a step's metrics."""
-    return {_STOP: float(stop_flag.is_there), **work.as_extra()}
-
-
-def evaluate(run: Run, report: Report) -> None:
-    """Read the held-out pairs, if there are any, and tell what the policy makes of them."""
-    if run.evaluation is None:
+def evaluate(trainer: Trainer, report: Report) -> None:
+    """Evaluate the held-out pairs, if there are any, and report the metrics."""
+    if trainer.evaluation is None:
         return
-    watch = Stopwatch()
-    with report.console.counting("evaluating", len(run.evaluation)) as advance:
-        metrics = run.evaluation.run(advance)
+    start_s = time.perf_counter()
+    with report.evaluating(len(trainer.evaluation)) as advance:
+        metrics = trainer.evaluation.run(advance)
     try:
-        refuse_bad_evaluation(metrics, run.step)
+        check_evaluation_finite(metrics, trainer.step)
     except TrainingError as error:
-        raise run.with_last_good(error) from error
-    run.evaluated = report.evaluation(run.step, metrics, seconds=watch.read())
+        raise trainer.with_last_checkpoint(error) from error
+    seconds = time.perf_counter() - start_s
+    trainer.eval_values = report.evaluation(trainer.step, metrics, seconds=seconds)
+
+
+def export(trainer: Trainer, report: Report) -> Sequence[str]:
+    """Export the trained model, unless `training.export` is off."""
+    if not trainer.config.training.export:
+        return [f"state    {trainer.output.checkpoints}"]
+    return export_result(
+        trainer.config, trainer.policy, trainer.output, show_progress=trainer.world.is_first
+    )

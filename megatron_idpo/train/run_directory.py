@@ -1,131 +1,98 @@
-"""The directory of a run: what lies where, and that one run at a time has it.
+"""The output directory of a run, which one run at a time writes.
 
 OUTPUT/
-  config.yaml      the resolved configuration       checkpoints/   what a run goes on from
-  metrics.jsonl    one line per logged step          curves.png     the same as a picture
-  hf/              the result, for Transformers      adapter/       the result, for PEFT
-  reference/       the reference's log-probabilities, computed before the first step
+  config.yaml      the resolved configuration       checkpoints/   to resume from
+  metrics.jsonl    one line per logged step          curves.png     plot of the metrics
+  hf/              trained model for Transformers    adapter/       trained adapter for PEFT
+  reference/       log-probabilities of the reference, computed before the first step
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_idpo.config.sdpo_steps import MANIFEST
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.parallel.world import is_first_rank, raise_on_all_ranks
-from megatron_idpo.storage.directories import clear_leftovers
-from megatron_idpo.storage.lock import Held, locked
+from megatron_idpo.mcore.parallel.world import is_rank0, raise_on_all_ranks
+from megatron_idpo.storage.atomic import clear_leftovers, write_text
+from megatron_idpo.storage.lock import LockHeldError, locked
 
-PLACE = "training.output"
+_LOCATION = "training.output"
 
 
-@dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """Where a run leaves what."""
+    """Paths in the output directory; see above for their content."""
 
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        """The configuration as it was understood, defaults included."""
-        return self.root / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """What was logged."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def curves(self) -> Path:
-        """The same, drawn."""
-        return self.root / "curves.png"
-
-    @property
-    def checkpoints(self) -> Path:
-        """States to go on from."""
-        return self.root / "checkpoints"
-
-    @property
-    def hf(self) -> Path:
-        """The trained model for Transformers; adapters are merged into it."""
-        return self.root / "hf"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter for PEFT."""
-        return self.root / "adapter"
+    def __init__(self, root: Path) -> None:
+        """The directory need not exist."""
+        self.root = root
+        self.config = root / "config.yaml"
+        self.metrics = root / "metrics.jsonl"
+        self.curves = root / "curves.png"
+        self.checkpoints = root / "checkpoints"
+        self.hf = root / "hf"
+        self.adapter = root / "adapter"
 
     def write_config(self, text: str) -> None:
-        """Write the resolved configuration; one that is there is replaced whole, or stays.
+        """Write the resolved configuration atomically.
 
         Raises:
-            ConfigError: it cannot be written.
+            ConfigError: it cannot be written; an earlier one is unchanged.
         """
-        fresh = self.config.with_name(f".{self.config.name}.incomplete")
-        try:
-            fresh.write_text(text, encoding="utf-8")
-            fresh.replace(self.config)
-        except OSError as error:
-            message = f"{self.config} cannot be written: {error.strerror}"
-            raise ConfigError.at(PLACE, message, "free some space") from None
+        message = f"{self.config} cannot be written"
+        with ConfigError.on_os_error(_LOCATION, message, "free some space"):
+            write_text(self.config, text)
 
 
 @contextmanager
-def opened(root: Path) -> Iterator[RunDirectory]:
-    """Make a run's directory and hold it while the run lasts. Collective.
+def open_run_directory(root: Path) -> Iterator[RunDirectory]:
+    """Create a run's directory and lock it until the end of the block. Collective.
 
-    What exports that were killed left in it is deleted.
-
-    The hold is the system's lock on a file, which ends with the process, however that ends.
+    Incomplete exports of killed runs are deleted. The lock is the system's lock on a file: it ends
+    with the process, also if that is killed.
 
     Raises:
-        ConfigError: on every rank; it cannot be made or written, or another run has it.
+        ConfigError: on every rank; it cannot be created or written, or another run has locked it.
     """
     directory = RunDirectory(root.expanduser())
-    with ExitStack() as hold:
+    with ExitStack() as stack:
         with raise_on_all_ranks("opening the output directory"):
-            if is_first_rank():
-                _make(directory.root)
-                _enter(hold, directory.root)
+            if is_rank0():
+                _create(directory.root)
+                _lock(stack, directory.root)
                 for result in (directory.hf, directory.adapter):
                     clear_leftovers(result)
         yield directory
 
 
-def refuse_steps_directory(root: Path) -> None:
-    """Refuse the directory of a run of several steps, or one of its steps', for another run.
+def check_not_stepped(root: Path) -> None:
+    """Check that the directory is not that of an sDPO run, or of one of its steps.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: it is.
     """
     for run in (root, root.parent):
         if (run / MANIFEST).is_file() and (run == root or root.name.startswith("step-")):
-            message = f"{root} belongs to a run of several steps: {run / MANIFEST}"
-            remedy = "name another directory, or go on with the configuration that has sdpo"
-            raise ConfigError.at(PLACE, message, remedy)
+            message = f"{root} belongs to an sDPO run: {run / MANIFEST}"
+            remedy = "name another directory, or resume with the configuration that has sdpo"
+            raise ConfigError.at(_LOCATION, message, remedy)
 
 
-def _make(root: Path) -> None:
+def _create(root: Path) -> None:
     remedy = "name a directory that can be written"
-    try:
+    with ConfigError.on_os_error(_LOCATION, f"{root} cannot be written", remedy):
         root.mkdir(parents=True, exist_ok=True)
         probe = root / ".probe"
         probe.write_bytes(b"")
         os.unlink(probe)
-    except OSError as error:
-        raise ConfigError.at(PLACE, f"{root} cannot be written: {error.strerror}", remedy) from None
 
 
-def _enter(hold: ExitStack, root: Path) -> None:
-    """Hold the directory until the stack is unwound."""
+def _lock(stack: ExitStack, root: Path) -> None:
+    remedy = "name a directory on another file system"
     try:
-        hold.enter_context(locked(root / ".lock"))
-    except Held:
+        with ConfigError.on_os_error(_LOCATION, f"{root} cannot be locked", remedy):
+            stack.enter_context(locked(root / ".lock"))
+    except LockHeldError:
         message = f"{root} is being written by another run"
-        raise ConfigError.at(PLACE, message, "wait for it, or name another directory") from None
-    except OSError as error:
-        message = f"{root} cannot be locked: {error.strerror}"
-        raise ConfigError.at(PLACE, message, "name a directory on another file system") from None
+        raise ConfigError.at(_LOCATION, message, "wait for it, or name another directory") from None

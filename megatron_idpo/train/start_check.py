@@ -1,119 +1,117 @@
-"""Before the first step: do policy and reference agree at every layer?
+"""Start check: policy and reference must agree at every layer before the first step.
 
-Where both start equal and are read at the same layers, every Δ is 0 and every layer's loss is the
-objective's at 0, ln 2 for `sigmoid`; with `reference_layer: final` the final layer's is. If it is
-not, the run would learn the difference between two models instead of preferences: another base
-under the adapter, a damaged copy of the head, dropout that is on. The check is a forward pass over
-a few pairs, with dropout off.
+If both start from the same weights and are read at the same layers, every log-probability ratio is
+0 and every layer's loss is the objective's at 0 (ln 2 for `sigmoid`). With `reference_layer: final`
+this holds for the final layer only. If they differ (another base model under the adapter, a damaged
+copy of the head, dropout that is on), the run would learn the difference of two models instead of
+preferences. The check is one forward pass over a few pairs, with dropout off.
 """
 
 from collections.abc import Sequence
 
 import torch
 
+from megatron_idpo.config.objective import PER_TOKEN, Objective
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.data.packing.batches import RowSettings, build_batch
-from megatron_idpo.data.packing.epoch_order import stream_pairs
+from megatron_idpo.data.pairs import stream_pairs
 from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import TrainingError
-from megatron_idpo.mcore.parallel.world import gathered
-from megatron_idpo.objective.dpo import Objective, loss_at_zero, preference_loss
-from megatron_idpo.objective.settings import PER_TOKEN
+from megatron_idpo.mcore.parallel.world import all_gather_objects
+from megatron_idpo.objective.dpo import loss_at_zero, preference_loss
 from megatron_idpo.plugin.batch_run import run_batch
-from megatron_idpo.plugin.layer_output import LayerOutput
-from megatron_idpo.train.step import Trainer, response_lengths
+from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.train.step import TrainStep
 
 PAIRS_PER_RANK = 2
 
 FP32_LOGP_TOLERANCE = 5e-5
-"""In fp32: of a sequence's log-probability, per token. SmolLM2-135M, 16 pairs of up to 96 tokens,
-read with shared prompts and without: 5e-6 at most at any of four layers. The loss is no measure,
-since its rounding (1e-6 there) grows with the length of answers and with beta."""
+"""fp32: of a sequence's log-probability, in nats per token. SmolLM2-135M, 16 pairs of up to 96
+tokens, packed with and without shared prompts: 5e-6 at most at any of four layers. The loss is not
+compared, because its rounding (1e-6 there) grows with beta and the length of answers."""
 
 BF16_LOGP_TOLERANCE = 0.02
-"""In bf16, of a live reference: the same kernels over the same rows, which differ by nothing."""
+"""bf16, live reference: the same kernels on the same rows, so the expected difference is 0."""
 
 CACHED_BF16_LOGP_TOLERANCE = 0.2
-"""In bf16, of a cache, which other shapes or another layout may have made. For the same 16 pairs on
-a CPU, rows packed in another way give the same bits; without shared prompts the last bits of hidden
-states differ, and a log-probability per token by 0.015 on average and 0.07 at most."""
+"""bf16, cache, which may have been computed with other shapes or another layout. For the same 16
+pairs on a CPU, another packing gives the same bits. Without shared prompts hidden states differ in
+their last bits, and log-probabilities by 0.015 per token on average and 0.07 at most."""
 
 
-def is_expected(config: RunConfig, *, starts_at_reference: bool) -> bool:
-    """Whether policy and reference start equal."""
+def is_start_check_due(config: RunConfig, *, starts_at_reference: bool) -> bool:
+    """Whether the check is enabled, and policy and reference start equal."""
     return config.training.start_check and config.reference.source != "none" and starts_at_reference
 
 
 def check_start(
-    trainer: Trainer, pairs: PairDataset, rows: RowSettings, *, seed: int
-) -> dict[int, float]:
+    train_step: TrainStep, pairs: PairDataset, rows: RowSettings, *, seed: int
+) -> float:
     """Compare policy and reference on the first few pairs of the run. Collective.
 
     Args:
-        trainer: with its policy and reference.
+        train_step: with policy and reference.
         pairs: to train on.
-        rows: how they are laid out.
+        rows: how pairs are packed.
         seed: of their order.
 
     Returns:
-        Every layer's mean loss, the final layer last; where intermediate layers are compared to the
-        reference's final one, the final layer's alone.
+        The largest difference of a log-probability, in nats per token, over all compared layers.
 
     Raises:
-        TrainingError: on every rank; they differ at some layer.
+        TrainingError: on every rank; they differ by more than rounding at some layer.
     """
-    policy, objective = trainer.policy, trainer.objective
+    policy, objective = train_step.policy, train_step.objective
     count = min(len(pairs), PAIRS_PER_RANK * rows.data_size)
     index_B = stream_pairs(0, count, num_pairs=len(pairs), seed=seed)
     batch = build_batch(pairs, index_B, rows, consumed_pairs=0)
-    reference_logps = trainer.reference.logps(batch)
+    reference_logps = train_step.reference.logps(batch)
     outputs = run_batch(policy.dpo, policy.trainable.model, batch, reference_logps)
     if objective.reference_layer == "final":
         outputs = [output for output in outputs if output.layer == policy.dpo.num_layers]
-    message = gathered(_by_layer(outputs, response_lengths(batch.rows), objective))
-    layers = sorted({layer for rank in message for layer in rank})
-    losses, per_token = {}, {}
-    for layer in layers:
-        heard = [rank[layer] for rank in message if layer in rank]
-        losses[layer] = sum(loss for loss, _, _ in heard) / sum(count for _, _, count in heard)
-        per_token[layer] = max(difference for _, difference, _ in heard)
+    # Each rank has the layers of its stage and the pairs of its data-parallel rank.
+    by_rank = all_gather_objects(_compare(outputs, objective))
+    losses, differences = {}, {}
+    for layer in sorted({layer for rank in by_rank for layer in rank}):
+        parts = [rank[layer] for rank in by_rank if layer in rank]
+        losses[layer] = sum(loss for loss, _, _ in parts) / sum(count for _, _, count in parts)
+        differences[layer] = max(difference for _, difference, _ in parts)
     is_fp32 = policy.chunks[0].config.params_dtype == torch.float32
-    in_bf16 = BF16_LOGP_TOLERANCE if trainer.reference.is_live else CACHED_BF16_LOGP_TOLERANCE
-    tolerance = FP32_LOGP_TOLERANCE if is_fp32 else in_bf16
-    expected = loss_at_zero(objective)
-    off = [
-        f"layer {layer}: loss {losses[layer]:.6f}, a log-probability off by "
-        f"{per_token[layer]:.2g} per token"
-        for layer in layers
-        if not per_token[layer] <= tolerance
+    needs_forward = train_step.reference.needs_forward
+    bf16_tolerance = BF16_LOGP_TOLERANCE if needs_forward else CACHED_BF16_LOGP_TOLERANCE
+    tolerance = FP32_LOGP_TOLERANCE if is_fp32 else bf16_tolerance
+    bad_layers = [
+        f"layer {layer} (loss {losses[layer]:.6f}, log-probs differ by {difference:.2g} nats/token)"
+        for layer, difference in differences.items()
+        if not difference <= tolerance  # also if it is NaN
     ]
-    if off:
+    if bad_layers:
         raise TrainingError.at(
             "start check",
-            f"policy and reference should be equal before the first step, so that every layer's "
-            f"loss is {expected:.6f}, but at {'; '.join(off)}",
-            "they are not the same model; if that is meant, set training.start_check to false",
+            "policy and reference should be equal before the first step (every layer's loss "
+            f"{loss_at_zero(objective):.6f}), but differ at {', '.join(bad_layers)}",
+            "they are not the same model; if this is intended, set training.start_check to false",
         )
-    return losses
+    return max(differences.values())
 
 
-def _by_layer(
-    outputs: Sequence[LayerOutput], lengths: Sequence[torch.Tensor], objective: Objective
+def _compare(
+    outputs: Sequence[LayerOutput], objective: Objective
 ) -> dict[int, tuple[float, float, int]]:
-    """Of this rank's layers: sum of losses, largest difference per token, number of pairs."""
-    found: dict[int, tuple[float, float, int]] = {}
+    """By layer of this rank: sum of losses, largest difference per token, number of pairs."""
+    by_layer: dict[int, tuple[float, float, int]] = {}
     for output in outputs:
-        assert output.reference_logps_2P is not None, "the check needs a reference"
-        lengths_2P = lengths[output.micro_batch]
+        assert output.reference_logps_2P is not None and output.lengths_2P is not None
         ratio_2P = output.logps_2P - output.reference_logps_2P
-        per_token_2P = ratio_2P / lengths_2P
+        per_token_2P = ratio_2P / output.lengths_2P
         compared_2P = per_token_2P if objective.loss in PER_TOKEN else ratio_2P
+        # Without the NLL term, which is not 0 at equal models.
         loss_P = preference_loss(compared_2P[0::2] - compared_2P[1::2], objective)
-        total, worst, count = found.get(output.layer, (0.0, 0.0, 0))
-        largest = float(per_token_2P.abs().max()) if len(per_token_2P) else 0.0
-        found[output.layer] = (
+        total, largest, count = by_layer.get(output.layer, (0.0, 0.0, 0))
+        difference = float(per_token_2P.abs().max()) if len(per_token_2P) else 0.0
+        by_layer[output.layer] = (
             total + float(loss_P.double().sum()),
-            max(worst, largest),
+            max(largest, difference),
             count + len(loss_P),
         )
-    return found
+    return by_layer

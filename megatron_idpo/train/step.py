@@ -1,77 +1,80 @@
-"""One optimizer step, and one reading of held-out pairs: the same batch, reference and metrics."""
+"""One optimizer step on a global batch, and the evaluation of a batch without learning."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from megatron_idpo.config.objective import Objective
 from megatron_idpo.data.packing.batches import Batch
-from megatron_idpo.data.packing.rows import Row
-from megatron_idpo.mcore.cpu.redirect import default_device
-from megatron_idpo.mcore.parallel.random import seed_step
-from megatron_idpo.objective.dpo import Objective
+from megatron_idpo.mcore.parallel.groups import seed_rng_for_step
+from megatron_idpo.mcore.parallel.world import StopFlag
 from megatron_idpo.plugin.batch_run import ReferenceLogps, run_batch
-from megatron_idpo.plugin.layer_output import LayerOutput
-from megatron_idpo.reference.live import Reference
-from megatron_idpo.train.build import Policy
-from megatron_idpo.train.finite_checks import refuse_bad_gradient, refuse_bad_losses
+from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.reference.sources import Reference
+from megatron_idpo.train.finite_checks import check_gradient_finite, check_losses_finite
+from megatron_idpo.train.metrics.flops import BatchWork
 from megatron_idpo.train.metrics.reduce import StepMetrics, reduce_outputs
+from megatron_idpo.train.metrics.throughput import peak_memory_bytes
+from megatron_idpo.train.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
-class Trainer:
-    """What a step needs beside its batch."""
+class TrainStep:
+    """Everything a step needs except its batch."""
 
     policy: Policy
     reference: Reference
     objective: Objective
     seed: int
-    """Of the run: dropout depends on it, on the step and on the rank's place."""
+    """Of the run. Dropout depends on it, on the step and on the rank's coordinates."""
 
     location: Callable[[int], str]
-    """Where a training pair was read, for messages."""
+    """Where a training pair was read (`path:line`), for error messages."""
 
-    def step(
-        self,
-        batch: Batch,
-        number: int,
-        *,
-        lr: float,
-        extra: Callable[[], Mapping[str, float]] = dict,
-        peaks: Callable[[], Mapping[str, float]] = dict,
-    ) -> tuple[StepMetrics, float]:
-        """Learn from a global batch. Collective.
+    stop_flag: StopFlag = field(default_factory=StopFlag)
+    """Whether this process has received a stop signal."""
+
+    def train(self, batch: Batch, step: int, *, lr: float) -> tuple[StepMetrics, float]:
+        """Take an optimizer step. Collective.
 
         Args:
-            batch: this rank's part of it.
-            number: of the step in the run, from 1.
-            lr: of this step.
-            extra: asked after the backward pass, for numbers to be summed over ranks along with the
-                metrics.
-            peaks: likewise, for numbers of which the highest is wanted.
+            batch: this rank's part of the global batch.
+            step: index in the run, from 1.
+            lr: learning rate.
 
         Returns:
-            The metrics, and the whole gradient's norm before clipping; the same on every rank.
+            The metrics, and the norm of the whole gradient before clipping; equal on every rank.
 
         Raises:
-            TrainingError: on every rank; a loss or the gradient is NaN or infinite. Losses are
-                looked at before the weights are touched, the gradient's norm is known after.
+            TrainingError: on every rank; a loss or the gradient is NaN or infinite.
         """
-        seed_step(self.seed, number)
+        seed_rng_for_step(self.seed, step)
+        # The reference runs first: it may be the policy with its adapters off, and its forward pass
+        # must not touch the gradient buffers of this step.
         reference_logps = self.reference.logps(batch)
-        self.policy.trainable.begin_step()
+        self.policy.trainable.zero_grad_buffers()
         outputs = self._run(batch, reference_logps, training=True)
-        metrics = self._reduced(batch, outputs, extra(), peaks())
-        refuse_bad_losses(metrics, outputs, batch.rows, number, self.location)
+        # The stop flag and the memory peak are read after the backward pass: a signal that arrives
+        # during the step stops the run at its end, on all ranks at once.
+        metrics = reduce_outputs(
+            outputs,
+            self.objective,
+            self.policy.dpo.layers,
+            self.policy.dpo.num_layers,
+            work=BatchWork.of(batch.rows, self.policy.source.architecture.windows),
+            stop_requested=self.stop_flag.stop_requested,
+            peak_memory_bytes=float(peak_memory_bytes()),
+        )
+        # Losses are checked before the optimizer touches the weights. The norm is known after it.
+        check_losses_finite(metrics, outputs, batch.rows, step, self.location)
         grad_norm = self.policy.trainable.step(lr)
-        refuse_bad_gradient(grad_norm, number)
+        check_gradient_finite(grad_norm, step)
         return metrics, grad_norm
 
-    def read(self, batch: Batch, reference_logps: ReferenceLogps | None) -> StepMetrics:
-        """What the policy says of a batch, dropout off. Collective; nothing is learnt."""
-        return self._reduced(batch, self._run(batch, reference_logps, training=False))
+    def evaluate(self, batch: Batch, reference_logps: ReferenceLogps | None) -> StepMetrics:
+        """Metrics of the policy on a batch, with dropout off. Collective."""
+        outputs = self._run(batch, reference_logps, training=False)
+        dpo = self.policy.dpo
+        return reduce_outputs(outputs, self.objective, dpo.layers, dpo.num_layers)
 
     def _run(
         self, batch: Batch, reference_logps: ReferenceLogps | None, *, training: bool
@@ -82,29 +85,5 @@ class Trainer:
             batch,
             reference_logps,
             training=training,
-            reference_free=self.reference.is_free,
+            reference_free=self.reference.is_reference_free,
         )
-
-    def _reduced(
-        self,
-        batch: Batch,
-        outputs: Sequence[LayerOutput],
-        extra: Mapping[str, float] | None = None,
-        peaks: Mapping[str, float] | None = None,
-    ) -> StepMetrics:
-        dpo = self.policy.dpo
-        return reduce_outputs(
-            outputs,
-            response_lengths(batch.rows),
-            self.objective,
-            dpo.layers,
-            dpo.num_layers,
-            extra=extra,
-            peaks=peaks,
-        )
-
-
-def response_lengths(rows: Sequence[Row]) -> list[Tensor]:
-    """Response tokens of each sequence of each row: float32 `[2P]`, on the device."""
-    counts = (np.bincount(row.target_sequences_N, minlength=2 * row.num_pairs) for row in rows)
-    return [torch.from_numpy(count).to(default_device(), torch.float32) for count in counts]

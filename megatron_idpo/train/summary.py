@@ -1,4 +1,4 @@
-"""What a run came to, at its end: from its metrics file, so that earlier starts are in it."""
+"""Summary of a run at its end, from its metrics file, so that it includes earlier starts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_idpo.train.logging.line import clock_time, is_tied, short
-from megatron_idpo.train.metrics.confidence import wilson_interval
+from megatron_idpo.console.text import format_duration, format_number
+from megatron_idpo.train.logging.line import is_tied
 from megatron_idpo.train.metrics.file import STEP, Record, read_metrics
+from megatron_idpo.train.metrics.intervals import wilson_interval
 from megatron_idpo.train.metrics.names import (
     ACCURACY,
     EVAL,
@@ -31,12 +32,12 @@ from megatron_idpo.train.metrics.names import (
 )
 
 _SHOWN_LAYERS = 4
-"""Intermediate layers with lines of their own; of more the first and the last have one."""
+"""Maximum number of intermediate layers with a row each; of more the first and last have one."""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricTrend:
-    """How one quantity went."""
+    """First, last and best value of a metric."""
 
     first: float
     last: float
@@ -45,7 +46,7 @@ class MetricTrend:
 
     @classmethod
     def of(cls, records: Sequence[Record], name: str, *, lowest: bool) -> "MetricTrend | None":
-        """The course of the finite values of this name; None if there are none."""
+        """Of the finite values of this name; None if there are none."""
         points = [
             (int(record[STEP]), record[name])
             for record in records
@@ -59,15 +60,15 @@ class MetricTrend:
 
 
 def show_summary(
-    console: Console, metrics_path: Path, achieved: Mapping[str, float], *, wall_s: float
+    console: Console, metrics_path: Path, averages: Mapping[str, float], *, wall_s: float
 ) -> None:
-    """Prints the table, and a line on how fast it went.
+    """Print a table of the metrics and a line on the pace.
 
     Args:
-        console: where to.
+        console: to print to.
         metrics_path: the run's metrics file.
-        achieved: averages of this start (`Meter.averages`), and the memory peak if known.
-        wall_s: how long this start took, everything included.
+        averages: rates of this start (`Meter.averages`), and the memory peak if known.
+        wall_s: seconds since this start, including everything.
 
     Raises:
         ConfigError: the metrics cannot be read.
@@ -75,29 +76,29 @@ def show_summary(
     records = read_metrics(metrics_path)
     if records:
         console.print(_table(records))
-    console.print(Text(pace_line(achieved, wall_s)), soft_wrap=True)
+    console.print(Text(pace_line(averages, wall_s)), soft_wrap=True)
 
 
-def pace_line(achieved: Mapping[str, float], wall_s: float) -> str:
+def pace_line(averages: Mapping[str, float], wall_s: float) -> str:
     """`in 12:31; 12.3 pairs/s, 3.1k tokens/s, rows 97% full, 5.2 GB at most`."""
     formats = (
-        (PAIRS_PER_S, lambda value: f"{short(value)} pairs/s"),
-        (TOKENS_PER_S, lambda value: f"{short(value)} tokens/s"),
+        (PAIRS_PER_S, lambda value: f"{format_number(value)} pairs/s"),
+        (TOKENS_PER_S, lambda value: f"{format_number(value)} tokens/s"),
         (ROW_FILL, lambda value: f"rows {value:.0%} full"),
         (TFLOPS, lambda value: f"{_flops(value)} per device"),
         (MFU, lambda value: f"MFU {value:.0%}"),
         (PEAK_GB, lambda value: f"{value:.1f} GB at most"),
     )
-    message = [text(achieved[name]) for name, text in formats if name in achieved]
-    return "; ".join([f"in {clock_time(wall_s)}", *([", ".join(message)] if message else [])])
+    rates = ", ".join(text(averages[name]) for name, text in formats if name in averages)
+    return f"in {format_duration(wall_s)}" + (f"; {rates}" if rates else "")
 
 
 def _flops(tera: float) -> str:
-    return f"{short(tera)} TFLOP/s" if tera >= 1 else f"{short(1e3 * tera)} GFLOP/s"
+    return f"{format_number(tera)} TFLOP/s" if tera >= 1 else f"{format_number(1e3 * tera)} GFLOP/s"
 
 
 def _table(records: Sequence[Record]) -> Table:
-    """Training and held-out pairs: first, last and best of each quantity."""
+    """First, last and best value of each metric, of training and of held-out pairs."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for heading in ("first", "last", "best", "at step"):
@@ -114,46 +115,47 @@ def _table(records: Sequence[Record]) -> Table:
 
 
 def _rows(records: Sequence[Record], prefix: str) -> list[tuple[str, ...]]:
-    """A row for each quantity that was logged."""
+    """A row per logged metric."""
     rows = []
     for label, name in _quantities(records):
         if name == ACCURACY:
             rows += _accuracy_rows(label, records, prefix)
             continue
-        course = MetricTrend.of(records, f"{prefix}{name}", lowest=name.endswith(LOSS))
+        trend = MetricTrend.of(records, f"{prefix}{name}", lowest=name.endswith(LOSS))
         form = "+.3f" if name.endswith(MARGIN) else ".4f"
-        if course is not None:
-            message = [f"{number:{form}}" for number in (course.first, course.last, course.best)]
-            rows.append((label, *message, f"{course.best_step:,}"))
+        if trend is not None:
+            texts = [f"{value:{form}}" for value in (trend.first, trend.last, trend.best)]
+            rows.append((label, *texts, f"{trend.best_step:,}"))
     return rows
 
 
 def _accuracy_rows(label: str, records: Sequence[Record], prefix: str) -> list[tuple[str, ...]]:
-    """The accuracy, and on held-out pairs how far it can be trusted.
+    """The accuracy, and its 95 % interval on held-out pairs.
 
-    Where policy and reference were equal there is none, which a run on held-out pairs begins with.
+    The accuracy is undefined while policy and reference are equal, as in an evaluation before the
+    first step; the first value is then `tied`.
     """
     names = (f"{prefix}{ACCURACY}", f"{prefix}{MARGIN}")
     measured = [record for record in records if names[0] in record]
     untied = [record for record in measured if not is_tied(*map(record.get, names))]
-    course = MetricTrend.of(untied, names[0], lowest=False)
-    if course is None:
+    trend = MetricTrend.of(untied, names[0], lowest=False)
+    if trend is None:
         return []
-    shares = (course.first, course.last, course.best)
-    begins_tied = untied[0] is not measured[0]
-    message = ["tied" if begins_tied else f"{course.first:.2f}", *(f"{s:.2f}" for s in shares[1:])]
-    rows = [(label, *message, f"{course.best_step:,}")]
+    shares = (trend.first, trend.last, trend.best)
+    starts_tied = untied[0] is not measured[0]
+    first, *others = (f"{share:.2f}" for share in shares)
+    rows = [(label, "tied" if starts_tied else first, *others, f"{trend.best_step:,}")]
     pairs = next((record[EVAL_PAIRS] for record in measured if record.get(EVAL_PAIRS)), None)
     if prefix and pairs:
         bounds = [wilson_interval(share, pairs) for share in shares]
         first, *others = (f"{low:.2f}-{high:.2f}" for low, high in bounds)
-        intervals = ["" if begins_tied else first, *others]
-        rows.append((f"  95% interval, {pairs:,.0f} pairs", *intervals, ""))
+        first = "" if starts_tied else first
+        rows.append((f"  95% interval, {pairs:,.0f} pairs", first, *others, ""))
     return rows
 
 
 def _quantities(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Labels and names, with layers where there are intermediate ones."""
+    """Labels and names of the metrics, including intermediate layers."""
     layers = layers_in(name for record in records for name in record)
     shown = layers if len(layers) <= _SHOWN_LAYERS else [layers[0], layers[-1]]
     losses = [(f"  layer {layer}", layer_name(layer, LOSS)) for layer in shown]

@@ -1,4 +1,4 @@
-"""A step in one line of text, with what matters most where there is little room.
+"""One line of text per logged step or evaluation, shortened to the terminal's width.
 
 step  20/200 | loss 0.6213 (L22 0.64, final 0.62) | margin +0.210 acc 0.71 | grad 1.32 lr 5.0e-05
 | 3.1k tok/s 12.3 pairs/s 97% full | 5.2 GB MFU 41% | eta 3:12
@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from megatron_idpo.train.metrics.confidence import wilson_interval
+from megatron_idpo.console.text import format_duration, format_number
+from megatron_idpo.train.metrics.intervals import wilson_interval
 from megatron_idpo.train.metrics.names import (
     ACCURACY,
     EVAL,
@@ -29,18 +30,18 @@ from megatron_idpo.train.metrics.names import (
 )
 
 _NAMED_LAYERS = 2
-"""Intermediate layers that a line has room for; of more it gives the range."""
+"""Maximum number of intermediate layers that a line names; of more it shows the range."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A quantity in a line."""
+    """One quantity of a line."""
 
     group: int
-    """Bars stand between groups."""
+    """Groups are separated by a bar."""
 
     rank: int
-    """How soon it is left out where room is short; 0 never."""
+    """Parts of the highest rank are dropped first where a line is too long; 0 is never dropped."""
 
     text: str
 
@@ -53,33 +54,32 @@ def training_line(
     eta_s: float | None = None,
     width: int | None = None,
 ) -> str:
-    """What a step achieved.
+    """The line of a training step.
 
     Args:
         step: the step, from 1.
         total_steps: of the whole run.
-        values: named as in `metric_names`; what is missing is left out.
+        values: named as in `metrics.names`; missing ones are left out.
         eta_s: seconds until the run's end, if known.
-        width: columns; what matters least is left out where they do not suffice. None has room for
-            everything.
+        width: maximum number of columns; None is no limit.
     """
     formats: tuple[tuple[str, int, int, Callable[[float], str]], ...] = (
         (GRAD_NORM, 3, 5, lambda value: f"grad {value:.2f}"),
         (LEARNING_RATE, 3, 6, lambda value: f"lr {value:.1e}"),
-        (TOKENS_PER_S, 4, 2, lambda value: f"{short(value)} tok/s"),
-        (PAIRS_PER_S, 4, 7, lambda value: f"{short(value)} pairs/s"),
+        (TOKENS_PER_S, 4, 2, lambda value: f"{format_number(value)} tok/s"),
+        (PAIRS_PER_S, 4, 7, lambda value: f"{format_number(value)} pairs/s"),
         (ROW_FILL, 4, 9, lambda value: f"{value:.0%} full"),
         (PEAK_GB, 5, 8, lambda value: f"{value:.1f} GB"),
         (MFU, 5, 3, lambda value: f"MFU {value:.0%}"),
     )
     parts = [_counter("step", step, total_steps), *_quality(values, "")]
     parts += [
-        _Part(group, rank, message(values[name]))
-        for name, group, rank, message in formats
+        _Part(group, rank, text(values[name]))
+        for name, group, rank, text in formats
         if name in values
     ]
     if eta_s is not None:
-        parts.append(_Part(6, 1, f"eta {clock_time(eta_s)}"))
+        parts.append(_Part(6, 1, f"eta {format_duration(eta_s)}"))
     return _fitted(parts, width)
 
 
@@ -91,7 +91,7 @@ def evaluation_line(
     seconds: float,
     width: int | None = None,
 ) -> str:
-    """What the held-out pairs said after a step; their accuracy with its 95 % interval."""
+    """The line of an evaluation after a step; the accuracy has its 95 % interval."""
     parts = [_counter("eval", step, total_steps), *_quality(values, EVAL)]
     if EVAL_PAIRS in values:
         parts.append(_Part(3, 1, f"{values[EVAL_PAIRS]:,.0f} pairs in {seconds:.1f} s"))
@@ -99,9 +99,9 @@ def evaluation_line(
 
 
 def format_accuracy(accuracy: float, margin: float | None, pairs: float | None) -> str:
-    """`0.78 [0.62, 0.88]` with the number of pairs, `0.78` without; `tied` where it means nothing.
+    """`0.78 [0.62, 0.88]` if the number of pairs is known, otherwise `0.78`; or `tied`.
 
-    Before training policy and reference are equal: all margins are exactly 0, and none is accurate.
+    Before training policy and reference are equal: all margins are 0, and an accuracy is undefined.
     """
     if is_tied(accuracy, margin):
         return "tied"
@@ -112,40 +112,16 @@ def format_accuracy(accuracy: float, margin: float | None, pairs: float | None) 
 
 
 _ROUNDING = 1e-5
-"""A mean margin below this is rounding: learning moves it by thousands of times as much a step."""
+"""A mean margin below this is rounding: one step of training moves it a thousand times as much."""
 
 
 def is_tied(accuracy: float | None, margin: float | None) -> bool:
-    """Whether policy and reference are equal but for rounding, so that an accuracy means nothing.
+    """Whether policy and reference are equal within rounding, so that the accuracy is undefined.
 
-    Pairs that are read in another row than when the reference was read may differ in the last
-    digit: some then have a margin, as likely below 0 as above.
+    A pair that is packed into another row than when the reference was scored may differ in the last
+    digit. Its margin is then as likely below 0 as above.
     """
     return accuracy is not None and margin is not None and abs(margin) < _ROUNDING
-
-
-def short(value: float) -> str:
-    """A number in about four characters: `0.42`, `12.3`, `812`, `3.1k`, `1.2M`."""
-    for limit, unit in ((1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * limit:
-            return (
-                f"{value / limit:.1f}{unit}"
-                if value < 99.95 * limit
-                else f"{value / limit:.0f}{unit}"
-            )
-    if value < 9.995:
-        return f"{value:.2f}"
-    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
-
-
-def clock_time(seconds: float) -> str:
-    """`3:12`, `1:02:05`, `2d 03:00`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02}:{minutes:02}"
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _counter(word: str, step: int, total_steps: int) -> _Part:
@@ -153,7 +129,7 @@ def _counter(word: str, step: int, total_steps: int) -> _Part:
 
 
 def _quality(values: Mapping[str, float], prefix: str) -> list[_Part]:
-    """Loss, layers' losses, margin and accuracy."""
+    """Loss, the layers' losses, margin and accuracy."""
     loss, margin, accuracy = (values.get(f"{prefix}{name}") for name in (LOSS, MARGIN, ACCURACY))
     parts = []
     if loss is not None:
@@ -169,7 +145,7 @@ def _quality(values: Mapping[str, float], prefix: str) -> list[_Part]:
 
 
 def _layer_losses(values: Mapping[str, float], prefix: str) -> str:
-    """`(L22 0.64, final 0.62)`; nothing where there is only the final layer."""
+    """`(L22 0.64, final 0.62)`; empty if there is only the final layer."""
     losses = {
         layer: values[name]
         for layer in layers_in(values)
@@ -178,21 +154,21 @@ def _layer_losses(values: Mapping[str, float], prefix: str) -> str:
     if not losses:
         return ""
     if len(losses) <= _NAMED_LAYERS:
-        message = [f"L{layer} {_loss(loss)}" for layer, loss in losses.items()]
+        texts = [f"L{layer} {_loss(loss)}" for layer, loss in losses.items()]
     else:
         first, *_, last = losses
         lowest, highest = min(losses.values()), max(losses.values())
-        message = [f"L{first}..L{last} {_loss(lowest)}-{_loss(highest)}"]
-    return f"({', '.join([*message, f'final {_loss(values[prefix + FINAL_LOSS])}'])})"
+        texts = [f"L{first}..L{last} {_loss(lowest)}-{_loss(highest)}"]
+    return f"({', '.join([*texts, f'final {_loss(values[prefix + FINAL_LOSS])}'])})"
 
 
 def _loss(loss: float) -> str:
-    """Two digits that say something, down to a thousandth."""
+    """Two or three decimals: small losses need more."""
     return f"{loss:.3f}" if loss < 0.0995 else f"{loss:.2f}"
 
 
 def _fitted(parts: Sequence[_Part], width: int | None) -> str:
-    """The parts in a line; those of the highest rank go first while it is too long."""
+    """The parts as a line; parts of the highest rank are dropped until it fits."""
     kept = list(parts)
     while True:
         line, highest = _line(kept), max(part.rank for part in kept)

@@ -1,50 +1,72 @@
-"""What is told of a run while it goes on: to the person who watches, and into the logs."""
+"""Reports of a run in progress: a progress bar and lines on the console, records in the loggers.
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+At a terminal a bar stays at the bottom, with lines above it. Without a terminal (a file, a pipe, a
+scheduler's log) there are only the lines. The first rank prints; other ranks are silent.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from megatron_idpo.lora.settings import resolve_targets
+from megatron_idpo.console.progress import ProgressDisplay
 from megatron_idpo.mcore.parallel.world import raise_on_all_ranks
-from megatron_idpo.train.logging.console import RunConsole
-from megatron_idpo.train.logging.loggers import Loggers, open_loggers
-from megatron_idpo.train.metrics.flops import BatchWork, ModelFlops, lora_weights
-from megatron_idpo.train.metrics.names import EPOCH, GRAD_NORM, LEARNING_RATE, PEAK_GB
-from megatron_idpo.train.metrics.peak_flops import this_devices_peak
+from megatron_idpo.train.logging.line import evaluation_line, training_line
+from megatron_idpo.train.logging.loggers import Logger, open_loggers
+from megatron_idpo.train.metrics.flops import ModelFlops, lora_weights
+from megatron_idpo.train.metrics.names import (
+    EPOCH,
+    GRAD_NORM,
+    LEARNING_RATE,
+    LOSS,
+    MARGIN,
+    PEAK_GB,
+)
+from megatron_idpo.train.metrics.peak_flops import current_device_peak
 from megatron_idpo.train.metrics.reduce import StepMetrics
 from megatron_idpo.train.metrics.throughput import Meter
-from megatron_idpo.train.trainer import Run
-
-MEMORY = "memory_bytes"
-"""The name under which ranks' memory peaks travel with a step's metrics."""
+from megatron_idpo.train.summary import show_summary
+from megatron_idpo.train.trainer import Trainer
 
 
 class Report:
-    """Steps and evaluations, to the console and to the loggers.
+    """Sends steps and evaluations to the console and to the loggers.
 
-    What is logged of steps is their mean since the line before, over all pairs; norm and learning
-    rate are the last step's.
+    Metrics of steps are logged as means over all pairs since the previous record; gradient norm and
+    learning rate are those of the last step.
     """
 
     def __init__(
         self,
-        console: RunConsole,
-        loggers: Loggers,
+        display: ProgressDisplay,
+        loggers: Sequence[Logger],
         meter: Meter,
         *,
+        total_steps: int,
         every_steps: int,
-        first_step: int,
-        agree: Callable[[str], AbstractContextManager[None]] = raise_on_all_ranks,
+        first_step: int = 0,
+        on_all_ranks: Callable[[str], AbstractContextManager[None]] = raise_on_all_ranks,
     ) -> None:
-        """Put the parts together; `reporting` makes them. `agree` is around what may fail."""
-        self.console = console
+        """Combine the parts; `open_report` creates them.
+
+        Args:
+            display: the console.
+            loggers: of this rank.
+            meter: times the steps.
+            total_steps: of the whole run.
+            every_steps: steps per record.
+            first_step: step that the run resumed from, or 0.
+            on_all_ranks: encloses what may fail on the first rank only.
+        """
         self.meter = meter
+        self.print = display.print
+        self._display = display
+        self._training = display.add_task("training", total_steps, completed=first_step)
         self._loggers = loggers
         self._every_steps = every_steps
         self._first_step = first_step
-        self._agree = agree
-        self._since: StepMetrics | None = None
+        self._on_all_ranks = on_all_ranks
+        self._since_record: StepMetrics | None = None
         self._peak_bytes = 0.0
 
     def step(
@@ -55,94 +77,120 @@ class Report:
         grad_norm: float,
         lr: float,
         epoch: float,
-        ends: bool,
+        is_last: bool,
     ) -> None:
-        """A step has ended; with `ends`, the run too, for now or for good."""
-        self.meter.end(BatchWork.from_extra(metrics.extra))
-        self._peak_bytes = max(self._peak_bytes, metrics.peaks[MEMORY])
-        self._since = metrics if self._since is None else self._since + metrics
-        self.console.step(step, {**metrics.values(), LEARNING_RATE: lr})
+        """Advance the bar; print and log the first, every so many and the last step.
+
+        Args:
+            step: index, from 1.
+            metrics: of the step.
+            grad_norm: before clipping.
+            lr: learning rate.
+            epoch: after the step.
+            is_last: whether the run ends with it, complete or stopped.
+        """
+        self.meter.end(metrics.work)
+        self._peak_bytes = max(self._peak_bytes, metrics.peak_memory_bytes)
+        previous = self._since_record
+        self._since_record = metrics if previous is None else previous + metrics
+        values = metrics.values()
+        status = f"loss {values[LOSS]:.4f} margin {values[MARGIN]:+.3f}"
+        self._training.update(step, status=status)
         is_first = step == self._first_step + 1
-        if not (is_first or step % self._every_steps == 0 or ends):
+        if not (is_first or step % self._every_steps == 0 or is_last):
             return
         values = {
             EPOCH: epoch,
-            **self._since.values(),
+            **self._since_record.values(),
             GRAD_NORM: grad_norm,
             LEARNING_RATE: lr,
             PEAK_GB: self._peak_bytes / 1e9,
             **self.meter.take(),
         }
-        self._since = None
-        self.console.log(step, values)
-        with self._agree("writing the logs"):
-            self._loggers.log(step, values)
-
-    def summary(self, metrics: Path) -> None:
-        """A table of the whole run: its course from the metrics file, its speed since its start."""
-        self.console.summary(metrics, {**self.meter.averages(), PEAK_GB: self._peak_bytes / 1e9})
+        self._since_record = None
+        eta_s, total = self._training.eta_s, self._training.total
+        self.print(training_line(step, total, values, eta_s=eta_s, width=self._width))
+        self._log(step, values)
 
     def evaluation(self, step: int, metrics: StepMetrics, *, seconds: float) -> dict[str, float]:
-        """Held-out pairs have been read; returns their values under the names of logs."""
-        values = metrics.evaluation_values()
-        self.console.evaluated(step, values, seconds=seconds)
-        with self._agree("writing the logs"):
-            self._loggers.log(step, values)
+        """Print and log an evaluation after a step; returns its values as they are logged."""
+        values, total = metrics.evaluation_values(), self._training.total
+        line = evaluation_line(step, total, values, seconds=seconds, width=self._width)
+        self.print(line, style="bold")
+        self._log(step, values)
         return values
+
+    @contextmanager
+    def evaluating(self, num_batches: int) -> Iterator[Callable[[], None]]:
+        """A second bar; yields the function that advances it by a batch."""
+        task = self._display.add_task("evaluating", num_batches)
+        try:
+            yield task.advance
+        finally:
+            task.remove()
+
+    def summary(self, metrics_path: Path) -> None:
+        """Print a table of the whole run from its metrics file, and the speed since this start.
+
+        Raises:
+            ConfigError: the metrics cannot be read.
+        """
+        if self._display.show:
+            averages = {**self.meter.averages(), PEAK_GB: self._peak_bytes / 1e9}
+            wall_s = self._training.elapsed_s
+            show_summary(self._display.console, metrics_path, averages, wall_s=wall_s)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        with self._on_all_ranks("writing the logs"):
+            for logger in self._loggers:
+                logger.log(step, values)
+
+    @property
+    def _width(self) -> int | None:
+        """Columns of the terminal; None in a file, where lines have any length."""
+        return self._display.console.width if self._display.is_terminal else None
 
 
 @contextmanager
-def reporting(run: Run) -> Iterator[Report]:
-    """A report on a run from where it stands, whose loggers are closed at the end.
+def open_report(trainer: Trainer) -> Iterator[Report]:
+    """A report of a run from its current step; its loggers are closed at the end. Collective.
 
     Raises:
-        ConfigError: a logger cannot be opened.
+        ConfigError: on every rank; a logger cannot be opened.
     """
-    settings = run.config.logging
-    with raise_on_all_ranks("opening the loggers"):
-        loggers = open_loggers(
-            run.output.root,
-            settings,
-            resumed_step=run.step or None,
-            run_config=run.config.model_dump(mode="json"),
-        )
-    try:
-        with RunConsole(run.total_steps, first_step=run.step, show=run.world.is_first) as console:
-            yield Report(
-                console,
-                loggers,
-                _meter(run),
-                every_steps=settings.every_steps,
-                first_step=run.step,
+    with ExitStack() as stack:
+        with raise_on_all_ranks("opening the loggers"):
+            loggers = stack.enter_context(
+                open_loggers(
+                    trainer.output.root,
+                    trainer.config.logging,
+                    resumed_step=trainer.step or None,
+                    run_config=trainer.config.model_dump(mode="json"),
+                )
             )
-    finally:
-        loggers.close()
+        # Without a terminal, lines are printed per record and not every few seconds.
+        display = ProgressDisplay(show=trainer.world.is_first, line_interval_s=math.inf)
+        yield Report(
+            stack.enter_context(display),
+            loggers,
+            _meter(trainer),
+            total_steps=trainer.total_steps,
+            every_steps=trainer.config.logging.every_steps,
+            first_step=trainer.step,
+        )
 
 
-def _meter(run: Run) -> Meter:
-    policy, config = run.trainer.policy, run.config
+def _meter(trainer: Trainer) -> Meter:
+    policy, config = trainer.policy, trainer.config
     architecture = policy.source.architecture
     adapter_weights = None
     if config.lora is not None:
-        targets = resolve_targets(config.lora.targets)
-        adapter_weights = lora_weights(architecture, config.lora.rank, targets)
+        adapter_weights = lora_weights(architecture, config.lora.rank, config.lora.projections)
     flops = ModelFlops(
         architecture=architecture,
         num_heads=len(policy.dpo.layers) + 1,
         adapter_weights=adapter_weights,
-        reference_forwards=int(run.trainer.reference.is_live),
+        reference_forwards=int(trainer.train_step.reference.needs_forward),
     )
-    peak = this_devices_peak(config.model.torch_dtype())
-    return Meter(flops, num_devices=run.world.size, device_peak=peak)
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        """Begin."""
-        self._began_s = time.perf_counter()
-
-    def read(self) -> float:
-        """Seconds."""
-        return time.perf_counter() - self._began_s
+    device_peak = current_device_peak(config.model.torch_dtype())
+    return Meter(flops, num_devices=trainer.world.size, device_peak=device_peak)

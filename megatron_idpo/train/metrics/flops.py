@@ -1,21 +1,21 @@
-"""Model FLOPs of a step: the operations that its loss and gradients need, from its real work.
+"""Model FLOPs of a step: the operations that its loss and gradients require.
 
-Counted are matrix products, two operations for each multiply-add, as they are needed once:
-recomputed activations, padding and the copies of a head on other stages count nothing, and neither
-do norms, softmax, rotation and the optimizer. The work is what the rows hold: response tokens for
-the heads, and for attention the pairs of a query and a key it sees, counted from each pair's
-lengths and each layer's window, a shared prompt once.
+Only matrix products count, two operations per multiply-add. Recomputed activations, padding, copies
+of the head on other stages, norms, softmax, rotary embeddings and the optimizer do not. The work
+is taken from the rows: response tokens for the heads, and for attention the query-key pairs that
+the mask admits, from the lengths of each pair and the window of each layer. A shared prompt counts
+once.
 
     P  weights of the layers' matrices    A  weights of the adapters    N  response tokens
     S  query-key pairs over all layers    T  tokens    H  heads read, the final one included
 
     forward            2·P·T + 2·A·T + 4·heads·head_dim·S + H·2·N·hidden·V
-    backward           the same for gradients of activations (attention twice as much), and for
-                       trained weights once more: all of P and the heads, or only A under LoRA
+    backward           the same for gradients of activations (attention twice as much), plus the
+                       same for trained weights: all of P and the heads, or only A with LoRA
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Self
 
@@ -24,14 +24,11 @@ from numpy.typing import NDArray
 
 from megatron_idpo.data.packing.rows import Row
 from megatron_idpo.mcore.model.architecture import Architecture
-from megatron_idpo.mcore.parallel.groups import this_rank
-
-_PREFIX = "work/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchWork:
-    """What the rows of a batch hold."""
+    """Work in the rows of a batch."""
 
     pairs: float = 0.0
     used_tokens: float = 0.0
@@ -41,14 +38,14 @@ class BatchWork:
     """All positions, padding and empty rows included."""
 
     response_tokens: float = 0.0
-    """What a head is asked about."""
+    """Tokens that each head scores."""
 
     attended: float = 0.0
-    """Pairs of a query and a key that it sees, summed over the layers."""
+    """Query-key pairs that the mask admits, summed over the layers."""
 
     @classmethod
     def of(cls, rows: Iterable[Row], windows: Iterable[int | None]) -> Self:
-        """The work in these rows, for a model with these windows (`Architecture.windows`)."""
+        """Work of these rows in a model with these attention windows (`Architecture.windows`)."""
         rows = list(rows)
         spans_G4 = np.concatenate([np.zeros((0, 4), np.int64), *(row.spans_G4 for row in rows)])
         lengths_G3 = np.diff(spans_G4, axis=1)
@@ -65,32 +62,22 @@ class BatchWork:
             ),
         )
 
-    def as_extra(self) -> dict[str, float]:
-        """This rank's part of the sums over ranks: its own rows, once per model replica."""
-        rank = this_rank()
-        counts = rank.tensor == 0 and rank.pipeline == 0
-        return {f"{_PREFIX}{name}": value * counts for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_extra(cls, extra: Mapping[str, float]) -> Self:
-        """The work of all ranks, from `StepMetrics.extra`."""
-        return cls(**{name: extra[f"{_PREFIX}{name}"] for name in cls.__dataclass_fields__})
-
     def __add__(self, other: Self) -> "BatchWork":
-        """The work of both."""
+        """The sum of both."""
         mine, others = asdict(self), asdict(other)
         return BatchWork(**{name: value + others[name] for name, value in mine.items()})
 
 
 def attended_keys(lengths_G3: NDArray[np.int64], window: int | None) -> NDArray[np.int64]:
-    """Pairs of a query and a key it sees in each group of a row: int64 `[G]`.
+    """Query-key pairs that the mask admits in each group of a row: int64 `[G]`.
 
     Args:
-        lengths_G3: prompt, chosen and rejected positions of each group; both answers go on from the
+        lengths_G3: prompt, chosen and rejected positions of each group; both answers continue the
             prompt. A plain sequence has all its positions in the first.
-        window: how many keys a query sees at most, itself included; None is no limit.
+        window: maximum number of keys per query, itself included; None is no limit.
     """
     prompt_G, chosen_G, rejected_G = lengths_G3.astype(np.int64).T
+    # Each answer attends to the prompt, so the prompt's own pairs are in both sums: subtract one.
     prompts_G = _seen_up_to(prompt_G, window)
     answers_G = [_seen_up_to(prompt_G + answer_G, window) for answer_G in (chosen_G, rejected_G)]
     return answers_G[0] + answers_G[1] - prompts_G
@@ -105,33 +92,35 @@ def _seen_up_to(length_G: NDArray[np.int64], window: int | None) -> NDArray[np.i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFlops:
-    """What a unit of work costs in a run."""
+    """FLOPs per unit of work of a run."""
 
     architecture: Architecture
     num_heads: int
-    """Layers that are read through the output head: the tapped ones and the final one."""
+    """Layers with an output head: the tapped ones and the final one."""
 
     adapter_weights: int | None = None
-    """Weights of all adapters (`lora_weights`), the only ones trained; None: all are trained."""
+    """Weights of all adapters (`lora_weights`), which alone are trained; None: full training."""
 
     reference_forwards: int = 0
-    """Forward passes of the reference within a step, without adapters: 1 for a live one."""
+    """Forward passes of the reference per step, without adapters: 1 for a live reference."""
 
     def step(self, work: BatchWork) -> float:
-        """Operations of a training step, the live reference's included."""
+        """FLOPs of a training step, including a live reference."""
         layers, attention, heads = self._forward_parts(work)
         adapters = 2.0 * (self.adapter_weights or 0) * work.used_tokens
         trained = layers + heads if self.adapter_weights is None else adapters
+        # Forward and activation gradients, then weight gradients of what is trained. The backward
+        # of attention has four products for the forward's two, none of them with a weight.
         own = 2 * (layers + adapters + heads) + 3 * attention + trained
         return own + self.reference_forwards * (layers + attention + heads)
 
     def forward(self, work: BatchWork) -> float:
-        """Operations of one evaluation of the policy."""
+        """FLOPs of one forward pass of the policy."""
         adapters = 2.0 * (self.adapter_weights or 0) * work.used_tokens
         return sum(self._forward_parts(work)) + adapters
 
     def _forward_parts(self, work: BatchWork) -> tuple[float, float, float]:
-        """Layers' matrices, attention, output heads."""
+        """FLOPs of the layers' matrices, of attention, of the output heads."""
         model = self.architecture
         weights = model.num_layers * sum(ins * outs for ins, outs in _projections(model).values())
         layers = 2.0 * weights * work.used_tokens
@@ -141,13 +130,13 @@ class ModelFlops:
 
 
 def lora_weights(architecture: Architecture, rank: int, targets: Collection[str]) -> int:
-    """Weights of all LoRA adapters of a rank on projections named as in Hugging Face."""
+    """Weights of all LoRA adapters of a rank; targets are named as in Hugging Face."""
     sizes = _projections(architecture)
     return architecture.num_layers * rank * sum(sum(sizes[target]) for target in targets)
 
 
 def _projections(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each matrix of a layer."""
+    """(inputs, outputs) of each matrix of a layer."""
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     queries = architecture.num_heads * architecture.head_dim
     keys = architecture.num_kv_heads * architecture.head_dim

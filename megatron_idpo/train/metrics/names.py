@@ -1,17 +1,17 @@
-"""What quantities are called in the metrics file, in TensorBoard and in W&B: TRL's names.
+"""Names of metrics in the metrics file, in TensorBoard and in W&B. They are TRL's.
 
-The final layer's bear no prefix; another layer's begin with `layer_22/`. What was measured on
-held-out pairs begins with `eval_`.
+Names of the final layer have no prefix, those of an intermediate layer start with `layer_22/`, and
+those of held-out pairs with `eval_`.
 """
 
 import re
 from collections.abc import Iterable
 
 LOSS = "loss"
-"""All layers' losses combined (Eq. 3)."""
+"""Weighted sum of all layers' losses (Eq. 3)."""
 
 FINAL_LOSS = "final_loss"
-"""The final layer's own."""
+"""Loss of the final layer alone."""
 
 MARGIN = "rewards/margins"
 ACCURACY = "rewards/accuracies"
@@ -21,7 +21,7 @@ LEARNING_RATE = "learning_rate"
 
 EVAL = "eval_"
 EVAL_PAIRS = "eval_pairs"
-"""How many held-out pairs were read, which says how much their figures can be trusted."""
+"""Number of held-out pairs: the sample size of their metrics."""
 
 STEP_S = "throughput/step_s"
 TOKENS_PER_S = "throughput/tokens_per_s"
@@ -35,21 +35,21 @@ _LAYER = re.compile(r"layer_(\d+)/")
 
 
 def layer_name(layer: int, name: str) -> str:
-    """What an intermediate layer's quantity is called: `layer_22/rewards/margins`."""
+    """Name of an intermediate layer's quantity: `layer_22/rewards/margins`."""
     return f"layer_{layer}/{name}"
 
 
 def layers_in(names: Iterable[str]) -> list[int]:
-    """The intermediate layers that any of these names is about, ascending."""
-    found = (_LAYER.match(name.removeprefix(EVAL)) for name in names)
-    return sorted({int(match[1]) for match in found if match})
+    """Intermediate layers that occur in these names, ascending."""
+    matches = (_LAYER.match(name.removeprefix(EVAL)) for name in names)
+    return sorted({int(match[1]) for match in matches if match})
 
 
 def dashboard_name(name: str) -> str:
-    """The name in TensorBoard and W&B, sorted into their groups as Transformers' loggers do.
+    """Name in TensorBoard and W&B, grouped as Transformers' loggers group them.
 
-    `rewards/margins` is `train/rewards/margins`, `eval_loss` is `eval/loss`; throughput and memory
-    are groups of their own.
+    `rewards/margins` becomes `train/rewards/margins`, `eval_loss` becomes `eval/loss`; names that
+    start with `throughput/` or `memory/` stay.
     """
     if name.startswith(EVAL):
         return f"eval/{name.removeprefix(EVAL)}"

@@ -1,7 +1,7 @@
-"""What known GPUs can do at most: the denominator of model FLOPs utilisation (MFU).
+"""Peak FLOP/s of known GPUs: the denominator of model FLOPs utilization (MFU).
 
-Dense matrix products, without structured sparsity, at the clocks that the maker's data sheet
-assumes. A device that is not listed has no MFU rather than a guessed one.
+Dense matrix products, without structured sparsity, at the clocks of the vendor's data sheet. For a
+device that is not listed no MFU is reported.
 """
 
 import re
@@ -10,7 +10,7 @@ import torch
 
 PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
     # Each: a pattern of torch.cuda.get_device_name(), bf16 and fp16, fp32 without TF32. Data sheets
-    # give bf16 with sparsity from Hopper on; here it is half of that. More special names first.
+    # give bf16 with sparsity from Hopper on; here it is half of that. More specific names first.
     #
     # NVIDIA Blackwell Architecture Datasheet (GB200 NVL72, HGX B200: 5 and 4.5 PFLOPS sparse)
     (r"GB200\b", 2500.0, 80.0),
@@ -24,7 +24,7 @@ PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
     (r"H100 NVL\b", 835.5, 60.0),
     (r"H100 PCIe\b", 756.5, 51.0),
     (r"H100\b", 989.5, 67.0),
-    # NVIDIA A100 Datasheet; PCIe and SXM alike
+    # NVIDIA A100 Datasheet; equal for PCIe and SXM
     (r"A100\b", 312.0, 19.5),
     # NVIDIA A30 and A40 Datasheets
     (r"A30\b", 165.0, 10.3),
@@ -52,7 +52,7 @@ _WITHOUT_BF16 = ("V100",)
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """The most floating-point operations per second of matrix products on one device.
+    """Peak FLOP/s of matrix products on one device.
 
     Args:
         device_name: as `torch.cuda.get_device_name` gives it.
@@ -73,7 +73,7 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     return None
 
 
-def this_devices_peak(dtype: torch.dtype) -> float | None:
+def current_device_peak(dtype: torch.dtype) -> float | None:
     """`peak_flops` of the current CUDA device; None where there is none."""
     if not torch.cuda.is_available():
         return None

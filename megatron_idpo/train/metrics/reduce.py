@@ -1,14 +1,14 @@
-"""The metrics of a step: from what each rank's layers said to means that every rank knows.
+"""Metrics of a training step, reduced over all ranks.
 
-A layer's outputs live on its pipeline stage and cover its data-parallel rank's pairs. One
-all-reduce of sums brings them together, in float64, so that the layout changes no digit that
-anybody looks at; a NaN or an infinity anywhere arrives as one. Other small numbers of the ranks
-(whether a signal came, the memory peak) travel along.
+A layer's outputs exist on its pipeline stage only, for the pairs of its data-parallel rank. One
+all-reduce of sums combines them. The sums are float64, so that the layout changes no digit that is
+reported, and a NaN or infinity on any rank reaches every rank. The stop request, the work counts
+and the memory peaks travel in the same all-reduce.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Self
 
 import torch
@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idpo.mcore.cpu.redirect import default_device
-from megatron_idpo.mcore.parallel.groups import this_rank
+from megatron_idpo.mcore.parallel.groups import rank_coordinates
 from megatron_idpo.objective.dpo import Objective, layer_metrics
-from megatron_idpo.plugin.layer_output import LayerOutput
+from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.train.metrics.flops import BatchWork
 from megatron_idpo.train.metrics.names import EVAL, EVAL_PAIRS, FINAL_LOSS, LOSS, layer_name
 
 _PAIRS = "pairs"
@@ -36,25 +37,28 @@ _NLL = "nll_loss"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """Sums over the pairs of a global batch, at every layer; several batches add up."""
+    """Sums over the pairs of a global batch, for each layer; batches can be added."""
 
     pairs: int
-    """Pairs in the batch, over all data-parallel ranks."""
+    """Pairs of the batch, over all data-parallel ranks."""
 
     sums: Mapping[int, Mapping[str, float]]
-    """By layer, ascending and the final one last: the sum of each quantity over the pairs."""
+    """By layer, ascending, the final one last: the sum of each quantity over the pairs."""
 
     scales: Mapping[int, float]
-    """What each layer's loss is multiplied by in the combined one (Eq. 3)."""
+    """Weight of each layer's loss in the combined loss (Eq. 3)."""
 
-    extra: Mapping[str, float] = field(default_factory=dict)
-    """Further numbers, summed over ranks."""
+    work: BatchWork = field(default_factory=BatchWork)
+    """Work of all data-parallel ranks."""
 
-    peaks: Mapping[str, float] = field(default_factory=dict)
-    """Further numbers, the highest of any rank."""
+    stop_requested: bool = False
+    """Whether any rank has received a stop signal."""
+
+    peak_memory_bytes: float = 0.0
+    """Highest peak of any rank."""
 
     def __add__(self, other: Self) -> "StepMetrics":
-        """The metrics of both batches' pairs together."""
+        """The metrics of both batches together."""
         assert self.scales == other.scales, "metrics of different runs"
         sums = {
             layer: {name: value + other.sums[layer][name] for name, value in quantities.items()}
@@ -64,17 +68,16 @@ class StepMetrics:
             pairs=self.pairs + other.pairs,
             sums=sums,
             scales=self.scales,
-            extra={name: value + other.extra[name] for name, value in self.extra.items()},
-            peaks={
-                name: _highest([value, other.peaks[name]]) for name, value in self.peaks.items()
-            },
+            work=self.work + other.work,
+            stop_requested=self.stop_requested or other.stop_requested,
+            peak_memory_bytes=max(self.peak_memory_bytes, other.peak_memory_bytes),
         )
 
     def values(self) -> dict[str, float]:
-        """Means over pairs, named as TRL names them.
+        """Means over pairs under TRL's names.
 
-        `loss` is Eq. 3's, `final_loss` the final layer's own; the final layer's other quantities
-        have plain names, an intermediate layer's begin with `layer_<number>/`.
+        `loss` is the combined loss (Eq. 3), `final_loss` the final layer's own. Other quantities of
+        the final layer have plain names; those of an intermediate layer start with `layer_<n>/`.
         """
         means = {
             layer: {name: value / self.pairs for name, value in quantities.items()}
@@ -82,47 +85,47 @@ class StepMetrics:
         }
         combined = math.fsum(scale * means[layer][LOSS] for layer, scale in self.scales.items())
         *intermediate, final = means
-        named = {LOSS: combined, FINAL_LOSS: means[final].pop(LOSS), **means[final]}
+        values = {LOSS: combined, FINAL_LOSS: means[final].pop(LOSS), **means[final]}
         for layer in intermediate:
-            named |= {layer_name(layer, name): value for name, value in means[layer].items()}
-        return named
+            values |= {layer_name(layer, name): value for name, value in means[layer].items()}
+        return values
 
     def evaluation_values(self) -> dict[str, float]:
         """`values` of held-out pairs (`eval_loss`, `eval_rewards/accuracies`) and `eval_pairs`."""
-        named = {f"{EVAL}{name}": value for name, value in self.values().items()}
-        return {**named, EVAL_PAIRS: float(self.pairs)}
+        values = {f"{EVAL}{name}": value for name, value in self.values().items()}
+        return {**values, EVAL_PAIRS: float(self.pairs)}
 
     def not_finite(self) -> dict[int, tuple[str, ...]]:
-        """By layer, the quantities that are NaN or infinite; empty if all is well."""
-        found = {
+        """By layer, the quantities that are NaN or infinite; empty if there are none."""
+        bad = {
             layer: tuple(name for name, value in quantities.items() if not math.isfinite(value))
             for layer, quantities in self.sums.items()
         }
-        return {layer: names for layer, names in found.items() if names}
+        return {layer: names for layer, names in bad.items() if names}
 
 
 def reduce_outputs(
     outputs: Sequence[LayerOutput],
-    lengths: Sequence[Tensor],
     objective: Objective,
     layers: Sequence[int],
     num_layers: int,
     *,
-    extra: Mapping[str, float] | None = None,
-    peaks: Mapping[str, float] | None = None,
+    work: BatchWork | None = None,
+    stop_requested: bool = False,
+    peak_memory_bytes: float = 0.0,
 ) -> StepMetrics:
-    """What all layers said of a global batch. Collective over the world: one all-reduce.
+    """Reduce the outputs of all layers over a global batch. Collective: one all-reduce.
 
-    Its result is a tensor on no graph; on a GPU this is where the step is waited for.
+    The result is detached from the graph. On a GPU this call waits for the backward pass.
 
     Args:
         outputs: of this rank's layers (`AttachedDpo.take_outputs`), each with its losses.
-        lengths: float32 `[2P]`, response tokens of each sequence, by `LayerOutput.micro_batch`.
         objective: the loss and the layers' weights.
-        layers: the tapped layers in the objective's order (`AttachedDpo.layers`).
-        num_layers: the final layer's number.
-        extra: numbers to be summed over ranks; the same names on every rank.
-        peaks: numbers of which the highest is wanted; the same names on every rank.
+        layers: tapped layers in the objective's order (`AttachedDpo.layers`).
+        num_layers: index of the final layer.
+        work: in this rank's rows.
+        stop_requested: whether this rank has received a stop signal.
+        peak_memory_bytes: of this rank.
 
     Returns:
         The same on every rank.
@@ -131,63 +134,55 @@ def reduce_outputs(
     scale_of = {**dict(zip(layers, scales, strict=True)), num_layers: final_scale}
     ordered = sorted(scale_of)
     names = (_PAIRS, *_NAMES, *((_NLL,) if objective.nll_weight else ()))
-    extra, peaks = extra or {}, peaks or {}
-    world_size = dist.get_world_size()
+    rank, world_size = rank_coordinates(), dist.get_world_size()
 
     layer_sums = torch.zeros(len(ordered), len(names), dtype=torch.float64, device=default_device())
-    if this_rank().tensor == 0:  # The others of a stage say the same.
+    # Tensor-parallel ranks hold equal outputs: only the first of each stage adds them to the sum.
+    if rank.tp_rank == 0:
         for layer in {output.layer for output in outputs}:
-            spoken = [output for output in outputs if output.layer == layer]
-            layer_sums[ordered.index(layer)] = _sums(spoken, lengths, objective, names)
-    # A sum finds the highest too, where every rank has a place of its own.
-    slots = torch.zeros(len(peaks), world_size, dtype=torch.float64)
-    slots[:, dist.get_rank()] = torch.tensor([*peaks.values()], dtype=torch.float64)
-    numbers = torch.cat([torch.tensor([*extra.values()], dtype=torch.float64), slots.flatten()])
-    everything = torch.cat([layer_sums.flatten(), numbers.to(layer_sums.device)])
+            own = [output for output in outputs if output.layer == layer]
+            layer_sums[ordered.index(layer)] = _sums(own, objective, names)
+    # All model-parallel ranks of a replica hold the same rows: one of them counts the work.
+    counts_work = rank.tp_rank == 0 and rank.pp_rank == 0
+    own_work = asdict(work or BatchWork())
+    # A sum also yields the maximum if each rank writes to its own slot.
+    memory_W = [0.0] * world_size
+    memory_W[dist.get_rank()] = peak_memory_bytes
+    extra = [float(stop_requested), *(counts_work * value for value in own_work.values())]
+    extra_sums = torch.tensor([*extra, *memory_W], dtype=torch.float64, device=layer_sums.device)
+    everything = torch.cat([layer_sums.flatten(), extra_sums])
     dist.all_reduce(everything)
 
-    message: list[float] = everything.tolist()
-    table = [message[row * len(names) :][: len(names)] for row in range(len(ordered))]
-    message = message[len(ordered) * len(names) :]
-    pairs = {row[0] for row in table}
-    assert len(pairs) == 1, f"layers {ordered} spoke of {[row[0] for row in table]} pairs"
+    sizes = [layer_sums.numel(), 1, len(own_work), world_size]
+    table, stops, work_sums, memory = everything.cpu().split(sizes)
+    rows = table.view(len(ordered), len(names)).tolist()
+    pairs = {row[0] for row in rows}
+    assert len(pairs) == 1, f"layers {ordered} have outputs of {[row[0] for row in rows]} pairs"
     return StepMetrics(
         pairs=int(pairs.pop()),
         sums={
             layer: dict(zip(names[1:], row[1:], strict=True))
-            for layer, row in zip(ordered, table, strict=True)
+            for layer, row in zip(ordered, rows, strict=True)
         },
         scales={layer: scale_of[layer] for layer in ordered},
-        extra=dict(zip(extra, message, strict=False)),
-        peaks={
-            name: _highest(message[len(extra) + number * world_size :][:world_size])
-            for number, name in enumerate(peaks)
-        },
+        work=BatchWork(**dict(zip(own_work, work_sums.tolist(), strict=True))),
+        stop_requested=bool(stops > 0),
+        peak_memory_bytes=float(memory.max()),
     )
 
 
-def _sums(
-    outputs: Sequence[LayerOutput],
-    lengths: Sequence[Tensor],
-    objective: Objective,
-    names: Sequence[str],
-) -> Tensor:
-    """The sum of each quantity over the pairs of one layer's outputs, float64."""
-    logps_2P = torch.cat([output.logps_2P for output in outputs]).double()
-    lengths_2P = torch.cat([lengths[output.micro_batch] for output in outputs]).to(logps_2P)
+def _sums(outputs: Sequence[LayerOutput], objective: Objective, names: Sequence[str]) -> Tensor:
+    """Sum of each quantity over the pairs of one layer's outputs, float64."""
+    losses = [output.loss_P for output in outputs if output.loss_P is not None]
+    lengths = [output.lengths_2P for output in outputs if output.lengths_2P is not None]
+    assert len(losses) == len(lengths) == len(outputs), "scores have no loss to report"
     references = [output.reference_logps_2P for output in outputs]
     known = [reference_2P for reference_2P in references if reference_2P is not None]
-    assert len(known) in (0, len(references)), "a reference for some micro-batches only"
+    assert len(known) in (0, len(references)), "some micro-batches have no reference"
+    logps_2P = torch.cat([output.logps_2P for output in outputs]).double()
     reference_2P = torch.cat(known).to(logps_2P) if known else None
-    losses = [output.loss_P for output in outputs if output.loss_P is not None]
-    assert len(losses) == len(outputs), "scores have no loss to report"
-    metrics = layer_metrics(logps_2P, reference_2P, lengths_2P, objective)
-    # The very numbers that were trained on, not what they would be in float64.
+    metrics = layer_metrics(logps_2P, reference_2P, torch.cat(lengths).to(logps_2P), objective)
+    # The float32 losses that were trained on, not their recomputation in float64.
     metrics[LOSS] = torch.cat(losses)
     metrics[_PAIRS] = torch.ones_like(metrics[LOSS])
     return torch.stack([metrics[name].double().sum() for name in names])
-
-
-def _highest(values: Sequence[float]) -> float:
-    """The highest, or NaN where there is one."""
-    return math.nan if any(map(math.isnan, values)) else max(values)

@@ -1,8 +1,7 @@
-"""How fast a run goes, how well it uses its devices, and how much memory it took.
+"""Throughput, device utilization and peak memory of a run.
 
-Times are of steps alone, as whoever drives the meter marks them: evaluation and checkpoints in
-between are not in them. The first steps compile, allocate and warm caches, and are left out of the
-run's averages.
+Only steps are timed, from `begin` to `end`: evaluations and checkpoints between them do not count.
+The first steps compile, allocate and warm caches; they are left out of the run's averages.
 """
 
 import resource
@@ -27,8 +26,8 @@ WARMUP_STEPS = 2
 
 
 @dataclass(slots=True)
-class _Stretch:
-    """Some steps together."""
+class _Total:
+    """Sums over some steps."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -43,7 +42,7 @@ class _Stretch:
 
 
 class Meter:
-    """Times steps and says what was achieved, since last asked and over the whole run."""
+    """Times steps and reports rates, per logging interval and over the whole run."""
 
     def __init__(
         self,
@@ -54,71 +53,71 @@ class Meter:
         warmup_steps: int = WARMUP_STEPS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """A meter that has seen no step.
+        """A meter before its first step.
 
         Args:
-            flops: what work costs.
-            num_devices: ranks of the run, each on a device of its own.
-            device_peak: the most one device can do, operations per second; None: no MFU.
-            warmup_steps: how many of the first steps are left out of the averages.
-            clock: seconds.
+            flops: FLOPs per unit of work.
+            num_devices: ranks of the run, one device each.
+            device_peak: FLOP/s of one device; None reports no MFU.
+            warmup_steps: first steps that are left out of the averages.
+            clock: returns seconds.
         """
         self._flops = flops
         self._num_devices = num_devices
         self._device_peak = device_peak
         self._warmup_steps = warmup_steps
         self._clock = clock
-        self._began_s: float | None = None
+        self._start_s: float | None = None
         self._steps = 0
-        self._interval = _Stretch()
-        self._run = _Stretch()
-        self._warmup = _Stretch()
+        self._interval = _Total()
+        self._run = _Total()
+        self._warmup = _Total()
 
     def begin(self) -> None:
-        """A step begins: before its batch is asked for, so that waiting for data counts."""
-        self._began_s = self._clock()
+        """Start timing a step, before its batch is fetched: waiting for data counts."""
+        self._start_s = self._clock()
 
     def end(self, work: BatchWork) -> None:
-        """The step has ended, its metrics are known, so its work is done on a GPU too.
+        """Stop the clock of a step, after its metrics are known (which synchronizes the GPU).
 
         Args:
             work: of all data-parallel ranks.
         """
-        assert self._began_s is not None, "end of a step that did not begin"
-        seconds, self._began_s = self._clock() - self._began_s, None
+        assert self._start_s is not None, "end without begin"
+        seconds, self._start_s = self._clock() - self._start_s, None
         self._steps += 1
         average = self._run if self._steps > self._warmup_steps else self._warmup
-        for stretch in (self._interval, average):
-            stretch.add(seconds, self._flops.step(work), work)
+        for total in (self._interval, average):
+            total.add(seconds, self._flops.step(work), work)
 
     def take(self) -> dict[str, float]:
-        """What was achieved since the last call, under the names of `metric_names`."""
-        interval, self._interval = self._interval, _Stretch()
-        return self._achieved(interval)
+        """Rates since the last call, under the names of `metrics.names`."""
+        interval, self._interval = self._interval, _Total()
+        return self._rates(interval)
 
     def averages(self) -> dict[str, float]:
-        """The same over all steps but the first ones; over those where there are no others."""
-        return self._achieved(self._run if self._run.steps else self._warmup)
+        """Rates over all steps after the warm-up; over the warm-up if there are no others."""
+        return self._rates(self._run if self._run.steps else self._warmup)
 
-    def _achieved(self, stretch: _Stretch) -> dict[str, float]:
-        """Rates of a stretch; nothing of an empty one."""
-        if not stretch.steps or stretch.seconds <= 0:
+    def _rates(self, total: _Total) -> dict[str, float]:
+        """Rates of these steps; empty if there are none."""
+        if not total.steps or total.seconds <= 0:
             return {}
-        work, per_device = stretch.work, stretch.flops / stretch.seconds / self._num_devices
-        achieved = {
-            STEP_S: stretch.seconds / stretch.steps,
-            TOKENS_PER_S: work.used_tokens / stretch.seconds,
-            PAIRS_PER_S: work.pairs / stretch.seconds,
+        work, per_device = total.work, total.flops / total.seconds / self._num_devices
+        rates = {
+            STEP_S: total.seconds / total.steps,
+            TOKENS_PER_S: work.used_tokens / total.seconds,
+            PAIRS_PER_S: work.pairs / total.seconds,
             ROW_FILL: work.used_tokens / work.computed_tokens,
             TFLOPS: per_device / 1e12,
         }
         if self._device_peak is not None:
-            achieved[MFU] = per_device / self._device_peak
-        return achieved
+            rates[MFU] = per_device / self._device_peak
+        return rates
 
 
 def peak_memory_bytes() -> int:
-    """The most memory so far: of tensors on this process' GPU, or resident in this process."""
+    """Peak memory so far: allocated by tensors on this GPU, or resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

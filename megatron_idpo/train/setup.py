@@ -1,0 +1,260 @@
+"""Setting up a run: checks before weights are read, then every part of the trainer.
+
+`prepare` checks the configuration against model and data. `assemble` builds the trainer and, if the
+output directory has a checkpoint, resumes from it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_idpo.checkpoint.metadata import Progress, Record, check_same_run
+from megatron_idpo.checkpoint.retention import CheckpointInfo
+from megatron_idpo.checkpoint.store import Checkpoints
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.training import CheckpointConfig
+from megatron_idpo.convert.model_source import FrozenModel, open_model
+from megatron_idpo.data.packing.batches import TrainingBatches, check_pairs
+from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
+from megatron_idpo.errors import CheckpointError, ConfigError, Problem
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.parallel.groups import rank_coordinates
+from megatron_idpo.mcore.parallel.world import StopFlag, World, raise_on_all_ranks
+from megatron_idpo.objective.layers import resolve_layers
+from megatron_idpo.storage.provenance import as_problems, diff
+from megatron_idpo.train.evaluation import Evaluation
+from megatron_idpo.train.logging.loggers import logger_problems
+from megatron_idpo.train.policy import build_policy, check_adapter
+from megatron_idpo.train.references import find_caches, resolve_references
+from megatron_idpo.train.run_directory import RunDirectory
+from megatron_idpo.train.schedule import LearningRate
+from megatron_idpo.train.step import TrainStep
+from megatron_idpo.train.trainer import Trainer
+
+_LOWER_IS_BETTER = ("eval_loss",)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is known before weights are read."""
+
+    pairs: RunPairs
+    start: FrozenModel
+    """The model that the policy starts from."""
+
+    reference: FrozenModel
+
+
+def prepare(config: RunConfig, world: World) -> Prepared:
+    """Check the configuration against the model and read the data. Collective.
+
+    Raises:
+        UserError: on every rank, with all problems of the configuration for this model.
+    """
+    with raise_on_all_ranks("opening the model"):
+        source = open_model(config.model.path)
+        check_against_model(config, source.architecture, world.size)
+    with raise_on_all_ranks("reading the data"):
+        pairs = load_run_pairs(config)
+        check_tokens(pairs, source.architecture.vocab_size)
+        rows = row_settings(config, world.size)
+        for dataset in filter(None, (pairs.train, pairs.eval)):
+            check_pairs(dataset, rows)
+        if config.lora is not None:
+            check_adapter(config.lora)
+    adapter = None if config.lora is None else config.lora.adapter
+    reference = FrozenModel.of(source)
+    start = reference
+    if adapter is not None:
+        start = reference.with_adapter(Path(adapter).expanduser())
+    return Prepared(pairs, start, reference)
+
+
+def assemble(
+    config: RunConfig,
+    world: World,
+    output: RunDirectory,
+    prepared: Prepared,
+    stop_flag: StopFlag | None = None,
+) -> Trainer:
+    """Build the trainer, compute its reference cache, and resume. Collective.
+
+    Args:
+        config: of the run; its layout is running.
+        world: all processes.
+        output: the run's directory.
+        prepared: result of `prepare`.
+        stop_flag: whether this process has received a stop signal.
+
+    Raises:
+        UserError: on every rank.
+        RunStopped: on every rank; a signal came while the cache was computed.
+    """
+    pairs, training, stop_flag = prepared.pairs, config.training, stop_flag or StopFlag()
+    rows = row_settings(config, world.size, data_rank=rank_coordinates().dp_rank)
+    with raise_on_all_ranks("packing the data"):
+        batches = TrainingBatches(
+            pairs.train,
+            rows,
+            global_batch_pairs=training.global_batch_pairs,
+            seed=config.data.seed,
+            epochs=training.epochs,
+        )
+    checkpoints = _checkpoints(output, config.checkpoint)
+    checkpoint = find_resume_checkpoint(checkpoints, config.checkpoint)
+    steps_taken = 0
+    if checkpoint is not None:
+        # Before weights are read: a checkpoint of another run is rejected within seconds.
+        _resume_data(checkpoint, config, batches, prepared)
+        steps_taken = checkpoint.step
+    # Remaining batches have the size of this start; it may differ from that of earlier ones.
+    total_steps = steps_taken + batches.remaining_batches
+    learning_rate = LearningRate(
+        config.optimizer, min(total_steps, training.max_steps or total_steps)
+    )
+    caches = find_caches(config, prepared.reference, pairs)
+    policy = build_policy(config, prepared.start, show_progress=world.is_first)
+    references = resolve_references(config, policy, prepared.reference, caches, rows, stop_flag)
+    train_step = TrainStep(
+        policy,
+        references.train,
+        config.objective,
+        training.seed,
+        pairs.train.location,
+        stop_flag,
+    )
+    evaluation = None
+    with raise_on_all_ranks("packing the held-out data"):
+        if pairs.eval is not None:
+            evaluation = Evaluation(
+                train_step,
+                references.eval,
+                pairs.eval,
+                rows,
+                global_batch_pairs=training.global_batch_pairs,
+            )
+    trainer = Trainer(
+        config=config,
+        world=world,
+        output=output,
+        pairs=pairs,
+        rows=rows,
+        train_step=train_step,
+        batches=batches,
+        evaluation=evaluation,
+        checkpoints=checkpoints,
+        learning_rate=learning_rate,
+        reference=prepared.reference,
+    )
+    # After the references: they may be computed by the policy at its start.
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    return trainer
+
+
+def check_against_model(config: RunConfig, architecture: Architecture, world_size: int) -> None:
+    """Check that this model can be trained by this configuration on so many ranks. Not collective.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    problems = [*config.layout.problems_for(architecture, world_size)]
+    try:
+        layers = resolve_layers(config.objective.layers, architecture.num_layers)
+        config.objective.layer_scales(len(layers))
+    except ConfigError as error:
+        problems += error.problems
+    problems += logger_problems(config.logging)
+    if config.model.dtype == "fp16":
+        message = "is fp16, which has not been tested in training"
+        problems.append(Problem("model.dtype", message, "use bf16 or fp32"))
+    if problems:
+        raise ConfigError.of(problems)
+
+
+def find_resume_checkpoint(
+    checkpoints: Checkpoints, settings: CheckpointConfig
+) -> CheckpointInfo | None:
+    """The newest checkpoint, if there is one. Collective.
+
+    Raises:
+        ConfigError: on every rank; there is one, and `checkpoint.resume` is `never`.
+    """
+    checkpoint = checkpoints.latest()
+    if checkpoint is not None and settings.resume == "never":
+        message = f"already has a checkpoint: {checkpoint.directory}"
+        remedy = "name another directory, or set checkpoint.resume to auto to resume from it"
+        raise ConfigError.at("training.output", message, remedy)
+    return checkpoint
+
+
+def check_can_resume(saved: Progress, current: Progress, config: RunConfig, location: str) -> None:
+    """Check that a checkpoint belongs to this run. Not collective.
+
+    Args:
+        saved: of the checkpoint.
+        current: of this run at its start.
+        config: of this run.
+        location: directory of the checkpoint.
+
+    Raises:
+        CheckpointError: with everything that differs.
+    """
+    problems = check_same_run(saved, current, location)
+    problems += _training_differences(saved.config, config, location)
+    if problems:
+        raise CheckpointError.of(problems)
+
+
+def _training_differences(
+    saved: Mapping[str, Any], config: RunConfig, location: str
+) -> list[Problem]:
+    """Changed settings that define what is learned: objective, adapters, whether with a reference.
+
+    Layout, learning rate, length and everything about saving and logging may change.
+    """
+    current = config.model_dump(mode="json")
+    remedy = "keep it as it was, or name another output directory"
+    sections = ("objective", "lora")
+    differences = diff(
+        {section: saved.get(section) or {} for section in sections},
+        {section: current[section] or {} for section in sections},
+    )
+    before, now = (saved.get("reference") or {}).get("source"), current["reference"]["source"]
+    # The kind of reference may change, but not whether there is one.
+    if (before == "none") != (now == "none"):
+        differences += diff({"reference.source": before}, {"reference.source": now})
+    return as_problems(differences, location, remedy)
+
+
+def _resume_data(
+    checkpoint: CheckpointInfo, config: RunConfig, batches: TrainingBatches, prepared: Prepared
+) -> None:
+    """Move the data to the checkpoint's position, if it belongs to this run. Collective.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    with raise_on_all_ranks("reading the checkpoint's progress"):
+        saved = Record.read(checkpoint.directory).progress
+        current = Progress(
+            step=0,
+            data=dict(batches.state_dict()),
+            data_fingerprint=prepared.pairs.train.fingerprint,
+            base_model=prepared.start.identity,
+            reference=prepared.reference.identity,
+            config={},
+        )
+        check_can_resume(saved, current, config, str(checkpoint.directory))
+        batches.load_state_dict(saved.data)
+
+
+def _checkpoints(output: RunDirectory, settings: CheckpointConfig) -> Checkpoints:
+    return Checkpoints(
+        output.checkpoints,
+        keep_last=settings.keep_last,
+        keep_best=settings.keep_best,
+        better="min" if settings.best_metric in _LOWER_IS_BETTER else "max",
+        metric=settings.best_metric,
+    )
