@@ -1,11 +1,11 @@
-"""What megatron-core says that users of this package can do nothing about, left unsaid.
+"""Suppresses warnings of megatron-core and torch that users of this package cannot act on.
 
-One list of messages, each matched by its own words and, for log records, its own logger: whatever
-else the same modules have to say is heard. They are about accelerations that are not installed
-(`megatron-idpo doctor` tells that properly), about megatron-core 0.19's and torch's own plans with
-their interfaces, and about megatron-core's own doings.
+They are about optional accelerations (`megatron-idpo doctor` reports those), deprecations inside
+megatron-core 0.19 and torch, and megatron-core's own use of torch. Each message is matched by its
+text and, for log records, its logger, so other messages of the same modules are still shown.
 
-Importing this module loads neither torch nor megatron-core, so that their import can be quiet too.
+Importing this module imports neither torch nor megatron-core, so that it can suppress the warnings
+of their import.
 """
 
 import logging
@@ -19,27 +19,27 @@ _WARNINGS = (
     "absl.logging is not installed",
     r"The following imports from `dynamic_context\.py`",
     "MimoModelConfig is experimental",
-    # torch's checkpoints, as megatron-core calls them.
+    # torch's distributed checkpoints, as megatron-core calls them.
     "Please use DTensor instead",
     "torch.distributed is disabled",
     "The argument order of load",
-    # And its collectives.
+    # torch's collectives, likewise.
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
     "`torch.distributed.all_gather_into_tensor` is deprecated",
 )
-"""Regular expressions for the beginnings of warnings."""
+"""Regular expressions that match the start of a warning."""
 
-_WARNINGS_OF_MODULES = (
-    # The distributed optimizer's shards of fp32 weights are views, whose .grad it sets itself.
+_WARNINGS_BY_MODULE = (
+    # The distributed optimizer's shards of fp32 weights are views, and it sets their .grad itself.
     (r"megatron\.core\.optimizer\.", r"The \.grad attribute of a Tensor that is not a leaf"),
 )
-"""The same for warnings that count as ours, or somebody's, where another module causes them."""
+"""Module and message of warnings that must stay visible if another module causes them."""
 
 _WARNINGS_WITHOUT_GPU = (
     "When using sequence parallelism it is recommended to set the environment variable CUDA_",
     "When using async grad allreduce it is recommended to set the environment variable CUDA_",
 )
-"""Advice for GPUs, which is heard where there is one (launch/README.md has it)."""
+"""Advice for GPUs, suppressed only on a machine without one (see launch/README.md)."""
 
 _LOG_RECORDS = (
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
@@ -49,40 +49,40 @@ _LOG_RECORDS = (
     ),
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),
 )
-"""Loggers, and the beginnings of the messages that they leave out."""
+"""Logger and start of the log messages to drop."""
 
 
 @contextmanager
 def suppress_megatron_warnings(*, has_gpu: bool = True) -> Iterator[None]:
-    """Leave those messages unsaid within this block; blocks can be nested.
+    """Suppress these messages within the block; blocks can be nested.
 
-    Warning filters are the process's, as everywhere in Python: other threads are quiet too.
+    Python's warning filters are global to the process, so other threads are affected too.
 
     Args:
-        has_gpu: whether advice about GPUs is of use.
+        has_gpu: whether to show advice about GPUs.
     """
-    silencers = [(logging.getLogger(name), _Unsaid(start)) for name, start in _LOG_RECORDS]
-    for logger, silencer in silencers:
-        logger.addFilter(silencer)
+    filters = [(logging.getLogger(name), _PrefixFilter(start)) for name, start in _LOG_RECORDS]
+    for logger, prefix_filter in filters:
+        logger.addFilter(prefix_filter)
     try:
         with warnings.catch_warnings():
             for message in (*_WARNINGS, *(() if has_gpu else _WARNINGS_WITHOUT_GPU)):
                 warnings.filterwarnings("ignore", message)
-            for module, message in _WARNINGS_OF_MODULES:
+            for module, message in _WARNINGS_BY_MODULE:
                 warnings.filterwarnings("ignore", message, module=module)
             yield
     finally:
-        for logger, silencer in silencers:
-            logger.removeFilter(silencer)
+        for logger, prefix_filter in filters:
+            logger.removeFilter(prefix_filter)
 
 
-class _Unsaid(logging.Filter):
-    """Drops the records whose message begins with certain words."""
+class _PrefixFilter(logging.Filter):
+    """Drops log records whose message starts with a given text."""
 
     def __init__(self, start: str) -> None:
         super().__init__()
         self._start = start
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is to be heard."""
+        """Whether to keep the record."""
         return not record.getMessage().startswith(self._start)

@@ -69,7 +69,7 @@ def merged_in_16_bits(base: str, adapter: str) -> list[tuple[str, Any, Any]]:
     found = []
     for _, name, one in adapters.by_chunk[0].linears():
         added = one.fused_up().double() @ one.fused_down().double()
-        exact = one.linear.weight.double() + one.numbers.scaling * added
+        exact = one.linear.weight.double() + one.hyperparams.scaling * added
         found.append((name, value(one.linear.weight).detach(), exact.detach()))
     norm = adapters.chunks[0].decoder.final_layernorm.weight
     assert value(norm) is not None and torch.equal(value(norm), norm)

@@ -94,8 +94,8 @@ def attend_row(
     mask: _DistanceMask = row.derived[mask_key]
 
     # Lengths of gap, group, gap, ..., group, gap: together the whole row. `split`, not slices: its
-    # backward is one concatenation, while each slice's backward would allocate and add a zero-filled
-    # gradient of the whole row.
+    # backward is one concatenation, while the backward of each slice would allocate and add a
+    # zero-filled gradient of the whole row.
     piece_lengths, end = [], 0
     for b0, _, _, b3 in row.groups:
         piece_lengths += [b0 - end, b3 - b0]
@@ -152,7 +152,7 @@ def _attend_group(
     prompt_key, _, rejected_key = key.split(lengths)
     prompt_value, _, rejected_value = value.split(lengths)
     rejected_start = lengths[0] + lengths[1]
-    # The kernel rejects empty inputs, so empty parts are skipped.
+    # Empty parts are skipped: a plain sequence has no answers.
     if lengths[0]:
         yield _attend(prompt, prompt_key, prompt_value, mask=mask, scale=scale)
     if lengths[1]:

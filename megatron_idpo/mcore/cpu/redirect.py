@@ -1,18 +1,18 @@
-"""Megatron-Core on a machine without a GPU: its CUDA calls, answered by the CPU.
+"""Runs Megatron-Core on a machine without a GPU by redirecting its CUDA calls to the CPU.
 
-What: Megatron-Core hard-codes CUDA (`device="cuda"`, `torch.cuda.current_device()`, streams, dtype
-names, the CUDA generator). `redirect_cuda_to_cpu` replaces exactly those calls, each listed with
-its reason in `_torch_patches`, `_cuda_patches` and `_megatron_patches`, so that the stock
-schedules, DDP, distributed optimizer, sequence parallelism, RNG tracker, recomputation, MoE
-dispatch and distributed checkpoints run over gloo.
+Megatron-Core hard-codes CUDA (`device="cuda"`, `torch.cuda.current_device()`, streams, dtype names,
+the CUDA generator). `redirect_cuda_to_cpu` patches exactly those calls, each listed with its reason
+in `_torch_patches`, `_cuda_patches` and `_megatron_patches`. The stock schedules, DDP, distributed
+optimizer, sequence parallelism, RNG tracker, recomputation, MoE dispatch and distributed
+checkpoints then run over gloo.
 
-Why patched functions and not a `TorchFunctionMode`: `Tensor.backward` runs with every such mode
-switched off, so code that creates tensors during recomputation would still ask for a GPU.
+Functions are patched instead of using a `TorchFunctionMode`, because `Tensor.backward` disables all
+such modes: code that creates tensors during recomputation would still request a GPU.
 
-What it does not do: pretend that a GPU is there. `torch.cuda.is_available()` stays False,
-`Tensor.is_cuda` stays False, devices print as `cpu`, and code that never mentions CUDA sees the
-same functions with the same results. Where CUDA is available nothing is touched. Kernels that
-exist only as CUDA (Transformer Engine, fused softmax, CUDA graphs) are not replaced.
+It does not fake a GPU. `torch.cuda.is_available()` and `Tensor.is_cuda` stay False, devices print
+as `cpu`, and code that does not mention CUDA gets the same results as before. If CUDA is available,
+nothing is patched. Kernels that exist only for CUDA (Transformer Engine, fused softmax, CUDA
+graphs) are not replaced.
 """
 
 import functools
@@ -65,7 +65,7 @@ _NEW_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 @dataclass(frozen=True)
 class Patch:
-    """One redirected name: where it lives, what it becomes and why."""
+    """One patched attribute, its replacement and the reason."""
 
     owner: Any
     """The module or class whose attribute is replaced."""
@@ -77,23 +77,24 @@ class Patch:
 
 _ABSENT = object()
 _applied: list[tuple[Patch, Any]] = []
-"""What is in force in this process, with the values to restore; a patched process is global."""
+"""The active patches with the original values; global, like the patched attributes."""
 
 
 def redirect_cuda_to_cpu() -> bool:
-    """Redirect Megatron-Core's CUDA calls to the CPU where there is no GPU.
+    """Redirect Megatron-Core's CUDA calls to the CPU if there is no GPU.
 
-    Idempotent, and it works before and after Megatron-Core is imported; it imports the
-    Megatron-Core modules that it patches.
+    Idempotent. Works before or after Megatron-Core is imported, and imports the Megatron-Core
+    modules that it patches.
 
     Returns:
-        True when the redirection is in force; False, with nothing touched, where CUDA is available.
+        Whether the redirection is active; False, with nothing patched, if CUDA is available.
     """
     if torch.cuda.is_available():
         return False
     if not _applied:
-        # Megatron-Core first: it imports dynamo, which indexes torch's functions by identity and
-        # has to see the originals. So do the functions that `with torch.device(...)` redirects.
+        # Order matters: import Megatron-Core before patching torch. It imports dynamo, which
+        # indexes torch's functions by identity and must see the originals. For the same reason,
+        # fill torch's cached set of functions that `with torch.device(...)` redirects.
         with suppress_megatron_warnings():
             megatron_patches = list(_megatron_patches())
         torch_device_context._device_constructors()
@@ -103,12 +104,13 @@ def redirect_cuda_to_cpu() -> bool:
 
 
 def is_redirected() -> bool:
-    """Whether `redirect_cuda_to_cpu` is in force in this process."""
+    """Whether the redirection is active in this process."""
     return bool(_applied)
 
 
 def restore_cuda() -> None:
-    """Undo `redirect_cuda_to_cpu`, for tests; nothing happens if it is not in force."""
+    """Undo `redirect_cuda_to_cpu`; does nothing if it is not active. For tests."""
+    # In reverse order, in case two patches change the same attribute.
     while _applied:
         patch, original = _applied.pop()
         if original is _ABSENT:
@@ -119,7 +121,7 @@ def restore_cuda() -> None:
 
 
 def default_device() -> torch.device:
-    """The device tensors of this process belong on: the current CUDA device, or the CPU."""
+    """The device for this process's tensors: the current CUDA device, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return CPU
@@ -132,13 +134,13 @@ def backend() -> str:
 
 def _apply(patches: Iterable[Patch]) -> None:
     for patch in patches:
-        # `vars`, not `getattr`: an inherited method (`Tensor.to`) is restored by deleting ours.
+        # `vars`, not `getattr`: `Tensor.to` is inherited, and restored by deleting the override.
         original = vars(patch.owner).get(patch.name, _ABSENT)
         setattr(patch.owner, patch.name, patch.replacement)
         _applied.append((patch, original))
 
 
-# --- torch: tensors that are asked for on CUDA -----------------------------------------------
+# --- torch: tensors created on or moved to CUDA ----------------------------------------------
 
 
 def _torch_patches() -> Iterator[Patch]:
@@ -146,7 +148,7 @@ def _torch_patches() -> Iterator[Patch]:
     for name in _FACTORIES:
         original = getattr(torch, name)
         replacement = _on_cpu(original)
-        # TorchScript knows builtins by identity, and would try to compile ours.
+        # TorchScript recognizes builtins by identity; without this it would try to compile ours.
         if (builtin := torchscript_builtins._find_builtin(original)) is not None:
             torchscript_builtins._register_builtin(replacement, builtin)
         yield Patch(torch, name, replacement, 'schedules and optimizers pass device="cuda"')
@@ -164,7 +166,7 @@ def _torch_patches() -> Iterator[Patch]:
 
 
 def _is_cuda(device: object) -> bool:
-    """Whether a device argument means a GPU: `"cuda:1"`, `torch.device("cuda")`, or an index."""
+    """Whether a device argument is a GPU: `"cuda:1"`, `torch.device("cuda")`, or an index."""
     if isinstance(device, str):
         return device.startswith("cuda")
     if isinstance(device, torch.device):
@@ -173,7 +175,7 @@ def _is_cuda(device: object) -> bool:
 
 
 def _on_cpu[**P, R](original: Callable[P, R]) -> Callable[P, R]:
-    """`original` with a CUDA `device=` replaced by the CPU."""
+    """Wraps `original` to replace a CUDA `device=` by the CPU."""
 
     @functools.wraps(original)
     def redirected(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -185,7 +187,7 @@ def _on_cpu[**P, R](original: Callable[P, R]) -> Callable[P, R]:
 
 
 def _to_on_cpu(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`Tensor.to`, whose device may also be the first positional argument."""
+    """Wraps `Tensor.to`, which also takes the device as first positional argument."""
 
     @functools.wraps(original)
     def redirected(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -199,15 +201,15 @@ def _to_on_cpu(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 
 def _cuda_on_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`Tensor.cuda`: the tensor itself, as `.cuda()` gives for one that is on the GPU already."""
+    """`Tensor.cuda`: the tensor itself, like `.cuda()` of a tensor that is on the GPU."""
     return self.cpu()
 
 
 class _TypeName(str):
-    """A tensor type's name that also answers to its CUDA twin's.
+    """A CPU tensor type's name that also equals the name of the CUDA type.
 
-    `"torch.FloatTensor"` for everybody who prints or compares it, and equal to
-    `"torch.cuda.FloatTensor"` for the optimizers that accept nothing else.
+    Prints and hashes as `"torch.FloatTensor"`, but compares equal to `"torch.cuda.FloatTensor"`
+    too, the only name that megatron-core's optimizers accept.
     """
 
     __slots__ = ()
@@ -239,11 +241,11 @@ def _cuda_patches() -> Iterator[Patch]:
     cuda = torch.cuda
     yield Patch(cuda, "current_device", lambda: CPU, "the device of most new tensors")
     yield Patch(cuda, "set_device", _nothing(), "launch scripts call it with the local rank")
-    yield Patch(cuda, "synchronize", _nothing(), "the CPU computes in order")
+    yield Patch(cuda, "synchronize", _nothing(), "the CPU executes in program order")
     yield Patch(cuda, "Stream", cpu_streams.Stream, "DDP, MoE and checkpoints overlap on streams")
     yield Patch(cuda, "Event", cpu_streams.Event, "timers and stream ordering")
-    yield Patch(cuda, "current_stream", cpu_streams.current_stream, "the only stream there is")
-    yield Patch(cuda, "stream", cpu_streams.stream, "work on a side stream runs here and now")
+    yield Patch(cuda, "current_stream", cpu_streams.current_stream, "a CPU has one stream")
+    yield Patch(cuda, "stream", cpu_streams.stream, "work on a side stream runs in program order")
     generator = "dropout on CPU tensors draws from the CPU generator"
     yield Patch(cuda, "get_rng_state", _get_rng_state, generator)
     yield Patch(cuda, "set_rng_state", _set_rng_state, generator)
@@ -251,10 +253,10 @@ def _cuda_patches() -> Iterator[Patch]:
 
 
 def _nothing() -> Callable[..., None]:
-    """A function that does nothing, another one each time.
+    """A new function that does nothing.
 
-    torch.compile keeps a table from functions to rules and stops when one function stands in it
-    under two names with different rules.
+    New on each call: torch.compile maps functions to tracing rules, and fails if one function has
+    two names with different rules.
     """
 
     def nothing(*args: Any, **kwargs: Any) -> None:
@@ -278,7 +280,7 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
-# --- megatron.core: names that are bound at import, and tests of is_cuda ----------------------
+# --- megatron.core: names bound at import, and checks of is_cuda -------------------------------
 
 _RNG_LOGGER = "megatron.core.tensor_parallel.random"
 
@@ -286,24 +288,24 @@ _RNG_LOGGER = "megatron.core.tensor_parallel.random"
 def _megatron_patches() -> Iterator[Patch]:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
-    # Imported for their warnings, which nobody should hear later either.
+    # Imported here so that their import warnings are suppressed too.
     importlib.import_module("megatron.core.optimizer")
     importlib.import_module("megatron.core.models.gpt")
 
     generator = "reaches torch.cuda's generators through names bound at import"
     yield Patch(random, "_get_cuda_rng_state", _get_rng_state, generator)
     yield Patch(random, "_set_cuda_rng_state", _set_rng_state, generator)
-    splits = "tests Tensor.is_cuda and would leave tensors where lists of split sizes are needed"
+    splits = "checks Tensor.is_cuda, and would return tensors where lists of sizes are needed"
     yield Patch(dispatcher, "maybe_move_tensor_to_cpu", _moved_to_cpu, splits)
 
 
 def _moved_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """`moe_utils.maybe_move_tensor_to_cpu` for tensors that are there already."""
+    """`moe_utils.maybe_move_tensor_to_cpu` for tensors that are already on the CPU."""
     if as_numpy and isinstance(tensor, torch.Tensor):
         return tensor.numpy()
     return tensor
 
 
 def _is_not_rng_warning(record: logging.LogRecord) -> bool:
-    """Drop the tracker's complaint that a fork moved the CPU generator: here it is the one."""
+    """Drops the tracker's warning that a fork changed the CPU generator: here that is intended."""
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()

@@ -1,9 +1,8 @@
-"""CUDA's streams and events on a CPU: everything has happened when the call returns.
+"""CUDA streams and events on a CPU: work is complete when the call that starts it returns.
 
-Stand-ins for `torch.cuda.Stream`, `torch.cuda.Event` and the functions around them, which
-`megatron_idpo.mcore.cpu.redirect` puts in their place. A CPU executes in program order, so waiting,
-recording and synchronising have nothing to do. They do not overlap anything, and elapsed times
-are wall-clock times between two records.
+Replacements for `torch.cuda.Stream`, `torch.cuda.Event` and related functions, installed by
+`megatron_idpo.mcore.cpu.redirect`. A CPU executes in program order, so waiting and synchronizing do
+nothing, and nothing overlaps. Elapsed times are wall-clock times between two records.
 """
 
 import time
@@ -14,24 +13,24 @@ import torch
 
 
 class Event:
-    """A point in the program's order, which on a CPU is always past."""
+    """A `torch.cuda.Event`; on a CPU it is always complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """An event; torch's options (`enable_timing`, ...) change nothing."""
+        """Accept and ignore torch's options (`enable_timing`, ...)."""
         self._recorded_s = 0.0
 
     def record(self, stream: Any = None) -> None:
-        """Remember the time; everything before this line is complete."""
+        """Record the time."""
         self._recorded_s = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
-        """Return: the event is past."""
+        """Do nothing."""
 
     def synchronize(self) -> None:
-        """Return: the event is past."""
+        """Do nothing."""
 
     def query(self) -> bool:
-        """True: the event is past."""
+        """True."""
         return True
 
     def elapsed_time(self, end_event: "Event") -> float:
@@ -40,29 +39,29 @@ class Event:
 
 
 class Stream:
-    """A queue whose work is done as soon as it is queued."""
+    """A `torch.cuda.Stream`; on a CPU there is never outstanding work."""
 
     def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
-        """A stream of the CPU, whatever `device` says."""
+        """Accept torch's arguments; the device is always the CPU."""
         self.device = torch.device("cpu")
         self.priority = priority
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
-        """The lowest and the highest priority, which are one."""
+        """The lowest and the highest priority: both 0."""
         return (0, 0)
 
     def wait_stream(self, stream: Any) -> None:
-        """Return: the other stream has nothing outstanding."""
+        """Do nothing."""
 
     def wait_event(self, event: Any) -> None:
-        """Return: the event is past."""
+        """Do nothing."""
 
     def synchronize(self) -> None:
-        """Return: nothing is outstanding."""
+        """Do nothing."""
 
     def query(self) -> bool:
-        """True: nothing is outstanding."""
+        """True."""
         return True
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -72,21 +71,21 @@ class Stream:
         return event
 
     def __enter__(self) -> Self:
-        """A stream is its own context, as torch's are."""
+        """A stream is its own context manager, like torch's."""
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Nothing to leave."""
+        """Do nothing."""
 
 
-_THE_STREAM = Stream()
+_CPU_STREAM = Stream()
 
 
 def current_stream(device: Any = None) -> Stream:
-    """The one stream of a CPU; always the same object, so that comparisons hold."""
-    return _THE_STREAM
+    """The CPU's only stream; always the same object, because megatron-core compares streams."""
+    return _CPU_STREAM
 
 
 def stream(selected: Any) -> AbstractContextManager[Any]:
-    """Run the block's work where it stands; `selected` changes nothing."""
+    """Run the block in program order; `selected` has no effect."""
     return nullcontext(selected)

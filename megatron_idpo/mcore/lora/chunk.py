@@ -1,8 +1,8 @@
-"""All adapters of one model chunk, as one submodule of it.
+"""All adapters of one model chunk, as its submodule `lora`.
 
-The chunk's own modules keep their names, parameters and checkpoint keys; its linears' `forward` is
-replaced on the instance, and put back by `remove_adapters`. The adapters lie in `chunk.lora`, so
-that DDP, the optimizer and distributed checkpoints find them like any parameter.
+As a submodule, the adapters reach DDP, the optimizer and distributed checkpoints like any other
+parameter. The chunk's own modules keep their names, parameters and checkpoint keys. The `forward`
+of its linears is replaced on the instance and restored by `remove_adapters`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ FUSED = {
     "linear_fc1": ("gate_proj", "up_proj"),
     "linear_fc2": ("down_proj",),
 }
-"""megatron-core's linears of a layer, and the projections that are fused in each."""
+"""The linears of a megatron-core layer, and the projections fused in each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class AdapterTensor:
     """A or B of one projection, on this rank."""
 
     layer: int
-    """Counted from 0 over the whole model."""
+    """From 0, over the whole model."""
 
     projection: str
     side: str
@@ -49,51 +49,53 @@ class AdapterTensor:
 
     parameter: torch.nn.Parameter
     split_dim: int | None
-    """The dimension that tensor parallelism splits; None where every rank has all of it."""
+    """The dimension sharded over tensor-parallel ranks; None if the tensor is replicated."""
 
     @property
     def name(self) -> str:
-        """The same in every layout."""
+        """Global name, independent of the layout."""
         return f"{ADAPTERS_NAME}.layers.{self.layer}.{self.projection}.{self.side}"
 
 
 class ChunkAdapters(torch.nn.Module):
-    """The adapters of a chunk's layers; `layers[local number][linear]` are `LinearAdapters`."""
+    """The adapters of a chunk's layers; `layers[local index][linear]` are `LinearAdapters`."""
 
-    def __init__(self, chunk: GPTModel, targets: Sequence[str], numbers: LoraHyperparams) -> None:
+    def __init__(
+        self, chunk: GPTModel, targets: Sequence[str], hyperparams: LoraHyperparams
+    ) -> None:
         """Allocate them: A uninitialised, B zero.
 
         Args:
-            chunk: the chunk they will belong to; every layer has every target.
-            targets: projections, of those in `FUSED`.
-            numbers: rank, scale and dropout.
+            chunk: the chunk they will belong to; each of its layers has all targets.
+            targets: projections in `FUSED`.
+            hyperparams: rank, scale and dropout.
         """
         super().__init__()
         self.enabled = True
-        """Whether the linears use them; else the chunk computes what it did without."""
-        self.layer_numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        """Whether the linears use them; if False, the chunk computes the base model."""
+        self.layer_indices = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         self.layers = torch.nn.ModuleList()
         for layer in chunk.decoder.layers:
             adapters = torch.nn.ModuleDict()
             for name, fused in FUSED.items():
-                wanted = [projection for projection in fused if projection in targets]
-                if wanted:
+                adapted = [projection for projection in fused if projection in targets]
+                if adapted:
                     linear = layer_linear(layer, name)
                     assert linear is not None
                     rows = _fused_rows(name, linear)
-                    adapters[name] = LinearAdapters(linear, rows, wanted, numbers)
+                    adapters[name] = LinearAdapters(linear, rows, adapted, hyperparams)
             self.layers.append(adapters)
 
     def linears(self) -> Iterator[tuple[int, str, LinearAdapters]]:
-        """Layer number (from 0, global), megatron-core's name and adapters of each linear."""
-        for number, adapters in zip(self.layer_numbers, self.layers, strict=True):
+        """Global layer index (from 0), megatron-core's name and adapters of each linear."""
+        for layer, adapters in zip(self.layer_indices, self.layers, strict=True):
             assert isinstance(adapters, torch.nn.ModuleDict)
-            for name, one in adapters.items():
-                assert isinstance(one, LinearAdapters)
-                yield number, name, one
+            for name, linear_adapters in adapters.items():
+                assert isinstance(linear_adapters, LinearAdapters)
+                yield layer, name, linear_adapters
 
     def tensors(self) -> Iterator[AdapterTensor]:
-        """Every A and B of this rank's part of the chunk."""
+        """All A and B on this rank."""
         for layer, _, adapters in self.linears():
             split_down, split_up = (None, 0) if adapters.is_column_parallel else (1, None)
             for name in adapters.targets:
@@ -105,29 +107,31 @@ class ChunkAdapters(torch.nn.Module):
     ) -> dict[str, Any]:
         """megatron-core's description of the adapters for a distributed checkpoint.
 
-        The dictionary's keys are this chunk's, those of the tensors global: any layout reads what
-        another wrote. Each tensor is the parameter itself.
+        The dictionary's keys are local to this chunk, the tensors' keys are global, so that any
+        layout can read what another wrote. Each tensor is the parameter itself.
         """
         from megatron.core.dist_checkpointing import ShardedTensor
 
         rank = rank_coordinates()
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         state = {}
-        for one in self.tensors():
-            dim = one.split_dim
+        for tensor in self.tensors():
+            dim = tensor.split_dim
             offsets = [] if dim is None else [(dim, rank.tp_rank, rank.tp_size)]
-            copy = (0, rank.tp_rank if dim is None else 0, rank.dp_rank)
-            state[f"{prefix}{names[id(one.parameter)]}"] = ShardedTensor.from_rank_offsets(
-                one.name, one.parameter, *offsets, replica_id=copy
+            # megatron-core saves the copy with an all-zero replica id. Tensor-parallel ranks hold
+            # copies of a replicated tensor, but different shards of a split one.
+            replica_id = (0, rank.tp_rank if dim is None else 0, rank.dp_rank)
+            state[f"{prefix}{names[id(tensor.parameter)]}"] = ShardedTensor.from_rank_offsets(
+                tensor.name, tensor.parameter, *offsets, replica_id=replica_id
             )
         return state
 
 
 def layer_linear(layer: torch.nn.Module, name: str) -> ParallelLinear | None:
-    """One of the linears in `FUSED`; None if the layer has none of megatron-core's under the name.
+    """One of the linears in `FUSED`; None if it is not a plain megatron-core linear.
 
-    So it is with Transformer Engine's, some of which hide the norm's output that A multiplies, and
-    with experts.
+    That is so for Transformer Engine's, some of which do not expose the norm's output, A's input;
+    and for experts.
     """
     parent = getattr(layer, "self_attention" if name in ("linear_qkv", "linear_proj") else "mlp")
     linear = getattr(parent, name, None)
@@ -137,36 +141,36 @@ def layer_linear(layer: torch.nn.Module, name: str) -> ParallelLinear | None:
 
 
 def has_adapters(chunk: GPTModel) -> bool:
-    """Whether adapters were added and not removed again."""
+    """Whether the chunk has adapters."""
     return hasattr(chunk, ADAPTERS_NAME)
 
 
 def missing_linears(chunk: GPTModel, targets: Sequence[str]) -> list[Problem]:
-    """Why some targets cannot get an adapter in this chunk."""
-    found = []
-    wanted = [name for name, fused in FUSED.items() if any(one in targets for one in fused)]
-    for name in wanted:
+    """Targets that cannot have an adapter in this chunk, and why."""
+    problems = []
+    for name, fused in FUSED.items():
+        adapted = ", ".join(projection for projection in fused if projection in targets)
         lacking = [layer for layer in chunk.decoder.layers if layer_linear(layer, name) is None]
-        if not lacking:
+        if not adapted or not lacking:
             continue
-        named = ", ".join(one for one in FUSED[name] if one in targets)
         if chunk.config.num_moe_experts and name in ("linear_fc1", "linear_fc2"):
             message, remedy = "are experts in this model", "adapt the attention only"
         else:
-            message = f"have no {name} of megatron-core's own in layer {lacking[0].layer_number}"
+            layer_number = lacking[0].layer_number
+            message = f"need megatron-core's own {name}, which layer {layer_number} does not have"
             remedy = "build the model with ModelOptions(transformer_engine=False)"
-        found.append(Problem("lora.targets", f"{named} {message}", remedy))
-    return found
+        problems.append(Problem("lora.targets", f"{adapted} {message}", remedy))
+    return problems
 
 
 def insert_adapters(
-    chunk: GPTModel, targets: Sequence[str], numbers: LoraHyperparams
+    chunk: GPTModel, targets: Sequence[str], hyperparams: LoraHyperparams
 ) -> ChunkAdapters:
-    """Make the adapters a submodule of the chunk and let its linears use them."""
+    """Add adapters to the chunk as a submodule and make its linears use them."""
     assert not has_adapters(chunk)
-    adapters = ChunkAdapters(chunk, targets, numbers)
-    for _, _, one in adapters.linears():
-        _enter(one, adapters)
+    adapters = ChunkAdapters(chunk, targets, hyperparams)
+    for _, _, linear_adapters in adapters.linears():
+        _patch_linear(linear_adapters, adapters)
     adapters.train(chunk.training)
     setattr(chunk, ADAPTERS_NAME, adapters)
     return adapters
@@ -174,49 +178,50 @@ def insert_adapters(
 
 def remove_adapters(chunk: GPTModel) -> None:
     """Undo `insert_adapters`."""
-    for _, _, one in getattr(chunk, ADAPTERS_NAME).linears():
-        del one.linear.forward
+    for _, _, linear_adapters in getattr(chunk, ADAPTERS_NAME).linears():
+        del linear_adapters.linear.forward
     delattr(chunk, ADAPTERS_NAME)
 
 
 def freeze(chunk: GPTModel) -> RestoreFn:
-    """No parameter of the chunk learns any more; to be called before adapters are inserted."""
-    learning = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
-    for parameter in learning:
+    """Set `requires_grad=False` on all parameters of the chunk; call before inserting adapters."""
+    trainable = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
 
-    def undo() -> None:
-        for parameter in learning:
+    def restore() -> None:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
-    return undo
+    return restore
 
 
-def _enter(adapters: LinearAdapters, switch: ChunkAdapters) -> None:
-    """Let a linear's output pass through its adapters.
-
-    They are called as a module: DDP's pre-hooks wait there for their parameters where those are
-    gathered behind the forward pass (`overlap_param_gather`).
-    """
+def _patch_linear(adapters: LinearAdapters, chunk_adapters: ChunkAdapters) -> None:
+    """Make a linear's `forward` add its adapters' contribution."""
     linear = adapters.linear
-    ordinary = linear.forward
+    base_forward = linear.forward
 
-    def adapted(input_t1I: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        output_t1O, bias_O = ordinary(input_t1I, *args, **kwargs)
-        if switch.enabled:
+    def adapted_forward(
+        input_t1I: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        output_t1O, bias_O = base_forward(input_t1I, *args, **kwargs)
+        if chunk_adapters.enabled:
+            # Through the module's __call__: with `overlap_param_gather`, DDP's pre-hooks wait there
+            # for the all-gather of the adapters' parameters.
             output_t1O = adapters(input_t1I, output_t1O)
         return output_t1O, bias_O
 
-    linear.forward = adapted
+    linear.forward = adapted_forward
 
 
 def _fused_rows(name: str, linear: ParallelLinear) -> FusedRows:
-    """How the rows of a linear's output fall to its projections, on this rank."""
+    """The layout of a linear's rows on this rank."""
     config, num_rows = linear.config, linear.weight.shape[0]
     if name != "linear_qkv":
         fused = FUSED[name]
         return FusedRows(1, dict.fromkeys(fused, num_rows // len(fused)))
+    # Per query group: the query heads that share a key-value head, then its key and its value.
     groups = config.num_query_groups // linear.tp_group.size()
-    head = config.kv_channels
-    queries = num_rows // groups - 2 * head
-    return FusedRows(groups, dict(zip(FUSED[name], (queries, head, head), strict=True)))
+    head_dim = config.kv_channels
+    query_rows = num_rows // groups - 2 * head_dim
+    return FusedRows(groups, dict(zip(FUSED[name], (query_rows, head_dim, head_dim), strict=True)))

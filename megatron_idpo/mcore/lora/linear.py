@@ -1,19 +1,19 @@
-"""Low-rank adapters beside one of megatron-core's fused, tensor-parallel linears.
+"""Low-rank adapters for one of megatron-core's fused, tensor-parallel linears.
 
-megatron-core fuses q, k and v into `linear_qkv` and gate and up into `linear_fc1`. Each projection
-has an adapter of its own all the same, as PEFT has it: `A [r, I]`, `B [O_p, r]`, a dropout mask.
-They are computed together: one product with all A's (without dropout), then the products with the
-B's added in place to the fused linear's output.
+megatron-core fuses q, k and v into `linear_qkv`, and gate and up into `linear_fc1`. Each projection
+still has a separate adapter, as in PEFT: `A [r, I]`, `B [O_p, r]` and a dropout mask. They are
+computed together: one product with all A's (without dropout), then the products with the B's, added
+in place to the fused linear's output.
 
-What travels between tensor-parallel ranks is the low-rank activation, R wide instead of I or O:
+Tensor-parallel ranks exchange the low-rank activation, of width R instead of I or O:
 
-    column-parallel (qkv, fc1): A whole on every rank, B cut like the linear's rows. Without
-        sequence parallelism the low-rank gradient is summed over the ranks in the backward pass, so
-        A's gradient is whole. With it the low-rank activation is gathered, and A's gradient is the
-        part of this rank's positions, which `finalize_model_grads` sums (`sequence_parallel`).
-    row-parallel (proj, fc2): A cut like the linear's columns, B whole. The low-rank activation is
-        summed over the ranks; with sequence parallelism each keeps its positions of the sum, and
-        B's gradient is a part.
+    column-parallel (qkv, fc1): A is replicated, B is sharded like the linear's rows. Without
+        sequence parallelism the low-rank gradient is all-reduced in the backward pass, so A's
+        gradient is complete. With it the low-rank activation is all-gathered, and A's gradient
+        covers this rank's positions only; `finalize_model_grads` sums it (`sequence_parallel`).
+    row-parallel (proj, fc2): A is sharded like the linear's columns, B is replicated. The low-rank
+        activation is all-reduced; with sequence parallelism it is reduce-scattered along the
+        positions, and B's gradient covers this rank's positions only.
 
     T  row positions (t: this rank's under sequence parallelism)   I  input features of this rank
     O  output features of this rank   r  rank   R  r for each projection with an adapter
@@ -40,40 +40,43 @@ from torch import Tensor
 from megatron_idpo.mcore.lora.products import WHOLE, Part, add_low_rank, dropout_linear
 
 type ParallelLinear = Any
-"""A `ColumnParallelLinear` or a `RowParallelLinear`; megatron-core has no types for us."""
+"""A `ColumnParallelLinear` or a `RowParallelLinear`; megatron-core is not typed."""
 
-_MOST_PARTS = 12
-"""In how many products the B's of one linear are added at most."""
+_MAX_PARTS = 12
+"""Maximum number of products per linear to add the B's; beyond it, one product with zeros."""
 
 
 @dataclass(frozen=True, slots=True)
 class FusedRows:
-    """Which rows of a fused linear's output are whose, on one tensor-parallel rank.
+    """Which rows of a fused linear's weight belong to which projection, on one TP rank.
 
-    The rows are so many equal groups (query groups of q, k and v; one of gate and up), each with
-    some rows of every projection in turn.
+    The weight consists of equal groups of rows (one per query group for q, k and v; a single one
+    for gate and up). Each group contains rows of every projection, in order.
     """
 
     groups: int
     group_rows: Mapping[str, int]
-    """Rows of each projection in one group, in their order."""
+    """Rows of each projection in one group, in order."""
 
     def slices(self, projection: str) -> list[slice]:
-        """The projection's rows in each group, in the order of its own rows."""
+        """The projection's rows in each group, in ascending order."""
         names = list(self.group_rows)
         ends = [0, *accumulate(self.group_rows.values())]
         start, stop = ends[names.index(projection)], ends[names.index(projection) + 1]
-        step = ends[-1]
-        return [slice(n * step + start, n * step + stop) for n in range(self.groups)]
+        group_size = ends[-1]
+        return [
+            slice(group * group_size + start, group * group_size + stop)
+            for group in range(self.groups)
+        ]
 
     def rows(self, projection: str) -> int:
-        """How many rows the projection has here."""
+        """Number of rows of the projection on this rank."""
         return self.groups * self.group_rows[projection]
 
 
 @dataclass(frozen=True, slots=True)
 class LoraHyperparams:
-    """The numbers that all adapters share."""
+    """Hyperparameters that all adapters share."""
 
     rank: int
     scaling: float
@@ -83,8 +86,8 @@ class LoraHyperparams:
 class LinearAdapters(torch.nn.Module):
     """The adapters of one linear: parameters `q_proj_A`, `q_proj_B` and so on.
 
-    They are in the linear's own number format. Where that has 16 bits the optimizer keeps fp32 main
-    copies, as of any parameter; PEFT would keep the adapters themselves in fp32.
+    They have the linear's dtype. If it has 16 bits, the optimizer keeps fp32 main copies, as of any
+    parameter; PEFT keeps the adapters themselves in fp32.
     """
 
     def __init__(
@@ -92,25 +95,25 @@ class LinearAdapters(torch.nn.Module):
         linear: ParallelLinear,
         rows: FusedRows,
         targets: Sequence[str],
-        numbers: LoraHyperparams,
+        hyperparams: LoraHyperparams,
     ) -> None:
         """Allocate A (uninitialised) and B (zeros) for each target.
 
         Args:
-            linear: stays whoever's it is; it is not made a submodule.
-            rows: how its output is made up.
+            linear: the adapted linear; it does not become a submodule.
+            rows: the layout of its weight.
             targets: the projections that get an adapter, in the order of `rows`.
-            numbers: rank, scale and dropout.
+            hyperparams: rank, scale and dropout.
         """
         super().__init__()
         self.targets = tuple(targets)
         self.rows = rows
-        self.numbers = numbers
+        self.hyperparams = hyperparams
         self.is_column_parallel = isinstance(linear, ColumnParallelLinear)
         self._tensor_group: torch.distributed.ProcessGroup = linear.tp_group
         self._is_parallel = linear.tp_group.size() > 1
         self._is_sequence_parallel = self._is_parallel and bool(linear.sequence_parallel)
-        # Parameters of the frozen model; a list keeps them out of this module's own.
+        # In a list, so that the frozen weights are not parameters of this module.
         self._linear = [linear]
         for name in self.targets:
             self._allocate(linear.weight, name)
@@ -122,91 +125,104 @@ class LinearAdapters(torch.nn.Module):
         return self._linear[0]
 
     def down(self, projection: str) -> torch.nn.Parameter:
-        """A of a projection, `[r, I]`; whole on every rank if column-parallel."""
+        """A of a projection, `[r, I]`; replicated if column-parallel, else sharded."""
         parameter = getattr(self, f"{projection}_A")
         assert isinstance(parameter, torch.nn.Parameter)
         return parameter
 
     def up(self, projection: str) -> torch.nn.Parameter:
-        """B of a projection, `[O_p, r]`, rows as Hugging Face has them; whole if row-parallel."""
+        """B of a projection, `[O_p, r]`, rows as in Hugging Face; replicated if row-parallel."""
         parameter = getattr(self, f"{projection}_B")
         assert isinstance(parameter, torch.nn.Parameter)
         return parameter
 
     def forward(self, input_t1I: Tensor, output_t1O: Tensor) -> Tensor:
-        """Add what the adapters make of the linear's input to its output, in place.
+        """Add the adapters' contribution to the linear's output, in place.
 
-        Collective over the tensor-parallel group, forward or backward, see the module.
+        Collective over the tensor-parallel group, forward or backward; see the module docstring.
 
         Args:
             input_t1I: the linear's input, this rank's shard of it.
-            output_t1O: the linear's output, which nobody else has seen yet.
+            output_t1O: the linear's output, not used by anything else yet.
         """
         low_rank_tR = self._exchange(self._low_rank(input_t1I.flatten(0, 1)))
         if self._parts == WHOLE:
             ups = [self.fused_up()]
         else:
             ups = [self.up(name) for name in self.targets]
-        return add_low_rank(output_t1O, low_rank_tR, ups, self.numbers.scaling, self._parts)
+        return add_low_rank(output_t1O, low_rank_tR, ups, self.hyperparams.scaling, self._parts)
 
     def fused_up(self) -> Tensor:
-        """All B's as the fused output has their rows, `[O, R]`: a block for each, else zero."""
+        """All B's with rows in the fused order, `[O, R]`: block-diagonal within each group."""
         if len(self.rows.group_rows) == 1:
             return self.up(self.targets[0])
-        rank, width = self.numbers.rank, self.numbers.rank * len(self.targets)
+        rank, width = self.hyperparams.rank, self.hyperparams.rank * len(self.targets)
         blocks = []
         for name, rows in self.rows.group_rows.items():
             if name in self.targets:
-                before = self.targets.index(name) * rank
+                # This projection's r columns of R; zeros left and right of them.
+                first = self.targets.index(name) * rank
                 by_group = self.up(name).unflatten(0, (self.rows.groups, rows))
-                block = torch.nn.functional.pad(by_group, (before, width - before - rank))
+                block = torch.nn.functional.pad(by_group, (first, width - first - rank))
             else:
                 block = self.up(self.targets[0]).new_zeros(self.rows.groups, rows, width)
             blocks.append(block)
+        # [groups, rows of q, k and v, R]: the projections follow one another within each group.
         return torch.cat(blocks, dim=1).flatten(0, 1)
 
     def fused_down(self) -> Tensor:
-        """All A's below each other, `[R, I]`."""
+        """All A's concatenated, `[R, I]`."""
         downs: list[Tensor] = [self.down(name) for name in self.targets]
         return torch.cat(downs) if len(downs) > 1 else downs[0]
 
     def merged_weight(self) -> Tensor:
-        """This rank's shard of the linear's weight with the adapters in it, computed in fp32."""
+        """This rank's shard of the linear's weight with the adapters merged, computed in fp32."""
         weight_OI = self.linear.weight.detach()
         up_OR, down_RI = self.fused_up().detach().float(), self.fused_down().detach().float()
-        merged_OI = torch.addmm(weight_OI.float(), up_OR, down_RI, alpha=self.numbers.scaling)
+        merged_OI = torch.addmm(weight_OI.float(), up_OR, down_RI, alpha=self.hyperparams.scaling)
         return merged_OI.to(weight_OI.dtype)
 
     def _allocate(self, weight_OI: Tensor, name: str) -> None:
-        rank, rows = self.numbers.rank, self.rows.rows(name)
+        rank, rows = self.hyperparams.rank, self.rows.rows(name)
         down = torch.nn.Parameter(weight_OI.new_empty(rank, weight_OI.shape[1]))
         up = torch.nn.Parameter(weight_OI.new_zeros(rows, rank))
-        # Also without tensor parallelism, where linears mark their weights, too.
-        cut, whole = (up, down) if self.is_column_parallel else (down, up)
+        # Also without tensor parallelism, like megatron-core's linears. With it, the gradient norm
+        # counts sharded parameters on every rank and replicated ones once, and `sequence_parallel`
+        # makes `finalize_model_grads` sum a replicated parameter's partial gradients.
+        sharded, replicated = (up, down) if self.is_column_parallel else (down, up)
         dim = 0 if self.is_column_parallel else 1
-        set_tensor_model_parallel_attributes(cut, is_parallel=True, dim=dim, stride=1)
-        setattr(whole, "sequence_parallel", self._is_sequence_parallel)  # noqa: B010 - not a Tensor field
+        set_tensor_model_parallel_attributes(sharded, is_parallel=True, dim=dim, stride=1)
+        setattr(replicated, "sequence_parallel", self._is_sequence_parallel)  # noqa: B010 - not a Tensor field
         self.register_parameter(f"{name}_A", down)
         self.register_parameter(f"{name}_B", up)
 
     def _low_rank(self, input_tI: Tensor) -> Tensor:
-        """All A's products with the input, `[t, R]`; dropout masks are each target's own."""
-        if not (self.training and self.numbers.dropout):
+        """All A's products with the input, `[t, R]`; each target has a separate dropout mask."""
+        if not (self.training and self.hyperparams.dropout):
             return torch.nn.functional.linear(input_tI, self.fused_down())
         with self._mask_generator():
-            dropout = self.numbers.dropout
+            dropout = self.hyperparams.dropout
             parts = [dropout_linear(input_tI, self.down(name), dropout) for name in self.targets]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _mask_generator(self) -> Any:
-        """The random numbers that masks come from: ranks with the same input draw the same mask."""
+        """A context with the generator for dropout masks.
+
+        Ranks with the same input must draw the same mask: torch's default generator, which
+        tensor-parallel ranks share. Ranks with different shards of the input must draw different
+        masks: megatron-core's tracker.
+        """
         is_same_input = self.is_column_parallel and not self._is_sequence_parallel
         if is_same_input or not self._is_parallel:
             return contextlib.nullcontext()
         return get_cuda_rng_tracker().fork()
 
     def _exchange(self, low_rank_tR: Tensor) -> Tensor:
-        """What travels between ranks, see the module: `[t, R]` to `[T, R]` or back, or summed."""
+        """The exchange between tensor-parallel ranks; see the module docstring.
+
+        Collective. Column-parallel: `[t, R]` to `[T, R]`, or unchanged with an all-reduce backward.
+        Row-parallel: the sum over ranks, `[T, R]` or this rank's `[t, R]` of it.
+        """
         group = self._tensor_group
         if not self._is_parallel:
             return low_rank_tR
@@ -222,15 +238,15 @@ class LinearAdapters(torch.nn.Module):
         return exchanged
 
     def _product_parts(self) -> tuple[Part, ...]:
-        """The products that add up to the output: one for each run of a projection's rows.
+        """The products to add to the output: one per target and group of rows.
 
-        Where these are many and small, one product with `fused_up`, zeros and all, is faster.
+        If there are many small ones, a single product with `fused_up` is faster despite its zeros.
         """
         if len(self.rows.group_rows) == 1:
             return WHOLE
         parts = []
-        for number, name in enumerate(self.targets):
+        for index, name in enumerate(self.targets):
             height = self.rows.group_rows[name]
             for group, features in enumerate(self.rows.slices(name)):
-                parts.append((features, number, slice(group * height, (group + 1) * height)))
-        return tuple(parts) if len(parts) <= _MOST_PARTS else WHOLE
+                parts.append((features, index, slice(group * height, (group + 1) * height)))
+        return tuple(parts) if len(parts) <= _MAX_PARTS else WHOLE

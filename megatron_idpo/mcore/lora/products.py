@@ -1,4 +1,4 @@
-"""The two products of a low-rank adapter, with no more kept for the backward pass than it needs.
+"""The two matrix products of a low-rank adapter, with minimal memory kept for the backward pass.
 
 T  positions   I  input features   O  output features   R  low-rank features
 """
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 Part = tuple[slice, int, slice]
-"""Some output features, the number of the matrix that feeds them, and which of its rows."""
+"""Output features, the index of the B matrix that contributes to them, and its rows."""
 
 WHOLE: tuple[Part, ...] = ((slice(None), 0, slice(None)),)
-"""One matrix that feeds all of them."""
+"""One matrix that contributes to all output features."""
 
 
 def add_low_rank(
@@ -26,33 +26,34 @@ def add_low_rank(
     """`output[:, features] += scaling * low_rank[:, columns] @ up[rows].T` for each part, in place.
 
     Args:
-        output_T1O: contiguous, of any leading shape with T elements; fresh from a function that
-            does not keep it for its own backward pass.
-        low_rank_TR: kept for the backward pass; the columns of each matrix side by side.
-        ups: matrices `[O_p, r]`, likewise kept.
+        output_T1O: contiguous, with any leading shape of T elements; the output of a function that
+            does not save it for its own backward pass.
+        low_rank_TR: the columns for each matrix, concatenated; saved for the backward pass.
+        ups: B matrices `[O_p, r]`; saved too.
         scaling: a factor.
-        parts: no two share output features; together they take every row of every matrix.
+        parts: must not share output features, and must cover every row of every matrix.
 
     Returns:
-        `output_T1O`, with the low-rank input and the matrices behind it in the graph.
+        `output_T1O`, connected in the graph to the low-rank input and the matrices.
     """
     return cast(Tensor, _AddLowRank.apply(output_T1O, low_rank_TR, scaling, parts, *ups))
 
 
 def dropout_linear(input_TI: Tensor, down_RI: Tensor, dropout: float) -> Tensor:
-    """`linear(dropout(input), down)`, keeping the input and a mask of one byte per element.
+    """`linear(dropout(input), down)`; saves the input and a mask of one byte per element.
 
-    The input is kept once for all adapters on it; torch's dropout would keep its result, one for
-    each. Draws from the current default generator.
+    All adapters of a linear save the same input; torch's dropout would save its output for each.
+    Draws from the current default generator.
     """
     return cast(Tensor, _DroppedLinear.apply(input_TI, down_RI, dropout))
 
 
 class _AddLowRank(torch.autograd.Function):
-    """In place, but not declared so (`mark_dirty`).
+    """In place, but without `mark_dirty`.
 
-    The output may come from a function that returns its input (megatron-core's all-reduce), which
-    autograd takes for a view, and refuses to modify although nothing needs its old value.
+    The output may come from a function that returns its input (megatron-core's all-reduce).
+    Autograd treats that as a view and would reject the modification, although nothing needs the old
+    value.
     """
 
     @staticmethod
@@ -66,9 +67,9 @@ class _AddLowRank(torch.autograd.Function):
     ) -> Tensor:
         flat_TO = output_T1O.view(-1, output_T1O.shape[-1])
         low_ranks = low_rank_TR.split([up.shape[1] for up in ups], dim=1)
-        for features, number, rows in parts:
-            up_t = ups[number][rows].t()
-            flat_TO[:, features].addmm_(low_ranks[number], up_t, alpha=scaling)
+        for features, index, rows in parts:
+            up_t = ups[index][rows].t()
+            flat_TO[:, features].addmm_(low_ranks[index], up_t, alpha=scaling)
         ctx.save_for_backward(low_rank_TR, *ups)
         ctx.scaling, ctx.parts = scaling, parts
         return output_T1O
@@ -80,13 +81,16 @@ class _AddLowRank(torch.autograd.Function):
         low_ranks = low_rank_TR.split([up.shape[1] for up in ups], dim=1)
         grad_lows: list[Tensor | None] = [None] * len(ups)
         grad_up_ts = [up.new_empty(up.shape[::-1]) for up in ups]
-        for features, number, rows in ctx.parts:
-            grad, up, grad_low = grad_TO[:, features], ups[number][rows], grad_lows[number]
-            grad_lows[number] = grad @ up if grad_low is None else grad_low.addmm_(grad, up)
-            # This way round, since BLAS is faster at wide products than at tall ones.
-            grad_up_ts[number][:, rows] = low_ranks[number].t() @ grad
+        for features, index, rows in ctx.parts:
+            grad, up, grad_low = grad_TO[:, features], ups[index][rows], grad_lows[index]
+            # Several parts may use the same columns of the low-rank input: their gradients add up.
+            # Each row of B is in one part only, so its gradient is assigned.
+            grad_lows[index] = grad @ up if grad_low is None else grad_low.addmm_(grad, up)
+            # Transposed, because BLAS is faster for wide products than for tall ones.
+            grad_up_ts[index][:, rows] = low_ranks[index].t() @ grad
         present = [grad_low for grad_low in grad_lows if grad_low is not None]
         grad_low_TR = torch.cat(present, dim=1) if len(present) > 1 else present[0]
+        # Scale the small gradients, not the [T, O] one. Into the output it is passed unchanged.
         if ctx.scaling != 1.0:
             for grad in (grad_low_TR, *grad_up_ts):
                 grad.mul_(ctx.scaling)
@@ -104,7 +108,8 @@ class _DroppedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TR: Tensor) -> tuple[Tensor | None, ...]:
         input_TI, mask_TI, down_RI = ctx.saved_tensors
-        # The gradient of dropout is dropout with the same mask.
+        # The gradient of dropout is dropout with the same mask and scale. Applied to the input, it
+        # also recomputes the dropped input, which is not saved.
         grad_input_TI = None
         if ctx.needs_input_grad[0]:
             grad_input_TI = torch.ops.aten.native_dropout_backward(
