@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_idpo.plugin.logprobs import vocab_parallel_logprobs
-from megatron_idpo.plugin.tiles import TileSizes, native_bf16
+from megatron_idpo.plugin.tiles import TileSizes, onednn_bf16_matmul
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MB = 1e6
@@ -174,7 +174,7 @@ def products(inputs: tuple[Tensor, Tensor, Tensor], *, frozen: bool, unrounded: 
             logits_NV.t() @ hidden_NH
         logits_NV @ weight_VH
         return
-    with native_bf16(hidden_NH):
+    with onednn_bf16_matmul(hidden_NH):
         widened = (hidden_NH.float(), weight_VH.float(), inputs[2])
         products(widened, frozen=frozen, unrounded=False)
 

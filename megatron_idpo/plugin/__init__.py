@@ -1,1 +1,1 @@
-"""Intermediate DPO inside stock Megatron-Core schedules; usable in any Megatron training script."""
+"""Intermediate DPO on stock Megatron-Core schedules, for any Megatron training script."""

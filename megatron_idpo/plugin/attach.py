@@ -14,9 +14,14 @@
     outputs = dpo.take_outputs(M)                 # this stage's layers
     dpo.detach()
 
-With B pairs in the global batch, M micro-batches and D data-parallel ranks, the final layer's loss
-of a micro-batch is `(1 - w) * sum(L) * M * D / B`, of which the schedule takes a M-th and DDP a
-D-th; a tapped layer's is `w * share * sum(L) * D / B * grad_scale`, where no schedule divides.
+Loss scaling. With B pairs in the global batch, M micro-batches per rank and D data-parallel ranks,
+every pair must weigh 1/B in the gradient, independent of its row. megatron-core averages: the
+schedule divides the final layer's loss by M, DDP divides gradients by D. So the final layer's loss
+of a micro-batch is `(1 - w) * sum(L) * M * D / B`. A tapped layer's loss does not pass through the
+schedule, so it has no M, but has to apply the loss scale itself: `w * share * sum(L) * D / B *
+grad_scale`.
+
+    T  row positions (t: this rank's shard under sequence parallelism)   H  hidden size   P  pairs
 """
 
 from collections.abc import Sequence
@@ -29,28 +34,27 @@ from torch import Tensor
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.model.build import GPTModel, finalize_model_grads
 from megatron_idpo.mcore.model.chunk import (
-    Undo,
-    chunk_layers,
+    RestoreFn,
+    chunk_layer_numbers,
     enable_embedding_output_grad,
-    enter_output_layer,
+    override_output_layer,
     tap_layers,
 )
-from megatron_idpo.mcore.parallel.groups import data_parallel_size, this_rank
+from megatron_idpo.mcore.parallel.groups import data_parallel_size, rank_coordinates
 from megatron_idpo.objective.dpo import Objective, layer_loss
 from megatron_idpo.objective.layers import LayerSpec, resolve_layers
 from megatron_idpo.plugin.compatibility import (
-    agreed_problems,
-    refused_chunks,
-    refused_recompute,
-    refused_settings,
-    refused_vocabulary,
-    second_attach,
+    check_all_ranks,
+    check_chunks,
+    check_not_attached,
+    check_recompute,
+    check_settings,
+    check_vocabulary,
 )
 from megatron_idpo.plugin.head import Head
 from megatron_idpo.plugin.injection import inject_loss
-from megatron_idpo.plugin.layer_output import LayerOutput
 from megatron_idpo.plugin.micro_batch import MicroBatch
-from megatron_idpo.plugin.output_buffer import OutputBuffer
+from megatron_idpo.plugin.outputs import LayerOutput, OutputBuffer
 from megatron_idpo.plugin.shared_head import SharedHead
 
 
@@ -66,42 +70,42 @@ def attach(
 
     Args:
         chunks: `GPTModel`s with their weights loaded, not yet wrapped in DDP.
-        layers: the tapped layers, as `resolve_layers` takes them: numbers from 1, depth fractions,
-            `{"every": n}`, `"all"`; empty is plain DPO.
-        objective: the loss of a layer and how layers are weighed.
-        vocab_size: tokens of the vocabulary, without the rows that pad it.
+        layers: the tapped layers, as `resolve_layers` takes them: layer numbers from 1, depth
+            fractions, `{"every": n}`, `"all"`; empty is plain DPO.
+        objective: the loss of a layer and the weights of the layers.
+        vocab_size: tokens of the vocabulary, without padding rows.
         use_norm: read tapped layers through the final norm.
 
     Raises:
-        ConfigError: on every rank. Chunks that are wrapped or do not understand rows; layers that
-            do not exist or are the final one; and, all at once, a second attach and settings of
+        ConfigError: on every rank. Chunks that are wrapped or do not support rows; layers that do
+            not exist or are the final one; and, all at once, a second attach and settings of
             megatron-core under which the gradient would be silently wrong.
     """
-    if refused := refused_chunks(chunks):
-        raise ConfigError.of(refused)
+    if problems := check_chunks(chunks):
+        raise ConfigError.of(problems)
     config = chunks[0].config
-    by_chunk = [chunk_layers(chunk) for chunk in chunks]
+    layers_by_chunk = [chunk_layer_numbers(chunk) for chunk in chunks]
     taps = resolve_layers(layers, config.num_layers)
     problems = [
-        *second_attach(chunks),
-        *refused_settings(config),
-        *refused_recompute(config, taps, by_chunk),
-        *refused_vocabulary(chunks, vocab_size),
+        *check_not_attached(chunks),
+        *check_settings(config),
+        *check_recompute(config, taps, layers_by_chunk),
+        *check_vocabulary(chunks, vocab_size),
     ]
     arguments = (taps, objective, vocab_size, use_norm)
-    if problems := agreed_problems(problems, chunks, taps, arguments):
+    if problems := check_all_ranks(problems, chunks, taps, arguments):
         raise ConfigError.of(problems)
-    return AttachedDpo(chunks, taps, by_chunk, objective, vocab_size, use_norm)
+    return AttachedDpo(chunks, taps, layers_by_chunk, objective, vocab_size, use_norm)
 
 
 class AttachedDpo:
-    """Intermediate DPO on this rank's chunks, until `detach`. Made by `attach`."""
+    """Intermediate DPO on this rank's chunks, until `detach`. Created by `attach`."""
 
     def __init__(
         self,
         chunks: Sequence[GPTModel],
         taps: Sequence[int],
-        by_chunk: Sequence[Sequence[int]],
+        layers_by_chunk: Sequence[Sequence[int]],
         objective: Objective,
         vocab_size: int,
         use_norm: bool,
@@ -110,9 +114,9 @@ class AttachedDpo:
         self.layers = list(taps)
         """The tapped layers of the whole model, counted from 1."""
         self.num_layers: int = chunks[0].config.num_layers
-        """The final layer's number."""
+        """The final layer."""
         self.reads_final_reference = bool(taps) and objective.reference_layer == "final"
-        """Whether every tapped stage needs what the reference says at the final layer."""
+        """Whether every tapped stage needs the reference's log-probabilities of the final layer."""
         self._objective = objective
         final_scale, scales = objective.layer_scales(len(taps))
         self._scales = {**dict(zip(taps, scales, strict=True)), self.num_layers: final_scale}
@@ -120,41 +124,40 @@ class AttachedDpo:
         self._data_size = data_parallel_size()
         self._chunks = list(chunks)
         self._vocab_size = vocab_size
-        tapped = [[layer for layer in taps if layer in owned] for owned in by_chunk]
-        local = [layer for layers in tapped for layer in layers]
+        taps_by_chunk = [[layer for layer in taps if layer in owned] for owned in layers_by_chunk]
+        local_layers = [layer for of_chunk in taps_by_chunk for layer in of_chunk]
         is_last = any(chunk.post_process for chunk in chunks)
-        self._ledger = OutputBuffer(
-            [*local, *([self.num_layers] if is_last else [])],
+        self._outputs = OutputBuffer(
+            [*local_layers, *([self.num_layers] if is_last else [])],
             self.num_layers,
-            counts_pairs=is_last and this_rank().tensor == 0,
+            counts_pairs=is_last and rank_coordinates().tp_rank == 0,
         )
         self._is_checked = False
-        self._sum_is_due = False
+        self._gradient_sum_pending = False
         self._shared_head = SharedHead(
-            chunks, [bool(layers) for layers in tapped], use_norm=use_norm
+            chunks, [bool(of_chunk) for of_chunk in taps_by_chunk], use_norm=use_norm
         )
-        self._undo: list[Undo] = []
-        for number, chunk in enumerate(chunks):
-            head = self._shared_head.head(number, vocab_size=vocab_size)
-            self._undo += self._hook(chunk, head, tapped[number])
+        self._undo: list[RestoreFn] = []
+        for index, chunk in enumerate(chunks):
+            head = self._shared_head.head(index, vocab_size=vocab_size)
+            self._add_hooks(chunk, head, taps_by_chunk[index])
 
-    def _hook(self, chunk: GPTModel, head: Head | None, layers: Sequence[int]) -> list[Undo]:
-        undo = []
+    def _add_hooks(self, chunk: GPTModel, head: Head | None, taps: Sequence[int]) -> None:
         if chunk.pre_process:
-            undo.append(enable_embedding_output_grad(chunk))
-        if layers:
+            self._undo.append(enable_embedding_output_grad(chunk))
+        if taps:
             assert head is not None
-            undo.append(tap_layers(chunk, layers, partial(self._on_taps, head)))
+            self._undo.append(tap_layers(chunk, taps, partial(self._on_taps, head)))
         if chunk.post_process:
             assert head is not None
+            # The decoder of the last chunk ends with the final norm.
             read_final = partial(head.sequence_logps, normed=True)
-            undo.append(enter_output_layer(chunk, read_final))
-        return undo
+            self._undo.append(override_output_layer(chunk, read_final))
 
-    # ---- what a training script calls -----------------------------------------------------------
+    # ---- called by the training script ----------------------------------------------------------
 
     def forward(self, model: Any, tokens_1T: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """One micro-batch through one model chunk.
+        """Run one micro-batch through one model chunk.
 
         Args:
             model: a chunk, wrapped or not.
@@ -162,13 +165,14 @@ class AttachedDpo:
             micro_batch: the row's structure, targets and reference log-probabilities.
 
         Returns:
-            What the chunk passes on; on the last stage the sequence log-probabilities `[2P]`.
+            The chunk's output; on the last stage the sequence log-probabilities `[2P]`.
 
         Raises:
-            ConfigError: not a chunk that this object is attached to, or no `MicroBatch`.
+            ConfigError: the chunk is not attached, or `micro_batch` is not a `MicroBatch`.
             DataError: tokens of another row, or targets beyond the vocabulary.
         """
-        self._check_call(model, tokens_1T, micro_batch)
+        self._check_attached(model)
+        _check_micro_batch(micro_batch).check_tokens(tokens_1T, self._vocab_size)
         output: Tensor = model(
             tokens_1T,
             micro_batch.position_ids_T[None],
@@ -179,11 +183,11 @@ class AttachedDpo:
         return output
 
     def loss(self, micro_batch: MicroBatch, logps_2P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The final layer's part of the loss, as megatron-core's `loss_func` on the last stage.
+        """The final layer's term of the loss: megatron-core's `loss_func` on the last stage.
 
         Returns:
-            `(1 - w) * sum(L) * M * D / B` (see the module), and nothing to report: outputs are
-            taken by `take_outputs`. Outside training 0.
+            `(1 - w) * sum(L) * M * D / B` (see the module), and an empty report: `take_outputs`
+            returns the outputs. 0 outside training.
 
         Raises:
             ConfigError: in training, a micro-batch without the reference's log-probabilities or
@@ -192,60 +196,66 @@ class AttachedDpo:
         loss_P = self._layer_loss(self.num_layers, micro_batch, logps_2P)
         if loss_P is None or not torch.is_grad_enabled():
             return logps_2P.new_zeros(()), {}
-        scale = self._scale_of_pair(self.num_layers, micro_batch)
-        return loss_P.sum() * (scale * micro_batch.num_micro_batches), {}
+        # The schedule divides by M, which would make a pair's weight depend on how many rows its
+        # batch was packed into.
+        scale = self._pair_scale(self.num_layers, micro_batch) * micro_batch.num_micro_batches
+        return loss_P.sum() * scale, {}
 
     def finalize_model_grads(self, model: Sequence[Any], *args: Any, **kwargs: Any) -> None:
         """megatron-core's `finalize_model_grads`, then the sum over the copies of a trained head.
 
-        To be set as `TransformerConfig.finalize_model_grads_func`. Collective.
+        Set it as `TransformerConfig.finalize_model_grads_func`. Collective.
 
         Raises:
-            ConfigError: in the first step, on every rank: the step had another number of pairs than
-                the losses were averaged over, or the copies of the head are not equal.
+            ConfigError: in the first step, on every rank: the losses were averaged over another
+                number of pairs than the step had, or the copies of the head are not equal.
         """
         finalize_model_grads(model, *args, **kwargs)
         if not self._is_checked:
-            self._ledger.check_pairs()
+            self._outputs.check_pairs()
             self._shared_head.check_equal()
             self._is_checked = True
+        # After megatron-core's own reductions: the copies' gradients are then complete within
+        # their stage, and the tied embedding's already sums the first and the last stage.
         self._shared_head.sum_gradients()
-        self._sum_is_due = False
+        self._gradient_sum_pending = False
 
     def take_outputs(self, num_micro_batches: int) -> list[LayerOutput]:
-        """What this rank's layers said since the last call, and forget it.
+        """Return the outputs of this rank's layers since the last call, and drop them.
 
         Args:
-            num_micro_batches: how many ran; every layer of this rank must have spoken as often.
+            num_micro_batches: how many ran; each layer of this rank must have one output per
+                micro-batch.
 
         Raises:
-            ConfigError: a layer did not: its chunk was not run, or not through `forward`; or the
-                gradients of a trained head's copies were left apart.
+            ConfigError: a layer lacks outputs, because its chunk was not run or not through
+                `forward`; or the gradients of a trained head's copies were not summed.
         """
-        outputs = self._ledger.take(num_micro_batches)
-        if self._sum_is_due:
+        outputs = self._outputs.take(num_micro_batches)
+        if self._gradient_sum_pending:
             raise ConfigError.at(
                 "TransformerConfig.finalize_model_grads_func",
-                "has not added up the gradients of the head's copies on other stages",
+                "did not sum the gradients of the head's copies on other stages",
                 "set it to AttachedDpo.finalize_model_grads",
             )
         return outputs
 
     def detach(self) -> None:
-        """Put the chunks back as they were, without copies of the head. A second call does nothing.
+        """Restore the chunks and remove their copies of the head. A second call does nothing.
 
-        DDP and optimizers made meanwhile know the copies: make new ones to train on.
+        DDP and optimizers created while attached hold the copies: create new ones to train on.
         """
         while self._undo:
             self._undo.pop()()
-        self._shared_head.remove(self._chunks)
+        self._shared_head.remove()
         self._chunks = []
 
-    # ---- what happens at a tap ------------------------------------------------------------------
+    # ---- at a tap -------------------------------------------------------------------------------
 
     def _on_taps(
         self, head: Head, output: Tensor, hidden: dict[int, Tensor], micro_batch: Any
     ) -> Tensor:
+        """Called in the forward pass of a tapped chunk, outside of activation recomputation."""
         _check_micro_batch(micro_batch)
         head.enter()
         for layer, hidden_t1H in hidden.items():
@@ -263,52 +273,60 @@ class AttachedDpo:
         logps_2P = head.sequence_logps(hidden_t1H, micro_batch.targets, normed=False)
         loss_P = self._layer_loss(layer, micro_batch, logps_2P)
         assert loss_P is not None
-        loss = loss_P.sum() * self._scale_of_pair(layer, micro_batch)
-        # The schedule scales the last stage's loss only; ours has to be scaled alike (fp16).
+        loss = loss_P.sum() * self._pair_scale(layer, micro_batch)
+        # The schedule applies the loss scale (fp16) to the last stage's loss only.
         grad_scale = self._config.grad_scale_func
         return loss if grad_scale is None else grad_scale(loss)
 
     def _layer_loss(self, layer: int, micro_batch: MicroBatch, logps_2P: Tensor) -> Tensor | None:
-        """Each pair's loss at a layer, recorded; None where there is no reference to compare to."""
-        read = layer if self._objective.reference_layer == "same" else self.num_layers
-        reference_2P = micro_batch.reference_logps.get(read)
-        loss_P = None
+        """Each pair's loss at a layer, recorded; None without a reference."""
+        reference_layer = layer if self._objective.reference_layer == "same" else self.num_layers
+        reference_2P = micro_batch.reference_logps.get(reference_layer)
+        loss_P = lengths_2P = None
         if reference_2P is not None or micro_batch.reference_free:
             lengths_2P = micro_batch.targets.lengths()
             loss_P = layer_loss(logps_2P, reference_2P, lengths_2P, self._objective)
         elif torch.is_grad_enabled():
             raise ConfigError.at(
                 f"micro-batch {micro_batch.index}",
-                f"brings no reference log-probabilities for layer {read}",
+                f"lacks the reference log-probabilities of layer {reference_layer}",
                 "score the data with the reference at every tapped layer and the final one first; "
-                "scoring itself runs under torch.no_grad",
+                "run scoring itself under torch.no_grad",
             )
-        kept = None if loss_P is None else loss_P.detach()
-        self._ledger.record(
-            LayerOutput(layer, micro_batch.index, logps_2P.detach(), reference_2P, kept)
+        self._outputs.record(
+            LayerOutput(
+                layer,
+                micro_batch.index,
+                logps_2P.detach(),
+                reference_2P,
+                None if loss_P is None else loss_P.detach(),
+                lengths_2P,
+            )
         )
         return loss_P
 
-    def _scale_of_pair(self, layer: int, micro_batch: MicroBatch) -> float:
-        """The share of a pair's loss at a layer in the gradient, where no schedule divides."""
-        self._ledger.record_trained(layer, micro_batch)
-        self._sum_is_due = self._shared_head.learns
+    def _pair_scale(self, layer: int, micro_batch: MicroBatch) -> float:
+        """The weight of a pair's loss at a layer, `scale * D / B`: DDP divides by D again."""
+        self._outputs.record_trained(layer, micro_batch)
+        self._gradient_sum_pending = self._shared_head.has_trained_copies
         return self._scales[layer] * self._data_size / micro_batch.global_pairs
 
-    def _check_call(self, model: Any, tokens_1T: Tensor, micro_batch: object) -> None:
+    def _check_attached(self, model: Any) -> None:
         chunk = model
         while hasattr(chunk, "module"):
             chunk = chunk.module
-        if not any(chunk is own for own in self._chunks):
-            message = f"this {type(chunk).__name__} is not attached to, or not any more"
+        if not any(chunk is attached for attached in self._chunks):
+            message = f"this {type(chunk).__name__} is not attached, or was detached"
             raise ConfigError.at("AttachedDpo.forward", message, "attach to it")
-        _check_micro_batch(micro_batch).check_tokens(tokens_1T, self._vocab_size)
 
 
 def _sequence_logps(
     *, hidden_states: Tensor, output_layer: Any, packed_seq_params: Any, **_: Any
 ) -> Tensor:
-    """megatron-core's `output_processor`: enter the output layer, which `attach` has made ours."""
+    """megatron-core's `output_processor`: call the output layer, whose forward `attach` replaced.
+
+    The call goes through the module, so that DDP's pre-hooks wait for the weight's all-gather.
+    """
     logps_2P: Tensor = output_layer(hidden_states, response_targets=packed_seq_params.targets)
     return logps_2P
 
@@ -318,6 +336,6 @@ def _check_micro_batch(micro_batch: object) -> MicroBatch:
         return micro_batch
     raise ConfigError.at(
         "packed_seq_params",
-        f"is a {type(micro_batch).__name__}; a tapped chunk needs its MicroBatch",
+        f"is a {type(micro_batch).__name__}; a tapped chunk needs a MicroBatch",
         "call the model through AttachedDpo.forward",
     )

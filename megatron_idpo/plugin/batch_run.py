@@ -1,4 +1,4 @@
-"""One global batch of preference pairs through an attached model: training, or reading only.
+"""`run_batch`: one global batch of preference pairs through an attached model.
 
 T  row positions   P  pairs of a row
 """
@@ -12,14 +12,14 @@ from torch import Tensor
 from megatron_idpo.data.packing.batches import Batch
 from megatron_idpo.data.packing.rows import Row
 from megatron_idpo.mcore.cpu.redirect import default_device
-from megatron_idpo.mcore.parallel.schedule import run_schedule
+from megatron_idpo.mcore.parallel.pipeline import run_schedule
 from megatron_idpo.plugin.attach import AttachedDpo
-from megatron_idpo.plugin.layer_output import LayerOutput
 from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+from megatron_idpo.plugin.outputs import LayerOutput
 
 ReferenceLogps = Sequence[Mapping[int, Tensor]]
-"""For each row of a batch, by layer, the reference's log-probabilities: float32 `[2P]`. Every
-stage needs those of its own layers."""
+"""The reference's log-probabilities, float32 `[2P]`, by row of the batch and by layer. Every stage
+needs those of its own layers."""
 
 
 def run_batch(
@@ -31,20 +31,19 @@ def run_batch(
     training: bool = False,
     reference_free: bool = False,
 ) -> list[LayerOutput]:
-    """Run this rank's rows of a batch through the stock schedule. Collective.
+    """Run this rank's rows of a batch through megatron-core's schedule. Collective.
 
     Args:
         dpo: attached to the chunks.
         model: this rank's chunks, in DDP or not.
-        batch: the rows; every rank runs its own part of it.
-        reference: what policy log-probabilities are compared to; None compares to nothing, so that
-            outputs have no loss.
-        training: run backward too, for gradients in DDP's buffers; needs a reference, or
-            `reference_free`. Also what mode the chunks are put into: dropout is on or off.
-        reference_free: there is none, its log-probabilities count as 0.
+        batch: this rank's rows of the global batch.
+        reference: the reference's log-probabilities; None: outputs have no loss.
+        training: run backward too, for gradients in DDP's buffers; needs a reference or
+            `reference_free`. Also sets the mode of the chunks, which switches dropout.
+        reference_free: the reference's log-probabilities count as 0.
 
     Returns:
-        What this rank's layers said, by micro-batch and layer.
+        The outputs of this rank's layers, sorted by micro-batch and layer.
     """
     micro_batches = [
         row_micro_batch(row, index, batch, reference, reference_free)
@@ -63,7 +62,7 @@ def run_batch(
 
 
 def logps_by_row(outputs: Sequence[LayerOutput], num_rows: int) -> list[dict[int, Tensor]]:
-    """The log-probabilities of outputs, as a later run's `reference`."""
+    """The log-probabilities of outputs, in the form of `run_batch`'s `reference`."""
     by_row: list[dict[int, Tensor]] = [{} for _ in range(num_rows)]
     for output in outputs:
         by_row[output.micro_batch][output.layer] = output.logps_2P
@@ -73,14 +72,14 @@ def logps_by_row(outputs: Sequence[LayerOutput], num_rows: int) -> list[dict[int
 def row_micro_batch(
     row: Row, index: int, batch: Batch, reference: ReferenceLogps | None, reference_free: bool
 ) -> tuple[Tensor, MicroBatch]:
-    """A row's tokens, int64 `[1, T]`, and what its losses need; arguments as of `run_batch`.
+    """A row's tokens, int64 `[1, T]`, and its `MicroBatch`.
 
     Args:
-        row: of the batch, the one with this index.
-        index: of the row.
-        batch: that it is in.
-        reference: of all rows, or None.
-        reference_free: whether there is none.
+        row: `batch.rows[index]`.
+        index: the row's index in the batch.
+        batch: the batch, for its counts.
+        reference: of all rows, as for `run_batch`.
+        reference_free: as for `run_batch`.
     """
     tensors = row.tensors(default_device())
     return tensors.tokens_T[None], MicroBatch(

@@ -1,7 +1,7 @@
-"""What `attach` refuses, because a tap would be silently wrong, each with its reason.
+"""Checks of `attach`: settings and chunks under which tapped layers would be silently wrong.
 
-Settings of megatron-core, and chunks that are not as the plugin needs them. Some can be seen on one
-rank only; `agreed_problems` lets every rank know, or the others would wait for it.
+Each check returns `Problem`s. Some problems are visible on one rank only; `check_all_ranks` gathers
+them, so that every rank raises and none waits for another in a collective.
 """
 
 from collections.abc import Sequence
@@ -9,87 +9,76 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_idpo.errors import Problem
-from megatron_idpo.mcore.attention.core import RowAttention
+from megatron_idpo.mcore.attention.row_attention import RowAttention
 from megatron_idpo.mcore.model.build import GPTModel
-from megatron_idpo.mcore.model.chunk import chunk_layers, is_hooked
-from megatron_idpo.mcore.parallel.world import gathered
+from megatron_idpo.mcore.model.chunk import chunk_layer_numbers, is_hooked
+from megatron_idpo.mcore.parallel.world import all_gather_objects
 from megatron_idpo.mcore.rope.rotary import RowRotary
 
-_MUST_BE_OFF = {
-    "distribute_saved_activations": "replaces the tapped tensor's memory behind our back",
-    "overlap_moe_expert_parallel_comm": "never runs the block that hands tapped layers out",
+MUST_BE_OFF = {
+    "distribute_saved_activations": "replaces the memory of the tapped tensor",
+    "overlap_moe_expert_parallel_comm": "bypasses the block that returns tapped layers",
     "defer_embedding_wgrad_compute": "delays the output layer's gradient past the taps'",
-    "calculate_per_token_loss": "divides every gradient by a token count; pairs are our unit",
-    "fp32_residual_connection": "has not been tried with taps",
+    "calculate_per_token_loss": "divides every gradient by a token count; the unit here is pairs",
+    "fp32_residual_connection": "is untested with taps",
     "mtp_num_layers": "moves the final norm away from the output layer",
-    "cpu_offloading": "has not been tried with taps",
-    "fine_grained_activation_offloading": "has not been tried with taps",
+    "cpu_offloading": "is untested with taps",
+    "fine_grained_activation_offloading": "is untested with taps",
     "use_mup": "scales logits after the output layer, which taps do not",
 }
+"""Settings of `TransformerConfig` that must be off, with the reason."""
 
 
-def refused_settings(config: Any) -> list[Problem]:
-    """Every setting of a `TransformerConfig` that the plugin cannot be exact under."""
-    found = [
-        Problem(f"TransformerConfig.{name}", reason, "switch it off")
-        for name, reason in _MUST_BE_OFF.items()
-        if getattr(config, name, None)
-    ]
-    if config.context_parallel_size > 1:
-        found.append(
-            Problem(
-                "TransformerConfig.context_parallel_size",
-                "a row's positions are not split between ranks",
-                "use 1",
-            )
-        )
-    for name in ("attention_dropout", "hidden_dropout"):
-        if getattr(config, name) > 0:
-            found.append(
-                Problem(
-                    f"TransformerConfig.{name}",
-                    f"is {getattr(config, name)}; policy and reference would differ by chance",
-                    "set it to 0",
-                )
-            )
-    graphs = getattr(config, "cuda_graph_impl", "none")
-    if graphs not in (None, "none"):
-        found.append(
-            Problem(
-                "TransformerConfig.cuda_graph_impl",
-                f"{graphs} replays a layer without the block that hands tapped layers out",
-                "set it to none",
-            )
-        )
-    if config.pipeline_model_parallel_size > 1 and config.normalization != "RMSNorm":
-        found.append(
-            Problem(
-                "TransformerConfig.normalization",
-                f"is {config.normalization}; copies of the final norm on other stages have no bias",
-                "use RMSNorm, or one pipeline stage",
-            )
-        )
-    interleaved_pair = (
-        config.pipeline_model_parallel_size == 2
-        and (config.virtual_pipeline_model_parallel_size or 1) > 1
+def check_settings(config: Any) -> list[Problem]:
+    """Every setting of a `TransformerConfig` under which the plugin is not exact."""
+    problems = []
+
+    def require(holds: bool, name: str, reason: str, remedy: str) -> None:
+        if not holds:
+            problems.append(Problem(f"TransformerConfig.{name}", reason, remedy))
+
+    for name, reason in MUST_BE_OFF.items():
+        require(not getattr(config, name, None), name, reason, "switch it off")
+    require(
+        config.context_parallel_size <= 1,
+        "context_parallel_size",
+        "the positions of a row are not split between ranks",
+        "use 1",
     )
-    if interleaved_pair and config.batch_p2p_comm:
-        found.append(
-            Problem(
-                "TransformerConfig.batch_p2p_comm",
-                "interleaving over 2 stages mixes up micro-batches while it is on",
-                "switch it off",
-            )
-        )
-    return found
+    for name in ("attention_dropout", "hidden_dropout"):
+        rate = getattr(config, name)
+        reason = f"is {rate}; policy and reference would differ at random"
+        require(rate <= 0, name, reason, "set it to 0")
+    graphs = getattr(config, "cuda_graph_impl", "none")
+    require(
+        graphs in (None, "none"),
+        "cuda_graph_impl",
+        f"{graphs} replays a layer without the block that returns tapped layers",
+        "set it to none",
+    )
+    stages = config.pipeline_model_parallel_size
+    require(
+        stages <= 1 or config.normalization == "RMSNorm",
+        "normalization",
+        f"is {config.normalization}; copies of the final norm on other stages have no bias",
+        "use RMSNorm, or one pipeline stage",
+    )
+    is_interleaved = (config.virtual_pipeline_model_parallel_size or 1) > 1
+    require(
+        not (stages == 2 and is_interleaved and config.batch_p2p_comm),
+        "batch_p2p_comm",
+        "interleaving over 2 stages mixes up micro-batches while it is on",
+        "switch it off",
+    )
+    return problems
 
 
-def refused_recompute(
+def check_recompute(
     config: Any, taps: Sequence[int], layers_by_chunk: Sequence[Sequence[int]]
 ) -> list[Problem]:
-    """Taps that uniform full recomputation would drop without a word.
+    """Taps that uniform full recomputation would silently drop.
 
-    `checkpointed_forward` hands out the last layer of each recomputed run only.
+    megatron-core's `checkpointed_forward` returns only the last layer of each recomputed run.
 
     Args:
         config: megatron-core's configuration of the chunks.
@@ -114,39 +103,35 @@ def refused_recompute(
     ]
 
 
-def refused_chunks(chunks: object) -> list[Problem]:
-    """Chunks that cannot be tapped: alike on every rank, and to be asked before anything else.
+def check_chunks(chunks: object) -> list[Problem]:
+    """Chunks that cannot be tapped. The same on every rank, and to be called first.
 
     Args:
-        chunks: what was given to `attach`.
+        chunks: the argument of `attach`.
     """
     if not isinstance(chunks, Sequence) or not chunks:
         given = "is empty" if isinstance(chunks, Sequence) else f"is a {type(chunks).__name__}"
         return [Problem("chunks", given, "give the list of this rank's GPTModel chunks")]
-    found = []
-    for number, chunk in enumerate(chunks):
-        location = f"chunks[{number}]"
-        if not isinstance(chunk, GPTModel):
-            message, remedy = f"is a {type(chunk).__name__}, not a GPTModel", "give GPTModel chunks"
-            if hasattr(chunk, "module"):
-                message, remedy = (
-                    f"is wrapped in {type(chunk).__name__}",
-                    "attach first, then wrap it",
-                )
-            found.append(Problem(location, message, remedy))
-        elif not _understands_rows(chunk):
-            found.append(
-                Problem(
-                    location,
-                    "has attention or rotary embedding that would not see where a row's pairs end",
-                    "build it by mcore.model.build_model, or give its layers RowAttention "
-                    "(mcore/specs.py) and set rotary_pos_emb to a RowRotary",
-                )
+    problems = []
+    for index, chunk in enumerate(chunks):
+        kind = type(chunk).__name__
+        if isinstance(chunk, GPTModel):
+            if _supports_rows(chunk):
+                continue
+            message = "has attention or rotary embedding that ignores where a row's pairs end"
+            remedy = (
+                "build it with mcore.model.build.build_model, or give its layers RowAttention "
+                "(mcore.model.specs) and set rotary_pos_emb to a RowRotary"
             )
-    return found
+        elif hasattr(chunk, "module"):
+            message, remedy = f"is wrapped in {kind}", "attach first, then wrap it"
+        else:
+            message, remedy = f"is a {kind}, not a GPTModel", "give GPTModel chunks"
+        problems.append(Problem(f"chunks[{index}]", message, remedy))
+    return problems
 
 
-def _understands_rows(chunk: GPTModel) -> bool:
+def _supports_rows(chunk: GPTModel) -> bool:
     attentions = [getattr(layer, "self_attention", None) for layer in chunk.decoder.layers]
     return isinstance(chunk.rotary_pos_emb, RowRotary) and all(
         isinstance(getattr(attention, "core_attention", None), RowAttention)
@@ -154,44 +139,47 @@ def _understands_rows(chunk: GPTModel) -> bool:
     )
 
 
-def refused_vocabulary(chunks: Sequence[GPTModel], vocab_size: int) -> list[Problem]:
-    """A number of tokens that the output layer does not have."""
+def check_vocabulary(chunks: Sequence[GPTModel], vocab_size: int) -> list[Problem]:
+    """A vocabulary that does not fit the output layer."""
     rows = chunks[0].vocab_size
     if 1 <= vocab_size <= rows:
         return []
-    remedy = "give the tokenizer's number of tokens, without the rows that pad it"
+    remedy = "give the tokenizer's number of tokens, without padding rows"
     return [Problem("vocab_size", f"is {vocab_size} for an output layer of {rows} rows", remedy)]
 
 
-def second_attach(chunks: Sequence[GPTModel]) -> list[Problem]:
-    """Chunks that are attached to already."""
+def check_not_attached(chunks: Sequence[GPTModel]) -> list[Problem]:
+    """Chunks that are attached already."""
     if not any(is_hooked(chunk) for chunk in chunks):
         return []
-    return [Problem("attach", "these chunks have been attached to already", "detach() first")]
+    return [Problem("attach", "these chunks are attached already", "detach() first")]
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
-    """What one rank knows and all have to agree on."""
+class _RankView:
+    """What one rank contributes to `check_all_ranks`."""
 
     problems: list[Problem]
     arguments: str
     layers: list[int]
-    final_chunk: list[int]
+    last_chunk_layers: list[int]
     in_ddp: bool
-    learns: bool
+    trains_head: bool
 
 
-def agreed_problems(
-    mine: Sequence[Problem], chunks: Sequence[GPTModel], taps: Sequence[int], arguments: object
+def check_all_ranks(
+    problems: Sequence[Problem],
+    chunks: Sequence[GPTModel],
+    taps: Sequence[int],
+    arguments: object,
 ) -> list[Problem]:
-    """All ranks' problems, and those that no rank sees alone. Collective over the world.
+    """The problems of all ranks, and those that no single rank sees. Collective over the world.
 
     Args:
-        mine: what this rank has found.
-        chunks: this rank's.
+        problems: of this rank.
+        chunks: of this rank.
         taps: tapped layers, counted from 1.
-        arguments: what has to be the same on every rank.
+        arguments: must have the same `repr` on every rank.
     """
     last = [chunk for chunk in chunks if chunk.post_process]
     head = [
@@ -200,33 +188,38 @@ def agreed_problems(
         for name, parameter in chunk.named_parameters()
         if name.startswith(("output_layer.", "embedding.", "decoder.final_layernorm."))
     ]
-    views = gathered(
-        _View(
-            problems=list(mine),
+    views = all_gather_objects(
+        _RankView(
+            problems=list(problems),
             arguments=repr(arguments),
-            layers=[layer for chunk in chunks for layer in chunk_layers(chunk)],
-            final_chunk=[layer for chunk in last for layer in chunk_layers(chunk)],
+            layers=[layer for chunk in chunks for layer in chunk_layer_numbers(chunk)],
+            last_chunk_layers=[layer for chunk in last for layer in chunk_layer_numbers(chunk)],
+            # DDP sets `main_grad` on the parameters in its buffers.
             in_ddp=any(hasattr(p, "main_grad") for chunk in chunks for p in chunk.parameters()),
-            learns=any(parameter.requires_grad for parameter in head),
+            trains_head=any(parameter.requires_grad for parameter in head),
         )
     )
-    found = dict.fromkeys(problem for view in views for problem in view.problems)
-    return [*found, *_disagreements(views, taps, chunks[0].config.num_layers)]
+    by_rank = dict.fromkeys(problem for view in views for problem in view.problems)
+    return [*by_rank, *_check_consistency(views, taps, chunks[0].config.num_layers)]
 
 
-def _disagreements(views: Sequence[_View], taps: Sequence[int], num_layers: int) -> list[Problem]:
-    found = []
-    if len({view.arguments for view in views}) > 1:
-        message = "differ between ranks: " + ", ".join(sorted({view.arguments for view in views}))
-        found.append(Problem("attach", message, "give every rank the same arguments"))
+def _check_consistency(
+    views: Sequence[_RankView], taps: Sequence[int], num_layers: int
+) -> list[Problem]:
+    problems = []
+    arguments = sorted({view.arguments for view in views})
+    if len(arguments) > 1:
+        message = "arguments differ between ranks: " + ", ".join(arguments)
+        problems.append(Problem("attach", message, "give every rank the same arguments"))
     owned = {layer for view in views for layer in view.layers}
     if missing := [layer for layer in range(1, num_layers + 1) if layer not in owned]:
-        remedy = "give all of them on every rank; with interleaving there are several"
-        found.append(Problem("chunks", f"layers {missing} are in no rank's chunks", remedy))
-    owners = {layer for view in views for layer in view.final_chunk}
-    copied = any(layer not in owners for layer in taps)
-    if copied and any(view.in_ddp for view in views) and any(view.learns for view in views):
-        message = "a trained copy of the head would not be in the buffers of DDP, which is there"
-        remedy = "attach before DDP and the optimizer are made, or freeze the head"
-        found.append(Problem("attach", message, remedy))
-    return found
+        remedy = "give all chunks of every rank; with interleaving a rank has several"
+        problems.append(Problem("chunks", f"no rank has layers {missing}", remedy))
+    last_layers = {layer for view in views for layer in view.last_chunk_layers}
+    needs_copy = any(layer not in last_layers for layer in taps)
+    in_ddp = any(view.in_ddp for view in views)
+    if needs_copy and in_ddp and any(view.trains_head for view in views):
+        message = "a trained copy of the head would be missing in the buffers of the existing DDP"
+        remedy = "attach before creating DDP and the optimizer, or freeze the head"
+        problems.append(Problem("attach", message, remedy))
+    return problems

@@ -1,12 +1,13 @@
-"""A stage's own loss, without a word to the schedule.
+"""Stage-local loss on unmodified pipeline schedules.
 
-One identity function on a chunk's output. Its forward keeps a tapped hidden state and how to turn
-it into a loss; its backward, which a stock schedule reaches just before the rest of this micro-
-batch's backward, computes the loss, takes its gradient and lets it join at the tapped layer.
-So the head runs once, and logits of one micro-batch at a time exist.
+A pipeline stage that taps a layer has a loss that the schedule does not know about. `inject_loss`
+attaches it to the chunk's output as an identity function: forward saves the tapped hidden state and
+the loss function; backward, which the schedule runs just before the rest of the micro-batch's
+backward, evaluates the loss and returns its gradient at the tapped layer. So the head runs once per
+tap, and logits of one micro-batch at a time exist.
 
-That a stage-local loss needs only the usual pipeline messages is EE-LLM's finding (Chen et al.
-2023, arXiv 2312.04916); deferring the head into the backward pass is theirs too.
+That a stage-local loss needs only the pipeline's own messages is a result of EE-LLM (Chen et al.
+2023, arXiv 2312.04916), which also defers the head into the backward pass.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,8 @@ Evaluate = Callable[[Tensor], Tensor]
 class _Injected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, hidden: Tensor, evaluate: Evaluate) -> Tensor:
+        # `hidden` is an input, so autograd adds the gradient that backward returns for it to the
+        # one that arrives through the layers above the tap.
         ctx.save_for_backward(hidden)
         ctx.evaluate = evaluate
         return output
@@ -29,6 +32,8 @@ class _Injected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (saved,) = ctx.saved_tensors
+        # A leaf: the backward below stops here instead of running the chunk's layers, which the
+        # schedule's own backward does once, with the sum of both gradients.
         hidden = saved.detach().requires_grad_()
         with torch.enable_grad():
             loss = ctx.evaluate(hidden)
@@ -39,16 +44,16 @@ class _Injected(torch.autograd.Function):
 
 
 def inject_loss(output: Tensor, hidden: Tensor, evaluate: Evaluate) -> Tensor:
-    """`output`, with the gradient of `evaluate(hidden)` joining in its backward pass.
+    """`output`, whose backward pass also adds the gradient of `evaluate(hidden)` at `hidden`.
 
     Args:
-        output: what the chunk passes on; must require a gradient, or nothing would ever run.
+        output: the chunk's output. It must require a gradient, or backward would never run.
         hidden: a tapped layer's output; may be `output` itself.
-        evaluate: runs in the backward pass, with gradients enabled. Its collectives are issued at
-            the same point of the schedule on all ranks of a stage.
+        evaluate: runs in the backward pass, with gradients enabled. All ranks of a stage reach it
+            at the same point of the schedule, so its collectives match.
 
     Returns:
-        The same values; the caller makes it viewless before it is sent.
+        The same values. The caller makes the tensor viewless before it is sent.
     """
     assert output.requires_grad, "a tap on a chunk whose output needs no gradient never runs"
     injected: Tensor = _Injected.apply(output, hidden, evaluate)

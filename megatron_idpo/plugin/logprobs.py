@@ -1,26 +1,31 @@
 """Token log-probabilities from hidden states and a vocabulary-parallel output weight.
 
-What: `vocab_parallel_logprobs`, the output projection, softmax and look-up of the target in one
-autograd function that never holds the logits: tiles of targets and vocabulary are multiplied,
-reduced and forgotten. Statistics are float32; ranks exchange three numbers per target, once.
+`vocab_parallel_logprobs` fuses the output projection, the softmax and the target look-up in one
+autograd function that never holds the logits `[N, V]`: tiles of targets x vocabulary rows are
+multiplied, reduced to statistics and discarded.
 
-Two ways, by whether the weight learns:
+1. Scan (`scan_shard`): each rank multiplies its own vocabulary rows and keeps three float32 values
+   per target: the largest logit of the other tokens, their sum of exponentials, the target's logit.
+2. Combine (`combine_ranks`): one all-gather of these values, once for all tiles.
+3. Gradient, in one of two ways:
 
 * *Frozen weight* (LoRA): d log p_y / d hidden does not depend on the loss,
 
       u = (1 − p_y) · (W[y] − Σ_{v≠y} softmax_{v≠y}(z)_v W[v])
 
-  and is computed while a tile's logits exist: 4·N·H·V FLOPs, no recomputation, nothing for the
-  weight. Backward multiplies by the incoming gradient. The target is left out of the sum because
-  W[y] − Σ_v p_v W[v] cancels where p_y is near 1: in bf16 it is off by percents there.
-* *Trainable weight*: backward computes the logits again: 8·N·H·V FLOPs. The weight's gradient is
+  and is computed in the forward pass while a tile's logits exist: 4·N·H·V FLOPs, no recomputation,
+  no weight gradient. Backward multiplies by the incoming gradient. The target is left out of the
+  sum because W[y] − Σ_v p_v W[v] cancels where p_y is near 1: in bf16 it is off by percents there.
+* *Trainable weight*: backward recomputes the logits: 8·N·H·V FLOPs. The weight's gradient is
   accumulated in float32, a tile of rows at a time.
 
-What it does not do: gather a sequence-parallel hidden state (the caller's all-gather, whose
-backward reduce-scatters the partial gradients; say `reduce_hidden_grad=False`), differentiate
-twice, or return logits.
+Dtypes: operands keep the model's dtype, products and statistics are float32 (`tiles.py`), each
+gradient is rounded to the model's dtype once, before it is summed over ranks.
 
-    N  targets   V  this rank's rows of the vocabulary   H  hidden size   n, v  of a tile
+Not included: gathering a sequence-parallel hidden state (the caller all-gathers, its backward
+reduce-scatters the partial gradients; pass `reduce_hidden_grad=False`), double backward, logits.
+
+    N  targets   V  this rank's vocabulary rows   H  hidden size   n, v  sizes of one tile
 """
 
 from typing import Any
@@ -30,21 +35,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_idpo.plugin.projection import Projection, read_shard
 from megatron_idpo.plugin.tiles import (
+    Projection,
     TileSizes,
-    accumulate,
     accumulation_dtype,
-    as_operand,
-    native_bf16,
+    add_matmul,
+    matmul_operand,
+    onednn_bf16_matmul,
+    scan_shard,
     slices,
 )
 from megatron_idpo.plugin.vocab_softmax import (
     LogitTransform,
-    Statistics,
+    PartialSoftmax,
     TokenSoftmax,
-    combine,
-    locate,
+    combine_ranks,
+    locate_columns,
 )
 
 
@@ -65,8 +71,8 @@ def vocab_parallel_logprobs(
 ) -> Tensor:
     """log softmax(f(hidden @ weight.T))[target] over the whole vocabulary, for every target.
 
-    Collectives over `group` (none if it is None or has one rank), for any `N`, 0 too: forward, one
-    all-gather of three numbers per target; backward, one all-reduce of the hidden gradient, or none
+    Collectives over `group` (none if it is None or has one rank), also for `N = 0`: forward, one
+    all-gather of three values per target; backward, one all-reduce of the hidden gradient, or none
     with `reduce_hidden_grad=False`.
 
     Args:
@@ -74,19 +80,19 @@ def vocab_parallel_logprobs(
         weight_VH: this rank's rows, of the same dtype.
         targets_N: int64, tokens of the whole vocabulary, in `[0, vocab_valid)`. A target that no
             rank owns gets −inf.
-        vocab_start: the token that this rank's first row is.
-        vocab_valid: tokens of the whole vocabulary. Rows beyond are padding: they take no part and
-            get no gradient. None: no rank has padding.
+        vocab_start: token id of this rank's first row.
+        vocab_valid: tokens of the whole vocabulary. Rows beyond it are padding: they do not enter
+            the softmax and get no gradient. None: no rank has padding.
         group: the ranks that share the vocabulary.
         logit_scale: the family's factor on logits. None: 1.
-        softcap: the family's cap, `softcap · tanh(logit_scale · x / softcap)`. None: none.
-        frozen: take the frozen weight's way; the weight gets no gradient even if it asks for one.
-            None: exactly if the weight does not require a gradient.
+        softcap: the family's cap, `softcap · tanh(logit_scale · x / softcap)`. None: no cap.
+        frozen: use the frozen-weight path; the weight gets no gradient even if it requires one.
+            None: frozen exactly if the weight does not require a gradient.
         main_grad_VH: where to add a trainable weight's gradient during backward, of any floating
-            dtype. Autograd then gets None for the weight, so whoever passes Megatron's `main_grad`
-            also has to tell its DDP that the parameter is ready.
-        reduce_hidden_grad: False leaves the hidden gradient as this rank's part of the sum over
-            `group`, for a sequence-parallel gather whose backward adds the parts up.
+            dtype. Autograd then gets None for the weight, so a caller that passes Megatron's
+            `main_grad` also has to mark the parameter as ready in DDP.
+        reduce_hidden_grad: False leaves the hidden gradient as this rank's term of the sum over
+            `group`, for a sequence-parallel gather whose backward sums the terms.
         tiles: None: `TileSizes.default`.
 
     Returns:
@@ -109,8 +115,8 @@ def vocab_parallel_logprobs(
         reduce_hidden_grad=reduce_hidden_grad,
     )
     if not (torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad)):
-        statistics = read_shard(hidden_NH.detach(), weight_VH.detach(), targets_N, projection)
-        return combine(statistics, group).logps()
+        partial = scan_shard(hidden_NH.detach(), weight_VH.detach(), targets_N, projection)
+        return combine_ranks(partial, group).logps()
     if frozen:
         logps_N = _FrozenHead.apply(hidden_NH, weight_VH, targets_N, projection)
     else:
@@ -126,52 +132,56 @@ class _FrozenHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, projection: Projection
     ) -> Tensor:
-        """Keeps this rank's part of `u`, unrounded: the gradient is rounded once."""
-        direction_NH = hidden_NH.new_zeros(hidden_NH.shape, dtype=accumulation_dtype(hidden_NH))
-        statistics = read_shard(hidden_NH, weight_VH, targets_N, projection, direction_NH)
-        softmax = combine(statistics, projection.group)
-        _finish(direction_NH, statistics, softmax, weight_VH, targets_N, projection)
-        ctx.save_for_backward(direction_NH)
+        """Save this rank's term of `u` in the accumulation dtype, so that it is rounded once."""
+        u_NH = hidden_NH.new_zeros(hidden_NH.shape, dtype=accumulation_dtype(hidden_NH))
+        partial = scan_shard(hidden_NH, weight_VH, targets_N, projection, u_NH)
+        softmax = combine_ranks(partial, projection.group)
+        _finish_hidden_gradient(u_NH, partial, softmax, weight_VH, targets_N, projection)
+        ctx.save_for_backward(u_NH)
         ctx.projection, ctx.dtype = projection, hidden_NH.dtype
         return softmax.logps()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        """`grad · u`, summed over ranks."""
-        (direction_NH,) = ctx.saved_tensors
-        grad_NH = torch.empty_like(direction_NH, dtype=ctx.dtype)
+        """`grad · u`, summed over ranks by one all-reduce."""
+        (u_NH,) = ctx.saved_tensors
+        grad_NH = torch.empty_like(u_NH, dtype=ctx.dtype)
+        # In tiles: the float32 product of a whole micro-batch would be a second u_NH in memory.
         for tokens in slices(grad_N.shape[0], ctx.projection.tiles.tokens):
-            grad_NH[tokens] = direction_NH[tokens] * grad_N[tokens, None]
+            grad_NH[tokens] = u_NH[tokens] * grad_N[tokens, None]
         return ctx.projection.sum_over_ranks(grad_NH), None, None, None
 
 
-def _finish(
+def _finish_hidden_gradient(
     sum_NH: Tensor,
-    statistics: Statistics,
+    partial: PartialSoftmax,
     softmax: TokenSoftmax,
     weight_VH: Tensor,
     targets_N: Tensor,
     projection: Projection,
 ) -> None:
-    """Turn `read_shard`'s sum into this rank's part of `u`, in place: the softmax is known now.
+    """Turn the sum of `scan_shard` into this rank's term of `u`, in place.
 
-    The rank that owns the target adds W[y] in the accumulation dtype, never through a product.
+    The sum was accumulated before the softmax over all ranks was known: relative to this rank's
+    maximum and not yet normalized.
     """
-    # What exp(z_v − this rank's maximum) lacks to be the softmax over the others.
-    share_N = (statistics.maximum_N - softmax.maximum_N).exp() / softmax.sum_N
-    miss_N = softmax.miss() * projection.transform.scale
-    slope_N = projection.transform.slope(softmax.target_N)
-    inside_N, index_N1 = locate(targets_N - projection.start, projection.num_rows)
-    own_N = inside_N.to(sum_NH.dtype) if slope_N is None else inside_N * slope_N
+    # exp(z_v − local maximum) · share = softmax over the others of all ranks.
+    share_N = (partial.maximum_N - softmax.maximum_N).exp() / softmax.sum_N
+    factor_N = softmax.one_minus_p() * projection.transform.scale
+    derivative_N = projection.transform.cap_derivative(softmax.target_N)
+    inside_N, index_N1 = locate_columns(targets_N - projection.start, projection.num_rows)
+    # 1 (or f'(z_y)) on the rank that owns the target, 0 elsewhere: W[y] is added exactly once.
+    own_N = inside_N.to(sum_NH.dtype) if derivative_N is None else inside_N * derivative_N
     for tokens in slices(targets_N.shape[0], projection.tiles.tokens):
+        # W[y] is added in the accumulation dtype, not through a product with 16-bit operands.
         target_nH = weight_VH.index_select(0, index_N1[tokens, 0]).to(sum_NH.dtype)
         sum_nH = sum_NH[tokens].mul_(-share_N[tokens, None])
-        sum_nH.addcmul_(target_nH, own_N[tokens, None]).mul_(miss_N[tokens, None])
+        sum_nH.addcmul_(target_nH, own_N[tokens, None]).mul_(factor_N[tokens, None])
 
 
 class _TrainableHead(torch.autograd.Function):
-    """Log-probabilities whose backward computes the logits again, a tile at a time."""
+    """Log-probabilities whose backward recomputes the logits, a tile at a time."""
 
     @staticmethod
     def forward(
@@ -182,11 +192,13 @@ class _TrainableHead(torch.autograd.Function):
         projection: Projection,
         main_grad_VH: Tensor | None,
     ) -> Tensor:
-        """Keeps the inputs and three numbers per target."""
-        softmax = combine(read_shard(hidden_NH, weight_VH, targets_N, projection), projection.group)
+        """Save the inputs and three values per target."""
+        partial = scan_shard(hidden_NH, weight_VH, targets_N, projection)
+        softmax = combine_ranks(partial, projection.group)
         statistics = (softmax.maximum_N, softmax.sum_N, softmax.target_N)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, *statistics)
-        # Not a saved tensor: other micro-batches write to it between this forward and backward.
+        # Not a saved tensor: other micro-batches write to it between this forward and backward,
+        # and autograd would report a modified saved tensor.
         ctx.main_grad_VH = main_grad_VH
         ctx.projection = projection
         return softmax.logps()
@@ -196,35 +208,39 @@ class _TrainableHead(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the hidden states, summed over ranks, and of this rank's rows."""
         hidden_NH, weight_VH, targets_N, *statistics = ctx.saved_tensors
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype, projection = accumulation_dtype(hidden_NH), ctx.projection
         softmax, buffer = TokenSoftmax(*statistics), projection.buffer(hidden_NH)
-        grad_NH = torch.zeros_like(hidden_NH, dtype=dtype) if wants_hidden else None
-        into_VH = None
-        if wants_weight:
-            into_VH = torch.zeros_like(weight_VH) if ctx.main_grad_VH is None else ctx.main_grad_VH
-        with native_bf16(hidden_NH):
+        grad_NH = torch.zeros_like(hidden_NH, dtype=dtype) if needs_hidden else None
+        grad_VH = None
+        if needs_weight:
+            grad_VH = torch.zeros_like(weight_VH) if ctx.main_grad_VH is None else ctx.main_grad_VH
+        with onednn_bf16_matmul(hidden_NH):
+            # Vocabulary in the outer loop: each row's gradient is complete after the inner loop,
+            # so one float32 tile [v, H] suffices instead of a float32 copy of the whole gradient.
             for rows, weight_vH in projection.vocab_tiles(weight_VH):
-                sum_vH = None if into_VH is None else _accumulator(into_VH[rows], dtype)
+                sum_vH = None if grad_VH is None else _accumulator(grad_VH[rows], dtype)
                 for tokens, hidden_nH, column_n in projection.token_tiles(
                     hidden_NH, targets_N, rows
                 ):
-                    logits_nv = buffer.product(hidden_nH, weight_vH)
+                    logits_nv = buffer.logits(hidden_nH, weight_vH)
                     softmax.to_logit_gradient(
                         tokens, logits_nv, column_n, grad_N[tokens], projection.transform
                     )
-                    gradient_nv = as_operand(logits_nv, weight_VH.dtype)
+                    grad_nv = matmul_operand(logits_nv, weight_VH.dtype)
                     if grad_NH is not None:
-                        accumulate(grad_NH[tokens], gradient_nv, weight_vH)
+                        add_matmul(grad_NH[tokens], grad_nv, weight_vH)
                     if sum_vH is not None:
-                        accumulate(sum_vH, gradient_nv.t(), hidden_nH)
-                if into_VH is not None and sum_vH is not None and into_VH.dtype != dtype:
-                    into_VH[rows].add_(sum_vH)
+                        add_matmul(sum_vH, grad_nv.t(), hidden_nH)
+                if grad_VH is not None and sum_vH is not None and grad_VH.dtype != dtype:
+                    grad_VH[rows].add_(sum_vH)
         if grad_NH is not None:
+            # Rounded before the all-reduce: half the traffic, one more rounding per rank.
             grad_NH = projection.sum_over_ranks(grad_NH.to(hidden_NH.dtype))
-        return grad_NH, into_VH if ctx.main_grad_VH is None else None, None, None, None
+        # The rows' gradient needs no collective: every rank has all targets for its own rows.
+        return grad_NH, grad_VH if ctx.main_grad_VH is None else None, None, None, None
 
 
-def _accumulator(into_vH: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where a tile of the weight's gradient is summed: in place, or beside what is narrower."""
-    return into_vH if into_vH.dtype == dtype else torch.zeros_like(into_vH, dtype=dtype)
+def _accumulator(grad_vH: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a tile of the weight's gradient is summed: `grad_vH` itself unless it is narrower."""
+    return grad_vH if grad_vH.dtype == dtype else torch.zeros_like(grad_vH, dtype=dtype)

@@ -1,10 +1,10 @@
 """One micro-batch of preference pairs, as it travels through a pipeline.
 
-A `MicroBatch` is the `packed_seq_params` of its forward pass: megatron-core closes over it per
-micro-batch and hands it to every stage's layers, so attention, rotary embedding, taps and heads all
-see the micro-batch they belong to, whatever the schedule interleaves and recomputes.
+A `MicroBatch` is the `packed_seq_params` of its forward pass. megatron-core closes over this object
+per micro-batch and hands it to the layers of every stage, so attention, rotary embedding, taps and
+heads all see the micro-batch they belong to, however the schedule interleaves and recomputes.
 
-    T  row positions   N  targets   P  pairs; sequences count 2P: 2p is pair p's chosen answer,
+    T  row positions   N  targets   P  pairs; 2P sequences: 2p is pair p's chosen answer,
     2p + 1 its rejected one
 """
 
@@ -20,7 +20,7 @@ from megatron_idpo.mcore.attention.row_params import RowParams
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The response tokens of a row: all that the heads are asked about."""
+    """The response tokens of a row, which the heads score."""
 
     positions_N: Tensor
     """int64: the row position whose hidden state predicts the token."""
@@ -29,13 +29,17 @@ class Targets:
     """int64: the token."""
 
     sequences_N: Tensor
-    """int64: which of the row's 2P sequences it belongs to."""
+    """int64: the sequence it belongs to, in `[0, 2P)`."""
 
     num_pairs: int
     """P; 0 in an empty row."""
 
     def sum_by_sequence(self, values_N: Tensor) -> Tensor:
-        """Add up a value per target over each sequence: `[2P]`, connected to the graph at N = 0."""
+        """Sum a value per target over each sequence: `[2P]`, connected to the graph at N = 0.
+
+        An empty row must stay connected: otherwise backward would skip its collectives and other
+        ranks would wait in theirs.
+        """
         sums_2P = values_N.new_zeros(2 * self.num_pairs)
         return sums_2P.index_add(0, self.sequences_N, values_N)
 
@@ -44,11 +48,11 @@ class Targets:
         ones_N = torch.ones_like(self.tokens_N, dtype=torch.float32)
         return self.sum_by_sequence(ones_N)
 
-    def mistakes(self, row_tokens: int) -> list[str]:
-        """What cannot be true of targets in a row of so many positions.
+    def validate(self, row_tokens: int) -> list[str]:
+        """Everything that is inconsistent about targets of a row of `row_tokens` positions.
 
-        Values are looked at on a CPU only; on a GPU that would synchronise, and there an index
-        outside its range is an error of the device.
+        Values are checked on a CPU only. On a GPU that would synchronize; there an index out of
+        range is a device error.
         """
         tensors = (self.positions_N, self.tokens_N, self.sequences_N)
         shapes = [tuple(tensor.shape) for tensor in tensors]
@@ -61,59 +65,59 @@ class Targets:
         if self.num_pairs == 0 or self.positions_N.device.type != "cpu":
             return []
         limits = (
-            ("positions_N", self.positions_N, row_tokens, "positions of the row"),
-            ("sequences_N", self.sequences_N, 2 * self.num_pairs, "sequences, two for each pair"),
+            ("positions_N", self.positions_N, row_tokens, "positions in the row"),
+            ("sequences_N", self.sequences_N, 2 * self.num_pairs, "sequences, two per pair"),
         )
-        found = [
-            f"{name} reaches from {int(values.min())} to {int(values.max())}, "
-            f"but there are {limit} {what}"
-            for name, values, limit, what in limits
+        messages = [
+            f"{name} has values from {int(values.min())} to {int(values.max())}, "
+            f"but there are {limit} {unit}"
+            for name, values, limit, unit in limits
             if values.min() < 0 or values.max() >= limit
         ]
-        if not found and len(self.sequences_N.unique()) < 2 * self.num_pairs:
-            found.append("a sequence has no target")
-        return found
+        if not messages and len(self.sequences_N.unique()) < 2 * self.num_pairs:
+            messages.append("a sequence has no target")
+        return messages
 
 
 @dataclass(kw_only=True, eq=False)
 class MicroBatch(RowParams):
-    """A row with what its losses need: targets and the reference's log-probabilities."""
+    """A row and what its losses need: targets and the reference's log-probabilities."""
 
     targets: Targets
     reference_logps: Mapping[int, Tensor] = field(default_factory=dict)
-    """Sequence log-probabilities of the reference by layer (the final one too), float32 `[2P]`.
-    Empty where only scores are wanted."""
+    """Sequence log-probabilities of the reference by layer (including the final one), float32
+    `[2P]`. Empty if only log-probabilities are wanted, no losses."""
 
     reference_free: bool = False
-    """Losses without a reference: its log-ratios count as 0."""
+    """Losses without a reference: its log-probabilities count as 0."""
 
     index: int = 0
-    """Which micro-batch of the step this is; outputs carry it."""
+    """Index of this micro-batch in the step; outputs carry it."""
 
     num_micro_batches: int = 0
-    """Of this data-parallel rank in this step. Training has to say it."""
+    """Micro-batches of this data-parallel rank in this step. Required in training."""
 
     global_pairs: int = 0
-    """Pairs in the whole global batch, over all data-parallel ranks: what losses average over.
-    Training has to say it."""
+    """Pairs of the global batch, over all data-parallel ranks: the losses are averaged over them.
+    Required in training."""
 
     def __post_init__(self) -> None:
-        """Check what costs nothing to check.
+        """Check what can be checked without synchronizing a GPU.
 
         Raises:
-            DataError: targets or reference log-probabilities that cannot be this row's.
+            DataError: targets or reference log-probabilities do not fit the row.
         """
         super().__post_init__()
-        mistakes = [*self.targets.mistakes(self.row_tokens), *self._reference_mistakes()]
-        if mistakes:
-            location, remedy = f"micro-batch {self.index}", "build it from one row (data/rows.py)"
-            raise DataError.of([Problem(location, mistake, remedy) for mistake in mistakes])
+        messages = [*self.targets.validate(self.row_tokens), *self._validate_reference()]
+        if messages:
+            location, remedy = f"micro-batch {self.index}", "build it from one row (data.packing)"
+            raise DataError.of([Problem(location, message, remedy) for message in messages])
 
     def check_tokens(self, tokens_1T: Tensor, vocab_size: int) -> None:
-        """Check this row's tokens, and its targets against the vocabulary.
+        """Check the shape of this row's tokens, and its targets against the vocabulary.
 
         Raises:
-            DataError: they are another row's, or there are no such tokens.
+            DataError: the tokens are of another row, or a target is not in the vocabulary.
         """
         location = f"micro-batch {self.index}"
         if tokens_1T.shape != (1, self.row_tokens):
@@ -122,25 +126,25 @@ class MicroBatch(RowParams):
             )
             raise DataError.at(location, message, f"give int64 [1, {self.row_tokens}]")
         tokens_N = self.targets.tokens_N
-        # On a GPU this would synchronise; there such a target's loss is infinite.
+        # On a GPU this would synchronize; there the loss of such a target is inf.
         if tokens_N.device.type == "cpu" and tokens_N.numel():
             least, most = int(tokens_N.min()), int(tokens_N.max())
             if least < 0 or most >= vocab_size:
-                message = f"targets reach from {least} to {most} in a vocabulary of {vocab_size}"
-                raise DataError.at(
-                    location, message, "use the tokenizer that vocab_size belongs to"
-                )
+                message = f"target tokens from {least} to {most} in a vocabulary of {vocab_size}"
+                raise DataError.at(location, message, "use the tokenizer of this vocab_size")
 
-    def _reference_mistakes(self) -> list[str]:
+    def _validate_reference(self) -> list[str]:
         if self.reference_free and self.reference_logps:
-            return ["is reference_free and brings reference_logps"]
-        sequences = 2 * self.targets.num_pairs
-        found = []
+            return ["has reference_logps although it is reference_free"]
+        num_sequences = 2 * self.targets.num_pairs
+        messages = []
         for layer, logps_2P in self.reference_logps.items():
-            if tuple(logps_2P.shape) != (sequences,):
+            if tuple(logps_2P.shape) != (num_sequences,):
                 shape = tuple(logps_2P.shape)
-                found.append(f"reference_logps[{layer}] has shape {shape}, not ({sequences},)")
-            # Sums of many logarithms: 16 bits would round them by whole units.
+                messages.append(
+                    f"reference_logps[{layer}] has shape {shape}, not ({num_sequences},)"
+                )
+            # Sums over many tokens: 16 bits would round them to whole units.
             if logps_2P.dtype not in (torch.float32, torch.float64):
-                found.append(f"reference_logps[{layer}] is {logps_2P.dtype}, not float32")
-        return found
+                messages.append(f"reference_logps[{layer}] is {logps_2P.dtype}, not float32")
+        return messages

@@ -1,15 +1,17 @@
-"""Tiles of the vocabulary projection, and the matrix products inside them.
+"""The output projection of one rank, a tile of targets x vocabulary rows at a time.
 
-What: how many targets and vocabulary rows are multiplied at a time, and products of 16-bit operands
-with float32 results. Why: logits rounded to bfloat16 are off by up to |z|/256, which changes the
-gradient of a token by percents; every product here keeps its float32 accumulator.
+Holds the tile sizes, matrix products with float32 results, and `scan_shard`, the pass that turns
+hidden states into the softmax statistics of this rank's rows.
 
-* On a GPU the product itself does it (`out_dtype`).
-* On a CPU, PyTorch's bf16 product rounds its result and its fp16 product takes a hundred times as
-  long, so tiles are widened to float32. For bf16, oneDNN is then allowed to multiply in bf16: that
-  is exact, since what was widened is bf16, but for the softmax's terms, which a GPU rounds as well.
+Logits rounded to bfloat16 are off by up to |z|/256, which changes a token's gradient by percents.
+Every product here therefore returns its float32 accumulator:
 
-    n  targets in a tile   v  vocabulary rows in a tile   H  hidden size
+* GPU: `torch.mm(..., out_dtype=float32)`.
+* CPU: PyTorch's bf16 product rounds its result and its fp16 product is 100x slower, so operands are
+  widened to float32 first. For bf16, oneDNN may then multiply in bf16 again (`onednn_bf16_matmul`).
+  That is exact for widened bf16 operands; only the softmax terms are rounded, as on a GPU.
+
+    N  targets   V  this rank's vocabulary rows   H  hidden size   n, v  sizes of one tile
 """
 
 from collections.abc import Iterator
@@ -18,30 +20,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from megatron_idpo.plugin.vocab_softmax import LogitTransform, PartialSoftmax
 
 
 @dataclass(frozen=True, slots=True)
 class TileSizes:
-    """How much of the projection is in memory at a time; the result does not depend on it."""
+    """How much of the projection is in memory at a time. The result does not depend on it."""
 
     tokens: int
     """Targets per tile, at least 1."""
 
     vocab: int
     """Vocabulary rows per tile, at least 1. The float32 sum over the vocabulary, `[tokens, H]`, is
-    read and written once per tile: few and wide tiles keep that small beside the products."""
+    read and written once per tile: few wide tiles keep that traffic small next to the products."""
 
     def __post_init__(self) -> None:
-        """Sizes are counts."""
+        """Assert that both sizes are positive."""
         assert self.tokens >= 1 and self.vocab >= 1, self
 
     @classmethod
     def default(cls, device: torch.device, *, frozen: bool) -> "TileSizes":
-        """What suits a device; `benchmarks/head.py` measures it.
+        """Sizes for a device, measured by `benchmarks/head.py`.
 
-        A CPU's tile stays in its last-level cache. A GPU's fills it: 64 MiB of float32 logits, or
-        32 MiB where the weight's gradient needs a float32 tile `[vocab, H]` beside them.
+        A CPU tile stays in the last-level cache. A GPU tile is 64 MiB of float32 logits, or 32 MiB
+        where the weight's gradient needs a float32 tile `[vocab, H]` as well.
         """
         if device.type == "cpu":
             return cls(tokens=512, vocab=2048)
@@ -49,7 +54,7 @@ class TileSizes:
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
-    """`0..length` in pieces of `size`; the last may be shorter, and there is none for length 0."""
+    """`0..length` in slices of `size`. The last may be shorter; length 0 gives none."""
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
@@ -59,25 +64,25 @@ def accumulation_dtype(operand: Tensor) -> torch.dtype:
     return torch.float64 if operand.dtype == torch.float64 else torch.float32
 
 
-def as_operand(values: Tensor, like: torch.dtype) -> Tensor:
-    """`values` as products take them where the model's weights have dtype `like`.
+def matmul_operand(values: Tensor, weight_dtype: torch.dtype) -> Tensor:
+    """`values` in the dtype in which products take them, for model weights of `weight_dtype`.
 
-    On a CPU 16-bit weights multiply as float32, elsewhere as they are.
+    16-bit weights multiply as float32 on a CPU and as they are elsewhere.
     """
-    is_widened = values.device.type == "cpu" and like.itemsize < 4
-    return values.to(torch.float32 if is_widened else like)
+    is_widened = values.device.type == "cpu" and weight_dtype.itemsize < 4
+    return values.to(torch.float32 if is_widened else weight_dtype)
 
 
-def product(a_nk: Tensor, b_km: Tensor, out_nm: Tensor) -> None:
-    """`out = a @ b` with operands from `as_operand`; `out` has the accumulation dtype."""
+def matmul(a_nk: Tensor, b_km: Tensor, out_nm: Tensor) -> None:
+    """`out = a @ b` for operands from `matmul_operand`; `out` has the accumulation dtype."""
     if a_nk.dtype == out_nm.dtype:
         torch.mm(a_nk, b_km, out=out_nm)
     else:
         torch.mm(a_nk, b_km, out_dtype=out_nm.dtype, out=out_nm)
 
 
-def accumulate(out_nm: Tensor, a_nk: Tensor, b_km: Tensor) -> None:
-    """`out += a @ b` with operands from `as_operand`; `out` has the accumulation dtype."""
+def add_matmul(out_nm: Tensor, a_nk: Tensor, b_km: Tensor) -> None:
+    """`out += a @ b` for operands from `matmul_operand`; `out` has the accumulation dtype."""
     if a_nk.dtype == out_nm.dtype:
         torch.addmm(out_nm, a_nk, b_km, out=out_nm)
     else:
@@ -85,36 +90,118 @@ def accumulate(out_nm: Tensor, a_nk: Tensor, b_km: Tensor) -> None:
 
 
 @contextmanager
-def native_bf16(like: Tensor) -> Iterator[None]:
-    """On a CPU, multiplies widened bf16 operands in bf16, accumulating in float32.
+def onednn_bf16_matmul(like: Tensor) -> Iterator[None]:
+    """On a CPU, multiply widened bf16 operands in bf16 with float32 accumulation.
 
-    It is oneDNN's setting for the whole process, so it is put back as it was.
+    This is a oneDNN setting of the whole process; it is restored on exit.
     """
     if like.device.type != "cpu" or like.dtype != torch.bfloat16:
         yield
         return
-    # PyTorch makes this attribute at run time, out of the type checker's sight.
+    # PyTorch creates this attribute at run time, where the type checker cannot see it.
     mkldnn: Any = torch.backends.mkldnn
-    matmul = mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    before = mkldnn.matmul.fp32_precision
+    mkldnn.matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        mkldnn.matmul.fp32_precision = before
 
 
 class LogitsBuffer:
-    """Memory for one tile of logits, used again for every tile."""
+    """Memory for one tile of logits, reused for every tile."""
 
     def __init__(self, sizes: TileSizes, num_tokens: int, num_rows: int, like: Tensor) -> None:
-        """Room for the largest tile that `num_tokens` targets and `num_rows` rows can need."""
+        """Allocate the largest tile that `num_tokens` targets and `num_rows` rows can need."""
         largest = min(sizes.tokens, num_tokens) * min(sizes.vocab, num_rows)
         self._memory = torch.empty(largest, dtype=accumulation_dtype(like), device=like.device)
 
-    def product(self, hidden_nH: Tensor, weight_vH: Tensor) -> Tensor:
-        """`hidden @ weight.T`, `[n, v]`, in this memory."""
+    def logits(self, hidden_nH: Tensor, weight_vH: Tensor) -> Tensor:
+        """`hidden @ weight.T`, `[n, v]`, in this memory; valid until the next call."""
         n, v = hidden_nH.shape[0], weight_vH.shape[0]
         logits_nv = self._memory[: n * v].view(n, v)
-        product(hidden_nH, weight_vH.t(), logits_nv)
+        matmul(hidden_nH, weight_vH.t(), logits_nv)
         return logits_nv
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """How this rank turns hidden states into logits of its vocabulary rows."""
+
+    start: int
+    """Token id of the first row."""
+
+    num_rows: int
+    """Rows that are tokens. The rows after them are padding and are never multiplied."""
+
+    transform: LogitTransform
+    tiles: TileSizes
+    group: dist.ProcessGroup | None
+    """The ranks that share the vocabulary; None: only this one."""
+
+    reduce_hidden_grad: bool
+    """Whether backward sums the hidden gradient over `group`."""
+
+    def sum_over_ranks(self, grad_NH: Tensor) -> Tensor:
+        """All-reduce over `group`, in place, unless the caller reduces. Used in backward.
+
+        A rank's gradient covers its own vocabulary rows only; the sum covers all of them.
+        """
+        if self.reduce_hidden_grad and self.group is not None and self.group.size() > 1:
+            dist.all_reduce(grad_NH, group=self.group)
+        return grad_NH
+
+    def vocab_tiles(self, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """For each tile of token rows: which rows, and their weights `[v, H]` as an operand."""
+        for rows in slices(self.num_rows, self.tiles.vocab):
+            yield rows, matmul_operand(weight_VH[rows], weight_VH.dtype)
+
+    def token_tiles(
+        self, hidden_NH: Tensor, targets_N: Tensor, rows: slice
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """For each tile of targets: which, `[n, H]` as an operand, their columns in tile `rows`."""
+        for tokens in slices(targets_N.shape[0], self.tiles.tokens):
+            hidden_nH = matmul_operand(hidden_NH[tokens], hidden_NH.dtype)
+            yield tokens, hidden_nH, targets_N[tokens] - (self.start + rows.start)
+
+    def buffer(self, hidden_NH: Tensor) -> LogitsBuffer:
+        """Memory for the largest tile of logits."""
+        return LogitsBuffer(self.tiles, hidden_NH.shape[0], self.num_rows, hidden_NH)
+
+
+def scan_shard(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    projection: Projection,
+    weighted_rows_NH: Tensor | None = None,
+) -> PartialSoftmax:
+    """This rank's softmax statistics of every target. 2·N·H·V FLOPs, no collective.
+
+    Args:
+        hidden_NH: hidden states.
+        weight_VH: this rank's rows.
+        targets_N: tokens of the whole vocabulary.
+        projection: this rank's part of the vocabulary and the tile sizes.
+        weighted_rows_NH: zeros of the accumulation dtype; on return Σ_{v≠y} exp(z_v − maximum) ·
+            f'(z_v) · W[v] over this rank's rows, for another 2·N·H·V FLOPs. None: not computed.
+    """
+    partial = PartialSoftmax.empty(
+        targets_N.shape[0], accumulation_dtype(hidden_NH), hidden_NH.device
+    )
+    buffer = projection.buffer(hidden_NH)
+    with onednn_bf16_matmul(hidden_NH):
+        # Vocabulary in the outer loop: the weight, the larger operand, is read once.
+        for rows, weight_vH in projection.vocab_tiles(weight_VH):
+            for tokens, hidden_nH, column_n in projection.token_tiles(hidden_NH, targets_N, rows):
+                logits_nv = buffer.logits(hidden_nH, weight_vH)
+                # The buffer now holds exp(z − maximum) instead of logits, with 0 in the target's
+                # column, so that the product below sums over v≠y without a mask.
+                rescale_n = partial.update(tokens, logits_nv, column_n, projection.transform)
+                if weighted_rows_NH is not None:
+                    # Online softmax: sums of earlier tiles are relative to an older, smaller
+                    # maximum. Rescaling them here means that no tile is multiplied twice.
+                    weighted_rows_nH = weighted_rows_NH[tokens].mul_(rescale_n[:, None])
+                    terms_nv = matmul_operand(logits_nv, weight_VH.dtype)
+                    add_matmul(weighted_rows_nH, terms_nv, weight_vH)
+    return partial

@@ -1,10 +1,10 @@
-"""Covering arrays: few cases in which every feasible combination of any three factors occurs.
+"""Covering arrays: few cases that contain every feasible combination of any three factors.
 
-A bug of a parallel layout shows where two or three settings meet, hardly ever only where sixteen
-do, so trying all triples finds what trying all cases would. The array is built greedily, one case
-at a time (AETG: Cohen et al. 1997), from a fixed seed: the same factors give the same cases.
+A bug of a parallel layout depends on two or three settings, hardly ever on sixteen, so testing all
+triples finds nearly what testing all cases would. The array is built greedily, one case at a time
+(AETG: Cohen et al. 1997), from a fixed seed: the same factors give the same cases.
 
-In arrays, values of all factors are numbered through: n of them.
+    n  values of all factors, numbered consecutively
 """
 
 import random
@@ -23,21 +23,21 @@ Combination = frozenset[tuple[str, Any]]
 
 _SEED = 0
 _CANDIDATES = 6
-"""Of so many greedily made cases the best is taken; more make the array barely smaller."""
+"""Candidates per case, of which the best is taken; more make the array hardly smaller."""
 
 
 class Rule(NamedTuple):
-    """Which values of some factors go together."""
+    """The allowed combinations of the values of some factors."""
 
     names: tuple[str, ...]
     allows: Callable[..., bool]
 
 
 class Space:
-    """Factors with their values, and the rules of what can be a case."""
+    """Factors with their values, and the rules that every case satisfies."""
 
     def __init__(self, factors: Mapping[str, Sequence[Any]], rules: Sequence[Rule] = ()) -> None:
-        """`rules` name factors; values of those that no rule names go with everything."""
+        """Values of factors that no rule names go with every other value."""
         self.factors = {name: tuple(values) for name, values in factors.items()}
         self._rules = tuple(rules)
         bound = {name for rule in rules for name in rule.names}
@@ -76,37 +76,37 @@ def combinations_in(case: Case, strength: int) -> set[Combination]:
 
 def covering_array(space: Space) -> list[Case]:
     """Cases that together have every feasible combination of three factors."""
-    chance = random.Random(_SEED)
+    rng = random.Random(_SEED)
     values = [(name, value) for name in space.factors for value in space.factors[name]]
-    number = {value: n for n, value in enumerate(values)}
+    index = {value: n for n, value in enumerate(values)}
     missing_nnn = np.zeros((len(values),) * 3, dtype=bool)
     for triple in space.combinations(3):
-        for a, b, c in permutations_of(number[value] for value in triple):
+        for a, b, c in permutations_of(index[value] for value in triple):
             missing_nnn[a, b, c] = True
     cases = []
     while missing_nnn.any():
-        made = [_candidate(space, values, missing_nnn, chance) for _ in range(_CANDIDATES)]
-        best = max(made, key=lambda chosen: missing_nnn[np.ix_(chosen, chosen, chosen)].sum())
+        candidates = [_candidate(space, values, missing_nnn, rng) for _ in range(_CANDIDATES)]
+        best = max(candidates, key=lambda chosen: missing_nnn[np.ix_(chosen, chosen, chosen)].sum())
         missing_nnn[np.ix_(best, best, best)] = False
         cases.append({name: dict(values[n] for n in best)[name] for name in space.factors})
     return cases
 
 
-def permutations_of(numbers: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """All orders of three numbers."""
-    a, b, c = numbers
+def permutations_of(indices: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    """All orders of three indices."""
+    a, b, c = indices
     yield from ((a, b, c), (a, c, b), (b, a, c), (b, c, a), (c, a, b), (c, b, a))
 
 
 def _candidate(
-    space: Space, values: list[tuple[str, Any]], missing_nnn: Any, chance: random.Random
+    space: Space, values: list[tuple[str, Any]], missing_nnn: Any, rng: random.Random
 ) -> list[int]:
     """A case around a missing triple; each other factor takes the value that adds most triples."""
     triples = np.argwhere(missing_nnn)
-    chosen = [int(n) for n in triples[chance.randrange(len(triples))]]
+    chosen = [int(n) for n in triples[rng.randrange(len(triples))]]
     case = dict(values[n] for n in chosen)
     rest = [name for name in space.factors if name not in case]
-    chance.shuffle(rest)
+    rng.shuffle(rest)
     for name in rest:
         gains_n = missing_nnn[:, chosen][:, :, chosen].sum((1, 2))
         fitting = [
@@ -114,19 +114,29 @@ def _candidate(
             for n, (owner, value) in enumerate(values)
             if owner == name and space.feasible({**case, name: value})
         ]
-        best = max(fitting, key=lambda n: (gains_n[n], chance.random()))
+        best = max(fitting, key=lambda n: (gains_n[n], rng.random()))
         chosen.append(best)
         case[name] = values[best][1]
     return chosen
 
 
-def few_that_cover(cases: Sequence[Case], strength: int) -> list[int]:
-    """Numbers, ascending, of some of the cases that have all combinations which the cases have."""
-    had = [combinations_in(case, strength) for case in cases]
-    missing = set().union(*had)
-    few = []
+def cheap_cover(cases: Sequence[Case], strength: int, cost: Callable[[Case], float]) -> list[int]:
+    """Ascending indices of cheap cases that have all combinations of `strength` factors.
+
+    Greedy: the case with the most new combinations per cost comes next. Cases that later ones made
+    redundant are dropped, the most expensive first.
+    """
+    combinations_of = [combinations_in(case, strength) for case in cases]
+    cost_of = [cost(case) for case in cases]
+    missing = set().union(*combinations_of)
+    selected: list[int] = []
     while missing:
-        best = max(range(len(cases)), key=lambda n: len(had[n] & missing))
-        missing -= had[best]
-        few.append(best)
-    return sorted(few)
+        best = max(range(len(cases)), key=lambda n: len(combinations_of[n] & missing) / cost_of[n])
+        missing -= combinations_of[best]
+        selected.append(best)
+    everything = set().union(*combinations_of)
+    for index in sorted(selected, key=lambda n: -cost_of[n]):
+        rest = [n for n in selected if n != index]
+        if set().union(*(combinations_of[n] for n in rest)) == everything:
+            selected = rest
+    return sorted(selected)

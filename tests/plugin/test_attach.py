@@ -1,14 +1,13 @@
-"""Intermediate DPO on stock schedules equals the oracle, in every layout.
+"""Intermediate DPO on megatron-core's schedules equals the oracle, in every layout.
 
-Each case trains three steps by megatron-core's own schedule, gradient reduction and optimizer and
+Each case trains three steps with megatron-core's own schedule, gradient reduction and optimizer and
 is compared with `tests/oracle.py`: every layer's loss in every step, all gradients of the first
 step, all weights after the third. The reference is another model, so that no margin is zero.
 
-The cases are a covering array: every feasible combination of three settings occurs in one of them,
-and every combination of two in those that `make test` runs.
+The cases are a covering array: the whole array has every feasible combination of three settings,
+the part that `make test` runs has every combination of two.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.testing import write_tiny_hf_model
+from tests import oracle
 
-from .covering import covering_array, few_that_cover
+from .covering import cheap_cover, covering_array
 from .training_case import (
     EPS,
     LR,
@@ -35,22 +35,25 @@ from .training_case import (
 )
 from .training_run import megatron_run
 
-# fp32 sums in another order, through 8 layers and a log-softmax.
 LOSS_ABSOLUTE = 2e-5
-# |difference| / |gradient| per tensor (Frobenius).
+"""fp32 sums in another order, through 8 layers and a log-softmax."""
+
 GRADIENT_RELATIVE = 1e-5
-# Three Adam steps with eps 1e-4, in units of the learning rate.
-STEPS_IN_LR = 5e-3
+"""|difference| / |gradient| per tensor (Frobenius)."""
+
+WEIGHT_IN_LR = 5e-3
+"""Weights after three Adam steps with eps 1e-4, in units of the learning rate."""
 
 ARRAY = covering_array(SPACE)
-QUICK = few_that_cover(ARRAY, 2)
 CASES = [Case(**values) for values in ARRAY]
+# Processes cost most of a test's time; micro-batches the rest.
+QUICK = cheap_cover(ARRAY, 2, lambda values: Case(**values).world_size ** 0.5)
 HAND_PICKED = [
     # Plain DPO.
     Case(taps="none"),
     Case(taps="none", tensor=2, pipeline=2, sequence_parallel=True, trained="adapters"),
     Case(taps="none", pipeline=4, data=2, tied=True, sync="distributed"),
-    # DDP waits for the gradient of every trainable parameter; a norm that is not read has none.
+    # DDP waits for the gradient of every trainable parameter; a norm that no tap reads has none.
     Case(pipeline=2, norm="none", sync="overlap"),
 ]
 PARAMETERS = [pytest.param(case, id=str(case)) for case in HAND_PICKED] + [
@@ -58,23 +61,19 @@ PARAMETERS = [pytest.param(case, id=str(case)) for case in HAND_PICKED] + [
     for n, case in enumerate(CASES)
 ]
 
-
-def _load_oracle() -> Any:
-    spec = importlib.util.spec_from_file_location("oracle", Path(__file__).parents[1] / "oracle.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle = _load_oracle()
-
-
-# ---- what the oracle says ------------------------------------------------------------------------
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": NUM_LAYERS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+}
 
 
-class Judge:
-    """The oracle's answers, each computed once."""
+class OracleRuns:
+    """Trainings by the oracle, each computed once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -84,14 +83,14 @@ class Judge:
 
     def directory(self, tied: bool) -> Path:
         """The policy's checkpoint."""
-        self._pair(tied)
+        self._models_of(tied)
         return self._root / f"policy-{tied}"
 
     def references(self, case: Case) -> list[dict[int, Tensor]]:
-        """Of each step by layer: the reference's log-probabilities."""
+        """Per step and layer, the reference's log-probabilities."""
         key = (case.tied, case.norm)
         if key not in self._references:
-            _, reference = self._pair(case.tied)
+            _, reference = self._models_of(case.tied)
             layers = range(1, NUM_LAYERS + 1)
             with torch.no_grad():
                 self._references[key] = [
@@ -107,7 +106,7 @@ class Judge:
         key = (case.tied, case.trained, case.layers, case.norm, *objective.items())
         if key not in self._runs:
             self._runs[key] = oracle.train_steps(
-                *self._pair(case.tied),
+                *self._models_of(case.tied),
                 batches_of_pairs(),
                 case.layers,
                 optimizer="adam",
@@ -121,7 +120,8 @@ class Judge:
             )
         return self._runs[key]
 
-    def _pair(self, tied: bool) -> tuple[Any, Any]:
+    def _models_of(self, tied: bool) -> tuple[Any, Any]:
+        """Policy and reference."""
         from transformers import AutoModelForCausalLM
 
         if tied not in self._models:
@@ -136,79 +136,66 @@ class Judge:
         return self._models[tied]
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "num_hidden_layers": NUM_LAYERS,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": None,
-}
-
-
 @pytest.fixture(scope="session")
-def judge(tmp_path_factory):
+def oracle_runs(tmp_path_factory):
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more only wait for each other in matrices this small
-    yield Judge(tmp_path_factory.mktemp("judge"))
+    torch.set_num_threads(1)  # matrices are too small for several threads to help
+    yield OracleRuns(tmp_path_factory.mktemp("oracle"))
     torch.set_num_threads(threads)
-
-
-# ---- the comparison ------------------------------------------------------------------------------
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", PARAMETERS)
-def test_training_equals_the_oracle(case, workers, judge, record_property):
-    run, directory = judge.run(case), str(judge.directory(case.tied))
-    answers = workers.run(megatron_run, case.world_size, directory, case, judge.references(case))
-    gradients = {n: g for answer in answers for n, g in answer["gradients"].items()}
-    weights = {n: w for answer in answers for n, w in answer["weights"].items()}
-    assert set(weights) == set(run["weights"])
-    learning = run["gradients"]
+def test_training_equals_the_oracle(case, workers, oracle_runs, record_property):
+    expected, directory = oracle_runs.run(case), str(oracle_runs.directory(case.tied))
+    by_rank = workers.run(
+        megatron_run, case.world_size, directory, case, oracle_runs.references(case)
+    )
+    gradients = {n: g for of_rank in by_rank for n, g in of_rank["gradients"].items()}
+    weights = {n: w for of_rank in by_rank for n, w in of_rank["weights"].items()}
+    assert set(weights) == set(expected["weights"])
     worst = {
-        "loss": _worst(_loss_differences(run, answers, case)),
+        "loss": _worst(_loss_differences(expected, by_rank, case)),
         "gradient": _worst(
-            {name: (gradients[name] - g).norm() / g.norm() for name, g in learning.items()}
+            {n: (gradients[n] - g).norm() / g.norm() for n, g in expected["gradients"].items()}
         ),
         "weight in lr": _worst(
-            {name: (weights[name] - w).abs().max() / LR for name, w in run["weights"].items()}
+            {n: (weights[n] - w).abs().max() / LR for n, w in expected["weights"].items()}
         ),
     }
-    for what, (difference, _) in worst.items():
-        record_property(what, difference)
+    for quantity, (difference, _) in worst.items():
+        record_property(quantity, difference)
     assert worst["loss"][0] <= LOSS_ABSOLUTE, worst
     assert worst["gradient"][0] <= GRADIENT_RELATIVE, worst
-    assert worst["weight in lr"][0] <= STEPS_IN_LR, worst
+    assert worst["weight in lr"][0] <= WEIGHT_IN_LR, worst
 
 
 def _worst(differences: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest, and where it is; torch takes NaN for the largest of all."""
+    """The largest difference and its name; torch treats NaN as the largest."""
     values = torch.stack(list(differences.values()))
     return float(values.max()), list(differences)[int(values.argmax())]
 
 
 def _loss_differences(
-    run: dict[str, Any], answers: list[dict[str, Any]], case: Case
+    expected: dict[str, Any], by_rank: list[dict[str, Any]], case: Case
 ) -> dict[str, Tensor]:
-    """Each layer's loss is its pairs' sum over data ranks; tensor ranks say the same."""
+    """A layer's loss is the sum over data ranks; its tensor ranks all report the same."""
     differences = {}
-    for step, truth in enumerate(run["losses"]):
-        for layer, loss in truth.by_layer.items():
-            spoken = [a["losses"][step][layer] for a in answers if layer in a["losses"][step]]
-            assert len(spoken) == case.data * case.tensor
-            total = torch.stack(spoken).sum() / case.tensor / PAIRS
-            differences[f"step {step} layer {layer}"] = (total - loss).abs()
+    for step, losses in enumerate(expected["losses"]):
+        for layer, loss in losses.by_layer.items():
+            of_layer = [r["losses"][step][layer] for r in by_rank if layer in r["losses"][step]]
+            assert len(of_layer) == case.data * case.tensor
+            mean = torch.stack(of_layer).sum() / case.tensor / PAIRS
+            differences[f"step {step} layer {layer}"] = (mean - loss).abs()
     return differences
 
 
-def test_adapters_of_layer_1_are_compared_under_every_recomputation(judge):
+def test_first_layer_of_adapters_gets_gradients_under_every_recompute_method(oracle_runs):
     for cases in (CASES, [CASES[n] for n in QUICK]):
         with_adapters = [case for case in cases if case.trained == "adapters"]
         assert {case.recompute for case in with_adapters} == set(RECOMPUTE)
     for case in with_adapters:
-        gradients = judge.run(case)["gradients"]
+        gradients = oracle_runs.run(case)["gradients"]
         assert all(".embed_tokens." not in name and ".norm." not in name for name in gradients)
         assert gradients["model.layers.0.self_attn.q_proj.weight"].norm() > 0
 

@@ -1,10 +1,10 @@
-"""The covering array covers: small spaces, and the plugin's own, whose size is printed."""
+"""The covering array covers small spaces and the plugin's; the size of the latter is printed."""
 
 from itertools import combinations, product
 
 import pytest
 
-from .covering import Rule, Space, combinations_in, covering_array, few_that_cover
+from .covering import Rule, Space, cheap_cover, combinations_in, covering_array
 from .test_attach import ARRAY, QUICK
 from .training_case import SPACE
 
@@ -28,14 +28,14 @@ RULES = [
 
 
 @pytest.mark.parametrize("rules", [[], RULES], ids=["free", "ruled"])
-def test_what_is_feasible_is_what_occurs_in_some_case(rules):
+def test_feasible_combinations_are_those_of_all_allowed_cases(rules):
     space = Space(BITS, rules)
     occurring = set().union(*(combinations_in(case, 3) for case in _every_case(space, rules)))
     assert set(space.combinations(3)) == occurring
 
 
 @pytest.mark.parametrize("rules", [[], RULES], ids=["free", "ruled"])
-def test_every_feasible_triple_is_in_a_case_and_every_case_is_allowed(rules):
+def test_array_has_every_feasible_triple_and_only_allowed_cases(rules):
     space = Space({**BITS, "g": "xyz"}, rules)
     cases = covering_array(space)
     allowed = list(_every_case(space, rules))
@@ -44,19 +44,21 @@ def test_every_feasible_triple_is_in_a_case_and_every_case_is_allowed(rules):
     assert 3 * 2 * 2 <= len(cases) < len(allowed)
 
 
-def test_the_same_factors_give_the_same_cases():
+def test_array_is_deterministic():
     assert covering_array(Space(BITS, RULES)) == covering_array(Space(BITS, RULES))
 
 
-def test_few_cases_cover_what_all_do():
+def test_cheap_cover_has_all_combinations_and_prefers_cheap_cases():
     cases = covering_array(Space({**BITS, "g": "xyz"}, RULES))
-    few = few_that_cover(cases, 2)
-    assert len(few) < len(cases) and few == sorted(set(few))
-    had = set().union(*(combinations_in(case, 2) for case in cases))
-    assert set().union(*(combinations_in(cases[n], 2) for n in few)) == had
+    selected = cheap_cover(cases, 2, lambda case: 1 + 9 * case["a"])
+    assert len(selected) < len(cases) and selected == sorted(set(selected))
+    every_pair = set().union(*(combinations_in(case, 2) for case in cases))
+    assert set().union(*(combinations_in(cases[n], 2) for n in selected)) == every_pair
+    by_size = cheap_cover(cases, 2, lambda _: 1)
+    assert sum(cases[n]["a"] for n in selected) <= sum(cases[n]["a"] for n in by_size)
 
 
-def test_the_plugins_cases_cover_every_triple_of_settings(capsys):
+def test_plugin_array_has_every_triple_and_the_quick_cases_every_pair(capsys):
     triples = set(SPACE.combinations(3))
     covered = {frozenset(some) for case in ARRAY for some in combinations(sorted(case.items()), 3)}
     assert covered == triples
@@ -64,5 +66,5 @@ def test_the_plugins_cases_cover_every_triple_of_settings(capsys):
     assert pairs == set(SPACE.combinations(2))
     assert len(ARRAY) <= 400
     with capsys.disabled():
-        message = f"{len(ARRAY)} cases, {len(triples)} triples"
-        print(f"\ncovering array: {message}; in `make test` {len(QUICK)} cases, {len(pairs)} pairs")
+        summary = f"{len(ARRAY)} cases, {len(triples)} triples"
+        print(f"\ncovering array: {summary}; in `make test` {len(QUICK)} cases, {len(pairs)} pairs")

@@ -1,4 +1,7 @@
-"""A head reads a hidden state as final norm and output layer do; over ranks, see the oracle."""
+"""A head computes what final norm and output layer compute.
+
+Heads over several ranks are tested against the oracle in `test_attach.py`.
+"""
 
 import pytest
 import torch
@@ -37,7 +40,7 @@ def head(norm, weight_VH, **fields):
 
 
 def expected(hidden_T1H, norm, weight_VH):
-    """Whole logits of every position, padding rows left out."""
+    """From the logits of every position, without padding rows."""
     logps_TV = torch.log_softmax(norm(hidden_T1H[:, 0]) @ weight_VH[:VALID].t(), dim=-1)
     picked_N = logps_TV[TARGETS.positions_N, TARGETS.tokens_N]
     return torch.stack([picked_N[[0, 2]].sum(), picked_N[[1, 3]].sum()])
@@ -51,20 +54,20 @@ def test_log_probabilities_and_gradients(norm, weight_VH, use_norm, normed):
     parameters = [hidden_T1H, weight_VH, norm.weight]
     truth_2P = expected(hidden_T1H, through, weight_VH)
     truth = torch.autograd.grad(truth_2P @ torch.tensor([1.0, -2.0]), parameters, allow_unused=True)
-    said_2P = head(norm, weight_VH, use_norm=use_norm).sequence_logps(
+    logps_2P = head(norm, weight_VH, use_norm=use_norm).sequence_logps(
         hidden_T1H, TARGETS, normed=normed
     )
-    assert said_2P.dtype == torch.float32
-    assert torch.allclose(said_2P, truth_2P, atol=ATOL)
-    (said_2P @ torch.tensor([1.0, -2.0])).backward()
+    assert logps_2P.dtype == torch.float32
+    assert torch.allclose(logps_2P, truth_2P, atol=ATOL)
+    (logps_2P @ torch.tensor([1.0, -2.0])).backward()
     for parameter, gradient in zip(parameters, truth, strict=True):
         if gradient is None:
-            assert parameter.grad is None, "the norm took part though nobody asked it"
+            assert parameter.grad is None, "the norm was applied"
         else:
             assert torch.allclose(parameter.grad, gradient, atol=1e-5)
 
 
-def test_a_frozen_weight_gets_no_gradient_and_passes_it_on(norm, weight_VH):
+def test_frozen_weight_passes_gradient_to_the_hidden_state_only(norm, weight_VH):
     weight_VH.requires_grad_(False)
     hidden_T1H = torch.randn(POSITIONS, 1, HIDDEN, requires_grad=True)
     logps_2P = head(norm, weight_VH).sequence_logps(hidden_T1H, TARGETS, normed=False)
@@ -72,11 +75,11 @@ def test_a_frozen_weight_gets_no_gradient_and_passes_it_on(norm, weight_VH):
     assert weight_VH.grad is None and hidden_T1H.grad.count_nonzero()
 
 
-def test_an_empty_row_is_connected_to_the_graph(norm, weight_VH):
-    nothing = torch.zeros(0, dtype=torch.int64)
+def test_empty_row_is_connected_to_the_graph(norm, weight_VH):
+    empty = torch.zeros(0, dtype=torch.int64)
     hidden_T1H = torch.randn(POSITIONS, 1, HIDDEN, requires_grad=True)
     logps_2P = head(norm, weight_VH).sequence_logps(
-        hidden_T1H, Targets(nothing, nothing, nothing, 0), normed=False
+        hidden_T1H, Targets(empty, empty, empty, 0), normed=False
     )
     assert logps_2P.shape == (0,)
     logps_2P.sum().backward()
@@ -84,7 +87,7 @@ def test_an_empty_row_is_connected_to_the_graph(norm, weight_VH):
         assert parameter.grad is not None and not parameter.grad.any()
 
 
-def test_a_wider_residual_is_cast_to_the_weights_format(weight_VH):
+def test_wider_residual_is_cast_to_the_weights_dtype(weight_VH):
     """As with `fp32_residual_connection`."""
 
     class Config:
@@ -92,29 +95,28 @@ def test_a_wider_residual_is_cast_to_the_weights_format(weight_VH):
 
     half_VH = weight_VH.detach().bfloat16()
     hidden_T1H = torch.randn(POSITIONS, 1, HIDDEN)
-    read = head(RMSNorm(Config(), HIDDEN), half_VH)
-    logps_2P = read.sequence_logps(hidden_T1H, TARGETS, normed=False)
+    bf16_head = head(RMSNorm(Config(), HIDDEN), half_VH)
+    logps_2P = bf16_head.sequence_logps(hidden_T1H, TARGETS, normed=False)
     truth_2P = expected(hidden_T1H, RMSNorm(Config(), HIDDEN), weight_VH.detach())
     # bf16 keeps 8 bits of operands of about 1, in sums of 8 products.
     assert logps_2P.dtype == torch.float32 and (logps_2P - truth_2P).abs().max() < 0.2
 
 
-def test_the_weight_is_asked_for_when_it_is_used(norm, weight_VH):
-    """DDP moves parameters into its buffers after heads are made."""
-    asked = []
-    read = head(norm, weight_VH)
-    read = Head(
+def test_weight_is_looked_up_at_each_use(norm, weight_VH):
+    """DDP moves parameters into its buffers after heads are created."""
+    lookups = []
+    lazy_head = Head(
         norm=norm,
-        weight=lambda: asked.append(1) or weight_VH,
-        shard=read.shard,
+        weight=lambda: lookups.append(1) or weight_VH,
+        shard=VocabShard(None, 0, VALID),
         sequence_parallel=False,
     )
-    assert not asked
-    read.sequence_logps(torch.randn(POSITIONS, 1, HIDDEN), TARGETS, normed=False)
-    assert asked == [1]
+    assert not lookups
+    lazy_head.sequence_logps(torch.randn(POSITIONS, 1, HIDDEN), TARGETS, normed=False)
+    assert lookups == [1]
 
 
-def test_entering_calls_the_copy_as_a_module(norm, weight_VH):
+def test_enter_calls_the_replica_as_a_module(norm, weight_VH):
     entered = []
     head(norm, weight_VH, replica=lambda: entered.append(1)).enter()
     assert entered == [1]

@@ -1,9 +1,9 @@
-"""On megatron-core's schedules, beside the oracle's training: scoring, the start, experts, bf16.
+"""On megatron-core's schedules: scoring, the first step, eval mode, experts, bf16, loss scale.
 
-Layouts are compared with one rank; scoring with `tests/oracle.py`.
+Scoring is compared with `tests/oracle.py`, layouts with one rank. Training is compared with the
+oracle in `test_attach.py`.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.objective.dpo import Objective, loss_at_zero
 from megatron_idpo.testing import write_tiny_hf_model
+from tests import oracle
 
 from . import tiny_megatron as tiny
 
@@ -23,10 +24,10 @@ LOGPS_ABSOLUTE = 2e-5
 """fp32 sums over at most 4 tokens' log-softmax, layers in another order of summation."""
 
 START_ABSOLUTE = 1e-6
-"""Policy and reference are the same numbers, so nothing may remain but rounding."""
+"""Policy and reference have the same weights, so only rounding may differ."""
 
 GRADIENT_RELATIVE = 1e-5
-"""|difference| / |gradient| of each tensor: fp32 in another order."""
+"""|difference| / |gradient| of each tensor: fp32 sums in another order."""
 
 BF16_RELATIVE = 2e-2
 """bf16 keeps 8 bits, so a sum is off by 2^-9; where a stage ends, the gradients of a tap and of the
@@ -34,20 +35,12 @@ layers above meet in another order, and a few roundings differ. Measured: 8.1e-3
 """
 
 BF16_ERROR_GROWTH = 1.5
-"""How much further from fp32 two stages may be than one, whose own error (2.1e-2) is rounding."""
+"""Allowed error of two stages against fp32, relative to that of one rank (2.1e-2, rounding)."""
 
 PLAIN = Layout()
 STAGES = Layout(pipeline=2)
 INTERLEAVED = Layout(pipeline=2, virtual_pipeline=2)
 TENSOR = Layout(tensor=2, sequence_parallel=True)
-
-
-def load_oracle() -> Any:
-    spec = importlib.util.spec_from_file_location("oracle", Path(__file__).parents[1] / "oracle.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def attached(chunks: Any, layers: Any, objective: Objective | None = None) -> Any:
@@ -61,18 +54,19 @@ def attached(chunks: Any, layers: Any, objective: Objective | None = None) -> An
 
 
 def score(directory: str, layout: Layout, training: bool, options: Any) -> dict[int, Tensor]:
-    """Log-probabilities of all local layers, without references, forward only."""
+    """Log-probabilities of all local layers, forward only, without reference."""
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.mcore.model.build import build_model
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     checkpoint, architecture = open_hf(Path(directory))
-    layout.start()
+    start_layout(layout)
     chunks = build_model(architecture, layout, options)
     load_hf_weights(chunks, checkpoint, architecture)
     for chunk in chunks:
         chunk.train(training)
     dpo = attached(chunks, "all")
-    # A script that scores need not say what a loss would be averaged over.
+    # Scoring needs no counts, because no loss is averaged.
     batches = tiny.micro_batches(None, num_micro_batches=0, global_pairs=0)
     tiny.run(dpo, chunks, batches, forward_only=True)
     outputs = dpo.take_outputs(len(batches))
@@ -92,7 +86,7 @@ def scored(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     layers = range(1, tiny.NUM_LAYERS + 1)
     with torch.no_grad():
-        return str(directory), load_oracle().sequence_logps(model, tiny.pairs(), layers)
+        return str(directory), oracle.sequence_logps(model, tiny.pairs(), layers)
 
 
 def full_recompute() -> Any:
@@ -110,13 +104,13 @@ def test_scoring_equals_the_oracle(workers, scored, layout, training, recompute)
     directory, expected = scored
     options = full_recompute() if recompute else None
     answers = workers.run(score, 2, directory, layout, training, options)
-    assert set(tiny.together(answers)) == set(expected)
+    assert set(tiny.merged(answers)) == set(expected)
     for answer in answers:
         for layer, logps in answer.items():
             assert (logps - expected[layer]).abs().max() <= LOGPS_ABSOLUTE, f"layer {layer}"
 
 
-# ---- the start -----------------------------------------------------------------------------------
+# ---- the first step ------------------------------------------------------------------------------
 
 OBJECTIVES = [
     Objective(),
@@ -128,17 +122,17 @@ OBJECTIVES = [
 ]
 
 
-def start(layout: Layout) -> dict[str, Any]:
-    """Every layer's loss and log-ratios in the first step, against the model's own readings."""
+def first_step(layout: Layout) -> dict[str, Any]:
+    """Loss and log-ratios of each layer with the model's own log-probabilities as reference."""
     chunks = tiny.start(layout, frozen_head=True)
     dpo = attached(chunks, [1, 2])
     tiny.run(dpo, chunks, tiny.micro_batches(None), forward_only=True)
-    mine = tiny.by_layer(dpo.take_outputs(4), "logps_2P")
+    local = tiny.by_layer(dpo.take_outputs(4), "logps_2P")
     dpo.detach()
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    reference = tiny.together(parts)
-    message: dict[str, Any] = {}
+    by_rank: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(by_rank, local)
+    reference = tiny.merged(by_rank)
+    results: dict[str, Any] = {}
     for objective in OBJECTIVES:
         dpo = attached(chunks, [1, 2], objective)
         tiny.run(dpo, chunks, tiny.micro_batches(reference))
@@ -146,26 +140,26 @@ def start(layout: Layout) -> dict[str, Any]:
         dpo.detach()
         for chunk in chunks:
             chunk.zero_grad()
-        message[repr(objective)] = {
-            layer: (loss, policy - against)
-            for (layer, loss), policy, against in zip(
+        results[repr(objective)] = {
+            layer: (loss, policy - reference_logps)
+            for (layer, loss), policy, reference_logps in zip(
                 tiny.by_layer(outputs, "loss_P").items(),
                 tiny.by_layer(outputs, "logps_2P").values(),
                 tiny.by_layer(outputs, "reference_logps_2P").values(),
                 strict=True,
             )
         }
-    return message
+    return results
 
 
-def test_at_the_start_every_layers_loss_is_that_of_no_difference(workers):
-    answers = workers.run(start, 2, INTERLEAVED)
+def test_first_step_has_the_loss_of_equal_policy_and_reference(workers):
+    answers = workers.run(first_step, 2, INTERLEAVED)
     for objective in OBJECTIVES:
-        found = tiny.together([answer[repr(objective)] for answer in answers])
-        assert set(found) == {1, 2, 4}
-        for layer, (loss_P, ratio_2P) in found.items():
+        by_layer = tiny.merged([answer[repr(objective)] for answer in answers])
+        assert set(by_layer) == {1, 2, 4}
+        for layer, (loss_P, ratio_2P) in by_layer.items():
             if objective.reference_layer == "final" and layer != 4:
-                assert ratio_2P.abs().min() > 1e-3, "another layer's reading is no start"
+                assert ratio_2P.abs().min() > 1e-3, "the reference is read at another layer"
                 continue
             assert (loss_P - loss_at_zero(objective)).abs().max() <= START_ABSOLUTE
             margins_P = objective.beta * (ratio_2P[0::2] - ratio_2P[1::2])
@@ -186,7 +180,7 @@ def train_once(
     loss_scale: float = 1.0,
     trained: str = "",
 ) -> dict[str, Tensor]:
-    """The gradients of one step, of this rank's parameters."""
+    """One training step; return the gradients of this rank's parameters."""
     from megatron.core.transformer.module import Float16Module
 
     dtype = torch.bfloat16 if half else torch.float32
@@ -206,26 +200,34 @@ def train_once(
     return {name: gradient / loss_scale for name, gradient in tiny.gradients(chunks).items()}
 
 
-def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest |difference| / |gradient| and whose it is."""
-    assert set(found) == set(expected)
+def worst(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest |difference| / |gradient| and the parameter's name."""
+    assert set(gradients) == set(expected)
     assert all(gradient.any() for gradient in expected.values())
     return max(
-        (float((found[name] - gradient).norm() / gradient.norm()), name)
+        (float((gradients[name] - gradient).norm() / gradient.norm()), name)
         for name, gradient in expected.items()
     )
 
 
-def test_training_in_eval_mode_is_the_same_without_recomputation(workers):
-    overrides = {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
-    expected = tiny.together(workers.run(train_once, 2, STAGES, (1, 3), overrides))
-    found = workers.run(train_once, 2, STAGES, (1, 3), overrides, training=False)
-    relative, name = worst(tiny.together(found), expected)
-    assert relative <= GRADIENT_RELATIVE, name
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def two_stage_gradients(workers):
+    """Gradients over two stages with fp32 weights and default settings."""
+    return tiny.merged(workers.run(train_once, 2, STAGES, (1, 3), {}))
+
+
+def test_eval_mode_and_recompute_do_not_change_gradients(workers, two_stage_gradients):
+    for training in (True, False):  # megatron-core recomputes in training mode only
+        by_rank = workers.run(train_once, 2, STAGES, (1, 3), RECOMPUTE, training=training)
+        relative, name = worst(tiny.merged(by_rank), two_stage_gradients)
+        assert relative <= GRADIENT_RELATIVE, name
 
 
 # ---- experts -------------------------------------------------------------------------------------
@@ -241,14 +243,14 @@ EXPERTS = {
 }
 
 
-def test_experts_keep_their_own_loss_beside_ours(workers):
+def test_router_keeps_its_auxiliary_loss(workers):
     (expected,) = workers.run(train_once, 1, PLAIN, (1, 2), EXPERTS)
     routers = {name for name in expected if "router" in name}
     assert len(routers) == tiny.NUM_LAYERS
-    found = tiny.together(workers.run(train_once, 2, STAGES, (1, 2), EXPERTS))
-    relative, name = worst(found, expected)
+    gradients = tiny.merged(workers.run(train_once, 2, STAGES, (1, 2), EXPERTS))
+    relative, name = worst(gradients, expected)
     assert relative <= GRADIENT_RELATIVE, name
-    # The auxiliary loss is there, and it is not ours that moves the routers alone.
+    # The auxiliary loss must contribute to the routers' gradients.
     (without,) = workers.run(train_once, 1, PLAIN, (1, 2), EXPERTS | {"moe_aux_loss_coeff": 0.0})
     for name in routers:
         change = (expected[name] - without[name]).norm() / expected[name].norm()
@@ -257,36 +259,30 @@ def test_experts_keep_their_own_loss_beside_ours(workers):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", [INTERLEAVED, Layout(pipeline=4)], ids=["VP2", "PP4"])
-def test_experts_on_other_schedules(workers, layout):
+def test_router_keeps_its_auxiliary_loss_on_other_schedules(workers, layout):
     (expected,) = workers.run(train_once, 1, PLAIN, (1, 2, 3), EXPERTS)
     ranks = layout.model_ranks
-    recompute = {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
-    for more in ({}, recompute):
+    for more in ({}, RECOMPUTE):
         answers = workers.run(train_once, ranks, layout, (1, 2, 3), EXPERTS | more)
-        relative, name = worst(tiny.together(answers), expected)
+        relative, name = worst(tiny.merged(answers), expected)
         assert relative <= GRADIENT_RELATIVE, name
 
 
-# ---- 16 bits -------------------------------------------------------------------------------------
+# ---- precision -----------------------------------------------------------------------------------
 
 
-def test_bf16_over_stages_is_close_to_one_rank(workers):
+def test_bf16_on_two_stages_is_close_to_one_rank(workers):
     (expected,) = workers.run(train_once, 1, PLAIN, (1, 2), {}, half=True)
     assert {gradient.dtype for gradient in expected.values()} == {torch.float32}
-    found = tiny.together(workers.run(train_once, 2, STAGES, (1, 2), {}, half=True))
-    relative, name = worst(found, expected)
+    gradients = tiny.merged(workers.run(train_once, 2, STAGES, (1, 2), {}, half=True))
+    relative, name = worst(gradients, expected)
     assert relative <= BF16_RELATIVE, f"{name}: {relative:.1e}"
     (exact,) = workers.run(train_once, 1, PLAIN, (1, 2), {})
-    assert worst(found, exact)[0] <= BF16_ERROR_GROWTH * worst(expected, exact)[0]
+    assert worst(gradients, exact)[0] <= BF16_ERROR_GROWTH * worst(expected, exact)[0]
 
 
-def test_a_loss_scale_scales_every_layers_gradient(workers):
-    """megatron-core's own place for it, as its fp16 optimizer sets it; a power of two is exact."""
-    expected = tiny.together(workers.run(train_once, 2, STAGES, (1, 3), {}))
-    found = tiny.together(workers.run(train_once, 2, STAGES, (1, 3), {}, loss_scale=2.0**12))
-    relative, name = worst(found, expected)
+def test_loss_scale_applies_to_every_layer(workers, two_stage_gradients):
+    """Set where megatron-core's fp16 optimizer sets it; a power of two is exact."""
+    by_rank = workers.run(train_once, 2, STAGES, (1, 3), {}, loss_scale=2.0**12)
+    relative, name = worst(tiny.merged(by_rank), two_stage_gradients)
     assert relative <= GRADIENT_RELATIVE, name

@@ -1,6 +1,6 @@
-"""Copies of the head: one parameter on several stages, for the optimizer, the norm and the memory.
+"""Copies of the head on several stages: optimizer steps, gradient norm, memory, detaching.
 
-That their gradients are the oracle's, `test_attach.py` proves.
+Their gradients are compared with the oracle in `test_attach.py`.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.objective.dpo import Objective
 
 from . import tiny_megatron as tiny
@@ -38,16 +38,16 @@ class Case:
 
     def __str__(self) -> str:
         layout = self.layout
-        words = [f"TP{layout.tensor}-PP{layout.pipeline}-VP{layout.virtual_pipeline}-DP{self.data}"]
-        words += [name for name in ("tied", "half") if getattr(self, name)]
-        return "-".join([*words, *self.ddp, *self.optimizer])
+        names = [f"TP{layout.tensor}-PP{layout.pipeline}-VP{layout.virtual_pipeline}-DP{self.data}"]
+        names += [name for name in ("tied", "half") if getattr(self, name)]
+        return "-".join([*names, *self.ddp, *self.optimizer])
 
 
 def exhaustive(case: Case) -> Any:
     return pytest.param(case, marks=pytest.mark.exhaustive, id=str(case))
 
 
-# Everything by which copies could drift apart: another learning rate for output layers, decay,
+# Everything that could make copies diverge: another learning rate for output layers, decay,
 # clipping, other cuts of the distributed optimizer, 16-bit weights with fp32 main parameters.
 CASES = [
     Case(
@@ -115,7 +115,7 @@ def optimizer_for(models: list[Any], case: Case) -> Any:
 
 
 def copies(chunks: list[Any], tied: bool) -> dict[str, list[Tensor]]:
-    """All copies on this rank, the owners' and the tied embedding's among them."""
+    """All copies on this rank, including the owned parameters and the tied embedding."""
     held: dict[str, list[Tensor]] = {"weight": [], "norm": []}
     for chunk in chunks:
         replica = getattr(chunk, "head_replica", None)
@@ -124,18 +124,18 @@ def copies(chunks: list[Any], tied: bool) -> dict[str, list[Tensor]]:
             held["weight"] += [replica.weight] if replica.weight is not None else []
         if chunk.post_process:
             held["norm"].append(chunk.decoder.final_layernorm.weight)
-            own = chunk.output_layer.weight  # none of its own where one rank ties it
-            held["weight"] += [own] if own is not None else []
+            weight = chunk.output_layer.weight  # None on a single stage with tied embeddings
+            held["weight"] += [weight] if weight is not None else []
         if chunk.pre_process and tied:
             held["weight"].append(chunk.embedding.word_embeddings.weight)
     return {name: [one.detach().clone() for one in ones] for name, ones in held.items()}
 
 
 def fine_tune(case: Case) -> dict[str, Any]:
-    """Some steps of everything; the copies at both ends and the gradient norms between."""
+    """Train a few steps; return the copies before and after, and the gradient norms."""
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_idpo.mcore.parallel.groups import this_rank
+    from megatron_idpo.mcore.parallel.groups import rank_coordinates
     from megatron_idpo.plugin.attach import attach
 
     dtype = torch.bfloat16 if case.half else torch.float32
@@ -164,7 +164,7 @@ def fine_tune(case: Case) -> dict[str, Any]:
         for model in models:
             model.disable_forward_pre_hook(param_sync=True)
     return {
-        "shard": this_rank().tensor,
+        "shard": rank_coordinates().tp_rank,
         "before": before,
         "after": copies(chunks, case.tied),
         "norms": norms,
@@ -172,8 +172,8 @@ def fine_tune(case: Case) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def one_ranks_norm(workers):
-    """The gradient norm of a step by how it is run: no layout, no copies."""
+def one_rank_norm(workers):
+    """The gradient norm of the first step on one rank, without copies."""
     known: dict[Any, float] = {}
 
     def norm(case: Case) -> float:
@@ -188,21 +188,21 @@ def one_ranks_norm(workers):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_copies_stay_equal_and_count_once(workers, one_ranks_norm, case):
+def test_copies_stay_equal_and_count_once_in_the_gradient_norm(workers, one_rank_norm, case):
     answers = workers.run(fine_tune, case.layout.model_ranks * case.data, case)
     for name in ("weight", "norm"):
         for shard in range(case.layout.tensor):
             of_shard = [answer for answer in answers if answer["shard"] == shard]
             before = [one for answer in of_shard for one in answer["before"][name]]
             after = [one for answer in of_shard for one in answer["after"][name]]
-            assert len(after) == len(before) > case.data, "there is a copy besides the owner"
+            assert len(after) == len(before) > case.data, "expected a copy in addition to the owner"
             assert all(torch.equal(one, before[0]) for one in before)
             assert all(torch.equal(one, after[0]) for one in after)
             moved = (after[0].float() - before[0].float()).abs().max()
-            assert moved > LR, "nothing was learned"
+            assert moved > LR, "the weights did not change"
     assert len({answer["norms"][-1] for answer in answers}) == 1, "ranks disagree on the norm"
     if not case.half and case.layout.tensor == 1:
-        expected = one_ranks_norm(case)
+        expected = one_rank_norm(case)
         assert abs(answers[0]["norms"][0] - expected) <= NORM_RELATIVE * expected
 
 
@@ -210,7 +210,7 @@ def test_copies_stay_equal_and_count_once(workers, one_ranks_norm, case):
 
 
 def interrupted(directory: str, layout: Layout, tied: bool, resumes: bool) -> list[dict[str, Any]]:
-    """The last of three steps: after two that were saved, or after what was loaded."""
+    """Weights after step 3: uninterrupted, with a checkpoint after step 2, or resumed from it."""
     from megatron.core import dist_checkpointing
 
     from megatron_idpo.plugin.attach import attach
@@ -257,27 +257,28 @@ def interrupted(directory: str, layout: Layout, tied: bool, resumes: bool) -> li
 @pytest.mark.parametrize(
     "layout", [Layout(pipeline=2), Layout(pipeline=2, virtual_pipeline=2)], ids=["PP2", "VP2"]
 )
-def test_resuming_with_megatrons_own_checkpoint_is_going_on(workers, tmp_path, layout, tied):
-    """Weights and the optimizer's state of every copy, bit for bit."""
+def test_resume_from_a_megatron_checkpoint_is_bitwise_exact(workers, tmp_path, layout, tied):
+    """Includes the weights and optimizer state of every copy."""
     expected = workers.run(interrupted, 2, str(tmp_path), layout, tied, False)
-    found = workers.run(interrupted, 2, str(tmp_path), layout, tied, True)
-    for chunks, resumed in zip(expected, found, strict=True):
+    resumed_by_rank = workers.run(interrupted, 2, str(tmp_path), layout, tied, True)
+    for chunks, resumed in zip(expected, resumed_by_rank, strict=True):
         for one, other in zip(chunks, resumed, strict=True):
             assert one.keys() == other.keys()
             assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-# ---- memory, and what learns ---------------------------------------------------------------------
+# ---- memory and trainability ---------------------------------------------------------------------
 
 
 def frozen_copies() -> dict[str, Any]:
     """Two tapped chunks without the head on the first stage, one on the last."""
+    from megatron_idpo.mcore.parallel.groups import start_layout
     from megatron_idpo.plugin.attach import attach
 
     layout = Layout(pipeline=2, virtual_pipeline=2)
-    layout.start()
-    message: dict[str, Any] = {}
-    for name, tied, learns in (
+    start_layout(layout)
+    results: dict[str, Any] = {}
+    for name, tied, trains in (
         ("frozen", False, False),
         ("tied", True, False),
         ("norm", False, True),
@@ -285,44 +286,44 @@ def frozen_copies() -> dict[str, Any]:
         chunks = tiny.chunks_of(layout, tied=tied, frozen_head=True)
         for chunk in chunks:
             if chunk.post_process:
-                chunk.decoder.final_layernorm.requires_grad_(learns)
+                chunk.decoder.final_layernorm.requires_grad_(trains)
         dpo = attach(chunks, layers=[1, 2, 3], objective=Objective(), vocab_size=tiny.VOCAB)
         owned = [chunk.embedding.word_embeddings.weight for chunk in chunks if chunk.pre_process]
         owned = owned if tied else []
         owned += [chunk.output_layer.weight for chunk in chunks if chunk.post_process]
         replicas = [chunk.head_replica for chunk in chunks if hasattr(chunk, "head_replica")]
         weights = [one.weight for one in replicas if one.weight is not None] + owned
-        message[name] = {
+        results[name] = {
             "replicas": len(replicas),
             "weights": len({one.data_ptr() for one in weights}),
             "norms": len({one.norm_weight.data_ptr() for one in replicas}),
-            "weight_learns": {one.requires_grad for one in weights},
-            "norm_learns": {one.norm_weight.requires_grad for one in replicas},
-            "learns": dpo._shared_head.learns,
+            "weight_trains": {one.requires_grad for one in weights},
+            "norm_trains": {one.norm_weight.requires_grad for one in replicas},
+            "has_trained_copies": dpo._shared_head.has_trained_copies,
         }
-    return message
+    return results
 
 
 def test_frozen_copies_of_a_rank_share_memory(workers):
     first, last = workers.run(frozen_copies, 2)
     for answer, replicas in ((first, 2), (last, 1)):
         for name in ("frozen", "tied"):
-            message = answer[name]
-            assert message["replicas"] == replicas
-            assert message["weights"] == 1, "one output weight for all chunks of a rank"
-            assert message["norms"] == 1
-            assert message["weight_learns"] == {False} and message["norm_learns"] == {False}
-            assert not message["learns"]
+            result = answer[name]
+            assert result["replicas"] == replicas
+            assert result["weights"] == 1, "one output weight for all chunks of a rank"
+            assert result["norms"] == 1
+            assert result["weight_trains"] == {False} and result["norm_trains"] == {False}
+            assert not result["has_trained_copies"]
         assert answer["norm"]["weights"] == 1 and answer["norm"]["norms"] == replicas
-        assert answer["norm"]["weight_learns"] == {False}
-        assert answer["norm"]["norm_learns"] == {True} and answer["norm"]["learns"]
+        assert answer["norm"]["weight_trains"] == {False}
+        assert answer["norm"]["norm_trains"] == {True} and answer["norm"]["has_trained_copies"]
 
 
 # ---- detaching -----------------------------------------------------------------------------------
 
 
 def fingerprint(chunk: Any) -> dict[str, Any]:
-    """Everything attaching could leave behind."""
+    """Everything that attaching could leave behind."""
     return {
         "keys": list(chunk.state_dict()),
         "sharded": sorted(chunk.sharded_state_dict()),
@@ -340,7 +341,7 @@ def fingerprint(chunk: Any) -> dict[str, Any]:
 
 
 def attach_and_detach(layout: Layout, tied: bool) -> list[str]:
-    """What differs after detaching; then attaching again, and its gradients against the first's."""
+    """Attach and detach twice; return what differs from before. Losses must be equal both times."""
     from megatron_idpo.plugin.attach import attach
 
     chunks = tiny.start(layout, tied=tied)
@@ -356,7 +357,7 @@ def attach_and_detach(layout: Layout, tied: bool) -> list[str]:
         dpo.detach()
         dpo.detach()
         after = [fingerprint(chunk) for chunk in chunks]
-        left = [
+        differences = [
             f"{name}: {one[name]} != {other[name]}"
             for one, other in zip(before, after, strict=True)
             for name in one
@@ -366,7 +367,7 @@ def attach_and_detach(layout: Layout, tied: bool) -> list[str]:
     assert all(torch.equal(one, logits[0]) for one in logits)
     for layer, loss_P in outputs[0].items():
         assert torch.equal(loss_P, outputs[1][layer])
-    return left
+    return differences
 
 
 def plain_forward(chunks: list[Any]) -> Tensor:
@@ -386,6 +387,6 @@ def plain_forward(chunks: list[Any]) -> Tensor:
     ],
     ids=["one-rank", "PP2", "VP2-tied"],
 )
-def test_detaching_leaves_nothing_behind(workers, layout, tied):
-    for left in workers.run(attach_and_detach, layout.model_ranks, layout, tied):
-        assert left == []
+def test_detach_restores_the_chunks(workers, layout, tied):
+    for differences in workers.run(attach_and_detach, layout.model_ranks, layout, tied):
+        assert differences == []

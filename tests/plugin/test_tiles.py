@@ -1,18 +1,23 @@
+"""Tiles, products without rounded results, and the scan of one vocabulary shard."""
+
 import pytest
 import torch
 
 from megatron_idpo.plugin.tiles import (
     LogitsBuffer,
+    Projection,
     TileSizes,
-    accumulate,
-    as_operand,
-    native_bf16,
-    product,
+    add_matmul,
+    matmul,
+    matmul_operand,
+    onednn_bf16_matmul,
+    scan_shard,
     slices,
 )
+from megatron_idpo.plugin.vocab_softmax import LogitTransform
 
 FP32_SUMS = {"rtol": 1e-4, "atol": 1e-4}
-"""64 products of unit normals in another order."""
+"""Sums of 64 products of unit normals in another order."""
 
 
 def test_slices_cover_everything_once():
@@ -22,7 +27,7 @@ def test_slices_cover_everything_once():
     assert list(slices(0, 3)) == []
 
 
-def test_a_tile_is_not_empty():
+def test_empty_tile_is_rejected():
     with pytest.raises(AssertionError):
         TileSizes(tokens=0, vocab=8)
 
@@ -33,31 +38,67 @@ def test_products_of_narrow_operands_are_not_rounded(dtype):
     a, b = torch.randn(48, 64).to(dtype), torch.randn(64, 40).to(dtype)
     exact = a.double() @ b.double()
     out = torch.empty(48, 40, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    with native_bf16(a):
-        product(as_operand(a, dtype), as_operand(b, dtype), out)
+    with onednn_bf16_matmul(a):
+        matmul(matmul_operand(a, dtype), matmul_operand(b, dtype), out)
         torch.testing.assert_close(out.double(), exact, **FP32_SUMS)
-        accumulate(out, as_operand(a, dtype), as_operand(b, dtype))
+        add_matmul(out, matmul_operand(a, dtype), matmul_operand(b, dtype))
     torch.testing.assert_close(out.double(), 2 * exact, **FP32_SUMS)
 
 
-def test_the_setting_for_bf16_is_put_back_also_after_an_error():
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    with pytest.raises(KeyError), native_bf16(torch.zeros(1, dtype=torch.bfloat16)):
-        assert matmul.fp32_precision == "bf16"
+def test_onednn_setting_is_restored_after_an_error():
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    with pytest.raises(KeyError), onednn_bf16_matmul(torch.zeros(1, dtype=torch.bfloat16)):
+        assert setting.fp32_precision == "bf16"
         raise KeyError
-    assert matmul.fp32_precision == before
-    with native_bf16(torch.zeros(1)):
-        assert matmul.fp32_precision == before
+    assert setting.fp32_precision == before
+    with onednn_bf16_matmul(torch.zeros(1)):
+        assert setting.fp32_precision == before
 
 
-def test_one_piece_of_memory_serves_every_tile():
-    buffer = LogitsBuffer(
-        TileSizes(tokens=4, vocab=5), num_tokens=6, num_rows=8, like=torch.ones(1)
-    )
+def test_all_tiles_share_one_buffer():
+    sizes = TileSizes(tokens=4, vocab=5)
+    buffer = LogitsBuffer(sizes, num_tokens=6, num_rows=8, like=torch.ones(1))
     hidden, weight = torch.randn(4, 3), torch.randn(5, 3)
-    full = buffer.product(hidden, weight)
+    full = buffer.logits(hidden, weight)
     torch.testing.assert_close(full, hidden @ weight.t())
-    last = buffer.product(hidden[:2], weight[:3])
+    last = buffer.logits(hidden[:2], weight[:3])
     torch.testing.assert_close(last, hidden[:2] @ weight[:3].t())
     assert last.data_ptr() == full.data_ptr() and last.is_contiguous()
+
+
+def projection(num_rows, start=0):
+    return Projection(
+        start=start,
+        num_rows=num_rows,
+        transform=LogitTransform(),
+        tiles=TileSizes(tokens=2, vocab=3),
+        group=None,
+        reduce_hidden_grad=True,
+    )
+
+
+def test_scan_in_tiles_skips_padding_rows_and_the_target_column():
+    torch.manual_seed(0)
+    hidden_NH, weight_VH = torch.randn(5, 4).double(), torch.randn(8, 4).double()
+    targets_N = torch.tensor([10, 16, 3, 12, 17])  # this rank has 10 to 16; row 7 is padding
+    sum_NH = torch.zeros_like(hidden_NH)
+    partial = scan_shard(hidden_NH, weight_VH, targets_N, projection(7, start=10), sum_NH)
+
+    logits_NV = (hidden_NH @ weight_VH.t())[:, :7]
+    column_of_target = {0: 0, 1: 6, 3: 2}
+    expected_N = torch.full((5,), -torch.inf).double()
+    for n, v in column_of_target.items():
+        expected_N[n] = logits_NV[n, v]
+        logits_NV[n, v] = -torch.inf
+    torch.testing.assert_close(partial.target_N, expected_N)
+    torch.testing.assert_close(partial.maximum_N, logits_NV.amax(1))
+    terms_NV = (logits_NV - logits_NV.amax(1, keepdim=True)).exp()
+    torch.testing.assert_close(partial.sum_N, terms_NV.sum(1))
+    torch.testing.assert_close(sum_NH, terms_NV @ weight_VH[:7])
+
+
+def test_shard_of_padding_only_has_empty_statistics():
+    partial = scan_shard(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 1]), projection(0))
+    assert partial.sum_N.tolist() == [0.0, 0.0]
+    assert partial.target_N.tolist() == [-torch.inf, -torch.inf]

@@ -1,7 +1,7 @@
-"""A tiny model on this rank, the same in every layout without a file; rows for it; a schedule.
+"""A tiny model on this rank, rows for it and a schedule, without any files.
 
-Every weight is a function of its name in the whole model, so that pipelines of any layout agree;
-tensor-parallel ranks hold different shards of no particular whole.
+Every weight is a function of its name in the whole model, so the model is the same in every
+pipeline layout. Tensor-parallel shards are random each; they are not parts of one matrix.
 
     P  pairs   T  row positions
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 
 NUM_LAYERS, VOCAB, ROW_TOKENS = 4, 51, 24
 PAIRS_BY_ROW = ((0, 1), (2,), (), (3,))
@@ -41,9 +41,11 @@ def start(
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> list[Any]:
-    """This rank's chunks in a layout that starts here."""
+    """Start a layout and build this rank's chunks."""
+    from megatron_idpo.mcore.parallel.groups import start_layout
+
     layout = layout or Layout()
-    layout.start()
+    start_layout(layout)
     return chunks_of(layout, tied=tied, frozen_head=frozen_head, dtype=dtype, **overrides)
 
 
@@ -55,7 +57,7 @@ def chunks_of(
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> list[Any]:
-    """Chunks in a layout that runs already."""
+    """Build this rank's chunks in a running layout."""
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import ModelOptions, build_model, global_parameters
     from megatron_idpo.testing import tiny_hf_config
@@ -70,51 +72,56 @@ def chunks_of(
 
 
 def weight_of(name: str, parameter: Tensor, tied: bool) -> Tensor:
-    """What a parameter of this name is filled with."""
-    from megatron_idpo.mcore.parallel.groups import this_rank
+    """The values of the parameter of this name."""
+    from megatron_idpo.mcore.parallel.groups import rank_coordinates
 
     if tied and name == "output_layer.weight":
         name = "embedding.word_embeddings.weight"
     if getattr(parameter, "tensor_model_parallel", False):
-        name += str(this_rank().tensor)
+        name += str(rank_coordinates().tp_rank)
     generator = torch.Generator().manual_seed(sum(n * b for n, b in enumerate(name.encode(), 1)))
     shape = tuple(parameter.shape)
     return 0.2 * torch.randn(shape, generator=generator) + (1.0 if len(shape) == 1 else 0.0)
 
 
 def references(layers: Sequence[int]) -> dict[int, Tensor]:
-    """What some reference says of all sequences, by layer."""
+    """Reference log-probabilities of all sequences, by layer."""
     generator = torch.Generator().manual_seed(3)
     return {layer: -20 - 5 * torch.rand(2 * PAIRS, generator=generator) for layer in layers}
 
 
 def pairs() -> list[tuple[list[int], list[int], list[int]]]:
     """Prompt, chosen and rejected answer of each pair."""
-    chance = random.Random(7)
-    parts = iter(
-        [chance.randrange(VOCAB) for _ in range(chance.randint(1, 4))] for _ in range(3 * PAIRS)
-    )
+    rng = random.Random(7)
+    parts = iter([rng.randrange(VOCAB) for _ in range(rng.randint(1, 4))] for _ in range(3 * PAIRS))
     return list(zip(parts, parts, parts, strict=True))
 
 
-def micro_batches(reference: Mapping[int, Tensor] | None, **fields: Any) -> list[Any]:
-    """Tokens and `MicroBatch` of this data-parallel rank's rows; `fields` overrule the latter's."""
+def tokenized_pairs() -> list[Any]:
+    """`pairs` as `Pair`s."""
     import numpy as np
-    from megatron.core import parallel_state
 
-    from megatron_idpo.data.packing.rows import Row
-    from megatron_idpo.data.tokenize.pair import Pair
-    from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+    from megatron_idpo.data.pairs import Pair
 
-    tokenised = [
+    return [
         Pair(n, *(np.array(part, dtype=np.int32) for part in pair))
         for n, pair in enumerate(pairs())
     ]
-    made = []
+
+
+def micro_batches(reference: Mapping[int, Tensor] | None, **fields: Any) -> list[Any]:
+    """Tokens and `MicroBatch` of this data-parallel rank's rows; `fields` replace the defaults."""
+    from megatron.core import parallel_state
+
+    from megatron_idpo.data.packing.rows import Row
+    from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+
+    tokenized = tokenized_pairs()
+    micro_batches = []
     size = parallel_state.get_data_parallel_world_size()
     rows = PAIRS_BY_ROW[parallel_state.get_data_parallel_rank() :: size]
-    for number, held in enumerate(rows):
-        row = Row.build([tokenised[n] for n in held], ROW_TOKENS, 0)
+    for index, row_pairs in enumerate(rows):
+        row = Row.build([tokenized[n] for n in row_pairs], ROW_TOKENS, 0)
         tensors = row.tensors(torch.device("cpu"))
         targets = Targets(
             tensors.target_positions_N,
@@ -122,26 +129,28 @@ def micro_batches(reference: Mapping[int, Tensor] | None, **fields: Any) -> list
             tensors.target_sequences_N,
             row.num_pairs,
         )
-        sequences = torch.tensor([2 * n + side for n in held for side in (0, 1)], dtype=torch.int64)
-        said = {layer: logps[sequences] for layer, logps in (reference or {}).items()}
+        sequences = torch.tensor(
+            [2 * n + side for n in row_pairs for side in (0, 1)], dtype=torch.int64
+        )
+        reference_logps = {layer: logps[sequences] for layer, logps in (reference or {}).items()}
         micro_batch = MicroBatch(
             position_ids_T=tensors.position_ids_T,
             spans_G4=tensors.spans_G4,
             **{
                 "targets": targets,
-                "reference_logps": said,
-                "index": number,
+                "reference_logps": reference_logps,
+                "index": index,
                 "num_micro_batches": len(rows),
                 "global_pairs": PAIRS,
                 **fields,
             },
         )
-        made.append((tensors.tokens_T[None], micro_batch))
-    return made
+        micro_batches.append((tensors.tokens_T[None], micro_batch))
+    return micro_batches
 
 
 def run(dpo: Any, models: Sequence[Any], batches: Sequence[Any], **schedule: Any) -> None:
-    """The micro-batches through megatron-core's schedule; `forward_only` if asked for."""
+    """Run micro-batches through megatron-core's schedule; `schedule` replaces its arguments."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
@@ -157,26 +166,26 @@ def run(dpo: Any, models: Sequence[Any], batches: Sequence[Any], **schedule: Any
         "forward_only": False,
         **schedule,
     }
-    # megatron-core's schedules leave gradients on when they only run forward.
+    # megatron-core's schedules leave gradients enabled with forward_only.
     with torch.set_grad_enabled(not arguments["forward_only"]):
         get_forward_backward_func()(forward_step_func=step, **arguments)
 
 
 def wrap(dpo: Any, chunks: Sequence[Any], **settings: Any) -> list[Any]:
-    """The chunks in DDP, with the plugin finishing gradients."""
+    """Wrap the chunks in DDP and let the plugin finish gradients."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     config = chunks[0].config
     config.finalize_model_grads_func = dpo.finalize_model_grads
     ddp = DistributedDataParallelConfig(**{"bucket_size": 2000, **settings})
     return [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0)
-        for number, chunk in enumerate(chunks)
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
     ]
 
 
 def gradients(chunks: Sequence[Any]) -> dict[str, Tensor]:
-    """Of this rank's parameters, by their names in the whole model."""
+    """Gradients of this rank's parameters, by their names in the whole model."""
     from megatron_idpo.mcore.model.build import global_parameters
 
     return {
@@ -186,16 +195,26 @@ def gradients(chunks: Sequence[Any]) -> dict[str, Tensor]:
     }
 
 
-def by_layer(outputs: Sequence[Any], what: str) -> dict[int, Tensor]:
-    """A field of the outputs of each layer, over all micro-batches in their order."""
+def by_layer(outputs: Sequence[Any], field: str) -> dict[int, Tensor]:
+    """A field of the outputs of each layer, concatenated over micro-batches."""
     ordered = sorted(outputs, key=lambda output: (output.layer, output.micro_batch))
     layers = sorted({output.layer for output in ordered})
     return {
-        layer: torch.cat([getattr(out, what) for out in ordered if out.layer == layer])
+        layer: torch.cat([getattr(out, field) for out in ordered if out.layer == layer])
         for layer in layers
     }
 
 
-def together(answers: Sequence[Mapping[Any, Tensor]]) -> dict[Any, Tensor]:
-    """Every rank's part in one."""
-    return {name: tensor for answer in answers for name, tensor in answer.items()}
+def merged(by_rank: Sequence[Mapping[Any, Tensor]]) -> dict[Any, Tensor]:
+    """The entries of all ranks in one dict."""
+    return {name: tensor for of_rank in by_rank for name, tensor in of_rank.items()}
+
+
+def batch_of(rows: Sequence[Sequence[int]]) -> Any:
+    """A `Batch` whose rows hold these pairs, `PAIRS` in total."""
+    from megatron_idpo.data.packing.batches import Batch
+    from megatron_idpo.data.packing.rows import Row
+
+    tokenized = tokenized_pairs()
+    built = tuple(Row.build([tokenized[n] for n in row], ROW_TOKENS, 0) for row in rows)
+    return Batch(rows=built, num_pairs=PAIRS, consumed_pairs=0, used_tokens=0, computed_tokens=0)

@@ -1,14 +1,14 @@
-"""A way to train three steps: layout, what learns, what is tapped, rows, communication, objective.
+"""`Case`: layout, trained parameters, taps, rows, communication and objective of a short training.
 
-Every field of a `Case` is a factor of the covering array; `SPACE` has their values and says which
-go together. All cases train on the same pairs. Light, for workers import it too.
+Every field is a factor of the covering array; `SPACE` has the values and the allowed combinations.
+All cases train on the same pairs. Imports little, because workers import this module too.
 """
 
 import random
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 
 from .covering import Rule, Space
 
@@ -16,7 +16,7 @@ NUM_LAYERS, VOCAB = 8, 99
 STEPS, LR, EPS = 3, 1e-2, 1e-4
 
 PAIRS = 18
-"""Of a global batch: more than it ever has rows."""
+"""Pairs of a global batch: more than it ever has rows."""
 
 Tokens = tuple[list[int], list[int], list[int]]
 
@@ -26,7 +26,7 @@ TRAINED = {
     # Whole tensors of megatron-core: its linear_qkv and linear_fc2, as adapters would train.
     "adapters": r"\.(q|k|v|down)_proj\.",
 }
-"""What learns, as the oracle's `trainable` has it; but for "all", the head does not."""
+"""Trained parameters, as the oracle's `trainable`. Except for "all", the head is frozen."""
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sigmoid": {},
@@ -46,7 +46,8 @@ SYNCS: dict[str, tuple[str, ...]] = {
     "distributed_aligned": (*_DISTRIBUTED, "align"),
 }
 """Data-parallel communication. Aligned: the schedule starts it on all stages at once
-(`grad_sync_func`, `param_sync_func`); otherwise each stage does when its gradients are there."""
+(`grad_sync_func`, `param_sync_func`). Not aligned: each stage starts when its
+gradients are ready."""
 
 RECOMPUTE = ("off", "selective", "block", "uniform")
 
@@ -83,7 +84,7 @@ SPACE = Space(
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One way to run the three steps; every field is a factor of the covering array."""
+    """How to run the training; every field is a factor of the covering array."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -105,11 +106,11 @@ class Case:
     def __str__(self) -> str:
         """The id of its test."""
         sizes = [f"TP{self.tensor}", f"PP{self.pipeline}", f"VP{self.virtual}", f"DP{self.data}"]
-        words = ["SP"] if self.sequence_parallel else []
-        words += ["tied"] if self.tied else []
-        words += [self.taps, self.recompute, self.trained, self.sync, self.rows, self.accumulation]
-        words += [self.objective, f"norm_{self.norm}", f"ref_{self.reference_layer}"]
-        return "-".join([*sizes, *words, f"x{self.loss_scale:g}"])
+        names = ["SP"] if self.sequence_parallel else []
+        names += ["tied"] if self.tied else []
+        names += [self.taps, self.recompute, self.trained, self.sync, self.rows, self.accumulation]
+        names += [self.objective, f"norm_{self.norm}", f"ref_{self.reference_layer}"]
+        return "-".join([*sizes, *names, f"x{self.loss_scale:g}"])
 
     @property
     def layout(self) -> Layout:
@@ -126,7 +127,7 @@ class Case:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The tapped layers, as a user names them."""
+        """The tapped layers, counted from 1."""
         layout = self.layout
         chunks = [
             [n + 1 for n in layout.layers(NUM_LAYERS, stage, chunk)]
@@ -149,13 +150,13 @@ class Case:
 
     @property
     def micro_batches(self) -> int:
-        """Of a data-parallel rank; interleaving wants a multiple of the stages."""
+        """Per data-parallel rank; interleaving needs a multiple of the stages."""
         few, many = (self.pipeline, 2 * self.pipeline) if self.virtual > 1 else (1, 4)
         return {"few": few, "many": many}[self.accumulation]
 
     @property
     def objective_fields(self) -> dict[str, Any]:
-        """What the oracle and `Objective` both call by these names."""
+        """Fields that the oracle and `Objective` have in common."""
         weights = (1.0, 3.0, 2.0, 5.0)[: len(self.layers)]
         return {
             "beta": BETA,
@@ -168,21 +169,21 @@ class Case:
 
 def batches_of_pairs() -> list[list[Tokens]]:
     """One global batch of unequal pairs for each step."""
-    chance = random.Random(5)
+    rng = random.Random(5)
 
     def some(most: int) -> list[int]:
-        return [chance.randrange(VOCAB) for _ in range(chance.randint(1, most))]
+        return [rng.randrange(VOCAB) for _ in range(rng.randint(1, most))]
 
     return [[(some(7), some(6), some(6)) for _ in range(PAIRS)] for _ in range(STEPS)]
 
 
 def pairs_by_row(case: Case) -> list[list[int]]:
-    """Which pairs lie in which row of the global batch: different numbers of them, some none."""
+    """The pairs of each row of the global batch: unequal counts, with empty rows on request."""
     count = case.micro_batches * case.data
     filled = [n for n in range(count) if case.rows == "unequal" or n % 3 != 1]
     rows: list[list[int]] = [[] for _ in range(count)]
     for pair in range(PAIRS):
-        # One for each, and the rest unevenly.
-        turn = pair if pair < len(filled) else pair * pair % len(filled) // 2
-        rows[filled[turn]].append(pair)
+        # One per row, and the remaining pairs unevenly.
+        row = pair if pair < len(filled) else pair * pair % len(filled) // 2
+        rows[filled[row]].append(pair)
     return rows

@@ -1,7 +1,6 @@
-"""Three training steps with the plugin, on every rank, by megatron-core's own machinery.
+"""`megatron_run`: a short training with the plugin on every rank, for comparison with the oracle.
 
-`megatron_run` is what workers run: its schedule, DDP and optimizer as a training script sets them
-up. It answers with losses, gradients and weights, to be compared with the oracle's.
+megatron-core's schedule, DDP and optimizer are set up as in a training script.
 """
 
 from functools import partial
@@ -27,29 +26,30 @@ from .training_case import (
 )
 
 ROW_MULTIPLE = 8
-"""Rows are as long as the fullest one of the step, rounded up: there is padding, and shards of
-sequence parallelism are equal."""
+"""Rows are as long as the fullest one of the step, rounded up to this: there is padding, and the
+shards of sequence parallelism are equal."""
 
 
 def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]) -> dict[str, Any]:
-    """Three steps; this rank's part of gradients, weights and losses.
+    """Train; return this rank's losses of each step, gradients of the first, final weights.
 
     Args:
         directory: the policy's checkpoint.
         case: how to run.
-        references: of each step by layer, the reference's log-probabilities of all sequences.
+        references: per step and layer, the reference's log-probabilities of all sequences.
     """
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
     from megatron_idpo.mcore.model.build import ModelOptions, build_model
+    from megatron_idpo.mcore.parallel.groups import start_layout
     from megatron_idpo.plugin.attach import attach
 
     checkpoint, architecture = open_hf(Path(directory))
-    case.layout.start()
+    start_layout(case.layout)
     chunks = build_model(architecture, case.layout, ModelOptions(recompute=_recompute(case)))
     load_hf_weights(chunks, checkpoint, architecture)
     for name, parameter in (entry for chunk in chunks for entry in chunk.named_parameters()):
-        parameter.requires_grad_(_learns(name, case.trained))
+        parameter.requires_grad_(_is_trained(name, case.trained))
     dpo = attach(
         chunks,
         layers=case.layers,
@@ -72,7 +72,7 @@ def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]
         optimizer.step()
     if case.sync.startswith("distributed"):
         for chunk in wrapped:
-            # The last step's weights are on the way.
+            # Wait for the all-gather of the last step's weights.
             chunk.disable_forward_pre_hook(param_sync=True)
     weights = {name: value.clone() for name, value in whole_tensors(chunks, architecture)}
     return {"losses": losses, "gradients": gradients, "weights": weights}
@@ -90,8 +90,8 @@ def _recompute(case: Case) -> Any:
     }[case.recompute]
 
 
-def _learns(name: str, trained: str) -> bool:
-    """Whether megatron-core's parameter of this name does; `TRAINED` in its terms."""
+def _is_trained(name: str, trained: str) -> bool:
+    """`TRAINED`, in terms of megatron-core's parameter names."""
     if trained == "adapters":
         return "linear_qkv.weight" in name or "linear_fc2.weight" in name
     head = name.startswith(("embedding.", "output_layer.", "decoder.final_layernorm."))
@@ -99,7 +99,7 @@ def _learns(name: str, trained: str) -> bool:
 
 
 def _unscale(chunks: list[Any], loss_scale: float) -> None:
-    """What megatron-core's mixed-precision optimizers do; its fp32 optimizer knows no scale."""
+    """As megatron-core's mixed-precision optimizers do; its fp32 optimizer ignores the scale."""
     for chunk in chunks:
         for parameter in chunk.parameters():
             if parameter.requires_grad:
@@ -115,11 +115,11 @@ def _with_optimizer(chunks: list[Any], dpo: Any, case: Case) -> tuple[list[Any],
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    config, wishes = chunks[0].config, SYNCS[case.sync]
+    config, flags = chunks[0].config, SYNCS[case.sync]
     settings = DistributedDataParallelConfig(
         bucket_size=2000,
-        align_param_gather="align" in wishes,
-        **{stop_flag: True for stop_flag in wishes if stop_flag != "align"},
+        align_param_gather="align" in flags,
+        **{flag: True for flag in flags if flag != "align"},
     )
     wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
     adam = OptimizerConfig(
@@ -137,20 +137,20 @@ def _with_optimizer(chunks: list[Any], dpo: Any, case: Case) -> tuple[list[Any],
         config.grad_scale_func = partial(torch.mul, torch.tensor(case.loss_scale))
     if settings.overlap_grad_reduce:
         config.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
-    if "align" in wishes:
+    if "align" in flags:
         config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in wrapped])
-    if "align" in wishes and settings.overlap_param_gather:
+    if "align" in flags and settings.overlap_param_gather:
         config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in wrapped])
     return wrapped, optimizer
 
 
 def _one_or_all(functions: list[Any]) -> Any:
-    """As megatron-core wants them: a list only if there are several chunks."""
+    """As megatron-core expects them: a list only for several chunks."""
     return functions[0] if len(functions) == 1 else functions
 
 
 def _gather_gradients(wrapped: list[Any]) -> None:
-    """Undo the distributed optimizer's reduce-scatter: all of every gradient on every rank."""
+    """All-gather whole gradients, which the distributed optimizer reduce-scattered."""
     for group in (group for chunk in wrapped for group in chunk.bucket_groups):
         ranks = group.intra_distributed_optimizer_instance_group
         for bucket in group.buckets:
@@ -159,7 +159,7 @@ def _gather_gradients(wrapped: list[Any]) -> None:
 
 
 def _run_step(dpo: Any, wrapped: list[Any], rows: list[Any]) -> dict[int, Tensor]:
-    """One global batch through megatron-core's schedule; the sum of each local layer's losses."""
+    """Run one global batch through the schedule; return the sum of each local layer's losses."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
@@ -182,27 +182,27 @@ def _run_step(dpo: Any, wrapped: list[Any], rows: list[Any]) -> dict[int, Tensor
 
 
 def _rows(pairs: list[Tokens], reference: dict[int, Tensor], case: Case) -> list[Any]:
-    """This data-parallel rank's micro-batches of one global batch: tokens and all about them."""
+    """This data-parallel rank's tokens and `MicroBatch`es of one global batch."""
     import numpy as np
     from megatron.core import parallel_state
 
     from megatron_idpo.data.packing.rows import Row
-    from megatron_idpo.data.tokenize.pair import Pair
+    from megatron_idpo.data.pairs import Pair
     from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
 
-    tokenised = [
-        Pair(number, *(np.array(part, dtype=np.int32) for part in pair))
-        for number, pair in enumerate(pairs)
+    tokenized = [
+        Pair(index, *(np.array(part, dtype=np.int32) for part in pair))
+        for index, pair in enumerate(pairs)
     ]
-    everyones = pairs_by_row(case)
-    fullest = max(sum(len(part) for n in row for part in pairs[n]) for row in everyones)
+    all_rows = pairs_by_row(case)
+    fullest = max(sum(len(part) for n in row for part in pairs[n]) for row in all_rows)
     row_tokens = -(-fullest // ROW_MULTIPLE) * ROW_MULTIPLE
-    mine = everyones[parallel_state.get_data_parallel_rank() :: case.data]
+    local_rows = all_rows[parallel_state.get_data_parallel_rank() :: case.data]
     micro_batches = []
-    for number, held in enumerate(mine):
-        row = Row.build([tokenised[n] for n in held], row_tokens, 0)
+    for index, row_pairs in enumerate(local_rows):
+        row = Row.build([tokenized[n] for n in row_pairs], row_tokens, 0)
         tensors = row.tensors(torch.device("cpu"))
-        sequences = [2 * pair + side for pair in held for side in (0, 1)]
+        sequences = [2 * pair + side for pair in row_pairs for side in (0, 1)]
         micro_batch = MicroBatch(
             position_ids_T=tensors.position_ids_T,
             spans_G4=tensors.spans_G4,
@@ -216,8 +216,8 @@ def _rows(pairs: list[Tokens], reference: dict[int, Tensor], case: Case) -> list
                 layer: logps_2P[torch.tensor(sequences, dtype=torch.int64)]
                 for layer, logps_2P in reference.items()
             },
-            index=number,
-            num_micro_batches=len(mine),
+            index=index,
+            num_micro_batches=len(local_rows),
             global_pairs=PAIRS,
         )
         micro_batches.append((tensors.tokens_T[None], micro_batch))

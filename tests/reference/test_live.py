@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.objective.dpo import Objective
 from tests.plugin import tiny_megatron as tiny
-from tests.plugin.test_batch_run import batch_of
+from tests.plugin.tiny_megatron import batch_of
 
 pytestmark = pytest.mark.distributed
 
@@ -23,11 +23,11 @@ def attached(chunks: list[Any], **objective: Any) -> Any:
 
 def answers(layout: Layout, kind: str) -> dict[str, Any]:
     """What a reference says, and what the bare model says; by row."""
+    from megatron_idpo.config.lora import LoraConfig
     from megatron_idpo.lora.adapters import add_adapters
-    from megatron_idpo.lora.settings import LoraSettings
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.plugin.batch_run import logps_by_row, run_batch
-    from megatron_idpo.reference import live
+    from megatron_idpo.reference import sources as live
     from megatron_idpo.testing import tiny_hf_config
 
     batch = batch_of(tiny.PAIRS_BY_ROW)
@@ -38,7 +38,7 @@ def answers(layout: Layout, kind: str) -> dict[str, Any]:
     reference: Any
     if kind == "adapter_off":
         architecture = Architecture.from_hf(tiny_hf_config("llama", **tiny.SIZES))
-        adapters = add_adapters(chunks, architecture, LoraSettings(rank=2, dropout=0.5))
+        adapters = add_adapters(chunks, architecture, LoraConfig(rank=2, dropout=0.5))
         for one in adapters.tensors():
             one.parameter.data.fill_(0.1)
         dpo = attached(chunks)
@@ -58,7 +58,7 @@ def answers(layout: Layout, kind: str) -> dict[str, Any]:
         trained = []
         with torch.enable_grad():
             found = reference.logps(batch)
-    assert (reference.is_free, reference.is_live) == (False, True)
+    assert (reference.is_reference_free, reference.needs_forward) == (False, True)
     assert not any(logps.requires_grad for row in found for logps in row.values())
     return {"expected": expected, "found": found, "trained": trained}
 
@@ -81,8 +81,8 @@ def test_it_is_the_model_without_what_is_learnt(workers, layout, kind):
 
 
 def test_no_reference():
-    from megatron_idpo.reference.live import NoReference
+    from megatron_idpo.reference.sources import NoReference
 
     none = NoReference()
     assert none.logps(None) is None  # type: ignore[arg-type]
-    assert (none.is_free, none.is_live) == (True, False)
+    assert (none.is_reference_free, none.needs_forward) == (True, False)

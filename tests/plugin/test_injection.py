@@ -1,4 +1,4 @@
-"""The injected loss: its gradient joins at the tapped layer, once, in the backward pass."""
+"""The injected loss adds its gradient at the tapped layer, once, in the backward pass."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def layers(seed: int = 0) -> tuple[torch.nn.Linear, torch.nn.Linear, torch.Tenso
     return torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.randn(3, 4)
 
 
-def test_the_gradient_is_that_of_the_sum_of_both_losses():
+def test_gradient_equals_that_of_the_summed_losses():
     first, second, x = layers()
     head = torch.nn.Linear(4, 1)
     parameters = [*first.parameters(), *second.parameters(), *head.parameters()]
@@ -30,7 +30,7 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses():
         assert torch.allclose(parameter.grad, gradient)
 
 
-def test_the_loss_is_computed_once_and_only_in_the_backward_pass():
+def test_loss_runs_once_and_only_in_the_backward_pass():
     first, second, x = layers()
     seen: list[tuple[bool, bool, bool]] = []
 
@@ -42,10 +42,10 @@ def test_the_loss_is_computed_once_and_only_in_the_backward_pass():
     output = inject_loss(second(hidden), hidden, loss)
     assert not seen
     output.sum().backward()
-    assert seen == [(True, True, True)], "with gradients, on a hidden state cut off the graph"
+    assert seen == [(True, True, True)], "with gradients enabled, on a detached hidden state"
 
 
-def test_several_layers_and_the_output_itself():
+def test_several_taps_and_a_tap_at_the_output():
     first, second, x = layers()
     a = first(x)
     b = second(a)
@@ -63,7 +63,7 @@ def test_several_layers_and_the_output_itself():
     assert torch.allclose(b.grad, b_grad)
 
 
-def test_a_loss_of_no_pairs_is_a_gradient_of_zeros():
+def test_loss_over_no_pairs_gives_a_zero_gradient():
     first, second, x = layers()
     hidden = first(x)
     output = inject_loss(second(hidden), hidden, lambda hidden: hidden[:0].sum())
@@ -71,7 +71,7 @@ def test_a_loss_of_no_pairs_is_a_gradient_of_zeros():
     assert first.weight.grad is not None and not first.weight.grad.any()
 
 
-def test_what_the_loss_closes_over_is_its_own_micro_batchs():
+def test_each_micro_batch_uses_its_own_loss():
     """Two micro-batches forward, then both backward, as a pipeline does."""
     first, second, x = layers()
     outputs = []
@@ -88,6 +88,6 @@ def test_what_the_loss_closes_over_is_its_own_micro_batchs():
     assert torch.allclose(gradients[1], 10 * gradients[0])
 
 
-def test_an_output_without_gradient_would_never_run():
+def test_output_without_gradient_is_rejected():
     with pytest.raises(AssertionError, match="needs no gradient"):
         inject_loss(torch.zeros(2), torch.zeros(2), lambda hidden: hidden.sum())

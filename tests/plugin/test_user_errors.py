@@ -1,7 +1,7 @@
-"""What a script's author gets wrong is an error that says what to do; none of it trains on.
+"""Wrong use of the plugin in a training script raises an error with a remedy.
 
-Mistakes are made one after the other on a worker, each on chunks of its own, and the answers are
-compared here: the place, what is wrong, the remedy.
+Workers make the mistakes of a test one after the other and return the messages, which are compared
+here: location, problem, remedy.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.errors import UserError
-from megatron_idpo.mcore.parallel.layout import Layout
 
 from . import tiny_megatron as tiny
 
@@ -36,15 +36,15 @@ def attached(chunks: Any, layers: Any = (2,), **options: Any) -> Any:
 
 
 def message(mistake: Callable[[], Any]) -> str:
-    """What the user is told; `went on` where nobody said anything."""
+    """The error message of a mistake; `no error` if there is none."""
     try:
         mistake()
     except UserError as error:
         return f"{type(error).__name__} {error}"
-    return "went on"
+    return "no error"
 
 
-# ---- mistakes while attaching, on one rank -------------------------------------------------------
+# ---- attaching, on one rank ----------------------------------------------------------------------
 
 
 def attaching() -> dict[str, str]:
@@ -63,12 +63,12 @@ def attaching() -> dict[str, str]:
         "layer 9": lambda: attached(chunks, [1, 9]),
         "final": lambda: attached(chunks, [4]),
         "final by depth": lambda: attached(chunks, [0.99]),
-        "twice": lambda: attached(chunks, [2, 0.5]),
+        "layer named twice": lambda: attached(chunks, [2, 0.5]),
         "weights": lambda: attached(chunks, objective=Objective(layer_weights=(1.0, 2.0))),
         "vocabulary": lambda: attached(chunks, vocab_size=tiny.VOCAB + 1),
-        "no vocabulary": lambda: attached(chunks, vocab_size=0),
-        "no list": lambda: attached(chunks[0]),
-        "nothing": lambda: attached([]),
+        "empty vocabulary": lambda: attached(chunks, vocab_size=0),
+        "not a list": lambda: attached(chunks[0]),
+        "empty list": lambda: attached([]),
         "DDP": lambda: attached([ddp]),
         "Float16Module": lambda: attached([half]),
         "another model": lambda: attached([torch.nn.Linear(2, 2)]),
@@ -90,17 +90,17 @@ EXPECTED_WHILE_ATTACHING = {
     "layer 9": ("layer 9 does not exist", "counted from 1 to 4"),
     "final": ("layer 4 is the final layer", "name layers from 1 to 3"),
     "final by depth": ("layer 4 of 4) is the final layer", "name layers from 1 to 3"),
-    "twice": ("are the same layer", "name layer 2 once"),
+    "layer named twice": ("are the same layer", "name layer 2 once"),
     "weights": ("2 weights for 1 layers", "one weight per intermediate layer"),
     "vocabulary": ("vocab_size: is 52 for an output layer of 51 rows", "the tokenizer's"),
-    "no vocabulary": ("vocab_size: is 0", "the tokenizer's"),
-    "no list": ("chunks: is a GPTModel", "give the list"),
-    "nothing": ("chunks: is empty", "give the list"),
+    "empty vocabulary": ("vocab_size: is 0", "the tokenizer's"),
+    "not a list": ("chunks: is a GPTModel", "give the list"),
+    "empty list": ("chunks: is empty", "give the list"),
     "DDP": ("chunks[0]: is wrapped in DistributedDataParallel", "attach first, then wrap"),
     "Float16Module": ("chunks[0]: is wrapped in Float16Module", "attach first, then wrap"),
     "another model": ("chunks[0]: is a Linear, not a GPTModel", "give GPTModel chunks"),
-    "stock attention": ("would not see where a row's pairs end", "build_model"),
-    "second attach": ("have been attached to already", "detach() first"),
+    "stock attention": ("ignores where a row's pairs end", "build_model"),
+    "second attach": ("are attached already", "detach() first"),
 }
 
 
@@ -109,11 +109,11 @@ def test_mistakes_while_attaching(workers):
     check(answers, EXPECTED_WHILE_ATTACHING)
 
 
-# ---- mistakes while training, on one rank --------------------------------------------------------
+# ---- training, on one rank -----------------------------------------------------------------------
 
 
 def counting() -> dict[str, str]:
-    """References, counts and takings that are not those of the step."""
+    """References, counts and outputs that do not match the step."""
     chunks = tiny.start()
     dpo = attached(chunks)
     models = tiny.wrap(dpo, chunks)
@@ -123,10 +123,10 @@ def counting() -> dict[str, str]:
         return message(lambda: tiny.run(dpo, models, batches))
 
     def step(**fields: Any) -> str:
-        """A step as it should be, but for what is given; and its outputs."""
-        answer = train(tiny.micro_batches(full, **fields))
-        taken = message(lambda: dpo.take_outputs(4))
-        return taken if answer == "went on" else answer
+        """A correct step except for these fields of its micro-batches."""
+        error = train(tiny.micro_batches(full, **fields))
+        error_of_outputs = message(lambda: dpo.take_outputs(4))
+        return error_of_outputs if error == "no error" else error
 
     answers = {
         "no reference": train(tiny.micro_batches(None)),
@@ -134,26 +134,26 @@ def counting() -> dict[str, str]:
         "no reference of the final layer": train(tiny.micro_batches({2: full[2]})),
         "micro-batches not counted": step(num_micro_batches=0),
         "pairs not counted": step(global_pairs=0),
-        # Pairs are counted in the first step that is finished.
+        # Pairs are counted in the first step that reaches finalize_model_grads.
         "one pair": step(global_pairs=1),
         "half the pairs": step(global_pairs=2),
         "one micro-batch": step(num_micro_batches=1),
     }
-    # What was said in vain is forgotten, and a right step goes through.
-    answers["a right step"] = step()
+    # Failed steps leave nothing behind.
+    answers["a correct step"] = step()
     answers["taken twice"] = message(lambda: dpo.take_outputs(4))
     train(tiny.micro_batches(full))
     answers["not all taken"] = message(lambda: dpo.take_outputs(3))
-    ((tokens_1T, alone), *_) = tiny.micro_batches(full, num_micro_batches=1)
-    dpo.loss(alone, dpo.forward(models[0], tokens_1T, alone))
+    ((tokens_1T, single), *_) = tiny.micro_batches(full, num_micro_batches=1)
+    dpo.loss(single, dpo.forward(models[0], tokens_1T, single))
     answers["no backward"] = message(lambda: dpo.take_outputs(1))
-    dpo.forward(models[0], tokens_1T, alone).sum().backward()
-    answers["a loss of one's own"] = message(lambda: dpo.take_outputs(1))
+    dpo.forward(models[0], tokens_1T, single).sum().backward()
+    answers["another loss function"] = message(lambda: dpo.take_outputs(1))
     return answers
 
 
 def calling() -> dict[str, str]:
-    """A model that is called as it should not be."""
+    """Calling the model in a wrong way."""
     from megatron_idpo.mcore.attention.row_params import RowParams
 
     (chunk,) = chunks = tiny.start()
@@ -174,8 +174,8 @@ def calling() -> dict[str, str]:
         "no packed row": call(packed=None),
         "a row without targets": call(packed=row),
         "not through forward": message(lambda: chunk(tokens_1T, row.position_ids_T[None], None)),
-        "another's chunk": call(other),
-        "as it should be": call(),
+        "unattached chunk": call(other),
+        "correct call": call(),
     }
     dpo.detach()
     answers["detached"] = call()
@@ -183,30 +183,39 @@ def calling() -> dict[str, str]:
 
 
 EXPECTED_WHILE_TRAINING = {
-    "no reference": ("micro-batch 0: brings no reference", "layer 4", "torch.no_grad"),
-    "no reference of the tap": ("brings no reference", "layer 2", "score the data"),
-    "no reference of the final layer": ("brings no reference", "layer 4", "score the data"),
-    "micro-batches not counted": ("MicroBatch.num_micro_batches: is 0 in training", "say how many"),
-    "pairs not counted": ("MicroBatch.global_pairs: is 0 in training", "say how many"),
-    "one micro-batch": ("MicroBatch.num_micro_batches: is 1, but 4 were run", "num_microbatches"),
-    "one pair": ("MicroBatch.global_pairs: says 1, but the step had 4 pairs", "data-parallel"),
-    "half the pairs": ("MicroBatch.global_pairs: says 2, but the step had 4 pairs",),
-    "a right step": ("went on",),
-    "taken twice": ("layer 2: was read 0 times in 4 micro-batches", "take outputs once"),
-    "not all taken": ("MicroBatch.num_micro_batches: is 4, but 3 were run",),
-    "no backward": ("layer 2: was read 0 times in 1", "backward too unless under torch.no_grad"),
-    "a loss of one's own": ("layer 4: was read 0 times in 1", "AttachedDpo.loss as its loss"),
+    "no reference": ("micro-batch 0: lacks the reference", "layer 4", "torch.no_grad"),
+    "no reference of the tap": ("lacks the reference", "layer 2", "score the data"),
+    "no reference of the final layer": ("lacks the reference", "layer 4", "score the data"),
+    "micro-batches not counted": (
+        "MicroBatch.num_micro_batches: is 0 in training",
+        "set num_micro_batches",
+    ),
+    "pairs not counted": ("MicroBatch.global_pairs: is 0 in training", "and global_pairs to"),
+    "one micro-batch": (
+        "num_micro_batches: is 1, but 4 micro-batches were run",
+        "num_microbatches",
+    ),
+    "one pair": ("MicroBatch.global_pairs: is 1, but the step had 4 pairs", "data-parallel"),
+    "half the pairs": ("MicroBatch.global_pairs: is 2, but the step had 4 pairs",),
+    "a correct step": ("no error",),
+    "taken twice": ("layer 2: has 0 outputs for 4 micro-batches", "take outputs once"),
+    "not all taken": ("MicroBatch.num_micro_batches: is 4, but 3 micro-batches were run",),
+    "no backward": ("layer 2: has 0 outputs for 1", "backward too unless under torch.no_grad"),
+    "another loss function": (
+        "layer 4: has 0 outputs for 1",
+        "pass AttachedDpo.loss to the schedule",
+    ),
 }
 EXPECTED_OF_CALLS = {
-    "beyond the vocabulary": ("DataError micro-batch 0: targets reach", "vocabulary of 51"),
+    "beyond the vocabulary": ("DataError micro-batch 0: target tokens from", "vocabulary of 51"),
     "tokens of another row": ("tokens of shape (1, 23) for 24 row positions", "int64 [1, 24]"),
     "tokens without a batch": ("tokens of shape (24,) for 24 row positions", "int64 [1, 24]"),
-    "as it should be": ("went on",),
+    "correct call": ("no error",),
     "no packed row": ("is a NoneType; a tapped chunk needs", "through AttachedDpo.forward"),
     "a row without targets": ("is a RowParams; a tapped chunk", "through AttachedDpo.forward"),
     "not through forward": ("is a NoneType; a tapped chunk", "through AttachedDpo.forward"),
-    "another's chunk": ("this GPTModel is not attached to", "attach to it"),
-    "detached": ("this GPTModel is not attached to, or not any more", "attach to it"),
+    "unattached chunk": ("this GPTModel is not attached", "attach to it"),
+    "detached": ("this GPTModel is not attached, or was detached", "attach to it"),
 }
 
 
@@ -217,7 +226,7 @@ def test_mistakes_while_training(workers):
     check(answers, EXPECTED_OF_CALLS)
 
 
-# ---- what only some ranks can see ----------------------------------------------------------------
+# ---- mistakes that only some ranks see -----------------------------------------------------------
 
 STAGES = Layout(pipeline=2)
 FULL_RECOMPUTE = {
@@ -248,7 +257,7 @@ def over_two_stages() -> dict[str, str]:
         "other arguments": message(lambda: attached(chunks, [1 + stage])),
         "other vocabularies": message(lambda: attached(chunks, vocab_size=tiny.VOCAB - stage)),
     }
-    # Stage 0 owns no tap and not the head: nothing of its chunk was touched.
+    # Stage 0 owns neither a tap nor the head, so only stage 1 sees the second attach.
     dpo = attached(chunks, [3])
     answers["second attach"] = message(lambda: attached(chunks, [3]))
     dpo.detach()
@@ -264,8 +273,10 @@ def over_two_stages() -> dict[str, str]:
 
 
 def with_copies_that_differ() -> dict[str, str]:
-    """Weights loaded, and the head frozen, after attaching."""
-    STAGES.start()
+    """Loading weights or freezing the head after attaching."""
+    from megatron_idpo.mcore.parallel.groups import start_layout
+
+    start_layout(STAGES)
     answers = {}
     for mistake in ("loaded later", "frozen later"):
         chunks = tiny.chunks_of(STAGES)
@@ -287,17 +298,17 @@ EXPECTED_OVER_STAGES = {
     "layer norm": ("normalization: is LayerNorm", "one pipeline stage"),
     "other arguments": ("differ between ranks", "((1,), ", "((2,), ", "the same arguments"),
     "other vocabularies": ("differ between ranks", "the same arguments"),
-    "second attach": ("have been attached to already", "detach() first"),
+    "second attach": ("are attached already", "detach() first"),
     "gradients not finished": ("finalize_model_grads_func", "AttachedDpo.finalize_model_grads"),
-    "after DDP": ("would not be in the buffers of DDP", "attach before DDP"),
+    "after DDP": ("would be missing in the buffers of the existing DDP", "attach before"),
 }
 EXPECTED_OF_COPIES = {
-    "loaded later": ("copies of the output weight are not equal", "before attaching"),
-    "frozen later": ("copies of the final norm are not equal, or do not all learn", "freeze"),
+    "loaded later": ("copies of the output weight on the stages are not equal", "before attach"),
+    "frozen later": ("copies of the final norm on the stages", "only some of them train", "freeze"),
 }
 
 
-def test_what_one_stage_sees_stops_every_stage(workers):
+def test_problem_on_one_stage_raises_on_every_stage(workers):
     for answers in workers.run(over_two_stages, 2):
         check(answers, EXPECTED_OVER_STAGES)
     for answers in workers.run(with_copies_that_differ, 2):
@@ -311,17 +322,17 @@ def interleaved() -> dict[str, str]:
     config.batch_p2p_comm = True
     answers = {"batched p2p": message(lambda: attached(chunks))}
     config.batch_p2p_comm = False
-    answers["a chunk left out"] = message(lambda: attached(chunks[:1]))
+    answers["chunk left out"] = message(lambda: attached(chunks[:1]))
     dpo = attached(chunks, [1, 3])
     batches = tiny.micro_batches(tiny.references([1, 3, 4]))
 
     def mixed_up() -> None:
-        """The chunks of a stage get different micro-batches: it scores two while it should four."""
+        """The two chunks of a stage get different micro-batches."""
         tiny.run(
             dpo,
             chunks,
             batches[:2],
-            data_iterator=[iter(batches[2 * number :]) for number in range(2)],
+            data_iterator=[iter(batches[2 * index :]) for index in range(2)],
             forward_only=True,
         )
         dpo.take_outputs(2)
@@ -334,17 +345,17 @@ def test_mistakes_while_interleaving(workers):
     first, second = workers.run(interleaved, 2)
     expected = {
         "batched p2p": ("batch_p2p_comm: interleaving over 2 stages mixes up", "switch it off"),
-        "a chunk left out": ("layers [3, 4] are in no rank's chunks", "there are several"),
+        "chunk left out": ("no rank has layers [3, 4]", "a rank has several"),
     }
     check({name: first[name] for name in expected}, expected)
     check({name: second[name] for name in expected}, expected)
-    mixed = "layers [1, 3] were given different micro-batches; give every model chunk an iterator"
+    mixed = "layers [1, 3] received different micro-batches; give every model chunk its own"
     assert mixed in first["other micro-batches"]
-    assert second["other micro-batches"] == "went on", "it has one layer that speaks"
+    assert second["other micro-batches"] == "no error", "it has outputs of one layer only"
 
 
 def check(answers: dict[str, str], expected: dict[str, tuple[str, ...]]) -> None:
     assert set(answers) == set(expected)
     for name, answer in answers.items():
-        for words in expected[name]:
-            assert words in answer, f"{name}: {answer!r} lacks {words!r}"
+        for part in expected[name]:
+            assert part in answer, f"{name}: {answer!r} lacks {part!r}"
