@@ -1,6 +1,6 @@
-"""The models that are evaluated, where they are, and where their results go.
+"""The models that an evaluation compares, and the files of its results.
 
-OUTPUT/                    `evaluate.output`, by default `evaluation` in a run's output
+OUTPUT/                    `evaluate.output`; default: `evaluation` in the run's output directory
   likelihood/              layer curves: likelihood.csv, .png, .svg, advice.md, logps/NAME/
   answers/                 NAME.jsonl and NAME.settings.json
   judge/A-vs-B/            verdicts.jsonl, settings.json, result.json
@@ -8,95 +8,145 @@ OUTPUT/                    `evaluate.output`, by default `evaluation` in a run's
   report.html
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.storage.atomic import write_text
+from megatron_idpo.storage.lock import LockHeldError, locked
 
 RESULT = "hf"
-"""Where a finished run has its model."""
+"""Subdirectory of a finished run with the exported model."""
 
 RUN_FILE = "config.yaml"
-"""What tells a run's output from a model's directory."""
+"""Marks the output directory of a run; a model directory has no such file."""
+
+OUTPUT = "evaluate.output"
+"""Location of errors about result files: the field that moves them."""
 
 BASE, TRAINED = "base", "trained"
-"""The names of a run's own models, where `evaluate.models` names none."""
+"""Names of a run's model before and after training, used if `evaluate.models` is empty."""
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """One model that is evaluated."""
+class EvalModel:
+    """One model of an evaluation."""
 
     name: str
-    """What it is called in tables and pictures; also its files' name."""
+    """Label in tables and figures, and stem of its result files."""
 
     path: str
-    """A Hugging Face directory or hub name, or a `torch_dist` checkpoint of ours."""
+    """Hugging Face directory, hub name, or `torch_dist` checkpoint."""
 
     adapter: Path | None = None
-    """A PEFT directory."""
+    """Directory of a PEFT adapter."""
 
 
-def subjects(config: RunConfig) -> tuple[Subject, ...]:
-    """The models of `evaluate.models` in their order, or a run's model before and after.
-
-    Reads the section `training` where it is there and nothing is named.
+def eval_models(config: RunConfig) -> tuple[EvalModel, ...]:
+    """Returns the models of `evaluate.models` in order; if empty, the run's model before and after.
 
     Raises:
-        ConfigError: naming every run without a result; or nothing is named and there is no run.
+        ConfigError: lists every run without an exported model; or no model is configured.
     """
-    named = {
-        name: (f"evaluate.models.{name}", subject.path, subject.adapter)
-        for name, subject in config.evaluate.models.items()
+    entries = {
+        name: (f"evaluate.models.{name}", model.path, model.adapter)
+        for name, model in config.evaluate.models.items()
     }
-    if not named:
+    if not entries:
         if not config.has("training"):
-            remedy = "name models there, or add training.output, the output of a finished run"
+            remedy = "name models there, or set training.output to the output of a finished run"
             raise ConfigError.at("evaluate.models", "names no model", remedy)
-        named = {
+        entries = {
             BASE: ("model.path", config.model.path, None),
             TRAINED: ("training.output", config.training.output, None),
         }
-    found: list[Subject] = []
+    models: list[EvalModel] = []
     problems: list[Problem] = []
-    for name, (location, path, adapter) in named.items():
+    for name, (location, path, adapter) in entries.items():
         try:
-            model = _model(location, path)
+            exported = _exported_model(location, path)
         except ConfigError as error:
             problems += error.problems
-            continue
-        found.append(Subject(name, model, None if adapter is None else Path(adapter)))
+        else:
+            models.append(EvalModel(name, exported, None if adapter is None else Path(adapter)))
     if problems:
         raise ConfigError.of(problems)
-    return tuple(found)
+    return tuple(models)
 
 
-def evaluation_directory(config: RunConfig) -> Path:
-    """Where results go; nothing is made.
+def evaluation_output(config: RunConfig) -> Path:
+    """Returns the directory of all results; it is not created.
 
     Raises:
-        ConfigError: no place is named.
+        ConfigError: none is configured.
     """
     if config.evaluate.output is not None:
         return Path(config.evaluate.output)
     if not config.has("training"):
-        remedy = "name a directory, or add training.output, in which it is `evaluation`"
-        raise ConfigError.at("evaluate.output", "says no place for the results", remedy)
+        remedy = "set it, or set training.output (results go to its subdirectory `evaluation`)"
+        raise ConfigError.at(OUTPUT, "is not set", remedy)
     return Path(config.training.output).expanduser() / "evaluation"
 
 
-def _model(location: str, path: str) -> str:
-    """The model itself, where a run's output stands for its result.
+def _exported_model(location: str, path: str) -> str:
+    """Replaces the output directory of a run by the model that the run exported.
 
     Raises:
-        ConfigError: the run has none.
+        ConfigError: the run has not exported one.
     """
     directory = Path(path).expanduser()
     is_run = (directory / RUN_FILE).is_file() and not (directory / "config.json").is_file()
     if (directory / RESULT).is_dir():
         return str(directory / RESULT)
     if is_run or location == "training.output":
-        message = f"{path} has no {RESULT}/: no run has finished there"
-        raise ConfigError.at(location, message, "let `train` finish, or name a model's directory")
+        message = f"{path} has no {RESULT}/: the run has not finished"
+        raise ConfigError.at(location, message, "finish it with `train`, or name a model directory")
     return path
+
+
+def write_result(path: Path, text: str) -> None:
+    """Writes a result file in one step, and creates its directory.
+
+    Raises:
+        ConfigError: the system refuses; an old file is unchanged.
+    """
+    with ConfigError.on_os_error(OUTPUT, f"cannot write {path}", "name a writable directory"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text, concurrent=True)
+
+
+def check_writable(directory: Path) -> None:
+    """Creates a directory for results, before hours of work instead of after them.
+
+    Raises:
+        ConfigError: it cannot be created or written.
+    """
+    remedy = "name a writable directory"
+    with ConfigError.on_os_error(OUTPUT, f"cannot create {directory}", remedy):
+        directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK):
+        raise ConfigError.at(OUTPUT, f"{directory} is not writable", remedy)
+
+
+@contextmanager
+def single_writer(path: Path) -> Iterator[None]:
+    """Holds the lock of a result file that grows, and creates its directory.
+
+    Raises:
+        ConfigError: another process holds the lock, or it cannot be created.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with ExitStack() as stack:
+        try:
+            with ConfigError.on_os_error(OUTPUT, f"cannot lock {lock}", "name another directory"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(lock))
+        except LockHeldError:
+            message = f"{path} is being written by another process"
+            remedy = "wait until it has finished, or name another directory"
+            raise ConfigError.at(OUTPUT, message, remedy) from None
+        yield

@@ -1,6 +1,6 @@
-"""Figures that the papers print, to be put beside measured ones and marked as theirs.
+"""Published figures of the two papers, shown next to measured ones.
 
-Copied by hand; `tests/evaluate/test_paper_figures.py` checks what they imply of each other.
+Copied by hand; `tests/evaluate/test_paper_figures.py` checks that they are consistent.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ INTERMEDIATE_PAPER = "Kojima 2024 (intermediate DPO, arXiv 2408.02923)"
 
 @dataclass(frozen=True, slots=True)
 class PaperH4:
-    """A row of the sDPO paper's table, in percent."""
+    """One row of the sDPO paper's table, in percent."""
 
     model: str
     mean: float
-    """H4, as printed."""
+    """H4 as printed."""
 
     values: tuple[float, float, float, float]
     """ARC, HellaSwag, MMLU, TruthfulQA: the order of `config_evaluate.H4_TASKS`."""
@@ -29,24 +29,24 @@ PAPER_H4 = (
     PaperH4("SOLAR 10.7B", 64.27, (61.95, 84.60, 65.48, 45.04)),
     PaperH4("Mistral-7B-Instruct-v0.2", 69.27, (63.14, 84.88, 60.78, 68.26)),
 )
-"""SFT, DPO and sDPO are of SOLAR 10.7B. All items of each task; the paper tells no intervals."""
+"""SFT, DPO and sDPO start from SOLAR 10.7B. All items of each task; without intervals."""
 
 
 @dataclass(frozen=True, slots=True)
 class PaperWins:
-    """How often answers of intermediate DPO were preferred to another model's, by a judge."""
+    """How often a judge preferred the answers of intermediate DPO to those of another model."""
 
     other: str
-    """Name of the other model: `dpo` or `sft`."""
+    """The other model: `dpo` or `sft`."""
 
     wins: int
-    """Ours, from the share that the paper prints: it tells no counts, nor how it counts ties."""
+    """Computed from the printed share; the paper gives no counts and no rule for ties."""
 
     prompts: int
 
 
 PAPER_WINS = (PaperWins("dpo", 21, 40), PaperWins("sft", 27, 40))
-"""Of the run id5, whose one layer is 22 of 32; the paper prints 52.5 % and 67.5 %."""
+"""Run id5, tapped at layer 22 of 32; the paper prints 52.5 % and 67.5 %."""
 
 PAPER_DEPTH = 0.69
-"""Of layer 22 of 32, for models with other numbers of layers."""
+"""Relative depth of layer 22 of 32, for models with another number of layers."""

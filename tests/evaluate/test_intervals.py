@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from megatron_idpo.evaluate.intervals import bootstrap_interval, sign_test
 
 

@@ -1,59 +1,59 @@
-"""Files of answers: one line for each prompt, in order, written by `generate`, read by a judge.
+"""Files of answers: one line per prompt, in order, written by `generate` and read by `judge`.
 
     answers/NAME.jsonl             {"index", "location", "prompt", "answer", "answer_tokens",
                                     "is_complete"}
-    answers/NAME.settings.json     what made it (`answers_settings.py`); of answers that somebody
-                                   else wrote there is none
+    answers/NAME.settings.json     what the answers were made from (`task.py`); missing for answers
+                                   that were not written by `generate`
 
-Lines are appended batch by batch. `recover_answers` takes up a file at whatever point its writer
-was stopped; `read_answers` wants a whole one.
+Lines are appended batch by batch. `recover_answers` opens a file at whatever point its writer was
+stopped; `read_answers` requires a complete one.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_idpo.errors import DataError
-from megatron_idpo.evaluate.counting import counted
-from megatron_idpo.evaluate.result_files import telling
+from megatron_idpo.console.text import format_count
+from megatron_idpo.errors import ConfigError, DataError
+from megatron_idpo.evaluate.models import OUTPUT
+from megatron_idpo.storage.atomic import append_bytes, truncate_file
 
 type Prompt = str | list[dict[str, Any]]
-"""A text, or chat messages with `role` and `content`."""
+"""Text, or chat messages with `role` and `content`."""
 
-SETTINGS_SUFFIX = ".settings.json"
-_REMEDY = "correct the line, or delete the file and let `generate` write it anew"
+_REMEDY = "correct the line, or delete the file and run `generate` again"
+_DISK_REMEDY = "correct this and start again, or name another directory"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one model answered to one prompt."""
+    """The answer of one model to one prompt."""
 
     index: int
-    """The prompt's place among the prompts, from 0; the number of the line."""
+    """Index of the prompt, and of the line, from 0."""
 
     location: str
     """Where the prompt was read, as `file:row`."""
 
     prompt: Prompt
-    """As people read it, before any chat template."""
+    """Before any chat template."""
 
     answer: str
 
     answer_tokens: int
-    """Tokens that the model produced, without the one that ended the answer."""
+    """Generated tokens, without the stop token."""
 
     is_complete: bool
-    """The model ended it; else it was cut off."""
+    """Whether the model ended the answer; otherwise it was cut off."""
 
     def line(self) -> str:
-        """For the file, with its line break."""
+        """The line of the file, with its newline."""
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
+_TYPES: dict[str, tuple[type, ...]] = {
     "index": (int,),
     "location": (str,),
     "prompt": (str, list),
@@ -61,102 +61,87 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "answer_tokens": (int,),
     "is_complete": (bool,),
 }
-assert list(_KINDS) == [field.name for field in fields(Answer)]
+assert list(_TYPES) == [field.name for field in fields(Answer)]
 
 
 def answers_file(output: Path, name: str) -> Path:
-    """Where a model's answers are.
+    """Path of a model's answers.
 
     Args:
-        output: of the evaluation (`subjects.evaluation_directory`).
+        output: directory of the evaluation (`models.evaluation_output`).
         name: of the model.
     """
     return output / "answers" / f"{name}.jsonl"
 
 
 def settings_file(answers: Path) -> Path:
-    """Where it is told what made a file of answers."""
-    return answers.with_name(answers.name.removesuffix(".jsonl") + SETTINGS_SUFFIX)
+    """Path of the record of what a file of answers was made from."""
+    return answers.with_name(f"{answers.name.removesuffix('.jsonl')}.settings.json")
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """The answers of a finished file, in the order of the prompts.
+    """Reads a complete file, in the order of the prompts.
 
     Raises:
-        DataError: there is no such file, a line is no answer or out of order, or `generate` has not
-            finished it.
+        DataError: the file is missing or incomplete, or a line is invalid or out of order.
     """
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         remedy = "run `megatron-idpo generate` with the same configuration first"
-        raise DataError.at(str(path), "there are no answers", remedy) from None
-    except OSError as error:
-        raise DataError.at(str(path), f"cannot be read: {error.strerror}") from None
-    lines = [line for line in text.split(b"\n") if line.strip()]
-    found = [_parsed(line, index, path) for index, line in enumerate(lines)]
-    wanted = _wanted(settings_file(path))
-    if wanted is not None and wanted != len(found):
-        message = f"has {len(found)} answers of {wanted}: `generate` has not finished"
-        raise DataError.at(str(path), message, "run it again, it goes on where it stopped")
-    if not found:
-        raise DataError.at(str(path), "holds no answers", _REMEDY)
-    return found
+        raise DataError.at(str(path), "there are no answers", remedy)
+    with DataError.on_os_error(str(path), "cannot be read"):
+        content = path.read_bytes()
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    answers = [_parse(line, index, path) for index, line in enumerate(lines)]
+    expected = _expected_count(settings_file(path))
+    if expected is not None and expected != len(answers):
+        message = f"has {len(answers)} of {expected} answers: `generate` has not finished"
+        raise DataError.at(str(path), message, "run it again; it resumes where it stopped")
+    if not answers:
+        raise DataError.at(str(path), "has no answers", _REMEDY)
+    return answers
 
 
-def recover_answers(path: Path, *, wanted: int, batch_prompts: int) -> list[Answer]:
-    """The answers that stay of an unfinished file; what was written after them is cut off.
+def recover_answers(path: Path, *, num_prompts: int, batch_prompts: int) -> list[Answer]:
+    """Reads the complete batches of an unfinished file, and cuts off what follows them.
 
-    What a kill left behind, half a line or half a batch, is made again with the whole batch that it
-    belongs to, since a sampled answer depends on its batch.
+    A sampled answer depends on its batch, so an incomplete batch is generated again as a whole.
 
     Args:
-        path: of the answers; need not be there.
-        wanted: how many there are in the end.
-        batch_prompts: prompts of a batch.
+        path: of the answers; may be missing.
+        num_prompts: number of answers in the finished file.
+        batch_prompts: prompts per batch.
 
     Raises:
-        DataError: a whole line is no answer, or there are more than wanted.
-        ConfigError: the file cannot be read, or cannot be cut off.
+        DataError: a complete line is invalid, or there are more answers than prompts.
+        ConfigError: the file cannot be read or truncated.
     """
-    with telling(path, "read"):
-        if not path.exists():
-            return []
-        text = path.read_bytes()
-    lines = text.split(b"\n")[:-1]  # what follows the last line break is half a line
-    found = [_parsed(line, index, path) for index, line in enumerate(lines)]
-    if len(found) > wanted:
-        message = f"has {counted(len(found), 'answer')} to {counted(wanted, 'prompt')}"
-        raise DataError.at(str(path), message, "delete it and let `generate` write it anew")
-    if len(found) < wanted:
-        found = found[: len(found) - len(found) % batch_prompts]
-    with telling(path, "written"):
-        _cut(path, sum(len(line) + 1 for line in lines[: len(found)]))
-    return found
+    if not path.exists():
+        return []
+    with ConfigError.on_os_error(OUTPUT, f"cannot read {path}", _DISK_REMEDY):
+        lines = path.read_bytes().split(b"\n")[:-1]  # without an incomplete last line
+    answers = [_parse(line, index, path) for index, line in enumerate(lines)]
+    if len(answers) > num_prompts:
+        counts = f"{format_count(len(answers), 'answer')} to {format_count(num_prompts, 'prompt')}"
+        raise DataError.at(str(path), f"has {counts}", "delete it and run `generate` again")
+    if len(answers) < num_prompts:
+        answers = answers[: len(answers) - len(answers) % batch_prompts]
+    with ConfigError.on_os_error(OUTPUT, f"cannot write {path}", _DISK_REMEDY):
+        truncate_file(path, sum(len(line) + 1 for line in lines[: len(answers)]))
+    return answers
 
 
 def append_answers(path: Path, answers: Sequence[Answer]) -> None:
-    """Add a batch; it is on the disk afterwards.
+    """Appends a batch; it is on the disk on return.
 
     Raises:
-        ConfigError: it cannot be written. `recover_answers` heals what there is of it.
+        ConfigError: it cannot be written. `recover_answers` removes an incomplete batch.
     """
-    with telling(path, "written"), path.open("ab") as file:
-        file.write("".join(answer.line() for answer in answers).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with ConfigError.on_os_error(OUTPUT, f"cannot write {path}", _DISK_REMEDY):
+        append_bytes(path, "".join(answer.line() for answer in answers).encode())
 
 
-def _cut(path: Path, size_bytes: int) -> None:
-    """Cut a file off; one that is right is not touched."""
-    if path.stat().st_size > size_bytes:
-        with path.open("r+b") as file:
-            file.truncate(size_bytes)
-            os.fsync(file.fileno())
-
-
-def _parsed(line: bytes, index: int, path: Path) -> Answer:
-    """One line.
+def _parse(line: bytes, index: int, path: Path) -> Answer:
+    """Parses one line.
 
     Raises:
         DataError: it is not the answer with this index.
@@ -167,26 +152,27 @@ def _parsed(line: bytes, index: int, path: Path) -> Answer:
     except ValueError as error:
         raise DataError.at(location, f"is not JSON: {error}", _REMEDY) from None
     if not isinstance(values, dict):
-        raise DataError.at(location, f"is {values!r:.40}, not an object with fields", _REMEDY)
-    for name, kinds in _KINDS.items():
+        raise DataError.at(location, f"is {values!r:.40}, not an object", _REMEDY)
+    for name, types in _TYPES.items():
         value = values.get(name)
         if name not in values:
             raise DataError.at(location, f"has no field '{name}'", _REMEDY)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise DataError.at(location, f"has the {name} {value!r:.40}", _REMEDY)
+        # bool is a subclass of int, but `true` is not a number of tokens.
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise DataError.at(location, f"field '{name}' is {value!r:.40}", _REMEDY)
     if values["index"] != index:
-        message = f"has the index {values['index']}, not {index}: lines are missing or out of order"
+        message = f"has index {values['index']} instead of {index}; a line is missing or moved"
         raise DataError.at(location, message, _REMEDY)
-    return Answer(**{name: values[name] for name in _KINDS})
+    return Answer(**{name: values[name] for name in _TYPES})
 
 
-def _wanted(path: Path) -> int | None:
-    """How many answers are to be there; None where nothing tells."""
+def _expected_count(path: Path) -> int | None:
+    """Number of answers in the finished file; None without a settings file."""
     try:
         settings = json.loads(path.read_text("utf-8"))
         return int(settings["prompts"]["count"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"does not tell how many answers there are ({type(error).__name__})"
+        message = f"has no valid number of prompts ({type(error).__name__})"
         raise DataError.at(str(path), message, "delete it if the answers are complete") from None

@@ -1,7 +1,7 @@
-"""What answers prompts: one protocol, and which library stands behind it.
+"""The interface of generation engines, and the choice of one.
 
-`engine_transformers.py` runs anywhere, `engine_vllm.py` on a GPU where vLLM is installed. Both get
-tokens and give tokens; what is text, and where an answer ends, is decided once, in `generate.py`.
+`transformers_engine.py` runs anywhere; `vllm_engine.py` needs a GPU and vLLM. Engines receive and
+return token ids. Tokenization, and where an answer ends, are decided once, in `task.py`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ type EngineName = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn; the fields of the configuration's section `generate`."""
+    """Sampling parameters, named as in the configuration's section `generate`."""
 
     temperature: float
     repetition_penalty: float
@@ -30,7 +30,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A model on the disk, and how it is to be held."""
+    """A model on disk, and the precision to load it in."""
 
     directory: Path
     adapter: Path | None
@@ -38,73 +38,72 @@ class Weights:
 
 
 class Engine(Protocol):
-    """A loaded model, which whoever made it closes (`contextlib.closing`)."""
+    """A loaded model; its creator closes it (`contextlib.closing`)."""
 
     def answer(self, first: int, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Answer one batch.
+        """Generates the answers of one batch.
 
         Args:
-            first: index of the first prompt; with the seed it decides what is drawn.
-            prompts: tokens of each prompt.
+            first: index of the first prompt; together with the seed it determines the samples.
+            prompts: token ids of each prompt.
 
         Returns:
-            The new tokens of each answer, with the one that ended it and maybe more behind it.
+            New token ids per prompt: the stop token is included, and more tokens may follow it.
         """
 
     def close(self) -> None:
-        """Let go of the model; its memory is free afterwards, and nothing can be answered."""
+        """Frees the model's memory; the engine cannot be used afterwards."""
 
 
-def choose_engine(wanted: Literal["auto", "transformers", "vllm"]) -> EngineName:
-    """Which library answers on this machine.
+def choose_engine(requested: Literal["auto", "transformers", "vllm"]) -> EngineName:
+    """The engine to use on this machine.
 
     Raises:
-        ConfigError: vLLM is wanted and not installed.
+        ConfigError: vLLM is requested, but not installed.
     """
-    if wanted == "transformers":
-        return wanted
+    if requested == "transformers":
+        return requested
     has_vllm = importlib.util.find_spec("vllm") is not None
-    if wanted == "vllm":
+    if requested == "vllm":
         if not has_vllm:
             remedy = "install it (pip install vllm), or set it to auto or transformers"
             raise ConfigError.at("generate.engine", "is vllm, which is not installed", remedy)
-        return wanted
+        return requested
     import torch
 
     return "vllm" if has_vllm and torch.cuda.is_available() else "transformers"
 
 
-def batches_at_once(engine: EngineName) -> int:
-    """How many of the configured batches an engine is given in one call, and are saved together.
+def batches_per_call(engine: EngineName) -> int:
+    """How many configured batches are passed to an engine, and saved, at once.
 
-    vLLM forms batches by itself, and is idle while it is given few prompts.
+    vLLM schedules its batches itself, and needs many prompts to be busy.
     """
     return 32 if engine == "vllm" else 1
 
 
 def derived_seed(seed: int, index: int) -> int:
-    """A seed for one batch or one prompt, 0 <= seed < 2^31, unlike those of its neighbours."""
+    """A seed for one batch or prompt, 0 <= seed < 2^31, unrelated to those of its neighbors."""
     digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=4).digest()
     return int.from_bytes(digest) >> 1
 
 
-def versions(engine: EngineName, *, has_adapter: bool) -> dict[str, str]:
-    """The libraries that have a say in which tokens come out."""
+def library_versions(engine: EngineName, *, has_adapter: bool) -> dict[str, str]:
+    """Versions of the libraries that influence the generated tokens."""
     names = ["torch", "transformers", *(["vllm"] if engine == "vllm" else [])]
     if has_adapter and engine == "transformers":
         names.append("peft")
-    return {name: _version(name) for name in names}
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions
 
 
 def device_name() -> str:
-    """The device that answers."""
+    """Name of the device that generates."""
     import torch
 
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

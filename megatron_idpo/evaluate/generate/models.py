@@ -1,7 +1,7 @@
-"""The models that answer: found, looked at and told apart, before a weight is loaded.
+"""Inspection of the models that answer: everything that can be checked before loading weights.
 
-Any causal language model of Transformers can answer, also of families that cannot be trained here,
-so nothing of `convert/model_source.py`, which knows those alone, is asked of it.
+Any causal language model of Transformers can answer, including families that cannot be trained
+here. `convert/model_source.py` knows only the trainable ones, so it is not used.
 """
 
 import hashlib
@@ -11,74 +11,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_idpo.checkpoint.snapshot_metadata import file_digest
-from megatron_idpo.config.sections import ModelConfig
+from megatron_idpo.config.data import ModelConfig
 from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE, read_json_object
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.evaluate.generate.engine import EngineName
-from megatron_idpo.evaluate.models import Subject
+from megatron_idpo.evaluate.models import EvalModel
+from megatron_idpo.storage.provenance import file_digest
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_FILES = (_ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)
-class AnsweringModel:
-    """A Hugging Face model, it may be with an adapter, of which only small files were read."""
+class InspectedModel:
+    """A Hugging Face model whose small files were read; its weights are not loaded."""
 
     name: str
     directory: Path
     adapter: Path | None
     context_tokens: int | None
-    """Positions that the model has; None: unlimited."""
+    """Maximum number of positions; None: unlimited."""
 
     vocab_size: int
-    end_tokens: frozenset[int]
-    """Tokens that end an answer, by the model's own word."""
+    eos_tokens: frozenset[int]
+    """Tokens that end an answer according to the generation config."""
 
 
-def open_answering(subject: Subject, engine: EngineName) -> AnsweringModel:
-    """Look at a model; a hub model is downloaded if it is not here yet.
+def inspect_model(model: EvalModel, engine: EngineName) -> InspectedModel:
+    """Inspects a model; a hub model is downloaded if it is not in the cache.
 
     Raises:
-        ConfigError: it is a checkpoint of ours, nothing, or no language model; or the adapter is
-            not there, or cannot be used without PEFT.
+        ConfigError: it is not a complete Hugging Face language model; or the adapter is missing,
+            or needs PEFT, which is not installed.
         CheckpointError: a configuration file cannot be read.
     """
-    location = f"model {subject.name}"
-    directory = Path(subject.path).expanduser()
+    location, remedy = f"model {model.name}", "name a complete Hugging Face model directory"
+    directory = Path(model.path).expanduser()
     if not directory.is_dir():
-        directory = _from_hub(subject.path, location)
+        directory = _from_hub(model.path, location)
     if not (directory / CONFIG_FILE).is_file():
+        message = f"{model.path} has no {CONFIG_FILE}"
         if (directory / "metadata.json").is_file():
-            message = f"{subject.path} is a torch_dist checkpoint, which cannot generate"
-            remedy = f"convert it: megatron-idpo convert megatron-to-hf {subject.path} DIRECTORY"
-            raise ConfigError.at(location, message, f"{remedy}, and name DIRECTORY")
-        message = f"{subject.path} has no {CONFIG_FILE}"
-        raise ConfigError.at(
-            location, message, "name a Hugging Face model's directory, or a hub name"
-        )
+            message = f"{model.path} is a torch_dist checkpoint, which cannot generate"
+            command = f"megatron-idpo convert megatron-to-hf {model.path} DIRECTORY"
+            remedy = f"convert it with `{command}`, and name DIRECTORY"
+        raise ConfigError.at(location, message, remedy)
     if not any(next(directory.glob(pattern), None) for pattern in _WEIGHT_FILES):
-        message = f"{subject.path} has no weights"
-        raise ConfigError.at(location, message, "name a complete model's directory")
-    if subject.adapter is not None:
-        _check_adapter(subject.adapter, location, engine)
-    config = _language_config(directory, location)
-    return AnsweringModel(
-        subject.name,
+        raise ConfigError.at(location, f"{model.path} has no weights", remedy)
+    if model.adapter is not None:
+        _check_adapter(model.adapter, f"{location}, adapter", engine)
+    config = _text_config(directory, location)
+    return InspectedModel(
+        model.name,
         directory,
-        subject.adapter,
+        model.adapter,
         getattr(config, "max_position_embeddings", None),
         config.vocab_size,
-        _end_tokens(directory, config),
+        _eos_tokens(directory, config),
     )
 
 
-def identities(model: AnsweringModel) -> tuple[str, str | None]:
-    """sha256 of the model's configuration and weights, and of the adapter; every byte is read.
+def content_digests(model: InspectedModel) -> tuple[str, str | None]:
+    """sha256 of the model's config and weights, and of the adapter; reads every byte.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -91,64 +89,64 @@ def identities(model: AnsweringModel) -> tuple[str, str | None]:
     return _digest(files), _digest(adapter)
 
 
-def tokenizer_of(model: AnsweringModel, config: ModelConfig, run_tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer through which a model reads prompts.
+def model_tokenizer(
+    model: InspectedModel, config: ModelConfig, run_tokenizer: Tokenizer
+) -> Tokenizer:
+    """The tokenizer that encodes prompts for a model.
 
-    It is the run's, with the run's chat template, for every model with the same vocabulary, for one
-    without a tokenizer, and for all where `model.tokenizer` is set. A model of another kind is
-    asked in its own tokens and its own template.
+    This is the run's tokenizer with the run's chat template, if `model.tokenizer` is set, or the
+    model has the same vocabulary or no tokenizer; otherwise the model's own.
 
     Raises:
-        DataError: its tokenizer cannot be read.
+        DataError: the model's tokenizer cannot be read.
     """
-    if config.tokenizer is not None:
-        return run_tokenizer
-    if not any((model.directory / name).is_file() for name in _TOKENIZER_FILES):
+    has_own = any((model.directory / name).is_file() for name in _TOKENIZER_FILES)
+    if config.tokenizer is not None or not has_own:
         return run_tokenizer
     own = load_tokenizer(str(model.directory))
-    same = own.vocabulary_identity == run_tokenizer.vocabulary_identity
-    return run_tokenizer if same else own
+    is_same = own.vocabulary_identity == run_tokenizer.vocabulary_identity
+    return run_tokenizer if is_same else own
 
 
 def _check_adapter(adapter: Path, location: str, engine: EngineName) -> None:
-    """Refuse what PEFT could not load.
+    """The adapter can be loaded with PEFT.
 
     Raises:
-        ConfigError: it is no adapter, or PEFT is not installed.
+        ConfigError: it has no configuration, or PEFT is not installed.
     """
-    if not (adapter / _ADAPTER_FILES[0]).is_file():
-        message = f"{adapter} has no {_ADAPTER_FILES[0]}, so it is no PEFT adapter"
-        raise ConfigError.at(f"{location}, adapter", message, "name the directory of one")
+    if not (adapter / _ADAPTER_CONFIG).is_file():
+        message = f"{adapter} has no {_ADAPTER_CONFIG}"
+        raise ConfigError.at(location, message, "name the directory of a PEFT adapter")
     if engine == "transformers" and importlib.util.find_spec("peft") is None:
-        message = "answering with an adapter needs the library peft, which is not installed"
-        raise ConfigError.at(f"{location}, adapter", message, "install it: pip install peft")
+        message = "generating with an adapter needs the library peft, which is not installed"
+        raise ConfigError.at(location, message, "pip install peft")
 
 
-def _language_config(directory: Path, location: str) -> Any:
-    """The part of Transformers' configuration that is about text.
+def _text_config(directory: Path, location: str) -> Any:
+    """The text part of a model's Transformers configuration.
 
     Raises:
-        ConfigError: Transformers does not know the model.
+        ConfigError: Transformers does not know the model type.
     """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-    # A configuration of an unknown kind fails wherever the library happens to look first.
+    # An unknown configuration can raise almost any type of exception.
     except Exception as error:
         message = f"Transformers cannot read {directory / CONFIG_FILE}: {error}"
-        raise ConfigError.at(location, message, "name a model that it knows") from error
+        raise ConfigError.at(location, message, "name a model of a known type") from error
 
 
-def _end_tokens(directory: Path, config: Any) -> frozenset[int]:
-    """EOS of the generation config, in which chat models also name the end of a turn."""
-    ends = getattr(config, "eos_token_id", None)
+def _eos_tokens(directory: Path, config: Any) -> frozenset[int]:
+    """EOS of the generation config, where chat models also list their end-of-turn token."""
+    eos = getattr(config, "eos_token_id", None)
     path = directory / "generation_config.json"
     if path.is_file():
-        ends = read_json_object(path).get("eos_token_id", ends)
-    if ends is None:
+        eos = read_json_object(path).get("eos_token_id", eos)
+    if eos is None:
         return frozenset()
-    return frozenset(ends if isinstance(ends, list) else [ends])
+    return frozenset(eos if isinstance(eos, list) else [eos])
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -156,16 +154,17 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def _from_hub(name: str, location: str) -> Path:
-    """The snapshot of a hub model, downloaded where it is not in the cache.
+    """Directory of a hub model, downloaded if it is not in the cache.
 
     Raises:
-        ConfigError: the hub has none, or cannot be reached.
+        ConfigError: the hub has no such model, or cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub's own errors, and those of four network libraries
-        message = f"{name} is no directory, and the hub cannot give it ({type(error).__name__})"
-        remedy = f"check the name, or fetch it where there is a network: hf download {name}"
+    except Exception as error:  # errors of the hub library and of four network libraries
+        reason = type(error).__name__
+        message = f"{name} is not a directory, and not available from the hub ({reason})"
+        remedy = f"check the name, or download it elsewhere: hf download {name}"
         raise ConfigError.at(location, message, remedy) from error

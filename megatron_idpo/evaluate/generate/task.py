@@ -1,51 +1,128 @@
-"""What one model has to do, checked before it is loaded: prompts, settings, earlier answers."""
+"""Generation of answers, model by model.
+
+First everything is checked: prompts are read and tokenized, models inspected, and earlier answers
+compared with the current settings. Then one model after the other is loaded and generates batch by
+batch. Each batch is flushed to the disk before the next one starts, always contains the same
+prompts and has its own seed, so an interrupted file is continued with the same bytes.
+"""
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_idpo import __version__
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.data.tokenize.tokenizers import Tokenizer
+from megatron_idpo.console.progress import show_progress
+from megatron_idpo.console.text import format_count
+from megatron_idpo.data.run_pairs import tokenizer_path
+from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import ConfigError, DataError, Problem
-from megatron_idpo.evaluate.generate.answers import answers_file, settings_file
+from megatron_idpo.evaluate.generate.answers import (
+    Answer,
+    answers_file,
+    append_answers,
+    recover_answers,
+    settings_file,
+)
 from megatron_idpo.evaluate.generate.engine import (
+    Engine,
     EngineName,
     Sampling,
-    batches_at_once,
+    Weights,
+    batches_per_call,
     device_name,
-    versions,
+    library_versions,
 )
-from megatron_idpo.evaluate.generate.models import AnsweringModel, identities, tokenizer_of
+from megatron_idpo.evaluate.generate.models import (
+    InspectedModel,
+    content_digests,
+    inspect_model,
+    model_tokenizer,
+)
 from megatron_idpo.evaluate.generate.prompt_tokens import prompt_tokens, stop_tokens
-from megatron_idpo.evaluate.generate.prompts import PromptRecord
-from megatron_idpo.evaluate.generate.settings import (
-    MADE_WITH,
-    Settings,
-    differences,
-    read_settings,
-)
-from megatron_idpo.evaluate.result_files import telling
+from megatron_idpo.evaluate.generate.prompts import PromptRecord, load_prompts
+from megatron_idpo.evaluate.models import OUTPUT, EvalModel, single_writer
+from megatron_idpo.storage.provenance import as_problems, diff, read_record, write_record
 
-_LONG_TOLD = 5
+logger = logging.getLogger(__name__)
+
+_MADE_WITH = "made_with"
+"""Section with versions and device. It has to match only while answers are missing: finished
+answers stay valid when a library is updated."""
+
+_LABELS = {
+    "model.weights": "the model (weights or config.json)",
+    "model.adapter_weights": "the adapter",
+    "tokenizer.vocabulary": "the tokenizer",
+    "prompts.count": "the number of prompts",
+    "prompts.texts": "the set of prompts",
+    "prompts.tokens": "the tokenization of the prompts (tokenizer or chat template)",
+    "answers.stop_tokens": "the tokens that end an answer",
+    "answers.engine": "generate.engine",
+    **{f"sampling.{field.name}": f"generate.{field.name}" for field in fields(Sampling)},
+    "sampling.seed": "evaluate.seed",
+    "sampling.batch_prompts": "generate.batch_prompts",
+    f"{_MADE_WITH}.device": "the device",
+    **{
+        f"{_MADE_WITH}.{library}": f"the version of {library}"
+        for library in ("megatron-idpo", "torch", "transformers", "vllm", "peft")
+    },
+}
+"""Parts of the settings in the words of the configuration."""
+
+_PATHS = ("model.path", "model.adapter")
+"""Parts that may differ: a copy of the same files is the same model."""
+
+_MAX_LISTED = 5
+
+
+def generate(
+    config: RunConfig, models: Sequence[EvalModel], output: Path, engine: EngineName
+) -> None:
+    """Generates the missing answers of every model.
+
+    Raises:
+        UserError: before any model is loaded, if the problem can be known then.
+    """
+    tokenizer = load_tokenizer(
+        tokenizer_path(config.model), config.data.chat_template if config.has("data") else None
+    )
+    records, skipped = load_prompts(config, has_template=tokenizer.has_chat_template)
+    _log_prompts(records, skipped, tokenizer, engine)
+    tasks = [
+        make_task(config, inspect_model(model, engine), tokenizer, records, output, engine)
+        for model in models
+    ]
+    for task in tasks:
+        check_settings(task)
+        if task.tokenizer is not tokenizer:
+            logger.info("%s uses its own tokenizer and chat template", task.model.name)
+    for task in tasks:
+        with single_writer(task.path):
+            check_settings(task)  # again: another process may have written in the meantime
+            _generate_answers(task)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One model's answers to make, checked."""
+    """The answers that one model has to generate."""
 
-    model: AnsweringModel
+    model: InspectedModel
     tokenizer: Tokenizer
     records: Sequence[PromptRecord]
     prompts: Sequence[Sequence[int]]
-    """Tokens of each record."""
+    """Token ids of each record."""
 
     stop_tokens: Sequence[int]
     sampling: Sampling
-    settings: Settings
+    settings: Mapping[str, Mapping[str, Any]]
+    """What the answers depend on: section -> field -> JSON value."""
+
     batch_prompts: int
     engine: EngineName
     path: Path
@@ -53,38 +130,53 @@ class Task:
 
 def make_task(
     config: RunConfig,
-    model: AnsweringModel,
+    model: InspectedModel,
     run_tokenizer: Tokenizer,
     records: Sequence[PromptRecord],
     output: Path,
     engine: EngineName,
 ) -> Task:
-    """What one model has to do, and what that depends on.
+    """Tokenizes the prompts for a model, and collects what its answers depend on.
 
     Raises:
         DataError: a prompt cannot be rendered, or is too long.
-        ConfigError: the tokenizer is not the model's.
+        ConfigError: the tokenizer does not fit the model.
     """
-    tokenizer = tokenizer_of(model, config.model, run_tokenizer)
+    tokenizer = model_tokenizer(model, config.model, run_tokenizer)
     prompts = prompt_tokens(records, tokenizer)
-    _check_prompts(model, records, prompts, config.generate.max_new_tokens)
-    stops = sorted(model.end_tokens | stop_tokens(records, tokenizer))
-    chosen = config.generate
+    _check_lengths(model, records, prompts, config.generate.max_new_tokens)
+    stops = sorted(model.eos_tokens | stop_tokens(records, tokenizer))
+    section = config.generate
     sampling = Sampling(
-        chosen.temperature,
-        chosen.repetition_penalty,
-        chosen.top_p,
-        chosen.max_new_tokens,
+        section.temperature,
+        section.repetition_penalty,
+        section.top_p,
+        section.max_new_tokens,
         config.evaluate.seed,
     )
-    settings = _settings(config, model, sampling, engine)
-    settings["tokenizer"] = {"vocabulary": tokenizer.vocabulary_identity}
-    settings["prompts"] = {
-        "count": len(records),
-        "texts": _digest([record.key for record in records]),
-        "tokens": _digest(prompts),
+    weights, adapter_weights = content_digests(model)
+    settings = {
+        "model": {
+            "path": str(model.directory),
+            "weights": weights,
+            "adapter": None if model.adapter is None else str(model.adapter),
+            "adapter_weights": adapter_weights,
+            "dtype": config.model.dtype,
+        },
+        "sampling": {**asdict(sampling), "batch_prompts": section.batch_prompts},
+        "answers": {"engine": engine, "stop_tokens": stops},
+        _MADE_WITH: {
+            "device": device_name(),
+            "megatron-idpo": __version__,
+            **library_versions(engine, has_adapter=model.adapter is not None),
+        },
+        "tokenizer": {"vocabulary": tokenizer.vocabulary_identity},
+        "prompts": {
+            "count": len(records),
+            "texts": _digest([record.key for record in records]),
+            "tokens": _digest(prompts),
+        },
     }
-    settings["answers"]["stop_tokens"] = stops
     return Task(
         model,
         tokenizer,
@@ -93,98 +185,158 @@ def make_task(
         stops,
         sampling,
         settings,
-        chosen.batch_prompts * batches_at_once(engine),
+        section.batch_prompts * batches_per_call(engine),
         engine,
         answers_file(output, model.name),
     )
 
 
-def _settings(
-    config: RunConfig, model: AnsweringModel, sampling: Sampling, engine: EngineName
-) -> dict[str, dict[str, Any]]:
-    """What answers depend on, but for the prompts and how they are tokenised."""
-    weights, adapter_weights = identities(model)
-    return {
-        "model": {
-            "path": str(model.directory),
-            "weights": weights,
-            "adapter": None if model.adapter is None else str(model.adapter),
-            "adapter_weights": adapter_weights,
-            "dtype": config.model.dtype,
-        },
-        "sampling": {**asdict(sampling), "batch_prompts": config.generate.batch_prompts},
-        "answers": {"engine": engine},
-        MADE_WITH: {
-            "device": device_name(),
-            "megatron-idpo": __version__,
-            **versions(engine, has_adapter=model.adapter is not None),
-        },
-    }
+def check_settings(task: Task) -> None:
+    """Stored answers were made from the current settings, so that no file mixes two kinds.
+
+    Raises:
+        DataError: lists every part that differs; or the settings file is missing or damaged.
+        ConfigError: the answers cannot be read.
+    """
+    with ConfigError.on_os_error(OUTPUT, f"cannot read {task.path}", "name another directory"):
+        stored = task.path.read_bytes().count(b"\n") if task.path.exists() else 0
+    if not stored:
+        return
+    remedy = f"name another directory in evaluate.output, or delete {task.path}"
+    saved = read_record(settings_file(task.path), error=DataError, remedy=remedy)
+    is_finished = stored >= len(task.records)
+    differences = [
+        difference
+        for difference in diff(saved, task.settings, _LABELS)
+        if difference.name not in _PATHS
+        and not (is_finished and difference.name.startswith(f"{_MADE_WITH}."))
+    ]
+    if problems := as_problems(differences, str(task.path), remedy):
+        raise DataError.of(problems)
 
 
-def _check_prompts(
-    model: AnsweringModel,
+def _check_lengths(
+    model: InspectedModel,
     records: Sequence[PromptRecord],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> None:
-    """Refuse what the model has no positions or no embeddings for.
+    """Prompts and answers fit into the model's context and vocabulary; nothing is truncated.
 
     Raises:
-        DataError: prompts that leave no room for an answer; nothing is cut silently.
-        ConfigError: the tokenizer is not the model's.
+        DataError: prompts are too long.
+        ConfigError: the answers alone are too long, or the tokenizer does not fit the model.
     """
     highest = max(map(max, prompts))
     if highest >= model.vocab_size:
         message = (
             f"token {highest} occurs in the prompts, but the vocabulary of {model.name} ends at "
+            f"{model.vocab_size - 1}"
         )
-        remedy = "use the model's own tokenizer"
-        raise ConfigError.at("model.tokenizer", f"{message}{model.vocab_size - 1}", remedy)
+        raise ConfigError.at("model.tokenizer", message, "use the model's own tokenizer")
     if model.context_tokens is None:
         return
-    room = model.context_tokens - max_new_tokens
-    if room < 1:
-        message = (
-            f"is {max_new_tokens}, but {model.name} has {model.context_tokens} positions in all"
-        )
-        raise ConfigError.at("generate.max_new_tokens", message, "set it lower")
-    long = [at for at, prompt in enumerate(prompts) if len(prompt) > room]
-    if long:
-        remedy = f"lower generate.max_new_tokens by {max(len(prompts[at]) for at in long) - room}"
-        problems = [
-            Problem(
-                records[at].location,
-                f"the prompt has {len(prompts[at])} tokens, and {model.name} has room for {room} "
-                f"before an answer of {max_new_tokens}",
-                f"{remedy}, or leave the prompt out",
-            )
-            for at in long[:_LONG_TOLD]
-        ]
-        if len(long) > _LONG_TOLD:
-            problems.append(Problem("and", f"{len(long) - _LONG_TOLD} more prompts", remedy))
-        raise DataError.of(problems)
-
-
-def check_settings(task: Task) -> None:
-    """Answers that are there are of the kind that would be made now.
-
-    Raises:
-        DataError: naming every part in which they are not.
-        ConfigError: they cannot be read.
-    """
-    with telling(task.path, "read"):
-        lines = task.path.read_bytes().count(b"\n") if task.path.exists() else 0
-    if not lines:
+    limit = model.context_tokens - max_new_tokens
+    if limit < 1:
+        message = f"is {max_new_tokens}, but the context of {model.name} is {model.context_tokens}"
+        raise ConfigError.at("generate.max_new_tokens", message, "lower it")
+    too_long = [index for index, prompt in enumerate(prompts) if len(prompt) > limit]
+    if not too_long:
         return
-    there = read_settings(settings_file(task.path))
-    remedy = f"name another directory in evaluate.output, or delete {task.path}"
-    if there is None:
-        raise DataError.at(str(task.path), "nothing tells what made these answers", remedy)
-    found = differences(there, task.settings, finished=lines >= len(task.records))
-    if found:
-        message = f"these answers are not of this configuration: {'; '.join(found)}"
-        raise DataError.at(str(task.path), message, remedy)
+    excess = max(len(prompts[index]) for index in too_long) - limit
+    remedy = f"lower generate.max_new_tokens by {excess}, or leave the prompt out"
+    problems = [
+        Problem(
+            records[index].location,
+            f"the prompt has {len(prompts[index])} tokens; with an answer of {max_new_tokens}, "
+            f"{model.name} reads at most {limit}",
+            remedy,
+        )
+        for index in too_long[:_MAX_LISTED]
+    ]
+    if len(too_long) > _MAX_LISTED:
+        problems.append(Problem("and", f"{len(too_long) - _MAX_LISTED} more prompts", remedy))
+    raise DataError.of(problems)
+
+
+def _generate_answers(task: Task) -> None:
+    """Generates and stores the missing answers."""
+    name, num_prompts = task.model.name, len(task.records)
+    answers = recover_answers(task.path, num_prompts=num_prompts, batch_prompts=task.batch_prompts)
+    if len(answers) == num_prompts:
+        logger.info("%s, from an earlier run: %s", _summary(name, answers), task.path)
+        return
+    write_record(settings_file(task.path), task.settings, error=ConfigError, indent=2)
+    new_tokens = 0
+    with (
+        closing(_load_engine(task)) as engine,
+        show_progress(
+            name, num_prompts, unit="answers", completed=len(answers), summary=False
+        ) as progress,
+    ):
+        for first in range(len(answers), num_prompts, task.batch_prompts):
+            batch = range(first, min(first + task.batch_prompts, num_prompts))
+            outputs = engine.answer(first, [task.prompts[index] for index in batch])
+            new = [_answer(task, index, out) for index, out in zip(batch, outputs, strict=True)]
+            append_answers(task.path, new)
+            answers += new
+            new_tokens += sum(answer.answer_tokens for answer in new)
+            speed = f"{new_tokens / max(progress.elapsed_s, 1e-9):,.1f} tokens/s"
+            progress.advance(len(new), status=speed)
+    logger.info("%s, %s: %s", _summary(name, answers), speed, task.path)
+
+
+def _answer(task: Task, index: int, tokens: Sequence[int]) -> Answer:
+    """Decodes a model's tokens up to the first stop token."""
+    stops = [position for position, token in enumerate(tokens) if token in task.stop_tokens]
+    content = list(tokens[: stops[0]] if stops else tokens)
+    special = task.tokenizer.special_ids
+    record = task.records[index]
+    return Answer(
+        index=index,
+        location=record.location,
+        prompt=record.prompt,
+        answer=task.tokenizer.decode([token for token in content if token not in special]),
+        answer_tokens=len(content),
+        is_complete=bool(stops),
+    )
+
+
+def _load_engine(task: Task) -> Engine:
+    weights = Weights(task.model.directory, task.model.adapter, task.settings["model"]["dtype"])
+    if task.engine == "vllm":
+        from megatron_idpo.evaluate.generate.vllm_engine import VllmEngine
+
+        longest = max(map(len, task.prompts))
+        return VllmEngine(weights, task.sampling, task.stop_tokens, longest_prompt_tokens=longest)
+    from megatron_idpo.evaluate.generate.transformers_engine import TransformersEngine
+
+    return TransformersEngine(weights, task.sampling, task.stop_tokens)
+
+
+def _summary(name: str, answers: Sequence[Answer]) -> str:
+    """Number of answers, their mean length, and how many the model ended."""
+    mean_tokens = sum(answer.answer_tokens for answer in answers) / len(answers)
+    complete = sum(answer.is_complete for answer in answers) / len(answers)
+    count = format_count(len(answers), "answer")
+    return f"{name}: {count}, {mean_tokens:,.1f} tokens each, {complete:.0%} complete"
+
+
+def _log_prompts(
+    records: Sequence[PromptRecord], skipped: int, tokenizer: Tokenizer, engine: EngineName
+) -> None:
+    """Prompts, engine, skipped rows, and a hint where text is not rendered as chat."""
+    logger.info("%s, %s on %s", format_count(len(records), "prompt"), engine, device_name())
+    if skipped:
+        rows = format_count(skipped, "row")
+        logger.info("skipped %s without a prompt (data.on_bad_row)", rows)
+    texts = sum(isinstance(record.prompt, str) for record in records)
+    if texts and tokenizer.has_chat_template:
+        logger.info(
+            "%s of plain text, used without the chat template; to apply it, give messages, or set "
+            "data.format to single_turn",
+            format_count(texts, "prompt"),
+        )
 
 
 def _digest(values: Any) -> str:

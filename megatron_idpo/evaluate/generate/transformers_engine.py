@@ -1,10 +1,10 @@
-"""Answers by Transformers' `generate`, on the GPU or the CPU, with a PEFT adapter if there is one.
+"""Generation with Transformers, on the GPU or the CPU, with or without a PEFT adapter.
 
-Prompts of a batch are padded on the left. Padding has no influence: it is masked out of attention,
-positions are counted from the first token, and the repetition penalty does not see it (Transformers
-would penalise the padding token, often EOS, in the shorter prompts of a batch only).
+Prompts of a batch are padded on the left, and padding has no influence: attention masks it,
+positions start at the first token, and the repetition penalty ignores it (Transformers itself would
+penalize the padding token, often EOS, in the shorter prompts of a batch).
 
-Shapes: B prompts of a batch, T tokens so far with padding, V the vocabulary.
+Shapes: B prompts of a batch, T tokens so far including padding, V vocabulary.
 """
 
 import gc
@@ -23,39 +23,51 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+from megatron_idpo.console.text import format_count
 from megatron_idpo.errors import CheckpointError, ConfigError
-from megatron_idpo.evaluate.counting import counted
 from megatron_idpo.evaluate.generate.engine import Sampling, Weights, derived_seed
-from megatron_idpo.evaluate.hf_progress import without_bar
+from megatron_idpo.evaluate.hf_model import load_hf_model
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_APART = ("vblora_vector_bank", "prompt_encoder", "prompt_embeddings")
-"""Parts of names that PEFT saves in another way than it holds them."""
+_SHARED_ADAPTER_TENSORS = ("vblora_vector_bank", "prompt_encoder", "prompt_embeddings")
+"""Parts of the names of tensors that PEFT saves under another name than it loads them."""
 
 
 class TransformersEngine:
-    """A model of Transformers; see `engine.Engine`."""
+    """A Transformers model; see `engine.Engine`."""
 
     def __init__(self, weights: Weights, sampling: Sampling, stop_tokens: Sequence[int]) -> None:
-        """Load the model.
+        """Loads the model.
 
         Raises:
-            CheckpointError: it cannot be loaded, weights are missing, or an adapter is of another
-                model.
+            CheckpointError: it cannot be loaded, weights are missing, or the adapter belongs to
+                another model.
         """
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = _load(weights, self._device)
-        self._place = str(weights.directory)
+        self._model = _load(weights).eval().to(self._device)
+        self._location = str(weights.directory)
         self._sampling = sampling
         self._pad_token = stop_tokens[0] if stop_tokens else 0
-        self._config = _generation_config(sampling, stop_tokens, self._pad_token)
+        is_sampled = sampling.temperature > 0
+        # Every parameter that has a default is set: nothing is left to Transformers' defaults.
+        self._config = GenerationConfig(
+            do_sample=is_sampled,
+            temperature=sampling.temperature if is_sampled else None,
+            top_p=sampling.top_p if is_sampled else None,
+            top_k=0 if is_sampled else None,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=list(stop_tokens) or None,
+            pad_token_id=self._pad_token,
+            num_beams=1,
+            use_cache=True,
+        )
 
     def answer(self, first: int, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """See `Engine.answer`.
 
         Raises:
-            CheckpointError: the model's output is no number.
-            ConfigError: the GPU's memory does not suffice.
+            CheckpointError: the model's output is NaN or infinite.
+            ConfigError: the GPU runs out of memory.
         """
         longest = max(map(len, prompts))
         tokens_BT = torch.full((len(prompts), longest), self._pad_token)
@@ -63,10 +75,11 @@ class TransformersEngine:
         for row, prompt in enumerate(prompts):
             tokens_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
             is_token_BT[row, longest - len(prompt) :] = 1
-        scores = PaddedScores(
-            is_token_BT.to(self._device), self._sampling.repetition_penalty, self._place
+        processor = PaddingAwareScores(
+            is_token_BT.to(self._device), self._sampling.repetition_penalty, self._location
         )
         devices = [self._device] if self._device.type == "cuda" else []
+        # The batch has its own seed, and the random state of the process stays as it is.
         with torch.random.fork_rng(devices=devices), torch.inference_mode():
             torch.manual_seed(derived_seed(self._sampling.seed, first))
             try:
@@ -74,10 +87,10 @@ class TransformersEngine:
                     input_ids=tokens_BT.to(self._device),
                     attention_mask=is_token_BT.to(self._device),
                     generation_config=self._config,
-                    logits_processor=LogitsProcessorList([scores]),
+                    logits_processor=LogitsProcessorList([processor]),
                 )
             except torch.OutOfMemoryError:
-                message = f"the GPU's memory does not suffice for {len(prompts)} prompts at once"
+                message = f"out of GPU memory with {len(prompts)} prompts per batch"
                 remedy = "lower it, or generate.max_new_tokens"
                 raise ConfigError.at("generate.batch_prompts", message, remedy) from None
         answers: list[list[int]] = out_BT[:, longest:].tolist()
@@ -91,120 +104,86 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-class PaddedScores(LogitsProcessor):
-    """The repetition penalty without padding, and a check that scores are numbers."""
+class PaddingAwareScores(LogitsProcessor):
+    """Repetition penalty that ignores padding, and a check for NaN and infinite scores."""
 
     def __init__(self, is_token_BT: Tensor, penalty: float, location: str) -> None:
-        """Args: 0 where the prompts are padded; the penalty; the model's name for messages."""
+        """Args: 0 where the prompts are padded; the penalty, 1 for none; location of errors."""
         self._is_padding_BT = is_token_BT == 0
         self._penalty = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None
-        self._place = location
+        self._location = location
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores of the next token [B, V] after the tokens so far [B, T].
+        """Processes the scores of the next token [B, V] after the tokens so far [B, T].
 
         Raises:
-            CheckpointError: a score is NaN or infinite, or no token is possible.
+            CheckpointError: a score is NaN or infinite, or all are -inf.
         """
-        best_B = scores.amax(dim=-1)  # NaN if there is one; single scores may be -inf
+        # amax is NaN if any score is. Single scores may be -inf (ruled out), but not the best one.
+        best_B = scores.amax(dim=-1)
         if not bool(best_B.isfinite().all()):
             kind = "NaN" if bool(best_B.isnan().any()) else "infinite"
-            message = f"the model's output is no number ({kind})"
-            raise CheckpointError.at(self._place, message, "set model.dtype to bf16 or fp32")
+            message = f"the model's output is {kind}"
+            raise CheckpointError.at(self._location, message, "set model.dtype to bf16 or fp32")
         if self._penalty is None:
             return scores
-        # The penalty counts a token once, so the last one, which is never padding, can stand there.
+        # The penalty counts each token once. So replacing the padding by the last token, which is
+        # never padding, removes the padding token and changes nothing else.
         tokens_BT = input_ids.clone()
         prompt_BT = tokens_BT[:, : self._is_padding_BT.shape[1]]
         prompt_BT[...] = torch.where(self._is_padding_BT, input_ids[:, -1:], prompt_BT)
-        penalised: Tensor = self._penalty(tokens_BT, scores)
-        return penalised
+        penalized: Tensor = self._penalty(tokens_BT, scores)
+        return penalized
 
 
-def _generation_config(
-    sampling: Sampling, stop_tokens: Sequence[int], pad_token: int
-) -> GenerationConfig:
-    """Everything said, so that nothing is left to defaults."""
-    drawn: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature:
-        drawn = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 0,
-        }
-    return GenerationConfig(
-        **drawn,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=list(stop_tokens) or None,
-        pad_token_id=pad_token,
-        num_beams=1,
-        use_cache=True,
-    )
-
-
-def _load(weights: Weights, device: torch.device) -> Any:
-    """The model, every weight of it read.
+def _load(weights: Weights) -> Any:
+    """The model with its adapter.
 
     Raises:
-        CheckpointError: it cannot be loaded, weights are missing, or an adapter is of another
+        CheckpointError: it cannot be loaded, weights are missing, or the adapter belongs to another
             model.
     """
-    location = str(weights.directory)
-    try:
-        with without_bar():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                weights.directory,
-                dtype=_DTYPES[weights.dtype],
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        # `generate` would fill what is unset from the model's own, a top_k nobody asked for, say.
-        model.generation_config = GenerationConfig()
-    # The library raises whatever the file at hand leads to.
-    except Exception as error:
-        message = f"cannot be loaded: {type(error).__name__}: {error}"
-        raise CheckpointError.at(
-            location, message, "name a causal language model's directory"
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        message = f"lacks {counted(len(missing), 'weight')}, {missing[0]} for one"
-        raise CheckpointError.at(location, message, "name a complete model's directory")
-    if weights.adapter is not None:
-        model = _with_adapter(model, weights.adapter)
-    return model.eval().to(device)
+    model = load_hf_model(
+        AutoModelForCausalLM,
+        str(weights.directory),
+        location=str(weights.directory),
+        remedy="name the complete directory of a causal language model",
+        dtype=_DTYPES[weights.dtype],
+        local_files_only=True,
+    )
+    # `generate` fills unset parameters from the model's generation config, a top_k for example.
+    model.generation_config = GenerationConfig()
+    return model if weights.adapter is None else _with_adapter(model, weights.adapter)
 
 
 def _with_adapter(model: Any, directory: Path) -> Any:
-    """The model with an adapter that has a tensor for every place, and none besides.
+    """The model with an adapter whose tensors all fit, none missing and none left over.
 
     Raises:
-        CheckpointError: it cannot be loaded, or is of another model.
+        CheckpointError: it cannot be loaded, or belongs to another model.
     """
     from peft import PeftModel
 
     location, remedy = str(directory), "name the model that the adapter was trained on"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
             model = PeftModel.from_pretrained(model, directory, autocast_adapter_dtype=False)
-        # Only loading it again says which names did not fit.
-        found = model.load_adapter(directory, model.active_adapter, autocast_adapter_dtype=False)
-    except Exception as error:  # likewise
+        # `from_pretrained` does not return which names did not fit; loading again does.
+        keys = model.load_adapter(directory, model.active_adapter, autocast_adapter_dtype=False)
+    except Exception as error:  # as in `load_hf_model`: almost any type
         message = f"cannot be loaded: {type(error).__name__}: {error}"
         raise CheckpointError.at(location, message, remedy) from error
     problems = []
-    kinds = {"lacks {}": found.missing_keys, "has {} too many": found.unexpected_keys}
-    for what, keys in kinds.items():
+    for kind, names in (("missing", keys.missing_keys), ("unexpected", keys.unexpected_keys)):
         names = [
-            key.replace(f".{model.active_adapter}", "")
-            for key in keys
-            if not any(part in key for part in _APART)
+            name.replace(f".{model.active_adapter}", "")
+            for name in names
+            if not any(part in name for part in _SHARED_ADAPTER_TENSORS)
         ]
         if names:
-            more = ", ..." if len(names) > 2 else ""
-            number = what.format(counted(len(names), "tensor"))
-            problems.append(f"{number}: {', '.join(names[:2])}{more}")
+            examples = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+            problems.append(f"{format_count(len(names), f'{kind} tensor')}: {examples}")
     if problems:
         raise CheckpointError.at(location, "; ".join(problems), remedy)
     return model

@@ -1,8 +1,7 @@
-"""Answers by vLLM, which forms its batches by itself: far faster on a GPU.
+"""Generation with vLLM, which schedules its batches itself; much faster on a GPU.
 
-Every prompt has a seed of its own, so which prompts are answered together does not decide what is
-drawn. vLLM gets tokens and returns tokens, and needs no tokenizer. Nothing of `vllm` is imported
-before an engine is made.
+Each prompt has its own seed, so samples do not depend on which prompts are generated together. vLLM
+receives and returns token ids and needs no tokenizer. It is imported when an engine is created.
 """
 
 import gc
@@ -16,11 +15,11 @@ from megatron_idpo.evaluate.generate.engine import Sampling, Weights, derived_se
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM makes room for."""
+"""Values that vLLM accepts as `max_lora_rank`."""
 
 
 class VllmEngine:
-    """A model of vLLM on one GPU; see `engine.Engine`."""
+    """A vLLM model on one GPU; see `engine.Engine`."""
 
     def __init__(
         self,
@@ -30,16 +29,16 @@ class VllmEngine:
         *,
         longest_prompt_tokens: int,
     ) -> None:
-        """Load the model, with room for the longest prompt and its answer.
+        """Loads the model, with a context for the longest prompt and its answer.
 
         Raises:
-            ConfigError: the adapter's rank is more than vLLM can hold.
+            ConfigError: the adapter's rank is higher than vLLM supports.
         """
         vllm = import_module("vllm")
         options: dict[str, Any] = {}
         self._lora: dict[str, Any] = {}
         if weights.adapter is not None:
-            options = {"enable_lora": True, "max_lora_rank": _lora_rank(weights)}
+            options = {"enable_lora": True, "max_lora_rank": _max_lora_rank(weights)}
             request = import_module("vllm.lora.request").LoRARequest
             self._lora = {"lora_request": request("adapter", 1, str(weights.adapter))}
         self._sampling = sampling
@@ -49,7 +48,7 @@ class VllmEngine:
             model=str(weights.directory),
             dtype=_DTYPES[weights.dtype],
             skip_tokenizer_init=True,
-            # Else the model's own defaults, such as a top_k, would be added to ours.
+            # The default, "auto", would add the model's own defaults, such as a top_k.
             generation_config="vllm",
             max_model_len=longest_prompt_tokens + sampling.max_new_tokens,
             seed=sampling.seed,
@@ -65,18 +64,18 @@ class VllmEngine:
                 top_p=sampling.top_p,
                 repetition_penalty=sampling.repetition_penalty,
                 max_tokens=sampling.max_new_tokens,
-                seed=derived_seed(sampling.seed, first + location),
+                seed=derived_seed(sampling.seed, first + offset),
                 stop_token_ids=self._stop_tokens,
                 detokenize=False,
             )
-            for location in range(len(prompts))
+            for offset in range(len(prompts))
         ]
-        given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self._llm.generate(given, params, use_tqdm=False, **self._lora)
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self._llm.generate(inputs, params, use_tqdm=False, **self._lora)
         return [self._tokens(output.outputs[0]) for output in outputs]
 
     def _tokens(self, output: Any) -> list[int]:
-        """An answer's tokens with the one that ended it, which vLLM may have taken off."""
+        """Token ids of an answer including its stop token, which vLLM may have removed."""
         tokens = list(output.token_ids)
         if output.finish_reason == "stop" and tokens[-1:] not in [[t] for t in self._stop_tokens]:
             tokens.append(self._stop_tokens[0])
@@ -92,8 +91,8 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
 
-def _lora_rank(weights: Weights) -> int:
-    """The least room that holds the adapter.
+def _max_lora_rank(weights: Weights) -> int:
+    """The smallest supported rank that holds the adapter.
 
     Raises:
         ConfigError: there is none.
@@ -101,6 +100,6 @@ def _lora_rank(weights: Weights) -> int:
     assert weights.adapter is not None
     rank = int(read_json_object(weights.adapter / "adapter_config.json").get("r", 8))
     if rank > _LORA_RANKS[-1]:
-        message = f"the adapter has rank {rank}, and vLLM holds {_LORA_RANKS[-1]} at most"
+        message = f"the adapter has rank {rank}, vLLM supports at most {_LORA_RANKS[-1]}"
         raise ConfigError.at(str(weights.adapter), message, "set generate.engine to transformers")
-    return next(room for room in _LORA_RANKS if room >= rank)
+    return next(supported for supported in _LORA_RANKS if supported >= rank)

@@ -1,94 +1,80 @@
-"""A judge behind an OpenAI-compatible endpoint: many requests at once, each until it has a verdict.
+"""A judge behind an OpenAI-compatible endpoint, asked with several requests at once.
 
-What may pass (a server's error, a lost connection, no answer in time, an answer without a verdict)
-uses up an attempt. A rate limit uses up none: it is waited out, by all requests together. A
-question waits for an hour in all, at most. What will not pass (a wrong key, no such model) ends
-everything at once, and so does a row of questions without any verdict: paying for the rest would be
-of no use. Only questions that the endpoint cannot take (too long for it) cost nothing, and those
-that failed in an earlier start are known to be bad.
+The openai client does the transport: it retries lost connections, timeouts and statuses 408, 409,
+429 and 5xx with growing pauses and obeys `Retry-After` (see its `max_retries`). This module adds
+
+- a rate limit over all requests, retries included,
+- another request where a reply contains no verdict,
+- an early stop, at a permanent error (wrong key, unknown model) or after too many failures in a
+  row, so that nobody pays for requests that lead nowhere.
+
+`judge.max_attempts` bounds all requests of a question, whatever the reason for repeating them.
 """
 
 import asyncio
-import random
+import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_idpo.config.evaluate import JudgeConfig
 from megatron_idpo.errors import ConfigError, UserError
+from megatron_idpo.evaluate.judge.comparison import Question
 from megatron_idpo.evaluate.judge.endpoint import Endpoint
-from megatron_idpo.evaluate.judge.pace import Pace
-from megatron_idpo.evaluate.judge.question import Question
-from megatron_idpo.evaluate.judge.reply import Reply, Trouble, reply_of, trouble_of
-from megatron_idpo.evaluate.judge.template import Chat, JudgeTemplate, Letter
+from megatron_idpo.evaluate.judge.template import JudgeTemplate, Letter
 from megatron_idpo.evaluate.judge.verdicts import Verdict
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from openai import APIError, AsyncOpenAI
 
-GIVE_UP_AFTER = 10
-"""Questions in a row without a verdict."""
+logger = logging.getLogger(__name__)
 
-LONGEST_WAIT_S = 3600.0
-"""Of a question; what takes longer is a quota, and somebody should know."""
+MAX_FAILURES_IN_A_ROW = 10
+"""Consecutive questions without a verdict after which judging stops."""
 
-_FIRST_PAUSE_S = 0.5
-_LONGEST_PAUSE_S = 60.0
-_TOLD_WAIT_S = 20.0
+_MAX_REASON_CHARACTERS = 300
+_RETRIED_STATUSES = (408, 409, 429)
+"""Statuses below 500 that the openai client retries."""
 
 
 class ApiJudge:
-    """Asks over the network."""
+    """Asks questions over the network."""
 
-    def __init__(
-        self,
-        settings: JudgeConfig,
-        endpoint: Endpoint,
-        template: JudgeTemplate,
-        say: Callable[[str], None],
-        *,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        """Connect to nothing yet.
-
-        Args:
-            settings: of the judge.
-            endpoint: where it is.
-            template: what it is told.
-            say: prints a line for the user.
-            sleep: waits so many seconds.
-        """
+    def __init__(self, settings: JudgeConfig, endpoint: Endpoint, template: JudgeTemplate) -> None:
+        """Prepare; the first request is sent by `ask`."""
         self._settings = settings
         self._endpoint = endpoint
         self._template = template
-        self._say = say
-        self._sleep = sleep
-        self._pace = Pace(settings.requests_per_minute, sleep=sleep)
-        self._failed_in_a_row = 0
+        self._limiter = RateLimiter(settings.requests_per_minute)
+        self._failures_in_a_row = 0
         self._options: dict[str, Any] = {"temperature": 0, "max_tokens": settings.max_tokens}
-        """What a request says beside model and messages."""
+        """Request fields that some models reject; `_drop_option` adapts them."""
 
     def ask(self, questions: Sequence[Question], done: Callable[[Verdict], None]) -> None:
         """See `Judge.ask`."""
         asyncio.run(self._ask(questions, done))
 
     async def _ask(self, questions: Sequence[Question], done: Callable[[Verdict], None]) -> None:
-        left = iter(questions)
+        remaining = iter(questions)
         async with self._client() as client:
 
             async def work() -> None:
-                for question in left:
-                    verdict, is_hopeless = await self._verdict(client, question)
+                for question in remaining:
+                    verdict, is_permanent_error = await self._verdict(client, question)
                     done(verdict)
-                    if not (is_hopeless or question.has_failed):
-                        self._notice(verdict)
+                    # Rejected requests cost nothing, and a question that failed in an earlier run
+                    # is known to be bad: neither says that the endpoint is unusable.
+                    if not (is_permanent_error or question.has_failed):
+                        self._check_failures(verdict)
 
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(self._settings.max_parallel, len(questions))):
                         group.create_task(work())
             except ExceptionGroup as errors:
-                # Several requests may fail for one reason at once, which is told once.
+                # Several workers may fail for the same reason at once; report it once.
                 if all(isinstance(error, UserError) for error in errors.exceptions):
                     raise errors.exceptions[0] from None
                 raise
@@ -96,141 +82,233 @@ class ApiJudge:
     def _client(self) -> "AsyncOpenAI":
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-        http = DefaultAsyncHttpxClient(trust_env=False) if self._endpoint.is_local else None
+        http_client = DefaultAsyncHttpxClient(
+            trust_env=not self._endpoint.is_local,  # no proxy leads to this machine
+            event_hooks={"request": [self._limiter.wait]},  # also called for the client's retries
+        )
         return AsyncOpenAI(
             api_key=self._endpoint.key,
             base_url=self._endpoint.url,
-            timeout=None,  # the whole of a request has its time below, not each part of it
-            max_retries=0,  # attempts are counted here
-            http_client=http,
+            timeout=self._settings.timeout_s,
+            http_client=http_client,
         )
 
     async def _verdict(self, client: "AsyncOpenAI", question: Question) -> tuple[Verdict, bool]:
-        """One question, until it has a verdict or its attempts are used up.
+        """Ask one question until it has a verdict or its attempts are used up.
 
         Returns:
-            Also whether its own text is what the endpoint does not take.
+            The verdict, and whether the endpoint rejects this question (too long, for example).
+
+        Raises:
+            ConfigError: the endpoint rejects every question.
         """
-        chat = self._template.chat(question.prompt, *question.shown)
-        attempts = limits = 0
-        waited_s = 0.0
-        used = [0, 0]
-        note = text = ""
+        from openai import APIError
+
+        messages = self._template.chat(question.prompt, *question.shown).messages()
+        attempts = input_tokens = output_tokens = 0
+        text = note = ""
         letter: Letter | None = None
-        is_hopeless = False
+        is_rejected = False
         while letter is None and attempts < self._settings.max_attempts:
-            await self._pace.turn()
-            found = await self._request(client, chat)
-            if isinstance(found, Reply):
-                attempts += 1
-                used = [used[0] + found.input_tokens, used[1] + found.output_tokens]
-                text, letter = found.text, self._template.letter(found.text)
-                note = self._answer_note(found, is_verdict=letter is not None)
-                if found.is_cut and "temperature" in self._options:
-                    break
-                continue  # without a pause: the endpoint is well
-            note, is_hopeless = found.reason, not found.may_pass
-            limits, attempts = limits + found.is_limit, attempts + (not found.is_limit)
-            if is_hopeless or attempts == self._settings.max_attempts:
+            try:
+                retries = self._settings.max_attempts - attempts - 1
+                reply, requests = await self._request(client, messages, retries)
+            except APIError as error:
+                check_endpoint_error(error, self._settings, self._endpoint)
+                attempts += 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
+                note = error_reason(error, self._settings, self._endpoint)
+                is_rejected = is_permanent_error(error)
                 break
-            wait_s = self._wait_s(found, (limits if found.is_limit else attempts) - 1)
-            waited_s += wait_s
-            if waited_s > LONGEST_WAIT_S:
-                break
-            if found.is_limit:
-                self._pace.hold(wait_s)
-            else:
-                await self._sleep(wait_s)
+            attempts += requests
+            input_tokens += reply.input_tokens
+            output_tokens += reply.output_tokens
+            text, letter = reply.text, self._template.letter(reply.text)
+            note = self._note(reply, has_verdict=letter is not None)
+            if reply.is_cut and "temperature" in self._options:
+                break  # at temperature 0 it would be cut off again
         verdict = question.verdict(
             letter,
             note=note,
             text=text,
             attempts=attempts,
-            input_tokens=used[0],
-            output_tokens=used[1],
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
         )
-        return verdict, is_hopeless
+        return verdict, is_rejected
 
-    async def _request(self, client: "AsyncOpenAI", chat: Chat) -> Reply | Trouble:
-        """One request, and a second where the endpoint calls an option otherwise.
+    async def _request(
+        self, client: "AsyncOpenAI", messages: Any, max_retries: int
+    ) -> tuple["Reply", int]:
+        """The reply to one question, and how many requests it took."""
+        from openai import BadRequestError
 
-        Raises:
-            ConfigError: no request will ever succeed.
-        """
-        from openai import OpenAIError
-
-        messages: Any = chat.messages()
+        completions = client.with_options(max_retries=max_retries).chat.completions
         while True:
-            options = dict(self._options)
+            options = dict(self._options)  # another worker may change them meanwhile
             try:
-                async with asyncio.timeout(self._settings.timeout_s):
-                    raw = await client.chat.completions.with_raw_response.create(
-                        model=self._settings.model,
-                        messages=messages,
-                        **options,
-                    )
-                return reply_of(raw.http_response.text, self._endpoint)
-            except TimeoutError:
-                return Trouble(f"no answer within {self._settings.timeout_s:g} s")
-            except OpenAIError as error:
-                found = trouble_of(error, self._settings, self._endpoint, time.time())
-                if found.refused_option not in options:
-                    return found
-                self._do_without(found.refused_option)
+                raw = await completions.with_raw_response.create(
+                    model=self._settings.model, messages=messages, **options
+                )
+            except BadRequestError as error:
+                is_unsupported = str(error.code).startswith("unsupported_")
+                if not is_unsupported or error.param not in options:
+                    raise
+                self._drop_option(error.param)
+            else:
+                return parse_reply(raw.http_response.text, self._endpoint), 1 + raw.retries_taken
 
-    def _do_without(self, option: str) -> None:
-        """Models that reason know no `max_tokens` and choose their temperature themselves."""
+    def _drop_option(self, option: str) -> None:
+        """Adapt to reasoning models, which reject `max_tokens` and any set temperature."""
         if option not in self._options:
-            return  # another request has met this before
+            return  # another worker was first
         value = self._options.pop(option)
         if option == "max_tokens":
             self._options["max_completion_tokens"] = value
         else:
-            self._say(f"{self._settings.model} takes no temperature of 0; it samples by its own")
-
-    def _answer_note(self, reply: Reply, *, is_verdict: bool) -> str:
-        if not is_verdict:
-            return reply.why_silent or "the judge's answer does not end with a verdict"
-        return "" if "temperature" in self._options else "at the endpoint's own temperature"
-
-    def _wait_s(self, trouble: Trouble, number: int) -> float:
-        """How long the endpoint is left alone: as it says, else longer with each trouble.
-
-        Args:
-            trouble: of the last request.
-            number: troubles of this kind that the question had before.
-
-        Raises:
-            ConfigError: so long that it is a quota, which nobody sits through.
-        """
-        # An endpoint that says 0 and goes on refusing would be asked without end.
-        wait_s = max(trouble.wait_s, _FIRST_PAUSE_S) if trouble.wait_s else _growing(number)
-        if wait_s > LONGEST_WAIT_S:
-            message = f"{self._endpoint.url} wants {wait_s / 3600:.1f} hours of waiting"
-            remedy = "what was judged is kept: start the same command again then"
-            raise ConfigError.at("judge.base_url", f"{message} ({trouble.reason})", remedy)
-        if wait_s >= _TOLD_WAIT_S:
-            what = "rate limit: " if trouble.is_limit else ""
-            self._say(f"{what}waiting for {wait_s:.0f} s ({trouble.reason})")
-        return wait_s
-
-    def _notice(self, verdict: Verdict) -> None:
-        """Give up where one question after the other stays without a verdict.
-
-        Raises:
-            ConfigError: so many have.
-        """
-        self._failed_in_a_row = self._failed_in_a_row + 1 if verdict.verdict is None else 0
-        if self._failed_in_a_row >= GIVE_UP_AFTER:
-            message = (
-                f"{GIVE_UP_AFTER} questions in a row have no verdict of {self._settings.model}"
+            logger.info(
+                "%s does not accept temperature 0; it samples at its default temperature",
+                self._settings.model,
             )
-            where = f"at {self._endpoint.url}, the last because: {verdict.note}"
-            remedy = "what was judged is kept: mend it and start the same command again"
-            raise ConfigError.at("judge", f"{message} {where}", remedy)
+
+    def _note(self, reply: "Reply", *, has_verdict: bool) -> str:
+        if not has_verdict:
+            return reply.no_verdict_reason or "the judge's answer does not end with a verdict"
+        return "" if "temperature" in self._options else "at the endpoint's default temperature"
+
+    def _check_failures(self, verdict: Verdict) -> None:
+        """Stop where question after question has no verdict.
+
+        Raises:
+            ConfigError: `MAX_FAILURES_IN_A_ROW` questions in a row have none.
+        """
+        self._failures_in_a_row = self._failures_in_a_row + 1 if verdict.verdict is None else 0
+        if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            message = (
+                f"{MAX_FAILURES_IN_A_ROW} questions in a row got no verdict from "
+                f"{self._settings.model} at {self._endpoint.url}; last reason: {verdict.note}"
+            )
+            remedy = "fix this and run the same command again; verdicts so far are kept"
+            raise ConfigError.at("judge", message, remedy)
 
 
-def _growing(number: int) -> float:
-    """The pause after so many failures before, in seconds; not the same for all who wait."""
-    pause_s: float = min(_FIRST_PAUSE_S * 2.0**number, _LONGEST_PAUSE_S)
-    return pause_s * random.uniform(0.75, 1.25)
+class RateLimiter:
+    """Spaces requests evenly in time; shared by all workers."""
+
+    def __init__(
+        self,
+        requests_per_minute: int | None,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Args: the limit, None for none; functions that tests replace."""
+        self._interval_s = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._sleep = sleep
+        self._clock = clock
+        self._next_s = clock()
+
+    async def wait(self, *_: Any) -> None:
+        """Return when the next request may be sent. httpx passes the request to its hooks."""
+        now_s = self._clock()
+        send_s = max(now_s, self._next_s)
+        # Reserve the slot before sleeping: other workers call this in the meantime.
+        self._next_s = send_s + self._interval_s
+        if send_s > now_s:
+            await self._sleep(send_s - now_s)
+
+
+# ---- replies and errors ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The content of a successful response."""
+
+    text: str = ""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    no_verdict_reason: str = ""
+    """Why the text may lack a verdict, if not for the judge itself."""
+
+    is_cut: bool = False
+    """Whether it was cut off at the token limit."""
+
+
+def parse_reply(body: str, endpoint: Endpoint) -> Reply:
+    """Parse the body of a successful response; endpoints differ in what they send."""
+    try:
+        values = json.loads(body)
+        choice = values["choices"][0]
+        message, finish = choice["message"], choice.get("finish_reason")
+        text = endpoint.redact(_text(message.get("content")))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        start = endpoint.redact(body)[:_MAX_REASON_CHARACTERS]
+        return Reply(no_verdict_reason=f"the response is not a chat completion: {start!r}")
+    usage = values.get("usage")
+    reason = ""
+    if finish == "length":
+        reason = "the judge's answer was cut off; raise judge.max_tokens"
+    elif finish == "content_filter" or message.get("refusal"):
+        reason = "the endpoint refuses to answer this question"
+    return Reply(
+        text,
+        _count(usage, "prompt_tokens"),
+        _count(usage, "completion_tokens"),
+        reason,
+        is_cut=finish == "length",
+    )
+
+
+def is_permanent_error(error: "APIError") -> bool:
+    """Whether another request of the same question would fail again."""
+    status = getattr(error, "status_code", None)
+    return status is not None and status < 500 and status not in _RETRIED_STATUSES
+
+
+def check_endpoint_error(error: "APIError", settings: JudgeConfig, endpoint: Endpoint) -> None:
+    """Stop at errors that every request would meet.
+
+    Raises:
+        ConfigError: the key, the model or the address is wrong, or the account has no quota.
+    """
+    status = getattr(error, "status_code", None)
+    reason = error_reason(error, settings, endpoint)
+    if status == 401:
+        # Not in the words of the endpoint, which may quote parts of the key.
+        message = f"{endpoint.url} rejects the key in {settings.key_variable} (status 401)"
+        raise ConfigError.at("judge.key_variable", message, "export a valid key")
+    if status in (402, 403) or (status == 429 and error.code == "insufficient_quota"):
+        message = f"{endpoint.url} refuses to serve {settings.model} ({reason})"
+        raise ConfigError.at("judge.model", message, "check the permissions of your account")
+    if status in (404, 405, 410):
+        message = f"{endpoint.url} does not serve {settings.model} ({reason})"
+        raise ConfigError.at("judge.model", message, "correct the name, or judge.base_url")
+
+
+def error_reason(error: "APIError", settings: JudgeConfig, endpoint: Endpoint) -> str:
+    """One line about an error, without the key."""
+    from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+    if isinstance(error, APITimeoutError):
+        return f"no answer within {settings.timeout_s:g} s"
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, APIConnectionError):
+        cause = error.__cause__ or error
+        text = f"no connection ({type(cause).__name__}: {cause})"
+    elif isinstance(error, APIStatusError):
+        message = error.body.get("message") if isinstance(error.body, dict) else None
+        text = f"status {error.status_code}: {message or error.message}"
+    return " ".join(endpoint.redact(text).split())[:_MAX_REASON_CHARACTERS]
+
+
+def _text(content: Any) -> str:
+    """The text of an answer; of a list of parts the text parts, without reasoning."""
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = "".join(text for part in parts if isinstance(text := part.get("text"), str))
+    return content if isinstance(content, str) else ""
+
+
+def _count(usage: Any, name: str) -> int:
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if type(value) is int and value >= 0 else 0

@@ -1,7 +1,7 @@
-"""Where a judge is reached, and with which key.
+"""Address and key of the judge's endpoint.
 
-The key comes from the environment and goes into requests, nowhere else: it is in no message, file
-or `repr`, and is struck out of whatever an endpoint sends back.
+The key is read from the environment and sent in requests. It appears in no message, file or `repr`,
+and is redacted in everything that an endpoint sends back.
 """
 
 import ipaddress
@@ -13,12 +13,10 @@ from megatron_idpo.config.evaluate import JudgeConfig
 from megatron_idpo.errors import ConfigError
 
 PLACEHOLDER = "none"
-"""Sent to an endpoint on this machine where there is no key."""
+"""Key for an endpoint on this machine where none is set."""
 
-STRUCK_OUT = "[key]"
-
-_SECRET_CHARACTERS = 8
-"""Shorter keys (`none`, `x`) keep no secret, and striking them out would mangle ordinary words."""
+_MIN_SECRET_CHARACTERS = 8
+"""Shorter keys (`none`, `x`) are not secrets, and redacting them would garble ordinary words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +25,13 @@ class Endpoint:
 
     url: str
     is_local: bool
-    """Whether it is on this machine, where no proxy leads."""
+    """Whether it runs on this machine."""
 
     key: str = field(repr=False)
 
     @property
-    def is_overheard(self) -> bool:
-        """Whether a key goes over a network unencrypted."""
+    def sends_key_in_plaintext(self) -> bool:
+        """Whether the key is sent over a network without encryption."""
         is_plain = urlsplit(self.url).scheme == "http"
         return is_plain and not self.is_local and self.key != PLACEHOLDER
 
@@ -42,49 +40,50 @@ class Endpoint:
         """The endpoint of a configuration.
 
         Raises:
-            ConfigError: its address is none, has a secret in it, or there is no key for it.
+            ConfigError: the address is invalid or contains a secret, or there is no valid key.
         """
         url = checked_url(settings.base_url)
         is_local = _is_local(url)
         name = settings.key_variable
         key = environment.get(name, "").strip()
         if not key and not is_local:
-            remedy = f"export {name}=..., or name the variable that has the key"
-            message = f"the environment has no {name}, and {url} needs a key"
+            message = f"the environment variable {name} is not set, and {url} needs a key"
+            remedy = f"export {name}=..., or name the variable that holds the key"
             raise ConfigError.at("judge.key_variable", message, remedy)
         if not (key.isascii() and key.isprintable() and " " not in key):
-            message = f"{name} has characters that no key has (blanks, line breaks, non-ASCII)"
+            message = f"{name} has characters that are invalid in a key (blank, newline, non-ASCII)"
             raise ConfigError.at("judge.key_variable", message, "set it to the key alone")
         return cls(url, is_local, key or PLACEHOLDER)
 
-    def scrubbed(self, text: str) -> str:
-        """A text from outside, without the key."""
-        is_secret = len(self.key) >= _SECRET_CHARACTERS
-        return text.replace(self.key, STRUCK_OUT) if is_secret else text
+    def redact(self, text: str) -> str:
+        """A text from outside, with the key replaced."""
+        is_secret = len(self.key) >= _MIN_SECRET_CHARACTERS
+        return text.replace(self.key, "[key]") if is_secret else text
 
 
 def checked_url(url: str) -> str:
-    """The address of an endpoint, without a slash at the end.
+    """The address of an endpoint, without a trailing slash.
 
     Raises:
-        ConfigError: it is none, or has more in it, which is not told, since it may be a secret.
+        ConfigError: it is invalid; or has a user, password or query, which is not quoted because
+            it may be a secret.
     """
     location, example = "judge.base_url", "write it like https://host/v1"
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        raise ConfigError.at(location, "is no address", example) from None
+        raise ConfigError.at(location, "is not a valid address", example) from None
     if parts.username is not None or parts.query or parts.fragment:
-        message = "has a user, a password or a query in it"
+        message = "contains a user, a password or a query"
         raise ConfigError.at(location, message, f"{example}; the key comes from judge.key_variable")
     if parts.scheme not in ("http", "https") or not host:
-        raise ConfigError.at(location, f"is {url!r}, no address of an endpoint", example)
+        raise ConfigError.at(location, f"{url!r} is not an http(s) address", example)
     return url.rstrip("/")
 
 
 def _is_local(url: str) -> bool:
-    """Whether an address is of this machine."""
+    """Whether an address is on this machine."""
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback

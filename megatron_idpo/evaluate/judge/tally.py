@@ -1,28 +1,33 @@
-"""From verdicts to who wins: counts, a rate with its interval, and whether it means anything.
+"""From verdicts to a result: counts, win rate, confidence interval, significance, table.
 
-A prompt is won by the model that wins in both orders; where the orders disagree, it is a tie. The
-rate counts a tie as half a win; its interval is Wilson's, which for ties is on the wide side. The
-sign test leaves ties out. Prompts without a verdict are in neither.
+A model wins a prompt if it wins in both orders; where the orders disagree, the prompt is a tie. The
+win rate counts a tie as half a win. Its interval is Wilson's, which is conservative (too wide) with
+ties. The sign test ignores ties. Prompts without a verdict count in neither.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from megatron_idpo.evaluate.intervals import sign_test
-from megatron_idpo.evaluate.judge.verdicts import Order, Verdict, Winner
-from megatron_idpo.train.metrics.confidence import wilson_interval
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
-EVIDENCE = 0.05
-"""The p-value below which a difference is called one."""
+from megatron_idpo.evaluate.judge.verdicts import Order, Verdict
+from megatron_idpo.train.metrics.intervals import sign_test, wilson_interval
 
-ENOUGH = 0.95
-"""The share of prompts that must have a verdict, for judging to have succeeded."""
+SIGNIFICANCE = 0.05
+"""p-value below which the summary speaks of evidence."""
+
+MIN_JUDGED = 0.95
+"""Share of the prompts that must have a verdict for the result to count."""
+
+HEADS = ("model", "against", "won", "lost", "tied", "unjudged", "win rate", "95 %", "p")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """How the prompts of one comparison were judged."""
+    """Counts of one comparison, in prompts."""
 
     wins: int = 0
     """Of the first model."""
@@ -30,50 +35,47 @@ class Tally:
     losses: int = 0
 
     ties: int = 0
-    """Those below among them."""
+    """Includes the two kinds below."""
 
     disagreed: int = 0
-    """Ties only because the judge decided otherwise in the other order."""
+    """Ties because the verdict flipped when the answers were swapped."""
 
     identical: int = 0
-    """Ties because both answers are the same; nobody was asked."""
+    """Ties because both answers are identical; the judge was not asked."""
 
     unjudged: int = 0
 
     @classmethod
     def of(
-        cls, verdicts: Mapping[tuple[int, Order], Verdict], prompts: int, orders: Iterable[Order]
+        cls,
+        verdicts: Mapping[tuple[int, Order], Verdict],
+        num_prompts: int,
+        orders: Iterable[Order],
     ) -> Self:
-        """Count.
+        """Count the verdicts on the prompts 0 to `num_prompts` - 1.
 
         Args:
-            verdicts: those that stand, by prompt and order.
-            prompts: how many prompts there are; they are numbered from 0.
-            orders: the orders in which this judge is asked.
+            verdicts: by prompt and order; may contain further prompts.
+            num_prompts: prompts of the comparison.
+            orders: in which this judge is asked.
         """
         orders = tuple(orders)
-        wins = losses = ties = disagreed = identical = unjudged = 0
-        for index in range(prompts):
-            found = _winners(verdicts, index, orders)
-            if found is None:
-                unjudged += 1
-            elif found == {"a"}:
-                wins += 1
-            elif found == {"b"}:
-                losses += 1
+        counts = dict.fromkeys(("wins", "losses", "ties", "disagreed", "identical", "unjudged"), 0)
+        for index in range(num_prompts):
+            whole = verdicts.get((index, "both"))
+            found = [whole] if whole else [verdicts.get((index, order)) for order in orders]
+            winners = {None if verdict is None else verdict.verdict for verdict in found}
+            if None in winners:
+                counts["unjudged"] += 1
+            elif winners == {"a"}:
+                counts["wins"] += 1
+            elif winners == {"b"}:
+                counts["losses"] += 1
             else:
-                ties += 1
-                disagreed += len(found) > 1
-                whole = verdicts.get((index, "both"))
-                identical += whole is not None and whole.is_identical
-        return cls(
-            wins=wins,
-            losses=losses,
-            ties=ties,
-            disagreed=disagreed,
-            identical=identical,
-            unjudged=unjudged,
-        )
+                counts["ties"] += 1
+                counts["disagreed"] += len(winners) > 1
+                counts["identical"] += whole is not None and whole.is_identical
+        return cls(**counts)
 
     @property
     def judged(self) -> int:
@@ -82,46 +84,46 @@ class Tally:
 
     @property
     def prompts(self) -> int:
-        """With a verdict or without."""
+        """Prompts with or without a verdict."""
         return self.judged + self.unjudged
 
     @property
     def is_enough(self) -> bool:
-        """Whether so few prompts have no verdict that they could hardly change who wins."""
-        return self.judged >= ENOUGH * self.prompts
+        """Whether the unjudged prompts are too few to change who wins."""
+        return self.judged >= MIN_JUDGED * self.prompts
 
     @property
     def win_rate(self) -> float | None:
-        """Of the first model, a tie being half a win; None where nothing is judged."""
+        """Of the first model, 0 to 1, a tie being half a win; None where nothing is judged."""
         return (self.wins + self.ties / 2) / self.judged if self.judged else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 %, of the win rate."""
+        """95 % interval of the win rate."""
         rate = self.win_rate
         return None if rate is None else wilson_interval(rate, self.judged)
 
     @property
     def p_value(self) -> float:
-        """Of so uneven a split, were both models as good; 1 without any decision."""
+        """Of the sign test; 1 without any win or loss."""
         return sign_test(self.wins, self.losses)
 
     def conclusion(self, a: str, b: str) -> str:
-        """Whether this is a difference, with the sign test's p-value."""
+        """Whether there is evidence of a difference, with the p-value of the sign test."""
         p = self.p_value
-        message = "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.3g}"
-        if p >= EVIDENCE:
-            return f"no evidence of a difference (sign test {message})"
-        return f"evidence for {a if self.wins > self.losses else b} (sign test {message})"
+        text = "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.3g}"
+        if p >= SIGNIFICANCE:
+            return f"no evidence of a difference (sign test {text})"
+        return f"evidence for {a if self.wins > self.losses else b} (sign test {text})"
 
     def summary(self, a: str, b: str) -> str:
-        """One sentence, with the interval and without calling chance a win."""
+        """One sentence with rate, interval, counts and conclusion."""
         rate, interval = self.win_rate, self.interval
         if rate is None or interval is None:
-            return f"{a} against {b}: none of {self.unjudged} prompts could be judged"
+            return f"{a} against {b}: none of {self.unjudged} prompts has a verdict"
         low, high = interval
         unjudged = f", {self.unjudged} more unjudged" if self.unjudged else ""
-        warning = "" if self.is_enough else ", but too many prompts are unjudged to rely on it"
+        warning = "" if self.is_enough else "; unreliable, because too many prompts are unjudged"
         return (
             f"{a} against {b}: {rate * 100:.1f} % [{low * 100:.1f}, {high * 100:.1f}] of "
             f"{self.judged} prompts ({self.wins} won, {self.losses} lost, {self.ties} "
@@ -129,7 +131,7 @@ class Tally:
         )
 
     def result(self, a: str, b: str, judge: str, kind: str) -> dict[str, Any]:
-        """What `result.json` has; rates within 0 to 1, null where nothing is judged."""
+        """Content of `result.json`; rates are 0 to 1, null where nothing is judged."""
         low, high = self.interval or (None, None)
         return {
             "a": a,
@@ -151,13 +153,19 @@ class Tally:
         }
 
 
-def _winners(
-    verdicts: Mapping[tuple[int, Order], Verdict], index: int, orders: tuple[Order, ...]
-) -> set[Winner] | None:
-    """Every order's verdict of a prompt; None where one is missing."""
-    whole = verdicts.get((index, "both"))
-    found = [whole] if whole is not None else [verdicts.get((index, order)) for order in orders]
-    winners = {None if verdict is None else verdict.verdict for verdict in found}
-    if None in winners:
-        return None
-    return {winner for winner in winners if winner is not None}
+def result_table(names: Sequence[tuple[str, str]], tallies: Sequence[Tally]) -> Table:
+    """The table that `judge` ends with, one row per comparison."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    for column, head in enumerate(HEADS):
+        is_name = column < 2
+        table.add_column(head, justify="left" if is_name else "right", no_wrap=not is_name)
+    for (a, b), tally in zip(names, tallies, strict=True):
+        rate = "–" if tally.win_rate is None else f"{tally.win_rate * 100:.1f} %"
+        interval = "–"
+        if tally.interval is not None:
+            interval = " to ".join(f"{bound * 100:.1f}" for bound in tally.interval)
+        p_value = f"{tally.p_value:.3f}" if tally.p_value >= 0.001 else "< 0.001"
+        counts = map(str, (tally.wins, tally.losses, tally.ties, tally.unjudged))
+        # `Text`: a model may be called `[red]`, which rich would read as markup.
+        table.add_row(*map(Text, (a, b, *counts, rate, interval, p_value)))
+    return table

@@ -1,16 +1,18 @@
-"""The judge's instructions: a Jinja file with what it is told, and how its verdict is read.
+"""The judge's instructions: a Jinja template, and how the judge's verdict is read.
 
-A template has a block `user`, may have a block `system`, and may set `verdict` (the pattern of the
-last line of an answer) and `opening` (what stands before the letter, for a local language model);
-the one that comes with the package, `templates/pairwise.jinja`, tells all that in its head.
+A template has a block `user`, may have a block `system`, and may set `verdict` (a pattern for the
+last line of a reply) and `opening` (text before the letter, for a local language model). The header
+of the packaged template, `pairwise.jinja`, documents all of this.
 
-Templates run in Jinja's sandbox, and an undefined variable is an error: instructions come from
-elsewhere, and half of a question is worse than none.
+Templates come from users: they run in Jinja's sandbox. An undefined variable is an error, so that
+no question is asked with a part missing.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -25,18 +27,18 @@ from megatron_idpo.evaluate.generate.answers import Prompt
 
 type Letter = Literal["A", "B", "tie"]
 
-PLACE = "judge.template"
+LOCATION = "judge.template"
 PACKAGED = "pairwise.jinja"
 DEFAULT_VERDICT = r"(?i:[\s*_`#]*verdict\s*:[\s*_`]*(?:(?P<a>A)|(?P<b>B)|(?P<tie>tie))[\s*_`.]*)"
-"""`Verdict: A` as a line of its own, whatever Markdown around it."""
+"""A line `Verdict: A`, with or without Markdown around it."""
 
 DEFAULT_OPENING = "Verdict: "
-_REMEDY = "correct it; templates/pairwise.jinja in the package shows what a template is made of"
+_REMEDY = "correct it; megatron_idpo/evaluate/judge/pairwise.jinja is an example"
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """What a judge is told."""
+    """The messages that a judge is given."""
 
     system: str
     """May be empty."""
@@ -44,14 +46,14 @@ class Chat:
     user: str
 
     def messages(self) -> list[dict[str, Any]]:
-        """As an endpoint or a chat template wants them."""
-        found = [{"role": "system", "content": self.system}] if self.system else []
-        return [*found, {"role": "user", "content": self.user}]
+        """In the format of chat endpoints and chat templates."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.user}]
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeTemplate:
-    """Instructions that have been tried once."""
+    """A template that has been loaded and rendered once."""
 
     name: str
     digest: str
@@ -63,74 +65,78 @@ class JudgeTemplate:
 
     @classmethod
     def load(cls, path: str | None) -> Self:
-        """Read a template and render it for two sample answers.
+        """Reads a template, and renders it for two sample answers.
 
         Args:
-            path: None: the packaged one.
+            path: of the file; None for the packaged template.
 
         Raises:
-            ConfigError: there is none, or it does not work.
+            ConfigError: it cannot be read or rendered.
         """
+        file = files(__package__) / PACKAGED if path is None else Path(path)
         try:
-            if path is None:
-                text = (files(__package__) / PACKAGED).read_text("utf-8")
-            else:
-                text = Path(path).read_text("utf-8")
+            text = file.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            remedy = "name a Jinja file, or leave it out for the packaged one"
-            raise ConfigError.at(PLACE, f"cannot read {path}: {error}", remedy) from None
+            remedy = "name a Jinja file, or leave it out for the packaged template"
+            raise ConfigError.at(LOCATION, f"cannot read {path}: {error}", remedy) from None
         environment = SandboxedEnvironment(
             undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
         try:
             template = environment.from_string(text)
         except TemplateSyntaxError as error:
-            reason = f"{path} has a syntax error in line {error.lineno}: {error.message}"
-            raise ConfigError.at(PLACE, reason, _REMEDY) from None
+            message = f"{path} has a syntax error in line {error.lineno}: {error.message}"
+            raise ConfigError.at(LOCATION, message, _REMEDY) from None
         if "user" not in template.blocks:
-            raise ConfigError.at(PLACE, f"{path} has no block `user`", _REMEDY)
-        context = _context(template, _values("prompt", "first", "second"))
-        pattern = _pattern(str(context.vars.get("verdict", DEFAULT_VERDICT)).strip())
-        name = PACKAGED if path is None else Path(path).name
-        opening = str(context.vars.get("opening", DEFAULT_OPENING))
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        loaded = cls(name, digest, opening, template, pattern)
+            raise ConfigError.at(LOCATION, f"{path} has no block `user`", _REMEDY)
+        settings = _context(template, _variables("prompt", "first", "second")).vars
+        loaded = cls(
+            file.name,
+            hashlib.sha256(text.encode()).hexdigest(),
+            str(settings.get("opening", DEFAULT_OPENING)),
+            template,
+            _verdict_pattern(str(settings.get("verdict", DEFAULT_VERDICT)).strip()),
+        )
         loaded.chat("prompt", "first", "second")
         return loaded
 
     def chat(self, prompt: Prompt, answer_a: str, answer_b: str) -> Chat:
-        """What the judge is told about two answers, the one shown first being A.
+        """The messages about two answers, A being shown first.
 
         Raises:
             ConfigError: the template fails on them.
         """
-        values = _values(prompt, answer_a, answer_b)
-        context = _context(self._template, values)
-        return Chat(*(_block(self._template, context, name) for name in ("system", "user")))
+        context = _context(self._template, _variables(prompt, answer_a, answer_b))
+        texts = []
+        for name in ("system", "user"):
+            block = self._template.blocks.get(name)
+            with _reported_errors():
+                texts.append("" if block is None else "".join(block(context)).strip())
+        return Chat(*texts)
 
     def letter(self, text: str) -> Letter | None:
-        """The verdict that an answer of the judge ends with; None where it has none."""
+        """The verdict in the last line of a reply; None if there is none."""
         lines = [line for line in text.splitlines() if line.strip()]
-        found = self._pattern.fullmatch(lines[-1].strip()) if lines else None
-        if found is None:
+        match = self._pattern.fullmatch(lines[-1].strip()) if lines else None
+        if match is None:
             return None
-        groups = found.groupdict()
+        groups = match.groupdict()
         letters: tuple[tuple[str, Letter], ...] = (("a", "A"), ("b", "B"), ("tie", "tie"))
-        said = [letter for group, letter in letters if groups.get(group) is not None]
-        return said[0] if len(said) == 1 else None
+        matched = [letter for group, letter in letters if groups.get(group) is not None]
+        return matched[0] if len(matched) == 1 else None
 
 
-def _values(prompt: Prompt, answer_a: str, answer_b: str) -> dict[str, Any]:
-    """What a template may use."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def _variables(prompt: Prompt, answer_a: str, answer_b: str) -> dict[str, Any]:
+    """The variables of a template."""
     texts = [_prompt_text(prompt), answer_a, answer_b]
-    # A hash of what it fences: nobody can write an answer that has its own hash in it.
+    # The fence is a hash of the texts that it separates, so that no answer can contain its own
+    # fence and thereby imitate the rest of the question.
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    # Half a surrogate pair is no text that could be sent.
+    # "replace": a lone surrogate cannot be sent.
     shown, first, second = (text.encode("utf-8", "replace").decode() for text in texts)
     return {
         "prompt": shown,
-        "messages": messages,
+        "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
         "answer_a": first,
         "answer_b": second,
         "fence": digest[:16],
@@ -138,7 +144,7 @@ def _values(prompt: Prompt, answer_a: str, answer_b: str) -> dict[str, Any]:
 
 
 def _prompt_text(prompt: Prompt) -> str:
-    """A prompt for reading; a conversation turn by turn, a single question by itself."""
+    """A prompt as text: a single user message as it is, a conversation turn by turn."""
     if isinstance(prompt, str):
         return prompt
     contents = [
@@ -152,44 +158,37 @@ def _prompt_text(prompt: Prompt) -> str:
     )
 
 
-def _context(template: Template, values: dict[str, Any]) -> Context:
-    """The template's own variables, beside those that it is given."""
-    context = template.new_context(values)
-    try:
+def _context(template: Template, variables: dict[str, Any]) -> Context:
+    """The context for the blocks, with the variables that the template itself sets."""
+    context = template.new_context(variables)
+    with _reported_errors():
         for _ in template.root_render_func(context):
             pass
-    except Exception as error:  # a template may fail in any way
-        raise _failed(error) from None
     return context
 
 
-def _block(template: Template, context: Context, name: str) -> str:
-    block = template.blocks.get(name)
-    if block is None:
-        return ""
+@contextmanager
+def _reported_errors() -> Iterator[None]:
+    """Turns whatever a template raises into a `ConfigError`."""
     try:
-        return "".join(block(context)).strip()
-    except Exception as error:  # likewise
-        raise _failed(error) from None
+        yield
+    except Exception as error:  # a template can raise anything, `1 // 0` for example
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        raise ConfigError.at(LOCATION, f"cannot be rendered: {kind}{error}", _REMEDY) from None
 
 
-def _failed(error: Exception) -> ConfigError:
-    kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-    return ConfigError.at(PLACE, f"cannot be rendered: {kind}{error}", _REMEDY)
-
-
-def _pattern(text: str) -> re.Pattern[str]:
-    """The pattern of a verdict.
+def _verdict_pattern(text: str) -> re.Pattern[str]:
+    """Compiles the pattern of a verdict.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a regular expression, or lacks a group.
     """
     try:
         pattern = re.compile(text)
     except re.error as error:
-        message = f"sets `verdict` to {text!r}, which is no regular expression: {error}"
-        raise ConfigError.at(PLACE, message, _REMEDY) from None
+        message = f"`verdict` {text!r} is not a regular expression: {error}"
+        raise ConfigError.at(LOCATION, message, _REMEDY) from None
     if missing := {"a", "b"} - pattern.groupindex.keys():
-        message = f"sets `verdict` to {text!r} without a group {' and '.join(sorted(missing))}"
-        raise ConfigError.at(PLACE, message, "name its groups: (?P<a>A), (?P<b>B), (?P<tie>tie)")
+        message = f"`verdict` {text!r} has no group {' and '.join(sorted(missing))}"
+        raise ConfigError.at(LOCATION, message, "name its groups: (?P<a>A), (?P<b>B), (?P<tie>tie)")
     return pattern

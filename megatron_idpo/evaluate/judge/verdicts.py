@@ -1,17 +1,16 @@
-"""The verdicts of one comparison on the disk, and what they are verdicts on.
+"""The verdicts of one comparison, on disk.
 
     judge/A-vs-B/
-      settings.json     the judge, its instructions, and the answers that it was shown
-      verdicts.jsonl    every verdict, one on a line, in the order in which they came
+      settings.json     the judge, its instructions, and digests of the answers
+      verdicts.jsonl    one verdict per line, in the order of arrival
 
-A verdict is on the disk as soon as it is there, so whatever ends the work, no question is asked
-twice and none counts twice. A question that got no verdict has a line too, with the reason; it is
-asked again at the next start. Verdicts of another judge or on other answers are refused.
+Each verdict is flushed to the disk when it arrives. However a run ends, no question with a verdict
+is asked again and no verdict counts twice. A question that got no verdict has a line with the
+reason, and is asked again by the next run. Verdicts of another judge or on other answers are
+refused.
 """
 
-import errno
 import json
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
@@ -19,51 +18,66 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from megatron_idpo.errors import ConfigError, DataError, Problem
-from megatron_idpo.evaluate.result_files import only_writer, write_text
+from megatron_idpo.errors import ConfigError, DataError
+from megatron_idpo.evaluate.models import OUTPUT, single_writer
+from megatron_idpo.storage.atomic import append_bytes, truncate_file, write_bytes
+from megatron_idpo.storage.provenance import as_problems, diff, read_record
 
 type Winner = Literal["a", "b", "tie"]
 type Order = Literal["ab", "ba", "both"]
-"""Which answer was shown first; `both`: there is no first one, the verdict is the prompt's."""
+"""Which answer was shown first; `both`: the verdict holds for both orders."""
 
 IDENTICAL = "identical answers"
 _WINNERS, _ORDERS = get_args(Winner.__value__), get_args(Order.__value__)
+_LABELS = {
+    "kind": "judge.kind",
+    "judge": "judge.model",
+    "base_url": "judge.base_url",
+    "template.name": "judge.template",
+    "template.sha256": "the text of judge.template",
+    "weights": "the judge's weights",
+    "answers.a": "the first model's answers",
+    "answers.b": "the second model's answers",
+}
+"""Parts of the settings in the words of the configuration."""
+
+_DISK_REMEDY = "free space, or name a writable directory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a judge said to one question, or why it said nothing."""
+    """A judge's verdict on one question, or the reason why there is none."""
 
     index: int
-    """The prompt's number, from 0."""
+    """Index of the prompt."""
 
     order: Order
 
     verdict: Winner | None
-    """The model that wins, `a` being the first of the comparison; None: there is no verdict."""
+    """The model that wins, `a` being the first of the comparison; None: no verdict."""
 
     note: str = ""
-    """Why there is none; or what else is to be known about it."""
+    """Why there is no verdict; or a remark about it."""
 
     text: str = ""
-    """The judge's words."""
+    """The judge's reply."""
 
     attempts: int = 0
-    """Requests that this verdict took, those that a rate limit turned away not counted."""
+    """Requests that were sent, including those that failed."""
 
     input_tokens: int = 0
     output_tokens: int = 0
 
     scores: Mapping[str, float] | None = None
-    """What a local judge compared."""
+    """The two values that a local judge compared."""
 
     @property
     def is_identical(self) -> bool:
-        """Whether nobody was asked, because both answers are the same."""
+        """Whether the judge was not asked because both answers are identical."""
         return self.note == IDENTICAL
 
     def line(self) -> str:
-        """For the file, with its line break; what is empty is left out."""
+        """The line of `verdicts.jsonl`, with its newline; empty fields are left out."""
         values = {
             name: value
             for name, value in asdict(self).items()
@@ -73,35 +87,43 @@ class Verdict:
 
 
 class VerdictStore:
-    """The directory of one comparison, held by this process while it is open."""
+    """The directory of one comparison, locked by this process while it is open."""
+
+    verdicts: dict[tuple[int, Order], Verdict]
+    """By prompt and order."""
+
+    failed: set[tuple[int, Order]]
+    """Questions that were asked and have no verdict."""
+
+    used_tokens: list[int]
+    """Input and output tokens of all requests of all runs."""
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
-        """Open it; a context manager closes it.
+        """Opens the directory, which is created if needed. Use as a context manager.
 
         Args:
-            directory: made if need be.
-            settings: what tells these verdicts from others, as JSON.
+            directory: of the comparison.
+            settings: what the verdicts depend on, as JSON.
 
         Raises:
-            ConfigError: the verdicts there are of other settings, which are all named; another
-                process is at work there; or it cannot be written.
-            DataError: what is there is no verdict.
+            ConfigError: the stored verdicts have other settings, all of which are listed; another
+                process is judging; or the directory cannot be written.
+            DataError: a line is not a verdict.
         """
         self._path = directory / "verdicts.jsonl"
-        self.standing: dict[tuple[int, Order], Verdict] = {}
-        self.failed: set[tuple[int, Order]] = set()
-        """Questions that were put, and have no verdict."""
-        self.used_tokens = [0, 0]
-        """Input and output, of all verdicts ever."""
-        with ExitStack() as opening:
-            opening.enter_context(only_writer(self._path))
+        with ExitStack() as stack:
+            stack.enter_context(single_writer(self._path))
             self._read()
-            self._agree(directory, settings)
-            self._file = opening.enter_context(self._path.open("ab", buffering=0))
-            self._open = opening.pop_all()
+            # Without a judge's verdict there is nothing to protect: a wrong name of the judge,
+            # say, can be corrected after a first run that failed.
+            if any(not verdict.is_identical for verdict in self.verdicts.values()):
+                self._check_settings(directory, settings)
+            else:
+                self._begin(directory / "settings.json", settings)
+            self._open = stack.pop_all()
 
     def __enter__(self) -> Self:
-        """Itself."""
+        """Returns the store."""
         return self
 
     def __exit__(
@@ -110,135 +132,93 @@ class VerdictStore:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Let go of it."""
+        """Releases the lock."""
         self._open.close()
 
     def add(self, verdict: Verdict) -> None:
-        """Keep a verdict; it is on the disk afterwards.
+        """Stores a verdict; it is on the disk on return.
 
         Raises:
             ConfigError: it cannot be written.
         """
-        self._take(verdict)
+        self._count(verdict)
+        # "replace": the judge's reply may contain a lone surrogate.
         line = verdict.line().encode("utf-8", "replace")
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _unwritable(self._path, error) from None
+        with ConfigError.on_os_error(OUTPUT, f"cannot write {self._path}", _DISK_REMEDY):
+            append_bytes(self._path, line)
 
-    def _take(self, verdict: Verdict) -> None:
+    def _count(self, verdict: Verdict) -> None:
         self.used_tokens[0] += verdict.input_tokens
         self.used_tokens[1] += verdict.output_tokens
         key = verdict.index, verdict.order
-        assert key not in self.standing, f"asked twice: {key}"
+        assert key not in self.verdicts, f"asked twice: {key}"
         if verdict.verdict is None:
             self.failed.add(key)
         else:
             self.failed.discard(key)
-            self.standing[key] = verdict
+            self.verdicts[key] = verdict
+
+    def _reset(self) -> None:
+        self.verdicts, self.failed, self.used_tokens = {}, set(), [0, 0]
 
     def _read(self) -> None:
-        """Take what is there; half a line at the end, which a kill leaves, is cut off."""
-        try:
-            with self._path.open("a+b") as file:
-                file.seek(0)
-                text = file.read()
-                whole = text.rfind(b"\n") + 1
-                file.truncate(whole)
-        except OSError as error:
-            raise _unwritable(self._path, error) from None
-        for number, line in enumerate(text[:whole].splitlines(), start=1):
+        """Reads the file; an incomplete last line, as a kill leaves it, is cut off."""
+        self._reset()
+        with ConfigError.on_os_error(OUTPUT, f"cannot write {self._path}", _DISK_REMEDY):
+            self._path.touch()
+            content = self._path.read_bytes()
+            size_bytes = content.rfind(b"\n") + 1
+            truncate_file(self._path, size_bytes)
+        for number, line in enumerate(content[:size_bytes].splitlines(), start=1):
             location = f"{self._path}:{number}"
-            verdict = _parsed(line, location)
-            if (verdict.index, verdict.order) in self.standing:
+            verdict = _parse(line, location)
+            if (verdict.index, verdict.order) in self.verdicts:
                 message = f"is a second verdict on prompt {verdict.index}, order {verdict.order}"
                 raise DataError.at(location, message, "delete one of the two lines")
-            self._take(verdict)
+            self._count(verdict)
 
-    def _agree(self, directory: Path, settings: Mapping[str, Any]) -> None:
-        """Compare the settings with those of the verdicts that are there, or write them.
+    def _begin(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Writes the settings; notes about questions that other settings asked are deleted."""
+        content = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+        with ConfigError.on_os_error(OUTPUT, f"cannot write {path}", _DISK_REMEDY):
+            if not path.is_file() or path.read_bytes() != content:
+                truncate_file(self._path, 0)
+                self._reset()
+                write_bytes(path, content)
 
-        Where nobody has given a verdict, there is nothing to keep: so a judge's name may be
-        corrected after a first start that failed.
+    def _check_settings(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        """The stored verdicts were made with these settings.
+
+        Raises:
+            ConfigError: lists each part that differs.
         """
         path = directory / "settings.json"
-        was_asked = any(not verdict.is_identical for verdict in self.standing.values())
-        if was_asked:
-            _check(directory, path, settings)
-            return
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        try:
-            is_same = path.is_file() and path.read_text("utf-8") == text
-            if not is_same:
-                os.truncate(self._path, 0)
-                self.standing, self.failed, self.used_tokens = {}, set(), [0, 0]
-        except OSError as error:
-            raise _unwritable(directory, error) from None
-        if not is_same:
-            write_text(path, text)
+        restore = f"restore it, or move {directory} away"
+        saved = read_record(path, error=ConfigError, remedy=restore)
+        remedy = f"move {directory} away, or name another evaluate.output"
+        if problems := as_problems(diff(saved, settings, _LABELS), str(directory), remedy):
+            raise ConfigError.of(problems)
 
 
-def _check(directory: Path, path: Path, settings: Mapping[str, Any]) -> None:
-    """Settings are those in the file.
+def _parse(line: bytes, location: str) -> Verdict:
+    """Parses one line.
 
     Raises:
-        ConfigError: naming each part that differs.
+        DataError: it is not a verdict.
     """
-    remedy = f"move {directory} away, or name another evaluate.output"
-    try:
-        before = _flat(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, AttributeError) as error:
-        message = f"cannot be read ({error}), so nobody knows what the verdicts beside it are on"
-        raise ConfigError.at(str(path), message, f"restore it, or move {directory} away") from None
-    now = _flat(settings)
-    names = [name for name in dict.fromkeys([*now, *before]) if now.get(name) != before.get(name)]
-    problems = [
-        Problem(
-            f"{directory.name}: {name}",
-            f"is {now.get(name, 'absent')}, but there are verdicts with {before.get(name, 'none')}",
-            remedy if name == names[-1] else "",
-        )
-        for name in names
-    ]
-    if problems:
-        raise ConfigError.of(problems)
-
-
-def _parsed(line: bytes, location: str) -> Verdict:
-    """One line.
-
-    Raises:
-        DataError: it is no verdict.
-    """
-    remedy = "delete the line, and the question is asked again"
+    remedy = "delete the line; the question is then asked again"
     try:
         values = json.loads(line)
         known = {field.name for field in fields(Verdict)}
         verdict = Verdict(**{name: values[name] for name in values if name in known})
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError.at(location, f"is no verdict ({error})", remedy) from None
-    is_right = (
+        raise DataError.at(location, f"is not a verdict ({error})", remedy) from None
+    is_valid = (
         type(verdict.index) is int
         and verdict.order in _ORDERS
         and (verdict.verdict is None or verdict.verdict in _WINNERS)
         and type(verdict.input_tokens) is type(verdict.output_tokens) is int
     )
-    if not is_right:
-        raise DataError.at(location, f"is no verdict: {line!r:.80}", remedy)
+    if not is_valid:
+        raise DataError.at(location, f"is not a verdict: {line!r:.80}", remedy)
     return verdict
-
-
-def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """`{"answers": {"a": 1}}` as `{"answers.a": 1}`."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        location = f"{above}{name}"
-        found |= _flat(value, f"{location}.") if isinstance(value, dict) else {location: value}
-    return found
-
-
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    message = f"cannot write {path}: {error.strerror or error}"
-    return ConfigError.at("evaluate.output", message, "free space, or name a directory to write to")

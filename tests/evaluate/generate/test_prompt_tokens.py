@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.data.sources.open import Source
+from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.data.tokenize.chat import TokenOptions
 from megatron_idpo.data.tokenize.dataset import load_pairs
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
@@ -42,7 +42,7 @@ def test_tokens_are_those_of_training(directory: Path, tmp_path: Path) -> None:
         },
     ]
     pairs = load_pairs(
-        [Source(path=write_records(tmp_path / "p.jsonl", records))],
+        [SourceConfig(path=write_records(tmp_path / "p.jsonl", records))],
         tokenizer,
         TokenOptions(),
         cache=tmp_path / "cache",

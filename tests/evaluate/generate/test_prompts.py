@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.config.run_config import RunConfig, load_config
-from megatron_idpo.config.sections import SourceConfig
+from megatron_idpo.config.data import SourceConfig
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.data.sources.preferences import Format
 from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.evaluate.generate.prompts import (

@@ -1,4 +1,4 @@
-"""Judges without a network, against the same figures computed another way."""
+"""Local judges, compared with scores computed directly with Transformers."""
 
 import json
 from collections.abc import Mapping
@@ -19,10 +19,17 @@ from transformers import (
 )
 
 from megatron_idpo.errors import CheckpointError, ConfigError, DataError
-from megatron_idpo.evaluate.judge.main import main
+from megatron_idpo.evaluate.judge.run import main
 from megatron_idpo.evaluate.judge.template import JudgeTemplate
 
-from .judge_case import location, result, verdicts, won_and_lost, write_answers, write_case
+from .judge_case import (
+    comparison_directory,
+    result,
+    verdicts,
+    won_and_lost,
+    write_answers,
+    write_case,
+)
 
 PAIR = "idpo-vs-base"
 TEMPLATE = (
@@ -30,10 +37,10 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 SEED = 11
-"""Of weights with which the language model decides for both sides, and by position too."""
+"""Seed of weights with which the language model prefers both sides, and shows position bias."""
 
 CLOSE = 1e-4
-"""Of float32 scores that were computed from the same tokens by another call."""
+"""Tolerance of float32 scores that another call computes from the same tokens."""
 
 ANSWERS = {
     "base": ["red", "a blue one", "green", "no", "perhaps not", "7", "same", "x y z"],
@@ -43,7 +50,7 @@ ROWS = range(len(ANSWERS["base"]))
 
 
 def write_tokenizer(directory: Path, chat_template: str | None = TEMPLATE) -> None:
-    """Every byte a token."""
+    """One token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: at for at, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,7 +63,7 @@ def write_tokenizer(directory: Path, chat_template: str | None = TEMPLATE) -> No
 def write_judge(
     directory: Path, kind: type, *, template: str | None = TEMPLATE, **sizes: Any
 ) -> str:
-    """A tiny random model, whose weights are large, so that it has opinions."""
+    """A tiny random model with large weights, so that its scores differ clearly."""
     config = LlamaConfig(
         **{
             "vocab_size": 256,
@@ -79,24 +86,24 @@ def write_judge(
 
 
 def zero_head(directory: str, kind: Any, name: str) -> None:
-    """Let everything be equal."""
+    """Makes all scores equal."""
     model = kind.from_pretrained(directory)
     getattr(model, name).weight.data.zero_()
     model.save_pretrained(directory)
 
 
-def signs(found: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    return found["wins"], found["losses"], found["ties"], found["unjudged"]
+def counts(values: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    return values["wins"], values["losses"], values["ties"], values["unjudged"]
 
 
 # ---- reward models ---------------------------------------------------------------------------
 
 
 def scores(directory: str, name: str) -> list[float]:
-    """Rewards, as a user of Transformers would compute them."""
+    """Rewards computed directly with Transformers."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForSequenceClassification.from_pretrained(directory)
-    found = []
+    values = []
     for index in ROWS:
         turns = [
             {"role": "user", "content": f"Question {index}?"},
@@ -104,24 +111,24 @@ def scores(directory: str, name: str) -> list[float]:
         ]
         ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
         with torch.no_grad():
-            found.append(model(input_ids=ids["input_ids"]).logits.item())
-    return found
+            values.append(model(input_ids=ids["input_ids"]).logits.item())
+    return values
 
 
 def test_the_higher_reward_wins(tmp_path: Path) -> None:
     model = write_judge(tmp_path / "rm", LlamaForSequenceClassification)
     case = write_case(tmp_path, ANSWERS, kind="reward", model=model)
     assert main(case, []) == 0
-    wanted = list(zip(scores(model, "idpo"), scores(model, "base"), strict=True))
-    wins = sum(a > b for a, b in wanted)
-    ties = sum(a == b for a, b in wanted)
-    assert 0 < wins < 7 and ties == 1, "else this shows nothing"
-    assert signs(result(tmp_path, PAIR)) == (wins, 8 - wins - ties, ties, 0)
+    expected = list(zip(scores(model, "idpo"), scores(model, "base"), strict=True))
+    wins = sum(a > b for a, b in expected)
+    ties = sum(a == b for a, b in expected)
+    assert 0 < wins < 7 and ties == 1, "otherwise this tests nothing"
+    assert counts(result(tmp_path, PAIR)) == (wins, 8 - wins - ties, ties, 0)
     for line in verdicts(tmp_path, PAIR):
         assert line["order"] == "both"
         if "scores" in line:
-            assert [*line["scores"].values()] == pytest.approx(wanted[line["index"]], abs=CLOSE)
-    settings = json.loads((location(tmp_path, PAIR) / "settings.json").read_text())
+            assert [*line["scores"].values()] == pytest.approx(expected[line["index"]], abs=CLOSE)
+    settings = json.loads((comparison_directory(tmp_path, PAIR) / "settings.json").read_text())
     assert (
         settings["kind"] == "reward" and "template" not in settings and "base_url" not in settings
     )
@@ -131,25 +138,25 @@ def test_equal_rewards_are_ties(tmp_path: Path, capsys: pytest.CaptureFixture[st
     model = write_judge(tmp_path / "rm", LlamaForSequenceClassification)
     zero_head(model, AutoModelForSequenceClassification, "score")
     assert main(write_case(tmp_path, ANSWERS, kind="reward", model=model), []) == 0
-    found = result(tmp_path, PAIR)
-    assert signs(found) == (0, 0, 8, 0) and found["identical"] == 1
-    assert "50.0 %" in found["message"] and "no evidence" in capsys.readouterr().out
+    values = result(tmp_path, PAIR)
+    assert counts(values) == (0, 0, 8, 0) and values["identical"] == 1
+    assert "50.0 %" in values["summary"] and "no evidence" in capsys.readouterr().out
 
 
-def test_a_second_start_loads_nothing_and_other_weights_are_refused(
+def test_a_second_run_loads_no_model_and_other_weights_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_judge(tmp_path / "rm", LlamaForSequenceClassification)
     case = write_case(tmp_path, ANSWERS, kind="reward", model=model)
     assert main(case, []) == 0
-    monkeypatch.setattr("megatron_idpo.evaluate.judge.local._load", None)
+    monkeypatch.setattr("megatron_idpo.evaluate.judge.local.load_hf_model", None)
     assert main(case, []) == 0
     zero_head(model, AutoModelForSequenceClassification, "score")
-    with pytest.raises(ConfigError, match=r"idpo-vs-base: weights: is"):
+    with pytest.raises(ConfigError, match=r"idpo-vs-base: the judge's weights differs"):
         main(case, [])
 
 
-def test_text_goes_to_a_reward_model_without_a_template(tmp_path: Path) -> None:
+def test_a_reward_model_without_chat_template_reads_text(tmp_path: Path) -> None:
     model = write_judge(tmp_path / "rm", LlamaForSequenceClassification, template=None)
     case = write_case(tmp_path, ANSWERS, kind="reward", model=model)
     assert main(case, []) == 0
@@ -166,7 +173,7 @@ def test_text_goes_to_a_reward_model_without_a_template(tmp_path: Path) -> None:
         main(case, [f"evaluate.output={tmp_path / 'out'}", "judge.compare=[[base, idpo]]"])
 
 
-def test_what_is_too_long_is_unjudged(tmp_path: Path) -> None:
+def test_a_text_longer_than_the_context_is_unjudged(tmp_path: Path) -> None:
     sizes = {"max_position_embeddings": 64}
     model = write_judge(tmp_path / "rm", LlamaForSequenceClassification, **sizes)
     answers = {"base": ["red", "blue"], "idpo": ["pink" * 20, "grey"]}
@@ -176,10 +183,12 @@ def test_what_is_too_long_is_unjudged(tmp_path: Path) -> None:
     assert line["index"] == 0 and line["note"].endswith("tokens, but the judge reads 64")
 
 
-def test_models_that_are_no_reward_model(tmp_path: Path) -> None:
+def test_models_that_are_not_reward_models_are_refused(tmp_path: Path) -> None:
     causal = write_judge(tmp_path / "lm", LlamaForCausalLM)
     case = write_case(tmp_path, ANSWERS, kind="reward", model=causal)
-    with pytest.raises(CheckpointError, match=r"judge\.model: .* lacks 1 weights, score\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"judge\.model: .* lacks 1 weight, first score\.weight"
+    ):
         main(case, [])
     several = write_judge(tmp_path / "sc", LlamaForSequenceClassification, num_labels=2)
     with pytest.raises(ConfigError, match=r"judge\.model: .* has 2 outputs"):
@@ -194,7 +203,7 @@ def test_models_that_are_no_reward_model(tmp_path: Path) -> None:
 SHORT = """{% set opening = "=" %}
 {% block system %}Which?{% endblock %}
 {% block user %}{{ answer_a }} or {{ answer_b }}{% endblock %}"""
-"""So short that what a tiny model says hangs on the answers."""
+"""So short that the output of a tiny model depends on the answers."""
 
 
 def preferences(directory: str, path: str, *, system: bool = True) -> list[tuple[str, str]]:
@@ -202,7 +211,7 @@ def preferences(directory: str, path: str, *, system: bool = True) -> list[tuple
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     template = JudgeTemplate.load(path)
-    found = []
+    values = []
     for index in ROWS:
         a, b = (ANSWERS[name][index] for name in ("idpo", "base"))
         letters = []
@@ -217,43 +226,43 @@ def preferences(directory: str, path: str, *, system: bool = True) -> list[tuple
                 logits = model(input_ids=ids).logits[0, -1]
             by_letter = {letter: logits[tokenizer.encode(letter)[0]].item() for letter in "AB"}
             letters.append(max(by_letter, key=lambda letter: by_letter[letter]))
-        found.append((letters[0], letters[1]))
-    return found
+        values.append((letters[0], letters[1]))
+    return values
 
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
 
 
 @pytest.mark.parametrize("prefix", ["", NO_SYSTEM], ids=["system", "no system"])
-def test_the_letter_that_is_likelier_in_both_orders(tmp_path: Path, prefix: str) -> None:
+def test_the_letter_that_is_likelier_in_both_orders_wins(tmp_path: Path, prefix: str) -> None:
     model = write_judge(tmp_path / "lm", LlamaForCausalLM, template=prefix + TEMPLATE)
     path = tmp_path / "short.jinja"
     path.write_text(SHORT)
     case = write_case(tmp_path, ANSWERS, kind="language_model", model=model, template=str(path))
     assert main(case, []) == 0
-    wanted = preferences(model, str(path), system=not prefix)
-    asked = [pair for index, pair in enumerate(wanted) if index != 6]  # both said the same
+    expected = preferences(model, str(path), system=not prefix)
+    asked = [pair for index, pair in enumerate(expected) if index != 6]  # identical answers
     wins, losses = asked.count(("A", "B")), asked.count(("B", "A"))
-    found = result(tmp_path, PAIR)
-    assert signs(found) == (wins, losses, 8 - wins - losses, 0)
-    assert found["disagreed"] == 7 - wins - losses
+    values = result(tmp_path, PAIR)
+    assert counts(values) == (wins, losses, 8 - wins - losses, 0)
+    assert values["disagreed"] == 7 - wins - losses
     for line in verdicts(tmp_path, PAIR):
         if line["order"] != "both":
-            letter = wanted[line["index"]][("ab", "ba").index(line["order"])]
+            letter = expected[line["index"]][("ab", "ba").index(line["order"])]
             assert line["verdict"] == ("a" if (letter == "A") == (line["order"] == "ab") else "b")
             assert max(line["scores"].values()) <= 0, "log-probabilities"
     if not prefix:
-        assert wins and losses and found["disagreed"], "else this shows little"
+        assert wins and losses and values["disagreed"], "otherwise this tests little"
 
 
 def test_a_model_without_preferences_ties(tmp_path: Path) -> None:
     model = write_judge(tmp_path / "lm", LlamaForCausalLM)
     zero_head(model, AutoModelForCausalLM, "lm_head")
     assert main(write_case(tmp_path, ANSWERS, kind="language_model", model=model), []) == 0
-    found = result(tmp_path, PAIR)
-    assert signs(found) == (0, 0, 8, 0) and found["disagreed"] == 0
+    values = result(tmp_path, PAIR)
+    assert counts(values) == (0, 0, 8, 0) and values["disagreed"] == 0
     (line, *_) = (line for line in verdicts(tmp_path, PAIR) if line["order"] == "ab")
-    # Every one of 256 tokens is as likely: ln(1/256)
+    # All 256 tokens are equally likely: ln(1/256).
     assert line["scores"] == pytest.approx({"A": -5.545177, "B": -5.545177})
 
 

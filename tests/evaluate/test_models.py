@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.config.run_config import RunConfig, load_config
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.models import Subject, evaluation_directory, subjects
+from megatron_idpo.evaluate.models import EvalModel, evaluation_output, subjects
 
 
 def config(tmp_path: Path, text: str) -> RunConfig:
@@ -30,17 +31,17 @@ def test_models_are_named_paths_adapters_and_runs(tmp_path: Path) -> None:
         )
     )
     assert found == (
-        Subject("sft", "org/model"),
-        Subject("dpo", str(run / "hf")),
-        Subject("a", "x", Path("y")),
+        EvalModel("sft", "org/model"),
+        EvalModel("dpo", str(run / "hf")),
+        EvalModel("a", "x", Path("y")),
     )
 
 
 def test_without_names_it_is_the_run_before_and_after(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     own = config(tmp_path, f"training: {{output: {run}, global_batch_pairs: 4}}")
-    assert subjects(own) == (Subject("base", "sft"), Subject("trained", str(run / "hf")))
-    assert evaluation_directory(own) == run / "evaluation"
+    assert subjects(own) == (EvalModel("base", "sft"), EvalModel("trained", str(run / "hf")))
+    assert evaluation_output(own) == run / "evaluation"
 
 
 def test_all_runs_without_a_result_are_reported(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_nothing_to_evaluate_and_no_place_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.models: names no model"):
         subjects(bare)
     with pytest.raises(ConfigError, match=r"evaluate\.output: says no place"):
-        evaluation_directory(bare)
+        evaluation_output(bare)
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", " x", "-"])

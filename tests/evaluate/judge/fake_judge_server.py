@@ -1,7 +1,7 @@
-"""An endpoint like OpenAI's on this machine, whose verdicts follow a rule and whose faults are set.
+"""A local OpenAI-compatible endpoint with known verdicts and injected faults.
 
-It reads the two answers out of the packaged template's fences, and counts, for each question, how
-often it gave a verdict, which is what a client that loses or repeats questions would be found by.
+It reads the two answers from the fences of the packaged template. It counts how often it gave a
+verdict on each question, which reveals a client that loses or repeats questions.
 """
 
 import json
@@ -14,57 +14,56 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 type Rule = Callable[[str, str], str]
-"""From the answers shown as A and B to the words of the verdict."""
+"""Maps the answers shown as A and B to the verdict."""
 
 type Fault = str | None
-"""What goes wrong with a request: a status with, perhaps, a `Retry-After` (`429:0.2`), or `hang`,
-`drop`, `half`, `html`, `empty`, `malformed`, `cut`, `refused`, `echo`, `quota`, `options`."""
-
-
-HANG_S = 30.0
+"""What a request meets: a status with an optional `Retry-After` (`429:7`), or `hang`, `drop`,
+`half`, `html`, `empty`, `malformed`, `cut`, `refused`, `quota`, `options`."""
 
 
 def longer(a: str, b: str) -> str:
-    """The longer answer is the better one."""
+    """The longer answer wins."""
     return "tie" if len(a) == len(b) else "A" if len(a) > len(b) else "B"
 
 
 def first_shown(a: str, b: str) -> str:
-    """What comes first is better: biased by position, and by nothing else."""
+    """The answer shown first wins: pure position bias."""
     return "A"
 
 
 def tied(a: str, b: str) -> str:
-    """Everything is as good as everything."""
+    """Every question is a tie."""
     return "tie"
 
 
 class FakeJudge:
-    """A server for the length of a `with` block."""
+    """A server that runs within a `with` block."""
 
     def __init__(
         self,
         rule: Rule = longer,
-        fault: Callable[[int, tuple[str, str]], Fault] = lambda number, question: None,
+        fault: Callable[[int, tuple[str, str]], Fault] = lambda index, question: None,
         *,
         seconds: float = 0.0,
     ) -> None:
         """Args:
 
-        rule: who wins.
-        fault: from the number of the request (from 0) and the answers as shown to what fails.
-        seconds: that each verdict takes.
+        rule: decides the verdicts.
+        fault: maps the index of the request and the answers as shown to a fault.
+        seconds: time that a verdict takes.
         """
         self.rule = rule
         self.fault = fault
         self.seconds = seconds
         self.served: Counter[tuple[str, str]] = Counter()
-        """Verdicts given, by the answers as they were shown."""
-        self.requests: list[tuple[float, dict[str, Any]]] = []
-        """When each request came, and its body."""
+        """Verdicts given, by the answers as shown."""
+        self.requests: list[dict[str, Any]] = []
+        """Body of each request."""
         self.keys: set[str] = set()
-        self.under_way = self.most_under_way = 0
+        self.active = self.max_active = 0
+        """Requests that are being served, now and at most."""
         self.lock = threading.Lock()
+        self.closing = threading.Event()
         self._server = _Server(self)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
 
@@ -72,11 +71,17 @@ class FakeJudge:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
+    def wait_until_idle(self) -> None:
+        """Returns when no request is being served any more."""
+        while self.active:
+            time.sleep(0.002)
+
     def __enter__(self) -> "FakeJudge":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -85,22 +90,22 @@ class FakeJudge:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
-    """With the 5 of the library, connections that come at once are put off by a second."""
+    """With the library's 5, simultaneous connections are delayed by a second."""
 
     def __init__(self, judge: FakeJudge) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.judge = judge
 
     def handle_error(self, *_: object) -> None:
-        """Clients that have gone are what is tested here."""
+        """Clients that disconnect are part of the tests."""
 
 
 def shown(body: dict[str, Any]) -> tuple[str, str]:
-    """The answers in a request, out of their fences."""
+    """The answers in a request, read from their fences."""
     text = body["messages"][-1]["content"]
     fence = re.match(r"(\w{16}) prompt begins\n", text)
     assert fence, text
-    found = [
+    answers = [
         re.search(
             rf"^{fence[1]} answer {letter} begins\n(.*)\n{fence[1]} answer {letter} ends$",
             text,
@@ -108,8 +113,8 @@ def shown(body: dict[str, Any]) -> tuple[str, str]:
         )
         for letter in "AB"
     ]
-    assert found[0] and found[1], text
-    return found[0][1], found[1][1]
+    assert answers[0] and answers[1], text
+    return answers[0][1], answers[1][1]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -127,27 +132,27 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = shown(body)
         with self.judge.lock:
-            number = len(self.judge.requests)
-            self.judge.requests.append((time.monotonic(), body))
+            self.judge.requests.append(body)
             self.judge.keys.add(self.headers["Authorization"].removeprefix("Bearer "))
-            self.judge.under_way += 1
-            self.judge.most_under_way = max(self.judge.most_under_way, self.judge.under_way)
+            self.judge.active += 1
+            self.judge.max_active = max(self.judge.max_active, self.judge.active)
+            fault = self.judge.fault(len(self.judge.requests) - 1, question)
         try:
-            with self.judge.lock:
-                fault = self.judge.fault(number, question)
             if fault is not None:
                 self._fail(fault, body)
                 return
             time.sleep(self.judge.seconds)
-            word = self.judge.rule(*question)
-            with self.judge.lock:
-                self.judge.served[question] += 1
-            self._reply(f"I have read both.\n\nVerdict: {word}")
+            self._serve(question)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
             with self.judge.lock:
-                self.judge.under_way -= 1
+                self.judge.active -= 1
+
+    def _serve(self, question: tuple[str, str]) -> None:
+        with self.judge.lock:
+            self.judge.served[question] += 1
+        self._reply(f"I have read both.\n\nVerdict: {self.judge.rule(*question)}")
 
     def _reply(self, text: str | None, finish: str = "stop") -> None:
         self._send(200, json.dumps(_completion(text, finish)))
@@ -158,13 +163,13 @@ class _Handler(BaseHTTPRequestHandler):
         text: str,
         headers: dict[str, str] | None = None,
         *,
-        kind: str = "application/json",
-        claimed: int = 0,
+        content_type: str = "application/json",
+        claimed_length: int = 0,
     ) -> None:
         data = text.encode()
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(claimed or len(data)))
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(claimed_length or len(data)))
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
@@ -179,15 +184,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _fail(self, fault: str, body: dict[str, Any]) -> None:
         key = self.headers["Authorization"]
         if fault == "hang":
-            time.sleep(HANG_S)
+            self.judge.closing.wait()
             self.close_connection = True
         elif fault == "drop":
             self.close_connection = True
         elif fault == "half":
-            self._send(200, '{"choices": [', claimed=500)
+            self._send(200, '{"choices": [', claimed_length=500)
             self.close_connection = True
         elif fault == "html":
-            self._send(200, "<html>busy</html>", kind="text/html")
+            self._send(200, "<html>busy</html>", content_type="text/html")
         elif fault == "empty":
             self._send(200, '{"choices": []}')
         elif fault == "malformed":
@@ -199,28 +204,19 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "quota":
             self._error(429, "You exceeded your quota", code="insufficient_quota")
         elif fault == "options":
-            self._options(body)
+            self._reject_options(body)
         else:
-            status, _, after = fault.partition(":")
-            headers = {"Retry-After": after} if after else None
+            status, _, retry_after = fault.partition(":")
+            headers = {"Retry-After": retry_after} if retry_after else None
             self._error(int(status), f"this is a {status}; you sent {key}", headers)
 
-    def _options(self, body: dict[str, Any]) -> None:
-        """Like a model that reasons."""
-        if "max_tokens" in body:
-            self._error(
-                400,
-                "Use 'max_completion_tokens'",
-                code="unsupported_parameter",
-                param="max_tokens",
-            )
-        elif "temperature" in body:
-            self._error(400, "Only the default (1)", code="unsupported_value", param="temperature")
-        else:
-            question = shown(body)
-            with self.judge.lock:
-                self.judge.served[question] += 1
-            self._reply(f"Verdict: {self.judge.rule(*question)}")
+    def _reject_options(self, body: dict[str, Any]) -> None:
+        """Behaves like a reasoning model."""
+        for name, code in (("max_tokens", "parameter"), ("temperature", "value")):
+            if name in body:
+                self._error(400, f"{name}?", code=f"unsupported_{code}", param=name)
+                return
+        self._serve(shown(body))
 
 
 def _completion(text: str | None, finish: str) -> dict[str, Any]:

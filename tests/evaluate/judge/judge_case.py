@@ -1,4 +1,4 @@
-"""A directory with answers of several models and a configuration that has them judged."""
+"""Answers of several models on disk, and a configuration that has them judged."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ KEY_VARIABLE = "FAKE_JUDGE_KEY"
 def write_answers(
     output: Path, name: str, answers: Sequence[str], prompts: Sequence[Prompt] | None = None
 ) -> None:
-    """A file such as `generate` leaves."""
+    """Writes a file like those of `generate`."""
     path = answers_file(output, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = prompts or [f"Question {index}?" for index in range(len(answers))]
@@ -32,7 +32,7 @@ def write_answers(
 def write_case(
     directory: Path, answers: Mapping[str, Sequence[str]], url: str = "", **judge: Any
 ) -> Path:
-    """The configuration; results go to `directory/out`."""
+    """Writes answers and a configuration with the results in `directory/out`; returns its path."""
     output = directory / "out"
     for name, texts in answers.items():
         write_answers(output, name, texts)
@@ -48,28 +48,29 @@ def write_case(
     return path
 
 
-def result(directory: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((location(directory, name) / "result.json").read_text())
-    return found
-
-
-def verdicts(directory: Path, name: str) -> list[dict[str, Any]]:
-    lines = (location(directory, name) / "verdicts.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def location(directory: Path, name: str) -> Path:
+def comparison_directory(directory: Path, name: str) -> Path:
     return directory / "out" / "judge" / name
 
 
-def lengths(first: Sequence[int]) -> dict[str, list[str]]:
-    """Answers of `base`, all of 6 letters, and of `idpo`, of these lengths; each is another."""
+def result(directory: Path, name: str) -> dict[str, Any]:
+    path = comparison_directory(directory, name) / "result.json"
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+def verdicts(directory: Path, name: str) -> list[dict[str, Any]]:
+    path = comparison_directory(directory, name) / "verdicts.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def answers_of_lengths(lengths: Sequence[int]) -> dict[str, list[str]]:
+    """Distinct answers: of `base` with 6 letters each, of `idpo` with these lengths."""
     return {
-        "base": [f"b{index:05}" for index in range(len(first))],
-        "idpo": [f"{index:04}".ljust(length, "x") for index, length in enumerate(first)],
+        "base": [f"b{index:05}" for index in range(len(lengths))],
+        "idpo": [f"{index:04}".ljust(length, "x") for index, length in enumerate(lengths)],
     }
 
 
 def won_and_lost(wins: int, losses: int) -> dict[str, list[str]]:
-    """Answers that a judge of length decides so, for `idpo`."""
-    return lengths([9] * wins + [4] * losses)
+    """Answers of which `idpo` wins and loses so many where the longer answer wins."""
+    return answers_of_lengths([9] * wins + [4] * losses)

@@ -1,4 +1,4 @@
-"""Verdicts survive whatever ends the program, and are not mixed with others."""
+"""Stored verdicts survive interruptions, and are not mixed with those of other settings."""
 
 from pathlib import Path
 
@@ -17,18 +17,18 @@ def stored(directory: Path, *verdicts: Verdict) -> dict[tuple[int, str], Verdict
     with VerdictStore(directory, SETTINGS) as store:
         for verdict in verdicts:
             store.add(verdict)
-        return dict(store.standing)
+        return dict(store.verdicts)
 
 
-def test_they_are_there_again(tmp_path: Path) -> None:
+def test_verdicts_and_token_counts_are_read_again(tmp_path: Path) -> None:
     stored(tmp_path, FIRST, FAILED)
     assert stored(tmp_path, SECOND) == {(0, "ab"): FIRST, (0, "ba"): SECOND}
     with VerdictStore(tmp_path, SETTINGS) as store:
-        assert store.standing == {(0, "ab"): FIRST, (0, "ba"): SECOND}
-        assert store.used_tokens == [7, 9], "a question without a verdict was paid for, too"
+        assert store.verdicts == {(0, "ab"): FIRST, (0, "ba"): SECOND}
+        assert store.used_tokens == [7, 9], "a question without a verdict is paid for, too"
 
 
-def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_cut_off(tmp_path: Path) -> None:
     stored(tmp_path, FIRST)
     path = tmp_path / "verdicts.jsonl"
     whole = path.read_bytes()
@@ -40,13 +40,13 @@ def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
     assert stored(tmp_path, FIRST) == {(0, "ab"): FIRST} and path.read_bytes() == whole
 
 
-def test_they_are_on_the_disk_at_once(tmp_path: Path) -> None:
+def test_a_verdict_is_in_the_file_at_once(tmp_path: Path) -> None:
     with VerdictStore(tmp_path, SETTINGS) as store:
         store.add(FIRST)
         assert (tmp_path / "verdicts.jsonl").read_text("utf-8") == FIRST.line()
 
 
-def test_every_part_that_differs_is_named(tmp_path: Path) -> None:
+def test_all_differing_settings_are_reported(tmp_path: Path) -> None:
     stored(tmp_path, FIRST)
     before = (tmp_path / "settings.json").read_bytes()
     other = {"judge": "other", "answers": {"a": "1", "b": "9"}, "kind": "api"}
@@ -54,32 +54,34 @@ def test_every_part_that_differs_is_named(tmp_path: Path) -> None:
         VerdictStore(tmp_path, other)
     message = str(raised.value)
     for part in (
-        "judge: is other",
-        "answers.b: is 9",
-        "template.sha256: is absent",
-        "kind: is api",
+        "judge.model was fake, is now other",
+        "the second model's answers was 2, is now 9",
+        "the text of judge.template was 3, is now not set",
+        "judge.kind was not set, is now api",
     ):
         assert part in message
-    assert "answers.a" not in message and "there are verdicts with fake" in message
+    assert "first model" not in message
     assert (tmp_path / "settings.json").read_bytes() == before
-    assert stored(tmp_path) == {(0, "ab"): FIRST}, "and the lock was let go"
+    assert stored(tmp_path) == {(0, "ab"): FIRST}, "the lock was released"
 
 
 def test_settings_may_change_before_the_first_verdict(tmp_path: Path) -> None:
-    """A wrong name of a judge is found out by asking; it may be corrected then."""
+    """A wrong name of the judge is noticed by asking, and can then be corrected."""
     same = Verdict(index=1, order="both", verdict="tie", note=IDENTICAL)
     assert stored(tmp_path, same, FAILED) == stored(tmp_path) == {(1, "both"): same}
     with VerdictStore(tmp_path, {"judge": "other"}) as store:
         assert '"other"' in (tmp_path / "settings.json").read_text()
-        assert not store.standing and store.used_tokens == [0, 0]
+        assert not store.verdicts and store.used_tokens == [0, 0]
         store.add(same)
     assert (tmp_path / "verdicts.jsonl").read_text("utf-8") == same.line()
 
 
-def test_verdicts_on_nobody_knows_what(tmp_path: Path) -> None:
+def test_verdicts_without_settings_are_refused(tmp_path: Path) -> None:
     stored(tmp_path, FIRST)
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(ConfigError, match=r"nobody knows what the verdicts beside it are on"):
+    with pytest.raises(
+        ConfigError, match=r"settings\.json: cannot be read: No such file.*; restore it, or move"
+    ):
         VerdictStore(tmp_path, SETTINGS)
 
 
@@ -96,15 +98,15 @@ def test_verdicts_on_nobody_knows_what(tmp_path: Path) -> None:
         '{"index": 0, "order": "ab", "verdict": "a", "input_tokens": "7"}',
     ],
 )
-def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+def test_a_damaged_line_is_reported(tmp_path: Path, line: str) -> None:
     stored(tmp_path, FIRST)
     with (tmp_path / "verdicts.jsonl").open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(DataError, match=r"verdicts\.jsonl:2: is no verdict.*delete the line"):
+    with pytest.raises(DataError, match=r"verdicts\.jsonl:2: is not a verdict.*delete the line"):
         VerdictStore(tmp_path, SETTINGS)
 
 
-def test_none_counts_twice(tmp_path: Path) -> None:
+def test_a_verdict_does_not_count_twice(tmp_path: Path) -> None:
     stored(tmp_path, FIRST)
     with (tmp_path / "verdicts.jsonl").open("a") as file:
         file.write(FIRST.line())
@@ -114,7 +116,7 @@ def test_none_counts_twice(tmp_path: Path) -> None:
         stored(tmp_path / "other", FIRST, FIRST)
 
 
-def test_two_do_not_write_at_once(tmp_path: Path) -> None:
+def test_only_one_process_writes(tmp_path: Path) -> None:
     with VerdictStore(tmp_path, SETTINGS):
         with pytest.raises(ConfigError, match="is being written by another process"):
             VerdictStore(tmp_path, SETTINGS)

@@ -3,7 +3,7 @@
 import pytest
 from transformers.utils import logging
 
-from megatron_idpo.evaluate.hf_progress import without_bar
+from megatron_idpo.evaluate.hf_model import hide_loading_bar
 
 
 @pytest.mark.parametrize("is_wanted", [True, False])
@@ -11,7 +11,7 @@ def test_it_is_gone_within_and_after_it_as_before(is_wanted: bool) -> None:
     before = logging.is_progress_bar_enabled()
     try:
         (logging.enable_progress_bar if is_wanted else logging.disable_progress_bar)()
-        with pytest.raises(ZeroDivisionError), without_bar():
+        with pytest.raises(ZeroDivisionError), hide_loading_bar():
             assert not logging.is_progress_bar_enabled()
             _ = 1 / 0
         assert logging.is_progress_bar_enabled() == is_wanted

@@ -1,4 +1,4 @@
-"""Addresses and keys: what is refused, and that a key is told to nobody."""
+"""Addresses and keys: validation, and that a key is never quoted."""
 
 import pytest
 
@@ -13,17 +13,19 @@ def endpoint(url: str, **environment: str) -> Endpoint:
     return Endpoint.of(JudgeConfig(model="m", base_url=url), environment)
 
 
-def test_the_key_is_the_environments() -> None:
-    found = endpoint("https://api.example.com/v1", OPENAI_API_KEY=f" {KEY}\n")
-    assert found.key == KEY and not found.is_local
-    assert KEY not in repr(found) and KEY not in str(found)
-    assert found.scrubbed(f"Bearer {KEY}!") == "Bearer [key]!"
+def test_the_key_comes_from_the_environment_and_is_redacted() -> None:
+    parsed = endpoint("https://api.example.com/v1", OPENAI_API_KEY=f" {KEY}\n")
+    assert parsed.key == KEY and not parsed.is_local
+    assert KEY not in repr(parsed) and KEY not in str(parsed)
+    assert parsed.redact(f"Bearer {KEY}!") == "Bearer [key]!"
 
 
 @pytest.mark.parametrize("value", ["", "  ", None])
-def test_without_a_key(value: str | None) -> None:
+def test_only_a_local_endpoint_works_without_a_key(value: str | None) -> None:
     environment = {} if value is None else {"OPENAI_API_KEY": value}
-    with pytest.raises(ConfigError, match=r"key_variable: the environment has no OPENAI_API_KEY"):
+    with pytest.raises(
+        ConfigError, match="key_variable: the environment variable OPENAI_API_KEY is not set"
+    ):
         endpoint("https://api.example.com/v1", **environment)
     local = endpoint("http://localhost:8000/v1", **environment)
     assert local.key == PLACEHOLDER and local.is_local
@@ -43,12 +45,12 @@ def test_without_a_key(value: str | None) -> None:
         ("example.com", False),
     ],
 )
-def test_what_is_local(host: str, is_local: bool) -> None:
+def test_local_addresses(host: str, is_local: bool) -> None:
     assert endpoint(f"http://{host}/v1", OPENAI_API_KEY=KEY).is_local == is_local
 
 
 @pytest.mark.parametrize(
-    ("url", "key", "is_overheard"),
+    ("url", "key", "sends_key_in_plaintext"),
     [
         ("http://10.0.0.1:8000/v1", KEY, True),
         ("HTTP://judge.example.com/v1", KEY, True),
@@ -57,12 +59,12 @@ def test_what_is_local(host: str, is_local: bool) -> None:
         ("http://localhost:8000/v1", "", False),
     ],
 )
-def test_what_is_overheard(url: str, key: str, is_overheard: bool) -> None:
-    assert endpoint(url, OPENAI_API_KEY=key).is_overheard == is_overheard
+def test_plaintext_transmission_of_a_key(url: str, key: str, sends_key_in_plaintext: bool) -> None:
+    assert endpoint(url, OPENAI_API_KEY=key).sends_key_in_plaintext == sends_key_in_plaintext
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\nX: y", f"{KEY} {KEY}", f"{KEY}é", f"{KEY}\x00"])
-def test_a_key_that_no_header_can_have_is_not_quoted(key: str) -> None:
+def test_an_invalid_key_is_not_quoted(key: str) -> None:
     with pytest.raises(ConfigError) as raised:
         endpoint("http://localhost/v1", OPENAI_API_KEY=key)
     assert "OPENAI_API_KEY" in str(raised.value) and KEY not in str(raised.value)
@@ -84,11 +86,11 @@ def test_secrets_in_an_address_are_refused_and_not_quoted(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["host/v1", "ftp://host", "https://", "http://[::1", "http://h:x"])
-def test_no_address(url: str) -> None:
+def test_invalid_addresses_are_reported(url: str) -> None:
     with pytest.raises(ConfigError, match=r"judge\.base_url"):
         endpoint(url, OPENAI_API_KEY=KEY)
 
 
-def test_a_short_key_is_no_secret() -> None:
-    """Else a server that wants any key would have its verdicts mangled."""
-    assert endpoint("http://h/v1", OPENAI_API_KEY="A").scrubbed("Verdict: A") == "Verdict: A"
+def test_a_short_key_is_not_redacted() -> None:
+    """It would garble verdicts; such keys are placeholders for servers that need any key."""
+    assert endpoint("http://h/v1", OPENAI_API_KEY="A").redact("Verdict: A") == "Verdict: A"

@@ -18,7 +18,7 @@ from megatron_idpo.evaluate.generate.answers import (
     read_answers,
     settings_file,
 )
-from megatron_idpo.evaluate.generate.main import main
+from megatron_idpo.evaluate.generate.run import main
 from megatron_idpo.evaluate.generate.transformers_engine import TransformersEngine
 from megatron_idpo.storage.lock import locked
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.generate.main import main
+from megatron_idpo.evaluate.generate.run import main
 
 
 def config(root: Path, **sections: Any) -> Path:
@@ -54,5 +54,5 @@ def test_nothing_to_draw_from_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_is_none_of_its_business(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="would not be read: no part of this verb"):
+    with pytest.raises(ConfigError, match="has no effect: this verb does not read"):
         main(config(tmp_path), ["optimizer.lr=1.0"])

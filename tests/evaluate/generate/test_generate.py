@@ -11,7 +11,7 @@ import pytest
 
 from megatron_idpo.errors import ConfigError, DataError, UserError
 from megatron_idpo.evaluate.generate.answers import answers_file, read_answers, settings_file
-from megatron_idpo.evaluate.generate.main import main
+from megatron_idpo.evaluate.generate.run import main
 from megatron_idpo.evaluate.generate.transformers_engine import TransformersEngine
 
 from .tiny_answers import (
@@ -320,7 +320,7 @@ def test_vllm_gets_many_batches_at_once(
             calls.append(0)
 
     monkeypatch.setattr("megatron_idpo.evaluate.generate.vllm_engine.VllmEngine", Engine)
-    monkeypatch.setattr("megatron_idpo.evaluate.generate.main.choose_engine", lambda wanted: "vllm")
+    monkeypatch.setattr("megatron_idpo.evaluate.generate.run.choose_engine", lambda wanted: "vllm")
     assert main(write_config(tmp_path, model), []) == 0
     assert calls == [5, 0]
     settings = json.loads(settings_file(answers_file(tmp_path / "out", "one")).read_text())
