@@ -1,20 +1,20 @@
-"""Which layers to give a loss of their own, from the layer curves: a rule of thumb, with reasons.
+"""Suggests layers to tap from the layer curves: a heuristic, with its reasons.
 
-A layer can be tapped where the head reads it at all: where it predicts the answers' tokens better
-than chance. It should read the pairs as the final layer does, or its loss pulls elsewhere; and it
-should not have learnt already what its loss would teach. So readable layers are ranked by
+A layer can be tapped where the head can read it: where it predicts the answers' tokens better than
+chance. It should prefer the same answers as the final layer, or its loss pulls in another
+direction; and it should not yet have learned what its loss would teach. Readable layers are ranked
+by
 
-    score = agreement x room
+    score = agreement x headroom
 
 and the others come last. `agreement` is the correlation of the layer's own preference with the
-final layer's (`layer_curves.py`). `room` is the share of the final layer's gain in likelihood that
-the layer has not made: of a model that was trained by DPO, 1 - (likelihood - 1/2) / (final
-likelihood - 1/2), within 0 and 1. Of a model that is the reference itself, or has gained nothing,
-nobody knows; then it is the share of the layers that come after, which are what an earlier loss
-could spare.
+final layer's (`layer_curves.py`). `headroom` is the share of the final layer's gain in likelihood
+that the layer lacks: for a model trained by DPO, 1 - (likelihood - 1/2) / (final likelihood - 1/2),
+clipped to 0..1. For the reference itself, or a model without a gain, it is unknown; then it is the
+share of layers above, which an earlier loss could save.
 
-This is ours, not the papers'; the intermediate-DPO paper found layer 22 of 32 (depth 0.69) best of
-those that it tried. docs/results.md tells how the rule fared.
+This heuristic is ours, not the papers'. The intermediate-DPO paper found layer 22 of 32 (depth
+0.69) best of those that it tried. docs/results.md has measurements of the heuristic.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,22 +23,27 @@ from math import isnan
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
-from megatron_idpo.config.run_config import RunConfig, load_config
+from megatron_idpo.config.load import load_config
 from megatron_idpo.errors import DataError
-from megatron_idpo.evaluate.intervals import Floats
-from megatron_idpo.evaluate.likelihood.curves_file import DIRECTORY, FILE, read_curves
+from megatron_idpo.evaluate.likelihood.curves_file import (
+    DIRECTORY,
+    FILE,
+    read_curves,
+    read_settings,
+)
 from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
-from megatron_idpo.evaluate.likelihood.settings import read_made_of
-from megatron_idpo.evaluate.models import evaluation_directory
+from megatron_idpo.evaluate.models import evaluation_output
+from megatron_idpo.train.metrics.intervals import Floats
 
 ADVICE = "advice.md"
 _SHOWN = 5
-_NOTHING = 0.5
-"""The likelihood of a model that is no further than the reference."""
+_NO_GAIN = 0.5
+"""Likelihood of a model that equals the reference."""
 
-_SOMETHING = 1e-4
-"""A gain in likelihood that is more than rounding."""
+_MIN_GAIN = 1e-4
+"""A smaller gain in likelihood may be rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,61 +54,74 @@ class Advice:
     depth: float
     agreement: float
     agreement_low: float
+    """Lower bound of the 95 % interval; NaN if there are too few prompts."""
+
     nats: float
-    """Per token of the answers."""
+    """Cross-entropy per token of the answers."""
 
     chance_nats: float
-    """What they are where all words are as likely."""
+    """The same for a uniform distribution."""
 
-    room: float
+    headroom: float
     has_gained: bool
-    """Whether `room` is measured; otherwise it is the share of layers that come after."""
+    """Whether `headroom` is measured; if not, it is the share of layers above."""
 
     @property
     def is_readable(self) -> bool:
-        """Whether it predicts the answers better than chance."""
+        """Whether the layer predicts the answers better than chance."""
         return self.nats < self.chance_nats
 
     @property
     def score(self) -> float:
-        """0 where nothing can be read, or the agreement may well be none."""
-        return self.agreement * self.room if self.is_readable and self.agreement_low > 0 else 0.0
+        """0 where the layer is not readable, or its agreement may be 0."""
+        is_usable = self.is_readable and self.agreement_low > 0
+        return self.agreement * self.headroom if is_usable else 0.0
 
     @property
     def reason(self) -> str:
-        """In words."""
+        """The score in words."""
         if isnan(self.agreement_low):
-            return "too few prompts to tell"
+            return "too few prompts"
         if not self.is_readable:
-            worse = f"{self.nats:.1f} nats a token, {self.chance_nats:.1f} by chance"
-            return f"the head cannot read it: {worse}"
+            nats = f"{self.nats:.1f} nats per token, chance is {self.chance_nats:.1f}"
+            return f"not readable by the head: {nats}"
         if self.agreement_low <= 0:
-            return "nothing that the final layer agrees with can be read there"
-        reads = f"agrees {self.agreement:.2f} with the final layer"
+            return "no significant agreement with the final layer"
+        agreement = f"agreement {self.agreement:.2f} with the final layer"
         if self.has_gained:
-            return f"{reads}, has made {1 - self.room:.0%} of its gain in likelihood"
-        return f"{reads}, {self.room:.0%} of the layers come after"
+            return f"{agreement}, {1 - self.headroom:.0%} of its gain in likelihood"
+        return f"{agreement}, {self.headroom:.0%} of the layers are above"
 
 
 def rank_layers(curves: LayerCurves) -> list[Advice]:
-    """All layers below the final one, the best first."""
+    """All layers below the final one, best first."""
     agreement, nats = curves.estimates["agreement"], curves.estimates["nats_per_token"]
-    room_L, has_gained = _room(curves)
-    depth = curves.layers[-1]
-    found = [
+    headroom_L, has_gained = _headroom(curves)
+    layers = [
         Advice(
             layer,
-            layer / depth,
-            float(agreement.value_L[location]),
-            float(agreement.low_L[location]),
-            float(nats.value_L[location]),
+            layer / curves.layers[-1],
+            float(agreement.value_L[index]),
+            float(agreement.low_L[index]),
+            float(nats.value_L[index]),
             curves.chance_nats,
-            float(room_L[location]),
+            float(headroom_L[index]),
             has_gained,
         )
-        for location, layer in enumerate(curves.layers[:-1])
+        for index, layer in enumerate(curves.layers[:-1])
     ]
-    return sorted(found, key=lambda advice: (-advice.score, not advice.is_readable, -advice.layer))
+    return sorted(layers, key=lambda advice: (-advice.score, not advice.is_readable, -advice.layer))
+
+
+def _headroom(curves: LayerCurves) -> tuple[Floats, bool]:
+    """Of each layer, and whether it is measured."""
+    likelihood = curves.estimates["likelihood"]
+    if curves.is_reference or not likelihood.low_L[-1] > _NO_GAIN + _MIN_GAIN:
+        layers_L = np.array(curves.layers, np.float64)
+        return 1 - layers_L / layers_L[-1], False
+    gained_L = (likelihood.value_L - _NO_GAIN) / (likelihood.value_L[-1] - _NO_GAIN)
+    headroom_L: Floats = 1 - np.clip(gained_L, 0, 1)
+    return headroom_L, True
 
 
 def format_best_layers(curves: Sequence[LayerCurves]) -> Iterator[str]:
@@ -112,71 +130,55 @@ def format_best_layers(curves: Sequence[LayerCurves]) -> Iterator[str]:
         ranked = rank_layers(model)
         best = [advice for advice in ranked[:3] if advice.score > 0]
         if not ranked or any(isnan(advice.agreement_low) for advice in ranked):
-            yield f"{model.model}: no advice, {ranked[0].reason if ranked else 'one layer only'}"
+            yield f"{model.model}: no advice, {ranked[0].reason if ranked else 'only one layer'}"
         elif best:
-            named = ", ".join(str(advice.layer) for advice in best)
-            yield f"{model.model}: layers to tap next, by advise: {named}; {best[0].reason}"
+            layers = ", ".join(str(advice.layer) for advice in best)
+            yield f"{model.model}: suggested layers to tap: {layers}; {best[0].reason}"
         else:
-            yield f"{model.model}: no layer reads the pairs as the final one does"
+            yield f"{model.model}: no layer agrees with the final layer"
 
 
 def advice_markdown(curves: Sequence[LayerCurves]) -> str:
-    """Every model's ranking, and what it is worth."""
-    parts = [_HEAD]
+    """The ranking of each model."""
+    parts = [
+        "# Layers to tap\n\nRanked by agreement with the final layer times headroom, where the "
+        "head\nreads the layer better than chance: a heuristic of this package, not the papers'. The\n"
+        "intermediate-DPO paper found layer 22 of 32 (depth 0.69) best of those that it tried.\n"
+    ]
     for model in curves:
         parts.append(f"## {model.model}\n\n{model.format_sample}\n")
         parts.append("| rank | layer | depth | score | why |\n|---|---|---|---|---|")
-        for rank, advice in enumerate(rank_layers(model), start=1):
-            parts.append(
-                f"| {rank} | {advice.layer} | {advice.depth:.2f} | {advice.score:.3f} | "
-                f"{advice.reason} |"
-            )
+        parts += [
+            f"| {rank} | {one.layer} | {one.depth:.2f} | {one.score:.3f} | {one.reason} |"
+            for rank, one in enumerate(rank_layers(model), start=1)
+        ]
         parts.append("")
     return "\n".join(parts)
 
 
 def main(path: Path, overrides: Sequence[str]) -> int:
-    """The verb `advise`: the ranking from the curves that `likelihood` left; the exit code.
+    """The verb `advise`: print the ranking from the curves of `likelihood`; returns the exit code.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no curves, or they are of other models.
     """
     config = load_config(path, overrides, required=(), optional=("training", "evaluate"))
-    directory = evaluation_directory(config) / DIRECTORY
-    made_of, curves = read_made_of(directory), read_curves(directory / FILE)
-    _check_models(config, curves, directory)
-    print(f"against {made_of['reference']}, beta {made_of['beta']}")
-    for model in curves:
-        print(f"{model.model}: {model.format_sample}")
-        for rank, advice in enumerate(rank_layers(model)[:_SHOWN], start=1):
-            location = f"layer {advice.layer:>3} (depth {advice.depth:.2f})"
-            print(f"  {rank}. {location}  score {advice.score:.2f}: {advice.reason}")
-    print("score = agreement x room where the head can read, a rule of thumb (docs/evaluation.md)")
-    return 0
-
-
-def _check_models(config: RunConfig, curves: Sequence[LayerCurves], directory: Path) -> None:
-    """Refuse the curves of other models than those that are named, if any are."""
-    wanted, found = list(config.evaluate.models), [model.model for model in curves]
-    if wanted and wanted != found:
-        message = f"has the curves of {', '.join(found)}, not of {', '.join(wanted)}"
+    directory = evaluation_output(config) / DIRECTORY
+    settings, curves = read_settings(directory), read_curves(directory / FILE)
+    configured, models = list(config.evaluate.models), [model.model for model in curves]
+    if configured and configured != models:
+        message = f"has the curves of {', '.join(models)}, not of {', '.join(configured)}"
         raise DataError.at(str(directory), message, "run `likelihood` again")
-
-
-_HEAD = """# Layers to tap
-
-Ranked by agreement with the final layer times the room that is left, where the head reads the layer
-better than chance: a rule of thumb of this package, not the papers'. The intermediate-DPO paper
-found layer 22 of 32 (depth 0.69) best of those that it tried.
-"""
-
-
-def _room(curves: LayerCurves) -> tuple[Floats, bool]:
-    """Of every layer, and whether it is measured."""
-    likelihood = curves.estimates["likelihood"]
-    if curves.is_reference or not likelihood.low_L[-1] > _NOTHING + _SOMETHING:
-        layers_L = np.array(curves.layers, np.float64)
-        return 1 - layers_L / layers_L[-1], False
-    gained_L = (likelihood.value_L - _NOTHING) / (likelihood.value_L[-1] - _NOTHING)
-    room_L: Floats = 1 - np.clip(gained_L, 0, 1)
-    return room_L, True
+    console = Console(highlight=False)
+    lines = [f"reference: {settings['reference']}, beta {settings['beta']}"]
+    for model in curves:
+        lines.append(f"{model.model}: {model.format_sample}")
+        lines += [
+            f"  {rank}. layer {one.layer:>3} (depth {one.depth:.2f})  score {one.score:.2f}: "
+            f"{one.reason}"
+            for rank, one in enumerate(rank_layers(model)[:_SHOWN], start=1)
+        ]
+    lines.append("score = agreement x headroom where the head can read (docs/evaluation.md)")
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+    return 0

@@ -1,4 +1,4 @@
-"""What a model makes of held-out pairs at every layer, as curves with intervals.
+"""Layer curves: what a model predicts on held-out pairs at every layer, with intervals.
 
 For a pair with chosen answer w and rejected answer l, at every layer and against the reference at
 the same layer, with Delta of Eq. 1:
@@ -7,35 +7,35 @@ the same layer, with Delta of Eq. 1:
     margin         mean of Delta: TRL's rewards/margins
     accuracy       share of pairs with Delta > 0; a tie counts half
 
-and of the layer by itself, read through the model's own head, without a reference, from mean
-log-probabilities per token (sums would tell which answer is longer):
+and of the layer alone, read through the model's own head, without a reference, from mean
+log-probabilities per token (sums would depend on the answers' lengths):
 
-    own_accuracy   share of pairs whose chosen answer it finds likelier; a tie counts half
-    agreement      correlation over pairs of its own preference, chosen minus rejected, with the
-                   final layer's
-    nats_per_token how badly it predicts the answers' tokens; chance is the log of the vocabulary
+    own_accuracy   share of pairs with a more likely chosen answer; a tie counts half
+    agreement      correlation over pairs of the layer's own preference, chosen minus rejected,
+                   with the final layer's
+    nats_per_token cross-entropy of the answers' tokens; chance is the log of the vocabulary size
 
-Shapes: P pairs, L layers, S samples of means, K means, 2 = chosen, rejected.
+Shapes: P pairs, L layers, S resampled means, K means, 2 = chosen, rejected.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idpo.evaluate.intervals import Floats, bootstrap_interval
-from megatron_idpo.reference.cache_files import Logps
+from megatron_idpo.reference.logps_table import Logps
+from megatron_idpo.train.metrics.intervals import Floats, bootstrap_interval
 
 QUANTITIES = ("likelihood", "margin", "accuracy", "own_accuracy", "agreement", "nats_per_token")
 _MEANS = ("likelihood", "margin", "accuracy", "own_accuracy")
 """Quantities that are plain means over pairs."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Estimate:
-    """One quantity at every layer: its value and a 95 % interval, NaN where it is not known."""
+class Estimate(NamedTuple):
+    """A quantity at every layer: value and 95 % interval, NaN where it is not known."""
 
     value_L: Floats
     low_L: Floats
@@ -44,7 +44,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCurves:
-    """All quantities of one model."""
+    """The layer curves of one model."""
 
     model: str
     layers: tuple[int, ...]
@@ -52,10 +52,10 @@ class LayerCurves:
 
     pairs: int
     prompts: int
-    """Different ones: what is resampled."""
+    """Distinct prompts: the unit of resampling."""
 
     chance_nats: float
-    """What a token costs where all words are as likely: log of the vocabulary's size."""
+    """Cross-entropy per token of a uniform distribution: log of the vocabulary size."""
 
     estimates: Mapping[str, Estimate]
     """By name, in the order of `QUANTITIES`."""
@@ -68,7 +68,7 @@ class LayerCurves:
 
     @property
     def is_reference(self) -> bool:
-        """Whether it is no further than the reference at any layer, but for rounding."""
+        """Whether the model equals the reference at every layer within rounding."""
         margin_L = self.estimates["margin"].value_L
         distance_L = np.abs(self.estimates["likelihood"].value_L - _TIED)
         return bool(max(np.abs(margin_L).max(), distance_L.max()) < _NO_GAIN)
@@ -78,11 +78,11 @@ _TIED = 0.5
 """sigma(0)"""
 
 _NO_GAIN = 1e-5
-"""Mean margins below this are what rounding in fp32 makes of equal models."""
+"""Mean margins below this are rounding in fp32 of equal models."""
 
 _SAME = 1e-6
-"""Log-probabilities that differ by less than this share of themselves are equal: what another
-layout or another packing changes in fp32."""
+"""Relative difference below which log-probabilities count as equal: another layout or packing
+changes as much in fp32."""
 
 
 def layer_curves(
@@ -100,12 +100,12 @@ def layer_curves(
     """Curves of a model from sequence log-probabilities.
 
     Args:
-        model: what it is called.
-        policy_PL2: the model's, every layer, float32 [P, L, 2].
-        reference_PL2: the reference's, likewise.
+        model: its name.
+        policy_PL2: of the model, sums over tokens, float32 [P, L, 2].
+        reference_PL2: of the reference.
         answer_tokens_P2: tokens of the answers, [P, 2], above 0.
-        prompt_P: which prompt each pair is of.
-        vocab_size: words that a token can be.
+        prompt_P: index of each pair's prompt.
+        vocab_size: of the model.
         beta: of Eq. 1.
         samples: resamples of prompts for intervals.
         seed: of resampling.
@@ -130,19 +130,19 @@ def layer_curves(
     )
 
 
-def prompt_numbers(prompts: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
-    """Pairs with the same prompt tokens have the same number."""
-    numbers: dict[bytes, int] = {}
-    return np.array([numbers.setdefault(p.tobytes(), len(numbers)) for p in prompts], np.int64)
+def prompt_indices(prompts: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
+    """The index of each pair's prompt; equal prompt tokens have equal indices."""
+    indices: dict[bytes, int] = {}
+    return np.array([indices.setdefault(p.tobytes(), len(indices)) for p in prompts], np.int64)
 
 
 def _columns(
     policy_PL2: Logps, reference_PL2: Logps, answer_tokens_P2: NDArray[np.integer], beta: float
 ) -> Floats:
-    """What is averaged over pairs: for each layer `_MEANS`, then what correlations and rates need.
+    """Values per pair whose means determine all quantities.
 
-    [P, K]: K = 4 L means; L own preferences x, L of x², L of x·y with y the final layer's x; L log-
-    probabilities of both answers; the tokens of both.
+    [P, K] in this order: 4 L of `_MEANS`; L own preferences x; L of x²; L of x·y, y being the final
+    layer's x; L log-probabilities of both answers together; 1 their number of tokens.
     """
     policy, reference = policy_PL2.astype(np.float64), reference_PL2.astype(np.float64)
     ratio_PL2 = policy - reference
@@ -167,7 +167,7 @@ def _columns(
 
 
 def _share(values: Floats, rounding: Floats) -> Floats:
-    """1 where positive, a half where it may be rounding, else 0."""
+    """1 where positive, 1/2 where it may be rounding, else 0."""
     return (np.sign(np.where(np.abs(values) <= rounding, 0.0, values)) + 1) / 2
 
 
@@ -180,7 +180,7 @@ def _quantities(means_SK: Floats, num_layers: int) -> Floats:
     covariance = products - own * own[:, -1:]
     with np.errstate(invalid="ignore", divide="ignore"):
         agreement = covariance / np.sqrt(variance * variance[:, -1:])
-    # Where all pairs are alike there is no correlation, and rounding would make one up.
+    # Without variance the correlation is undefined; what was computed above is rounding.
     is_flat = variance <= _ROUNDING * squares
     agreement[is_flat | is_flat[:, -1:]] = np.nan
     return np.concatenate([*parts[: len(_MEANS)], agreement, -logps / tokens_S1], axis=1)

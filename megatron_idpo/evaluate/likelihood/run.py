@@ -1,15 +1,16 @@
-"""Layer curves of several models against one reference, as named steps, on every rank.
+"""Layer curves of several models against one reference. Collective: all ranks take part.
 
-Each model is read at every layer, once: its log-probabilities are kept in a cache that bears the
-name of what they depend on, so that a run that was interrupted goes on, a model that has changed is
-read again, and two names of one model are one reading.
+Each model is scored once, at every layer. Its log-probabilities are cached under a digest of what
+they depend on: an interrupted run continues, a model that has changed is scored again, and two
+names of one model share a cache.
 
-Models are read in one layout and one after the other; only one is in memory.
+Models are scored one after the other in the same layout; one at a time is in memory.
 """
 
 import gc
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.convert.frozen_model import FrozenModel
-from megatron_idpo.convert.model_source import ModelSource, open_model
+from megatron_idpo.convert.model_source import FrozenModel, ModelSource, open_model
 from megatron_idpo.data.run_pairs import (
     RunPairs,
     check_tokens,
@@ -27,258 +27,237 @@ from megatron_idpo.data.run_pairs import (
     row_settings,
     tokenizer_path,
 )
-from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
 from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError, Problem, UserError
-from megatron_idpo.evaluate.likelihood.curves_file import DIRECTORY, FILE, write_curves
-from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves, layer_curves, prompt_numbers
-from megatron_idpo.evaluate.likelihood.settings import write_made_of
-from megatron_idpo.evaluate.likelihood.summary import tell_curves
-from megatron_idpo.evaluate.models import Subject
-from megatron_idpo.evaluate.result_files import check_writable
-from megatron_idpo.lora.peft_config import read_peft_settings
-from megatron_idpo.mcore.parallel.groups import this_rank
-from megatron_idpo.mcore.parallel.signals import StopFlag, Stopped, listening
-from megatron_idpo.mcore.parallel.world import (
-    World,
-    gathered,
-    joined_world,
-    raise_on_all_ranks,
-    running,
+from megatron_idpo.evaluate.likelihood.curves_file import (
+    DIRECTORY,
+    FILE,
+    write_curves,
+    write_settings,
 )
-from megatron_idpo.reference.cache_files import Logps
+from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves, layer_curves, prompt_indices
+from megatron_idpo.evaluate.likelihood.summary import show_curves
+from megatron_idpo.evaluate.models import OUTPUT, EvalModel, check_writable
+from megatron_idpo.lora.peft import read_peft_settings
+from megatron_idpo.mcore.parallel.groups import rank_coordinates
+from megatron_idpo.mcore.parallel.world import (
+    RunStopped,
+    StopFlag,
+    World,
+    all_gather_objects,
+    catch_stop_signals,
+    distributed_world,
+    raise_on_all_ranks,
+    running_layout,
+)
 from megatron_idpo.reference.fingerprint import fingerprint
-from megatron_idpo.reference.frozen import frozen_model
-from megatron_idpo.reference.live import Resident
+from megatron_idpo.reference.logps_table import Logps
 from megatron_idpo.reference.run_caches import RunCaches
+from megatron_idpo.reference.score import CachePart
+from megatron_idpo.reference.sources import Resident, frozen_model
 
 LOGPS = "logps"
 _DIGITS = 12
 REFERENCE = "the reference"
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
+class _Scoring:
     """What is the same for all models."""
 
     config: RunConfig
-    """With every layer."""
+    """With taps at every layer."""
 
     world: World
     pairs: RunPairs
     directory: Path
     stop_flag: StopFlag
-    vocab_size: int
-    has_adapters: bool
-    """Whether any model has: then all are read by the same kernels, to round alike."""
-
-    @property
-    def held_out(self) -> PairDataset:
-        """The pairs that are read; the verb has seen to it that there are some."""
-        assert self.pairs.eval is not None
-        return self.pairs.eval
+    use_plain_linears: bool
+    """Whether any model has an adapter. All models then use the same kernels, so that equal weights
+    round equally."""
 
 
-def likelihood(config: RunConfig, models: Sequence[Subject], output: Path) -> int:
-    """Compute the curves of held-out pairs, or what is missing of them.
+def likelihood(config: RunConfig, models: Sequence[EvalModel], output: Path) -> int:
+    """Compute the layer curves of held-out pairs. Collective.
 
     Args:
         config: `model` is the reference.
-        models: what is compared to it.
-        output: of the evaluation; results go to `likelihood/` in it.
+        models: compared to the reference.
+        output: of the evaluation; results go to its subdirectory `likelihood`.
 
     Returns:
-        0 when all is there, `EXIT_PREEMPTED` when a signal ended it early, saved.
+        0, or `EXIT_PREEMPTED` if a signal stopped the run, with finished batches saved.
 
     Raises:
-        UserError: on every rank; what was read before is there.
+        UserError: on every rank; finished batches are saved.
     """
-    with listening() as stop_flag, joined_world() as world:
-        with raise_on_all_ranks("looking at the models"):
+    directory = output / DIRECTORY
+    with catch_stop_signals() as stop_flag, distributed_world() as world:
+        with raise_on_all_ranks("opening the models"):
             reference = open_model(config.model.path)
-            sources = [open_model(subject.path) for subject in models]
+            sources = [open_model(model.path) for model in models]
             _check(config, world.size, reference, dict(zip(models, sources, strict=True)))
             if world.is_first:
-                check_writable(output / DIRECTORY)
+                check_writable(directory)
         with raise_on_all_ranks("reading the data"):
             pairs = load_run_pairs(config)
             check_tokens(pairs, reference.architecture.vocab_size)
-        reading = _Reading(
-            _at_every_layer(config, reference.architecture.num_layers),
-            world,
-            pairs,
-            output / DIRECTORY,
-            stop_flag,
-            reference.architecture.vocab_size,
-            any(subject.adapter is not None for subject in models),
-        )
+        has_adapters = any(model.adapter is not None for model in models)
+        full = _with_all_layers(config, reference.architecture.num_layers)
+        scoring = _Scoring(full, world, pairs, directory, stop_flag, has_adapters)
+        frozen = {REFERENCE: FrozenModel.of(reference)}
+        for model, source in zip(models, sources, strict=True):
+            plain = FrozenModel.of(source)
+            frozen[model.name] = plain.with_adapter(model.adapter) if model.adapter else plain
         try:
-            with running(config.layout.layout()), _naming_the_output():
-                found = _read_all(reading, reference, models, sources)
-        except Stopped:
+            with running_layout(config.layout), _naming_the_output():
+                scored = {name: _score(scoring, model, name) for name, model in frozen.items()}
+        except RunStopped:
             if world.is_first:
-                print(_format_stopped(reading.directory), flush=True)
+                logger.info(_format_stopped(directory))
             return EXIT_PREEMPTED
         with raise_on_all_ranks("writing the curves"):
             if world.is_first:
-                names = [subject.name for subject in models]
-                curves = _curves(reading, names, [one.logps_PL2 for one in found])
-                (reading.directory / FILE).unlink(missing_ok=True)  # of another configuration
-                readings = dict(zip([REFERENCE, *names], [one.rank for one in found], strict=True))
-                write_made_of(reading.directory, config, models, readings)
-                write_curves(reading.directory / FILE, curves)
-                tell_curves(curves, reading.directory)
+                logps = {name: logps_PL2 for name, (_, logps_PL2) in scored.items()}
+                curves = _curves(scoring, logps, reference.architecture.vocab_size)
+                # Never curves of one configuration next to settings of another.
+                (directory / FILE).unlink(missing_ok=True)
+                paths = {name: path for name, (path, _) in scored.items()}
+                write_settings(directory, config, models, paths)
+                write_curves(directory / FILE, curves)
+                show_curves(curves, directory)
     return 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Read:
-    """A model's log-probabilities, and where in the results they are kept."""
-
-    rank: str
-    logps_PL2: Logps
-
-
-def _read_all(
-    reading: _Reading,
-    reference: ModelSource,
-    models: Sequence[Subject],
-    sources: Sequence[ModelSource],
-) -> list[_Read]:
-    """The reference's log-probabilities, then every model's. Collective; a layout runs."""
-    found = [_logps(reading, FrozenModel.of(reference), REFERENCE)]
-    for subject, source in zip(models, sources, strict=True):
-        model = FrozenModel.of(source)
-        if subject.adapter is not None:
-            model = model.with_adapter(subject.adapter)
-        found.append(_logps(reading, model, subject.name))
-    return found
-
-
-def _curves(reading: _Reading, names: Sequence[str], logps: Sequence[Logps]) -> list[LayerCurves]:
-    """Every model's, from what `_read_all` found: first the reference's, then theirs."""
-    held_out, settings = reading.held_out, reading.config.evaluate
-    prompt_P = prompt_numbers([held_out[at].prompt_tokens for at in range(len(held_out))])
-    reference_PL2, *others = logps
+def _curves(scoring: _Scoring, logps: dict[str, Logps], vocab_size: int) -> list[LayerCurves]:
+    """The curves of all models but the reference."""
+    held_out, settings = scoring.pairs.eval, scoring.config.evaluate
+    assert held_out is not None
+    prompt_P = prompt_indices([held_out[at].prompt_tokens for at in range(len(held_out))])
     return [
         layer_curves(
             name,
             policy_PL2,
-            reference_PL2,
+            logps[REFERENCE],
             np.asarray(held_out.lengths_P3)[:, 1:],
             prompt_P,
-            vocab_size=reading.vocab_size,
-            beta=reading.config.objective.beta,
+            vocab_size=vocab_size,
+            beta=scoring.config.objective.beta,
             samples=settings.bootstrap_samples,
             seed=settings.seed,
         )
-        for name, policy_PL2 in zip(names, others, strict=True)
+        for name, policy_PL2 in logps.items()
+        if name != REFERENCE
     ]
 
 
-def _logps(reading: _Reading, model: FrozenModel, name: str) -> _Read:
-    """A model's log-probabilities at every layer, read now or before. Collective.
+def _score(scoring: _Scoring, model: FrozenModel, name: str) -> tuple[str, Logps]:
+    """A model's log-probabilities at every layer, from the cache or scored. Collective.
+
+    Returns:
+        The cache's path within the results, and [P, L, 2].
 
     Raises:
         UserError: on every rank.
-        Stopped: on every rank; a signal came. What was read is saved.
+        RunStopped: on every rank; a signal stopped the run, finished batches are saved.
     """
-    config, held_out = reading.config, reading.held_out
-    wanted = fingerprint(
+    config, held_out = scoring.config, scoring.pairs.eval
+    assert held_out is not None
+    current = fingerprint(
         config,
         held_out,
-        reading.pairs.tokenizer,
+        scoring.pairs.tokenizer,
         weights=model.identity,
         num_layers=model.source.architecture.num_layers,
     )
-    directory = reading.directory / LOGPS / _digest(json.dumps(wanted.as_dict()))
-    what = f"held-out pairs by {name}"
-    caches = RunCaches.of_one_set(model, held_out, directory, wanted, what=what)
+    digest = hashlib.sha256(json.dumps(current.as_dict()).encode()).hexdigest()[:_DIGITS]
+    directory = scoring.directory / LOGPS / digest
+    part = CachePart(held_out, directory, current, "held-out pairs", f"log-probs of {name}")
+    caches = RunCaches(directory, model, (part,))
     if not caches.are_complete():
-        # A signal in the last batch of the model before is heeded here.
-        if any(gathered(reading.stop_flag.is_there)) or not _read(reading, model, caches):
-            raise Stopped
-        gc.collect()  # a model holds itself in circles
-    return _Read(f"{LOGPS}/{directory.name}", caches.open()[0].logps_PL2)
+        # The signal may have arrived in the last batch of the previous model.
+        if any(all_gather_objects(scoring.stop_flag.stop_requested)):
+            raise RunStopped
+        chunks, dpo = frozen_model(
+            config,
+            model,
+            show_progress=scoring.world.is_first,
+            plain_linears=scoring.use_plain_linears,
+        )
+        rows = row_settings(config, scoring.world.size, data_rank=rank_coordinates().dp_rank)
+        is_complete = caches.score(Resident(dpo, chunks), rows, scoring.stop_flag)
+        del chunks, dpo
+        gc.collect()  # a model has reference cycles: without this, two models are in memory
+        if not is_complete:
+            raise RunStopped
+    return f"{LOGPS}/{directory.name}", caches.open()[0].logps_PL2
 
 
-def _read(reading: _Reading, model: FrozenModel, caches: RunCaches) -> bool:
-    """Read what is missing; whether it is complete. Collective."""
-    chunks, dpo = frozen_model(
-        reading.config,
-        model,
-        show_progress=reading.world.is_first,
-        plain_linears=reading.has_adapters,
-    )
-    rows = row_settings(reading.config, reading.world.size, data_rank=this_rank().data)
-    return caches.score(Resident(dpo, chunks), rows, reading.stop_flag)
-
-
-def _at_every_layer(config: RunConfig, num_layers: int) -> RunConfig:
-    """The run's, read at all layers, each at its own reference."""
+def _with_all_layers(config: RunConfig, num_layers: int) -> RunConfig:
+    """The configuration with taps at all layers, each against the same layer of the reference."""
     layers = "all" if num_layers > 1 else ()
     fields = {"layers": layers, "layer_weights": None, "reference_layer": "same"}
     return config.model_copy(update={"objective": config.objective.model_copy(update=fields)})
 
 
 def _check(
-    config: RunConfig, world_size: int, reference: ModelSource, models: dict[Subject, ModelSource]
+    config: RunConfig, world_size: int, reference: ModelSource, models: dict[EvalModel, ModelSource]
 ) -> None:
-    """Refuse what this world cannot run, and models that cannot be compared layer by layer."""
-    wanted = reference.architecture
-    found: list[Problem] = list(config.layout.layout().problems(wanted, world_size))
-    vocabulary = None
-    for subject, source in models.items():
-        rank = f"evaluate.models.{subject.name}"
-        if subject.adapter is not None:
+    """The layout fits, and the models can be compared layer by layer.
+
+    Raises:
+        ConfigError: lists everything that does not fit.
+    """
+    problems: list[Problem] = list(config.layout.problems_for(reference.architecture, world_size))
+    for model, source in models.items():
+        location = f"evaluate.models.{model.name}"
+        if model.adapter is not None:
             try:
-                read_peft_settings(subject.adapter)
+                read_peft_settings(model.adapter)
             except UserError as error:
                 remedy = "name the directory of a PEFT adapter"
-                found.append(Problem(f"{rank}.adapter", str(error), remedy))
+                problems.append(Problem(f"{location}.adapter", str(error), remedy))
         for name in ("num_layers", "vocab_size"):
-            mine, other = getattr(source.architecture, name), getattr(wanted, name)
-            if mine != other:
-                message = f"has {name} {mine}, the reference {other}"
-                remedy = "compare models that were made from the same one"
-                found.append(Problem(rank, message, remedy))
-        if config.model.tokenizer is None and _has_tokenizer(source):
-            vocabulary = vocabulary or _vocabulary(tokenizer_path(config.model))
-            mine = tokenizer_path(config.model.model_copy(update={"path": str(source.directory)}))
-            if _vocabulary(mine) != vocabulary:
-                message = f"{source.directory} has another tokenizer than model.path"
-                remedy = "compare models of one tokenizer, or name it in model.tokenizer"
-                found.append(Problem(rank, message, remedy))
-    if found:
-        raise ConfigError.of(found)
+            value, expected = (
+                getattr(source.architecture, name),
+                getattr(reference.architecture, name),
+            )
+            if value != expected:
+                message = f"has {name} {value}, the reference {expected}"
+                remedy = "compare models that were trained from the same one"
+                problems.append(Problem(location, message, remedy))
+        if config.model.tokenizer is None and not _has_same_tokenizer(config, source):
+            message = f"{source.directory} has another tokenizer than model.path"
+            remedy = "compare models with the same tokenizer, or set model.tokenizer"
+            problems.append(Problem(location, message, remedy))
+    if problems:
+        raise ConfigError.of(problems)
 
 
-def _has_tokenizer(source: ModelSource) -> bool:
-    return any(path.name in ("tokenizer.json", "tokenizer.model") for path in source.companions)
-
-
-def _vocabulary(path: str) -> str:
-    return load_tokenizer(path).vocabulary_identity
+def _has_same_tokenizer(config: RunConfig, source: ModelSource) -> bool:
+    """Whether the model has the vocabulary of the reference, or no tokenizer files."""
+    if not any(path.name in ("tokenizer.json", "tokenizer.model") for path in source.companions):
+        return True
+    section = config.model.model_copy(update={"path": str(source.directory)})
+    one, other = (load_tokenizer(tokenizer_path(part)) for part in (config.model, section))
+    return one.vocabulary_identity == other.vocabulary_identity
 
 
 @contextmanager
 def _naming_the_output() -> Iterator[None]:
-    """Errors of a cache name the field that says where this one is."""
+    """Errors of a cache name the field that sets this cache's directory."""
     try:
         yield
     except UserError as error:
         if "reference.cache" not in str(error):
             raise
-        message = str(error).replace("reference.cache", "evaluate.output")
-        raise type(error)(message) from None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+        raise type(error)(str(error).replace("reference.cache", OUTPUT)) from None
 
 
 def _format_stopped(directory: Path) -> str:
     return (
-        f"stopped by a signal, what was read is saved in {directory}; the same command goes on "
-        f"from there (exit code {EXIT_PREEMPTED})"
+        f"stopped by a signal; finished batches are saved in {directory}; the same command resumes "
+        f"(exit code {EXIT_PREEMPTED})"
     )

@@ -1,4 +1,4 @@
-"""What is shown of layer curves: a table in the terminal, a picture, the layers to tap."""
+"""Presentation of layer curves: table in the terminal, figure, suggested layers."""
 
 from collections.abc import Sequence
 from math import isnan
@@ -12,32 +12,46 @@ from rich.text import Text
 from megatron_idpo.evaluate.likelihood.advise import ADVICE, advice_markdown, format_best_layers
 from megatron_idpo.evaluate.likelihood.curves_file import FILE
 from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
-from megatron_idpo.evaluate.result_files import write_text
-from megatron_idpo.figures.layer_curves import PICTURES, draw_likelihood
+from megatron_idpo.evaluate.models import OUTPUT, write_result
+from megatron_idpo.figures.chart import save_charts
+from megatron_idpo.figures.evaluation import MAIN_QUANTITIES, LayerLine, layer_charts
+from megatron_idpo.figures.style import series_style
+
+FIGURES = ("likelihood.png", "likelihood.svg")
 
 _SHOWN = ("likelihood", "margin", "accuracy")
-"""What a terminal of 80 characters has room for; the rest is in the file."""
+"""Quantities that fit into 80 columns; the rest is in the file."""
 
 _DEPTHS = (0.25, 0.5, 0.69, 1.0)
-"""Layers that the table shows; 0.69 is the intermediate-DPO paper's 22 of 32."""
+"""Depths that the table shows; 0.69 is layer 22 of 32, the best of the intermediate-DPO paper."""
 
 
-def tell_curves(curves: Sequence[LayerCurves], directory: Path) -> None:
-    """Draw the picture, write the advice, and show both with a table and the files.
+def show_curves(curves: Sequence[LayerCurves], directory: Path) -> None:
+    """Write figures and advice, and print the table, the best layers and the paths.
 
     Raises:
         ConfigError: a file cannot be written.
     """
-    for name in PICTURES:
-        draw_likelihood(curves, directory / name)
-    write_text(directory / ADVICE, advice_markdown(curves))
+    lines = [
+        LayerLine(one.model, series_style(index), one.estimates) for index, one in enumerate(curves)
+    ]
+    sample = curves[0].format_sample
+    for name in FIGURES:
+        save_charts(
+            layer_charts(lines, MAIN_QUANTITIES),
+            directory / name,
+            location=OUTPUT,
+            legend=[(line.label, line.style) for line in lines],
+            footnote=f"{sample}; bands: 95 % intervals",
+        )
+    write_result(directory / ADVICE, advice_markdown(curves))
     console = Console(highlight=False)
     console.print(likelihood_table(curves))
-    said = curves[0].format_sample
-    said += "; 95% intervals over prompts" if curves[0].prompts > 1 else ": too few for intervals"
-    for line in (said, *format_best_layers(curves)):
+    has_intervals = curves[0].prompts > 1
+    note = "; 95% intervals over prompts" if has_intervals else ": too few for intervals"
+    for line in (sample + note, *format_best_layers(curves)):
         console.print(line, soft_wrap=True, markup=False)
-    for title, name in (("curves", FILE), ("picture", PICTURES[0]), ("layers", ADVICE)):
+    for title, name in (("curves", FILE), ("figure", FIGURES[0]), ("layers", ADVICE)):
         console.print(f"{title:8} {directory / name}", soft_wrap=True, markup=False)
 
 
@@ -48,23 +62,19 @@ def likelihood_table(curves: Sequence[LayerCurves]) -> Table:
     for name in ("layer", *_SHOWN):
         table.add_column(name, justify="right", no_wrap=True)
     for model in curves:
-        for number, location in enumerate(_places(model.layers)):
+        depth = len(model.layers)
+        indices = sorted({max(1, round(share * depth)) - 1 for share in _DEPTHS})
+        for index in indices:
             table.add_row(
-                Text(model.model if number == 0 else ""),
-                f"{model.layers[location]}/{model.layers[-1]}",
-                *(_describe(model, name, location) for name in _SHOWN),
+                Text(model.model if index == indices[0] else ""),
+                f"{index + 1}/{depth}",
+                *(_format(model, name, index) for name in _SHOWN),
             )
     return table
 
 
-def _places(layers: Sequence[int]) -> list[int]:
-    return sorted({max(1, round(depth * len(layers))) - 1 for depth in _DEPTHS})
-
-
-def _describe(model: LayerCurves, name: str, location: int) -> Text:
-    """`0.631 [0.602, 0.660]`; the interval is left out where it is not known."""
-    one = model.estimates[name]
+def _format(model: LayerCurves, name: str, index: int) -> Text:
+    """`0.631 [0.602, 0.660]`; without the interval where it is not known."""
     form = "+.2f" if name == "margin" else ".3f"
-    value, low, high = (array[location] for array in (one.value_L, one.low_L, one.high_L))
-    message = f"{value:{form}}"
-    return Text(message if isnan(low) else f"{message} [{low:{form}}, {high:{form}}]")
+    value, low, high = (array_L[index] for array_L in model.estimates[name])
+    return Text(f"{value:{form}}" + ("" if isnan(low) else f" [{low:{form}}, {high:{form}}]"))

@@ -1,25 +1,32 @@
-"""The tasks' items from local files: found by their names, checked line by line.
+"""Items of the tasks from local files.
 
-A directory has, for each task, `NAME.jsonl` or one file whose name begins with the task's stem
-(`FILES`), and perhaps a second one for the examples in the prompt, `STEM_train*.jsonl` or
-`STEM_dev*.jsonl`. A line is what the hub's data set has in a row, of which only the fields below
-are kept: without them (numbers, sources) two copies of a question are one, and neither can be an
-example for the other.
+A directory has `NAME.jsonl` for each task, or one file whose name begins with the task's stem
+(`FORMATS`), and optionally a second file for the examples in the prompt, `STEM_train*.jsonl` or
+`STEM_dev*.jsonl`. A line has the fields of the hub's data set. Only the fields below are kept:
+with ids, two copies of a question would count as distinct, and each could be an example for the
+other.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from megatron_idpo.checkpoint.snapshot_metadata import file_digest
 from megatron_idpo.errors import ConfigError, DataError, Problem
+from megatron_idpo.storage.provenance import file_digest
 
 Text = Annotated[str, Field(min_length=1)]
 Record = dict[str, Any]
+
+
+class _Item(BaseModel):
+    """One line; subclasses have a task's fields."""
+
+    def is_consistent(self) -> bool:
+        """Whether the answer is one of the choices."""
+        return True
 
 
 class _Choices(BaseModel):
@@ -27,35 +34,28 @@ class _Choices(BaseModel):
     label: list[str]
 
 
-class _Arc(BaseModel):
+class _Arc(_Item):
     question: Text
     choices: _Choices
     answerKey: str
 
-    @model_validator(mode="after")
-    def _has_answer(self) -> Self:
-        if len(self.choices.text) != len(self.choices.label):
-            raise ValueError("choices have other numbers of texts and labels")
-        if self.answerKey not in self.choices.label:
-            raise ValueError(f"answerKey is {self.answerKey!r}, which is no label")
-        return self
+    def is_consistent(self) -> bool:
+        labels = self.choices.label
+        return len(self.choices.text) == len(labels) and self.answerKey in labels
 
 
-class _HellaSwag(BaseModel):
+class _HellaSwag(_Item):
     activity_label: str
     ctx_a: str
     ctx_b: str
     endings: list[Text]
     label: Annotated[str, BeforeValidator(str)]
 
-    @model_validator(mode="after")
-    def _has_answer(self) -> Self:
-        if not (self.label.isdecimal() and int(self.label) < len(self.endings)):
-            raise ValueError(f"label is {self.label!r}, which is no ending's number")
-        return self
+    def is_consistent(self) -> bool:
+        return self.label.isdecimal() and int(self.label) < len(self.endings)
 
 
-class _Mmlu(BaseModel):
+class _Mmlu(_Item):
     subject: Text
     question: Text
     choices: Annotated[list[str], Field(min_length=4, max_length=4)]
@@ -66,27 +66,23 @@ class _Targets(BaseModel):
     choices: list[Text]
     labels: list[Literal[0, 1]]
 
-    @model_validator(mode="after")
-    def _has_answer(self) -> Self:
-        if len(self.choices) != len(self.labels) or 1 not in self.labels:
-            raise ValueError("needs a label for each choice, and 1 for one at least")
-        return self
 
-
-class _TruthfulQa(BaseModel):
+class _TruthfulQa(_Item):
     question: Text
     mc2_targets: _Targets
 
+    def is_consistent(self) -> bool:
+        labels = self.mc2_targets.labels
+        return len(self.mc2_targets.choices) == len(labels) and 1 in labels
 
-FILES: Mapping[str, tuple[str, type[BaseModel]]] = {
+
+FORMATS: Mapping[str, tuple[str, type[_Item]]] = {
     "arc_challenge": ("arc_challenge", _Arc),
     "hellaswag": ("hellaswag", _HellaSwag),
     "mmlu": ("mmlu", _Mmlu),
     "truthfulqa_mc2": ("truthfulqa_mc", _TruthfulQa),
 }
-"""Task -> what its files' names begin with, and what is in a line."""
-
-_EXAMPLES = ("_train", "_dev")
+"""Task -> stem of its file names, fields of a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,99 +92,82 @@ class Items:
     file: Path
     asked: list[Record]
     examples: list[Record] | None
-    """From which the prompt's examples are drawn; None: from `asked`, without the item itself."""
+    """Examples for prompts are drawn from these; None: from `asked`, without the item itself."""
 
     digests: Mapping[str, str]
-    """sha256 of each file that was read, by its name."""
+    """sha256 of each file by name."""
 
 
 def read_items(directory: Path, tasks: Sequence[str]) -> dict[str, Items]:
-    """Each task's items.
+    """Read the items of each task.
 
     Raises:
-        ConfigError: there is no such directory; naming every task without a file, or with several.
-        DataError: a line is not what the task has.
+        ConfigError: there is no such directory; lists every task without a file, or with several.
+        DataError: a line is not an item of its task.
     """
     if not directory.is_dir():
-        remedy = "name the directory with the items, or leave it out to take them from the hub"
-        raise ConfigError.at("h4.items", f"{directory} is no directory", remedy)
+        remedy = "name the directory with the items, or set null to take them from the hub"
+        raise ConfigError.at("h4.items", f"{directory} is not a directory", remedy)
     names = sorted(path.name for path in directory.glob("*.jsonl"))
-    found: dict[str, tuple[Path, Path | None]] = {}
+    files: dict[str, list[str]] = {}
     problems: list[Problem] = []
     for task in tasks:
         try:
-            asked, examples = _names_of(task, names)
+            files[task] = _select_files(task, names)
         except ConfigError as error:
             problems += error.problems
-            continue
-        found[task] = (directory / asked, None if examples is None else directory / examples)
     if problems:
         raise ConfigError.of(problems)
-    return {task: _read(FILES[task][1], *paths) for task, paths in found.items()}
+    return {task: _read(directory, task, names) for task, names in files.items()}
 
 
-def _names_of(task: str, names: Sequence[str]) -> tuple[str, str | None]:
-    """The file of a task, and the one of its examples.
-
-    Raises:
-        ConfigError: there is none, or more than one could be meant.
-    """
-    stem = FILES[task][0]
-    mine = [name for name in names if name.startswith((stem, task))]
-    examples = [name for name in mine if name.startswith(tuple(stem + end for end in _EXAMPLES))]
-    asked = [name for name in mine if name not in examples]
+def _select_files(task: str, names: Sequence[str]) -> list[str]:
+    """A task's file, then the file of its examples if there is one."""
+    stem = FORMATS[task][0]
+    matching = [name for name in names if name.startswith((stem, task))]
+    examples = [name for name in matching if name.startswith((f"{stem}_train", f"{stem}_dev"))]
+    asked = [name for name in matching if name not in examples]
     if f"{task}.jsonl" in asked:
         asked = [f"{task}.jsonl"]
     if not asked:
-        message = f"has no items of {task}: no file {task}.jsonl, and none that begins with {stem}"
-        raise ConfigError.at("h4.items", message, f"add it, or leave {task} out of h4.tasks")
+        message = f"has no items of {task}: no file {task}.jsonl or {stem}*.jsonl"
+        raise ConfigError.at("h4.items", message, f"add one, or leave {task} out of h4.tasks")
     for several in (asked, examples):
         if len(several) > 1:
             message = f"has several files for {task}: {', '.join(several)}"
-            remedy = f"keep one of them there, or call the one that is meant {task}.jsonl"
+            remedy = f"keep one of them there, or rename the right one to {task}.jsonl"
             raise ConfigError.at("h4.items", message, remedy)
-    return asked[0], (examples[0] if examples else None)
+    return asked + examples
 
 
-def _read(line: type[BaseModel], file: Path, examples: Path | None) -> Items:
-    paths = [file, *([] if examples is None else [examples])]
-    return Items(
-        file,
-        _records(file, line),
-        None if examples is None else _records(examples, line),
-        {path.name: file_digest(path) for path in paths},
-    )
+def _read(directory: Path, task: str, names: Sequence[str]) -> Items:
+    paths = [directory / name for name in names]
+    asked, *examples = [_read_records(path, FORMATS[task][1]) for path in paths]
+    digests = {path.name: file_digest(path) for path in paths}
+    return Items(paths[0], asked, examples[0] if examples else None, digests)
 
 
-def _records(path: Path, line: type[BaseModel]) -> list[Record]:
-    """Every line of a file, with the task's fields alone.
-
-    Raises:
-        DataError: naming the first line that is something else.
-    """
-    found = []
+def _read_records(path: Path, kind: type[_Item]) -> list[Record]:
+    remedy = f"write objects with the hub's fields {', '.join(kind.model_fields)}"
+    records = []
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, text in enumerate(file, start=1):
-                if text.strip():
-                    found.append(_record(text, line, f"{path}:{number}"))
+        lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError.at(str(path), f"cannot be read: {error}", "save it as UTF-8") from None
-    if not found:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        location = f"{path}:{number}"
+        try:
+            item = kind.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            message = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).lstrip(": ")
+            raise DataError.at(location, message, remedy) from None
+        if not item.is_consistent():
+            message = "has an answer that is not among its choices, or choices without labels"
+            raise DataError.at(location, message, remedy)
+        records.append(item.model_dump())
+    if not records:
         raise DataError.at(str(path), "has no items", "put one on each line")
-    return found
-
-
-def _record(text: str, line: type[BaseModel], location: str) -> Record:
-    fields = ", ".join(line.model_fields)
-    remedy = f"write an object with the hub's fields {fields}"
-    try:
-        return line.model_validate(json.loads(text)).model_dump()
-    except json.JSONDecodeError as error:
-        raise DataError.at(location, f"is not JSON: {error}", remedy) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        message = f"{where}: {message}" if where else message
-        raise DataError.at(location, message, remedy) from None
+    return records

@@ -1,25 +1,25 @@
-"""What is known of one model: `h4/NAME.json`, which grows by a task at a time.
+"""One model's values: `h4/NAME.json`, rewritten after each task.
 
     {"model", "tasks": {task: {"metric", "value", "stderr", "items", "few_shot", "examples", "cut",
     "files"}}, "mean", "mean_stderr", "source", "lm_eval", "limit", "settings"}
 
-Values are shares of 1. `settings` has what the figures depend on, beside each task's own files; a
-result with other settings is refused, never mixed with new figures or replaced.
+Values are shares of 1. `settings` has what the values depend on apart from each task's files. A
+result with other settings is refused: it is neither mixed with new values nor replaced.
 """
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_idpo.config.evaluate import H4_TASKS
-from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.lm_eval.backend import Measured
-from megatron_idpo.evaluate.result_files import write_text
+from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.evaluate.lm_eval.tasks import TaskResult
+from megatron_idpo.storage.provenance import as_problems, diff, read_record, write_record
 
 HUB = "hub"
-_TOLD = {
+_LABELS = {
     "weights": "the model's files",
     "adapter": "the adapter's files",
     "tokenizer": "model.tokenizer",
@@ -28,39 +28,36 @@ _TOLD = {
     "source": "h4.items",
     "lm_eval": "lm-eval's version",
 }
-_DIGITS = 64
-"""Of a hash, which says nothing to a reader."""
+_OTHER_SETTINGS = "remove the file to measure again, or name another evaluate.output"
 
 
 @dataclass
 class H4Result:
-    """One model's figures."""
+    """One model's values."""
 
     model: str
     settings: dict[str, Any]
-    """What they depend on, by the names of `_TOLD`."""
+    """What they depend on, by the names of `_LABELS`."""
 
     source: str
-    """`hub` or the directory of the items, as it was written."""
+    """`hub`, or the directory of the items as configured."""
 
-    tasks: dict[str, Measured] = field(default_factory=dict)
-    files: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Task -> sha256 of its local files by name."""
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
-        """H4; None unless all four are there."""
+        """H4; None unless all four tasks are done."""
         if set(self.tasks) != set(H4_TASKS):
             return None
         return sum(task.value for task in self.tasks.values()) / len(H4_TASKS)
 
     @property
     def mean_stderr(self) -> float | None:
-        """Of the mean: the tasks' items have nothing to do with each other."""
+        """Standard error of the mean; the tasks are independent."""
         errors = [task.stderr for task in self.tasks.values() if task.stderr is not None]
         if self.mean is None or len(errors) < len(H4_TASKS):
             return None
-        return float(sum(error**2 for error in errors) ** 0.5 / len(H4_TASKS))
+        return math.sqrt(sum(error**2 for error in errors)) / len(H4_TASKS)
 
     def write(self, path: Path) -> None:
         """Write the file.
@@ -68,14 +65,9 @@ class H4Result:
         Raises:
             ConfigError: it cannot be written.
         """
-        tasks = {
-            name: {**asdict(self.tasks[name]), "files": self.files.get(name, {})}
-            for name in H4_TASKS
-            if name in self.tasks
-        }
-        message = {
+        values = {
             "model": self.model,
-            "tasks": tasks,
+            "tasks": {name: asdict(self.tasks[name]) for name in H4_TASKS if name in self.tasks},
             "mean": self.mean,
             "mean_stderr": self.mean_stderr,
             "source": self.source,
@@ -83,69 +75,47 @@ class H4Result:
             "limit": self.settings["limit"],
             "settings": self.settings,
         }
-        write_text(path, json.dumps(message, indent=1) + "\n")
+        write_record(path, values, error=ConfigError)
 
 
-def read_result(path: Path) -> H4Result | None:
-    """What is there; None if nothing is.
+def read_result(path: Path) -> H4Result:
+    """Read the file of `H4Result.write`.
 
     Raises:
-        ConfigError: the file is something else.
+        ConfigError: it is missing, damaged, or something else.
     """
+    remedy = "remove it and run `h4` again"
+    values = read_record(path, error=ConfigError, remedy=remedy)
     try:
-        values = json.loads(path.read_text("utf-8"))
-        tasks = {name: dict(message) for name, message in values["tasks"].items()}
-        files = {name: message.pop("files") for name, message in tasks.items()}
-        if set(values["settings"]) != set(_TOLD):
-            raise ValueError(f"settings {sorted(set(values['settings']) ^ set(_TOLD))}")
-        return H4Result(
-            values["model"],
-            dict(values["settings"]),
-            values["source"],
-            {name: Measured(**message) for name, message in tasks.items()},
-            files,
-        )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"is no result of h4: {type(error).__name__}: {error}"
-        raise ConfigError.at(str(path), message, "remove it") from None
+        tasks = {name: TaskResult(**task) for name, task in values["tasks"].items()}
+        settings = dict(values["settings"])
+        if set(settings) != set(_LABELS):
+            raise ValueError(f"settings {sorted(set(settings) ^ set(_LABELS))}")
+        return H4Result(values["model"], settings, values["source"], tasks)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"is not a result of h4: {type(error).__name__}: {error}"
+        raise ConfigError.at(str(path), message, remedy) from None
 
 
-def check_same(
-    path: Path, found: H4Result, wanted: H4Result, files: Mapping[str, Mapping[str, str]]
+def check_same_settings(
+    path: Path, stored: H4Result, settings: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
-    """What is there was measured as it is wanted now.
+    """The stored values were measured with these settings and files.
 
     Args:
-        path: of the file.
-        found: what it has.
-        wanted: with the settings of now.
-        files: sha256 of the items' files that would be read now, by task.
+        path: of the stored result.
+        stored: its content.
+        settings: of now.
+        files: task -> sha256 of its local files by name, of now.
 
     Raises:
-        ConfigError: naming everything that differs.
+        ConfigError: lists everything that differs.
     """
-    message = [_describe(name, found.settings[name], wanted.settings[name]) for name in _TOLD]
-    message += [
-        f"the items of {task} differ"
-        for task in found.tasks
-        if task in files and dict(files[task]) != found.files.get(task)
+    problems = as_problems(diff(stored.settings, settings, _LABELS), str(path), _OTHER_SETTINGS)
+    problems += [
+        Problem(str(path), f"the items of {name} differ", _OTHER_SETTINGS)
+        for name, task in stored.tasks.items()
+        if files.get(name, task.files) != task.files
     ]
-    differences = [difference for difference in message if difference]
-    if differences:
-        told_all = f"was measured otherwise: {'; '.join(differences)}"
-        remedy = "remove the file to measure again, or name another evaluate.output"
-        raise ConfigError.at(str(path), told_all, remedy)
-
-
-def _describe(name: str, before: Any, now: Any) -> str | None:
-    if before == now:
-        return None
-    if any(isinstance(value, str) and len(value) == _DIGITS for value in (before, now)):
-        return f"{_TOLD[name]} differ"
-    return f"{_TOLD[name]} was {_value(before)}, here {_value(now)}"
-
-
-def _value(value: Any) -> str:
-    return "null" if value is None else str(value)
+    if problems:
+        raise ConfigError.of(problems)

@@ -1,4 +1,4 @@
-"""The page's sections, each there only where there is something to show."""
+"""The sections of the page; each exists only if there is something to show."""
 
 import math
 import shlex
@@ -6,51 +6,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
 from megatron_idpo.evaluate.models import RUN_FILE
-from megatron_idpo.evaluate.report.charts import Style
-from megatron_idpo.evaluate.report.charts_curriculum import against_styles, curriculum_charts
-from megatron_idpo.evaluate.report.charts_evaluation import (
-    LEADING,
-    SHOWN,
-    duel_chart,
-    duels_of,
+from megatron_idpo.evaluate.report import tables
+from megatron_idpo.evaluate.report.facts import format_value, speed_facts
+from megatron_idpo.evaluate.report.inputs import Comparison, RunInputs, merge_models
+from megatron_idpo.evaluate.report.tables import Table
+from megatron_idpo.figures import training as charts
+from megatron_idpo.figures.chart import Chart, Legend
+from megatron_idpo.figures.evaluation import (
+    LAYER_QUANTITIES,
+    MAIN_QUANTITIES,
+    REFERENCES,
+    LayerLine,
+    WinRate,
     layer_charts,
-    layer_lines,
+    result_charts,
+    win_rate_chart,
 )
-from megatron_idpo.evaluate.report.charts_training import (
-    DRAWN_LAYERS,
-    Chart,
-    speed_charts,
-    training_charts,
-    training_lines,
-)
-from megatron_idpo.evaluate.report.evaluation_inputs import Tasks
-from megatron_idpo.evaluate.report.format import setting
-from megatron_idpo.evaluate.report.headline_speed import speed_facts
-from megatron_idpo.evaluate.report.inputs import Found
-from megatron_idpo.evaluate.report.tables import (
-    Table,
-    all_layers_table,
-    curriculum_table,
-    duels_table,
-    facts_table,
-    final_layers_table,
-    h4_table,
-    layers_table,
-    sources_table,
-)
-from megatron_idpo.figures.series import Series
-from megatron_idpo.train.metrics.names import EVAL, LOSS
+from megatron_idpo.figures.style import series_style
+from megatron_idpo.sdpo.curriculum_figure import curriculum_of
+from megatron_idpo.train.metrics.curves import run_lines, training_line
+
+MAX_LAYERS = 6
+"""Intermediate layers that charts of a single run show."""
+
+_MAX_ROWS = 8
+"""Longer tables are folded."""
+
+_STARTS = {"previous": "the step before", "first": "the first model"}
+_ADAPTERS = {"merge": " Adapters are merged between steps.", "carry": " Adapters are kept."}
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Part of the page: words, charts with one legend, tables; long things folded."""
+    """Text, charts with one legend, tables; folded parts open on request."""
 
     identifier: str
     title: str
-    words: Sequence[str] = ()
-    legend: Sequence[tuple[str, Style]] = ()
+    text: Sequence[str] = ()
+    legend: Legend = ()
     legend_note: str = ""
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
@@ -59,198 +56,206 @@ class Section:
     folded_text: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
-_MOST_ROWS = 8
-"""Of a table that is not folded."""
-
-
-def training_section(runs: Sequence[Found]) -> Section | None:
-    """How training went."""
-    charts = training_charts(runs)
-    if not charts:
-        return None
-    lines = training_lines(runs)
-    has_held_out = any(f"{EVAL}{LOSS}" in record for run in runs for record in run.records)
-    window = max(Series.of(line.records, LOSS).window for line in lines)
-    mean = f", running means of {window} logged lines" if window > 1 else ""
-    note = f"Thin: training{mean}."
-    note += " With marks: held-out pairs." if has_held_out else ""
-    words = []
+def training_lines(runs: Sequence[RunInputs]) -> list[charts.TrainingLine]:
+    """Layers of a single run, else one line per run."""
     if len(runs) > 1:
-        words.append("Losses, margins and accuracies are the final layer's.")
-    elif len(runs[0].layers) > DRAWN_LAYERS:
-        words.append(f"{DRAWN_LAYERS} of {len(runs[0].layers)} intermediate layers are drawn.")
-    table = layers_table(runs)
-    is_long = table is not None and len(table.rows) > _MOST_ROWS
+        return [
+            training_line(run.records, run.label, series_style(index))
+            for index, run in enumerate(runs)
+            if run.records
+        ]
+    (run,) = runs
+    shown = np.linspace(0, len(run.layers) - 1, min(len(run.layers), MAX_LAYERS)).round()
+    return run_lines(run.records, [run.layers[int(at)] for at in shown]) if run.records else []
+
+
+def training_section(runs: Sequence[RunInputs]) -> Section | None:
+    """Loss, margin, accuracy and gradient norm over steps."""
+    lines = training_lines(runs)
+    drawn = charts.training_charts(lines, (*charts.LAYER_QUANTITIES, charts.GRAD_NORM))
+    if not drawn:
+        return None
+    text = []
+    if len(runs) > 1:
+        text.append("Losses, margins and accuracies are the final layer's.")
+    elif len(runs[0].layers) > MAX_LAYERS:
+        text.append(f"Shows {MAX_LAYERS} of {len(runs[0].layers)} intermediate layers.")
+    table = tables.layers_table(runs)
+    is_long = table is not None and len(table.rows) > _MAX_ROWS
     return Section(
         "training",
         "Training",
-        words=words,
+        text,
         legend=[(line.label, line.style) for line in lines],
-        legend_note=note,
-        charts=charts,
+        legend_note=charts.smoothing_note(lines),
+        charts=drawn,
         tables=[table] if table and not is_long else [],
-        folded_tables=[("All layers in figures", table)] if table and is_long else [],
+        folded_tables=[("Table of all layers", table)] if table and is_long else [],
     )
 
 
-def curriculum_sections(runs: Sequence[Found]) -> list[Section]:
+def curriculum_sections(runs: Sequence[RunInputs]) -> list[Section]:
     """The steps of each sDPO run."""
-    found = []
-    for number, run in enumerate(runs):
-        if run.manifest is None:
+    sections = []
+    for index, run in enumerate(runs):
+        if (manifest := run.manifest) is None:
             continue
-        manifest = run.manifest
-        start = {"previous": "the step before", "first": "the first model"}
-        between = {
-            "merge": " Adapters are merged between steps.",
-            "carry": " Adapters are carried on.",
-        }
-        charts = curriculum_charts(manifest, f"curriculum-{number}")
-        found.append(
+        drawn = result_charts(curriculum_of(manifest))
+        text = (
+            "Each step's reference is the step before; its policy starts from "
+            f"{_STARTS.get(manifest.target, manifest.target)}."
+            f"{_ADAPTERS.get(manifest.adapters or '', '')} Intervals are 95 %."
+        )
+        sections.append(
             Section(
-                f"curriculum-{number}",
+                f"curriculum-{index}",
                 "Curriculum" if len(runs) == 1 else f"Curriculum of {run.label}",
-                words=[
-                    "Each step's reference is the step before; its policy starts from "
-                    f"{start.get(manifest.target, manifest.target)}."
-                    f"{between.get(manifest.adapters or '', '')} Intervals are 95 %."
-                ],
-                legend=[(f"against {message}", style) for _, message, style in against_styles()]
-                if charts
-                else (),
-                charts=charts,
-                tables=[curriculum_table(run), sources_table(run)],
+                [text],
+                legend=REFERENCES if drawn else (),
+                charts=drawn,
+                tables=[tables.curriculum_table(manifest), tables.sources_table(manifest)],
             )
         )
-    return found
+    return sections
 
 
-def layers_section(runs: Sequence[Found]) -> Section | None:
-    """What models make of held-out pairs at every layer."""
-    lines = layer_lines(runs)
-    if not lines:
+def layer_curves(runs: Sequence[RunInputs]) -> dict[str, LayerCurves]:
+    """The layer curves of all runs by label."""
+    return merge_models(
+        runs, lambda run: {curves.model: curves for curves in run.evaluation.curves}, _is_same
+    )
+
+
+def _is_same(one: LayerCurves, other: LayerCurves) -> bool:
+    """Whether both are of the same weights and pairs."""
+    if (one.layers, one.pairs, one.prompts) != (other.layers, other.pairs, other.prompts):
+        return False
+    return all(
+        np.array_equal(estimate.value_L, other.estimates[name].value_L, equal_nan=True)
+        for name, estimate in one.estimates.items()
+    )
+
+
+def layers_section(runs: Sequence[RunInputs]) -> Section | None:
+    """Layer curves of held-out pairs."""
+    models = layer_curves(runs)
+    if not models:
         return None
-    samples = {(line.curves.pairs, line.curves.prompts) for line in lines}
-    message = "; ".join(f"{pairs:,} pairs of {prompts:,} prompts" for pairs, prompts in samples)
-    several = len(runs) > 1
-    advice = [
-        (f"Which layers to tap{f': {run.label}' if several else ''}", run.evaluation.advice)
-        for run in runs
-        if run.evaluation.advice
+    lines = [
+        LayerLine(label, series_style(index), curves.estimates)
+        for index, (label, curves) in enumerate(models.items())
     ]
+    samples = "; ".join(sorted({curves.format_sample for curves in models.values()}))
     return Section(
         "layers",
         "Layers",
-        words=[
-            f"Held-out pairs read at every layer: {message}. Bands are 95 % intervals over prompts."
-        ],
+        [f"{samples}, read at every layer. Bands are 95 % intervals over prompts."],
         legend=[(line.label, line.style) for line in lines],
-        charts=layer_charts(lines, LEADING),
-        tables=[final_layers_table(lines)],
-        folded_charts=layer_charts(lines, [name for name in SHOWN if name not in LEADING]),
-        folded_tables=[(f"Every layer of {line.label}", all_layers_table(line)) for line in lines],
-        folded_text=advice,
+        charts=layer_charts(lines, MAIN_QUANTITIES),
+        tables=[tables.final_layers_table(models)],
+        folded_charts=layer_charts(
+            lines, [name for name in LAYER_QUANTITIES if name not in MAIN_QUANTITIES]
+        ),
+        folded_tables=[
+            (f"Every layer of {label}", tables.all_layers_table(curves))
+            for label, curves in models.items()
+        ],
+        folded_text=[
+            (f"Which layers to tap{f': {run.label}' if len(runs) > 1 else ''}", advice)
+            for run in runs
+            if (advice := run.evaluation.advice)
+        ],
     )
 
 
-def duels_section(runs: Sequence[Found]) -> Section | None:
-    """Who wins."""
-    duels = duels_of(runs)
-    if not duels:
-        return None
-    judged = [run for run in runs if run.evaluation.duels]
-    words = [
-        f"{run.label}: {duel.summary}" if len(judged) > 1 else duel.summary
-        for run in judged
-        for duel in run.evaluation.duels
+def comparisons(runs: Sequence[RunInputs]) -> list[tuple[RunInputs, str, Comparison]]:
+    """All comparisons, each with a prefix that names its run where several runs have some."""
+    compared = [run for run in runs if run.evaluation.comparisons]
+    return [
+        (run, f"{run.label}: " if len(compared) > 1 else "", comparison)
+        for run in compared
+        for comparison in run.evaluation.comparisons
     ]
-    drawn = [(title, duel) for title, duel in duels if math.isfinite(duel.rate)]
+
+
+def wins_section(runs: Sequence[RunInputs]) -> Section | None:
+    """Win rates."""
+    found = comparisons(runs)
+    if not found:
+        return None
+    titled = {f"{prefix}{one.a} against {one.b}": one for _, prefix, one in found}
+    rates = [
+        WinRate(title, one.win_rate, one.low, one.high)
+        for title, one in titled.items()
+        if math.isfinite(one.win_rate)
+    ]
     return Section(
         "wins",
         "Win rates",
-        words=[word if word.endswith(".") else f"{word}." for word in words],
-        charts=[duel_chart(drawn)] if drawn else [],
-        tables=[duels_table(duels)],
+        [f"{prefix}{one.summary.removesuffix('.')}." for _, prefix, one in found],
+        charts=[win_rate_chart(rates)] if rates else [],
+        tables=[tables.wins_table(titled)],
     )
 
 
-def h4_section(runs: Sequence[Found]) -> Section | None:
+def h4_section(runs: Sequence[RunInputs]) -> Section | None:
     """H4 of all models."""
-    several = len(runs) > 1
-    models = {
-        f"{run.label} · {model}" if several else model: tasks
-        for run in runs
-        for model, tasks in run.evaluation.h4.items()
-    }
+    models = merge_models(runs, lambda run: run.evaluation.h4, lambda one, other: one == other)
     if not models:
         return None
-    words = ["Percent, ± one standard error."]
-    limits = sorted({tasks.limit for tasks in models.values() if tasks.limit is not None})
-    if limits:
-        message = " or ".join(f"{limit:,}" for limit in limits)
-        words.append(
-            f"Only the first {message} items of each task (of MMLU, of each subject): not "
-            "comparable to others' figures."
+    text = ["Percent, ± one standard error."]
+    if limits := sorted({one.settings["limit"] or 0 for one in models.values()} - {0}):
+        items = " or ".join(f"{limit:,}" for limit in limits)
+        text.append(
+            f"Only the first {items} items of each task (of MMLU, of each subject): not "
+            "comparable to published values."
         )
-    return Section(
-        "h4",
-        "H4",
-        words=[*words, *_h4_origins(models)],
-        tables=[h4_table(models)],
-    )
+    sources = dict.fromkeys(one.source.replace("hub", "the hub") for one in models.values())
+    versions = dict.fromkeys(one.settings["lm_eval"] for one in models.values())
+    text.append(f"Items from {', '.join(sources)}, lm-eval {', '.join(versions)}.")
+    return Section("h4", "H4", text, tables=[tables.h4_table(models)])
 
 
-def _h4_origins(models: Mapping[str, Tasks]) -> list[str]:
-    sources = dict.fromkeys(one.source for one in models.values() if one.source)
-    versions = dict.fromkeys(one.version for one in models.values() if one.version)
-    items = ", ".join("the hub" if source == "hub" else source for source in sources)
-    message = [f"Items from {items}"] if items else []
-    message += [f"lm-eval {', '.join(versions)}"] if versions else []
-    return [f"{', '.join(message)}."] if message else []
-
-
-def speed_section(runs: Sequence[Found]) -> Section | None:
+def speed_section(runs: Sequence[RunInputs]) -> Section | None:
     """Throughput and memory."""
-    facts = {run.label: speed_facts(run.records) for run in runs if run.records}
-    facts = {label: message for label, message in facts.items() if message}
+    facts = {run.label: facts for run in runs if (facts := speed_facts(run.records))}
     if not facts:
         return None
-    lines = training_lines(runs)
-    shown = facts if len(runs) > 1 else {"": next(iter(facts.values()))}
+    lines, several = training_lines(runs), len(runs) > 1
     return Section(
         "speed",
         "Throughput and memory",
-        words=["Of training steps alone; means leave the first steps out, which compile."],
-        legend=[(line.label, line.style) for line in lines] if len(runs) > 1 else (),
-        charts=speed_charts(runs),
-        tables=[facts_table(shown)],
+        ["Training steps only; means leave out the first steps, which compile."],
+        legend=[(line.label, line.style) for line in lines] if several else (),
+        charts=charts.training_charts(lines, (charts.TOKENS_PER_S, charts.PEAK_GB)),
+        tables=[tables.facts_table(facts if several else {"": next(iter(facts.values()))})],
     )
 
 
-def missing(runs: Sequence[Found]) -> list[tuple[str, str]]:
-    """What is not on the page, and the command that would add it."""
-    wanted = {
-        "Layer likelihoods": ("likelihood", lambda one: bool(one.evaluation.curves)),
-        "Sample answers": ("generate", lambda one: bool(one.evaluation.answers)),
-        "Win rates": ("judge", lambda one: bool(one.evaluation.duels)),
-        "H4": ("h4", lambda one: bool(one.evaluation.h4)),
+def missing(runs: Sequence[RunInputs]) -> list[tuple[str, str]]:
+    """What the page lacks, and the command that would add it."""
+    parts = {
+        "Layer likelihoods": ("likelihood", "curves"),
+        "Sample answers": ("generate", "answers"),
+        "Win rates": ("judge", "comparisons"),
+        "H4": ("h4", "h4"),
     }
-    found = []
-    for title, (verb, is_there) in wanted.items():
-        without = [run for run in runs if not is_there(run)]
-        if not without or (len(runs) > 1 and any(not run.is_run and is_there(run) for run in runs)):
+    commands = []
+    for title, (verb, name) in parts.items():
+        without = [run for run in runs if not getattr(run.evaluation, name)]
+        # Runs that were evaluated together have nothing in their own directories.
+        together = any(not run.is_run and run not in without for run in runs)
+        if not without or together:
             continue
         of = f" of {', '.join(run.label for run in without)}" if len(without) < len(runs) else ""
         config = "CONFIG.yaml"
         if len(without) == 1 and without[0].config:
             config = shlex.quote(str(without[0].root / RUN_FILE))
-        found.append((f"{title}{of}", f"megatron-idpo {verb} {config}"))
-    return found
+        commands.append((f"{title}{of}", f"megatron-idpo {verb} {config}"))
+    return commands
 
 
 def format_sampling(settings: Mapping[str, Any]) -> str:
-    """How answers were sampled, in a line; empty where nobody knows."""
+    """How answers were sampled; empty if not known."""
     sampling = settings.get("sampling")
-    if not isinstance(sampling, Mapping):
-        return ""
-    return ", ".join(f"{name.replace('_', ' ')} {setting(v)}" for name, v in sampling.items())
+    return format_value(sampling) if isinstance(sampling, Mapping) else ""

@@ -1,0 +1,130 @@
+"""Colors and line styles of all figures.
+
+A figure is drawn in the colors of a light page. Each color has a CSS variable and a second value
+for dark pages: `chart.py` replaces colors by variables where a figure becomes part of a page.
+Series differ in dashes and markers as well, so that they can be told apart without color.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+INK, QUIET, GRID = "#1c1e21", "#5c626b", "#e3e5e8"
+"""Text and axes; secondary text and reference lines; grid lines. `page.css` has the dark values."""
+
+_SERIES = (
+    ("#0072b2", "#56b4e9"),
+    ("#c8500a", "#ff9457"),
+    ("#00805c", "#2fcb9f"),
+    ("#a8437f", "#e79cc6"),
+    ("#8a6400", "#f0c14a"),
+    ("#5f6670", "#b4bac4"),
+)
+"""Okabe and Ito's colors, on light and on dark pages, adjusted to a contrast of 3:1."""
+
+_DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2.5), (1.5, 2), (8, 2.5, 1.5, 2.5), (3, 1.5))
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+NUM_LAYER_COLORS = 32
+
+
+def _layer_colors(start: float, end: float) -> list[str]:
+    return [to_hex(colormaps["viridis"](at)) for at in np.linspace(start, end, NUM_LAYER_COLORS)]
+
+
+# The parts of viridis with enough contrast to a white and to a dark page.
+_LAYERS = tuple(zip(_layer_colors(0.12, 0.54), _layer_colors(0.45, 0.95), strict=True))
+
+VARIABLES: Mapping[str, str] = {
+    INK: "ink",
+    QUIET: "quiet",
+    GRID: "grid",
+    **{light: f"series-{index}" for index, (light, _) in enumerate(_SERIES)},
+    **{light: f"layer-{index}" for index, (light, _) in enumerate(_LAYERS)},
+}
+"""Color in a figure -> name of its CSS variable. Colors are unique, see `_SERIES`, `_LAYERS`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a series is drawn."""
+
+    color: str
+    """A key of `VARIABLES`."""
+
+    dashes: tuple[float, ...]
+    """Lengths of dashes and gaps in points; empty for a solid line."""
+
+    marker: str
+
+    @property
+    def linestyle(self) -> Literal["-"] | tuple[int, tuple[float, ...]]:
+        """The dashes as matplotlib takes them."""
+        return (0, self.dashes) if self.dashes else "-"
+
+
+FINAL = Style(INK, (), "o")
+"""The final layer, where the figure shows layers of one run."""
+
+
+def series_style(index: int) -> Style:
+    """Style of the series with this index, from 0; cyclic, with a different period per property."""
+    return Style(
+        _SERIES[index % len(_SERIES)][0],
+        _DASHES[index % len(_DASHES)],
+        _MARKERS[index % len(_MARKERS)],
+    )
+
+
+def sequential_colors(count: int) -> list[str]:
+    """`count` colors from dark to light, evenly spaced; distinct up to `NUM_LAYER_COLORS`."""
+    if count == 1:
+        return [_LAYERS[NUM_LAYER_COLORS // 2][0]]
+    return [_LAYERS[round(at)][0] for at in np.linspace(0, NUM_LAYER_COLORS - 1, count)]
+
+
+def layer_styles(layers: Sequence[int]) -> dict[int, Style]:
+    """Styles of intermediate layers from early to late; none equals `FINAL`."""
+    colors = sequential_colors(len(layers))
+    # The first dashes and the first marker are those of `FINAL`.
+    dashes, markers = _DASHES[1:], _MARKERS[1:]
+    return {
+        layer: Style(color, dashes[index % len(dashes)], markers[index % len(markers)])
+        for index, (layer, color) in enumerate(zip(layers, colors, strict=True))
+    }
+
+
+def color_variables(*, dark: bool) -> str:
+    """CSS declarations of the series' and layers' colors: `--series-0: #0072b2; …`."""
+    pairs = [*_SERIES, *_LAYERS]
+    return " ".join(f"--{VARIABLES[pair[0]]}: {pair[dark]};" for pair in pairs)
+
+
+def css_color(color: str) -> str:
+    """The CSS value of a figure's color."""
+    return f"var(--{VARIABLES[color]})"
+
+
+_MARKER_SHAPES = {
+    "o": '<circle cx="17" cy="6" r="3.4"/>',
+    "s": '<rect x="14" y="3" width="6" height="6"/>',
+    "^": '<path d="M17 2l4 7h-8z"/>',
+    "D": '<path d="M17 2l4 4-4 4-4-4z"/>',
+    "v": '<path d="M17 10l4-7h-8z"/>',
+    "P": '<path d="M15.8 2.5h2.4v2.3h2.3v2.4h-2.3v2.3h-2.4v-2.3h-2.3v-2.4h2.3z"/>',
+}
+
+
+def key_svg(style: Style) -> str:
+    """A legend key as `<svg>`: a short line with the marker."""
+    dashes = f' stroke-dasharray="{" ".join(map(str, style.dashes))}"' if style.dashes else ""
+    return (
+        '<svg class="key" viewBox="0 0 34 12" aria-hidden="true" '
+        f'style="color: {css_color(style.color)}">'
+        f'<path d="M1 6h32" fill="none" stroke="currentColor" stroke-width="2"{dashes}/>'
+        f'<g fill="currentColor">{_MARKER_SHAPES[style.marker]}</g></svg>'
+    )

@@ -1,0 +1,205 @@
+"""Charts of training: loss, margin, accuracy, gradient norm, learning rate, speed and memory.
+
+Each layer of one run is a line, or the final layer of each of several runs. Training is noisy from
+step to step: its lines are thin and running means. Held-out pairs are thicker, with markers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from megatron_idpo.figures.chart import Chart, reference_line, set_count_axis, set_value_axis
+from megatron_idpo.figures.numbers import count, decimal
+from megatron_idpo.figures.series import Series
+from megatron_idpo.figures.style import GRID, Style
+
+LOSS, MARGIN, ACCURACY = "loss", "margin", "accuracy"
+GRAD_NORM, LEARNING_RATE, TOKENS_PER_S, PEAK_GB = "norm", "rate", "speed", "memory"
+LAYER_QUANTITIES = (LOSS, MARGIN, ACCURACY)
+
+_TITLES = {
+    LOSS: ("Loss", ""),
+    MARGIN: ("Reward margin", "chosen minus rejected"),
+    ACCURACY: ("Reward accuracy", "share of pairs with a margin above 0"),
+    GRAD_NORM: ("Gradient norm", "before clipping"),
+    LEARNING_RATE: ("Learning rate", ""),
+    TOKENS_PER_S: ("Tokens per second", "all devices"),
+    PEAK_GB: ("Peak memory", "GB, the fullest rank"),
+}
+_MAX_MARKERS = 25
+_SPIKE = 30
+"""Gradient norms are drawn on a logarithmic axis where one is this many times the median."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingLine:
+    """A layer of a run, or one of several runs at its final layer."""
+
+    label: str
+    style: Style
+    is_final: bool
+    training: Mapping[str, Series]
+    """By the names of this module. Only the final layer has quantities without a layer."""
+
+    held_out: Mapping[str, Series]
+    """`LAYER_QUANTITIES`; the accuracy of the final layer with its interval."""
+
+    held_out_pairs: int
+    """0 if not known."""
+
+
+def training_charts(lines: Sequence[TrainingLine], names: Sequence[str]) -> list[Chart]:
+    """Charts of the named quantities; one without any value is left out."""
+    return [
+        chart for name in names if (chart := _chart(_lines_with(lines, name), name)) is not None
+    ]
+
+
+def smoothing_note(lines: Sequence[TrainingLine]) -> str:
+    """What thin and thick lines are, for the legend."""
+    window = max((line.training[LOSS].window for line in lines), default=1)
+    mean = f", running means of {window:,} logged steps" if window > 1 else ""
+    has_held_out = any(len(line.held_out[LOSS]) for line in lines)
+    return f"Thin: training{mean}." + (" With markers: held-out pairs." if has_held_out else "")
+
+
+def _lines_with(lines: Sequence[TrainingLine], name: str) -> list[TrainingLine]:
+    return [line for line in lines if name in LAYER_QUANTITIES or line.is_final]
+
+
+def _chart(lines: Sequence[TrainingLine], name: str) -> Chart | None:
+    descriptions = [text for line in lines if (text := _describe(line, name))]
+    if not descriptions:
+        return None
+    title, note = _TITLES[name]
+    if name == ACCURACY:
+        note = _accuracy_note(lines) or note
+    elif name == LOSS and not all(line.is_final for line in lines):
+        note = "each layer's own"
+    draw_lines = _DRAW.get(name, _draw_positive)
+    last_step = max(
+        series.x_S[-1]
+        for line in lines
+        for series in (*line.training.values(), *line.held_out.values())
+        if len(series)
+    )
+
+    def draw(axes: Axes) -> None:
+        draw_lines(axes, lines, name)
+        set_count_axis(axes, "step", last_step)
+        set_value_axis(axes, percent=name == ACCURACY)
+
+    return Chart(name, title, note, "; ".join(descriptions), draw)
+
+
+def _describe(line: TrainingLine, name: str) -> str:
+    """First and last value."""
+    parts = []
+    for kind, series in (("training", line.training), ("held-out pairs", line.held_out)):
+        if len(values := series.get(name, ())):
+            assert isinstance(values, Series)
+            ends = [
+                f"{decimal(float(values.y_S[at]), '.4g')} at step {count(float(values.x_S[at]))}"
+                for at in (0, -1)
+            ]
+            parts.append(f"{kind} {', '.join(ends)}")
+    return f"{line.label}: {', '.join(parts)}" if parts else ""
+
+
+def _accuracy_note(lines: Sequence[TrainingLine]) -> str:
+    pairs = {line.held_out_pairs for line in lines if line.is_final} - {0}
+    if not pairs:
+        return ""
+    text = f"{pairs.pop():,} pairs" if len(pairs) == 1 else "each run's pairs"
+    return f"held out: 95 % intervals of {text}"
+
+
+def _draw_layers(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
+    """Training and held-out pairs of each line."""
+    for line in lines:
+        _plot(axes, line.training[name].smoothed(), line.style, width=1.0)
+        _plot(axes, line.held_out[name], line.style, width=1.8, marked=True)
+
+
+def _draw_loss(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
+    _draw_layers(axes, lines, name)
+    limits = list(axes.get_ylim())
+    _draw_extent(axes, lines, name)
+    for line in lines:
+        if line.is_final and len(values_S := line.training[name].y_S):
+            # A single diverged step must not flatten the rest of the run.
+            limits += np.quantile(values_S, (0.01, 0.99)).tolist()
+    axes.set_ylim(min(limits), max(limits))
+
+
+def _draw_margin(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
+    reference_line(axes, 0)
+    _draw_layers(axes, lines, name)
+
+
+def _draw_accuracy(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
+    reference_line(axes, 0.5)
+    _draw_layers(axes, lines, name)
+    for line in lines:  # the intervals of all layers would hide each other
+        draw_intervals(axes, line.held_out[name], line.style)
+    # After the last line: limits that are set earlier do not grow with later lines.
+    axes.set_ylim(min(axes.get_ylim()[0], 0.4), 1.03)
+
+
+def _draw_positive(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
+    """A quantity without a layer, from 0."""
+    for line in lines:
+        _plot(axes, line.training[name].smoothed(), line.style, width=1.6)
+    axes.set_ylim(bottom=0)
+
+
+def _draw_norm(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
+    _draw_positive(axes, lines, name)
+    _draw_extent(axes, lines, name)
+    norms = np.concatenate([line.training[name].y_S for line in lines])
+    if norms.min() > 0 and norms.max() > _SPIKE * np.median(norms):
+        axes.set_yscale("log")
+        axes.set_ylim(float(norms.min()), float(norms.max()))
+
+
+_DRAW: Mapping[str, Callable[[Axes, Sequence[TrainingLine], str], None]] = {
+    LOSS: _draw_loss,
+    MARGIN: _draw_margin,
+    ACCURACY: _draw_accuracy,
+    GRAD_NORM: _draw_norm,
+}
+
+
+def _draw_extent(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
+    """Lowest and highest logged values behind the running mean of a single run."""
+    final = [line.training[name] for line in lines if line.is_final]
+    if len(final) == 1 and final[0].window > 1:
+        extent = final[0].extent()
+        assert extent.low_S is not None and extent.high_S is not None
+        axes.fill_between(
+            extent.x_S, extent.low_S, extent.high_S, color=GRID, linewidth=0.8, zorder=0
+        )
+
+
+def draw_intervals(axes: Axes, series: Series, style: Style) -> None:
+    """Vertical bars of a series' intervals; nothing for a series without."""
+    if series.low_S is not None and series.high_S is not None:
+        bars = (series.x_S, series.low_S, series.high_S)
+        axes.vlines(*bars, color=style.color, linewidth=1, clip_on=False)
+
+
+def _plot(axes: Axes, series: Series, style: Style, *, width: float, marked: bool = False) -> None:
+    drawn = series.thinned()
+    has_markers = len(series) == 1 or (marked and len(series) <= _MAX_MARKERS)
+    axes.plot(
+        drawn.x_S,
+        drawn.y_S,
+        color=style.color,
+        linestyle=style.linestyle,
+        linewidth=width,
+        marker=style.marker if has_markers else "",
+        markersize=5,
+        clip_on=False,
+    )
