@@ -157,56 +157,47 @@ def _problems(
     config: TransformerConfig, dropout: float, attn_mask_type: AttnMaskType, attention_type: str
 ) -> list[Problem]:
     """Everything that these kernels do not support."""
-    problems = []
-    if dropout > 0:
-        problems.append(
-            Problem(
-                "attention_dropout",
-                f"is {dropout}, but attention over shared-prompt rows has no dropout",
-                "set it to 0; LoRA and hidden dropout are available",
-            )
-        )
-    if config.context_parallel_size > 1:
-        problems.append(
-            Problem(
-                "layout.context",
-                f"is {config.context_parallel_size}, but a row cannot be split over ranks",
-                "set it to 1 and use tensor parallelism with sequence_parallel for long rows",
-            )
-        )
-    if getattr(config, "softmax_type", "vanilla") != "vanilla":
-        problems.append(
-            Problem(
-                "softmax_type",
-                f"is {config.softmax_type!r}; attention sinks are not supported",
-                "use a model with a plain softmax",
-            )
-        )
-    if getattr(config, "qk_clip", False):
-        problems.append(
-            Problem(
-                "qk_clip",
-                "needs the largest attention score, which these kernels do not store",
-                "turn it off",
-            )
-        )
-    if config.window_size is not None and config.window_size[1] != 0:
-        problems.append(
-            Problem(
-                "window_size",
-                f"is {config.window_size}: a window with keys after the query is not causal",
-                "use (w - 1, 0) for a window of w tokens",
-            )
-        )
-    if attn_mask_type not in _CAUSAL or attention_type != "self":
-        problems.append(
-            Problem(
-                "attn_mask_type",
-                f"is {attn_mask_type} in {attention_type}-attention",
-                "use causal self-attention, the only kind that RowAttention supports",
-            )
-        )
-    return problems
+    softmax_type = getattr(config, "softmax_type", "vanilla")
+    window_size = config.window_size
+    checks = (
+        (
+            dropout > 0,
+            "attention_dropout",
+            f"is {dropout}, but attention over shared-prompt rows has no dropout",
+            "set it to 0; LoRA and hidden dropout are available",
+        ),
+        (
+            config.context_parallel_size > 1,
+            "layout.context",
+            f"is {config.context_parallel_size}, but a row cannot be split over ranks",
+            "set it to 1 and use tensor parallelism with sequence_parallel for long rows",
+        ),
+        (
+            softmax_type != "vanilla",
+            "softmax_type",
+            f"is {softmax_type!r}; attention sinks are not supported",
+            "use a model with a plain softmax",
+        ),
+        (
+            getattr(config, "qk_clip", False),
+            "qk_clip",
+            "needs the largest attention score, which these kernels do not store",
+            "turn it off",
+        ),
+        (
+            window_size is not None and window_size[1] != 0,
+            "window_size",
+            f"is {window_size}: a window with keys after the query is not causal",
+            "use (w - 1, 0) for a window of w tokens",
+        ),
+        (
+            attn_mask_type not in _CAUSAL or attention_type != "self",
+            "attn_mask_type",
+            f"is {attn_mask_type} in {attention_type}-attention",
+            "use causal self-attention, the only kind that RowAttention supports",
+        ),
+    )
+    return [Problem(*problem) for is_unsupported, *problem in checks if is_unsupported]
 
 
 def _connected_zeros(query_TBND: Tensor, key_TBMD: Tensor, value_TBMD: Tensor) -> Tensor:
@@ -214,6 +205,6 @@ def _connected_zeros(query_TBND: Tensor, key_TBMD: Tensor, value_TBMD: Tensor) -
 
     DDP expects a gradient of every parameter in every micro-batch, also for an empty row.
     """
-    # Sums over empty slices are 0 whatever the padding contains; `0 * query` would propagate NaN.
+    # Sums over empty slices are 0 for any padding; `0 * query` would propagate NaN.
     zero = query_TBND[:0].sum() + key_TBMD[:0].sum() + value_TBMD[:0].sum()
     return query_TBND.new_zeros(query_TBND.shape) + zero

@@ -102,9 +102,9 @@ class HeadReplica(torch.nn.Module):
         from megatron.core.dist_checkpointing import ShardedTensor
 
         rank = rank_coordinates()
-        # megatron-core saves the copy whose replica id is all zeros, the owner's. The first entry
-        # of ours is at least 1, so it is never saved; the entries tell the copies of a shard apart.
-        # The norm is replicated over tensor-parallel ranks, the weight is sharded over them.
+        # megatron-core saves the copy whose replica id is all zeros, the owner's. A replica's first
+        # entry is at least 1, so it is never saved. All copies of a shard need different ids: the
+        # norm is replicated over tensor-parallel ranks, the weight is sharded over them.
         state = {
             f"{prefix}norm.weight": ShardedTensor.from_rank_offsets(
                 "decoder.final_layernorm.weight",

@@ -5,7 +5,7 @@ elements this rank's optimizer updates, their fp32 main values and Adam's moment
 optimizers update whole parameters. `DistributedOptimizer` concatenates the parameters of a DDP
 buffer and cuts the buffer into equal parts over the data-parallel ranks, so a shard is a range of
 flat elements that may start and end inside a row. Checkpoints are written and read in terms of the
-whole parameter, whatever the layout.
+whole parameter, independent of the layout.
 
 megatron-core 0.19's `sharded_state_dict` fails with torch's AdamW: it asserts on an optimizer that
 has not stepped yet, raises `KeyError: 'step'` on loading, and then shares one `step` tensor between

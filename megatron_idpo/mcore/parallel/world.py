@@ -33,7 +33,7 @@ from megatron_idpo.mcore.cpu.redirect import backend, default_device, redirect_c
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
 _RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torch needs besides `RANK` to find the other processes."""
+"""What torch needs in addition to `RANK` to find the other processes."""
 
 _ERROR_TYPES = {
     kind.__name__: kind

@@ -1,6 +1,6 @@
 """`RowAttention` on a GPU (compiled FlexAttention) against itself on the CPU (SDPA on slices).
 
-The CPU path is checked against a dense mask in `test_attention.py`, so it is the reference here.
+The reference is the CPU backend, which `test_row_attention.py` compares with a dense mask.
 """
 
 import pytest
@@ -8,9 +8,11 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_idpo.mcore.attention import flex as attention_flex
-from megatron_idpo.mcore.attention.core import RowAttention
+from megatron_idpo.mcore.attention import flex
+from megatron_idpo.mcore.attention.row_attention import RowAttention
 from megatron_idpo.mcore.attention.row_params import RowParams
+
+from .rows import make_row
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,27 +23,18 @@ HEADS, KV_HEADS, HEAD_DIM, ROW_TOKENS = 8, 2, 64, 1111
 PAIRS = [(0, 200, 331, 400), (400, 410, 430, 470), (500, 801, 801, 1000), (1000, 1001, 1002, 1003)]
 PLAIN = [(0, 300, 300, 300), (300, 301, 301, 301), (310, 1000, 1000, 1000)]
 
-# Largest difference over largest value. fp32 GEMMs run as IEEE fp32 (TF32 off) and sum in another
-# order; bf16 also rounds the weights before they meet the values, and every stored result.
+# Largest difference over largest value. fp32 GEMMs run in IEEE fp32 (TF32 off) and sum in another
+# order; bf16 also rounds the softmax weights and every stored result.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(autouse=True)
-def _fresh_and_exact():
-    torch.compiler.reset()  # or the parametrisations together reach the limit of recompilations
+def _fresh_compiler_without_tf32():
+    torch.compiler.reset()  # all parameters together would reach the recompilation limit
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def make_row(groups, device):
-    position_ids = torch.zeros(ROW_TOKENS, dtype=torch.int64)
-    for b0, b1, b2, b3 in groups:
-        position_ids[b0:b2] = torch.arange(b2 - b0)
-        position_ids[b2:b3] = torch.arange(b1 - b0, b1 - b0 + b3 - b2)
-    spans = torch.tensor(groups, dtype=torch.int32).reshape(-1, 4)
-    return RowParams.of(position_ids.to(device), spans)
 
 
 def make_attention(window):
@@ -76,21 +69,23 @@ def results(attention, row, tensors, device, dtype):
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize("window", [None, 1, 100, 5000])
 @pytest.mark.parametrize("groups", [PAIRS, PLAIN], ids=["pairs", "plain"])
-def test_equals_the_cpu(groups, window, dtype):
+def test_matches_the_cpu_backend(groups, window, dtype):
     tensors, attention = make_inputs(dtype), make_attention(window)
-    expected = results(attention, make_row(groups, "cpu"), tensors, "cpu", torch.float32)
-    actual = results(attention, make_row(groups, "cuda"), tensors, "cuda", dtype)
+    expected = results(
+        attention, make_row(groups, ROW_TOKENS, "cpu"), tensors, "cpu", torch.float32
+    )
+    actual = results(attention, make_row(groups, ROW_TOKENS, "cuda"), tensors, "cuda", dtype)
     for name, a, e in zip(("output", "dq", "dk", "dv"), actual, expected, strict=True):
         difference = (a - e).abs().max().item()
         assert difference <= TOLERANCES[dtype] * max(e.abs().max().item(), 1.0), (name, difference)
 
 
 @pytest.mark.parametrize("groups", [PAIRS, []], ids=["padding", "empty row"])
-def test_padding_is_zero_and_takes_no_gradient(groups):
+def test_padding_outputs_zero_and_gets_no_gradient(groups):
     padding = torch.ones(ROW_TOKENS, dtype=torch.bool)
     for b0, _, _, b3 in groups:
         padding[b0:b3] = False
-    row = make_row(groups, "cuda")
+    row = make_row(groups, ROW_TOKENS, "cuda")
     for result in results(
         make_attention(None), row, make_inputs(torch.float32), "cuda", torch.float32
     ):
@@ -99,21 +94,20 @@ def test_padding_is_zero_and_takes_no_gradient(groups):
 
 
 def test_one_block_mask_per_row_and_window():
-    row, tensors = make_row(PAIRS, "cuda"), make_inputs(torch.bfloat16)
+    row, tensors = make_row(PAIRS, ROW_TOKENS, "cuda"), make_inputs(torch.bfloat16)
     for window in (None, 100, None, 100):
         results(make_attention(window), row, tensors, "cuda", torch.bfloat16)
     assert len(row.derived) == 2
 
 
-def test_another_row_does_not_compile_again():
-    """The structure reaches the kernel as tensors, so rows of one length share one compilation."""
+def test_rows_of_one_length_share_a_compilation():
     tensors, attention = make_inputs(torch.bfloat16), make_attention(None)
-    results(attention, make_row(PAIRS, "cuda"), tensors, "cuda", torch.bfloat16)
+    results(attention, make_row(PAIRS, ROW_TOKENS, "cuda"), tensors, "cuda", torch.bfloat16)
     with torch.compiler.set_stance("fail_on_recompile"):
-        results(attention, make_row(PLAIN, "cuda"), tensors, "cuda", torch.bfloat16)
+        results(attention, make_row(PLAIN, ROW_TOKENS, "cuda"), tensors, "cuda", torch.bfloat16)
 
 
-def test_a_row_needs_no_memory_of_its_square():
+def test_memory_is_not_quadratic_in_the_row_length():
     tokens = 16384
     spans = torch.tensor([[0, tokens // 2, 3 * tokens // 4, tokens]], dtype=torch.int32)
     answer = torch.arange(tokens // 2, 3 * tokens // 4)
@@ -123,5 +117,5 @@ def test_a_row_needs_no_memory_of_its_square():
     row = RowParams.of(positions, spans)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    attention_flex.attend_row_flex(query, key, key, row=row, scale=0.125, window=None)
+    flex.attend_row_flex(query, key, key, row=row, scale=0.125, window=None)
     assert torch.cuda.max_memory_allocated() - before < tokens * tokens / 4  # bytes

@@ -1,4 +1,4 @@
-"""`Architecture.from_hf`: every key of a config.json is read, harmless, or refused by name."""
+"""`Architecture.from_hf` reads sizes, defaults and windows like Transformers."""
 
 import copy
 import json
@@ -13,13 +13,13 @@ from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.hf_config import FAMILIES
 
-STORIES = Path(__file__).parents[3] / "shared/models/stories260K/config.json"
+STORIES = Path(__file__).parents[4] / "shared/models/stories260K/config.json"
 
 
-# config.json files as the Hub has them (the yarn one as Qwen's README tells to edit it).
+# config.json files from the Hub (the yarn one edited as Qwen's README describes).
 REAL: dict[str, dict[str, Any]] = {
     path.stem: json.loads(path.read_text())
-    for path in sorted((Path(__file__).parent / "hf_configs").glob("*.json"))
+    for path in sorted((Path(__file__).parents[1] / "hf_configs").glob("*.json"))
 }
 
 EXPECTED: dict[str, dict[str, Any]] = {
@@ -38,16 +38,16 @@ EXPECTED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_configs(name: str) -> None:
+def test_hub_configs_are_read_without_modification(name: str) -> None:
     before = copy.deepcopy(REAL[name])
     architecture = Architecture.from_hf(REAL[name])
-    assert REAL[name] == before, "the given config was changed"
+    assert REAL[name] == before, "the input was modified"
     assert {field: getattr(architecture, field) for field in EXPECTED[name]} == EXPECTED[name]
     assert len(architecture.windows) == architecture.num_layers
     hash(architecture)
 
 
-def test_rope_of_real_configs() -> None:
+def test_rope_settings_of_hub_configs() -> None:
     llama = Architecture.from_hf(REAL["llama-3.1-8b"]).rope
     assert llama.as_dict() == REAL["llama-3.1-8b"]["rope_scaling"] | {"rope_theta": 500000.0}
     yarn = Architecture.from_hf(REAL["qwen2.5-7b-yarn"]).rope
@@ -57,22 +57,21 @@ def test_rope_of_real_configs() -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_the_new_format_means_the_same(name: str) -> None:
-    """What Transformers 5 writes for a config reads as the old file did."""
+def test_a_config_rewritten_by_transformers_5_reads_the_same(name: str) -> None:
     old = REAL[name]
     new = json.loads(CONFIG_MAPPING[old["model_type"]](**copy.deepcopy(old)).to_json_string())
     assert "rope_parameters" in new and "rope_theta" not in new and "dtype" in new
     assert Architecture.from_hf(new) == Architecture.from_hf(old)
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="the real model is not here")
-def test_stories260k() -> None:
+@pytest.mark.skipif(not STORIES.exists(), reason="needs shared/models/stories260K")
+def test_stories260k_config() -> None:
     architecture = Architecture.from_hf(json.loads(STORIES.read_text()))
     assert (architecture.family, architecture.num_layers, architecture.head_dim) == ("llama", 5, 8)
     assert architecture.tied_embeddings and architecture.dtype is torch.float32
 
 
-def _as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
+def _expected_fields(config: dict[str, Any]) -> dict[str, Any]:
     hf = CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config))
     hf.standardize_rope_params()
     return {
@@ -91,28 +90,28 @@ def _as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_missing_fields_have_transformers_defaults(name: str) -> None:
+def test_missing_fields_get_transformers_defaults(name: str) -> None:
     for dropped in REAL[name].keys() - {"model_type"}:
         config = {key: value for key, value in REAL[name].items() if key != dropped}
         try:
             architecture = Architecture.from_hf(config)
         except ConfigError as error:
-            # The default of another model of the family need not fit these sizes.
+            # The family's default may not fit the other sizes of this model.
             assert dropped in ("num_attention_heads", "num_key_value_heads", "hidden_size")
             assert "num_key_value_heads" in str(error) or "head" in str(error)
             continue
         ours = {
             field: getattr(architecture, field)
-            for field in _as_transformers_has_it(config)
+            for field in _expected_fields(config)
             if field != "rope"
         }
-        expected = _as_transformers_has_it(config)
+        expected = _expected_fields(config)
         assert architecture.rope.as_dict() == expected.pop("rope"), dropped
         assert ours == expected, dropped
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_all_default_config(family: str) -> None:
+def test_a_config_with_only_a_model_type(family: str) -> None:
     architecture = Architecture.from_hf({"model_type": family})
     assert architecture.dtype is torch.float32
     assert architecture.windows == ((4096 if family == "mistral" else None),) * 32
@@ -131,7 +130,7 @@ TINY: dict[str, Any] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_flags_name_the_weights_that_transformers_has(family: str, tied: bool) -> None:
+def test_bias_norm_and_tying_flags_match_transformers_weights(family: str, tied: bool) -> None:
     config = TINY | {"model_type": family, "head_dim": 16, "tie_word_embeddings": tied}
     architecture = Architecture.from_hf(config)
     with torch.device("meta"):
@@ -168,10 +167,8 @@ def test_flags_name_the_weights_that_transformers_has(family: str, tied: bool) -
         ),
     ],
 )
-def test_windows_are_what_transformers_lets_a_query_see(
-    family: str, fields: dict[str, Any]
-) -> None:
-    """Change one token: exactly the queries whose window holds it give another output."""
+def test_windows_match_what_transformers_queries_see(family: str, fields: dict[str, Any]) -> None:
+    """Change one token: the output changes for exactly the queries whose window contains it."""
     config = TINY | {"model_type": family, "num_hidden_layers": 1} | fields
     window = Architecture.from_hf(config).windows[0]
     torch.manual_seed(0)
@@ -183,11 +180,11 @@ def test_windows_are_what_transformers_lets_a_query_see(
     with torch.no_grad():
         same = (model(tokens).logits == model(changed).logits)[0].all(dim=-1)
     distances = [position - changed_at for position in range(num_tokens)]
-    seen = [0 <= far and (window is None or far < window) for far in distances]
-    assert (~same).tolist() == seen
+    visible = [0 <= distance and (window is None or distance < window) for distance in distances]
+    assert (~same).tolist() == visible
 
 
-def test_qwen_windows_by_layer() -> None:
+def test_qwen_windows_depend_on_the_layer() -> None:
     config = REAL["qwen2.5-7b"] | {"use_sliding_window": True, "max_window_layers": 20}
     assert Architecture.from_hf(config).windows == (None,) * 20 + (131072,) * 8
     config["layer_types"] = ["full_attention", "sliding_attention"] * 14

@@ -1,4 +1,4 @@
-"""The places where a chunk is entered: they hand out what was there, and are put back."""
+"""Patches of a model chunk: what taps and the output layer receive, and that they are undone."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ SIZES = {
 RECOMPUTE = {
     "off": {},
     "uniform": {"recompute_method": "uniform", "recompute_num_layers": 1},
-    "runs": {"recompute_method": "uniform", "recompute_num_layers": 2},
+    "uniform-2": {"recompute_method": "uniform", "recompute_num_layers": 2},
     "block": {"recompute_method": "block", "recompute_num_layers": 1},
 }
 
@@ -56,7 +56,7 @@ def forward(chunk: Any, **kwargs: Any) -> Any:
 
 
 def tapped(recompute: str) -> None:
-    """Taps hand out what layers return, in ascending order, once in a forward pass."""
+    """Taps receive the layers' outputs, in ascending order, once per forward pass."""
     from megatron_idpo.mcore.attention.row_params import RowParams
     from megatron_idpo.mcore.model.chunk import tap_layers
     from megatron_idpo.mcore.parallel.groups import start_layout
@@ -64,7 +64,7 @@ def tapped(recompute: str) -> None:
     layout = Layout()
     start_layout(layout)
     (chunk,) = build(layout, recompute)
-    wanted = [4, 2] if recompute == "runs" else [3, 1]
+    layers = [4, 2] if recompute == "uniform-2" else [3, 1]
     returned: dict[int, Any] = {}
     hooks = [
         layer.register_forward_hook(
@@ -79,26 +79,26 @@ def tapped(recompute: str) -> None:
 
     def on_taps(output: Any, hidden: dict[int, Any], packed: Any) -> Any:
         assert isinstance(packed, RowParams)
-        assert all(one.requires_grad for one in hidden.values())
-        calls.append({layer: one.detach().clone() for layer, one in hidden.items()})
+        assert all(output.requires_grad for output in hidden.values())
+        calls.append({layer: output.detach().clone() for layer, output in hidden.items()})
         return output
 
-    undo = tap_layers(chunk, wanted, on_taps)
+    restore = tap_layers(chunk, layers, on_taps)
     again = forward(chunk)
     assert torch.equal(again.detach(), logits)
     again.sum().backward()
-    assert len(calls) == 1, "recomputation must not be seen"
-    assert list(calls[0]) == sorted(wanted)
+    assert len(calls) == 1, "recomputation must not call on_taps"
+    assert list(calls[0]) == sorted(layers)
     for layer, hidden in calls[0].items():
         assert torch.equal(hidden, returned[layer]), f"layer {layer}"
-    undo()
+    restore()
     assert "forward" not in vars(chunk.decoder)
     forward(chunk)
     assert len(calls) == 1
 
 
 def changed_output() -> None:
-    """What a tap returns is what is passed on; what is passed on is no view."""
+    """The chunk outputs the tensor that `on_taps` returned, and never a view."""
     from megatron_idpo.mcore.model.chunk import chunk_layer_numbers, is_hooked, tap_layers
     from megatron_idpo.mcore.parallel.groups import start_layout
 
@@ -110,22 +110,22 @@ def changed_output() -> None:
     assert not is_hooked(chunk)
     chunk.decoder.set_input_tensor(torch.ones(TOKENS, 1, SIZES["hidden_size"]))
     before = forward(chunk)
-    undo = tap_layers(chunk, [1 if first else 3], lambda out, *_: (2 * out).view_as(out))
+    restore = tap_layers(chunk, [1 if first else 3], lambda out, *_: (2 * out).view_as(out))
     assert is_hooked(chunk)
     if first:
         passed_on = forward(chunk)
         assert torch.equal(passed_on, 2 * before)
         assert passed_on._base is None and passed_on.requires_grad
-    undo()
+    restore()
     assert not is_hooked(chunk)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_taps_hand_out_layers_once(workers, recompute):
+def test_taps_receive_each_layer_once_per_forward_pass(workers, recompute):
     workers.run(tapped, 1, recompute)
 
 
-def test_what_is_passed_on(workers):
+def test_the_result_of_taps_is_the_chunks_output_and_not_a_view(workers):
     workers.run(changed_output, 2)
 
 
@@ -133,7 +133,7 @@ def test_what_is_passed_on(workers):
 
 
 def output_layer() -> None:
-    """Only calls with targets are ours; the module's hooks run for them all."""
+    """Only calls with targets are overridden; the module's hooks run for all calls."""
     from megatron_idpo.mcore.model.chunk import is_hooked, override_output_layer
     from megatron_idpo.mcore.parallel.groups import start_layout
 
@@ -141,25 +141,27 @@ def output_layer() -> None:
     start_layout(layout)
     (chunk,) = build(layout)
     logits = forward(chunk)
-    asked: list[Any] = []
-    undo = override_output_layer(chunk, lambda hidden, targets: asked.append(targets) or hidden * 0)
-    entered: list[int] = []
-    hook = chunk.output_layer.register_forward_pre_hook(lambda *_: entered.append(1))
+    targets_seen: list[Any] = []
+    restore = override_output_layer(
+        chunk, lambda hidden, targets: targets_seen.append(targets) or hidden * 0
+    )
+    hook_calls: list[int] = []
+    hook = chunk.output_layer.register_forward_pre_hook(lambda *_: hook_calls.append(1))
     assert is_hooked(chunk)
-    assert torch.equal(forward(chunk), logits), "an ordinary forward gives logits as before"
+    assert torch.equal(forward(chunk), logits), "a call without targets returns logits"
 
     def processor(*, hidden_states: Any, output_layer: Any, **_: Any) -> Any:
-        return output_layer(hidden_states, response_targets="ours")
+        return output_layer(hidden_states, response_targets="targets")
 
-    answer = forward(chunk, output_processor=processor)
-    assert not answer.any() and asked == ["ours"] and len(entered) == 2
+    output = forward(chunk, output_processor=processor)
+    assert not output.any() and targets_seen == ["targets"] and len(hook_calls) == 2
     hook.remove()
-    undo()
+    restore()
     assert not is_hooked(chunk) and torch.equal(forward(chunk), logits)
 
 
 def frozen_embedding() -> None:
-    """A frozen embedding's output asks for a gradient, in training only."""
+    """A frozen embedding's output requires a gradient, in training only."""
     from megatron_idpo.mcore.model.chunk import enable_embedding_output_grad
     from megatron_idpo.mcore.parallel.groups import start_layout
 
@@ -168,34 +170,34 @@ def frozen_embedding() -> None:
     (chunk,) = build(layout, "block")
     chunk.embedding.requires_grad_(False)
     chunk.decoder.layers[0].self_attention.linear_qkv.weight.requires_grad_()
-    undo = enable_embedding_output_grad(chunk)
+    restore = enable_embedding_output_grad(chunk)
     forward(chunk).sum().backward()
     gradient = chunk.decoder.layers[0].self_attention.linear_qkv.weight.grad
-    assert gradient is not None and gradient.any(), "the first layer learned nothing"
+    assert gradient is not None and gradient.any(), "the first layer got no gradient"
     seen: list[bool] = []
     hook = chunk.embedding.register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
     with torch.no_grad():
         forward(chunk)
-    undo()
+    restore()
     with torch.enable_grad():
         chunk.embedding(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
     hook.remove()
     assert seen == [False, False]
 
 
-def test_the_output_layer_answers_targets_and_everybody_else(workers):
+def test_output_layer_override_applies_to_calls_with_targets_only(workers):
     workers.run(output_layer, 1)
 
 
-def test_gradients_reach_the_first_layers_behind_a_frozen_embedding(workers):
+def test_gradients_reach_the_first_layers_after_a_frozen_embedding(workers):
     workers.run(frozen_embedding, 1)
 
 
 # ---- sequence parallelism ------------------------------------------------------------------------
 
 
-def gathered() -> None:
-    """The whole row on every rank; backward adds up what the ranks' partial gradients are."""
+def gather_row() -> None:
+    """Forward: the whole row on every rank. Backward: the sum of the ranks' partial gradients."""
     import torch.distributed as dist
 
     from megatron_idpo.mcore.model.chunk import gather_positions
@@ -210,5 +212,5 @@ def gathered() -> None:
     assert (shard_t1H.grad == 3.0).all()
 
 
-def test_positions_are_gathered_and_gradients_added_up(workers):
-    workers.run(gathered, 2)
+def test_positions_are_gathered_and_their_gradients_summed(workers):
+    workers.run(gather_row, 2)

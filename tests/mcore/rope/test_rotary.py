@@ -1,4 +1,4 @@
-"""Rotary angles equal Transformers' own, for every family and scaling type, and follow position."""
+"""Rotary angles match Transformers for every family and scaling type, and follow position ids."""
 
 import json
 from types import SimpleNamespace
@@ -24,12 +24,12 @@ from megatron_idpo.mcore.rope.rotary import (
     max_sequence_length,
 )
 
-# cos and sin are of order 1 and computed by the same fp32 operations: one rounding at most.
+# cos and sin are of order 1, computed by the same fp32 operations: at most one rounding apart.
 COS_SIN_TOLERANCE = 1e-7
-# Scores are sums of 16 fp32 products of order 1, scaled before the sum or after it.
+# Scores are sums of 16 fp32 products of order 1, scaled before or after the sum.
 SCORE_TOLERANCE = 5e-6
 
-MODELLING = {
+MODELING = {
     "llama": (modeling_llama, "LlamaRotaryEmbedding"),
     "mistral": (modeling_mistral, "MistralRotaryEmbedding"),
     "qwen2": (modeling_qwen2, "Qwen2RotaryEmbedding"),
@@ -97,8 +97,8 @@ def _config(family: str, fields: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(base | fields))
 
 
-def _theirs(config: dict[str, Any]) -> Any:
-    module, name = MODELLING[config["model_type"]]
+def _hf_rotary(config: dict[str, Any]) -> Any:
+    module, name = MODELING[config["model_type"]]
     return getattr(module, name)(CONFIG_MAPPING[config["model_type"]](**config))
 
 
@@ -106,32 +106,32 @@ def _scores(query_T1D: torch.Tensor, key_T1D: torch.Tensor) -> torch.Tensor:
     return query_T1D[:, 0] @ key_T1D[:, 0].T
 
 
-# Two packed sequences, the second a prompt with two answers; the last positions are padding.
+# A sequence, a prompt with two answers, and padding.
 PACKED = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 3, 4, 90, 99])
 
 
-@pytest.mark.parametrize("family", MODELLING)
+@pytest.mark.parametrize("family", MODELING)
 @pytest.mark.parametrize("name", TYPES)
-def test_angles_are_transformers_own(family: str, name: str) -> None:
-    theirs = _theirs(_config(family, TYPES[name]))
+def test_angles_match_transformers(family: str, name: str) -> None:
+    hf_rotary = _hf_rotary(_config(family, TYPES[name]))
     architecture = Architecture.from_hf(_config(family, TYPES[name]))
     angles = RowRotary(architecture)(PACKED)
     assert angles.shape == (len(PACKED), 1, 1, HEAD_DIM) and angles.dtype == torch.float32
-    cos, sin = theirs(torch.zeros(1), PACKED[None])
+    cos, sin = hf_rotary(torch.zeros(1), PACKED[None])
     _, attention_factor = inverse_frequencies(architecture)
-    assert attention_factor == theirs.attention_scaling
+    assert attention_factor == hf_rotary.attention_scaling
     for ours, expected in ((angles.cos(), cos), (angles.sin(), sin)):
-        apart = (ours[:, 0, 0] * attention_factor - expected[0]).abs().max()
-        assert apart <= COS_SIN_TOLERANCE, (family, name, apart)
+        difference = (ours[:, 0, 0] * attention_factor - expected[0]).abs().max()
+        assert difference <= COS_SIN_TOLERANCE, (family, name, difference)
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_scores_through_megatron_are_transformers_own(name: str) -> None:
-    """Angles through Megatron's rotation and the folded softmax scale, against theirs."""
+def test_scores_through_megatrons_rotation_match_transformers(name: str) -> None:
+    """With the attention factor in the softmax scale."""
     from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 
     architecture = Architecture.from_hf(_config("llama", TYPES[name]))
-    theirs = _theirs(_config("llama", TYPES[name]))
+    hf_rotary = _hf_rotary(_config("llama", TYPES[name]))
     angles = RowRotary(architecture)(PACKED)
     torch.manual_seed(0)
     query, key = torch.randn(2, len(PACKED), 1, 1, HEAD_DIM).unbind()
@@ -143,7 +143,7 @@ def test_scores_through_megatron_are_transformers_own(name: str) -> None:
             for each in (query, key)
         )
     )
-    cos, sin = theirs(torch.zeros(1), PACKED[None])
+    cos, sin = hf_rotary(torch.zeros(1), PACKED[None])
     rotated = modeling_llama.apply_rotary_pos_emb(
         query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), cos, sin
     )
@@ -153,8 +153,8 @@ def test_scores_through_megatron_are_transformers_own(name: str) -> None:
     )
 
 
-def test_llama3_reads_its_original_length() -> None:
-    """The case other converters get silently wrong: they take 8192 for it."""
+def test_llama3_uses_its_original_length() -> None:
+    """Other converters silently assume 8192."""
     frequencies = [
         inverse_frequencies(
             Architecture.from_hf(_config("llama", {"rope_scaling": LLAMA3 | {ORIGINAL: length}}))
@@ -164,30 +164,30 @@ def test_llama3_reads_its_original_length() -> None:
     assert (frequencies[0] - frequencies[1]).abs().max() > 0.01
 
 
-def test_the_softmax_scale() -> None:
+def test_softmax_scale_includes_the_attention_factor() -> None:
     plain = Architecture.from_hf(_config("llama", {}))
     assert attention_scale(plain) == HEAD_DIM**-0.5
     yarn = Architecture.from_hf(_config("llama", TYPES["yarn, attention"]))
     assert attention_scale(yarn) == 1.5**2 * HEAD_DIM**-0.5
 
 
-def test_frequencies_stay_fp32_and_out_of_the_checkpoint() -> None:
+def test_frequencies_stay_fp32_and_are_not_saved() -> None:
     rotary = RowRotary(Architecture.from_hf(_config("llama", {}))).to(torch.bfloat16)
     assert rotary.inv_freq_F.dtype == torch.float32
     assert not rotary.state_dict() and not list(rotary.parameters()) and not list(rotary.buffers())
 
 
-def test_frequencies_are_real_under_another_default_device_and_dtype() -> None:
+def test_frequencies_ignore_the_default_device_and_dtype() -> None:
     architecture = Architecture.from_hf(_config("llama", TYPES["yarn"]))
     expected, _ = inverse_frequencies(architecture)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            found = RowRotary(architecture).inv_freq_F
+            inv_freq_F = RowRotary(architecture).inv_freq_F
     finally:
         torch.set_default_dtype(before)
-    assert found.device.type == "cpu" and torch.equal(found, expected)
+    assert inv_freq_F.device.type == "cpu" and torch.equal(inv_freq_F, expected)
 
 
 def _settings(**fields: Any) -> SimpleNamespace:
@@ -199,7 +199,7 @@ def _stage(input_tensor: torch.Tensor | None) -> SimpleNamespace:
     return SimpleNamespace(input_tensor=input_tensor)
 
 
-def test_plain_sequences_count_from_zero_on_every_stage() -> None:
+def test_plain_sequences_start_at_position_zero_on_every_stage() -> None:
     rotary = RowRotary(Architecture.from_hf(_config("llama", {})))
     hidden = torch.zeros(6, 2, 64)
     first = rotary.get_rotary_seq_len(None, _stage(None), hidden, _settings())
@@ -218,7 +218,7 @@ def _row(position_ids: list[int], spans: list[tuple[int, int, int, int]]) -> Any
     return RowParams.of(torch.tensor(position_ids), spans_G4)
 
 
-def test_a_row_brings_its_own_positions_and_leaves_nothing_behind() -> None:
+def test_a_row_uses_its_position_ids() -> None:
     rotary = RowRotary(Architecture.from_hf(_config("llama", {})))
     row = _row([0, 1, 2, 1, 0, 1], [(0, 1, 3, 4), (4, 6, 6, 6)])
     hidden = torch.zeros(2, 1, 64)
@@ -230,8 +230,8 @@ def test_a_row_brings_its_own_positions_and_leaves_nothing_behind() -> None:
     assert torch.equal(rotary(positions), angles)
 
 
-def test_longrope_ends_at_its_original_length() -> None:
-    """Positions in the row may exceed it, no sequence may."""
+def test_longrope_rejects_sequences_above_its_original_length() -> None:
+    """The row may be longer, a sequence in it may not."""
     architecture = Architecture.from_hf(
         _config("llama", {"rope_scaling": LONGROPE | {ORIGINAL: 4}})
     )
@@ -249,14 +249,14 @@ def test_longrope_ends_at_its_original_length() -> None:
         rotary.get_rotary_seq_len(None, _stage(None), hidden, _settings(), too_long)
 
 
-def test_other_types_have_no_longest_sequence() -> None:
+def test_other_rope_types_do_not_limit_the_sequence_length() -> None:
     assert max_sequence_length(Architecture.from_hf(_config("llama", TYPES["yarn"]))) is None
 
 
-NUMBERS = st.sampled_from([1.5, 2, 2.5, 4, 16, 32.0])
-STRANGE = st.sampled_from([0.5, 1, None, 0, -1, True, "2", [2.0] * 8, [1.5], [None] * 8])
-LISTS = st.lists(NUMBERS, min_size=8, max_size=8)
-GOOD: dict[str, st.SearchStrategy[Any]] = {
+VALID_NUMBERS = st.sampled_from([1.5, 2, 2.5, 4, 16, 32.0])
+INVALID = st.sampled_from([0.5, 1, None, 0, -1, True, "2", [2.0] * 8, [1.5], [None] * 8])
+LISTS = st.lists(VALID_NUMBERS, min_size=8, max_size=8)
+VALID: dict[str, st.SearchStrategy[Any]] = {
     "short_factor": LISTS,
     "long_factor": LISTS,
     "truncate": st.booleans(),
@@ -277,31 +277,31 @@ READ_BY = {
 
 @st.composite
 def rope_parameters(draw: st.DrawFn) -> dict[str, Any]:
-    """Parameters of one type: mostly its own, mostly sensible."""
+    """Parameters of one rope type, sometimes with a missing or an invalid value."""
     rope_type = draw(st.sampled_from(sorted({"default", *ROPE_INIT_FUNCTIONS})))
     names = [*READ_BY.get(rope_type, "factor").split(), "rope_theta", "partial_rotary_factor"]
     dropped = draw(st.sets(st.sampled_from(names), max_size=4))
-    strange = draw(st.sets(st.sampled_from(names), max_size=1))
-    values = {name: GOOD.get(name, NUMBERS) for name in names if name not in dropped}
-    values |= {name: STRANGE for name in strange}
+    invalid = draw(st.sets(st.sampled_from(names), max_size=1))
+    values = {name: VALID.get(name, VALID_NUMBERS) for name in names if name not in dropped}
+    values |= {name: INVALID for name in invalid}
     return {"rope_type": rope_type, **draw(st.fixed_dictionaries(values))}
 
 
-@settings(max_examples=300, deadline=None)
-@given(rope=rope_parameters(), beside=st.booleans())
-def test_any_rope_parameters_are_transformers_own_or_refused(
-    rope: dict[str, Any], beside: bool
+@settings(max_examples=150, deadline=None)
+@given(rope=rope_parameters(), original_at_top_level=st.booleans())
+def test_any_rope_parameters_match_transformers_or_are_rejected(
+    rope: dict[str, Any], original_at_top_level: bool
 ) -> None:
     fields: dict[str, Any] = {"rope_parameters": rope}
-    if beside and ORIGINAL in rope:
+    if original_at_top_level and ORIGINAL in rope:
         fields = {ORIGINAL: rope.pop(ORIGINAL), **fields}
     try:
         architecture = Architecture.from_hf(_config("llama", fields))
     except ConfigError as error:
         assert "config.json" in str(error)
         return
-    theirs = _theirs(_config("llama", fields))
+    hf_rotary = _hf_rotary(_config("llama", fields))
     event(f"accepted: {rope['rope_type']}")
     inv_freq_F, attention_factor = inverse_frequencies(architecture)
-    assert torch.equal(inv_freq_F, theirs.inv_freq)
-    assert attention_factor == theirs.attention_scaling
+    assert torch.equal(inv_freq_F, hf_rotary.inv_freq)
+    assert attention_factor == hf_rotary.attention_scaling

@@ -1,4 +1,4 @@
-"""`RowAttention` against attention written plainly: a dense mask, a softmax, every pair by name."""
+"""`RowAttention` on a CPU against a dense mask and softmax in fp64."""
 
 import math
 
@@ -12,47 +12,24 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.attention import sdpa as attention_sdpa
-from megatron_idpo.mcore.attention.core import RowAttention
+from megatron_idpo.mcore.attention import sdpa
+from megatron_idpo.mcore.attention.row_attention import RowAttention
 from megatron_idpo.mcore.attention.row_params import RowParams
 
-# Largest difference over the largest value of the fp64 result (over 1, the size of the inputs,
-# where that is smaller: with one visible key dq is 0 but for rounding). fp32: the kernels' online
-# softmax sums in another order. bf16 (8 bits of mantissa): inputs are the same, each stored result
-# rounds by 2**-9 = 0.2 %, and gradients of the prompt add up three rounded terms.
+from .rows import MIXED, PLAIN, ROW_TOKENS, make_row, row_structures, visible_pairs
+
+# Largest difference, relative to the largest value of the fp64 result, or to 1, the size of the
+# inputs, if that is larger (with one visible key dq is only rounding error). fp32: the kernels'
+# online softmax sums in another order. bf16 (8 bits of mantissa): the inputs are equal, each stored
+# result rounds by 2**-9 = 0.2 %, and the prompt's gradients are sums of three rounded terms.
 FP32_TOLERANCE = 2e-6
 BF16_TOLERANCE = 2e-2
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
 
-# prompt, chosen and rejected of different lengths, gaps, an empty answer, plain sequences, padding
-MIXED = [(0, 5, 9, 16), (16, 19, 26, 28), (30, 37, 37, 37), (37, 41, 45, 45), (45, 46, 47, 50)]
-MIXED_TOKENS = 57
-PLAIN = [(0, 11, 11, 11), (11, 30, 30, 30), (33, 34, 34, 34)]
-
-
-def make_row(groups, tokens):
-    position_ids = torch.zeros(tokens, dtype=torch.int64)
-    for b0, b1, b2, b3 in groups:
-        position_ids[b0:b2] = torch.arange(b2 - b0)
-        position_ids[b2:b3] = torch.arange(b1 - b0, b1 - b0 + b3 - b2)
-    return RowParams.of(position_ids, torch.tensor(groups, dtype=torch.int32).reshape(-1, 4))
-
-
-def visible_pairs(groups, tokens, window):
-    """The definition, pair by pair."""
-    visible = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for b0, b1, b2, b3 in groups:
-        prompt, chosen, rejected = range(b0, b1), range(b1, b2), range(b2, b3)
-        for sequence in ([*prompt, *chosen], [*prompt, *rejected]):
-            for q_position, q in enumerate(sequence):
-                for k_position, k in enumerate(sequence[: q_position + 1]):
-                    visible[q, k] |= window is None or q_position - k_position < window
-    return visible
-
 
 def dense_attention(query, key, value, visible, scale):
-    """`[S, B, N, D]` attention by a dense mask; a query that sees nothing gives 0."""
+    """`[S, B, N, D]` attention with a dense mask; a query without keys outputs 0."""
     repeat = query.size(2) // key.size(2)
     key, value = (x.repeat_interleave(repeat, dim=2) for x in (key, value))
     scores = torch.einsum("qbnd,kbnd->bnqk", query, key) * scale
@@ -128,52 +105,52 @@ def row_results(row, inputs, grad, **arguments):
 
 
 class TestRow:
-    @pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
+    @pytest.mark.parametrize("window", [None, 1, 8, 100])
     @pytest.mark.parametrize("kv_heads", [1, KV_HEADS, HEADS])
     @pytest.mark.parametrize("groups", [MIXED, PLAIN], ids=["pairs", "plain"])
-    def test_equals_dense_attention(self, groups, window, kv_heads):
-        inputs, grad = make_inputs(MIXED_TOKENS, kv_heads=kv_heads)
-        actual = row_results(make_row(groups, MIXED_TOKENS), inputs, grad, window=window)
-        expected = expected_results(inputs, grad, visible_pairs(groups, MIXED_TOKENS, window))
-        assert actual[0].shape == (MIXED_TOKENS, 1, HEADS * HEAD_DIM)
+    def test_matches_dense_attention(self, groups, window, kv_heads):
+        inputs, grad = make_inputs(ROW_TOKENS, kv_heads=kv_heads)
+        actual = row_results(make_row(groups, ROW_TOKENS), inputs, grad, window=window)
+        expected = expected_results(inputs, grad, visible_pairs(groups, ROW_TOKENS, window))
+        assert actual[0].shape == (ROW_TOKENS, 1, HEADS * HEAD_DIM)
         assert_close(actual, expected, FP32_TOLERANCE)
 
     @pytest.mark.parametrize("window", [None, 3, 20])
-    def test_blocks_of_queries_change_nothing(self, window, monkeypatch):
-        monkeypatch.setattr(attention_sdpa, "QUERY_BLOCK", 4)
-        inputs, grad = make_inputs(MIXED_TOKENS)
-        actual = row_results(make_row(MIXED, MIXED_TOKENS), inputs, grad, window=window)
-        expected = expected_results(inputs, grad, visible_pairs(MIXED, MIXED_TOKENS, window))
+    def test_result_does_not_depend_on_the_query_block_size(self, window, monkeypatch):
+        monkeypatch.setattr(sdpa, "QUERY_BLOCK", 4)
+        inputs, grad = make_inputs(ROW_TOKENS)
+        actual = row_results(make_row(MIXED, ROW_TOKENS), inputs, grad, window=window)
+        expected = expected_results(inputs, grad, visible_pairs(MIXED, ROW_TOKENS, window))
         assert_close(actual, expected, FP32_TOLERANCE)
 
-    def test_bf16(self):
-        inputs, grad = make_inputs(MIXED_TOKENS, torch.bfloat16)
-        actual = row_results(make_row(MIXED, MIXED_TOKENS), inputs, grad)
+    def test_bf16_matches_dense_attention(self):
+        inputs, grad = make_inputs(ROW_TOKENS, torch.bfloat16)
+        actual = row_results(make_row(MIXED, ROW_TOKENS), inputs, grad)
         assert actual[0].dtype == torch.bfloat16
-        expected = expected_results(inputs, grad, visible_pairs(MIXED, MIXED_TOKENS, None))
+        expected = expected_results(inputs, grad, visible_pairs(MIXED, ROW_TOKENS, None))
         assert_close(actual, expected, BF16_TOLERANCE)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_never_meets_the_cpus_kernel(self, dtype, monkeypatch):
-        """It keeps code for every shape: memory would grow with the number of pairs."""
-        met = []
+    def test_half_precision_is_computed_in_fp32(self, dtype, monkeypatch):
+        """Torch's half-precision CPU kernel leaks memory with every new shape."""
+        kernel_dtypes = []
 
         def kernel(query, *others, **options):
-            met.append(query.dtype)
+            kernel_dtypes.append(query.dtype)
             return scaled_dot_product_attention(query, *others, **options)
 
-        monkeypatch.setattr(attention_sdpa, "scaled_dot_product_attention", kernel)
-        inputs, grad = make_inputs(MIXED_TOKENS, dtype)
-        results = row_results(make_row(MIXED, MIXED_TOKENS), inputs, grad)
+        monkeypatch.setattr(sdpa, "scaled_dot_product_attention", kernel)
+        inputs, grad = make_inputs(ROW_TOKENS, dtype)
+        results = row_results(make_row(MIXED, ROW_TOKENS), inputs, grad)
         results = (*results, make_attention()(*inputs, None))
         assert {result.dtype for result in results} == {dtype}
-        assert set(met) == {torch.float32}
+        assert set(kernel_dtypes) == {torch.float32}
 
-    def test_takes_views_with_strides(self):
-        """Megatron's value is a view into the fused projection."""
-        inputs, grad = make_inputs(MIXED_TOKENS)
+    def test_accepts_strided_views(self):
+        """Megatron's value is a view of the fused projection's output."""
+        inputs, grad = make_inputs(ROW_TOKENS)
         wide = [torch.cat([x, x], dim=-1) for x in inputs]
-        row, attention = make_row(MIXED, MIXED_TOKENS), make_attention()
+        row, attention = make_row(MIXED, ROW_TOKENS), make_attention()
 
         def attend(*tensors):
             halves = (x[..., HEAD_DIM:] for x in tensors)
@@ -185,58 +162,58 @@ class TestRow:
         for a, e in zip(actual[1:], expected[1:], strict=True):
             torch.testing.assert_close(a[..., HEAD_DIM:], e)
 
-    def test_padding_gives_zero_and_takes_no_gradient_whatever_it_holds(self):
-        inputs, grad = make_inputs(MIXED_TOKENS)
-        padding = ~visible_pairs(MIXED, MIXED_TOKENS, None).any(-1)
+    def test_padding_outputs_zero_and_gets_no_gradient_even_with_nan(self):
+        inputs, grad = make_inputs(ROW_TOKENS)
+        padding = ~visible_pairs(MIXED, ROW_TOKENS, None).any(-1)
         assert padding.sum() == 9
         for x in inputs:
             x[padding] = math.nan
-        for result in row_results(make_row(MIXED, MIXED_TOKENS), inputs, grad):
+        for result in row_results(make_row(MIXED, ROW_TOKENS), inputs, grad):
             assert (result[padding] == 0).all()
             assert result.isfinite().all()
 
-    @pytest.mark.parametrize("groups", [[], [(3, 3, 3, 3)]], ids=["no group", "an empty group"])
-    def test_an_empty_row_is_zero_and_stays_connected(self, groups):
+    @pytest.mark.parametrize("groups", [[], [(3, 3, 3, 3)]], ids=["no group", "empty group"])
+    def test_an_empty_row_outputs_zero_and_gets_zero_gradients(self, groups):
         inputs, grad = make_inputs(7)
         for x in inputs:
             x[2] = math.nan
         for result in row_results(make_row(groups, 7), inputs, grad):
             assert result is not None and (result == 0).all()
 
-    def test_the_answers_do_not_see_each_other(self):
-        inputs, _ = make_inputs(MIXED_TOKENS)
-        row, attention = make_row(MIXED, MIXED_TOKENS), make_attention()
+    def test_answers_do_not_see_each_other(self):
+        inputs, _ = make_inputs(ROW_TOKENS)
+        row, attention = make_row(MIXED, ROW_TOKENS), make_attention()
         before = attention(*inputs, None, packed_seq_params=row)
         for x in inputs[1:]:
             x[5:9] += 1.0  # keys and values of the first chosen answer
         changed = (attention(*inputs, None, packed_seq_params=row) != before).any(-1).flatten()
         assert changed.nonzero().flatten().tolist() == [5, 6, 7, 8]
 
-    def test_softmax_scale(self):
-        inputs, grad = make_inputs(MIXED_TOKENS)
-        actual = row_results(make_row(MIXED, MIXED_TOKENS), inputs, grad, softmax_scale=0.7)
-        visible = visible_pairs(MIXED, MIXED_TOKENS, None)
+    def test_softmax_scale_overrides_the_default(self):
+        inputs, grad = make_inputs(ROW_TOKENS)
+        actual = row_results(make_row(MIXED, ROW_TOKENS), inputs, grad, softmax_scale=0.7)
+        visible = visible_pairs(MIXED, ROW_TOKENS, None)
         assert_close(actual, expected_results(inputs, grad, visible, 0.7), FP32_TOLERANCE)
 
-    def test_a_long_row_builds_no_mask_of_its_size(self):
+    def test_masks_of_a_long_row_are_smaller_than_the_row(self):
         tokens, groups = 3000, [(0, 2000, 2500, 3000)]
         row, (inputs, _) = make_row(groups, tokens), make_inputs(tokens, heads=1, kv_heads=1)
         for window in (None, 700):
-            attention_sdpa.attend_row(*inputs, row=row, scale=1.0, window=window)
-        block = attention_sdpa.QUERY_BLOCK
+            sdpa.attend_row(*inputs, row=row, scale=1.0, window=window)
+        block = sdpa.QUERY_BLOCK
         sizes = sorted(tuple(mask._matrix.shape) for mask in row.derived.values())
         assert sizes == [(block, 699 + block), (block, 2499 + block)]
 
-    def test_recomputation_sees_its_own_row(self):
-        """As under selective recompute: the row travels in the closure, another runs in between."""
+    def test_recomputation_uses_the_original_row(self):
+        """As in selective recomputation: the row is in a closure, another row runs in between."""
         from megatron.core.tensor_parallel import checkpoint
 
         from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
 
         redirect_cuda_to_cpu()
-        rows = [make_row(MIXED, MIXED_TOKENS), make_row(PLAIN, MIXED_TOKENS)]
+        rows = [make_row(MIXED, ROW_TOKENS), make_row(PLAIN, ROW_TOKENS)]
         attention = make_attention()
-        inputs, grad = make_inputs(MIXED_TOKENS)
+        inputs, grad = make_inputs(ROW_TOKENS)
         outputs, leaves = [], []
         for row in rows:
             leaves.append([x.detach().clone().requires_grad_() for x in inputs])
@@ -252,35 +229,21 @@ class TestRow:
             for a, e in zip(actual, row_results(row, inputs, grad), strict=True):
                 assert torch.equal(a, e)
 
-    def test_masks_made_while_scoring_serve_training(self):
-        inputs, grad = make_inputs(MIXED_TOKENS)
-        row, attention = make_row(MIXED, MIXED_TOKENS), make_attention(window=3)
+    def test_masks_built_in_inference_mode_work_in_training(self):
+        inputs, grad = make_inputs(ROW_TOKENS)
+        row, attention = make_row(MIXED, ROW_TOKENS), make_attention(window=3)
         with torch.inference_mode():
             attention(*inputs, None, packed_seq_params=row)
         assert all(r is not None for r in row_results(row, inputs, grad, window=3))
 
 
-@st.composite
-def structures(draw):
-    """Groups of any lengths with gaps between them, and padding behind."""
-    groups, end = [], 0
-    for _ in range(draw(st.integers(0, 4))):
-        end += draw(st.integers(0, 3))
-        bounds = [end]
-        for _ in range(3):
-            bounds.append(bounds[-1] + draw(st.integers(0, 9)))
-        groups.append(tuple(bounds))
-        end = bounds[-1]
-    return groups, end + draw(st.integers(1, 4))
-
-
-@settings(max_examples=60, deadline=None)
-@given(structures(), st.one_of(st.none(), st.integers(1, 12)), st.sampled_from([2, 256]))
-def test_any_structure_equals_dense_attention(structure, window, query_block):
+@settings(max_examples=40, deadline=None)
+@given(row_structures(), st.one_of(st.none(), st.integers(1, 12)), st.sampled_from([2, 256]))
+def test_any_row_structure_matches_dense_attention(structure, window, query_block):
     groups, tokens = structure
     inputs, grad = make_inputs(tokens, seed=tokens)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_sdpa, "QUERY_BLOCK", query_block)
+        patch.setattr(sdpa, "QUERY_BLOCK", query_block)
         actual = row_results(make_row(groups, tokens), inputs, grad, window=window)
     expected = expected_results(inputs, grad, visible_pairs(groups, tokens, window))
     assert_close(actual, expected, FP32_TOLERANCE)
@@ -289,7 +252,7 @@ def test_any_structure_equals_dense_attention(structure, window, query_block):
 class TestPlainCausal:
     @pytest.mark.parametrize("window", [None, 1, 3, 100])
     @pytest.mark.parametrize("batch", [1, 3])
-    def test_equals_dense_attention(self, batch, window):
+    def test_matches_dense_attention(self, batch, window):
         inputs, grad = make_inputs(19, batch=batch)
         attention = make_attention(window=window)
         actual = with_gradients(lambda q, k, v: attention(q, k, v, None), inputs, grad)
@@ -298,15 +261,15 @@ class TestPlainCausal:
 
     @pytest.mark.parametrize("window", [None, 4])
     @pytest.mark.parametrize("last", [1, 5])
-    def test_the_queries_are_the_last_ones_of_a_cache(self, last, window):
+    def test_queries_are_the_last_positions_of_a_key_value_cache(self, last, window):
         inputs, _ = make_inputs(19)
         attention = make_attention(window=window)
-        whole = attention(*inputs, None)
+        full = attention(*inputs, None)
         mask_type = AttnMaskType.no_mask if last == 1 else AttnMaskType.causal
-        some = attention(inputs[0][-last:], *inputs[1:], None, attn_mask_type=mask_type)
-        torch.testing.assert_close(some, whole[-last:])
+        cached = attention(inputs[0][-last:], *inputs[1:], None, attn_mask_type=mask_type)
+        torch.testing.assert_close(cached, full[-last:])
 
-    def test_a_plain_row_is_plain_causal_attention(self):
+    def test_a_plain_row_equals_causal_attention_without_a_row(self):
         inputs, grad = make_inputs(19)
         attention = make_attention()
         expected = with_gradients(lambda q, k, v: attention(q, k, v, None), inputs, grad)
@@ -315,13 +278,13 @@ class TestPlainCausal:
 
 
 class TestConstruction:
-    def test_the_window_is_the_layers_own(self):
+    def test_window_depends_on_the_layer(self):
         overrides = dict(window_size=(4, 0), window_attn_skip_freq=[0, 1, 0, 1])
         windows = [make_attention(layer_number=n, **overrides).window for n in (1, 2, 3, 4)]
         assert windows == [None, 5, None, 5]
         assert make_attention(window_size=(-1, 0)).window is None
 
-    def test_has_no_state(self):
+    def test_state_is_empty(self):
         attention = make_attention()
         assert attention.sharded_state_dict("core_attention.", (), {}) == {}
         assert attention.state_dict() == {}
@@ -335,11 +298,11 @@ class TestConstruction:
             (dict(attn_mask_type=AttnMaskType.padding), "attn_mask_type"),
         ],
     )
-    def test_refuses(self, overrides, location):
+    def test_unsupported_settings_are_rejected(self, overrides, location):
         with pytest.raises(ConfigError, match=location):
             make_attention(**overrides)
 
-    def test_refuses_everything_at_once(self):
+    def test_all_problems_are_reported_together(self):
         config = make_config(attention_dropout=0.2)
         config.context_parallel_size = 2
         config.qk_clip = True
@@ -357,7 +320,7 @@ class TestConstruction:
             ("packed_seq_params", dict(packed_seq_params=PackedSeqParams(qkv_format="thd"))),
         ],
     )
-    def test_refuses_what_a_row_does_not_say(self, location, arguments):
+    def test_unsupported_forward_arguments_are_rejected(self, location, arguments):
         inputs, _ = make_inputs(3)
         with pytest.raises(ConfigError, match=location):
             make_attention()(*inputs, **{"attention_mask": None, **arguments})

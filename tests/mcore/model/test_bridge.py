@@ -1,4 +1,4 @@
-"""The seam to Megatron-Bridge, with the library replaced: what it is asked for, and when not."""
+"""Megatron-Bridge conversion with a fake library: the calls, and when it is rejected."""
 
 import sys
 import types
@@ -13,7 +13,7 @@ from megatron_idpo.mcore.model import bridge
 
 
 class FakeAutoBridge:
-    """Records calls like the real class methods."""
+    """Records calls; same methods as the real class."""
 
     calls: ClassVar[list[tuple]] = []
 
@@ -34,7 +34,7 @@ class FakeAutoBridge:
 
 @pytest.fixture
 def installed(monkeypatch):
-    """A machine on which Megatron-Bridge could run."""
+    """Fakes a machine on which Megatron-Bridge can run."""
     module = types.ModuleType("megatron.bridge")
     module.AutoBridge = FakeAutoBridge
     monkeypatch.setitem(sys.modules, "megatron.bridge", module)
@@ -43,13 +43,13 @@ def installed(monkeypatch):
     return FakeAutoBridge.calls
 
 
-def test_refused_with_every_reason_where_it_cannot_work(tmp_path, monkeypatch):
+def test_every_missing_requirement_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(bridge, "_is_installed", lambda module: False)
-    with pytest.raises(ConfigError) as message:
+    with pytest.raises(ConfigError) as error:
         bridge.bridge_import(tmp_path, tmp_path / "out", dtype=None)
     for reason in ("needs a GPU", "transformer_engine", "megatron.bridge"):
-        assert reason in str(message.value)
+        assert reason in str(error.value)
     assert "megatron.bridge" not in sys.modules
 
 
@@ -60,7 +60,7 @@ def test_import_passes_paths_and_dtype(installed, tmp_path):
     assert kwargs == {"torch_dtype": torch.bfloat16}
 
 
-def test_export_takes_the_configuration_from_the_hf_model(installed, tmp_path):
+def test_export_reads_the_configuration_from_the_hf_model(installed, tmp_path):
     bridge.bridge_export(tmp_path / "mc", tmp_path / "hf", tmp_path / "out")
     assert installed == [
         ("from_hf", str(tmp_path / "hf")),
@@ -68,6 +68,6 @@ def test_export_takes_the_configuration_from_the_hf_model(installed, tmp_path):
     ]
 
 
-def test_its_failure_is_told_in_its_words(installed, tmp_path, monkeypatch):
+def test_a_failure_contains_the_librarys_message(installed, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no such architecture"):
         bridge.bridge_export(tmp_path, Path("broken"), tmp_path / "out")

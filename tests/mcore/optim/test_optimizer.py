@@ -1,5 +1,6 @@
-"""DDP and AdamW by megatron-core are torch's AdamW: clipping, decay, fp32 copies, split states."""
+"""DDP and AdamW match torch's AdamW: clipping, decay, fp32 main copies, sharded state."""
 
+import math
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from tests.plugin import tiny_megatron as tiny
 pytestmark = pytest.mark.distributed
 
 LR, STEPS = 1e-2, 3
-DIGITS = {"rtol": 1e-5, "atol": 1e-7}
-"""fp32, three steps; between layouts sums are taken in another order."""
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-7}
+"""fp32, three steps; layouts sum in different orders."""
 
 
 def gradient(name: str, like: Tensor, step: int) -> Tensor:
@@ -21,8 +22,8 @@ def gradient(name: str, like: Tensor, step: int) -> Tensor:
     return torch.randn(like.shape, generator=generator)
 
 
-def given_gradients(dtype: torch.dtype, lr: float, **settings: Any) -> dict[str, Any]:
-    """Weights before and after steps with made-up gradients, and the norms."""
+def steps_on_random_gradients(dtype: torch.dtype, lr: float, **settings: Any) -> dict[str, Any]:
+    """Weights before and after steps on random gradients, and the gradient norms."""
     from megatron_idpo.config.training import OptimizerConfig
     from megatron_idpo.mcore.model.build import finalize_model_grads
     from megatron_idpo.mcore.optim.optimizer import setup_ddp_and_optimizer
@@ -46,14 +47,14 @@ def given_gradients(dtype: torch.dtype, lr: float, **settings: Any) -> dict[str,
     return {"before": before, "after": after, "norms": norms}
 
 
-def by_torch(
+def torch_adamw(
     before: dict[str, Tensor], lr: float, clip: float, decay: float, **settings: Any
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """The same steps by torch, in fp32; norms and biases do not decay."""
-    weights = {name: torch.nn.Parameter(one.float().clone()) for name, one in before.items()}
+    """The same steps with torch, in fp32; norms and biases do not decay."""
+    weights = {name: torch.nn.Parameter(p.float().clone()) for name, p in before.items()}
     groups = [
-        {"params": [p for p in weights.values() if (p.dim() > 1) == decays], "weight_decay": amount}
-        for decays, amount in ((True, decay), (False, 0.0))
+        {"params": [p for p in weights.values() if p.dim() > 1], "weight_decay": decay},
+        {"params": [p for p in weights.values() if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, **settings)
     norms = []
@@ -72,35 +73,41 @@ def by_torch(
     ("clip", "decay", "betas", "eps"),
     [(1.0, 0.0, (0.9, 0.999), 1e-8), (0.0, 0.1, (0.8, 0.95), 1e-3), (1e9, 0.1, (0.9, 0.999), 1.0)],
 )
-def test_it_is_torchs_adamw(workers, clip, decay, betas, eps):
-    """Norms are those before clipping; 0 does not clip."""
+def test_matches_torchs_adamw_with_clipping_and_decay(workers, clip, decay, betas, eps):
+    """Norms are measured before clipping; 0 does not clip."""
     settings = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
     (ours,) = workers.run(
-        given_gradients, 1, torch.float32, LR, clip_grad=clip, weight_decay=decay, **settings
+        steps_on_random_gradients,
+        1,
+        torch.float32,
+        LR,
+        clip_grad=clip,
+        weight_decay=decay,
+        **settings,
     )
-    theirs, norms = by_torch(ours["before"], LR, clip, decay, betas=betas, eps=eps)
+    expected, norms = torch_adamw(ours["before"], LR, clip, decay, betas=betas, eps=eps)
     assert ours["norms"] == pytest.approx(norms, rel=1e-5)
-    assert min(norms) > 1, "the norm is to be clipped to 1"
-    for name, weight in theirs.items():
-        torch.testing.assert_close(ours["after"][name], weight, **DIGITS)
+    assert min(norms) > 1, "the gradient must need clipping"
+    for name, weight in expected.items():
+        torch.testing.assert_close(ours["after"][name], weight, **TOLERANCE)
         assert not torch.equal(weight, ours["before"][name])
 
 
-def test_weights_of_16_bits_add_up_in_fp32(workers):
-    """Each step alone is too small to move them."""
+def test_bf16_weights_accumulate_updates_in_fp32(workers):
+    """Each single update is below bf16 resolution."""
     lr = 2.0**-11
-    (ours,) = workers.run(given_gradients, 1, torch.bfloat16, lr)
-    theirs, _ = by_torch(ours["before"], lr, 1.0, 0.0)
-    name = "decoder.final_layernorm.weight"  # around 1, where bf16 has steps of 2^-7 and 2^-8
-    assert (theirs[name] - ours["before"][name].float()).abs().max() > 2.0**-11
-    for name, weight in theirs.items():
+    (ours,) = workers.run(steps_on_random_gradients, 1, torch.bfloat16, lr)
+    expected, _ = torch_adamw(ours["before"], lr, 1.0, 0.0)
+    name = "decoder.final_layernorm.weight"  # around 1, where bf16 has a spacing of 2^-7 or 2^-8
+    assert (expected[name] - ours["before"][name].float()).abs().max() > 2.0**-11
+    for name, weight in expected.items():
         assert ours["after"][name].dtype == torch.bfloat16
         difference = (ours["after"][name].float() - weight).abs()
         assert (difference <= weight.abs() * 2.0**-8 + 1e-6).all(), name
 
 
 def trained(layout: Layout, distributed: bool) -> dict[str, Any]:
-    """Weights after real steps, by name, and every step's norm."""
+    """Weights after real training steps, gradient norms, and sizes of the optimizer state."""
     from megatron_idpo.config.training import OptimizerConfig
     from megatron_idpo.mcore.model.build import global_parameters
     from megatron_idpo.mcore.optim.optimizer import setup_ddp_and_optimizer
@@ -123,14 +130,13 @@ def trained(layout: Layout, distributed: bool) -> dict[str, Any]:
         tiny.run(dpo, trainable.model, rows)
         dpo.take_outputs(len(rows))
         norms.append(trainable.step(LR))
-    held = sum(len(group["params"]) for group in trainable.optimizer.param_groups)
     state = sum(
         moments["exp_avg"].numel()
-        for one in trainable.optimizer.chained_optimizers
-        for moments in one.optimizer.state.values()
+        for optimizer in trainable.optimizer.chained_optimizers
+        for moments in optimizer.optimizer.state.values()
     )
     weights = {name: p.detach().clone() for name, p in global_parameters(chunks)}
-    return {"weights": weights, "norms": norms, "held": held, "state": state}
+    return {"weights": weights, "norms": norms, "state": state}
 
 
 @pytest.mark.parametrize(
@@ -143,22 +149,24 @@ def trained(layout: Layout, distributed: bool) -> dict[str, Any]:
         pytest.param(Layout(pipeline=2, virtual_pipeline=2), 4, True, marks=pytest.mark.exhaustive),
     ],
 )
-def test_every_layout_takes_the_same_steps(workers, layout, processes, distributed):
-    (one,) = workers.run(trained, 1, Layout(), True)
+def test_every_layout_takes_the_same_steps_and_shards_the_state(
+    workers, layout, processes, distributed
+):
+    (single,) = workers.run(trained, 1, Layout(), True)
     ranks = workers.run(trained, processes, layout, distributed)
-    assert one["norms"][0] > 0.1, "it is to be clipped"
+    assert single["norms"][0] > 0.1, "the gradient must need clipping"
     for rank in ranks:
-        assert rank["norms"] == pytest.approx(one["norms"], rel=1e-5)
+        assert rank["norms"] == pytest.approx(single["norms"], rel=1e-5)
         for name, weight in rank["weights"].items():
-            torch.testing.assert_close(weight, one["weights"][name], **DIGITS, msg=name)
-    assert {name for rank in ranks for name in rank["weights"]} == one["weights"].keys()
+            torch.testing.assert_close(weight, single["weights"][name], **TOLERANCE, msg=name)
+    assert {name for rank in ranks for name in rank["weights"]} == single["weights"].keys()
     if layout == Layout():
         states = [rank["state"] for rank in ranks]
-        assert sum(states) == one["state"] * (1 if distributed else processes)
-        assert max(states) < one["state"] or not distributed
+        assert sum(states) == single["state"] * (1 if distributed else processes)
+        assert max(states) < single["state"] or not distributed
 
 
-def spoilt() -> list[float]:
+def norms_of_bad_gradients() -> list[float]:
     from megatron_idpo.config.training import OptimizerConfig
     from megatron_idpo.mcore.model.build import finalize_model_grads
     from megatron_idpo.mcore.optim.optimizer import setup_ddp_and_optimizer
@@ -173,6 +181,6 @@ def spoilt() -> list[float]:
     return norms
 
 
-def test_a_gradient_that_is_no_number_is_in_the_norm(workers):
-    (norms,) = workers.run(spoilt, 1)
-    assert not any(map(torch.isfinite, map(torch.tensor, norms)))
+def test_a_nan_or_inf_gradient_shows_in_the_norm(workers):
+    (norms,) = workers.run(norms_of_bad_gradients, 1)
+    assert not any(math.isfinite(norm) for norm in norms)

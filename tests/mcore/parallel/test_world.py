@@ -1,18 +1,20 @@
-"""Joining the run's processes, and failing together."""
+"""The processes of a run: joining, failing together, small collectives, stop signals."""
 
-import time
+import os
+import signal
 from typing import Any
 
 import pytest
 
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.errors import CheckpointError, ConfigError, UserError
+from megatron_idpo.mcore.parallel.world import STOP_SIGNALS, catch_stop_signals
 
-pytestmark = pytest.mark.distributed
+# --- failing together, and small collectives ---------------------------------------------------
 
 
 def fail_on(ranks: list[int], error: Exception) -> tuple[str, str, list[str]]:
-    """What this rank is told when some ranks fail, and that collectives work afterwards."""
+    """The error on this rank when some ranks fail, and the result of a collective afterwards."""
     import torch.distributed as dist
 
     from megatron_idpo.mcore.parallel.world import all_gather_objects, raise_on_all_ranks
@@ -30,25 +32,29 @@ def fail_on(ranks: list[int], error: Exception) -> tuple[str, str, list[str]]:
 AFTERWARDS = ["rank 0", "rank 1", "rank 2"]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("error", [CheckpointError("broken"), ConfigError("broken")])
-def test_a_rank_that_fails_alone_fails_them_all(error, workers):
+def test_an_error_on_one_rank_is_raised_on_all(error, workers):
     kind = type(error).__name__
     other = (kind, "the step failed on rank 1: broken", AFTERWARDS)
     assert workers.run(fail_on, 3, [1], error) == [other, (kind, "broken", AFTERWARDS), other]
 
 
-def test_ranks_that_fail_tell_their_own_reason(workers):
-    answers = workers.run(fail_on, 3, [0, 1, 2], CheckpointError("broken"))
-    assert answers == [("CheckpointError", "broken", AFTERWARDS)] * 3
+@pytest.mark.distributed
+def test_a_failing_rank_raises_its_own_error(workers):
+    errors = workers.run(fail_on, 3, [0, 1, 2], CheckpointError("broken"))
+    assert errors == [("CheckpointError", "broken", AFTERWARDS)] * 3
 
 
-def test_nobody_fails(workers):
+@pytest.mark.distributed
+def test_no_error_is_raised_if_no_rank_fails(workers):
     assert workers.run(fail_on, 3, [], CheckpointError("broken")) == [("", "", AFTERWARDS)] * 3
 
 
-def test_a_mistake_of_ours_is_not_exchanged(workers):
+@pytest.mark.distributed
+def test_an_unexpected_error_is_not_exchanged(workers):
     with pytest.raises(ZeroDivisionError):
-        workers.run(fail_on, 2, [0, 1], ZeroDivisionError("ours"))
+        workers.run(fail_on, 2, [0, 1], ZeroDivisionError("a bug"))
 
 
 def small_collectives() -> tuple[Any, ...]:
@@ -63,16 +69,20 @@ def small_collectives() -> tuple[Any, ...]:
 
     barrier()
     rank = dist.get_rank()
-    return broadcast_from_rank0(lambda: {"made on": rank}), all_gather_objects(rank * 2), is_rank0()
+    return broadcast_from_rank0(lambda: {"rank": rank}), all_gather_objects(rank * 2), is_rank0()
 
 
+@pytest.mark.distributed
 def test_small_collectives(workers):
-    answers = workers.run(small_collectives, 3)
-    assert answers == [({"made on": 0}, [0, 2, 4], rank == 0) for rank in range(3)]
+    results = workers.run(small_collectives, 3)
+    assert results == [({"rank": 0}, [0, 2, 4], rank == 0) for rank in range(3)]
+
+
+# --- joining ----------------------------------------------------------------------------------
 
 
 def join_and_run() -> tuple[Any, ...]:
-    """Joins the worker's world and a layout in it."""
+    """Join the worker's world and run a layout in it."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -85,7 +95,8 @@ def join_and_run() -> tuple[Any, ...]:
     return world.rank, world.size, world.is_first, tensor, stopped, dist.is_initialized()
 
 
-def test_a_world_that_exists_is_used_and_left_standing(workers):
+@pytest.mark.distributed
+def test_an_existing_process_group_is_used_and_kept(workers):
     assert workers.run(join_and_run, 2) == [
         (0, 2, True, 2, True, True),
         (1, 2, False, 2, True, True),
@@ -93,8 +104,6 @@ def test_a_world_that_exists_is_used_and_left_standing(workers):
 
 
 def leave_and_join_alone() -> tuple[Any, ...]:
-    import os
-
     import torch.distributed as dist
 
     from megatron_idpo.mcore.parallel.world import distributed_world, is_rank0, running_layout
@@ -108,7 +117,8 @@ def leave_and_join_alone() -> tuple[Any, ...]:
     return outside, inside, dist.is_initialized()
 
 
-def test_a_plain_program_is_a_world_of_one(workers):
+@pytest.mark.distributed
+def test_without_torchrun_the_world_has_one_rank(workers):
     assert workers.run(leave_and_join_alone, 1) == [(True, (0, 1, "gloo"), False)]
 
 
@@ -125,20 +135,13 @@ def fail_within_a_layout() -> tuple[bool, bool]:
         return started, parallel_state.is_initialized()
 
 
-def test_a_layout_is_stopped_by_an_error(workers):
+@pytest.mark.distributed
+def test_an_error_stops_the_layout(workers):
     assert workers.run(fail_within_a_layout, 1) == [(True, False)]
 
 
-def test_failing_together_takes_no_time_out(workers):
-    workers.run(fail_on, 2, [], CheckpointError("warm"))
-    begin_s = time.monotonic()
-    workers.run(fail_on, 2, [1], CheckpointError("broken"), timeout_s=30.0)
-    assert time.monotonic() - begin_s < 30.0
-
-
 def join_with(gpus: int, **environment: str) -> str:
-    """What a plain program is told that has this environment and these GPUs."""
-    import os
+    """The error of a program with this environment and this number of GPUs."""
     from unittest import mock
 
     import torch
@@ -153,23 +156,43 @@ def join_with(gpus: int, **environment: str) -> str:
         mock.patch.dict(os.environ, environment),
         mock.patch.object(torch.cuda, "is_available", lambda: gpus > 0),
         mock.patch.object(torch.cuda, "device_count", lambda: gpus),
-        pytest.raises(ConfigError) as message,
+        pytest.raises(ConfigError) as error,
         distributed_world(),
     ):
         raise AssertionError("joined")
-    return str(message.value)
+    return str(error.value)
 
 
-def test_a_rank_of_no_world(workers):
+@pytest.mark.distributed
+def test_an_incomplete_torchrun_environment_is_rejected(workers):
     (message,) = workers.run(join_with, 1, 0, RANK="0")
     assert message.startswith(
         "RANK: is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with"
     )
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-def test_more_ranks_than_gpus(name, workers):
+def test_more_local_ranks_than_gpus_is_rejected(name, workers):
     (message,) = workers.run(join_with, 1, 2, **{name: "3" if name == "LOCAL_RANK" else "4"})
     assert message.startswith(
         "LOCAL_WORLD_SIZE: 4 ranks on this machine, but 2 visible GPUs; start"
     )
+
+
+# --- stop signals -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_stop_signal_sets_the_flag(signum: signal.Signals) -> None:
+    with catch_stop_signals() as stop_flag:
+        assert not stop_flag.stop_requested
+        os.kill(os.getpid(), signum)
+        assert stop_flag.stop_requested and stop_flag.signal == signum
+
+
+def test_signal_handlers_are_restored() -> None:
+    before = [signal.getsignal(signum) for signum in STOP_SIGNALS]
+    with catch_stop_signals():
+        assert [signal.getsignal(signum) for signum in STOP_SIGNALS] != before
+    assert [signal.getsignal(signum) for signum in STOP_SIGNALS] == before

@@ -1,4 +1,4 @@
-"""The adapters of a chunk in checkpoints and in recomputation; the model's own names stay."""
+"""Adapters of a chunk in checkpoints and under recomputation."""
 
 from pathlib import Path
 from typing import Any
@@ -34,38 +34,38 @@ def build(layout: Layout, settings: LoraConfig = SETTINGS, **options: Any) -> tu
     return chunks, add_adapters(chunks, architecture, settings)
 
 
-def everything(adapters: Any) -> dict[str, Tensor]:
-    """This stage's whole adapters on its first rank."""
+def full_adapters(adapters: Any) -> dict[str, Tensor]:
+    """This stage's unsharded adapters, on its first tensor-parallel rank."""
     from megatron_idpo.mcore.parallel.groups import gather_tensor_shards
 
-    found = {}
-    for one in adapters.tensors():
-        shards = gather_tensor_shards(one.parameter.detach())
+    full = {}
+    for tensor in adapters.tensors():
+        shards = gather_tensor_shards(tensor.parameter.detach())
         if shards is not None:
-            split = one.split_dim
-            found[one.name] = shards[0] if split is None else torch.cat(shards, split)
-    return {name: tensor.clone() for name, tensor in found.items()}
+            split = tensor.split_dim
+            full[tensor.name] = (shards[0] if split is None else torch.cat(shards, split)).clone()
+    return full
 
 
 def save(directory: str, layout: Layout) -> dict[str, Tensor]:
-    """Adapters alone, by megatron-core."""
+    """Save only the adapters, with megatron-core."""
     from megatron.core import dist_checkpointing
 
     from megatron_idpo.mcore.parallel.groups import rank_coordinates
 
     chunks, adapters = build(layout)
-    for one in adapters.tensors():
-        rank = 0 if one.split_dim is None else rank_coordinates().tp_rank
-        generator = torch.Generator().manual_seed(sum(one.name.encode()) * 2 + rank)
-        one.parameter.data.copy_(torch.randn(one.parameter.shape, generator=generator))
+    for tensor in adapters.tensors():
+        rank = 0 if tensor.split_dim is None else rank_coordinates().tp_rank
+        generator = torch.Generator().manual_seed(sum(tensor.name.encode()) * 2 + rank)
+        tensor.parameter.data.copy_(torch.randn(tensor.parameter.shape, generator=generator))
     dist_checkpointing.save(_sharded(chunks), directory)
-    return everything(adapters)
+    return full_adapters(adapters)
 
 
 def _sharded(chunks: Any) -> dict[str, Any]:
     return {
-        f"{number}.{key}": value
-        for number, chunk in enumerate(chunks)
+        f"{index}.{key}": value
+        for index, chunk in enumerate(chunks)
         for key, value in chunk.sharded_state_dict().items()
         if key.startswith("lora.")
     }
@@ -82,19 +82,26 @@ def load(directory: str, layout: Layout) -> dict[str, Tensor]:
     loaded = dist_checkpointing.load(state, directory)
     for key, tensor in loaded.items():
         parameters[key].data.copy_(tensor)
-    return everything(adapters)
+    return full_adapters(adapters)
 
 
-def merged(parts: Any) -> dict[str, Tensor]:
-    return {name: tensor for part in parts for name, tensor in part.items()}
+def merged(stages: Any) -> dict[str, Tensor]:
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
 
 
-@pytest.mark.parametrize("other", [Layout(), PP2_VP2, TP2_SP])
-def test_another_layout_reads_what_one_has_saved(other, workers, tmp_path):
-    saved = merged(workers.run(save, 4, str(tmp_path), TP2_PP2))
-    found = merged(workers.run(load, other.model_ranks, str(tmp_path), other))
-    assert found.keys() == saved.keys() and len(saved) == 4 * 7 * 2
-    assert all(torch.equal(saved[name], tensor) for name, tensor in found.items())
+@pytest.fixture(scope="module")
+def saved(workers, tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
+    """A checkpoint of adapters that was saved with TP2 and PP2, and their tensors."""
+    directory = tmp_path_factory.mktemp("adapters")
+    return directory, merged(workers.run(save, 4, str(directory), TP2_PP2))
+
+
+@pytest.mark.parametrize("layout", [Layout(), PP2_VP2, TP2_SP])
+def test_adapters_load_into_another_layout(layout, workers, saved):
+    directory, tensors = saved
+    loaded = merged(workers.run(load, layout.model_ranks, str(directory), layout))
+    assert loaded.keys() == tensors.keys() and len(tensors) == 4 * 7 * 2
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in loaded.items())
 
 
 def sharded_names(layout: Layout) -> dict[str, Any]:
@@ -104,39 +111,41 @@ def sharded_names(layout: Layout) -> dict[str, Any]:
     from megatron_idpo.mcore.model.build import global_parameters
 
     chunks, adapters = build(layout)
-    named = {id(parameter): name for name, parameter in adapters.parameters()}
+    names = {id(parameter): name for name, parameter in adapters.parameters()}
     state = _sharded(chunks)
-    assert all(named[id(value.data)] == value.key for value in state.values())
-    own = [name for name, _ in global_parameters(chunks)]
+    assert all(names[id(value.data)] == value.key for value in state.values())
+    base_names = [name for name, _ in global_parameters(chunks)]
     with_adapters = sorted(sharded_weights(chunks))
     adapters.remove()
-    assert own == [name for name, _ in global_parameters(chunks)]
+    assert base_names == [name for name, _ in global_parameters(chunks)]
     assert with_adapters == sorted(sharded_weights(chunks))
     return {value.key: is_main_replica(value.replica_id) for value in state.values()}
 
 
-def test_each_tensor_is_the_parameter_and_is_written_once(workers):
-    """On data-parallel replicas too; the model's own checkpoint knows nothing of adapters."""
-    answers = workers.run(sharded_names, 4, Layout(tensor=2))
-    keys = [f"lora.layers.{n}.{p}.{s}" for n in range(4) for p in SETTINGS.projections for s in "AB"]
+def test_each_adapter_tensor_is_saved_once(workers):
+    """Also with data-parallel replicas. The base model's checkpoint contains no adapters."""
+    ranks = workers.run(sharded_names, 4, Layout(tensor=2))
+    keys = [
+        f"lora.layers.{n}.{p}.{s}" for n in range(4) for p in SETTINGS.projections for s in "AB"
+    ]
     for key in keys:
-        writers = sum(answer[key] for answer in answers)
+        writers = sum(rank[key] for rank in ranks)
         is_split = key.endswith("A") == key.split(".")[3].startswith(("o_", "down_"))
         assert writers == (2 if is_split else 1), key
-    assert all(answer.keys() == set(keys) for answer in answers)
+    assert all(rank.keys() == set(keys) for rank in ranks)
 
 
 def gradients(layout: Layout, recompute: str, dropout: float) -> dict[str, Tensor]:
-    """After one forward and backward pass of a chunk that draws dropout masks."""
+    """Adapter gradients of one forward and backward pass."""
     from megatron_idpo.mcore.attention.row_params import RowParams
     from megatron_idpo.mcore.model.build import Recompute
 
     settings = LoraConfig(rank=4, dropout=dropout)
     (chunk,), adapters = build(layout, settings, recompute=Recompute(granularity=recompute))
-    for one in adapters.tensors():
-        if one.side == "B":
-            generator = torch.Generator().manual_seed(sum(one.name.encode()))
-            one.parameter.data.copy_(torch.randn(one.parameter.shape, generator=generator))
+    for tensor in adapters.tensors():
+        if tensor.side == "B":
+            generator = torch.Generator().manual_seed(sum(tensor.name.encode()))
+            tensor.parameter.data.copy_(torch.randn(tensor.parameter.shape, generator=generator))
     tokens = torch.arange(16)[None] * 7 % 256
     logits = chunk(tokens, torch.arange(16)[None], None, packed_seq_params=RowParams.plain(16))
     logits.square().mean().backward()
@@ -144,16 +153,17 @@ def gradients(layout: Layout, recompute: str, dropout: float) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("layout", [Layout(tensor=2), TP2_SP])
-def test_recomputation_draws_the_same_masks(layout, workers):
-    kept = workers.run(gradients, 2, layout, "off", 0.3)
-    again = workers.run(gradients, 2, layout, "full", 0.3)
-    without = workers.run(gradients, 2, layout, "off", 0.0)
-    for one, other, plain in zip(kept, again, without, strict=True):
-        assert all(torch.equal(gradient, other[name]) for name, gradient in one.items())
-        assert not any(torch.equal(gradient, plain[name]) for name, gradient in one.items())
+def test_recomputation_draws_the_same_dropout_masks(layout, workers):
+    stored = workers.run(gradients, 2, layout, "off", 0.3)
+    recomputed = workers.run(gradients, 2, layout, "full", 0.3)
+    no_dropout = workers.run(gradients, 2, layout, "off", 0.0)
+    for rank, rank_recomputed, rank_no_dropout in zip(stored, recomputed, no_dropout, strict=True):
+        for name, gradient in rank.items():
+            assert torch.equal(gradient, rank_recomputed[name])
+            assert not torch.equal(gradient, rank_no_dropout[name])
 
 
-def marks(layout: Layout) -> dict[str, tuple[bool, bool]]:
+def parallel_attributes(layout: Layout) -> dict[str, tuple[bool, bool]]:
     _, adapters = build(layout)
     return {
         name: (
@@ -166,17 +176,17 @@ def marks(layout: Layout) -> dict[str, tuple[bool, bool]]:
 
 
 @pytest.mark.parametrize("layout", [Layout(tensor=2), TP2_SP])
-def test_megatron_core_knows_what_is_split(layout, workers):
-    """For norms of gradients, which count replicas once, and for their sums."""
-    for found in workers.run(marks, 2, layout):
-        for name, (is_split, is_summed) in found.items():
+def test_parameters_have_megatrons_parallel_attributes(layout, workers):
+    """The gradient norm counts replicas once, and partial gradients are summed."""
+    for attributes in workers.run(parallel_attributes, 2, layout):
+        for name, (is_split, is_summed) in attributes.items():
             is_row_parallel = "o_proj" in name or "down_proj" in name
             assert is_split == (name.endswith("A") == is_row_parallel), name
             assert is_summed == (layout.sequence_parallel and not is_split), name
 
 
-def saved_with_adapters(directory: str) -> bool:
-    """Whether a model reads from its checkpoint what it was when it had adapters."""
+def save_and_load_base_model(directory: str) -> bool:
+    """Whether a model with adapters restores its base weights from its checkpoint."""
     from megatron_idpo.checkpoint.weights import load_weights, save_weights
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import global_parameters
@@ -184,15 +194,15 @@ def saved_with_adapters(directory: str) -> bool:
     chunks, adapters = build(Layout(tensor=2))
     before = {name: parameter.clone() for name, parameter in global_parameters(chunks)}
     save_weights(chunks, Path(directory))
-    for parameter in before:
-        dict(global_parameters(chunks))[parameter].data.fill_(torch.nan)
+    for _, parameter in global_parameters(chunks):
+        parameter.data.fill_(torch.nan)
     load_weights(chunks, Path(directory), Architecture.from_hf(tiny_hf_config("qwen2")))
     assert len(list(adapters.parameters())) == 4 * 7 * 2
-    return all(torch.equal(before[name], one) for name, one in global_parameters(chunks))
+    return all(torch.equal(before[name], after) for name, after in global_parameters(chunks))
 
 
-def test_the_base_models_checkpoint_has_no_adapters(workers, tmp_path):
+def test_the_base_models_checkpoint_contains_no_adapters(workers, tmp_path):
     from megatron_idpo.checkpoint.stored_weights import stored_weights
 
-    assert workers.run(saved_with_adapters, 2, str(tmp_path)) == [True, True]
+    assert workers.run(save_and_load_base_model, 2, str(tmp_path)) == [True, True]
     assert not any("lora" in key for key in stored_weights(tmp_path))

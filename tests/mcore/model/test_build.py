@@ -1,6 +1,6 @@
-"""A model from an architecture: its configuration, its chunks, and the names of its parameters.
+"""Built models: megatron-core's configuration, the chunks, and the parameters' names.
 
-That it computes what it should is the business of `tests/convert/test_parity.py`.
+Their outputs are compared with Transformers in `tests/convert/test_parity.py`.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.distributed
 def config_fields(
     names: list[str], family: str, layout: Layout, options: dict[str, Any], overrides: Any
 ) -> dict[str, Any]:
-    """Fields of the `TransformerConfig`."""
+    """The named fields of `TransformerConfig`."""
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import ModelOptions, Recompute, transformer_config
     from megatron_idpo.mcore.parallel.groups import start_layout
 
     recompute = Recompute(**options.pop("recompute", {}))
-    options["overrides"] = options.pop("overrides_of_megatron", {})
+    options["overrides"] = options.pop("megatron_overrides", {})
     architecture = Architecture.from_hf(tiny_hf_config(family, **overrides))
     start_layout(layout)
     config = transformer_config(architecture, layout, ModelOptions(recompute=recompute, **options))
@@ -34,16 +34,16 @@ def config_fields(
 
 @pytest.fixture
 def fields(workers) -> Callable[..., dict[str, Any]]:
-    def ask(*names: str, family="llama", layout=None, overrides=None, **options) -> dict[str, Any]:
+    def run(*names: str, family="llama", layout=None, overrides=None, **options) -> dict[str, Any]:
         layout = layout or Layout()
         arguments = (list(names), family, layout, options, overrides or {})
         return workers.run(config_fields, layout.model_ranks, *arguments)[0]
 
-    return ask
+    return run
 
 
-def test_shapes_of_a_family_with_everything(fields):
-    found = fields(
+def test_shape_fields(fields):
+    shape = fields(
         "num_layers",
         "num_query_groups",
         "kv_channels",
@@ -53,7 +53,7 @@ def test_shapes_of_a_family_with_everything(fields):
         family="qwen3",
         overrides={"num_key_value_heads": 2, "rms_norm_eps": 3e-6},
     )
-    assert found == {
+    assert shape == {
         "num_layers": 4,
         "num_query_groups": 2,
         "kv_channels": 16,
@@ -64,7 +64,7 @@ def test_shapes_of_a_family_with_everything(fields):
     assert fields("add_qkv_bias", family="qwen2") == {"add_qkv_bias": True}
 
 
-def test_windows_are_counted_as_megatron_core_counts_them(fields):
+def test_window_fields_exclude_the_query_itself(fields):
     window = ("window_size", "window_attn_skip_freq")
     assert fields(*window, family="mistral", overrides={"sliding_window": 5}) == {
         "window_size": (4, 0),
@@ -86,7 +86,7 @@ def test_windows_are_counted_as_megatron_core_counts_them(fields):
         (torch.float16, False, True),
     ],
 )
-def test_formats(dtype, bf16, fp16, fields):
+def test_dtype_fields(dtype, bf16, fp16, fields):
     assert fields("params_dtype", "pipeline_dtype", "bf16", "fp16", dtype=dtype) == {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -107,18 +107,18 @@ RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers"
         ({"granularity": "full", "method": "block", "num_layers": 2}, ("full", "block", 2)),
     ],
 )
-def test_recompute(recompute, expected, fields):
+def test_recompute_fields(recompute, expected, fields):
     assert fields(*RECOMPUTE, recompute=recompute) == dict(zip(RECOMPUTE, expected, strict=True))
 
 
-def test_nothing_is_dropped_out_or_fused_unless_asked(fields):
+def test_dropout_and_fusions_are_off_unless_overridden(fields):
     names = ("hidden_dropout", "attention_dropout", "masked_softmax_fusion")
     assert fields(*names) == dict(zip(names, (0.0, 0.0, False), strict=True))
-    assert fields(*names, overrides_of_megatron={"hidden_dropout": 0.5})["hidden_dropout"] == 0.5
+    assert fields(*names, megatron_overrides={"hidden_dropout": 0.5})["hidden_dropout"] == 0.5
 
 
 def chunk_parameters(family: str, layout: Layout, overrides: dict[str, Any]) -> list[Any]:
-    """Each chunk's ends and parameters, and the global names with their shapes."""
+    """Pre/post-process flags of each chunk, global names with shapes, dtypes, rotary modules."""
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import ModelOptions, build_model, global_parameters
     from megatron_idpo.mcore.parallel.groups import start_layout
@@ -126,18 +126,18 @@ def chunk_parameters(family: str, layout: Layout, overrides: dict[str, Any]) -> 
     start_layout(layout)
     architecture = Architecture.from_hf(tiny_hf_config(family, **overrides))
     chunks = build_model(architecture, layout, ModelOptions(dtype=torch.bfloat16))
-    ends = [(chunk.pre_process, chunk.post_process) for chunk in chunks]
-    shapes = {name: tuple(one.shape) for name, one in global_parameters(chunks)}
+    flags = [(chunk.pre_process, chunk.post_process) for chunk in chunks]
+    shapes = {name: tuple(parameter.shape) for name, parameter in global_parameters(chunks)}
     dtypes = {parameter.dtype for _, parameter in global_parameters(chunks)}
     rotary = {type(chunk.rotary_pos_emb).__name__ for chunk in chunks}
-    return [ends, shapes, dtypes, rotary]
+    return [flags, shapes, dtypes, rotary]
 
 
 def layers_of(shapes: dict[str, Any]) -> list[int]:
     return sorted({int(name.split(".")[2]) for name in shapes if ".layers." in name})
 
 
-def test_layers_are_numbered_over_the_whole_model(workers):
+def test_global_names_number_layers_over_the_whole_model(workers):
     layout = Layout(pipeline=2, virtual_pipeline=2)
     first, last = workers.run(chunk_parameters, 2, "llama", layout, {})
     assert layers_of(first[1]) == [0, 2] and layers_of(last[1]) == [1, 3]
@@ -149,22 +149,21 @@ def test_layers_are_numbered_over_the_whole_model(workers):
         assert part[2] == {torch.bfloat16} and part[3] == {"RowRotary"}
 
 
-def test_uneven_stages(workers):
+def test_pipeline_layers_set_uneven_stages(workers):
     layout = Layout(pipeline=2, pipeline_layers=(1, 3))
     first, last = workers.run(chunk_parameters, 2, "llama", layout, {})
     assert layers_of(first[1]) == [0] and layers_of(last[1]) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("vocab_size", "rows"), [(256, 128), (257, 129)])
-def test_the_vocabulary_is_padded_no_further_than_it_must(vocab_size, rows, workers):
+def test_the_vocabulary_is_padded_to_a_multiple_of_tensor(vocab_size, rows, workers):
     overrides = {"vocab_size": vocab_size}
     for _, shapes, _, _ in workers.run(chunk_parameters, 2, "llama", Layout(tensor=2), overrides):
         assert shapes["embedding.word_embeddings.weight"] == (rows, 64)
         assert shapes["output_layer.weight"] == (rows, 64)
 
 
-def test_tied_embeddings(workers):
-    """One parameter on one stage; a copy on the last of several."""
+def test_tied_embeddings_have_a_copy_only_on_a_separate_last_stage(workers):
     tied = {"tie_word_embeddings": True}
     ((_, alone, _, _),) = workers.run(chunk_parameters, 1, "llama", Layout(), tied)
     assert "output_layer.weight" not in alone
@@ -172,14 +171,14 @@ def test_tied_embeddings(workers):
     assert "output_layer.weight" not in first[1] and "output_layer.weight" in last[1]
 
 
-def test_an_impossible_layout_is_refused_before_anything_is_built(workers):
+def test_a_layout_that_does_not_fit_is_rejected(workers):
     with pytest.raises(
         ConfigError, match=r"layout\.pipeline: 4 layers do not divide evenly over 3"
     ):
         workers.run(chunk_parameters, 3, "llama", Layout(pipeline=3), {})
 
 
-def paddings() -> list[int]:
+def padded_sizes() -> list[int]:
     from megatron_idpo.mcore.model.build import padded_vocab_size
 
     return [
@@ -187,5 +186,5 @@ def paddings() -> list[int]:
     ]
 
 
-def test_padded_sizes(workers):
-    assert workers.run(paddings, 1) == [[509, 510, 512, 8]]
+def test_padded_vocab_size(workers):
+    assert workers.run(padded_sizes, 1) == [[509, 510, 512, 8]]

@@ -1,4 +1,4 @@
-"""What a row promises, and that it refuses arrays which break the promise."""
+"""`RowParams`: Megatron's fields, and the checks of its arrays."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron_idpo.mcore.attention.row_params import RowParams
 
 
-def test_is_what_megatron_expects():
+def test_fields_that_megatron_reads():
     spans = torch.tensor([[0, 2, 3, 5], [6, 9, 9, 9]], dtype=torch.int32)
     row = RowParams.of(torch.tensor([0, 1, 2, 2, 3, 0, 0, 1, 2, 0]), spans)
     assert isinstance(row, PackedSeqParams)
@@ -16,7 +16,7 @@ def test_is_what_megatron_expects():
     assert row.groups == ((0, 2, 3, 5), (6, 9, 9, 9))
 
 
-def test_plain():
+def test_plain_row_is_one_causal_sequence():
     row = RowParams.plain(4)
     assert row.position_ids_T.tolist() == [0, 1, 2, 3]
     assert row.groups == ((0, 4, 4, 4),)
@@ -37,13 +37,13 @@ def test_positions_may_start_anywhere():
         ([[0, 8, 8]], r"not int32 \[G, 4\]"),
     ],
 )
-def test_asserts_sound_spans(spans, message):
+def test_inconsistent_spans_are_rejected(spans, message):
     with pytest.raises(AssertionError, match=message):
         RowParams.of(torch.zeros(8, dtype=torch.int64), torch.tensor(spans, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("positions", [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 0, 1, 1, 2]])
-def test_asserts_that_answers_continue_from_their_prompt(positions):
+def test_answers_must_continue_from_their_prompt(positions):
     spans = torch.tensor([[0, 2, 3, 5]], dtype=torch.int32)
     RowParams.of(torch.tensor([0, 1, 2, 2, 3]), spans)
     with pytest.raises(AssertionError, match="continue from its prompt"):

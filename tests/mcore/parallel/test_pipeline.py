@@ -1,0 +1,94 @@
+"""Pipeline stages: the last one, groups of stages, and a batch through the schedule."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_idpo.config.layout import Layout
+from tests.plugin import tiny_megatron as tiny
+
+pytestmark = pytest.mark.distributed
+
+
+def last_stage(layout: Layout) -> tuple[bool, float]:
+    """Whether this rank has the last stage, and the broadcast rank number of the last stage."""
+    import torch.distributed as dist
+
+    from megatron_idpo.mcore.parallel.groups import start_layout
+    from megatron_idpo.mcore.parallel.pipeline import broadcast_from_last_stage, is_last_stage
+
+    start_layout(layout)
+    own_rank = torch.tensor(float(dist.get_rank()))
+    return is_last_stage(), broadcast_from_last_stage(own_rank).item()
+
+
+def test_last_stage_and_its_broadcast(workers):
+    assert workers.run(last_stage, 8, Layout(tensor=2, pipeline=2)) == [
+        (rank >= 4, float(4 + rank % 4)) for rank in range(8)
+    ]
+    assert workers.run(last_stage, 2, Layout(tensor=2)) == [(True, 0.0), (True, 1.0)]
+
+
+def sum_over_stages(members: set[int], users: set[int]) -> tuple[tuple[int, ...], float] | None:
+    """The ranks of this rank's group of stages, and the sum of their numbers over it."""
+    import torch.distributed as dist
+
+    from megatron_idpo.mcore.parallel.groups import rank_coordinates, start_layout
+    from megatron_idpo.mcore.parallel.pipeline import stage_group
+
+    start_layout(Layout(tensor=2, pipeline=4))
+    stage = rank_coordinates().pp_rank
+    group = stage_group(is_member=stage in members, needs_group=stage in users)
+    if group is None:
+        return None
+    total = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(total, group=group.group)
+    return group.ranks, total.item()
+
+
+def test_each_pipeline_gets_a_separate_stage_group(workers):
+    """Ranks 0, 2, 4, 6 are one pipeline, the odd ones the other."""
+    groups = workers.run(sum_over_stages, 8, {1, 3}, {1})
+    even, odd = ((2, 6), 8.0), ((3, 7), 10.0)
+    assert groups == [None, None, even, odd, None, None, even, odd]
+    assert workers.run(sum_over_stages, 8, {1, 3}, set()) == [None] * 8
+
+
+def scheduled(layout: Layout, training: bool) -> tuple[list[tuple[int, int]], bool, float]:
+    """The (chunk, micro-batch) pairs that ran, in order; whether graphs were recorded; and the sum
+    of the absolute gradients on this rank."""
+    from megatron_idpo.mcore.attention.row_params import RowParams
+    from megatron_idpo.mcore.parallel.pipeline import run_schedule
+
+    chunks = tiny.start(layout)
+    ran: list[tuple[int, int]] = []
+    grad_enabled = set()
+    rows = [RowParams.plain(tiny.ROW_TOKENS) for _ in range(4)]
+    tokens_1T = torch.arange(tiny.ROW_TOKENS)[None]
+
+    def forward_step(iterator: Any, chunk: Any) -> Any:
+        index = next(iterator)
+        ran.append((chunks.index(chunk), index))
+        grad_enabled.add(torch.is_grad_enabled())
+        output = chunk(tokens_1T, tokens_1T, None, packed_seq_params=rows[index])
+        return output, lambda logits: (logits.float().square().mean(), {})
+
+    before = torch.is_grad_enabled()
+    run_schedule(forward_step, range(4), chunks, row_tokens=tiny.ROW_TOKENS, training=training)
+    assert torch.is_grad_enabled() == before and len(grad_enabled) == 1
+    gradients = [p.grad for chunk in chunks for p in chunk.parameters() if p.grad is not None]
+    return ran, grad_enabled.pop(), float(sum(gradient.abs().sum() for gradient in gradients))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(pipeline=2), Layout(pipeline=2, virtual_pipeline=2)],
+    ids=["one", "pipeline", "interleaved"],
+)
+def test_schedule_runs_every_micro_batch_once_on_every_chunk(workers, layout):
+    expected = [(chunk, index) for chunk in range(layout.virtual_pipeline) for index in range(4)]
+    for ran, has_graph, grad_sum in workers.run(scheduled, layout.pipeline, layout, False):
+        assert sorted(ran) == expected and not has_graph and grad_sum == 0
+    for ran, has_graph, grad_sum in workers.run(scheduled, layout.pipeline, layout, True):
+        assert sorted(ran) == expected and has_graph and grad_sum > 0
