@@ -9,10 +9,10 @@ largest tensor of which is 0.5 GB), then measures, each in fresh processes:
 * back, one process, and that every tensor is the same to the byte;
 * loading the Hugging Face model into TP2, two processes, no saving.
 
-Peak is the kernel's own high-water mark of a process's resident memory (`ru_maxrss`): libraries
-mapped from disk count, page cache does not. "All processes" is the largest sum over the processes
-of a run, children too, sampled every 20 ms. Fails if a process takes more than what it has to hold
-and 1 GB. What is printed is also written to `benchmarks/results/`.
+Peak is the largest anonymous memory of a process and its children, sampled every 20 ms. Mapped
+files are not counted: they are page cache, which the kernel takes back when memory is short. "All
+processes" is the largest sum over the processes of a run. Fails if a process takes more than what
+it has to hold and 1 GB. What is printed is also written to `benchmarks/results/`.
 """
 
 import argparse
@@ -34,11 +34,10 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_idpo.convert.families import hf_shapes
+from megatron_idpo.convert.families import hf_shapes, weights_bytes
 from megatron_idpo.convert.hf_io.reader import HfCheckpoint
-from megatron_idpo.convert.hf_io.safetensors_header import TensorSpec
+from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
 from megatron_idpo.convert.hf_io.writer import HfWriter
-from megatron_idpo.convert.progress import weights_bytes
 from megatron_idpo.mcore.model.architecture import Architecture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,14 +51,14 @@ RANDOM_BYTES = 64 << 20
 LOAD = """
 import sys
 from pathlib import Path
-from megatron_idpo.mcore.megatron_warnings import quiet_megatron
-with quiet_megatron():
+from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
+with suppress_megatron_warnings():
     from megatron_idpo.convert.hf_to_megatron import hf_dtype, load_hf_weights, open_hf
-    from megatron_idpo.mcore.parallel.layout import Layout
+    from megatron_idpo.config.layout import Layout
     from megatron_idpo.mcore.model.build import ModelOptions, build_model
-    from megatron_idpo.mcore.parallel.world import joined_world, running
+    from megatron_idpo.mcore.parallel.world import distributed_world, running_layout
 layout = Layout(tensor=2)
-with joined_world(), running(layout):
+with distributed_world(), running_layout(layout):
     checkpoint, architecture = open_hf(Path(sys.argv[1]))
     options = ModelOptions(dtype=hf_dtype(checkpoint, architecture))
     load_hf_weights(build_model(architecture, layout, options), checkpoint, architecture)
@@ -148,27 +147,29 @@ def measure(what: str, commands: Sequence[Sequence[str]], held_bytes: int) -> Me
         subprocess.Popen(command, cwd=ROOT, env=environment)
         for command, environment in zip(commands, environments, strict=True)
     ]
-    peaks: list[int] = []
+    peaks = dict.fromkeys((process.pid for process in running), 0)
     together = 0
     while running:
-        together = max(together, sum(_resident(process.pid) for process in running))
+        now_bytes = {process.pid: _anonymous_bytes(process.pid) for process in running}
+        together = max(together, sum(now_bytes.values()))
+        peaks |= {pid: max(peaks[pid], num_bytes) for pid, num_bytes in now_bytes.items()}
         for process in list(running):
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            pid, status = os.waitpid(process.pid, os.WNOHANG)
             if pid:
                 running.remove(process)
-                peaks.append(usage.ru_maxrss * 1024)
                 if status:
                     raise SystemExit(f"{what}: a process ended with status {status}")
         time.sleep(SAMPLE_S)
-    return Measured(what, held_bytes, max(peaks), together, time.monotonic() - begin_s)
+    return Measured(what, held_bytes, max(peaks.values()), together, time.monotonic() - begin_s)
 
 
-def _resident(pid: int) -> int:
-    """Resident bytes of a process and all its children."""
+def _anonymous_bytes(pid: int) -> int:
+    """Anonymous memory of a process and all its children."""
     total = 0
     try:
         for process in _family(pid):
-            total += process.memory_info().rss
+            memory = process.memory_info()
+            total += memory.rss - memory.shared
     except psutil.NoSuchProcess:
         pass
     return total

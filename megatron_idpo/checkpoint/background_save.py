@@ -1,7 +1,7 @@
-"""One piece of work on a thread of every rank, beside the training step.
+"""Runs one job on a thread of every rank while training continues.
 
-Its collectives go over a process group of its own, so that they cannot get between training's. It
-ends on all ranks with the same outcome: done, or the error of the first rank that failed.
+The job's collectives use their own process group, so they cannot be matched with those of training.
+It ends on all ranks with the same outcome: success, or the error of the first rank that failed.
 """
 
 import threading
@@ -13,58 +13,58 @@ import torch.distributed as dist
 
 from megatron_idpo.errors import CheckpointError
 
-_PATIENCE = timedelta(hours=2)
-"""For the slowest rank's disk; a rank that has died is noticed at once."""
+_TIMEOUT = timedelta(hours=2)
+"""For the slowest rank's disk; a rank that has died is detected immediately."""
 
 
-class Background:
+class BackgroundWorker:
     """Runs one job at a time; all ranks start, poll and wait for the same jobs."""
 
     def __init__(self) -> None:
-        """Collective: two process groups over the CPU, for the jobs and for asking about them."""
+        """Collective: creates two process groups over the CPU, for the jobs and for `poll`."""
         self.group = _group_of_all_ranks()
-        self._asking = _group_of_all_ranks()
+        self._poll_group = _group_of_all_ranks()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     @property
     def is_running(self) -> bool:
-        """Whether a job was started and its end has not been met by `poll` or `wait`."""
+        """Whether a job was started and neither `poll` nor `wait` has reported its end."""
         return self._thread is not None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Begin. The job may use `self.group`; its errors are raised by `poll` and `wait`.
+        """Starts a job. It may use `self.group`; `poll` and `wait` raise its errors.
 
-        It has to end on every rank: collectives in it must not leave anyone waiting for a rank that
-        failed.
+        The job must end on every rank: a rank that fails must not leave others in a collective.
         """
         assert self._thread is None, "one job at a time"
         self._error = None
-        # A daemon, so that it keeps no process alive that has an error to tell.
+        # A daemon, so that a process that fails elsewhere can exit and report its error.
         self._thread = threading.Thread(
             target=self._run, args=(job,), name="checkpoint", daemon=True
         )
         self._thread.start()
 
     def poll(self) -> bool:
-        """Whether a job has ended on every rank since the last call. Collective, while one runs.
+        """Whether the job has ended on every rank. Collective while a job runs.
 
-        One all-reduce of a number over the CPU.
+        One all-reduce of one integer over the CPU.
 
         Raises:
-            CheckpointError: on every rank, what the job failed with.
+            CheckpointError: on every rank, if the job failed.
         """
         if self._thread is None:
             return False
         ended = torch.tensor(int(not self._thread.is_alive()))
-        dist.all_reduce(ended, op=dist.ReduceOp.MIN, group=self._asking)
+        # MIN: without it, ranks would disagree on whether the job has ended.
+        dist.all_reduce(ended, op=dist.ReduceOp.MIN, group=self._poll_group)
         return bool(ended) and self.wait()
 
     def wait(self) -> bool:
-        """Wait for the job, if there is one, and whether there was. Each rank for itself.
+        """Waits for the job if there is one; returns whether there was. Not collective.
 
         Raises:
-            CheckpointError: on every rank, what the job failed with.
+            CheckpointError: on every rank, if the job failed.
         """
         if self._thread is None:
             return False
@@ -76,21 +76,22 @@ class Background:
         return True
 
     def _run(self, job: Callable[[], None]) -> None:
-        mine: BaseException | None = None
+        own_error: BaseException | None = None
         try:
             job()
         except BaseException as error:
-            mine = error
+            own_error = error
         try:
-            reason: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(reason, None if mine is None else str(mine), group=self.group)
-            others = next((message for message in reason if message is not None), None)
-            self._error = mine or (None if others is None else CheckpointError(others))
+            messages: list[str | None] = [None] * dist.get_world_size()
+            message = None if own_error is None else str(own_error)
+            dist.all_gather_object(messages, message, group=self.group)
+            first = next((message for message in messages if message is not None), None)
+            self._error = own_error or (None if first is None else CheckpointError(first))
         except BaseException as error:  # a rank has died
-            self._error = mine or error
+            self._error = own_error or error
 
 
 def _group_of_all_ranks() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return group

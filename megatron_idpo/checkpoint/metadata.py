@@ -1,8 +1,8 @@
-"""Where a training run stands, beside its tensors: the numbers and names of a checkpoint.
+"""`progress.json`: the position of a training run, stored in a checkpoint next to the tensors.
 
-`progress.json` lies beside the tensors' files. No random state is in it: a training step seeds its
-generators from the run's seed, the step's number and the rank's place, so that going on in another
-layout, or after a crash, draws what the unbroken run would have drawn.
+There is no random state in it: a training step seeds its generators from the run's seed, the step
+number and the rank's coordinates, so a run that resumes, in any layout, draws the same numbers as
+one that was not interrupted.
 """
 
 import json
@@ -12,38 +12,37 @@ from typing import Any, Self
 
 from megatron_idpo import __version__
 from megatron_idpo.errors import CheckpointError, Problem
-from megatron_idpo.storage.provenance import as_problems, diff
+from megatron_idpo.storage.provenance import as_problems, diff, read_record
 
 FILE = "progress.json"
-"""The file's name in a checkpoint."""
 
 _FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands after a step. Everything in it can be written as JSON."""
+    """The position of a run after a step. All values can be written as JSON."""
 
     step: int
-    """Optimizer steps of the run so far; names the checkpoint."""
+    """Number of optimizer steps; names the checkpoint."""
 
     data: dict[str, Any]
     """The position in the data: `TrainingBatches.state_dict()`."""
 
     data_fingerprint: str
-    """Of the tokenised pairs."""
+    """Of the tokenized pairs."""
 
     base_model: str
-    """The fingerprint of the model that training began with."""
+    """Fingerprint of the model that training started from."""
 
     config: dict[str, Any]
     """The run's resolved configuration."""
 
     reference: str = ""
-    """The identity of what the policy is compared to; empty where nothing is known of it."""
+    """Identity of the reference model; empty if unknown."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    """The last ones logged, for people to read."""
+    """The last logged ones, for people to read."""
 
     layout: dict[str, Any] = field(default_factory=dict)
     """Parallel sizes at the time of writing, for people to read."""
@@ -59,75 +58,67 @@ class Record:
     progress: Progress
 
     score: float | None
-    """What the checkpoint is ranked by, where it was measured."""
+    """Value of the metric that the checkpoint is ranked by; None if it was not measured."""
 
     metric: str | None = None
-    """What `score` measures, by its name in the metrics; None where nobody said."""
+    """Name of that metric; None if unknown."""
 
     optimizer_steps: int
-    """Steps that the optimizer has taken, which Adam's bias correction depends on."""
+    """Number of steps of the optimizer, which determines Adam's bias correction."""
 
     loss_scale: dict[str, float] | None = None
-    """fp16's loss scaler."""
+    """State of fp16's loss scaler."""
 
     def write(self, directory: Path) -> None:
-        """Write the file; the caller makes sure that it reaches the disk.
+        """Writes the file without flushing it: `atomic.publish_directory` does that.
 
         Raises:
             CheckpointError: it cannot be written.
         """
         text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, ensure_ascii=False)
         path = directory / FILE
-        try:
+        with CheckpointError.on_os_error(str(path), "cannot be written"):
             path.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError.at(str(path), f"cannot be written: {error.strerror}") from error
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """The file of a checkpoint.
+        """Reads the file of a checkpoint.
 
         Raises:
             CheckpointError: it is missing, damaged or of another version of this package.
         """
         path = directory / FILE
-        remedy = f"delete {directory} to go on from the checkpoint before it"
+        remedy = f"delete {directory} to resume from the checkpoint before it"
+        content = read_record(path, error=CheckpointError, remedy=remedy)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            written = content.pop("format")
-            if written != _FORMAT:
+            written_format = content.pop("format")
+            if written_format != _FORMAT:
                 version = content["progress"]["version"]
-                message = (
-                    f"is in format {written}, of megatron-idpo {version}; this is {__version__}"
-                )
-                raise CheckpointError.at(str(path), message, "go on with that version")
-            known = {one.name for one in fields(Progress)}
-            kept = {k: v for k, v in content.pop("progress").items() if k in known}
-            progress = Progress(**kept)
-            if "metric" not in content:  # older records: the run's configuration has it
+                message = f"has format {written_format} of megatron-idpo {version}"
+                remedy = f"this is megatron-idpo {__version__}; resume with version {version}"
+                raise CheckpointError.at(str(path), message, remedy)
+            # Files of older versions have fields that no longer exist.
+            known = {field.name for field in fields(Progress)}
+            saved = content.pop("progress")
+            progress = Progress(**{name: saved[name] for name in saved if name in known})
+            if "metric" not in content:  # older files: the run's configuration has it
                 content["metric"] = progress.config.get("checkpoint", {}).get("best_metric")
             return cls(progress=progress, **content)
-        except OSError as error:
-            raise CheckpointError.at(
-                str(path), f"cannot be read: {error.strerror}", remedy
-            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             message = f"is damaged ({type(error).__name__}: {error})"
             raise CheckpointError.at(str(path), message, remedy) from error
 
 
 def check_same_run(saved: Progress, current: Progress, location: str) -> list[Problem]:
-    """Why a run must not go on from a checkpoint; empty where it may.
+    """Checks that a run may resume from a checkpoint; returns the problems.
 
-    Layout, learning rate and most else may change. The data and the model that training began with
-    may not: pairs would be met twice or never, adapters would sit on other weights.
+    Layout, learning rate and most other settings may change. The data and the base model may not:
+    pairs would be seen twice or never, and adapters would be added to other weights.
 
     Args:
-        saved: what the checkpoint says.
-        current: what this run would say at its start.
-        place: the checkpoint's directory, to be named.
+        saved: of the checkpoint.
+        current: of this run at its start.
+        location: the checkpoint directory, for messages.
     """
     labels = {
         "base_model": "the base model (section `model`)",

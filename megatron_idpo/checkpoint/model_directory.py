@@ -1,10 +1,10 @@
-"""The directory of a converted or exported model checkpoint, which appears whole or not at all.
+"""The directory of a model checkpoint, which appears complete or not at all.
 
     OUTPUT/
       metadata.json .metadata __*.distcp   megatron-core's `torch_dist` files, any layout
-      huggingface/                         config.json, generation config, tokenizer: the way back
+      huggingface/                         config.json, generation config, tokenizer
 
-All ranks write into a hidden sibling (`atomic.py`); the first gives it its name at the end.
+All ranks write into a hidden directory next to it (`storage/atomic.py`), which rank 0 renames.
 """
 
 import os
@@ -18,30 +18,31 @@ from megatron_idpo.checkpoint.metadata import FILE as PROGRESS
 from megatron_idpo.errors import CheckpointError, UserError
 from megatron_idpo.mcore.parallel.world import (
     barrier,
-    from_first,
-    is_first_rank,
+    broadcast_from_rank0,
+    is_rank0,
     raise_on_all_ranks,
 )
-from megatron_idpo.storage import directories as atomic
+from megatron_idpo.storage import atomic
 
 COMPANIONS = "huggingface"
-"""Where the configuration and tokenizer lie inside a checkpoint."""
+"""Subdirectory of configuration and tokenizer, which are needed to convert back."""
 
 
 @contextmanager
 def new_checkpoint(
     target: Path, companions: Sequence[Path], *, overwrite: bool = False, needed_bytes: int = 0
 ) -> Iterator[Path]:
-    """A directory for all ranks to write a checkpoint into; it gets its name if all goes well.
+    """A directory for all ranks to write a checkpoint into; renamed to `target` at the end.
 
-    Collective. The body may contain collectives; what it raises removes the directory again. If
-    that is a `UserError`, every rank must raise it (`raise_on_all_ranks`): all wait for removal.
+    Collective. The body may contain collectives. If it raises, the directory is deleted; a
+    `UserError` must be raised by every rank (`raise_on_all_ranks`), because all wait until the
+    directory is deleted.
 
     Args:
-        target: the checkpoint's name.
-        companions: files to carry along in `huggingface/`.
-        overwrite: whether `target` may be a checkpoint already, which is then replaced.
-        needed_bytes: how much will be written, as far as known.
+        target: the checkpoint.
+        companions: files to copy into `huggingface/`.
+        overwrite: whether to replace `target` if it is a checkpoint already.
+        needed_bytes: lower bound of what is going to be written.
 
     Raises:
         CheckpointError: the target cannot be written.
@@ -51,7 +52,7 @@ def new_checkpoint(
     ) as directory:
         yield directory
         with raise_on_all_ranks("copying the configuration and the tokenizer"):
-            if is_first_rank():
+            if is_rank0():
                 copy_companions(companions, directory / COMPANIONS)
 
 
@@ -59,44 +60,46 @@ def new_checkpoint(
 def new_directory(
     target: Path, *, marker: str, overwrite: bool = False, needed_bytes: int = 0
 ) -> Iterator[Path]:
-    """A directory for all ranks to write into; it gets its name if all goes well.
+    """A directory for all ranks to write into; renamed to `target` at the end.
 
-    Collective; the body as `new_checkpoint`'s.
+    Collective; the body as in `new_checkpoint`.
 
     Args:
-        target: its name.
-        marker: a file by which a directory of this kind is known; only such a one is replaced.
-        overwrite: whether `target` may be one already.
-        needed_bytes: how much will be written, as far as known.
+        target: the final name.
+        marker: a file that every directory of this kind has; no other directory is replaced.
+        overwrite: whether to replace `target` if it is such a directory already.
+        needed_bytes: lower bound of what is going to be written.
 
     Raises:
         CheckpointError: the target cannot be written.
     """
-    target = target.resolve()  # a link to a checkpoint stays, and what it points to is replaced
-    token = from_first(lambda: uuid4().hex[:8])
+    target = target.resolve()  # a link is kept, the directory that it points to is replaced
+    token = broadcast_from_rank0(lambda: uuid4().hex[:8])
     directory = atomic.incomplete_directory(target, token)
     try:
         with raise_on_all_ranks("preparing the checkpoint's directory"):
-            if is_first_rank():
+            if is_rank0():
                 _check_replaceable(target, marker)
-                atomic.begin(target, token, overwrite=overwrite, needed_bytes=needed_bytes)
-        with raise_on_all_ranks("looking at the checkpoint's directory"):
+                atomic.begin_directory(
+                    target, token, overwrite=overwrite, needed_bytes=needed_bytes
+                )
+        with raise_on_all_ranks("checking the checkpoint's directory"):
             check_shared(directory, target)
         yield directory
         with raise_on_all_ranks("finishing the checkpoint"):
-            if is_first_rank():
-                atomic.publish(directory, target, overwrite=overwrite)
+            if is_rank0():
+                atomic.publish_directory(directory, target, overwrite=overwrite)
     except BaseException as error:
-        if is_first_rank():
-            atomic.discard(directory)
+        if is_rank0():
+            atomic.discard_directory(directory)
         if isinstance(error, UserError):
-            barrier()  # or torchrun would end the first rank while it still deletes
+            barrier()  # otherwise torchrun would kill rank 0 while it still deletes
         raise
     barrier()
 
 
 def copy_companions(companions: Sequence[Path], directory: Path) -> None:
-    """Copy configuration and tokenizer files, byte by byte, into a directory made for them.
+    """Copies configuration and tokenizer files unchanged into a directory, which is created.
 
     Raises:
         CheckpointError: a file cannot be copied.
@@ -112,27 +115,27 @@ def copy_companions(companions: Sequence[Path], directory: Path) -> None:
 
 
 def companion_files(checkpoint: Path) -> list[Path]:
-    """The configuration and tokenizer files that a checkpoint carries.
+    """The configuration and tokenizer files of a checkpoint.
 
     Raises:
-        CheckpointError: it carries none, or is no such checkpoint.
+        CheckpointError: there are none, or it is not such a checkpoint.
     """
     if not checkpoint.is_dir():
-        what = "is a file" if checkpoint.exists() else "does not exist"
-        raise CheckpointError.at(str(checkpoint), what, "name a checkpoint's directory")
+        message = "is a file" if checkpoint.exists() else "does not exist"
+        raise CheckpointError.at(str(checkpoint), message, "name a checkpoint directory")
     if (checkpoint / "config.json").is_file() and not (checkpoint / "metadata.json").exists():
         raise CheckpointError.at(
             str(checkpoint),
-            "is a Hugging Face directory, no Megatron-Core checkpoint",
-            "the other way is `convert hf-to-megatron`",
+            "is a Hugging Face directory, not a Megatron-Core checkpoint",
+            "to convert it, use `convert hf-to-megatron`",
         )
     directory = checkpoint / COMPANIONS
     if (checkpoint / PROGRESS).is_file() and not directory.exists():
         raise CheckpointError.at(
             str(checkpoint),
-            "is a state that a run goes on from, not a model",
-            "the run that made it exports its model: the same `train` command goes on from here, "
-            "and leaves OUTPUT/hf at its end",
+            "is the state of an unfinished run, not a model",
+            "start the same `train` command again: it resumes from here and exports the model to "
+            "OUTPUT/hf",
         )
     files = sorted(directory.iterdir()) if directory.is_dir() else []
     if not any(path.name == "config.json" for path in files):
@@ -145,20 +148,20 @@ def companion_files(checkpoint: Path) -> list[Path]:
 
 
 def check_shared(directory: Path, target: Path) -> None:
-    """What the first rank has made, this one can write into."""
+    """Checks that this rank can write into a directory that rank 0 has created."""
     if not directory.is_dir() or not os.access(directory, os.W_OK):
         raise CheckpointError.at(
             str(target),
-            "cannot be written from every machine of the run",
-            "name a directory on a file system that all of them share",
+            "cannot be written from every node of the run",
+            "name a directory on a file system that all nodes share",
         )
 
 
 def _check_replaceable(target: Path, marker: str) -> None:
-    """What is replaced is a checkpoint, not somebody's home directory."""
+    """Refuses to replace a directory that is not a checkpoint."""
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise CheckpointError.at(
             str(target),
-            f"exists and holds something else than a checkpoint (no {marker})",
+            f"exists and is not a checkpoint (no {marker})",
             "name another directory",
         )

@@ -1,8 +1,8 @@
-"""`snapshot.json`: what a snapshot of an sDPO step is, and every file's hash. Sealed; no library is
-needed to read it. Nothing here is collective.
+"""`snapshot.json`: the identity of an sDPO step's snapshot and the hash of each of its files.
+
+A sealed JSON file. Nothing here is collective.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,46 +12,46 @@ from megatron_idpo.storage.sealed import read_sealed, write_sealed
 
 FILE = "snapshot.json"
 ADAPTER = "adapter"
-"""Where a carried adapter lies in it."""
+"""Subdirectory of a carried adapter."""
 
 _FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What `snapshot.json` says."""
+    """The content of `snapshot.json`."""
 
     identity: str
-    """Of the model as a whole: of the weights, and of the adapter on them if there is one."""
+    """Of the model: of the weights, and of the adapter if there is one."""
 
     tensors: str
     """Of the tensors in the snapshot: all weights, or the adapter's."""
 
     base: str | None
-    """Where only an adapter is in it, the identity of the weights it belongs on."""
+    """If the snapshot holds only an adapter: the identity of the weights that it belongs to."""
 
     files: dict[str, str]
-    """sha256 of every other file, by its path in the snapshot."""
+    """Relative path -> sha256 of every other file."""
 
     total_bytes: int
-    """Of those files."""
+    """Total size of those files."""
 
 
 def read_snapshot(directory: Path) -> Snapshot:
-    """What a snapshot says of itself; its other files are not looked at. Not collective.
+    """Reads the `snapshot.json` of a snapshot; does not check its other files.
 
     Raises:
-        CheckpointError: there is none, or its `snapshot.json` was changed.
+        CheckpointError: the file is missing or was changed.
     """
     values = read_sealed(directory / FILE, remedy=remedy(directory))
     if values.pop("format", None) != _FORMAT:
         message = "was written by another version of megatron-idpo"
-        raise CheckpointError.at(str(directory / FILE), message, "go on with that version")
+        raise CheckpointError.at(str(directory / FILE), message, "use that version")
     return Snapshot(**values)
 
 
 def write_description(directory: Path, snapshot: Snapshot) -> None:
-    """Write what a snapshot is into its directory.
+    """Writes the `snapshot.json` of a snapshot.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -60,10 +60,10 @@ def write_description(directory: Path, snapshot: Snapshot) -> None:
 
 
 def whole_snapshot(directory: Path) -> Snapshot | None:
-    """What a model's directory says of itself if it is a snapshot; None if it is none.
+    """The snapshot of a model directory; None if the directory is not a snapshot.
 
     Raises:
-        CheckpointError: it holds an adapter alone, or its `snapshot.json` was changed.
+        CheckpointError: it holds only an adapter, or its `snapshot.json` was changed.
     """
     if not (directory / FILE).is_file():
         return None
@@ -76,60 +76,43 @@ def whole_snapshot(directory: Path) -> Snapshot | None:
 
 
 def files_below(directory: Path) -> list[str]:
-    """Every file but `snapshot.json`, by its path in the snapshot, in the order of names.
+    """The relative paths of every file except `snapshot.json`, sorted.
 
     Raises:
         CheckpointError: the directory cannot be read.
     """
-    paths = (path for path in directory.rglob("*") if not path.is_dir())
-    try:
+    with CheckpointError.on_os_error(str(directory), "cannot be read", remedy(directory)):
+        paths = (path for path in directory.rglob("*") if not path.is_dir())
         names = sorted(str(path.relative_to(directory)) for path in paths)
-    except OSError as error:
-        message = f"cannot be read: {error.strerror or error}"
-        raise CheckpointError.at(str(directory), message, remedy(directory)) from None
     return [name for name in names if name != FILE]
 
 
 def check_names(directory: Path, snapshot: Snapshot) -> None:
-    """Compare the files that are there with those that were written.
+    """Checks that the snapshot has exactly the listed files.
 
     Raises:
-        CheckpointError: one is missing, or one was added.
+        CheckpointError: a file is missing or was added.
     """
-    there = set(files_below(directory))
-    for name in sorted(snapshot.files.keys() - there):
+    names = set(files_below(directory))
+    for name in sorted(snapshot.files.keys() - names):
         raise CheckpointError.at(str(directory / name), "is missing", remedy(directory))
-    for name in sorted(there - snapshot.files.keys()):
-        message = f"is none of the files that {FILE} lists"
+    for name in sorted(names - snapshot.files.keys()):
+        message = f"is not listed in {FILE}"
         raise CheckpointError.at(str(directory / name), message, "move it out of the snapshot")
 
 
 def check_digests(directory: Path, snapshot: Snapshot, digests: Sequence[str]) -> None:
-    """Compare the hashes of the listed files, in their order.
+    """Compares the hashes of the listed files, in the order of the list.
 
     Raises:
-        CheckpointError: a byte of one has changed.
+        CheckpointError: a file was changed.
     """
-    for (name, sha256), found in zip(snapshot.files.items(), digests, strict=True):
-        if found != sha256:
+    for (name, expected), digest in zip(snapshot.files.items(), digests, strict=True):
+        if digest != expected:
             message = "has been changed since it was written"
             raise CheckpointError.at(str(directory / name), message, remedy(directory))
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        message = f"cannot be read: {error.strerror or error}"
-        raise CheckpointError.at(str(path), message, "make it readable, or copy it anew") from None
-
-
 def remedy(directory: Path) -> str:
-    """What to do about a snapshot that is not what it was."""
-    return f"copy {directory} back from where it is whole, or begin anew in another training.output"
+    """The remedy for a damaged snapshot."""
+    return f"restore {directory} from a backup, or start again in another training.output"

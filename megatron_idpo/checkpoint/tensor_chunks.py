@@ -1,16 +1,16 @@
-"""A training state as boxes: rectangles of whole tensors, each of which lies in one piece here.
+"""A training state as chunks: rectangles of whole tensors, each contiguous in this rank's memory.
 
-A distributed checkpoint stores tensors as rectangles. A weight's shard is one already. A
-distributed optimizer holds an arbitrary stretch of a shard, in the order of memory: the end of a
-row, whole rows, the beginning of a row, which are at most three rectangles of a matrix. Cut like
-this, fp32 weights and moments go straight from where they lie into the files and back, without
-being gathered, and in the terms of the whole tensor, so that any layout can read any other's.
+A distributed checkpoint stores tensors as rectangles. The shard of a weight is one. A distributed
+optimizer holds an arbitrary range of a shard's elements in memory order: the end of a row, whole
+rows, the beginning of a row, which is at most three rectangles of a matrix. Split like this, fp32
+weights and moments go directly from their memory into the files and back, without a gather, and in
+coordinates of the whole tensor, so any layout can read the checkpoint of any other.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -21,98 +21,112 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class TensorChunk:
-    """A rectangle of a whole tensor, and the memory of this rank that holds its values."""
+    """A rectangle of a whole tensor, and this rank's memory that holds its values."""
 
     key: str
-    """The whole tensor's name in checkpoints, the same in every layout."""
+    """The tensor's name in checkpoints, equal in every layout."""
 
-    whole: Shape
-    """The whole tensor's shape; the layers of a model are stacked in the first dimension."""
+    global_shape: Shape
+    """Of the whole tensor; the layers of a model are stacked in the first dimension."""
 
     offset: Shape
-    """Where the rectangle begins in it."""
+    """Where the rectangle starts in the whole tensor."""
 
     tensor: Tensor
-    """The rectangle's values, with as many dimensions as the whole."""
+    """The values, with as many dimensions as the whole tensor."""
 
     saved_here: bool = True
-    """Whether this rank writes it; of copies one does."""
+    """Whether this rank writes it; of several copies, exactly one is written."""
 
     padded: bool = False
-    """Whether the whole tensor is padded by the layout (a vocabulary): another checkpoint's may be
-    longer, then its end is left out, or shorter, then the rest is zeros."""
+    """Whether the layout pads the whole tensor (a vocabulary). The tensor of another layout's
+    checkpoint may then be longer, and its end is ignored, or shorter, and the rest is zeroed."""
+
+    @classmethod
+    def of(cls, sharded: ShardedTensor) -> Self:
+        """A shard that is one rectangle, as megatron-core describes it."""
+        return cls(
+            sharded.key,
+            tuple(sharded.global_shape),
+            tuple(sharded.global_offset),
+            sharded.data.detach()[(None,) * sharded.prepend_axis_num],
+            padded=sharded.allow_shape_mismatch,
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """A shard, or a part of one, of a parameter of this rank, as megatron-core describes it."""
+    """A parameter's shard, or a part of it, as megatron-core describes it."""
 
     sharded: ShardedTensor
 
     start: int
-    """Its first element, counting the parameter's elements in their order in memory."""
+    """The first element, as an index into the flattened parameter."""
 
     @property
     def stop(self) -> int:
-        """One behind its last element."""
+        """The element after the last one."""
         return self.start + int(prod(self.sharded.local_shape))
 
 
 def regions_by_parameter(
-    chunks: Sequence[Any],
+    model_chunks: Sequence[Any],
 ) -> dict[torch.nn.Parameter, tuple[Region, ...]]:
-    """How checkpoints know each parameter of this rank; several regions for SwiGLU's fused weight.
+    """The regions of each parameter of this rank; SwiGLU's fused weight has several.
 
     Args:
-        chunks: this rank's model chunks, bare or wrapped.
+        model_chunks: of this rank, bare or wrapped.
     """
-    found: dict[torch.nn.Parameter, tuple[Region, ...]] = {}
-    for chunk in chunks:
-        chunk = bare(chunk)
-        own = {id(parameter): parameter for parameter in chunk.parameters()}
-        for described in _leaves(chunk.sharded_state_dict()):
-            parameter = own.get(id(described.data))
+    regions: dict[torch.nn.Parameter, tuple[Region, ...]] = {}
+    for model_chunk in map(unwrapped, model_chunks):
+        parameters = {id(parameter): parameter for parameter in model_chunk.parameters()}
+        for entry in sharded_entries(model_chunk.sharded_state_dict()):
+            parameter = parameters.get(id(entry.data))
             if parameter is not None:
-                found[parameter] = tuple(_regions(described, parameter))
-    return found
+                regions[parameter] = tuple(_regions(entry, parameter))
+    return regions
 
 
-def bare(chunk: Any) -> Any:
+def unwrapped(model_chunk: Any) -> Any:
     """A model chunk without its wrappers (DDP, Float16Module)."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+    while hasattr(model_chunk, "module"):
+        model_chunk = model_chunk.module
+    return model_chunk
 
 
 def tensor_chunks_of(
-    region: Region, flat: Tensor, start: int, *, prefix: str = "", is_cut: bool = False
+    region: Region, flat: Tensor, start: int, *, prefix: str = "", is_partitioned: bool = False
 ) -> Iterator[TensorChunk]:
-    """The rectangles of a region that `flat` holds.
+    """The chunks of a region whose values are in `flat`.
 
     Args:
         region: of a parameter.
-        flat: one-dimensional: values of the parameter's elements from `start` on.
-        start: the number of the first, in the order of memory.
-        prefix: of the key: what the values are, if not the weights.
-        is_cut: whether the other data-parallel ranks have other elements, rather than the same.
+        flat: values for a range of the flattened parameter, one-dimensional.
+        start: index of the first of them in the flattened parameter.
+        prefix: of the key, for values other than the weights.
+        is_partitioned: whether each data-parallel rank holds a different range (distributed
+            optimizer) instead of a copy.
     """
     sharded = region.sharded
     first, last = max(start, region.start), min(start + flat.numel(), region.stop)
     if first >= last:
         return
-    ahead = sharded.prepend_axis_num
-    saved_here = _is_saved_here(sharded.replica_id, is_cut)
+    # The local shape lacks the leading dimensions, in which the layers of the model are stacked.
+    num_leading = sharded.prepend_axis_num
+    leading_offset = sharded.global_offset[:num_leading]
+    shard_offset = sharded.global_offset[num_leading:]
+    saved_here = _is_saved_here(sharded.replica_id, is_partitioned)
     position = first - start
     for offset, size in rectangles(sharded.local_shape, first - region.start, last - region.start):
         length = prod(size)
         yield TensorChunk(
             key=f"{prefix}{sharded.key}",
-            whole=tuple(sharded.global_shape),
+            global_shape=tuple(sharded.global_shape),
             offset=(
-                *sharded.global_offset[:ahead],
-                *(a + b for a, b in zip(sharded.global_offset[ahead:], offset, strict=True)),
+                *leading_offset,
+                *(a + b for a, b in zip(shard_offset, offset, strict=True)),
             ),
-            tensor=flat[position : position + length].view(*(1,) * ahead, *size),
+            tensor=flat[position : position + length].view(*(1,) * num_leading, *size),
             saved_here=saved_here,
             padded=sharded.allow_shape_mismatch,
         )
@@ -120,9 +134,9 @@ def tensor_chunks_of(
 
 
 def rectangles(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
-    """Offset and size of the rectangles that elements `start` to `stop` of a tensor make up.
+    """Offsets and sizes of the rectangles that elements `start` to `stop` of a tensor consist of.
 
-    In the order of memory; each lies there in one piece.
+    In memory order; each rectangle is contiguous.
     """
     if start >= stop:
         return
@@ -130,53 +144,52 @@ def rectangles(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Sha
         yield ((start,), (stop - start,)) if shape else ((), ())
         return
     row = prod(shape[1:])
+    # Whole rows are `first_whole` to `last_whole`, before and after them parts of a row.
     first_whole, last_whole = -(-start // row), stop // row
-    if first_whole > last_whole:  # within one row
-        yield from _within(shape, last_whole, start, stop)
+    if first_whole > last_whole:  # all within one row
+        yield from _within_row(shape, last_whole, start, stop)
         return
     if start < first_whole * row:
-        yield from _within(shape, first_whole - 1, start, first_whole * row)
+        yield from _within_row(shape, first_whole - 1, start, first_whole * row)
     if first_whole < last_whole:
         size = (last_whole - first_whole, *shape[1:])
         yield (first_whole, *(0,) * (len(shape) - 1)), size
     if last_whole * row < stop:
-        yield from _within(shape, last_whole, last_whole * row, stop)
+        yield from _within_row(shape, last_whole, last_whole * row, stop)
 
 
-def _within(shape: Shape, number: int, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
-    """`rectangles` of elements that all lie in row `number`."""
+def _within_row(shape: Shape, index: int, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
+    """`rectangles` of elements that are all in row `index`."""
     row = prod(shape[1:])
-    for offset, size in rectangles(shape[1:], start - number * row, stop - number * row):
-        yield (number, *offset), (1, *size)
+    for offset, size in rectangles(shape[1:], start - index * row, stop - index * row):
+        yield (index, *offset), (1, *size)
 
 
-def _is_saved_here(replica: int | tuple[int, ...], is_cut: bool) -> bool:
-    """Of several copies of a shard, the one whose numbers are all 0 is saved.
+def _is_saved_here(replica_id: int | tuple[int, ...], is_partitioned: bool) -> bool:
+    """Whether this copy of a shard is the one that is saved: all its replica numbers are 0.
 
-    The last number counts the data-parallel ranks. Where those share one copy, each saves its part.
+    The last number counts the data-parallel ranks. If those hold different ranges of one copy, each
+    of them saves its own.
     """
-    if not is_cut:
-        return replica == 0 if isinstance(replica, int) else not any(replica)
-    assert isinstance(replica, tuple), "a replica id that does not tell data-parallel ranks apart"
-    return not any(replica[:-1])
+    if not is_partitioned:
+        return replica_id == 0 if isinstance(replica_id, int) else not any(replica_id)
+    assert isinstance(replica_id, tuple), "a replica id without the data-parallel rank"
+    return not any(replica_id[:-1])
 
 
-def _regions(
-    described: ShardedTensor | ShardedTensorFactory, parameter: Tensor
-) -> Iterator[Region]:
-    parts = [described]
-    if isinstance(described, ShardedTensorFactory):
-        parts = list(_leaves(described.build()))
-    for part in parts:
+def _regions(entry: ShardedTensor | ShardedTensorFactory, parameter: Tensor) -> Iterator[Region]:
+    # A factory stands for several sharded tensors: the gate and up halves of SwiGLU's weight.
+    is_factory = isinstance(entry, ShardedTensorFactory)
+    for part in sharded_entries(entry.build()) if is_factory else (entry,):
         assert isinstance(part, ShardedTensor) and part.data is not None
-        assert part.data.is_contiguous(), f"{part.key} is no contiguous part of its parameter"
+        assert part.data.is_contiguous(), f"{part.key} is not contiguous in its parameter"
         start = part.data.storage_offset() - parameter.storage_offset()
         assert 0 <= start <= parameter.numel() - part.data.numel(), f"{part.key} is a copy"
         yield Region(part, start)
 
 
-def _leaves(nested: Any) -> Iterator[Any]:
-    """Sharded tensors and factories among nested values; other things have no values to train."""
+def sharded_entries(nested: Any) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    """Sharded tensors and factories among nested values; others (objects) are not trained."""
     if isinstance(nested, dict):
         nested = nested.values()
     elif isinstance(nested, ShardedTensor | ShardedTensorFactory):
@@ -185,4 +198,4 @@ def _leaves(nested: Any) -> Iterator[Any]:
     elif not isinstance(nested, list | tuple):
         return
     for value in nested:
-        yield from _leaves(value)
+        yield from sharded_entries(value)

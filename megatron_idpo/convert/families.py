@@ -1,13 +1,16 @@
-"""The table of names: which Hugging Face tensors make up which megatron-core parameter.
+"""The name table: which Hugging Face tensors make up which megatron-core parameter.
 
-Llama, Mistral, Qwen2 and Qwen3 name their tensors alike; they differ in what is present (biases,
-q and k norms, an output layer of its own), which the `Architecture` says. `mapping` unrolls the
-table for the parameters of one model; how a parameter is cut and fused is `convert/slicing.py`.
+Llama, Mistral, Qwen2 and Qwen3 use the same tensor names. They differ in which tensors exist
+(biases, q and k norms, an untied output layer), which the `Architecture` says. How a parameter is
+split and fused is in `convert/slicing.py`.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
+
+import torch
 
 from megatron_idpo.convert.slicing import (
     ColumnsSplit,
@@ -22,30 +25,27 @@ from megatron_idpo.mcore.model.architecture import Architecture
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One line of the table; `{layer}` stands for the layer number, counted from 0."""
+    """One row of the table; `{layer}` is the layer number, counted from 0."""
 
     hf_names: tuple[str, ...]
     hf_shapes: tuple[str, ...]
-    """A letter per dimension: see `_sizes`."""
+    """One letter per dimension: see `_sizes`."""
 
     slicing: Slicing
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One parameter of one model, with the Hugging Face tensors it is made of."""
-
-    megatron_name: str
-    """Global: the layer number counts over all pipeline stages, from 0."""
+    """The Hugging Face tensors of one parameter of a model."""
 
     hf_shapes: dict[str, tuple[int, ...]]
-    """Its Hugging Face tensors by name, in the order in which `slicing` takes them."""
+    """Name -> shape, in the order that `slicing` expects."""
 
     slicing: Slicing
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """The names of its Hugging Face tensors."""
+        """The names of the tensors."""
         return tuple(self.hf_shapes)
 
 
@@ -70,7 +70,7 @@ _MODEL_RULES = {
 
 
 def _layer_rule(names: str, shapes: str, slicing: Slicing) -> Rule:
-    """A rule for tensors in `model.layers.{layer}.`; names and shapes are separated by spaces."""
+    """A rule for tensors in `model.layers.{layer}.`; names and shapes separated by spaces."""
     hf_names = tuple(f"model.layers.{{layer}}.{name}" for name in names.split())
     return Rule(hf_names, tuple(shapes.split()), slicing)
 
@@ -100,7 +100,7 @@ _LAYER_RULES = {
     "mlp.linear_fc2.weight": _layer_rule("mlp.down_proj.weight", "HF", ColumnsSplit()),
 }
 
-# Transformer Engine fuses a norm with the linear that follows and names it after that.
+# Transformer Engine fuses a norm with the linear layer that follows and names it after that.
 _ENGINE_LAYER_RULES = {
     "self_attention.linear_qkv.layer_norm_weight": _INPUT_NORM,
     "mlp.linear_fc1.layer_norm_weight": _MLP_NORM,
@@ -110,10 +110,14 @@ _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 def entry(megatron_name: str, architecture: Architecture) -> Entry:
-    """The table's line for one parameter, named with its global layer number.
+    """The Hugging Face tensors of one parameter.
 
-    The output layer of a model with tied embeddings is the embedding, also on a last stage that
-    holds a copy of its own.
+    The output layer of a model with tied embeddings is the embedding, also on the last pipeline
+    stage, which holds its own copy.
+
+    Args:
+        megatron_name: with the global layer number, counted over all pipeline stages from 0.
+        architecture: of the model.
     """
     matched = _LAYER_NAME.fullmatch(megatron_name)
     layer = matched[1] if matched else ""
@@ -128,27 +132,32 @@ def entry(megatron_name: str, architecture: Architecture) -> Entry:
         name.format(layer=layer): tuple(sizes[letter] for letter in letters)
         for name, letters in zip(rule.hf_names, rule.hf_shapes, strict=True)
     }
-    return Entry(megatron_name, shapes, rule.slicing)
+    return Entry(shapes, rule.slicing)
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this architecture holds, from input to output."""
+    """Name -> shape of every tensor of a checkpoint of this architecture, from input to output."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name in _model_names(architecture):
         shapes |= entry(name, architecture).hf_shapes
     return shapes
 
 
+def weights_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    """The size of weights of these shapes."""
+    return sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+
+
 LEGACY_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-"""What old versions of Transformers stored, though it follows from the configuration."""
+"""Stored by old versions of Transformers, although it follows from the configuration."""
 
 
 def expected_tensors(
     architecture: Architecture, stored: Collection[str]
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors to expect in a checkpoint that stores these names.
+    """The tensors required of a checkpoint that stores these names.
 
-    `hf_shapes`, and a tied output layer where the checkpoint stores one nevertheless.
+    They are those of `hf_shapes`, and a tied output layer if the checkpoint stores a copy of it.
     """
     shapes = hf_shapes(architecture)
     (embedding,), (output,) = _EMBEDDING.hf_names, _MODEL_RULES["output_layer.weight"].hf_names
@@ -158,7 +167,7 @@ def expected_tensors(
 
 
 def _model_names(architecture: Architecture) -> Iterator[str]:
-    """The parameters of the whole model under their local-spec names."""
+    """The parameters of the whole model under the names of the local spec."""
     absent = set()
     if not architecture.qkv_bias:
         absent |= {"self_attention.linear_qkv.bias"}

@@ -1,77 +1,76 @@
-"""Hugging Face weights into a live Megatron-Core model, or into a distributed checkpoint.
+"""Hugging Face weights into a Megatron-Core model, or into a distributed checkpoint.
 
-`load_hf_weights` fills a model that is already there, each rank reading only the slices it owns: no
-rank ever holds the whole model, and nothing is sent between ranks. `convert` is the same followed
-by a save, so that what it writes is exactly what training would have started from.
+`load_hf_weights` fills an existing model. Each rank reads only the slices that it owns, so no rank
+holds the whole model and ranks exchange nothing. `convert` loads in the same way and saves, so that
+the checkpoint holds exactly the weights that training would start from.
 """
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from megatron_idpo.checkpoint.dtype_checks import check_floating
+from megatron_idpo.checkpoint.dtypes import check_floating, parse_dtype, stored_dtype
 from megatron_idpo.checkpoint.model_directory import new_checkpoint
 from megatron_idpo.checkpoint.weights import save_weights
+from megatron_idpo.config.layout import Layout
+from megatron_idpo.console.progress import show_spinner, track
 from megatron_idpo.convert.families import (
     LEGACY_TENSORS,
     entry,
     expected_tensors,
     hf_shapes,
-)
-from megatron_idpo.convert.hf_io.dtypes import parse_dtype, stored_dtype
-from megatron_idpo.convert.hf_io.reader import HfCheckpoint
-from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE
-from megatron_idpo.convert.progress import (
-    busy,
-    report_written,
-    tensor_progress,
     weights_bytes,
 )
+from megatron_idpo.convert.hf_io.reader import HfCheckpoint
+from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE
 from megatron_idpo.convert.slicing import Shard
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel, ModelOptions, build_model, global_parameters
-from megatron_idpo.mcore.parallel.groups import this_rank
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.mcore.parallel.groups import rank_coordinates
 from megatron_idpo.mcore.parallel.world import (
-    is_first_rank,
-    joined_world,
+    distributed_world,
+    is_rank0,
     raise_on_all_ranks,
-    running,
+    running_layout,
 )
-from megatron_idpo.storage.directories import check_apart
+from megatron_idpo.storage.atomic import check_apart
 
 _INPUT, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
-_BLOCK_BYTES = 32 << 20  # of the two embeddings, while they are compared
+_BLOCK_BYTES = 32 << 20
+"""Size of the blocks in which the two embeddings are compared."""
+
+logger = logging.getLogger(__name__)
 
 
 def open_hf(source: Path) -> tuple[HfCheckpoint, Architecture]:
-    """A Hugging Face checkpoint and the architecture it holds, both checked against each other.
+    """Opens a Hugging Face checkpoint and checks its tensors against its architecture.
 
-    What only one rank needs to look at, the first does, so call it within `raise_on_all_ranks`.
+    Call it within `raise_on_all_ranks`: one of the checks runs on rank 0 only.
 
     Raises:
         UserError: an unreadable file, an unsupported architecture, a missing, unknown or wrong-
-            shaped tensor, an output layer that is not the embedding it is said to be tied to, a
+            shaped tensor, an output layer that differs from the embedding it is tied to, a
             tokenizer with more tokens than the vocabulary.
     """
     checkpoint = HfCheckpoint(source)
     architecture = Architecture.from_hf(checkpoint.config, str(source / CONFIG_FILE))
     stored = checkpoint.names()
     checkpoint.check(expected_tensors(architecture, stored), LEGACY_TENSORS)
-    # Also where another format is asked for: this is not a matter of choosing one.
+    # Also if another dtype is requested: integer codes cannot be cast to any.
     check_floating(str(source), {name: checkpoint.dtype(name) for name in hf_shapes(architecture)})
     checkpoint.check_vocabulary()
-    if architecture.tied_embeddings and _OUTPUT in stored and is_first_rank():
+    if architecture.tied_embeddings and _OUTPUT in stored and is_rank0():
         _check_tied(checkpoint)
     return checkpoint, architecture
 
 
 def hf_dtype(checkpoint: HfCheckpoint, architecture: Architecture) -> torch.dtype:
-    """The number format that the weights are stored in; see `stored_dtype`."""
+    """The dtype that the weights are stored in; see `stored_dtype`."""
     return stored_dtype(
         str(checkpoint.directory),
         {name: checkpoint.dtype(name) for name in hf_shapes(architecture)},
@@ -85,29 +84,29 @@ def load_hf_weights(
     *,
     show_progress: bool = False,
 ) -> None:
-    """Fill every parameter of this rank from Hugging Face files, casting to the model's format.
+    """Fills every parameter of this rank from Hugging Face files, casting to the model's dtype.
 
-    Collective only in that a failure on any rank is raised on all. Reads this rank's slices, some
-    rows of a tensor at a time.
+    Collective only to raise a failure of any rank on all. Reads this rank's slices, some rows of a
+    tensor at a time.
 
     Args:
         chunks: this rank's model chunks (`build_model`).
-        checkpoint: what `open_hf` returned.
-        architecture: likewise.
+        checkpoint: result of `open_hf`.
+        architecture: result of `open_hf`.
         show_progress: draw a progress bar.
 
     Raises:
-        CheckpointError: a file is damaged, or a value too large for the model's format.
+        CheckpointError: a file is damaged, or a value too large for the model's dtype.
     """
-    rank = this_rank()
-    shard = Shard(rank.tensor, rank.tensor_size)
+    rank = rank_coordinates()
+    shard = Shard(rank.tp_rank, rank.tp_size)
     parameters = list(global_parameters(chunks))
     with raise_on_all_ranks("reading the weights"), torch.no_grad():
-        for name, parameter in tensor_progress(
-            "reading", parameters, total=len(parameters), show=show_progress
+        for name, parameter in track(
+            parameters, "reading", total=len(parameters), unit="tensors", show=show_progress
         ):
-            line = entry(name, architecture)
-            line.slicing.fill(parameter, checkpoint, line.hf_names, architecture, shard)
+            tensors = entry(name, architecture)
+            tensors.slicing.fill(parameter, checkpoint, tensors.hf_names, architecture, shard)
 
 
 def convert(
@@ -118,48 +117,60 @@ def convert(
     layout: Layout | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint into a Megatron-Core distributed checkpoint.
+    """Converts a Hugging Face checkpoint into a Megatron-Core distributed checkpoint.
 
-    Runs in one process, or in the processes of a torchrun with the given layout. The target holds
-    megatron-core's files and, in `huggingface/`, the configuration and tokenizer for the way back.
+    Runs in one process, or in the processes of torchrun with the given layout. The target holds
+    megatron-core's files and, in `huggingface/`, configuration and tokenizer for the way back.
 
     Args:
         source: directory with `config.json` and safetensors.
         target: directory to write; it appears only when it is complete.
-        dtype: `fp32`, `bf16` or `fp16`; None keeps the stored format.
+        dtype: `fp32`, `bf16` or `fp16`; None keeps the stored dtype.
         layout: how to split the work; every layout writes the same checkpoint.
         overwrite: replace an existing target.
 
     Raises:
         UserError: the source cannot be used or the target not written; nothing is left behind.
     """
-    layout, begin_s = layout or Layout(), time.monotonic()
-    with joined_world() as world:
+    layout, start_s = layout or Layout(), time.monotonic()
+    with distributed_world() as world:
         with raise_on_all_ranks("opening the checkpoint"):
             check_apart(source, target)
             checkpoint, architecture = open_hf(source)
             layout.check(architecture, world.size)
-            stored = parse_dtype(dtype) if dtype else hf_dtype(checkpoint, architecture)
+            target_dtype = parse_dtype(dtype) if dtype else hf_dtype(checkpoint, architecture)
         shapes = hf_shapes(architecture)
         with (
-            running(layout),
+            running_layout(layout),
             new_checkpoint(
                 target,
                 checkpoint.companions,
                 overwrite=overwrite,
-                needed_bytes=weights_bytes(shapes, stored),
+                needed_bytes=weights_bytes(shapes, target_dtype),
             ) as directory,
         ):
-            chunks = build_model(architecture, layout, ModelOptions(dtype=stored))
+            chunks = build_model(architecture, layout, ModelOptions(dtype=target_dtype))
             load_hf_weights(chunks, checkpoint, architecture, show_progress=world.is_first)
-            with busy("writing the checkpoint", show=world.is_first):
+            with show_spinner("writing the checkpoint", show=world.is_first):
                 save_weights(chunks, directory, location=target)
         if world.is_first:
-            report_written(target, shapes, stored, time.monotonic() - begin_s)
+            log_written(target, shapes, target_dtype, time.monotonic() - start_s)
+
+
+def log_written(
+    target: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, seconds: float
+) -> None:
+    """Logs the result of a conversion: path, number of tensors, size, dtype, duration."""
+    num_bytes = weights_bytes(shapes, dtype)
+    size = f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    name = str(dtype).removeprefix("torch.")
+    logger.info(
+        "wrote %s: %d tensors, %s of %s, in %.1f s", target, len(shapes), size, name, seconds
+    )
 
 
 def _check_tied(checkpoint: HfCheckpoint) -> None:
-    """An output layer that is stored though it is tied has to be the embedding, to the bit."""
+    """Checks that a stored output layer which is tied equals the embedding bit for bit."""
     num_rows = checkpoint.shape(_INPUT)[0]
     row_bytes = checkpoint.shape(_INPUT)[1] * checkpoint.dtype(_INPUT).itemsize
     block_rows = max(_BLOCK_BYTES // row_bytes, 1)
@@ -171,9 +182,10 @@ def _check_tied(checkpoint: HfCheckpoint) -> None:
         raise CheckpointError.at(
             str(checkpoint.directory),
             f"tensor {_OUTPUT!r} differs from {_INPUT!r}, but config.json ties them",
-            "if the output layer is its own, say tie_word_embeddings: false there",
+            "if the output layer has its own weights, set tie_word_embeddings to false there",
         )
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    # As bytes: NaN equals NaN, and -0.0 differs from 0.0.
+    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))

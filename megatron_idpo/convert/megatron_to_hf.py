@@ -1,8 +1,8 @@
-"""Megatron-Core weights back to Hugging Face: sharded safetensors, configuration, tokenizer.
+"""Megatron-Core weights to Hugging Face: sharded safetensors, configuration, tokenizer.
 
-`whole_tensors` puts the tensor-parallel shards of one parameter together at a time; each pipeline
-stage writes its own tensors into files whose places were laid out before the first byte, so memory
-stays bounded by one tensor on every rank and stages write side by side.
+`whole_tensors` gathers the tensor-parallel shards of one parameter at a time. Each pipeline stage
+writes its own tensors at positions that are planned before the first byte is written, so every rank
+holds at most one whole tensor and the stages write concurrently.
 """
 
 import json
@@ -14,38 +14,33 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from megatron_idpo.checkpoint.dtype_checks import check_floating
-from megatron_idpo.checkpoint.model_directory import COMPANIONS, companion_files, copy_companions
+from megatron_idpo.checkpoint.dtypes import check_floating, parse_dtype, stored_dtype
+from megatron_idpo.checkpoint.model_directory import copy_companions
 from megatron_idpo.checkpoint.snapshot_metadata import whole_snapshot
 from megatron_idpo.checkpoint.stored_weights import stored_weights
 from megatron_idpo.checkpoint.weights import load_weights
+from megatron_idpo.config.layout import Layout
+from megatron_idpo.console.progress import show_spinner, track
 from megatron_idpo.convert.families import entry, hf_shapes
-from megatron_idpo.convert.hf_io.distributed_writer import write_together
-from megatron_idpo.convert.hf_io.dtypes import parse_dtype, stored_dtype
-from megatron_idpo.convert.hf_io.safetensors_header import TensorSpec
-from megatron_idpo.convert.hf_io.tokenizer_files import (
-    CONFIG_FILE,
-    check_vocabulary,
-    read_json_object,
-)
-from megatron_idpo.convert.hf_io.writer import HfWriter
-from megatron_idpo.convert.model_source import check_snapshot
-from megatron_idpo.convert.progress import busy, report_written, tensor_progress
+from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
+from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE, read_json_object
+from megatron_idpo.convert.hf_io.writer import HfWriter, write_together
+from megatron_idpo.convert.hf_to_megatron import log_written
+from megatron_idpo.convert.model_source import check_snapshot, open_companions
 from megatron_idpo.convert.slicing import Replicated
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel, ModelOptions, build_model, global_parameters
-from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, this_rank
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, rank_coordinates
 from megatron_idpo.mcore.parallel.world import (
-    from_first,
-    joined_world,
+    broadcast_from_rank0,
+    distributed_world,
     raise_on_all_ranks,
-    running,
+    running_layout,
 )
-from megatron_idpo.storage.directories import check_apart
+from megatron_idpo.storage.atomic import check_apart
 
 ParameterValue = Callable[[torch.nn.Parameter], Tensor]
-"""What to take of a parameter: its data, its gradient, its data with adapters merged in."""
+"""What to export of a parameter: its data, its gradient, its data with adapters merged in."""
 
 
 def stored_value(parameter: torch.nn.Parameter) -> Tensor:
@@ -58,25 +53,26 @@ def whole_tensors(
     architecture: Architecture,
     value: ParameterValue = stored_value,
 ) -> Iterator[tuple[str, Tensor]]:
-    """This stage's tensors under their Hugging Face names, whole, one parameter at a time.
+    """This pipeline stage's whole tensors under Hugging Face names, one parameter at a time.
 
-    Collective over the tensor-parallel group: a gather to its first rank for every parameter that
-    is split; forward only. The first rank yields the tensors, the others yield nothing, and all
-    have to run through to the end. A tied output layer is the first stage's to yield. What is
-    yielded may be a view of the parameter: clone it to keep it.
+    Collective over the tensor-parallel group: one gather to its first rank per split parameter;
+    forward only. The first rank yields the tensors. The others yield nothing, but must iterate to
+    the end too, or the first rank hangs in the next gather. A tied output layer is yielded by the
+    first stage, as the embedding. A yielded tensor may be a view of the parameter: clone it to keep
+    it.
     """
-    is_first = this_rank().tensor == 0
+    is_first = rank_coordinates().tp_rank == 0
     for name, parameter in global_parameters(chunks):
         if _is_tied_output(name, architecture):
             continue
-        line = entry(name, architecture)
-        replicated = isinstance(line.slicing, Replicated)
-        mine = value(parameter)
-        shards = [mine] if replicated else gather_tensor_shards(mine)
+        tensors = entry(name, architecture)
+        local = value(parameter)
+        is_replicated = isinstance(tensors.slicing, Replicated)
+        shards = [local] if is_replicated else gather_tensor_shards(local)
         if is_first:
             assert shards is not None
-            merged = line.slicing.merge(shards, architecture)
-            yield from zip(line.hf_names, merged, strict=True)
+            merged = tensors.slicing.merge(shards, architecture)
+            yield from zip(tensors.hf_names, merged, strict=True)
 
 
 def export_hf(
@@ -90,26 +86,26 @@ def export_hf(
     show_progress: bool = False,
     value: ParameterValue | None = None,
 ) -> None:
-    """Write a live model as a Hugging Face directory, in any layout. Collective.
+    """Writes a model as a Hugging Face directory, from any layout. Collective.
 
-    The first data-parallel replica does the work: on each of its pipeline stages the first tensor-
-    parallel rank writes that stage's tensors. Vocabulary padding is left out.
+    The first data-parallel replica does the work: on each of its pipeline stages, the first tensor-
+    parallel rank writes the stage's tensors. Vocabulary padding is removed.
 
     Args:
         chunks: this rank's model chunks.
-        architecture: what they are.
-        companions: `config.json`, generation config and tokenizer files to go along.
+        architecture: of the model.
+        companions: `config.json`, generation config and tokenizer files to copy.
         target: directory to write; it appears only when it is complete.
-        dtype: the format to store; `config.json` is made to say so.
+        dtype: the dtype to store; written into `config.json` too.
         overwrite: replace an existing export.
-        show_progress: draw a progress bar, over this stage's tensors.
-        value: what to write of a parameter (`lora.merge.merged_value`); None is its data.
+        show_progress: draw a progress bar of this stage's tensors.
+        value: what to write of a parameter (`lora.adapters.merged_value`); None writes its data.
 
     Raises:
         CheckpointError: the target cannot be written; nothing is left behind.
     """
     specs = [TensorSpec(name, shape, dtype) for name, shape in hf_shapes(architecture).items()]
-    token = from_first(lambda: uuid4().hex[:8])
+    token = broadcast_from_rank0(lambda: uuid4().hex[:8])
 
     def add_companions(incomplete: Path) -> None:
         copy_companions(companions, incomplete)
@@ -128,53 +124,50 @@ def convert(
     layout: Layout | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Convert a Megatron-Core checkpoint of ours into a Hugging Face directory.
+    """Converts a Megatron-Core checkpoint of this package into a Hugging Face directory.
 
-    Runs in one process, or in the processes of a torchrun with the given layout, which need not be
-    the one that the checkpoint was saved in.
+    Runs in one process, or in the processes of torchrun with the given layout, which may differ
+    from the layout that the checkpoint was saved in.
 
     Args:
-        source: what `convert hf-to-megatron` wrote, with its `huggingface/`; or a snapshot, every
-            byte of which is checked.
+        source: output of `convert hf-to-megatron`, with its `huggingface/`; or a snapshot of an
+            sDPO step, every byte of which is checked.
         target: directory to write; it appears only when it is complete.
-        dtype: `fp32`, `bf16` or `fp16`; None keeps the stored format.
+        dtype: `fp32`, `bf16` or `fp16`; None keeps the stored dtype.
         layout: how to split the work.
         overwrite: replace an existing export.
 
     Raises:
         UserError: the source cannot be read or the target not written; nothing is left behind.
     """
-    layout, begin_s = layout or Layout(), time.monotonic()
-    with joined_world() as world:
+    layout, start_s = layout or Layout(), time.monotonic()
+    with distributed_world() as world:
         with raise_on_all_ranks("opening the checkpoint"):
             check_apart(source, target)
             snapshot = whole_snapshot(source)
-            companions = companion_files(source)
-            path = source / COMPANIONS / CONFIG_FILE
-            architecture = Architecture.from_hf(read_json_object(path), str(path))
+            companions, architecture = open_companions(source)
             layout.check(architecture, world.size)
-            check_vocabulary(source / COMPANIONS, architecture.vocab_size)
             stored = {key: weight.dtype for key, weight in stored_weights(source).items()}
             check_floating(str(source), stored)
-            wanted = parse_dtype(dtype) if dtype else stored_dtype(str(source), stored)
+            target_dtype = parse_dtype(dtype) if dtype else stored_dtype(str(source), stored)
         if snapshot is not None:
             check_snapshot(source, snapshot)
-        with running(layout):
-            chunks = build_model(architecture, layout, ModelOptions(dtype=wanted))
-            with busy("reading the checkpoint", show=world.is_first):
+        with running_layout(layout):
+            chunks = build_model(architecture, layout, ModelOptions(dtype=target_dtype))
+            with show_spinner("reading the checkpoint", show=world.is_first):
                 load_weights(chunks, source, architecture)
             export_hf(
                 chunks,
                 architecture,
                 companions,
                 target,
-                dtype=wanted,
+                dtype=target_dtype,
                 overwrite=overwrite,
                 show_progress=world.is_first,
             )
         if world.is_first:
-            seconds = time.monotonic() - begin_s
-            report_written(target, hf_shapes(architecture), wanted, seconds)
+            seconds = time.monotonic() - start_s
+            log_written(target, hf_shapes(architecture), target_dtype, seconds)
 
 
 def _stage_tensors(
@@ -184,8 +177,8 @@ def _stage_tensors(
     dtype: torch.dtype,
     show_progress: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """What this rank writes; nothing but on the first replica, which gathers as it goes."""
-    if this_rank().data > 0:
+    """The tensors that this rank writes; none except on the first data-parallel replica."""
+    if rank_coordinates().dp_rank > 0:
         return
     tensors = whole_tensors(chunks, architecture, value)
     total = sum(
@@ -193,17 +186,17 @@ def _stage_tensors(
         for name, _ in global_parameters(chunks)
         if not _is_tied_output(name, architecture)
     )
-    for name, tensor in tensor_progress("writing", tensors, total=total, show=show_progress):
+    for name, tensor in track(tensors, "writing", total=total, unit="tensors", show=show_progress):
         yield name, tensor.to(dtype)
 
 
 def _is_tied_output(name: str, architecture: Architecture) -> bool:
-    """Whether this is a last stage's copy of the embedding, which the first stage exports."""
+    """Whether this is the last stage's copy of the embedding, which the first stage exports."""
     return name == "output_layer.weight" and architecture.tied_embeddings
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Let `config.json` name the format that was written; untouched where it already does."""
+    """Sets the dtype in `config.json`; does not touch a file that already says so."""
     config = read_json_object(path)
     name = str(dtype).removeprefix("torch.")
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]

@@ -1,7 +1,7 @@
-"""A model to start from, wherever it is: a Hugging Face directory, the hub, our own checkpoint.
+"""Models to start from: a Hugging Face directory, a hub model, or a checkpoint of this package.
 
-`open_model` looks at configuration and headers only, so that everything about a run can be checked
-before a weight is read; `load_base` then fills this rank's chunks.
+`open_model` reads configuration and headers only, so that a run can be checked before any weight is
+read; `load_base` then fills this rank's chunks. `FrozenModel` adds the identity of the weights.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch.distributed as dist
 
@@ -17,7 +18,6 @@ from megatron_idpo.checkpoint.snapshot_metadata import (
     Snapshot,
     check_digests,
     check_names,
-    file_digest,
     whole_snapshot,
 )
 from megatron_idpo.checkpoint.weights import load_weights
@@ -31,35 +31,72 @@ from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel
-from megatron_idpo.mcore.parallel.world import gathered, raise_on_all_ranks
+from megatron_idpo.mcore.parallel.world import all_gather_objects, raise_on_all_ranks
+from megatron_idpo.storage.provenance import file_digest
 
 _WEIGHT_FILES = ("*.safetensors", "*.distcp", ".metadata")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v3", "*.txt", "*.jinja"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A checkpoint that has been looked at, but not read."""
+    """A checkpoint whose configuration and headers have been read, but not its weights."""
 
     directory: Path
     architecture: Architecture
     companions: tuple[Path, ...]
-    """Configuration and tokenizer files, which go along with what is exported."""
+    """Configuration and tokenizer files, which are copied to exports."""
 
     hf: HfCheckpoint | None
     """None for a Megatron-Core checkpoint."""
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenModel:
+    """A reference to weights that do not change, with an optional adapter, and their identity.
+
+    Two are the same model if their identities are equal, wherever their files are.
+    """
+
+    source: ModelSource
+    base_identity: str
+    """Of the weights without the adapter: a hash that is equal in every layout."""
+
+    adapter: Path | None = None
+    """A PEFT directory."""
+
+    adapter_identity: str = ""
+    """Of the adapter: likewise."""
+
+    @classmethod
+    def of(cls, source: ModelSource) -> Self:
+        """The model in these files; reads every byte. Collective."""
+        return cls(source, weights_fingerprint(source))
+
+    def with_adapter(self, adapter: Path) -> "FrozenModel":
+        """The same weights with a PEFT adapter, every byte of which is read. Collective."""
+        files = [path for name in _ADAPTER_FILES if (path := adapter / name).is_file()]
+        return FrozenModel(self.source, self.base_identity, adapter, files_fingerprint(files))
+
+    @property
+    def identity(self) -> str:
+        """sha256 of weights and adapter."""
+        if self.adapter is None:
+            return self.base_identity
+        return hashlib.sha256(f"{self.base_identity} {self.adapter_identity}".encode()).hexdigest()
+
+
 def open_model(path: str) -> ModelSource:
-    """Open a model. Call within `raise_on_all_ranks`; a hub model is downloaded if not cached.
+    """Opens a model. Call within `raise_on_all_ranks`; a hub model is downloaded if not cached.
 
     Args:
-        path: a Hugging Face directory, a `torch_dist` checkpoint of ours (a snapshot too), or a
-            hub name.
+        path: a Hugging Face directory, a `torch_dist` checkpoint of this package (a snapshot of an
+            sDPO step is one), or a hub name.
 
     Raises:
-        UserError: there is none, or it cannot be used.
+        UserError: there is no such model, or it cannot be used.
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
@@ -68,22 +105,33 @@ def open_model(path: str) -> ModelSource:
     if snapshot is not None:
         check_names(directory, snapshot)
     if (directory / "metadata.json").is_file():
-        companions = companion_files(directory)
-        config = directory / COMPANIONS / CONFIG_FILE
-        architecture = Architecture.from_hf(read_json_object(config), str(config))
-        check_vocabulary(directory / COMPANIONS, architecture.vocab_size)
-        return ModelSource(directory, architecture, tuple(companions), None)
+        companions, architecture = open_companions(directory)
+        return ModelSource(directory, architecture, companions, None)
     checkpoint, architecture = open_hf(directory)
     return ModelSource(directory, architecture, checkpoint.companions, checkpoint)
+
+
+def open_companions(checkpoint: Path) -> tuple[tuple[Path, ...], Architecture]:
+    """The configuration and tokenizer files of a Megatron-Core checkpoint, and its architecture.
+
+    Raises:
+        UserError: there is no configuration, an unsupported one, or a tokenizer with more tokens
+            than the vocabulary.
+    """
+    companions = companion_files(checkpoint)
+    path = checkpoint / COMPANIONS / CONFIG_FILE
+    architecture = Architecture.from_hf(read_json_object(path), str(path))
+    check_vocabulary(path.parent, architecture.vocab_size)
+    return tuple(companions), architecture
 
 
 def load_base(
     source: ModelSource, chunks: Sequence[GPTModel], *, show_progress: bool = False
 ) -> None:
-    """Fill this rank's chunks. Collective.
+    """Fills this rank's chunks. Collective.
 
     Raises:
-        CheckpointError: on every rank; a file is damaged, or a value too large for the format.
+        CheckpointError: on every rank; a file is damaged, or a value too large for the dtype.
     """
     if source.hf is None:
         load_weights(chunks, source.directory, source.architecture)
@@ -92,13 +140,13 @@ def load_base(
 
 
 def weights_fingerprint(source: ModelSource) -> str:
-    """sha256 over every byte of the configuration and the weights. Collective.
+    """sha256 of every byte of the configuration and the weights. Collective.
 
-    Ranks share the files out between them; names count only as an order, so that a copy elsewhere
-    is the same model.
+    The ranks share the files. File names only determine the order, so that a copy elsewhere is the
+    same model.
 
     Raises:
-        CheckpointError: on every rank; a file cannot be read, or is not what its snapshot lists.
+        CheckpointError: on every rank; a file cannot be read, or differs from its snapshot's list.
     """
     files = [path for pattern in _WEIGHT_FILES for path in sorted(source.directory.glob(pattern))]
     files += [path for path in source.companions if path.name == CONFIG_FILE]
@@ -108,16 +156,16 @@ def weights_fingerprint(source: ModelSource) -> str:
         return files_fingerprint(files)
     check_snapshot(source.directory, snapshot)
     names = [str(path.relative_to(source.directory)) for path in files]
-    return _together([snapshot.files[name] for name in names])
+    return _combined([snapshot.files[name] for name in names])
 
 
 def check_snapshot(directory: Path, snapshot: Snapshot) -> None:
-    """Compare every file of a snapshot, and every byte, with what it lists. Collective.
+    """Compares every file of a snapshot, byte by byte, with its list of hashes. Collective.
 
     Raises:
         CheckpointError: on every rank; a file is missing, was added or changed, or is unreadable.
     """
-    with raise_on_all_ranks("looking at the snapshot's files"):
+    with raise_on_all_ranks("listing the snapshot's files"):
         check_names(directory, snapshot)
     digests = file_digests([directory / name for name in snapshot.files])
     with raise_on_all_ranks("checking the snapshot"):
@@ -125,43 +173,42 @@ def check_snapshot(directory: Path, snapshot: Snapshot) -> None:
 
 
 def files_fingerprint(files: Sequence[Path]) -> str:
-    """sha256 over the bytes of files in this order, which ranks share out. Collective.
+    """sha256 of the bytes of files in this order; the ranks share the files. Collective.
 
     Raises:
         CheckpointError: on every rank; a file cannot be read.
     """
-    return _together(file_digests(files))
+    return _combined(file_digests(files))
 
 
 def file_digests(files: Sequence[Path]) -> list[str]:
-    """Each file's sha256. Collective: ranks share the files out between them.
+    """The sha256 of each file; the ranks share the files. Collective.
 
     Raises:
         CheckpointError: on every rank; a file cannot be read.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     with raise_on_all_ranks("reading the model's files"):
-        digests = {
-            number: file_digest(path) for number, path in enumerate(files) if number % size == rank
-        }
-    message = {number: digest for part in gathered(digests) for number, digest in part.items()}
-    return [message[number] for number in sorted(message)]
+        mine = {index: file_digest(files[index]) for index in range(rank, len(files), size)}
+    digests = {index: digest for part in all_gather_objects(mine) for index, digest in part.items()}
+    return [digests[index] for index in range(len(files))]
 
 
-def _together(digests: Sequence[str]) -> str:
+def _combined(digests: Sequence[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _from_hub(name: str) -> Path:
-    """The snapshot of a hub model, downloaded where it is not in the cache."""
+    """The snapshot of a hub model, downloaded if it is not in the cache."""
     if not _HUB_NAME.fullmatch(name):
-        remedy = "give a model's directory, or a hub name such as organisation/model"
-        raise CheckpointError.at("model.path", f"{name} is no directory", remedy)
+        remedy = "name a model directory, or a hub model such as organization/model"
+        raise CheckpointError.at("model.path", f"{name} is not a directory", remedy)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub's own errors, and those of four network libraries
-        message = f"{name} is no directory, and the hub cannot give it ({type(error).__name__})"
-        remedy = f"check the name, or fetch it where there is a network: hf download {name}"
+        reason = type(error).__name__
+        message = f"{name} is not a directory, and cannot be downloaded from the hub ({reason})"
+        remedy = f"check the name, or run this on a machine with network: hf download {name}"
         raise CheckpointError.at("model.path", message, remedy) from error

@@ -214,7 +214,7 @@ def begin_directory(
         needed_bytes: lower bound of what is going to be written.
 
     Raises:
-        CheckpointError: `target` cannot be used, or the disk has not enough space.
+        CheckpointError: `target` cannot be used, or there is not enough disk space.
     """
     check_target(target, overwrite=overwrite)
     directory = incomplete_directory(target, token)

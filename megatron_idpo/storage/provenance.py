@@ -10,13 +10,14 @@ refuses to mix the two if a part differs:
         raise DataError.of(problems)
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_idpo.errors import Problem, UserError
+from megatron_idpo.errors import CheckpointError, Problem, UserError
 from megatron_idpo.storage.atomic import write_json
 
 _SHA256_DIGITS = 64
@@ -72,6 +73,19 @@ def as_problems(differences: Sequence[Difference], location: str, remedy: str) -
     return [Problem(location, str(difference), remedy) for difference in differences]
 
 
+def file_digest(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal digits.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with CheckpointError.on_os_error(
+        str(path), "cannot be read", "make it readable, or copy it again"
+    ):
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_record(path: Path, *, error: type[UserError], remedy: str) -> dict[str, Any]:
     """Reads a record, or any other JSON object.
 
@@ -87,7 +101,7 @@ def read_record(path: Path, *, error: type[UserError], remedy: str) -> dict[str,
         content = path.read_bytes()
     try:
         values = json.loads(content)
-    except ValueError as reason:
+    except (ValueError, RecursionError) as reason:
         raise error.at(str(path), f"is not valid JSON: {reason}", remedy) from None
     if not isinstance(values, dict):
         raise error.at(str(path), "is not a JSON object", remedy)

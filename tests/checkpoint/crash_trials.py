@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
-from megatron_idpo.mcore.megatron_warnings import quiet_megatron
-from megatron_idpo.storage import directories as atomic
+from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
+from megatron_idpo.storage import atomic
 
 from .tiny_training import Setup, prepare, progress
 
@@ -56,18 +56,18 @@ IMPORTED = (
 
 def state_of(training: Any) -> list[torch.Tensor]:
     """Every tensor that a checkpoint keeps."""
-    from megatron_idpo.mcore.optim.state import held_parameters
+    from megatron_idpo.mcore.optim.state import sharded_params
 
-    held = held_parameters(training.optimizer)
+    held = sharded_params(training.optimizer)
     moments = [tensor for one in held for tensor in one.moments().values()]
     return [parameter.detach() for parameter in training.chunks[0].parameters()] + moments
 
 
 def save(checkpoints: Any, training: Any, step: int, number: float) -> None:
     """Step `step`, with every number of the state being `number`."""
-    from megatron_idpo.mcore.optim.state import set_steps_taken
+    from megatron_idpo.mcore.optim.state import set_optimizer_step
 
-    set_steps_taken(training.optimizer, step)
+    set_optimizer_step(training.optimizer, step)
     for tensor in state_of(training):
         tensor.fill_(number)
     checkpoints.save(training.chunks, training.optimizer, progress(step))
@@ -141,7 +141,7 @@ def fork(function: Callable[..., None], rank: int, size: int, store: str, *argum
     try:
         where = dist.FileStore(store, size)
         dist.init_process_group("gloo", store=where, rank=rank, world_size=size)
-        with quiet_megatron():
+        with suppress_megatron_warnings():
             function(*arguments)
     except BaseException as error:
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -193,7 +193,7 @@ def main(model: str, root: Path, mode: str, first: int, stride: int, trials: int
     """Print the answer of every trial."""
     redirect_cuda_to_cpu()
     torch.set_num_threads(1)
-    with quiet_megatron():
+    with suppress_megatron_warnings():
         for module in IMPORTED:
             importlib.import_module(module)
     for number in range(first, first + trials * stride, stride):

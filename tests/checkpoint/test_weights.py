@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.model.architecture import Architecture
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.mcore.parallel.groups import start_layout
 from megatron_idpo.testing import tiny_hf_config
 
 pytestmark = pytest.mark.distributed
@@ -21,7 +22,7 @@ def chunks_of(layout: Layout, dtype: torch.dtype, **overrides: Any) -> tuple[lis
     from megatron_idpo.mcore.model.build import ModelOptions, build_model
 
     architecture = Architecture.from_hf(tiny_hf_config("qwen2", **overrides))
-    layout.start()
+    start_layout(layout)
     return build_model(architecture, layout, ModelOptions(dtype=dtype)), architecture
 
 
@@ -34,12 +35,12 @@ def value(name: str, parameter: torch.Tensor, salt: int) -> torch.Tensor:
 def save(directory: str, layout: Layout, dtype: torch.dtype, salt: int = 0) -> None:
     from megatron_idpo.checkpoint.weights import save_weights
     from megatron_idpo.mcore.model.build import global_parameters
-    from megatron_idpo.mcore.parallel.groups import this_rank
+    from megatron_idpo.mcore.parallel.groups import rank_coordinates
 
     chunks, _ = chunks_of(layout, dtype)
     with torch.no_grad():
         for name, parameter in global_parameters(chunks):
-            rank = 0 if parameter.dim() == 1 and "bias" not in name else this_rank().tensor
+            rank = 0 if parameter.dim() == 1 and "bias" not in name else rank_coordinates().tp_rank
             parameter.copy_(value(name, parameter, salt + rank))
     before = {name: parameter.clone() for name, parameter in global_parameters(chunks)}
     save_weights(chunks, Path(directory))

@@ -81,7 +81,7 @@ class Training:
     def weights(self) -> dict[str, Tensor]:
         """This rank's part of the whole weights, adapters merged, by Hugging Face name."""
         from megatron_idpo.convert.megatron_to_hf import whole_tensors
-        from megatron_idpo.lora.merge import merged_value
+        from megatron_idpo.lora.adapters import merged_value
 
         if self.setup.overlap:
             for chunk in self.wrapped:
@@ -99,9 +99,9 @@ class Training:
 
     def held(self) -> list[Any]:
         """What this rank's optimizer updates."""
-        from megatron_idpo.mcore.optim.state import held_parameters
+        from megatron_idpo.mcore.optim.state import sharded_params
 
-        return held_parameters(self.optimizer)
+        return sharded_params(self.optimizer)
 
     def state(self) -> list[Tensor]:
         """Everything this rank's optimizer keeps: main parameters, moments, steps."""
@@ -114,11 +114,12 @@ class Training:
 
 def prepare(directory: str, setup: Setup) -> Training:
     """On every rank: the model with the base's weights, before its first step."""
+    from megatron_idpo.config.layout import Layout
+    from megatron_idpo.config.lora import LoraConfig
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.lora.adapters import add_adapters
-    from megatron_idpo.lora.settings import LoraSettings
     from megatron_idpo.mcore.model.build import ModelOptions, build_model, global_parameters
-    from megatron_idpo.mcore.parallel.layout import Layout
+    from megatron_idpo.mcore.parallel.groups import start_layout
     from megatron_idpo.objective.dpo import Objective
     from megatron_idpo.plugin.attach import attach
 
@@ -129,7 +130,7 @@ def prepare(directory: str, setup: Setup) -> Training:
         virtual_pipeline=setup.virtual,
         sequence_parallel=setup.sequence_parallel,
     )
-    layout.start()
+    start_layout(layout)
     options = ModelOptions(dtype=getattr(torch, setup.dtype))
     chunks = build_model(architecture, layout, options)
     load_hf_weights(chunks, checkpoint, architecture)
@@ -140,7 +141,7 @@ def prepare(directory: str, setup: Setup) -> Training:
             parameter.requires_grad_(name.startswith(own))
     adapters = None
     if setup.learns == "lora":
-        adapters = add_adapters(chunks, architecture, LoraSettings(rank=setup.rank))
+        adapters = add_adapters(chunks, architecture, LoraConfig(rank=setup.rank))
     objective = Objective(beta=0.3, intermediate_weight=0.4)
     dpo = attach(chunks, layers=LAYERS, objective=objective, vocab_size=tiny.VOCAB)
     wrapped = tiny.wrap(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.testing import write_tiny_hf_model
 
 BOUND_S = 60.0

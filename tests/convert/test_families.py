@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from megatron_idpo.convert.families import entry, hf_shapes
 from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.parallel.groups import start_layout
 from megatron_idpo.testing import TINY_FAMILIES, tiny_hf_config, write_tiny_hf_model
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -33,12 +34,12 @@ def test_every_tensor_that_transformers_saves_with_its_shape(family, overrides, 
 
 def parameters_of_stages(family: str, overrides: str) -> dict[str, list[tuple[str, ...]]]:
     """On every rank: this stage's parameters and the Hugging Face tensors they are made of."""
+    from megatron_idpo.config.layout import Layout
     from megatron_idpo.mcore.model.build import build_model, global_parameters
-    from megatron_idpo.mcore.parallel.layout import Layout
 
     architecture = architecture_of(family, overrides)
     layout = Layout(pipeline=2, virtual_pipeline=2)
-    layout.start()
+    start_layout(layout)
     chunks = build_model(architecture, layout)
     return {name: entry(name, architecture).hf_names for name, _ in global_parameters(chunks)}
 

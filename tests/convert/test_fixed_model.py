@@ -13,8 +13,7 @@ pytestmark = pytest.mark.distributed
 
 def identities(model: Path, adapters: list[Path | None]) -> list[tuple[str, str]]:
     """Of the weights, and of the whole."""
-    from megatron_idpo.convert.frozen_model import FrozenModel
-    from megatron_idpo.convert.model_source import open_model
+    from megatron_idpo.convert.model_source import FrozenModel, open_model
 
     source = open_model(str(model))
     base = FrozenModel.of(source)

@@ -1,4 +1,4 @@
-"""Reading Hugging Face checkpoints: slices, corruption, memory, companions."""
+"""Reading Hugging Face checkpoints: slices, damaged files, memory, companions."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ DTYPES = [
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32),
     *(torch.int16, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2),
 ]
-MAX_EXTRA_MB = 32  # one 8 MB block, the allocator's slack, and what Python itself grows by
+MAX_EXTRA_MB = 16  # of the allocator and of Python
 same_directory = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
 )
@@ -35,16 +35,16 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> 
     return torch.randn(shape, generator=generator).mul(9).to(dtype)
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
-    bits = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
+    bits = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second)]
     return torch.equal(*bits)
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """Two shards: `a`, `b` in the first, `c` in the second."""
+    """Two shards: `a` and `b` in the first, `c` in the second."""
     weights = {name: random_tensor((4, 3), torch.bfloat16) for name in "abc"}
     save_file({name: weights[name] for name in "ab"}, tmp_path / "one.safetensors")
     save_file({"c": weights["c"]}, tmp_path / "two.safetensors")
@@ -73,7 +73,7 @@ def one_line(error: pytest.ExceptionInfo[CheckpointError]) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_format_is_read_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_every_dtype_is_read_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     shapes = {"scalar": (), "empty": (0, 3), "row": (5,), "matrix": (4, 3), "cube": (2, 3, 4)}
     weights = {name: random_tensor(shape, dtype) for name, shape in shapes.items()}
     checkpoint = open_single(tmp_path, **weights)
@@ -93,43 +93,32 @@ slices = st.none() | st.builds(slice, bounds, bounds)
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.int8]),
     rows=slices,
     columns=slices,
-    block_bytes=st.sampled_from([1, 40, 1 << 20]),
 )
-def test_slices_equal_those_of_the_whole(
+def test_slices_equal_slices_of_the_whole_tensor(
     tmp_path: Path,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     rows: slice | None,
     columns: slice | None,
-    block_bytes: int,
 ) -> None:
     whole = random_tensor(shape, dtype)
     checkpoint = open_single(tmp_path, before=torch.ones(3), it=whole, more=torch.ones(3))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_reader, "_BLOCK_BYTES", block_bytes)
-        part = checkpoint.read("it", rows, columns)
+    part = checkpoint.read("it", rows, columns)
     assert same_bits(part, whole[rows or slice(None), columns or slice(None)])
 
 
-def test_columns_are_read_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = random_tensor((7, 5), torch.float32)
-    monkeypatch.setattr(hf_reader, "_BLOCK_BYTES", 45)  # two rows: three blocks and a half one
-    part = open_single(tmp_path, it=whole).read("it", columns=slice(1, 3))
-    assert same_bits(part, whole[:, 1:3])
-
-
-def test_rows_of_a_vector(tmp_path: Path) -> None:
+def test_rows_of_a_vector_are_read(tmp_path: Path) -> None:
     whole = random_tensor((10,), torch.float16)
     assert same_bits(open_single(tmp_path, it=whole).read("it", slice(3, 7)), whole[3:7])
 
 
-def test_shards_are_one_checkpoint(sharded: Path) -> None:
+def test_shards_form_one_checkpoint(sharded: Path) -> None:
     checkpoint = HfCheckpoint(sharded)
     assert checkpoint.names() == ["a", "b", "c"]
     assert same_bits(checkpoint.read("c"), random_tensor((4, 3), torch.bfloat16))
 
 
-def test_the_single_file_goes_before_the_index_as_in_transformers(sharded: Path) -> None:
+def test_single_file_takes_precedence_over_index_as_in_transformers(sharded: Path) -> None:
     save_file({"z": torch.ones(1)}, sharded / SINGLE_FILE)
     assert HfCheckpoint(sharded).names() == ["z"]
 
@@ -173,11 +162,11 @@ def twice(directory: Path) -> None:
 
 
 CORRUPTIONS: list[tuple[Callable[[Path], Any], str]] = [
-    (cut_data, r"one\.safetensors: is truncated in tensor 'b': \d+ bytes instead of \d+"),
-    (cut_header, r"one\.safetensors: is truncated within its header.*tensor 'a' and 1 others"),
-    (append, r"one\.safetensors: has \d+ bytes, 4 more than its tensors.*tensor 'a'"),
-    (garbage, r"one\.safetensors: .*no safetensors file.*tensor 'a' and 1 others"),
-    (broken_json, r"one\.safetensors: the safetensors header is garbage.*tensor 'a'"),
+    (cut_data, r"one\.safetensors: is truncated, damaged .*not fully covered.*tensor 'a' and 1"),
+    (cut_header, r"one\.safetensors: is truncated, damaged .*tensor 'a' and 1 others"),
+    (append, r"one\.safetensors: is truncated, damaged .*not fully covered.*tensor 'a'"),
+    (garbage, r"one\.safetensors: .*not a safetensors file.*tensor 'a' and 1 others"),
+    (broken_json, r"one\.safetensors: .*invalid JSON in header.*tensor 'a'"),
     (lfs_pointer, r"one\.safetensors: is a Git LFS pointer"),
     (lambda d: (d / "two.safetensors").unlink(), r"two\.safetensors: is missing;.*tensor 'c'"),
     (listed_but_absent, r"one\.safetensors: tensor 'zz' is listed in .* but not in this file"),
@@ -186,15 +175,15 @@ CORRUPTIONS: list[tuple[Callable[[Path], Any], str]] = [
         lambda d: write_index(d, {"a": "one.safetensors", "c": "two.safetensors"}),
         r"one\.safetensors: tensor 'b' is not in model\.safetensors\.index\.json",
     ),
-    (lambda d: (d / INDEX_FILE).write_text("{"), r"index\.json: is not JSON"),
-    (lambda d: (d / INDEX_FILE).write_text("[]"), r"index\.json: is no JSON object"),
+    (lambda d: (d / INDEX_FILE).write_text("{"), r"index\.json: is not valid JSON"),
+    (lambda d: (d / INDEX_FILE).write_text("[]"), r"index\.json: is not a JSON object"),
     (lambda d: write_index(d, None), r"index\.json: weight_map does not map"),
     (lambda d: write_index(d, {"a": "../x.safetensors"}), r"index\.json: weight_map does not"),
 ]
 
 
 @pytest.mark.parametrize(("corrupt", "message"), CORRUPTIONS)
-def test_a_corrupt_checkpoint_is_refused_by_file_and_tensor(
+def test_damaged_checkpoint_is_refused_by_file_and_tensor(
     sharded: Path, corrupt: Callable[[Path], Any], message: str
 ) -> None:
     corrupt(sharded)
@@ -203,20 +192,20 @@ def test_a_corrupt_checkpoint_is_refused_by_file_and_tensor(
     one_line(error)
 
 
-def test_all_damaged_shards_are_told_at_once(sharded: Path) -> None:
+def test_all_damaged_shards_are_reported(sharded: Path) -> None:
     cut_data(sharded)
     (sharded / "two.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"(?s)2 problems.*truncated.*two\.safetensors"):
         HfCheckpoint(sharded)
 
 
-def test_a_file_cut_short_after_opening(sharded: Path) -> None:
+def test_file_damaged_after_opening_is_refused(sharded: Path) -> None:
     checkpoint = HfCheckpoint(sharded)
     cut_data(sharded)
-    with pytest.raises(CheckpointError, match=r"one\.safetensors: .*tensor 'b': it has become sh"):
+    with pytest.raises(CheckpointError, match=r"one\.safetensors: is truncated"):
         checkpoint.read("b")
     (sharded / "one.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"tensor 'b': No such file"):
+    with pytest.raises(CheckpointError, match=r"one\.safetensors: cannot be read: No such file"):
         checkpoint.read("b")
 
 
@@ -229,7 +218,9 @@ def test_a_file_cut_short_after_opening(sharded: Path) -> None:
         (["adapter_model.safetensors"], "has neither .*, only adapter_model.safetensors"),
     ],
 )
-def test_no_safetensors_there(tmp_path: Path, files: list[str], message: str) -> None:
+def test_directory_without_safetensors_is_refused(
+    tmp_path: Path, files: list[str], message: str
+) -> None:
     for name in files:
         (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=message) as error:
@@ -237,7 +228,7 @@ def test_no_safetensors_there(tmp_path: Path, files: list[str], message: str) ->
     one_line(error)
 
 
-def test_no_directory_there(tmp_path: Path) -> None:
+def test_missing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         HfCheckpoint(tmp_path / "nowhere")
     (tmp_path / "file").touch()
@@ -245,12 +236,12 @@ def test_no_directory_there(tmp_path: Path) -> None:
         HfCheckpoint(tmp_path / "file")
 
 
-def test_a_name_of_the_hub_is_told_how_to_download() -> None:
+def test_message_for_a_hub_name_says_how_to_download() -> None:
     with pytest.raises(CheckpointError, match=r"`hf download org/some-1\.5B --local-dir DIR`"):
         HfCheckpoint("org/some-1.5B")
 
 
-def test_a_megatron_checkpoint_is_told_the_other_way(tmp_path: Path) -> None:
+def test_message_for_a_megatron_checkpoint_names_the_other_direction(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").write_text("{}")
     with pytest.raises(
         CheckpointError, match=r"is a Megatron checkpoint.*`convert megatron-to-hf`"
@@ -259,20 +250,20 @@ def test_a_megatron_checkpoint_is_told_the_other_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
-def test_a_link_that_points_nowhere(name: str, tmp_path: Path) -> None:
+def test_broken_link_is_reported(name: str, tmp_path: Path) -> None:
     (tmp_path / name).symlink_to(tmp_path / "blob")
-    with pytest.raises(CheckpointError, match=rf"{name}: is a link that points nowhere, as an int"):
+    with pytest.raises(CheckpointError, match=rf"{name}: is a broken link, as an int"):
         HfCheckpoint(tmp_path)
 
 
-def test_a_shard_that_points_nowhere(sharded: Path) -> None:
+def test_broken_link_of_a_shard_is_reported(sharded: Path) -> None:
     (sharded / "one.safetensors").unlink()
     (sharded / "one.safetensors").symlink_to(sharded / "blob")
-    with pytest.raises(CheckpointError, match=r"one\.safetensors: is a link that points nowhere"):
+    with pytest.raises(CheckpointError, match=r"one\.safetensors: is a broken link"):
         HfCheckpoint(sharded)
 
 
-def test_check_tells_every_difference(sharded: Path) -> None:
+def test_check_lists_every_difference(sharded: Path) -> None:
     checkpoint = HfCheckpoint(sharded)
     checkpoint.check({name: (4, 3) for name in "abc"})
     checkpoint.check({"a": (4, 3)}, ignored=["b|c"])
@@ -285,54 +276,55 @@ def test_check_tells_every_difference(sharded: Path) -> None:
     assert "'a' has shape (4, 3), expected (4, 4)" in message and "unexpected tensor 'c'" in message
 
 
-def test_another_model_altogether_is_told_briefly(sharded: Path) -> None:
-    with pytest.raises(CheckpointError, match="984 more problems like these") as error:
+def test_list_of_differences_is_limited(sharded: Path) -> None:
+    with pytest.raises(CheckpointError, match="984 more problems of this kind") as error:
         HfCheckpoint(sharded).check({f"layer.{i}": (1,) for i in range(1000)})
-    assert str(error.value).count("\n") == hf_reader._MAX_TOLD
+    assert str(error.value).count("\n") == hf_reader._MAX_REPORTED
 
 
 def test_config_and_companions(tmp_path: Path) -> None:
     checkpoint = open_single(tmp_path, a=torch.ones(1))
-    assert checkpoint.generation_config is None and checkpoint.companions == ()
+    assert checkpoint.companions == ()
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read: No such file"):
         _ = checkpoint.config
     write_json(tmp_path, config={"vocab_size": 7}, generation_config={}, vocab={"x": 0}, tekken={})
     (tmp_path / "tokenizer.model.v3").touch()
     (tmp_path / "README.md").touch()
     assert checkpoint.config == {"vocab_size": 7}
-    assert checkpoint.generation_config == tmp_path / "generation_config.json"
     names = [path.name for path in checkpoint.companions]
     tokenizer = ["tokenizer.model.v3", "tekken.json", "vocab.json"]
     assert names == ["config.json", "generation_config.json", *tokenizer]
     (tmp_path / "config.json").write_text("{,}")
-    with pytest.raises(CheckpointError, match=r"config\.json: is not JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: is not valid JSON"):
         _ = HfCheckpoint(tmp_path).config
 
 
-# VmHWM rather than ru_maxrss, which a process inherits from the one that started it.
 READ_ALL = """
 import re, sys, torch
 from pathlib import Path
 from megatron_idpo.convert.hf_io.reader import HfCheckpoint
-def peak_mb():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+def anonymous_mb():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 checkpoint = HfCheckpoint(sys.argv[1])
+start_mb = anonymous_mb()
 for columns in (slice(0, 512), None):
-    before_mb = peak_mb()
+    peak_mb = 0
     for name in checkpoint.names():
         tensor = checkpoint.read(name, columns=columns)
+        peak_mb = max(peak_mb, anonymous_mb())
         del tensor
-    print(peak_mb() - before_mb)
+    print(peak_mb - start_mb)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
+    """Anonymous memory: mapped files are page cache, which the kernel can take back."""
     tensor_mb = 64
     weights = {f"t{i}": torch.ones(tensor_mb << 9, 1024, dtype=torch.bfloat16) for i in range(4)}
     save_file(weights, tmp_path / SINGLE_FILE)
     command = [sys.executable, "-c", READ_ALL, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     columns_mb, all_mb = map(int, done.stdout.split())
-    assert columns_mb < tensor_mb / 2 + MAX_EXTRA_MB  # the file has four times `tensor_mb`
-    assert columns_mb + all_mb < tensor_mb + MAX_EXTRA_MB
+    assert columns_mb < tensor_mb / 2 + MAX_EXTRA_MB
+    assert all_mb < tensor_mb + MAX_EXTRA_MB

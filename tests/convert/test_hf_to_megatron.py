@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.testing import write_tiny_hf_model
 
 TP2 = Layout(tensor=2)
@@ -353,10 +353,10 @@ def no_metadata() -> Iterator[None]:
 @contextmanager
 def no_publishing() -> Iterator[None]:
     from megatron_idpo.errors import CheckpointError
-    from megatron_idpo.storage import directories as atomic
+    from megatron_idpo.storage import atomic
 
     error = CheckpointError.at("out", "has been filled meanwhile")
-    with mock.patch.object(atomic, "publish", side_effect=error):
+    with mock.patch.object(atomic, "publish_directory", side_effect=error):
         yield
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from megatron_idpo.convert.hf_io import writer as hf_writer
 from megatron_idpo.convert.hf_io.reader import INDEX_FILE, SINGLE_FILE, HfCheckpoint
-from megatron_idpo.convert.hf_io.safetensors_header import TensorSpec
+from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
 from megatron_idpo.convert.hf_io.writer import HfWriter
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.storage import directories as atomic
+from megatron_idpo.storage import atomic
 
 
 def weights_of(num: int = 5, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def test_transformers_loads_it(tmp_path: Path) -> None:
 WRITE_PART = """
 import json, sys, torch
 from megatron_idpo.convert.hf_io.writer import HfWriter
-from megatron_idpo.convert.hf_io.safetensors_header import TensorSpec
+from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
 rank = int(sys.argv[2])
 specs = [TensorSpec(f"layers.{i}.weight", (8, 4 + i), torch.bfloat16) for i in range(7)]
 writer = HfWriter(sys.argv[1], specs, token="t", max_shard_bytes=150)
@@ -316,7 +316,7 @@ def test_a_real_limit_of_the_system(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys, torch
 from megatron_idpo.convert.hf_io.writer import HfWriter
-from megatron_idpo.convert.hf_io.safetensors_header import TensorSpec
+from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
 writer = HfWriter(sys.argv[1], [TensorSpec(n, (9,), torch.float32) for n in "ab"], token="t")
 writer.begin()
 for name in "ab":

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.storage import directories as atomic
+from megatron_idpo.storage import atomic
 
 # One process imports megatron-core and forks a child for every point of death.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megatron_idpo.storage import directories as atomic
+from megatron_idpo.storage import atomic
 from megatron_idpo.checkpoint import dcp_io as files
 from megatron_idpo.convert import hf_to_megatron, megatron_to_hf
 from megatron_idpo.convert.hf_io.writer import HfWriter
-from megatron_idpo.mcore.megatron_warnings import quiet_megatron
+from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
 def killing(function, calls):
     left = [calls]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 
 PP2 = Layout(pipeline=2)
 WEIGHTS = "model.safetensors"
@@ -223,15 +223,15 @@ def test_a_value_beyond_the_format_asked_for(tiny_llama, attempt_on, tmp_path):
 def slow_removal() -> Iterator[None]:
     import time
 
-    from megatron_idpo.storage import directories as atomic
+    from megatron_idpo.storage import atomic
 
-    discard = atomic.discard
+    discard = atomic.discard_directory
 
     def slowly(directory: Path) -> None:
         time.sleep(0.5)
         discard(directory)
 
-    with mock.patch.object(atomic, "discard", slowly):
+    with mock.patch.object(atomic, "discard_directory", slowly):
         yield
 
 
@@ -241,9 +241,11 @@ def fail_and_look(source: str, target: str) -> int:
 
     from megatron_idpo.convert.megatron_to_hf import convert
     from megatron_idpo.errors import CheckpointError
-    from megatron_idpo.storage import directories as atomic
+    from megatron_idpo.storage import atomic
 
-    slow = slow_removal() if dist.get_rank() == 0 else mock.patch.object(atomic, "discard")
+    slow = (
+        slow_removal() if dist.get_rank() == 0 else mock.patch.object(atomic, "discard_directory")
+    )
     with slow, no_publishing(), pytest.raises(CheckpointError):
         convert(Path(source), Path(target), layout=PP2)
     return len(atomic.leftovers(Path(target)))
@@ -315,10 +317,10 @@ def failing_fsync() -> Iterator[None]:
 @contextmanager
 def no_publishing() -> Iterator[None]:
     from megatron_idpo.errors import CheckpointError
-    from megatron_idpo.storage import directories as atomic
+    from megatron_idpo.storage import atomic
 
     error = CheckpointError.at("out", "has been filled meanwhile")
-    with mock.patch.object(atomic, "publish", side_effect=error):
+    with mock.patch.object(atomic, "publish_directory", side_effect=error):
         yield
 
 

@@ -10,13 +10,13 @@ import torch
 
 from megatron_idpo.checkpoint.snapshot_metadata import (
     Snapshot,
-    file_digest,
     files_below,
     write_description,
 )
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.convert.model_source import open_model
 from megatron_idpo.errors import CheckpointError, UserError
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.storage.provenance import file_digest
 from megatron_idpo.testing import write_tiny_hf_model
 
 pytestmark = pytest.mark.distributed
@@ -46,9 +46,10 @@ def weights(path: str, layout: Layout) -> dict[str, torch.Tensor]:
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
     from megatron_idpo.convert.model_source import load_base
     from megatron_idpo.mcore.model.build import build_model
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     source = open_model(path)
-    layout.start()
+    start_layout(layout)
     chunks = build_model(source.architecture, layout)
     load_base(source, chunks)
     return {name: tensor.clone() for name, tensor in whole_tensors(chunks, source.architecture)}

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.testing import write_tiny_hf_model
 
 # fp32 sums in another order: 8 layers of a tiny model differ by ~1e-6 on logits of order 1.
@@ -191,10 +191,11 @@ def megatron_answer(directory: str, case: Case) -> dict[str, dict[str, Tensor]]:
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
     from megatron_idpo.mcore.model.build import build_model
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     checkpoint, architecture = open_hf(Path(directory))
     layout = case.layout
-    layout.start()
+    start_layout(layout)
     chunks = build_model(architecture, layout)
     load_hf_weights(chunks, checkpoint, architecture)
     wrapped, optimizer = _with_optimizer(chunks, case)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_idpo.mcore.parallel.layout import Layout
+from megatron_idpo.config.layout import Layout
 from megatron_idpo.testing import write_tiny_hf_model
 
 BIG = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}

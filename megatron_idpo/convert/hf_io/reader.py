@@ -1,17 +1,11 @@
-"""A Hugging Face checkpoint directory, read slice by slice.
+"""Hugging Face checkpoint directories, read tensor by tensor or slice by slice.
 
-Opening reads the index and the shards' headers and finds every contradiction between them; `read`
-then reads only the bytes asked for, with positioned reads into the tensor's own memory. Nothing is
-memory-mapped, so a process never holds more than the tensor it reads (mapped pages would count as
-its memory until the file is closed), and a file cut short under it is an error, not a bus error.
+Opening reads the index and the headers of all shards and reports every contradiction between them.
+`read` maps a file only while it copies what was asked for, so a process holds no more than that.
 
-Pickled weights (`.bin`, `.pt`) are refused. What tensors mean is the business of `families`.
-
-    R  rows   C  columns   I  the bytes of one element of a column, all further dimensions included
+Pickled weights (`.bin`, `.pt`) are refused. `families` knows what the tensors mean.
 """
 
-import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -21,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idpo.convert.hf_io.safetensors_header import Placement, read_header
+from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec, opened, read_specs
 from megatron_idpo.convert.hf_io.tokenizer_files import (
     CONFIG_FILE,
     TOKENIZER_FILES,
@@ -35,153 +29,126 @@ INDEX_FILE = "model.safetensors.index.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_BLOCK_BYTES = 8 << 20  # read at once where columns are picked: large for the disk, small for us
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_DANGLING = "is a link that points nowhere, as an interrupted download leaves it"
-_MAX_TOLD = 20  # problems shown of a checkpoint that is another model altogether
+_DANGLING = "is a broken link, as an interrupted download leaves it"
+_MAX_REPORTED = 20  # problems of one checkpoint: a different model would have hundreds
 
 
 class HfCheckpoint:
-    """The tensors, configuration and companion files of one checkpoint directory.
+    """Tensors, configuration and companion files of one checkpoint directory.
 
-    Holds no open files: instances can be pickled and used in several processes at once.
+    Holds no open files: instances can be pickled and used by several processes at once.
     """
 
     def __init__(self, directory: Path | str, single_file: str = SINGLE_FILE) -> None:
-        """Opens `model.safetensors` (first, as Transformers does) or the shards of the index.
+        """Opens the single file if there is one, as Transformers does, else the index's shards.
 
         Args:
-            directory: what `save_pretrained` or a download from the hub left.
-            single_file: what the file is called if there is only one.
+            directory: written by `save_pretrained` or downloaded from the hub.
+            single_file: name of the weights file if there is only one.
 
         Raises:
-            CheckpointError: no safetensors there, a shard that is missing, truncated or garbage, or
-                shards and index that contradict each other; every problem at once.
+            CheckpointError: there are no safetensors files, a shard is missing or damaged, or
+                shards and index contradict each other; lists every problem.
         """
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise _no_directory(self.directory)
-        if (self.directory / single_file).is_file():
-            path = self.directory / single_file
-            self._places = {name: (path, location) for name, location in read_header(path).items()}
+        path = self.directory / single_file
+        if path.is_file():
+            self._tensors = {name: (path, spec) for name, spec in read_specs(path).items()}
         elif (self.directory / INDEX_FILE).is_file():
-            self._places = _sharded(self.directory)
+            self._tensors = _read_shards(self.directory)
         else:
-            raise _nothing_to_read(self.directory)
+            raise _no_weights(self.directory)
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
-        return sorted(self._places)
+        return sorted(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The whole tensor's shape."""
-        return self._place(name)[1].spec.shape
+        """The shape of the whole tensor."""
+        return self._tensor(name)[1].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The format the tensor is stored in."""
-        return self._place(name)[1].spec.dtype
+        """The dtype the tensor is stored in."""
+        return self._tensor(name)[1].dtype
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
-        """The tensor, or some of it: `tensor[rows, columns]`.
-
-        Rows are read alone; columns by way of blocks of whole rows, as disks like it.
+        """Reads a tensor or a part of it: `tensor[rows, columns]`.
 
         Args:
             name: one of `names()`.
-            rows: of dimension 0, step 1, as Python slices; None takes all.
-            columns: of dimension 1, likewise.
+            rows: of dimension 0, step 1; None reads all.
+            columns: of dimension 1, step 1; None reads all.
 
         Returns:
-            A fresh contiguous tensor on the CPU in the stored format.
+            A new contiguous tensor on the CPU in the stored dtype.
 
         Raises:
-            CheckpointError: no such tensor, or the file has changed since it was opened.
+            CheckpointError: there is no such tensor, or the file has been damaged or removed since
+                it was opened.
         """
-        path, location = self._place(name)
-        shape = list(location.spec.shape)
-        start_row, shape[:1] = _span(rows, shape[:1])
-        start_column, shape[1:2] = _span(columns, shape[1:2])
-        item_bytes = math.prod(shape[2:]) * location.spec.dtype.itemsize
-        row_bytes = math.prod(location.spec.shape[1:]) * location.spec.dtype.itemsize
-        flat = torch.empty(math.prod(shape) * location.spec.dtype.itemsize, dtype=torch.uint8)
-        try:
-            with path.open("rb", buffering=0) as file:
-                position = location.start + start_row * row_bytes
-                if shape[1:2] == list(location.spec.shape[1:2]):
-                    _read_into(file.fileno(), flat, position)
-                elif flat.numel():
-                    cut = slice(start_column * item_bytes, (start_column + shape[1]) * item_bytes)
-                    out_RI = flat.view(shape[0], -1)
-                    _read_columns(file.fileno(), out_RI, position, row_bytes, cut)
-        except (OSError, EOFError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it has become shorter"
-            raise CheckpointError.at(str(path), f"cannot read tensor {name!r}: {reason}") from None
-        return flat.view(location.spec.dtype).view(shape)
+        path, spec = self._tensor(name)
+        index = (rows or slice(None), columns or slice(None))[: len(spec.shape)]
+        with opened(path) as file:
+            view: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+            # A copy: the view would keep the whole file mapped.
+            return view.clone(memory_format=torch.contiguous_format)
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()) -> None:
-        """The checkpoint holds exactly the expected tensors.
+        """Checks that the checkpoint holds exactly the expected tensors.
 
         Args:
-            expected: the shape of every tensor that has to be there.
-            ignored: regular expressions; a tensor whose whole name matches one may be there too.
+            expected: name -> shape of every required tensor.
+            ignored: regular expressions; a tensor whose whole name matches one may also exist.
 
         Raises:
-            CheckpointError: all missing, unexpected and wrong-shaped tensors.
+            CheckpointError: lists all missing, unexpected and wrong-shaped tensors.
         """
         problems = [
             Problem(str(self.directory), f"tensor {name!r} of shape {shape} is missing")
             for name, shape in expected.items()
-            if name not in self._places
+            if name not in self._tensors
         ]
-        for name in self.names():
-            if name in expected:
-                if self.shape(name) != tuple(expected[name]):
-                    problems.append(self._wrong_shape(name, expected[name]))
-            elif not any(re.fullmatch(pattern, name) for pattern in ignored):
-                path = str(self._place(name)[0])
-                problems.append(Problem(path, f"unexpected tensor {name!r} {self.shape(name)}"))
+        for name, (path, spec) in sorted(self._tensors.items()):
+            if name not in expected:
+                if not any(re.fullmatch(pattern, name) for pattern in ignored):
+                    message = f"unexpected tensor {name!r} {spec.shape}"
+                    problems.append(Problem(str(path), message))
+            elif spec.shape != tuple(expected[name]):
+                message = f"tensor {name!r} has shape {spec.shape}, expected {expected[name]}"
+                problems.append(Problem(str(path), message))
         _raise_any(problems, self.directory)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The parsed `config.json`; CheckpointError if it is absent or not JSON."""
+        """The content of `config.json`; CheckpointError if it is missing or not JSON."""
         return read_json_object(self.directory / CONFIG_FILE)
 
     @property
-    def generation_config(self) -> Path | None:
-        """`generation_config.json`, where there is one."""
-        path = self.directory / GENERATION_CONFIG_FILE
-        return path if path.is_file() else None
-
-    @property
     def companions(self) -> tuple[Path, ...]:
-        """The files that travel with the weights: configurations and tokenizer, where present."""
+        """The existing files that belong to the weights: configurations and tokenizer."""
         names = (CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES)
         return tuple(self.directory / name for name in names if (self.directory / name).is_file())
 
     def check_vocabulary(self) -> None:
-        """The model has an embedding for every id of its tokenizer; more of them are normal.
+        """Checks that the model has an embedding for every token; it may have more.
 
         Raises:
-            CheckpointError: an id is beyond `vocab_size` of `config.json`, or that is absent.
+            CheckpointError: a token id is not below `vocab_size` of `config.json`, or that is
+                missing.
         """
         check_vocabulary(self.directory, self.config.get("vocab_size"))
 
-    def _place(self, name: str) -> tuple[Path, Placement]:
-        if name not in self._places:
+    def _tensor(self, name: str) -> tuple[Path, TensorSpec]:
+        if name not in self._tensors:
             raise CheckpointError.at(str(self.directory), f"there is no tensor {name!r}")
-        return self._places[name]
-
-    def _wrong_shape(self, name: str, expected: Sequence[int]) -> Problem:
-        path, location = self._place(name)
-        return Problem(
-            str(path),
-            f"tensor {name!r} has shape {location.spec.shape}, expected {tuple(expected)}",
-        )
+        return self._tensors[name]
 
 
-def _sharded(directory: Path) -> dict[str, tuple[Path, Placement]]:
-    """The tensors of all shards, agreed upon by the index and the shards' own headers."""
+def _read_shards(directory: Path) -> dict[str, tuple[Path, TensorSpec]]:
+    """The tensors of all shards; index and shard headers must agree."""
     path = directory / INDEX_FILE
     listed = read_json_object(path).get("weight_map")
     if not isinstance(listed, dict) or not all(
@@ -189,36 +156,36 @@ def _sharded(directory: Path) -> dict[str, tuple[Path, Placement]]:
     ):
         raise CheckpointError.at(str(path), "weight_map does not map tensors to file names")
     problems: list[Problem] = []
-    locations: dict[str, tuple[Path, Placement]] = {}
+    tensors: dict[str, tuple[Path, TensorSpec]] = {}
     for file in sorted(set(listed.values())):
         shard = directory / file
         try:
-            found = read_header(shard)
+            specs = read_specs(shard)
         except CheckpointError as error:
-            problems.append(_unreadable(shard, listed, error))
+            problems.append(_unreadable_shard(shard, listed, error))
             continue
-        for name, location in found.items():
-            if name in locations:
-                other = locations[name][0].name
+        for name, spec in specs.items():
+            if name in tensors:
+                other = tensors[name][0].name
                 problems.append(Problem(str(shard), f"tensor {name!r} is also in {other}"))
             elif name not in listed:
                 problems.append(Problem(str(shard), f"tensor {name!r} is not in {INDEX_FILE}"))
             else:
-                locations[name] = (shard, location)
-        absent = sorted(name for name in listed if listed[name] == file and name not in found)
+                tensors[name] = (shard, spec)
+        missing = sorted(name for name in listed if listed[name] == file and name not in specs)
         problems += [
             Problem(str(shard), f"tensor {name!r} is listed in {INDEX_FILE} but not in this file")
-            for name in absent
+            for name in missing
         ]
     _raise_any(problems, directory)
-    return locations
+    return tensors
 
 
-def _unreadable(shard: Path, listed: Mapping[str, str], error: CheckpointError) -> Problem:
-    """Why a shard cannot be used, and which tensors that costs."""
+def _unreadable_shard(shard: Path, listed: Mapping[str, str], error: CheckpointError) -> Problem:
+    """Why a shard cannot be read, and which tensors are missing as a consequence."""
     names = sorted(name for name in listed if listed[name] == shard.name)
     others = f" and {len(names) - 1} others" if len(names) > 1 else ""
-    holds = f"by {INDEX_FILE} it holds tensor {names[0]!r}{others}"
+    holds = f"{INDEX_FILE} lists tensor {names[0]!r}{others} in it"
     if shard.exists():
         return Problem(str(error), holds)
     if shard.is_symlink():
@@ -227,75 +194,43 @@ def _unreadable(shard: Path, listed: Mapping[str, str], error: CheckpointError) 
 
 
 def _raise_any(problems: list[Problem], directory: Path) -> None:
-    """Raises the problems, the first of them if there are very many."""
-    if len(problems) > _MAX_TOLD:
-        more = Problem(str(directory), f"{len(problems) - _MAX_TOLD + 1} more problems like these")
-        problems = [*problems[: _MAX_TOLD - 1], more]
+    """Raises the problems if there are any; only the first of very many."""
+    if len(problems) > _MAX_REPORTED:
+        num_more = len(problems) - _MAX_REPORTED + 1
+        more = Problem(str(directory), f"{num_more} more problems of this kind")
+        problems = [*problems[: _MAX_REPORTED - 1], more]
     if problems:
         raise CheckpointError.of(problems)
 
 
 def _no_directory(path: Path) -> CheckpointError:
     if path.exists():
-        return CheckpointError.at(str(path), "is a file", "name a checkpoint's directory")
+        return CheckpointError.at(str(path), "is a file", "name a checkpoint directory")
     if _HUB_NAME.fullmatch(str(path)):
-        remedy = f"if it is a model on the hub, `hf download {path} --local-dir DIR` and give DIR"
+        remedy = f"for a model on the hub, run `hf download {path} --local-dir DIR` and name DIR"
     else:
-        remedy = "name a checkpoint's directory"
+        remedy = "name a checkpoint directory"
     return CheckpointError.at(str(path), "does not exist", remedy)
 
 
-def _nothing_to_read(directory: Path) -> CheckpointError:
+def _no_weights(directory: Path) -> CheckpointError:
     for name in (SINGLE_FILE, INDEX_FILE):
         if (directory / name).is_symlink():
             return CheckpointError.at(str(directory / name), _DANGLING, "download it again")
     if (directory / "metadata.json").is_file():
         return CheckpointError.at(
             str(directory),
-            "is a Megatron checkpoint, no Hugging Face directory",
-            "the other way is `convert megatron-to-hf`",
+            "is a Megatron checkpoint, not a Hugging Face directory",
+            "to convert it, use `convert megatron-to-hf`",
         )
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         return CheckpointError.at(
             str(directory),
-            f"has only pickled weights ({pickles[0]}), and unpickling runs whatever code is inside",
-            "where you trust the file, re-save it as safetensors: `AutoModelForCausalLM"
+            f"has only pickled weights ({pickles[0]}), and unpickling runs any code inside",
+            "if you trust the file, save it as safetensors: `AutoModelForCausalLM"
             ".from_pretrained(directory).save_pretrained(new_directory)`",
         )
     others = sorted(path.name for path in directory.glob("*.safetensors"))
-    found = f", only {', '.join(others[:3])}" if others else ""
-    return CheckpointError.at(str(directory), f"has neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
-
-
-def _span(wanted: slice | None, sizes: list[int]) -> tuple[int, list[int]]:
-    """Start and size of a slice of a dimension, which `sizes` holds if the tensor has it."""
-    if wanted is None:
-        return 0, sizes
-    assert sizes, "a slice of a dimension that the tensor does not have"
-    start, stop, step = wanted.indices(sizes[0])
-    assert step == 1, f"{wanted} does not take neighbours"
-    return start, [max(stop - start, 0)]
-
-
-def _read_into(descriptor: int, flat: Tensor, position: int) -> None:
-    """Fills a flat uint8 tensor from a position of the file."""
-    rest = memoryview(flat.numpy())
-    while rest:
-        count = os.preadv(descriptor, [rest], position)
-        if count == 0:
-            raise EOFError
-        rest, position = rest[count:], position + count
-
-
-def _read_columns(
-    descriptor: int, out_RI: Tensor, position: int, row_bytes: int, cut: slice
-) -> None:
-    """Fills `out_RI` with the bytes `cut` of each row, from blocks of whole rows."""
-    num_rows = min(out_RI.shape[0], max(_BLOCK_BYTES // row_bytes, 1))
-    block = torch.empty(num_rows * row_bytes, dtype=torch.uint8)
-    for part_RI in out_RI.split(num_rows):
-        part = block[: part_RI.shape[0] * row_bytes]
-        _read_into(descriptor, part, position)
-        part_RI.copy_(part.view(part_RI.shape[0], row_bytes)[:, cut])
-        position += part.numel()
+    only = f", only {', '.join(others[:3])}" if others else ""
+    return CheckpointError.at(str(directory), f"has neither {SINGLE_FILE} nor {INDEX_FILE}{only}")

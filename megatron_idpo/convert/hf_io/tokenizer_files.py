@@ -1,16 +1,16 @@
-"""The tokenizer of a Hugging Face checkpoint, as far as a conversion cares: files and largest id.
+"""Tokenizer files of a Hugging Face checkpoint: their names, and the largest token id in them.
 
-The files are read as what they are, JSON or sentencepiece, rather than through Transformers: that
-takes milliseconds instead of seconds, runs no code from the checkpoint, and tells ids from counts
-(a tokenizer with gaps has larger ids than its length suggests). Nothing is tokenized here.
+The files are parsed directly (JSON, sentencepiece) instead of through Transformers. That takes
+milliseconds instead of seconds, runs no code from the checkpoint, and gives ids instead of counts:
+a tokenizer with gaps has larger ids than its length.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.storage.provenance import read_record
 
 CONFIG_FILE = "config.json"
 
@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
 
 
 class Token(NamedTuple):
-    """A token and where it was found."""
+    """A token and the file that defines it."""
 
     id: int
     text: str
@@ -38,44 +38,36 @@ class Token(NamedTuple):
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Reads a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, unreadable or something else.
+        CheckpointError: the file cannot be read, or is not a JSON object.
     """
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError.at(str(path), f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError.at(str(path), f"is not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise CheckpointError.at(str(path), "is no JSON object")
-    return document
+    return read_record(path, error=CheckpointError, remedy="")
 
 
 def largest_token(directory: Path) -> Token | None:
-    """The token with the largest id that the tokenizer's files know; None without a tokenizer.
+    """The token with the largest id in the tokenizer files; None if there are no such files.
 
     Raises:
-        CheckpointError: a tokenizer file is not what its name says.
+        CheckpointError: a tokenizer file does not have the expected content.
     """
     return max(_tokens(directory), default=None)
 
 
 def check_vocabulary(directory: Path, vocab_size: object) -> None:
-    """The model has an embedding for every id of the tokenizer; more of them are normal.
+    """Checks that the model has an embedding for every token id; it may have more.
 
     Args:
-        directory: where the tokenizer's files are, if there are any, and `config.json`.
-        vocab_size: what `config.json` says.
+        directory: of `config.json` and of the tokenizer files, if there are any.
+        vocab_size: value in `config.json`.
 
     Raises:
-        CheckpointError: an id is beyond `vocab_size`, or that is no number.
+        CheckpointError: an id is not below `vocab_size`, or that is not an integer.
     """
     if not isinstance(vocab_size, int):
         path = str(directory / CONFIG_FILE)
-        raise CheckpointError.at(path, f"vocab_size is {vocab_size!r}, not a number")
+        raise CheckpointError.at(path, f"vocab_size is {vocab_size!r}, not an integer")
     token = largest_token(directory)
     if token is not None and token.id >= vocab_size:
         raise CheckpointError.at(
@@ -87,7 +79,7 @@ def check_vocabulary(directory: Path, vocab_size: object) -> None:
 
 
 def _tokens(directory: Path) -> Iterator[Token]:
-    """Every token of every file that holds some; base vocabularies come from one file only."""
+    """The tokens of all files; the base vocabulary is read from one file only."""
     vocabularies = {
         "tokenizer.json": _fast_tokens,
         "tokenizer.model": _sentencepiece_tokens,
@@ -102,12 +94,12 @@ def _tokens(directory: Path) -> Iterator[Token]:
             for token_id, text in (vocabularies | additions)[name](path):
                 yield Token(int(token_id), str(text), path)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = f"is no tokenizer file as expected: {type(error).__name__}: {error}"
+            reason = f"is not a valid tokenizer file: {type(error).__name__}: {error}"
             raise CheckpointError.at(str(path), reason) from None
 
 
 def _fast_tokens(path: Path) -> Iterator[tuple[int, str]]:
-    """`tokenizer.json`: the model's vocabulary, a table or (Unigram) a list, and added tokens."""
+    """`tokenizer.json`: the vocabulary, a mapping or (Unigram) a list, and added tokens."""
     document = read_json_object(path)
     vocabulary = document["model"]["vocab"]
     if isinstance(vocabulary, list):
@@ -130,7 +122,7 @@ def _added_in_config(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _sentencepiece_tokens(path: Path) -> Iterator[tuple[int, str]]:
-    """`tokenizer.model`: only the last piece, ids are counted from 0."""
+    """`tokenizer.model`: only the last piece, because ids are consecutive from 0."""
     from sentencepiece import SentencePieceProcessor
 
     try:

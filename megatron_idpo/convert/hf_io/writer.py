@@ -1,18 +1,21 @@
-"""Hugging Face weights written tensor by tensor, by several processes, and whole or not at all.
+"""Hugging Face weights, written tensor by tensor by several processes, complete or not at all.
 
-All tensors are known by name, shape and format before the first one is there, so every byte has its
-place: each process writes its own tensors into it in any order and holds one tensor at a time. The
-files lie in a hidden sibling of the target (`atomic`) and get their headers last: until `finish`
-has counted every tensor and renamed the directory, nothing there can be taken for a checkpoint.
+All tensors are known by name, shape and dtype before the first one is written, so the position of
+every byte is known: each process writes its own tensors, in any order, and holds one at a time. The
+files are in a hidden directory next to the target (`storage.atomic`). They get their headers last,
+so nothing there can be taken for a checkpoint before `finish` has counted every tensor and renamed
+the directory.
+
+`write_together` runs all of this on the ranks of a job. The steps of it:
 
     writer = HfWriter(target, specs, token=...)     every process, the same arguments
     writer.begin()                                  one process; then a barrier
-    writer.write(name, tensor)                      whoever has it
+    writer.write(name, tensor)                      the process that has the tensor
     names = writer.flush()                          every process; then gather the names
-    writer.finish(names_of_the_others)              the process that began; then a barrier
+    writer.finish(names_of_the_others)              the process that called `begin`; then a barrier
 
-Used as a context manager it discards everything when an exception passes. What goes beside the
-weights (`config.json`, tokenizer) is put into `writer.incomplete` before `finish`.
+As a context manager, the writer deletes everything if an exception is raised. Files that belong to
+the weights (`config.json`, tokenizer) are copied to `writer.incomplete` before `finish`.
 """
 
 import errno
@@ -20,7 +23,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,14 +33,20 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.convert.hf_io.reader import INDEX_FILE, SINGLE_FILE
-from megatron_idpo.convert.hf_io.safetensors_header import FilePlan, TensorSpec, plan_file
-from megatron_idpo.errors import CheckpointError
-from megatron_idpo.storage import directories as atomic
+from megatron_idpo.convert.hf_io.safetensors_file import FilePlan, TensorSpec, plan_file
+from megatron_idpo.errors import CheckpointError, UserError
+from megatron_idpo.mcore.parallel.world import (
+    all_gather_objects,
+    barrier,
+    is_rank0,
+    raise_on_all_ranks,
+)
+from megatron_idpo.storage import atomic
 
 MAX_SHARD_BYTES = 5_000_000_000
-"""The hub's own default."""
+"""The hub's default."""
 
-_METADATA = {"format": "pt"}  # Transformers refuses files that do not say it
+_METADATA = {"format": "pt"}  # Transformers refuses files without it
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -54,21 +64,21 @@ class HfWriter:
         single_file: str = SINGLE_FILE,
         overwrite: bool = False,
     ) -> None:
-        """Plans the files; touches no disk.
+        """Plans the files; does not access the disk.
 
         Args:
-            directory: where the export is to appear.
+            directory: the target of the export.
             tensors: all of them, in the order in which they fill the shards.
-            token: what tells this attempt from others; the same in all processes.
-            max_shard_bytes: tensor data per file; a larger tensor gets a file of its own.
-            metadata: for the files' headers, beside `{"format": "pt"}`.
-            single_file: the file's name where one is enough.
+            token: identifies this attempt; the same in all processes.
+            max_shard_bytes: tensor data per file; a larger tensor gets its own file.
+            metadata: for the file headers, in addition to `{"format": "pt"}`.
+            single_file: the file name if one file is enough.
             overwrite: replace an existing export.
 
         Raises:
-            CheckpointError: a format that safetensors cannot store.
+            CheckpointError: safetensors cannot store one of the dtypes.
         """
-        assert len({spec.name for spec in tensors}) == len(tensors), "a tensor is named twice"
+        assert len({spec.name for spec in tensors}) == len(tensors), "duplicate tensor name"
         self.target = Path(directory).resolve()
         self.incomplete = atomic.incomplete_directory(self.target, token)
         self._token = token
@@ -76,16 +86,15 @@ class HfWriter:
         self._single_file = single_file
         headers = {**_METADATA, **(metadata or {})}
         self._files = _plan_files(tensors, max_shard_bytes, headers, single_file)
-        self._places = {
-            location.spec.name: (file, location)
+        self._positions = {
+            spec.name: (file, spec, start)
             for file, plan in self._files.items()
-            for location in plan.placements
+            for spec, start in plan.tensors
         }
         self._written: set[str] = set()
-        self._descriptors: dict[str, int] = {}
 
     def __enter__(self) -> Self:
-        """Itself."""
+        """Returns itself."""
         return self
 
     def __exit__(
@@ -94,161 +103,191 @@ class HfWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Closes the files, and removes everything if an exception passes."""
-        if kind is None:
-            self._close()
-        else:
-            self.discard()
+        """Deletes what was written if an exception is raised; the target stays as it is."""
+        if kind is not None:
+            atomic.discard_directory(self.incomplete)
 
     @property
     def num_bytes(self) -> int:
-        """What the weights take on disk."""
+        """The size of all weight files."""
         return sum(plan.num_bytes for plan in self._files.values())
 
     def begin(self) -> None:
-        """Makes the directory and reserves the disk space of every file. By one process.
+        """Creates the directory and reserves the disk space of every file. By one process.
 
         Raises:
-            CheckpointError: the target cannot be used or replaced, or the disk is too full;
-                nothing is left behind.
+            CheckpointError: the target cannot be used or replaced, or the disk is too full.
         """
         atomic.check_target(self.target, overwrite=self._overwrite)
         if self.target.is_dir() and any(self.target.iterdir()):
             self._check_replaceable()
-        atomic.begin(
+        atomic.begin_directory(
             self.target, self._token, overwrite=self._overwrite, needed_bytes=self.num_bytes
         )
         for file, plan in self._files.items():
-            try:
-                descriptor = _open(self.incomplete / file)
-                try:
-                    _reserve(descriptor, plan.num_bytes)
-                finally:
-                    os.close(descriptor)
-            except OSError as error:
-                self.discard()
-                what = _describe([location.spec for location in plan.placements])
-                raise self._failed(file, what, plan.num_bytes, error) from None
+            content = _describe([spec for spec, _ in plan.tensors])
+            with self._reported(file, content, plan.num_bytes) as descriptor:
+                _reserve(descriptor, plan.num_bytes)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor into its place; a device tensor is copied to the CPU, alone.
+        """Writes one tensor at its position; a GPU tensor is copied to the CPU first.
 
         Args:
-            name: one of the names announced, written by no one else.
-            tensor: of the announced shape and format, on any device.
+            name: one of the planned names, written by no other process.
+            tensor: of the planned shape and dtype, on any device.
 
         Raises:
             CheckpointError: the disk is full or fails.
         """
-        assert name in self._places, f"{name} was not announced"
+        assert name in self._positions, f"{name} was not planned"
         assert name not in self._written, f"{name} is written twice"
-        file, location = self._places[name]
+        file, planned, start = self._positions[name]
         spec = TensorSpec(name, tuple(tensor.shape), tensor.dtype)
-        assert spec == location.spec, f"{spec}, but announced was {location.spec}"
+        assert spec == planned, f"got {spec}, planned {planned}"
         flat = tensor.detach().cpu().flatten().view(torch.uint8)
-        try:
-            if file not in self._descriptors:
-                self._descriptors[file] = _open(self.incomplete / file)
-            _write_all(self._descriptors[file], memoryview(flat.numpy()), location.start)
-        except OSError as error:
-            raise self._failed(file, f"tensor {name!r}", spec.num_bytes, error) from None
+        with self._reported(file, f"tensor {name!r}", spec.num_bytes) as descriptor:
+            _write_all(descriptor, memoryview(flat.numpy()), start)
         self._written.add(name)
 
     def flush(self) -> list[str]:
-        """What this process has written is on the disk; to be called before anyone finishes.
+        """Waits until this process's tensors are on the disk; must precede any `finish`.
 
         Returns:
-            The names that this process has written.
+            The names of the tensors that this process has written.
 
         Raises:
             CheckpointError: the disk is full or fails.
         """
-        for file, descriptor in self._descriptors.items():
-            try:
-                os.fsync(descriptor)
-            except OSError as error:
-                specs = [location.spec for location in self._files[file].placements]
-                mine = [spec for spec in specs if spec.name in self._written]
-                num_bytes = sum(spec.num_bytes for spec in mine)
-                raise self._failed(file, _describe(mine), num_bytes, error) from None
-        self._close()
+        for file, plan in self._files.items():
+            specs = [spec for spec, _ in plan.tensors if spec.name in self._written]
+            if specs:
+                num_bytes = sum(spec.num_bytes for spec in specs)
+                with self._reported(file, _describe(specs), num_bytes) as descriptor:
+                    os.fsync(descriptor)
         return sorted(self._written)
 
     def finish(self, written_elsewhere: Sequence[str] = ()) -> None:
-        """Writes headers and index, and lets the directory appear. By the process that began.
+        """Writes headers and index and publishes the directory. By the process that began.
 
         Args:
-            written_elsewhere: what `flush` returned in all other processes, one after another.
+            written_elsewhere: results of `flush` of all other processes, concatenated.
 
         Raises:
             CheckpointError: a tensor was not written, or by two processes; or the disk fails.
         """
         counts = Counter([*self.flush(), *written_elsewhere])
-        missing = [name for name in self._places if not counts[name]]
+        missing = [name for name in self._positions if not counts[name]]
         twice = [name for name in counts if counts[name] > 1]
-        assert counts.keys() <= self._places.keys(), "someone wrote a tensor nobody announced"
-        for names, what in ((missing, "was not written"), (twice, "was written twice")):
+        assert counts.keys() <= self._positions.keys(), "a process wrote an unplanned tensor"
+        for names, problem in ((missing, "was not written"), (twice, "was written twice")):
             if names:
-                path = str(self.target / self._places[names[0]][0])
+                path = str(self.target / self._positions[names[0]][0])
                 others = f" (and {len(names) - 1} others)" if len(names) > 1 else ""
-                raise CheckpointError.at(path, f"tensor {names[0]!r}{others} {what}")
+                raise CheckpointError.at(path, f"tensor {names[0]!r}{others} {problem}")
         if len(self._files) > 1:
-            self._write_file(INDEX_FILE, self._index(), 0)
+            self._write_header(INDEX_FILE, self._index())
         for file, plan in self._files.items():
-            self._write_file(file, plan.header, 0)
-        atomic.publish(self.incomplete, self.target, overwrite=self._overwrite)
-
-    def discard(self) -> None:
-        """Closes and removes what has been written; the target stays as it is."""
-        self._close()
-        atomic.discard(self.incomplete)
+            self._write_header(file, plan.header)
+        atomic.publish_directory(self.incomplete, self.target, overwrite=self._overwrite)
 
     def _check_replaceable(self) -> None:
-        """What is going to be deleted is an earlier export, not somebody's home directory."""
+        """Refuses to delete a directory that is not an earlier export."""
         if not any((self.target / name).is_file() for name in (self._single_file, INDEX_FILE)):
             raise CheckpointError.at(
                 str(self.target),
-                "is not overwritten, because it holds something else than Hugging Face weights",
-                "remove it yourself, or name another directory",
+                "is not overwritten, because its content is not Hugging Face weights",
+                "delete it, or name another directory",
             )
 
     def _index(self) -> bytes:
-        specs = [location.spec for _, location in self._places.values()]
+        specs = [spec for _, spec, _ in self._positions.values()]
         index = {
             "metadata": {
                 "total_parameters": sum(math.prod(spec.shape) for spec in specs),
                 "total_size": sum(spec.num_bytes for spec in specs),
             },
-            "weight_map": {name: file for name, (file, _) in self._places.items()},
+            "weight_map": {name: file for name, (file, _, _) in self._positions.items()},
         }
         return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
-    def _write_file(self, file: str, content: bytes, position: int) -> None:
+    def _write_header(self, file: str, content: bytes) -> None:
+        with self._reported(file, "its header", len(content)) as descriptor:
+            _write_all(descriptor, memoryview(content), 0)
+
+    @contextmanager
+    def _reported(self, file: str, content: str, num_bytes: int) -> Iterator[int]:
+        """A descriptor for writing some content of a file; reports errors of the disk."""
         try:
-            descriptor = _open(self.incomplete / file)
+            # Closed after each tensor: on NFS, that is when a full disk is reported.
+            descriptor = os.open(self.incomplete / file, os.O_CREAT | os.O_WRONLY, 0o666)
             try:
-                _write_all(descriptor, memoryview(content), position)
-                os.fsync(descriptor)
+                yield descriptor
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise self._failed(file, "its header", len(content), error) from None
+            message, remedy = f"{content} cannot be written: {error.strerror}", ""
+            if error.errno in _FULL:
+                message = f"the disk or quota is full: no space for {content}, {num_bytes:,} bytes"
+                remedy = f"the whole export needs {self.num_bytes:,} bytes"
+            raise CheckpointError.at(str(self.target / file), message, remedy) from None
 
-    def _close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
 
-    def _failed(self, file: str, what: str, num_bytes: int, error: OSError) -> CheckpointError:
-        """A failure of the disk, for the user."""
-        path = str(self.target / file)
-        if error.errno in _FULL:
-            return CheckpointError.at(
-                path,
-                f"the disk or quota is full: no room for {what}, {num_bytes:,} bytes",
-                f"the whole export needs {self.num_bytes:,} bytes",
-            )
-        return CheckpointError.at(path, f"{what} cannot be written: {error.strerror}")
+def write_together(
+    writer: HfWriter,
+    tensors: Iterable[tuple[str, Tensor]],
+    add_companions: Callable[[Path], None],
+) -> None:
+    """Writes every rank's tensors and publishes the directory. Collective over the world.
+
+    Args:
+        writer: created with the same arguments on every rank.
+        tensors: name and values of what this rank writes. Consumed to the end even after a failure,
+            because producing them may involve collectives.
+        add_companions: called on rank 0 with the incomplete directory, before it is published.
+
+    Raises:
+        CheckpointError: on every rank; nothing is left behind.
+    """
+    with _cleaned_up_on_all_ranks(), writer:
+        with raise_on_all_ranks("preparing the export"):
+            if is_rank0():
+                writer.begin()
+        with raise_on_all_ranks("writing the weights"):
+            _write_tensors(writer, tensors)
+            written = writer.flush()
+        by_rank = all_gather_objects(written)
+        with raise_on_all_ranks("finishing the export"):
+            if is_rank0():
+                add_companions(writer.incomplete)
+                writer.finish([name for names in by_rank[1:] for name in names])
+    barrier()
+
+
+@contextmanager
+def _cleaned_up_on_all_ranks() -> Iterator[None]:
+    """After a `UserError`, which all ranks raise, waits until all have deleted their files.
+
+    Without it, torchrun would kill the other ranks as soon as the first one exits, in the middle of
+    deleting.
+    """
+    try:
+        yield
+    except UserError:
+        barrier()
+        raise
+
+
+def _write_tensors(writer: HfWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes all tensors; after a failure the rest is dropped, so no rank hangs in a collective."""
+    failure: CheckpointError | None = None
+    for name, tensor in tensors:
+        try:
+            if failure is None:
+                writer.write(name, tensor)
+        except CheckpointError as error:
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def _plan_files(
@@ -257,45 +296,40 @@ def _plan_files(
     metadata: Mapping[str, str],
     single_file: str,
 ) -> dict[str, FilePlan]:
-    """Fills shards in the given order; always at least one file."""
+    """Fills shards in the given order; at least one file."""
     shards: list[list[TensorSpec]] = [[]]
-    room = max_shard_bytes
+    free_bytes = max_shard_bytes
     for spec in specs:
-        if shards[-1] and spec.num_bytes > room:
+        if shards[-1] and spec.num_bytes > free_bytes:
             shards.append([])
-            room = max_shard_bytes
+            free_bytes = max_shard_bytes
         shards[-1].append(spec)
-        room -= spec.num_bytes
+        free_bytes -= spec.num_bytes
     if len(shards) == 1:
         return {single_file: plan_file(shards[0], metadata)}
     return {
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors": plan_file(shard, metadata)
-        for number, shard in enumerate(shards, start=1)
+        f"model-{index:05d}-of-{len(shards):05d}.safetensors": plan_file(shard, metadata)
+        for index, shard in enumerate(shards, start=1)
     }
 
 
 def _describe(specs: Sequence[TensorSpec]) -> str:
-    """Tensors of one file, in words."""
+    """Names the tensors of one file."""
     if len(specs) == 1:
         return f"tensor {specs[0].name!r}"
     return f"tensors {specs[0].name!r} to {specs[-1].name!r}" if specs else "a file without tensors"
 
 
-def _open(path: Path) -> int:
-    """A descriptor to write to a file that may exist; the directory must."""
-    return os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
-
-
 def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Takes the disk space now, so that a full disk is noticed before the work."""
+    """Allocates the disk space, so that a full disk is detected before the work."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, num_bytes)
-    else:  # macOS: the free space has been compared, and a write can still fail
+    else:  # macOS: a write can still fail, although `begin_directory` has compared the free space
         os.ftruncate(descriptor, num_bytes)
 
 
 def _write_all(descriptor: int, rest: memoryview, position: int) -> None:
-    """Writes everything; the system may take less than asked for at a time."""
+    """Writes everything; one system call may write less than requested."""
     while rest:
         count = os.pwrite(descriptor, rest, position)
         rest, position = rest[count:], position + count

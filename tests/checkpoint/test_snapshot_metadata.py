@@ -10,7 +10,6 @@ from megatron_idpo.checkpoint.snapshot_metadata import (
     Snapshot,
     check_digests,
     check_names,
-    file_digest,
     files_below,
     read_snapshot,
     remedy,
@@ -18,6 +17,7 @@ from megatron_idpo.checkpoint.snapshot_metadata import (
     write_description,
 )
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.storage.provenance import file_digest
 from megatron_idpo.storage.sealed import write_sealed
 
 from ..sdpo.tiny_manifest import identity

@@ -10,10 +10,10 @@ from megatron_idpo.checkpoint.metadata import Record
 from megatron_idpo.checkpoint.retention import (
     CheckpointInfo,
     Retention,
+    checkpoint_directory,
     clear_leftovers,
     complete_checkpoints,
     prune,
-    target_of,
 )
 from megatron_idpo.errors import CheckpointError
 
@@ -21,7 +21,7 @@ from .tiny_training import progress
 
 
 def make(root: Path, step: int, score: float | None = None, metric: str | None = None) -> Path:
-    directory = target_of(root, step)
+    directory = checkpoint_directory(root, step)
     directory.mkdir(parents=True)
     record = Record(progress=progress(step), score=score, metric=metric, optimizer_steps=step)
     record.write(directory)
@@ -29,7 +29,7 @@ def make(root: Path, step: int, score: float | None = None, metric: str | None =
 
 
 def steps(root: Path) -> list[int]:
-    return [one.step for one in complete_checkpoints(root)]
+    return [info.step for info in complete_checkpoints(root)]
 
 
 def infos(scores: dict[int, float | None]) -> list[CheckpointInfo]:
@@ -53,7 +53,7 @@ KEPT = {
 @pytest.mark.parametrize(("scores", "last", "best", "better", "stay"), KEPT.values(), ids=KEPT)
 def test_what_stays(scores, last, best, better, stay):
     every = infos(scores)
-    gone = [one.step for one in Retention(last, best, better).superfluous(every[::-1])]
+    gone = [info.step for info in Retention(last, best, better).superfluous(every[::-1])]
     assert gone == sorted(set(scores) - set(stay))
 
 
@@ -61,7 +61,7 @@ def test_pruning_deletes_the_rest(tmp_path):
     for step, score in ((9, 0.5), (10, 0.1), (100, 0.3), (123456789, 0.2)):
         make(tmp_path, step, score)
     stayed = prune(tmp_path, Retention(1, 1, "min"))
-    assert [(one.step, one.score) for one in stayed] == [(10, 0.1), (123456789, 0.2)]
+    assert [(info.step, info.score) for info in stayed] == [(10, 0.1), (123456789, 0.2)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-123456789"]
 
 
@@ -73,8 +73,8 @@ def test_scores_of_another_metric_are_not_ranked(tmp_path):
     make(tmp_path, 4, 0.95)
     make(tmp_path, 5)
     retention = Retention(1, 1, "max", "eval_rewards/accuracies")
-    assert [one.step for one in retention.ranked(complete_checkpoints(tmp_path))] == [2, 3]
-    assert [one.step for one in prune(tmp_path, retention)] == [2, 5]
+    assert [info.step for info in retention.ranked(complete_checkpoints(tmp_path))] == [2, 3]
+    assert [info.step for info in prune(tmp_path, retention)] == [2, 5]
 
 
 def test_a_checkpoint_loses_its_name_before_its_files(tmp_path):
@@ -112,7 +112,7 @@ def test_a_damaged_one_has_no_score(tmp_path):
     """It still is the newest: `load` says what is wrong with it."""
     make(tmp_path, 1, 0.1)
     (make(tmp_path, 2, 0.0) / "progress.json").write_text("{")
-    assert [one.score for one in complete_checkpoints(tmp_path)] == [0.1, None]
+    assert [info.score for info in complete_checkpoints(tmp_path)] == [0.1, None]
 
 
 def test_leftovers_go_and_what_was_to_be_replaced_comes_back(tmp_path):

@@ -62,16 +62,16 @@ def wait_for_removal(target: str, companions: list[str]) -> int:
     import time
     from unittest import mock
 
-    from megatron_idpo.storage import directories as atomic
+    from megatron_idpo.storage import atomic
 
-    discard = atomic.discard
+    discard = atomic.discard_directory
 
     def slowly(directory: Path) -> None:
         time.sleep(0.5)
         discard(directory)
 
     try:
-        with mock.patch.object(atomic, "discard", slowly):
+        with mock.patch.object(atomic, "discard_directory", slowly):
             write(target, companions, "broken")
     except CheckpointError:
         return len(atomic.leftovers(Path(target)))

@@ -1,4 +1,4 @@
-"""Boxes written by some ranks and read by others."""
+"""Tensor chunks written by some ranks and read back as other chunks."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def whole() -> torch.Tensor:
     return torch.arange(float(ROWS * COLUMNS)).view(ROWS, COLUMNS)
 
 
-def box_of(
+def chunk_of(
     tensor: torch.Tensor, offset: tuple[int, int], size: tuple[int, int], **fields
 ) -> TensorChunk:
     part = tensor[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
@@ -25,37 +25,37 @@ def box_of(
 
 
 def write(directory: str) -> str | None:
-    """Rank 0 writes the first ten elements, rank 1 the others; what this rank was told."""
+    """Rank 0 writes the first ten elements, rank 1 the others; returns this rank's error."""
     import torch.distributed as dist
 
-    from megatron_idpo.checkpoint.chunk_io import write_chunks
+    from megatron_idpo.checkpoint.dcp_planner import write_chunks
 
     pieces = [
         [((0, 0), (2, 4)), ((2, 0), (1, 2))],
         [((2, 2), (1, 2)), ((3, 0), (3, 4))],
     ][dist.get_rank()]
-    boxes = [box_of(whole(), *piece) for piece in pieces]
+    chunks = [chunk_of(whole(), *piece) for piece in pieces]
     group = dist.new_group(backend="gloo")
     try:
-        write_chunks(boxes, Path(directory), group, location=Path("shown"))
+        write_chunks(chunks, Path(directory), group, location=Path("shown"))
     except CheckpointError as error:
         return str(error)
     return None
 
 
 def read(directory: str, pieces: list) -> list[list[list[float]]]:
-    """The values of boxes: shape of the whole, offset, size, other fields."""
-    from megatron_idpo.checkpoint.chunk_io import read_chunks
+    """The values of chunks, given as whole shape, offset, size, other fields."""
+    from megatron_idpo.checkpoint.dcp_planner import read_chunks
 
-    boxes = [
-        box_of(torch.full(shape, -1.0), offset, size, **fields)
+    chunks = [
+        chunk_of(torch.full(shape, -1.0), offset, size, **fields)
         for shape, offset, size, fields in pieces
     ]
-    read_chunks(boxes, Path(directory))
-    return [box.tensor.tolist() for box in boxes]
+    read_chunks(chunks, Path(directory), verify=True)
+    return [chunk.tensor.tolist() for chunk in chunks]
 
 
-def test_other_rectangles_are_read(workers, tmp_path):
+def test_chunks_of_another_layout_are_read(workers, tmp_path):
     assert workers.run(write, 2, str(tmp_path)) == [None, None]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".metadata",
@@ -70,7 +70,7 @@ def test_other_rectangles_are_read(workers, tmp_path):
     assert corner == [[23.0]]
 
 
-def test_a_padded_tensor_is_cut_or_filled_with_zeros(workers, tmp_path):
+def test_padded_tensor_is_truncated_or_filled_with_zeros(workers, tmp_path):
     workers.run(write, 2, str(tmp_path))
     padded = {"padded": True}
     longer, shorter = (8, COLUMNS), (5, COLUMNS)
@@ -80,14 +80,14 @@ def test_a_padded_tensor_is_cut_or_filled_with_zeros(workers, tmp_path):
     assert cut == whole()[:5].tolist()
 
 
-def test_what_is_not_there_is_not_made_up(workers, tmp_path):
+def test_missing_elements_are_an_error(workers, tmp_path):
     workers.run(write, 2, str(tmp_path))
     longer = (8, COLUMNS)
     with pytest.raises(AssertionError, match="not all of w is in the checkpoint"):
         workers.run(read, 1, str(tmp_path), [(longer, (4, 0), (4, 4), {})])
 
 
-def test_a_changed_byte_is_noticed(workers, tmp_path):
+def test_flipped_bit_is_detected(workers, tmp_path):
     workers.run(write, 2, str(tmp_path))
     file = tmp_path / "__1_0.distcp"
     content = bytearray(file.read_bytes())
@@ -99,7 +99,7 @@ def test_a_changed_byte_is_noticed(workers, tmp_path):
         workers.run(read, 1, str(tmp_path), [(shape, (0, 0), shape, {})])
 
 
-def test_a_file_that_cannot_be_written_is_told_on_all_ranks(workers, tmp_path):
+def test_failed_write_is_raised_on_all_ranks(workers, tmp_path):
     (tmp_path / "__1_0.distcp").mkdir()
     message = "shown/__1_0.distcp: the first tensor cannot be written: Is a directory"
     assert workers.run(write, 2, str(tmp_path)) == [message, message]
