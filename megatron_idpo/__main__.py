@@ -1,4 +1,4 @@
-"""`python -m megatron_idpo VERB ...`, which is also how torchrun starts a verb on every rank."""
+"""`python -m megatron_idpo VERB ...`; torchrun starts a verb on every rank this way."""
 
 import sys
 

@@ -1,10 +1,8 @@
-"""What a user is told when something they gave us cannot work.
+"""Errors that a user can fix, one class for each thing that a user controls.
 
-A kind for each thing a user controls: the configuration, the data, the checkpoints, and the course
-that training takes with them.
-Each message carries the offending value, its place and the remedy, so that nobody has to read a
-traceback. The command line prints them on one rank and exits with `EXIT_USER_ERROR`; `assert` is
-for our own invariants and never for a user's mistake.
+Each message has the location, the offending value and a remedy, so that no traceback is needed. The
+command line prints it on one rank and exits with `EXIT_USER_ERROR`. `assert` is for our own
+invariants, never for a user's input.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,40 +12,40 @@ from typing import Self
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_LOST = 3
-"""Another process of the run has died; its own message says why, if it could give one."""
+"""Another process of the run has died; its own message says why, if it printed one."""
 EXIT_PREEMPTED = 75
-"""Stopped by SIGTERM or SIGUSR1 with everything saved: start the same command again. The number is
-BSD's EX_TEMPFAIL, "try again later"."""
+"""Stopped by SIGTERM or SIGUSR1 after saving; the same command resumes. The value is BSD's
+EX_TEMPFAIL, "try again later"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake: where it is, what is wrong there, and what would put it right."""
+    """One problem: its location, what is wrong, and the remedy."""
 
     location: str
-    """What the user can point at: `layout.tensor`, a shard's file name, `pairs.jsonl:17`."""
+    """`layout.tensor`, `pairs.jsonl:17`, or the name of a file."""
 
     message: str
     """What is wrong, with the offending value."""
 
     remedy: str = ""
-    """What to do about it; empty only where the message already says so."""
+    """What to do; empty only if the message already says so."""
 
     def __str__(self) -> str:
-        """`place: message; remedy` on one line."""
+        """`location: message; remedy` on one line."""
         reason = f"{self.location}: {self.message}"
         return f"{reason}; {self.remedy}" if self.remedy else reason
 
 
 class UserError(Exception):
-    """The base of everything that is the user's to mend."""
+    """Base class of errors that the user can fix."""
 
     problems: tuple[Problem, ...] = ()
-    """What `of` and `at` were given, for whoever tells it with places of their own."""
+    """The problems, for callers that report them with their own locations."""
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> Self:
-        """All problems in one error: a line if there is one, a list if there are several."""
+        """An error with these problems: one line for one problem, a list for several."""
         assert problems, "an error needs a problem"
         lines = [f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)]
         error = cls(str(problems[0]) if len(problems) == 1 else "\n".join(lines))
@@ -56,7 +54,7 @@ class UserError(Exception):
 
     @classmethod
     def at(cls, location: str, message: str, remedy: str = "") -> Self:
-        """One problem, raised where it is found."""
+        """An error with one problem."""
         return cls.of([Problem(location, message, remedy)])
 
     @classmethod
@@ -82,4 +80,4 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on: a loss is no number, or policy and reference do not start equal."""
+    """Training cannot continue: a NaN loss, or policy and reference that differ at the start."""

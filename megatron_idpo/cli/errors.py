@@ -1,8 +1,4 @@
-"""How a failure is told: once for the run, by the first rank to fail, with an exit code that says
-what kind it was.
-
-Not here: what a failure is about; that is in its message.
-"""
+"""Reporting a failure once per run, from the first rank that fails; exit codes."""
 
 import os
 import re
@@ -12,53 +8,53 @@ import traceback
 from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, UserError
 
 EXIT_INTERRUPTED = 130
-"""What a shell reports for a program ended by Ctrl-C."""
+"""The exit code of shells for a program ended by Ctrl-C."""
 
-_PEER_IS_GONE = re.compile(
+_LOST_PEER_MESSAGE = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|pair closure|gloo::|"
     r"remote process exited|NCCL communicator was aborted|Heartbeat monitor timed out",
     re.IGNORECASE,
 )
-"""What gloo and NCCL say in a collective when a process at the other end has died."""
+"""Errors of gloo and NCCL in a collective when a peer process has died."""
 
 
 def report_user_error(error: UserError) -> int:
-    """Say what the user has to mend; returns the exit code."""
-    _tell(f"error{{rank}}: {error}")
+    """Print an error that the user can fix; returns the exit code."""
+    _print_once(f"error{{rank}}: {error}")
     return EXIT_USER_ERROR
 
 
 def report_interrupted() -> int:
-    """Say that Ctrl-C has ended the program; returns the exit code."""
-    _tell("interrupted; what was saved before is complete")
+    """Print that Ctrl-C has ended the program; returns the exit code."""
+    _print_once("interrupted; everything saved so far is complete")
     return EXIT_INTERRUPTED
 
 
 def report_lost_peer(error: Exception) -> int:
-    """Say that a process of the run has died; returns the exit code."""
+    """Print that another process of the run has died; returns the exit code."""
     first_line = str(error).strip().split("\n", 1)[0]
-    _tell(
-        "error{rank}: another process of this run has ended, so this one cannot go on "
-        f"({type(error).__name__}: {first_line}); look for that one's own message above, or for "
-        "the kernel's (out of memory?); what was saved before is complete"
+    _print_once(
+        "error{rank}: another process of this run has died, so this one stops "
+        f"({type(error).__name__}: {first_line}); see its message above, or that of the kernel "
+        "(out of memory?); everything saved so far is complete"
     )
     return EXIT_PEER_LOST
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because a process at the other end has died."""
+    """Whether a collective failed because a peer process has died."""
     return (
         _world_size() > 1
         and isinstance(error, RuntimeError)
-        and bool(_PEER_IS_GONE.search(str(error)))
+        and bool(_LOST_PEER_MESSAGE.search(str(error)))
     )
 
 
-def stopped_an_import_of_megatron(error: Exception) -> bool:
-    """Whether the error came up while a module of megatron-core was being imported.
+def is_megatron_import_error(error: Exception) -> bool:
+    """Whether the error was raised while a module of megatron-core was imported.
 
-    megatron-core guards its optional libraries against ImportError only; a half-installed
-    Transformer Engine raises others.
+    megatron-core catches only ImportError of its optional libraries; a half-installed Transformer
+    Engine raises others.
     """
     frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(
@@ -70,13 +66,13 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
-def _speaks_for_the_run() -> bool:
-    """Whether this process is the one that tells the run's failure: the first rank to fail.
+def _is_first_to_fail() -> bool:
+    """Whether this rank is the first one to report a failure of the run.
 
-    Usually every rank fails for the same reason, and one message is wanted; but a reason can lie
-    with one rank or one node alone, and must be heard too. So neither "rank 0 only" nor "every
-    rank" will do: the ranks count themselves off in the store that torchrun keeps for the run.
-    Where it cannot be reached, each rank speaks, because silence would be worse.
+    Usually every rank fails for the same reason and one message is enough, but a failure can also
+    be on one rank or node alone. So neither "rank 0 only" nor "every rank" works: each failing rank
+    increments a counter in torchrun's store, and the first one prints. If the store cannot be
+    reached every rank prints, because no message at all would be worse.
     """
     if _world_size() == 1:
         return True
@@ -93,13 +89,14 @@ def _speaks_for_the_run() -> bool:
             timeout=timedelta(seconds=3),
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # One counter per restart, so that each attempt reports its own failure.
         return store.add(f"megatron_idpo/failures/{attempt}", 1) == 1
-    except Exception:  # whatever is wrong with the store, the user's error matters more
+    except Exception:  # of any kind: the user's error matters more than that of the store
         return True
 
 
-def _tell(message: str) -> None:
-    """Print, if no other rank has; `{rank}` becomes this one's number where there are several."""
-    if _speaks_for_the_run():
+def _print_once(message: str) -> None:
+    """Print unless another rank has; `{rank}` becomes ` (rank N)` if there are several ranks."""
+    if _is_first_to_fail():
         rank = f" (rank {os.environ['RANK']})" if _world_size() > 1 else ""
         print(f"megatron-idpo: {message.replace('{rank}', rank)}", file=sys.stderr, flush=True)

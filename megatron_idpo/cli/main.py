@@ -1,35 +1,36 @@
 """The command line: `megatron-idpo VERB ...`, also `python -m megatron_idpo` and under torchrun.
 
-A table of verbs, what each one takes, and how a failure is told. Nothing heavy is imported before
-the verb is known and its arguments are right, so `--help` and a typing mistake answer at once. The
-work itself is each verb's own room's.
+`VERBS` is the table of verbs. Nothing heavy is imported before the verb is known and its arguments
+are valid, so that `--help` and typing errors answer at once.
 
-Exit codes (`errors.py`): 0; `EXIT_USER_ERROR` for everything that is the user's to mend, told in
-one message without a traceback; `EXIT_PEER_LOST` where another process of the run has died;
-`EXIT_PREEMPTED` where a signal ended training, saved; 130 for Ctrl-C; an unexpected exception keeps
-its traceback (1).
+Exit codes (`errors.py`): 0; `EXIT_USER_ERROR` for errors that the user can fix, printed as one
+message without a traceback; `EXIT_PEER_LOST` if another process of the run has died;
+`EXIT_PREEMPTED` if a signal ended training after a save; 130 for Ctrl-C; an unexpected exception
+keeps its traceback (1).
 """
 
 import argparse
 import importlib
+import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_idpo import __version__
-from megatron_idpo.cli.choices import one_of
+from megatron_idpo.cli.arguments import Parser, add_config_arguments, config_path, one_of
 from megatron_idpo.cli.convert import add_convert_arguments, convert
 from megatron_idpo.cli.errors import (
     is_lost_peer,
+    is_megatron_import_error,
     report_interrupted,
     report_lost_peer,
     report_user_error,
-    stopped_an_import_of_megatron,
 )
 from megatron_idpo.errors import ConfigError, UserError
-from megatron_idpo.mcore.megatron_warnings import quiet_megatron
+from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not words[0].startswith("-"):
             one_of("verb", VERBS)(words[0])
         arguments = parser.parse_args(words)
-        with quiet_megatron():  # from the first import on
+        # Before the verb's imports: megatron-core prints warnings while it is imported.
+        with suppress_megatron_warnings(), console_logging():
             return VERBS[arguments.verb].run(arguments)
     except UserError as error:
         return report_user_error(error)
@@ -58,19 +60,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_lost_peer(error):
             return report_lost_peer(error)
-        if not stopped_an_import_of_megatron(error):
+        if not is_megatron_import_error(error):
             raise
-        remedy = "`megatron-idpo doctor` tells which library is half installed"
+        remedy = "`megatron-idpo doctor` shows which library is half installed"
         reason = f"cannot be imported ({type(error).__name__}: {error})"
         return report_user_error(ConfigError.at("megatron-core", reason, remedy))
 
 
+class _ConsoleHandler(logging.Handler):
+    """Plain messages: warnings to stderr from every rank, the rest to stdout from rank 0."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_warning = record.levelno >= logging.WARNING
+        if is_warning or os.environ.get("RANK", "0") == "0":
+            # Looked up here, not at construction: a progress bar replaces the streams meanwhile.
+            stream = sys.stderr if is_warning else sys.stdout
+            print(self.format(record), file=stream, flush=True)
+
+
+@contextmanager
+def console_logging() -> Iterator[None]:
+    """Print this package's log messages within the block."""
+    logger, handler = logging.getLogger("megatron_idpo"), _ConsoleHandler()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # A library that configures the root logger would print every message a second time.
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line as one parser; its mistakes raise `ConfigError`."""
-    parser = _Parser(
+    """The parser of the whole command line; its errors are `ConfigError`."""
+    parser = Parser(
         prog="megatron-idpo",
         description="Intermediate DPO and stepwise DPO on stock Megatron-Core.",
-        epilog="`megatron-idpo VERB --help` tells what a verb takes.",
+        epilog="`megatron-idpo VERB --help` shows the arguments of a verb.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"megatron-idpo {__version__}")
@@ -82,58 +112,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ---- the verbs ------------------------------------------------------------------------------
+# ---- verbs ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """One thing the program does."""
+    """One command of the program."""
 
     summary: str
     """One line for `--help`."""
 
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    """Declares what the verb takes."""
 
     run: Callable[[argparse.Namespace], int]
-    """Does it; imports what it needs; returns the exit code."""
+    """Imports what it needs and returns the exit code."""
 
 
-def _config_verb(module: str, summary: str, *, config_required: bool = True) -> Verb:
-    """A verb of the usual shape: `VERB CONFIG.yaml [section.field=value ...]`.
+def _config_verb(function: str, summary: str, *, config_required: bool = True) -> Verb:
+    """A verb of the usual form: `VERB CONFIG.yaml [section.field=value ...]`.
 
     Args:
-        module: where `main(config_path, overrides) -> int` is; imported when the verb runs.
+        function: `module:name` of `main(config_path, overrides) -> int`, imported when it runs.
         summary: one line for `--help`.
-        config_required: whether the verb means nothing without a config; if not, `main` may be
-            given None.
+        config_required: whether the path may not be None.
     """
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "config",
-            type=Path,
-            nargs=None if config_required else "?",
-            metavar="CONFIG.yaml",
-            help="the run's configuration",
-        )
-        parser.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="section.field=value",
-            help="replaces one field of the configuration, e.g. layout.tensor=2",
-        )
+        add_config_arguments(parser, required=config_required)
 
     def run(arguments: argparse.Namespace) -> int:
-        config: Path | None = arguments.config
-        if config is not None and "=" in config.name and not config.exists():
-            remedy = "give the configuration file first, then the fields to replace"
-            raise ConfigError.at(str(config), "there is no configuration to override", remedy)
-        for override in arguments.overrides:
-            if "=" not in override:
-                remedy = "write section.field=value, e.g. layout.tensor=2"
-                raise ConfigError.at(override, "is no override", remedy)
-        code: int = importlib.import_module(module).main(config, arguments.overrides)
+        path = config_path(arguments)
+        module, _, name = function.partition(":")
+        code: int = getattr(importlib.import_module(module), name)(path, arguments.overrides)
         return code
 
     return Verb(summary, add_arguments, run)
@@ -147,11 +157,11 @@ def _add_sdpo_arguments(parser: argparse.ArgumentParser) -> None:
         "action",
         type=one_of("action", _SDPO_ACTIONS),
         metavar="|".join(_SDPO_ACTIONS),
-        help="status: each step's state, result and size, and what would happen next",
+        help="status: state, result and size of each step, and the next one",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's training.output")
     parser.add_argument(
-        "--check", action="store_true", help="also compare every byte of the snapshots"
+        "--check", action="store_true", help="also verify every byte of the snapshots"
     )
 
 
@@ -167,7 +177,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="a run's training.output or an evaluation's directory; several are compared",
+        help="training.output of a run or directory of an evaluation; several are compared",
     )
     parser.add_argument(
         "--output",
@@ -185,54 +195,50 @@ def _report(arguments: argparse.Namespace) -> int:
 
 VERBS: dict[str, Verb] = {
     "train": _config_verb(
-        "megatron_idpo.cli.train",
-        "Train by DPO or intermediate DPO; go on where an earlier run ended; export the result.",
+        "megatron_idpo.cli.train:main",
+        "Train with DPO or intermediate DPO; resume if interrupted; export the model.",
     ),
     "score": _config_verb(
-        "megatron_idpo.cli.score",
-        "Compute the reference log-probabilities of a configuration, at every layer it names.",
+        "megatron_idpo.cli.train:score",
+        "Compute the reference log-probabilities ahead of training.",
     ),
     "convert": Verb(
         "Convert weights between Hugging Face and Megatron-Core.", add_convert_arguments, convert
     ),
-    "sdpo": Verb("Look at a run of several steps.", _add_sdpo_arguments, _sdpo),
+    "sdpo": Verb("Show the state of a stepwise DPO run.", _add_sdpo_arguments, _sdpo),
     "likelihood": _config_verb(
-        "megatron_idpo.evaluate.likelihood.main",
-        "Read held-out pairs at every layer of one or several models: curves with intervals.",
+        "megatron_idpo.evaluate.likelihood.main:main",
+        "Measure preference accuracy at every layer of one or several models.",
     ),
     "advise": _config_verb(
-        "megatron_idpo.evaluate.likelihood.advise",
-        "Rank layers for a loss of their own, from the curves.",
+        "megatron_idpo.evaluate.likelihood.advise:main",
+        "Suggest layers to tap from the likelihood curves.",
     ),
     "generate": _config_verb(
-        "megatron_idpo.evaluate.generate.main", "Let models answer prompts, for a judge to compare."
+        "megatron_idpo.evaluate.generate.run:main",
+        "Generate answers from one or several models.",
     ),
     "judge": _config_verb(
-        "megatron_idpo.evaluate.judge.main", "Have answers compared two by two; tell who wins."
+        "megatron_idpo.evaluate.judge.run:main",
+        "Compare answers pairwise with a judge; report win rates.",
     ),
     "h4": _config_verb(
-        "megatron_idpo.evaluate.lm_eval.main", "ARC, HellaSwag, MMLU and TruthfulQA, by lm-eval."
+        "megatron_idpo.evaluate.lm_eval.main:main",
+        "Evaluate on ARC, HellaSwag, MMLU and TruthfulQA with lm-eval.",
     ),
     "report": Verb(
-        "Put runs and their evaluations on one self-contained page.",
+        "Write runs and their evaluations as one self-contained HTML page.",
         _add_report_arguments,
         _report,
     ),
-    "data": _config_verb("megatron_idpo.data.inspect.main", "Show what the data becomes."),
+    "data": _config_verb(
+        "megatron_idpo.data.inspect.main:main",
+        "Show the data as the model sees it: lengths, packing, sample pairs.",
+    ),
     "doctor": _config_verb(
-        "megatron_idpo.doctor.main",
-        "Tell what this machine has, what is missing, and whether a configuration can run here.",
+        "megatron_idpo.doctor.main:main",
+        "Check this machine and its libraries, and whether a configuration can run.",
         config_required=False,
     ),
 }
-"""Every verb, by name, in the order of `--help`."""
-
-
-# ---- telling a failure ----------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, telling a mistake the way every other mistake is told."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
+"""Every verb by name, in the order of `--help`."""

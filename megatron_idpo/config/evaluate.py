@@ -168,18 +168,8 @@ class JudgeConfig(Section):
         """Fields that this kind of judge does not use."""
         problems = []
         if self.kind != "api":
-            for name in (
-                "base_url",
-                "key_variable",
-                "max_parallel",
-                "requests_per_minute",
-                "timeout_s",
-                "max_attempts",
-                "max_tokens",
-                "input_price",
-                "output_price",
-                "max_cost",
-            ):
+            shared = {"model", "kind", "compare", "template", "max_prompts"}
+            for name in type(self).model_fields.keys() - shared:
                 problems += self._without_effect(name, f"kind is {self.kind}", "leave it out")
         elif (self.input_price is None) != (self.output_price is None):
             name = "input_price" if self.input_price is None else "output_price"

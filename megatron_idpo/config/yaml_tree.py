@@ -1,40 +1,39 @@
-"""Reading a configuration file and `section.field=value` overrides into one tree of plain values.
+"""A configuration file and `section.field=value` overrides as one tree of plain values.
 
-The scalars are YAML 1.2's core schema, not PyYAML's YAML 1.1: `1e-4` is a number, `no` and `on` are
-words, `010` is ten and `12:30` is a word. Every key remembers where it came from, a
-line of the file or the command line, so that a mistake can be pointed at; a key written twice is a
-mistake. What the values mean is not known here (`config.py`).
+Scalars follow the core schema of YAML 1.2, not PyYAML's YAML 1.1: `1e-4` is a number, `no`, `on`
+and `12:30` are strings and `010` is ten. Every key has an origin, a line of the file or the command
+line, for error messages. A duplicate key is an error. Nothing here depends on the sections.
 """
 
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from megatron_idpo.errors import ConfigError, Problem
 
 Keys = tuple[str | int, ...]
-"""The way to a value: `("data", "train", 0, "path")`."""
+"""The path of a value: `("data", "train", 0, "path")`."""
 
 COMMAND_LINE = "command line"
 
 
 @dataclass
 class Tree:
-    """Plain values with the place each one was written at."""
+    """Plain values with the origin of each key."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[Keys, str] = field(default_factory=dict)
-    """`config.yaml:7` or `command line`, for every key that was written."""
+    """`config.yaml:7` or `command line`, by path."""
 
     problems: list[Problem] = field(default_factory=list)
-    """Mistakes that did not prevent reading on."""
+    """Problems that did not prevent reading the rest."""
 
     def location(self, keys: Keys) -> str:
-        """`data.train.0.path (config.yaml:7)`: a key, and where it or its nearest parent is."""
+        """`data.train.0.path (config.yaml:7)`: a path with its origin or its nearest parent's."""
         dotted = ".".join(map(str, keys))
         for length in range(len(keys), 0, -1):
             if keys[:length] in self.origins:
@@ -42,34 +41,33 @@ class Tree:
         return dotted
 
 
-class _Scalars:
-    """YAML 1.2's core schema, for reading and for writing."""
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {}  # noqa: RUF012
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
-
-class _Loader(_Scalars, yaml.SafeLoader):
     def construct_int(self, node: yaml.ScalarNode) -> int:
-        """A decimal number; PyYAML would take a leading zero for octal."""
+        """A decimal number; PyYAML would read a leading zero as octal."""
         return int(node.value)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
 
 
-class _Dumper(_Scalars, yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
     def ignore_aliases(self, data: Any) -> bool:
-        """Write equal values out instead of referring to the first one."""
+        """Write equal values in full; PyYAML would write an alias of the first one."""
         return True
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        """Escape what does not print; PyYAML would write some control characters plainly."""
+        """Escape characters that do not print; PyYAML writes some control characters raw."""
         style = None if data.isprintable() else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
 
+# The core schema of YAML 1.2, for loader and dumper, in place of PyYAML's resolvers.
 _FLOAT = r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 for _kind, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -77,21 +75,20 @@ for _kind, _pattern, _first in (
     ("int", r"[-+]?\d+", list("-+0123456789")),
     ("float", _FLOAT, list("-+.0123456789")),
 ):
-    for _cls in (_Loader, _Dumper):
-        _cls.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first
-        )
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first
+    )
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
-    """The values of a YAML file, with overrides put on top.
+    """The values of a YAML file with overrides applied.
 
     Args:
-        path: the file; UTF-8, a mapping of sections.
+        path: a UTF-8 file with a mapping of sections.
         overrides: `section.field=value`, the value in YAML; `section=null` removes a section.
 
     Raises:
-        ConfigError: there is no such file, it is not YAML, or it is no mapping.
+        ConfigError: the file does not exist, is not YAML, or is not a mapping.
     """
     tree = Tree()
     node = _compose(Path(path))
@@ -99,7 +96,9 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
         values = _Reader(Path(path).name, tree).value(node, (), ())
         if not isinstance(values, dict):
             raise ConfigError.at(
-                str(path), "is not a mapping of sections", "write `model:`, `data:`, … at its top"
+                str(path),
+                "is not a mapping of sections",
+                "write `model:`, `data:`, … at the top level",
             )
         tree.values = values
     for override in overrides:
@@ -121,7 +120,7 @@ def _compose(path: Path) -> yaml.Node | None:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError.at(str(path), "there is no such file", "check the path") from error
+        raise ConfigError.at(str(path), "no such file", "check the path") from error
     except UnicodeDecodeError as error:
         raise ConfigError.at(str(path), f"is not UTF-8: {error}", "save it as UTF-8") from error
     except OSError as error:
@@ -132,9 +131,7 @@ def _compose(path: Path) -> yaml.Node | None:
         mark = getattr(error, "problem_mark", None)
         location = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         message = f"is not YAML: {_syntax(error)}"
-        raise ConfigError.at(
-            location, message, "check quotes, colons and indentation there"
-        ) from error
+        raise ConfigError.at(location, message, "check quotes, colons and indentation") from error
 
 
 def _syntax(error: yaml.YAMLError) -> str:
@@ -142,7 +139,7 @@ def _syntax(error: yaml.YAMLError) -> str:
 
 
 class _Reader:
-    """Turns YAML nodes into values and notes in the tree where each key was."""
+    """Converts YAML nodes to values and records the origin of each key in the tree."""
 
     def __init__(self, origin: str, tree: Tree) -> None:
         self._origin = origin
@@ -150,20 +147,20 @@ class _Reader:
 
     def value(self, node: yaml.Node, keys: Keys, above: tuple[yaml.Node, ...]) -> Any:
         if any(node is parent for parent in above):
-            self._complain(node, keys, "contains itself", "write the value out")
+            self._report(node, keys, "contains itself", "write the value out")
             return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, keys, (*above, node))
         if isinstance(node, yaml.SequenceNode):
             return [
-                self.value(item, self._note(item, (*keys, index)), (*above, node))
+                self.value(item, self._record(item, (*keys, index)), (*above, node))
                 for index, item in enumerate(node.value)
             ]
         try:
             return _Loader("").construct_object(node)
         except (yaml.YAMLError, ValueError):
             message = f"{node.value!r} is not a valid {node.tag.rpartition(':')[2]}"
-            self._complain(node, keys, message, "leave the tag out")
+            self._report(node, keys, message, "leave the tag out")
             return None
 
     def _mapping(
@@ -172,37 +169,41 @@ class _Reader:
         values: dict[Hashable, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self._complain(key_node, keys, "has a key that is not a word", "use words as keys")
+                self._report(
+                    key_node, keys, "has a key that is not a string", "use strings as keys"
+                )
                 continue
             key = key_node.value
             if key in values:
                 first = self._tree.origins[(*keys, key)]
-                message = f"was already written at {first}"
-                self._complain(key_node, (*keys, key), message, "keep one of them")
+                message = f"is a duplicate of {first}"
+                self._report(key_node, (*keys, key), message, "keep one of them")
                 continue
-            values[key] = self.value(value_node, self._note(key_node, (*keys, key)), above)
+            values[key] = self.value(value_node, self._record(key_node, (*keys, key)), above)
         return values
 
-    def _note(self, node: yaml.Node, keys: Keys) -> Keys:
-        self._tree.origins[keys] = self._where(node)
+    def _record(self, node: yaml.Node, keys: Keys) -> Keys:
+        self._tree.origins[keys] = self._origin_of(node)
         return keys
 
-    def _where(self, node: yaml.Node) -> str:
+    def _origin_of(self, node: yaml.Node) -> str:
         if self._origin == COMMAND_LINE:
             return COMMAND_LINE
         return f"{self._origin}:{node.start_mark.line + 1}"
 
-    def _complain(self, node: yaml.Node, keys: Keys, message: str, remedy: str) -> None:
-        location = f"{'.'.join(map(str, keys))} ({self._where(node)})"
+    def _report(self, node: yaml.Node, keys: Keys, message: str, remedy: str) -> None:
+        location = f"{'.'.join(map(str, keys))} ({self._origin_of(node)})"
         self._tree.problems.append(Problem(location, message, remedy))
 
 
 def _apply(tree: Tree, override: str) -> Problem | None:
-    """Put one `section.field=value` into the tree; what is wrong with it, if anything."""
+    """Apply one override to the tree; returns its problem, if it has one."""
     name, equals, text = override.partition("=")
     keys = tuple(name.split("."))
     if not equals or not all(keys):
-        return Problem(COMMAND_LINE, f"{override!r} sets nothing", "write section.field=value")
+        return Problem(
+            COMMAND_LINE, f"cannot parse override {override!r}", "expected section.field=value"
+        )
     mapping = tree.values
     for depth, key in enumerate(keys[:-1], start=1):
         if mapping.get(key) is None:
@@ -214,7 +215,10 @@ def _apply(tree: Tree, override: str) -> Problem | None:
             return Problem(
                 COMMAND_LINE, f"{override!r}: {inner} has no fields", f"set all of {inner} instead"
             )
-    tree.origins = {at: where for at, where in tree.origins.items() if at[: len(keys)] != keys}
+    # The override replaces a whole subtree, also in the origins.
+    tree.origins = {
+        path: origin for path, origin in tree.origins.items() if path[: len(keys)] != keys
+    }
     tree.origins[keys] = COMMAND_LINE
     try:
         node = yaml.compose(text, Loader=_Loader)

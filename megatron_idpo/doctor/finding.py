@@ -1,7 +1,6 @@
-"""What the doctor says: findings, and a report of them.
+"""The doctor's report: findings in groups.
 
-A finding is one thing that was looked at: what is there, what that means for a run, what to do.
-Looking is done in `libraries.py`, `machine.py` and `run_config.py`; showing in `main.py`.
+`libraries.py`, `machine.py` and `run_config.py` produce findings; `main.py` prints them.
 """
 
 from dataclasses import dataclass
@@ -9,36 +8,38 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """How a finding bears on running here."""
+    """What a finding means for a run on this machine."""
 
     OK = "ok"
     NOTE = "note"
-    """It runs; there is something to know."""
+    """It runs; `Finding.consequence` or `remedy` is worth knowing."""
+
+    UNCHECKED = "unchecked"
+    """It could not be checked here, such as a model that is not downloaded."""
 
     MISSING = "missing"
-    """An optional piece is not there; `Finding.meaning` says what that costs."""
+    """An optional part is not installed."""
 
     BROKEN = "broken"
-    """Nothing that needs it can run."""
+    """A run that needs it fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     """`Transformer Engine`, `layout`, …"""
 
     state: State
 
-    found: str
-    """What is there: a version, an amount, `not installed`."""
+    value: str
+    """A version, an amount, `not installed`."""
 
-    meaning: str = ""
-    """What follows from it: what is lost without it, why it breaks."""
+    consequence: str = ""
+    """What does not work or is slower because of it."""
 
     remedy: str = ""
-    """What to do, where there is something to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +50,12 @@ class Report:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """Every finding, whatever its group."""
+        """The findings of all groups."""
         return tuple(finding for _, findings in self.groups for finding in findings)
 
-    @property
-    def broken(self) -> tuple[Finding, ...]:
-        """What prevents running here; empty means that it can run."""
-        return tuple(finding for finding in self.findings if finding.state is State.BROKEN)
+    def names(self, state: State) -> list[str]:
+        """Names of the findings in this state."""
+        return [finding.name for finding in self.findings if finding.state is state]
 
     def __getitem__(self, name: str) -> Finding:
         """The finding of that name."""

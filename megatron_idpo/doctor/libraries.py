@@ -1,9 +1,8 @@
-"""What the doctor looks at in the Python environment, without being broken by what is broken there.
+"""Checks of the Python environment that work even if parts of it are broken.
 
 A half-installed Transformer Engine makes `import megatron.core` crash, so nothing of megatron is
-imported here: versions come from package metadata, places from import specs, and whether something
-can be imported is tried in a child process. `Probe` is the only way to the environment, so that
-tests can pretend any.
+imported here: versions come from package metadata, paths from import specs, and imports are tried
+in a child process. All access to the environment goes through `Probe`, which tests replace.
 """
 
 import importlib.metadata
@@ -24,7 +23,7 @@ IMPORT_TIMEOUT_S = 300
 
 @dataclass(frozen=True, slots=True)
 class ImportFailure:
-    """How an import went wrong in a child process."""
+    """A failed import in a child process."""
 
     kind: str
     """The exception's class, or `crash` or `hang`."""
@@ -34,7 +33,7 @@ class ImportFailure:
 
 
 class Probe:
-    """Questions to this machine's Python environment; nothing is imported into this process."""
+    """Queries of the Python environment; nothing is imported into this process."""
 
     def version(self, distribution: str) -> str | None:
         """The installed version of a distribution."""
@@ -44,7 +43,7 @@ class Probe:
             return None
 
     def requirements(self) -> list[str]:
-        """What this package requires, extras excluded; empty if it is not installed itself."""
+        """Requirements of this package without extras; empty if it is not installed."""
         try:
             lines = importlib.metadata.requires("megatron-idpo") or []
         except importlib.metadata.PackageNotFoundError:
@@ -52,7 +51,7 @@ class Probe:
         return [line for line in lines if "extra ==" not in line]
 
     def module_path(self, module: str) -> Path | None:
-        """Where a top-level module is, without executing it."""
+        """Path of a top-level module, without executing it."""
         spec = importlib.util.find_spec(module)
         if spec is None:
             return None
@@ -61,7 +60,7 @@ class Probe:
         return path.parent if path.name == "__init__.py" else path
 
     def import_failure(self, module: str) -> ImportFailure | None:
-        """What happens when a fresh interpreter imports a module; None if it works."""
+        """The failure of importing a module in a new interpreter; None if it works."""
         command = [sys.executable, "-W", "ignore", "-c", f"import {module}"]
         try:
             child = subprocess.run(
@@ -79,7 +78,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Torch:
-    """What torch says of itself, plain."""
+    """What torch reports about itself."""
 
     version: str
     cuda_version: str | None
@@ -89,7 +88,7 @@ class Torch:
 
     @classmethod
     def here(cls) -> "Torch | None":
-        """Of the torch that this process imports; None if it cannot."""
+        """The torch of this process; None if it cannot be imported."""
         try:
             import torch
             from torch import distributed
@@ -107,13 +106,11 @@ class Torch:
         )
 
 
-def examine_libraries(probe: Probe, torch: Torch | None) -> list[Finding]:
-    """Everything that this package needs or can use, in the order of its importance."""
+def check_libraries(probe: Probe, torch: Torch | None) -> list[Finding]:
+    """Every library that this package needs or can use, the most important first."""
     has_gpu = torch is not None and torch.has_gpu
     return [
-        _torch(torch),
-        _cuda(torch),
-        _collectives(torch),
+        *_torch(torch),
         _requirements(probe),
         _megatron(probe),
         _transformer_engine(probe, has_gpu),
@@ -123,211 +120,166 @@ def examine_libraries(probe: Probe, torch: Torch | None) -> list[Finding]:
     ]
 
 
-def _torch(torch: Torch | None) -> Finding:
+def _torch(torch: Torch | None) -> list[Finding]:
     if torch is None:
-        return Finding(
-            "torch", State.BROKEN, "cannot be imported", "everything needs it", "reinstall torch"
-        )
-    return Finding("torch", State.OK, torch.version)
+        message, consequence = "cannot be imported", "everything needs it"
+        return [Finding("torch", State.BROKEN, message, consequence, "reinstall torch")]
+    return [Finding("torch", State.OK, torch.version), _cuda(torch), _collectives(torch)]
 
 
-def _cuda(torch: Torch | None) -> Finding:
-    if torch is None or torch.has_gpu:
-        version = None if torch is None else torch.cuda_version
-        return Finding("CUDA", State.OK if version else State.NOTE, version or "unknown")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if Path("/dev/nvidia0").exists() and not hidden:
-        message = (
-            f"built for CUDA {torch.cuda_version}" if torch.cuda_version else "built without it"
-        )
+def _cuda(torch: Torch) -> Finding:
+    if torch.has_gpu:
+        return Finding("CUDA", State.OK, torch.cuda_version or "unknown version")
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if Path("/dev/nvidia0").exists() and not is_hidden:
+        build = f"for CUDA {torch.cuda_version}" if torch.cuda_version else "without CUDA"
         return Finding(
             "CUDA",
             State.BROKEN,
-            f"torch is {message} and cannot use the GPU of this machine",
+            f"torch is built {build} and cannot use the GPU of this machine",
             "everything would run on the CPU",
-            "install the torch build that fits the driver (`nvidia-smi` names its CUDA version), "
-            'or set CUDA_VISIBLE_DEVICES="" to run on the CPU on purpose',
+            "install the torch build that fits the driver (`nvidia-smi` shows its CUDA version), "
+            'or set CUDA_VISIBLE_DEVICES="" to use the CPU on purpose',
         )
-    return Finding(
-        "CUDA",
-        State.NOTE,
-        "no GPU",
-        "everything runs on the CPU: right for tests, conversion and small models; training "
-        "larger ones wants GPUs",
-    )
+    consequence = "everything runs on the CPU, which suits tests, conversion and small models"
+    return Finding("CUDA", State.NOTE, "no GPU", consequence)
 
 
-def _collectives(torch: Torch | None) -> Finding:
-    if torch is None or not (torch.has_gloo or torch.nccl_version):
-        return Finding(
-            "NCCL",
-            State.BROKEN,
-            "torch has neither NCCL nor gloo",
-            "processes cannot talk to each other",
-            "install a torch build with torch.distributed",
-        )
+def _collectives(torch: Torch) -> Finding:
+    if not (torch.has_gloo or torch.nccl_version):
+        message, consequence = "torch has neither NCCL nor gloo", "processes cannot communicate"
+        remedy = "install a torch build with torch.distributed"
+        return Finding("NCCL", State.BROKEN, message, consequence, remedy)
     if not torch.has_gpu:
-        return Finding("NCCL", State.OK, "not used: processes talk over gloo")
+        return Finding("NCCL", State.OK, "not used: without GPUs, processes communicate over gloo")
     if torch.nccl_version is None:
-        return Finding(
-            "NCCL",
-            State.BROKEN,
-            "torch was built without it",
-            "GPUs cannot talk to each other",
-            "install torch from PyPI, which brings NCCL",
-        )
+        message, consequence = "torch was built without it", "GPUs cannot communicate"
+        remedy = "install torch from PyPI, which includes NCCL"
+        return Finding("NCCL", State.BROKEN, message, consequence, remedy)
     return Finding("NCCL", State.OK, torch.nccl_version)
 
 
 def _requirements(probe: Probe) -> Finding:
-    """Every required package, at a version that was tested."""
+    """Every required package at a tested version."""
+    name = "requirements"
     required = [Requirement(line) for line in probe.requirements()]
-    required = [one for one in required if one.marker is None or one.marker.evaluate()]
+    required = [item for item in required if item.marker is None or item.marker.evaluate()]
     if not required:
-        remedy = "install it with `pip install -e .`, or `make test`"
-        return Finding("requirements", State.NOTE, "megatron-idpo is not installed", "", remedy)
-    versions = {one: probe.version(one.name) for one in required}
-    wrong = [
-        f"{one.name} {version or 'missing'} (needs {one.specifier})"
-        for one, version in versions.items()
-        if version is None or not one.specifier.contains(version, prereleases=True)
-    ]
-    if wrong:
-        names = " ".join(f"'{one}'" for one in required if one.name in " ".join(wrong))
-        return Finding(
-            "requirements",
-            State.BROKEN,
-            ", ".join(wrong),
-            "other versions were not tested; megatron-core changes its interfaces in every minor",
-            f"pip install {names}",
-        )
-    return Finding("requirements", State.OK, f"all {len(required)} in the tested range")
+        remedy = "install it with `pip install -e .`"
+        return Finding(name, State.NOTE, "megatron-idpo is not installed", "", remedy)
+    versions = {item: probe.version(item.name) for item in required}
+    wrong = {
+        item: version
+        for item, version in versions.items()
+        if version is None or not item.specifier.contains(version, prereleases=True)
+    }
+    if not wrong:
+        return Finding(name, State.OK, f"all {len(required)} in the tested range")
+    message = ", ".join(
+        f"{item.name} {version or 'missing'} (needs {item.specifier})"
+        for item, version in wrong.items()
+    )
+    consequence = "other versions are not tested; megatron-core changes its API in minor versions"
+    remedy = f"pip install {' '.join(repr(str(item)) for item in wrong)}"
+    return Finding(name, State.BROKEN, message, consequence, remedy)
 
 
 def _megatron(probe: Probe) -> Finding:
-    version = probe.version("megatron-core")
+    name, version = "megatron-core", probe.version("megatron-core")
     if version is None:
         remedy = "pip install megatron-core"
-        return Finding(
-            "megatron-core", State.BROKEN, "not installed", "everything needs it", remedy
-        )
+        return Finding(name, State.BROKEN, "not installed", "everything needs it", remedy)
     failure = probe.import_failure("megatron.core.models.gpt")
-    if failure is not None:
-        return Finding(
-            "megatron-core",
-            State.BROKEN,
-            f"{version}, but importing it fails: {failure.message}",
-            "nothing can run; a half-installed library below is the usual reason",
-            "mend what is broken below, then ask again",
-        )
-    return Finding("megatron-core", State.OK, version)
-
-
-TE = "Transformer Engine"
+    if failure is None:
+        return Finding(name, State.OK, version)
+    message = f"{version}, but importing it fails: {failure.message}"
+    consequence = "nothing can run; the usual reason is a half-installed library below"
+    return Finding(name, State.BROKEN, message, consequence, "fix the libraries below first")
 
 
 def _transformer_engine(probe: Probe, has_gpu: bool) -> Finding:
+    name = "Transformer Engine"
     if probe.module_path("transformer_engine") is None:
-        return _no_transformer_engine(has_gpu)
+        if not has_gpu:
+            return Finding(name, State.OK, "not installed", "not needed without a GPU")
+        return Finding(
+            name,
+            State.MISSING,
+            "not installed",
+            "norms and activations run unfused, experts run one after another, and there is no "
+            "FP8, no overlap of tensor-parallel communication and no varlen kernel for "
+            "share_prompt: false",
+            "pip install --no-build-isolation 'transformer-engine[pytorch]': 280 MB; without a "
+            "prebuilt extension, compiling takes about 20 minutes on 2 cores",
+        )
     version = probe.version("transformer-engine") or "of unknown version"
     failure = probe.import_failure("transformer_engine.pytorch")
     if failure is not None:
-        extension = (
-            ""
-            if probe.module_path("transformer_engine_torch")
-            else "its PyTorch extension `transformer_engine_torch` is not installed, and "
-        )
+        extension = ""
+        if not probe.module_path("transformer_engine_torch"):
+            extension = "its PyTorch extension `transformer_engine_torch` is not installed, and "
         return Finding(
-            TE,
+            name,
             State.BROKEN,
             f"{version}, half installed: {failure.message}",
-            f"{extension}megatron-core guards only against a Transformer Engine that is not there "
-            "at all: with half of one, `import megatron.core` itself crashes or builds a model "
-            "from mocks",
-            "complete it: pip install --no-build-isolation 'transformer-engine[pytorch]'; or do "
-            "without: pip uninstall transformer-engine transformer-engine-cu12 "
+            f"{extension}megatron-core only handles a Transformer Engine that is completely "
+            "absent: otherwise `import megatron.core` crashes or builds models from mocks",
+            "complete it: pip install --no-build-isolation 'transformer-engine[pytorch]'; or "
+            "remove it: pip uninstall transformer-engine transformer-engine-cu12 "
             "transformer-engine-cu13 transformer-engine-torch",
         )
-    if not has_gpu:
-        return Finding(
-            TE,
-            State.NOTE,
-            f"{version}, left aside",
-            "its modules need a GPU even to be built. Ours are used instead; stock megatron-core "
-            "breaks here even with its local spec, because it takes Transformer Engine's norm for "
-            "the final one",
-            "nothing to do for megatron-idpo; uninstall it for other megatron-core scripts",
-        )
-    return Finding(TE, State.OK, version)
-
-
-def _no_transformer_engine(has_gpu: bool) -> Finding:
-    if not has_gpu:
-        return Finding(TE, State.OK, "not installed", "nothing is lost: it needs a GPU")
+    if has_gpu:
+        return Finding(name, State.OK, version)
     return Finding(
-        TE,
-        State.MISSING,
-        "not installed",
-        "norms and activations run unfused, a mixture of experts runs its experts one after "
-        "another, and there is no FP8, no overlap of tensor-parallel communication and no varlen "
-        "kernel for share_prompt: false",
-        "pip install --no-build-isolation 'transformer-engine[pytorch]': 280 MB; where no built "
-        "extension fits, compiling takes about 20 minutes on 2 cores",
+        name,
+        State.NOTE,
+        f"{version}, not used",
+        "its modules need a GPU even to be built, so ours are used. Stock megatron-core fails here "
+        "even with its local spec, because it takes Transformer Engine's norm for the final one",
+        "nothing to do for megatron-idpo; uninstall it for other megatron-core scripts",
     )
 
 
 def _apex(probe: Probe, has_gpu: bool) -> Finding:
-    path = probe.module_path("apex")
+    name, path = "apex", probe.module_path("apex")
+    if path is None and not has_gpu:
+        return Finding(name, State.OK, "not installed", "not needed without a GPU")
     if path is None:
-        if not has_gpu:
-            return Finding("apex", State.OK, "not installed", "nothing is lost: it needs a GPU")
         return Finding(
-            "apex",
+            name,
             State.MISSING,
             "not installed",
-            "Adam is torch's own and, unless Transformer Engine is there, gradient norms are taken "
-            "tensor by tensor; results are the same",
-            "if it matters, build NVIDIA's from github.com/NVIDIA/apex; the PyPI package `apex` is "
-            "something else",
+            "Adam is torch's and, without Transformer Engine, gradient norms are computed tensor "
+            "by tensor; results are the same",
+            "optional: build NVIDIA's from github.com/NVIDIA/apex (PyPI's `apex` is unrelated)",
         )
     if not (path / "optimizers").is_dir():
         version = probe.version("apex") or "of unknown version"
-        return Finding(
-            "apex",
-            State.BROKEN,
-            f"{version} is not NVIDIA's: PyPI's `apex` is a toolkit for the Pyramid web framework",
-            "megatron-core believes that it is NVIDIA's and asks it for fused norms",
-            "pip uninstall apex",
-        )
+        message = f"{version} is not NVIDIA's: PyPI's `apex` is for the Pyramid web framework"
+        consequence = "megatron-core takes it for NVIDIA's and calls fused norms that it lacks"
+        return Finding(name, State.BROKEN, message, consequence, "pip uninstall apex")
     if probe.module_path("amp_C") is None:
-        return Finding(
-            "apex",
-            State.NOTE,
-            "NVIDIA's, without its CUDA extensions",
-            "its fused optimizer and norms are not there, as if it were missing",
-            "rebuild it with --cpp_ext --cuda_ext, or uninstall it",
-        )
-    return Finding("apex", State.OK, "NVIDIA's, with CUDA extensions")
+        message = "NVIDIA's, without its CUDA extensions"
+        consequence = "its fused optimizer and norms are not available"
+        remedy = "rebuild it with --cpp_ext --cuda_ext, or uninstall it"
+        return Finding(name, State.NOTE, message, consequence, remedy)
+    return Finding(name, State.OK, "NVIDIA's, with CUDA extensions")
 
 
 def _flex_attention(probe: Probe, has_gpu: bool) -> Finding:
     name = "FlexAttention"
     if not has_gpu:
-        return Finding(name, State.OK, "not used: rows are attended pair by pair on a CPU")
+        return Finding(name, State.OK, "not used: on a CPU, attention runs pair by pair")
     if probe.module_path("triton") is None:
-        return Finding(
-            name,
-            State.BROKEN,
-            "triton is not installed",
-            "attention over packed rows is compiled with it",
-            "pip install triton",
-        )
+        consequence = "it compiles the attention over packed rows"
+        remedy = "pip install triton"
+        return Finding(name, State.BROKEN, "triton is not installed", consequence, remedy)
     return Finding(name, State.OK, f"compiled with triton {probe.version('triton')}")
 
 
 def _flash_attention(probe: Probe, has_gpu: bool) -> Finding:
-    version = probe.version("flash-attn")
+    name, version = "flash-attn", probe.version("flash-attn")
     if version is not None and has_gpu:
-        return Finding("flash-attn", State.OK, f"{version}, for Transformer Engine to choose")
-    reason = "Transformer Engine brings cuDNN's" if has_gpu else "it needs a GPU"
-    return Finding("flash-attn", State.OK, version or "not installed", f"nothing is lost: {reason}")
+        return Finding(name, State.OK, f"{version}, available to Transformer Engine")
+    reason = "Transformer Engine includes cuDNN's" if has_gpu else "not needed without a GPU"
+    return Finding(name, State.OK, version or "not installed", reason)

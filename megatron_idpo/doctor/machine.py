@@ -1,7 +1,6 @@
-"""What the doctor looks at in the machine: cores, memory, disk, GPUs, and how fast it multiplies.
+"""Checks of the machine: cores, memory, disk, GPUs, and the speed of matrix products.
 
-Containers are given less than the machine has, so limits of the control group count, not the
-hardware's. Sizes are shown in binary units.
+In a container the limits of the control group apply, not the hardware's. Sizes are in binary units.
 """
 
 import os
@@ -21,18 +20,18 @@ if TYPE_CHECKING:
 
 CGROUP = Path("/sys/fs/cgroup")
 MATMUL_SIZE = 1024
-"""A product of 2 GFLOP: milliseconds on a CPU, and large enough to reach its speed."""
+"""A product of 2 GFLOP: milliseconds on a CPU, and large enough to reach full speed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a run may use here."""
+    """The resources available to a run."""
 
     cores: float
     memory_bytes: int
     free_memory_bytes: int
     gpus: tuple[tuple[str, int], ...] = ()
-    """Name and memory, in bytes, of each GPU that this process sees."""
+    """Name and memory in bytes of each GPU visible to this process."""
 
     @classmethod
     def here(cls) -> "Machine":
@@ -48,33 +47,29 @@ class Machine:
         )
 
 
-def size_of(size_bytes: float) -> str:
-    """`23.4 GiB` or, below one, `512.0 MiB`."""
-    return (
-        f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
-    )
+def format_size(size_bytes: float) -> str:
+    """`23.4 GiB` or `512.0 MiB`."""
+    is_large = size_bytes >= 2**30
+    return f"{size_bytes / 2**30:.1f} GiB" if is_large else f"{size_bytes / 2**20:.1f} MiB"
 
 
-def examine_machine(machine: Machine, directory: Path) -> list[Finding]:
+def check_machine(machine: Machine, directory: Path) -> list[Finding]:
     """Cores, memory, GPUs and the disk that `directory` is on."""
     disk = shutil.disk_usage(nearest_existing(directory))
-    found = [
-        Finding("cores", State.OK, f"{machine.cores:g}", _speeds(machine)),
-        Finding(
-            "memory",
-            State.OK,
-            f"{size_of(machine.memory_bytes)}, {size_of(machine.free_memory_bytes)} free",
-        ),
-        Finding("disk", State.OK, f"{size_of(disk.free)} free of {size_of(disk.total)}"),
+    memory = f"{format_size(machine.memory_bytes)}, {format_size(machine.free_memory_bytes)} free"
+    findings = [
+        Finding("cores", State.OK, f"{machine.cores:g}", _describe_speed(machine)),
+        Finding("memory", State.OK, memory),
+        Finding("disk", State.OK, f"{format_size(disk.free)} free of {format_size(disk.total)}"),
     ]
     if machine.gpus:
-        message = ", ".join(f"{name} with {size_of(size)}" for name, size in machine.gpus)
-        found.insert(0, Finding("GPUs", State.OK, f"{len(machine.gpus)}: {message}"))
-    return found
+        gpus = ", ".join(f"{name} with {format_size(size)}" for name, size in machine.gpus)
+        findings.insert(0, Finding("GPUs", State.OK, f"{len(machine.gpus)}: {gpus}"))
+    return findings
 
 
 def nearest_existing(directory: Path) -> Path:
-    """The directory itself, or the one in which it would be made."""
+    """The directory itself, or the nearest parent that exists."""
     directory = directory.absolute()
     return next(path for path in (directory, *directory.parents) if path.exists())
 
@@ -82,7 +77,7 @@ def nearest_existing(directory: Path) -> Path:
 def _cores() -> float:
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0)
     cores = cores or float(os.cpu_count() or 1)
-    quota = _words(CGROUP / "cpu.max")
+    quota = _read_fields(CGROUP / "cpu.max")
     if len(quota) == 2 and quota[0] != "max":
         cores = min(cores, int(quota[0]) / int(quota[1]))
     return cores
@@ -91,13 +86,13 @@ def _cores() -> float:
 def _cgroup_memory_bytes() -> int | None:
     """The limit of the control group: version 2's file, else version 1's."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        words = _words(CGROUP / name)
+        words = _read_fields(CGROUP / name)
         if words and words[0] != "max":
             return int(words[0])
     return None
 
 
-def _words(path: Path) -> list[str]:
+def _read_fields(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="ascii").split()
     except OSError:
@@ -111,11 +106,11 @@ def _gpus() -> tuple[tuple[str, int], ...]:
         return ()
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     properties = [torch.cuda.get_device_properties(device) for device in devices]
-    return tuple((one.name, one.total_memory) for one in properties)
+    return tuple((gpu.name, gpu.total_memory) for gpu in properties)
 
 
-def _speeds(machine: Machine) -> str:
-    """How fast the CPU multiplies, where it will do the work: it decides the choice of `dtype`."""
+def _describe_speed(machine: Machine) -> str:
+    """Speed of matrix products on a CPU without GPUs; it decides which `dtype` to use."""
     if machine.gpus:
         return ""
     try:
@@ -126,14 +121,13 @@ def _speeds(machine: Machine) -> str:
         name: matmul_flops(dtype)
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
-    message = ", ".join(f"{speed / 1e9:.0f} GFLOP/s in {name}" for name, speed in speeds.items())
-    if speeds["bf16"] < speeds["fp32"]:
-        return f"matrix multiplication: {message}, so model.dtype=fp32 is the faster one here"
-    return f"matrix multiplication: {message}"
+    text = ", ".join(f"{speed / 1e9:.0f} GFLOP/s in {name}" for name, speed in speeds.items())
+    hint = ", so model.dtype=fp32 is faster here" if speeds["bf16"] < speeds["fp32"] else ""
+    return f"matrix multiplication: {text}{hint}"
 
 
 def matmul_flops(dtype: "Dtype", clock: Callable[[], float] = time.perf_counter) -> float:
-    """Measured FLOP/s of a square matrix product on the CPU, best of three."""
+    """Measured FLOP/s of a square matrix product on the CPU, best of three runs."""
     import torch
 
     left = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype)

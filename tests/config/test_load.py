@@ -170,7 +170,7 @@ INVALID = [
         "data: {train: a, max_length: null, truncation: drop}",
         ["data.truncation", "no effect", "max_length"],
     ),
-    ("data: {train: a}\ndata: {train: b}", ["data (run.yaml:2)", "already", "run.yaml:1"]),
+    ("data: {train: a}\ndata: {train: b}", ["data (run.yaml:2)", "duplicate of run.yaml:1"]),
     ("data: {train: a}\nmodel:", ["model (run.yaml:2)", "is empty", "model.path"]),
     ("data: {train: a}\nmodel: 3", ["model (run.yaml:2)", "is 3", "model.path"]),
     ("data: {train: &a [*a]}", ["data.train.0", "contains itself"]),

@@ -1,4 +1,4 @@
-"""A fixture for the doctor's tests: packages that look installed."""
+"""A fixture for packages that look installed."""
 
 from pathlib import Path
 

@@ -1,6 +1,4 @@
-"""A report's view of its findings."""
-
-import pytest
+"""A report and its findings."""
 
 from megatron_idpo.doctor.finding import Finding, Report, State
 
@@ -12,17 +10,11 @@ REPORT = Report(
 )
 
 
-def test_findings_are_those_of_all_groups_in_order():
+def test_findings_of_all_groups_are_in_order():
     assert [finding.name for finding in REPORT.findings] == ["ok", "broken", "also broken", "n"]
-    assert REPORT["n"].found == "z"
+    assert REPORT["n"].value == "z"
 
 
-def test_only_what_is_broken_prevents_a_run():
-    assert [finding.name for finding in REPORT.broken] == ["broken", "also broken"]
-    rest = (State.OK, State.NOTE, State.MISSING)
-    assert not Report((("", tuple(Finding(state, state, "") for state in rest)),)).broken
-
-
-@pytest.mark.parametrize("field", ["meaning", "remedy"])
-def test_a_finding_need_not_mean_or_ask_anything(field):
-    assert getattr(Finding("a", State.OK, "1.0"), field) == ""
+def test_names_of_a_state():
+    assert REPORT.names(State.BROKEN) == ["broken", "also broken"]
+    assert REPORT.names(State.MISSING) == []

@@ -1,4 +1,4 @@
-"""Versions, extras and what is half installed, in pretended environments and one real one."""
+"""Checks of libraries in fake environments and a real one."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import pytest
 
 from megatron_idpo.doctor import libraries as doctor_libraries
 from megatron_idpo.doctor.finding import Report, State
-from megatron_idpo.doctor.libraries import ImportFailure, Probe, Torch, examine_libraries
+from megatron_idpo.doctor.libraries import ImportFailure, Probe, Torch, check_libraries
 
 CPU = Torch("2.14.1", "13.0", has_gpu=False, nccl_version="2.27.3", has_gloo=True)
 GPU = Torch("2.14.1", "13.0", has_gpu=True, nccl_version="2.27.3", has_gloo=True)
 
 
-class Pretended(Probe):
+class FakeProbe(Probe):
     """An environment with these distributions, modules and broken imports."""
 
     def __init__(self, *, versions=(), modules=(), broken=(), requirements=()):
@@ -33,24 +33,24 @@ class Pretended(Probe):
         return self.broken.get(module)
 
 
-def libraries(torch: Torch | None, **pretended) -> Report:
-    return Report((("", tuple(examine_libraries(Pretended(**pretended), torch))),))
+def libraries(torch: Torch | None, **environment) -> Report:
+    return Report((("", tuple(check_libraries(FakeProbe(**environment), torch))),))
 
 
-def test_nothing_optional_is_missed_on_a_cpu():
+def test_optional_libraries_are_not_needed_on_a_cpu():
     report = libraries(CPU)
-    assert not report.broken
+    assert not report.names(State.BROKEN)
     assert {finding.state for finding in report.findings} == {State.OK, State.NOTE}
-    assert report["NCCL"].found.endswith("gloo")
+    assert report["NCCL"].value.endswith("gloo")
 
 
-def test_what_is_missing_on_a_gpu_is_told_with_its_cost():
+def test_missing_libraries_on_a_gpu_have_consequence_and_remedy():
     report = libraries(GPU, modules={"triton": Path()})
     missing = {f.name for f in report.findings if f.state is State.MISSING}
     assert missing == {"Transformer Engine", "apex"}
-    assert all(report[name].meaning and report[name].remedy for name in missing)
-    assert "FP8" in report["Transformer Engine"].meaning
-    assert not report.broken
+    assert all(report[name].consequence and report[name].remedy for name in missing)
+    assert "FP8" in report["Transformer Engine"].consequence
+    assert not report.names(State.BROKEN)
 
 
 def test_flex_attention_needs_triton_on_a_gpu():
@@ -58,7 +58,7 @@ def test_flex_attention_needs_triton_on_a_gpu():
 
 
 @pytest.mark.parametrize("torch", [CPU, GPU])
-def test_half_a_transformer_engine_is_recognised_and_explained(torch):
+def test_a_half_installed_transformer_engine_is_broken(torch):
     report = libraries(
         torch,
         versions={"transformer-engine": "2.9"},
@@ -71,45 +71,45 @@ def test_half_a_transformer_engine_is_recognised_and_explained(torch):
         },
     )
     engine = report["Transformer Engine"]
-    assert engine.state is State.BROKEN and "half installed: FileNotFoundError" in engine.found
-    assert "transformer_engine_torch" in engine.meaning and "pip uninstall" in engine.remedy
+    assert engine.state is State.BROKEN and "half installed: FileNotFoundError" in engine.value
+    assert "transformer_engine_torch" in engine.consequence and "pip uninstall" in engine.remedy
     assert report["megatron-core"].state is State.BROKEN
 
 
-def test_a_whole_transformer_engine_is_left_aside_on_a_cpu():
-    pretended = {
+def test_transformer_engine_is_not_used_on_a_cpu():
+    environment = {
         "versions": {"transformer-engine": "2.9"},
         "modules": {"transformer_engine": Path(), "triton": Path()},
     }
-    assert libraries(GPU, **pretended)["Transformer Engine"].state is State.OK
-    engine = libraries(CPU, **pretended)["Transformer Engine"]
-    assert engine.state is State.NOTE and "final" in engine.meaning
+    assert libraries(GPU, **environment)["Transformer Engine"].state is State.OK
+    engine = libraries(CPU, **environment)["Transformer Engine"]
+    assert engine.state is State.NOTE and "final" in engine.consequence
 
 
-def test_the_two_kinds_of_apex_are_told_apart(tmp_path):
+def test_apex_of_pypi_is_not_nvidias(tmp_path):
     pyramid = libraries(CPU, versions={"apex": "0.9.10.dev0"}, modules={"apex": tmp_path})["apex"]
-    assert pyramid.state is State.BROKEN and "Pyramid" in pyramid.found
+    assert pyramid.state is State.BROKEN and "Pyramid" in pyramid.value
     (tmp_path / "optimizers").mkdir()
     assert libraries(GPU, modules={"apex": tmp_path})["apex"].state is State.NOTE
     whole = {"apex": tmp_path, "amp_C": tmp_path}
     assert libraries(GPU, modules=whole)["apex"].state is State.OK
 
 
-def test_versions_outside_the_tested_range_are_named():
+def test_versions_outside_the_tested_range_are_reported():
     required = ["megatron-core>=0.19.2,<0.20", "rich>=13", "absent>=1", "win32; os_name == 'nt'"]
     report = libraries(
         CPU, versions={"megatron-core": "0.20.0", "rich": "14"}, requirements=required
     )
     finding = report["requirements"]
     assert finding.state is State.BROKEN
-    assert "megatron-core 0.20.0" in finding.found and "absent missing" in finding.found
-    assert "rich" not in finding.found and "'absent>=1'" in finding.remedy
+    assert "megatron-core 0.20.0" in finding.value and "absent missing" in finding.value
+    assert "rich" not in finding.value and "'absent>=1'" in finding.remedy
     within = libraries(CPU, versions={"rich": "14"}, requirements=required[:2])
     assert within["requirements"].state is State.OK
 
 
-def test_torch_that_cannot_be_imported_is_what_is_broken():
-    assert {"torch", "NCCL"} <= {finding.name for finding in libraries(None).broken}
+def test_a_torch_that_cannot_be_imported_is_broken():
+    assert libraries(None).names(State.BROKEN) == ["torch"]
 
 
 def test_torch_without_nccl_cannot_use_gpus():
@@ -125,7 +125,7 @@ def test_a_gpu_that_torch_cannot_use_is_reported(monkeypatch):
     assert libraries(CPU)["CUDA"].state is State.NOTE
 
 
-def test_the_probe_looks_without_executing(tmp_path, monkeypatch, fake_module):
+def test_the_probe_does_not_execute_modules(tmp_path, monkeypatch, fake_module):
     fake_module(tmp_path, "explosive", "raise SystemError('executed')", "3.1")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -139,3 +139,15 @@ def test_the_probe_looks_without_executing(tmp_path, monkeypatch, fake_module):
     assert probe.import_failure("json") is None
     assert probe.import_failure("os; os.kill(os.getpid(), 9)").kind == "crash"
     assert any(line.startswith("torch") for line in probe.requirements())
+
+
+def test_a_crashing_import_of_megatron_core_is_reported(tmp_path, monkeypatch, fake_module):
+    """With a real Transformer Engine package that raises when it is imported."""
+    crash = "raise FileNotFoundError('Could not find shared object file')"
+    fake_module(tmp_path, "transformer_engine", crash, "2.20.2")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the child processes that try imports
+    report = Report((("", tuple(check_libraries(Probe(), CPU))),))
+    assert report.names(State.BROKEN) == ["megatron-core", "Transformer Engine"]
+    assert "2.20.2, half installed: FileNotFoundError" in report["Transformer Engine"].value
+    assert "importing it fails: FileNotFoundError" in report["megatron-core"].value

@@ -1,4 +1,4 @@
-"""What a container leaves of a machine."""
+"""Resources within the limits of a container."""
 
 from megatron_idpo.doctor import machine as doctor_machine
 from megatron_idpo.doctor.machine import Machine
@@ -6,7 +6,7 @@ from megatron_idpo.doctor.machine import Machine
 GIB = 2**30
 
 
-def test_the_container_limits_count(tmp_path, monkeypatch):
+def test_limits_of_the_control_group_apply(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("1073741824\n")
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     monkeypatch.setattr(doctor_machine, "CGROUP", tmp_path)

@@ -1,4 +1,4 @@
-"""Whether a configuration can run on machines like these."""
+"""Checks of a configuration on different machines."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from megatron_idpo.doctor.finding import Report, State
 from megatron_idpo.doctor.machine import Machine
-from megatron_idpo.doctor.run_config import examine_config
+from megatron_idpo.doctor.run_config import check_config
 from megatron_idpo.testing import write_tiny_hf_model
 
 GIB = 2**30
@@ -32,97 +32,97 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def judge(model, tmp_path):
+def check(model, tmp_path):
     (tmp_path / "pairs.jsonl").touch()
 
-    def judge(*overrides: str, machine: Machine = LAPTOP, **environ: str) -> Report:
+    def check(*overrides: str, machine: Machine = LAPTOP, **environ: str) -> Report:
         path = tmp_path / "run.yaml"
         path.write_text(
             f"model: {{path: {model}, dtype: fp32}}\n"
             f"data: {{train: {tmp_path}/pairs.jsonl}}\n"
             f"training: {{output: {tmp_path}/runs/x}}\n"
         )
-        return Report((("", tuple(examine_config(path, overrides, machine, environ))),))
+        return Report((("", tuple(check_config(path, overrides, machine, environ))),))
 
-    return judge
+    return check
 
 
-def test_a_configuration_that_can_run(judge):
-    report = judge()
+def test_a_configuration_that_can_run(check):
+    report = check()
     assert {finding.state for finding in report.findings} == {State.OK}
     names = [finding.name for finding in report.findings]
     assert names == ["configuration", "model", "layout", "weights", "data", "output"]
 
 
-def test_mistakes_in_the_file_are_all_reported(judge):
-    report = judge("data.train=null", "layout.tensor=x")
-    message = report["configuration"].found
+def test_all_problems_of_the_file_are_reported(check):
+    report = check("data.train=null", "layout.tensor=x")
+    message = report["configuration"].value
     assert len(report.findings) == 1 and "data.train" in message and "layout.tensor" in message
 
 
-def test_the_layout_is_held_against_model_and_machine(judge):
-    report = judge("layout.tensor=3", "layout.pipeline=3")
-    assert report["layout"].found.count("layout.") > 2 and report["layout"] in report.broken
-    crowded = judge("layout.tensor=2", "layout.pipeline=2")["layout"]
+def test_layout_is_checked_against_model_and_machine(check):
+    report = check("layout.tensor=3", "layout.pipeline=3")
+    assert report["layout"].value.count("layout.") > 2 and report.names(State.BROKEN) == ["layout"]
+    crowded = check("layout.tensor=2", "layout.pipeline=2")["layout"]
     assert crowded.state is State.NOTE and "--nproc-per-node 4" in crowded.remedy
-    assert judge("layout.tensor=2", WORLD_SIZE="3")["layout"].state is State.BROKEN
-    assert "data 2" in judge("layout.tensor=2", WORLD_SIZE="4")["layout"].found
+    assert check("layout.tensor=2", WORLD_SIZE="3")["layout"].state is State.BROKEN
+    assert "data 2" in check("layout.tensor=2", WORLD_SIZE="4")["layout"].value
 
 
-def test_the_layout_is_held_against_the_gpus(judge):
+def test_layout_is_checked_against_the_gpus(check):
     layout = ("layout.tensor=2", "layout.pipeline=2")
-    short = judge(*layout, machine=machine_with(2))["layout"]
+    short = check(*layout, machine=machine_with(2))["layout"]
     assert short.state is State.BROKEN and "2 such machines" in short.remedy
-    idle = judge(*layout, machine=machine_with(6))["layout"]
-    assert idle.state is State.NOTE and "2 GPUs" in idle.meaning
-    full = judge(*layout, machine=machine_with(8))["layout"]
-    assert full.state is State.OK and "data 2" in full.found
+    idle = check(*layout, machine=machine_with(6))["layout"]
+    assert idle.state is State.NOTE and "2 GPUs" in idle.consequence
+    full = check(*layout, machine=machine_with(8))["layout"]
+    assert full.state is State.OK and "data 2" in full.value
 
 
 def parameters(model: Path) -> int:
-    """Counted from the file itself."""
+    """Parameters according to the header of the file."""
     with (model / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     return sum(end - start for start, end in (t["data_offsets"] for t in header.values())) // 4
 
 
-def test_the_weights_are_held_against_the_memory(judge, model):
+def test_weights_are_checked_against_memory(check, model):
     weights_bytes = 4 * parameters(model)
     tight = machine_with(1, memory_bytes=weights_bytes - 1)
-    assert judge(machine=tight)["weights"].state is State.BROKEN
+    assert check(machine=tight)["weights"].state is State.BROKEN
     frozen = machine_with(1, memory_bytes=weights_bytes)
-    assert judge(machine=frozen)["weights"].state is State.NOTE
+    assert check(machine=frozen)["weights"].state is State.NOTE
     # fp32 weight, gradient and two moments: 16 bytes for each parameter.
     enough = machine_with(1, memory_bytes=4 * weights_bytes)
-    assert judge(machine=enough)["weights"].state is State.OK
+    assert check(machine=enough)["weights"].state is State.OK
     halved = machine_with(2, memory_bytes=2 * weights_bytes)
-    assert judge("layout.tensor=2", machine=halved)["weights"].state is State.OK
+    assert check("layout.tensor=2", machine=halved)["weights"].state is State.OK
     # Two replicas share the moments.
     shared = machine_with(2, memory_bytes=3 * weights_bytes)
-    assert judge(machine=shared)["weights"].state is State.OK
-    assert judge("model.dtype=bf16", machine=tight)["weights"].state is State.NOTE
+    assert check(machine=shared)["weights"].state is State.OK
+    assert check("model.dtype=bf16", machine=tight)["weights"].state is State.NOTE
 
 
-def test_a_model_that_is_not_there_or_not_supported(judge, tmp_path):
-    assert "no directory" in judge("model.path=/no/such/model")["model"].found
+def test_missing_or_unsupported_models(check, tmp_path):
+    assert "not a directory" in check("model.path=/no/such/model")["model"].value
     (tmp_path / "empty").mkdir()
-    assert "config.json" in judge(f"model.path={tmp_path}/empty")["model"].found
+    assert "config.json" in check(f"model.path={tmp_path}/empty")["model"].value
     (tmp_path / "empty" / "config.json").write_text("{nonsense")
-    assert "cannot be read" in judge(f"model.path={tmp_path}/empty")["model"].found
+    assert "cannot be read" in check(f"model.path={tmp_path}/empty")["model"].value
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "mamba"}')
-    assert judge(f"model.path={tmp_path}/empty")["model"].state is State.BROKEN
+    assert check(f"model.path={tmp_path}/empty")["model"].state is State.BROKEN
 
 
-def test_a_hub_model_is_not_downloaded(judge, tmp_path, monkeypatch):
+def test_a_hub_model_is_not_downloaded(check, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    finding = judge("model.path=organisation/model-that-is-not-there")["model"]
-    assert finding.state is State.NOTE and "hf download" in finding.remedy
+    finding = check("model.path=organisation/model-that-is-not-there")["model"]
+    assert finding.state is State.UNCHECKED and "hf download" in finding.remedy
 
 
-def test_data_and_output_are_looked_for(judge, tmp_path):
-    assert judge("data.train=[nowhere.jsonl, some/hub-name]")["data"].state is State.BROKEN
-    assert judge("data.train=some/hub-name")["data"].state is State.OK
-    assert judge("data.train=data/*.jsonl")["data"].state is State.OK
+def test_data_and_output(check, tmp_path):
+    assert check("data.train=[nowhere.jsonl, some/hub-name]")["data"].state is State.BROKEN
+    assert check("data.train=some/hub-name")["data"].state is State.UNCHECKED
+    assert check("data.train=data/*.jsonl")["data"].state is State.UNCHECKED
     (tmp_path / "file").touch()
-    assert judge(f"training.output={tmp_path}/file/runs")["output"].state is State.BROKEN
+    assert check(f"training.output={tmp_path}/file/runs")["output"].state is State.BROKEN

@@ -1,5 +1,6 @@
-"""The command line: dispatch, mistakes in one message, exit codes, one voice under torchrun."""
+"""The command line: verbs, errors, exit codes, log messages, several ranks."""
 
+import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,11 +15,11 @@ from megatron_idpo.cli import convert as cli_convert
 from megatron_idpo.cli import main as cli
 from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Recorder:
-    """Stands in for a verb's room: remembers what it was called with, or fails as told."""
+    """Replaces the function of a verb: records its calls, or raises `failure`."""
 
     def __init__(self, failure: BaseException | None = None, code: int | None = None) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -33,7 +34,7 @@ class Recorder:
 
 
 @pytest.fixture
-def room(monkeypatch: pytest.MonkeyPatch) -> Any:
+def replace_function(monkeypatch: pytest.MonkeyPatch) -> Any:
     def put(module: str, name: str, recorder: Recorder) -> Recorder:
         fake = ModuleType(module)
         setattr(fake, name, recorder)
@@ -50,10 +51,10 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("direction", ["hf_to_megatron", "megatron_to_hf"])
-def test_convert_hands_everything_on(room: Any, direction: str) -> None:
-    from megatron_idpo.mcore.parallel.layout import Layout
+def test_convert_passes_all_arguments(replace_function: Any, direction: str) -> None:
+    from megatron_idpo.config.layout import Layout
 
-    convert = room(f"megatron_idpo.convert.{direction}", "convert", Recorder())
+    convert = replace_function(f"megatron_idpo.convert.{direction}", "convert", Recorder())
     words = f"convert {direction.replace('_', '-')} in out --dtype bf16 --overwrite --tensor 2"
     assert cli.main([*words.split(), "--pipeline", "4", "--virtual-pipeline", "3"]) == 0
     ((args, kwargs),) = convert.calls
@@ -62,24 +63,24 @@ def test_convert_hands_everything_on(room: Any, direction: str) -> None:
     assert kwargs == {"dtype": "bf16", "layout": layout, "overwrite": True}
 
 
-def test_convert_keeps_the_stored_format_and_one_rank_unless_reported(room: Any) -> None:
-    from megatron_idpo.mcore.parallel.layout import Layout
+def test_defaults_of_convert(replace_function: Any) -> None:
+    from megatron_idpo.config.layout import Layout
 
-    convert = room("megatron_idpo.convert.hf_to_megatron", "convert", Recorder())
+    convert = replace_function("megatron_idpo.convert.hf_to_megatron", "convert", Recorder())
     assert cli.main(["convert", "hf-to-megatron", "in", "out"]) == 0
     ((_, kwargs),) = convert.calls
     assert kwargs == {"dtype": None, "layout": Layout(), "overwrite": False}
 
 
-def test_format_names_are_those_of_the_conversion() -> None:
-    """The command line repeats them, so as not to import torch for a typing mistake."""
-    from megatron_idpo.convert.hf_io.dtypes import DTYPES
+def test_dtype_names_equal_those_of_the_converter() -> None:
+    """The command line repeats them, to reject a typing error without importing torch."""
+    from megatron_idpo.checkpoint.dtypes import DTYPES
 
     assert set(cli_convert.FORMATS) == set(DTYPES)
 
 
-def test_doctor_with_and_without_a_config(room: Any) -> None:
-    doctor = room("megatron_idpo.doctor.main", "main", Recorder(code=7))
+def test_doctor_with_and_without_a_config(replace_function: Any) -> None:
+    doctor = replace_function("megatron_idpo.doctor.main", "main", Recorder(code=7))
     assert cli.main(["doctor"]) == 7
     assert cli.main(["doctor", "run.yaml", "layout.tensor=2", "objective.layers=[3]"]) == 7
     assert [args for args, _ in doctor.calls] == [
@@ -92,21 +93,25 @@ def test_doctor_with_and_without_a_config(room: Any) -> None:
     ("words", "message"),
     [
         ("", "no verb given; the verbs are train, score, convert, sdpo, likelihood"),
-        ("covnert a b", "no verb 'covnert'; did you mean convert?"),
-        ("zzz", "no verb 'zzz'; known: train, score"),
+        ("covnert a b", "unknown verb 'covnert'; did you mean convert?"),
+        ("zzz", "unknown verb 'zzz'; known: train, score"),
         ("convert hf-to-megatorn a b", "did you mean hf-to-megatron?"),
         ("convert hf-to-megatron a", "required: OUTPUT; see `megatron-idpo convert --help`"),
         ("convert hf-to-megatron a b --dtype bf61", "did you mean bf16?"),
         ("convert hf-to-megatron a b --tensor two", "invalid int value: 'two'"),
         ("convert hf-to-megatron a b --tens 2", "--tens"),
-        ("doctor layout.tensor=2", "layout.tensor=2: there is no configuration to override"),
-        ("doctor run.yaml layout.tensor", "layout.tensor: is no override"),
+        ("doctor layout.tensor=2", "layout.tensor=2: is an override without a configuration file"),
+        ("train FILE x,:", "cannot parse override 'x,:'; expected section.field=value"),
     ],
 )
-def test_mistakes_are_told_on_one_line(
-    words: str, message: str, capsys: pytest.CaptureFixture[str]
+def test_usage_errors_are_one_line(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(words.split()) == EXIT_USER_ERROR
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: {path: m}\ndata: {train: t}\noptimizer: {lr: 1e-4}\ntraining: {output: o}"
+    )
+    assert cli.main(words.replace("FILE", str(file)).split()) == EXIT_USER_ERROR
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("megatron-idpo: error: ")
@@ -114,29 +119,31 @@ def test_mistakes_are_told_on_one_line(
     assert message in err
 
 
-def test_a_users_error_has_no_traceback(room: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_has_no_traceback(
+    replace_function: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     failure = CheckpointError.at("model.safetensors", "truncated", "fetch it again")
-    room("megatron_idpo.doctor.main", "main", Recorder(failure))
+    replace_function("megatron_idpo.doctor.main", "main", Recorder(failure))
     assert cli.main(["doctor"]) == EXIT_USER_ERROR
     message = "megatron-idpo: error: model.safetensors: truncated; fetch it again\n"
     assert capsys.readouterr().err == message
 
 
-def test_an_unexpected_error_keeps_its_traceback(room: Any) -> None:
-    room("megatron_idpo.doctor.main", "main", Recorder(ZeroDivisionError()))
+def test_an_unexpected_error_keeps_its_traceback(replace_function: Any) -> None:
+    replace_function("megatron_idpo.doctor.main", "main", Recorder(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 
 
-def test_ctrl_c_is_one_line(room: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    room("megatron_idpo.doctor.main", "main", Recorder(KeyboardInterrupt()))
+def test_ctrl_c_is_one_line(replace_function: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    replace_function("megatron_idpo.doctor.main", "main", Recorder(KeyboardInterrupt()))
     assert cli.main(["doctor"]) == 130
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("megatron-idpo: interrupted; ")
-    assert said.err.count("\n") == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("megatron-idpo: interrupted; ")
+    assert err.count("\n") == 1
 
 
-def test_help_and_version_load_nothing_heavy() -> None:
+def test_help_and_version_import_nothing_heavy() -> None:
     script = (
         "import sys, megatron_idpo.cli.main as cli\n"
         "for word in ('--version', '--help'):\n"
@@ -160,7 +167,7 @@ def test_help_and_version_load_nothing_heavy() -> None:
         (["tools/convert_megatron_to_hf.py"], "usage: megatron-idpo convert"),
     ],
 )
-def test_the_other_ways_in(program: list[str], expected: str) -> None:
+def test_other_entry_points(program: list[str], expected: str) -> None:
     shown = subprocess.run(
         [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True
     )
@@ -168,46 +175,74 @@ def test_the_other_ways_in(program: list[str], expected: str) -> None:
     assert shown.stdout.startswith(expected)
 
 
-class TestOneVoice:
-    """Ranks of one run, played one after the other against a store like torchrun's."""
+def log_messages(path: Any, overrides: Any) -> int:
+    """Stands in for a verb that logs."""
+    logger = logging.getLogger("megatron_idpo.train.loop")
+    logger.debug("a detail")
+    logger.info("resuming from step 20")
+    logger.warning("1 row was skipped")
+    return 0
+
+
+def test_log_messages_are_printed_plainly(
+    replace_function: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_function("megatron_idpo.doctor.main", "main", log_messages)
+    for _ in range(2):  # the handler of the first call is gone in the second
+        assert cli.main(["doctor"]) == 0
+        out, err = capsys.readouterr()
+        assert (out, err) == ("resuming from step 20\n", "1 row was skipped\n")
+
+
+def test_only_rank_0_prints_info(
+    replace_function: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    replace_function("megatron_idpo.doctor.main", "main", log_messages)
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr() == ("", "1 row was skipped\n")
+
+
+class TestOneMessagePerRun:
+    """Ranks of one run in turn, with a store like that of torchrun."""
 
     @pytest.fixture
-    def rank(self, monkeypatch: pytest.MonkeyPatch, room: Any) -> Any:
+    def rank(self, monkeypatch: pytest.MonkeyPatch, replace_function: Any) -> Any:
         from torch.distributed import TCPStore
 
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(store.port))
         monkeypatch.setenv("WORLD_SIZE", "3")
-        room("megatron_idpo.doctor.main", "main", Recorder(CheckpointError("broken")))
+        replace_function("megatron_idpo.doctor.main", "main", Recorder(CheckpointError("broken")))
 
         def fail(rank: int, restart: int = 0) -> int:
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
             return cli.main(["doctor"])
 
-        yield fail  # the store lives as long as the ranks do
+        yield fail  # keeps the store open
 
-    def test_all_ranks_fail_and_one_speaks(
+    def test_only_the_first_failing_rank_prints(
         self, rank: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert {rank(2), rank(0), rank(1)} == {EXIT_USER_ERROR}
         assert capsys.readouterr().err == "megatron-idpo: error (rank 2): broken\n"
 
-    def test_a_rank_that_fails_alone_is_heard(
+    def test_a_rank_that_fails_alone_prints(
         self, rank: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert rank(1) == EXIT_USER_ERROR
         assert capsys.readouterr().err == "megatron-idpo: error (rank 1): broken\n"
 
-    def test_a_restarted_run_is_heard_again(
+    def test_a_restarted_run_prints_again(
         self, rank: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         rank(0)
         rank(0, restart=1)
         assert capsys.readouterr().err.count("broken") == 2
 
-    def test_without_a_store_every_rank_speaks(
+    def test_without_a_store_every_rank_prints(
         self, rank: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.delenv("MASTER_PORT")
@@ -216,8 +251,9 @@ class TestOneVoice:
         assert capsys.readouterr().err.count("broken") == 2
 
 
+@pytest.mark.exhaustive  # 3 imports of torch; TestOneMessagePerRun is the fast equivalent
 @pytest.mark.distributed
-def test_torchrun_tells_a_mistake_once() -> None:
+def test_under_torchrun_an_error_is_printed_once() -> None:
     launched = subprocess.run(
         f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 3 "
         "-m megatron_idpo covnert".split(),
@@ -230,7 +266,7 @@ def test_torchrun_tells_a_mistake_once() -> None:
     assert launched.stderr.count("did you mean convert?") == 1
 
 
-def test_a_crashing_import_of_megatron_points_to_the_doctor(
+def test_a_failing_import_of_megatron_points_to_the_doctor(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A half-installed Transformer Engine, as megatron-core meets it while it is imported."""
@@ -252,7 +288,7 @@ def test_a_crashing_import_of_megatron_points_to_the_doctor(
 @pytest.mark.parametrize(
     "option", ["--tensor 2", "--pipeline-layers 1,2", "--overwrite", "--dtype bf16"]
 )
-def test_options_that_the_bridge_would_not_read_are_refused(
+def test_options_without_effect_on_the_bridge_are_errors(
     option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = f"convert megatron-to-hf in out --backend bridge --hf-model hf {option}"

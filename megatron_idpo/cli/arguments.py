@@ -1,0 +1,68 @@
+"""Parts of the command line that several verbs share: the parser, choices, configuration files."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_idpo.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors as `ConfigError`, so that they look like every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message of a parsing error."""
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def one_of(what: str, known: Iterable[str]) -> Callable[[str], str]:
+    """A `type` for argparse that accepts only the `known` words and suggests the nearest one.
+
+    Its error is also a `ConfigError`, for direct calls.
+    """
+    names = list(known)
+
+    def check(word: str) -> str:
+        if word in names:
+            return word
+        nearest = difflib.get_close_matches(word, names, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise _UnknownWord(f"unknown {what} {word!r}; {hint}known: {', '.join(names)}")
+
+    return check
+
+
+class _UnknownWord(argparse.ArgumentTypeError, ConfigError):
+    pass
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """`CONFIG.yaml [section.field=value ...]`."""
+    parser.add_argument(
+        "config",
+        type=Path,
+        nargs=None if required else "?",
+        metavar="CONFIG.yaml",
+        help="the configuration of the run",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="replaces one field of the configuration, e.g. layout.tensor=2",
+    )
+
+
+def config_path(arguments: argparse.Namespace) -> Path | None:
+    """The configuration file, if one was given.
+
+    Raises:
+        ConfigError: there is an override in its place.
+    """
+    path: Path | None = arguments.config
+    if path is not None and "=" in path.name and not path.exists():
+        remedy = "give the configuration file first, then the fields to replace"
+        raise ConfigError.at(str(path), "is an override without a configuration file", remedy)
+    return path
