@@ -35,18 +35,19 @@ from trl_case import Clock
 from trl_data import choose_records
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
-from megatron_idpo.config.run_config import load_config
+from megatron_idpo.config.load import load_config
 from megatron_idpo.config.yaml_tree import write_yaml
 from megatron_idpo.data.packing.batches import Batch
-from megatron_idpo.mcore.parallel.random import seed_step
-from megatron_idpo.mcore.parallel.schedule import run_schedule
-from megatron_idpo.mcore.parallel.world import joined_world, running
+from megatron_idpo.mcore.parallel.groups import seed_rng_for_step
+from megatron_idpo.mcore.parallel.pipeline import run_schedule
+from megatron_idpo.mcore.parallel.world import distributed_world, running_layout
 from megatron_idpo.plugin.batch_run import row_micro_batch
 from megatron_idpo.plugin.micro_batch import MicroBatch
-from megatron_idpo.reference.live import NoReference
-from megatron_idpo.train.run_directory import opened
-from megatron_idpo.train.step import Trainer
-from megatron_idpo.train.trainer import Run, assemble, prepare
+from megatron_idpo.reference.sources import NoReference
+from megatron_idpo.train.run_directory import open_run_directory
+from megatron_idpo.train.setup import assemble, prepare
+from megatron_idpo.train.step import TrainStep
+from megatron_idpo.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_PAIRS = 8
@@ -63,7 +64,7 @@ class Step:
 
 
 @contextmanager
-def assembled(options: argparse.Namespace, source: str, directory: Path) -> Iterator[Run]:
+def assembled(options: argparse.Namespace, source: str, directory: Path) -> Iterator[Trainer]:
     """A run as `train` has it before its first step, its cache computed if it has one."""
     config = {
         "model": {"path": options.model, "dtype": options.dtype},
@@ -88,9 +89,9 @@ def assembled(options: argparse.Namespace, source: str, directory: Path) -> Iter
     file = directory / f"{source}.yaml"
     file.write_text(write_yaml(config))
     loaded = load_config(file, required=REQUIRED, optional=OPTIONAL)
-    with joined_world() as world, opened(Path(loaded.training.output)) as output:
+    with distributed_world() as world, open_run_directory(Path(loaded.training.output)) as output:
         prepared = prepare(loaded, world)
-        with running(loaded.layout.layout(), loaded.training.seed):
+        with running_layout(loaded.layout, loaded.training.seed):
             yield assemble(loaded, world, output, prepared)
 
 
@@ -100,18 +101,20 @@ def assembled(options: argparse.Namespace, source: str, directory: Path) -> Iter
 def timed_steps(options: argparse.Namespace, directory: Path) -> dict[str, list[Step]]:
     """Every batch with every reference; the first batch warms up and is left out."""
     with assembled(options, "cache", directory) as run:
-        from megatron_idpo.train.build import build_reference
+        from megatron_idpo.train.references import build_reference
 
-        policy = run.trainer.policy
+        policy = run.policy
         live = run.config.reference.model_copy(update={"source": "adapter_off"})
         with_live = run.config.model_copy(update={"reference": live})
         references: dict[str, Any] = {
             "none": NoReference(),
-            "cache": run.trainer.reference,
+            "cache": run.train_step.reference,
             "adapter_off": build_reference(with_live, policy, run.reference, show_progress=False),
         }
-        trainers = {
-            name: Trainer(policy, references[name], run.trainer.objective, 0, run.trainer.location)
+        train_steps = {
+            name: TrainStep(
+                policy, references[name], run.train_step.objective, 0, run.train_step.location
+            )
             for name in TIMED
         }
         steps: dict[str, list[Step]] = {name: [] for name in TIMED}
@@ -119,7 +122,7 @@ def timed_steps(options: argparse.Namespace, directory: Path) -> dict[str, list[
             turn = number % len(TIMED)
             for name in (*TIMED[turn:], *TIMED[:turn]):
                 begun = time.perf_counter(), time.process_time()
-                trainers[name].step(batch, number + 1, lr=1e-6)
+                train_steps[name].train(batch, number + 1, lr=1e-6)
                 ended = time.perf_counter(), time.process_time()
                 steps[name].append(Step(ended[0] - begun[0], ended[1] - begun[1]))
                 print(f"batch {number} {name}: {steps[name][-1].wall_s:.1f} s", file=sys.stderr)
@@ -142,7 +145,7 @@ def peak_bytes(kind: str, options: argparse.Namespace, directory: Path) -> int:
     with assembled(options, source, directory) as run:
         step = partial(_sft_step, run) if kind == "sft" else partial(_dpo_step, run)
         if kind == "sft":
-            run.trainer.policy.dpo.detach()
+            run.policy.dpo.detach()
         clock.start()
         for number, batch in enumerate(run.batches, start=1):
             step(batch, number)
@@ -150,15 +153,15 @@ def peak_bytes(kind: str, options: argparse.Namespace, directory: Path) -> int:
     return clock.measured(losses=[], tokens=[], positions=0).peak_bytes
 
 
-def _dpo_step(run: Run, batch: Batch, number: int) -> None:
-    run.trainer.step(batch, number, lr=1e-6)
+def _dpo_step(run: Trainer, batch: Batch, number: int) -> None:
+    run.train_step.train(batch, number, lr=1e-6)
 
 
-def _sft_step(run: Run, batch: Batch, number: int) -> None:
+def _sft_step(run: Trainer, batch: Batch, number: int) -> None:
     """megatron-core's own forward pass and loss, averaged over the answers' tokens."""
-    trainable = run.trainer.policy.trainable
-    seed_step(0, number)
-    trainable.begin_step()
+    trainable = run.policy.trainable
+    seed_rng_for_step(0, number)
+    trainable.zero_grad_buffers()
     targets = sum(len(row.target_tokens_N) for row in batch.rows)
     micro_batches = [_labelled(batch, index) for index in range(len(batch.rows))]
 

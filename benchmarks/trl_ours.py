@@ -26,13 +26,13 @@ from trl_case import (
 )
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
-from megatron_idpo.config.run_config import load_config
+from megatron_idpo.config.load import load_config
 from megatron_idpo.config.yaml_tree import write_yaml
 from megatron_idpo.data.packing.batches import Batch
 from megatron_idpo.data.packing.rows import Row
-from megatron_idpo.mcore.parallel.world import joined_world, running
-from megatron_idpo.train.run_directory import opened
-from megatron_idpo.train.trainer import assemble, prepare
+from megatron_idpo.mcore.parallel.world import distributed_world, running_layout
+from megatron_idpo.train.run_directory import open_run_directory
+from megatron_idpo.train.setup import assemble, prepare
 
 
 def train(case: Case) -> Measured:
@@ -46,13 +46,18 @@ def train(case: Case) -> Measured:
         file = Path(output) / "config.yaml"
         file.write_text(write_yaml(_config(case, output)))
         config = load_config(file, required=REQUIRED, optional=OPTIONAL)
-        with joined_world() as world, opened(Path(config.training.output)) as directory:
+        with (
+            distributed_world() as world,
+            open_run_directory(Path(config.training.output)) as directory,
+        ):
             prepared = prepare(config, world)
-            with running(config.layout.layout(), config.training.seed):
+            with running_layout(config.layout, config.training.seed):
                 run = assemble(config, world, directory, prepared)
                 clock.start()
                 for step, batch in enumerate(run.batches):
-                    metrics, _ = run.trainer.step(batch, step + 1, lr=run.learning_rate.at(step))
+                    metrics, _ = run.train_step.train(
+                        batch, step + 1, lr=run.learning_rate.at(step)
+                    )
                     clock.step_done()
                     losses.append(metrics.values()["loss"])
                     tokens.append(digest(_pairs(batch)))

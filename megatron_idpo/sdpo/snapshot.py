@@ -36,7 +36,7 @@ from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.megatron_to_hf import whole_tensors
 from megatron_idpo.convert.model_source import FrozenModel, check_snapshot, file_digests, open_model
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.lora.merge import merge_for_good
+from megatron_idpo.lora.adapters import merge_in_place
 from megatron_idpo.lora.peft import save_peft, whole_adapter_tensors
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
 from megatron_idpo.mcore.parallel.world import (
@@ -153,7 +153,7 @@ def _write_tensors(
         save_peft(adapters, source.architecture, incomplete / ADAPTER, base_model=base_model)
         return tensors_identity(whole_adapter_tensors(adapters)), policy.start.base_identity
     if adapters is not None:
-        merge_for_good(adapters)
+        merge_in_place(adapters)
     save_weights(policy.chunks, incomplete, location=directory)
     with (
         companions_of(config, source) as companions,

@@ -11,7 +11,6 @@ from megatron_idpo.checkpoint.retention import complete_checkpoints
 from megatron_idpo.checkpoint.snapshot_metadata import (
     check_digests,
     check_names,
-    file_digest,
     read_snapshot,
     remedy,
 )
@@ -25,6 +24,7 @@ from megatron_idpo.sdpo.manifest import (
     snapshot_directory,
 )
 from megatron_idpo.sdpo.table import UNKNOWN, format_size, short_identity, terminal_table
+from megatron_idpo.storage.provenance import file_digest
 
 _SHOWN_SIZES = ("tensor", "pipeline")
 

@@ -11,7 +11,7 @@ from megatron_idpo.convert.hf_io.tokenizer_files import read_json_object
 from megatron_idpo.convert.megatron_to_hf import export_hf
 from megatron_idpo.convert.model_source import ModelSource
 from megatron_idpo.data.tokenize.tokenizers import read_template
-from megatron_idpo.lora.merge import merged_value
+from megatron_idpo.lora.adapters import merged_value
 from megatron_idpo.lora.peft import save_peft
 from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, raise_on_all_ranks
 from megatron_idpo.train.policy import Policy

@@ -1,11 +1,11 @@
-"""Runs of several steps that kill themselves at a call of the file system, and are started again.
+"""sDPO runs that kill themselves at a file system call and are started again.
 
-Run as `python -m tests.sdpo.crash_trials CONFIG OUTPUT ANSWERS WHICH TRIALS`. Everything is
-imported once; each start is a fork, so that there can be many. First an unbroken run counts its
-calls of the file system below its output: between two of them nothing on the disk changes, so these
-are all the moments there are. Then, for each of TRIALS of these moments, a new run is killed there
-and started again until it ends. WHICH chooses among them: `all`, or `transitions` for those at the
-manifest and the snapshots alone. Prints a line of JSON for the unbroken run and for each trial.
+Run as `python -m tests.sdpo.crash_trials CONFIG OUTPUT ANSWERS WHICH TRIALS`. Modules are
+imported once and each start is a fork, so that starts are cheap. First an uninterrupted run counts
+its file system calls below its output. Between two of them nothing on the disk changes, so they
+cover all moments. Then, for each of TRIALS calls, a new run is killed there and started again until
+it ends. WHICH selects the calls: `all`, or `transitions` for those on the manifest and snapshots.
+Prints a line of JSON for the uninterrupted run and for each trial.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _SEED = 7
 
 
 def forked(function: Callable[..., None], *arguments: Any) -> int:
-    """Run a function in a process of its own; how that ended: its code, or minus the signal."""
+    """Run a function in a fork; returns its exit code, or minus the signal that killed it."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -47,7 +47,7 @@ def forked(function: Callable[..., None], *arguments: Any) -> int:
 
 
 def watch(output: Path, call: Callable[[str], None]) -> None:
-    """From now on, hear of every call of the file system below a directory, before it happens."""
+    """Call back before every file system call below a directory, from now on."""
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event in EVENTS and arguments and str(output) in str(arguments[0]):
@@ -56,24 +56,24 @@ def watch(output: Path, call: Callable[[str], None]) -> None:
     sys.addaudithook(audit)
 
 
-def unbroken(config: Path, output: Path, calls: Path) -> None:
-    """The whole run; its calls go into a file."""
-    heard: list[str] = []
-    watch(output, heard.append)
+def uninterrupted(config: Path, output: Path, calls: Path) -> None:
+    """An uninterrupted run; writes its file system calls to a file."""
+    paths: list[str] = []
+    watch(output, paths.append)
     with redirect_stdout(StringIO()):
         code = train(config, [])
-    calls.write_text(json.dumps(heard))
+    calls.write_text(json.dumps(paths))
     assert code == 0, code
 
 
 def killed(config: Path, output: Path, moment: int) -> None:
-    """A run that ends at a moment."""
-    left = [moment]
+    """A run that kills itself at a file system call."""
+    remaining = [moment]
 
     def count(_: str) -> None:
-        if left[0] == 0:
+        if remaining[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
+        remaining[0] -= 1
 
     watch(output, count)
     with redirect_stdout(StringIO()):
@@ -81,7 +81,7 @@ def killed(config: Path, output: Path, moment: int) -> None:
 
 
 def result(output: Path) -> dict[str, Any]:
-    """What a run has come to: its weights to the bit, and every step's snapshot."""
+    """Hash of a run's weights, and the snapshots and references of its steps."""
     weights = hashlib.sha256()
     for path in sorted((output / "hf").glob("*.safetensors")):
         weights.update(path.read_bytes())
@@ -95,11 +95,11 @@ def result(output: Path) -> dict[str, Any]:
 
 
 def main(config: Path, output: Path, answers: Path, which: str, trials: int) -> None:
-    """The unbroken run and all trials."""
+    """Run all trials."""
     torch.set_num_threads(1)
     import_everything()
     calls_file = answers / "calls.json"
-    ended = forked(unbroken, config, output, calls_file)
+    ended = forked(uninterrupted, config, output, calls_file)
     calls: list[str] = json.loads(calls_file.read_text())
     print(json.dumps({"ended": ended, "calls": len(calls), **result(output)}), flush=True)
     moments = [
@@ -111,17 +111,17 @@ def main(config: Path, output: Path, answers: Path, which: str, trials: int) -> 
         shutil.rmtree(output)
         ended = forked(killed, config, output, moment)
         again = forked(killed, config, output, sys.maxsize)
-        message = {"moment": moment, "at": calls[moment], "ended": ended, "again": again}
-        print(json.dumps({**message, **result(output)}), flush=True)
+        trial = {"moment": moment, "at": calls[moment], "ended": ended, "again": again}
+        print(json.dumps({**trial, **result(output)}), flush=True)
 
 
 def import_everything() -> None:
-    """What every run needs."""
+    """Import before forking."""
     from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
-    from megatron_idpo.mcore.megatron_warnings import quiet_megatron
+    from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
     redirect_cuda_to_cpu()
-    with quiet_megatron():
+    with suppress_megatron_warnings():
         import megatron_idpo.sdpo.run
         import megatron_idpo.train.loop  # noqa: F401
 

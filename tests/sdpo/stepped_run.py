@@ -1,7 +1,7 @@
-"""Runs of several steps on a tiny model: what tests of `sdpo/` share, and what workers run.
+"""sDPO runs of a tiny model, shared by tests of `sdpo/`.
 
-24 pairs, dealt to the steps by fractions and at random; 6 a step, so that a half of them is two
-optimizer steps of one epoch.
+24 pairs are assigned to the steps by fractions and at random. With 6 pairs per optimizer step, half
+of them are two optimizer steps per epoch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "merge": {"lora": LORA, "sdpo": {"adapters": "merge"}},
     "carry": {"lora": LORA, "sdpo": {"adapters": "carry"}},
 }
-"""What is learnt, and what becomes of adapters between steps."""
+"""Full training, or LoRA with adapters that are merged or carried between steps."""
 
 TWO_STEPS: Sequence[Mapping[str, Any]] = ({"fraction": 0.5}, {"fraction": 0.5})
+EXPORTING: Sequence[Mapping[str, Any]] = ({"fraction": 0.5, "export": True}, {"fraction": 0.5})
 THREE_STEPS: Sequence[Mapping[str, Any]] = (
     {"fraction": 0.5},
     {"fraction": 0.25, "lr": 5e-3, "layers": [2]},
@@ -39,8 +40,8 @@ def stepped_config(
     steps: Sequence[Mapping[str, Any]] = TWO_STEPS,
     **sections: Mapping[str, Any] | None,
 ) -> str:
-    """A configuration beside `output`; `sections` change and add fields."""
-    together: dict[str, Any] = {
+    """A configuration file next to `output`; `sections` change and add fields."""
+    config: dict[str, Any] = {
         "data": {"eval": str(tiny.held_out)},
         "reference": {"source": "cache"},
         "sdpo": {"steps": [dict(step) for step in steps], "order": "random"},
@@ -48,29 +49,29 @@ def stepped_config(
     }
     for changes in (KINDS[kind], sections):
         for name, fields in changes.items():
-            together[name] = None if fields is None else {**(together.get(name) or {}), **fields}
-    return write_config(tiny, output, **together)
+            config[name] = None if fields is None else {**(config.get(name) or {}), **fields}
+    return write_config(tiny, output, **config)
 
 
 def manifest_of(output: Path) -> Manifest:
-    """A run's, which is there."""
+    """The manifest of a run."""
     manifest = read_manifest(output)
     assert manifest is not None
     return manifest
 
 
 def states(output: Path) -> list[str]:
-    """Of every step."""
+    """State of every step."""
     return [step.state for step in manifest_of(output).steps]
 
 
 def snapshots(output: Path) -> list[str | None]:
-    """Every step's identity."""
+    """Identity of every step's snapshot."""
     return [step.snapshot for step in manifest_of(output).steps]
 
 
 def start_checks(outcome: Outcome) -> int:
-    """How many steps found policy and reference equal before they began."""
+    """Number of steps with a start check."""
     return outcome.printed.count("start check passed")
 
 
@@ -86,7 +87,7 @@ def cached_logps(directory: Path) -> dict[int, Tensor]:
 
 
 def slice_of(output: Path, step: int) -> list[int]:
-    """Which training pairs a step has learnt from."""
+    """Training pairs of a step."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(output / "curriculum.parquet").to_pandas()

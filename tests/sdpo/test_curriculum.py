@@ -1,6 +1,7 @@
-"""The first model's scores, and what is dealt out after them."""
+"""Scores of the first model, and the assignment of pairs to steps."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_idpo.errors import CheckpointError, ConfigError, DataError
-from megatron_idpo.sdpo.curriculum import Curriculum, first_models_remedies, write_curriculum
-from megatron_idpo.sdpo.deal import Easiness
+from megatron_idpo.sdpo.curriculum import Curriculum, first_model_remedies, write_curriculum
+from megatron_idpo.sdpo.split import Easiness
 
 from ..train.tiny_run import NUM_LAYERS
 from .stepped_run import (
@@ -23,6 +24,9 @@ from .stepped_run import (
 )
 
 pytestmark = pytest.mark.distributed
+
+SCORED = re.compile(r"reference log-probs: \d+ training pairs in")
+"""Final line of a scoring pass."""
 
 
 def table(output: Path) -> Any:
@@ -40,36 +44,32 @@ def two_sources(tiny: Files, directory: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-def test_it_is_scored_once_at_every_layer_of_any_step(
+def test_first_model_is_scored_once_at_the_layers_of_all_steps(
     tiny: Files, workers: Any, tmp_path: Path
 ) -> None:
-    """And step 1's reference is taken from it, to the bit, without another pass."""
-    from megatron_idpo.sdpo.table import HEADS
-
+    """Step 1's reference is copied from these scores bitwise, without another pass."""
     output = tmp_path / "run"
-    [outcome] = workers.run(run, 1, stepped_config(tiny, output, steps=THREE_STEPS))
+    file = stepped_config(tiny, output, steps=THREE_STEPS, sdpo={"only": 1})
+    [outcome] = workers.run(run, 1, file)
     assert outcome.code == 0, outcome.printed
     first = cached_logps(output / "first_model")
     assert set(first) == {1, 2, 3, NUM_LAYERS}
-    assert outcome.printed.count("scored training pairs") == 3  # the first model, steps 2 and 3
-    one = cached_logps(output / "step-1" / "reference")
-    mine = table(output).query("step == 1").pair.to_numpy()
-    assert set(one) == {1, 3, NUM_LAYERS}
-    assert all(np.array_equal(one[layer], first[layer][mine]) for layer in one)
-    message = (output / "curriculum.md").read_text()
-    assert all(head in message for head in HEADS) and str(tiny.train) in message
+    assert len(SCORED.findall(outcome.printed)) == 1
+    step_1 = cached_logps(output / "step-1" / "reference")
+    pairs = table(output).query("step == 1").pair.to_numpy()
+    assert set(step_1) == {1, 3, NUM_LAYERS}
+    assert all(np.array_equal(step_1[layer], first[layer][pairs]) for layer in step_1)
+    assert str(tiny.train) in (output / "curriculum.md").read_text()
 
 
-def test_sources_are_lined_up_by_the_first_models_accuracy(
-    tiny: Files, workers: Any, tmp_path: Path
-) -> None:
+def test_sources_are_ordered_by_accuracy(tiny: Files, workers: Any, tmp_path: Path) -> None:
     output, sources = tmp_path / "run", two_sources(tiny, tmp_path)
     file = stepped_config(
         tiny,
         output,
         steps=[{}, {}],
         data={"train": sources},
-        sdpo={"order": "easy_to_hard"},
+        sdpo={"order": "easy_to_hard", "only": 1},
         training={"global_batch_pairs": 4},
     )
     [outcome] = workers.run(run, 1, file)
@@ -83,25 +83,26 @@ def test_sources_are_lined_up_by_the_first_models_accuracy(
     assert [list(step.sources) for step in manifest.steps] == [[easier], [harder]]
 
 
-def test_pairs_are_lined_up_by_their_margin(tiny: Files, workers: Any, tmp_path: Path) -> None:
-    """Per token, here: every pair of step 1 is at least as easy as any of step 2."""
+def test_pairs_are_ordered_by_margin(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    """Per token: every pair of step 1 is at least as easy as any of step 2."""
     output = tmp_path / "run"
     sdpo = {
         "order": "easy_to_hard",
         "by": "pair",
         "measure": "margin",
         "length_normalised": True,
+        "only": 1,
     }
     [outcome] = workers.run(run, 1, stepped_config(tiny, output, sdpo=sdpo))
     assert outcome.code == 0, outcome.printed
-    found = table(output)
-    margins = {step: found[found.step == step].first_model_margin for step in (1, 2)}
+    rows = table(output)
+    margins = {step: rows[rows.step == step].first_model_margin for step in (1, 2)}
     assert len(margins[1]) == len(margins[2]) == 12
     assert margins[1].min() >= margins[2].max()
 
 
 @pytest.mark.exhaustive
-def test_sources_that_steps_name(tiny: Files, workers: Any, tmp_path: Path) -> None:
+def test_steps_with_named_sources(tiny: Files, workers: Any, tmp_path: Path) -> None:
     output, sources = tmp_path / "run", two_sources(tiny, tmp_path)
     steps = [{"sources": [2]}, {"sources": [1, 2]}]
     file = stepped_config(
@@ -113,9 +114,7 @@ def test_sources_that_steps_name(tiny: Files, workers: Any, tmp_path: Path) -> N
     assert slice_of(output, 1) == list(range(16, 24)) and slice_of(output, 2) == list(range(24))
 
 
-def test_what_cannot_be_is_told_before_anything_is_scored(
-    tiny: Files, workers: Any, tmp_path: Path
-) -> None:
+def test_invalid_steps_are_reported(tiny: Files, workers: Any, tmp_path: Path) -> None:
     output = tmp_path / "run"
     steps = [{"fraction": 0.5}, {"fraction": 0.5, "layers": [9]}]
     with pytest.raises(ConfigError, match="layer 9 does not exist"):
@@ -130,7 +129,7 @@ def test_what_cannot_be_is_told_before_anything_is_scored(
 
 
 @pytest.mark.exhaustive
-def test_the_same_path_twice_has_two_names(tiny: Files, workers: Any, tmp_path: Path) -> None:
+def test_path_given_twice_has_two_names(tiny: Files, workers: Any, tmp_path: Path) -> None:
     output = tmp_path / "run"
     source = {"path": str(tiny.train), "weight": 0.5}
     file = stepped_config(tiny, output, data={"train": [source, source]}, sdpo={"only": 1})
@@ -140,15 +139,15 @@ def test_the_same_path_twice_has_two_names(tiny: Files, workers: Any, tmp_path: 
     assert names == {str(tiny.train), f"{tiny.train} (2)"}
 
 
-def test_the_table_has_a_line_per_pair_and_step(tmp_path: Path) -> None:
+def test_table_has_a_row_per_pair_and_step(tmp_path: Path) -> None:
     slices = [np.array([0, 3]), np.array([1, 3]), np.array([3])]
     easiness = Easiness(np.array([1.0, 0, 1, 0]), np.array([0.5, -1, 2, -3]))
     source_P = np.array([0, 0, 1, 1])
     write_curriculum(Curriculum(slices, ["a", "b"], source_P, easiness), tmp_path / "curriculum")
     (tmp_path / "curriculum").rename(tmp_path / "curriculum.parquet")
-    found = table(tmp_path)
-    assert list(found.columns[:3]) == ["pair", "source", "step"]
-    assert found.to_numpy().tolist() == [
+    rows = table(tmp_path)
+    assert list(rows.columns[:3]) == ["pair", "source", "step"]
+    assert rows.to_numpy().tolist() == [
         [0, "a", 1, 0.5, 1.0],
         [1, "a", 2, -1.0, 0.0],
         [2, "b", 0, 2.0, 1.0],
@@ -160,7 +159,7 @@ def test_the_table_has_a_line_per_pair_and_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("remedy", "left"),
+    ("remedy", "expected"),
     [
         ("name another in reference.cache, or delete this one", "delete this one"),
         ("wait for it, or name another directory in reference.cache", "wait for it"),
@@ -168,21 +167,21 @@ def test_the_table_has_a_line_per_pair_and_step(tmp_path: Path) -> None:
         ("free some space", "free some space"),
     ],
 )
-def test_remedies_that_do_not_move_the_first_models_cache(remedy: str, left: str) -> None:
-    with pytest.raises(CheckpointError) as raised, first_models_remedies():
+def test_remedies_do_not_name_reference_cache(remedy: str, expected: str) -> None:
+    with pytest.raises(CheckpointError) as raised, first_model_remedies():
         raise CheckpointError.at("first_model", "is another's", remedy)
-    assert str(raised.value) == f"first_model: is another's; {left}"
+    assert str(raised.value) == f"first_model: is another's; {expected}"
 
 
-def test_a_cache_of_something_else_says_what_helps(
+def test_scores_of_other_data_are_rejected_with_remedy(
     tiny: Files, workers: Any, tmp_path: Path
 ) -> None:
-    """And it does help."""
+    """The remedy does not name `reference.cache`."""
     output = tmp_path / "run"
     file = stepped_config(tiny, output, sdpo={"only": 1})
     assert workers.run(run, 1, file)[0].code == 0
     (output / "manifest.json").unlink()
     longer = stepped_config(tiny, output, data={"max_length": 64}, sdpo={"only": 1})
-    with pytest.raises(CheckpointError, match=r"first_model: is the cache of another") as raised:
+    with pytest.raises(CheckpointError, match=r"first_model: does not fit this run") as raised:
         workers.run(run, 1, longer)
     assert str(raised.value).endswith("; delete this one to score again")

@@ -1,4 +1,4 @@
-"""What the manifest remembers, and which changes of a configuration it lets pass."""
+"""The manifest: reading, writing, and comparison with the current configuration."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_idpo.errors import CheckpointError
 from megatron_idpo.sdpo.manifest import (
     FILE,
     Manifest,
-    continued,
+    merge_manifests,
     read_manifest,
     write_manifest,
 )
@@ -18,27 +18,27 @@ from megatron_idpo.storage.sealed import write_sealed
 
 from .tiny_manifest import identity, manifest, record
 
-FOUND = manifest("complete", "training", "pending")
+SAVED = manifest("complete", "training", "pending")
 PLANNED = manifest("pending", "pending", "pending")
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_written_manifest_is_read_back(tmp_path: Path) -> None:
     learnt = {"objective.layers": {"every": 4}, "lora.rank": None, "objective.beta": 1e-7}
     steps = (record(1, "complete", learnt=learnt, is_removed=True), record(2, "training"))
-    for written in (FOUND, manifest(adapters=None, steps=steps, accuracy={"é": 1 / 3})):
+    for written in (SAVED, manifest(adapters=None, steps=steps, accuracy={"é": 1 / 3})):
         write_manifest(tmp_path, written)
         assert read_manifest(tmp_path) == written
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
-def test_there_may_be_none(tmp_path: Path) -> None:
+def test_missing_manifest_is_none(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
     assert read_manifest(tmp_path / "missing") is None
 
 
 @pytest.mark.parametrize("at", [0.01, 0.3, 0.6, 0.99])
-def test_a_byte_that_changed_is_reported(tmp_path: Path, at: float) -> None:
-    write_manifest(tmp_path, FOUND)
+def test_changed_byte_is_reported(tmp_path: Path, at: float) -> None:
+    write_manifest(tmp_path, SAVED)
     content = bytearray((tmp_path / FILE).read_bytes())
     content[int(at * len(content))] ^= 1
     (tmp_path / FILE).write_bytes(content)
@@ -47,20 +47,20 @@ def test_a_byte_that_changed_is_reported(tmp_path: Path, at: float) -> None:
 
 
 @pytest.mark.parametrize("format_", [0, 2, None])
-def test_another_version_is_told_which(tmp_path: Path, format_: int | None) -> None:
-    """Its fields may be others."""
+def test_manifest_of_another_version_is_reported(tmp_path: Path, format_: int | None) -> None:
+    """Its fields may differ."""
     numbered = {} if format_ is None else {"format": format_}
-    write_sealed(tmp_path / FILE, {**numbered, **asdict(FOUND), "version": "9.9", "new": 1})
-    with pytest.raises(CheckpointError, match=r"manifest\.json: .*megatron-idpo 9\.9; go on with"):
+    write_sealed(tmp_path / FILE, {**numbered, **asdict(SAVED), "version": "9.9", "new": 1})
+    with pytest.raises(CheckpointError, match=r"manifest\.json: .*megatron-idpo 9\.9; resume with"):
         read_manifest(tmp_path)
 
 
-def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+def test_path_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be written"):
-        write_manifest(tmp_path / "missing", FOUND)
+        write_manifest(tmp_path / "missing", SAVED)
 
 
-def test_a_step_goes_from_pending_to_complete() -> None:
+def test_states_of_a_step() -> None:
     now = manifest("pending", "pending")
     assert now.next_step == 1
     now = now.with_step(1, state="training", start=identity("model"))
@@ -72,100 +72,102 @@ def test_a_step_goes_from_pending_to_complete() -> None:
     assert now.with_step(2, state="complete").next_step is None
 
 
-def test_a_run_goes_on_where_it_stands() -> None:
-    assert continued(Path("x"), FOUND, PLANNED) == FOUND
+def test_saved_manifest_is_kept() -> None:
+    assert merge_manifests(Path("x"), SAVED, PLANNED) == SAVED
     done = manifest("complete", "complete", "complete")
-    assert continued(Path("x"), done, PLANNED) == done
-    assert continued(Path("x"), PLANNED, PLANNED) == PLANNED
+    assert merge_manifests(Path("x"), done, PLANNED) == done
+    assert merge_manifests(Path("x"), PLANNED, PLANNED) == PLANNED
 
 
-def test_what_has_not_begun_is_as_it_is_planned_now() -> None:
+def test_pending_steps_are_replaced_by_the_plan() -> None:
     other = record(3, pairs=7, data=identity("other"), sources={}, learnt={"objective.beta": 9.0})
     for steps in (
         (*PLANNED.steps[:2], other),
         (*PLANNED.steps[:2], other, record(4)),
         PLANNED.steps[:2],
     ):
-        message = continued(Path("x"), FOUND, replace(PLANNED, steps=steps))
-        assert message.steps == (*FOUND.steps[:2], *steps[2:])
+        merged = merge_manifests(Path("x"), SAVED, replace(PLANNED, steps=steps))
+        assert merged.steps == (*SAVED.steps[:2], *steps[2:])
 
 
-def test_a_source_of_a_begun_step_may_have_another_name() -> None:
-    """The report counts by the names of now."""
+def test_source_may_be_renamed() -> None:
+    """The current names are used."""
     renamed = {"moved/easy.jsonl": 900, "moved/hard.jsonl": 100}
     planned = PLANNED.with_step(1, sources=renamed)
-    now = continued(Path("x"), FOUND, replace(planned, accuracy=dict.fromkeys(renamed, 0.5)))
-    assert now.step(1) == replace(FOUND.step(1), sources=renamed)
-    assert set(now.step(1).sources) == set(now.accuracy)
+    merged = merge_manifests(
+        Path("x"), SAVED, replace(planned, accuracy=dict.fromkeys(renamed, 0.5))
+    )
+    assert merged.step(1) == replace(SAVED.step(1), sources=renamed)
+    assert set(merged.step(1).sources) == set(merged.accuracy)
 
 
-def test_what_tells_no_model_from_another_may_change() -> None:
+def test_path_accuracy_and_version_may_change() -> None:
     changes: dict[str, Any] = {
         "model": "moved/model",
         "accuracy": {"all": 0.5},
         "version": "9.9",
     }
     planned = replace(PLANNED, **changes)
-    assert continued(Path("x"), FOUND, planned) == replace(FOUND, **changes)
+    assert merge_manifests(Path("x"), SAVED, planned) == replace(SAVED, **changes)
 
 
 def step_changed(number: int, **changes: Any) -> Manifest:
     return PLANNED.with_step(number, **changes)
 
 
-LEARNT = PLANNED.step(1).learnt
-REFUSED: dict[str, tuple[Manifest, str]] = {
+LEARNED = PLANNED.step(1).learnt
+CHANGED: dict[str, tuple[Manifest, str]] = {
     "model": (
         replace(PLANNED, model_identity=identity("other")),
-        "was begun with another first model (some/model)",
+        "the first model (some/model) differs",
     ),
     "target": (
         replace(PLANNED, target="first"),
-        "was begun with sdpo.target = previous, not first",
+        "sdpo.target was previous, is now first",
     ),
     "adapters": (
         replace(PLANNED, adapters="carry"),
-        "was begun with sdpo.adapters = merge, not carry",
+        "sdpo.adapters was merge, is now carry",
     ),
     "all weights": (
         replace(PLANNED, adapters=None),
-        "was begun with sdpo.adapters = merge, not None",
+        "sdpo.adapters was merge, is now not set",
     ),
     "data of a complete step": (
         step_changed(1, data=identity("other"), pairs=1234),
-        "was begun with other pairs in step 1 (1,000, now 1,234)",
+        "step 1: pairs differ (1,000, now 1,234)",
     ),
     "data of a step in training": (
         step_changed(2, data=identity("other")),
-        "was begun with other pairs in step 2 (2,000, now 2,000)",
+        "step 2: pairs differ (2,000, now 2,000)",
     ),
     "a value": (
-        step_changed(1, learnt={**LEARNT, "objective.beta": 0.2}),
-        "was begun with objective.beta = 0.1 in step 1, not 0.2",
+        step_changed(1, learnt={**LEARNED, "objective.beta": 0.2}),
+        "step 1.objective.beta was 0.1, is now 0.2",
     ),
     "a list": (
-        step_changed(2, learnt={**LEARNT, "objective.layers": [2, 3]}),
-        "was begun with objective.layers = [2] in step 2, not [2, 3]",
+        step_changed(2, learnt={**LEARNED, "objective.layers": [2, 3]}),
+        "step 2.objective.layers was [2], is now [2, 3]",
     ),
     "a new name": (
-        step_changed(1, learnt={**LEARNT, "lora.rank": 8}),
-        "was begun with lora.rank = None in step 1, not 8",
+        step_changed(1, learnt={**LEARNED, "lora.rank": 8}),
+        "step 1.lora.rank was not set, is now 8",
     ),
     "a lost name": (
         step_changed(1, learnt={"objective.beta": 0.1, "objective.layers": [2]}),
-        "was begun with model.dtype = bf16 in step 1, not None",
+        "step 1.model.dtype was bf16, is now not set",
     ),
     "fewer steps": (
         replace(PLANNED, steps=PLANNED.steps[:1]),
-        "was begun with 3 steps, of which 2 are begun",
+        "2 steps have begun, but 1 are configured",
     ),
 }
 
 
-@pytest.mark.parametrize(("planned", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_was_done_otherwise_is_refused(planned: Manifest, reason: str) -> None:
+@pytest.mark.parametrize(("planned", "reason"), CHANGED.values(), ids=CHANGED)
+def test_changed_input_of_a_begun_step_is_reported(planned: Manifest, reason: str) -> None:
     with pytest.raises(CheckpointError) as raised:
-        continued(Path("runs/x"), FOUND, planned)
+        merge_manifests(Path("runs/x"), SAVED, planned)
     (problem,) = raised.value.problems
     pairs = "pairs" in reason
     assert problem.location == f"runs/x/{FILE}"
@@ -174,8 +176,8 @@ def test_what_was_done_otherwise_is_refused(planned: Manifest, reason: str) -> N
     assert problem.remedy.startswith("use the data, seed and sdpo.order" if pairs else "keep it,")
 
 
-def test_every_difference_is_told_at_once() -> None:
+def test_all_differences_are_reported_at_once() -> None:
     planned = replace(step_changed(1, learnt={}, data=identity("x")), target="first")
     with pytest.raises(CheckpointError) as raised:
-        continued(Path("x"), FOUND, planned)
-    assert len(raised.value.problems) == 2 + len(LEARNT)
+        merge_manifests(Path("x"), SAVED, planned)
+    assert len(raised.value.problems) == 2 + len(LEARNED)

@@ -1,4 +1,4 @@
-"""The manifest while a run goes on: one transition each, the same on every rank, deletion last."""
+"""Transitions of the manifest: equal on every rank; files are deleted after it is written."""
 
 import math
 from dataclasses import replace
@@ -9,8 +9,13 @@ import pytest
 
 from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.sdpo.manifest import FILE, Manifest, read_manifest, write_manifest
-from megatron_idpo.sdpo.retention import snapshot_directory
+from megatron_idpo.sdpo.manifest import (
+    FILE,
+    Manifest,
+    read_manifest,
+    snapshot_directory,
+    write_manifest,
+)
 
 from .tiny_manifest import identity, manifest, metrics, record
 
@@ -21,52 +26,52 @@ LAYOUT = {"tensor": 2, "pipeline": 1, "context": 1}
 
 
 def train(root: str, planned: Manifest, number: int) -> list[Manifest]:
-    """On a rank: the manifest after each transition of a step, as it is known here."""
+    """The manifest on this rank after each transition of a step."""
     from megatron_idpo.checkpoint.snapshot_metadata import Snapshot
-    from megatron_idpo.convert.frozen_model import FrozenModel
+    from megatron_idpo.convert.model_source import FrozenModel
     from megatron_idpo.mcore.parallel.world import barrier
     from megatron_idpo.sdpo.manifest_file import ManifestFile
 
-    def noted() -> None:
+    def record_state() -> None:
         known.append(file.manifest)
         assert read_manifest(Path(root)) == file.manifest
-        barrier()  # or the first rank writes the next one while another still reads
+        barrier()  # otherwise the first rank could write the next one while another reads
 
     known: list[Manifest] = []
     file = ManifestFile(Path(root), planned)
-    noted()
+    record_state()
     before = identity("model" if number == 1 else f"snapshot{number - 1}")
     model = FrozenModel(cast(Any, None), before)
-    file.begun(number, model, model, LAYOUT)
-    noted()
+    file.mark_training(number, model, model, LAYOUT)
+    record_state()
     whole = identity(f"snapshot{number}")
     snapshot = Snapshot(identity=whole, tensors=whole, base=None, files={}, total_bytes=269_000_000)
     odd = {"eval_nll": math.nan, "eval_norm": math.inf}
-    file.completed(number, snapshot, {**metrics(0.75, 0.125 * number), **odd})
-    noted()
+    file.mark_complete(number, snapshot, {**metrics(0.75, 0.125 * number), **odd})
+    record_state()
     return known
 
 
 def clean(root: str, fields: dict[str, Any], dies: bool = False) -> Manifest:
-    """On a rank: delete what need not stay; or die when the first snapshot should go."""
+    """Delete what is not kept; with `dies`, fail at the first deletion of a snapshot."""
     from unittest import mock
 
     from megatron_idpo.sdpo.manifest_file import ManifestFile
 
-    found = read_manifest(Path(root))
-    assert found is not None
-    file = ManifestFile(Path(root), found)
-    sdpo = SdpoConfig.model_validate({"steps": [{}] * len(found.steps), **fields})
+    now = read_manifest(Path(root))
+    assert now is not None
+    file = ManifestFile(Path(root), now)
+    sdpo = SdpoConfig.model_validate({"steps": [{}] * len(now.steps), **fields})
     if dies:
-        location = "megatron_idpo.sdpo.manifest_file.delete_snapshot"
+        location = "megatron_idpo.sdpo.manifest_file.delete_directory"
         with mock.patch(location, side_effect=CheckpointError("killed")):
-            file.clean(sdpo)
-    file.clean(sdpo)
+            file.delete_unneeded(sdpo)
+    file.delete_unneeded(sdpo)
     return file.manifest
 
 
 def write_run(root: Path, now: Manifest) -> None:
-    """Every step that has begun has a checkpoint, every complete one a snapshot too."""
+    """A checkpoint for every step that has begun, a snapshot for every complete one."""
     write_manifest(root, now)
     for number, step in enumerate(now.steps, 1):
         directories = [root / f"step-{number}" / "checkpoints"] * (step.state != "pending")
@@ -75,15 +80,17 @@ def write_run(root: Path, now: Manifest) -> None:
             (directory / "sub").mkdir(parents=True)
 
 
-def there(root: Path) -> list[str]:
-    found = [*root.glob("step-*/*"), *root.glob("snapshots/*")]
-    return sorted(str(path.relative_to(root)) for path in found)
+def remaining(root: Path) -> list[str]:
+    paths = [*root.glob("step-*/*"), *root.glob("snapshots/*")]
+    return sorted(str(path.relative_to(root)) for path in paths)
 
 
-def test_one_transition_each_and_every_rank_knows(workers, tmp_path):
-    one, other = workers.run(train, 2, str(tmp_path), PLANNED, 1)
+def test_transitions_are_equal_on_every_rank(workers, tmp_path):
+    first, second = workers.run(train, 2, str(tmp_path), PLANNED, 1)
     assert (
-        one == other == [PLANNED, manifest("training", "pending"), manifest("complete", "pending")]
+        first
+        == second
+        == [PLANNED, manifest("training", "pending"), manifest("complete", "pending")]
     )
     [steps] = workers.run(train, 1, str(tmp_path), PLANNED, 2)
     assert steps == [
@@ -94,18 +101,18 @@ def test_one_transition_each_and_every_rank_knows(workers, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [FILE]
 
 
-def test_pending_steps_are_planned_anew(workers, tmp_path):
+def test_pending_steps_are_replaced_by_the_plan(workers, tmp_path):
     write_manifest(tmp_path, manifest("complete", "pending"))
     other = replace(PLANNED, steps=(PLANNED.steps[0], record(2, pairs=7), record(3)))
     [[begun, *_]] = workers.run(train, 1, str(tmp_path), other, 2)
     assert begun == replace(other, steps=(record(1, "complete"), *other.steps[1:]))
 
 
-def test_another_run_is_refused_on_every_rank_and_stays(workers, tmp_path):
+def test_manifest_of_another_run_is_rejected_and_unchanged(workers, tmp_path):
     write_manifest(tmp_path, manifest("complete", "pending"))
     before = (tmp_path / FILE).read_bytes()
     other = replace(PLANNED, target="first")
-    with pytest.raises(CheckpointError, match=r"manifest\.json: was begun with sdpo\.target"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: sdpo\.target was previous"):
         workers.run(train, 2, str(tmp_path), other, 1)
     assert (tmp_path / FILE).read_bytes() == before
     (tmp_path / FILE).write_bytes(before.replace(b"complete", b"pending"))
@@ -113,7 +120,7 @@ def test_another_run_is_refused_on_every_rank_and_stays(workers, tmp_path):
         workers.run(train, 2, str(tmp_path), PLANNED, 1)
 
 
-def test_a_place_that_cannot_be_written_is_reported(workers, tmp_path):
+def test_path_that_cannot_be_written_is_reported(workers, tmp_path):
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be written"):
         workers.run(train, 2, str(tmp_path / "missing"), PLANNED, 1)
 
@@ -139,23 +146,23 @@ CLEANED = {
 }
 
 
-@pytest.mark.parametrize(("fields", "stay"), CLEANED.values(), ids=CLEANED)
-def test_what_is_deleted(workers, tmp_path, fields, stay):
+@pytest.mark.parametrize(("fields", "kept"), CLEANED.values(), ids=CLEANED)
+def test_deletion(workers, tmp_path, fields, kept):
     write_run(tmp_path, NOW)
     for _ in range(2):
-        one, other = workers.run(clean, 2, str(tmp_path), fields)
-        assert there(tmp_path) == stay
-        removed = "snapshots/step-1" not in stay
-        assert one == other == NOW.with_step(1, is_removed=removed)
-        assert read_manifest(tmp_path) == one
+        first, second = workers.run(clean, 2, str(tmp_path), fields)
+        assert remaining(tmp_path) == kept
+        removed = "snapshots/step-1" not in kept
+        assert first == second == NOW.with_step(1, is_removed=removed)
+        assert read_manifest(tmp_path) == first
 
 
-def test_a_kill_while_deleting_costs_nothing(workers, tmp_path):
+def test_interrupted_deletion_is_completed_by_the_next_start(workers, tmp_path):
     write_run(tmp_path, NOW)
     with pytest.raises(CheckpointError, match="killed"):
         workers.run(clean, 1, str(tmp_path), {"keep_snapshots": "last"}, dies=True)
-    assert "snapshots/step-1" in there(tmp_path)
-    found = read_manifest(tmp_path)
-    assert found is not None and found.step(1).is_removed
+    assert "snapshots/step-1" in remaining(tmp_path)
+    now = read_manifest(tmp_path)
+    assert now is not None and now.step(1).is_removed
     workers.run(clean, 1, str(tmp_path), {})
-    assert there(tmp_path) == ["snapshots/step-2", "step-3/checkpoints"]
+    assert remaining(tmp_path) == ["snapshots/step-2", "step-3/checkpoints"]

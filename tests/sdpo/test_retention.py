@@ -1,4 +1,4 @@
-"""What a run need not keep, and that deleting it can be ended at any moment."""
+"""Deletion of unneeded snapshots and checkpoints, which may be interrupted at any moment."""
 
 import shutil
 from pathlib import Path
@@ -7,13 +7,8 @@ from unittest import mock
 import pytest
 
 from megatron_idpo.config.sdpo import SdpoConfig
-from megatron_idpo.sdpo.manifest import Manifest
-from megatron_idpo.sdpo.retention import (
-    delete_checkpoints,
-    delete_snapshot,
-    snapshot_directory,
-    superfluous_snapshots,
-)
+from megatron_idpo.sdpo.manifest import Manifest, snapshot_directory
+from megatron_idpo.sdpo.manifest_file import delete_directory, unneeded_snapshots
 
 from .tiny_manifest import manifest
 
@@ -22,7 +17,7 @@ LAST = SdpoConfig.model_validate({"steps": [{}], "keep_snapshots": "last"})
 
 
 def filled(directory: Path) -> Path:
-    """A directory with a file that nobody may write, as snapshots have."""
+    """Create a directory with a read-only file, like a snapshot's."""
     directory.mkdir(parents=True)
     (directory / "weights").write_text("x")
     (directory / "weights").chmod(0o444)
@@ -47,57 +42,57 @@ KEPT: dict[str, tuple[Manifest, list[int]]] = {
 
 
 @pytest.mark.parametrize(("now", "gone"), KEPT.values(), ids=KEPT)
-def test_the_last_snapshot_stays(now: Manifest, gone: list[int]) -> None:
-    assert superfluous_snapshots(now, LAST) == gone
-    assert superfluous_snapshots(now, ALL) == []
+def test_newest_snapshot_is_kept(now: Manifest, gone: list[int]) -> None:
+    assert unneeded_snapshots(now, LAST) == gone
+    assert unneeded_snapshots(now, ALL) == []
 
 
-def test_a_steps_checkpoints_go(tmp_path: Path) -> None:
+def test_only_the_given_directory_is_deleted(tmp_path: Path) -> None:
     for number in (1, 2, 10):
         filled(tmp_path / f"step-{number}" / "checkpoints" / "step-00000004")
     filled(tmp_path / "step-1" / "hf")
     for _ in range(2):
-        delete_checkpoints(tmp_path, 1)
+        delete_directory(tmp_path / "step-1" / "checkpoints")
         assert names(tmp_path / "step-1") == ["hf"]
-    delete_checkpoints(tmp_path, 3)
+    delete_directory(tmp_path / "step-3" / "checkpoints")
     assert names(tmp_path) == ["step-1", "step-10", "step-2"]
     assert names(tmp_path / "step-2") == names(tmp_path / "step-10") == ["checkpoints"]
 
 
-def test_a_steps_snapshot_goes(tmp_path: Path) -> None:
+def test_snapshot_with_read_only_files_is_deleted(tmp_path: Path) -> None:
     assert snapshot_directory(tmp_path, 1) == tmp_path / "snapshots" / "step-1"
-    delete_snapshot(tmp_path, 1)
+    delete_directory(snapshot_directory(tmp_path, 1))
     for number in (1, 2, 10):
         filled(snapshot_directory(tmp_path, number))
     for _ in range(2):
-        delete_snapshot(tmp_path, 1)
+        delete_directory(snapshot_directory(tmp_path, 1))
         assert names(tmp_path / "snapshots") == ["step-10", "step-2"]
 
 
-def test_a_snapshot_loses_its_name_before_its_files(tmp_path: Path) -> None:
+def test_directory_is_renamed_before_its_files_are_deleted(tmp_path: Path) -> None:
     directory = filled(snapshot_directory(tmp_path, 1))
     filled(directory.with_name(".step-10.removed-ab"))
     with mock.patch.object(shutil, "rmtree", side_effect=KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
-            delete_snapshot(tmp_path, 1)
+            delete_directory(snapshot_directory(tmp_path, 1))
     assert not directory.exists()
     (hidden,) = directory.parent.glob(".step-1.removed-*")
     assert (hidden / "weights").is_file()
-    delete_snapshot(tmp_path, 1)
+    delete_directory(snapshot_directory(tmp_path, 1))
     assert names(directory.parent) == [".step-10.removed-ab"]
 
 
-def test_leftovers_of_several_kills_go(tmp_path: Path) -> None:
+def test_leftovers_of_several_kills_are_deleted(tmp_path: Path) -> None:
     for name in (".checkpoints.removed-ab", ".checkpoints.removed-cd", "checkpoints"):
         filled(tmp_path / "step-1" / name)
-    delete_checkpoints(tmp_path, 1)
+    delete_directory(tmp_path / "step-1" / "checkpoints")
     assert names(tmp_path / "step-1") == []
 
 
-def test_what_cannot_be_deleted_goes_the_next_time(tmp_path: Path) -> None:
+def test_failed_deletion_is_retried_by_the_next_call(tmp_path: Path) -> None:
     directory = filled(snapshot_directory(tmp_path, 1))
     with mock.patch.object(Path, "rename", side_effect=PermissionError(13, "Permission denied")):
-        delete_snapshot(tmp_path, 1)
+        delete_directory(snapshot_directory(tmp_path, 1))
     assert names(directory) == ["weights"]
-    delete_snapshot(tmp_path, 1)
+    delete_directory(snapshot_directory(tmp_path, 1))
     assert names(tmp_path / "snapshots") == []

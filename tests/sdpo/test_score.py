@@ -1,4 +1,4 @@
-"""Scores made ahead of a run of several steps are those that it reads."""
+"""The verb `score` with steps: training reads the scores."""
 
 from contextlib import redirect_stdout
 from io import StringIO
@@ -16,18 +16,17 @@ pytestmark = pytest.mark.distributed
 
 
 def score(file: str, *overrides: str) -> tuple[int, str]:
-    """On every rank: the verb; its code and what it printed."""
-    from megatron_idpo.cli.score import main
+    """The verb `score`: exit code and output."""
+    from megatron_idpo.cli.main import console_logging
+    from megatron_idpo.cli.train import score as main
 
-    with redirect_stdout(StringIO()) as printed:
+    with redirect_stdout(StringIO()) as printed, console_logging():
         code = main(Path(file), list(overrides))
     return code, printed.getvalue()
 
 
-def test_training_reads_what_was_scored_in_another_layout(
-    tiny: Files, workers: Any, tmp_path: Path
-) -> None:
-    """At the layers of every step; wherever the steps' own caches are."""
+def test_training_reads_scores_of_another_layout(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    """At the layers of all steps; `reference.cache` is not used."""
     output = tmp_path / "run"
     reference = {"cache": str(tmp_path / "caches")}
     file = stepped_config(tiny, output, steps=THREE_STEPS, reference=reference, sdpo={"only": 1})
@@ -37,20 +36,20 @@ def test_training_reads_what_was_scored_in_another_layout(
     assert set(cached_logps(output / "first_model")) == {1, 2, 3, NUM_LAYERS}
     assert not (tmp_path / "caches").exists() and not (output / "reference").exists()
     [outcome] = workers.run(run, 1, file)
-    assert outcome.code == 0 and "scored training pairs" not in outcome.printed
+    assert outcome.code == 0 and "training pairs in" not in outcome.printed
     assert (output / "first_model" / "reference.parquet").read_bytes() == before
 
 
-def test_more_layers_are_a_question_of_the_objective(
-    tiny: Files, workers: Any, tmp_path: Path
-) -> None:
+def test_objective_layers_all_scores_every_layer(tiny: Files, workers: Any, tmp_path: Path) -> None:
     output = tmp_path / "run"
     [(code, _)] = workers.run(score, 1, stepped_config(tiny, output), "objective.layers=all")
     assert code == 0
     assert set(cached_logps(output / "first_model")) == {1, 2, 3, NUM_LAYERS}
 
 
-def test_what_cannot_be_is_reported(tiny: Files, workers: Any, tmp_path: Path) -> None:
+def test_invalid_layers_and_other_data_are_reported(
+    tiny: Files, workers: Any, tmp_path: Path
+) -> None:
     file = stepped_config(tiny, tmp_path / "run")
     with pytest.raises(ConfigError, match="layer 9 does not exist"):
         workers.run(score, 1, file, "objective.layers=[9]")

@@ -1,4 +1,4 @@
-"""`sdpo status`: what is done, what is next, and what was changed; from files alone."""
+"""`sdpo status`: states, the next action, and detection of changed files."""
 
 import hashlib
 from pathlib import Path
@@ -8,15 +8,14 @@ import pytest
 from megatron_idpo.checkpoint.snapshot_metadata import Snapshot, write_description
 from megatron_idpo.cli.main import main as cli
 from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError, ConfigError
-from megatron_idpo.sdpo.manifest import FILE, Manifest, write_manifest
-from megatron_idpo.sdpo.retention import snapshot_directory
+from megatron_idpo.sdpo.manifest import FILE, Manifest, snapshot_directory, write_manifest
 from megatron_idpo.sdpo.status import (
-    check_snapshot,
+    describe_next,
+    existing_snapshots,
     format_snapshot,
-    identities,
+    identity_lines,
     main,
-    snapshots_there,
-    what_is_next,
+    verify_snapshot,
 )
 
 from .tiny_manifest import identity, manifest, record
@@ -38,10 +37,10 @@ def write_snapshot(root: Path, number: int) -> Path:
 
 
 def write_run(root: Path, now: Manifest) -> Path:
-    """A run's directory with the snapshots that should be there."""
+    """A run's directory with its snapshots."""
     root.mkdir(exist_ok=True)
     write_manifest(root, now)
-    for number in snapshots_there(now):
+    for number in existing_snapshots(now):
         write_snapshot(root, number)
     return root
 
@@ -50,49 +49,49 @@ def listing(root: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
-FROM_2 = f"step 2 is trained on 2,000 pairs; reference: step 1's snapshot {'snapshot1000'}; start: "
+STEP_2 = "step 2 trains on 2,000 pairs; reference: snapshot snapshot1000 of step 1; start: "
 NEXT: dict[str, tuple[Manifest, list[str], str]] = {
-    # the manifest, directories there, what is told
+    # manifest, existing directories, text
     "nothing begun": (
         manifest("pending", "pending"),
         [],
-        "step 1 is trained on 1,000 pairs from its beginning",
+        "step 1 trains on 1,000 pairs from its start",
     ),
     "step 1 killed before a checkpoint": (
         manifest("training", "pending"),
         ["step-1/checkpoints/.step-00000004.incomplete-ab", "step-1/checkpoints/step-4"],
-        "step 1 is trained on 1,000 pairs from its beginning",
+        "step 1 trains on 1,000 pairs from its start",
     ),
     "step 1 killed after one": (
         manifest("training", "pending"),
         ["step-1/checkpoints/step-00000990", "step-1/checkpoints/step-00001000"],
-        "step 1 goes on after its optimizer step 1,000",
+        "step 1 resumes from its optimizer step 1,000",
     ),
     "checkpoints of very many steps": (
         manifest("training"),
         ["step-1/checkpoints/step-99999999", "step-1/checkpoints/step-100000000"],
-        "step 1 goes on after its optimizer step 100,000,000",
+        "step 1 resumes from its optimizer step 100,000,000",
     ),
-    "between steps": (manifest("complete", "pending"), [], f"{FROM_2}that"),
+    "between steps": (manifest("complete", "pending"), [], f"{STEP_2}the same snapshot"),
     "between steps, from the first model": (
         manifest("complete", "pending", target="first"),
         [],
-        f"{FROM_2}the first model",
+        f"{STEP_2}the first model",
     ),
     "step 2 killed before a checkpoint": (
         manifest("complete", "training"),
         ["step-1/checkpoints/step-00000007"],
-        f"{FROM_2}that",
+        f"{STEP_2}the same snapshot",
     ),
     "step 2 killed after one": (
         manifest("complete", "training"),
         ["step-2/checkpoints/step-00000007"],
-        "step 2 goes on after its optimizer step 7",
+        "step 2 resumes from its optimizer step 7",
     ),
     "a checkpoint of another run": (
         manifest("complete", "pending"),
         ["step-2/checkpoints/step-00000007"],
-        f"{FROM_2}that",
+        f"{STEP_2}the same snapshot",
     ),
     "all complete": (
         manifest("complete", "complete"),
@@ -102,57 +101,57 @@ NEXT: dict[str, tuple[Manifest, list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("now", "there", "message"), NEXT.values(), ids=NEXT)
-def test_what_is_next(tmp_path: Path, now: Manifest, there: list[str], message: str) -> None:
-    for name in there:
+@pytest.mark.parametrize(("now", "existing", "text"), NEXT.values(), ids=NEXT)
+def test_next_action(tmp_path: Path, now: Manifest, existing: list[str], text: str) -> None:
+    for name in existing:
         (tmp_path / name).mkdir(parents=True)
-    assert what_is_next(tmp_path, now) == message
+    assert describe_next(tmp_path, now) == text
 
 
-def test_the_chain_can_be_followed() -> None:
+def test_starts_and_references_are_shown_by_identity() -> None:
     now = manifest("complete", "training", "pending").with_step(2, layout={"context": 1})
-    assert identities(now) == [
+    assert identity_lines(now) == [
         "first model model0000000 (some/model); target previous, adapters merge",
         "step 1: starts from model0000000, reference model0000000, layout tensor 2, pipeline 1, "
         "snapshot snapshot1000 (269.0 MB)",
         "step 2: starts from snapshot1000, reference snapshot1000, layout –, snapshot none yet",
     ]
-    assert identities(manifest("pending", adapters=None, target="first")) == [
+    assert identity_lines(manifest("pending", adapters=None, target="first")) == [
         "first model model0000000 (some/model); target first"
     ]
     assert format_snapshot(record(1, "complete", is_removed=True)).endswith("(269.0 MB), removed")
 
 
-def test_snapshots_that_should_be_there() -> None:
+def test_existing_snapshots() -> None:
     now = manifest("complete", "complete", "training").with_step(1, is_removed=True)
-    assert snapshots_there(now) == [2]
+    assert existing_snapshots(now) == [2]
 
 
 @pytest.mark.parametrize("check", [False, True])
-def test_a_run_is_shown_and_not_touched(
+def test_status_changes_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], check: bool
 ) -> None:
     now = manifest("complete", "complete", "pending").with_step(1, is_removed=True)
     root = write_run(tmp_path / "run", now)
     before = listing(root)
     assert main(root, check=check) == 0
-    message = capsys.readouterr().out
+    text = capsys.readouterr().out
     assert listing(root) == before
-    assert "0.75 [0.60, 0.86]" in message
-    for line in (*identities(now), f"next: {what_is_next(root, now)}"):
-        assert line in message.splitlines()
-    checked = [line for line in message.splitlines() if "every byte" in line]
-    assert checked == ["step 2: every byte of its snapshot is as it was written"] * check
+    assert "0.75 [0.60, 0.86]" in text
+    for line in (*identity_lines(now), f"next: {describe_next(root, now)}"):
+        assert line in text.splitlines()
+    checked = [line for line in text.splitlines() if "every byte" in line]
+    assert checked == ["step 2: snapshot verified, every byte is unchanged"] * check
 
 
-def test_brackets_in_a_path_are_no_markup(
+def test_brackets_in_a_path_are_not_markup(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(write_run(tmp_path, manifest("pending", model="a[bold]b")), check=False)
     assert "(a[bold]b)" in capsys.readouterr().out
 
 
-def test_every_changed_byte_of_a_snapshot_is_named(tmp_path: Path) -> None:
+def test_changed_byte_of_a_snapshot_is_reported(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", manifest("complete"))
     path = snapshot_directory(root, 1) / "weights"
     for at in range(len(WEIGHTS)):
@@ -164,7 +163,7 @@ def test_every_changed_byte_of_a_snapshot_is_named(tmp_path: Path) -> None:
     assert main(root, check=True) == 0
 
 
-def test_a_changed_description_is_named(tmp_path: Path) -> None:
+def test_changed_snapshot_description_is_reported(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", manifest("complete"))
     path = snapshot_directory(root, 1) / "snapshot.json"
     path.write_bytes(path.read_bytes().replace(b"weights", b"Weights"))
@@ -172,7 +171,7 @@ def test_a_changed_description_is_named(tmp_path: Path) -> None:
         main(root, check=True)
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_file_or_snapshot_is_reported(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", manifest("complete"))
     directory = snapshot_directory(root, 1)
     (directory / "weights").unlink()
@@ -184,29 +183,31 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["__9_0.distcp", "sub/vocab.json"])
-def test_what_was_added_is_named(tmp_path: Path, name: str) -> None:
+def test_added_file_is_reported(tmp_path: Path, name: str) -> None:
     root = write_run(tmp_path / "run", manifest("complete"))
     (snapshot_directory(root, 1) / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=rf"step-1/{name}: is none of the files .*; move it"):
         main(root, check=True)
 
 
-def test_another_snapshot_is_reported(tmp_path: Path) -> None:
+def test_other_snapshot_is_reported(tmp_path: Path) -> None:
     directory = write_snapshot(tmp_path, 2)
-    check_snapshot(directory, identity("snapshot2"))
-    with pytest.raises(CheckpointError, match=r"step-2: is another snapshot than the manifest"):
-        check_snapshot(directory, identity("snapshot1"))
+    verify_snapshot(directory, identity("snapshot2"))
+    with pytest.raises(
+        CheckpointError, match=r"step-2: is not the snapshot that the manifest names"
+    ):
+        verify_snapshot(directory, identity("snapshot1"))
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])
-def test_a_directory_of_no_such_run(tmp_path: Path, name: str) -> None:
+def test_directory_without_sdpo_run_is_reported(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    message = rf"{name}: is no run of several steps: there is no manifest\.json; name the training"
+    message = rf"{name}: is not an sDPO run: it has no manifest\.json; name the training"
     with pytest.raises(ConfigError, match=message):
         main(tmp_path / name, check=False)
 
 
-def test_a_changed_manifest_is_reported(tmp_path: Path) -> None:
+def test_changed_manifest_is_reported(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", manifest("complete"))
     path = root / FILE
     path.write_bytes(path.read_bytes().replace(b"complete", b"pending"))
@@ -214,9 +215,9 @@ def test_a_changed_manifest_is_reported(tmp_path: Path) -> None:
         main(root, check=False)
 
 
-def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_run(tmp_path / "run", manifest("complete"))
     assert cli(["sdpo", "status", str(root), "--check"]) == 0
     assert "next: nothing, every step is complete" in capsys.readouterr().out
     assert cli(["sdpo", "status", str(tmp_path)]) == EXIT_USER_ERROR
-    assert "is no run of several steps" in capsys.readouterr().err
+    assert "is not an sDPO run" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The steps as rows: what is told, what is not known yet, and the room that there is."""
+"""The table of the steps: values, missing values, and its width."""
 
 import io
 from dataclasses import replace
@@ -9,7 +9,7 @@ from rich.console import Console
 from megatron_idpo.sdpo.manifest import FIRST, Manifest
 from megatron_idpo.sdpo.table import (
     HEADS,
-    NOTHING,
+    UNKNOWN,
     cells,
     format_size,
     markdown,
@@ -23,13 +23,13 @@ WIDTH = 80
 
 
 def shown(now: Manifest) -> list[str]:
-    """The table's lines in an ordinary terminal."""
+    """Lines of the table in a terminal of 80 columns."""
     written = io.StringIO()
     Console(file=written, width=WIDTH, highlight=False).print(terminal_table(now))
     return [line.rstrip() for line in written.getvalue().splitlines() if line.strip(" ─")]
 
 
-def test_a_row_for_every_step() -> None:
+def test_row_of_every_step() -> None:
     first, second, third = cells(manifest("complete", "training", "pending"))
     assert dict(zip(HEADS, first, strict=True)) == {
         "step": "1",
@@ -42,16 +42,16 @@ def test_a_row_for_every_step() -> None:
         "snapshot": identity("snapshot1")[:12],
         "size": "269.0 MB",
     }
-    assert second == ("2", "training", "2,000", *[NOTHING] * 6)
-    assert third == ("3", "pending", "3,000", *[NOTHING] * 6)
+    assert second == ("2", "training", "2,000", *[UNKNOWN] * 6)
+    assert third == ("3", "pending", "3,000", *[UNKNOWN] * 6)
 
 
-def test_a_snapshot_that_was_removed() -> None:
+def test_removed_snapshot() -> None:
     now = manifest("complete").with_step(1, is_removed=True)
     assert cells(now)[0][-2:] == (f"{identity('snapshot1')[:12]} (removed)", "269.0 MB")
 
 
-def test_figures_may_be_missing() -> None:
+def test_missing_metrics() -> None:
     values = metrics(0.75, 0.5)
     own = {name: value for name, value in values.items() if not name.startswith(FIRST)}
     steps = (
@@ -62,15 +62,15 @@ def test_figures_may_be_missing() -> None:
     )
     figures = [row[3:7] for row in cells(manifest(steps=steps))]
     assert figures == [
-        (NOTHING,) * 4,
-        ("0.75 [0.60, 0.86]", "+0.500", NOTHING, NOTHING),
+        (UNKNOWN,) * 4,
+        ("0.75 [0.60, 0.86]", "+0.500", UNKNOWN, UNKNOWN),
         ("0.75 [0.60, 0.86]", "+0.001", "0.75 [0.60, 0.86]", "+1.000"),
         ("tied", "+0.000", "tied", "+0.000"),
     ]
 
 
-def test_it_fits_a_terminal() -> None:
-    """No cell is broken or cut; heads may take two lines."""
+def test_table_fits_a_terminal() -> None:
+    """No cell is wrapped or truncated; heads may take two lines."""
     large = record(1, "complete", pairs=1_234_567, metrics=metrics(1.0, -12.3456, 1000))
     now = manifest(steps=tuple(replace(large, pairs=number * large.pairs) for number in range(12)))
     lines = shown(now)
@@ -78,13 +78,13 @@ def test_it_fits_a_terminal() -> None:
     rows = cells(now)
     assert len(lines) <= len(rows) + 2
     for row, line in zip(rows, lines[-len(rows) :], strict=True):
-        message = "".join(row[:7]).replace(" ", "")
-        assert line.replace(" ", "") == message
-    words = " ".join(lines[: -len(rows)]).split()
-    assert all(word in words for head in HEADS[:7] for word in head.split())
+        cells_text = "".join(row[:7]).replace(" ", "")
+        assert line.replace(" ", "") == cells_text
+    heads = " ".join(lines[: -len(rows)]).split()
+    assert all(word in heads for head in HEADS[:7] for word in head.split())
 
 
-def test_brackets_are_no_markup() -> None:
+def test_brackets_are_not_markup() -> None:
     assert "0.75 [0.60, 0.86]" in shown(manifest("complete"))[-1]
 
 
@@ -97,7 +97,7 @@ def test_markdown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size_bytes", "message"),
+    ("size_bytes", "text"),
     [
         (0, "0 bytes"),
         (999, "999 bytes"),
@@ -107,10 +107,10 @@ def test_markdown() -> None:
         (1_400_000_000_000, "1400.0 GB"),
     ],
 )
-def test_sizes(size_bytes: int, message: str) -> None:
-    assert format_size(size_bytes) == message
+def test_sizes(size_bytes: int, text: str) -> None:
+    assert format_size(size_bytes) == text
 
 
 def test_short_identities() -> None:
-    assert short_identity(None) == NOTHING
+    assert short_identity(None) == UNKNOWN
     assert short_identity("0123456789abcdef") == "0123456789ab"

@@ -1,4 +1,4 @@
-"""Manifests of runs that never were: steps in any state, with identities that can be told apart."""
+"""Manifests with steps in any state, for tests."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ SOURCES = ("data/easy.jsonl", "data/hard.jsonl")
 
 
 def identity(name: str) -> str:
-    """64 characters that begin with the name."""
+    """64 characters that start with the name."""
     return name.ljust(64, "0")
 
 
 def metrics(accuracy: float, margin: float, pairs: float = 40) -> dict[str, float]:
-    """Of a step's result; better against the first model than against its own reference."""
+    """Metrics of a result; against the first model its margin is twice as large."""
     values = {
         "eval_loss": 0.6,
         "eval_rewards/accuracies": accuracy,
@@ -25,7 +25,7 @@ def metrics(accuracy: float, margin: float, pairs: float = 40) -> dict[str, floa
 
 
 def record(number: int, state: State = "pending", **changes: Any) -> StepRecord:
-    """A step's, with everything that its state brings along."""
+    """Record of a step in this state."""
     fields: dict[str, Any] = {
         "pairs": 1000 * number,
         "data": identity(f"data{number}"),
@@ -46,7 +46,7 @@ def record(number: int, state: State = "pending", **changes: Any) -> StepRecord:
 
 
 def manifest(*states: State, **changes: Any) -> Manifest:
-    """A run's whose steps are in these states."""
+    """Manifest of a run with steps in these states."""
     fields: dict[str, Any] = {
         "model": "some/model",
         "model_identity": identity("model"),

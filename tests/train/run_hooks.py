@@ -1,4 +1,4 @@
-"""What looks on or interferes while a tiny run goes on, on every rank."""
+"""Hooks that observe or disturb a tiny run, on every rank."""
 
 import importlib
 import os
@@ -16,24 +16,26 @@ from megatron_idpo.errors import ConfigError
 
 from .tiny_run import BATCH_PAIRS
 
+_REPORT = "train.logging.report:Report"
+
 
 @contextmanager
-def _after(owner: str, name: str, also: Callable[..., None]) -> Iterator[None]:
-    """Whenever a function or method has returned, do something else with its result and arguments.
+def _after(owner: str, name: str, call: Callable[..., None]) -> Iterator[None]:
+    """Call a function after each call of a function or method of the package.
 
     Args:
         owner: `module` or `module:Class`, in this package.
         name: of the function there.
-        also: called with the result and then the arguments.
+        call: receives the result and then the arguments.
     """
     module, _, cls = owner.partition(":")
     holder = importlib.import_module(f"megatron_idpo.{module}")
     holder = getattr(holder, cls) if cls else holder
-    ordinary = getattr(holder, name)
+    original = getattr(holder, name)
 
     def both(*args: Any, **kwargs: Any) -> Any:
-        result = ordinary(*args, **kwargs)
-        also(result, *args, **kwargs)
+        result = original(*args, **kwargs)
+        call(result, *args, **kwargs)
         return result
 
     with patch.object(holder, name, both):
@@ -42,7 +44,7 @@ def _after(owner: str, name: str, also: Callable[..., None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Signal:
-    """A rank gets a signal while it reports a step, which is heeded at the end of the next one."""
+    """A rank receives a signal while it reports a step; the run stops at the end of the next."""
 
     step: int
     rank: int = 0
@@ -52,74 +54,82 @@ class Signal:
     def __call__(self, found: dict[str, Any]) -> Iterator[None]:
         import torch.distributed as dist
 
-        def also(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
+        def send(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
             if step == self.step and dist.get_rank() == self.rank:
                 os.kill(os.getpid(), self.number)
 
-        with _after("train.report:Report", "step", also):
+        with _after(_REPORT, "step", send):
             yield
 
 
 def stop_after(step: int, **fields: Any) -> Signal:
-    """A signal so that the run ends, saved, after this step."""
+    """A signal that stops the run, saved, after this step."""
     return Signal(step - 1, **fields)
 
 
 @dataclass(frozen=True)
 class ReadTrained:
-    """`logps`: at the end, this rank's layers' reading of the training pairs, (layer, pair)."""
+    """`logps`: the trained policy's log-probabilities, by layer and pair, of this rank."""
 
     @contextmanager
     def __call__(self, found: dict[str, Any]) -> Iterator[None]:
-        def also(_: None, run: Any, report: Any, left: Any) -> None:
-            found["logps"] = read(run)
+        def read(_: None, trainer: Any, report: Any, results: Any) -> None:
+            found["logps"] = training_logps(trainer)
 
-        with _after("train.loop", "tell_finished", also):
+        with _after("train.loop", "report_finished", read):
             yield
 
 
-def read(run: Any) -> dict[tuple[int, int], Tensor]:
-    """Log-probabilities of chosen and rejected, by layer and pair; this rank's part of them."""
+def training_logps(trainer: Any) -> dict[tuple[int, int], Tensor]:
+    """Log-probabilities of chosen and rejected answer, by layer and training pair, of this rank."""
     from megatron_idpo.data.packing.batches import EvaluationBatches
     from megatron_idpo.plugin.batch_run import run_batch
 
-    policy, said = run.trainer.policy, {}
-    for batch in EvaluationBatches(run.pairs.train, run.rows, global_batch_pairs=BATCH_PAIRS):
+    policy, logps = trainer.policy, {}
+    batches = EvaluationBatches(trainer.pairs.train, trainer.rows, global_batch_pairs=BATCH_PAIRS)
+    for batch in batches:
         for output in run_batch(policy.dpo, policy.trainable.model, batch, None):
             pairs = batch.rows[output.micro_batch].pair_index_P
             for pair, logps_2 in zip(pairs, output.logps_2P.view(-1, 2), strict=True):
-                said[output.layer, int(pair)] = logps_2.clone()
-    return said
+                logps[output.layer, int(pair)] = logps_2.clone()
+    return logps
 
 
 @dataclass(frozen=True)
 class Spoil:
-    """Fill weights with a number: rows of those whose name in the whole model ends so."""
+    """Set weights to a value before a step.
+
+    Args:
+        name: end of the weights' names in the whole model.
+        value: to set.
+        row: of the weights; None is all of them.
+        before_step: 0 is at the start, before the start check.
+    """
 
     name: str
     value: float
     row: int | None = None
-    """None is all of it."""
-
     before_step: int = 0
-    """0 is at the start, before the check."""
 
     @contextmanager
     def __call__(self, found: dict[str, Any]) -> Iterator[None]:
-        from megatron_idpo.train.step import Trainer
+        from megatron_idpo.train.step import TrainStep
 
-        ordinary = Trainer.step
+        original = TrainStep.train
 
-        def assembled(run: Any, *args: Any, **kwargs: Any) -> None:
+        def at_start(trainer: Any, *args: Any, **kwargs: Any) -> None:
             if self.before_step == 0:
-                self._spoil(run.trainer.policy)
-
-        def step(trainer: Any, batch: Any, number: int, **kwargs: Any) -> Any:
-            if number == self.before_step:
                 self._spoil(trainer.policy)
-            return ordinary(trainer, batch, number, **kwargs)
 
-        with _after("train.loop", "assemble", assembled), patch.object(Trainer, "step", step):
+        def train(train_step: Any, batch: Any, step: int, **kwargs: Any) -> Any:
+            if step == self.before_step:
+                self._spoil(train_step.policy)
+            return original(train_step, batch, step, **kwargs)
+
+        with (
+            _after("train.loop", "assemble", at_start),
+            patch.object(TrainStep, "train", train),
+        ):
             yield
 
     def _spoil(self, policy: Any) -> None:
@@ -135,23 +145,23 @@ class Spoil:
 
 @dataclass(frozen=True)
 class SpoilAfter(Spoil):
-    """The same by a step's own update: when it is over, nobody has read the weights yet."""
+    """Set weights to a value after a step, as a bad update would."""
 
     step: int = 1
 
     @contextmanager
     def __call__(self, found: dict[str, Any]) -> Iterator[None]:
-        def also(_: Any, trainer: Any, batch: Any, number: int, **kwargs: Any) -> None:
-            if number == self.step:
-                self._spoil(trainer.policy)
+        def spoil(_: Any, train_step: Any, batch: Any, step: int, **kwargs: Any) -> None:
+            if step == self.step:
+                self._spoil(train_step.policy)
 
-        with _after("train.step:Trainer", "step", also):
+        with _after("train.step:TrainStep", "train", spoil):
             yield
 
 
 @dataclass(frozen=True)
 class Break:
-    """A rank's report of a step fails, while checkpoints take long to be written."""
+    """The report of a step fails while a checkpoint is being written slowly."""
 
     step: int
     save_s: float
@@ -160,41 +170,40 @@ class Break:
     def __call__(self, found: dict[str, Any]) -> Iterator[None]:
         from megatron_idpo.checkpoint import store as checkpoints
 
-        ordinary = checkpoints.write_chunks
+        original = checkpoints.write_chunks
 
         def slow(*args: Any, **kwargs: Any) -> None:
             time.sleep(self.save_s)
-            ordinary(*args, **kwargs)
+            original(*args, **kwargs)
 
-        def also(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
+        def fail(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
             if step == self.step:
                 raise ConfigError.at("training.output", "is full")
 
-        broken = _after("train.report:Report", "step", also)
-        with broken, patch.object(checkpoints, "write_chunks", slow):
+        with _after(_REPORT, "step", fail), patch.object(checkpoints, "write_chunks", slow):
             yield
 
 
 @dataclass(frozen=True)
 class NoWeights:
-    """Whoever reads a weight of the base model fails the test."""
+    """Fail the test if weights of the base model are read."""
 
     @contextmanager
     def __call__(self, found: dict[str, Any]) -> Iterator[None]:
-        with patch("megatron_idpo.train.build.load_base", side_effect=AssertionError("read")):
+        with patch("megatron_idpo.train.policy.load_base", side_effect=AssertionError("read")):
             yield
 
 
 @dataclass(frozen=True)
 class CountSteps:
-    """`steps`: the numbers of the steps that were taken."""
+    """`steps`: indices of the steps that were taken."""
 
     @contextmanager
     def __call__(self, found: dict[str, Any]) -> Iterator[None]:
         found["steps"] = []
 
-        def also(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
+        def count(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
             found["steps"].append(step)
 
-        with _after("train.report:Report", "step", also):
+        with _after(_REPORT, "step", count):
             yield

@@ -1,4 +1,4 @@
-"""Held-out pairs: each once, whatever their number, with the same answer until something learns."""
+"""Evaluation: each held-out pair once, with equal results until the policy changes."""
 
 from typing import Any
 
@@ -9,36 +9,36 @@ from .tiny_run import HELD_OUT, LORA, assembled, write_config
 pytestmark = pytest.mark.distributed
 
 
-def evaluated(file: str) -> dict[str, Any]:
-    """Twice before a step, once after; how often the reference was asked; progress."""
-    from megatron_idpo.reference import live
+def evaluate_thrice(file: str) -> dict[str, Any]:
+    """Evaluates twice before a step and once after it; counts forward passes of the reference."""
+    from megatron_idpo.reference import sources
     from megatron_idpo.train.evaluation import Evaluation
 
-    with assembled(file) as run:
-        evaluation = run.evaluation
+    with assembled(file) as trainer:
+        evaluation = trainer.evaluation
         assert isinstance(evaluation, Evaluation)
         passes: list[int] = []
-        ordinary = live.run_batch
+        original = sources.run_batch
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             passes.append(1)
-            return ordinary(*args, **kwargs)
+            return original(*args, **kwargs)
 
-        live.run_batch = counted
+        sources.run_batch = counted
         try:
             advanced: list[int] = []
             first = evaluation.run(lambda: advanced.append(1))
             after_first = len(passes)
             second = evaluation.run(lambda: None)
             after_second = len(passes)
-            for batch in run.batches:
-                run.trainer.step(batch, 1, lr=0.1)
+            for batch in trainer.batches:
+                trainer.train_step.train(batch, 1, lr=0.1)
                 break
             third = evaluation.run(lambda: None)
         finally:
-            live.run_batch = ordinary
+            sources.run_batch = original
         return {
-            "values": [one.evaluation_values() for one in (first, second, third)],
+            "values": [metrics.evaluation_values() for metrics in (first, second, third)],
             "passes": (after_first, after_second),
             "batches": (len(evaluation), len(advanced)),
         }
@@ -49,7 +49,7 @@ def evaluated(file: str) -> dict[str, Any]:
     [(2, {}, 1), (6, {}, 2), (3, {"pipeline": 2}, 2)],
 )
 def test_every_held_out_pair_counts_once(tiny, workers, tmp_path, batch_pairs, layout, processes):
-    """5 pairs in batches that do not divide them, on ranks that do not either."""
+    """5 pairs are divided neither by the batch size nor by the ranks."""
     file = write_config(
         tiny,
         tmp_path / "run",
@@ -59,37 +59,36 @@ def test_every_held_out_pair_counts_once(tiny, workers, tmp_path, batch_pairs, l
         layout=layout,
     )
     batches = -(-HELD_OUT // batch_pairs)
-    for rank in workers.run(evaluated, processes, file):
+    for rank in workers.run(evaluate_thrice, processes, file):
         first, second, third = rank["values"]
         assert first["eval_pairs"] == HELD_OUT
         assert first["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
         assert first == second and third["eval_loss"] != first["eval_loss"]
         assert rank["batches"] == (batches, batches)
-        assert rank["passes"] == (batches, batches), "the reference is asked once"
+        assert rank["passes"] == (batches, batches), "the reference runs once"
 
 
 def held_out_losses(file: str) -> dict[str, float]:
-    with assembled(file) as run:
-        for number, batch in enumerate(run.batches, 1):
-            run.trainer.step(batch, number, lr=0.02)
-            if number == 2:
+    with assembled(file) as trainer:
+        for step, batch in enumerate(trainer.batches, 1):
+            trainer.train_step.train(batch, step, lr=0.02)
+            if step == 2:
                 break
-        values: dict[str, float] = run.evaluation.run(lambda: None).evaluation_values()
+        values: dict[str, float] = trainer.evaluation.run(lambda: None).evaluation_values()
         return values
 
 
-def test_the_answer_does_not_depend_on_batches(tiny, workers, tmp_path):
+def test_metrics_do_not_depend_on_the_batch_size(tiny, workers, tmp_path):
     """Means are over pairs, not over batches."""
     values = []
-    for size in (2, 6):  # 2 + 2 + 1, and all at once; trained on the same 12 pairs
+    for size in (2, 6):  # 2 + 2 + 1, and all at once
         file = write_config(
             tiny,
             tmp_path / f"run{size}",
             data={"eval": str(tiny.held_out)},
             training={"global_batch_pairs": 6, "epochs": 1},
         )
-        (found,) = workers.run(held_out_losses_in, 1, file, size)
-        values.append(found)
+        values += workers.run(held_out_losses_in, 1, file, size)
     assert values[0].keys() == values[1].keys()
     for name, value in values[0].items():
         assert value == pytest.approx(values[1][name], abs=1e-5), name
@@ -97,7 +96,7 @@ def test_the_answer_does_not_depend_on_batches(tiny, workers, tmp_path):
 
 
 def held_out_losses_in(file: str, size: int) -> dict[str, float]:
-    """Of evaluation batches of this size."""
+    """With evaluation batches of this size."""
     from unittest.mock import patch
 
     from megatron_idpo.data.packing.batches import EvaluationBatches

@@ -1,6 +1,7 @@
-"""What a run exports: weights with adapters merged, companions with the template trained with."""
+"""Exports: merged weights, the adapter, and the chat template of the training data."""
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,38 +18,29 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor 
 
 
 def export(file: str, fill: float, *, full_disk: bool = False) -> None:
-    """Export a model whose B's, or final norm where there are none, are filled with a number."""
+    """Export a model whose adapters' B, or final norm in full training, are filled with a value."""
     from unittest.mock import patch
 
     from megatron_idpo.train.export import export_result
 
-    with assembled(file) as run:
-        policy = run.trainer.policy
+    with assembled(file) as trainer:
+        policy = trainer.policy
         if policy.adapters is None:
             policy.chunks[-1].decoder.final_layernorm.weight.data.fill_(fill)
         else:
-            for one in policy.adapters.tensors():
-                if one.side == "B":
-                    one.parameter.data.fill_(fill)
-        failing = (
-            patch("megatron_idpo.storage.directories.publish", side_effect=_full)
-            if full_disk
-            else None
-        )
-        if failing is not None:
-            failing.start()
-        try:
-            export_result(run.config, policy, run.output, show_progress=False)
-        finally:
-            if failing is not None:
-                failing.stop()
+            for tensor in policy.adapters.tensors():
+                if tensor.side == "B":
+                    tensor.parameter.data.fill_(fill)
+        publish = patch("megatron_idpo.storage.atomic.publish_directory", side_effect=_full)
+        with publish if full_disk else nullcontext():
+            export_result(trainer.config, policy, trainer.output, show_progress=False)
 
 
 def _full(*args: Any, **kwargs: Any) -> None:
     raise CheckpointError.at("hf", "cannot be written: No space left on device")
 
 
-def test_all_weights(tiny, workers, tmp_path):
+def test_full_training_exports_no_adapter(tiny, workers, tmp_path):
     workers.run(export, 1, write_config(tiny, tmp_path / "run"), 3.0)
     found = exported(tmp_path / "run")
     assert found["model.norm.weight"].eq(3).all()
@@ -57,7 +49,7 @@ def test_all_weights(tiny, workers, tmp_path):
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_adapters_are_merged_and_kept(tiny, workers, tmp_path):
+def test_adapters_are_merged_and_exported(tiny, workers, tmp_path):
     from safetensors.torch import load_file
 
     file = write_config(tiny, tmp_path / "run", lora=LORA, layout={"pipeline": 2})
@@ -76,7 +68,7 @@ def test_adapters_are_merged_and_kept(tiny, workers, tmp_path):
 
 
 def lost_template(file: str) -> str:
-    """The second rank no longer finds the template's file; what this rank is told."""
+    """The error message on this rank if the second rank cannot read the template."""
     from unittest.mock import patch
 
     import torch.distributed as dist
@@ -85,26 +77,26 @@ def lost_template(file: str) -> str:
 
     read = module.read_template
 
-    def reading(value: str | None) -> str | None:
+    def read_on_rank(value: str | None) -> str | None:
         return read("/nowhere/template.jinja" if dist.get_rank() == 1 else value)
 
     try:
-        with patch.object(module, "read_template", reading):
+        with patch.object(module, "read_template", read_on_rank):
             export(file, 3.0)
     except DataError as error:
         return str(error)
     return ""
 
 
-def test_a_template_that_is_gone_is_told_on_all_ranks(tiny, workers, tmp_path):
+def test_unreadable_template_is_reported_on_all_ranks(tiny, workers, tmp_path):
     (tmp_path / "template.jinja").write_text(TEMPLATE)
     data = {"chat_template": str(tmp_path / "template.jinja")}
-    message = workers.run(lost_template, 2, write_config(tiny, tmp_path / "run", data=data))
-    assert all("cannot read '/nowhere/template.jinja'" in one for one in message)
+    messages = workers.run(lost_template, 2, write_config(tiny, tmp_path / "run", data=data))
+    assert all("cannot read '/nowhere/template.jinja'" in message for message in messages)
     assert not (tmp_path / "run" / "hf").exists()
 
 
-def test_an_export_is_replaced_or_stays(tiny, workers, tmp_path):
+def test_export_is_replaced_atomically(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run")
     workers.run(export, 1, file, 3.0)
     workers.run(export, 1, file, 4.0)
@@ -116,7 +108,7 @@ def test_an_export_is_replaced_or_stays(tiny, workers, tmp_path):
 
 
 @pytest.mark.parametrize("as_file", [False, True])
-def test_the_template_that_was_trained_with_goes_along(tiny, workers, tmp_path, as_file):
+def test_chat_template_of_the_training_data_is_exported(tiny, workers, tmp_path, as_file):
     from transformers import AutoTokenizer
 
     template = TEMPLATE
@@ -128,11 +120,11 @@ def test_the_template_that_was_trained_with_goes_along(tiny, workers, tmp_path, 
     model = tmp_path / "run" / "hf"
     assert has_chat_template(model) and (model / CHAT_TEMPLATE).read_text() == TEMPLATE
     messages = [{"role": "user", "content": "hi"}]
-    spoken = AutoTokenizer.from_pretrained(model).apply_chat_template(messages, tokenize=False)
-    assert spoken == "<user>hi"
+    text = AutoTokenizer.from_pretrained(model).apply_chat_template(messages, tokenize=False)
+    assert text == "<user>hi"
 
 
-def test_whether_there_is_a_template(tmp_path):
+def test_has_chat_template(tmp_path):
     assert not has_chat_template(tmp_path)
     settings = tmp_path / "tokenizer_config.json"
     settings.write_text('{"eos_token": "</s>"}')

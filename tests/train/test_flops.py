@@ -1,4 +1,4 @@
-"""What work costs, against torch's own count of what a Transformers model does."""
+"""Model FLOPs, compared with torch's count for a Transformers model."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_idpo.data.packing.rows import Row
-from megatron_idpo.data.tokenize.pair import Pair
+from megatron_idpo.data.pairs import Pair
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.train.metrics.flops import BatchWork, ModelFlops, attended_keys, lora_weights
 
@@ -28,15 +28,15 @@ ARCHITECTURE = Architecture.from_hf(CONFIG.to_dict())
 TOKENS = 24
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# Torch counts attention as if every query saw every key, and every position is read by the head.
+# Torch counts attention without a mask, and the head at every position.
 WHOLE_ROW = BatchWork(
     pairs=1, used_tokens=TOKENS, computed_tokens=TOKENS, response_tokens=TOKENS,
     attended=CONFIG.num_hidden_layers * TOKENS**2,
 )  # fmt: skip
 
 
-def counted(trained: bool) -> tuple[int, int]:
-    """Torch's count of a forward pass, and of one with its backward, of all weights or none."""
+def torch_flops(trained: bool) -> tuple[int, int]:
+    """Torch's count of a forward pass, and of forward and backward, with weights trained or not."""
     model: Any = LlamaForCausalLM._from_config(CONFIG, attn_implementation="eager")
     model.requires_grad_(trained)
     embedded = model.get_input_embeddings()(torch.arange(TOKENS)[None]).detach().requires_grad_()
@@ -51,25 +51,25 @@ def counted(trained: bool) -> tuple[int, int]:
 
 
 ROTARY_SHARE = 0.002
-"""Angles are a matrix product in Transformers; here they are not counted."""
+"""Transformers computes rotary angles by a matrix product, which we do not count."""
 
 
-def test_all_weights_cost_what_torch_counts():
-    forward, step = counted(trained=True)
+def test_full_training_flops_equal_torch():
+    forward, step = torch_flops(trained=True)
     flops = ModelFlops(architecture=ARCHITECTURE, num_heads=1)
     assert flops.forward(WHOLE_ROW) == pytest.approx(forward, rel=ROTARY_SHARE)
     assert flops.step(WHOLE_ROW) == pytest.approx(step, rel=ROTARY_SHARE)
 
 
-def test_frozen_weights_have_no_gradients_of_their_own():
-    forward, step = counted(trained=False)
+def test_frozen_weights_have_no_weight_gradient_flops():
+    forward, step = torch_flops(trained=False)
     flops = ModelFlops(architecture=ARCHITECTURE, num_heads=1, adapter_weights=0)
     assert flops.step(WHOLE_ROW) == pytest.approx(step, rel=ROTARY_SHARE)
     with_reference = replace(flops, reference_forwards=1)
     assert with_reference.step(WHOLE_ROW) == pytest.approx(step + forward, rel=ROTARY_SHARE)
 
 
-def test_adapters_and_heads():
+def test_flops_of_adapters_and_heads():
     plain = ModelFlops(architecture=ARCHITECTURE, num_heads=1, adapter_weights=0)
     adapters = replace(plain, adapter_weights=100)
     assert adapters.step(WHOLE_ROW) - plain.step(WHOLE_ROW) == 6 * 100 * TOKENS
@@ -79,19 +79,19 @@ def test_adapters_and_heads():
     assert another_head.step(WHOLE_ROW) - plain.step(WHOLE_ROW) == 4 * TOKENS * 32 * 96
 
 
-def test_adapters_have_the_weights_that_peft_makes():
+def test_adapter_weights_equal_peft():
     from peft import LoraConfig, get_peft_model
 
     model = LlamaForCausalLM(CONFIG)
     for targets in (LINEAR, ("q_proj", "v_proj")):
         adapted = get_peft_model(model, LoraConfig(r=5, target_modules=list(targets)))
-        made = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-        assert lora_weights(ARCHITECTURE, 5, targets) == made
+        expected = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+        assert lora_weights(ARCHITECTURE, 5, targets) == expected
         model = adapted.unload()
 
 
-def seen(length: int, start: int, window: int | None) -> int:
-    """Keys that the queries at positions `start` ... `start + length - 1` see, one by one."""
+def visible_keys(length: int, start: int, window: int | None) -> int:
+    """Visible keys of queries at positions `start` ... `start + length - 1`, one by one."""
     return sum(
         sum(1 for key in range(query + 1) if window is None or query - key < window)
         for query in range(start, start + length)
@@ -99,10 +99,12 @@ def seen(length: int, start: int, window: int | None) -> int:
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
-def test_queries_see_what_the_mask_lets_them(window):
+def test_visible_keys_follow_the_mask(window):
     lengths = [(5, 3, 2), (1, 1, 1), (7, 0, 0), (2, 9, 6)]
     expected = [
-        seen(prompt, 0, window) + seen(chosen, prompt, window) + seen(rejected, prompt, window)
+        visible_keys(prompt, 0, window)
+        + visible_keys(chosen, prompt, window)
+        + visible_keys(rejected, prompt, window)
         for prompt, chosen, rejected in lengths
     ]
     assert attended_keys(np.array(lengths), window).tolist() == expected
@@ -115,36 +117,22 @@ def rows(share_prompt: bool) -> list[Row]:
     return [*built, Row.empty(48, 0)]
 
 
-def test_the_work_in_rows():
+def test_work_in_rows():
     shared = BatchWork.of(rows(True), (None, 4, None))
     assert (shared.pairs, shared.computed_tokens) == (2, 3 * 48)
     assert (shared.used_tokens, shared.response_tokens) == (10 + 31, 5 + 29)
     attended = {
         window: sum(
-            seen(prompt, 0, window) + seen(chosen, prompt, window) + seen(rejected, prompt, window)
+            visible_keys(prompt, 0, window)
+            + visible_keys(chosen, prompt, window)
+            + visible_keys(rejected, prompt, window)
             for prompt, chosen, rejected in ((5, 3, 2), (2, 9, 20))
         )
         for window in (None, 4)
     }
     assert shared.attended == 2 * attended[None] + attended[4]
-    apart = BatchWork.of(rows(False), (None,))
-    assert apart.used_tokens == 41 + 5 + 2
-    assert apart.attended == attended[None] + seen(5, 0, None) + seen(2, 0, None)
-    assert (shared + apart).used_tokens == 41 + 48
+    unshared = BatchWork.of(rows(False), (None,))
+    assert unshared.used_tokens == 41 + 5 + 2
+    assert unshared.attended == attended[None] + visible_keys(5, 0, None) + visible_keys(2, 0, None)
+    assert (shared + unshared).used_tokens == 41 + 48
     assert BatchWork.of([], (None,)) == BatchWork()
-
-
-def work_of_rank(tensor: int, pipeline: int) -> dict[str, float]:
-    from megatron_idpo.mcore.parallel.layout import Layout
-
-    Layout(tensor=tensor, pipeline=pipeline).start()
-    return BatchWork.of(rows(True), (None,)).as_extra()
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("tensor", "pipeline", "replicas"), [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
-def test_each_model_replica_counts_its_rows_once(workers, tensor, pipeline, replicas):
-    answers = workers.run(work_of_rank, 2, tensor, pipeline)
-    total = {name: sum(answer[name] for answer in answers) for name in answers[0]}
-    work = BatchWork.of(rows(True), (None,))
-    assert BatchWork.from_extra(total) == (work if replicas == 1 else work + work)

@@ -1,7 +1,6 @@
-"""The main job from beginning to end: the same course in every layout, the oracle's, exported.
+"""Whole runs: equal in every layout, equal to the oracle, and their exports.
 
-Here it is seen from outside: metrics, and the models that it leaves. Stops, resumption and refusals
-are `test_loop_resume.py` and `test_loop_stops.py`.
+Resuming is tested in `test_loop_resume.py`, errors in `test_loop_errors.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
-from megatron_idpo.config.run_config import load_config
-from megatron_idpo.data.packing.epoch_order import stream_pairs
+from megatron_idpo.config.load import load_config
+from megatron_idpo.data.pairs import stream_pairs
 from megatron_idpo.data.run_pairs import load_run_pairs
 from megatron_idpo.train.metrics.file import Record, read_metrics
 from tests import oracle
@@ -42,16 +41,16 @@ pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-5
 """Of losses (about 0.7), norms (about 1), and of weights in units of a tensor's root mean square:
-fp32, whose rounding Adam with eps 1e-4 does not blow up. Measured: 2e-6."""
+fp32; Adam with eps 1e-4 does not amplify its rounding. Measured: 2e-6."""
 
 ORACLE_TOLERANCE = 1e-4
-"""Of weights in the same units; the oracle's gradients are rounded otherwise. Measured: 4e-5."""
+"""Of weights in the same units; the oracle rounds gradients differently. Measured: 4e-5."""
 
 LOGP_TOLERANCE = 1e-4
 """Of log-probabilities of about -100, between Transformers' kernels and ours."""
 
 CLIP = 0.5
-"""Below every gradient's norm of the first steps."""
+"""Below the gradient norms of the first steps."""
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -69,7 +68,7 @@ TRAINED: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora": LORA}}
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A run that has ended."""
 
     output: Path
@@ -80,18 +79,18 @@ class Finished:
         return read_metrics(self.output / "metrics.jsonl")
 
     def steps(self, name: str) -> list[float]:
-        """A quantity of every step that has it."""
+        """A metric, for every step that has it."""
         return [record[name] for record in self.records if name in record]
 
 
 @pytest.fixture(scope="module")
 def finished(
     tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], Finished]:
-    """What a run in a layout has come to; each runs once."""
-    known: dict[tuple[str, str], Finished] = {}
+) -> Callable[[str, str], FinishedRun]:
+    """Trains in a layout; every run is shared by the tests."""
+    known: dict[tuple[str, str], FinishedRun] = {}
 
-    def train(trained: str, layout: str) -> Finished:
+    def train(trained: str, layout: str) -> FinishedRun:
         if (trained, layout) not in known:
             world_size, section = LAYOUTS[layout]
             output = tmp_path_factory.mktemp("runs") / "run"
@@ -106,7 +105,7 @@ def finished(
             )
             outcomes = workers.run(run, world_size, file, ReadTrained())
             assert [outcome.code for outcome in outcomes] == [0] * world_size
-            known[trained, layout] = Finished(output, outcomes)
+            known[trained, layout] = FinishedRun(output, outcomes)
         return known[trained, layout]
 
     return train
@@ -117,13 +116,13 @@ def finished(
     [
         ("full", "sequence"),
         ("full", "pipeline"),
-        ("full", "data"),
         ("lora", "tensor"),
-        ("lora", "pipeline"),
         *(
             pytest.param(*case, marks=pytest.mark.exhaustive)
             for case in [
+                ("full", "data"),
                 ("full", "tensor"),
+                ("lora", "pipeline"),
                 ("full", "interleaved"),
                 ("full", "tensor-pipeline"),
                 ("full", "pipeline-data"),
@@ -136,21 +135,21 @@ def finished(
         ),
     ],
 )
-def test_every_layout_goes_the_same_way(finished, trained, layout):
+def test_every_layout_trains_the_same(finished, trained, layout):
     one, other = finished(trained, "one"), finished(trained, layout)
     names = ("loss", "final_loss", "layer_1/loss", "layer_3/loss", "grad_norm", "rewards/margins")
     for name in (*names, "eval_loss", "eval_layer_1/rewards/margins"):
         expected = one.steps(name)
         assert len(expected) == (3 if name.startswith("eval_") else STEPS)
         assert other.steps(name) == pytest.approx(expected, abs=TOLERANCE), name
-    assert one.steps("loss")[-1] < 0.67, "the run is to go somewhere"
-    assert max(one.steps("grad_norm")) > CLIP, "clipping is to bite"
+    assert one.steps("loss")[-1] < 0.67, "the loss must change"
+    assert max(one.steps("grad_norm")) > CLIP, "some steps must be clipped"
     assert relative_difference(exported(other.output), exported(one.output)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("trained", TRAINED)
-def test_a_reference_at_the_final_layer_reaches_every_stage(tiny, workers, tmp_path, trained):
-    """Which the stages of tapped layers do not compute."""
+def test_reference_at_the_final_layer_reaches_every_stage(tiny, workers, tmp_path, trained):
+    """The stages of tapped layers do not compute it themselves."""
     losses = []
     cache = {"source": "cache"}
     for name, reference in (("one", {}), ("pipeline", {}), ("pipeline", cache)):
@@ -166,7 +165,7 @@ def test_a_reference_at_the_final_layer_reaches_every_stage(tiny, workers, tmp_p
             **TRAINED[trained],
         )
         workers.run(run, processes, file)
-        done = Finished(output, [])
+        done = FinishedRun(output, [])
         losses.append([*done.steps("layer_1/loss"), *done.steps("final_loss")])
     assert losses[1] == pytest.approx(losses[0], abs=TOLERANCE)
     assert losses[2] == pytest.approx(losses[0], abs=TOLERANCE)
@@ -174,7 +173,7 @@ def test_a_reference_at_the_final_layer_reaches_every_stage(tiny, workers, tmp_p
 
 
 @pytest.mark.parametrize("trained", TRAINED)
-def test_what_is_logged(finished, trained):
+def test_logged_steps_learning_rates_and_epochs(finished, trained):
     records = finished(trained, "pipeline").records
     assert [int(record["step"]) for record in records] == list(range(STEPS + 1))
     rising, falling = [0.0, 0.5], [0.5 * (1 + math_cos(n / 6)) for n in range(6)]
@@ -190,7 +189,7 @@ def math_cos(share: float) -> float:
     return float(torch.cos(torch.tensor(torch.pi * share, dtype=torch.float64)))
 
 
-# ---- what it leaves -----------------------------------------------------------------------------
+# ---- exports ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,13 +201,13 @@ def math_cos(share: float) -> float:
         pytest.param("lora", "tensor-pipeline", marks=pytest.mark.exhaustive),
     ],
 )
-def test_the_exported_model_says_what_the_trained_one_says(finished, pairs, trained, layout):
+def test_exported_model_equals_the_trained_one(finished, pairs, trained, layout):
     done = finished(trained, layout)
     ours = _by_layer(together(done.outcomes, "logps"))
     _same_logps(ours, _read(_hf(done.output / "hf"), pairs))
 
 
-def test_the_adapter_says_it_too(finished, pairs, tiny):
+def test_exported_adapter_equals_the_trained_one(finished, pairs, tiny):
     from peft import PeftModel
 
     done = finished("lora", "tensor")
@@ -217,24 +216,24 @@ def test_the_adapter_says_it_too(finished, pairs, tiny):
     adapted = PeftModel.from_pretrained(base, done.output / "adapter").get_base_model().eval()
     theirs = _read(adapted, pairs)
     _same_logps(_by_layer(together(done.outcomes, "logps")), theirs)
-    assert (theirs[NUM_LAYERS] - before).abs().max() > 1, "training is to change something"
+    assert (theirs[NUM_LAYERS] - before).abs().max() > 1, "training must change the model"
 
 
-def test_the_exported_model_speaks(finished):
+def test_exported_model_generates(finished):
     from transformers import AutoTokenizer
 
     directory = finished("full", "pipeline").output / "hf"
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    asked = tokenizer("abc?", return_tensors="pt", return_token_type_ids=False)
-    answer = _hf(directory).generate(**asked, max_new_tokens=4, pad_token_id=0)
+    inputs = tokenizer("abc?", return_tensors="pt", return_token_type_ids=False)
+    answer = _hf(directory).generate(**inputs, max_new_tokens=4, pad_token_id=0)
     assert tokenizer.decode(answer[0]).startswith("abc?")
 
 
-def test_what_a_run_leaves(finished):
+def test_files_of_a_finished_run(finished):
     for trained, more in (("full", set()), ("lora", {"adapter"})):
         output = finished(trained, "one").output
-        found = {path.name for path in output.iterdir() if not path.name.startswith(".")}
-        assert found == {"checkpoints", "config.yaml", "curves.png", "hf", "metrics.jsonl"} | more
+        names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+        assert names == {"checkpoints", "config.yaml", "curves.png", "hf", "metrics.jsonl"} | more
         assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000008"]
         resolved = load_config(output / "config.yaml", required=REQUIRED, optional=OPTIONAL)
         assert resolved.training.output == str(output) and resolved.objective.layers == LAYERS
@@ -243,7 +242,7 @@ def test_what_a_run_leaves(finished):
         assert str(output / "adapter") in printed or not more
 
 
-def test_only_one_rank_speaks(finished):
+def test_only_the_first_rank_prints(finished):
     first, second = finished("full", "pipeline").outcomes
     assert first.printed and not second.printed
 
@@ -259,10 +258,10 @@ def _read(model: Any, pairs: list[oracle.Pair]) -> dict[int, Tensor]:
     return oracle.sequence_logps(model, pairs, [*LAYERS, NUM_LAYERS])
 
 
-def _by_layer(said: Mapping[tuple[int, int], Tensor]) -> dict[int, Tensor]:
+def _by_layer(logps: Mapping[tuple[int, int], Tensor]) -> dict[int, Tensor]:
     """Log-probabilities `[2P]` of all pairs by layer."""
-    layers = sorted({layer for layer, _ in said})
-    return {layer: torch.cat([said[layer, pair] for pair in range(PAIRS)]) for layer in layers}
+    layers = sorted({layer for layer, _ in logps})
+    return {layer: torch.cat([logps[layer, pair] for pair in range(PAIRS)]) for layer in layers}
 
 
 def _same_logps(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor]) -> None:
@@ -277,7 +276,7 @@ def _same_logps(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor]) -> Non
 
 @pytest.fixture(scope="module")
 def pairs(tiny: Files, tmp_path_factory: pytest.TempPathFactory) -> list[oracle.Pair]:
-    """The tokens of all pairs, in the data's order."""
+    """Tokens of all pairs, in the order of the data."""
     file = write_config(tiny, tmp_path_factory.mktemp("pairs") / "run")
     config = load_config(file, required=REQUIRED, optional=OPTIONAL)
     return [
@@ -297,19 +296,19 @@ def oracle_batches(pairs: list[oracle.Pair]) -> list[list[oracle.Pair]]:
     return [[pairs[n] for n in order[first:][:BATCH_PAIRS]] for first in range(0, 18, BATCH_PAIRS)]
 
 
-def test_all_weights_learn_as_the_oracle_says(tiny, workers, tmp_path, pairs):
+def test_full_training_equals_the_oracle(tiny, workers, tmp_path, pairs):
     training = {"max_steps": ORACLE_STEPS}
     file = write_config(tiny, tmp_path / "run", training=training, **STEPWISE)
     workers.run(run, 1, file)
     theirs = oracle.train_steps(
         _hf(tiny.model), "initial", oracle_batches(pairs), LAYERS, steps=ORACLE_STEPS, **ORACLES
     )
-    _same_losses(Finished(tmp_path / "run", []), theirs["losses"])
+    _same_losses(FinishedRun(tmp_path / "run", []), theirs["losses"])
     assert relative_difference(exported(tmp_path / "run"), theirs["weights"]) <= ORACLE_TOLERANCE
 
 
-def test_adapters_learn_as_the_oracle_says_of_pefts(tiny, workers, tmp_path, pairs):
-    """From PEFT's fresh adapter; it is also what the run goes on from."""
+def test_lora_training_equals_the_oracle_with_peft(tiny, workers, tmp_path, pairs):
+    """Both start from a new adapter of PEFT."""
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
 
@@ -331,20 +330,22 @@ def test_adapters_learn_as_the_oracle_says_of_pefts(tiny, workers, tmp_path, pai
         trainable="lora_",
         **ORACLES,
     )
-    _same_losses(Finished(tmp_path / "run", []), theirs["losses"])
+    _same_losses(FinishedRun(tmp_path / "run", []), theirs["losses"])
     adapters = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    learnt = {
+    expected = {
         f"base_model.model.{name.replace('.default', '')}": weight
         for name, weight in theirs["weights"].items()
         if "lora_" in name
     }
-    assert relative_difference(adapters, learnt) <= ORACLE_TOLERANCE
+    assert relative_difference(adapters, expected) <= ORACLE_TOLERANCE
 
 
-def _same_losses(done: Finished, theirs: list[oracle.Losses]) -> None:
-    assert [float(one.total) for one in theirs] == pytest.approx(done.steps("loss"), abs=TOLERANCE)
+def _same_losses(done: FinishedRun, theirs: list[oracle.Losses]) -> None:
+    assert [float(losses.total) for losses in theirs] == pytest.approx(
+        done.steps("loss"), abs=TOLERANCE
+    )
     for layer in (*LAYERS, NUM_LAYERS):
         name = "final_loss" if layer == NUM_LAYERS else f"layer_{layer}/loss"
-        expected = [float(one.by_layer[layer]) for one in theirs]
+        expected = [float(losses.by_layer[layer]) for losses in theirs]
         assert done.steps(name) == pytest.approx(expected, abs=TOLERANCE), name
-    assert max(done.steps("loss")) - min(done.steps("loss")) > 0.003, "it is to go somewhere"
+    assert max(done.steps("loss")) - min(done.steps("loss")) > 0.003, "the loss must change"

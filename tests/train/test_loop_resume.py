@@ -1,4 +1,4 @@
-"""A run that is stopped and started again ends as if nothing had happened."""
+"""A run that is stopped or killed and started again ends like an uninterrupted one."""
 
 import os
 import signal
@@ -35,13 +35,13 @@ DROPOUT = {"lora": {**LORA, "dropout": 0.1}}
 
 @dataclass(frozen=True)
 class Case:
-    """How a run is trained, and stopped."""
+    """How a run is trained and stopped."""
 
     sections: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
     number: int = signal.SIGTERM
     rank: int = 0
-    """Which rank hears the signal."""
+    """The rank that receives the signal."""
 
 
 TENSOR = {"layout": {"tensor": 2}}
@@ -66,8 +66,8 @@ MORE_CASES = {
 @pytest.mark.parametrize(
     "name", [*CASES, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE_CASES)]
 )
-def test_stopped_and_started_again_it_ends_the_same_to_the_bit(tiny, workers, tmp_path, name):
-    """The stopped run is evaluated in between, which changes nothing either."""
+def test_stopped_and_resumed_run_ends_bitwise_equal(tiny, workers, tmp_path, name):
+    """The stopped run also evaluates, which must not change anything."""
     case = {**CASES, **MORE_CASES}[name]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     workers.run(run, case.processes, write_config(tiny, whole, **case.sections))
@@ -76,31 +76,33 @@ def test_stopped_and_started_again_it_ends_the_same_to_the_bit(tiny, workers, tm
 
     stop = stop_after(4, rank=case.rank, number=case.number)
     stopped = workers.run(run, case.processes, file, stop, CountSteps())
-    assert [one.code for one in stopped] == [EXIT_PREEMPTED] * case.processes
-    assert all(one.found["steps"] == [1, 2, 3, 4] for one in stopped)
+    assert [outcome.code for outcome in stopped] == [EXIT_PREEMPTED] * case.processes
+    assert all(outcome.found["steps"] == [1, 2, 3, 4] for outcome in stopped)
     assert f"exit code {EXIT_PREEMPTED}" in stopped[0].printed
     assert not (parts / "hf").exists()
 
-    going_on = workers.run(run, case.processes, file, CountSteps())
-    assert [one.code for one in going_on] == [0] * case.processes
-    assert all(one.found["steps"] == [5, 6, 7, 8] for one in going_on)
-    assert "after step 4" in going_on[0].printed and "start check" not in going_on[0].printed
+    resumed = workers.run(run, case.processes, file, CountSteps())
+    assert [outcome.code for outcome in resumed] == [0] * case.processes
+    assert all(outcome.found["steps"] == [5, 6, 7, 8] for outcome in resumed)
+    assert (
+        "resuming from step 4: " in resumed[0].printed and "start check" not in resumed[0].printed
+    )
     assert weights_bytes(parts) == weights_bytes(whole)
     assert losses(parts) == losses(whole)
 
 
-def test_a_complete_run_takes_no_step_and_says_so(tiny, workers, tmp_path):
+def test_complete_run_takes_no_step(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run", data={"eval": str(tiny.held_out)})
     workers.run(run, 1, file)
     before = weights_bytes(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     (again,) = workers.run(run, 1, file, CountSteps())
     assert (again.code, again.found["steps"]) == (0, [])
-    assert "all 8 steps have been taken" in again.printed
+    assert "all 8 steps are complete" in again.printed
     after = weights_bytes(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert after == before
 
 
-def test_a_signal_in_the_last_step_stops_nothing(tiny, workers, tmp_path):
+def test_signal_in_the_last_step_does_not_stop_the_run(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run", training={"max_steps": 2})
     (outcome,) = workers.run(run, 1, file, Signal(step=1), CountSteps())
     assert (outcome.code, outcome.found["steps"]) == (0, [1, 2])
@@ -132,7 +134,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
         ),
     ],
 )
-def test_it_goes_on_in_another_layout(tiny, workers, tmp_path, trained, first, second):
+def test_run_resumes_in_another_layout(tiny, workers, tmp_path, trained, first, second):
     lora = {"lora": LORA} if trained == "lora" else {}
     workers.run(run, 1, write_config(tiny, tmp_path / "whole", **lora))
     for name, hooks, code in ((first, (stop_after(4),), EXIT_PREEMPTED), (second, (), 0)):
@@ -149,12 +151,12 @@ def test_it_goes_on_in_another_layout(tiny, workers, tmp_path, trained, first, s
 
 KILLS = 10
 START_S = 300.0
-"""A start takes a few seconds; more on a busy machine."""
+"""A start takes a few seconds; longer on a busy machine."""
 
 
 @pytest.mark.exhaustive
-def test_killed_at_random_moments_it_ends_the_same(tiny, workers, tmp_path):
-    """SIGKILL while steps are taken, also while a checkpoint is being written: one after each."""
+def test_run_killed_at_random_moments_ends_bitwise_equal(tiny, workers, tmp_path):
+    """SIGKILL during steps and during saves; a checkpoint is written after each step."""
     settings = {**DROPOUT, "training": {"epochs": 20}, "checkpoint": {"every_steps": 1}}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     workers.run(run, 1, write_config(tiny, whole, **settings), timeout_s=START_S)
@@ -172,7 +174,7 @@ def test_killed_at_random_moments_it_ends_the_same(tiny, workers, tmp_path):
 
 
 def is_killed_while_training(file: str, metrics: Path, random: Random) -> bool:
-    """Start the run as a program, and kill it some time after its first few steps."""
+    """Start the run in a process and kill it shortly after its first few steps."""
     written = metrics.stat().st_mtime_ns if metrics.exists() else None
     logged, target = None, random.randint(1, 5)
     with start(file) as program:
@@ -180,7 +182,7 @@ def is_killed_while_training(file: str, metrics: Path, random: Random) -> bool:
         while program.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
             if not metrics.exists() or metrics.stat().st_mtime_ns == written:
-                continue  # it has not come to that yet
+                continue  # no step is logged yet
             lines = metrics.read_bytes().count(b"\n")
             logged = lines if logged is None else logged
             if lines >= logged + target:
@@ -205,14 +207,14 @@ def start(file: str) -> Any:
 
 
 def weights_bytes(output: Path) -> dict[str, bytes]:
-    """The exported weights' files."""
-    found = {file.name: file.read_bytes() for file in (output / "hf").glob("*.safetensors")}
-    assert found
-    return found
+    """Content of the exported weights' files."""
+    files = {file.name: file.read_bytes() for file in (output / "hf").glob("*.safetensors")}
+    assert files
+    return files
 
 
 def losses(output: Path) -> list[float]:
-    """Of every step, each of which is there once."""
+    """Of every step; each must be logged once."""
     records = [record for record in read_metrics(output / "metrics.jsonl") if "loss" in record]
     lines = (output / "metrics.jsonl").read_text().splitlines()
     assert sum('"loss"' in line for line in lines) == len(records)

@@ -1,9 +1,9 @@
-"""Known devices, by the names that torch gives them; no guesses for others."""
+"""Peak FLOP/s by torch's device names; unknown devices have none."""
 
 import pytest
 import torch
 
-from megatron_idpo.train.metrics.peak_flops import peak_flops, this_devices_peak
+from megatron_idpo.train.metrics.peak_flops import current_device_peak, peak_flops
 
 HALF = torch.bfloat16
 
@@ -48,11 +48,11 @@ def test_known_devices(name, tera):
         "",
     ],
 )
-def test_like_named_and_unknown_devices_have_none(name):
+def test_unknown_and_similarly_named_devices_have_none(name):
     assert peak_flops(name, HALF) is None
 
 
-def test_float32_is_known_where_torch_computes_it_as_such():
+def test_float32_peak_requires_highest_matmul_precision():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
@@ -63,17 +63,17 @@ def test_float32_is_known_where_torch_computes_it_as_such():
         torch.set_float32_matmul_precision(before)
 
 
-def test_a_volta_has_no_bf16():
+def test_volta_has_no_bf16():
     assert peak_flops("Tesla V100-SXM2-32GB", torch.float16) == 125e12
     assert peak_flops("Tesla V100-SXM2-32GB", HALF) is None
 
 
-def test_a_cpu_has_none(monkeypatch):
+def test_cpu_has_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert this_devices_peak(HALF) is None
+    assert current_device_peak(HALF) is None
 
 
-def test_this_device_is_asked_for_its_name(monkeypatch):
+def test_current_device_is_looked_up_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    assert this_devices_peak(HALF) == 989.5e12
+    assert current_device_peak(HALF) == 989.5e12

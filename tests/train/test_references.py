@@ -1,7 +1,4 @@
-"""A run with a cache: the same course as with a live reference, refused where it would be another.
-
-The cache is made by the run itself, or ahead of it by `score`.
-"""
+"""Runs with a reference cache learn the same as with a live reference."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +13,7 @@ from .run_hooks import stop_after
 from .tiny_run import LORA, STEPS, Files, Outcome, run, write_config
 
 LOSS_TOLERANCE = 1e-5
-"""Other rows are other roundings of the reference's log-probabilities."""
+"""Other rows round the reference's log-probabilities differently."""
 
 CACHE = {"reference": {"source": "cache"}}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -50,7 +47,7 @@ def config(tiny: Files, output: Path, **sections: Any) -> str:
         pytest.param("lora", "data", marks=pytest.mark.exhaustive),
     ],
 )
-def test_it_learns_as_with_a_live_reference(
+def test_cache_learns_the_same_as_a_live_reference(
     tiny: Files, workers: Any, tmp_path: Path, trained: str, layout: str
 ) -> None:
     processes, section = LAYOUTS[layout]
@@ -64,14 +61,14 @@ def test_it_learns_as_with_a_live_reference(
     live, cached = losses(tmp_path / "live"), losses(tmp_path / "cached")
     assert len(live) == STEPS + 2
     assert cached == pytest.approx(live, abs=LOSS_TOLERANCE)
-    assert max(live) - min(live) > 0.1, "the run is to go somewhere"
-    made = tmp_path / "cached" / "reference"
-    assert (made / "reference.parquet").is_file() and (made / "eval/fingerprint.json").is_file()
+    assert max(live) - min(live) > 0.1, "the loss must change"
+    cache = tmp_path / "cached" / "reference"
+    assert (cache / "reference.parquet").is_file() and (cache / "eval/fingerprint.json").is_file()
     assert "start check passed" in answers[0].printed
 
 
 @pytest.mark.distributed
-def test_the_second_model_in_the_hosts_memory(tiny: Files, workers: Any, tmp_path: Path) -> None:
+def test_offloaded_reference_equals_resident(tiny: Files, workers: Any, tmp_path: Path) -> None:
     for source in ("resident", "offloaded"):
         file = config(tiny, tmp_path / source, reference={"source": source})
         [answer] = workers.run(run, 1, file)
@@ -80,7 +77,7 @@ def test_the_second_model_in_the_hosts_memory(tiny: Files, workers: Any, tmp_pat
 
 
 @pytest.mark.distributed
-def test_a_cache_of_something_else_is_refused_before_a_weight_is_read(
+def test_cache_of_other_layers_is_rejected_before_weights_are_read(
     tiny: Files, workers: Any, tmp_path: Path
 ) -> None:
     from .run_hooks import NoWeights
@@ -95,10 +92,10 @@ def test_a_cache_of_something_else_is_refused_before_a_weight_is_read(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("trained", [{}, {"lora": LORA}])
-def test_a_cache_that_is_lost_is_made_again_to_the_bit(
+def test_deleted_cache_is_computed_again_bitwise_on_resume(
     tiny: Files, workers: Any, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
-    """By the model that the run began with: the policy's checkpoint is read after that."""
+    """By the policy at its start: the checkpoint is loaded after that."""
     file = config(tiny, tmp_path / "run", **CACHE, **trained)
     [stopped] = workers.run(run, 1, file, stop_after(3))
     assert stopped.code == EXIT_PREEMPTED
@@ -106,12 +103,12 @@ def test_a_cache_that_is_lost_is_made_again_to_the_bit(
     shutil.move(cache / "reference.parquet", tmp_path / "table")
     (cache / "fingerprint.json").unlink()
     [finished] = workers.run(run, 1, file)
-    assert finished.code == 0 and "going on after step 3" in finished.printed
+    assert finished.code == 0 and "resuming from step 3" in finished.printed
     assert (cache / "reference.parquet").read_bytes() == (tmp_path / "table").read_bytes()
 
 
 def run_stopped_while_scoring(file: str) -> Outcome:
-    """On every rank: `train`, asked to stop as the first held-out pair is scored."""
+    """`train`, with a stop signal after the first pairs are scored."""
     import os
     import signal
     from unittest.mock import patch
@@ -132,12 +129,12 @@ def run_stopped_while_scoring(file: str) -> Outcome:
 
 
 @pytest.mark.distributed
-def test_a_signal_while_scoring_is_a_preemption(tiny: Files, workers: Any, tmp_path: Path) -> None:
+def test_signal_while_scoring_preempts_the_run(tiny: Files, workers: Any, tmp_path: Path) -> None:
     file = config(tiny, tmp_path / "run", **CACHE)
     [stopped] = workers.run(run_stopped_while_scoring, 1, file)
     assert stopped.code == EXIT_PREEMPTED
-    assert "the same command goes on from there (exit code 75)" in stopped.printed
+    assert "the same command resumes (exit code 75)" in stopped.printed
     assert list((tmp_path / "run" / "reference" / "parts").glob("part-*"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     [finished] = workers.run(run, 1, file)
-    assert finished.code == 0 and "going on after" in finished.printed
+    assert finished.code == 0 and "resuming after" in finished.printed

@@ -1,13 +1,15 @@
-"""What is told of steps: means since the line before, at the first, every so many and the last."""
+"""Reports of a run: what is logged of its steps, and what the console shows."""
 
+import io
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import pytest
+from rich.console import Console
 
-from megatron_idpo.mcore.parallel.groups import RankCoordinates
-from megatron_idpo.train.logging.report import MEMORY, Report, Stopwatch
+from megatron_idpo.console.progress import ProgressDisplay
+from megatron_idpo.train.logging.report import Report
 from megatron_idpo.train.metrics.flops import BatchWork
 from megatron_idpo.train.metrics.reduce import StepMetrics
 
@@ -15,130 +17,224 @@ from .run_hooks import Spoil
 from .tiny_run import run, write_config
 
 
-def alone(_: str) -> AbstractContextManager[None]:
-    """Agreement with oneself."""
+def on_this_rank(_: str) -> AbstractContextManager[None]:
+    """Replaces the exchange of errors between ranks."""
     return nullcontext()
 
 
-class Fake:
-    """Console, loggers and meter in one: remembers what it is called with."""
+class FakeMeter:
+    """Records the work of each step."""
 
     def __init__(self) -> None:
-        self.bar: list[tuple[int, float]] = []
-        self.lines: list[tuple[int, dict[str, float]]] = []
-        self.evaluations: list[tuple[int, float, float]] = []
         self.works: list[BatchWork] = []
-
-    def step(self, step: int, values: dict[str, float]) -> None:
-        self.bar.append((step, values["loss"]))
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.lines.append((step, values))
-
-    def evaluated(self, step: int, values: dict[str, float], *, seconds: float) -> None:
-        self.evaluations.append((step, values["eval_loss"], seconds))
 
     def end(self, work: BatchWork) -> None:
         self.works.append(work)
 
     def take(self) -> dict[str, float]:
-        return {"taken": float(len(self.works))}
+        return {"throughput/pairs_per_s": float(len(self.works))}
+
+    averages = take
 
 
-def metrics(loss: float, *, pairs: int = 2, memory: float = 1e9) -> StepMetrics:
-    """Of one layer and a batch of so many pairs; `loss` is the mean."""
-    with patch(
-        "megatron_idpo.train.metrics.flops.this_rank", return_value=RankCoordinates(0, 1, 0, 0)
-    ):
-        extra = BatchWork(pairs=pairs).as_extra()
-    sums = {"loss": loss * pairs, "rewards/margins": 3.0 * pairs}
+class FakeLogger:
+    """Records what is logged."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, step: int, values: Any) -> None:
+        self.records.append((step, dict(values)))
+
+    @property
+    def steps(self) -> list[int]:
+        return [step for step, _ in self.records]
+
+    def values(self, name: str) -> list[float]:
+        return [values[name] for _, values in self.records]
+
+
+class Case:
+    """A report with fake parts and a fake clock."""
+
+    def __init__(
+        self, *, terminal: bool = False, width: int = 140, show: bool = True, **settings: int
+    ) -> None:
+        self.now_s = 0.0
+        self.logger, self.meter, self._file = FakeLogger(), FakeMeter(), io.StringIO()
+        console = Console(
+            file=self._file, force_terminal=terminal, width=width, highlight=False, _environ={}
+        )
+        self.display = ProgressDisplay(
+            show=show, console=console, clock=lambda: self.now_s, line_interval_s=float("inf")
+        )
+        arguments = {"total_steps": 200, "every_steps": 3, "first_step": 0, **settings}
+        self.next_step = arguments["first_step"] + 1
+        self.report = Report(
+            self.display,
+            [self.logger],
+            self.meter,  # type: ignore[arg-type]
+            on_all_ranks=on_this_rank,
+            **arguments,  # type: ignore[arg-type]
+        )
+
+    def take_steps(self, *losses: float, is_last: bool = False, peak_bytes: float = 1e9) -> None:
+        """Report steps with these losses; with `is_last` the run ends after the last of them."""
+        for index, loss in enumerate(losses, 1):
+            self.report.step(
+                self.next_step,
+                metrics(loss, peak_bytes=peak_bytes),
+                grad_norm=10.0 * self.next_step,
+                lr=0.1 * self.next_step,
+                epoch=self.next_step,
+                is_last=is_last and index == len(losses),
+            )
+            self.next_step += 1
+
+    @property
+    def text(self) -> str:
+        return self._file.getvalue()
+
+    @property
+    def lines(self) -> list[str]:
+        plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.text).replace("\r", "\n")
+        return [line.rstrip() for line in plain.splitlines() if line.strip()]
+
+
+def metrics(loss: float, *, pairs: int = 2, peak_bytes: float = 1e9) -> StepMetrics:
+    """Of one layer; `loss` is the mean over the pairs."""
     return StepMetrics(
-        pairs=pairs, sums={4: sums}, scales={4: 1.0}, extra=extra, peaks={MEMORY: memory}
+        pairs=pairs,
+        sums={4: {"loss": loss * pairs, "rewards/margins": 3.0 * pairs}},
+        scales={4: 1.0},
+        work=BatchWork(pairs=pairs),
+        peak_memory_bytes=peak_bytes,
     )
 
 
-def message(losses: list[float], *, ends: bool = True, **settings: int) -> Fake:
-    """Console and logs of steps with these losses; whether the run ends after the last of them."""
-    fake = Fake()
-    arguments = {"every_steps": 3, "first_step": 0, **settings}
-    report = Report(fake, fake, fake, agree=alone, **arguments)  # type: ignore[arg-type]
-    for number, loss in enumerate(losses, arguments["first_step"] + 1):
-        report.step(
-            number,
-            metrics(loss),
-            grad_norm=10.0 * number,
-            lr=0.1 * number,
-            epoch=number,
-            ends=ends and number == arguments["first_step"] + len(losses),
-        )
-    assert [step for step, _ in fake.bar] == list(
-        range(arguments["first_step"] + 1, arguments["first_step"] + len(losses) + 1)
-    )
-    return fake
+# ---- what is logged -----------------------------------------------------------------------------
 
 
-def test_a_line_is_the_mean_since_the_line_before():
-    fake = message([1.0, 2.0, 4.0, 1.0, 1.0, 4.0, 7.0, 8.0])
-    # Each line twice: console and logs.
-    steps = [step for step, _ in fake.lines]
-    assert steps == [1, 1, 3, 3, 6, 6, 8, 8]
-    losses = [values["loss"] for _, values in fake.lines[::2]]
-    assert losses == [1.0, 3.0, 2.0, 7.5]
-    _, last = fake.lines[-1]
+def test_record_is_the_mean_since_the_previous_record():
+    case = Case()
+    case.take_steps(1.0, 2.0, 4.0, 1.0, 1.0, 4.0, 7.0, 8.0, is_last=True)
+    assert case.logger.steps == [1, 3, 6, 8]
+    assert case.logger.values("loss") == [1.0, 3.0, 2.0, 7.5]
+    _, last = case.logger.records[-1]
     assert (last["grad_norm"], last["learning_rate"], last["epoch"]) == (80.0, 0.8, 8)
-    assert last["rewards/margins"] == 3.0 and last["taken"] == 8
-    assert [work.pairs for work in fake.works] == [2.0] * 8
+    assert last["rewards/margins"] == 3.0 and last["throughput/pairs_per_s"] == 8
+    assert [work.pairs for work in case.meter.works] == [2.0] * 8
 
 
-def test_a_resumed_run_tells_of_its_first_step():
-    fake = message([1.0, 2.0, 3.0], first_step=3)
-    assert [step for step, _ in fake.lines[::2]] == [4, 6]
+def test_first_step_after_resuming_is_logged():
+    case = Case(first_step=3)
+    case.take_steps(1.0, 2.0, 3.0)
+    assert case.logger.steps == [4, 6]
 
 
-@pytest.mark.parametrize(("ends", "steps"), [(True, [1, 3, 5]), (False, [1, 3])])
-def test_a_run_that_is_stopped_tells_of_its_last_steps(ends, steps):
-    fake = message([1.0, 2.0, 3.0, 5.0, 7.0], ends=ends)
-    assert [step for step, _ in fake.lines[::2]] == steps
-    assert fake.lines[-1][1]["loss"] == (6.0 if ends else 2.5)
+@pytest.mark.parametrize(("is_last", "steps"), [(True, [1, 3, 5]), (False, [1, 3])])
+def test_last_step_is_logged(is_last, steps):
+    case = Case()
+    case.take_steps(1.0, 2.0, 3.0, 5.0, 7.0, is_last=is_last)
+    assert case.logger.steps == steps
+    assert case.logger.values("loss")[-1] == (6.0 if is_last else 2.5)
 
 
-def test_the_memory_peak_is_the_highest_so_far():
-    fake = Fake()
-    report = Report(fake, fake, fake, every_steps=1, first_step=0, agree=alone)  # type: ignore[arg-type]
-    for number, memory in enumerate((2e9, 5e9, 1e9), 1):
-        report.step(
-            number, metrics(1.0, memory=memory), grad_norm=1.0, lr=0.1, epoch=0.0, ends=False
-        )
-    values = [values for _, values in fake.lines[::2]]
-    assert [value for one in values for name, value in one.items() if "GB" in name or "gb" in name]
-    peaks = [max(value for name, value in one.items() if "gb" in name.lower()) for one in values]
-    assert peaks == [2.0, 5.0, 5.0]
+def test_peak_memory_is_the_highest_so_far():
+    case = Case(every_steps=1)
+    for peak_bytes in (2e9, 5e9, 1e9):
+        case.take_steps(1.0, peak_bytes=peak_bytes)
+    assert case.logger.values("memory/peak_gb") == [2.0, 5.0, 5.0]
 
 
-def test_an_evaluation_is_logged_under_its_names():
-    fake = Fake()
-    report = Report(fake, fake, fake, every_steps=1, first_step=0, agree=alone)  # type: ignore[arg-type]
-    values = report.evaluation(2, metrics(0.5, pairs=4), seconds=1.5)
+def test_evaluation_is_logged_under_its_names():
+    case = Case()
+    values = case.report.evaluation(2, metrics(0.5, pairs=4), seconds=1.5)
     assert values["eval_loss"] == 0.5 and values["eval_pairs"] == 4.0
-    assert fake.lines == [(2, values)] and fake.evaluations == [(2, 0.5, 1.5)]
-
-
-def test_a_stopwatch_runs():
-    watch = Stopwatch()
-    assert 0 <= watch.read() <= watch.read()
+    assert case.logger.records == [(2, values)]
 
 
 @pytest.mark.distributed
-def test_what_was_logged_before_an_error_is_there(tiny, workers, tmp_path):
-    """Loggers are closed, TensorBoard's too."""
+def test_records_before_an_error_are_written(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run", logging={"every_steps": 1, "tensorboard": True})
+    spoil = Spoil("layers.1.mlp.linear_fc2.weight", float("nan"), before_step=3)
     with pytest.raises(RuntimeError):
-        workers.run(
-            run, 1, file, Spoil("layers.1.mlp.linear_fc2.weight", float("nan"), before_step=3)
-        )
+        workers.run(run, 1, file, spoil)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    logged: Any = [tag for tag in events.Tags()["scalars"] if tag.endswith("loss")]
-    assert len(events.Scalars(logged[0])) == 2
+    losses = [tag for tag in events.Tags()["scalars"] if tag.endswith("loss")]
+    assert len(events.Scalars(losses[0])) == 2
+
+
+# ---- what the console shows ---------------------------------------------------------------------
+
+
+def short_run(case: Case) -> None:
+    """An evaluation, then four steps: 60 s for the first, 2 s for each other."""
+    with case.display:
+        case.report.evaluation(case.next_step - 1, metrics(0.58, pairs=40), seconds=1.0)
+        for seconds in (60.0, 2.0, 2.0, 2.0):
+            case.now_s += seconds
+            case.take_steps(0.6213)
+        case.report.print("saved [red]here[/red] " + "x" * 200)
+
+
+def test_file_gets_whole_lines_without_control_characters():
+    case = Case(every_steps=1, width=80)
+    short_run(case)
+    assert "\x1b" not in case.text and "\r" not in case.text
+    assert case.lines[0] == "eval   0/200 | loss 0.5800 | margin +3.000 | 40 pairs in 1.0 s"
+    assert case.lines[1].startswith("step   1/200 | loss 0.6213 | margin +3.000 | grad 10.00")
+    # The first step is slower than the others: 196 more at 2 seconds each.
+    assert case.lines[4].startswith("step   4/200") and case.lines[4].endswith(" | eta 6:32")
+    assert case.lines[5] == "saved [red]here[/red] " + "x" * 200
+    assert len(case.lines) == 6
+
+
+def test_eta_counts_from_the_step_that_the_run_resumed_from():
+    case = Case(every_steps=1, first_step=100)
+    short_run(case)
+    assert case.lines[-2].endswith(" | eta 3:12")
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_terminal_gets_a_bar_and_lines_that_fit(width):
+    case = Case(terminal=True, every_steps=1, width=width)
+    short_run(case)
+    assert max(len(line) for line in case.lines if "saved" not in line) <= width
+    bars = [line for line in case.lines if line.startswith("training")]
+    assert bars[0].endswith("0/200")
+    assert bars[-1].endswith("4/200 | loss 0.6213 margin +3.000 | eta 6:32")
+    steps = [line for line in case.lines if line.startswith("step")]
+    assert len(steps) == 4 and steps[-1].endswith("eta 6:32")
+    assert ("lr 1.0e-01" in steps[-1]) == (width == 140)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_other_ranks_are_silent(tmp_path, terminal):
+    case = Case(terminal=terminal, show=False, every_steps=1)
+    short_run(case)
+    case.report.summary(tmp_path / "no metrics file")
+    assert case.text == ""
+
+
+def test_summary_is_timed_from_the_start(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    case = Case()
+    case.now_s += 192.0
+    case.report.summary(tmp_path / "metrics.jsonl")
+    assert "0.5000" in case.text
+    assert case.lines[-1].startswith("in 3:12; 0.00 pairs/s")
+
+
+def test_second_bar_is_shown_during_an_evaluation():
+    case = Case(terminal=True)
+    with case.display:
+        with case.report.evaluating(3) as advance:
+            advance()
+            case.display.bars.refresh()
+            assert re.search(r"evaluating .*1/3", case.text)
+        case.display.bars.refresh()
+        assert "evaluating" not in case.text.rsplit("training", 1)[1]

@@ -1,5 +1,6 @@
-"""One step: looked at before weights are touched, its dropout a function of seed and number."""
+"""One step: losses are checked before weights change; dropout depends on seed and step."""
 
+import signal
 from typing import Any
 
 import pytest
@@ -7,103 +8,97 @@ import torch
 
 from megatron_idpo.errors import TrainingError
 
-from .tiny_run import BATCH_PAIRS, LORA, Files, assembled, write_config
+from .tiny_run import BATCH_PAIRS, LORA, assembled, write_config
 
 pytestmark = pytest.mark.distributed
 
 DROPOUT = {"lora": {**LORA, "dropout": 0.3}}
 
 
-def weights(run: Any) -> list[torch.Tensor]:
-    """Copies of everything that learns on this rank."""
-    chunks = run.trainer.policy.chunks
+def weights(trainer: Any) -> list[torch.Tensor]:
+    """Copies of this rank's trainable weights."""
+    chunks = trainer.policy.chunks
     return [p.detach().clone() for chunk in chunks for p in chunk.parameters() if p.requires_grad]
 
 
-def first(run: Any) -> Any:
-    """The first batch."""
-    for batch in run.batches:
-        return batch
+def first_batch(trainer: Any) -> Any:
+    return next(iter(trainer.batches))
 
 
-def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def stepped(file: str) -> dict[str, Any]:
-    """Losses of the same batch: read, trained on as some steps with lr 0, read again."""
-    with assembled(file) as run:
-        trainer, batch, before = run.trainer, first(run), weights(run)
-        reference = trainer.reference.logps(batch)
+def take_steps(file: str) -> dict[str, Any]:
+    """Losses of one batch: evaluated, trained on as different steps with lr 0, evaluated again."""
+    with assembled(file) as trainer:
+        step, batch, before = trainer.train_step, first_batch(trainer), weights(trainer)
+        reference = step.reference.logps(batch)
         for adapter in trainer.policy.adapters.tensors():
             if adapter.side == "B":
                 adapter.parameter.data.fill_(0.1)
-        start = weights(run)
-        found: dict[str, Any] = {"read": [trainer.read(batch, reference).values()["loss"]]}
-        found["trained"] = []
-        for number in (1, 2, 1):
-            metrics, norm = trainer.step(batch, number, lr=0.0)
-            found["trained"].append((metrics.values()["loss"], norm))
-            found["read"].append(trainer.read(batch, reference).values()["loss"])
-        assert same(weights(run), start) and not same(start, before)
-        metrics, _ = trainer.step(
-            batch,
-            1,
-            lr=0.1,
-            extra=lambda: {"mine": 2.0},
-            peaks=lambda: {"high": float(run.world.rank)},
-        )
-        found |= {"extra": metrics.extra, "peaks": metrics.peaks, "pairs": metrics.pairs}
-        assert not same(weights(run), start)
-        return found
+        start = weights(trainer)
+        evaluated, trained = [step.evaluate(batch, reference).values()["loss"]], []
+        for index in (1, 2, 1):
+            metrics, norm = step.train(batch, index, lr=0.0)
+            trained.append((metrics.values()["loss"], norm))
+            evaluated.append(step.evaluate(batch, reference).values()["loss"])
+        assert equal(weights(trainer), start) and not equal(start, before)
+        if trainer.world.rank == 0:
+            step.stop_flag.handle(signal.SIGTERM)
+        metrics, _ = step.train(batch, 1, lr=0.1)
+        assert not equal(weights(trainer), start)
+        return {"evaluated": evaluated, "trained": trained, "metrics": metrics}
 
 
 @pytest.mark.parametrize(
     ("layout", "processes"),
     [({}, 1), ({"pipeline": 2}, 2), pytest.param({"tensor": 2}, 2, marks=pytest.mark.exhaustive)],
 )
-def test_dropout_is_the_steps_own(tiny, workers, tmp_path, layout, processes):
-    """Reading has none, and changes nothing; a learning rate of 0 teaches nothing."""
+def test_dropout_depends_on_the_step(tiny, workers, tmp_path, layout, processes):
+    """Evaluation has no dropout and changes nothing; a learning rate of 0 changes no weight."""
     file = write_config(tiny, tmp_path / "run", layout=layout, **DROPOUT)
-    ranks = workers.run(stepped, processes, file)
+    ranks = workers.run(take_steps, processes, file)
     assert all(rank["trained"] == ranks[0]["trained"] for rank in ranks)
-    one = ranks[0]
-    assert len(set(one["read"])) == 1
-    first, second, again = one["trained"]
+    assert len(set(ranks[0]["evaluated"])) == 1
+    first, second, again = ranks[0]["trained"]
     assert first == again and first[0] != second[0] and first[1] != second[1]
-    assert one["read"][0] not in (first[0], second[0])
-    assert one["extra"] == {"mine": 2.0 * processes} and one["pairs"] == BATCH_PAIRS
-    assert one["peaks"] == {"high": processes - 1.0}
+    assert ranks[0]["evaluated"][0] not in (first[0], second[0])
+    for rank in ranks:
+        metrics = rank["metrics"]
+        assert metrics.pairs == metrics.work.pairs == BATCH_PAIRS
+        assert metrics.stop_requested and metrics.peak_memory_bytes > 1e6
 
 
-def refused(file: str, where: str) -> tuple[str, bool]:
-    """What is told, and whether weights were left as they were."""
-    with assembled(file) as run:
-        batch, trainer = first(run), run.trainer
+def bad_step(file: str, where: str) -> tuple[str, bool]:
+    """The error message, and whether the weights are unchanged."""
+    with assembled(file) as trainer:
+        batch, step = first_batch(trainer), trainer.train_step
         if where == "loss":
-            next(trainer.policy.chunks[0].parameters()).data.fill_(float("nan"))
+            next(step.policy.chunks[0].parameters()).data.fill_(float("nan"))
         else:
-            ordinary = trainer.policy.trainable.step
-            chunk = trainer.policy.chunks[0]
+            original = step.policy.trainable.step
+            chunk = step.policy.chunks[0]
 
-            def spoilt(lr: float) -> float:
+            def spoiled(lr: float) -> float:
                 next(p for p in chunk.parameters() if p.requires_grad).main_grad.fill_(torch.inf)
-                return ordinary(lr)
+                return original(lr)
 
-            object.__setattr__(trainer.policy, "trainable", _With(trainer.policy.trainable, spoilt))
-        before = weights(run)
+            replacement = _WithStep(step.policy.trainable, spoiled)
+            object.__setattr__(step.policy, "trainable", replacement)
+        before = weights(trainer)
         try:
-            trainer.step(batch, 4, lr=0.1)
+            step.train(batch, 4, lr=0.1)
         except TrainingError as error:
             return str(error), all(
                 torch.equal(a.nan_to_num(), b.nan_to_num())
-                for a, b in zip(before, weights(run), strict=True)
+                for a, b in zip(before, weights(trainer), strict=True)
             )
         return "", False
 
 
-class _With:
-    """Something with another `step`."""
+class _WithStep:
+    """An object with another `step`."""
 
     def __init__(self, other: Any, step: Any) -> None:
         self._other, self.step = other, step
@@ -112,37 +107,41 @@ class _With:
         return getattr(self._other, name)
 
 
-def test_losses_are_looked_at_before_weights_are_touched(tiny, workers, tmp_path):
+def test_losses_are_checked_before_weights_change(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run", reference={"source": "none"})
-    ((message, untouched),) = workers.run(refused, 1, file, "loss")
-    assert message.startswith("step 4: NaN or infinite at layer 1 (") and untouched
+    ((message, is_unchanged),) = workers.run(bad_step, 1, file, "loss")
+    assert message.startswith("step 4: NaN or infinite at layer 1 (") and is_unchanged
     assert f"{tiny.train}:" in message
 
 
-def test_a_gradient_is_looked_at_though_losses_are_fine(tiny, workers, tmp_path):
+def test_gradient_is_checked_even_if_losses_are_finite(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run")
-    ((message, _),) = workers.run(refused, 1, file, "gradient")
-    assert message.startswith("step 4: the gradient's norm is ") and "though every loss" in message
+    ((message, _),) = workers.run(bad_step, 1, file, "gradient")
+    assert message.startswith("step 4: the gradient norm is ") and "although every loss" in message
 
 
-def lengths(file: str) -> list[tuple[list[float], list[tuple[int, int]]]]:
-    """Of each row of the first batch: counted, and of the pairs themselves."""
-    from megatron_idpo.train.step import response_lengths
+def output_lengths(file: str) -> list[tuple[list[float], list[tuple[int, int]]]]:
+    """Of each row of the first batch: lengths in the outputs, and of the pairs themselves."""
+    from megatron_idpo.plugin.batch_run import run_batch
 
-    with assembled(file) as run:
-        found = []
-        batch = first(run)
-        for row, counted in zip(batch.rows, response_lengths(batch.rows), strict=True):
-            assert counted.dtype == torch.float32
-            pairs = [run.pairs.train[int(n)] for n in row.pair_index_P]
-            own = [(len(one.chosen_tokens), len(one.rejected_tokens)) for one in pairs]
-            found.append((counted.tolist(), own))
-        return found
+    with assembled(file) as trainer:
+        batch, policy = first_batch(trainer), trainer.policy
+        reference = trainer.train_step.reference.logps(batch)
+        lengths = {
+            output.micro_batch: output.lengths_2P.tolist()
+            for output in run_batch(policy.dpo, policy.trainable.model, batch, reference)
+        }
+        rows = []
+        for index, row in enumerate(batch.rows):
+            pairs = [trainer.pairs.train[int(pair)] for pair in row.pair_index_P]
+            own = [(len(pair.chosen_tokens), len(pair.rejected_tokens)) for pair in pairs]
+            rows.append((lengths[index], own))
+        return rows
 
 
-def test_lengths_are_of_answers(tiny: Files, workers, tmp_path):
+def test_lengths_are_those_of_the_answers(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run", data={"row_tokens": 100, "trim_tokens": 50})
-    (rows,) = workers.run(lengths, 1, file)
+    (rows,) = workers.run(output_lengths, 1, file)
     assert sum(len(own) for _, own in rows) == BATCH_PAIRS and len(rows) > 1
-    for counted, own in rows:
-        assert counted == [float(length) for pair in own for length in pair]
+    for lengths, own in rows:
+        assert lengths == [float(length) for pair in own for length in pair]

@@ -1,4 +1,4 @@
-"""The table at the end, as text; it is of the whole run, whatever the starts it took."""
+"""The summary at the end of a run, as text."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megatron_idpo.train.summary import MetricTrend, pace_line, show_summary
 
-ACHIEVED = {
+AVERAGES = {
     "throughput/pairs_per_s": 12.31,
     "throughput/tokens_per_s": 3123.0,
     "throughput/row_fill": 0.97,
@@ -23,7 +23,7 @@ def summary(tmp_path: Path, records: list[dict[str, float]]) -> list[str]:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     written = io.StringIO()
-    show_summary(Console(file=written, width=80, highlight=False), path, ACHIEVED, wall_s=751.0)
+    show_summary(Console(file=written, width=80, highlight=False), path, AVERAGES, wall_s=751.0)
     return [line.rstrip() for line in written.getvalue().splitlines() if line.strip(" ─")]
 
 
@@ -61,7 +61,7 @@ def test_plain_dpo(tmp_path):
     ]
 
 
-def test_intermediate_layers_have_rows_of_their_own(tmp_path):
+def test_intermediate_layers_have_rows(tmp_path):
     layered = {
         "final_loss": 0.5,
         "layer_22/loss": 0.6,
@@ -77,15 +77,15 @@ def test_intermediate_layers_have_rows_of_their_own(tmp_path):
         "accuracy, final layer",
     ]
     many = {f"layer_{layer}/loss": 0.6 for layer in range(2, 24, 2)}
-    message = "\n".join(summary(tmp_path, [step(1, 0.51, 0.3, 0.5) | many]))
-    assert "layer 2 " in message and "layer 22 " in message and "layer 4 " not in message
+    text = "\n".join(summary(tmp_path, [step(1, 0.51, 0.3, 0.5) | many]))
+    assert "layer 2 " in text and "layer 22 " in text and "layer 4 " not in text
 
 
-def test_without_metrics_there_is_the_pace_alone(tmp_path):
+def test_without_metrics_only_the_pace_is_printed(tmp_path):
     assert len(summary(tmp_path, [])) == 1
 
 
-def test_a_course_passes_over_what_is_not_finite():
+def test_trend_skips_values_that_are_not_finite():
     values = [math.nan, 3.0, 1.0, 2.0, math.nan]
     records = [{"step": float(number), "x": value} for number, value in enumerate(values)]
     assert MetricTrend.of(records, "x", lowest=True) == MetricTrend(3.0, 2.0, 1.0, 2)

@@ -1,4 +1,4 @@
-"""The meter: rates of an interval and of the run, by a clock that the test sets."""
+"""The meter: rates of an interval and of the run, with a fake clock."""
 
 import psutil
 import pytest
@@ -22,7 +22,7 @@ FLOPS = ModelFlops(architecture=ARCHITECTURE, num_heads=2, adapter_weights=10)
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """Seconds that the test advances."""
 
     now = 100.0
 
@@ -35,7 +35,7 @@ def run(meter: Meter, clock: Clock, *seconds: float) -> None:
         meter.begin()
         clock.now += step_s
         meter.end(WORK)
-        clock.now += 1000.0  # an evaluation, a checkpoint
+        clock.now += 1000.0  # an evaluation or a checkpoint
 
 
 def make(device_peak: float | None = None, warmup_steps: int = 2) -> tuple[Meter, Clock]:
@@ -46,7 +46,7 @@ def make(device_peak: float | None = None, warmup_steps: int = 2) -> tuple[Meter
     return meter, clock
 
 
-def test_an_interval_is_its_steps_and_nothing_between_them():
+def test_interval_excludes_time_between_steps():
     meter, clock = make(device_peak=1e6)
     run(meter, clock, 3.0, 1.0)
     flops = 2 * FLOPS.step(WORK) / 4.0 / 4
@@ -65,29 +65,29 @@ def test_an_interval_is_its_steps_and_nothing_between_them():
     assert meter.take()[STEP_S] == 0.5
 
 
-def test_averages_leave_out_the_first_steps():
+def test_averages_exclude_the_warmup():
     meter, clock = make()
     run(meter, clock, 30.0, 10.0)
-    assert meter.averages()[STEP_S] == 20.0  # nothing better is known yet
+    assert meter.averages()[STEP_S] == 20.0  # there are no other steps yet
     run(meter, clock, 2.0, 1.0)
     meter.take()
     assert meter.averages()[STEP_S] == 1.5
     assert MFU not in meter.averages()
 
 
-def test_a_meter_that_saw_nothing_says_nothing():
+def test_meter_without_steps_reports_nothing():
     meter, _ = make()
     assert meter.take() == meter.averages() == {}
 
 
-def test_memory_is_the_process_peak_in_bytes(monkeypatch):
-    """At least what is resident now, and not more than there is: a wrong unit is neither."""
+def test_cpu_memory_is_the_process_peak_in_bytes(monkeypatch):
+    """At least the current resident size and at most all memory, so that a wrong unit fails."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     resident = psutil.Process().memory_info().rss
     assert 0.99 * resident <= peak_memory_bytes() <= psutil.virtual_memory().total
 
 
-def test_memory_of_a_gpu_is_that_of_its_tensors(monkeypatch):
+def test_gpu_memory_is_that_of_its_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
     assert peak_memory_bytes() == 123

@@ -1,8 +1,8 @@
-"""Plain DPO follows TRL's DPOTrainer, step by step, in every kind of layout.
+"""Plain DPO equals TRL's DPOTrainer in every step and layout.
 
 The same 64 pairs (some cut), 8 per step for 20 steps in our shuffled order over two and a half
-epochs, fp32, dropout 0, AdamW with a warm-up, cosine decay and clipping that bites; LoRA from the
-same adapter, or all weights. TRL pads, we pack rows and share prompts.
+epochs, fp32, dropout 0, AdamW with warm-up, cosine decay and active clipping; LoRA from the same
+adapter, or full training. TRL pads, we pack rows and share prompts.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
+from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches
-from megatron_idpo.data.sources.open import Source
 from megatron_idpo.data.tokenize.chat import TokenOptions
 from megatron_idpo.data.tokenize.dataset import PairDataset, load_pairs
 from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
@@ -34,8 +34,7 @@ from .trl_case import (
 from .trl_reference import TrlResult, TrlRun, run_trl
 
 LOSS_TOLERANCE = 2e-5
-"""Measured are 4e-6 or less: fp32's rounding, which grows with every step, since Adam divides a
-gradient by its own size."""
+"""Measured: at most 4e-6. fp32 rounding grows with the steps: Adam normalizes gradients."""
 
 METRIC_TOLERANCES = {
     "rewards/chosen": 5e-5,
@@ -47,8 +46,8 @@ METRIC_TOLERANCES = {
     "grad_norm": 1e-3,
     "learning_rate": 1e-12,
 }
-"""Absolute, and about ten times what was measured. Log-probabilities are in the hundreds, norms in
-the tens."""
+"""Absolute, about ten times the measured differences. Log-probabilities are in the hundreds, norms
+in the tens."""
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.0}
 WARMUP_STEPS = 3
@@ -64,8 +63,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class Followed:
-    """The case and what TRL made of it."""
+class TrlRuns:
+    """The case and TRL's results."""
 
     case: TrlCase
     results: dict[str, TrlResult]
@@ -73,7 +72,7 @@ class Followed:
 
 
 @pytest.fixture(scope="module")
-def trl(tmp_path_factory: pytest.TempPathFactory) -> Followed:
+def trl(tmp_path_factory: pytest.TempPathFactory) -> TrlRuns:
     directory = tmp_path_factory.mktemp("trl")
     case = make_case(directory)
     runs = {
@@ -96,13 +95,13 @@ def trl(tmp_path_factory: pytest.TempPathFactory) -> Followed:
         for trained, lr in case.lrs.items()
     }
     results = dict(zip(runs, run_trl(list(runs.values()), directory), strict=True))
-    return Followed(case, results, directory / "lora" / "adapter")
+    return TrlRuns(case, results, directory / "lora" / "adapter")
 
 
 @pytest.fixture(scope="module")
-def pairs(trl: Followed, tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
+def pairs(trl: TrlRuns, tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
     return load_pairs(
-        [Source(path=str(trl.case.records))],
+        [SourceConfig(path=str(trl.case.records))],
         load_tokenizer(str(trl.case.model), TEMPLATE),
         TokenOptions(max_length=MAX_LENGTH),
         cache=tmp_path_factory.mktemp("tokens"),
@@ -110,7 +109,7 @@ def pairs(trl: Followed, tmp_path_factory: pytest.TempPathFactory) -> PairDatase
     )
 
 
-def test_both_give_the_model_the_same_tokens(trl: Followed, pairs: PairDataset) -> None:
+def test_tokens_of_every_step_equal_trl(trl: TrlRuns, pairs: PairDataset) -> None:
     """Every step has the same pairs, and each pair the same prompt, chosen and rejected."""
     assert len(pairs) == NUM_PAIRS
     settings = RowSettings(row_tokens=1024, pad_token=0)
@@ -127,8 +126,8 @@ def test_both_give_the_model_the_same_tokens(trl: Followed, pairs: PairDataset) 
             for first in range(0, len(result.pairs), BATCH_PAIRS)
         ]
         assert ours == theirs
-    assert pairs.report.truncated_pairs > 0, "the case is to have answers that are cut"
-    assert pairs.report.truncated_pairs < len(pairs), "and some that are not"
+    assert pairs.report.truncated_pairs > 0, "the case must have truncated answers"
+    assert pairs.report.truncated_pairs < len(pairs), "and others"
 
 
 def _tokens(pairs: PairDataset, index: int) -> tuple[tuple[int, ...], ...]:
@@ -158,8 +157,8 @@ def _tokens(pairs: PairDataset, index: int) -> tuple[tuple[int, ...], ...]:
         ),
     ],
 )
-def test_every_step_follows_trl(
-    trl: Followed, workers: Any, tmp_path: Path, trained: str, layout: str
+def test_every_step_equals_trl(
+    trl: TrlRuns, workers: Any, tmp_path: Path, trained: str, layout: str
 ) -> None:
     processes, section = LAYOUTS[layout]
     if layout == "pipeline":  # stories260K has five layers
@@ -176,7 +175,7 @@ def test_every_step_follows_trl(
 
 
 def train(file: str) -> int:
-    """On every rank: the verb."""
+    """The verb `train`, on every rank."""
     from megatron_idpo.cli.train import main
 
     torch.set_num_threads(1)
@@ -184,13 +183,13 @@ def train(file: str) -> int:
 
 
 def _compare(ours: list[Record], theirs: TrlResult, clip_grad: float) -> None:
-    """Every step's loss, and the metrics that we call as TRL does."""
+    """The loss of every step, and the metrics with equal names."""
     assert len(ours) == len(theirs.logs) == STEPS
     losses = [log["loss"] for log in theirs.logs]
     assert losses[0] == pytest.approx(0.693147, abs=1e-6)
-    assert max(losses) - min(losses) > 0.1, "the run is to go somewhere"
+    assert max(losses) - min(losses) > 0.1, "the loss must change"
     norms = [log["grad_norm"] for log in theirs.logs]
-    assert min(norms) < clip_grad < max(norms), "clipping is to bite in some steps"
+    assert min(norms) < clip_grad < max(norms), "some steps must be clipped"
     differences = [abs(record["loss"] - loss) for record, loss in zip(ours, losses, strict=True)]
     assert max(differences) <= LOSS_TOLERANCE, differences
     for name, tolerance in METRIC_TOLERANCES.items():
@@ -198,7 +197,7 @@ def _compare(ours: list[Record], theirs: TrlResult, clip_grad: float) -> None:
             assert record[name] == pytest.approx(log[name], abs=tolerance), (name, record["step"])
 
 
-def _config(trl: Followed, trained: str, layout: dict[str, Any], directory: Path) -> dict[str, Any]:
+def _config(trl: TrlRuns, trained: str, layout: dict[str, Any], directory: Path) -> dict[str, Any]:
     lora = {
         "rank": LORA["r"],
         "alpha": float(LORA["lora_alpha"]),

@@ -1,8 +1,8 @@
-"""Whole runs of the main job on a tiny model, and what workers run of them.
+"""Whole training runs of a tiny model.
 
-24 pairs of made-up sentences, 6 a step, two epochs: 8 steps. One pair has a word whose token no
-other pair has. `run` trains as a configuration file says; hooks (`run_hooks.py`), which travel to
-the workers, look on or interfere.
+24 pairs of random words, 6 per step, two epochs: 8 steps. One pair has a word whose token no other
+pair has. `run` trains as a configuration file says. Hooks (`run_hooks.py`) are sent to the workers
+and observe or disturb the run.
 """
 
 import json
@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
-from megatron_idpo.config.run_config import load_config
+from megatron_idpo.config.load import load_config
 from megatron_idpo.testing import write_tiny_hf_model
 
 NUM_LAYERS = 4
@@ -35,7 +35,7 @@ SIZES = {
 }
 PAIRS, HELD_OUT, BATCH_PAIRS, STEPS = 24, 5, 6, 8
 LAYERS = (1, 3)
-"""Of two stages each has one."""
+"""One for each of two pipeline stages."""
 
 ODD_PAIR = 13
 """The only pair with `ODD_WORD`, in its rejected answer."""
@@ -47,7 +47,7 @@ Sections = Mapping[str, Mapping[str, Any] | None]
 
 @dataclass(frozen=True)
 class Files:
-    """What runs read."""
+    """Input files of runs."""
 
     root: Path
 
@@ -65,7 +65,7 @@ class Files:
 
 
 def write_files(root: Path) -> Files:
-    """A model with its tokenizer, pairs to train on and held-out ones."""
+    """A model with its tokenizer, training pairs and held-out pairs."""
     files = Files(root)
     write_tiny_hf_model(files.model, "llama", seed=2, **SIZES)
     records = _records(PAIRS + HELD_OUT)
@@ -113,7 +113,7 @@ def _write_tokenizer(directory: Path, texts: Sequence[str]) -> None:
 
 
 def write_config(files: Files, output: Path, **sections: Mapping[str, Any] | None) -> str:
-    """A configuration file beside `output`; `sections` change and add fields, None removes one."""
+    """A configuration file next to `output`; `sections` change and add fields, None removes one."""
     config: dict[str, Any] = {
         "model": {"path": str(files.model), "dtype": "fp32"},
         "data": {
@@ -145,32 +145,33 @@ def write_config(files: Files, output: Path, **sections: Mapping[str, Any] | Non
 LORA = {"rank": 4, "alpha": 8.0}
 
 
-# ---- what workers run ---------------------------------------------------------------------------
+# ---- on workers ---------------------------------------------------------------------------------
 
 
 @dataclass
 class Outcome:
-    """What a rank has to say of a run."""
+    """Result of a run on one rank."""
 
     code: int
     printed: str
     found: dict[str, Any] = field(default_factory=dict)
-    """What hooks have left."""
+    """Results of hooks."""
 
 
 class Hook(Protocol):
-    """Something that looks on or interferes while a run goes on, on every rank (`run_hooks.py`)."""
+    """Observes or disturbs a run, on every rank (`run_hooks.py`)."""
 
     def __call__(self, found: dict[str, Any]) -> AbstractContextManager[None]:
-        """In force within the block; may leave something in `found`."""
+        """Active within the block; may put results into `found`."""
 
 
 def run(file: str, *hooks: Hook) -> Outcome:
-    """On every rank: the verb `train`."""
+    """The verb `train`, on every rank."""
+    from megatron_idpo.cli.main import console_logging
     from megatron_idpo.cli.train import main
 
     found: dict[str, Any] = {}
-    with ExitStack() as stack, redirect_stdout(StringIO()) as printed:
+    with ExitStack() as stack, redirect_stdout(StringIO()) as printed, console_logging():
         for hook in hooks:
             stack.enter_context(hook(found))
         code = main(Path(file), [])
@@ -179,28 +180,28 @@ def run(file: str, *hooks: Hook) -> Outcome:
 
 @contextmanager
 def assembled(file: str) -> Iterator[Any]:
-    """On every rank: a `Run` as `train` would have it before its first step."""
-    from megatron_idpo.mcore.parallel.world import joined_world, running
-    from megatron_idpo.train.run_directory import opened
-    from megatron_idpo.train.trainer import assemble, prepare
+    """A `Trainer` before its first step, on every rank."""
+    from megatron_idpo.mcore.parallel.world import distributed_world, running_layout
+    from megatron_idpo.train.run_directory import open_run_directory
+    from megatron_idpo.train.setup import assemble, prepare
 
     config = load_config(file, required=REQUIRED, optional=OPTIONAL)
-    with joined_world() as world, opened(Path(config.training.output)) as output:
+    with distributed_world() as world, open_run_directory(Path(config.training.output)) as output:
         prepared = prepare(config, world)
-        with running(config.layout.layout(), config.training.seed):
+        with running_layout(config.layout, config.training.seed):
             yield assemble(config, world, output, prepared)
 
 
-# ---- what a run has left -----------------------------------------------------------------------
+# ---- results ------------------------------------------------------------------------------------
 
 
 def together(outcomes: Sequence[Outcome], name: str) -> dict[Any, Any]:
-    """Every rank's part of what a hook has found."""
+    """A hook's results of all ranks."""
     return {key: value for outcome in outcomes for key, value in outcome.found[name].items()}
 
 
 def exported(output: Path) -> dict[str, Tensor]:
-    """The exported model's weights."""
+    """Weights of the exported model."""
     from safetensors.torch import load_file
 
     files = sorted((output / "hf").glob("*.safetensors"))
@@ -217,5 +218,5 @@ def relative_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
 
 
 def is_finite(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether no number is NaN or infinite."""
+    """Whether all values are finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())

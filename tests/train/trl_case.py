@@ -1,7 +1,7 @@
-"""What both TRL and we are given: a model, its tokenizer, 64 conversations, 20 steps.
+"""Inputs of TRL and of our runs: a model, its tokenizer, 64 conversations, 20 steps.
 
-The shared stories260K and human-labelled pairs where they are; else a random tiny Llama, a
-tokenizer trained on the spot and made-up pairs.
+stories260K and human-labeled pairs from the shared directory if they exist; otherwise a random tiny
+Llama, a tokenizer trained here and random pairs.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from megatron_idpo.data.packing.epoch_order import stream_pairs
+from megatron_idpo.data.pairs import stream_pairs
 from megatron_idpo.testing import write_tiny_hf_model
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -24,10 +24,10 @@ STEPS = 20
 SEED = 3
 EPOCHS = -(-STEPS * BATCH_PAIRS // NUM_PAIRS)
 MAX_LENGTH = 160
-"""Some answers are cut."""
+"""Some answers are truncated."""
 
 PROMPT_BYTES = 120
-"""Prompts of at most so many leave room for an answer."""
+"""Maximum prompt size, so that an answer fits."""
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
@@ -46,7 +46,7 @@ class TrlCase:
     """64 pairs, for us."""
 
     ordered: Path
-    """The pairs of 20 steps in the order in which we meet them, for TRL."""
+    """The pairs of 20 steps in our order, for TRL."""
 
     num_layers: int
 

@@ -1,10 +1,10 @@
-"""TRL's DPOTrainer on given records, in a process of its own: what our training must follow.
+"""TRL's DPOTrainer on given records, in a separate process: the reference of the parity tests.
 
 `python trl_reference.py SPEC.json` runs every run of the specification and writes its result
-beside it. A process of its own because TRL seeds every generator, sets up accelerate and patches
-Transformers' models; one for all runs because importing it takes longer than they do.
+next to it. The process is separate because TRL seeds every generator, sets up accelerate and
+patches Transformers' models; it runs all runs because importing TRL takes longer than they do.
 
-Nothing of ours is imported, so that a mistake of ours cannot be on both sides.
+Nothing from this package is imported, so that a bug here cannot be on both sides.
 """
 
 import json
@@ -45,7 +45,7 @@ class TrlRun:
 
 @dataclass(frozen=True)
 class TrlResult:
-    """What TRL did."""
+    """Result of a run."""
 
     logs: list[dict[str, float]]
     """Per optimizer step, everything TRL logged."""

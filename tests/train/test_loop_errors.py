@@ -1,4 +1,4 @@
-"""What a run cannot go on with, or cannot begin with: one message, what is saved stays usable."""
+"""Errors before and during a run: one message, and checkpoints stay usable."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
-from megatron_idpo.config.run_config import load_config
-from megatron_idpo.data.packing.epoch_order import stream_pairs
+from megatron_idpo.config.load import load_config
+from megatron_idpo.data.pairs import stream_pairs
 from megatron_idpo.data.run_pairs import load_run_pairs
 from megatron_idpo.errors import (
     CheckpointError,
@@ -41,7 +41,7 @@ NAN = float("nan")
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
-# ---- numbers that are none ----------------------------------------------------------------------
+# ---- NaN and infinity ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,13 @@ def odd_token(tiny: Files, tmp_path_factory: pytest.TempPathFactory) -> int:
         {*np.concatenate((pair.prompt_tokens, pair.chosen_tokens, pair.rejected_tokens)).tolist()}
         for pair in pairs
     ]
-    others = set().union(*(found for n, found in enumerate(tokens) if n != ODD_PAIR))
+    others = set().union(*(each for pair, each in enumerate(tokens) if pair != ODD_PAIR))
     return min(tokens[ODD_PAIR] - others)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_a_loss_that_is_no_number_is_told_with_its_pair(
-    tiny, workers, tmp_path, odd_token, processes
-):
-    """And the run goes on from the checkpoint before."""
+def test_nan_loss_is_reported_with_its_pair(tiny, workers, tmp_path, odd_token, processes):
+    """The next start resumes from the last checkpoint."""
     order = stream_pairs(0, STEPS * BATCH_PAIRS, num_pairs=PAIRS, seed=3).tolist()
     bad = order.index(ODD_PAIR, 2 * BATCH_PAIRS) // BATCH_PAIRS + 1
     file = write_config(
@@ -71,7 +69,7 @@ def test_a_loss_that_is_no_number_is_told_with_its_pair(
         checkpoint={"every_steps": 1},
     )
     spoil = Spoil(EMBEDDING, NAN, row=odd_token, before_step=bad)
-    message = refused(TrainingError, workers, processes, file, spoil)
+    message = error_of(TrainingError, workers, processes, file, spoil)
     assert message.startswith(f"step {bad}: NaN or infinite at layer 1 (loss")
     assert "; layer 3 (loss" in message and "; layer 4 (loss" in message
     assert f"in the pairs {tiny.train}:{ODD_PAIR + 1};" in message
@@ -84,20 +82,20 @@ def test_a_loss_that_is_no_number_is_told_with_its_pair(
     assert is_finite(exported(tmp_path / "run"))
 
 
-def test_only_the_layers_that_are_wrong_are_named(tiny, workers, tmp_path):
+def test_only_layers_with_nan_are_named(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run")
     spoil = Spoil("decoder.layers.1.mlp.linear_fc2.weight", NAN, before_step=3)
-    message = refused(TrainingError, workers, 1, file, spoil)
+    message = error_of(TrainingError, workers, 1, file, spoil)
     assert message.startswith("step 3: NaN or infinite at layer 3 (loss")
     assert "layer 4 (" in message and "layer 1 (" not in message
     assert message.count("train.jsonl:") == 5 and "and 1 more" in message
-    assert message.endswith("nothing was saved yet")
+    assert message.endswith("no checkpoint has been saved yet")
 
 
-def test_a_learning_rate_beyond_reason_ends_in_the_second_step(tiny, workers, tmp_path):
+def test_huge_learning_rate_fails_in_the_second_step(tiny, workers, tmp_path):
     optimizer = {"lr": 1e30, "warmup_steps": 0, "schedule": "constant"}
     file = write_config(tiny, tmp_path / "run", optimizer=optimizer)
-    message = refused(TrainingError, workers, 1, file)
+    message = error_of(TrainingError, workers, 1, file)
     assert message.startswith("step 2: NaN or infinite at layer")
 
 
@@ -105,27 +103,27 @@ def test_a_learning_rate_beyond_reason_ends_in_the_second_step(tiny, workers, tm
     ("held_out", "message"),
     [(True, "evaluation after step 1: the held-out pairs are NaN"), (False, "step 1: the update")],
 )
-def test_what_the_last_step_has_spoilt_is_neither_saved_nor_exported(
+def test_nan_after_the_last_step_is_neither_saved_nor_exported(
     tiny, workers, tmp_path, held_out, message
 ):
-    """No step comes after it that would find out."""
+    """There is no later step that would detect it."""
     sections: dict[str, Any] = {
         "optimizer": {"lr": 1e30 if held_out else 1e-2, "warmup_steps": 0},
         "training": {"max_steps": 1},
         "data": {"eval": str(tiny.held_out)} if held_out else {},
     }
     hooks = () if held_out else (SpoilAfter("final_layernorm.weight", NAN, step=1),)
-    said = refused(
+    error = error_of(
         TrainingError, workers, 1, write_config(tiny, tmp_path / "run", **sections), *hooks
     )
-    assert said.startswith(message) and said.endswith("nothing was saved yet")
+    assert error.startswith(message) and error.endswith("no checkpoint has been saved yet")
     assert not (tmp_path / "run" / "hf").exists()
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_what_was_being_saved_is_complete_after_an_error(tiny, workers, tmp_path):
+def test_background_save_completes_after_an_error(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run", checkpoint={"every_steps": 2})
-    message = refused(ConfigError, workers, 1, file, Break(step=3, save_s=1.0))
+    message = error_of(ConfigError, workers, 1, file, Break(step=3, save_s=1.0))
     assert message == "training.output: is full"
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
     (outcome,) = workers.run(run, 1, file, CountSteps())
@@ -143,18 +141,16 @@ def test_what_was_being_saved_is_complete_after_an_error(tiny, workers, tmp_path
     ],
     ids=["full", "lora"],
 )
-def test_a_policy_that_is_not_the_reference_is_told_by_layer(
-    tiny, workers, tmp_path, sections, spoil
-):
+def test_start_check_reports_differing_layers(tiny, workers, tmp_path, sections, spoil):
     file = write_config(tiny, tmp_path / "run", **sections)
-    message = refused(TrainingError, workers, 2, file, spoil)
+    message = error_of(TrainingError, workers, 2, file, spoil)
     assert message.startswith("start check: policy and reference should be equal")
-    assert "0.693147" in message and "layer 3: loss" in message and "layer 4: loss" in message
-    assert "layer 1:" not in message and "training.start_check" in message
+    assert "0.693147" in message and "layer 3 (loss" in message and "layer 4 (loss" in message
+    assert "layer 1 (" not in message and "training.start_check" in message
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_where_it_is_switched_off_such_a_run_begins(tiny, workers, tmp_path):
+def test_start_check_can_be_disabled(tiny, workers, tmp_path):
     training = {"start_check": False, "max_steps": 2, "export": False}
     file = write_config(tiny, tmp_path / "run", training=training)
     spoil = Spoil("decoder.layers.2.mlp.linear_fc2.weight", 0.0)
@@ -163,9 +159,9 @@ def test_where_it_is_switched_off_such_a_run_begins(tiny, workers, tmp_path):
     assert not (tmp_path / "run" / "hf").exists()
 
 
-# ---- refused before a weight is read ------------------------------------------------------------
+# ---- before weights are read --------------------------------------------------------------------
 
-REFUSED: dict[str, tuple[dict[str, Any], type[UserError], tuple[str, ...]]] = {
+INVALID: dict[str, tuple[dict[str, Any], type[UserError], tuple[str, ...]]] = {
     "model": (
         {"model": {"path": "/no/such/model"}},
         CheckpointError,
@@ -207,44 +203,44 @@ REFUSED: dict[str, tuple[dict[str, Any], type[UserError], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_work_is_refused_before_a_weight_is_read(tiny, workers, tmp_path, name):
-    sections, kind, words = REFUSED[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_configuration_is_reported_before_weights_are_read(tiny, workers, tmp_path, name):
+    sections, kind, parts = INVALID[name]
     file = write_config(tiny, tmp_path / "run", **sections)
-    message = refused(kind, workers, 1, file, NoWeights())
-    assert all(word in message for word in words), message
+    message = error_of(kind, workers, 1, file, NoWeights())
+    assert all(part in message for part in parts), message
 
 
-def test_a_tokenizer_of_another_model(tiny, workers, tmp_path):
+def test_tokenizer_of_another_model_is_reported(tiny, workers, tmp_path):
     small = write_tiny_hf_model(tmp_path / "small", "llama", **{**SIZES, "vocab_size": 260})
     model = {"path": str(small), "tokenizer": str(tiny.model)}
     file = write_config(tiny, tmp_path / "run", model=model)
-    message = refused(ConfigError, workers, 1, file, NoWeights())
+    message = error_of(ConfigError, workers, 1, file, NoWeights())
     assert message.startswith("model.tokenizer: token ") and "vocabulary ends at 259" in message
 
 
-def test_an_output_that_cannot_be_written(tiny, workers, tmp_path):
+def test_output_that_cannot_be_written_is_reported(tiny, workers, tmp_path):
     (tmp_path / "file").write_text("")
     training = {"output": str(tmp_path / "file" / "run")}
     file = write_config(tiny, tmp_path / "run", training=training)
-    message = refused(ConfigError, workers, 2, file, NoWeights())
+    message = error_of(ConfigError, workers, 2, file, NoWeights())
     assert f"training.output: {tmp_path / 'file' / 'run'} cannot be written" in message
 
 
-def test_an_output_that_another_run_has(tiny, workers, tmp_path):
+def test_output_of_a_running_run_is_reported(tiny, workers, tmp_path):
     (tmp_path / "run").mkdir()
     file = write_config(tiny, tmp_path / "run")
     with locked(tmp_path / "run" / ".lock"):
-        message = refused(ConfigError, workers, 2, file, NoWeights())
+        message = error_of(ConfigError, workers, 2, file, NoWeights())
     assert "training.output" in message and "is being written by another run" in message
 
 
-# ---- refused on resuming ------------------------------------------------------------------------
+# ---- resuming -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def two_steps(tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run of two steps with adapters."""
+    """Output of a run of two steps with adapters."""
     output = tmp_path_factory.mktemp("two") / "run"
     workers.run(run, 1, write_config(tiny, output, lora=LORA, training={"max_steps": 2}))
     return output
@@ -257,31 +253,31 @@ CHANGED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "lora": ({"lora": None}, ("lora",)),
     "order": ({"data": {"seed": 4}}, ("seed", "3", "4")),
     "pairs": ({"data": {"max_length": 8}}, ("other data",)),
-    "never": ({"checkpoint": {"resume": "never"}}, ("training.output", "has a checkpoint already")),
+    "never": ({"checkpoint": {"resume": "never"}}, ("training.output", "already has a checkpoint")),
 }
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_a_run_that_learns_something_else_does_not_go_on(tiny, workers, two_steps, name):
-    changes, words = CHANGED[name]
+def test_resuming_with_changed_objective_or_data_is_rejected(tiny, workers, two_steps, name):
+    changes, parts = CHANGED[name]
     before = (two_steps / "config.yaml").read_bytes()
     file = write_config(tiny, two_steps, **{"lora": LORA, **changes})
-    message = refused(UserError, workers, 1, file, NoWeights())
-    assert all(word in message for word in words), message
+    message = error_of(UserError, workers, 1, file, NoWeights())
+    assert all(part in message for part in parts), message
     assert "output" in message or "resume with" in message, message
     assert (two_steps / "config.yaml").read_bytes() == before
     assert (two_steps / "checkpoints" / "step-00000002").is_dir()
 
 
-def test_a_run_of_another_model_does_not_go_on(tiny, workers, two_steps, tmp_path):
+def test_resuming_with_another_model_is_rejected(tiny, workers, two_steps, tmp_path):
     other = write_tiny_hf_model(tmp_path / "other", "llama", seed=9, **SIZES)
     model = {"path": str(other), "tokenizer": str(tiny.model)}
     file = write_config(tiny, two_steps, lora=LORA, model=model)
-    message = refused(CheckpointError, workers, 1, file, NoWeights())
-    assert "another base model" in message and "step-00000002" in message
+    message = error_of(CheckpointError, workers, 1, file, NoWeights())
+    assert "the base model" in message and "step-00000002" in message
 
 
-def test_what_may_change_may_change(tiny, workers, two_steps):
+def test_learning_rate_length_and_layout_may_change(tiny, workers, two_steps):
     """Learning rate, length, layout."""
     file = write_config(
         tiny,
@@ -296,10 +292,10 @@ def test_what_may_change_may_change(tiny, workers, two_steps):
 
 
 @pytest.mark.parametrize(("batch_pairs", "steps"), [(3, 8), (12, 2)])
-def test_another_batch_size_goes_on_to_the_end_of_the_data(
+def test_resumed_run_with_another_batch_size_ends_with_the_data(
     tiny, workers, tmp_path, batch_pairs, steps
 ):
-    """24 of 48 pairs are behind it after 4 steps of 6."""
+    """24 of 48 pairs have been used after 4 steps of 6."""
     output = tmp_path / "run"
     workers.run(run, 1, write_config(tiny, output), stop_after(4))
     file = write_config(tiny, output, training={"global_batch_pairs": batch_pairs})
@@ -308,8 +304,8 @@ def test_another_batch_size_goes_on_to_the_end_of_the_data(
     assert outcome.found["steps"] == list(range(5, 5 + steps))
 
 
-def refused(kind: type[UserError], workers: Any, processes: int, file: str, *hooks: Any) -> str:
-    """What the run's error says."""
+def error_of(kind: type[UserError], workers: Any, processes: int, file: str, *hooks: Any) -> str:
+    """The message of the run's error."""
     with pytest.raises(kind) as raised:
         workers.run(run, processes, file, *hooks)
     return str(raised.value)

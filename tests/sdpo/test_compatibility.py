@@ -1,4 +1,4 @@
-"""What is refused before the first model is scored, or before anything is written over."""
+"""Errors before the first model is scored or any file is written."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 
 def files(output: Path) -> dict[str, bytes]:
-    """Everything below a directory but caches of tokens."""
+    """Content of all files below a directory."""
     return {
         str(path.relative_to(output)): path.read_bytes()
         for path in output.rglob("*")
@@ -24,40 +24,43 @@ def files(output: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="module")
-def finished(tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run of two steps; not to be changed."""
-    output = tmp_path_factory.mktemp("finished") / "run"
-    assert workers.run(run, 1, stepped_config(tiny, output, "full"))[0].code == 0
-    return output
+@pytest.fixture
+def output(finished: Any) -> Path:
+    """The output of a complete run of two steps; not to be changed."""
+    directory: Path = finished("full")[0]
+    return directory
 
 
-def test_a_plain_run_in_its_directory(tiny: Files, workers: Any, finished: Path) -> None:
-    """Nor in that of a step: what it says there is not what it learnt from."""
-    before = files(finished)
-    for output in (finished, finished / "step-2"):
-        with pytest.raises(ConfigError, match="belongs to a run of several steps"):
-            workers.run(run, 1, write_config(tiny, output))
-        output.with_suffix(".yaml").unlink()
-    with pytest.raises(ConfigError, match="belongs to a run of several steps"):
-        workers.run(run, 1, str(finished / "step-2" / "config.yaml"))
-    assert files(finished) == before
+def test_run_without_sdpo_is_rejected_in_the_directory_of_an_sdpo_run(
+    tiny: Files, workers: Any, output: Path
+) -> None:
+    """Also in the directory of a step."""
+    before = files(output)
+    for directory in (output, output / "step-2"):
+        with pytest.raises(ConfigError, match="belongs to an sDPO run"):
+            workers.run(run, 1, write_config(tiny, directory))
+        directory.with_suffix(".yaml").unlink()
+    with pytest.raises(ConfigError, match="belongs to an sDPO run"):
+        workers.run(run, 1, str(output / "step-2" / "config.yaml"))
+    assert files(output) == before
 
 
-def test_steps_in_a_plain_runs_directory(tiny: Files, workers: Any, tmp_path: Path) -> None:
+def test_sdpo_run_is_rejected_in_the_directory_of_another_run(
+    tiny: Files, workers: Any, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     workers.run(run, 1, write_config(tiny, output, training={"max_steps": 2}))
     before = files(output)
-    with pytest.raises(ConfigError, match=r"no manifest\.json: a run of one step's"):
+    with pytest.raises(ConfigError, match=r"no manifest\.json: of a run without sdpo"):
         workers.run(run, 1, stepped_config(tiny, output, "full"))
     assert files(output) == before
 
 
-def test_a_start_that_is_refused_changes_nothing(tiny: Files, workers: Any, finished: Path) -> None:
-    before = files(finished)
-    with pytest.raises(CheckpointError, match="other pairs in step 1"):
-        workers.run(run, 1, stepped_config(tiny, finished, "full", data={"seed": 4}))
-    assert files(finished) == before
+def test_rejected_start_changes_no_file(tiny: Files, workers: Any, output: Path) -> None:
+    before = files(output)
+    with pytest.raises(CheckpointError, match="step 1: pairs differ"):
+        workers.run(run, 1, stepped_config(tiny, output, "full", data={"seed": 4}))
+    assert files(output) == before
 
 
 EARLY: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
@@ -77,7 +80,7 @@ EARLY: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
 
 
 @pytest.mark.parametrize("name", EARLY)
-def test_what_can_be_known_is_told_before_anything_is_scored(
+def test_invalid_step_is_reported_before_scoring(
     tiny: Files, workers: Any, tmp_path: Path, name: str
 ) -> None:
     output, (sections, kind, message) = tmp_path / "run", EARLY[name]
@@ -90,7 +93,7 @@ def test_what_can_be_known_is_told_before_anything_is_scored(
     assert not (output / "first_model").exists()
 
 
-def test_a_step_that_fills_no_batch_is_told_before_step_1(
+def test_step_with_too_few_pairs_is_reported_before_step_1(
     tiny: Files, workers: Any, tmp_path: Path
 ) -> None:
     output, steps = tmp_path / "run", [{"fraction": 0.9}, {"fraction": 0.1, "epochs": 1}]
@@ -100,12 +103,13 @@ def test_a_step_that_fills_no_batch_is_told_before_step_1(
 
 
 @pytest.mark.parametrize(
-    "source", ["resident", pytest.param("offloaded", marks=pytest.mark.exhaustive)]
+    "source",
+    [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("resident", "offloaded")],
 )
-def test_a_step_does_not_go_on_against_another_reference(
+def test_resuming_a_step_with_another_reference_is_rejected_by_its_checkpoint(
     tiny: Files, workers: Any, tmp_path: Path, source: str
 ) -> None:
-    """Its start is the first model in any case: the manifest alone knew what it learnt against."""
+    """Also without the manifest. The start is the first model in both cases."""
     output = tmp_path / "run"
     common: dict[str, Any] = {"reference": {"source": source}}
     steps = [dict(step) for step in TWO_STEPS]
@@ -117,14 +121,14 @@ def test_a_step_does_not_go_on_against_another_reference(
     assert states(output) == ["complete", "training"]
     (output / "manifest.json").unlink()
     steps[0]["lr"] = 3e-3
-    with pytest.raises(CheckpointError, match="belongs to a run with another reference"):
+    with pytest.raises(CheckpointError, match="the reference differs"):
         workers.run(run, 1, stepped_config(tiny, output, "full", steps, sdpo=sdpo, **common))
 
 
-def test_the_manifest_knows_what_a_step_was_begun_with(
+def test_resuming_a_step_with_another_reference_is_rejected_by_the_manifest(
     tiny: Files, workers: Any, tmp_path: Path
 ) -> None:
-    """Step 1 alone was made again meanwhile, by somebody who edited the manifest's state."""
+    """As if step 1 had been trained again and the manifest edited."""
     from megatron_idpo.sdpo.manifest import read_manifest, write_manifest
 
     output = tmp_path / "run"
@@ -135,5 +139,5 @@ def test_the_manifest_knows_what_a_step_was_begun_with(
     manifest = read_manifest(output)
     assert manifest is not None
     write_manifest(output, manifest.with_step(2, reference="f" * 64))
-    with pytest.raises(CheckpointError, match="step 2 was begun with another reference"):
+    with pytest.raises(CheckpointError, match="step 2 began with another reference"):
         workers.run(run, 1, file)

@@ -1,14 +1,12 @@
-"""The line of a step, as text."""
+"""The line of a step or an evaluation."""
 
 import math
 
 import pytest
 
 from megatron_idpo.train.logging.line import (
-    clock_time,
     evaluation_line,
     format_accuracy,
-    short,
     training_line,
 )
 
@@ -32,7 +30,7 @@ FULL = (
 )
 
 
-def test_a_line_has_everything_where_there_is_room():
+def test_line_has_all_parts_if_it_fits():
     assert training_line(20, 200, VALUES, eta_s=192.3) == FULL
     assert training_line(20, 200, VALUES, eta_s=192.3, width=len(FULL)) == FULL
 
@@ -55,41 +53,41 @@ def test_a_line_has_everything_where_there_is_room():
         (10, "step  20/200 | loss 0.6213 | margin +0.210 acc 0.71"),
     ],
 )
-def test_where_room_is_short_what_matters_least_is_left_out(width, line):
+def test_narrow_line_drops_parts(width, line):
     assert training_line(20, 200, VALUES, eta_s=192.3, width=width) == line
 
 
-def test_lines_of_a_run_are_aligned():
-    """Numbers of the same kind stand under each other."""
+def test_lines_are_aligned():
+    """Equal quantities are in equal columns."""
     first = training_line(1, 200, {**VALUES, "rewards/margins": -0.0001, "loss": 0.693})
     assert len(first) == len(training_line(199, 200, VALUES))
 
 
-def test_plain_dpo_has_one_loss():
+def test_plain_dpo_shows_one_loss():
     values = {name: value for name, value in VALUES.items() if "layer" not in name}
     assert "| loss 0.6213 | margin" in training_line(20, 200, values)
 
 
-def test_of_many_layers_the_range_is_reported():
+def test_many_layers_are_shown_as_a_range():
     values = VALUES | {f"layer_{layer}/loss": 0.5 + layer / 100 for layer in (4, 8, 28)}
     assert "(L4..L28 0.54-0.78, final 0.62)" in training_line(20, 200, values)
     two = VALUES | {"layer_4/loss": 0.5}
     assert "(L4 0.50, L22 0.64, final 0.62)" in training_line(20, 200, two)
 
 
-def test_small_losses_of_layers_are_told_apart():
+def test_small_losses_have_more_digits():
     values = VALUES | {"layer_22/loss": 0.0994, "final_loss": 0.0043}
     assert "(L22 0.099, final 0.004)" in training_line(20, 200, values)
 
 
-def test_what_is_not_known_is_left_out():
+def test_missing_values_are_left_out():
     assert training_line(3, 10, {"loss": math.nan}) == "step  3/10 | loss nan"
 
 
 EVALUATED = {f"eval_{name}": VALUES[name] for name in list(VALUES)[:5]} | {"eval_pairs": 1040.0}
 
 
-def test_held_out_pairs():
+def test_evaluation_line():
     assert evaluation_line(20, 200, EVALUATED, seconds=3.21) == (
         "eval  20/200 | loss 0.6213 (L22 0.64, final 0.62) | "
         "margin +0.210 acc 0.71 [0.69, 0.74] | 1,040 pairs in 3.2 s"
@@ -99,49 +97,16 @@ def test_held_out_pairs():
     )
 
 
-def test_rounding_is_a_tie():
-    """Of 400 equal pairs, a few differ in the last digit: that is neither 0 % nor 1 % accurate."""
+def test_margin_within_rounding_is_a_tie():
+    """Of 400 equal pairs a few differ in the last digit, which is not an accuracy of 1 %."""
     for accuracy, margin in ((0.0, -3e-8), (0.01, 2e-7), (0.5, 0.0)):
         assert format_accuracy(accuracy, margin, 400) == "tied"
     assert format_accuracy(0.0, -0.01, 400).startswith("0.00 [0.00")
     assert format_accuracy(0.6, 2e-4, None) == "0.60"
 
 
-def test_before_training_all_pairs_are_tied():
+def test_accuracy_before_training_is_tied():
     values = EVALUATED | {"eval_rewards/margins": 0.0, "eval_rewards/accuracies": 0.0}
     assert "margin +0.000 acc tied |" in evaluation_line(0, 200, values, seconds=1.0)
     assert format_accuracy(0.0, -0.5, 40) == "0.00 [0.00, 0.09]"
     assert format_accuracy(0.5, None, None) == "0.50"
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (0.004, "0.00"),
-        (9.994, "9.99"),
-        (9.996, "10.0"),
-        (99.96, "100"),
-        (999.4, "999"),
-        (999.6, "1.0k"),
-        (99_949, "99.9k"),
-        (99_960, "100k"),
-        (999_600, "1.0M"),
-        (123_456_789, "123M"),
-    ],
-)
-def test_short_numbers(value, message):
-    assert short(value) == message
-
-
-@pytest.mark.parametrize(
-    ("seconds", "message"),
-    [
-        (0.4, "0:00"),
-        (59.6, "1:00"),
-        (192, "3:12"),
-        (3725, "1:02:05"),
-        (183_600, "2d 03:00"),
-    ],
-)
-def test_clock_times(seconds, message):
-    assert clock_time(seconds) == message

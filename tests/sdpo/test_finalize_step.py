@@ -1,4 +1,4 @@
-"""The end of a step: in which order, and that doing it again does the same."""
+"""The end of a step: its order, and that repeating it gives the same result."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,22 @@ import pytest
 
 from megatron_idpo.errors import CheckpointError
 
-from .stepped_run import Files, Outcome, manifest_of, run, snapshots, states, stepped_config
+from .stepped_run import (
+    EXPORTING,
+    Files,
+    Outcome,
+    manifest_of,
+    run,
+    snapshots,
+    states,
+    stepped_config,
+)
 
 pytestmark = pytest.mark.distributed
 
 
 def run_without(file: str, owner: str) -> Outcome:
-    """A run in which something of a step's end cannot be done."""
+    """A run in which a function of the step's end fails."""
     with patch(owner, side_effect=CheckpointError.at("disk", "is full")):
         return run(file)
 
@@ -23,33 +32,33 @@ def run_without(file: str, owner: str) -> Outcome:
     "broken",
     [
         "snapshot.save_weights",
-        pytest.param("conclusion.export_result", marks=pytest.mark.exhaustive),
-        pytest.param("conclusion.write_snapshot", marks=pytest.mark.exhaustive),
+        pytest.param("finalize_step.export_result", marks=pytest.mark.exhaustive),
+        pytest.param("finalize_step.write_snapshot", marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_step_whose_end_fails_is_not_complete(
-    tiny: Files, workers: Any, tmp_path: Path, broken: str
+def test_step_whose_end_fails_is_not_complete(
+    tiny: Files, workers: Any, tmp_path: Path, finished: Any, broken: str
 ) -> None:
-    """And the next start does the end alone, from the step's last checkpoint."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    steps = [{"fraction": 0.5, "export": True}, {"fraction": 0.5}]
-    assert workers.run(run, 1, stepped_config(tiny, whole, steps=steps))[0].code == 0
-    file = stepped_config(tiny, parts, steps=steps)
+    """The next start repeats only the end, from the step's last checkpoint."""
+    (whole, _), parts = finished("merge"), tmp_path / "parts"
+    file = stepped_config(tiny, parts, steps=EXPORTING)
     with pytest.raises(CheckpointError, match="disk: is full"):
         workers.run(run_without, 1, file, f"megatron_idpo.sdpo.{broken}")
     assert states(parts) == ["training", "pending"]
     assert not (parts / "snapshots" / "step-1").exists()
     [outcome] = workers.run(run, 1, file)
-    assert outcome.code == 0 and "all 4 steps have been taken" in outcome.printed
+    assert outcome.code == 0 and "all 4 steps are complete" in outcome.printed
     assert snapshots(parts) == snapshots(whole)
     assert manifest_of(parts).steps == manifest_of(whole).steps
 
 
-@pytest.mark.parametrize("target", ["previous", "first"])
-def test_an_adapter_of_an_earlier_end_goes_where_it_would_be_wrong(
+@pytest.mark.parametrize(
+    "target", ["previous", pytest.param("first", marks=pytest.mark.exhaustive)]
+)
+def test_earlier_adapter_is_removed_if_it_belongs_to_another_model(
     tiny: Files, workers: Any, tmp_path: Path, target: str
 ) -> None:
-    """On the first model it would be replaced; on step 1's result there is none."""
+    """The adapter of step 2 belongs to step 1's result, unless it starts from the first model."""
     output = tmp_path / "run"
     file = stepped_config(tiny, output, sdpo={"target": target})
     adapter = output / "adapter"

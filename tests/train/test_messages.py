@@ -1,4 +1,4 @@
-"""What a run says at its beginning and its end is true: paths exist, the command works."""
+"""Lines at the start and the end of a run: they are true, paths exist, the command works."""
 
 import shlex
 from pathlib import Path
@@ -21,11 +21,11 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def ended(tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What is printed by a run of two steps with other sections, and its output."""
+def trained(tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Trains two steps with other sections; returns the outcome and the output directory."""
 
     def train(*hooks: Any, **sections: Any) -> tuple[Outcome, Path]:
-        output = tmp_path_factory.mktemp("ended") / "a run"
+        output = tmp_path_factory.mktemp("trained") / "a run"
         training = {"max_steps": 2, **sections.pop("training", {})}
         file = write_config(tiny, output, training=training, **sections)
         return workers.run(run, 1, file, *hooks)[0], output
@@ -33,8 +33,8 @@ def ended(tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory) -
     return train
 
 
-def test_the_beginning(ended, tiny):
-    outcome, _ = ended(lora=LORA, data={"eval": str(tiny.held_out)})
+def test_first_lines_describe_the_run(trained, tiny):
+    outcome, _ = trained(lora=LORA, data={"eval": str(tiny.held_out)})
     first, second = outcome.printed.splitlines()[:2]
     assert first == f"24 pairs to train on, {HELD_OUT} held out; 2 steps of 6 pairs"
     assert second.startswith("training LoRA rank 4 on q_proj, k_proj, v_proj, o_proj, gate_proj")
@@ -44,62 +44,64 @@ def test_the_beginning(ended, tiny):
 @pytest.mark.parametrize(
     ("training", "message"),
     [
-        ({"max_steps": None}, "3 steps of 7 pairs, 3 pairs left over"),
-        ({"max_steps": 3}, "3 steps of 7 pairs, 3 pairs left over"),
-        ({"max_steps": 2}, "2 steps of 7 pairs"),  # it never comes to them
+        ({"max_steps": None}, "3 steps of 7 pairs, 3 pairs dropped (incomplete batch)"),
+        ({"max_steps": 3}, "3 steps of 7 pairs, 3 pairs dropped (incomplete batch)"),
+        ({"max_steps": 2}, "2 steps of 7 pairs"),  # it ends before it reaches them
     ],
 )
-def test_pairs_that_fill_no_batch(ended, training, message):
+def test_dropped_pairs_are_reported(trained, training, message):
     training |= {"epochs": 1, "global_batch_pairs": 7, "export": False}
-    outcome, _ = ended(training=training)
+    outcome, _ = trained(training=training)
     assert outcome.printed.splitlines()[0] == f"24 pairs to train on, 0 held out; {message}"
 
 
-def test_text_that_goes_without_a_chat_template_is_reported(ended):
+def test_text_without_chat_template_is_reported(trained):
     message = "data: 24 pairs are text, trained without the chat template"
     short = {"export": False}
     for format, is_reported in (("auto", True), ("text", False)):
         data = {"chat_template": TEMPLATE, "format": format}
-        outcome, _ = ended(data=data, training=short)
+        outcome, _ = trained(data=data, training=short)
         assert (message in outcome.printed) == is_reported
-    assert "data:" not in ended(training=short)[0].printed
+    assert "data:" not in trained(training=short)[0].printed
 
 
-def test_a_run_that_does_not_start_at_its_reference_says_so(ended):
+def test_run_that_does_not_start_at_its_reference_has_no_start_check(trained):
     message = "reference: the model without lora.adapter; no start check"
-    first, output = ended(lora=LORA)
+    first, output = trained(lora=LORA)
     assert "start check passed" in first.printed and "reference:" not in first.printed
     adapter = {"adapter": str(output / "adapter")}
-    second, _ = ended(lora=LORA | adapter, training={"export": False})
+    second, _ = trained(lora=LORA | adapter, training={"export": False})
     assert message in second.printed.splitlines() and "start check passed" not in second.printed
-    third, _ = ended(lora=LORA | adapter, training={"export": False}, reference={"source": "none"})
+    third, _ = trained(
+        lora=LORA | adapter, training={"export": False}, reference={"source": "none"}
+    )
     assert "reference:" not in third.printed
 
 
-def test_plain_dpo_of_all_weights(ended):
+def test_plain_dpo_full_training(trained):
     objective = {"layers": [], "intermediate_weight": 0.0}
-    outcome, output = ended(objective=objective, training={"export": False})
+    outcome, output = trained(objective=objective, training={"export": False})
     lines = outcome.printed.splitlines()
-    assert "training all weights; intermediate layers: none: plain DPO of 4" in lines
+    assert "training all weights; plain DPO (4 layers, no taps)" in lines
     assert f"state    {output / 'checkpoints'}" in lines
     assert "try it:" not in lines and "adapter" not in outcome.printed
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
-def test_the_paths_exist_and_the_command_speaks(ended, capsys, chat):
-    outcome, output = ended(lora=LORA, **({"data": {"chat_template": TEMPLATE}} if chat else {}))
-    message = dict(
+def test_printed_paths_exist_and_the_command_generates(trained, capsys, chat):
+    outcome, output = trained(lora=LORA, **({"data": {"chat_template": TEMPLATE}} if chat else {}))
+    paths = dict(
         line.split(maxsplit=1)
         for line in outcome.printed.splitlines()
         if line.startswith(("curves ", "metrics ", "model ", "adapter "))
     )
-    assert message == {
+    assert paths == {
         "curves": str(output / "curves.png"),
         "metrics": str(output / "metrics.jsonl"),
         "model": str(output / "hf"),
         "adapter": str(output / "adapter"),
     }
-    assert all(Path(path).exists() for path in message.values())
+    assert all(Path(path).exists() for path in paths.values())
     python, option, code = shlex.split(outcome.printed.splitlines()[-1])
     assert (python, option) == ("python", "-c")
     assert ("role" in code) == chat
@@ -108,15 +110,15 @@ def test_the_paths_exist_and_the_command_speaks(ended, capsys, chat):
     assert capsys.readouterr().out.strip()
 
 
-def test_a_stop(ended):
-    outcome, output = ended(stop_after(2), training={"max_steps": 4})
+def test_stopped_run_says_how_to_resume(trained):
+    outcome, output = trained(stop_after(2), training={"max_steps": 4})
     (line,) = (line for line in outcome.printed.splitlines() if "stopped by a signal" in line)
     assert "after step 2" in line and str(output / "checkpoints") in line
-    assert f"exit code {EXIT_PREEMPTED}" in line and "the same command goes on" in line
+    assert f"exit code {EXIT_PREEMPTED}" in line and "the same command resumes" in line
     assert (output / "checkpoints").is_dir() and "try it" not in outcome.printed
 
 
-def test_other_ranks_say_nothing():
-    from megatron_idpo.train.messages import tell_finished
+def test_other_ranks_print_nothing():
+    from megatron_idpo.train.messages import report_finished
 
-    tell_finished(SimpleNamespace(world=SimpleNamespace(is_first=False)), None, [])  # type: ignore
+    report_finished(SimpleNamespace(world=SimpleNamespace(is_first=False)), None, [])  # type: ignore
