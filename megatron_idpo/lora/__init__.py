@@ -1,1 +1,1 @@
-"""LoRA as PEFT does it, on megatron-core's fused and tensor-parallel linears."""
+"""LoRA with PEFT's semantics on megatron-core's fused, tensor-parallel linears."""

@@ -1,13 +1,14 @@
-"""Adapters on this rank's model chunks: added, switched off for the reference, removed.
+"""LoRA adapters on this rank's model chunks: added, disabled for the reference, merged, removed.
 
     chunks = ...                                       # weights loaded
     adapters = add_adapters(chunks, architecture, LoraConfig(rank=16, alpha=16.0))
     ...                                                # attach, DDP, optimizer, training
     with adapters.disabled():
-        ...                                            # the model as it was, bit for bit
+        ...                                            # the base model, bitwise
+    export_hf(chunks, ..., value=merged_value(adapters))
 
-Only adapters learn: every other parameter is frozen, so megatron-core computes no weight gradients
-for it and DDP gives it no buffers.
+Only adapters are trained. Every other parameter is frozen, so megatron-core computes no weight
+gradients for it and DDP allocates no buffers.
 """
 
 import hashlib
@@ -16,10 +17,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from megatron_idpo.config.lora import LoraConfig
+from megatron_idpo.convert.families import hf_shapes
+from megatron_idpo.convert.megatron_to_hf import ParameterValue
 from megatron_idpo.errors import ConfigError, Problem
-from megatron_idpo.lora.names import weight_shape
 from megatron_idpo.mcore.lora.chunk import (
     AdapterTensor,
     ChunkAdapters,
@@ -39,29 +42,29 @@ from megatron_idpo.mcore.parallel.groups import RankCoordinates, rank_coordinate
 def add_adapters(
     chunks: Sequence[GPTModel], architecture: Architecture, settings: LoraConfig, seed: int = 0
 ) -> "Adapters":
-    """Put low-rank adapters beside the linears of every layer, and freeze everything else.
+    """Add low-rank adapters to the linears of every layer, and freeze everything else.
 
-    To be called before the plugin's `attach` and before DDP wraps the chunks. A is drawn from
-    Kaiming's uniform distribution over the projection's whole input, as in PEFT, the same in every
-    layout; B is zero, so that the model computes what it did. No collective.
+    Call it before the plugin's `attach` and before DDP wraps the chunks. A has Kaiming's uniform
+    distribution over the projection's whole input, as in PEFT, with the same values in every
+    layout; B is zero, so the model's output does not change. No collective.
 
     Args:
         chunks: this rank's chunks, with their weights loaded.
-        architecture: what they are.
+        architecture: of the model.
         settings: rank, scale, dropout and targets.
         seed: of the initial values of A.
 
     Raises:
-        ConfigError: chunks that are wrapped, attached or adapted already, or that lack a target
-            linear of megatron-core's own; every reason at once.
+        ConfigError: chunks that are wrapped, attached or already adapted, or that lack a target
+            linear of megatron-core; all reasons at once.
     """
-    if problems := _refused(chunks, settings):
+    if problems := _check_chunks(chunks, settings):
         raise ConfigError.of(problems)
     return Adapters(chunks, architecture, settings, seed)
 
 
 class Adapters:
-    """The adapters of this rank's chunks, until `remove`. Made by `add_adapters`."""
+    """The adapters of this rank's chunks, until `remove`. Created by `add_adapters`."""
 
     def __init__(
         self,
@@ -70,32 +73,37 @@ class Adapters:
         settings: LoraConfig,
         seed: int,
     ) -> None:
-        """Insert and initialise them; `add_adapters` has checked the arguments."""
+        """Insert and initialize adapters; `add_adapters` has checked the arguments."""
         self.settings = settings
         """Rank, scale, dropout and targets."""
         self.seed = seed
         """Of the initial values of A."""
         self.chunks = list(chunks)
         """The adapted chunks."""
-        self._undo: list[RestoreFn] = [freeze(chunk) for chunk in chunks]
-        numbers = LoraHyperparams(settings.rank, settings.scaling, settings.dropout)
-        self._by_chunk = [insert_adapters(chunk, settings.projections, numbers) for chunk in chunks]
-        self._undo += [enable_embedding_output_grad(chunk) for chunk in chunks if chunk.pre_process]
-        rank = rank_coordinates()
-        for one in self.tensors():
-            if one.side == "A":
-                _, num_inputs = weight_shape(one.projection, architecture)
-                initialise(one, seed, num_inputs, rank)
+        # Freeze first: the adapters inserted after it stay trainable.
+        self._restore: list[RestoreFn] = [freeze(chunk) for chunk in chunks]
+        hyperparams = LoraHyperparams(settings.rank, settings.scaling, settings.dropout)
+        self._by_chunk = [
+            insert_adapters(chunk, settings.projections, hyperparams) for chunk in chunks
+        ]
+        for chunk in chunks:
+            if chunk.pre_process:
+                self._restore.append(enable_embedding_output_grad(chunk))
+        coordinates = rank_coordinates()
+        for tensor in self.tensors():
+            if tensor.side == "A":
+                _, num_inputs = weight_shape(tensor.projection, architecture)
+                initialize_a(tensor, seed, num_inputs, coordinates)
 
     def tensors(self) -> Iterator[AdapterTensor]:
-        """A and B of every projection in this rank's layers, this rank's parts of them."""
+        """This rank's parts of A and B of every projection in its layers."""
         for adapters in self._by_chunk:
             yield from adapters.tensors()
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """What is trained on this rank, under names that are the same in every layout."""
-        for one in self.tensors():
-            yield one.name, one.parameter
+        """The trained parameters of this rank, under names that are the same in every layout."""
+        for tensor in self.tensors():
+            yield tensor.name, tensor.parameter
 
     @property
     def by_chunk(self) -> list[ChunkAdapters]:
@@ -104,7 +112,7 @@ class Adapters:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the chunks compute what they did without adapters, to the bit."""
+        """Within the block the chunks compute the base model, bitwise."""
         before = [adapters.enabled for adapters in self._by_chunk]
         for adapters in self._by_chunk:
             adapters.enabled = False
@@ -115,48 +123,101 @@ class Adapters:
                 adapters.enabled = enabled
 
     def remove(self) -> None:
-        """Put the chunks back as they were; what was frozen learns again. Twice does nothing.
+        """Restore the chunks, and unfreeze what was frozen. A second call does nothing.
 
-        DDP and optimizers made meanwhile know the adapters: make new ones to train on.
+        DDP and optimizers created meanwhile hold the adapters: create new ones to train on.
         """
         if self._by_chunk:
             for chunk in self.chunks:
                 remove_adapters(chunk)
-        while self._undo:
-            self._undo.pop()()
+        while self._restore:
+            self._restore.pop()()
         self._by_chunk = []
         self.chunks = []
 
 
-def initialise(one: AdapterTensor, seed: int, num_inputs: int, rank: RankCoordinates) -> None:
-    """Fill this rank's part of an A, of `kaiming_uniform_(a=sqrt(5))` over all its inputs.
+def weight_shape(projection: str, architecture: Architecture) -> tuple[int, int]:
+    """Output and input features of a projection in the whole model."""
+    outputs, inputs = hf_shapes(architecture)[f"{hf_module(0, projection)}.weight"]
+    return outputs, inputs
 
-    The whole A is drawn on the CPU in fp32 by a generator of its own, so that a value depends on
-    nothing but the seed and the tensor's name.
+
+def hf_module(layer: int, projection: str) -> str:
+    """Name of a projection's module in a Hugging Face model; layers count from 0."""
+    parent = "mlp" if projection in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    return f"model.layers.{layer}.{parent}.{projection}"
+
+
+def initialize_a(
+    tensor: AdapterTensor, seed: int, num_inputs: int, coordinates: RankCoordinates
+) -> None:
+    """Fill this rank's part of an A with `kaiming_uniform_(a=sqrt(5))` over all its inputs.
+
+    Every rank draws the whole A on the CPU in fp32 with a generator seeded by the tensor's name, so
+    that the values depend on nothing but the seed and that name, in particular not on the layout.
     """
-    message = hashlib.sha256(f"{seed} {one.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(message[:8]) >> 1)
-    whole = torch.empty(len(one.parameter), num_inputs, device="cpu")
+    digest = hashlib.sha256(f"{seed} {tensor.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    whole = torch.empty(len(tensor.parameter), num_inputs, device="cpu")
     # Kaiming's bound, sqrt(6 / ((1 + a²) * fan_in)), for a = sqrt(5).
     whole.uniform_(-1 / math.sqrt(num_inputs), 1 / math.sqrt(num_inputs), generator=generator)
-    part = whole if one.split_dim is None else whole.chunk(rank.tp_size, 1)[rank.tp_rank]
+    if tensor.split_dim is not None:
+        # Row-parallel linears split the input features: dimension 1 of A.
+        whole = whole.chunk(coordinates.tp_size, 1)[coordinates.tp_rank]
     with torch.no_grad():
-        one.parameter.copy_(part)
+        tensor.parameter.copy_(whole)
 
 
-def _refused(chunks: Sequence[GPTModel], settings: LoraConfig) -> list[Problem]:
+def merged_value(adapters: Adapters) -> ParameterValue:
+    """A function from a parameter of an adapted chunk to its value with the adapters merged.
+
+    `W + scaling * B A` of this rank's shard is computed in fp32 and cast once, to the parameter's
+    dtype. It changes nothing and allocates one parameter at a time. Parameters without adapters
+    are returned as they are.
+    """
+    by_weight = {
+        id(adapted.linear.weight): adapted
+        for chunk_adapters in adapters.by_chunk
+        for _, _, adapted in chunk_adapters.linears()
+    }
+
+    def value(parameter: torch.nn.Parameter) -> Tensor:
+        adapted = by_weight.get(id(parameter))
+        return parameter.data if adapted is None else adapted.merged_weight()
+
+    return value
+
+
+def merge_in_place(adapters: Adapters) -> None:
+    """Replace the weights by their merged values (`merged_value`), and zero the adapters' B.
+
+    The old weights are lost, and an optimizer's fp32 copies of the adapters are stale afterwards:
+    do not train these adapters any more.
+    """
+    with torch.no_grad():
+        for chunk_adapters in adapters.by_chunk:
+            for _, _, adapted in chunk_adapters.linears():
+                adapted.linear.weight.copy_(adapted.merged_weight())
+        for tensor in adapters.tensors():
+            if tensor.side == "B":
+                tensor.parameter.zero_()
+
+
+def _check_chunks(chunks: Sequence[GPTModel], settings: LoraConfig) -> list[Problem]:
     if not chunks:
         return [Problem("chunks", "is empty", "give this rank's GPTModel chunks")]
-    found = []
-    for number, chunk in enumerate(chunks):
-        rank = f"chunks[{number}]"
+    problems = []
+    for index, chunk in enumerate(chunks):
+        location = f"chunks[{index}]"
         if not isinstance(chunk, GPTModel):
-            wrapper = f"is a {type(chunk).__name__}, not a GPTModel"
-            found.append(Problem(rank, wrapper, "add adapters first, then wrap the chunks in DDP"))
+            message = f"is a {type(chunk).__name__}, not a GPTModel"
+            remedy = "add adapters first, then wrap the chunks in DDP"
+            problems.append(Problem(location, message, remedy))
         elif has_adapters(chunk):
-            found.append(Problem(rank, "has adapters already", "remove() those first"))
+            problems.append(Problem(location, "has adapters already", "remove() them first"))
         elif is_hooked(chunk):
-            found.append(Problem(rank, "is attached to", "add adapters first, then attach"))
+            remedy = "add adapters first, then attach"
+            problems.append(Problem(location, "is attached already", remedy))
         else:
-            found += missing_linears(chunk, settings.projections)
-    return list(dict.fromkeys(found))
+            problems += missing_linears(chunk, settings.projections)
+    return list(dict.fromkeys(problems))

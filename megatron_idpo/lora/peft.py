@@ -1,42 +1,69 @@
-"""Adapters to and from PEFT's files, in any parallel layout.
+"""LoRA adapters in PEFT's file format, from and to any parallel layout.
 
     save_peft(adapters, architecture, Path("adapter"), base_model="meta-llama/Llama-3.1-8B")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(...), "adapter")
 
-Every projection has an A and a B of its own here as in PEFT, so values are only moved.
+Every projection has its own A and B here as in PEFT, so values are moved without arithmetic.
+
+`adapter_config.json` has options that `LoraConfig` cannot express. Those that would change the
+model's output are errors by name, so that no adapter is silently read as another one. Fields about
+an adapter's origin or initialization are ignored.
 """
 
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 
-from megatron_idpo.checkpoint.dtype_checks import check_floating, check_range
+from megatron_idpo.checkpoint.dtypes import check_floating, check_range
 from megatron_idpo.config.lora import LoraConfig
-from megatron_idpo.convert.hf_io.distributed_writer import write_together
 from megatron_idpo.convert.hf_io.reader import HfCheckpoint
 from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
-from megatron_idpo.convert.hf_io.writer import HfWriter
+from megatron_idpo.convert.hf_io.writer import HfWriter, write_together
 from megatron_idpo.convert.slicing import Shard
-from megatron_idpo.errors import CheckpointError
-from megatron_idpo.lora.adapters import Adapters
-from megatron_idpo.lora.names import adapter_shape, peft_name
-from megatron_idpo.lora.peft_config import (
-    CONFIG_NAME,
-    check_same_settings,
-    peft_config,
-    read_peft_settings,
-)
+from megatron_idpo.errors import CheckpointError, ConfigError, Problem
+from megatron_idpo.lora.adapters import Adapters, hf_module, weight_shape
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, rank_coordinates
 from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, raise_on_all_ranks
+from megatron_idpo.storage.provenance import as_problems, diff, read_record
 
+CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
+
+_PEFT_ROOT = "base_model.model"
+"""PEFT's wrapper, and the model in it."""
+
+_READ = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules"}
+_READ |= {"use_rslora", "init_lora_weights"}
+
+_IGNORED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "layers_pattern",  # only meaningful with layers_to_transform
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",  # only meaningful with use_qalora
+    "revision",
+    "runtime_config",
+}
+
+_NEUTRAL_VALUES = {"bias": "none"}
+"""Values that switch an option off, for options where that is not null, false or empty."""
+
+_PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that do not change the base model's weights."""
 
 
 def save_peft(
@@ -44,19 +71,20 @@ def save_peft(
 ) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`. Collective.
 
-    The first data-parallel replica does the work, one tensor at a time, each pipeline stage its own
-    layers. The values are in the adapters' own format.
+    The first data-parallel replica writes, one tensor at a time, each pipeline stage its own
+    layers. Values keep the adapters' dtype.
 
     Args:
         adapters: of this rank's chunks.
-        architecture: what they are.
-        directory: appears only when it is complete; an adapter that is there is replaced.
+        architecture: of the model.
+        directory: appears only when it is complete; an existing adapter is replaced.
         base_model: where PEFT finds the base model, a directory or a name on the hub.
 
     Raises:
         CheckpointError: on every rank; it cannot be written, and nothing is left behind.
     """
     shapes = peft_shapes(adapters.settings, architecture)
+    # From rank 0: a later stage may own no layer, and every rank needs the same dtype.
     dtype = broadcast_from_rank0(lambda: next(adapters.parameters())[1].dtype)
     config = peft_config(adapters.settings, base_model)
 
@@ -76,62 +104,72 @@ def save_peft(
 
 
 def load_peft(adapters: Adapters, architecture: Architecture, directory: Path) -> None:
-    """Fill the adapters with what PEFT or `save_peft` saved, casting to their format.
+    """Load an adapter saved by PEFT or `save_peft`, casting to the adapters' dtype.
 
-    Collective only in that a failure on any rank is raised on all; each rank reads its own slices.
+    Each rank reads its own slices. Collective only in that a failure on any rank is raised on all.
 
     Args:
         adapters: of this rank's chunks.
-        architecture: what they are.
+        architecture: of the model.
         directory: with `adapter_model.safetensors` and `adapter_config.json`.
 
     Raises:
-        CheckpointError: other rank, scale or targets than the adapters', an option that we do not
-            have, a missing, unknown or wrong-shaped tensor, a damaged file.
+        CheckpointError: other rank, scale or targets than the adapters', an unsupported option, a
+            missing, unknown or wrong-shaped tensor, a damaged file.
     """
-    rank = rank_coordinates()
-    shard = Shard(rank.tp_rank, rank.tp_size)
+    coordinates = rank_coordinates()
+    shard = Shard(coordinates.tp_rank, coordinates.tp_size)
     with raise_on_all_ranks("reading the adapter"), torch.no_grad():
-        found = read_peft_settings(directory)
-        check_same_settings(found, adapters.settings, directory / CONFIG_NAME)
-        stored = _open(directory)
-        stored.check(peft_shapes(adapters.settings, architecture))
-        check_floating(str(directory), {name: stored.dtype(name) for name in stored.names()})
-        for one in adapters.tensors():
-            name = peft_name(one.layer, one.projection, one.side)
-            sizes = stored.shape(name)
-            cut = [shard.of(size) if n == one.split_dim else None for n, size in enumerate(sizes)]
-            one.parameter.copy_(stored.read(name, *cut))
-            check_range(str(directory), name, one.parameter, stored.dtype(name))
+        check_same_adapter(read_peft_settings(directory), adapters.settings, directory)
+        checkpoint = _open(directory)
+        checkpoint.check(peft_shapes(adapters.settings, architecture))
+        dtypes = {name: checkpoint.dtype(name) for name in checkpoint.names()}
+        check_floating(str(directory), dtypes)
+        for tensor in adapters.tensors():
+            name = peft_name(tensor.layer, tensor.projection, tensor.side)
+            slices = [
+                shard.of(size) if dim == tensor.split_dim else None
+                for dim, size in enumerate(checkpoint.shape(name))
+            ]
+            tensor.parameter.copy_(checkpoint.read(name, *slices))
+            check_range(str(directory), name, tensor.parameter, dtypes[name])
+
+
+def peft_name(layer: int, projection: str, side: str) -> str:
+    """Name of A or B in `adapter_model.safetensors`."""
+    return f"{_PEFT_ROOT}.{hf_module(layer, projection)}.lora_{side}.weight"
 
 
 def peft_shapes(settings: LoraConfig, architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """Every tensor of an adapter by PEFT's name, in the order of the layers."""
-    return {
-        peft_name(layer, target, side): adapter_shape(target, side, settings.rank, architecture)
-        for layer in range(architecture.num_layers)
-        for target in settings.projections
-        for side in ("A", "B")
-    }
+    """Shapes of an adapter's whole tensors by PEFT's names, in layer order.
+
+    A is `[rank, inputs]`, B is `[outputs, rank]`.
+    """
+    shapes = {}
+    for layer in range(architecture.num_layers):
+        for target in settings.projections:
+            outputs, inputs = weight_shape(target, architecture)
+            shapes[peft_name(layer, target, "A")] = (settings.rank, inputs)
+            shapes[peft_name(layer, target, "B")] = (outputs, settings.rank)
+    return shapes
 
 
 def whole_adapter_tensors(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
-    """This stage's tensors under PEFT's names, on its first replica's first tensor-parallel rank.
+    """This stage's whole tensors under PEFT's names, one at a time, in the adapters' dtype.
 
-    They are whole, one at a time, in the adapters' own format.
-
-    Collective over the first replica's tensor-parallel groups: a gather for every split tensor.
+    Yields on the first replica's first tensor-parallel rank only. Collective over the first
+    replica's tensor-parallel groups: a gather for every split tensor.
     """
-    rank = rank_coordinates()
-    if rank.dp_rank > 0:
+    coordinates = rank_coordinates()
+    if coordinates.dp_rank > 0:
         return
-    for one in adapters.tensors():
-        tensor = one.parameter.detach()
-        shards = [tensor] if one.split_dim is None else gather_tensor_shards(tensor)
-        if rank.tp_rank == 0:
+    for tensor in adapters.tensors():
+        local = tensor.parameter.detach()
+        shards = [local] if tensor.split_dim is None else gather_tensor_shards(local)
+        if coordinates.tp_rank == 0:
             assert shards is not None
-            whole = torch.cat(shards, one.split_dim) if one.split_dim is not None else tensor
-            yield peft_name(one.layer, one.projection, one.side), whole
+            whole = local if tensor.split_dim is None else torch.cat(shards, tensor.split_dim)
+            yield peft_name(tensor.layer, tensor.projection, tensor.side), whole
 
 
 def _open(directory: Path) -> HfCheckpoint:
@@ -140,6 +178,113 @@ def _open(directory: Path) -> HfCheckpoint:
         message, remedy = "does not exist", "name the directory that PEFT's save_pretrained wrote"
         if (directory / _PICKLE_NAME).is_file():
             message = f"does not exist, only {_PICKLE_NAME}, which could run any code when loaded"
-            remedy = "where you trust the file, load it by PEFT and save it again"
+            remedy = "if you trust that file, load it with PEFT and save it again"
         raise CheckpointError.at(str(path), message, remedy)
     return HfCheckpoint(directory, single_file=WEIGHTS_NAME)
+
+
+# ---- adapter_config.json -------------------------------------------------------------------------
+
+
+def read_peft_settings(directory: Path) -> LoraConfig:
+    """Read the settings of an adapter that PEFT saved.
+
+    Args:
+        directory: with `adapter_config.json`.
+
+    Raises:
+        CheckpointError: missing, not LoRA, or with unsupported options; all of them at once.
+    """
+    path = directory / CONFIG_NAME
+    remedy = "name the directory that PEFT's save_pretrained wrote"
+    config = read_record(path, error=CheckpointError, remedy=remedy)
+    if problems := _unsupported(config, str(path)):
+        raise CheckpointError.of(problems)
+    try:
+        return LoraConfig(
+            rank=config.get("r", 8),
+            alpha=float(config.get("lora_alpha", 8)),
+            dropout=float(config.get("lora_dropout", 0.0)),
+            targets=config["target_modules"],
+            rslora=bool(config.get("use_rslora", False)),
+        )
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError.at(str(path), f"does not describe an adapter: {error}") from None
+
+
+def check_same_adapter(saved: LoraConfig, current: LoraConfig, directory: Path) -> None:
+    """Check that a saved adapter fits the model's adapters; dropout may differ.
+
+    Raises:
+        CheckpointError: naming every differing field.
+    """
+    differences = diff(_fields_that_must_match(saved), _fields_that_must_match(current))
+    remedy = "make the section lora and the adapter equal"
+    if problems := as_problems(differences, str(directory / CONFIG_NAME), remedy):
+        raise CheckpointError.of(problems)
+
+
+def _fields_that_must_match(settings: LoraConfig) -> dict[str, Any]:
+    return {
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "use_rslora": settings.rslora,
+        "target_modules": list(settings.projections),
+    }
+
+
+def peft_config(settings: LoraConfig, base_model: str) -> dict[str, Any]:
+    """The content of `adapter_config.json` for `PeftModel.from_pretrained`.
+
+    Args:
+        settings: of the adapter.
+        base_model: where PEFT finds the base model: a directory, which is written as an absolute
+            path, or a name on the hub.
+    """
+    if Path(base_model).is_dir():
+        base_model = str(Path(base_model).absolute())
+    return {
+        **_fields_that_must_match(settings),
+        # PEFT declares an int, but computes with any number.
+        "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
+        "lora_dropout": settings.dropout,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+    }
+
+
+def _unsupported(config: dict[str, Any], path: str) -> list[Problem]:
+    """Every field with a value that is not supported."""
+    problems = []
+
+    def add(name: str, message: str, remedy: str = "") -> None:
+        problems.append(Problem(f"{path}: {name}", message, remedy))
+
+    for name, supported in (("peft_type", ("LORA",)), ("task_type", (None, "CAUSAL_LM"))):
+        if config.get(name) not in supported:
+            add(name, f"is {config.get(name)!r}, only {supported[-1]} is supported")
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear":
+        add("target_modules", f"is the pattern {targets!r}", "list the projections")
+    elif not isinstance(targets, str | list):
+        add("target_modules", f"is {targets!r}", "list the projections")
+    initialization = config.get("init_lora_weights")
+    if initialization not in _PLAIN_INITIALIZATIONS:
+        add(
+            "init_lora_weights",
+            f"is {initialization!r}, which also changes the base model's weights",
+            "save it with PEFT as plain LoRA (path_initial_model_for_weight_conversion)",
+        )
+    for name, value in sorted(config.items()):
+        is_off = not value or value == _NEUTRAL_VALUES.get(name)
+        if name not in _READ | _IGNORED and not is_off:
+            remedy = "merge the adapter into its base model with PEFT"
+            add(name, f"is {value!r}, which is not supported", remedy)
+    return problems

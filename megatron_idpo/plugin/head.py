@@ -18,19 +18,7 @@ from megatron_idpo.plugin.logprobs import vocab_parallel_logprobs
 from megatron_idpo.plugin.micro_batch import Targets
 
 
-@dataclass(frozen=True, slots=True)
-class VocabShard:
-    """The vocabulary rows of this tensor-parallel rank."""
-
-    group: torch.distributed.ProcessGroup
-    start: int
-    """Token id of this rank's first row."""
-
-    num_valid: int
-    """Tokens of the whole vocabulary; rows beyond them are padding."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """Final norm and output layer, as one chunk uses them."""
 
@@ -40,7 +28,15 @@ class Head:
     weight: Callable[[], Tensor]
     """Returns this rank's shard `[V, H]`. Called at each use, because DDP may move parameters."""
 
-    shard: VocabShard
+    group: torch.distributed.ProcessGroup
+    """The tensor-parallel ranks, which share the vocabulary."""
+
+    vocab_start: int
+    """Token id of the shard's first row."""
+
+    vocab_size: int
+    """Tokens of the whole vocabulary; rows beyond them are padding."""
+
     sequence_parallel: bool
     use_norm: bool = True
     """False reads tapped layers without the final norm (`norm: none`)."""
@@ -74,7 +70,7 @@ class Head:
             # Norm before the gather: each rank normalizes its own positions, so the norm's weight
             # gradient is partial per rank, as megatron-core expects and sums in finalize.
             hidden_t1H = self.norm(hidden_t1H) if apply_norm else hidden_t1H
-            hidden_T1H = gather_positions(hidden_t1H, self.shard.group)
+            hidden_T1H = gather_positions(hidden_t1H, self.group)
             hidden_NH = hidden_T1H[:, 0].index_select(0, targets.positions_N)
         else:
             # Select before the norm: prompt positions need neither the norm nor the projection.
@@ -85,9 +81,9 @@ class Head:
             hidden_NH.to(weight_VH.dtype),
             weight_VH,
             targets.tokens_N,
-            group=self.shard.group,
-            vocab_start=self.shard.start,
-            vocab_valid=self.shard.num_valid,
+            group=self.group,
+            vocab_start=self.vocab_start,
+            vocab_valid=self.vocab_size,
             frozen=not weight_VH.requires_grad,
             # The gather's backward sums over the ranks; a second sum would scale gradients by TP.
             reduce_hidden_grad=not self.sequence_parallel,

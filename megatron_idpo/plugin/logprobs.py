@@ -44,9 +44,9 @@ from megatron_idpo.plugin.tiles import (
     onednn_bf16_matmul,
     scan_shard,
     slices,
+    tile_logits,
 )
 from megatron_idpo.plugin.vocab_softmax import (
-    LogitTransform,
     PartialSoftmax,
     TokenSoftmax,
     combine_ranks,
@@ -62,14 +62,11 @@ def vocab_parallel_logprobs(
     vocab_start: int = 0,
     vocab_valid: int | None = None,
     group: dist.ProcessGroup | None = None,
-    logit_scale: float | None = None,
-    softcap: float | None = None,
     frozen: bool | None = None,
-    main_grad_VH: Tensor | None = None,
     reduce_hidden_grad: bool = True,
     tiles: TileSizes | None = None,
 ) -> Tensor:
-    """log softmax(f(hidden @ weight.T))[target] over the whole vocabulary, for every target.
+    """log softmax(hidden @ weight.T)[target] over the whole vocabulary, for every target.
 
     Collectives over `group` (none if it is None or has one rank), also for `N = 0`: forward, one
     all-gather of three values per target; backward, one all-reduce of the hidden gradient, or none
@@ -84,13 +81,8 @@ def vocab_parallel_logprobs(
         vocab_valid: tokens of the whole vocabulary. Rows beyond it are padding: they do not enter
             the softmax and get no gradient. None: no rank has padding.
         group: the ranks that share the vocabulary.
-        logit_scale: the family's factor on logits. None: 1.
-        softcap: the family's cap, `softcap · tanh(logit_scale · x / softcap)`. None: no cap.
         frozen: use the frozen-weight path; the weight gets no gradient even if it requires one.
             None: frozen exactly if the weight does not require a gradient.
-        main_grad_VH: where to add a trainable weight's gradient during backward, of any floating
-            dtype. Autograd then gets None for the weight, so a caller that passes Megatron's
-            `main_grad` also has to mark the parameter as ready in DDP.
         reduce_hidden_grad: False leaves the hidden gradient as this rank's term of the sum over
             `group`, for a sequence-parallel gather whose backward sums the terms.
         tiles: None: `TileSizes.default`.
@@ -109,7 +101,6 @@ def vocab_parallel_logprobs(
     projection = Projection(
         start=vocab_start,
         num_rows=rows if vocab_valid is None else min(max(vocab_valid - vocab_start, 0), rows),
-        transform=LogitTransform(1.0 if logit_scale is None else logit_scale, softcap),
         tiles=tiles or TileSizes.default(hidden_NH.device, frozen=frozen),
         group=group,
         reduce_hidden_grad=reduce_hidden_grad,
@@ -117,10 +108,8 @@ def vocab_parallel_logprobs(
     if not (torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad)):
         partial = scan_shard(hidden_NH.detach(), weight_VH.detach(), targets_N, projection)
         return combine_ranks(partial, group).logps()
-    if frozen:
-        logps_N = _FrozenHead.apply(hidden_NH, weight_VH, targets_N, projection)
-    else:
-        logps_N = _TrainableHead.apply(hidden_NH, weight_VH, targets_N, projection, main_grad_VH)
+    head = _FrozenHead if frozen else _TrainableHead
+    logps_N = head.apply(hidden_NH, weight_VH, targets_N, projection)
     assert isinstance(logps_N, Tensor)
     return logps_N
 
@@ -168,16 +157,15 @@ def _finish_hidden_gradient(
     """
     # exp(z_v − local maximum) · share = softmax over the others of all ranks.
     share_N = (partial.maximum_N - softmax.maximum_N).exp() / softmax.sum_N
-    factor_N = softmax.one_minus_p() * projection.transform.scale
-    derivative_N = projection.transform.cap_derivative(softmax.target_N)
+    one_minus_p_N = softmax.one_minus_p()
     inside_N, index_N1 = locate_columns(targets_N - projection.start, projection.num_rows)
-    # 1 (or f'(z_y)) on the rank that owns the target, 0 elsewhere: W[y] is added exactly once.
-    own_N = inside_N.to(sum_NH.dtype) if derivative_N is None else inside_N * derivative_N
+    # 1 on the rank that owns the target, 0 elsewhere: W[y] is added exactly once.
+    own_N = inside_N.to(sum_NH.dtype)
     for tokens in slices(targets_N.shape[0], projection.tiles.tokens):
         # W[y] is added in the accumulation dtype, not through a product with 16-bit operands.
         target_nH = weight_VH.index_select(0, index_N1[tokens, 0]).to(sum_NH.dtype)
         sum_nH = sum_NH[tokens].mul_(-share_N[tokens, None])
-        sum_nH.addcmul_(target_nH, own_N[tokens, None]).mul_(factor_N[tokens, None])
+        sum_nH.addcmul_(target_nH, own_N[tokens, None]).mul_(one_minus_p_N[tokens, None])
 
 
 class _TrainableHead(torch.autograd.Function):
@@ -185,21 +173,13 @@ class _TrainableHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight_VH: Tensor,
-        targets_N: Tensor,
-        projection: Projection,
-        main_grad_VH: Tensor | None,
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, projection: Projection
     ) -> Tensor:
         """Save the inputs and three values per target."""
         partial = scan_shard(hidden_NH, weight_VH, targets_N, projection)
         softmax = combine_ranks(partial, projection.group)
         statistics = (softmax.maximum_N, softmax.sum_N, softmax.target_N)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, *statistics)
-        # Not a saved tensor: other micro-batches write to it between this forward and backward,
-        # and autograd would report a modified saved tensor.
-        ctx.main_grad_VH = main_grad_VH
         ctx.projection = projection
         return softmax.logps()
 
@@ -212,9 +192,7 @@ class _TrainableHead(torch.autograd.Function):
         dtype, projection = accumulation_dtype(hidden_NH), ctx.projection
         softmax, buffer = TokenSoftmax(*statistics), projection.buffer(hidden_NH)
         grad_NH = torch.zeros_like(hidden_NH, dtype=dtype) if needs_hidden else None
-        grad_VH = None
-        if needs_weight:
-            grad_VH = torch.zeros_like(weight_VH) if ctx.main_grad_VH is None else ctx.main_grad_VH
+        grad_VH = torch.zeros_like(weight_VH) if needs_weight else None
         with onednn_bf16_matmul(hidden_NH):
             # Vocabulary in the outer loop: each row's gradient is complete after the inner loop,
             # so one float32 tile [v, H] suffices instead of a float32 copy of the whole gradient.
@@ -223,10 +201,8 @@ class _TrainableHead(torch.autograd.Function):
                 for tokens, hidden_nH, column_n in projection.token_tiles(
                     hidden_NH, targets_N, rows
                 ):
-                    logits_nv = buffer.logits(hidden_nH, weight_vH)
-                    softmax.to_logit_gradient(
-                        tokens, logits_nv, column_n, grad_N[tokens], projection.transform
-                    )
+                    logits_nv = tile_logits(hidden_nH, weight_vH, buffer)
+                    softmax.to_logit_gradient(tokens, logits_nv, column_n, grad_N[tokens])
                     grad_nv = matmul_operand(logits_nv, weight_VH.dtype)
                     if grad_NH is not None:
                         add_matmul(grad_NH[tokens], grad_nv, weight_vH)
@@ -238,7 +214,7 @@ class _TrainableHead(torch.autograd.Function):
             # Rounded before the all-reduce: half the traffic, one more rounding per rank.
             grad_NH = projection.sum_over_ranks(grad_NH.to(hidden_NH.dtype))
         # The rows' gradient needs no collective: every rank has all targets for its own rows.
-        return grad_NH, grad_VH if ctx.main_grad_VH is None else None, None, None, None
+        return grad_NH, grad_VH, None, None
 
 
 def _accumulator(grad_vH: Tensor, dtype: torch.dtype) -> Tensor:

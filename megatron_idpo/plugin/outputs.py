@@ -15,6 +15,12 @@ from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.parallel.world import all_gather_objects
 from megatron_idpo.plugin.micro_batch import MicroBatch
 
+_REMEDY = (
+    "take outputs once, after the schedule; run every micro-batch through every chunk with "
+    "AttachedDpo.forward, and backward too unless under torch.no_grad; "
+    "pass AttachedDpo.loss to the schedule as its loss function"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerOutput:
@@ -130,7 +136,7 @@ class OutputBuffer:
                 raise ConfigError.at(
                     f"layer {layer}",
                     f"has {by_micro_batch.total()} outputs for {num_micro_batches} micro-batches",
-                    _missing_outputs_remedy(layer == self._final),
+                    _REMEDY,
                 )
         if len({frozenset(by_micro_batch.items()) for by_micro_batch in counts.values()}) > 1:
             raise ConfigError.at(
@@ -139,15 +145,3 @@ class OutputBuffer:
                 "give every model chunk its own iterator over the same micro-batches",
             )
         return outputs
-
-
-def _missing_outputs_remedy(is_final: bool) -> str:
-    if is_final:
-        return (
-            "take outputs once, after the schedule; run every micro-batch through "
-            "AttachedDpo.forward and pass AttachedDpo.loss to the schedule as its loss function"
-        )
-    return (
-        "take outputs once, after the schedule; run every micro-batch through every chunk with "
-        "AttachedDpo.forward, and backward too unless under torch.no_grad"
-    )

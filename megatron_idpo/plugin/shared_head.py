@@ -24,7 +24,7 @@ from megatron_idpo.mcore.model.head_replica import REPLICA_NAME, HeadReplica, ma
 from megatron_idpo.mcore.parallel.groups import rank_coordinates, tensor_group
 from megatron_idpo.mcore.parallel.pipeline import StageGroup, stage_group
 from megatron_idpo.mcore.parallel.world import all_gather_objects
-from megatron_idpo.plugin.head import Head, VocabShard
+from megatron_idpo.plugin.head import Head
 
 _INTEGER_BY_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtypes by bytes per element."""
@@ -197,7 +197,9 @@ class SharedHead:
         return Head(
             norm=chunk.decoder.final_layernorm if replica is None else replica.norm,
             weight=partial(_weight, chunk, replica),
-            shard=VocabShard(tensor_group(), rank.tp_rank * rows, vocab_size),
+            group=tensor_group(),
+            vocab_start=rank.tp_rank * rows,
+            vocab_size=vocab_size,
             sequence_parallel=chunk.config.sequence_parallel,
             use_norm=self._use_norm,
             replica=replica,

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_idpo.plugin.vocab_softmax import LogitTransform, PartialSoftmax
+from megatron_idpo.plugin.vocab_softmax import PartialSoftmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,22 +108,6 @@ def onednn_bf16_matmul(like: Tensor) -> Iterator[None]:
         mkldnn.matmul.fp32_precision = before
 
 
-class LogitsBuffer:
-    """Memory for one tile of logits, reused for every tile."""
-
-    def __init__(self, sizes: TileSizes, num_tokens: int, num_rows: int, like: Tensor) -> None:
-        """Allocate the largest tile that `num_tokens` targets and `num_rows` rows can need."""
-        largest = min(sizes.tokens, num_tokens) * min(sizes.vocab, num_rows)
-        self._memory = torch.empty(largest, dtype=accumulation_dtype(like), device=like.device)
-
-    def logits(self, hidden_nH: Tensor, weight_vH: Tensor) -> Tensor:
-        """`hidden @ weight.T`, `[n, v]`, in this memory; valid until the next call."""
-        n, v = hidden_nH.shape[0], weight_vH.shape[0]
-        logits_nv = self._memory[: n * v].view(n, v)
-        matmul(hidden_nH, weight_vH.t(), logits_nv)
-        return logits_nv
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projection:
     """How this rank turns hidden states into logits of its vocabulary rows."""
@@ -134,7 +118,6 @@ class Projection:
     num_rows: int
     """Rows that are tokens. The rows after them are padding and are never multiplied."""
 
-    transform: LogitTransform
     tiles: TileSizes
     group: dist.ProcessGroup | None
     """The ranks that share the vocabulary; None: only this one."""
@@ -164,9 +147,18 @@ class Projection:
             hidden_nH = matmul_operand(hidden_NH[tokens], hidden_NH.dtype)
             yield tokens, hidden_nH, targets_N[tokens] - (self.start + rows.start)
 
-    def buffer(self, hidden_NH: Tensor) -> LogitsBuffer:
-        """Memory for the largest tile of logits."""
-        return LogitsBuffer(self.tiles, hidden_NH.shape[0], self.num_rows, hidden_NH)
+    def buffer(self, hidden_NH: Tensor) -> Tensor:
+        """Memory for the largest tile of logits, reused for every tile."""
+        largest = min(self.tiles.tokens, len(hidden_NH)) * min(self.tiles.vocab, self.num_rows)
+        return hidden_NH.new_empty(largest, dtype=accumulation_dtype(hidden_NH))
+
+
+def tile_logits(hidden_nH: Tensor, weight_vH: Tensor, buffer: Tensor) -> Tensor:
+    """`hidden @ weight.T`, `[n, v]`, in the memory of `buffer`; valid until the next call."""
+    n, v = hidden_nH.shape[0], weight_vH.shape[0]
+    logits_nv = buffer[: n * v].view(n, v)
+    matmul(hidden_nH, weight_vH.t(), logits_nv)
+    return logits_nv
 
 
 def scan_shard(
@@ -184,7 +176,7 @@ def scan_shard(
         targets_N: tokens of the whole vocabulary.
         projection: this rank's part of the vocabulary and the tile sizes.
         weighted_rows_NH: zeros of the accumulation dtype; on return Σ_{v≠y} exp(z_v − maximum) ·
-            f'(z_v) · W[v] over this rank's rows, for another 2·N·H·V FLOPs. None: not computed.
+            W[v] over this rank's rows, for another 2·N·H·V FLOPs. None: not computed.
     """
     partial = PartialSoftmax.empty(
         targets_N.shape[0], accumulation_dtype(hidden_NH), hidden_NH.device
@@ -194,10 +186,10 @@ def scan_shard(
         # Vocabulary in the outer loop: the weight, the larger operand, is read once.
         for rows, weight_vH in projection.vocab_tiles(weight_VH):
             for tokens, hidden_nH, column_n in projection.token_tiles(hidden_NH, targets_N, rows):
-                logits_nv = buffer.logits(hidden_nH, weight_vH)
+                logits_nv = tile_logits(hidden_nH, weight_vH, buffer)
                 # The buffer now holds exp(z − maximum) instead of logits, with 0 in the target's
                 # column, so that the product below sums over v≠y without a mask.
-                rescale_n = partial.update(tokens, logits_nv, column_n, projection.transform)
+                rescale_n = partial.update(tokens, logits_nv, column_n)
                 if weighted_rows_NH is not None:
                     # Online softmax: sums of earlier tiles are relative to an older, smaller
                     # maximum. Rescaling them here means that no tile is multiplied twice.

@@ -26,25 +26,6 @@ _EMPTY_MAXIMUM = -1e30
 """The maximum of no logits. Finite, so that `exp(-inf - maximum)` is 0 and not NaN."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogitTransform:
-    """The logit transform f of a model family: `softcap · tanh(scale · x / softcap)`."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    """None: no cap."""
-
-    def apply_(self, logits: Tensor) -> Tensor:
-        """Transform in place."""
-        if self.softcap is None:
-            return logits.mul_(self.scale) if self.scale != 1.0 else logits
-        return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
-
-    def cap_derivative(self, logits: Tensor) -> Tensor | None:
-        """f' at transformed logits, without the factor `scale`; None where that is 1."""
-        return None if self.softcap is None else 1 - (logits / self.softcap) ** 2
-
-
 @dataclass(slots=True)
 class PartialSoftmax:
     """Softmax statistics of this rank's vocabulary rows seen so far; each tensor `[N]`."""
@@ -67,23 +48,19 @@ class PartialSoftmax:
         )
         return cls(maximum, total, target)
 
-    def update(
-        self, tokens: slice, logits_nv: Tensor, column_n: Tensor, transform: LogitTransform
-    ) -> Tensor:
+    def update(self, tokens: slice, logits_nv: Tensor, column_n: Tensor) -> Tensor:
         """Add one tile of logits for the targets `tokens`.
 
         Args:
             tokens: the targets of the tile's rows.
-            logits_nv: before `transform`. On return exp(z_v − maximum) · f'(z_v), 0 at the target.
+            logits_nv: z_v. On return exp(z_v − maximum), 0 at the target.
             column_n: int64, the target's column in this tile; out of range where it is elsewhere.
-            transform: the family's.
 
         Returns:
             `[n]`: the factor for sums over earlier tiles, which are relative to the old maximum.
         """
         before = (self.maximum_N[tokens], self.sum_N[tokens], self.target_N[tokens])
-        update = _for_device(_update, logits_nv)
-        after = update(logits_nv, column_n, *before, transform.scale, transform.softcap)
+        after = _for_device(_update, logits_nv)(logits_nv, column_n, *before)
         for old_n, new_n in zip(before, after[:3], strict=True):
             old_n.copy_(new_n)
         rescale_n: Tensor = after[3]
@@ -116,31 +93,20 @@ class TokenSoftmax:
         return (self.maximum_N - self.target_N) + self.sum_N.log()
 
     def to_logit_gradient(
-        self,
-        tokens: slice,
-        logits_nv: Tensor,
-        column_n: Tensor,
-        grad_n: Tensor,
-        transform: LogitTransform,
+        self, tokens: slice, logits_nv: Tensor, column_n: Tensor, grad_n: Tensor
     ) -> None:
         """Replace a tile of logits by the gradient of the loss with respect to them, in place.
 
         Args:
             tokens: the targets of the tile's rows.
-            logits_nv: before `transform`; becomes `grad_n · (1[v = y] − p_v) · f'(z_v) · scale`.
+            logits_nv: z_v; becomes `grad_n · (1[v = y] − p_v)`.
             column_n: int64, the target's column in this tile; out of range where it is elsewhere.
             grad_n: gradient of the loss with respect to the log-probabilities.
-            transform: the family's.
         """
         tile = TokenSoftmax(self.maximum_N[tokens], self.sum_N[tokens], self.target_N[tokens])
+        target_grad_n = grad_n * tile.one_minus_p()
         _for_device(_to_logit_gradient, logits_nv)(
-            logits_nv,
-            column_n,
-            tile.maximum_N,
-            grad_n * tile.one_minus_p() * transform.scale,
-            tile.sum_N,
-            transform.scale,
-            transform.softcap,
+            logits_nv, column_n, tile.maximum_N, target_grad_n, tile.sum_N
         )
 
 
@@ -176,19 +142,9 @@ def locate_columns(column_n: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _update(
-    logits_nv: Tensor,
-    column_n: Tensor,
-    maximum_n: Tensor,
-    sum_n: Tensor,
-    target_n: Tensor,
-    scale: float,
-    softcap: float | None,
+    logits_nv: Tensor, column_n: Tensor, maximum_n: Tensor, sum_n: Tensor, target_n: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Maximum, sum and target after this tile, and the factor for earlier sums."""
-    transform = LogitTransform(scale, softcap)
-    transform.apply_(logits_nv)
-    # Before exp_ overwrites the logits that the derivative is a function of.
-    derivative_nv = transform.cap_derivative(logits_nv)
     # Take the target's logit out: −inf there becomes exp(−inf) = 0 below, in the sum over the
     # others as well as in the product with the weights. Rows without the target get their own
     # value written back.
@@ -200,33 +156,19 @@ def _update(
     logits_nv.sub_(new_maximum_n[:, None]).exp_()
     rescale_n = (maximum_n - new_maximum_n).exp()
     new_sum_n = sum_n * rescale_n + logits_nv.sum(1)
-    # After the sum: the derivative belongs to the gradient only, not to the softmax.
-    if derivative_nv is not None:
-        logits_nv.mul_(derivative_nv)
     return new_maximum_n, new_sum_n, target_n, rescale_n
 
 
 def _to_logit_gradient(
-    logits_nv: Tensor,
-    column_n: Tensor,
-    maximum_n: Tensor,
-    target_grad_n: Tensor,
-    sum_n: Tensor,
-    scale: float,
-    softcap: float | None,
+    logits_nv: Tensor, column_n: Tensor, maximum_n: Tensor, target_grad_n: Tensor, sum_n: Tensor
 ) -> None:
-    """See `TokenSoftmax.to_logit_gradient`; `target_grad_n` is grad · (1 − p_y) · scale."""
-    transform = LogitTransform(scale, softcap)
-    transform.apply_(logits_nv)
-    derivative_nv = transform.cap_derivative(logits_nv)
+    """See `TokenSoftmax.to_logit_gradient`; `target_grad_n` is grad · (1 − p_y)."""
     # −grad · p_v for the others, with p_v = (1 − p_y) exp(z_v − m) / S.
     logits_nv.sub_(maximum_n[:, None]).exp_().mul_(-(target_grad_n / sum_n)[:, None])
     # +grad · (1 − p_y) at the target, which exp(z_y − m) above may have overflowed: overwrite it.
     inside_n, index_n1 = locate_columns(column_n, logits_nv.shape[1])
     new_n = torch.where(inside_n, target_grad_n, logits_nv.gather(1, index_n1)[:, 0])
     logits_nv.scatter_(1, index_n1, new_n[:, None])
-    if derivative_nv is not None:
-        logits_nv.mul_(derivative_nv)
 
 
 def _for_device(function: Callable[..., Any], logits_nv: Tensor) -> Callable[..., Any]:

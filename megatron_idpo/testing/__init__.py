@@ -1,9 +1,8 @@
 """Distributed tests on one machine: a pool of CPU workers, and tiny models to run on them.
 
-Shipped, so that users can test their own plugins with it. Everything public is here. Behind it: the
-pool (`pool.py`), its end of a process (`worker_process.py`), the process (`worker.py`), what they
-say to each other (`messages.py`, `wire.py`), and the models (`tiny_models.py`). Importing it does
-not import torch.
+Shipped, so that users can test their own plugins with it. This module is the public API: the pool
+(`pool.py`), which runs worker processes (`worker.py`) and exchanges messages with them
+(`messages.py`), and the models (`tiny_models.py`). Importing it does not import torch.
 """
 
 from megatron_idpo.testing.pool import WorkerError, WorkerPool, run_distributed

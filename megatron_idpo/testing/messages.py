@@ -1,27 +1,39 @@
-"""What `WorkerPool` and its workers say to each other.
+"""Messages between `WorkerPool` and its workers, and their serialization.
 
-Protocol, pickled over one duplex pipe: the worker says `Ready`, then for each `Call` it receives it
-sends one `Outcome`; the end of the pipe ends the process. Arguments, results and exceptions travel
-inside as bytes that `wire.py` made, so that a message is read also where its contents cannot be.
+Protocol over one duplex pipe: the worker sends `Ready`, then one `Outcome` for each `Call` that it
+receives; closing the pipe ends the process. Arguments, results and exceptions travel inside as
+bytes from `dumps`, so that a message can be read even if its contents cannot.
 
-In a module of its own because the worker's module runs as `__main__`, where its classes would be
-others than those that the pool imports.
+`dumps` pickles tensors as their own bytes. Plain `pickle` would include a view's whole storage, and
+Megatron-Core replaces the function that torch's tensor pickles name, so that reading one would
+import Megatron-Core. `torch.multiprocessing` keeps tensors in shared memory that the sender has to
+keep alive. Not supported: autograd graphs (a tensor arrives detached, with its `requires_grad`),
+and devices other than the CPU.
+
+Separate from `worker.py`, because that module runs as `__main__`, where its classes would differ
+from those that the pool imports. Torch is imported by the first tensor: Megatron-Core's checkpoint
+writers start processes that import the worker's modules and do not need torch.
 """
 
 import contextlib
 import importlib
 import importlib.util
+import io
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class FunctionReference:
-    """A module-level function, named so that another process finds it."""
+    """A module-level function, named so that another process can import it."""
 
     module: str
     path: str
@@ -30,38 +42,38 @@ class FunctionReference:
     qualname: str
 
     def resolve(self) -> Callable[..., Any]:
-        """The function itself, importing its module by name or else by path."""
-        found: Any = _load_module(self.module, self.path)
+        """Import the function's module, by name or else by path, and return the function."""
+        value: Any = _load_module(self.module, self.path)
         for name in self.qualname.split("."):
-            found = getattr(found, name)
-        resolved: Callable[..., Any] = found
-        return resolved
+            value = getattr(value, name)
+        function: Callable[..., Any] = value
+        return function
 
 
 @dataclass(frozen=True)
 class Call:
-    """One rank's share of a `WorkerPool.run`."""
+    """One rank's part of a `WorkerPool.run`."""
 
     function: FunctionReference
     arguments: bytes
-    """Pickled `(args, kwargs)`, opened only after the function's module is loaded."""
+    """Pickled `(args, kwargs)`, read only after the function's module is loaded."""
 
     rank: int
     world_size: int
     store: str
-    """The rendezvous file, fresh for every call."""
+    """The rendezvous file, a new one for every call."""
 
     timeout_s: float
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker has imported everything and takes calls."""
+    """The worker has imported everything and accepts calls."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one call."""
+    """The result or the failure of one call."""
 
     result: bytes | None
     """The pickled result, or None if the call failed."""
@@ -70,7 +82,7 @@ class Outcome:
     """`time.monotonic()` of the failure: one clock for all processes of a machine."""
 
     exception: bytes | None = None
-    """The pickled exception, or None where it cannot be pickled."""
+    """The pickled exception, or None if it cannot be pickled."""
 
     description: str = ""
     """The exception's type and message on one line."""
@@ -78,17 +90,61 @@ class Outcome:
     traceback: str = ""
 
 
+def dumps(message: Any) -> bytes:
+    """`message` as bytes; tensors, also inside containers, as compact copies."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(message)
+    return buffer.getvalue()
+
+
+def loads(data: bytes) -> Any:
+    """The inverse of `dumps`."""
+    return pickle.loads(data)
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        if "torch" not in sys.modules:
+            return NotImplemented
+        import torch
+
+        if type(obj) not in (torch.Tensor, torch.nn.Parameter) or obj.layout != torch.strided:
+            return NotImplemented
+        values = obj.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        is_parameter = type(obj) is torch.nn.Parameter
+        metadata = (obj.dtype, tuple(obj.shape), obj.requires_grad, is_parameter)
+        return _rebuild_tensor, (values.tobytes(), *metadata)
+
+
+def _rebuild_tensor(
+    data: bytes,
+    dtype: "torch.dtype",
+    shape: tuple[int, ...],
+    requires_grad: bool,
+    is_parameter: bool,
+) -> "torch.Tensor":
+    import torch
+
+    if data:
+        tensor = torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+    else:
+        tensor = torch.empty(shape, dtype=dtype)
+    if is_parameter:
+        return torch.nn.Parameter(tensor, requires_grad)
+    return tensor.requires_grad_(requires_grad)
+
+
 def _load_module(name: str, path: str) -> ModuleType:
-    """Import module `name`, from `path` where the name alone does not lead there; cached."""
+    """Import module `name`, from `path` if the name does not lead to that file; cached."""
     if name == "__main__":
-        # The caller's script, whose `if __name__ == "__main__"` part must not run here.
+        # The caller's script: its `if __name__ == "__main__"` block must not run here.
         name = "__mp_main__"
     loaded = sys.modules.get(name)
-    if loaded is not None and _is_file_of(loaded, path):
+    if loaded is not None and _is_same_file(getattr(loaded, "__file__", None), path):
         return loaded
     with contextlib.suppress(ImportError, ValueError):
         spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin is not None and _same(spec.origin, path):
+        if spec is not None and _is_same_file(spec.origin, path):
             return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -103,10 +159,5 @@ def _load_module(name: str, path: str) -> ModuleType:
     return module
 
 
-def _is_file_of(module: ModuleType, path: str) -> bool:
-    origin = getattr(module, "__file__", None)
-    return origin is not None and _same(origin, path)
-
-
-def _same(first: str, second: str) -> bool:
-    return os.path.realpath(first) == os.path.realpath(second)
+def _is_same_file(first: str | None, second: str) -> bool:
+    return first is not None and os.path.realpath(first) == os.path.realpath(second)

@@ -1,34 +1,48 @@
 """A pool of CPU worker processes that run a function as the ranks of one job.
 
-What: `WorkerPool.run(function, world_size, ...)` calls a module-level function on that many
-processes at once, each with torch.distributed initialised over gloo and Megatron-Core's CUDA calls
-redirected to the CPU, and returns the results in rank order.
+`WorkerPool.run(function, world_size, ...)` calls a module-level function on that many processes at
+once, each with torch.distributed initialized over gloo and Megatron-Core's CUDA calls redirected to
+the CPU, and returns the results in rank order.
 
-Why a pool: importing torch and Megatron-Core costs seconds per process, a call on workers that
-exist costs milliseconds. Workers are started when a call first needs them and kept.
+Importing torch and Megatron-Core takes seconds per process, a call on a running worker takes
+milliseconds. So workers are started when a call first needs them, and kept.
 
-What it does not do: use a GPU (workers are started with none visible), or run on several machines.
-Rendezvous goes through a file, so no port has to be free.
+Not supported: GPUs (none are visible to workers), several machines. Rendezvous uses a file, so no
+port has to be free.
 """
 
+import contextlib
+import os
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, cast
 
-from megatron_idpo.testing import wire
-from megatron_idpo.testing.messages import Call, FunctionReference, Outcome, Ready
-from megatron_idpo.testing.worker_process import WorkerProcess
+from megatron_idpo.testing.messages import (
+    Call,
+    FunctionReference,
+    Outcome,
+    Ready,
+    dumps,
+    loads,
+)
 
 _START_TIMEOUT_S = 300.0
 """For importing torch and Megatron-Core on a busy machine."""
 
-_GRACE_S = 5.0
-"""How long the other ranks have to finish after one failed, before they are replaced."""
+_PEER_GRACE_S = 5.0
+"""Time for the other ranks to finish after one failed, before they are replaced."""
+
+_EXIT_GRACE_S = 5.0
+_STACK_GRACE_S = 1.0
+_POLL_S = 0.01
 
 
 class WorkerError(RuntimeError):
@@ -42,7 +56,7 @@ class WorkerPool:
     """
 
     def __init__(self, max_workers: int = 8) -> None:
-        """A pool of at most `max_workers` processes, none of which is started yet."""
+        """Create a pool of at most `max_workers` processes; none is started yet."""
         if max_workers < 1:
             raise ValueError(f"max_workers must be at least 1, not {max_workers}")
         self.max_workers = max_workers
@@ -55,12 +69,7 @@ class WorkerPool:
         """The pool itself; workers start with the first call."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the pool."""
         self.close()
 
@@ -85,25 +94,25 @@ class WorkerPool:
 
         Args:
             function: A module-level function; it is passed by name, its arguments and result are
-                pickled. It finds torch.distributed initialised (gloo), RANK, WORLD_SIZE and
-                LOCAL_RANK set, and Megatron-Core's CUDA calls redirected to the CPU. Whatever
-                parallel state it leaves is destroyed after it.
+                pickled. It runs with torch.distributed initialized (gloo), RANK, WORLD_SIZE and
+                LOCAL_RANK set, and Megatron-Core's CUDA calls redirected to the CPU. Parallel
+                state that it leaves is destroyed afterwards.
             world_size: Number of ranks, 1 to `max_workers`.
-            *args: Passed on.
-            timeout_s: Seconds until the call counts as hung; starting workers is not included.
-            **kwargs: Passed on.
+            *args: Positional arguments of `function`.
+            timeout_s: Seconds until the call counts as hung, without the start of workers.
+            **kwargs: Keyword arguments of `function`.
 
         Returns:
             The ranks' results, in rank order.
 
         Raises:
             WorkerError: A rank hung (with its stack) or died (with its exit code).
-            Exception: What the first failing rank raised, with that rank's traceback as a note.
+            Exception: The exception of the first failing rank, with its traceback as a note.
         """
         if not 1 <= world_size <= self.max_workers:
             raise ValueError(f"world_size must be 1 to {self.max_workers}, not {world_size}")
         reference = _reference(function)
-        arguments = wire.dumps((args, kwargs))
+        arguments = dumps((args, kwargs))
         try:
             workers = self._ready(world_size)
             self._calls += 1
@@ -111,19 +120,19 @@ class WorkerPool:
             for rank, worker in enumerate(workers):
                 call = Call(reference, arguments, rank, world_size, store, timeout_s)
                 worker.connection.send(call)
-            outcomes, loss = _collect(workers, timeout_s)
+            outcomes, error = _collect(workers, timeout_s)
         except BaseException:
-            # Whatever broke the call off, these workers are in the middle of it.
+            # These workers are still in the middle of the interrupted call.
             self._discard(self._workers[:world_size])
             raise
         answered = zip(workers, outcomes, strict=True)
         self._discard([worker for worker, outcome in answered if outcome is None])
-        if loss is not None:
-            raise loss
+        if error is not None:
+            raise error
         return _results(outcomes)
 
-    def _ready(self, world_size: int) -> list[WorkerProcess]:
-        """The first `world_size` workers, started where they are missing or gone."""
+    def _ready(self, world_size: int) -> list["WorkerProcess"]:
+        """The first `world_size` workers; starts those that are missing or have ended."""
         self._discard([worker for worker in self._workers if not worker.is_idle])
         fresh = []
         while len(self._workers) < world_size:
@@ -135,11 +144,13 @@ class WorkerPool:
             if not worker.connection.poll(max(0.0, deadline - time.monotonic())):
                 raise WorkerError(f"a worker did not start within {_START_TIMEOUT_S:.0f} s")
             if not isinstance(worker.receive(), Ready):
-                raise WorkerError(f"a worker ended while starting ({worker.ending()}); see above")
+                raise WorkerError(
+                    f"a worker ended at its start ({worker.exit_reason()}); see above"
+                )
         return self._workers[:world_size]
 
-    def _discard(self, workers: Sequence[WorkerProcess]) -> None:
-        """Kill workers whose state nobody knows; the next call starts others in their place."""
+    def _discard(self, workers: Sequence["WorkerProcess"]) -> None:
+        """Kill workers in an unknown state; the next call starts new ones."""
         for worker in workers:
             self._workers.remove(worker)
             worker.kill()
@@ -152,38 +163,38 @@ def run_distributed(
     timeout_s: float = 120.0,
     **kwargs: Any,
 ) -> list[Any]:
-    """`WorkerPool.run` on a pool that lives for this one call; see there."""
+    """`WorkerPool.run` on a pool for this one call."""
     with WorkerPool(max_workers=world_size) as pool:
         return pool.run(function, world_size, *args, timeout_s=timeout_s, **kwargs)
 
 
 def _reference(function: Callable[..., Any]) -> FunctionReference:
-    """How a worker finds `function`.
+    """The name by which a worker imports `function`.
 
     Raises:
-        TypeError: It is a lambda, a local function or anything else without an importable name.
+        TypeError: A lambda, a local function or anything else without an importable name.
     """
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     qualname = getattr(function, "__qualname__", "")
     path = getattr(module, "__file__", None)
-    found: Any = module
+    value: Any = module
     for name in qualname.split("."):
-        found = getattr(found, name, None)
-    if module is None or path is None or found is not function:
+        value = getattr(value, name, None)
+    if module is None or path is None or value is not function:
         raise TypeError(
             f"{qualname or function!r} is not a module-level function of an importable file; "
-            "workers get their function by name, so move it to the top of its module"
+            "workers import it by name, so move it to the top level of its module"
         )
     return FunctionReference(module.__name__, str(Path(path).resolve()), qualname)
 
 
 def _collect(
-    workers: Sequence[WorkerProcess], timeout_s: float
+    workers: Sequence["WorkerProcess"], timeout_s: float
 ) -> tuple[list[Outcome | None], WorkerError | None]:
-    """Each rank's outcome, None for those that gave none, and the error if a rank was lost.
+    """Each rank's outcome, None without one, and an error if a rank died or hung.
 
-    A rank is lost that died, or that had not finished after `timeout_s` though none failed; one
-    that did not end after another's failure has no outcome, but the failure is the story.
+    A rank hung if it did not finish within `timeout_s` although none failed. A rank that does not
+    finish after another's failure has no outcome; the failure is reported.
     """
     outcomes: list[Outcome | None] = [None] * len(workers)
     pending = {worker.connection: rank for rank, worker in enumerate(workers)}
@@ -199,42 +210,135 @@ def _collect(
             if outcome is None:
                 dead.append(rank)
             if outcome is None or outcome.result is None:
-                deadline = min(deadline, time.monotonic() + _GRACE_S)
-    # A death explains the connection errors of the others, whichever was noticed first.
+                deadline = min(deadline, time.monotonic() + _PEER_GRACE_S)
+    # A death causes connection errors on other ranks, which may arrive first.
     if dead:
-        return outcomes, WorkerError(_format_of(dead, workers, "died", timeout_s))
+        return outcomes, WorkerError(_describe(dead, workers, "died", timeout_s))
     if pending and not any(outcome and outcome.result is None for outcome in outcomes):
         hung = sorted(pending.values())
-        return outcomes, WorkerError(_format_of(hung, workers, "hung", timeout_s))
+        return outcomes, WorkerError(_describe(hung, workers, "hung", timeout_s))
     return outcomes, None
 
 
-def _format_of(
-    ranks: Sequence[int], workers: Sequence[WorkerProcess], fate: str, timeout_s: float
+def _describe(
+    ranks: Sequence[int], workers: Sequence["WorkerProcess"], state: str, timeout_s: float
 ) -> str:
-    """What happened to these ranks and where they were."""
+    """State and stack of ranks that died or hung."""
     lines = []
     for rank in ranks:
         worker = workers[rank]
-        how = worker.ending() if fate == "died" else f"not finished after {timeout_s:g} s"
-        lines.append(f"rank {rank} of {len(workers)} {fate} ({how})")
-        lines.append(worker.stack().rstrip() or "it left no stack")
+        reason = worker.exit_reason() if state == "died" else f"not finished after {timeout_s:g} s"
+        lines.append(f"rank {rank} of {len(workers)} {state} ({reason})")
+        lines.append(worker.stack().rstrip() or "no stack available")
     return "\n".join(lines)
 
 
 def _results(outcomes: Sequence[Outcome | None]) -> list[Any]:
-    """The results of a call that succeeded; raises what the first failing rank raised."""
+    """The results of a successful call; raises the exception of the first failing rank."""
     failures = [
         (outcome.failed_at_s, rank, outcome)
         for rank, outcome in enumerate(outcomes)
         if outcome is not None and outcome.result is None
     ]
     if not failures:
-        return [wire.loads(outcome.result) for outcome in outcomes if outcome and outcome.result]
+        return [loads(outcome.result) for outcome in outcomes if outcome and outcome.result]
     _, rank, failure = min(failures, key=lambda entry: entry[:2])
     message = f"rank {rank} of {len(outcomes)} raised:\n{failure.traceback}"
     if failure.exception is None:
         raise WorkerError(f"{failure.description}\n{message}")
-    error = wire.loads(failure.exception)
+    error = loads(failure.exception)
     error.add_note(message)
     raise error
+
+
+class WorkerProcess:
+    """The pool's end of one worker: its process and the pipe to it. Usable after `Ready`.
+
+    Not a `multiprocessing.Process`: Megatron-Core's checkpoint writers start processes, which
+    daemonic processes may not do, and a non-daemonic one would outlive a test run. This one ends
+    when its pipe is closed, and does not import the caller's `__main__`.
+    """
+
+    def __init__(self, stacks: Path) -> None:
+        """Start the process. On request it writes its Python stack to the file `stacks`."""
+        self.stacks = stacks
+        stacks.touch()
+        self.connection, worker_end = Pipe()
+        with worker_end:
+            descriptor = worker_end.fileno()
+            program = [sys.executable, "-m", "megatron_idpo.testing.worker"]
+            self.process = subprocess.Popen(
+                [*program, str(descriptor), str(stacks)],
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[descriptor],
+                # A separate session, so that a kill includes its children.
+                start_new_session=True,
+            )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the process waits for a call; the pipe of an ended one is readable."""
+        return not self.connection.poll()
+
+    def receive(self) -> Any:
+        """The next message, or None if the process has ended."""
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return None
+
+    def exit_reason(self) -> str:
+        """The exit code or signal of a process whose pipe has ended."""
+        self.kill()
+        code = self.process.returncode
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def stack(self) -> str:
+        """The Python stack of a running process, or the one a crash left behind; may be empty."""
+        before = size = self.stacks.stat().st_size
+        self.process.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + _STACK_GRACE_S
+        while self.process.returncode is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            previous, size = size, self.stacks.stat().st_size
+            # The dump is written frame by frame; it is complete when it stops growing.
+            if before < previous == size:
+                break
+        return self.stacks.read_text()
+
+    def close(self) -> None:
+        """Close the pipe, which ends the process; kill it if it does not end soon."""
+        self.connection.close()
+        try:
+            self.process.wait(_EXIT_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the process and its children now."""
+        self.connection.close()
+        # After a wait, the pid may belong to another process.
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a single-threaded CPU worker."""
+    search_path = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        # Megatron-Core warns without it with tensor and sequence parallelism.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(search_path),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    # By default gloo resolves the host name, which may not belong to a local interface.
+    interfaces = {name for _, name in socket.if_nameindex()}
+    loopback = next((name for name in ("lo", "lo0") if name in interfaces), None)
+    if loopback is not None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    return environment

@@ -1,11 +1,9 @@
 """Hugging Face checkpoints of every supported family, small enough to test on a laptop.
 
-What: `tiny_hf_config` is a `config.json` as a dict with the family's characteristic parts (grouped
+`tiny_hf_config` is a `config.json` as a dict, with the family's characteristic parts (grouped
 queries, Mistral's sliding window, Qwen's biases and q/k norms, tied embeddings on request) at a
-hidden size of 64; `write_tiny_hf_model` saves a randomly initialised model of it as Transformers
-does, in fp32 safetensors.
-
-What it does not do: tokenizers, or weights that mean anything.
+hidden size of 64. `write_tiny_hf_model` saves a randomly initialized model of it as Transformers
+does, in fp32 safetensors, without a tokenizer.
 """
 
 from pathlib import Path
@@ -28,9 +26,9 @@ _SHARED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 256,
 }
-"""Heads, groups and layers divide by 4, for TP 4 and PP 4."""
+"""Heads, groups and layers are divisible by 4, for TP 4 and PP 4."""
 
-_OWN: dict[str, dict[str, Any]] = {
+_BY_FAMILY: dict[str, dict[str, Any]] = {
     "llama": {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -51,7 +49,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3": {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
-        # Not hidden_size / num_attention_heads: the family chooses its head dimension freely.
+        # Not hidden_size / num_attention_heads: the head dimension is independent.
         "head_dim": 16,
         "max_window_layers": 4,
         "sliding_window": None,
@@ -59,8 +57,8 @@ _OWN: dict[str, dict[str, Any]] = {
     },
 }
 
-TINY_FAMILIES = tuple(_OWN)
-"""The families there is a tiny configuration for."""
+TINY_FAMILIES = tuple(_BY_FAMILY)
+"""The supported families."""
 
 
 def tiny_hf_config(family: str, **overrides: Any) -> dict[str, Any]:
@@ -70,33 +68,33 @@ def tiny_hf_config(family: str, **overrides: Any) -> dict[str, Any]:
         family: One of `TINY_FAMILIES`.
         **overrides: Fields to change or add, for example `num_key_value_heads=2`,
             `tie_word_embeddings=True`, `sliding_window=16` or
-            `rope_scaling={"rope_type": "linear", "factor": 2.0}`. A value replaces the field whole.
+            `rope_scaling={"rope_type": "linear", "factor": 2.0}`. A value replaces the whole field.
 
     Returns:
-        A new dict, as `json.load` would give it.
+        A new dict, as from `json.load`.
 
     Raises:
         ValueError: The family is unknown.
     """
-    if family not in _OWN:
-        raise ValueError(f"no tiny model of family {family!r}; there is {', '.join(_OWN)}")
-    return {**_SHARED, **_OWN[family], "model_type": family, "dtype": "float32", **overrides}
+    if family not in _BY_FAMILY:
+        raise ValueError(f"no tiny model of {family!r}; choose one of {', '.join(_BY_FAMILY)}")
+    return {**_SHARED, **_BY_FAMILY[family], "model_type": family, "dtype": "float32", **overrides}
 
 
 def write_tiny_hf_model(
     directory: str | Path, family: str, seed: int = 0, **overrides: Any
 ) -> Path:
-    """Save a randomly initialised tiny model as Transformers saves it.
+    """Save a randomly initialized tiny model as Transformers saves it.
 
-    The norms and biases, which Transformers initialises to ones and zeros, are random too, so that
-    a converter that forgets or exchanges one is found out.
+    The norms and biases, which Transformers initializes to ones and zeros, are random too, so that
+    tests detect a converter that drops or swaps one.
 
     Args:
-        directory: Where `config.json`, `generation_config.json` and `model.safetensors` go; made
+        directory: Gets `config.json`, `generation_config.json` and `model.safetensors`; created
             if it does not exist.
         family: One of `TINY_FAMILIES`.
-        seed: Of the weights; the process's generator is left as it was.
-        **overrides: Of the configuration, see `tiny_hf_config`.
+        seed: Of the weights; the process's random generator is not changed.
+        **overrides: As for `tiny_hf_config`.
 
     Returns:
         `directory` as a path.

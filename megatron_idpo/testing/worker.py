@@ -1,12 +1,9 @@
-"""The worker process behind `megatron_idpo.testing.WorkerPool`: one rank, many calls.
+"""The worker process of `megatron_idpo.testing.WorkerPool`: one rank, many calls.
 
-What: a loop that reads a call from a pipe, joins a fresh gloo process group under the rank it is
-given, runs the function, answers with its result or its exception, and leaves Megatron-Core's
-parallel state and the process group behind. Torch and Megatron-Core are imported once, which is
-why a worker is kept between calls.
-
-What it does not do: start, time or replace processes; that is the pool's side. It holds nothing of
-one call for the next but imported modules.
+A loop reads a call from a pipe, joins a new gloo process group with the given rank, runs the
+function, sends its result or exception, and destroys the process group and Megatron-Core's parallel
+state. Torch and Megatron-Core are imported once, so a worker is reused; only imported modules
+persist from one call to the next. The pool starts, times out and replaces workers.
 
 Started as `python -m megatron_idpo.testing.worker DESCRIPTOR STACKS`; the protocol is in
 `messages.py`.
@@ -24,16 +21,15 @@ import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-from megatron_idpo.testing import wire
-from megatron_idpo.testing.messages import Call, Outcome, Ready
+from megatron_idpo.testing.messages import Call, Outcome, Ready, dumps, loads
 
 
 @contextlib.contextmanager
 def _process_group(call: Call) -> Iterator[None]:
-    """A gloo group for one call; on leaving, Megatron-Core's global state goes as well."""
+    """A gloo group for one call; on exit, Megatron-Core's global state is reset as well."""
     import torch
 
-    from megatron_idpo.mcore.parallel.process_state import forget_megatron_state
+    from megatron_idpo.mcore.parallel.groups import reset_megatron_state
 
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(call.rank)
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(call.world_size)
@@ -42,30 +38,30 @@ def _process_group(call: Call) -> Iterator[None]:
         store=torch.distributed.FileStore(call.store, call.world_size),
         rank=call.rank,
         world_size=call.world_size,
-        # Longer than the pool waits, so that a hang is the pool's to report, with its stacks.
+        # Longer than the pool waits, so that the pool reports a hang, with stacks.
         timeout=datetime.timedelta(seconds=2 * call.timeout_s + 60),
     )
     torch.manual_seed(0)
     try:
         yield
     finally:
-        forget_megatron_state()
+        reset_megatron_state()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         gc.collect()
 
 
-def _answer(call: Call) -> Outcome:
-    """Run one call to its outcome; nothing escapes but the end of the process."""
+def _run(call: Call) -> Outcome:
+    """Run one call; every exception becomes an outcome."""
     try:
         function = call.function.resolve()
-        args, kwargs = wire.loads(call.arguments)
+        args, kwargs = loads(call.arguments)
         with _process_group(call):
             try:
-                outcome = Outcome(result=wire.dumps(function(*args, **kwargs)))
+                outcome = Outcome(result=dumps(function(*args, **kwargs)))
             except BaseException as error:
-                # Answered before the group is destroyed: that makes the other ranks fail too, and
-                # the first failure is the one worth reading.
+                # Recorded before the group is destroyed: that makes the other ranks fail too, and
+                # the pool reports the first failure.
                 return _failure(error)
             _wait_for_other_ranks()
             return outcome
@@ -74,7 +70,7 @@ def _answer(call: Call) -> Outcome:
 
 
 def _wait_for_other_ranks() -> None:
-    """Keep the group open until nobody reads from it; a rank that failed ends the wait."""
+    """Keep the group open until no rank reads from it; a failed rank ends the wait."""
     import torch
 
     if torch.distributed.is_initialized():
@@ -84,12 +80,12 @@ def _wait_for_other_ranks() -> None:
 
 def _failure(error: BaseException) -> Outcome:
     failed_at_s = time.monotonic()
-    message = traceback.format_exc()
-    # The frames hold the call's tensors and process groups; the text above has replaced them.
+    formatted = traceback.format_exc()
+    # The frames keep the call's tensors and process groups alive.
     traceback.clear_frames(error.__traceback__)
     try:
-        pickled = wire.dumps(error)
-        wire.loads(pickled)
+        pickled = dumps(error)
+        loads(pickled)
     except Exception:
         pickled = None
     return Outcome(
@@ -97,19 +93,19 @@ def _failure(error: BaseException) -> Outcome:
         failed_at_s=failed_at_s,
         exception=pickled,
         description=f"{type(error).__name__}: {error}",
-        traceback=message,
+        traceback=formatted,
     )
 
 
 def serve(connection: Connection) -> None:
-    """Answer calls until the pipe ends."""
+    """Run calls until the pipe is closed."""
     import torch
 
     from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
 
     torch.set_num_threads(1)
     redirect_cuda_to_cpu()
-    # What was imported stays; without this every collection after a call would walk all of it.
+    # Exclude imported modules from garbage collection; every call ends with one.
     gc.freeze()
     connection.send(Ready())
     while True:
@@ -117,14 +113,14 @@ def serve(connection: Connection) -> None:
             call = connection.recv()
         except (EOFError, ConnectionResetError):
             return
-        connection.send(_answer(call))
+        connection.send(_run(call))
 
 
 def main(descriptor: int, stacks_path: str) -> None:
-    """Run a worker on an inherited pipe descriptor, dumping stacks to a file when asked to."""
-    # Processes that the worker starts must not keep its pipe open.
+    """Run a worker on an inherited pipe descriptor; SIGUSR1 dumps its stack to a file."""
+    # Child processes of the worker must not keep its pipe open.
     os.set_inheritable(descriptor, False)
-    # Kept open for the life of the process: faulthandler writes to the bare descriptor.
+    # Open until the process ends: faulthandler writes to the bare descriptor.
     stacks = open(stacks_path, "w")
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)

@@ -1,4 +1,4 @@
-"""Base models, adapters that PEFT made for them, and what PEFT computes with them."""
+"""Base models, adapters saved by PEFT, and the results of training them with PEFT."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +14,15 @@ from .lora_case import ADAM, CLIP, MODELS, SETTINGS, STEPS, tokens
 
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a tiny base model, by its name in `MODELS`; not to be changed."""
-    made: dict[str, Path] = {}
+    """The directory of a tiny base model by its name in `MODELS`; tests must not modify it."""
+    directories: dict[str, Path] = {}
 
     def make(model: str) -> Path:
-        if model not in made:
+        if model not in directories:
             family, overrides = MODELS[model]
-            made[model] = tmp_path_factory.mktemp(model)
-            write_tiny_hf_model(made[model], family, seed=3, **overrides)
-        return made[model]
+            directories[model] = tmp_path_factory.mktemp(model)
+            write_tiny_hf_model(directories[model], family, seed=3, **overrides)
+        return directories[model]
 
     return make
 
@@ -30,13 +30,13 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def peft_adapter(base_model, tmp_path_factory) -> Callable[[str, str], Path]:
     """The directory of an adapter with random A and B, by model and `SETTINGS`."""
-    made: dict[tuple[str, str], Path] = {}
+    directories: dict[tuple[str, str], Path] = {}
 
     def make(model: str, settings: str = "all") -> Path:
-        if (model, settings) not in made:
-            made[model, settings] = tmp_path_factory.mktemp(f"{model}-{settings}")
-            fresh_peft(base_model(model), settings).save_pretrained(made[model, settings])
-        return made[model, settings]
+        if (model, settings) not in directories:
+            directories[model, settings] = tmp_path_factory.mktemp(f"{model}-{settings}")
+            fresh_peft(base_model(model), settings).save_pretrained(directories[model, settings])
+        return directories[model, settings]
 
     return make
 
@@ -54,12 +54,12 @@ def fresh_peft(base: Path, settings: str) -> Any:
     """A PEFT model with random A and B."""
     from peft import LoraConfig, get_peft_model
 
-    asked = SETTINGS[settings]
+    lora = SETTINGS[settings]
     config = LoraConfig(
-        r=asked.rank,
-        lora_alpha=int(asked.alpha),
-        target_modules=list(asked.projections),
-        use_rslora=asked.rslora,
+        r=lora.rank,
+        lora_alpha=int(lora.alpha),
+        target_modules=list(lora.projections),
+        use_rslora=lora.rslora,
         task_type="CAUSAL_LM",
         init_lora_weights=False,
     )
@@ -74,8 +74,8 @@ def fresh_peft(base: Path, settings: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def peft_answer(base_model, peft_adapter) -> Callable[[str, str], dict[str, Any]]:
-    """Logits, gradients, norms and adapters after two steps, by PEFT and torch."""
+def peft_result(base_model, peft_adapter) -> Callable[[str, str], dict[str, Any]]:
+    """Logits, gradients and norms of training with PEFT and torch, and the trained adapters."""
     known: dict[tuple[str, str], dict[str, Any]] = {}
 
     def compute(model: str, settings: str) -> dict[str, Any]:
@@ -91,23 +91,23 @@ def _trained_by_peft(base: Path, adapter: Path) -> dict[str, Any]:
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(hf_model(base), adapter, is_trainable=True)
-    learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.Adam(learning.values(), **ADAM)
-    answer: dict[str, Any] = {"norms": []}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.Adam(trained.values(), **ADAM)
+    result: dict[str, Any] = {"norms": []}
     for step in range(STEPS):
         batch = tokens(model.config.vocab_size, step)
         logits = model(batch[:, :-1]).logits
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
         if step == 0:
-            answer["logits"] = logits.detach()
-            answer["gradients"] = {_plain(n): p.grad.clone() for n, p in learning.items()}
-        norm = torch.nn.utils.clip_grad_norm_(learning.values(), CLIP)
-        answer["norms"].append(float(norm))
+            result["logits"] = logits.detach()
+            result["gradients"] = {_file_name(n): p.grad.clone() for n, p in trained.items()}
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        result["norms"].append(float(norm))
         optimizer.step()
-    return answer | {"adapters": {_plain(n): p.detach().clone() for n, p in learning.items()}}
+    return result | {"adapters": {_file_name(n): p.detach().clone() for n, p in trained.items()}}
 
 
-def _plain(name: str) -> str:
+def _file_name(name: str) -> str:
     """A parameter's name as PEFT writes it into files."""
     return name.replace(".default", "")

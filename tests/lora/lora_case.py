@@ -1,6 +1,6 @@
-"""Ways to train adapters for two steps: layout, targets, data-parallel communication.
+"""`Case`: layout, targets and data-parallel communication of a short LoRA training.
 
-Light, for workers import it too.
+Imports little, because workers import this module too.
 """
 
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ from megatron_idpo.config.lora import PROJECTIONS, LoraConfig
 NUM_SEQUENCES, SEQUENCE_TOKENS, STEPS = 4, 16, 2
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-4}
 CLIP = 0.05
-"""Below every gradient's norm, so that a wrong norm shows in the weights."""
+"""Below every gradient norm, so that a wrong norm changes the weights."""
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-untied": ("llama", {"tie_word_embeddings": False}),
-    # 24 blocks of q, k and v: too many for a product each.
+    # 24 blocks of q, k and v: too many for one product per block.
     "llama-mha": ("llama", {"num_key_value_heads": 8}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
@@ -44,7 +44,7 @@ SYNCS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One way to run; every one is to give what PEFT gives on one process."""
+    """How to run the training; every case must give the result of PEFT on one process."""
 
     layout: Layout = field(default_factory=Layout)
     model: str = "llama-tied"
@@ -55,18 +55,18 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        """Processes it takes."""
+        """Number of processes."""
         return self.layout.model_ranks * self.data
 
     def __str__(self) -> str:
         """The id of its test."""
         layout = self.layout
-        words = [f"TP{layout.tensor}", f"PP{layout.pipeline}"]
-        words += [f"VP{layout.virtual_pipeline}"] if layout.virtual_pipeline > 1 else []
-        words += ["SP"] if layout.sequence_parallel else []
-        words += [f"DP{self.data}", self.sync] if self.data > 1 else []
-        words += [self.recompute] if self.recompute != "off" else []
-        return "-".join([*words, self.model, self.settings])
+        names = [f"TP{layout.tensor}", f"PP{layout.pipeline}"]
+        names += [f"VP{layout.virtual_pipeline}"] if layout.virtual_pipeline > 1 else []
+        names += ["SP"] if layout.sequence_parallel else []
+        names += [f"DP{self.data}", self.sync] if self.data > 1 else []
+        names += [self.recompute] if self.recompute != "off" else []
+        return "-".join([*names, self.model, self.settings])
 
 
 def tokens(vocab_size: int, step: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""Adapters on every rank: built, trained two steps by megatron-core's machinery, looked at.
+"""Functions that workers run: build adapters, train them with megatron-core, gather their values.
 
-What workers run. Values are put together under PEFT's names.
+Whole tensors have PEFT's names.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ def adapted(
     seed: int = 0,
     **options: Any,
 ) -> tuple[list[Any], Any, Any]:
-    """Chunks with a base model's weights, its architecture, and adapters (from a directory)."""
+    """Chunks with a base model's weights, its architecture, and adapters, loaded if given."""
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.lora.adapters import add_adapters
     from megatron_idpo.lora.peft import load_peft
@@ -56,23 +56,24 @@ def whole(
     adapters: Any, value: Callable[[Any], Tensor] = lambda parameter: parameter.detach()
 ) -> dict[str, Tensor]:
     """This stage's tensors under PEFT's names, on its first rank; replicas must be equal."""
-    from megatron_idpo.lora.names import peft_name
+    from megatron_idpo.lora.peft import peft_name
     from megatron_idpo.mcore.parallel.groups import gather_tensor_shards
 
-    found = {}
-    for one in adapters.tensors():
-        shards = gather_tensor_shards(value(one.parameter))
+    tensors = {}
+    for adapter_tensor in adapters.tensors():
+        shards = gather_tensor_shards(value(adapter_tensor.parameter))
         if shards is None:
             continue
-        name = peft_name(one.layer, one.projection, one.side)
-        if one.split_dim is None:
+        split_dim = adapter_tensor.split_dim
+        name = peft_name(adapter_tensor.layer, adapter_tensor.projection, adapter_tensor.side)
+        if split_dim is None:
             assert all(torch.equal(shards[0], shard) for shard in shards), f"{name} differs"
-        found[name] = shards[0] if one.split_dim is None else torch.cat(shards, one.split_dim)
-    return {name: tensor.clone() for name, tensor in found.items()}
+        tensors[name] = shards[0] if split_dim is None else torch.cat(shards, split_dim)
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def merged(parts: Sequence[Mapping[Any, Tensor]]) -> dict[Any, Tensor]:
-    """What all ranks answered, in one."""
+    """The entries of all ranks in one dict."""
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 
@@ -82,12 +83,12 @@ def logits_of(chunk: Any, sequences: Tensor) -> Tensor:
 
     count = sequences.shape[1]
     positions, row = torch.arange(count)[None], RowParams.plain(count)
-    rows = [one[None] for one in sequences]
-    return torch.cat([chunk(one, positions, None, packed_seq_params=row) for one in rows])
+    rows = [sequence[None] for sequence in sequences]
+    return torch.cat([chunk(tokens, positions, None, packed_seq_params=row) for tokens in rows])
 
 
 def train(base: str, adapter: str, case: Case) -> dict[str, Any]:
-    """Two steps; this rank's part of logits, the first gradients, norms and the final adapters."""
+    """Train; return this rank's part of the logits, first gradients, norms and final adapters."""
     from megatron_idpo.mcore.model.build import Recompute
 
     recompute = Recompute(granularity=case.recompute)  # type: ignore[arg-type]
@@ -97,23 +98,23 @@ def train(base: str, adapter: str, case: Case) -> dict[str, Any]:
     )
     frozen = {name: one.clone() for name, one in _base_parameters(chunks)}
     wrapped, optimizer = _with_optimizer(chunks, case)
-    answer: dict[str, Any] = {"norms": []}
+    result: dict[str, Any] = {"norms": []}
     for step in range(STEPS):
         optimizer.zero_grad()
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         logits = _run(wrapped, architecture.vocab_size, step)
         if step == 0:
-            answer["logits"] = logits
+            result["logits"] = logits
             if case.sync != "distributed":
-                answer["gradients"] = whole(adapters, lambda parameter: parameter.main_grad)
-        answer["norms"].append(float(optimizer.step()[1]))
+                result["gradients"] = whole(adapters, lambda parameter: parameter.main_grad)
+        result["norms"].append(float(optimizer.step()[1]))
     if case.sync == "distributed":
         for chunk in wrapped:
-            # The last step's weights are on the way.
+            # Wait for the all-gather of the last step's weights.
             chunk.disable_forward_pre_hook(param_sync=True)
     assert all(torch.equal(frozen[name], one) for name, one in _base_parameters(chunks))
-    return answer | {"adapters": whole(adapters)}
+    return result | {"adapters": whole(adapters)}
 
 
 def _base_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
@@ -134,8 +135,8 @@ def _with_optimizer(chunks: list[Any], case: Case) -> tuple[list[Any], Any]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     config = chunks[0].config
-    wishes = dict.fromkeys(SYNCS[case.sync], True)
-    settings = DistributedDataParallelConfig(bucket_size=2000, **wishes)
+    flags = dict.fromkeys(SYNCS[case.sync], True)
+    settings = DistributedDataParallelConfig(bucket_size=2000, **flags)
     wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
     adam = OptimizerConfig(
         optimizer="adam",
@@ -157,7 +158,7 @@ def _with_optimizer(chunks: list[Any], case: Case) -> tuple[list[Any], Any]:
 
 
 def _run(wrapped: list[Any], vocab_size: int, step: int) -> dict[int, Tensor]:
-    """Forward and backward by megatron-core's schedule; this rank's shards of the logits."""
+    """Forward and backward on megatron-core's schedule; return the logits by sequence."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -166,27 +167,27 @@ def _run(wrapped: list[Any], vocab_size: int, step: int) -> dict[int, Tensor]:
 
     rank = parallel_state.get_data_parallel_rank()
     size = parallel_state.get_data_parallel_world_size()
-    everything = tokens(vocab_size, step)
-    mine = [(number, everything[number][None]) for number in range(rank, NUM_SEQUENCES, size)]
+    sequences = tokens(vocab_size, step)
+    local = [(index, sequences[index][None]) for index in range(rank, NUM_SEQUENCES, size)]
     collected: dict[int, Tensor] = {}
 
-    def loss(number: int, labels: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(index: int, labels: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         gathered = gather_from_tensor_model_parallel_region(logits)[..., :vocab_size]
-        collected[number] = gathered.detach().clone()
+        collected[index] = gathered.detach().clone()
         return torch.nn.functional.cross_entropy(gathered.flatten(0, 1), labels.flatten()), {}
 
     def forward(iterator: Any, model: Any) -> tuple[Tensor, Any]:
-        number, sequence = next(iterator)
+        index, sequence = next(iterator)
         positions = torch.arange(SEQUENCE_TOKENS)[None]
         row = RowParams.plain(SEQUENCE_TOKENS)
         output = model(sequence[:, :-1], positions, None, packed_seq_params=row)
-        return output, partial(loss, number, sequence[:, 1:])
+        return output, partial(loss, index, sequence[:, 1:])
 
     get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=[iter(mine) for _ in wrapped],
+        data_iterator=[iter(local) for _ in wrapped],
         model=wrapped,
-        num_microbatches=len(mine),
+        num_microbatches=len(local),
         seq_length=SEQUENCE_TOKENS,
         micro_batch_size=1,
         forward_only=False,

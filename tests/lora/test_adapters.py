@@ -1,4 +1,4 @@
-"""Adapters in every layout: what PEFT computes, the same start, off without a trace, removed."""
+"""Adapters in every layout: equal to PEFT, initialized alike, disabled and removed exactly."""
 
 from itertools import product
 from pathlib import Path
@@ -10,19 +10,21 @@ import torch
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.lora.names import peft_name
+from megatron_idpo.lora.peft import peft_name
 
 from .lora_case import ADAM, CLIP, MODELS, NUM_SEQUENCES, SETTINGS, STEPS, Case, tokens
 from .lora_run import adapted, logits_of, merged, train, whole
 
 pytestmark = pytest.mark.distributed
 
-# fp32 sums in another order, on logits of order 1.
 LOGITS_ABSOLUTE = 1e-5
-# The same, on gradients and their norm, as |difference| / |gradient| (Frobenius).
+"""fp32 sums in another order, on logits of order 1."""
+
 GRADIENT_RELATIVE = 1e-5
-# After two Adam steps (eps 1e-4, so that tiny gradients are not blown up), in units of the lr.
+"""|difference| / |gradient| (Frobenius), of gradients and their norm."""
+
 STEP_IN_LR = 2e-3
+"""Weights per Adam step (eps 1e-4 limits tiny gradients), in units of the learning rate."""
 
 TP1, TP2, TP4 = Layout(), Layout(tensor=2), Layout(tensor=4)
 TP2_SP, TP4_SP = (Layout(tensor=size, sequence_parallel=True) for size in (2, 4))
@@ -70,55 +72,55 @@ def _params() -> list[Any]:
 
 
 @pytest.mark.parametrize("case", _params())
-def test_every_layout_trains_as_peft(case, workers, base_model, peft_adapter, peft_answer):
+def test_training_equals_peft_in_every_layout(case, workers, base_model, peft_adapter, peft_result):
     base, adapter = base_model(case.model), peft_adapter(case.model, case.settings)
-    answers = workers.run(train, case.world_size, str(base), str(adapter), case)
-    truth = peft_answer(case.model, case.settings)
-    logits = merged([answer["logits"] for answer in answers])
-    whole_logits = torch.cat([logits[number] for number in range(NUM_SEQUENCES)])
-    assert (whole_logits - truth["logits"]).abs().max() <= LOGITS_ABSOLUTE
-    if case.sync != "distributed":  # each rank has a part of the sum then
-        gradients = merged([answer["gradients"] for answer in answers])
-        assert gradients.keys() == truth["gradients"].keys()
-        for name, gradient in truth["gradients"].items():
+    by_rank = workers.run(train, case.world_size, str(base), str(adapter), case)
+    expected = peft_result(case.model, case.settings)
+    logits = merged([of_rank["logits"] for of_rank in by_rank])
+    whole_logits = torch.cat([logits[index] for index in range(NUM_SEQUENCES)])
+    assert (whole_logits - expected["logits"]).abs().max() <= LOGITS_ABSOLUTE
+    if case.sync != "distributed":  # then each rank has only a part of the gradients
+        gradients = merged([of_rank["gradients"] for of_rank in by_rank])
+        assert gradients.keys() == expected["gradients"].keys()
+        for name, gradient in expected["gradients"].items():
             relative = (gradients[name] - gradient).norm() / gradient.norm()
             assert relative <= GRADIENT_RELATIVE, f"{name}: {relative:.2e}"
-    for norms in (answer["norms"] for answer in answers):
-        assert norms == pytest.approx(truth["norms"], rel=GRADIENT_RELATIVE)
-    assert min(truth["norms"]) > 2 * CLIP
-    trained = merged([answer["adapters"] for answer in answers])
-    assert trained.keys() == truth["adapters"].keys()
-    for name, tensor in truth["adapters"].items():
-        moved = (trained[name] - tensor).abs().max() / ADAM["lr"]
-        assert moved <= STEP_IN_LR * STEPS, f"{name}: {moved:.2e} lr"
+    for norms in (of_rank["norms"] for of_rank in by_rank):
+        assert norms == pytest.approx(expected["norms"], rel=GRADIENT_RELATIVE)
+    assert min(expected["norms"]) > 2 * CLIP
+    trained = merged([of_rank["adapters"] for of_rank in by_rank])
+    assert trained.keys() == expected["adapters"].keys()
+    for name, tensor in expected["adapters"].items():
+        difference = (trained[name] - tensor).abs().max() / ADAM["lr"]
+        assert difference <= STEP_IN_LR * STEPS, f"{name}: {difference:.2e} lr"
 
 
 def fresh(base: str, layout: Layout, settings: LoraConfig, seed: int) -> dict[str, torch.Tensor]:
     return whole(adapted(base, layout, settings, seed=seed)[2])
 
 
-def test_the_start_is_the_same_in_every_layout(workers, base_model):
+def test_initialization_is_the_same_in_every_layout(workers, base_model):
     settings, base = LoraConfig(rank=4), str(base_model("qwen3"))
     first = merged(workers.run(fresh, 1, base, TP1, settings, 7))
     for layout in (TP2_SP, PP2_VP2):
         other = merged(workers.run(fresh, 2, base, layout, settings, 7))
         assert other.keys() == first.keys()
         assert all(torch.equal(first[name], tensor) for name, tensor in other.items())
-    downs = {name: tensor for name, tensor in first.items() if "lora_A" in name}
-    assert all(not tensor.any() for name, tensor in first.items() if name not in downs)
-    for name, tensor in downs.items():
+    a_tensors = {name: tensor for name, tensor in first.items() if "lora_A" in name}
+    assert all(not tensor.any() for name, tensor in first.items() if name not in a_tensors)
+    for name, tensor in a_tensors.items():
         bound = tensor.shape[1] ** -0.5
         assert 0.9 * bound < tensor.abs().max() <= bound, name
-        # Uniform: the variance is a third of the bound's square; 256 draws and more.
+        # Uniform: the variance is bound² / 3; at least 256 values.
         assert tensor.var() == pytest.approx(bound**2 / 3, rel=0.25), name
-    q, k = (downs[peft_name(0, projection, "A")] for projection in ("q_proj", "k_proj"))
+    q, k = (a_tensors[peft_name(0, projection, "A")] for projection in ("q_proj", "k_proj"))
     assert not torch.equal(q, k)
     seeded = merged(workers.run(fresh, 1, base, TP1, settings, 8))
-    assert not any(torch.equal(downs[name], seeded[name]) for name in downs)
+    assert not any(torch.equal(a_tensors[name], seeded[name]) for name in a_tensors)
 
 
-def test_it_starts_as_peft_does(base_model):
-    """The same distribution: bound and variance of PEFT's A's."""
+def test_initial_distribution_equals_peft(base_model):
+    """Bound and variance of PEFT's A."""
     from peft import LoraConfig, get_peft_model
 
     from .conftest import hf_model
@@ -131,8 +133,8 @@ def test_it_starts_as_peft_does(base_model):
             assert parameter.detach().var() == pytest.approx(bound**2 / 3, rel=0.25), name
 
 
-def switched(base: str, adapter: str, layout: Layout, recompute: bool) -> dict[str, Any]:
-    """Logits without adapters, with them on and off, after an error inside, and removed."""
+def logits_by_state(base: str, adapter: str, layout: Layout, recompute: bool) -> dict[str, Any]:
+    """Logits of the base model, and with adapters enabled, disabled and removed."""
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.lora.adapters import add_adapters
     from megatron_idpo.lora.peft import load_peft
@@ -147,55 +149,58 @@ def switched(base: str, adapter: str, layout: Layout, recompute: bool) -> dict[s
     (chunk,) = chunks
     names = [name for name, _ in chunk.named_parameters()]
     sequences = tokens(architecture.vocab_size, 0)[:, :-1]
-    found = {"bare": logits_of(chunk, sequences)}
+    logits = {"base": logits_of(chunk, sequences)}
     adapters = add_adapters(chunks, architecture, SETTINGS["all"])
     load_peft(adapters, architecture, Path(adapter))
-    found["on"] = logits_of(chunk, sequences)
+    logits["enabled"] = logits_of(chunk, sequences)
     with adapters.disabled():
-        found["off"] = logits_of(chunk, sequences)
+        logits["disabled"] = logits_of(chunk, sequences)
         with adapters.disabled():
             pass
-        found["still off"] = logits_of(chunk, sequences)
+        logits["nested block"] = logits_of(chunk, sequences)
     with pytest.raises(ZeroDivisionError), adapters.disabled():
         1 / 0  # noqa: B018 - any error
-    found["on again"] = logits_of(chunk, sequences)
+    logits["after an error"] = logits_of(chunk, sequences)
     adapters.remove()
     adapters.remove()
-    found["removed"] = logits_of(chunk, sequences)
+    logits["removed"] = logits_of(chunk, sequences)
     assert names == [name for name, _ in chunk.named_parameters()]
     assert all(parameter.requires_grad for parameter in chunk.parameters())
     assert not any("forward" in vars(module) for module in chunk.modules())
     assert not chunk.embedding._forward_hooks
-    return {name: tensor.detach() for name, tensor in found.items()}
+    return {name: tensor.detach() for name, tensor in logits.items()}
 
 
 @pytest.mark.parametrize(("layout", "recompute"), [(TP1, False), (TP2_SP, True)])
-def test_off_is_the_bare_model_to_the_bit(layout, recompute, workers, base_model, peft_adapter):
+def test_disabled_adapters_give_the_base_model_bitwise(
+    layout, recompute, workers, base_model, peft_adapter
+):
     base, adapter = str(base_model("qwen2")), str(peft_adapter("qwen2"))
-    for found in workers.run(switched, layout.model_ranks, base, adapter, layout, recompute):
-        for name in ("off", "still off", "removed"):
-            assert torch.equal(found[name], found["bare"]), name
-        assert torch.equal(found["on"], found["on again"])
-        assert (found["on"] - found["bare"]).abs().max() > 0.1
+    for logits in workers.run(
+        logits_by_state, layout.model_ranks, base, adapter, layout, recompute
+    ):
+        for name in ("disabled", "nested block", "removed"):
+            assert torch.equal(logits[name], logits["base"]), name
+        assert torch.equal(logits["enabled"], logits["after an error"])
+        assert (logits["enabled"] - logits["base"]).abs().max() > 0.1
 
 
-def learning(base: str, layout: Layout) -> tuple[list[str], list[str]]:
+def trained_names(base: str, layout: Layout) -> tuple[list[str], list[str]]:
     chunks, _, adapters = adapted(base, layout, LoraConfig(rank=2, targets=("k_proj",)))
     trained = {id(parameter): name for name, parameter in adapters.parameters()}
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    found = [trained.get(id(one), "base") for one in parameters if one.requires_grad]
-    return found, list(trained.values())
+    trainable = [trained.get(id(p), "base") for p in parameters if p.requires_grad]
+    return trainable, list(trained.values())
 
 
-def test_only_adapters_learn(workers, base_model):
-    """Under names that count layers over the whole model."""
-    answers = workers.run(learning, 2, str(base_model("qwen2")), PP2_VP2)
-    for (found, named), layers in zip(answers, ((0, 2), (1, 3)), strict=True):
-        assert found == named
-        assert named == [f"lora.layers.{n}.k_proj.{side}" for n in layers for side in "AB"]
+def test_only_adapters_are_trained_under_global_names(workers, base_model):
+    by_rank = workers.run(trained_names, 2, str(base_model("qwen2")), PP2_VP2)
+    for (trainable, names), layers in zip(by_rank, ((0, 2), (1, 3)), strict=True):
+        assert trainable == names
+        assert names == [f"lora.layers.{n}.k_proj.{side}" for n in layers for side in "AB"]
 
 
-def refused(base: str, how: str) -> str:
+def rejection(base: str, mistake: str) -> str:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from megatron_idpo.lora.adapters import add_adapters
@@ -204,23 +209,23 @@ def refused(base: str, how: str) -> str:
 
     settings = LoraConfig(rank=2)
     chunks, architecture, adapters = adapted(base, Layout(), settings)
-    if how == "twice":
+    if mistake == "twice":
         with pytest.raises(ConfigError) as error:
             add_adapters(chunks, architecture, settings)
         return str(error.value)
-    if how == "wrapped":
+    if mistake == "wrapped":
         ddp = DistributedDataParallelConfig()
         chunks = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
     else:
         adapters.remove()
-    if how == "attached":
+    if mistake == "attached":
         attach(chunks, layers=[1], objective=Objective(), vocab_size=architecture.vocab_size)
-    elif how == "other linear":
+    elif mistake == "other linear":
         chunks[0].decoder.layers[1].mlp.linear_fc1 = torch.nn.Linear(2, 2)
-    elif how == "experts":
+    elif mistake == "experts":
         chunks[0].config.num_moe_experts = 2
         chunks[0].decoder.layers[0].mlp = torch.nn.Identity()
-    elif how == "none":
+    elif mistake == "none":
         chunks = []
     with pytest.raises(ConfigError) as error:
         add_adapters(chunks, architecture, settings)
@@ -228,16 +233,19 @@ def refused(base: str, how: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"),
+    ("mistake", "reason"),
     [
-        ("twice", "chunks[0]: has adapters already; remove() those first"),
+        ("twice", "chunks[0]: has adapters already; remove() them first"),
         ("wrapped", "chunks[0]: is a DistributedDataParallel, not a GPTModel; add adapters first"),
-        ("attached", "chunks[0]: is attached to; add adapters first, then attach"),
-        ("other linear", "gate_proj, up_proj have no linear_fc1 of megatron-core's own in layer 2"),
+        ("attached", "chunks[0]: is attached already; add adapters first, then attach"),
+        (
+            "other linear",
+            "gate_proj, up_proj need megatron-core's own linear_fc1, which layer 2 does not have",
+        ),
         ("experts", "down_proj are experts in this model; adapt the attention only"),
         ("none", "chunks: is empty"),
     ],
 )
-def test_what_cannot_work_is_refused(how, reason, workers, base_model):
-    (message,) = workers.run(refused, 1, str(base_model("llama-tied")), how)
+def test_invalid_chunks_are_rejected_with_a_reason(mistake, reason, workers, base_model):
+    (message,) = workers.run(rejection, 1, str(base_model("llama-tied")), mistake)
     assert reason in message

@@ -1,4 +1,4 @@
-"""Merged exports: what AutoModelForCausalLM loads computes what PEFT computes."""
+"""Merged exports, loaded by Transformers, equal PEFT's model."""
 
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,18 @@ from .lora_run import adapted
 
 pytestmark = pytest.mark.distributed
 
-# W + scaling * B A is rounded once; the adapter beside the weight rounds elsewhere.
 LOGITS_ABSOLUTE = 1e-5
+"""The merged weight is rounded once; unmerged adapters round elsewhere."""
 
 TP1, PP2_VP2 = Layout(), Layout(pipeline=2, virtual_pipeline=2)
 TP2_PP2_SP = Layout(tensor=2, pipeline=2, sequence_parallel=True)
 
 
 def export(base: str, adapter: str, layout: Layout, settings: str, target: str) -> None:
-    """Merged into `target/merged`, the base model into `target/base`."""
+    """Export merged weights to `target/merged` and the base model to `target/base`."""
     from megatron_idpo.convert.hf_to_megatron import open_hf
     from megatron_idpo.convert.megatron_to_hf import export_hf
-    from megatron_idpo.lora.merge import merged_value
+    from megatron_idpo.lora.adapters import merged_value
 
     chunks, architecture, adapters = adapted(base, layout, SETTINGS[settings], adapter)
     companions, dtype = open_hf(Path(base))[0].companions, torch.float32
@@ -43,8 +43,8 @@ def export(base: str, adapter: str, layout: Layout, settings: str, target: str) 
         (PP2_VP2, "llama-tied", "k-o-up"),
     ],
 )
-def test_a_merged_export_is_the_adapted_model(
-    layout, model, settings, workers, base_model, peft_adapter, peft_answer, tmp_path
+def test_merged_export_equals_the_adapted_model(
+    layout, model, settings, workers, base_model, peft_adapter, peft_result, tmp_path
 ):
     base, adapter = base_model(model), peft_adapter(model, settings)
     arguments = (str(base), str(adapter), layout, settings, str(tmp_path))
@@ -52,8 +52,8 @@ def test_a_merged_export_is_the_adapted_model(
     merged = hf_model(tmp_path / "merged")
     with torch.no_grad():
         logits = merged(tokens(merged.config.vocab_size, 0)[:, :-1]).logits
-    assert (logits - peft_answer(model, settings)["logits"]).abs().max() <= LOGITS_ABSOLUTE
-    # Nothing of it is in the model's own weights.
+    assert (logits - peft_result(model, settings)["logits"]).abs().max() <= LOGITS_ABSOLUTE
+    # Merging for an export does not change the model's weights.
     unchanged = load_file(tmp_path / "base" / "model.safetensors")
     original = load_file(base / "model.safetensors")
     assert unchanged.keys() == original.keys()
@@ -61,27 +61,28 @@ def test_a_merged_export_is_the_adapted_model(
 
 
 def merged_in_16_bits(base: str, adapter: str) -> list[tuple[str, Any, Any]]:
-    """Of every adapted weight: the merged one, and what fp32 arithmetic makes of its parts."""
-    from megatron_idpo.lora.merge import merged_value
+    """For each adapted linear: its name, the merged weight and the exact sum."""
+    from megatron_idpo.lora.adapters import merged_value
 
     _, _, adapters = adapted(base, TP1, SETTINGS["all"], adapter, dtype=torch.bfloat16)
     value = merged_value(adapters)
-    found = []
-    for _, name, one in adapters.by_chunk[0].linears():
-        added = one.fused_up().double() @ one.fused_down().double()
-        exact = one.linear.weight.double() + one.hyperparams.scaling * added
-        found.append((name, value(one.linear.weight).detach(), exact.detach()))
+    weights = []
+    for _, name, adapted_linear in adapters.by_chunk[0].linears():
+        added = adapted_linear.fused_up().double() @ adapted_linear.fused_down().double()
+        weight = adapted_linear.linear.weight
+        exact = weight.double() + adapted_linear.hyperparams.scaling * added
+        weights.append((name, value(weight).detach(), exact.detach()))
     norm = adapters.chunks[0].decoder.final_layernorm.weight
     assert value(norm) is not None and torch.equal(value(norm), norm)
-    return found
+    return weights
 
 
-def test_16_bits_are_rounded_once(workers, base_model, peft_adapter):
-    """Within half a unit in the last place of the exact sum, and a little for fp32's rounding."""
+def test_bf16_weights_are_rounded_once(workers, base_model, peft_adapter):
+    """Within half a unit in the last place of the exact sum, plus fp32 rounding."""
     arguments = (str(base_model("llama-tied")), str(peft_adapter("llama-tied")))
-    (found,) = workers.run(merged_in_16_bits, 1, *arguments)
-    assert len(found) == 4 * 4
-    for name, merged, exact in found:
+    (weights,) = workers.run(merged_in_16_bits, 1, *arguments)
+    assert len(weights) == 4 * 4
+    for name, merged, exact in weights:
         assert merged.dtype == torch.bfloat16
         half_ulp = exact.abs() * 2**-8
         assert ((merged.double() - exact).abs() <= half_ulp * 1.001 + 1e-7).all(), name

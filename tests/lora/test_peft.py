@@ -1,4 +1,4 @@
-"""PEFT's files, there and back, in any layout; what we cannot mean is refused by name."""
+"""Adapters in PEFT's files: round trips in any layout, unsupported options, damaged files."""
 
 import json
 import shutil
@@ -12,16 +12,40 @@ from safetensors.torch import load_file, save_file
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.lora.peft_config import peft_config, read_peft_settings
+from megatron_idpo.lora.adapters import weight_shape
+from megatron_idpo.lora.peft import peft_config, peft_shapes, read_peft_settings
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.testing import tiny_hf_config
 
 from .conftest import hf_model
-from .lora_case import SETTINGS, tokens
+from .lora_case import MODELS, SETTINGS, tokens
 from .lora_run import adapted, merged, whole
 
 TP2, PP2_VP2 = Layout(tensor=2), Layout(pipeline=2, virtual_pipeline=2)
 TP2_PP2_SP = Layout(tensor=2, pipeline=2, sequence_parallel=True)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.mark.parametrize("model", ["qwen3", "llama-tied"])
+def test_names_and_shapes_equal_peft(model, peft_adapter):
+    family, overrides = MODELS[model]
+    architecture = Architecture.from_hf(tiny_hf_config(family, **overrides))
+    saved = load_file(peft_adapter(model) / WEIGHTS)
+    expected = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    assert peft_shapes(SETTINGS["all"], architecture) == expected
+
+
+def test_weight_shape_uses_the_configured_head_dimension():
+    architecture = Architecture.from_hf(tiny_hf_config("qwen3"))
+    assert weight_shape("q_proj", architecture) == (8 * 16, 64)
+    assert weight_shape("v_proj", architecture) == (4 * 16, 64)
+    assert weight_shape("o_proj", architecture) == (64, 8 * 16)
+
+
+def meaning(settings: LoraConfig) -> tuple[Any, ...]:
+    """Everything but the notation of the targets, which PEFT stores as a set."""
+    return settings.rank, settings.alpha, settings.dropout, settings.rslora, settings.projections
 
 
 def resave(base: str, adapter: str, settings: str, layout: Layout, target: str) -> None:
@@ -40,30 +64,30 @@ def resave(base: str, adapter: str, settings: str, layout: Layout, target: str) 
         (PP2_VP2, 1, "llama-tied", "gate-down"),
     ],
 )
-def test_there_and_back_is_exact(
-    layout, data, model, settings, workers, base_model, peft_adapter, peft_answer, tmp_path
+def test_round_trip_through_peft_files_is_bitwise_exact(
+    layout, data, model, settings, workers, base_model, peft_adapter, peft_result, tmp_path
 ):
     from peft import PeftModel
 
     base, adapter, target = base_model(model), peft_adapter(model, settings), tmp_path / "adapter"
     world = layout.model_ranks * data
-    for _ in range(2):  # an adapter that is there already is replaced
+    for _ in range(2):  # the second call replaces an existing adapter
         workers.run(resave, world, str(base), str(adapter), settings, layout, str(target))
     assert sorted(path.name for path in target.iterdir()) == [CONFIG, WEIGHTS]
-    ours, theirs = load_file(target / WEIGHTS), load_file(adapter / WEIGHTS)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+    saved, original = load_file(target / WEIGHTS), load_file(adapter / WEIGHTS)
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(original[name], tensor) for name, tensor in saved.items())
     wrapped = PeftModel.from_pretrained(hf_model(base), target)
     assert wrapped.peft_config["default"].base_model_name_or_path == str(base)
     with torch.no_grad():
         logits = wrapped(tokens(wrapped.config.vocab_size, 0)[:, :-1]).logits
-    assert torch.equal(logits, peft_answer(model, settings)["logits"])
-    found = read_peft_settings(target)
-    assert found == SETTINGS[settings] and found == read_peft_settings(adapter)
+    assert torch.equal(logits, peft_result(model, settings)["logits"])
+    assert meaning(read_peft_settings(target)) == meaning(SETTINGS[settings])
+    assert meaning(read_peft_settings(adapter)) == meaning(SETTINGS[settings])
 
 
 def load(base: str, adapter: str, layout: Layout, settings: LoraConfig, **options: Any) -> Any:
-    """The whole adapters, or what the user is told."""
+    """The whole adapters, or the error message."""
     try:
         return whole(adapted(base, layout, settings, adapter, **options)[2])
     except CheckpointError as error:
@@ -71,13 +95,13 @@ def load(base: str, adapter: str, layout: Layout, settings: LoraConfig, **option
 
 
 @pytest.mark.distributed
-def test_another_format_is_cast(workers, base_model, peft_adapter):
+def test_loading_casts_to_the_adapters_dtype(workers, base_model, peft_adapter):
     base, adapter = base_model("qwen2"), peft_adapter("qwen2")
     arguments = (str(base), str(adapter), TP2, SETTINGS["all"])
-    found = merged(workers.run(load, 2, *arguments, dtype=torch.bfloat16))
-    theirs = load_file(adapter / WEIGHTS)
-    assert found.keys() == theirs.keys()
-    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in theirs.items())
+    loaded = merged(workers.run(load, 2, *arguments, dtype=torch.bfloat16))
+    original = load_file(adapter / WEIGHTS)
+    assert loaded.keys() == original.keys()
+    assert all(torch.equal(loaded[name], tensor.bfloat16()) for name, tensor in original.items())
 
 
 def with_config(source: Path, target: Path, **fields: Any) -> Path:
@@ -102,8 +126,11 @@ def with_config(source: Path, target: Path, **fields: Any) -> Path:
         ({"fan_in_fan_out": True}, "fan_in_fan_out: is True"),
         ({"layer_replication": [[0, 2]]}, "layer_replication: is [[0, 2]]"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices: is [1]"),
-        ({"an_option_of_tomorrow": 0.5}, "an_option_of_tomorrow: is 0.5"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: is 'pissa', which changes the base"),
+        ({"option_of_a_later_version": 0.5}, "option_of_a_later_version: is 0.5"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights: is 'pissa', which also changes the base",
+        ),
         ({"target_modules": ".*proj"}, "target_modules: is the pattern '.*proj'"),
         ({"target_modules": None}, "target_modules: is None"),
         ({"target_modules": ["lm_head"]}, "lora.targets: is ['lm_head']"),
@@ -113,14 +140,14 @@ def with_config(source: Path, target: Path, **fields: Any) -> Path:
         ({"lora_alpha": "many"}, "does not describe an adapter"),
     ],
 )
-def test_options_we_do_not_have_are_named(fields, message, peft_adapter, tmp_path):
+def test_unsupported_options_are_reported_by_name(fields, message, peft_adapter, tmp_path):
     directory = with_config(peft_adapter("llama-tied"), tmp_path / "changed", **fields)
     with pytest.raises(CheckpointError) as error:
         read_peft_settings(directory)
     assert message in str(error.value) and str(directory / CONFIG) in str(error.value)
 
 
-def test_all_refused_options_come_at_once(peft_adapter, tmp_path):
+def test_all_unsupported_options_are_reported_at_once(peft_adapter, tmp_path):
     fields = {"use_dora": True, "bias": "all", "peft_type": "IA3"}
     directory = with_config(peft_adapter("llama-tied"), tmp_path / "changed", **fields)
     with pytest.raises(CheckpointError, match="3 problems"):
@@ -131,36 +158,52 @@ def test_all_refused_options_come_at_once(peft_adapter, tmp_path):
     "fields",
     [
         {"lora_dropout": 0.3, "revision": "main", "inference_mode": False, "task_type": None},
-        {"init_lora_weights": "gaussian", "peft_version": "9.9", "an_option_of_tomorrow": None},
-        {"target_modules": ["down_proj", "up_proj", "q_proj", "gate_proj", "k_proj", "v_proj", "o_proj"]},
+        {"init_lora_weights": "gaussian", "peft_version": "9.9", "option_of_a_later_version": None},
+        {
+            "target_modules": [
+                "down_proj",
+                "up_proj",
+                "q_proj",
+                "gate_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+            ]
+        },
         {"target_modules": "all-linear"},
     ],
 )
-def test_what_changes_no_number_is_read(fields, peft_adapter, tmp_path):
+def test_options_without_effect_on_the_output_are_accepted(fields, peft_adapter, tmp_path):
     directory = with_config(peft_adapter("llama-tied"), tmp_path / "changed", **fields)
-    found = read_peft_settings(directory)
-    assert found.dropout == fields.get("lora_dropout", 0.0)
-    assert (found.rank, found.alpha, found.projections) == (4, 12.0, SETTINGS["all"].projections)
+    settings = read_peft_settings(directory)
+    assert settings.dropout == fields.get("lora_dropout", 0.0)
+    assert (settings.rank, settings.alpha, settings.projections) == (
+        4,
+        12.0,
+        SETTINGS["all"].projections,
+    )
 
 
 @pytest.mark.distributed
-def test_other_settings_are_refused_field_by_field(workers, base_model, peft_adapter):
+def test_settings_that_differ_from_the_model_are_reported_by_field(
+    workers, base_model, peft_adapter
+):
     other = LoraConfig(rank=8, alpha=3.0, targets=("q_proj",), rslora=True)
     base, adapter = base_model("llama-tied"), peft_adapter("llama-tied")
     for message in workers.run(load, 2, str(base), str(adapter), TP2, other):
-        assert "r: is 4, and 8 in this model; make them equal" in message
-        assert "lora_alpha: is 12.0, and 3.0" in message
-        assert "use_rslora: is False, and True" in message
-        assert "and ['q_proj'] in this model" in message
+        assert "r was 4, is now 8; make the section lora and the adapter equal" in message
+        assert "lora_alpha was 12.0, is now 3.0" in message
+        assert "use_rslora was False, is now True" in message
+        assert "is now ['q_proj']" in message
 
 
-def spoil(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
+def damage(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
     first = next(iter(sorted(tensors)))
-    if how == "missing":
+    if kind == "missing":
         del tensors[first]
-    elif how == "unexpected":
+    elif kind == "unexpected":
         tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 64)
-    elif how == "shape":
+    elif kind == "shape":
         tensors[first] = tensors[first][:, :-1].contiguous()
     else:
         tensors[first] = tensors[first].to(torch.int8)
@@ -172,7 +215,7 @@ NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("how", "reason"),
+    ("kind", "reason"),
     [
         ("missing", f"tensor '{NAME}' of shape (4, 128) is missing"),
         ("unexpected", "unexpected tensor 'base_model.model.lm_head.lora_A.weight'"),
@@ -180,9 +223,11 @@ NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         ("integers", f"tensor '{NAME}' is stored as torch.int8"),
     ],
 )
-def test_wrong_tensors_are_named(how, reason, workers, base_model, peft_adapter, tmp_path):
+def test_damaged_tensors_are_reported_by_name(
+    kind, reason, workers, base_model, peft_adapter, tmp_path
+):
     directory = with_config(peft_adapter("llama-tied"), tmp_path / "changed")
-    save_file(spoil(load_file(directory / WEIGHTS), how), directory / WEIGHTS)
+    save_file(damage(load_file(directory / WEIGHTS), kind), directory / WEIGHTS)
     arguments = (str(base_model("llama-tied")), str(directory), Layout(), SETTINGS["all"])
     (message,) = workers.run(load, 1, *arguments)
     assert reason in message
@@ -193,10 +238,12 @@ def test_wrong_tensors_are_named(how, reason, workers, base_model, peft_adapter,
     ("absent", "reason"),
     [
         (WEIGHTS, f"{WEIGHTS}: does not exist; name the directory that PEFT's"),
-        (CONFIG, f"{CONFIG}: cannot be read: No such file or directory"),
+        (CONFIG, f"{CONFIG}: cannot be read: No such file or directory; name the directory"),
     ],
 )
-def test_a_missing_file_is_named(absent, reason, workers, base_model, peft_adapter, tmp_path):
+def test_missing_file_is_reported_by_name(
+    absent, reason, workers, base_model, peft_adapter, tmp_path
+):
     directory = with_config(peft_adapter("llama-tied"), tmp_path / "changed")
     (directory / absent).unlink()
     arguments = (str(base_model("llama-tied")), str(directory), Layout(), SETTINGS["all"])
@@ -207,18 +254,18 @@ def test_a_missing_file_is_named(absent, reason, workers, base_model, peft_adapt
     assert ("adapter_model.bin" in message) == (absent == WEIGHTS)
 
 
-def test_the_base_model_is_found_from_everywhere(monkeypatch, tmp_path):
-    """A directory by its absolute path; a name that is none stays a hub name."""
-    (tmp_path / "models" / "mine").mkdir(parents=True)
+def test_base_model_directory_is_written_as_an_absolute_path(monkeypatch, tmp_path):
+    """Anything that is not a directory stays a name on the hub."""
+    (tmp_path / "models" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for base, written in (
-        ("models/mine", str(tmp_path / "models" / "mine")),
+        ("models/base", str(tmp_path / "models" / "base")),
         ("org/model", "org/model"),
     ):
         assert peft_config(SETTINGS["all"], base)["base_model_name_or_path"] == written
 
 
-def save_where_it_cannot(base: str, target: str) -> str:
+def save_error(base: str, target: str) -> str:
     from megatron_idpo.lora.peft import save_peft
 
     _, architecture, adapters = adapted(base, TP2, SETTINGS["all"])
@@ -230,8 +277,8 @@ def save_where_it_cannot(base: str, target: str) -> str:
 
 
 @pytest.mark.distributed
-def test_something_else_is_not_overwritten(workers, base_model, tmp_path):
-    (tmp_path / "precious.txt").write_text("mine")
-    message = workers.run(save_where_it_cannot, 2, str(base_model("llama-tied")), str(tmp_path))
-    assert all("is not overwritten, because it holds something else" in one for one in message)
-    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+def test_directory_with_other_files_is_not_overwritten(workers, base_model, tmp_path):
+    (tmp_path / "notes.txt").write_text("text")
+    messages = workers.run(save_error, 2, str(base_model("llama-tied")), str(tmp_path))
+    assert all("is not overwritten" in one for one in messages)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,4 +1,4 @@
-"""Adapters under the plugin's taps: the same gradients on one stage and on several."""
+"""Adapters with tapped layers have the same gradients on one stage and on several."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ from .lora_run import merged
 
 pytestmark = pytest.mark.distributed
 
-# fp32 sums in another order, as |difference| / |gradient| per tensor (Frobenius).
 GRADIENT_RELATIVE = 1e-5
+"""|difference| / |gradient| per tensor (Frobenius): fp32 sums in another order."""
 
 TAPS = [1, 3]
 SETTINGS = LoraConfig(rank=2)
 
 
 def gradients(layout: Layout, tied: bool, recompute: dict[str, Any]) -> dict[str, Tensor]:
-    """Of all adapters of this rank, after a step with two taps; B is not zero."""
+    """Gradients of this rank's adapters after a step with two taps; B is not zero."""
     from megatron_idpo.lora.adapters import add_adapters
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.plugin.attach import attach
@@ -48,15 +48,15 @@ FULL = {
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_stages_learn_what_one_learns(tied, workers):
-    alone = workers.run(gradients, 1, Layout(), tied, {})[0]
-    assert len(alone) == tiny.NUM_LAYERS * 7 * 2 and all(one.any() for one in alone.values())
+def test_gradients_on_several_stages_equal_one_stage(tied, workers):
+    expected = workers.run(gradients, 1, Layout(), tied, {})[0]
+    assert len(expected) == tiny.NUM_LAYERS * 7 * 2 and all(g.any() for g in expected.values())
     for layout, recompute in (
         (Layout(pipeline=2), FULL),
         (Layout(pipeline=2, virtual_pipeline=2), {}),
     ):
         staged = merged(workers.run(gradients, 2, layout, tied, recompute))
-        assert staged.keys() == alone.keys()
-        for name, gradient in alone.items():
+        assert staged.keys() == expected.keys()
+        for name, gradient in expected.items():
             relative = (staged[name] - gradient).norm() / gradient.norm()
             assert relative <= GRADIENT_RELATIVE, f"{name}: {relative:.2e}"

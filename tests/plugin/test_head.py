@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_idpo.mcore.model.specs import RMSNorm
-from megatron_idpo.plugin.head import Head, VocabShard
+from megatron_idpo.plugin.head import Head
 from megatron_idpo.plugin.micro_batch import Targets
 
 ROWS, VALID, HIDDEN, POSITIONS = 13, 11, 8, 9
@@ -35,8 +35,15 @@ def weight_VH():
 
 
 def head(norm, weight_VH, **fields):
-    shard = VocabShard(None, 0, VALID)
-    return Head(norm=norm, weight=lambda: weight_VH, shard=shard, sequence_parallel=False, **fields)
+    return Head(
+        norm=norm,
+        weight=fields.pop("weight", lambda: weight_VH),
+        group=None,
+        vocab_start=0,
+        vocab_size=VALID,
+        sequence_parallel=False,
+        **fields,
+    )
 
 
 def expected(hidden_T1H, norm, weight_VH):
@@ -105,12 +112,7 @@ def test_wider_residual_is_cast_to_the_weights_dtype(weight_VH):
 def test_weight_is_looked_up_at_each_use(norm, weight_VH):
     """DDP moves parameters into its buffers after heads are created."""
     lookups = []
-    lazy_head = Head(
-        norm=norm,
-        weight=lambda: lookups.append(1) or weight_VH,
-        shard=VocabShard(None, 0, VALID),
-        sequence_parallel=False,
-    )
+    lazy_head = head(norm, weight_VH, weight=lambda: lookups.append(1) or weight_VH)
     assert not lookups
     lazy_head.sequence_logps(torch.randn(POSITIONS, 1, HIDDEN), TARGETS, normed=False)
     assert lookups == [1]

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from megatron_idpo.plugin.tiles import (
-    LogitsBuffer,
     Projection,
     TileSizes,
     add_matmul,
@@ -13,8 +12,8 @@ from megatron_idpo.plugin.tiles import (
     onednn_bf16_matmul,
     scan_shard,
     slices,
+    tile_logits,
 )
-from megatron_idpo.plugin.vocab_softmax import LogitTransform
 
 FP32_SUMS = {"rtol": 1e-4, "atol": 1e-4}
 """Sums of 64 products of unit normals in another order."""
@@ -57,13 +56,13 @@ def test_onednn_setting_is_restored_after_an_error():
 
 
 def test_all_tiles_share_one_buffer():
-    sizes = TileSizes(tokens=4, vocab=5)
-    buffer = LogitsBuffer(sizes, num_tokens=6, num_rows=8, like=torch.ones(1))
-    hidden, weight = torch.randn(4, 3), torch.randn(5, 3)
-    full = buffer.logits(hidden, weight)
+    buffer = projection(num_rows=8).buffer(torch.ones(6, 3))
+    assert buffer.shape == (2 * 3,) and buffer.dtype == torch.float32
+    hidden, weight = torch.randn(2, 3), torch.randn(3, 3)
+    full = tile_logits(hidden, weight, buffer)
     torch.testing.assert_close(full, hidden @ weight.t())
-    last = buffer.logits(hidden[:2], weight[:3])
-    torch.testing.assert_close(last, hidden[:2] @ weight[:3].t())
+    last = tile_logits(hidden[:1], weight[:2], buffer)
+    torch.testing.assert_close(last, hidden[:1] @ weight[:2].t())
     assert last.data_ptr() == full.data_ptr() and last.is_contiguous()
 
 
@@ -71,7 +70,6 @@ def projection(num_rows, start=0):
     return Projection(
         start=start,
         num_rows=num_rows,
-        transform=LogitTransform(),
         tiles=TileSizes(tokens=2, vocab=3),
         group=None,
         reduce_hidden_grad=True,

@@ -5,61 +5,53 @@ import torch
 
 from megatron_idpo.plugin import vocab_softmax
 from megatron_idpo.plugin.vocab_softmax import (
-    LogitTransform,
     PartialSoftmax,
     combine_ranks,
     locate_columns,
 )
 
 FP64 = {"rtol": 1e-12, "atol": 1e-12}
-TRANSFORMS = [LogitTransform(), LogitTransform(0.7), LogitTransform(0.7, 5.0)]
 
 
-def statistics_of(logits_NV, targets_N, width, transform=TRANSFORMS[0]):
+def statistics_of(logits_NV, targets_N, width):
     """Statistics after tiles of `width`, and the sum of their terms over the vocabulary."""
     num_tokens, everything = len(targets_N), slice(0, len(targets_N))
     statistics = PartialSoftmax.empty(num_tokens, logits_NV.dtype, logits_NV.device)
     terms_N = torch.zeros(num_tokens, dtype=logits_NV.dtype)
     for start in range(0, logits_NV.shape[1], width):
         tile_nv = logits_NV[:, start : start + width].clone()
-        rescale_n = statistics.update(everything, tile_nv, targets_N - start, transform)
+        rescale_n = statistics.update(everything, tile_nv, targets_N - start)
         terms_N = terms_N * rescale_n + tile_nv.sum(1)
     return statistics, terms_N
 
 
-def plain_logps(logits_NV, targets_N, transform):
-    z_NV = transform.scale * logits_NV
-    if transform.softcap is not None:
-        z_NV = transform.softcap * torch.tanh(z_NV / transform.softcap)
-    return z_NV.log_softmax(1).gather(1, targets_N[:, None])[:, 0]
+def plain_logps(logits_NV, targets_N):
+    return logits_NV.log_softmax(1).gather(1, targets_N[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("width", [1, 4, 11, 20])
-def test_tiles_equal_the_softmax_of_whole_logits(transform, width):
+def test_tiles_equal_the_softmax_of_whole_logits(width):
     torch.manual_seed(0)
     logits_NV = 10 * torch.randn(9, 11, dtype=torch.float64)
     targets_N = torch.randint(0, 11, (9,))
-    statistics, terms_N = statistics_of(logits_NV, targets_N, width, transform)
+    statistics, terms_N = statistics_of(logits_NV, targets_N, width)
     softmax = combine_ranks(statistics, None)
-    logps_N = plain_logps(logits_NV, targets_N, transform)
+    logps_N = plain_logps(logits_NV, targets_N)
     torch.testing.assert_close(softmax.logps(), logps_N, **FP64)
     torch.testing.assert_close(softmax.one_minus_p(), 1 - logps_N.exp(), rtol=1e-9, atol=1e-12)
-    if transform.softcap is None:
-        torch.testing.assert_close(terms_N, statistics.sum_N, **FP64)
+    torch.testing.assert_close(terms_N, statistics.sum_N, **FP64)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_logit_gradient_equals_autograd(transform):
+def test_logit_gradient_equals_autograd():
     torch.manual_seed(0)
     logits_NV = (3 * torch.randn(5, 7, dtype=torch.float64)).requires_grad_()
     targets_N, grad_N = torch.randint(0, 7, (5,)), torch.randn(5, dtype=torch.float64)
-    (plain_logps(logits_NV, targets_N, transform) * grad_N).sum().backward()
-    softmax = combine_ranks(statistics_of(logits_NV.detach(), targets_N, 3, transform)[0], None)
+    (plain_logps(logits_NV, targets_N) * grad_N).sum().backward()
+    softmax = combine_ranks(statistics_of(logits_NV.detach(), targets_N, 3)[0], None)
     for rows, columns in ((slice(0, 2), slice(0, 4)), (slice(2, 5), slice(4, 7))):
         tile_nv = logits_NV.detach()[rows, columns].clone()
         column_n = targets_N[rows] - columns.start
-        softmax.to_logit_gradient(rows, tile_nv, column_n, grad_N[rows], transform)
+        softmax.to_logit_gradient(rows, tile_nv, column_n, grad_N[rows])
         torch.testing.assert_close(tile_nv, logits_NV.grad[rows, columns], **FP64)
 
 
@@ -96,20 +88,19 @@ def test_locate_columns():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_compiled_functions_equal_eager_ones(transform, monkeypatch):
+def test_compiled_functions_equal_eager_ones(monkeypatch):
     """A GPU runs the compiled functions; compiled for the CPU here, with several tile shapes."""
     torch.manual_seed(0)
     logits_NV, targets_N = torch.randn(20, 37), torch.randint(0, 37, (20,))
     grad_N = torch.randn(20)
-    plain, terms_N = statistics_of(logits_NV, targets_N, 16, transform)
+    plain, terms_N = statistics_of(logits_NV, targets_N, 16)
     plain_nv = logits_NV.clone()
-    arguments = (slice(0, 20), plain_nv, targets_N, grad_N, transform)
+    arguments = (slice(0, 20), plain_nv, targets_N, grad_N)
     combine_ranks(plain, None).to_logit_gradient(*arguments)
     monkeypatch.setattr(
         vocab_softmax, "_for_device", lambda function, _: vocab_softmax._compiled(function)
     )
-    compiled, compiled_terms_N = statistics_of(logits_NV, targets_N, 16, transform)
+    compiled, compiled_terms_N = statistics_of(logits_NV, targets_N, 16)
     compiled_nv = logits_NV.clone()
     combine_ranks(compiled, None).to_logit_gradient(slice(0, 20), compiled_nv, *arguments[2:])
     torch.testing.assert_close(

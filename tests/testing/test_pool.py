@@ -1,3 +1,5 @@
+"""`WorkerPool`: results, reuse of workers, crashes, hangs and invalid arguments."""
+
 import faulthandler
 import os
 import signal
@@ -14,23 +16,23 @@ from megatron_idpo.testing import WorkerError, run_distributed
 pytestmark = pytest.mark.distributed
 
 HANG_TIMEOUT_S = 3.0
-"""Above what a healthy call on running workers takes on a loaded machine."""
+"""More than a healthy call on running workers takes on a loaded machine."""
 
 
 @dataclass
-class Question:
-    """Lives in the test module, which the worker can only import by path."""
+class Argument:
+    """Defined in the test module, which the worker can import only by path."""
 
     value: int
 
 
-def rank_and_sum(question, factor=1):
+def rank_and_sum(argument, factor=1):
     rank = torch.distributed.get_rank()
     assert os.environ["RANK"] == os.environ["LOCAL_RANK"] == str(rank)
     assert os.environ["WORLD_SIZE"] == str(torch.distributed.get_world_size())
-    total = torch.tensor([question.value * factor + rank])
+    total = torch.tensor([argument.value * factor + rank])
     torch.distributed.all_reduce(total)
-    return os.getpid(), rank, total, Question(rank)
+    return os.getpid(), rank, total, Argument(rank)
 
 
 def process_id():
@@ -50,47 +52,47 @@ def hang_on_rank(hanging_rank):
         time.sleep(1000)
 
 
-def test_ranks_results_and_reuse(workers):
-    first = workers.run(rank_and_sum, 2, Question(3), factor=10)
+def test_results_are_in_rank_order_and_workers_are_reused(workers):
+    first = workers.run(rank_and_sum, 2, Argument(3), factor=10)
     assert [rank for _, rank, *_ in first] == [0, 1]
     assert [total.tolist() for _, _, total, _ in first] == [[61], [61]]
-    assert [echo for *_, echo in first] == [Question(0), Question(1)]
-    second = workers.run(rank_and_sum, 2, Question(0))
+    assert [returned for *_, returned in first] == [Argument(0), Argument(1)]
+    second = workers.run(rank_and_sum, 2, Argument(0))
     assert [pid for pid, *_ in first] == [pid for pid, *_ in second]
     assert workers.run(process_id, 1) == [first[0][0]]
 
 
-def test_a_world_starts_only_the_workers_it_needs(workers):
+def test_larger_world_starts_the_missing_workers(workers):
     workers.run(process_id, 1)
     assert len({*workers.run(process_id, 3)}) == 3
 
 
-def test_a_dead_worker_is_named_and_replaced(workers):
+def test_dead_worker_is_reported_and_replaced(workers):
     before = workers.run(process_id, 2)
     with pytest.raises(WorkerError, match=r"rank 1 of 2 died \(exit code 3\)"):
         workers.run(die_on_rank, 2, 1, 3)
-    # The survivor is kept, but may also die between two calls.
+    # The other worker is kept; a worker may also die between two calls.
     os.kill(before[0], signal.SIGKILL)
     os.waitid(os.P_PID, before[0], os.WEXITED | os.WNOWAIT)
     after = workers.run(process_id, 2)
     assert not {*before} & {*after}
 
 
-def test_a_crash_is_told_with_its_stack(workers):
+def test_crash_is_reported_with_its_stack(workers):
     with pytest.raises(WorkerError, match=r"killed by SIGSEGV(.|\n)*in die_on_rank"):
         workers.run(die_on_rank, 1, 0, None)
 
 
-def test_a_hang_is_told_with_its_stack_and_ends(workers):
+def test_hang_is_reported_with_its_stack_after_the_timeout(workers):
     workers.run(process_id, 2)
     started_s = time.monotonic()
     with pytest.raises(WorkerError, match=r"rank 1 of 2 hung(.|\n)*in hang_on_rank"):
         workers.run(hang_on_rank, 2, 1, timeout_s=HANG_TIMEOUT_S)
     assert time.monotonic() - started_s < 3 * HANG_TIMEOUT_S
-    assert [rank for _, rank, *_ in workers.run(rank_and_sum, 2, Question(0))] == [0, 1]
+    assert [rank for _, rank, *_ in workers.run(rank_and_sum, 2, Argument(0))] == [0, 1]
 
 
-def test_functions_that_workers_cannot_find_are_refused(workers):
+def test_functions_without_importable_name_are_rejected(workers):
     def local():
         pass
 
@@ -105,14 +107,14 @@ def test_world_size_is_bounded(workers, world_size):
         workers.run(process_id, world_size)
 
 
-def test_the_harness_is_light_to_import():
-    # Without the worker's module, which `python -m` would otherwise find imported already.
+def test_package_does_not_import_torch():
+    # Nor the worker's module: `python -m` warns if it is imported already.
     heavy = "{'torch', 'megatron_idpo.testing.worker'}"
     program = f"import megatron_idpo.testing, sys; assert not {heavy} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_run_distributed_leaves_no_process():
+def test_run_distributed_ends_its_process():
     (pid,) = run_distributed(process_id, 1)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

@@ -1,3 +1,5 @@
+"""Tiny models are what Transformers reads, random in every weight, and reproducible."""
+
 import json
 
 import pytest
@@ -18,7 +20,7 @@ OVERRIDES = {
 
 @pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_transformers_reads_what_is_written(tmp_path, family, overrides):
+def test_transformers_loads_the_written_model(tmp_path, family, overrides):
     assert write_tiny_hf_model(tmp_path, family, **overrides) == tmp_path
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == family
@@ -30,10 +32,12 @@ def test_transformers_reads_what_is_written(tmp_path, family, overrides):
     weights = load_file(tmp_path / "model.safetensors")
     assert ("lm_head.weight" in weights) != config["tie_word_embeddings"]
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
-    assert all(weight.std() > 0 for weight in weights.values()), "a constant hides mix-ups"
+    assert all(weight.std() > 0 for weight in weights.values()), (
+        "a constant tensor would hide mix-ups"
+    )
 
 
-def test_windows_change_the_logits(tmp_path):
+def test_sliding_window_changes_the_logits(tmp_path):
     tokens = torch.arange(20)[None]
     logits = []
     for window in (None, 4):
@@ -43,7 +47,7 @@ def test_windows_change_the_logits(tmp_path):
     assert not torch.allclose(logits[0][:, -1], logits[1][:, -1])
 
 
-def test_the_seed_decides_and_the_generator_is_left_alone(tmp_path):
+def test_seed_determines_the_weights_without_changing_the_global_generator(tmp_path):
     state = torch.get_rng_state()
     first, same, other = (
         load_file(write_tiny_hf_model(tmp_path / name, "qwen2", seed=seed) / "model.safetensors")
@@ -54,13 +58,13 @@ def test_the_seed_decides_and_the_generator_is_left_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_config_is_plain_json_and_new_each_time():
+def test_config_is_json_and_a_new_object_each_time():
     config = tiny_hf_config("llama", vocab_size=300)
     assert json.loads(json.dumps(config)) == config
     assert config["vocab_size"] == 300
     assert tiny_hf_config("llama")["vocab_size"] == 256
 
 
-def test_an_unknown_family_is_refused():
-    with pytest.raises(ValueError, match="no tiny model of family 'gpt2'; there is llama"):
+def test_unknown_family_is_rejected():
+    with pytest.raises(ValueError, match="no tiny model of 'gpt2'; choose one of llama"):
         tiny_hf_config("gpt2")

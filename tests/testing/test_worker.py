@@ -1,4 +1,4 @@
-"""What a worker process makes of a call; `test_pool.py` has what the pool makes of its workers."""
+"""A worker's results, exceptions and cleanup after a call."""
 
 import os
 import threading
@@ -42,7 +42,7 @@ def start_megatron(tensor):
 def fail_on_rank(failing_rank, kind):
     if torch.distributed.get_rank() == failing_rank:
         raise kind("the reason")
-    # The others wait for it, as they would inside a pipeline.
+    # The other rank waits for it, as in a pipeline.
     torch.distributed.barrier()
 
 
@@ -52,34 +52,34 @@ class Unpicklable(Exception):
         self.lock = threading.Lock()
 
 
-def test_tensors_come_back_as_compact_copies(workers):
-    (found,) = workers.run(return_tensors, 1)
-    assert found["view"].tolist() == [3.0, 4.0]
-    assert found["view"].untyped_storage().nbytes() == 8
-    assert found["bf16"].dtype == torch.bfloat16 and found["bf16"].tolist() == [[0.0, 1.0, 2.0]]
-    assert found["scalar"].shape == () and found["scalar"].item() == 7
-    assert found["empty"].shape == (0, 4)
-    assert isinstance(found["leaf"], torch.nn.Parameter) and found["leaf"].requires_grad
-    assert found["graph"].tolist() == [0.0, 2.0]
+def test_returned_tensors_are_compact_copies(workers):
+    (tensors,) = workers.run(return_tensors, 1)
+    assert tensors["view"].tolist() == [3.0, 4.0]
+    assert tensors["view"].untyped_storage().nbytes() == 8
+    assert tensors["bf16"].dtype == torch.bfloat16 and tensors["bf16"].tolist() == [[0.0, 1.0, 2.0]]
+    assert tensors["scalar"].shape == () and tensors["scalar"].item() == 7
+    assert tensors["empty"].shape == (0, 4)
+    assert isinstance(tensors["leaf"], torch.nn.Parameter) and tensors["leaf"].requires_grad
+    assert tensors["graph"].tolist() == [0.0, 2.0]
 
 
-def test_megatron_state_does_not_outlive_a_call(workers):
+def test_megatron_state_is_reset_after_a_call(workers):
     for tensor in (2, 1):
         assert workers.run(start_megatron, 2, tensor) == [(torch.device("cpu"), 1)] * 2
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])
 @pytest.mark.parametrize("kind", [ValueError, ConfigError, SystemExit])
-def test_an_exception_comes_back_with_its_rank_and_traceback(workers, failing_rank, kind):
+def test_exception_is_raised_with_its_rank_and_traceback(workers, failing_rank, kind):
     before = workers.run(process_id, 2)
     with pytest.raises(kind, match="the reason") as raised:
         workers.run(fail_on_rank, 2, failing_rank, kind)
     (note,) = raised.value.__notes__
     assert note.startswith(f"rank {failing_rank} of 2 raised:")
     assert "in fail_on_rank" in note
-    assert workers.run(process_id, 2) == before, "a failed call should not cost the workers"
+    assert workers.run(process_id, 2) == before, "workers are kept after a failed call"
 
 
-def test_an_exception_that_cannot_be_pickled_is_told_in_words(workers):
+def test_unpicklable_exception_is_raised_as_a_worker_error(workers):
     with pytest.raises(WorkerError, match=r"Unpicklable: the reason(.|\n)*in fail_on_rank"):
         workers.run(fail_on_rank, 1, 0, Unpicklable)
