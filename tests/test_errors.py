@@ -1,4 +1,4 @@
-"""What a user's error says, and what catches it."""
+"""Messages and base classes of user errors."""
 
 import pickle
 
@@ -11,7 +11,7 @@ FIRST = Problem("layout.tensor", "3 does not divide 8 heads", "take 1, 2, 4 or 8
 SECOND = Problem("pairs.jsonl:17", "is empty")
 
 
-def test_a_problem_is_told_on_one_line() -> None:
+def test_a_problem_is_one_line() -> None:
     assert str(FIRST) == "layout.tensor: 3 does not divide 8 heads; take 1, 2, 4 or 8"
     assert str(SECOND) == "pairs.jsonl:17: is empty"
 
@@ -23,13 +23,13 @@ def test_one_problem_is_a_line_and_several_are_a_list(kind: type[UserError]) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_raised_where_it_is_found_is_of_its_own_kind(kind: type[UserError]) -> None:
+def test_at_creates_an_error_of_its_class(kind: type[UserError]) -> None:
     error = kind.at("pairs.jsonl:17", "is empty")
     assert type(error) is kind and str(error) == str(SECOND)
     assert str(kind.at(FIRST.location, FIRST.message, FIRST.remedy)) == str(FIRST)
 
 
-def test_an_error_without_a_problem_is_our_mistake() -> None:
+def test_an_error_needs_a_problem() -> None:
     with pytest.raises(AssertionError, match="needs a problem"):
         ConfigError.of([])
 
@@ -38,13 +38,11 @@ def test_an_error_without_a_problem_is_our_mistake() -> None:
     ("kind", "builtin"),
     [(ConfigError, ValueError), (DataError, ValueError), (CheckpointError, RuntimeError)],
 )
-def test_callers_may_catch_the_builtin_kind(
-    kind: type[UserError], builtin: type[Exception]
-) -> None:
+def test_errors_are_also_builtin_errors(kind: type[UserError], builtin: type[Exception]) -> None:
     assert issubclass(kind, UserError) and issubclass(kind, builtin)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_survives_a_process_boundary(kind: type[UserError]) -> None:
-    arrived = pickle.loads(pickle.dumps(kind.of([FIRST, SECOND])))
-    assert type(arrived) is kind and str(arrived) == str(kind.of([FIRST, SECOND]))
+def test_errors_can_be_pickled(kind: type[UserError]) -> None:
+    unpickled = pickle.loads(pickle.dumps(kind.of([FIRST, SECOND])))
+    assert type(unpickled) is kind and str(unpickled) == str(kind.of([FIRST, SECOND]))

@@ -1,4 +1,4 @@
-"""Every configuration under examples/ is valid, fits its model, and is started as it says."""
+"""Every configuration under examples/ is valid, fits its model, and has a working command."""
 
 import json
 import re
@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 
 from megatron_idpo.cli.main import build_parser
-from megatron_idpo.config.run_config import SECTIONS, RunConfig, load_config
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.objective.layers import resolve_layers
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-FOUND = sorted(EXAMPLES.rglob("*.y*ml"))
+PATHS = sorted(EXAMPLES.rglob("*.y*ml"))
 
 GPUS_PER_NODE = 8  # launch/slurm.sh's default
 COMMAND = re.compile(r"^#  +((?:torchrun|sbatch|megatron-idpo|python) .*)$", re.M)
 WORLD = re.compile(r"^# (\d+) processes: TP (\d+) × PP (\d+) × DP (\d+)\.", re.M)
-SIZED = "Not run: no GPU at hand; sized by arithmetic"
+NOT_RUN = "Not run (no GPU available); sizes are calculated"
 
 LLAMA_70B = {
     "hidden_size": 8192,
@@ -28,7 +29,7 @@ LLAMA_70B = {
     "num_attention_heads": 64,
     "num_hidden_layers": 80,
 }
-"""What its config.json has else than the 8B model's."""
+"""Fields of its config.json that differ from the 8B model's."""
 
 HF_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("smollm2-135m", {}),
@@ -39,10 +40,10 @@ HF_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "runs/smollm2": ("smollm2-135m", {}),
     "upstage/SOLAR-10.7B-Instruct-v1.0": ("solar-10.7b", {}),
 }
-"""Model of an example -> the file in tests/mcore/hf_configs, and what differs from it."""
+"""Model of an example -> the file in tests/mcore/hf_configs, and fields that differ."""
 
 each_example = pytest.mark.parametrize(
-    "path", FOUND, ids=lambda path: str(path.relative_to(EXAMPLES))
+    "path", PATHS, ids=lambda path: str(path.relative_to(EXAMPLES))
 )
 
 
@@ -57,11 +58,11 @@ def architecture(model: str) -> Architecture:
 
 
 def commands(path: Path) -> list[list[str]]:
-    return [shlex.split(found) for found in COMMAND.findall(path.read_text())]
+    return [shlex.split(line) for line in COMMAND.findall(path.read_text())]
 
 
 def world_size(words: list[str]) -> int:
-    """How many processes a command starts."""
+    """Processes that a command starts."""
 
     def option(name: str, default: int) -> int:
         return int(words[words.index(name) + 1]) if name in words else default
@@ -71,10 +72,9 @@ def world_size(words: list[str]) -> int:
     return nodes * per_node
 
 
-def test_there_are_examples() -> None:
-    """Those that the README and the launchers name."""
+def test_the_examples_of_readme_and_launchers_exist() -> None:
     names = {"idpo_mistral_7b", "solar_10_7b", "llama3_8b", "llama3_70b", "qwen2_5_7b"}
-    assert names | {"sdpo_solar_10b"} <= {path.stem for path in FOUND}
+    assert names | {"sdpo_solar_10b"} <= {path.stem for path in PATHS}
 
 
 @each_example
@@ -84,21 +84,20 @@ def test_an_example_is_a_valid_configuration(path: Path) -> None:
 
 @each_example
 def test_an_example_fits_its_model(path: Path) -> None:
-    """In the world that each of its commands starts."""
+    """With the number of processes of each of its commands."""
     config = read(path)
     model = architecture(config.model.path)
     resolve_layers(config.objective.layers, model.num_layers)
     for words in commands(path):
-        found = config.layout.layout().problems(model, world_size(words))
-        assert not found, "\n".join(map(str, found))
+        problems = config.layout.problems_for(model, world_size(words))
+        assert not problems, "\n".join(map(str, problems))
     assert config.data.max_length and config.data.max_length <= model.max_positions
 
 
 @each_example
-def test_an_example_tells_how_it_is_started(path: Path) -> None:
-    found = commands(path)
-    assert found, "its header has no command"
-    for words in found:
+def test_the_header_of_an_example_has_a_valid_command(path: Path) -> None:
+    assert commands(path), "its header has no command"
+    for words in commands(path):
         assert str(path.relative_to(ROOT)) in words
         if words[0] == "sbatch":
             (script,) = (word for word in words if word.endswith(".sh"))
@@ -109,22 +108,22 @@ def test_an_example_tells_how_it_is_started(path: Path) -> None:
 
 
 @each_example
-def test_a_header_that_counts_processes_counts_right(path: Path) -> None:
+def test_process_counts_of_the_header_are_correct(path: Path) -> None:
     layout = read(path).layout
-    for message in WORLD.findall(path.read_text()):
-        world, tensor, pipeline, data = map(int, message)
+    for counts in WORLD.findall(path.read_text()):
+        world, tensor, pipeline, data = map(int, counts)
         assert (tensor, pipeline) == (layout.tensor, layout.pipeline)
         assert world == tensor * pipeline * data
         assert {world_size(words) for words in commands(path)} == {world}
 
 
 @each_example
-def test_an_example_for_gpus_says_that_it_was_not_run(path: Path) -> None:
-    """And counts its processes, and keeps to the model's own directory under runs/."""
+def test_examples_for_gpus_are_marked_as_not_run(path: Path) -> None:
+    """They also state their number of processes, and have their own directory under runs/."""
     config, text = read(path), path.read_text()
     if config.layout.tensor == config.layout.pipeline == 1 or path.stem.startswith("quickstart"):
         return
-    assert SIZED in text and len(WORLD.findall(text)) == 1
+    assert NOT_RUN in text and len(WORLD.findall(text)) == 1
     assert config.training.output == f"runs/{path.stem}"
 
 
@@ -132,7 +131,7 @@ LAYERS = re.compile(r"\blayers?:? (\d+)(?: and (\d+))? of (\d+)")
 
 
 @each_example
-def test_layers_in_comments_are_those_that_are_trained(path: Path) -> None:
+def test_layers_in_comments_equal_those_of_the_objective(path: Path) -> None:
     config, text = read(path), path.read_text()
     model = architecture(config.model.path)
     layers = resolve_layers(config.objective.layers, model.num_layers)
@@ -141,24 +140,23 @@ def test_layers_in_comments_are_those_that_are_trained(path: Path) -> None:
         assert tuple(int(layer) for layer in (first, second) if layer) == layers
 
 
-def test_the_example_of_sdpo_has_the_paper_s_steps() -> None:
-    """OpenOrca before UltraFeedback, each step from and against the one before it."""
+def test_the_sdpo_example_has_the_steps_of_the_paper() -> None:
+    """OpenOrca before UltraFeedback; each step starts from the one before, its reference."""
     config = read(EXAMPLES / "sdpo_solar_10b.yaml")
     assert config.sdpo is not None
-    dealt = [
+    sources = [
         [config.data.train[number - 1].path for number in step.sources or ()]
         for step in config.sdpo.steps
     ]
-    assert [["orca" in name for name in names] for names in dealt] == [[True], [False]]
-    assert "ultrafeedback" in dealt[1][0]
+    assert [["orca" in name for name in names] for names in sources] == [[True], [False]]
+    assert "ultrafeedback" in sources[1][0]
     assert config.sdpo.target == "previous"
     assert config.objective.layers == ()
 
 
-def test_the_other_order_that_the_example_of_sdpo_tells_is_one() -> None:
-    """Its comment gives overrides."""
+def test_the_overrides_in_the_comment_of_the_sdpo_example_are_valid() -> None:
     path = EXAMPLES / "sdpo_solar_10b.yaml"
-    [message] = re.findall(r"^ +# (sdpo\.order=.*)$", path.read_text(), re.M)
-    config = load_config(path, shlex.split(message), optional=SECTIONS)
+    [overrides] = re.findall(r"^ +# (sdpo\.order=.*)$", path.read_text(), re.M)
+    config = load_config(path, shlex.split(overrides), optional=SECTIONS)
     assert config.sdpo is not None
     assert config.sdpo.takes_whole_sources

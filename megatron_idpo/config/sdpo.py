@@ -1,6 +1,6 @@
-"""The section `sdpo`: how pairs are dealt to the steps, and what differs between steps.
+"""The section `sdpo`: how pairs are split over the steps, and what differs between steps.
 
-Pairs are dealt in `sdpo/deal.py`; `sdpo_steps.py` derives the configuration of each step.
+Pairs are split in `sdpo/split.py`; `sdpo_steps.py` derives the configuration of each step.
 """
 
 from typing import Literal
@@ -65,8 +65,8 @@ class SdpoConfig(Section):
     """Every step in order; `{}` is a step without overrides."""
 
     order: Literal["given", "easy_to_hard", "random"] = "given"
-    """Order of the pairs before they are dealt to steps: that of `data.train`; those that the first
-    model already ranks correctly first; or shuffled by `data.seed`."""
+    """Order of the pairs before they are split over the steps: that of `data.train`; first those
+    that the initial model already ranks correctly; or shuffled by `data.seed`."""
 
     by: Literal["source", "pair"] = "source"
     """With `easy_to_hard`: order whole sources, one for each step, or single pairs."""
@@ -110,7 +110,7 @@ class SdpoConfig(Section):
         return problems
 
     @property
-    def deals_sources(self) -> bool:
+    def names_sources(self) -> bool:
         """Whether steps name the sources that they train on."""
         return any(step.sources is not None for step in self.steps)
 
@@ -125,9 +125,12 @@ class SdpoConfig(Section):
             is_set = [getattr(step, name) is not None for step in self.steps]
             if any(is_set) and not all(is_set):
                 location = f"steps.{is_set.index(False)}"
-                message, remedy = f"has no {name}, unlike other steps", f"set {name} in all or none"
+                message, remedy = (
+                    f"has no {name}, but other steps have",
+                    f"set {name} in all or none",
+                )
                 problems.append(Problem(location, message, remedy))
-        if self.deals_sources and self.order != "given":
+        if self.names_sources and self.order != "given":
             message = f"are named by steps, but order is {self.order}"
             problems.append(
                 Problem("steps.0.sources", message, "leave them out, or set order to given")
@@ -138,7 +141,7 @@ class SdpoConfig(Section):
             if step.sources == ()
         ]
         fractions = [step.fraction for step in self.steps if step.fraction is not None]
-        if fractions and self.deals_sources:
+        if fractions and self.names_sources:
             message = "has no effect: steps name their sources"
             problems.append(Problem("steps.0.fraction", message, "keep one of them"))
         elif fractions and self.takes_whole_sources:

@@ -139,7 +139,7 @@ def _source_problems(config: RunConfig) -> list[Problem]:
         message = f"are {len(sdpo.steps)}, but each gets one of the {count} sources of data.train"
         remedy = "write as many steps as sources, or set sdpo.by to pair"
         return [Problem("sdpo.steps", message, remedy)]
-    if not sdpo.deals_sources:
+    if not sdpo.names_sources:
         return []
     problems, used = [], set()
     for index, step in enumerate(sdpo.steps):

@@ -1,8 +1,8 @@
-"""Direct preference optimisation at several layers: Eq. 1-3 as tensor functions.
+"""Direct preference optimization at several layers: Eq. 1-3 as tensor functions.
 
-What: the loss of a pair read at one layer (Eq. 1) in DPO's variants, its metrics under TRL's names,
-and how the layers' losses become one (Eq. 2 and 3), from sequence log-probabilities. With policy
-θ, reference ref, chosen answer w, rejected answer l and
+From sequence log-probabilities: the loss of a pair at one layer (Eq. 1) with its variants, metrics
+under TRL's names, and the combination of the layers' losses (Eq. 2 and 3). With policy θ, reference
+ref, chosen answer w, rejected answer l and
 
     Δ_l = [log π_l^θ(w|x) − log π_l^ref(w|x)] − [log π_l^θ(l|x) − log π_l^ref(l|x)]
 
@@ -12,9 +12,9 @@ and how the layers' losses become one (Eq. 2 and 3), from sequence log-probabili
 
 (intermediate DPO: Kojima 2024, arXiv 2408.02923; DPO: Rafailov et al. 2023, arXiv 2305.18290).
 
-What it does not do: compute log-probabilities, average over a batch, or know where a layer lives.
+Log-probabilities, the mean over a batch and the placement of layers are elsewhere.
 
-    P  pairs   2P  their sequences: 2p is pair p's chosen answer, 2p + 1 its rejected one
+    P  pairs   2P  their sequences: 2p is pair p's chosen answer, 2p + 1 the rejected one
     K  intermediate layers
 """
 
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def preference_loss(difference_P: Tensor, objective: Objective) -> Tensor:
-    """The loss of a pair as a function of Δ alone, Eq. 1 and its variants.
+    """The loss of a pair as a function of Δ, Eq. 1 and its variants.
 
     sigmoid         −(1−ε) log σ(βΔ) − ε log σ(−βΔ)                 DPO; ε > 0: cDPO (Mitchell 2023)
     sigmoid_norm    the same, of means over tokens                  length-normalised DPO
@@ -46,30 +46,31 @@ def preference_loss(difference_P: Tensor, objective: Objective) -> Tensor:
     hinge           max(0, 1 − βΔ)                                  RSO, arXiv 2309.06657
 
     Args:
-        difference_P: Δ, any real; of sums or of means over tokens as the loss wants.
+        difference_P: Δ; from sums or means over tokens, as the loss requires.
         objective: loss, beta and label_smoothing.
 
     Returns:
-        `[P]`, >= 0 but for `robust`, which is unbiased under swapped labels and may be negative.
+        `[P]`, >= 0 except for `robust`, which is unbiased under swapped labels and may be negative.
     """
     beta, smoothing = objective.beta, objective.label_smoothing
     if objective.loss == "ipo":
         return (difference_P - 1 / (2 * beta)) ** 2
     if objective.loss == "hinge":
         return relu(1 - beta * difference_P)
-    as_labelled_P = -(1 - smoothing) * logsigmoid(beta * difference_P)
+    # logsigmoid, not log(sigmoid): exact for large negative βΔ, where sigmoid underflows.
+    as_labeled_P = -(1 - smoothing) * logsigmoid(beta * difference_P)
     if not smoothing:
-        return as_labelled_P
+        return as_labeled_P
     swapped_P = -smoothing * logsigmoid(-beta * difference_P)
-    if objective.loss == "robust":
-        return (as_labelled_P - swapped_P) / (1 - 2 * smoothing)
-    return as_labelled_P + swapped_P
+    if objective.loss == "robust":  # the swapped term is subtracted, so this can be negative
+        return (as_labeled_P - swapped_P) / (1 - 2 * smoothing)
+    return as_labeled_P + swapped_P
 
 
 def loss_at_zero(objective: Objective) -> float:
     """`preference_loss` at Δ = 0, where policy and reference are equal: ln 2 for `sigmoid`.
 
-    The chosen answer's likelihood (`nll_weight`) is not part of it; `layer_metrics` has it apart.
+    Without the likelihood term (`nll_weight`), which `layer_metrics` reports separately.
     """
     return float(preference_loss(torch.zeros(1, dtype=torch.float64), objective))
 
@@ -80,25 +81,26 @@ def layer_loss(
     lengths_2P: Tensor,
     objective: Objective,
 ) -> Tensor:
-    """Eq. 1 at one layer, the final one included: each pair's loss.
+    """Eq. 1 at one layer, intermediate or final: the loss of each pair.
 
     With `nll_weight` λ it is the preference loss plus −λ log π_l(w|x) / |w|: a mean over the tokens
-    of *this* answer (RPO: Pang et al. 2024, arXiv 2404.19733, Eq. 1). TRL's likelihood term takes
-    the mean over all chosen tokens of a batch instead, so that a pair's loss depends on who else is
-    in it; with one pair per batch the two are equal.
+    of *this* answer (RPO: Pang et al. 2024, arXiv 2404.19733, Eq. 1). TRL's likelihood term is the
+    mean over all chosen tokens of a batch instead, so that a pair's loss depends on the other pairs
+    of the batch; with one pair per batch the two are equal.
 
     Args:
         policy_logps_2P: log π_l^θ(y|x) of each sequence, sums over its tokens, float, <= 0.
-        reference_logps_2P: the reference's, constant. None: no reference, all zeros.
-        lengths_2P: tokens of each sequence, >= 1; only losses per token and the NLL read it.
+        reference_logps_2P: those of the reference, constant. None: no reference, all zeros.
+        lengths_2P: tokens of each sequence, >= 1; used by losses per token and the NLL.
         objective: which loss.
 
     Returns:
-        `[P]`, in the policy's dtype, with a gradient for the policy only.
+        `[P]`, in the policy's dtype, with a gradient to the policy only.
     """
     ratio_2P = _log_ratio(policy_logps_2P, reference_logps_2P)
     if objective.loss in PER_TOKEN:
         ratio_2P = ratio_2P / lengths_2P
+    # Chosen and rejected answers alternate along the first dimension.
     loss_P = preference_loss(ratio_2P[0::2] - ratio_2P[1::2], objective)
     if objective.nll_weight:
         loss_P = loss_P + objective.nll_weight * _chosen_nll(policy_logps_2P, lengths_2P)
@@ -111,10 +113,10 @@ def layer_metrics(
     lengths_2P: Tensor,
     objective: Objective,
 ) -> dict[str, Tensor]:
-    """What a layer says of each pair, under TRL's names.
+    """Metrics of each pair at one layer, under TRL's names.
 
-    Rewards are β times log-ratios of whole sequences, for every loss, as TRL has them; a margin of
-    exactly 0 is not accurate.
+    Rewards are β times log-ratios of whole sequences, also for losses per token, as in TRL. A
+    margin of exactly 0 counts as not accurate.
 
     Args:
         policy_logps_2P: as for `layer_loss`.
@@ -125,7 +127,7 @@ def layer_metrics(
     Returns:
         `loss`, `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (0 or
         1), `logps/chosen`, `logps/rejected`, and `nll_loss` (per token, unweighted) where
-        `nll_weight` is not 0. Each `[P]` and detached; to be averaged over pairs.
+        `nll_weight` is not 0. Each `[P]` and detached; average them over pairs.
     """
     with torch.no_grad():
         rewards_2P = objective.beta * _log_ratio(policy_logps_2P, reference_logps_2P)
@@ -148,18 +150,18 @@ def layer_metrics(
 def combine(
     final_loss_P: Tensor, intermediate_losses: Sequence[Tensor], objective: Objective
 ) -> Tensor:
-    """Eq. 2 and 3: one loss per pair from all layers'.
+    """Eq. 2 and 3: one loss per pair from those of all layers.
 
     Args:
         final_loss_P: `layer_loss` of the final layer.
-        intermediate_losses: of the K intermediate layers, each `[P]`; none is plain DPO.
+        intermediate_losses: of the K intermediate layers, each `[P]`; empty is plain DPO.
         objective: the weights.
 
     Returns:
         `[P]`.
 
     Raises:
-        ConfigError: `layer_weights` are not K.
+        ConfigError: the number of `layer_weights` is not K.
     """
     final_scale, scales = objective.layer_scales(len(intermediate_losses))
     total_P = final_scale * final_loss_P
@@ -172,7 +174,7 @@ def _log_ratio(policy_logps_2P: Tensor, reference_logps_2P: Tensor | None) -> Te
     """log π^θ − log π^ref of each sequence."""
     if reference_logps_2P is None:
         return policy_logps_2P
-    assert reference_logps_2P.shape == policy_logps_2P.shape, "a reference for every sequence"
+    assert reference_logps_2P.shape == policy_logps_2P.shape, "one reference value per sequence"
     return policy_logps_2P - reference_logps_2P.detach()
 
 

@@ -71,8 +71,8 @@ def split_pairs(
     Raises:
         DataError: a step has no pair.
     """
-    by_sources = sdpo.deals_sources or sdpo.takes_whole_sources
-    if sdpo.deals_sources:
+    by_sources = sdpo.names_sources or sdpo.takes_whole_sources
+    if sdpo.names_sources:
         named = [[number - 1 for number in step.sources or ()] for step in sdpo.steps]
         slices = [np.flatnonzero(np.isin(source_P, sources)) for sources in named]
     elif sdpo.takes_whole_sources:

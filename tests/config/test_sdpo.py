@@ -81,7 +81,7 @@ def test_rounded_thirds_sum_to_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "deals_sources", "takes_whole_sources"),
+    ("fields", "names_sources", "takes_whole_sources"),
     [
         ({}, False, False),
         ({"order": "random"}, False, False),
@@ -90,9 +90,9 @@ def test_rounded_thirds_sum_to_one(tmp_path):
         ({"steps": [{"sources": [1]}]}, True, False),
     ],
 )
-def test_how_pairs_are_dealt(tmp_path, fields, deals_sources, takes_whole_sources):
+def test_how_pairs_are_split(tmp_path, fields, names_sources, takes_whole_sources):
     sdpo = section(tmp_path, **{"steps": [{}], **fields})
-    assert sdpo.deals_sources is deals_sources
+    assert sdpo.names_sources is names_sources
     assert sdpo.takes_whole_sources is takes_whole_sources
 
 
@@ -108,11 +108,11 @@ INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (steps({}, {}, only=3), ("sdpo.only", "is 3", "there are 2 steps", "from 1 to 2")),
     (
         steps({"sources": [1]}, {}),
-        ("sdpo.steps.1", "has no sources, unlike other steps", "in all or none"),
+        ("sdpo.steps.1", "has no sources, but other steps have", "in all or none"),
     ),
     (
         steps({}, {"fraction": 1.0}),
-        ("sdpo.steps.0", "has no fraction, unlike other steps", "in all or none"),
+        ("sdpo.steps.0", "has no fraction, but other steps have", "in all or none"),
     ),
     (
         steps({"sources": [1]}, order="random"),

@@ -1,4 +1,4 @@
-"""The variants against formulas written down independently, as exponentials and by hand."""
+"""Losses and metrics against formulas that are written out independently."""
 
 import math
 
@@ -40,7 +40,7 @@ def sigma(x):
 
 
 @pytest.mark.parametrize(
-    ("objective", "by_hand"),
+    ("objective", "expected"),
     [
         (Objective(beta=0.5), [-math.log(sigma(1.5)), -math.log(sigma(-2.0))]),
         (
@@ -71,12 +71,12 @@ def sigma(x):
     ],
     ids=str,
 )
-def test_every_variant_equals_its_formula(objective, by_hand):
+def test_every_variant_equals_its_formula(objective, expected):
     loss_P = layer_loss(POLICY_2P, REFERENCE_2P, LENGTHS_2P, objective)
-    torch.testing.assert_close(loss_P, torch.tensor(by_hand, dtype=torch.float64), **TOLERANCE)
+    torch.testing.assert_close(loss_P, torch.tensor(expected, dtype=torch.float64), **TOLERANCE)
 
 
-def test_no_reference_is_a_reference_of_zeros():
+def test_no_reference_equals_a_reference_of_zeros():
     for objective in VARIANTS:
         without = layer_loss(POLICY_2P, None, LENGTHS_2P, objective)
         zeros = layer_loss(POLICY_2P, torch.zeros_like(POLICY_2P), LENGTHS_2P, objective)
@@ -91,7 +91,7 @@ def test_gradients(objective):
     )
 
 
-def test_the_reference_learns_nothing():
+def test_the_reference_gets_no_gradient():
     policy_2P, reference_2P = POLICY_2P.clone().requires_grad_(), REFERENCE_2P.clone()
     layer_loss(policy_2P, reference_2P.requires_grad_(), LENGTHS_2P, Objective()).sum().backward()
     assert policy_2P.grad is not None and reference_2P.grad is None
@@ -109,7 +109,7 @@ def test_the_reference_learns_nothing():
     ],
     ids=str,
 )
-def test_the_loss_where_policy_and_reference_are_equal(objective, expected):
+def test_loss_of_equal_policy_and_reference(objective, expected):
     assert loss_at_zero(objective) == pytest.approx(expected, rel=1e-15)
     if not objective.nll_weight:
         loss_P = layer_loss(POLICY_2P, POLICY_2P, LENGTHS_2P, objective)
@@ -122,8 +122,8 @@ def test_the_loss_where_policy_and_reference_are_equal(objective, expected):
     st.floats(0, 0.49),
     st.sampled_from(["sigmoid", "robust", "sigmoid_norm"]),
 )
-def test_smoothing_mixes_the_two_labellings(difference, beta, smoothing, loss):
-    """robust undoes it: averaged over the flips it assumes, it is the loss without them."""
+def test_label_smoothing_mixes_both_labels(difference, beta, smoothing, loss):
+    """For robust: the mean over the assumed flips is the loss without smoothing."""
     at = torch.tensor([difference, -difference], dtype=torch.float64)
     plain = preference_loss(at, Objective(beta=beta))
     smoothed = preference_loss(at, Objective(loss=loss, beta=beta, label_smoothing=smoothing))
@@ -133,11 +133,11 @@ def test_smoothing_mixes_the_two_labellings(difference, beta, smoothing, loss):
         mixed = (1 - smoothing) * smoothed[0] + smoothing * smoothed[1]
     else:
         mixed, expected = smoothed[0], (1 - smoothing) * plain[0] + smoothing * plain[1]
-    # 1 - 2 * 0.49 cancels two digits of what robust divides by it.
+    # robust divides by 1 - 2 * smoothing, which loses two digits at 0.49.
     torch.testing.assert_close(mixed, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_metrics_have_trls_names_and_meanings():
+def test_metrics_have_names_and_values_of_trl():
     objective = Objective(beta=0.5, nll_weight=0.2)
     policy_2P = POLICY_2P.clone().requires_grad_()
     metrics = layer_metrics(policy_2P, REFERENCE_2P, LENGTHS_2P, objective)
@@ -156,7 +156,7 @@ def test_metrics_have_trls_names_and_meanings():
     assert "nll_loss" not in layer_metrics(POLICY_2P, None, LENGTHS_2P, Objective())
 
 
-def test_rewards_are_of_whole_sequences_and_no_margin_is_no_accuracy():
+def test_rewards_are_sums_and_a_zero_margin_is_not_accurate():
     metrics = layer_metrics(POLICY_2P, POLICY_2P, LENGTHS_2P, Objective(loss="ipo"))
     assert metrics["rewards/accuracies"].tolist() == [0.0, 0.0]
     metrics = layer_metrics(POLICY_2P, REFERENCE_2P, LENGTHS_2P, Objective(loss="ipo", beta=0.5))
@@ -189,10 +189,10 @@ LAYERS = [torch.tensor([4.0, 0.0]), torch.tensor([8.0, 6.0])]
         ),
     ],
 )
-def test_layers_become_one_loss(objective, layers, total):
+def test_combine(objective, layers, total):
     torch.testing.assert_close(combine(FINAL_P, layers, objective), torch.tensor(total))
 
 
-def test_weights_for_other_layers_are_refused():
+def test_a_wrong_number_of_layer_weights_is_reported():
     with pytest.raises(ConfigError, match=r"layer_weights: 2 weights for 3 layers"):
         combine(FINAL_P, [FINAL_P] * 3, Objective(layer_weights=(1.0, 2.0)))

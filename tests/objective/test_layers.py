@@ -1,3 +1,5 @@
+"""Selection of intermediate layers."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,9 +12,9 @@ from megatron_idpo.objective.layers import resolve_layers
     ("spec", "num_layers", "layers"),
     [
         ([22], 32, (22,)),
-        ([0.69], 32, (22,)),  # 22.08: the paper's layer, as a fraction that fits other depths
+        ([0.69], 32, (22,)),  # 22.08: the layer of the paper
         ([0.69], 48, (33,)),
-        ([0.5], 5, (3,)),  # 2.5: halves go up
+        ([0.5], 5, (3,)),  # 2.5: halves round up
         ([0.001], 32, (1,)),
         ([31, 1], 32, (31, 1)),
         ([0.25, 22], 32, (8, 22)),
@@ -22,7 +24,7 @@ from megatron_idpo.objective.layers import resolve_layers
         ([], 32, ()),
     ],
 )
-def test_layers_are_numbered_from_one(spec, num_layers, layers):
+def test_forms_of_layers(spec, num_layers, layers):
     assert resolve_layers(spec, num_layers) == layers
 
 
@@ -42,21 +44,21 @@ def test_layers_are_numbered_from_one(spec, num_layers, layers):
         ([True], "True is neither"),
         (["22"], "'22' is neither"),
         ([float("nan")], "nan is neither"),
-        ("some", "'some' names no layers"),
-        ({"each": 2}, "names no layers"),
-        ({"every": 2, "from": 1}, "names no layers"),
+        ("some", "'some' does not select layers"),
+        ({"each": 2}, "does not select layers"),
+        ({"every": 2, "from": 1}, "does not select layers"),
         ({"every": 32}, "every 32 layers leaves none below the final layer 32"),
         ({"every": 0}, "every 0 layers"),
         ({"every": 0.5}, "every 0.5 layers"),
         ({"every": True}, "every True layers"),
     ],
 )
-def test_what_is_no_intermediate_layer_is_refused(spec, message):
+def test_invalid_layers_are_reported(spec, message):
     with pytest.raises(ConfigError, match=message):
         resolve_layers(spec, 32)
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_together():
     with pytest.raises(ConfigError, match=r"^4 problems") as caught:
         resolve_layers([40, 32, 7, 7, "x"], 32)
     for message in (
@@ -74,7 +76,7 @@ def test_all_problems_are_told_at_once():
     ),
     st.integers(1, 48),
 )
-def test_layers_are_distinct_and_below_the_final_one_or_refused(spec, num_layers):
+def test_any_input_gives_distinct_intermediate_layers_or_an_error(spec, num_layers):
     try:
         layers = resolve_layers(spec, num_layers)
     except ConfigError as error:
