@@ -2,9 +2,9 @@
 
 import argparse
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_idpo.errors import ConfigError
 
@@ -36,6 +36,14 @@ def one_of(what: str, known: Iterable[str]) -> Callable[[str], str]:
 
 class _UnknownWord(argparse.ArgumentTypeError, ConfigError):
     pass
+
+
+def add_choice(
+    parser: argparse._ActionsContainer, name: str, known: Sequence[str], **options: Any
+) -> None:
+    """An argument that is one of the `known` words."""
+    check = one_of(name.removeprefix("--"), known)
+    parser.add_argument(name, type=check, metavar="|".join(known), **options)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:

@@ -3,38 +3,19 @@
 import argparse
 from pathlib import Path
 
-from megatron_idpo.cli.arguments import one_of
+from megatron_idpo.cli.arguments import add_choice
 from megatron_idpo.errors import ConfigError
 
-_DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
-FORMATS = ("fp32", "bf16", "fp16")
-_BACKENDS = ("own", "bridge")
-_OWN_OPTIONS = {
-    "tensor": 1,
-    "pipeline": 1,
-    "virtual_pipeline": 1,
-    "pipeline_layers": None,
-    "overwrite": False,
-}
-"""Options of our own converter with their defaults."""
+DTYPES = ("fp32", "bf16", "fp16")
+_LAYOUT_FIELDS = ("tensor", "pipeline", "virtual_pipeline", "pipeline_layers")
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    parser.add_argument(
-        "direction",
-        type=one_of("direction", _DIRECTIONS),
-        metavar="|".join(_DIRECTIONS),
-        help="the direction",
-    )
-    parser.add_argument("input", type=Path, metavar="INPUT", help="the checkpoint's directory")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the directory to write")
-    parser.add_argument(
-        "--dtype",
-        type=one_of("dtype", FORMATS),
-        metavar="|".join(FORMATS),
-        help="the dtype of the weights (default: as stored)",
-    )
+    add_choice(parser, "direction", ["hf-to-megatron", "megatron-to-hf"], help="the direction")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="directory of the checkpoint")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="directory to write")
+    add_choice(parser, "--dtype", DTYPES, help="dtype of the weights (default: as stored)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     split = parser.add_argument_group(
         "under torchrun", "how to split the work; the result does not depend on it"
@@ -44,27 +25,14 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         ("pipeline", "pipeline stages"),
         ("virtual-pipeline", "model chunks per stage"),
     ):
-        split.add_argument(f"--{name}", type=int, default=1, metavar="N", help=meaning)
-    split.add_argument(
-        "--pipeline-layers",
-        type=_counts,
-        metavar="N,N,...",
-        help="layers of each virtual stage, if they do not divide evenly",
-    )
+        split.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default: 1)")
+    meaning = "layers of each virtual stage, if they do not divide evenly"
+    split.add_argument("--pipeline-layers", type=_counts, metavar="N,N,...", help=meaning)
     other = parser.add_argument_group("model families without support in this package")
-    other.add_argument(
-        "--backend",
-        type=one_of("backend", _BACKENDS),
-        default="own",
-        metavar="|".join(_BACKENDS),
-        help="bridge uses Megatron-Bridge (needs Transformer Engine and a GPU)",
-    )
-    other.add_argument(
-        "--hf-model",
-        type=Path,
-        metavar="DIR",
-        help="with --backend bridge, megatron-to-hf: the original model of the checkpoint",
-    )
+    meaning = "bridge uses Megatron-Bridge (needs Transformer Engine and a GPU)"
+    add_choice(other, "--backend", ["own", "bridge"], default="own", help=meaning)
+    meaning = "with --backend bridge, megatron-to-hf: the original model of the checkpoint"
+    other.add_argument("--hf-model", type=Path, metavar="DIR", help=meaning)
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -82,8 +50,8 @@ def _convert_by_bridge(arguments: argparse.Namespace) -> int:
 
     unused = [
         f"--{name.replace('_', '-')}"
-        for name, unset in _OWN_OPTIONS.items()
-        if getattr(arguments, name) != unset
+        for name in (*_LAYOUT_FIELDS, "overwrite")
+        if getattr(arguments, name)
     ]
     if arguments.direction == "megatron-to-hf" and arguments.dtype:
         unused.append("--dtype")
@@ -117,12 +85,8 @@ def convert(arguments: argparse.Namespace) -> int:
         from megatron_idpo.convert.hf_to_megatron import convert as convert_weights
     else:
         from megatron_idpo.convert.megatron_to_hf import convert as convert_weights
-    layout = Layout(
-        tensor=arguments.tensor,
-        pipeline=arguments.pipeline,
-        virtual_pipeline=arguments.virtual_pipeline,
-        pipeline_layers=arguments.pipeline_layers,
-    )
+    fields = {name: getattr(arguments, name) for name in _LAYOUT_FIELDS}
+    layout = Layout(**{name: value for name, value in fields.items() if value is not None})
     convert_weights(
         arguments.input,
         arguments.output,

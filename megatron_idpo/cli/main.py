@@ -20,7 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_idpo import __version__
-from megatron_idpo.cli.arguments import Parser, add_config_arguments, config_path, one_of
+from megatron_idpo.cli.arguments import (
+    Parser,
+    add_choice,
+    add_config_arguments,
+    config_path,
+    one_of,
+)
 from megatron_idpo.cli.convert import add_convert_arguments, convert
 from megatron_idpo.cli.errors import (
     is_lost_peer,
@@ -149,16 +155,9 @@ def _config_verb(function: str, summary: str, *, config_required: bool = True) -
     return Verb(summary, add_arguments, run)
 
 
-_SDPO_ACTIONS = ("status",)
-
-
 def _add_sdpo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "action",
-        type=one_of("action", _SDPO_ACTIONS),
-        metavar="|".join(_SDPO_ACTIONS),
-        help="status: state, result and size of each step, and the next one",
-    )
+    help_action = "status: state, result and size of each step, and the next one"
+    add_choice(parser, "action", ["status"], help=help_action)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's training.output")
     parser.add_argument(
         "--check", action="store_true", help="also verify every byte of the snapshots"

@@ -56,9 +56,15 @@ def check_config(
     if config.has("model"):
         architecture, finding = _model(config.model.path)
         findings.append(finding)
-    findings.append(_layout(config.layout, architecture, machine, environ))
-    if architecture is not None:
-        findings.append(_memory(config, architecture, machine, environ))
+    world_size = _world_size(config.layout, machine, environ)
+    problems = config.layout.problems_for(architecture, world_size or None)
+    if problems:
+        findings.append(Finding("layout", State.BROKEN, "\n".join(map(str, problems))))
+    else:
+        is_launched = "WORLD_SIZE" in environ
+        findings.append(_layout(config.layout, machine, world_size, is_launched=is_launched))
+    if architecture is not None and not problems:
+        findings.append(_memory(config, architecture, machine, world_size))
     if config.has("data"):
         findings.append(_data((*config.data.train, *(config.data.eval or ()))))
     if config.has("training"):
@@ -138,15 +144,8 @@ def _parameters_by_layer(architecture: "Architecture") -> Counter[str]:
     return counts
 
 
-def _layout(
-    layout: Layout,
-    architecture: "Architecture | None",
-    machine: Machine,
-    environ: Mapping[str, str],
-) -> Finding:
-    world_size = _world_size(layout, machine, environ)
-    if problems := layout.problems_for(architecture, world_size or None):
-        return Finding("layout", State.BROKEN, "\n".join(map(str, problems)))
+def _layout(layout: Layout, machine: Machine, world_size: int, *, is_launched: bool) -> Finding:
+    """A layout that fits the model, compared to the processes and GPUs of the machine."""
     if not world_size:
         needed, gpus = layout.model_ranks, len(machine.gpus)
         message = f"one model replica needs {needed} GPUs, this machine has {gpus}"
@@ -156,7 +155,7 @@ def _layout(
         f"tensor {layout.tensor} × pipeline {layout.pipeline} × data {layout.data(world_size)} "
         f"on {world_size} {'process' if world_size == 1 else 'processes'}"
     )
-    if "WORLD_SIZE" in environ:
+    if is_launched:
         return Finding("layout", State.OK, message)
     start = "" if world_size == 1 else f"start it with torchrun --nproc-per-node {world_size}"
     idle = len(machine.gpus) - world_size
@@ -177,13 +176,10 @@ def _world_size(layout: Layout, machine: Machine, environ: Mapping[str, str]) ->
 
 
 def _memory(
-    config: RunConfig, architecture: "Architecture", machine: Machine, environ: Mapping[str, str]
+    config: RunConfig, architecture: "Architecture", machine: Machine, world_size: int
 ) -> Finding:
     """The memory of the weights, and of training all of them, compared to the machine's."""
     layout, dtype, name = config.layout, config.model.dtype, "weights"
-    world_size = _world_size(layout, machine, environ)
-    if layout.problems_for(architecture, world_size or None):
-        return Finding(name, State.NOTE, "not estimated: fix the layout first")
     largest, total = _parameters_per_process(architecture, layout)
     data = layout.data(world_size) if world_size else 1
     if machine.gpus:

@@ -76,7 +76,7 @@ def test_dtype_names_equal_those_of_the_converter() -> None:
     """The command line repeats them, to reject a typing error without importing torch."""
     from megatron_idpo.checkpoint.dtypes import DTYPES
 
-    assert set(cli_convert.FORMATS) == set(DTYPES)
+    assert set(cli_convert.DTYPES) == set(DTYPES)
 
 
 def test_doctor_with_and_without_a_config(replace_function: Any) -> None:
