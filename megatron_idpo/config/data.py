@@ -30,7 +30,7 @@ class ModelConfig(Section):
     """A Hugging Face directory, a hub name, or a `torch_dist` checkpoint that we wrote."""
 
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """The format that weights are held and computed in, independent of the checkpoint's."""
+    """The dtype of weights and computation, independent of that of the checkpoint."""
 
     tokenizer: PathText | None = None
     """Directory or hub name of the tokenizer, or a sentencepiece `.model` file; null is `path`."""

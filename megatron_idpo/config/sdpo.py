@@ -125,16 +125,12 @@ class SdpoConfig(Section):
             is_set = [getattr(step, name) is not None for step in self.steps]
             if any(is_set) and not all(is_set):
                 location = f"steps.{is_set.index(False)}"
-                message, remedy = (
-                    f"has no {name}, but other steps have",
-                    f"set {name} in all or none",
-                )
-                problems.append(Problem(location, message, remedy))
+                message = f"has no {name}, but other steps have"
+                problems.append(Problem(location, message, f"set {name} in all or none"))
         if self.names_sources and self.order != "given":
             message = f"are named by steps, but order is {self.order}"
-            problems.append(
-                Problem("steps.0.sources", message, "leave them out, or set order to given")
-            )
+            remedy = "leave them out, or set order to given"
+            problems.append(Problem("steps.0.sources", message, remedy))
         problems += [
             Problem(f"steps.{index}.sources", "names no source", "name at least one")
             for index, step in enumerate(self.steps)

@@ -67,7 +67,7 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The run."""
+    """Length, batch size, evaluation and memory of a run."""
 
     output: PathText
     """Directory of the run: checkpoints, metrics, the final model."""

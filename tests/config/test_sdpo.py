@@ -3,31 +3,17 @@
 from typing import Any
 
 import pytest
-import yaml
 
 from megatron_idpo.config.layout import Layout
-from megatron_idpo.config.load import load_config
-from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo import SdpoConfig, SdpoStepConfig
-from megatron_idpo.errors import ConfigError
+
+from .helper import load, problems_of
 
 
-def load(tmp_path, *overrides: str, **fields: Any) -> RunConfig:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({"sdpo": fields}, sort_keys=False))
-    return load_config(path, overrides, optional=("sdpo",))
-
-
-def section(tmp_path, **fields: Any) -> SdpoConfig:
-    sdpo = load(tmp_path, **fields).sdpo
+def section(tmp_path, *overrides: str, **fields: Any) -> SdpoConfig:
+    sdpo = load(tmp_path, overrides, sdpo=fields).sdpo
     assert sdpo is not None
     return sdpo
-
-
-def problems_of(tmp_path, **fields: Any) -> list[str]:
-    with pytest.raises(ConfigError) as raised:
-        load(tmp_path, **fields)
-    return [str(problem) for problem in raised.value.problems]
 
 
 def test_defaults(tmp_path):
@@ -42,11 +28,9 @@ def test_defaults(tmp_path):
 
 
 def test_the_section_is_optional(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("{}")
-    config = load_config(path, optional=("sdpo",))
+    config = load(tmp_path)
     assert config.sdpo is None and not config.has("sdpo")
-    assert load(tmp_path, "sdpo=null", steps=[{}]).sdpo is None
+    assert load(tmp_path, ["sdpo=null"], sdpo={"steps": [{}]}).sdpo is None
 
 
 def test_a_step_with_every_field(tmp_path):
@@ -72,8 +56,8 @@ def test_a_step_with_every_field(tmp_path):
 
 
 def test_overrides(tmp_path):
-    sdpo = load(tmp_path, "sdpo.only=2", "sdpo.target=first", steps=[{}, {}]).sdpo
-    assert sdpo is not None and (sdpo.only, sdpo.target) == (2, "first")
+    sdpo = section(tmp_path, "sdpo.only=2", "sdpo.target=first", steps=[{}, {}])
+    assert (sdpo.only, sdpo.target) == (2, "first")
 
 
 def test_rounded_thirds_sum_to_one(tmp_path):
@@ -189,14 +173,14 @@ INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 
 @pytest.mark.parametrize(("fields", "words"), INVALID)
 def test_a_problem_has_location_value_and_remedy(tmp_path, fields, words):
-    (message,) = problems_of(tmp_path, **fields)
+    (message,) = problems_of(tmp_path, sdpo=fields)
     assert all(word in message for word in words), message
     location, line = message.split(": ", 1)[0].split(" (")
     assert location == words[0] and line.startswith("run.yaml:")
 
 
 def test_all_problems_are_reported_together(tmp_path):
-    problems = problems_of(tmp_path, steps=[{"fraction": 0.5}, {}], only=3, by="pair")
+    problems = problems_of(tmp_path, sdpo=steps({"fraction": 0.5}, {}, only=3, by="pair"))
     assert [problem.split(" (")[0] for problem in problems] == [
         "sdpo.only",
         "sdpo.steps.1",

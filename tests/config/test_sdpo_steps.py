@@ -3,14 +3,14 @@
 from typing import Any
 
 import pytest
-import yaml
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.config.sdpo_steps import step_config, step_name, step_problems
-from megatron_idpo.errors import ConfigError
+
+from . import helper
 
 GOOD: dict[str, dict[str, Any]] = {
     "model": {"path": "some/model"},
@@ -20,18 +20,18 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 
 
-def load(tmp_path, *steps: dict[str, Any], **sections: Any) -> RunConfig:
-    path = tmp_path / "run.yaml"
+def complete(steps: tuple[dict[str, Any], ...], sections: dict[str, Any]) -> dict[str, Any]:
+    """The sections with required fields and steps added."""
     sections["sdpo"] = {"steps": list(steps or ({}, {})), **sections.get("sdpo", {})}
-    merged = {name: {**GOOD.get(name, {}), **sections.get(name, {})} for name in {*GOOD, *sections}}
-    path.write_text(yaml.safe_dump(merged))
-    return load_config(path, required=REQUIRED, optional=OPTIONAL)
+    return {name: {**GOOD.get(name, {}), **sections.get(name, {})} for name in {*GOOD, *sections}}
+
+
+def load(tmp_path, *steps: dict[str, Any], **sections: Any) -> RunConfig:
+    return helper.load(tmp_path, required=REQUIRED, **complete(steps, sections))
 
 
 def problems_of(tmp_path, *steps: dict[str, Any], **sections: Any) -> list[str]:
-    with pytest.raises(ConfigError) as raised:
-        load(tmp_path, *steps, **sections)
-    return [str(problem) for problem in raised.value.problems]
+    return helper.problems_of(tmp_path, required=REQUIRED, **complete(steps, sections))
 
 
 def changed(config: RunConfig, number: int) -> dict[str, Any]:
@@ -283,8 +283,7 @@ def test_valid_combinations(tmp_path):
 
 
 def test_steps_without_training_are_not_checked(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({"reference": {"source": "none"}, "sdpo": {"steps": [{}]}}))
-    assert load_config(path, optional=("reference",)).has("sdpo")
-    path.write_text(yaml.safe_dump({**GOOD, "sdpo": {"steps": [{}]}}))
-    assert step_problems(load_config(path, required=REQUIRED)) == []
+    sections = {"reference": {"source": "none"}, "sdpo": {"steps": [{}]}}
+    assert helper.load(tmp_path, **sections).has("sdpo")
+    config = helper.load(tmp_path, **GOOD, sdpo={"steps": [{}]})
+    assert step_problems(config) == []

@@ -3,12 +3,11 @@
 from typing import Any
 
 import pytest
-import yaml
 
-from megatron_idpo.cli.train import OPTIONAL, REQUIRED
-from megatron_idpo.config.load import load_config
+from megatron_idpo.cli.train import REQUIRED
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.errors import ConfigError
+
+from . import helper
 
 GOOD: dict[str, dict[str, Any]] = {
     "model": {"path": "some/model"},
@@ -18,17 +17,17 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 
 
+def complete(sections: dict[str, Any]) -> dict[str, Any]:
+    """The sections with the required fields added."""
+    return {name: {**GOOD.get(name, {}), **sections.get(name, {})} for name in {*GOOD, *sections}}
+
+
 def load(tmp_path, **sections: Any) -> RunConfig:
-    path = tmp_path / "run.yaml"
-    merged = {name: {**GOOD.get(name, {}), **sections.get(name, {})} for name in {*GOOD, *sections}}
-    path.write_text(yaml.safe_dump(merged))
-    return load_config(path, required=REQUIRED, optional=OPTIONAL)
+    return helper.load(tmp_path, required=REQUIRED, **complete(sections))
 
 
 def problems_of(tmp_path, **sections: Any) -> list[str]:
-    with pytest.raises(ConfigError) as raised:
-        load(tmp_path, **sections)
-    return [str(problem) for problem in raised.value.problems]
+    return helper.problems_of(tmp_path, required=REQUIRED, **complete(sections))
 
 
 def test_defaults(tmp_path):
@@ -43,11 +42,10 @@ def test_defaults(tmp_path):
 
 @pytest.mark.parametrize("section", REQUIRED)
 def test_a_missing_section_is_reported(tmp_path, section):
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({name: GOOD[name] for name in GOOD if name != section}))
-    with pytest.raises(ConfigError, match=rf"{section}: the section is missing; add it") as raised:
-        load_config(path, required=REQUIRED, optional=OPTIONAL)
-    assert f"{section}.{next(iter(GOOD[section]))}" in str(raised.value)
+    present = {name: GOOD[name] for name in GOOD if name != section}
+    (problem,) = helper.problems_of(tmp_path, required=REQUIRED, **present)
+    assert problem.startswith(f"{section}: the section is missing; add it")
+    assert f"{section}.{next(iter(GOOD[section]))}" in problem
 
 
 # Sections, and parts of their one problem.
@@ -174,6 +172,6 @@ def test_all_problems_between_sections_are_reported_together(tmp_path):
 
 
 def test_eval_every_steps_is_not_checked_without_data(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("training: {output: x, eval_every_steps: 3}\n")
-    assert load_config(path, required=["training"]).training.eval_every_steps == 3
+    training = {"output": "x", "eval_every_steps": 3}
+    config = helper.load(tmp_path, required=["training"], training=training)
+    assert config.training.eval_every_steps == 3
