@@ -15,6 +15,7 @@ scheduler there are plain lines without control characters. Both end with one fi
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Self
 
 from rich.console import Console
@@ -28,30 +29,32 @@ _REFRESHES_PER_S = 2
 """Redraws of the bar. Each takes time from the thread that works (it holds the GIL)."""
 
 
+@dataclass
 class ProgressTask:
     """One countable task of a display; created by `ProgressDisplay.add_task`."""
 
-    def __init__(
-        self, display: "ProgressDisplay", description: str, total: int, unit: str, completed: int
-    ) -> None:
-        """Start at `completed` of `total`; what earlier runs completed does not count as pace."""
-        self.description = description
-        self.total = total
-        self.unit = unit
-        self.completed = completed
-        self._display = display
-        self._first_completed = completed
-        self._start_s = self._last_line_s = display.clock()
-        self._first_update: tuple[int, float] | None = None
-        self._last_update = (completed, self._start_s)
-        self._id = display.bars.add_task(
-            description, total=total, completed=completed, text=self.describe()
+    display: "ProgressDisplay"
+    description: str
+    total: int
+    unit: str
+    completed: int
+    """Units, including those of earlier runs, which do not count for the rate."""
+
+    _first_update: tuple[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        """Add the bar."""
+        self._earlier = self.completed
+        self._start_s = self._last_line_s = self.display.clock()
+        self._last_update = (self.completed, self._start_s)
+        self._id = self.display.bars.add_task(
+            self.description, total=self.total, completed=self.completed, text=self.describe()
         )
 
     @property
     def elapsed_s(self) -> float:
         """Seconds since the task was added."""
-        return self._display.clock() - self._start_s
+        return self.display.clock() - self._start_s
 
     @property
     def rate(self) -> float | None:
@@ -80,16 +83,16 @@ class ProgressTask:
             completed: including those of earlier runs.
             status: free text that is shown after the count: a loss, the number of failures.
         """
-        now_s = self._display.clock()
+        now_s = self.display.clock()
         self.completed = completed
         self._last_update = (completed, now_s)
         self._first_update = self._first_update or self._last_update
         text = self.describe(status)
-        self._display.bars.update(self._id, completed=completed, text=text)
-        is_due = now_s - self._last_line_s >= self._display.line_interval_s
-        if is_due and completed < self.total and not self._display.is_terminal:
+        self.display.bars.update(self._id, completed=completed, text=text)
+        is_due = now_s - self._last_line_s >= self.display.line_interval_s
+        if is_due and completed < self.total and not self.display.is_terminal:
             self._last_line_s = now_s
-            self._display.print(f"{self.description}: {text}")
+            self.display.print(f"{self.description}: {text}")
 
     def describe(self, status: str = "") -> str:
         """`12/40 pairs | loss 0.69 | 3.10 pairs/s | eta 0:09`; unknown parts are left out."""
@@ -104,43 +107,36 @@ class ProgressTask:
 
     def summarize(self) -> str:
         """The final line; it names what an earlier run completed."""
-        earlier = self._first_completed
-        resumed = f" ({earlier:,} from an earlier run)" if earlier else ""
+        resumed = f" ({self._earlier:,} from an earlier run)" if self._earlier else ""
         count = f"{self.completed:,} {self.unit}".rstrip()
         return f"{self.description}: {count}{resumed} in {format_duration(self.elapsed_s)}"
 
     def remove(self) -> None:
         """Take the bar off the display."""
-        self._display.bars.remove_task(self._id)
+        self.display.bars.remove_task(self._id)
 
 
+@dataclass(kw_only=True)
 class ProgressDisplay:
     """Bars of any number of tasks; a context manager, within which they are drawn.
+
+    Args:
+        show: False writes nothing at all (ranks other than the first).
+        console: defaults to standard output.
+        clock: returns seconds; tests inject their own.
+        line_interval_s: between lines where there is no terminal; infinity writes none.
 
     Attributes:
         is_terminal: whether bars are drawn; otherwise there are only lines.
     """
 
-    def __init__(
-        self,
-        *,
-        show: bool = True,
-        console: Console | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        line_interval_s: float = _LINE_INTERVAL_S,
-    ) -> None:
-        """Draw nothing yet.
+    show: bool = True
+    console: Console = field(default_factory=lambda: Console(highlight=False))
+    clock: Callable[[], float] = time.monotonic
+    line_interval_s: float = _LINE_INTERVAL_S
 
-        Args:
-            show: False writes nothing at all (ranks other than the first).
-            console: defaults to standard output.
-            clock: returns seconds; tests inject their own.
-            line_interval_s: between lines where there is no terminal; infinity writes none.
-        """
-        self.show = show
-        self.console = console or Console(highlight=False)
-        self.clock = clock
-        self.line_interval_s = line_interval_s
+    def __post_init__(self) -> None:
+        """Draw nothing yet."""
         self.is_terminal = self.console.is_terminal
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
@@ -150,7 +146,7 @@ class ProgressDisplay:
             expand=True,
             transient=True,
             refresh_per_second=_REFRESHES_PER_S,
-            disable=not (show and self.is_terminal),
+            disable=not (self.show and self.is_terminal),
         )
 
     def __enter__(self) -> Self:
@@ -202,6 +198,7 @@ def show_progress(
             where the caller prints a better final line.
         show, console, clock: see `ProgressDisplay`.
     """
+    console = console or Console(highlight=False)
     with ProgressDisplay(show=show, console=console, clock=clock) as display:
         if completed:
             count = f"{completed:,} of {total:,} {unit}".rstrip()

@@ -1,1 +1,1 @@
-"""Stepwise DPO: preference data in steps, each step's result the next one's reference."""
+"""Stepwise DPO (sDPO): the result of each step is the reference of the next."""

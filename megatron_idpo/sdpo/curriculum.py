@@ -116,7 +116,10 @@ def score_first_model(
 def _score(
     config: RunConfig, world: World, model: FrozenModel, caches: RunCaches, stop_flag: StopFlag
 ) -> bool:
-    """Load the first model and score all pairs; False if a signal stopped it."""
+    """Load the first model and score all pairs; False if a signal stopped it.
+
+    A separate function, so that no local keeps the model alive afterwards.
+    """
     chunks, dpo = frozen_model(config, model, show_progress=world.is_first)
     rows = row_settings(config, world.size, data_rank=rank_coordinates().dp_rank)
     return caches.score(Resident(dpo, chunks), rows, stop_flag)

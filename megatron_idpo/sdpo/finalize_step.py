@@ -13,7 +13,6 @@ from megatron_idpo.sdpo.manifest import FIRST, snapshot_directory
 from megatron_idpo.sdpo.manifest_file import ManifestFile
 from megatron_idpo.sdpo.snapshot import write_snapshot
 from megatron_idpo.storage import atomic
-from megatron_idpo.train.evaluation import Evaluation
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.logging.report import Report
 from megatron_idpo.train.metrics.names import EVAL
@@ -57,20 +56,13 @@ class StepFinalizer:
         if trainer.evaluation is None:
             return {}
         # Empty if the last step was taken before this start: then evaluate again.
-        return dict(trainer.eval_values) or trainer.evaluation.run(_no_bar).evaluation_values()
+        return dict(trainer.eval_values) or trainer.evaluation.run().evaluation_values()
 
     def _metrics_against_first(self, trainer: Trainer) -> dict[str, float]:
         """Held-out metrics against the first model."""
-        if self.first_eval is None or trainer.pairs.eval is None:
+        if self.first_eval is None or trainer.evaluation is None:
             return {}
-        evaluation = Evaluation(
-            trainer.train_step,
-            self.first_eval,
-            trainer.pairs.eval,
-            trainer.rows,
-            global_batch_pairs=trainer.config.training.global_batch_pairs,
-        )
-        values = evaluation.run(_no_bar).evaluation_values()
+        values = trainer.evaluation.run(reference=self.first_eval).evaluation_values()
         return {f"{FIRST}{name}": value for name, value in values.items() if name.startswith(EVAL)}
 
     def _export(self, trainer: Trainer) -> list[str]:
@@ -108,7 +100,3 @@ def _remove_adapter(output: RunDirectory) -> None:
     with CheckpointError.on_os_error(str(output.adapter), message, "delete it"):
         output.adapter.rename(doomed)
     atomic.discard_directory(doomed)
-
-
-def _no_bar() -> None:
-    """Advances no progress bar."""

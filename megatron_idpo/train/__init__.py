@@ -1,1 +1,1 @@
-"""Training: the loop, its steps, and what a person sees of them."""
+"""Training: set up, steps, evaluation, checkpoints, export, and reports."""

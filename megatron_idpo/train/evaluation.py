@@ -47,17 +47,25 @@ class Evaluation:
         """Number of batches."""
         return len(self._batches)
 
-    def run(self, advance: Callable[[], None]) -> StepMetrics:
+    def run(
+        self, advance: Callable[[], None] | None = None, *, reference: Reference | None = None
+    ) -> StepMetrics:
         """Metrics of all held-out pairs, with dropout off. Collective.
 
         Args:
             advance: called after each batch.
+            reference: to compare to instead of the run's reference.
         """
         total: StepMetrics | None = None
         for index, batch in enumerate(self._batches):
-            metrics = self._train_step.evaluate(batch, self._reference_logps(index, batch))
+            if reference is not None:
+                reference_logps = reference.logps(batch)
+            else:
+                reference_logps = self._reference_logps(index, batch)
+            metrics = self._train_step.evaluate(batch, reference_logps)
             total = metrics if total is None else total + metrics
-            advance()
+            if advance is not None:
+                advance()
         assert total is not None, "no held-out pairs"
         return total
 

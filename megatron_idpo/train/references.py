@@ -7,7 +7,6 @@ first step.
 """
 
 import gc
-from dataclasses import dataclass
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.model_source import FrozenModel
@@ -29,15 +28,6 @@ from megatron_idpo.reference.sources import (
     frozen_model,
 )
 from megatron_idpo.train.policy import Policy
-
-
-@dataclass(frozen=True, slots=True)
-class References:
-    """One reference for both sets of pairs; a cache is indexed by the pairs of its set."""
-
-    train: Reference
-    eval: Reference
-    """Of the held-out pairs, if there are any."""
 
 
 def find_caches(config: RunConfig, model: FrozenModel, pairs: RunPairs) -> RunCaches | None:
@@ -69,8 +59,11 @@ def resolve_references(
     caches: RunCaches | None,
     rows: RowSettings,
     stop_flag: StopFlag,
-) -> References:
-    """Build the references of a run; compute its caches if they are incomplete. Collective.
+) -> tuple[Reference, Reference]:
+    """The references of the training and of the held-out pairs. Collective.
+
+    Incomplete caches are computed. A live reference serves both sets of pairs; a cache is indexed
+    by the pairs of its set.
 
     A resumed run calls this before its checkpoint is loaded, so that the policy still equals its
     start and a deleted cache can be computed again.
@@ -90,20 +83,24 @@ def resolve_references(
     """
     if caches is None:
         live = build_reference(config, policy, model, show_progress=is_rank0())
-        return References(live, live)
+        return live, live
     if not caches.are_complete():
-        scorer = reference_in_policy(policy, model)
-        if scorer is None:
-            chunks, dpo = frozen_model(config, model, show_progress=is_rank0())
-            scorer = Resident(dpo, chunks)
-        is_complete = caches.score(scorer, rows, stop_flag)
+        is_complete = caches.score(_scorer(config, policy, model), rows, stop_flag)
         # A second model is in reference cycles: without this its memory stays in use.
-        del scorer
         gc.collect()
         if not is_complete:
             raise RunStopped
     opened = caches.open()
-    return References(opened[0], opened[-1])
+    return opened[0], opened[-1]
+
+
+def _scorer(config: RunConfig, policy: Policy, model: FrozenModel) -> Reference:
+    """The model that computes a cache; a function, so that no local keeps a second model alive."""
+    inside = reference_in_policy(policy, model)
+    if inside is not None:
+        return inside
+    chunks, dpo = frozen_model(config, model, show_progress=is_rank0())
+    return Resident(dpo, chunks)
 
 
 def build_reference(

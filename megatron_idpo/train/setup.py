@@ -115,21 +115,18 @@ def assemble(
     )
     caches = find_caches(config, prepared.reference, pairs)
     policy = build_policy(config, prepared.start, show_progress=world.is_first)
-    references = resolve_references(config, policy, prepared.reference, caches, rows, stop_flag)
+    reference, eval_reference = resolve_references(
+        config, policy, prepared.reference, caches, rows, stop_flag
+    )
     train_step = TrainStep(
-        policy,
-        references.train,
-        config.objective,
-        training.seed,
-        pairs.train.location,
-        stop_flag,
+        policy, reference, config.objective, training.seed, pairs.train.location, stop_flag
     )
     evaluation = None
     with raise_on_all_ranks("packing the held-out data"):
         if pairs.eval is not None:
             evaluation = Evaluation(
                 train_step,
-                references.eval,
+                eval_reference,
                 pairs.eval,
                 rows,
                 global_batch_pairs=training.global_batch_pairs,

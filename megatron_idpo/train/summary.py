@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_idpo.console.text import format_duration, format_number
-from megatron_idpo.train.logging.line import is_tied
+from megatron_idpo.console.text import format_duration
+from megatron_idpo.train.logging.line import format_metric, is_tied
 from megatron_idpo.train.metrics.file import STEP, Record, read_metrics
 from megatron_idpo.train.metrics.intervals import wilson_interval
 from megatron_idpo.train.metrics.names import (
@@ -80,21 +80,10 @@ def show_summary(
 
 
 def pace_line(averages: Mapping[str, float], wall_s: float) -> str:
-    """`in 12:31; 12.3 pairs/s, 3.1k tokens/s, rows 97% full, 5.2 GB at most`."""
-    formats = (
-        (PAIRS_PER_S, lambda value: f"{format_number(value)} pairs/s"),
-        (TOKENS_PER_S, lambda value: f"{format_number(value)} tokens/s"),
-        (ROW_FILL, lambda value: f"rows {value:.0%} full"),
-        (TFLOPS, lambda value: f"{_flops(value)} per device"),
-        (MFU, lambda value: f"MFU {value:.0%}"),
-        (PEAK_GB, lambda value: f"{value:.1f} GB at most"),
-    )
-    rates = ", ".join(text(averages[name]) for name, text in formats if name in averages)
+    """`in 12:31; 12.3 pairs/s, 3.1k tok/s, 97% full, 5.2 GB`."""
+    names = (PAIRS_PER_S, TOKENS_PER_S, ROW_FILL, TFLOPS, MFU, PEAK_GB)
+    rates = ", ".join(format_metric(name, averages[name]) for name in names if name in averages)
     return f"in {format_duration(wall_s)}" + (f"; {rates}" if rates else "")
-
-
-def _flops(tera: float) -> str:
-    return f"{format_number(tera)} TFLOP/s" if tera >= 1 else f"{format_number(1e3 * tera)} GFLOP/s"
 
 
 def _table(records: Sequence[Record]) -> Table:

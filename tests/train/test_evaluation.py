@@ -74,7 +74,7 @@ def held_out_losses(file: str) -> dict[str, float]:
             trainer.train_step.train(batch, step, lr=0.02)
             if step == 2:
                 break
-        values: dict[str, float] = trainer.evaluation.run(lambda: None).evaluation_values()
+        values: dict[str, float] = trainer.evaluation.run().evaluation_values()
         return values
 
 

@@ -56,8 +56,7 @@ def test_plain_dpo(tmp_path):
         " margin                     +0.000      +0.700      +0.700        20",
         " accuracy                     tied        0.80        0.80        20",
         "   95% interval, 40 pairs            0.65-0.90   0.65-0.90",
-        "in 12:31; 12.3 pairs/s, 3.1k tokens/s, rows 97% full, 51.2 GFLOP/s per device, "
-        "5.2 GB at most",
+        "in 12:31; 12.3 pairs/s, 3.1k tok/s, 97% full, 51.2 GFLOP/s per device, 5.2 GB",
     ]
 
 

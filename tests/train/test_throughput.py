@@ -41,7 +41,7 @@ def run(meter: Meter, clock: Clock, *seconds: float) -> None:
 def make(device_peak: float | None = None, warmup_steps: int = 2) -> tuple[Meter, Clock]:
     clock = Clock()
     meter = Meter(
-        FLOPS, num_devices=4, device_peak=device_peak, warmup_steps=warmup_steps, clock=clock
+        flops=FLOPS, num_devices=4, device_peak=device_peak, warmup_steps=warmup_steps, clock=clock
     )
     return meter, clock
 

@@ -1,1 +1,1 @@
-"""Where metrics and progress are reported."""
+"""Console output and loggers of a run."""

@@ -24,6 +24,7 @@ from megatron_idpo.train.metrics.names import (
     PAIRS_PER_S,
     PEAK_GB,
     ROW_FILL,
+    TFLOPS,
     TOKENS_PER_S,
     layer_name,
     layers_in,
@@ -63,19 +64,19 @@ def training_line(
         eta_s: seconds until the run's end, if known.
         width: maximum number of columns; None is no limit.
     """
-    formats: tuple[tuple[str, int, int, Callable[[float], str]], ...] = (
-        (GRAD_NORM, 3, 5, lambda value: f"grad {value:.2f}"),
-        (LEARNING_RATE, 3, 6, lambda value: f"lr {value:.1e}"),
-        (TOKENS_PER_S, 4, 2, lambda value: f"{format_number(value)} tok/s"),
-        (PAIRS_PER_S, 4, 7, lambda value: f"{format_number(value)} pairs/s"),
-        (ROW_FILL, 4, 9, lambda value: f"{value:.0%} full"),
-        (PEAK_GB, 5, 8, lambda value: f"{value:.1f} GB"),
-        (MFU, 5, 3, lambda value: f"MFU {value:.0%}"),
+    formats = (
+        (GRAD_NORM, 3, 5),
+        (LEARNING_RATE, 3, 6),
+        (TOKENS_PER_S, 4, 2),
+        (PAIRS_PER_S, 4, 7),
+        (ROW_FILL, 4, 9),
+        (PEAK_GB, 5, 8),
+        (MFU, 5, 3),
     )
     parts = [_counter("step", step, total_steps), *_quality(values, "")]
     parts += [
-        _Part(group, rank, text(values[name]))
-        for name, group, rank, text in formats
+        _Part(group, rank, format_metric(name, values[name]))
+        for name, group, rank in formats
         if name in values
     ]
     if eta_s is not None:
@@ -96,6 +97,27 @@ def evaluation_line(
     if EVAL_PAIRS in values:
         parts.append(_Part(3, 1, f"{values[EVAL_PAIRS]:,.0f} pairs in {seconds:.1f} s"))
     return _fitted(parts, width)
+
+
+_FORMATS: Mapping[str, Callable[[float], str]] = {
+    GRAD_NORM: "grad {:.2f}".format,
+    LEARNING_RATE: "lr {:.1e}".format,
+    TOKENS_PER_S: lambda value: f"{format_number(value)} tok/s",
+    PAIRS_PER_S: lambda value: f"{format_number(value)} pairs/s",
+    ROW_FILL: "{:.0%} full".format,
+    TFLOPS: lambda value: f"{_flops(value)} per device",
+    MFU: "MFU {:.0%}".format,
+    PEAK_GB: "{:.1f} GB".format,
+}
+
+
+def format_metric(name: str, value: float) -> str:
+    """`3.1k tok/s`, `MFU 41%`: a rate or another metric with its unit."""
+    return _FORMATS[name](value)
+
+
+def _flops(tera: float) -> str:
+    return f"{format_number(tera)} TFLOP/s" if tera >= 1 else f"{format_number(1e3 * tera)} GFLOP/s"
 
 
 def format_accuracy(accuracy: float, margin: float | None, pairs: float | None) -> str:

@@ -7,6 +7,7 @@ scheduler's log) there are only the lines. The first rank prints; other ranks ar
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_idpo.console.progress import ProgressDisplay
@@ -29,6 +30,7 @@ from megatron_idpo.train.summary import show_summary
 from megatron_idpo.train.trainer import Trainer
 
 
+@dataclass
 class Report:
     """Sends steps and evaluations to the console and to the loggers.
 
@@ -36,38 +38,30 @@ class Report:
     learning rate are those of the last step.
     """
 
-    def __init__(
-        self,
-        display: ProgressDisplay,
-        loggers: Sequence[Logger],
-        meter: Meter,
-        *,
-        total_steps: int,
-        every_steps: int,
-        first_step: int = 0,
-        on_all_ranks: Callable[[str], AbstractContextManager[None]] = raise_on_all_ranks,
-    ) -> None:
-        """Combine the parts; `open_report` creates them.
+    display: ProgressDisplay
+    loggers: Sequence[Logger]
+    """Of this rank."""
 
-        Args:
-            display: the console.
-            loggers: of this rank.
-            meter: times the steps.
-            total_steps: of the whole run.
-            every_steps: steps per record.
-            first_step: step that the run resumed from, or 0.
-            on_all_ranks: encloses what may fail on the first rank only.
-        """
-        self.meter = meter
-        self.print = display.print
-        self._display = display
-        self._training = display.add_task("training", total_steps, completed=first_step)
-        self._loggers = loggers
-        self._every_steps = every_steps
-        self._first_step = first_step
-        self._on_all_ranks = on_all_ranks
-        self._since_record: StepMetrics | None = None
-        self._peak_bytes = 0.0
+    meter: Meter
+    total_steps: int
+    every_steps: int
+    """Steps per record."""
+
+    first_step: int = 0
+    """Step that the run resumed from, or 0."""
+
+    on_all_ranks: Callable[[str], AbstractContextManager[None]] = raise_on_all_ranks
+    """Encloses what may fail on the first rank only."""
+
+    _since_record: StepMetrics | None = None
+    _peak_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Add the bar."""
+        self.print = self.display.print
+        self._training = self.display.add_task(
+            "training", self.total_steps, completed=self.first_step
+        )
 
     def step(
         self,
@@ -96,8 +90,8 @@ class Report:
         values = metrics.values()
         status = f"loss {values[LOSS]:.4f} margin {values[MARGIN]:+.3f}"
         self._training.update(step, status=status)
-        is_first = step == self._first_step + 1
-        if not (is_first or step % self._every_steps == 0 or is_last):
+        is_first = step == self.first_step + 1
+        if not (is_first or step % self.every_steps == 0 or is_last):
             return
         values = {
             EPOCH: epoch,
@@ -108,14 +102,14 @@ class Report:
             **self.meter.take(),
         }
         self._since_record = None
-        eta_s, total = self._training.eta_s, self._training.total
-        self.print(training_line(step, total, values, eta_s=eta_s, width=self._width))
+        eta_s = self._training.eta_s
+        self.print(training_line(step, self.total_steps, values, eta_s=eta_s, width=self._width))
         self._log(step, values)
 
     def evaluation(self, step: int, metrics: StepMetrics, *, seconds: float) -> dict[str, float]:
         """Print and log an evaluation after a step; returns its values as they are logged."""
-        values, total = metrics.evaluation_values(), self._training.total
-        line = evaluation_line(step, total, values, seconds=seconds, width=self._width)
+        values = metrics.evaluation_values()
+        line = evaluation_line(step, self.total_steps, values, seconds=seconds, width=self._width)
         self.print(line, style="bold")
         self._log(step, values)
         return values
@@ -123,7 +117,7 @@ class Report:
     @contextmanager
     def evaluating(self, num_batches: int) -> Iterator[Callable[[], None]]:
         """A second bar; yields the function that advances it by a batch."""
-        task = self._display.add_task("evaluating", num_batches)
+        task = self.display.add_task("evaluating", num_batches)
         try:
             yield task.advance
         finally:
@@ -135,20 +129,20 @@ class Report:
         Raises:
             ConfigError: the metrics cannot be read.
         """
-        if self._display.show:
+        if self.display.show:
             averages = {**self.meter.averages(), PEAK_GB: self._peak_bytes / 1e9}
             wall_s = self._training.elapsed_s
-            show_summary(self._display.console, metrics_path, averages, wall_s=wall_s)
+            show_summary(self.display.console, metrics_path, averages, wall_s=wall_s)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
-        with self._on_all_ranks("writing the logs"):
-            for logger in self._loggers:
+        with self.on_all_ranks("writing the logs"):
+            for logger in self.loggers:
                 logger.log(step, values)
 
     @property
     def _width(self) -> int | None:
         """Columns of the terminal; None in a file, where lines have any length."""
-        return self._display.console.width if self._display.is_terminal else None
+        return self.display.console.width if self.display.is_terminal else None
 
 
 @contextmanager
@@ -193,4 +187,4 @@ def _meter(trainer: Trainer) -> Meter:
         reference_forwards=int(trainer.train_step.reference.needs_forward),
     )
     device_peak = current_device_peak(config.model.torch_dtype())
-    return Meter(flops, num_devices=trainer.world.size, device_peak=device_peak)
+    return Meter(flops=flops, num_devices=trainer.world.size, device_peak=device_peak)

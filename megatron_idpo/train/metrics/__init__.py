@@ -1,1 +1,1 @@
-"""Metrics of a training step: reduction, names, file, throughput."""
+"""Metrics of a run: reduction over ranks, names, file, throughput, intervals."""

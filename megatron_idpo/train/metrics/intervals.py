@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-Z_95 = 1.959964
+_Z_95 = 1.959964
 """97.5 % quantile of the normal distribution."""
 
 _DRAWS_AT_ONCE = 10_000_000
@@ -24,18 +24,18 @@ _MAX_UNDEFINED = 0.05
 """A statistic that is NaN in this share of the resamples has no interval."""
 
 
-def wilson_interval(share: float, count: float, z: float = Z_95) -> tuple[float, float]:
-    """Wilson score interval of a binomial share.
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
+    """95 % Wilson score interval of a binomial share.
 
     Args:
         share: of the sample, 0 to 1.
         count: sample size, above 0.
-        z: standard deviations; the default gives 95 %.
 
     Returns:
         Lower and upper bound, within 0 to 1 and with the share between them; NaN for a NaN share.
     """
     assert count > 0, count
+    z = _Z_95
     shrink = 1 + z**2 / count
     center = (share + z**2 / (2 * count)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))

@@ -22,8 +22,6 @@ from megatron_idpo.train.metrics.names import (
     TOKENS_PER_S,
 )
 
-WARMUP_STEPS = 2
-
 
 @dataclass(slots=True)
 class _Total:
@@ -41,41 +39,30 @@ class _Total:
         self.work += work
 
 
+@dataclass(slots=True, kw_only=True)
 class Meter:
     """Times steps and reports rates, per logging interval and over the whole run."""
 
-    def __init__(
-        self,
-        flops: ModelFlops,
-        *,
-        num_devices: int,
-        device_peak: float | None,
-        warmup_steps: int = WARMUP_STEPS,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        """A meter before its first step.
+    flops: ModelFlops
+    num_devices: int
+    """Ranks of the run, one device each."""
 
-        Args:
-            flops: FLOPs per unit of work.
-            num_devices: ranks of the run, one device each.
-            device_peak: FLOP/s of one device; None reports no MFU.
-            warmup_steps: first steps that are left out of the averages.
-            clock: returns seconds.
-        """
-        self._flops = flops
-        self._num_devices = num_devices
-        self._device_peak = device_peak
-        self._warmup_steps = warmup_steps
-        self._clock = clock
-        self._start_s: float | None = None
-        self._steps = 0
-        self._interval = _Total()
-        self._run = _Total()
-        self._warmup = _Total()
+    device_peak: float | None
+    """FLOP/s of one device; None reports no MFU."""
+
+    warmup_steps: int = 2
+    """First steps that are left out of the averages."""
+
+    clock: Callable[[], float] = time.perf_counter
+    _start_s: float | None = None
+    _interval: _Total = field(default_factory=_Total)
+    _warmup: _Total = field(default_factory=_Total)
+    _run: _Total = field(default_factory=_Total)
+    """Steps after the warm-up."""
 
     def begin(self) -> None:
         """Start timing a step, before its batch is fetched: waiting for data counts."""
-        self._start_s = self._clock()
+        self._start_s = self.clock()
 
     def end(self, work: BatchWork) -> None:
         """Stop the clock of a step, after its metrics are known (which synchronizes the GPU).
@@ -84,11 +71,10 @@ class Meter:
             work: of all data-parallel ranks.
         """
         assert self._start_s is not None, "end without begin"
-        seconds, self._start_s = self._clock() - self._start_s, None
-        self._steps += 1
-        average = self._run if self._steps > self._warmup_steps else self._warmup
+        seconds, self._start_s = self.clock() - self._start_s, None
+        average = self._warmup if self._warmup.steps < self.warmup_steps else self._run
         for total in (self._interval, average):
-            total.add(seconds, self._flops.step(work), work)
+            total.add(seconds, self.flops.step(work), work)
 
     def take(self) -> dict[str, float]:
         """Rates since the last call, under the names of `metrics.names`."""
@@ -103,7 +89,7 @@ class Meter:
         """Rates of these steps; empty if there are none."""
         if not total.steps or total.seconds <= 0:
             return {}
-        work, per_device = total.work, total.flops / total.seconds / self._num_devices
+        work, per_device = total.work, total.flops / total.seconds / self.num_devices
         rates = {
             STEP_S: total.seconds / total.steps,
             TOKENS_PER_S: work.used_tokens / total.seconds,
@@ -111,8 +97,8 @@ class Meter:
             ROW_FILL: work.used_tokens / work.computed_tokens,
             TFLOPS: per_device / 1e12,
         }
-        if self._device_peak is not None:
-            rates[MFU] = per_device / self._device_peak
+        if self.device_peak is not None:
+            rates[MFU] = per_device / self.device_peak
         return rates
 
 
