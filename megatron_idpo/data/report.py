@@ -1,6 +1,6 @@
-"""What became of the rows: kept, truncated, dropped, skipped, and why.
+"""Counts of what happened to the rows: kept, truncated, dropped, skipped, and why.
 
-Counts only; which rows were bad is listed in a file (`dataset.py`).
+The rows themselves are listed in a file (`data.bad_rows_file`).
 """
 
 from collections.abc import Mapping
@@ -10,43 +10,44 @@ from typing import Any, Self
 
 @dataclass(kw_only=True)
 class DataReport:
-    """Counts of a source or, added up, of several."""
+    """Counts of one source, or the sum over several. Stored in the token cache."""
 
     rows: int = 0
     """Records read; each is kept, dropped or skipped."""
 
     kept_pairs: int = 0
     truncated_pairs: int = 0
-    """Kept, with an answer cut at `max_length`; it has no EOS."""
+    """Kept, with an answer truncated at `max_length`; it has no EOS."""
 
     dropped_pairs: dict[str, int] = field(default_factory=dict)
-    """Good pairs left out, by reason."""
+    """Valid pairs left out, by reason."""
 
     skipped_rows: int = 0
     """Bad rows, under `on_bad_row: skip`."""
 
     moved_boundaries: int = 0
-    """Kept pairs whose prompt is shorter than its own encoding, because tokens merge across it."""
+    """Kept pairs whose prompt has fewer tokens than when encoded alone, because tokens merge across
+    its end."""
 
     unterminated_pairs: int = 0
-    """Kept chats whose chosen answer ends, by the template, without a control token."""
+    """Kept chats whose chosen answer the template does not end with a control token."""
 
     longer_answers: int = 0
-    """Kept chats with an answer of several messages; all of them are scored, as TRL does."""
+    """Kept chats with an answer of several messages; all of them are scored, as in TRL."""
 
     untemplated_pairs: int = 0
-    """Kept pairs of text that nobody has said is meant to be, though there is a chat template."""
+    """Kept pairs of text under `format: auto`, although there is a chat template."""
 
     prompt_tokens: int = 0
     chosen_tokens: int = 0
     rejected_tokens: int = 0
 
     def add(self, other: "DataReport") -> None:
-        """Adds another report's counts to this one's."""
-        for name in (entry.name for entry in fields(self)):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if isinstance(mine, int):
-                setattr(self, name, mine + theirs)
+        """Add another report's counts."""
+        for entry in fields(self):
+            if entry.name != "dropped_pairs":
+                total = getattr(self, entry.name) + getattr(other, entry.name)
+                setattr(self, entry.name, total)
         for reason, count in other.dropped_pairs.items():
             self.dropped_pairs[reason] = self.dropped_pairs.get(reason, 0) + count
 
@@ -60,41 +61,39 @@ class DataReport:
         return cls(**values)
 
     def lines(self) -> list[str]:
-        """The report for people; what did not happen is left out."""
-        message = [f"{self.kept_pairs} pairs kept of {self.rows} rows"]
+        """Lines for people; counts of 0 are left out."""
+        lines = [f"{self.kept_pairs} pairs kept of {self.rows} rows"]
         if self.truncated_pairs:
-            message.append(f"{self.truncated_pairs} of them cut at max_length")
-        message += [f"{count} dropped: {reason}" for reason, count in self.dropped_pairs.items()]
+            lines.append(f"{self.truncated_pairs} of them truncated at max_length")
+        lines += [f"{count} dropped: {reason}" for reason, count in self.dropped_pairs.items()]
         if self.skipped_rows:
-            message.append(f"{self.skipped_rows} bad rows skipped")
+            lines.append(f"{self.skipped_rows} bad rows skipped")
         if self.moved_boundaries:
-            message.append(
+            lines.append(
                 f"{self.moved_boundaries} with tokens merged across the end of the prompt "
                 "(scored with both answers)"
             )
-        message += self.warnings()
+        lines += self.warnings()
         if self.longer_answers:
-            message.append(f"{self.longer_answers} with answers of several messages, all scored")
+            lines.append(f"{self.longer_answers} with answers of several messages, all scored")
         if self.kept_pairs:
-            mean = [
-                round(total / self.kept_pairs)
-                for total in (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens)
-            ]
-            message.append("mean tokens: prompt {}, chosen {}, rejected {}".format(*mean))
-        return message
+            totals = (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens)
+            means = [round(total / self.kept_pairs) for total in totals]
+            lines.append("mean tokens: prompt {}, chosen {}, rejected {}".format(*means))
+        return lines
 
     def warnings(self) -> list[str]:
-        """What is likely not meant, although pairs can be trained on as they are."""
-        message = []
+        """Conditions that are probably unintended, although training is possible."""
+        lines = []
         if self.unterminated_pairs:
-            message.append(
+            lines.append(
                 f"{self.unterminated_pairs} answers do not end with a control token: the chat "
                 "template writes none, so the model does not learn to stop"
             )
         if self.untemplated_pairs:
             are = "pair is" if self.untemplated_pairs == 1 else "pairs are"
-            message.append(
+            lines.append(
                 f"{self.untemplated_pairs} {are} text, trained without the chat template "
-                "(data.format: single_turn gives text one, text says that it is meant so)"
+                "(data.format: single_turn applies it, text confirms that it is not wanted)"
             )
-        return message
+        return lines

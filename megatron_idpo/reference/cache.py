@@ -1,42 +1,40 @@
-"""Reference log-probabilities on disk: computed once, for every layer that needs them.
+"""Reference log-probabilities on disk: computed once, for every layer that is needed.
 
     DIR/
-      reference.parquet    the training pairs in the dataset's order (cache_files.py)
-      fingerprint.json     what they depend on (fingerprint.py), and the table's sha256
-      parts/               while scoring goes on: what is done so far
-      eval/                the same of the held-out pairs
+      reference.parquet    the training pairs in the dataset's order (logps_table.py)
+      fingerprint.json     the inputs they depend on (fingerprint.py), and the table's sha256
+      parts/               during scoring: the pairs scored so far
+      eval/                the same for the held-out pairs
 
-Scoring adds part after part, each complete or not there, so that a kill at any moment costs the
-pairs since the last part. At the end the parts become one table; `fingerprint.json` is written
-after it and says that it is complete. Nothing is reused that another model or other data made:
-whoever opens a cache says what it has to be, and every part that differs is named.
+Scoring adds one part after another, each written atomically, so that a kill at any time costs only
+the pairs since the last part. At the end the parts are merged into one table; `fingerprint.json` is
+written after it and marks it as complete. A cache is opened with the fingerprint that it must have;
+every difference is an error that names the input.
 
 One process writes a cache; every rank reads it. Nothing here is collective.
 
-Shapes: P pairs, L layers, 2 = chosen, rejected.
+Shapes: P pairs, B pairs of a part, L layers, 2 = chosen, rejected.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.reference.cache_files import (
+from megatron_idpo.reference.fingerprint import Fingerprint
+from megatron_idpo.reference.logps_table import (
+    WRITE_REMEDY,
     Logps,
     damaged,
-    make_directory,
     read_table,
-    write_json,
     write_table,
 )
-from megatron_idpo.reference.fingerprint import Fingerprint
-from megatron_idpo.storage.lock import Held, locked
+from megatron_idpo.storage.lock import LockHeldError, locked
+from megatron_idpo.storage.provenance import read_record, write_record
 
 TABLE = "reference.parquet"
 FINGERPRINT = "fingerprint.json"
@@ -45,126 +43,122 @@ _PARTS = "parts"
 _SHA256 = "table_sha256"
 
 
-@dataclass(frozen=True, slots=True)
-class CachedLogps:
-    """A table in memory."""
-
-    layers: tuple[int, ...]
-    """Ascending; the last is the final layer."""
-
-    logps_PL2: Logps
-
-
-def is_complete(directory: Path, wanted: Fingerprint) -> bool:
-    """Whether there is a finished cache, which then is what is wanted.
+def is_complete(directory: Path, required: Fingerprint) -> bool:
+    """Whether there is a complete cache.
 
     Raises:
-        CheckpointError: there is one, or the beginning of one, of something else; naming every
-            part that differs. Or its fingerprint is damaged.
+        CheckpointError: a cache, complete or not, was made from other inputs, naming every
+            difference; or its fingerprint is damaged.
     """
     if (directory / FINGERPRINT).exists():
-        _check(directory, _read_fingerprint(directory)[0], wanted)
+        _check(directory, _read_fingerprint(directory)[0], required)
         return True
     parts = directory / _PARTS
     if (parts / FINGERPRINT).exists():
-        _check(parts, _read_fingerprint(parts)[0], wanted)
+        _check(parts, _read_fingerprint(parts)[0], required)
     elif (directory / TABLE).exists():
-        raise damaged(directory / TABLE, f"there is no {FINGERPRINT} beside it")
+        raise damaged(directory / TABLE, f"there is no {FINGERPRINT} in its directory")
     return False
 
 
-def open_cache(directory: Path, wanted: Fingerprint) -> CachedLogps:
-    """Read a finished cache.
+def open_cache(directory: Path, required: Fingerprint) -> Logps:
+    """Read the log-probabilities of a complete cache at the required layers: [P, L, 2].
 
     Raises:
-        CheckpointError: there is none, it is of something else, or it is damaged.
+        CheckpointError: there is none, it was made from other inputs, or it is damaged.
     """
-    if not is_complete(directory, wanted):
-        raise CheckpointError.at(str(directory), "is no finished cache", "make it by score")
-    found, sha256 = _read_fingerprint(directory)
+    if not is_complete(directory, required):
+        raise CheckpointError.at(str(directory), "no complete cache", "make it with score")
+    fingerprint, sha256 = _read_fingerprint(directory)
     table = directory / TABLE
     if _sha256(table) != sha256:
-        raise damaged(table, f"it is not the file that {directory / FINGERPRINT} belongs to")
-    logps_PL2 = read_table(table, found.layers, wanted=wanted.layers)
-    if len(logps_PL2) != wanted.pairs:
-        raise damaged(table, f"it has {len(logps_PL2)} pairs, not {wanted.pairs}")
-    return CachedLogps(wanted.layers, logps_PL2)
+        raise damaged(table, f"it is not the file that {directory / FINGERPRINT} describes")
+    logps_PL2 = read_table(table, fingerprint.layers, selected=required.layers)
+    if len(logps_PL2) != required.pairs:
+        raise damaged(table, f"it has {len(logps_PL2)} pairs, not {required.pairs}")
+    return logps_PL2
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
-    """Make a cache's directory and keep other writers out; the system lets go when we end.
+def lock_cache(directory: Path) -> Iterator[None]:
+    """Create a cache's directory and exclude other writers until the end of the block.
 
     Raises:
-        CheckpointError: somebody else writes it, or it cannot be made.
+        CheckpointError: another process writes it, or it cannot be created.
     """
-    make_directory(directory)
-    with ExitStack() as hold:
+    _make_directory(directory)
+    with ExitStack() as stack:
+        remedy = "name a directory on another file system in reference.cache"
         try:
-            hold.enter_context(locked(directory / ".lock"))
-        except Held:
+            with CheckpointError.on_os_error(str(directory), "cannot be locked", remedy):
+                stack.enter_context(locked(directory / ".lock"))
+        except LockHeldError:
             remedy = "wait for it, or name another directory in reference.cache"
-            raise CheckpointError.at(str(directory), "is being written", remedy) from None
-        except OSError as error:
-            remedy = "name a directory on another file system in reference.cache"
-            message = f"cannot be locked: {error.strerror}"
+            message = "is being written by another process"
             raise CheckpointError.at(str(directory), message, remedy) from None
         yield
 
 
 class CacheWriter:
-    """The cache of one set of pairs while it is made; on one process, which holds it."""
+    """Writes the cache of one set of pairs; on one process, which holds the lock."""
 
     def __init__(self, directory: Path, fingerprint: Fingerprint) -> None:
-        """Go on from the parts that are there.
+        """Continue after the existing parts.
 
         Args:
             directory: of the cache, or of its held-out pairs.
-            fingerprint: what it is going to be.
+            fingerprint: of the cache.
 
         Raises:
-            CheckpointError: what is there is of something else or damaged, or cannot be written.
+            CheckpointError: existing parts were made from other inputs or are damaged; or it cannot
+                be written.
         """
         self._directory = directory
         self._parts = directory / _PARTS
         self._fingerprint = fingerprint
         self._done: list[Logps] = []
-        self._fresh: list[Logps] = []
+        self._pending: list[Logps] = []
         self.done_pairs = 0
-        """Pairs in finished parts."""
+        """Pairs in complete parts."""
 
-        make_directory(self._parts)
+        _make_directory(self._parts)
         if (self._parts / FINGERPRINT).exists():
-            found = _read_fingerprint(self._parts)[0]
-            _check(self._parts, found, fingerprint)
-            if found.layers != fingerprint.layers:
-                message = f"is unfinished, with the layers {', '.join(map(str, found.layers))}"
-                remedy = "finish it with the objective.layers that it began with, or delete it"
+            saved = _read_fingerprint(self._parts)[0]
+            _check(self._parts, saved, fingerprint)
+            if saved.layers != fingerprint.layers:
+                message = f"is incomplete, with the layers {', '.join(map(str, saved.layers))}"
+                remedy = (
+                    "complete it with the objective.layers that it was begun with, or delete it"
+                )
                 raise CheckpointError.at(str(self._parts), message, remedy)
         else:
-            write_json(self._parts / FINGERPRINT, fingerprint.as_dict())
-        self._read_parts()
+            self._write_fingerprint(self._parts)
+        for path in sorted(self._parts.glob("part-*.parquet")):
+            if path != self._next_part():
+                raise damaged(path, f"{self._next_part().name} should come before it")
+            self._count(read_table(path, fingerprint.layers))
+        if self.done_pairs > fingerprint.pairs:
+            raise damaged(self._parts, f"{self.done_pairs} pairs of {fingerprint.pairs}")
 
     def add(self, logps_BL2: Logps) -> None:
-        """Keep the log-probabilities of the next pairs, in memory."""
-        self._fresh.append(logps_BL2)
+        """Keep the log-probabilities of the next pairs in memory."""
+        self._pending.append(logps_BL2)
 
     def write_part(self) -> None:
-        """Put on the disk what was added since the last part.
+        """Write the pairs that were added since the last part.
 
         Raises:
             CheckpointError: it cannot be written.
         """
-        if not self._fresh:
+        if not self._pending:
             return
-        logps_BL2 = np.concatenate(self._fresh)
-        path = self._part(self.done_pairs)
-        write_table(path, logps_BL2, self._fingerprint.layers, first=self.done_pairs)
-        self._fresh = []
-        self._take(logps_BL2)
+        logps_BL2 = np.concatenate(self._pending)
+        write_table(self._next_part(), logps_BL2, self._fingerprint.layers, first=self.done_pairs)
+        self._pending = []
+        self._count(logps_BL2)
 
     def finish(self) -> None:
-        """Make one table of all parts, and take them away.
+        """Merge all parts into one table, and delete them.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -173,44 +167,47 @@ class CacheWriter:
         assert self.done_pairs == self._fingerprint.pairs, (self.done_pairs, self._fingerprint)
         table = self._directory / TABLE
         write_table(table, np.concatenate(self._done), self._fingerprint.layers)
-        message = {**self._fingerprint.as_dict(), _SHA256: _sha256(table)}
-        write_json(self._directory / FINGERPRINT, message)
+        # Last: the fingerprint marks the table as complete.
+        self._write_fingerprint(self._directory, {_SHA256: _sha256(table)})
         shutil.rmtree(self._parts, ignore_errors=True)
 
-    def _read_parts(self) -> None:
-        for path in sorted(self._parts.glob("part-*.parquet")):
-            if path != self._part(self.done_pairs):
-                raise damaged(path, f"{self._part(self.done_pairs).name} should come before it")
-            self._take(read_table(path, self._fingerprint.layers))
-        if self.done_pairs > self._fingerprint.pairs:
-            raise damaged(self._parts, f"{self.done_pairs} pairs of {self._fingerprint.pairs}")
-
-    def _take(self, logps_BL2: Logps) -> None:
+    def _count(self, logps_BL2: Logps) -> None:
         self._done.append(logps_BL2)
         self.done_pairs += len(logps_BL2)
 
-    def _part(self, first: int) -> Path:
-        return self._parts / f"part-{first:012d}.parquet"
+    def _next_part(self) -> Path:
+        return self._parts / f"part-{self.done_pairs:012d}.parquet"
+
+    def _write_fingerprint(self, directory: Path, more: dict[str, str] | None = None) -> None:
+        values = {**self._fingerprint.as_dict(), **(more or {})}
+        path = directory / FINGERPRINT
+        write_record(path, values, error=CheckpointError, remedy=WRITE_REMEDY)
 
 
-def _check(directory: Path, found: Fingerprint, wanted: Fingerprint) -> None:
-    differences = found.differences(wanted)
-    if differences:
-        raise CheckpointError.at(
-            str(directory),
-            f"is the cache of another reference: {'; '.join(differences)}",
-            "name another directory in reference.cache, or delete this one to score again",
-        )
+def _make_directory(path: Path) -> None:
+    with CheckpointError.on_os_error(str(path), "cannot be written", WRITE_REMEDY):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def _check(directory: Path, saved: Fingerprint, required: Fingerprint) -> None:
+    mismatch = saved.mismatch(required)
+    if mismatch:
+        remedy = "set reference.cache to a new directory, or delete it to score again"
+        raise CheckpointError.at(str(directory), f"cache {mismatch}", remedy)
 
 
 def _read_fingerprint(directory: Path) -> tuple[Fingerprint, str]:
-    """The fingerprint of a finished cache and its table's sha256; of parts without the latter."""
+    """A cache's fingerprint, and its table's sha256, which is empty while the cache is incomplete.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
     path = directory / FINGERPRINT
+    values = read_record(path, error=CheckpointError, remedy="delete it to score again")
     try:
-        values = json.loads(path.read_text("utf-8"))
         sha256 = str(values.pop(_SHA256, ""))
         return Fingerprint.from_dict(values), sha256
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise damaged(path, error) from None
 
 

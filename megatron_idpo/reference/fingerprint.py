@@ -1,7 +1,7 @@
-"""What reference log-probabilities depend on, part by part, so that a mismatch can be named.
+"""The inputs that reference log-probabilities depend on, separately, so that a mismatch is named.
 
-Not among the parts, because log-probabilities do not depend on them beyond rounding: the parallel
-layout, the batches, how pairs are packed into rows, prompt sharing.
+Left out, because log-probabilities depend on them only by rounding: the parallel layout, the
+batches, how pairs are packed into rows, prompt sharing.
 """
 
 from collections.abc import Mapping
@@ -12,14 +12,15 @@ from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 from megatron_idpo.objective.layers import resolve_layers
+from megatron_idpo.storage.provenance import diff
 
 FORMAT = 3
-"""Of the cache: raised when its files change, or what is computed for the same model and data."""
+"""Version of the cache: incremented when its files, or the values for the same inputs, change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """One cache's; hashes are sha256 in hexadecimal digits."""
+    """The inputs of one cache; hashes are sha256 in hexadecimal digits."""
 
     weights: str
     """Of the model's weights and configuration."""
@@ -33,7 +34,7 @@ class Fingerprint:
     """Of the tokens of all pairs, in order."""
 
     pairs: int
-    """How many they are."""
+    """Their number."""
 
     max_length: int | None
     truncation: str
@@ -45,30 +46,28 @@ class Fingerprint:
     """Whether intermediate layers are read through the final norm: `final` or `none`."""
 
     dtype: str
-    """What weights are held and computed in."""
+    """The data type of weights and computation."""
 
     format: int = FORMAT
 
-    def differences(self, wanted: "Fingerprint") -> list[str]:
-        """In what this one, of a cache, is not what a run wants; a sentence for each part.
+    def mismatch(self, required: "Fingerprint") -> str | None:
+        """Why a run that requires `required` cannot use this cache; None if it can.
 
-        More layers than wanted are no difference, and how intermediate layers are read is none
-        where none is wanted.
+        The cache may have more layers than required, and `norm` does not matter if only the final
+        layer is required.
         """
-        found = []
-        for name, message in _TOLD.items():
-            mine, other = getattr(self, name), getattr(wanted, name)
-            if name == "norm" and len(wanted.layers) == 1:
-                continue
-            if name == "layers":
-                lacking = sorted(set(other) - set(mine))
-                if lacking:
-                    found.append(f"it lacks layers {', '.join(map(str, lacking))}")
-            elif mine != other and isinstance(mine, str) and len(mine) == _DIGITS:
-                found.append(f"{message} differs")
-            elif mine != other:
-                found.append(f"{message} is {mine}, here {other}")
-        return found
+        comparable = {**required.as_dict(), "layers": self.layers}
+        if len(required.layers) == 1:
+            comparable["norm"] = self.norm
+        differences = diff(self.as_dict(), comparable, _LABELS)
+        missing = sorted(set(required.layers) - set(self.layers))
+        reasons = []
+        if differences:
+            reasons.append(f"was made from other inputs: {'; '.join(map(str, differences))}")
+        if missing:
+            layers = ", ".join(map(str, missing))
+            reasons.append(f"lacks layer{'s' if len(missing) > 1 else ''} {layers}")
+        return "; ".join(reasons) or None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -87,9 +86,7 @@ class Fingerprint:
         return cls(**{**values, "layers": tuple(values["layers"])})
 
 
-_DIGITS = 64
-
-_TOLD = {
+_LABELS = {
     "format": "the format",
     "weights": "the model (weights or config.json)",
     "tokenizer": "the tokenizer",
@@ -98,27 +95,26 @@ _TOLD = {
     "pairs": "the number of pairs",
     "max_length": "data.max_length",
     "truncation": "data.truncation",
-    "layers": "objective.layers",
     "norm": "objective.norm",
     "dtype": "model.dtype",
 }
-"""Every part in a user's words."""
+"""The names of the inputs in messages."""
 
 
 def fingerprint(
     config: RunConfig, pairs: PairDataset, tokenizer: Tokenizer, *, weights: str, num_layers: int
 ) -> Fingerprint:
-    """What a run needs of a cache.
+    """The fingerprint of the cache that a run requires.
 
     Args:
         config: of the run.
-        pairs: to be scored.
-        tokenizer: that made them.
+        pairs: the pairs to be scored.
+        tokenizer: of the pairs.
         weights: the identity of the reference.
         num_layers: of the model.
 
     Raises:
-        ConfigError: layers that the model has not.
+        ConfigError: the model does not have one of the layers.
     """
     data = config.data
     return Fingerprint(

@@ -1,92 +1,101 @@
-"""Reference log-probabilities of all pairs: forward passes in the run's layout, in data order.
+"""Score pairs: reference log-probabilities by forward passes in the run's layout, in data order.
 
-Every rank runs its rows of a batch; one all-reduce of a float32 table puts together what the stages
-and the data-parallel ranks know, with two numbers more: whether somebody is asked to stop, and
-whether a part is due. So all ranks stop, and write, after the same batch.
+Every rank runs its rows of a batch; one all-reduce of a float32 table combines the values of all
+stages and data-parallel ranks. It carries two more values: whether a rank received a stop signal,
+and whether a part is due. All ranks therefore stop, and write, after the same batch.
 
-Batches begin at multiples of their size, also after a restart, so that a scoring that was killed
-and goes on in the same layout ends with the same bits.
+Batches begin at multiples of their size, also after a restart, so that scoring that is killed and
+resumed in the same layout ends with the same bits.
 
-Shapes: B pairs of a batch, P of a row, L layers, 2 = chosen, rejected, 3 = and how often told.
+Shapes: B pairs of a batch, P of a row, L layers, 2 = chosen, rejected, 3 = and a count.
 """
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_idpo.console.progress import show_progress
 from megatron_idpo.data.packing.batches import Batch, EvaluationBatches, RowSettings
 from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import DataError
 from megatron_idpo.mcore.cpu.redirect import default_device
-from megatron_idpo.mcore.parallel.groups import is_last_stage, this_rank
-from megatron_idpo.mcore.parallel.signals import StopFlag
-from megatron_idpo.mcore.parallel.world import from_first, is_first_rank, raise_on_all_ranks
+from megatron_idpo.mcore.parallel.groups import rank_coordinates
+from megatron_idpo.mcore.parallel.pipeline import is_last_stage
+from megatron_idpo.mcore.parallel.world import (
+    StopFlag,
+    broadcast_from_rank0,
+    is_rank0,
+    raise_on_all_ranks,
+)
 from megatron_idpo.reference.cache import CacheWriter
-from megatron_idpo.reference.cache_files import Logps
 from megatron_idpo.reference.fingerprint import Fingerprint
-from megatron_idpo.reference.live import Reference
-from megatron_idpo.reference.score_progress import ScoreProgress
+from megatron_idpo.reference.logps_table import Logps
+from megatron_idpo.reference.sources import Reference
 
 PAIRS_PER_RANK = 32
-"""In a batch, per data-parallel rank: several rows, so that they fill evenly and a pipeline is
-busy, and few enough that a stop is heeded soon."""
+"""In a batch, per data-parallel rank: enough for several evenly filled rows and a busy pipeline,
+few enough to stop soon after a signal."""
 
-PART_S = 30.0
+PART_INTERVAL_S = 30.0
 """Seconds of scoring that a kill may cost."""
 
 
-def score_pairs(
-    source: Reference,
-    pairs: PairDataset,
-    rows: RowSettings,
-    *,
-    directory: Path,
-    fingerprint: Fingerprint,
-    stop_flag: StopFlag,
-    what: str = "pairs",
-    part_s: float = PART_S,
-) -> bool:
-    """Make a cache, or go on making it. Collective; the first rank holds the directory.
+@dataclass(frozen=True, slots=True)
+class CachePart:
+    """The cache of one set of pairs."""
+
+    pairs: PairDataset
+    directory: Path
+    fingerprint: Fingerprint
+    unit: str
+    """Of the progress: `training pairs`."""
+
+    description: str = "reference log-probs"
+    """Of the progress."""
+
+
+def score_pairs(source: Reference, part: CachePart, rows: RowSettings, stop_flag: StopFlag) -> bool:
+    """Compute a cache, or the rest of it. Collective; the first rank holds the cache's lock.
 
     Args:
-        source: a live reference, read at the fingerprint's layers.
-        pairs: all that are to be scored.
-        rows: how they are laid out.
-        directory: of the cache.
-        fingerprint: of the cache.
-        stop_flag: whether this process has been asked to stop.
-        what: to call them.
-        part_s: seconds after which a part is written.
+        source: a live reference with the fingerprint's layers.
+        part: the pairs and their cache.
+        rows: how pairs are packed.
+        stop_flag: whether this process has received a stop signal.
 
     Returns:
-        Whether it is complete; otherwise somebody was asked to stop, and what was scored is saved.
+        Whether it is complete; otherwise a rank received a signal, and all scored pairs are saved.
 
     Raises:
-        UserError: on every rank. The directory has something else or cannot be written; a
-            log-probability is NaN or infinite.
+        UserError: on every rank. The directory has the cache of other inputs or cannot be written;
+            a log-probability is NaN or infinite.
     """
     writer = None
     with raise_on_all_ranks("opening the reference cache"):
-        if is_first_rank():
-            writer = CacheWriter(directory, fingerprint)
-    layers = fingerprint.layers
-    done = first = from_first(lambda: writer.done_pairs if writer else 0)
-    marked_s, is_stopping = time.monotonic(), False
-    with ScoreProgress(what, len(pairs), done=done, show=is_first_rank()) as progress:
-        for batch in _rest(pairs, first, rows):
-            mine = (float(stop_flag.is_there), float(time.monotonic() - marked_s >= part_s))
-            logps_BL2, stops, is_due = _read(source, batch, layers, mine)
-            _check_finite(logps_BL2, layers, pairs, done)
-            done += batch.num_pairs
-            progress.update(done)
-            is_stopping = stops and done < len(pairs)
+        if is_rank0():
+            writer = CacheWriter(part.directory, part.fingerprint)
+    layers = part.fingerprint.layers
+    first = broadcast_from_rank0(lambda: writer.done_pairs if writer else 0)
+    last_part_s, is_stopping = time.monotonic(), False
+    with show_progress(
+        part.description, len(part.pairs), unit=part.unit, completed=first, show=is_rank0()
+    ) as progress:
+        for batch in _remaining_batches(part.pairs, first, rows):
+            is_due = time.monotonic() - last_part_s >= PART_INTERVAL_S
+            flags = (float(stop_flag.stop_requested), float(is_due))
+            logps_BL2, any_stop, is_due = _score_batch(source, batch, layers, flags)
+            _check_finite(logps_BL2, layers, part.pairs, progress.completed)
+            progress.advance(batch.num_pairs)
+            # A signal during the last batch needs no stop: scoring is complete.
+            is_stopping = any_stop and progress.completed < len(part.pairs)
             if writer:
                 writer.add(logps_BL2)
             if is_due or is_stopping:
-                marked_s = time.monotonic()
+                last_part_s = time.monotonic()
                 with raise_on_all_ranks("writing the reference cache"):
                     if writer:
                         writer.write_part()
@@ -98,54 +107,60 @@ def score_pairs(
     return True
 
 
-def _rest(pairs: PairDataset, first: int, rows: RowSettings) -> EvaluationBatches | tuple[()]:
-    """Batches of the pairs from `first` on; they count from there."""
+def _remaining_batches(
+    pairs: PairDataset, first: int, rows: RowSettings
+) -> EvaluationBatches | tuple[()]:
+    """Batches of the pairs from `first` on, which their pair indices count from."""
     if first == len(pairs):
         return ()
-    with raise_on_all_ranks("laying out the data"):
-        rest = pairs.select(np.arange(first, len(pairs)))
-        return EvaluationBatches(rest, rows, global_batch_pairs=PAIRS_PER_RANK * rows.data_size)
+    with raise_on_all_ranks("packing the data"):
+        remaining = pairs.select(np.arange(first, len(pairs)))
+        batch_pairs = PAIRS_PER_RANK * rows.data_size
+        return EvaluationBatches(remaining, rows, global_batch_pairs=batch_pairs)
 
 
-def _read(
-    source: Reference, batch: Batch, layers: tuple[int, ...], mine: tuple[float, float]
+def _score_batch(
+    source: Reference, batch: Batch, layers: tuple[int, ...], flags: tuple[float, float]
 ) -> tuple[Logps, bool, bool]:
-    """The whole batch's log-probabilities [B, L, 2]; whether any rank stops, or the first writes.
+    """The whole batch's log-probabilities [B, L, 2]; whether any rank stops; whether rank 0 writes.
 
     Collective: the forward pass, and one all-reduce over the world.
     """
     by_row = source.logps(batch)
     assert by_row is not None, "a live reference has log-probabilities"
     message = torch.zeros(batch.num_pairs * len(layers) * 3 + 2, device=default_device())
-    if this_rank().tensor == 0:
+    # Tensor-parallel ranks have the same values: only one of them may enter the sum.
+    if rank_coordinates().tp_rank == 0:
         first = batch.consumed_pairs - batch.num_pairs
         table_BL3 = message[:-2].view(batch.num_pairs, len(layers), 3)
-        for row, found in zip(batch.rows, by_row, strict=True):
+        for row, logps in zip(batch.rows, by_row, strict=True):
             at_P = torch.from_numpy(row.pair_index_P - first).to(message.device)
-            for layer, logps_2P in found.items():
-                # Other stages may have been told of the final layer (`reference_layer: final`).
+            for layer, logps_2P in logps.items():
+                # With `reference_layer: final` other stages have a copy of the final layer, which
+                # must not enter the sum again.
                 if layer != layers[-1] or is_last_stage():
                     table_BL3[at_P, layers.index(layer), :2] = logps_2P.view(-1, 2)
                     table_BL3[at_P, layers.index(layer), 2] = 1.0
-    message[-2] = mine[0]
-    message[-1] = mine[1] if is_first_rank() else 0.0
+    message[-2] = flags[0]
+    message[-1] = flags[1] if is_rank0() else 0.0
     dist.all_reduce(message)
     values = message.cpu().numpy()
-    heard_BL3 = values[:-2].reshape(batch.num_pairs, len(layers), 3)
-    assert (heard_BL3[..., 2] == 1.0).all(), "each pair and layer is told by one rank"
-    return heard_BL3[..., :2], bool(values[-2] > 0), bool(values[-1] > 0)
+    sums_BL3 = values[:-2].reshape(batch.num_pairs, len(layers), 3)
+    # The sum is right only if exactly one rank contributed to each pair and layer.
+    assert (sums_BL3[..., 2] == 1.0).all(), "each pair and layer comes from one rank"
+    return sums_BL3[..., :2], bool(values[-2] > 0), bool(values[-1] > 0)
 
 
 def _check_finite(
     logps_BL2: Logps, layers: tuple[int, ...], pairs: PairDataset, first: int
 ) -> None:
-    """Refuse a reference that says nothing of a pair; the same on every rank."""
-    wrong = np.argwhere(~np.isfinite(logps_BL2))
-    if len(wrong):
-        pair, layer, answer = wrong[0]
+    """Check that the reference has a finite value for every pair; the same on every rank."""
+    invalid = np.argwhere(~np.isfinite(logps_BL2))
+    if len(invalid):
+        pair, layer, answer = invalid[0]
         message = (
-            f"the model that is read gives its {('chosen', 'rejected')[answer]} answer the "
+            f"the reference gives its {('chosen', 'rejected')[answer]} answer the "
             f"log-probability {logps_BL2[pair, layer, answer]} at layer {layers[layer]}"
         )
-        remedy = "compute in fp32 (model.dtype), or look at the pair and the model"
+        remedy = "compute in fp32 (model.dtype), or check the pair and the model"
         raise DataError.at(pairs.location(first + int(pair)), message, remedy)

@@ -1,9 +1,9 @@
-"""Counting what became of rows."""
+"""The data report: sums, JSON, and its lines."""
 
 from megatron_idpo.data.report import DataReport
 
 
-def test_reports_add_up_and_survive_json() -> None:
+def test_reports_add_up_and_round_trip_through_json() -> None:
     total = DataReport(rows=3, kept_pairs=2, dropped_pairs={"long": 1}, prompt_tokens=20)
     total.add(DataReport(rows=4, kept_pairs=2, dropped_pairs={"long": 1, "same": 1}))
     assert (total.rows, total.kept_pairs, total.prompt_tokens) == (7, 4, 20)
@@ -11,7 +11,7 @@ def test_reports_add_up_and_survive_json() -> None:
     assert DataReport.from_dict(total.as_dict()) == total
 
 
-def test_lines_tell_what_happened_and_nothing_else() -> None:
+def test_lines_leave_out_counts_of_zero() -> None:
     lines = DataReport(rows=2, kept_pairs=1, dropped_pairs={"too long": 1}, chosen_tokens=3).lines()
     assert lines == [
         "1 pairs kept of 2 rows",

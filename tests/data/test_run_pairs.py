@@ -1,4 +1,4 @@
-"""A configuration becomes pairs: tokenizer, sources, and held-out pairs that share no prompt."""
+"""Loading the pairs of a run: tokenizer, options, and held-out pairs that share no prompt."""
 
 import json
 from collections import Counter
@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_idpo.config.data import DataConfig, ModelConfig
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.config.sections import DataConfig, ModelConfig
+from megatron_idpo.data.pairs import Pair
 from megatron_idpo.data.run_pairs import (
     RunPairs,
     check_tokens,
@@ -21,7 +22,6 @@ from megatron_idpo.data.run_pairs import (
     tokenizer_path,
 )
 from megatron_idpo.data.tokenize.dataset import PairDataset
-from megatron_idpo.data.tokenize.pair import Pair
 from megatron_idpo.errors import ConfigError, DataError
 
 
@@ -49,13 +49,13 @@ def prompts(pairs: PairDataset) -> Counter[bytes]:
 
 
 def test_without_held_out_pairs(load: Callable[..., RunPairs], write_jsonl: Any) -> None:
-    found = load(train=write_jsonl(records(["a", "b"])))
-    assert (len(found.train), found.eval, found.eval_report) == (2, None, None)
-    assert found.train_report.kept_pairs == 2
-    assert found.tokenizer.decode(found.train[0].chosen_tokens.tolist()) == " yes 0.</s>"
+    pairs = load(train=write_jsonl(records(["a", "b"])))
+    assert (len(pairs.train), pairs.eval, pairs.eval_report) == (2, None, None)
+    assert pairs.train_report.kept_pairs == 2
+    assert pairs.tokenizer.decode(pairs.train[0].chosen_tokens.tolist()) == " yes 0.</s>"
 
 
-def test_tokens_beyond_the_models_vocabulary_are_refused(
+def test_tokens_beyond_the_vocabulary_are_refused(
     load: Callable[..., RunPairs], write_jsonl: Any
 ) -> None:
     pairs = load(train=write_jsonl(records(["a", "b"])))
@@ -64,22 +64,22 @@ def test_tokens_beyond_the_models_vocabulary_are_refused(
         check_tokens(pairs, pairs.train.highest_token)
 
 
-def test_the_options_of_the_configuration_reach_the_reader(
+def test_options_of_the_configuration_are_used(
     load: Callable[..., RunPairs], write_jsonl: Any, tmp_path: Path
 ) -> None:
-    """Length, truncation, format, weights, bad rows: each seen by what it does."""
+    """Length, truncation, format, weights, bad rows: each by its effect."""
     train = write_jsonl([*records(["a", "b"]), b"{"])
     listed = tmp_path / "bad.jsonl"
-    found = load(
+    pairs = load(
         train=[{"path": train, "weight": 2}],
         eval=write_jsonl([*records(["c"]), b"{", b"["], "eval.jsonl"),
         max_length=8,
         on_bad_row="skip",
         bad_rows_file=str(listed),
     )
-    assert len(found.train) == 4 and found.train_report.truncated_pairs == 2
-    assert found.eval is not None and len(found.eval) == 1
-    assert found.eval_report is not None and found.eval_report.skipped_rows == 2
+    assert len(pairs.train) == 4 and pairs.train_report.truncated_pairs == 2
+    assert pairs.eval is not None and len(pairs.eval) == 1
+    assert pairs.eval_report is not None and pairs.eval_report.skipped_rows == 2
     assert [json.loads(line)["row"] for line in listed.read_text().splitlines()] == [3]
     assert len((tmp_path / "bad.eval.jsonl").read_text().splitlines()) == 2
     with pytest.raises(DataError, match="more than max_length 8"):
@@ -88,21 +88,21 @@ def test_the_options_of_the_configuration_reach_the_reader(
         load(train=write_jsonl(records(["a"])), format="chat")
 
 
-@pytest.mark.parametrize("wanted", [{"eval_pairs": 6}, {"eval_fraction": 0.29}])
-def test_held_out_pairs_share_no_prompt_with_the_others(
-    load: Callable[..., RunPairs], write_jsonl: Any, wanted: dict[str, float]
+@pytest.mark.parametrize("held_out", [{"eval_pairs": 6}, {"eval_fraction": 0.29}])
+def test_held_out_pairs_share_no_prompt_with_training_pairs(
+    load: Callable[..., RunPairs], write_jsonl: Any, held_out: dict[str, float]
 ) -> None:
     """Six of twenty pairs, two to a prompt; weights repeat pairs on one side only."""
     path = write_jsonl(records([f"{at // 2}" for at in range(20)]))
-    found = load(train=path, **wanted)
-    assert found.eval is not None and found.eval_report is None
-    assert (len(found.train), len(found.eval)) == (14, 6)
-    assert not prompts(found.train).keys() & prompts(found.eval).keys()
-    assert set(prompts(found.eval).values()) == {2}
-    other = load(train=path, seed=1, **wanted)
-    assert other.eval is not None and prompts(other.eval) != prompts(found.eval)
+    pairs = load(train=path, **held_out)
+    assert pairs.eval is not None and pairs.eval_report is None
+    assert (len(pairs.train), len(pairs.eval)) == (14, 6)
+    assert not prompts(pairs.train).keys() & prompts(pairs.eval).keys()
+    assert set(prompts(pairs.eval).values()) == {2}
+    other = load(train=path, seed=1, **held_out)
+    assert other.eval is not None and prompts(other.eval) != prompts(pairs.eval)
     twice = load(train={"path": path, "weight": 2}, eval_pairs=12)
-    assert twice.eval is not None and prompts(twice.eval).keys() == prompts(found.eval).keys()
+    assert twice.eval is not None and prompts(twice.eval).keys() == prompts(pairs.eval).keys()
 
 
 def test_holding_everything_out_is_refused(load: Callable[..., RunPairs], write_jsonl: Any) -> None:
@@ -113,35 +113,36 @@ def test_holding_everything_out_is_refused(load: Callable[..., RunPairs], write_
         load(train=path, eval_fraction=0.5)
 
 
-class MadePairs:
-    """Pairs whose prompts are given numbers."""
+class NumberedPairs:
+    """Pairs whose prompts are the given tokens."""
 
-    def __init__(self, numbers: list[int]) -> None:
-        self.numbers = numbers
-        self.lengths_P3 = np.ones((len(numbers), 3), np.int32)
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self.lengths_P3 = np.ones((len(tokens), 3), np.int32)
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.tokens)
 
     def __getitem__(self, index: int) -> Pair:
         answer = np.ones(1, np.int32)
-        return Pair(index, np.array([self.numbers[index]], np.int32), answer, answer)
+        return Pair(index, np.array([self.tokens[index]], np.int32), answer, answer)
 
 
+@settings(max_examples=50)
 @given(
-    numbers=st.lists(st.integers(0, 9), min_size=1, max_size=40),
-    wanted=st.integers(1, 50),
+    tokens=st.lists(st.integers(0, 9), min_size=1, max_size=40),
+    num_pairs=st.integers(1, 50),
     seed=st.integers(-3, 3),
 )
-def test_whole_prompts_the_fewest_that_do(numbers: list[int], wanted: int, seed: int) -> None:
-    held_out = hold_out(MadePairs(numbers), wanted, seed=seed)
-    sizes = Counter(number for number, is_out in zip(numbers, held_out, strict=True) if is_out)
-    assert all(numbers.count(number) == size for number, size in sizes.items())
-    assert sizes.total() >= min(wanted, len(numbers))
-    assert sizes.total() - max(sizes.values()) < wanted
+def test_fewest_whole_prompts_are_held_out(tokens: list[int], num_pairs: int, seed: int) -> None:
+    held_out = hold_out(NumberedPairs(tokens), num_pairs, seed=seed)
+    sizes = Counter(token for token, is_out in zip(tokens, held_out, strict=True) if is_out)
+    assert all(tokens.count(token) == size for token, size in sizes.items())
+    assert sizes.total() >= min(num_pairs, len(tokens))
+    assert sizes.total() - max(sizes.values()) < num_pairs
 
 
-def test_the_tokenizer_is_where_the_model_keeps_it(tmp_path: Path) -> None:
+def test_tokenizer_path(tmp_path: Path) -> None:
     assert tokenizer_path(ModelConfig(path="owner/name")) == "owner/name"
     (tmp_path / "huggingface").mkdir()
     assert tokenizer_path(ModelConfig(path=str(tmp_path))) == str(tmp_path / "huggingface")

@@ -1,4 +1,4 @@
-"""Fingerprints: every part that differs is named, and nothing that does not matter."""
+"""Fingerprints: every input that differs is named, and only those that matter."""
 
 import pytest
 
@@ -16,20 +16,22 @@ OTHER = "0" * 64
         ("tokenizer", OTHER, "the tokenizer differs"),
         ("chat_template", OTHER, "the chat template differs"),
         ("data", OTHER, "the data (some token of some pair, or their order) differs"),
-        ("pairs", 9, "the number of pairs is 10, here 9"),
-        ("max_length", None, "data.max_length is 96, here None"),
-        ("truncation", "drop", "data.truncation is keep_start, here drop"),
-        ("layers", (1, 2, 3, 4), "it lacks layers 1, 3"),
-        ("norm", "none", "objective.norm is final, here none"),
-        ("dtype", "bf16", "model.dtype is fp32, here bf16"),
-        ("format", 1, "the format is 3, here 1"),
+        ("pairs", 9, "the number of pairs was 10, is now 9"),
+        ("max_length", None, "data.max_length was 96, is now not set"),
+        ("truncation", "drop", "data.truncation was keep_start, is now drop"),
+        ("layers", (1, 2, 3, 4), "lacks layers 1, 3"),
+        ("layers", (2, 3, 4), "lacks layer 3"),
+        ("norm", "none", "objective.norm was final, is now none"),
+        ("dtype", "bf16", "model.dtype was fp32, is now bf16"),
+        ("format", 1, "the format was 3, is now 1"),
     ],
 )
-def test_a_part_that_differs_is_named_alone(part: str, value: object, message: str) -> None:
-    assert fingerprint().differences(fingerprint(**{part: value})) == [message]
+def test_only_the_different_input_is_named(part: str, value: object, message: str) -> None:
+    prefix = "" if part == "layers" else "was made from other inputs: "
+    assert fingerprint().mismatch(fingerprint(**{part: value})) == prefix + message
 
 
-def test_every_part_is_compared() -> None:
+def test_every_field_is_compared() -> None:
     everything = {name: OTHER for name in ("weights", "tokenizer", "chat_template", "data")} | {
         "pairs": 1,
         "max_length": 1,
@@ -38,28 +40,29 @@ def test_every_part_is_compared() -> None:
         "dtype": "x",
         "format": 0,
     }
-    wanted = fingerprint(**everything, layers=(1, 4))
-    assert len(fingerprint().differences(wanted)) == len(Fingerprint.__dataclass_fields__)
+    mismatch = fingerprint().mismatch(fingerprint(**everything, layers=(1, 4)))
+    assert mismatch is not None
+    assert len(mismatch.split("; ")) == len(Fingerprint.__dataclass_fields__)
 
 
-def test_more_layers_than_wanted_are_no_difference() -> None:
-    assert fingerprint(layers=(1, 2, 3, 4)).differences(fingerprint(layers=(2, 4))) == []
+def test_cache_may_have_more_layers() -> None:
+    assert fingerprint(layers=(1, 2, 3, 4)).mismatch(fingerprint(layers=(2, 4))) is None
 
 
-def test_the_norm_of_layers_that_nobody_wants_does_not_matter() -> None:
-    assert fingerprint(norm="none").differences(fingerprint(layers=(4,))) == []
+def test_norm_does_not_matter_for_the_final_layer() -> None:
+    assert fingerprint(norm="none").mismatch(fingerprint(layers=(4,))) is None
 
 
-def test_json_and_back() -> None:
+def test_json_round_trip() -> None:
     assert Fingerprint.from_dict(fingerprint().as_dict()) == fingerprint()
 
 
-@pytest.mark.parametrize("change", ["lacking", "unknown"])
-def test_other_parts_are_refused(change: str) -> None:
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_missing_and_unknown_fields_are_refused(change: str) -> None:
     values = fingerprint().as_dict()
-    if change == "lacking":
+    if change == "missing":
         del values["dtype"]
     else:
-        values["colour"] = "blue"
-    with pytest.raises(ValueError, match="dtype" if change == "lacking" else "colour"):
+        values["color"] = "blue"
+    with pytest.raises(ValueError, match="dtype" if change == "missing" else "color"):
         Fingerprint.from_dict(values)

@@ -1,4 +1,4 @@
-"""The caches of a run: what of model, data and settings they notice, and where they are."""
+"""The caches of a run: which changes of model, data and settings matter, and where they are."""
 
 import json
 import shutil
@@ -8,41 +8,41 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.config.run_config import RunConfig, load_config
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.reference.run_caches import cache_directory
 
 from .tiny_cache import Files, score_config
 
 
-def look(file: str, changes: Sequence[Sequence[str]]) -> list[str]:
-    """On a rank: what each changed configuration is told of the cache; empty if it may use it."""
-    from megatron_idpo.convert.frozen_model import FrozenModel
-    from megatron_idpo.convert.model_source import open_model
+def check_caches(file: str, changes: Sequence[Sequence[str]]) -> list[str]:
+    """On a rank: the error for each changed configuration; empty if it can use the cache."""
+    from megatron_idpo.convert.model_source import FrozenModel, open_model
     from megatron_idpo.data.run_pairs import load_run_pairs
     from megatron_idpo.errors import CheckpointError
     from megatron_idpo.reference.run_caches import RunCaches
 
-    message = []
+    messages = []
     for overrides in changes:
         config = load_config(file, overrides, required=("model", "data"), optional=OPTIONAL)
         model = FrozenModel.of(open_model(config.model.path))
         caches = RunCaches.of(config, load_run_pairs(config), model)
         try:
-            message.append("" if caches.are_complete() else "not complete")
+            messages.append("" if caches.are_complete() else "not complete")
         except CheckpointError as error:
-            message.append(str(error))
-    return message
+            messages.append(str(error))
+    return messages
 
 
 OPTIONAL = ("objective", "training", "reference")
 
 
 @pytest.mark.distributed
-def test_every_change_is_noticed_and_named(
+def test_every_relevant_change_is_named(
     scored: Path, tiny: Files, workers: Any, tmp_path: Path
 ) -> None:
-    """What the issue lists, and the settings beside; what does not matter is let pass."""
+    """Changes that do not affect log-probabilities are accepted."""
     heavier = _copy(tiny.model, tmp_path / "heavier")
     with (heavier / "model.safetensors").open("r+b") as weights:
         weights.seek(-1, 2)
@@ -62,33 +62,39 @@ def test_every_change_is_noticed_and_named(
         (f"model.tokenizer={spelling}",): "the tokenizer differs",
         ("data.chat_template='{{ messages[0].content }}'",): "the chat template differs",
         (f"data.train={other_pair}",): "the data (some token",
-        ("data.truncation=drop",): "data.truncation is keep_start, here drop",
-        ("data.max_length=95",): "data.max_length is 96, here 95",
-        ("objective.norm=none",): "objective.norm is final, here none",
-        ("model.dtype=bf16",): "model.dtype is fp32, here bf16",
+        ("data.truncation=drop",): "data.truncation was keep_start, is now drop",
+        ("data.max_length=95",): "data.max_length was 96, is now 95",
+        ("objective.norm=none",): "objective.norm was final, is now none",
+        ("model.dtype=bf16",): "model.dtype was fp32, is now bf16",
         ("objective.layers=[2]",): "",
         ("objective.layers=[]", "objective.intermediate_weight=0.0"): "",
         ("data.row_tokens=192", "data.share_prompt=false", "data.trim_tokens=64"): "",
         (f"model.path={_copy(tiny.model, tmp_path / 'elsewhere')}",): "",
     }
     file = score_config(tiny, scored, objective={"layers": "all"})
-    [answers] = workers.run(look, 1, file, list(changes))
+    [answers] = workers.run(check_caches, 1, file, list(changes))
     for overrides, expected, message in zip(changes, changes.values(), answers, strict=True):
         if expected:
             assert expected in message, (overrides, message)
-            assert str(scored / "reference") in message and "delete this one" in message
+            assert (
+                str(scored / "reference") in message
+                and "set reference.cache to a new directory" in message
+            )
         else:
             assert message == "", (overrides, message)
 
 
 @pytest.mark.distributed
-def test_a_layer_that_was_not_scored_is_named(tiny: Files, workers: Any, tmp_path: Path) -> None:
+def test_missing_layers_are_named(tiny: Files, workers: Any, tmp_path: Path) -> None:
     from .tiny_cache import score
 
     file = score_config(tiny, tmp_path / "run", objective={"layers": [2]})
     workers.run(score, 1, file)
-    [message] = workers.run(look, 1, file, [["objective.layers=[1,2,3]"]])
-    assert "it lacks layers 1, 3" in message[0]
+    [message] = workers.run(check_caches, 1, file, [["objective.layers=[1,2,3]"]])
+    assert (
+        "cache lacks layers 1, 3; set reference.cache to a new directory, or delete it to score"
+        in message[0]
+    )
 
 
 def _copy(model: Path, target: Path) -> Path:
@@ -102,13 +108,13 @@ def _config(tmp_path: Path, text: str) -> RunConfig:
     return load_config(file, required=("model", "data"))
 
 
-def test_the_place_is_the_configured_one_or_in_the_output(tmp_path: Path) -> None:
+def test_directory_is_configured_or_in_the_output(tmp_path: Path) -> None:
     output = "training: {output: runs/x}\n"
     assert cache_directory(_config(tmp_path, output)) == Path("runs/x/reference")
     both = _config(tmp_path, f"{output}reference: {{cache: elsewhere}}")
     assert cache_directory(both) == Path("elsewhere")
 
 
-def test_no_place_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"reference\.cache.*no place"):
+def test_missing_directory_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reference\.cache.*no directory"):
         cache_directory(_config(tmp_path, ""))

@@ -1,4 +1,4 @@
-"""Scoring: what Transformers says of every pair at every layer, in every layout, after any end."""
+"""Scoring: equal to Transformers at every layer, in every layout, after stops and kills."""
 
 import os
 import signal
@@ -13,12 +13,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from megatron_idpo.data.sources.open import Source
+from megatron_idpo.cli.train import score as run_score
+from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.data.tokenize.chat import TokenOptions
 from megatron_idpo.data.tokenize.dataset import load_pairs
 from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
-from megatron_idpo.errors import EXIT_PREEMPTED, DataError
-from megatron_idpo.reference.cache_files import read_table
+from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError, DataError
+from megatron_idpo.reference.logps_table import read_table
 
 from ..train.tiny_run import HELD_OUT, NUM_LAYERS, PAIRS
 from .tiny_cache import BATCH_PAIRS, Files, score, score_config
@@ -26,14 +27,13 @@ from .tiny_cache import BATCH_PAIRS, Files, score, score_config
 ALL = tuple(range(1, NUM_LAYERS + 1))
 
 LAYOUT_TOLERANCE = 2e-5
-"""Absolute, of log-probabilities of up to 100: fp32 adds up in another order in each layout."""
+"""Absolute, of log-probabilities of up to 100: each layout sums in another order in fp32."""
 
 TRANSFORMERS_TOLERANCE = 1e-4
-"""Issue 6's."""
 
 
 def tables(output: Path) -> dict[str, NDArray[np.float32]]:
-    """What a run's cache has, by its pairs."""
+    """The tables of a run's cache, by set of pairs."""
     cache = output / "reference"
     return {
         "train": read_table(cache / "reference.parquet", ALL),
@@ -41,21 +41,20 @@ def tables(output: Path) -> dict[str, NDArray[np.float32]]:
     }
 
 
-def assert_equal(one: Path, other: Path, tolerance: float) -> None:
-    for name, logps_PL2 in tables(one).items():
-        np.testing.assert_allclose(logps_PL2, tables(other)[name], rtol=0, atol=tolerance)
+def assert_equal(first: Path, second: Path, tolerance: float) -> None:
+    for name, logps_PL2 in tables(first).items():
+        np.testing.assert_allclose(logps_PL2, tables(second)[name], rtol=0, atol=tolerance)
 
 
-def test_it_is_what_transformers_says(scored: Path, tiny: Files, tmp_path: Path) -> None:
-    """At the final layer its own log-probabilities; below it, those of norm and head on its hidden
-    states."""
+def test_cache_equals_transformers(scored: Path, tiny: Files, tmp_path: Path) -> None:
+    """Below the final layer: norm and head applied to Transformers' hidden states."""
     for name, file, pairs in (("train", tiny.train, PAIRS), ("eval", tiny.held_out, HELD_OUT)):
         expected = transformers_logps(tiny.model, file, tmp_path)
         found = tables(scored)[name]
         assert found.shape == expected.shape == (pairs, NUM_LAYERS, 2)
         np.testing.assert_allclose(found, expected, rtol=0, atol=TRANSFORMERS_TOLERANCE)
         spread = np.abs(np.diff(expected, axis=1)).mean()
-        assert spread > 1000 * TRANSFORMERS_TOLERANCE, "layers are to be told apart"
+        assert spread > 1000 * TRANSFORMERS_TOLERANCE, "layers must be distinguishable"
 
 
 def transformers_logps(model_path: Path, file: Path, cache: Path) -> NDArray[np.float32]:
@@ -64,7 +63,7 @@ def transformers_logps(model_path: Path, file: Path, cache: Path) -> NDArray[np.
 
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     pairs = load_pairs(
-        [Source(path=str(file))],
+        [SourceConfig(path=str(file))],
         load_tokenizer(str(model_path)),
         TokenOptions(max_length=96),
         cache=cache,
@@ -97,21 +96,29 @@ LAYOUTS: dict[str, tuple[int, Mapping[str, Any]]] = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("TP2", marks=pytest.mark.exhaustive),
+        pytest.param("PP2", marks=pytest.mark.exhaustive),
+        "DP2",
+        "TP2-PP2",
+    ],
+)
 def test_every_layout_makes_the_same_cache(
     scored: Path, tiny: Files, workers: Any, tmp_path: Path, name: str
 ) -> None:
     processes, layout = LAYOUTS[name]
     file = score_config(tiny, tmp_path / "run", objective={"layers": "all"}, layout=layout)
-    answers = workers.run(score, processes, file)
-    assert [code for code, _ in answers] == [0] * processes
+    ranks = workers.run(score, processes, file)
+    assert [code for code, _ in ranks] == [0] * processes
     assert_equal(tmp_path / "run", scored, LAYOUT_TOLERANCE)
     fingerprints = [path / "reference" / "fingerprint.json" for path in (tmp_path / "run", scored)]
     one, other = (path.read_text().splitlines() for path in fingerprints)
     differing = [line for line, same in zip(one, other, strict=True) if line != same]
-    assert all("table_sha256" in line for line in differing), "the layout is no part of it"
-    assert "24 training pairs and 5 held-out pairs at layers 1, 2, 3, 4" in answers[0][1]
-    assert not any(printed for _, printed in answers[1:]), "one rank speaks"
+    assert all("table_sha256" in line for line in differing), "the layout is not an input"
+    assert "24 training pairs and 5 held-out pairs at layers 1, 2, 3, 4" in ranks[0][1]
+    assert not any(printed for _, printed in ranks[1:]), "only rank 0 prints"
 
 
 @pytest.mark.distributed
@@ -129,49 +136,48 @@ def test_packing_and_prompt_sharing_do_not_matter(
 
 
 @pytest.mark.distributed
-def test_a_signal_to_any_rank_ends_it_saved(
+def test_signal_to_any_rank_stops_all_and_saves(
     scored: Path, tiny: Files, workers: Any, tmp_path: Path
 ) -> None:
-    """Every rank stops after the next batch, with the exit code of a preempted run."""
+    """Every rank stops after the next batch with the exit code of a preempted run; it resumes in
+    another layout."""
     file = score_config(tiny, tmp_path / "run", objective={"layers": "all"})
     batch_pairs = 2 * BATCH_PAIRS
-    answers = workers.run(score, 2, file, stop_after=batch_pairs)
-    assert [code for code, _ in answers] == [EXIT_PREEMPTED] * 2
-    assert "the same command goes on" in answers[0][1]
+    ranks = workers.run(score, 2, file, stop_after=batch_pairs)
+    assert [code for code, _ in ranks] == [EXIT_PREEMPTED] * 2
+    assert "the same command resumes" in ranks[0][1]
     [part] = (tmp_path / "run" / "reference" / "parts").glob("*.parquet")
     assert len(read_table(part, ALL)) == 2 * batch_pairs
     assert not (tmp_path / "run" / "reference" / "fingerprint.json").exists()
-    # In another layout.
     [(code, printed)] = workers.run(score, 1, file)
     assert code == 0
-    assert f"going on after {2 * batch_pairs} of {PAIRS}" in printed
+    assert f"resuming after {2 * batch_pairs} of {PAIRS} training pairs" in printed
     assert_equal(tmp_path / "run", scored, LAYOUT_TOLERANCE)
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megatron_idpo.reference import main, score, cache_files
-score.PAIRS_PER_RANK, score.PART_S = int(sys.argv[2]), 0.0
-score.score_pairs.__kwdefaults__["part_s"] = 0.0
-from megatron_idpo.reference.run_caches import RunCaches
-RunCaches.score.__kwdefaults__["part_s"] = 0.0
-ordinary, calls = os.replace, []
+from megatron_idpo.cli import train
+from megatron_idpo.reference import score
+score.PAIRS_PER_RANK, score.PART_INTERVAL_S = int(sys.argv[2]), 0.0
+original, calls = os.replace, []
 def replace(*args):
     calls.append(args)
     if len(calls) == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-    ordinary(*args)
-cache_files.os.replace = replace
-main.main(Path(sys.argv[1]), [])
+    original(*args)
+os.replace = replace
+train.score(Path(sys.argv[1]), [])
 """
 
 
 @pytest.mark.distributed
-def test_killed_it_goes_on_and_ends_with_the_same_bits(
+@pytest.mark.exhaustive
+def test_resume_after_sigkill_ends_with_the_same_bits(
     scored: Path, tiny: Files, workers: Any, tmp_path: Path
 ) -> None:
-    """SIGKILL when the third part is about to get its name: two are kept."""
+    """SIGKILL when the third part is about to get its final name: two are kept."""
     file = score_config(tiny, tmp_path / "run", objective={"layers": "all"})
     command = [sys.executable, "-c", KILLED, file, str(BATCH_PAIRS), "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -179,48 +185,84 @@ def test_killed_it_goes_on_and_ends_with_the_same_bits(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(list((tmp_path / "run" / "reference" / "parts").glob("part-*.parquet"))) == 2
     [(code, printed)] = workers.run(score, 1, file)
-    assert code == 0 and f"going on after {2 * BATCH_PAIRS} of {PAIRS}" in printed
+    assert code == 0 and f"resuming after {2 * BATCH_PAIRS} of {PAIRS} training pairs" in printed
     assert_equal(tmp_path / "run", scored, 0.0)
 
 
 @pytest.mark.distributed
-def test_what_is_there_is_not_computed_again(scored: Path, tiny: Files, workers: Any) -> None:
+def test_resume_in_the_same_layout_ends_with_the_same_bits(
+    scored: Path, tiny: Files, workers: Any, tmp_path: Path
+) -> None:
+    file = score_config(tiny, tmp_path / "run", objective={"layers": "all"})
+    [(code, _)] = workers.run(score, 1, file, stop_after=BATCH_PAIRS)
+    assert code == EXIT_PREEMPTED
+    [(code, printed)] = workers.run(score, 1, file)
+    assert code == 0 and f"resuming after {2 * BATCH_PAIRS} of {PAIRS} training pairs" in printed
+    assert_equal(tmp_path / "run", scored, 0.0)
+
+
+@pytest.mark.distributed
+def test_complete_cache_is_not_computed_again(scored: Path, tiny: Files, workers: Any) -> None:
     file = score_config(tiny, scored, objective={"layers": [2]})
     before = (scored / "reference" / "reference.parquet").stat().st_mtime_ns
     [(code, printed)] = workers.run(score, 1, file)
-    assert code == 0 and "at layers 2, 4" in printed and "scored training" not in printed
+    assert code == 0 and "at layers 2, 4" in printed and "log-probs: " not in printed
     assert (scored / "reference" / "reference.parquet").stat().st_mtime_ns == before
 
 
 def score_with_nan(file: str) -> str:
-    """On every rank: one pair's log-probability is NaN at one layer."""
+    """On every rank: one pair's log-probability is NaN at one layer; returns the error."""
     from unittest.mock import patch
 
-    from megatron_idpo.reference.live import Resident
+    from megatron_idpo.reference.sources import Resident
 
-    ordinary = Resident.logps
+    original = Resident.logps
 
-    def spoilt(self: Any, batch: Any) -> Any:
-        found = ordinary(self, batch)
-        for row, layers in zip(batch.rows, found, strict=True):
+    def logps_with_nan(self: Any, batch: Any) -> Any:
+        by_row = original(self, batch)
+        for row, layers in zip(batch.rows, by_row, strict=True):
             for at, pair in enumerate(row.pair_index_P):
                 if pair == 6 and 2 in layers:
                     layers[2][2 * at + 1] = float("nan")
-        return found
+        return by_row
 
-    with patch.object(Resident, "logps", spoilt):
+    with patch.object(Resident, "logps", logps_with_nan):
         try:
             score(file)
         except DataError as error:
             return str(error)
-    return "it went through"
+    return "no error"
 
 
 @pytest.mark.distributed
-def test_a_pair_that_is_no_number_is_named_on_every_rank(
+def test_nan_is_reported_with_its_pair_on_every_rank(
     tiny: Files, workers: Any, tmp_path: Path
 ) -> None:
     file = score_config(tiny, tmp_path / "run", layout={"pipeline": 2}, objective={"layers": "all"})
     for message in workers.run(score_with_nan, 2, file):
         assert "train.jsonl:7" in message
         assert "rejected answer the log-probability nan at layer 2" in message
+
+
+def config(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model: {{path: m}}\ndata: {{train: t.jsonl}}\n{text}")
+    return file
+
+
+@pytest.mark.parametrize("source", ["resident", "offloaded", "none"])
+def test_source_without_cache_is_refused(tmp_path: Path, source: str) -> None:
+    file = config(tmp_path, f"reference: {{source: {source}}}")
+    with pytest.raises(ConfigError, match=f"reference.source: is {source}, which reads no cache"):
+        run_score(file, [])
+
+
+def test_unused_cache_is_refused(tmp_path: Path) -> None:
+    file = config(tmp_path, "reference: {source: resident, cache: x}")
+    with pytest.raises(ConfigError, match=r"reference\.cache.*has no effect"):
+        run_score(file, [])
+
+
+def test_section_that_score_does_not_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no effect: this verb does not read"):
+        run_score(config(tmp_path, ""), ["optimizer.lr=1.0"])

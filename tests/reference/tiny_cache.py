@@ -1,4 +1,4 @@
-"""Scoring a tiny model: what tests of `reference/` share, and what workers run."""
+"""Scoring a tiny model: helpers of the tests of `reference/`, and functions that workers run."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,25 +13,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_idpo.reference.cache_files import Logps
 from megatron_idpo.reference.fingerprint import Fingerprint
+from megatron_idpo.reference.logps_table import Logps
 
 from ..train.tiny_run import Files, write_config, write_files
 
 __all__ = ["Files", "fingerprint", "logps", "score", "score_config", "write_files"]
 
 BATCH_PAIRS = 4
-"""Pairs of a scored batch in `score`, so that 24 pairs are several."""
+"""Pairs of a scored batch in `score`: 24 pairs are several batches."""
 
 
 def fingerprint(*, pairs: int = 10, layers: Sequence[int] = (2, 4), **parts: Any) -> Fingerprint:
-    """A cache's, of hashes made up."""
-    made_up = {
+    """A fingerprint with invented hashes."""
+    hashes = {
         name: hashlib.sha256(name.encode()).hexdigest()
         for name in ("weights", "tokenizer", "chat_template", "data")
     }
-    plain = Fingerprint(
-        **made_up,
+    default = Fingerprint(
+        **hashes,
         pairs=pairs,
         max_length=96,
         truncation="keep_start",
@@ -39,18 +39,18 @@ def fingerprint(*, pairs: int = 10, layers: Sequence[int] = (2, 4), **parts: Any
         norm="final",
         dtype="fp32",
     )
-    return replace(plain, **parts)
+    return replace(default, **parts)
 
 
 def logps(pairs: int = 10, layers: int = 2, seed: int = 0) -> Logps:
-    """Numbers like log-probabilities: float32 [P, L, 2]."""
+    """Random log-probabilities: float32 [P, L, 2]."""
     random = np.random.default_rng(seed)
     values: NDArray[np.float64] = random.normal(-200, 60, (pairs, layers, 2))
     return values.astype(np.float32)
 
 
 def score_config(files: Files, output: Path, **sections: Any) -> str:
-    """A configuration of a run with a cache and held-out pairs."""
+    """The configuration file of a run with a cache and held-out pairs."""
     sections.setdefault("reference", {"source": "cache"})
     sections["data"] = {"eval": str(files.held_out), **sections.get("data", {})}
     return write_config(files, output, **sections)
@@ -65,41 +65,42 @@ def score(file: str, overrides: Sequence[str] = (), stop_after: int | None = Non
     Args:
         file: a configuration.
         overrides: of it.
-        stop_after: the last rank is asked to stop when so many pairs are done.
+        stop_after: the last rank receives a signal when this many pairs are scored.
 
     Returns:
-        The exit code and what was printed.
+        The exit code and the output.
     """
-    from megatron_idpo.reference.main import main
+    from megatron_idpo.cli.main import console_logging
+    from megatron_idpo.cli.train import score as run_score
 
     torch.set_num_threads(1)
-    with redirect_stdout(StringIO()) as printed, _small_batches(), stopping(stop_after):
-        code = main(Path(file), list(overrides))
+    with (
+        redirect_stdout(StringIO()) as printed,
+        console_logging(),
+        patch("megatron_idpo.reference.score.PAIRS_PER_RANK", BATCH_PAIRS),
+        stopping(stop_after),
+    ):
+        code = run_score(Path(file), list(overrides))
     return code, printed.getvalue()
 
 
 @contextmanager
-def _small_batches() -> Iterator[None]:
-    with patch("megatron_idpo.reference.score.PAIRS_PER_RANK", BATCH_PAIRS):
-        yield
-
-
-@contextmanager
 def stopping(pairs: int | None) -> Iterator[None]:
-    """A signal to this process, if it is the last rank, when so many pairs are done."""
+    """Send a signal to this process, if it is the last rank, after `pairs` training pairs."""
     import os
     import signal
 
     import torch.distributed as dist
 
-    from megatron_idpo.reference.score_progress import ScoreProgress
+    from megatron_idpo.console.progress import ProgressTask
 
-    ordinary = ScoreProgress.update
+    original = ProgressTask.update
 
-    def update(self: ScoreProgress, done: int) -> None:
-        ordinary(self, done)
-        if done == pairs and dist.get_rank() == dist.get_world_size() - 1:
+    def update(self: ProgressTask, completed: int, **kwargs: Any) -> None:
+        original(self, completed, **kwargs)
+        is_due = self.unit == "training pairs" and completed == pairs
+        if is_due and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with patch.object(ScoreProgress, "update", update):
+    with patch.object(ProgressTask, "update", update):
         yield

@@ -1,9 +1,9 @@
-"""`megatron-idpo data CONFIG.yaml`: what the preference data become, before anything is trained.
+"""`megatron-idpo data CONFIG.yaml`: what the preference data becomes, before anything is trained.
 
-Three pairs as they will be trained, the figures of all pairs and of their rows, what was cut,
-dropped or skipped, and a picture of it (`data.png` in `training.output`, the last line printed).
-What tokenising leaves in the cache is what training opens. No model is loaded: the tokenizer is all
-that is read of it.
+Prints three pairs as they will be trained, statistics of all pairs and of their rows, and the
+number of truncated, dropped and skipped rows, and saves a figure (`data.png` in `training.output`,
+the last line printed). Training opens the tokenized pairs from the cache. Of the model only the
+tokenizer is loaded.
 """
 
 import io
@@ -17,54 +17,55 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_idpo.config.run_config import RunConfig, load_config
-from megatron_idpo.data.inspect.samples import PART_STYLES, Cuts, choose, show_pair
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.data.inspect.sample_pairs import PART_STYLES, print_pair, select_pairs
 from megatron_idpo.data.inspect.statistics import (
-    LengthFigures,
-    RowFigures,
-    Spread,
-    length_figures,
-    row_figures,
+    LengthStatistics,
+    Quantiles,
+    RowStatistics,
+    plan_sampled_steps,
 )
 from megatron_idpo.data.packing.batches import RowSettings
+from megatron_idpo.data.pairs import IntArray
 from megatron_idpo.data.run_pairs import RunPairs, load_run_pairs, row_settings
 from megatron_idpo.errors import ConfigError
 
-PICTURE = "data.png"
+FIGURE = "data.png"
 
 
 def main(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
-    """The verb. Under torchrun the first process looks and the others have nothing to do.
+    """Run the verb. Under torchrun only the first process does something.
 
-    `WORLD_SIZE` says how many processes are to train (torchrun sets it; set it by hand to ask for
-    another number): what is not one model replica's makes data-parallel ranks.
+    `WORLD_SIZE` is the number of processes of the planned training (torchrun sets it; set it by
+    hand to plan for another number): all beyond one model replica become data-parallel ranks.
 
     Raises:
-        ConfigError, DataError: the configuration or the data cannot be trained on.
+        ConfigError, DataError: the configuration or the data is invalid.
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
     config = load_config(
         config_path, overrides, required=("model", "data", "training"), optional=("layout",)
     )
-    # The data may hold characters that the terminal's encoding has not.
+    # The terminal's encoding may lack characters of the data.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    look(config, Console(highlight=False))
+    inspect_data(config, Console(highlight=False))
     return 0
 
 
-def look(config: RunConfig, console: Console) -> None:
-    """Prints everything and saves the picture.
+def inspect_data(config: RunConfig, console: Console) -> None:
+    """Print the pairs and their statistics, and save the figure.
 
     Raises:
         ConfigError, DataError: see `main`.
     """
     settings = row_settings(config, _world_size(config))
-    with console.status("reading and tokenising; the next run finds it done"):
-        found = load_run_pairs(config)
-    pairs = found.train
-    rows = row_figures(
+    with console.status("reading and tokenizing (cached for the next run)"):
+        run_pairs = load_run_pairs(config)
+    pairs = run_pairs.train
+    rows = plan_sampled_steps(
         pairs,
         settings,
         global_batch_pairs=config.training.global_batch_pairs,
@@ -72,25 +73,26 @@ def look(config: RunConfig, console: Console) -> None:
         epochs=config.training.epochs,
     )
     share_prompt = config.data.share_prompt
-    lengths = length_figures(pairs.lengths_P3, share_prompt=share_prompt)
-    some_cut = found.train_report.truncated_pairs > 0
-    cuts = Cuts.learn(pairs, config.data.max_length if some_cut else None, found.tokenizer)
-    for choice in choose(pairs, cuts, share_prompt=share_prompt):
-        show_pair(console, pairs, choice, found.tokenizer, cuts)
-    show_sources(console, found)
-    show_lengths(console, lengths, share_prompt=share_prompt)
-    show_rows(console, config, settings, rows, lengths.sharing_gain)
-    # Importing matplotlib takes as long as the rest.
-    from megatron_idpo.figures.data_lengths import save_picture
+    max_length = config.data.max_length if run_pairs.train_report.truncated_pairs else None
+    tokenizer = run_pairs.tokenizer
+    for selected in select_pairs(pairs, max_length, tokenizer, share_prompt=share_prompt):
+        print_pair(console, pairs, selected, max_length, tokenizer)
+    _print_sources(console, run_pairs)
+    lengths = LengthStatistics.of(pairs.lengths_P3, share_prompt=share_prompt)
+    _print_lengths(console, lengths, share_prompt=share_prompt)
+    _print_rows(console, config, settings, rows, lengths.sharing_gain)
+    # Imported here: matplotlib takes as long to import as all the rest.
+    from megatron_idpo.figures.data_lengths import draw_data_lengths
 
-    path = Path(config.training.output) / PICTURE
+    path = Path(config.training.output) / FIGURE
     name = ", ".join(Path(source).name for source in pairs.source_names)
-    save_picture(path, pairs.lengths_P3, rows, f"{name}: {len(pairs):,} pairs")
+    title = f"{name}: {len(pairs):,} pairs"
+    draw_data_lengths(path, pairs.lengths_P3, rows.fill_R, rows.fill, title=title)
     console.print(Text(str(path)), soft_wrap=True)
 
 
 def _world_size(config: RunConfig) -> int:
-    layout = config.layout.layout()
+    layout = config.layout
     world_size = int(os.environ.get("WORLD_SIZE", layout.model_ranks))
     if world_size % layout.model_ranks:
         raise ConfigError.at(
@@ -101,79 +103,81 @@ def _world_size(config: RunConfig) -> int:
     return world_size
 
 
-def show_sources(console: Console, found: RunPairs) -> None:
-    """What became of the rows of the sources."""
-    message = [("train", line) for line in found.train_report.lines()]
-    names, pairs = found.train.source_names, found.train
+def _print_sources(console: Console, run_pairs: RunPairs) -> None:
+    """How many rows of the sources became pairs, and why the others did not."""
+    train = run_pairs.train
+    lines = [("train", line) for line in run_pairs.train_report.lines()]
+    names = train.source_names
     if len(names) > 1:
-        counts = np.bincount(pairs.source_P, minlength=len(names)).tolist()
-        message += [
-            ("", f"{count:,} pairs an epoch from {name}")
+        counts = np.bincount(train.source_P, minlength=len(names)).tolist()
+        lines += [
+            ("", f"{count:,} pairs per epoch from {name}")
             for count, name in zip(counts, names, strict=True)
         ]
-    if found.eval is not None:
-        report = found.eval_report
-        lines = report.lines() if report else [f"{len(found.eval):,} pairs held out of train"]
-        message += [("eval", line) for line in lines]
-    _print_facts(console, "Pairs", message)
+    if run_pairs.eval_report is not None:
+        lines += [("eval", line) for line in run_pairs.eval_report.lines()]
+    elif run_pairs.eval is not None:
+        lines.append(("eval", f"{len(run_pairs.eval):,} pairs held out of train"))
+    _print_lines(console, "Pairs", lines)
 
 
-def show_lengths(console: Console, lengths: LengthFigures, *, share_prompt: bool) -> None:
+def _print_lengths(console: Console, lengths: LengthStatistics, *, share_prompt: bool) -> None:
     """A table of lengths in tokens."""
     table = Table(box=None, pad_edge=False, title_justify="left", header_style="dim")
     table.title = Text("Tokens", style="bold")
     table.add_column("")
     for heading in ("median", "p90", "max"):
         table.add_column(heading, justify="right", min_width=7)
-    for name, spread in lengths.parts.items():
-        message = name if name != "pair" else f"pair, prompt {'once' if share_prompt else 'twice'}"
-        values = (spread.median, spread.p90, spread.highest)
-        table.add_row(Text(message, PART_STYLES.get(name, "")), *(f"{value:,}" for value in values))
+    for name, quantiles in lengths.parts.items():
+        label = name if name != "pair" else f"pair, prompt {'once' if share_prompt else 'twice'}"
+        values = (quantiles.median, quantiles.p90, quantiles.max)
+        table.add_row(Text(label, PART_STYLES.get(name, "")), *(f"{value:,}" for value in values))
     console.print(table, "")
 
 
-def show_rows(
-    console: Console, config: RunConfig, settings: RowSettings, rows: RowFigures, gain: float
+def _print_rows(
+    console: Console, config: RunConfig, settings: RowSettings, rows: RowStatistics, gain: float
 ) -> None:
-    """The run in steps, and the steps in rows."""
-    training = config.training
-    epochs = "1 epoch" if training.epochs == 1 else f"{training.epochs:,} epochs"
-    steps = f"{rows.steps:,} of {training.global_batch_pairs:,} pairs in {epochs}"
-    if rows.left_over_pairs:
-        steps += f"; the last {rows.left_over_pairs:,} pairs fill none and are left out"
+    """Steps of the run, and the size and fill of their rows."""
+    epochs = config.training.epochs
+    steps = f"{rows.steps:,} of {config.training.global_batch_pairs:,} pairs in {epochs:,} epoch"
+    steps += "s" if epochs > 1 else ""
+    if rows.dropped_pairs:
+        steps += f"; the last {rows.dropped_pairs:,} pairs do not fill a step and are left out"
     ranks = settings.data_size
     per_rank = f" on each of {ranks:,} data-parallel ranks" if ranks > 1 else ""
-    length = f"{_range(Spread.of(rows.length_S))} positions of at most {settings.row_tokens:,}"
-    if settings.share_prompt:
-        sharing = f"{gain:.2f} × fewer positions than with every prompt twice"
-    else:
-        sharing = f"off; data.share_prompt would make it {gain:.2f} × fewer positions"
+    length = f"{_range(rows.length_S)} positions, limit {settings.row_tokens:,}"
+    sharing = f"{gain:.2f} × fewer positions than with every prompt stored twice"
+    if not settings.share_prompt:
+        sharing = f"off; data.share_prompt would save {gain:.2f} × the positions"
     sampled = len(rows.rows_S)
-    looked_at = "" if sampled == rows.steps else f", measured on {sampled:,} steps"
-    message = [
+    measured = "" if sampled == rows.steps else f", measured on {sampled:,} steps"
+    lines = [
         ("steps", steps),
-        ("rows per step", _range(Spread.of(rows.rows_S)) + per_rank),
+        ("rows per step", _range(rows.rows_S) + per_rank),
         ("row length", length),
-        ("pairs per row", _range(Spread.of(rows.pairs_R))),
-        ("row fill", f"{rows.fill:.1%} of the positions computed hold a token"),
+        ("pairs per row", _range(rows.pairs_R)),
+        ("row fill", f"{rows.fill:.1%} of the computed positions hold a token"),
         ("prompt sharing", sharing),
     ]
-    _print_facts(console, f"Rows, median (lowest to highest){looked_at}", message)
+    _print_lines(console, f"Rows, median (min to max){measured}", lines)
 
 
-def _range(spread: Spread) -> str:
-    if spread.lowest == spread.highest:
-        return f"{spread.median:,}"
-    return f"{spread.median:,} ({spread.lowest:,} to {spread.highest:,})"
+def _range(values: IntArray) -> str:
+    quantiles = Quantiles.of(values)
+    if quantiles.min == quantiles.max:
+        return f"{quantiles.median:,}"
+    return f"{quantiles.median:,} ({quantiles.min:,} to {quantiles.max:,})"
 
 
-def _print_facts(console: Console, title: str, message: list[tuple[str, str]]) -> None:
+def _print_lines(console: Console, title: str, lines: list[tuple[str, str]]) -> None:
+    """A titled table of names and values; a repeated name is printed once."""
     table = Table(box=None, show_header=False, pad_edge=False, title_justify="left")
     table.title = Text(title, style="bold")
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     previous = ""
-    for name, words in message:
-        table.add_row("" if name == previous else name, Text(words))
+    for name, value in lines:
+        table.add_row("" if name == previous else name, Text(value))
         previous = name
     console.print(table, "")

@@ -1,55 +1,54 @@
-"""Which pairs of a global batch share a row, how long the rows are, and which rank gets which.
+"""Packing plan of a global batch: which pairs share a row, the row length, the rows of each rank.
 
-All rows of a step have one length, and a row costs that length in matrix multiplications however
-full it is. So a plan is good when rows times row length is small: few rows, and all of them equally
-full, because the fullest one sets the length (rounded up to `trim_tokens`). For a few numbers of
-rows, from the fewest that hold the pairs upwards, the pairs are
+All rows of a step have the same length, and a row costs that length in matrix multiplications
+however full it is. The cost is therefore rows times row length: a good plan has few rows, all
+equally full, because the fullest one sets the length (rounded up to `trim_tokens`). For a few row
+counts, from the fewest that hold the pairs upwards, the pairs are
 
-* *spread*: the costliest pair left goes to the cheapest row (longest processing time first);
-* *levelled*: a pair of the fullest row moves, or changes places with a pair of another row, as long
-  as the fuller of the two becomes less full, down to the length that rounding makes free.
+* *spread*: the costliest remaining pair goes to the cheapest row (longest processing time first);
+* *leveled*: a pair of the fullest row moves to another row, or swaps with one of its pairs, as long
+  as the fuller of the two rows becomes less full, down to the length that rounding makes free.
 
-Where that leaves a row overfull, *best fit decreasing* puts the longest pair left where it leaves
-the smallest gap, and its rows are levelled instead. Complete rows are dealt to ranks by their
-attention, the only part of their cost in which they still differ. A row stays empty only if there
-are more rows than pairs.
+If that leaves a row overfull, *best fit decreasing* puts the longest remaining pair where it leaves
+the smallest gap, and its rows are leveled instead. Complete rows are assigned to ranks by their
+attention cost, the only cost in which they still differ. A row stays empty only if there are more
+rows than pairs.
 
-Everything is integer arithmetic on lengths in a fixed order, so all ranks come to the same plan
-without talking.
+Everything is integer arithmetic on lengths in a fixed order, so all ranks compute the same plan
+without communication.
 
-Shapes: B pairs of a global batch, R rows of all ranks, M pairs of one row, C = B + R exchange
-partners.
+Shapes: B pairs of a global batch, R rows of all ranks, M pairs of one row, C = B + R swap partners.
 """
 
 import heapq
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idpo.data.packing.rows import occupied_tokens
-from megatron_idpo.data.tokenize.pair import IntArray
+from megatron_idpo.data.pairs import IntArray, pair_tokens
 
 VISITS_PER_TOKEN = 12_288
 """Query-key products that cost as much as one token's matrix multiplications.
 
-A layer spends about 24 h^2 FLOPs on a token and 4 h on a query-key product, so 6 h of them weigh as
-much as a token: this is h = 2048, or h = 4096 with attention at half the efficiency of the other
-matrix multiplications. Below a thousand tokens a pair, attention is a few percent and the exact
-number does not matter."""
+A layer spends about 24 h^2 FLOPs on a token and 4 h on a query-key product, so 6 h products cost as
+much as a token: h = 2048 here, or h = 4096 with attention at half the efficiency of the other
+matrix multiplications. Below a thousand tokens per pair, attention is a few percent of the cost and
+the exact value does not matter."""
 
 ROW_OVERHEAD_TOKENS = 128
-"""Positions that one more row has to save: what reading the weights, adding to the gradients and
-launching the kernels once more costs."""
+"""Positions that one more row has to save: the cost of reading the weights, accumulating the
+gradients and launching the kernels once more."""
 
-_MORE_ROWS = 3
-"""How many larger numbers of rows are tried, in steps of what all ranks need."""
+_LARGER_ROW_COUNTS = 3
+"""How many larger row counts are tried, in steps of `ranks * multiple`."""
 
-_EXCHANGES_PER_PAIR = 4
-"""Levelling ends after this many exchanges, over ten times what real batches need."""
+_MAX_SWAPS_PER_PAIR = 4
+"""Leveling ends after this many swaps, over ten times what real batches need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +56,17 @@ class Plan:
     """The rows of a global batch."""
 
     pairs: list[list[list[int]]]
-    """[rank][row]: which of the B pairs lie in the row, ascending. Every rank has the same number
-    of rows, those with most attention first, so that the ranks' rows of one turn are alike."""
+    """[rank][row]: which of the B pairs are in the row, ascending. Every rank has the same number
+    of rows, by decreasing attention cost, so that the ranks' n-th rows take similar time."""
 
     row_tokens: int
     """Positions in every row of every rank."""
+
+
+def trimmed_length(used_tokens: int, *, row_tokens: int, trim_tokens: int) -> int:
+    """The smallest multiple of `trim_tokens` (0: no trimming) that holds a row, or `row_tokens`."""
+    trim = trim_tokens or row_tokens
+    return min(row_tokens, max(1, -(-used_tokens // trim)) * trim)
 
 
 def attention_visits(lengths_B3: IntArray, *, share_prompt: bool) -> NDArray[np.int64]:
@@ -87,34 +92,35 @@ def plan_rows(
 
     Args:
         lengths_B3: int [B, 3], prompt/chosen/rejected lengths; no pair longer than a row.
-        row_tokens: positions in a row at most.
-        trim_tokens: rows are cut to the smallest multiple of this that holds the fullest one;
-            0 never cuts.
+        row_tokens: maximum positions in a row.
+        trim_tokens: rows are trimmed to the smallest multiple of this that holds the fullest one;
+            0 disables trimming.
         share_prompt: whether a pair's prompt is stored once.
         ranks: data-parallel ranks.
         multiple: rows on a rank are a multiple of this (the pipeline size under interleaving).
     """
-    tokens_B = occupied_tokens(lengths_B3, share_prompt=share_prompt)
+    tokens_B = pair_tokens(lengths_B3, share_prompt=share_prompt)
     visits_B = attention_visits(lengths_B3, share_prompt=share_prompt)
     assert tokens_B.max(initial=0) <= row_tokens, "a pair is longer than a row"
     step = ranks * multiple
-    # No two pairs over half a row share one.
-    alone = int((2 * tokens_B > row_tokens).sum())
-    needed = max(1, alone, -(-int(tokens_B.sum()) // row_tokens))
+    # Lower bound on the rows: pairs longer than half a row cannot share one. Starting lower would
+    # try row counts that cannot hold the pairs.
+    num_long = int((2 * tokens_B > row_tokens).sum())
+    needed = max(1, num_long, -(-int(tokens_B.sum()) // row_tokens))
     fewest = step * -(-needed // step)
     packings = (
         _pack(tokens_B, visits_B, num_rows, row_tokens, trim_tokens)
         for num_rows in count(fewest, step)
     )
     first = next(packing for packing in packings if packing)
-    # Uncut rows cost the same each, so the fewest are the best.
-    more = islice(packings, _MORE_ROWS if trim_tokens else 0)
-    best = min([first, *filter(None, more)], key=lambda packing: packing.cost_tokens)
-    return Plan(_deal(best, visits_B, ranks), best.row_tokens)
+    # Without trimming all rows have the same length, so the fewest rows are the cheapest.
+    larger = islice(packings, _LARGER_ROW_COUNTS if trim_tokens else 0)
+    best = min([first, *filter(None, larger)], key=lambda packing: packing.cost_tokens)
+    return Plan(_assign_to_ranks(best, visits_B, ranks), best.row_tokens)
 
 
 class _Packing(NamedTuple):
-    """Which row each pair is in, not yet dealt to ranks."""
+    """Which row each pair is in, before rows are assigned to ranks."""
 
     row_B: NDArray[np.int64]
     num_rows: int
@@ -132,13 +138,9 @@ def _pack(
     row_tokens: int,
     trim_tokens: int,
 ) -> _Packing | None:
-    """Distribute the pairs over `num_rows` rows as evenly as pays; None if they do not fit."""
-
-    def rounded(used_tokens: int) -> int:
-        trim = trim_tokens or row_tokens
-        return min(row_tokens, max(1, -(-used_tokens // trim)) * trim)
-
-    # No arrangement has shorter rows than these.
+    """Distribute the pairs over `num_rows` rows as evenly as useful; None if they do not fit."""
+    rounded = partial(trimmed_length, row_tokens=row_tokens, trim_tokens=trim_tokens)
+    # No arrangement has a shorter fullest row than this, so leveling stops there.
     level_tokens = rounded(max(int(tokens_B.max(initial=0)), -(-int(tokens_B.sum()) // num_rows)))
     costs_B = tokens_B * VISITS_PER_TOKEN + visits_B
     row_B = _spread(costs_B, num_rows)
@@ -153,7 +155,7 @@ def _pack(
 
 
 def _spread(costs_B: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
-    """The costliest pair left goes to the cheapest row, whether it fits or not."""
+    """Longest processing time first: the row of each pair; rows may become overfull."""
     row_B = np.empty(len(costs_B), np.int64)
     cheapest = [(0, row) for row in range(num_rows)]
     for pair in np.argsort(-costs_B, kind="stable").tolist():
@@ -166,17 +168,17 @@ def _spread(costs_B: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
 def _best_fit(
     tokens_B: NDArray[np.int64], num_rows: int, row_tokens: int
 ) -> NDArray[np.int64] | None:
-    """The longest pair left goes where it leaves the smallest gap; None if the rows do not do.
+    """Best fit decreasing: the row of each pair; None if more than `num_rows` rows are needed.
 
-    Rows that remain unused are filled by halving the rows with most pairs.
+    Unused rows are filled by splitting the rows with most pairs in half.
     """
     packed: list[list[int]] = []
     gaps: list[tuple[int, int]] = []  # (free tokens, row), ascending
     for pair in np.argsort(-tokens_B, kind="stable").tolist():
         tokens = int(tokens_B[pair])
-        location = bisect_left(gaps, (tokens, -1))
-        if location < len(gaps):
-            free_tokens, row = gaps.pop(location)
+        smallest = bisect_left(gaps, (tokens, -1))
+        if smallest < len(gaps):
+            free_tokens, row = gaps.pop(smallest)
         else:
             free_tokens, row = row_tokens, len(packed)
             packed.append([])
@@ -197,45 +199,48 @@ def _best_fit(
 def _level(
     row_B: NDArray[np.int64], tokens_B: NDArray[np.int64], num_rows: int, level_tokens: int
 ) -> int:
-    """Even `row_B` out, in place, until no row is fuller than `level_tokens` or nothing helps.
+    """Level `row_B` in place, until no row exceeds `level_tokens` or no swap helps.
 
-    Every exchange is the one, of all that involve the fullest row, after which the fuller of its
-    two rows is least full. None of them empties a row.
+    Each step applies, of all swaps and moves that involve the fullest row, the one after which the
+    fuller of its two rows is least full. No step empties a row.
 
     Returns:
         Tokens in the fullest row.
     """
     num_pairs = len(row_B)
-    # Every row offers its pairs, and nothing: that exchange is a move.
+    # Candidates: the B pairs, and per row a dummy of 0 tokens; swapping with a dummy is a move.
     row_C = np.concatenate([row_B, np.arange(num_rows)])
     tokens_C = np.concatenate([tokens_B, np.zeros(num_rows, np.int64)])
     used_R = np.zeros(num_rows, np.int64)
     np.add.at(used_R, row_B, tokens_B)
-    for _ in range(_EXCHANGES_PER_PAIR * num_pairs):
+    for _ in range(_MAX_SWAPS_PER_PAIR * num_pairs):
         fullest = int(used_R.argmax())
         if used_R[fullest] <= level_tokens:
             break
         pair_M = np.flatnonzero(row_C[:num_pairs] == fullest)
         given_MC = tokens_C[pair_M, None] - tokens_C
         fuller_MC = np.maximum(used_R[fullest] - given_MC, used_R[row_C] + given_MC)
+        # Swaps within the fullest row change nothing: they must not look like an improvement.
         fuller_MC[:, row_C == fullest] = used_R[fullest]
-        location, partner = divmod(int(fuller_MC.argmin()), len(row_C))
-        if fuller_MC[location, partner] >= used_R[fullest]:
+        mine, partner = divmod(int(fuller_MC.argmin()), len(row_C))
+        if fuller_MC[mine, partner] >= used_R[fullest]:
             break
-        given, other = given_MC[location, partner], int(row_C[partner])
+        given, other = given_MC[mine, partner], int(row_C[partner])
         used_R[fullest] -= given
         used_R[other] += given
-        row_C[pair_M[location]] = other
+        row_C[pair_M[mine]] = other
         if partner < num_pairs:
             row_C[partner] = fullest
     row_B[:] = row_C[:num_pairs]
     return int(used_R.max())
 
 
-def _deal(packing: _Packing, visits_B: NDArray[np.int64], ranks: int) -> list[list[list[int]]]:
-    """Give every rank the same number of rows, the one with most attention to the rank with least.
+def _assign_to_ranks(
+    packing: _Packing, visits_B: NDArray[np.int64], ranks: int
+) -> list[list[list[int]]]:
+    """[rank][row]: each next row by decreasing attention cost goes to the rank with least of it.
 
-    Only attention counts here: matrix multiplications take as long on padding.
+    Only attention counts: matrix multiplications take the same time on padding.
     """
     pairs: list[list[int]] = [[] for _ in range(packing.num_rows)]
     visits = [0] * packing.num_rows

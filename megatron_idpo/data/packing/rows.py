@@ -1,4 +1,4 @@
-"""A row: the micro-batch. Whole preference pairs side by side in a fixed number of positions.
+"""A row: one micro-batch of whole preference pairs in a fixed number of positions.
 
 With shared prompts a pair occupies prompt, chosen, rejected, once each, and no prompt token is
 computed twice:
@@ -6,14 +6,14 @@ computed twice:
     tokens        p0 p1 p2 | c0 c1 c2 | r0 r1 |  ...next pair...  | pad
     position_ids   0  1  2 |  3  4  5 |  3  4 |
 
-Without sharing it occupies prompt+chosen, prompt+rejected, as two plain sequences. What the output
-heads score is a list of targets, one for each response token: the row position whose hidden state
-predicts it, the token, and the sequence it belongs to. There is no label shift and no loss mask,
-and prompts and padding cost nothing in the vocabulary projection.
+Without sharing it occupies prompt+chosen, prompt+rejected, as two plain sequences. The output heads
+score a list of targets, one for each response token: the row position whose hidden state predicts
+it, the token, and the sequence it belongs to. There is no label shift and no loss mask, and prompts
+and padding cost nothing in the vocabulary projection.
 
 A row's arrays are all that a rank needs; every tensor and pipeline rank builds the same ones.
-Which pairs share a row is decided in `packing.py`; who attends to whom is carried out in
-`mcore/attention.py` from `spans_G4`.
+`plan.py` decides which pairs share a row; `mcore/attention/` implements the attention pattern that
+`spans_G4` describes.
 
 Shapes: T row positions, N targets, P pairs in the row, G attention groups (P with shared prompts,
 2P without), S = 4P segments of tokens, B pairs.
@@ -26,69 +26,43 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_idpo.data.tokenize.pair import IntArray, Pair
+from megatron_idpo.data.pairs import IntArray, Pair, pair_tokens
 from megatron_idpo.errors import DataError
 
 _PARTS = ("prompt", "chosen answer", "rejected answer")
-_NAMED_PAIRS = 5
-_CHECKED_AT_ONCE = 65_536
-
-
-def occupied_tokens(lengths_B3: IntArray, *, share_prompt: bool) -> NDArray[np.int64]:
-    """Row positions each pair needs: int64 [B], from prompt/chosen/rejected lengths [B, 3]."""
-    prompt_B, chosen_B, rejected_B = lengths_B3.astype(np.int64).T
-    tokens_B: NDArray[np.int64] = (1 if share_prompt else 2) * prompt_B + chosen_B + rejected_B
-    return tokens_B
+_MAX_REPORTED_PAIRS = 5
 
 
 def check_lengths(
-    lengths_B3: IntArray,
-    *,
-    row_tokens: int,
-    share_prompt: bool,
-    indices: Sequence[int] | None = None,
-    location: Callable[[int], str] | None = None,
+    lengths_B3: IntArray, *, row_tokens: int, share_prompt: bool, location: Callable[[int], str]
 ) -> None:
-    """Refuse pairs that no row can hold or that have nothing to score.
+    """Check that every pair has a prompt and two answers and fits into a row.
 
     Args:
-        lengths_B3: int [B, 3], prompt/chosen/rejected lengths; read in pieces, so that a
-            memory-mapped array stays on the disk.
+        lengths_B3: int [B, 3], prompt/chosen/rejected lengths.
         row_tokens: positions in a row.
         share_prompt: whether the prompt is stored once.
-        indices: of these pairs in their collection; 0 ... B - 1 if not given.
-        location: where the pair of an index was read, as messages call it; `pair <index>` if not
-            given.
+        location: where the b-th pair was read, for messages.
 
     Raises:
-        DataError: an empty prompt or answer (the first pair that has one, by index), or pairs
-            longer than a row (their places and the row length that would hold the longest).
+        DataError: an empty prompt or answer (the first pair that has one), or pairs longer than a
+            row (the first few locations, and the row length that holds the longest pair).
     """
-    indices = range(len(lengths_B3)) if indices is None else indices
-    location = location or "pair {}".format
-    long: list[int] = []
-    num_long = needed_tokens = 0
-    for first in range(0, len(lengths_B3), _CHECKED_AT_ONCE):
-        piece_B3 = lengths_B3[first : first + _CHECKED_AT_ONCE]
-        if (piece_B3 < 1).any():
-            pair, part = (int(number) for number in np.argwhere(piece_B3 < 1)[0])
-            raise DataError.at(
-                location(indices[first + pair]),
-                f"the {_PARTS[part]} is empty",
-                "its last position predicts the answers' first tokens: begin it with a BOS"
-                if part == 0
-                else "there is nothing to score: drop the pair",
-            )
-        tokens_B = occupied_tokens(piece_B3, share_prompt=share_prompt)
-        over = np.flatnonzero(tokens_B > row_tokens)
-        if over.size:
-            num_long += over.size
-            needed_tokens = max(needed_tokens, int(tokens_B.max()))
-            long += [indices[first + int(pair)] for pair in over[: _NAMED_PAIRS - len(long)]]
-    if num_long:
-        more = f" and {num_long - len(long)} more" if num_long > len(long) else ""
+    if (lengths_B3 < 1).any():
+        pair, part = np.argwhere(lengths_B3 < 1)[0].tolist()
+        remedy = "there is nothing to score: drop the pair"
+        if part == 0:
+            remedy = "its last position predicts the answers' first tokens: begin it with a BOS"
+        raise DataError.at(location(pair), f"the {_PARTS[part]} is empty", remedy)
+    tokens_B = pair_tokens(lengths_B3, share_prompt=share_prompt)
+    too_long = np.flatnonzero(tokens_B > row_tokens).tolist()
+    if too_long:
+        locations = ", ".join(map(location, too_long[:_MAX_REPORTED_PAIRS]))
+        if len(too_long) > _MAX_REPORTED_PAIRS:
+            locations += f" and {len(too_long) - _MAX_REPORTED_PAIRS} more"
+        needed_tokens = int(tokens_B.max())
         raise DataError.at(
-            f"{', '.join(map(location, long))}{more}",
+            locations,
             f"up to {needed_tokens} positions needed, a row has {row_tokens}",
             f"set data.row_tokens to {needed_tokens} or more, or lower data.max_length",
         )
@@ -96,7 +70,7 @@ def check_lengths(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowTensors:
-    """A row as torch tensors; `position_ids_T` and `spans_G4` are what attention is told."""
+    """A row as torch tensors; attention reads `position_ids_T` and `spans_G4`."""
 
     tokens_T: torch.Tensor
     position_ids_T: torch.Tensor
@@ -112,7 +86,7 @@ class RowTensors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One micro-batch: `T` positions that hold whole pairs, and what to score in them."""
+    """One micro-batch: `T` positions that hold whole pairs, and the targets to score."""
 
     tokens_T: NDArray[np.int64]
     position_ids_T: NDArray[np.int64]
@@ -130,7 +104,7 @@ class Row:
     """2*pair for chosen, 2*pair + 1 for rejected, pair counted within the row; ascending."""
 
     pair_index_P: NDArray[np.int64]
-    """`Pair.index` of each pair: which reference log-probabilities belong to it."""
+    """`Pair.index` of each pair: the key of its reference log-probabilities."""
 
     @property
     def num_pairs(self) -> int:
@@ -139,12 +113,12 @@ class Row:
 
     @property
     def used_tokens(self) -> int:
-        """Positions that hold a real token."""
+        """Positions that hold a token."""
         return int((self.spans_G4[:, 3] - self.spans_G4[:, 0]).sum())
 
     @staticmethod
     def empty(row_tokens: int, pad_token: int) -> "Row":
-        """A row without pairs, which keeps ranks in step; it is all padding and scores nothing."""
+        """A row without pairs, which keeps ranks in step: all padding and no target."""
         nothing = np.zeros(0, np.int64)
         return Row(
             tokens_T=np.full(row_tokens, pad_token, np.int64),
@@ -163,27 +137,26 @@ class Row:
         """Lay `pairs` side by side, in the given order.
 
         Args:
-            pairs: what the packing put into this row.
+            pairs: the pairs of this row.
             row_tokens: positions T.
-            pad_token: token id of the positions that are left.
-            share_prompt: store each prompt once, or once for either answer.
+            pad_token: token id of unused positions.
+            share_prompt: store each prompt once per pair rather than once per answer.
 
         Raises:
             DataError: a pair has an empty prompt or answer or is longer than the row.
         """
         if not pairs:
             return Row.empty(row_tokens, pad_token)
-        lengths_P3 = np.array(
-            [
-                (len(pair.prompt_tokens), len(pair.chosen_tokens), len(pair.rejected_tokens))
-                for pair in pairs
-            ],
-            np.int64,
+        parts = [(p.prompt_tokens, p.chosen_tokens, p.rejected_tokens) for p in pairs]
+        lengths_P3 = np.array([[len(tokens) for tokens in part] for part in parts], np.int64)
+        check_lengths(
+            lengths_P3,
+            row_tokens=row_tokens,
+            share_prompt=share_prompt,
+            location=lambda pair: f"pair {pairs[pair].index}",
         )
-        indices = [pair.index for pair in pairs]
-        check_lengths(lengths_P3, row_tokens=row_tokens, share_prompt=share_prompt, indices=indices)
         prompt_P, chosen_P, rejected_P = lengths_P3.T
-        # A pair is four segments in either layout; a shared prompt's second copy has length 0.
+        # Both layouts have four segments per pair; a shared prompt's second copy has length 0.
         second_P = np.zeros_like(prompt_P) if share_prompt else prompt_P
         length_P4 = np.stack([prompt_P, chosen_P, second_P, rejected_P], axis=1)
         end_P4 = length_P4.cumsum().reshape(-1, 4)
@@ -192,14 +165,23 @@ class Row:
         assert used_tokens <= row_tokens, f"packed {used_tokens} tokens into {row_tokens}"
 
         tokens_T = np.full(row_tokens, pad_token, np.int64)
+        tokens_T[:used_tokens] = np.concatenate(
+            [
+                segment
+                for prompt, chosen, rejected in parts
+                for segment in (prompt, chosen, prompt[: 0 if share_prompt else None], rejected)
+            ]
+        )
+        # Positions restart at 0 with a prompt and at the prompt's length with an answer, in both
+        # layouts: both answers see the same rotary phases as without packing.
         position_ids_T = np.zeros(row_tokens, np.int64)
-        tokens_T[:used_tokens] = np.concatenate(_segments(pairs, share_prompt=share_prompt))
         first_id_P4 = np.stack([0 * prompt_P, prompt_P, 0 * prompt_P, prompt_P], axis=1)
         position_ids_T[:used_tokens] = np.arange(used_tokens) - np.repeat(
             (start_P4 - first_id_P4).ravel(), length_P4.ravel()
         )
-        # Only an answer's first token is predicted from elsewhere than the position before it, and
-        # only where the chosen answer lies between the prompt and the rejected one.
+        # A response token is predicted at the position before it, except for an answer's first
+        # token, which the last prompt token predicts: with a shared prompt, the chosen answer lies
+        # between the prompt and the rejected answer.
         answer_lengths = length_P4[:, 1::2].ravel()
         answer_starts = start_P4[:, 1::2].ravel()
         prompt_ends = (end_P4[:, [0, 0]] if share_prompt else end_P4[:, 0::2]).ravel()
@@ -216,7 +198,7 @@ class Row:
             target_positions_N=target_positions_N,
             target_tokens_N=tokens_T[answer_positions_N],
             target_sequences_N=np.repeat(np.arange(2 * len(pairs)), answer_lengths),
-            pair_index_P=np.array(indices, np.int64),
+            pair_index_P=np.array([pair.index for pair in pairs], np.int64),
         )
 
     def tensors(self, device: torch.device) -> RowTensors:
@@ -248,17 +230,6 @@ class Row:
             spans_G4=torch.from_numpy(self.spans_G4),
             num_pairs=self.num_pairs,
         )
-
-
-def _segments(pairs: Sequence[Pair], *, share_prompt: bool) -> list[IntArray]:
-    """The pairs' token arrays in row order."""
-    segments: list[IntArray] = []
-    for pair in pairs:
-        segments += (pair.prompt_tokens, pair.chosen_tokens)
-        if not share_prompt:
-            segments.append(pair.prompt_tokens)
-        segments.append(pair.rejected_tokens)
-    return segments
 
 
 def _spans(start_P4: IntArray, end_P4: IntArray, *, share_prompt: bool) -> NDArray[np.int32]:

@@ -1,8 +1,8 @@
-"""Where preference pairs come from: files, directories, saved datasets, the hub.
+"""Open sources of preference pairs: files, directories, saved datasets, the hub.
 
-A `Source` is one named origin with a weight. `open_source` finds its parts and offers their rows in
-order and a digest of their contents, which the tokenised cache is keyed by. What is in a row is
-`readers.py`; how sources are mixed is `dataset.py`.
+`open_source` resolves a `SourceConfig` into parts, which yield their rows in order, and a digest of
+their contents, which is part of the token cache's key. `readers.py` parses rows;
+`tokenize/dataset.py` mixes sources.
 """
 
 import glob
@@ -10,66 +10,42 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_idpo.data.sources.columns import AS_OURS, Columns
-from megatron_idpo.data.sources.preferences import Format
+from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.data.sources.readers import SUFFIXES, RawRow, file_kind, read_dataset, read_file
+from megatron_idpo.data.sources.record import Columns
 from megatron_idpo.errors import DataError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One origin of pairs."""
-
-    path: str
-    """A file (`.jsonl .json .parquet .csv .arrow`), a pattern such as `data/*.jsonl`, a directory
-    of files or of `datasets.save_to_disk`, or a dataset's name on the hub."""
-
-    weight: float = 1.0
-    """How often a pair of this source occurs in one epoch: 2 twice, 0.25 a seeded quarter."""
-
-    split: str = "train"
-    """Of a hub dataset or a saved `DatasetDict`."""
-
-    subset: str | None = None
-    """The configuration of a hub dataset."""
-
-    format: Format | None = None
-    """What its records are, where that is another than that of the other sources."""
-
-    columns: Columns = field(default_factory=lambda: AS_OURS)
-    """Which of its columns stand for what, where they have not our names."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A named piece of a source whose rows are numbered on their own."""
+    """A named piece of a source with its own row numbers."""
 
     name: str
     read: Callable[[], Iterator[RawRow]]
     files: tuple[Path, ...]
-    """What its contents are, for the digest."""
+    """The files with its contents, for the digest."""
 
     selection: str = ""
-    """Which rows of those files, where it may not be all (a hub split such as `train[:10%]`)."""
+    """Which rows of those files, if it may not be all (a hub split such as `train[:10%]`)."""
 
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source that has been found."""
+    """A source whose parts are known."""
 
-    source: Source
+    source: SourceConfig
     parts: tuple[Part, ...]
 
     def digest(self) -> str:
-        """sha256 over the contents of all parts, in order, and what their columns stand for.
+        """sha256 over the contents of all parts, in order, and the column mapping.
 
-        Of files' names only the kind enters.
+        A file's name does not matter, except for its kind.
 
         Raises:
             DataError: a file cannot be read.
@@ -77,22 +53,25 @@ class OpenSource:
         total = hashlib.sha256()
         for part in self.parts:
             for path in part.files:
-                try:
+                with DataError.on_os_error(str(path), "the file cannot be read"):
                     with path.open("rb") as file:
                         total.update(hashlib.file_digest(file, "sha256").digest())
-                except OSError as error:
-                    raise DataError.at(str(path), f"the file cannot be read: {error}") from None
                 total.update(os.fsencode(file_kind(path)))
             total.update(f"part {part.selection}\n".encode())
-        total.update(json.dumps(dict(self.source.columns), sort_keys=True).encode())
+        total.update(json.dumps(_columns(self.source), sort_keys=True).encode())
         return total.hexdigest()
 
+    def location(self, part: int, row: int) -> str:
+        """`file:row` for messages, or the file alone for row 0."""
+        name = self.parts[part].name
+        return f"{name}:{row}" if row else name
 
-def open_source(source: Source) -> OpenSource:
-    """Finds a source's files or dataset.
+
+def open_source(source: SourceConfig) -> OpenSource:
+    """Find a source's files or dataset.
 
     Raises:
-        DataError: it does not exist, holds nothing that can be read, or the hub refuses it.
+        DataError: it does not exist, contains nothing readable, or the hub refuses it.
     """
     path = Path(source.path)
     parts: tuple[Part, ...]
@@ -107,69 +86,72 @@ def open_source(source: Source) -> OpenSource:
     return OpenSource(source, parts)
 
 
-def _local(source: Source, path: Path) -> tuple[Part, ...]:
-    return _directory(source, path) if path.is_dir() else (_file(source, path),)
+def _columns(source: SourceConfig) -> Columns:
+    columns: dict[str, str] = source.columns.model_dump(exclude_none=True)
+    return columns
 
 
-def _file(source: Source, path: Path) -> Part:
-    return Part(str(path), partial(read_file, path, source.columns), (path,))
-
-
-def _directory(source: Source, path: Path) -> tuple[Part, ...]:
+def _local(source: SourceConfig, path: Path) -> tuple[Part, ...]:
+    if not path.is_dir():
+        return (_file(source, path),)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return (_saved(source, path),)
-    endings = tuple(suffix + end for suffix in SUFFIXES for end in ("", ".gz"))
-    found = sorted(file for file in path.rglob("*") if file.name.endswith(endings))
-    if not found:
+    suffixes = tuple(suffix + end for suffix in SUFFIXES for end in ("", ".gz"))
+    files = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes))
+    if not files:
         raise DataError.at(
-            str(path), "the directory holds no data file", f"known are {' '.join(SUFFIXES)}"
+            str(path), "the directory contains no data file", f"supported: {' '.join(SUFFIXES)}"
         )
-    return tuple(_file(source, file) for file in found)
+    return tuple(_file(source, file) for file in files)
 
 
-def _saved(source: Source, path: Path) -> Part:
+def _file(source: SourceConfig, path: Path) -> Part:
+    return Part(str(path), partial(read_file, path, _columns(source)), (path,))
+
+
+def _saved(source: SourceConfig, path: Path) -> Part:
     import datasets
 
     try:
         loaded = datasets.load_from_disk(str(path), keep_in_memory=False)
-    # A damaged directory fails wherever the library happens to look first.
+    # The exception depends on which step of the library fails first.
     except Exception as error:
         raise DataError.at(str(path), f"the saved dataset cannot be read: {error}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if source.split not in loaded:
-            named = ", ".join(loaded)
-            raise DataError.at(str(path), f"no split '{source.split}'", f"it has {named}")
+            splits = ", ".join(loaded)
+            raise DataError.at(str(path), f"no split '{source.split}'", f"it has {splits}")
         loaded = loaded[source.split]
     return _dataset_part(source, source.path, loaded)
 
 
-def _hub(source: Source) -> Part:
+def _hub(source: SourceConfig) -> Part:
     import datasets
 
     try:
         loaded = datasets.load_dataset(
             source.path, source.subset, split=source.split, keep_in_memory=False
         )
-    # Whatever goes wrong with the hub (names, splits, network, login) is told in its words.
+    # Names, splits, network, login: the hub's own message explains it best.
     except Exception as error:
         raise DataError.at(
             source.path,
-            f"is no local file, and the hub gives no split '{source.split}' of it: {error}",
+            f"not a local file, and the hub has no split '{source.split}' of it: {error}",
             "check the path or the name, data's split and subset, and the network",
         ) from error
     name = ":".join(filter(None, (source.path, source.subset, source.split)))
     return _dataset_part(source, name, loaded, source.split)
 
 
-def _dataset_part(source: Source, name: str, dataset: Any, selection: str = "") -> Part:
+def _dataset_part(source: SourceConfig, name: str, dataset: Any, selection: str = "") -> Part:
     files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
-    if not files:  # Nothing to hash: `datasets` has a fingerprint of its own.
+    if not files:  # Nothing to hash: use the fingerprint of `datasets` instead.
         selection += dataset._fingerprint
-    return Part(name, partial(read_dataset, dataset, source.columns), files, selection)
+    return Part(name, partial(read_dataset, dataset, _columns(source)), files, selection)
 
 
 def _looks_like_files(path: str) -> bool:
-    """Hub names are `name` or `owner/name`, without a data file's ending."""
+    """Hub names are `name` or `owner/name`, without a data file's suffix."""
     return (
         path.startswith((".", "/", "~"))
         or path.count("/") > 1

@@ -1,39 +1,41 @@
-"""One record of a preference dataset, read the way TRL's DPOTrainer reads it.
+"""One record of a preference dataset, interpreted as TRL's DPOTrainer interprets it.
 
 A record becomes a `Preference`: prompt, chosen and rejected, all three text or all three messages.
-Accepted are the shapes that TRL reads:
+The accepted shapes are TRL's:
 
-* `prompt`, `chosen`, `rejected` as text, or as lists of chat messages, with `tools` and
-  `chat_template_kwargs` beside them;
+* `prompt`, `chosen`, `rejected` as text, or as lists of chat messages, optionally with `tools` and
+  `chat_template_kwargs`;
 * no `prompt`: the longest common prefix of chosen and rejected, in characters or in messages;
-* `prompt` as text beside whole conversations that contain it (UltraFeedback-binarized);
-* Anthropic-HH transcripts (`transcripts.py`): with a chat template they become messages; without
-  one they stay text, as all text does.
+* `prompt` as text with whole conversations that contain it (UltraFeedback-binarized);
+* Anthropic-HH transcripts (arXiv 2204.05862), "\n\nHuman: ... \n\nAssistant: ...": with a chat
+  template they become messages, without one they stay text.
 
-Under `single_turn`, which TRL has not, text becomes a chat (`single_turn.py`).
+The format `single_turn`, which TRL lacks, turns a text prompt and text answers into one turn of a
+chat. Most instruction datasets are written that way; as text they would be trained without the chat
+template that the model uses.
 
-Other columns are ignored. What cannot be a pair is a `BadRecord` with its reason: nothing is
-repaired by guessing. Reading files is `sources.py`, tokens are `chat.py`.
+Other columns are ignored. A record that is not a pair raises `BadRecord` with the reason: nothing
+is repaired by guessing.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from megatron_idpo.data.sources.raw_record import (
+from megatron_idpo.data.sources.record import (
     BadRecord,
     Message,
-    has_no_prompt,
-    kind_name,
-    refuse_other_prompt,
+    check_prompt_name,
+    has_prompt,
+    type_name,
 )
-from megatron_idpo.data.sources.single_turn import from_single_turn
-from megatron_idpo.data.sources.transcripts import BadTranscript, is_transcript, read_transcript
-from megatron_idpo.data.tokenize.common_prefix import common_length
 
 type Format = Literal["auto", "text", "chat", "hh", "single_turn"]
-"""What the records are: `auto` decides for each record; the others refuse what is not theirs."""
+"""What the records are: `auto` decides for each record; the others reject other shapes."""
+
+type Answers = tuple[list[Message], list[Message]]
 
 _NEXT_ROLES = {
     "": ("system", "developer", "user"),
@@ -44,10 +46,13 @@ _NEXT_ROLES = {
     "tool": ("tool", "assistant"),
 }
 
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt and two answers to it: three texts, or three lists of messages."""
+    """A prompt and two answers: three texts, or three lists of messages."""
 
     prompt: str | list[Message]
     chosen: str | list[Message]
@@ -57,72 +62,79 @@ class Preference:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the three are messages, to be rendered by a chat template."""
+        """Whether the three are messages, which a chat template renders."""
         return not isinstance(self.chosen, str)
 
 
 def parse_preference(
     record: object, *, format: Format = "auto", has_template: bool = True
 ) -> Preference:
-    """Turns one record into a `Preference`.
+    """Interpret one record.
 
     Args:
-        record: a parsed record; anything but a mapping is refused.
+        record: a parsed record with our field names; anything but a mapping is refused.
         format: what the record must be.
-        has_template: whether the tokenizer can render messages; decides what becomes of transcripts
-            under `auto`, and messages are refused without it.
+        has_template: whether the tokenizer can render messages. Under `auto`, transcripts become
+            messages only with a template; messages are refused without one.
 
     Raises:
         BadRecord: a missing field, an empty answer, equal answers, a role out of order, text where
             messages are needed or the reverse, or anything else that is not a pair.
     """
     if not isinstance(record, Mapping):
-        raise BadRecord(f"the record is {kind_name(record)}, not an object with fields")
+        raise BadRecord(f"the record is {type_name(record)}, not an object with fields")
     for name in ("chosen", "rejected"):
         if record.get(name) is None:
             raise BadRecord(f"field '{name}' is missing", "chosen and rejected are always needed")
     if record.get("system") is not None and format != "single_turn":
         raise BadRecord(
-            "there is a system message beside the prompt",
-            "it is read in the format 'single_turn'; else leave `system` out of columns",
+            "there is a separate system message",
+            "only the format 'single_turn' reads it: set it, or leave `system` out of columns",
         )
     prompt, chosen, rejected = (record.get(name) for name in ("prompt", "chosen", "rejected"))
     if format == "hh" or (format == "auto" and has_template and _are_transcripts(record)):
-        prompt, chosen, rejected = _from_transcripts(prompt, chosen, rejected)
-    elif format in ("auto", "single_turn") and isinstance(chosen, str) and has_no_prompt(record):
-        refuse_other_prompt(record, else_="; the format 'text' leaves it out")
+        prompt, (chosen, rejected) = None, _parse_transcripts(prompt, chosen, rejected)
+    elif format in ("auto", "single_turn") and isinstance(chosen, str) and not has_prompt(record):
+        check_prompt_name(record, alternative="; the format 'text' ignores it")
     if format == "single_turn":
-        prompt, chosen, rejected = from_single_turn(prompt, chosen, rejected, record.get("system"))
-    _check_kinds(prompt, chosen, rejected, format)
+        system = record.get("system")
+        prompt, (chosen, rejected) = _single_turn(prompt, chosen, rejected, system)
+    _check_types(prompt, chosen, rejected, format)
     if isinstance(chosen, str):
         preference = _text_preference(prompt, chosen, rejected)
-    else:
-        if not has_template:
-            _refuse_messages(format)
+    elif has_template:
         preference = _chat_preference(prompt, chosen, rejected, record)
+    else:
+        message, remedy = "the record is chat messages", "give prompt, chosen and rejected as text"
+        if format == "single_turn":
+            message, remedy = "the format is 'single_turn'", "set the format to 'text'"
+        message += ", but the tokenizer has no chat template"
+        raise BadRecord(message, f"set data.chat_template, or {remedy}")
     if preference.chosen == preference.rejected:
         raise BadRecord("chosen and rejected are the same")
     return preference
 
 
-def _refuse_messages(format: Format) -> NoReturn:
-    """There is no chat template to render them."""
-    message, remedy = "the record is chat messages", "give prompt, chosen and rejected as text"
-    if format == "single_turn":
-        message, remedy = "the format is 'single_turn'", "set the format to 'text'"
-    raise BadRecord(
-        f"{message}, but the tokenizer has no chat template", f"set data.chat_template, or {remedy}"
-    )
+def common_prefix_length(first: Sequence[Any], *others: Sequence[Any]) -> int:
+    """Length of the longest common prefix: of characters, messages or tokens.
+
+    Whole prefixes are compared first: in most data one sequence is a prefix of the others.
+    """
+    length = min(map(len, (first, *others)))
+    for other in others:
+        if first[:length] != other[:length]:
+            length = next(at for at in range(length) if first[at] != other[at])
+    return length
 
 
-def shared_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+def implicit_prompt_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     """Length of the implicit prompt: the longest common prefix, by TRL's rules.
 
-    Something is always left to both answers, and in text a space before the parting belongs to the
+    Neither answer becomes empty, and in text a space before the first difference belongs to the
     answers (`trl.data_utils.extract_prompt`).
     """
     limit = min(len(chosen), len(rejected)) - 1
-    shared = common_length(chosen, rejected)
+    shared = common_prefix_length(chosen, rejected)
     if 0 < shared <= limit and chosen[shared - 1] == " ":
         return shared - 1
     return min(shared, max(limit, 0))
@@ -133,7 +145,7 @@ def _text_preference(prompt: Any, chosen: str, rejected: Any) -> Preference:
         if not answer.strip():
             raise BadRecord(f"empty answer: '{name}' has no text")
     if prompt is None:
-        shared = shared_length(chosen, rejected)
+        shared = implicit_prompt_length(chosen, rejected)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     return Preference(prompt, chosen, rejected)
 
@@ -144,7 +156,7 @@ def _chat_preference(
     chosen_messages = _messages(chosen, "chosen")
     rejected_messages = _messages(rejected, "rejected")
     if prompt is None or isinstance(prompt, str):
-        shared = shared_length(chosen_messages, rejected_messages)
+        shared = implicit_prompt_length(chosen_messages, rejected_messages)
         prompt_messages = chosen_messages[:shared]
         chosen_messages, rejected_messages = chosen_messages[shared:], rejected_messages[shared:]
         if prompt and all(str(m.get("content")).strip() != prompt.strip() for m in prompt_messages):
@@ -156,16 +168,16 @@ def _chat_preference(
         prompt_messages = _messages(prompt, "prompt")
     _check_roles(prompt_messages, chosen_messages, "chosen")
     _check_roles(prompt_messages, rejected_messages, "rejected")
-    tools = _parsed(record, "tools", list)
-    kwargs = _parsed(record, "chat_template_kwargs", dict)
+    tools = _parse_field(record, "tools", list)
+    kwargs = _parse_field(record, "chat_template_kwargs", dict)
     return Preference(prompt_messages, chosen_messages, rejected_messages, tools, kwargs or {})
 
 
-def _check_kinds(prompt: Any, chosen: Any, rejected: Any, format: Format) -> None:
-    """All text or all messages, except for a text prompt beside whole conversations."""
+def _check_types(prompt: Any, chosen: Any, rejected: Any, format: Format) -> None:
+    """Check that all are text or all messages, except for a text prompt of whole conversations."""
     for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, str | list) and not (name == "prompt" and value is None):
-            raise BadRecord(f"'{name}' is {kind_name(value)}, neither text nor a list of messages")
+            raise BadRecord(f"'{name}' is {type_name(value)}, neither text nor a list of messages")
         if format == "text" and isinstance(value, list):
             raise BadRecord(
                 f"'{name}' is a list of messages where text is needed",
@@ -177,7 +189,7 @@ def _check_kinds(prompt: Any, chosen: Any, rejected: Any, format: Format) -> Non
                 "the format is 'chat': set it to 'text' or 'auto', or to 'single_turn'",
             )
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRecord("of chosen and rejected one is text and the other a list of messages")
+        raise BadRecord("one of chosen and rejected is text, the other a list of messages")
     if isinstance(prompt, list) and isinstance(chosen, str):
         raise BadRecord(
             "'prompt' is a list of messages, but chosen and rejected are text",
@@ -186,7 +198,7 @@ def _check_kinds(prompt: Any, chosen: Any, rejected: Any, format: Format) -> Non
 
 
 def _messages(value: list[Any], name: str) -> list[Message]:
-    """Messages with roles and text content; null fields, which Arrow adds, are left out."""
+    """Messages with roles and text content, without the null fields that Arrow adds."""
     if not value and name != "prompt":
         raise BadRecord(f"empty answer: '{name}' has no messages")
     return [_message(item, f"message {at} of '{name}'") for at, item in enumerate(value, 1)]
@@ -194,7 +206,7 @@ def _messages(value: list[Any], name: str) -> list[Message]:
 
 def _message(item: Any, location: str) -> Message:
     if not isinstance(item, Mapping):
-        raise BadRecord(f"{location} is {kind_name(item)}, not an object with role and content")
+        raise BadRecord(f"{location} is {type_name(item)}, not an object with role and content")
     if "from" in item and "value" in item and "role" not in item:
         raise BadRecord(f"{location} has 'from' and 'value'", "rename them to 'role' and 'content'")
     message = {key: part for key, part in item.items() if part is not None}
@@ -207,7 +219,7 @@ def _message(item: Any, location: str) -> Message:
     if content is None and message.get("tool_calls"):
         return message
     if not isinstance(content, str):
-        raise BadRecord(f"{location} has the content {kind_name(content)}, not text")
+        raise BadRecord(f"{location} has the content {type_name(content)}, not text")
     return message
 
 
@@ -219,7 +231,7 @@ def _text_part(part: Any, location: str) -> str:
 
 
 def _check_roles(prompt: list[Message], answer: list[Message], name: str) -> None:
-    """[system] user assistant user ..., with tool turns; answers begin and end as assistant."""
+    """Check for [system] user assistant ..., with tools; answers begin and end as assistant."""
     previous = ""
     for at, message in enumerate([*prompt, *answer], 1):
         role = message["role"]
@@ -230,7 +242,7 @@ def _check_roles(prompt: list[Message], answer: list[Message], name: str) -> Non
             after = f"after '{previous}'" if previous else "first"
             where = "the prompt" if at <= len(prompt) else f"'{name}'"
             raise BadRecord(
-                f"role out of order: '{role}' {after}, in {where}, message {at} of the whole",
+                f"role out of order: '{role}' {after}, in {where}, message {at} of all",
                 "a prompt is [system,] user, assistant, user, ...; an answer begins as assistant",
             )
         previous = role
@@ -242,26 +254,28 @@ def _check_roles(prompt: list[Message], answer: list[Message], name: str) -> Non
             raise BadRecord(f"empty answer: '{name}' has an assistant message without text")
 
 
+def is_transcript(text: str) -> bool:
+    """Whether a text begins like an Anthropic-HH transcript and has an answer."""
+    return text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
+
+
 def _are_transcripts(record: Mapping[str, Any]) -> bool:
     if record.get("prompt") is not None:
         return False
-    found = [
-        name
-        for name in ("chosen", "rejected")
-        if isinstance(record[name], str) and is_transcript(record[name])
+    answers = {name: record[name] for name in ("chosen", "rejected")}
+    transcripts = [
+        name for name, text in answers.items() if isinstance(text, str) and is_transcript(text)
     ]
-    if len(found) == 1:
+    if len(transcripts) == 1:
         raise BadRecord(
-            f"of chosen and rejected only '{found[0]}' is a transcript with an answer",
+            f"of chosen and rejected only '{transcripts[0]}' is a transcript with an answer",
             "correct the record, or set the format to 'text' to train on the text as it is",
         )
-    return len(found) == 2
+    return len(transcripts) == 2
 
 
-def _from_transcripts(
-    prompt: Any, chosen: Any, rejected: Any
-) -> tuple[None, list[Message], list[Message]]:
-    """Two whole conversations; a prompt beside bare answers is put in front of them."""
+def _parse_transcripts(prompt: Any, chosen: Any, rejected: Any) -> Answers:
+    """Two whole conversations; a separate prompt is put in front of bare answers."""
     conversations = []
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(answer, str) or not isinstance(prompt, str | None):
@@ -269,15 +283,40 @@ def _from_transcripts(
                 f"'{name}' is not a transcript", "the format is 'hh', which reads text only"
             )
         text = answer if is_transcript(answer) or prompt is None else prompt + answer
-        try:
-            conversations.append(read_transcript(text))
-        except BadTranscript as error:
-            raise BadRecord(f"'{name}': {error}") from None
-    return None, conversations[0], conversations[1]
+        marks = list(_TURN.finditer(text))
+        if not marks or marks[0].start() != 0:
+            raise BadRecord(f"'{name}': the text does not begin with '\\n\\nHuman:'")
+        ends = [*(mark.start() for mark in marks[1:]), len(text)]
+        # One message is the text between two turn marks, without surrounding white space.
+        conversations.append(
+            [
+                {"role": _TRANSCRIPT_ROLES[mark[1]], "content": text[mark.end() : end].strip()}
+                for mark, end in zip(marks, ends, strict=True)
+            ]
+        )
+    return conversations[0], conversations[1]
 
 
-def _parsed(record: Mapping[str, Any], name: str, kind: type) -> Any:
-    """`tools` or `chat_template_kwargs`: the value itself or, as TRL allows, its JSON text."""
+def _single_turn(
+    prompt: Any, chosen: Any, rejected: Any, system: Any
+) -> tuple[list[Message], Answers]:
+    """The prompt as a user's message, after a system message if there is one, and the answers."""
+    if prompt is None:
+        raise BadRecord("field 'prompt' is missing", "the format 'single_turn' requires it")
+    texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "system": system}
+    for name, value in texts.items():
+        if not isinstance(value, str) and not (name == "system" and value is None):
+            message = f"'{name}' is {type_name(value)}, not text"
+            raise BadRecord(message, "the format is 'single_turn', which reads text only")
+    if not prompt.strip():
+        raise BadRecord("'prompt' is empty")
+    before = [{"role": "system", "content": system}] if system and system.strip() else []
+    first, second = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    return [*before, {"role": "user", "content": prompt}], (first, second)
+
+
+def _parse_field(record: Mapping[str, Any], name: str, kind: type) -> Any:
+    """`tools` or `chat_template_kwargs`: the value or, as TRL allows, its JSON text."""
     value = record.get(name)
     if isinstance(value, str):
         try:
@@ -285,5 +324,5 @@ def _parsed(record: Mapping[str, Any], name: str, kind: type) -> Any:
         except ValueError:
             raise BadRecord(f"'{name}' is text, but not JSON") from None
     if value is not None and not isinstance(value, kind):
-        raise BadRecord(f"'{name}' is {kind_name(value)}, not a {kind.__name__}")
+        raise BadRecord(f"'{name}' is {type_name(value)}, not a {kind.__name__}")
     return value

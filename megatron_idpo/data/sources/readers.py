@@ -1,9 +1,9 @@
-"""Rows of one data file, one after the other, each with the number a user can look up.
+"""Read the rows of one data file in order, each with the row number that a user can look up.
 
-Row numbers count from 1: the line of a `.jsonl` or `.csv` file (where the record begins), the
-element of a `.json` list, the row of a table. JSON lines are read here and not by `datasets`, whose
-reader names no row, turns missing fields into nulls and refuses or converts columns of mixed types.
-Every reader streams: memory does not grow with the file. Records are judged in `preferences.py`.
+Row numbers start at 1: the line of a `.jsonl` or `.csv` file (where the record begins), the element
+of a `.json` list, the row of a table. JSON lines are not read by `datasets`, whose reader has no
+row numbers, turns missing fields into nulls and refuses or converts columns of mixed types. Every
+reader streams: memory does not grow with the file. `preferences.py` validates records.
 """
 
 import csv
@@ -13,94 +13,109 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_idpo.data.sources.columns import AS_OURS, Columns, columns_read, renamed
-from megatron_idpo.data.sources.raw_record import BadRecord
+from megatron_idpo.data.sources.record import (
+    STANDARD_COLUMNS,
+    BadRecord,
+    Columns,
+    needed_columns,
+    rename_columns,
+)
 from megatron_idpo.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
-"""What can be read; `.jsonl`, `.json` and `.csv` also with `.gz` behind."""
+"""The supported files; `.jsonl`, `.json` and `.csv` also with `.gz` appended."""
+
+type Content = bytes | Mapping[str, Any] | BadRecord
+"""A JSON text, a parsed record, or why there is none."""
+
+type Rows = Iterator[tuple[int, Content]]
 
 _CHUNK_CHARS = 1 << 20
 _TABLE_ROWS = 256
 _WHITE = " \t\r\n"
-_NO_UTF8 = re.compile("[\udc80-\udcff]")
-"""What `surrogateescape` makes of bytes that are not UTF-8."""
+_INVALID_UTF8 = re.compile("[\udc80-\udcff]")
+"""The surrogates that `surrogateescape` substitutes for bytes that are not UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """A row before it is understood."""
+    """A row before it is parsed."""
 
     row: int
-    """1-based; 0 where no row can be named."""
+    """1-based; 0 if no row can be named."""
 
-    content: bytes | Mapping[str, Any] | BadRecord
-    """A JSON text, a parsed record, or why there is none."""
-
-    columns: Columns = field(default_factory=lambda: AS_OURS)
-    """What the record's fields stand for."""
+    content: Content
+    columns: Columns = field(default_factory=dict)
+    """The mapping of the record's columns."""
 
     def record(self) -> object:
-        """The parsed record, with our names and only what is read of it.
+        """The parsed record, with our field names and without other columns.
 
         Raises:
             BadRecord: it is not UTF-8, not JSON, or could not be read in the first place; or a
-                column that was named is not there.
+                mapped column is missing.
         """
         if isinstance(self.content, BadRecord):
             raise self.content
         content = _parse(self.content) if isinstance(self.content, bytes) else self.content
-        return renamed(content, self.columns)
+        return rename_columns(content, self.columns)
 
 
 def file_kind(path: Path) -> str:
-    """The suffix that says how a file is read: one of `SUFFIXES`, or another that cannot be."""
+    """The suffix that selects the reader, without `.gz`; may be an unsupported one."""
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def read_file(path: Path, columns: Columns = AS_OURS) -> Iterator[RawRow]:
-    """The rows of one local file, by its suffix.
+def read_file(path: Path, columns: Columns = STANDARD_COLUMNS) -> Iterator[RawRow]:
+    """The rows of one local file; the reader is selected by its suffix.
 
     Args:
         path: of the file.
-        columns: which of its columns stand for what.
+        columns: the mapping of its columns.
 
     Raises:
-        DataError: the suffix is unknown, or the file is damaged or may not be read.
+        DataError: the suffix is unknown, or the file is damaged or not readable.
     """
-    kind = file_kind(path)
-    readers: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+    readers: dict[str, Callable[[Path, Columns], Rows]] = {
         ".jsonl": _read_lines,
         ".json": _read_json,
         ".csv": _read_csv,
-        ".parquet": partial(_read_parquet, columns=columns),
-        ".arrow": partial(_read_arrow, columns=columns),
+        ".parquet": _read_parquet,
+        ".arrow": _read_arrow,
     }
-    if kind not in readers:
-        known = " ".join(SUFFIXES)
-        raise DataError.at(str(path), f"cannot read a '{path.suffix}' file", f"known are {known}")
+    reader = readers.get(file_kind(path))
+    if reader is None:
+        supported = " ".join(SUFFIXES)
+        message = f"cannot read a '{path.suffix}' file"
+        raise DataError.at(str(path), message, f"supported are {supported}")
+    import pyarrow as pa
+
     try:
-        for raw in readers[kind](path):
-            yield replace(raw, columns=columns)
-    except (OSError, EOFError, zlib.error) as error:
+        for row, content in reader(path, columns):
+            yield RawRow(row, content, columns)
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise DataError.at(str(path), f"the file cannot be read: {error}") from None
 
 
-def read_dataset(dataset: Any, columns: Columns = AS_OURS) -> Iterator[RawRow]:
-    """The rows of a memory-mapped `datasets.Dataset`; only the columns that matter are decoded."""
-    names = columns_read(columns, dataset.column_names)
-    if not names:  # Then batches would show no rows at all.
-        yield from (RawRow(row, {}, columns) for row in range(1, len(dataset) + 1))
+def read_dataset(dataset: Any, columns: Columns = STANDARD_COLUMNS) -> Iterator[RawRow]:
+    """The rows of a memory-mapped `datasets.Dataset`; only the needed columns are decoded."""
+    for row, content in _dataset_rows(dataset, columns):
+        yield RawRow(row, content, columns)
+
+
+def _dataset_rows(dataset: Any, columns: Columns) -> Rows:
+    names = needed_columns(columns, dataset.column_names)
+    if not names:  # Batches without columns would have no rows.
+        yield from ((row, {}) for row in range(1, len(dataset) + 1))
     row = 0
     for batch in dataset.select_columns(names).with_format(None).iter(_TABLE_ROWS):
         for values in zip(*batch.values(), strict=True):
             row += 1
-            yield RawRow(row, _without_nulls(dict(zip(batch, values, strict=True))), columns)
+            yield row, _without_nulls(dict(zip(batch, values, strict=True)))
 
 
 def _open(path: Path) -> BinaryIO:
@@ -116,29 +131,26 @@ def _parse(text: bytes) -> object:
         raise BadRecord(f"not JSON: {error}") from None
 
 
-def _read_lines(path: Path) -> Iterator[RawRow]:
+def _read_lines(path: Path, _: Columns) -> Rows:
     with _open(path) as file:
         for row, line in enumerate(file, 1):
             text = line.removeprefix(b"\xef\xbb\xbf") if row == 1 else line
             if text.strip():
-                yield RawRow(row, text)
+                yield row, text
 
 
-def _read_json(path: Path) -> Iterator[RawRow]:
+def _read_json(path: Path, columns: Columns) -> Rows:
     """A list of records; a file that begins with anything else is read as JSON lines."""
     with _open(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        yield from _read_lines(path)
-        return
-    yield from _read_list(path)
+    return _read_list(path) if start.startswith(b"[") else _read_lines(path, columns)
 
 
-def _read_list(path: Path) -> Iterator[RawRow]:
+def _read_list(path: Path) -> Rows:
     """The elements of a JSON list, decoded one by one from a sliding window of the text.
 
-    Where an element is broken, nobody knows where the next one begins. That is no bad row that
-    could be skipped: the rest of the file would go with it.
+    The start of the next element after an invalid one is unknown. It is therefore an error and not
+    a bad row that may be skipped: the rest of the file would be lost with it.
     """
     decoder = json.JSONDecoder()
     with _open(path) as raw:
@@ -154,7 +166,7 @@ def _read_list(path: Path) -> Iterator[RawRow]:
                 if text[after : after + 1] not in (",", "]"):
                     raise ValueError("no ',' or ']' after the element")
             except (ValueError, RecursionError) as error:
-                # An element may only be incomplete: widen the window before judging it.
+                # The element may only be incomplete: enlarge the window before refusing it.
                 more = "" if ended else file.read(max(_CHUNK_CHARS, len(text) - at))
                 if more:
                     text, at = text[at:] + more, 0
@@ -168,12 +180,12 @@ def _read_list(path: Path) -> Iterator[RawRow]:
                     "correct the file, or write one record per line into a .jsonl file",
                 ) from None
             row += 1
-            yield RawRow(row, _element(record, text[at:end]))
+            yield row, _element(record, text[at:end])
             at = after + (text[after] == ",")
 
 
 def _element(record: object, text: str) -> dict[str, Any] | BadRecord:
-    if _NO_UTF8.search(text):
+    if _INVALID_UTF8.search(text):
         return BadRecord("invalid UTF-8")
     if isinstance(record, dict):
         return record
@@ -181,7 +193,7 @@ def _element(record: object, text: str) -> dict[str, Any] | BadRecord:
 
 
 def _text(raw: BinaryIO, newline: str | None = None) -> io.TextIOWrapper:
-    """Text whose bytes that are not UTF-8 become `_NO_UTF8`, so that they are told by their row."""
+    """Text in which invalid UTF-8 becomes surrogates, so that it can be reported by row."""
     return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
@@ -191,8 +203,8 @@ def _skip_white(text: str, at: int) -> int:
     return at
 
 
-def _read_csv(path: Path) -> Iterator[RawRow]:
-    csv.field_size_limit(2**31 - 1)  # A long prompt is no mistake; the module's limit is 128 KiB.
+def _read_csv(path: Path, _: Columns) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # The module's limit is 128 KiB, less than a long prompt.
     with _open(path) as raw:
         reader = csv.reader(_text(raw, newline=""), strict=True)
         header: list[str] | None = None
@@ -203,64 +215,57 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield RawRow(row, BadRecord(f"not CSV: {error}{_until(row, reader.line_num)}"))
+                yield row, BadRecord(f"not CSV: {error}{_line_range(row, reader.line_num)}")
                 continue
             if header is None:
                 header = fields
             elif fields:
-                yield RawRow(row, _csv_record(header, fields, _until(row, reader.line_num)))
+                yield row, _csv_record(header, fields, _line_range(row, reader.line_num))
 
 
-def _until(first: int, last: int) -> str:
-    """What a bad record takes with it: an open quote swallows the lines up to the next one."""
+def _line_range(first: int, last: int) -> str:
+    """The lines of a bad record: an unclosed quote extends to the next quote."""
     return f", in lines {first} to {last}" if last > first else ""
 
 
-def _csv_record(header: list[str], fields: list[str], until: str) -> dict[str, str] | BadRecord:
+def _csv_record(header: list[str], fields: list[str], lines: str) -> dict[str, str] | BadRecord:
     if len(fields) != len(header):
         return BadRecord(
-            f"{len(fields)} fields, but the header has {len(header)}{until}",
+            f"{len(fields)} fields, but the header has {len(header)}{lines}",
             "quote fields that contain commas or line breaks",
         )
-    if any(map(_NO_UTF8.search, fields)):
+    if any(map(_INVALID_UTF8.search, fields)):
         return BadRecord("invalid UTF-8")
     return dict(zip(header, fields, strict=True))
 
 
-def _read_parquet(path: Path, *, columns: Columns) -> Iterator[RawRow]:
-    import pyarrow as pa
+def _read_parquet(path: Path, columns: Columns) -> Rows:
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
-            names = columns_read(columns, file.schema_arrow.names)
-            row = 0
-            for batch in file.iter_batches(_TABLE_ROWS, columns=names):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield RawRow(row, _without_nulls(record))
-    except pa.ArrowException as error:
-        raise DataError.at(str(path), f"the parquet file cannot be read: {error}") from None
+    with pq.ParquetFile(path) as file:
+        names = needed_columns(columns, file.schema_arrow.names)
+        row = 0
+        for batch in file.iter_batches(_TABLE_ROWS, columns=names):
+            for record in batch.to_pylist():
+                row += 1
+                yield row, _without_nulls(record)
 
 
-def _read_arrow(path: Path, *, columns: Columns) -> Iterator[RawRow]:
+def _read_arrow(path: Path, columns: Columns) -> Rows:
     """An Arrow stream, as `datasets` writes it, or an Arrow file; memory-mapped."""
     import datasets
     import pyarrow as pa
 
-    try:
-        with pa.memory_map(str(path)) as mapped:
-            is_file = mapped.read(6) == b"ARROW1"
-            if is_file:
-                table = pa.ipc.open_file(path).read_all()
-        dataset = datasets.Dataset(table) if is_file else datasets.Dataset.from_file(str(path))
-        yield from read_dataset(dataset, columns)
-    except pa.ArrowException as error:
-        raise DataError.at(str(path), f"the Arrow file cannot be read: {error}") from None
+    with pa.memory_map(str(path)) as mapped:
+        is_file = mapped.read(6) == b"ARROW1"
+        if is_file:
+            table = pa.ipc.open_file(path).read_all()
+    dataset = datasets.Dataset(table) if is_file else datasets.Dataset.from_file(str(path))
+    yield from _dataset_rows(dataset, columns)
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives every struct every field, null where a record had none: take those out again."""
+    """The value without the null fields that Arrow adds to every struct that lacks a field."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -1,33 +1,36 @@
-"""A source's rows become a store of tokenised pairs: once, in parallel, in order.
+"""Build the token store of a source: once, in parallel, in order.
 
-The store's directory is named by a fingerprint of everything that decides its contents: the bytes
-of the source's files, the tokenizer with its chat template, the options, the version of
-Transformers. So a second run, and every rank but the first, only opens it. Ranks that share a file
-system wait for each other at a file lock; a store appears by a rename, so none is ever seen
-half-written.
+The store's directory is named by a digest of everything that affects its contents: the bytes of the
+source's files, the tokenizer with its chat template, the options, the version of Transformers. A
+second run, and every rank but the first, only opens it. Ranks that share a file system wait for
+each other at a file lock; a store appears by a rename, so an incomplete one is never visible.
 """
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from megatron_idpo.data.report import DataReport
 from megatron_idpo.data.sources.open import OpenSource
 from megatron_idpo.data.sources.preferences import Preference, parse_preference
-from megatron_idpo.data.sources.raw_record import BadRecord
 from megatron_idpo.data.sources.readers import RawRow
+from megatron_idpo.data.sources.record import BadRecord
 from megatron_idpo.data.tokenize.chat import (
-    Dropped,
+    DroppedPair,
     PairText,
     TokenOptions,
     TokenPair,
@@ -35,7 +38,6 @@ from megatron_idpo.data.tokenize.chat import (
     pair_text,
     truncate,
 )
-from megatron_idpo.data.tokenize.process_map import ordered_map
 from megatron_idpo.data.tokenize.store import BadRow, PairStore, PairStoreWriter, TokenBatch
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 from megatron_idpo.errors import DataError, Problem
@@ -43,27 +45,25 @@ from megatron_idpo.storage.lock import locked
 
 type OnBadRow = Literal["error", "skip"]
 
+type Rows = tuple[int, list[RawRow]]
+"""The index of a part, and some of its rows."""
+
 _STORE_FORMAT = 2
-"""Raised whenever the same rows would become other tokens, or the files another shape."""
+"""Incremented whenever the same rows would become other tokens, or the file format changes."""
 
 _BATCH_ROWS = 512
 _BATCHES_BEFORE_WORKERS = 6
-"""Starting workers costs about as long as tokenising this many batches."""
+"""Starting workers takes about as long as tokenizing this many batches."""
 
-_PROBLEMS_TOLD = 10
-_ROWS_TOLD = 2
+_BATCHES_PER_WORKER = 3
+"""Batches in flight: bounds memory while the reader is faster than the workers."""
 
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs beside the rows."""
-
-    tokenizer: Tokenizer
-    options: TokenOptions
+_MAX_PROBLEMS = 10
+_MAX_LOCATIONS = 2
 
 
 def tokenized_store(
-    found: OpenSource,
+    source: OpenSource,
     tokenizer: Tokenizer,
     options: TokenOptions,
     *,
@@ -71,197 +71,233 @@ def tokenized_store(
     num_workers: int = 1,
     on_bad_row: OnBadRow = "error",
 ) -> PairStore:
-    """The store of a source, made if it is not there yet.
+    """Open the store of a source; build it first if it does not exist.
 
     Raises:
         DataError: a bad row under `on_bad_row: error`, a file that cannot be read, or a cache that
             cannot be written.
     """
-    name = _fingerprint(found, tokenizer, options)
+    name = _store_name(source, tokenizer, options)
     directory = cache / name
-    with ExitStack() as hold:
-        with _writing(cache):
+    with ExitStack() as stack:
+        with _cache_errors(cache):
             cache.mkdir(parents=True, exist_ok=True)
-            hold.enter_context(locked(cache / f"{name}.lock", wait=True))
+            stack.enter_context(locked(cache / f"{name}.lock", wait=True))
         if not (directory / "meta.json").exists():
-            _build(found, Job(tokenizer, options), directory, num_workers, on_bad_row)
+            tokenize = partial(tokenize_rows, tokenizer, options)
+            _build(source, tokenize, directory, num_workers, on_bad_row)
     store = PairStore(directory)
     if on_bad_row == "error" and store.report.skipped_rows:
-        _refuse(found, list(islice(store.bad_rows(), _PROBLEMS_TOLD)))
+        _raise_bad_rows(source, islice(store.bad_rows(), _MAX_PROBLEMS))
     return store
 
 
-def tokenize_rows(job: Job, unit: tuple[int, list[RawRow]]) -> TokenBatch:
-    """Tokenises some rows of one part; bad ones become `BadRow`s and never an exception."""
-    part, rows = unit
+def tokenize_rows(tokenizer: Tokenizer, options: TokenOptions, rows: Rows) -> TokenBatch:
+    """Tokenize some rows of one part; bad ones become `BadRow`s and never raise."""
+    part, raw_rows = rows
     bad: list[BadRow] = []
-    read: list[tuple[RawRow, PairText, Preference]] = []
-    for raw in rows:
+    parsed: list[tuple[RawRow, PairText, Preference]] = []
+    has_template = tokenizer.has_chat_template
+    for raw in raw_rows:
         try:
             preference = parse_preference(
-                raw.record(),
-                format=job.options.format,
-                has_template=job.tokenizer.has_chat_template,
+                raw.record(), format=options.format, has_template=has_template
             )
-            text = pair_text(preference, job.tokenizer, job.options.template_kwargs)
+            text = pair_text(preference, tokenizer, options.template_kwargs)
         except BadRecord as error:
             bad.append(BadRow(part, raw.row, error.reason, error.remedy))
             continue
-        read.append((raw, text, preference))
-    report = DataReport(rows=len(rows))
+        parsed.append((raw, text, preference))
+    report = DataReport(rows=len(raw_rows))
     kept: list[tuple[int, TokenPair]] = []
-    encoded = encode_pairs([text for _, text, _ in read], job.tokenizer)
-    is_auto = job.options.format == "auto" and job.tokenizer.has_chat_template
-    for (raw, _, preference), pair in zip(read, encoded, strict=True):
+    encoded = encode_pairs([text for _, text, _ in parsed], tokenizer)
+    for (raw, _, preference), pair in zip(parsed, encoded, strict=True):
         try:
             if isinstance(pair, BadRecord):
                 raise pair
-            cut = truncate(pair, job.options.max_length, job.options.truncation)
+            truncated = truncate(pair, options.max_length, options.truncation)
         except BadRecord as error:
             bad.append(BadRow(part, raw.row, error.reason, error.remedy))
             continue
-        if isinstance(cut, Dropped):
-            report.dropped_pairs[cut.reason] = report.dropped_pairs.get(cut.reason, 0) + 1
+        if isinstance(truncated, DroppedPair):
+            reason = truncated.reason
+            report.dropped_pairs[reason] = report.dropped_pairs.get(reason, 0) + 1
             continue
-        report.longer_answers += _has_longer_answer(preference)
-        report.untemplated_pairs += is_auto and not preference.is_chat
-        kept.append((raw.row, cut))
+        if preference.is_chat:
+            longest = max(len(preference.chosen), len(preference.rejected))
+            report.longer_answers += longest > 1
+        elif has_template and options.format == "auto":
+            report.untemplated_pairs += 1
+        kept.append((raw.row, truncated))
     bad.sort(key=lambda row: row.row)
     report.skipped_rows = len(bad)
-    return _batch(part, kept, tuple(bad), report)
+    return _token_batch(part, kept, tuple(bad), report)
 
 
-def _has_longer_answer(preference: Preference) -> bool:
-    """Whether an answer has several messages."""
-    return preference.is_chat and max(len(preference.chosen), len(preference.rejected)) > 1
-
-
-def _batch(
+def _token_batch(
     part: int, kept: list[tuple[int, TokenPair]], bad: tuple[BadRow, ...], report: DataReport
 ) -> TokenBatch:
-    """Lists of tokens as flat arrays, and their counts in the report."""
+    """Flatten lists of tokens to arrays, and count them in the report."""
     pairs = [pair for _, pair in kept]
     lengths = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
     lengths_B3 = np.array(lengths, np.int32).reshape(-1, 3)
     report.kept_pairs = len(pairs)
     report.truncated_pairs = sum(pair.truncated for pair in pairs)
-    report.moved_boundaries = sum(pair.moved for pair in pairs)
+    report.moved_boundaries = sum(pair.boundary_moved for pair in pairs)
     report.unterminated_pairs = sum(pair.unterminated for pair in pairs)
     sums = lengths_B3.sum(axis=0, dtype=np.int64).tolist()
     report.prompt_tokens, report.chosen_tokens, report.rejected_tokens = sums
     prompts, chosen, rejected = (
-        np.fromiter(chain.from_iterable(column), np.int32)
-        for column in (
-            (pair.prompt for pair in pairs),
-            (pair.chosen for pair in pairs),
-            (pair.rejected for pair in pairs),
-        )
+        np.fromiter(chain.from_iterable(getattr(pair, name) for pair in pairs), np.int32)
+        for name in ("prompt", "chosen", "rejected")
     )
     rows_B = np.array([row for row, _ in kept], np.int64)
     return TokenBatch(part, rows_B, lengths_B3, (prompts, chosen, rejected), bad, report)
 
 
 def _build(
-    found: OpenSource, job: Job, directory: Path, num_workers: int, on_bad_row: OnBadRow
+    source: OpenSource,
+    tokenize: Callable[[Rows], TokenBatch],
+    directory: Path,
+    num_workers: int,
+    on_bad_row: OnBadRow,
 ) -> None:
-    """Tokenise all rows.
+    """Tokenize all rows into `directory`.
 
     Raises:
         DataError: see `tokenized_store`.
     """
     cache = directory.parent
-    # A name of its own: there are file systems whose locks end at the machine.
-    growing = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}")
+    # A unique name, although a lock is held: some file systems' locks do not reach other machines.
+    incomplete = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}")
     batches = ordered_map(
-        tokenize_rows,
-        job,
-        _units(found),
+        tokenize,
+        _batch_rows(source),
         num_workers=num_workers,
-        first_here=_BATCHES_BEFORE_WORKERS,
+        first_in_process=_BATCHES_BEFORE_WORKERS,
     )
     try:
-        with _writing(cache):
-            growing.mkdir()
-            writer = PairStoreWriter(growing)
+        with _cache_errors(cache):
+            incomplete.mkdir()
+            writer = PairStoreWriter(incomplete)
         try:
             for batch in batches:
                 if batch.bad_rows and on_bad_row == "error":
-                    _refuse(found, list(batch.bad_rows[:_PROBLEMS_TOLD]))
-                with _writing(cache):
+                    _raise_bad_rows(source, batch.bad_rows[:_MAX_PROBLEMS])
+                with _cache_errors(cache):
                     writer.append(batch)
         finally:
-            with _writing(cache):
+            with _cache_errors(cache):
                 writer.close()
-        with _writing(cache):
+        with _cache_errors(cache):
             writer.finish()
-            if directory.exists():  # Without meta.json: nothing that we wrote.
+            if directory.exists():  # Without meta.json, so not a finished store.
                 shutil.rmtree(directory)
-            os.rename(growing, directory)
+            os.rename(incomplete, directory)
     finally:
         batches.close()
-        shutil.rmtree(growing, ignore_errors=True)
+        shutil.rmtree(incomplete, ignore_errors=True)
 
 
-@contextmanager
-def _writing(cache: Path) -> Iterator[None]:
-    """Around what writes the cache, and nothing else: what is read fails for reasons of its own.
-
-    Raises:
-        DataError: the system refuses.
-    """
-    try:
-        yield
-    except OSError as error:
-        message = f"{cache} cannot be written: {error.strerror or error}"
-        remedy = "free space, or name a directory on another file system"
-        raise DataError.at("data.cache", message, remedy) from None
+def _cache_errors(cache: Path) -> AbstractContextManager[None]:
+    """Turns an `OSError` of writing the cache, but not of reading sources, into a `DataError`."""
+    message = f"{cache} cannot be written"
+    remedy = "free space, or name a directory on another file system"
+    return DataError.on_os_error("data.cache", message, remedy)
 
 
-def _units(found: OpenSource) -> Iterator[tuple[int, list[RawRow]]]:
-    """The rows of all parts, some at a time; an empty part shows as a bad row 0."""
-    for number, part in enumerate(found.parts):
+def _batch_rows(source: OpenSource) -> Iterator[Rows]:
+    """The rows of all parts in batches; an empty part yields a bad row 0."""
+    for index, part in enumerate(source.parts):
         rows = part.read()
-        empty = True
-        while some := list(islice(rows, _BATCH_ROWS)):
-            empty = False
-            yield number, some
-        if empty:
-            yield number, [RawRow(0, BadRecord("is empty: it has no records"))]
+        first = list(islice(rows, _BATCH_ROWS))
+        yield index, first or [RawRow(0, BadRecord("is empty: it has no records"))]
+        while batch := list(islice(rows, _BATCH_ROWS)):
+            yield index, batch
 
 
-def _refuse(found: OpenSource, bad_rows: list[BadRow]) -> None:
-    """Stop, with each mistake told once: a missing chat template is one, not one for every row."""
+def _raise_bad_rows(source: OpenSource, bad_rows: Iterable[BadRow]) -> None:
+    """Raise each distinct problem once: a missing chat template, say, affects every row.
+
+    Only the first locations are named. Their total is unknown, since reading stops here.
+    """
     locations: dict[tuple[str, str], list[str]] = {}
     for bad in bad_rows:
-        mistake = (bad.reason, bad.remedy)
-        locations.setdefault(mistake, []).append(location(found, bad.part, bad.row))
+        locations.setdefault((bad.reason, bad.remedy), []).append(
+            source.location(bad.part, bad.row)
+        )
     raise DataError.of(
         [
-            Problem(_format_places(rows), reason, remedy)
+            Problem(
+                ", ".join(rows[:_MAX_LOCATIONS]) + " and more" * (len(rows) > _MAX_LOCATIONS),
+                reason,
+                remedy,
+            )
             for (reason, remedy), rows in locations.items()
         ]
     )
 
 
-def _format_places(rows: list[str]) -> str:
-    """The first rows with a mistake; how many there are of it is not known where reading stops."""
-    return f"{', '.join(rows[:_ROWS_TOLD])}{' and more' if len(rows) > _ROWS_TOLD else ''}"
-
-
-def location(found: OpenSource, part: int, row: int) -> str:
-    """How a row is called: `file:row`, or the file alone for row 0."""
-    name = found.parts[part].name
-    return f"{name}:{row}" if row else name
-
-
-def _fingerprint(found: OpenSource, tokenizer: Tokenizer, options: TokenOptions) -> str:
+def _store_name(source: OpenSource, tokenizer: Tokenizer, options: TokenOptions) -> str:
     import transformers
 
-    decisive = {
+    inputs = {
         "store": _STORE_FORMAT,
-        "contents": found.digest(),
+        "contents": source.digest(),
         "tokenizer": tokenizer.identity,
         "options": asdict(options),
         "transformers": transformers.__version__,
     }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+
+
+_worker_function: Any = None  # Set in worker processes only, by their initializer.
+
+
+def ordered_map[Item, Result](
+    function: Callable[[Item], Result],
+    items: Iterator[Item],
+    *,
+    num_workers: int,
+    first_in_process: int,
+) -> Generator[Result]:
+    """Yield `function(item)` for each item, in order, from worker processes.
+
+    `ProcessPoolExecutor.map` reads all of its input at once, so memory grows with it; here a
+    bounded number of items is in flight. Workers are spawned, since forking a process that has CUDA
+    or communication threads is not safe. That takes seconds: the first items are processed here,
+    and a small input starts no workers.
+
+    Args:
+        function: picklable; sent to each worker once.
+        items: picklable; read lazily.
+        num_workers: below 2, everything is processed in this process.
+        first_in_process: number of items to process here before workers are started.
+    """
+    yield from map(function, items if num_workers < 2 else islice(items, first_in_process))
+    following = next(items, None)
+    if following is None:
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, spawn, _start_worker, (function,))
+    try:
+        window: deque[Future[Result]] = deque()
+        for item in chain([following], items):
+            if len(window) >= _BATCHES_PER_WORKER * num_workers:
+                yield window.popleft().result()
+            window.append(pool.submit(_run_worker_function, item))
+        while window:
+            yield window.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    global _worker_function
+    # The processes already share the cores: one tokenizer thread each.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_function = function
+
+
+def _run_worker_function(item: Any) -> Any:
+    return _worker_function(item)

@@ -1,9 +1,9 @@
 """All preference pairs of a run, from sources to random access: `load_pairs`.
 
-A `PairDataset` is a sequence of `Pair`s over memory-mapped stores, one after the other in the order
-of the sources. Weights and slices are an order on top: indices, no copies. It knows where each pair
-was read, and its fingerprint names exactly its tokens in its order, whatever files they came from.
-Shuffling and batches are `batches.py`.
+A `PairDataset` is a sequence of `Pair`s over memory-mapped stores, concatenated in the order of the
+sources. Weights and slices are an index array on top: no copies. It knows where each pair was read,
+and its fingerprint depends on exactly its tokens in its order, not on the files they came from.
+`pairs.py` has the training order and `packing/batches.py` builds batches.
 
 Shapes: P pairs of the dataset; S pairs of all stores together; 3 = prompt, chosen, rejected.
 """
@@ -11,7 +11,6 @@ Shapes: P pairs of the dataset; S pairs of all stores together; 3 = prompt, chos
 import hashlib
 import json
 import os
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,43 +20,48 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idpo.data.packing.epoch_order import stream_pairs
+from megatron_idpo.config.data import SourceConfig
+from megatron_idpo.data.pairs import IntArray, Pair, stream_pairs
 from megatron_idpo.data.report import DataReport
-from megatron_idpo.data.sources.open import OpenSource, Source, open_source
-from megatron_idpo.data.tokenize.build_store import OnBadRow, location, tokenized_store
+from megatron_idpo.data.sources.open import OpenSource, open_source
+from megatron_idpo.data.tokenize.build_store import OnBadRow, tokenized_store
 from megatron_idpo.data.tokenize.chat import TokenOptions
-from megatron_idpo.data.tokenize.pair import IntArray, Pair
-from megatron_idpo.data.tokenize.process_map import available_cores
 from megatron_idpo.data.tokenize.store import PairStore
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 from megatron_idpo.errors import DataError
+from megatron_idpo.storage.atomic import atomic_file
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class SourceRow:
     """The row that a pair was read from."""
 
-    found: OpenSource
+    source: OpenSource
     part: int
     """Which of the source's parts."""
 
     row: int
     """1-based, within the part."""
 
+    @property
+    def location(self) -> str:
+        """`file:row`, for messages."""
+        return self.source.location(self.part, self.row)
+
 
 class PairDataset:
-    """Tokenised pairs by index; `PairSource` for packing, picklable, safe to read from threads."""
+    """Tokenized pairs by index: a `PairSource`; picklable, and safe to read from threads."""
 
     def __init__(
         self,
         stores: Sequence[tuple[OpenSource, PairStore]],
         order_P: NDArray[np.int64] | None = None,
     ) -> None:
-        """Args: sources with their stores, and which of all their pairs in which order (None: all).
+        """Args: sources with their stores, and which of their pairs in which order (None: all).
 
         `order_P` is int64 [P], each 0 <= index < S; an index may occur more than once.
         """
-        self._found = [found for found, _ in stores]
+        self._sources = [source for source, _ in stores]
         self._stores = [store for _, store in stores]
         sizes = np.array([store.num_pairs for store in self._stores], np.int64)
         self._starts = np.cumsum(sizes) - sizes
@@ -95,7 +99,7 @@ class PairDataset:
 
     @property
     def report(self) -> DataReport:
-        """What became of the sources' rows, before weights and slices."""
+        """Counts of the sources' rows, before weights and slices."""
         total = DataReport()
         for store in self._stores:
             total.add(store.report)
@@ -103,8 +107,8 @@ class PairDataset:
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """The sources as they were given."""
-        return tuple(found.source.path for found in self._found)
+        """The paths of the sources as configured."""
+        return tuple(source.source.path for source in self._sources)
 
     @cached_property
     def source_P(self) -> NDArray[np.int64]:
@@ -114,34 +118,27 @@ class PairDataset:
 
     @property
     def highest_token(self) -> int:
-        """The largest token id in the stores; the model's vocabulary must reach it."""
+        """The largest token id in the stores; the model's vocabulary must contain it."""
         return max(store.highest_token for store in self._stores)
-
-    def longest_pair_tokens(self, *, share_prompt: bool = True) -> int:
-        """Row positions that the longest pair takes: `row_tokens` must be at least this."""
-        lengths_P3 = self.lengths_P3
-        prompts = 1 if share_prompt else 2
-        totals_P = prompts * lengths_P3[:, 0] + lengths_P3[:, 1] + lengths_P3[:, 2]
-        return int(totals_P.max())
 
     def location(self, index: int) -> str:
         """Where a pair was read, as `file:row`, for messages."""
-        origin = self.origin(index)
-        return location(origin.found, origin.part, origin.row)
+        return self.source_row(index).location
 
-    def origin(self, index: int) -> Origin:
+    def source_row(self, index: int) -> SourceRow:
         """Where a pair was read, for reading its record again."""
         store, at = self._locate(index)
-        return Origin(self._found[store], *self._stores[store].origin(at))
+        return SourceRow(self._sources[store], *self._stores[store].source_row(at))
 
     def select(self, indices_K: IntArray) -> "PairDataset":
         """The dataset of these pairs, int [K], in this order; nothing is copied."""
-        chosen_K = np.asarray(indices_K, np.int64)
-        order_K = chosen_K if self._order_P is None else self._order_P[chosen_K]
-        return PairDataset(list(zip(self._found, self._stores, strict=True)), order_K)
+        order_K = np.asarray(indices_K, np.int64)
+        if self._order_P is not None:
+            order_K = self._order_P[order_K]
+        return PairDataset(list(zip(self._sources, self._stores, strict=True)), order_K)
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Which store, and where in it."""
+        """The index of the store, and of the pair in it."""
         if not 0 <= index < self._num_pairs:
             raise IndexError(f"pair {index} of {self._num_pairs}")
         at = int(index if self._order_P is None else self._order_P[index])
@@ -150,7 +147,7 @@ class PairDataset:
 
 
 def load_pairs(
-    sources: Sequence[Source],
+    sources: Sequence[SourceConfig],
     tokenizer: Tokenizer,
     options: TokenOptions | None = None,
     *,
@@ -160,18 +157,18 @@ def load_pairs(
     bad_rows_file: Path | None = None,
     seed: int = 0,
 ) -> PairDataset:
-    """Reads, tokenises and mixes sources; what was tokenised before is only opened.
+    """Read, tokenize and mix sources; sources in the cache are only opened.
 
-    A source's `weight` says how often its pairs occur in one epoch: the whole part of the weight
-    for every pair, the fraction for a sample of them that depends on `seed` and the source's place.
+    A source's `weight` says how often its pairs occur in one epoch: the integer part of the weight
+    for every pair, the fraction for a sample of them that depends on `seed` and the source's index.
 
     Args:
         sources: one or more.
         tokenizer: see `tokenizers.load_tokenizer`.
         options: lengths, truncation and format; None for the defaults.
-        cache: directory for tokenised pairs; None for one beside those of `datasets`.
+        cache: directory for tokenized pairs; None for one in the cache of `datasets`.
         num_workers: processes; None for one per core.
-        on_bad_row: stop at rows that are no pairs, or leave them out.
+        on_bad_row: stop at rows that are not pairs, or leave them out.
         bad_rows_file: under `skip`, a JSON-lines file to list them in: file, row, reason.
         seed: of the sampling of fractional weights.
 
@@ -181,72 +178,70 @@ def load_pairs(
     """
     assert sources, "a run needs a source"
     options = options or TokenOptions()
-    workers = available_cores() if num_workers is None else num_workers
     stores = []
-    for source in sources:
-        found = open_source(source)
+    for config in sources:
+        source = open_source(config)
         store = tokenized_store(
-            found,
+            source,
             tokenizer,
-            replace(options, format=source.format or options.format),
+            replace(options, format=config.format or options.format),
             cache=cache or _default_cache(),
-            num_workers=workers,
+            # Only the cores that this process may use.
+            num_workers=num_workers or len(os.sched_getaffinity(0)),
             on_bad_row=on_bad_row,
         )
-        stores.append((found, store))
+        stores.append((source, store))
     if on_bad_row == "skip" and bad_rows_file is not None:
         _list_bad_rows(stores, bad_rows_file)
-    for found, store in stores:
-        _check_not_empty(found, store)
+    for source, store in stores:
+        if not store.num_pairs:
+            _raise_no_pairs(source, store)
     return PairDataset(stores, _weighted_order(stores, seed))
 
 
 def _weighted_order(
     stores: Sequence[tuple[OpenSource, PairStore]], seed: int
 ) -> NDArray[np.int64] | None:
-    """Indices into all stores' pairs as the weights want them; None where all are 1."""
-    if all(found.source.weight == 1 for found, _ in stores):
+    """Indices into all stores' pairs, by weight; None if all weights are 1."""
+    if all(source.source.weight == 1 for source, _ in stores):
         return None
     pieces, start = [], 0
-    for number, (found, store) in enumerate(stores):
-        weight, size = found.source.weight, store.num_pairs
-        every_N = np.arange(start, start + size)
-        pieces += [every_N] * int(weight)
-        sampled = round((weight - int(weight)) * size)
-        if sampled:
-            locations = stream_pairs(0, sampled, num_pairs=size, seed=seed + number)
-            pieces.append(start + np.sort(locations))
+    for index, (source, store) in enumerate(stores):
+        weight, size = source.source.weight, store.num_pairs
+        pieces += [np.arange(start, start + size)] * int(weight)
+        num_sampled = round((weight - int(weight)) * size)
+        if num_sampled:
+            sample = stream_pairs(0, num_sampled, num_pairs=size, seed=seed + index)
+            pieces.append(start + np.sort(sample))
         elif weight < 1:
             message = f"weight {weight} leaves none of its {size} pairs"
-            raise DataError.at(found.source.path, message, f"give it at least {1 / size:.2g}")
+            raise DataError.at(source.source.path, message, f"set it to at least {1 / size:.2g}")
         start += size
     return np.concatenate(pieces)
 
 
-def _check_not_empty(found: OpenSource, store: PairStore) -> None:
-    if store.num_pairs:
-        return
+def _raise_no_pairs(source: OpenSource, store: PairStore) -> None:
     reasons = Counter(bad.reason for bad in store.bad_rows()) + Counter(store.report.dropped_pairs)
-    message = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+    counts = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
     raise DataError.at(
-        found.source.path,
-        f"none of its {store.report.rows} rows is left: {message}",
+        source.source.path,
+        f"none of its {store.report.rows} rows is left: {counts}",
         "check data.max_length, data.truncation and the rows themselves",
     )
 
 
 def _list_bad_rows(stores: Sequence[tuple[OpenSource, PairStore]], path: Path) -> None:
-    """Writes the list of skipped rows; by a rename, as several ranks may write the same file."""
+    """Write the list of skipped rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    growing = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    # A file's name may not be UTF-8: then JSON's own escapes stand for it.
-    with growing.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for found, store in stores:
-            for bad in store.bad_rows():
-                name = found.parts[bad.part].name
-                message = {"file": name, "row": bad.row, "reason": bad.reason}
-                file.write(json.dumps(message, ensure_ascii=False) + "\n")
-    os.replace(growing, path)
+    # Concurrent: several ranks may write the same file.
+    with atomic_file(path, concurrent=True) as temporary:
+        # A file name may not be valid UTF-8: JSON escapes then replace the invalid bytes.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for source, store in stores:
+                for bad in store.bad_rows():
+                    name = source.parts[bad.part].name
+                    line = {"file": name, "row": bad.row, "reason": bad.reason}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _default_cache() -> Path:

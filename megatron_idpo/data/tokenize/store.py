@@ -1,10 +1,10 @@
-"""Tokenised pairs of one source on disk: written once in a stream, then read memory-mapped.
+"""Token stores: the tokenized pairs of one source, written once as a stream, read memory-mapped.
 
-A store is a directory: `pairs.arrow` (an Arrow stream that `datasets.Dataset.from_file` opens too),
-`lengths.i32` (int32 [P, 3], so that planning never touches tokens), `bad_rows.jsonl` and, written
-last, `meta.json`. A directory without it is no store. Memory does not grow with the number of
-pairs: batches are written as they come, and reading maps the files. When a store may be reused is
-decided by its name, see `tokenise.py`.
+A store is a directory: `pairs.arrow` (an Arrow stream that `datasets.Dataset.from_file` also
+opens), `lengths.i32` (int32 [P, 3], so that planning does not read tokens), `bad_rows.jsonl` and,
+written last, `meta.json`; without it the store is incomplete. Memory does not grow with the number
+of pairs: batches are written as they arrive, and reading maps the files. The directory's name
+determines whether a store may be reused (`build_store.py`).
 
 Shapes: P pairs; B pairs of one batch; 3 = prompt, chosen, rejected.
 """
@@ -31,7 +31,7 @@ COLUMNS = ("prompt", "chosen", "rejected")
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that is no pair."""
+    """A row that is not a pair."""
 
     part: int
     """Which part of its source."""
@@ -43,7 +43,7 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Tokenised rows of one part, in order."""
+    """Tokenized rows of one part, in order."""
 
     part: int
     rows_B: NDArray[np.int64]
@@ -51,14 +51,14 @@ class TokenBatch:
 
     lengths_B3: Tokens
     tokens: tuple[Tokens, Tokens, Tokens]
-    """All prompts one after the other, all chosen, all rejected."""
+    """All prompts concatenated, all chosen, all rejected."""
 
     bad_rows: tuple[BadRow, ...]
     report: DataReport
 
 
 class PairStoreWriter:
-    """Writes a store into an empty directory. After `close`, `finish` makes it one."""
+    """Writes a store into an empty directory; complete after `close` and `finish`."""
 
     def __init__(self, directory: Path) -> None:
         """Args: an existing, empty directory."""
@@ -78,7 +78,7 @@ class PairStoreWriter:
         self.report = DataReport()
 
     def append(self, batch: TokenBatch) -> None:
-        """Writes a batch's pairs and bad rows."""
+        """Write a batch's pairs and bad rows."""
         self.report.add(batch.report)
         for bad in batch.bad_rows:
             line = json.dumps([bad.part, bad.row, bad.reason, bad.remedy])
@@ -96,10 +96,10 @@ class PairStoreWriter:
         arrays += [pa.array(part), pa.array(batch.rows_B)]
         self._arrow.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._lengths.write(batch.lengths_B3.tobytes())
-        self._digest(batch, ends_B3)
+        self._hash_pairs(batch, ends_B3)
 
     def finish(self) -> None:
-        """Writes `meta.json`, once the files are closed."""
+        """Write `meta.json`, after the files are closed."""
         sizes = {name: (self._directory / name).stat().st_size for name in _DATA_FILES}
         meta = {
             "pairs": self.report.kept_pairs,
@@ -111,14 +111,14 @@ class PairStoreWriter:
         (self._directory / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 
     def close(self) -> None:
-        """Closes the files; also after an error."""
+        """Close the files; also after an error."""
         self._arrow.close()
         self._sink.close()
         self._lengths.close()
         self._bad_rows.close()
 
-    def _digest(self, batch: TokenBatch, ends_B3: Tokens) -> None:
-        """Pair by pair, so that the digest does not depend on how pairs were batched."""
+    def _hash_pairs(self, batch: TokenBatch, ends_B3: Tokens) -> None:
+        """Hash pair by pair, so that the fingerprint is independent of the batch size."""
         starts_B3 = ends_B3 - batch.lengths_B3
         for at, lengths in enumerate(batch.lengths_B3):
             self._contents.update(lengths.astype("<i4").tobytes())
@@ -131,13 +131,13 @@ _DATA_FILES = ("pairs.arrow", "lengths.i32", "bad_rows.jsonl")
 
 
 class PairStore:
-    """A finished store, read-only and memory-mapped; picklable (files are opened when needed)."""
+    """A complete store, read-only and memory-mapped; picklable (files are opened when needed)."""
 
     def __init__(self, directory: Path) -> None:
-        """Opens a store.
+        """Open a store.
 
         Raises:
-            DataError: a file is missing or has another size than when it was written.
+            DataError: a file is missing or its size has changed since it was written.
         """
         self._directory = directory
         try:
@@ -147,7 +147,7 @@ class PairStore:
                     raise ValueError(f"{name} should have {size} bytes")
         except (OSError, ValueError, KeyError) as error:
             raise DataError.at(
-                str(directory), f"the tokenised pairs are damaged: {error}", "delete the directory"
+                str(directory), f"the tokenized pairs are damaged: {error}", "delete the directory"
             ) from None
         self.num_pairs = int(meta["pairs"])
         self.fingerprint = str(meta["fingerprint"])
@@ -169,14 +169,14 @@ class PairStore:
         )
         return prompt, chosen, rejected
 
-    def origin(self, index: int) -> tuple[int, int]:
+    def source_row(self, index: int) -> tuple[int, int]:
         """Part and row number that a pair was read from."""
         batch, at = self._locate(index)
         record = self._batches[0][batch]
         return record.column(3)[at].as_py(), record.column(4)[at].as_py()
 
     def bad_rows(self) -> Iterator[BadRow]:
-        """The rows that are no pairs, in order."""
+        """The rows that are not pairs, in order."""
         with (self._directory / "bad_rows.jsonl").open(encoding="utf-8") as file:
             for line in file:
                 yield BadRow(*json.loads(line))
@@ -192,21 +192,21 @@ class PairStore:
         return batches, (np.cumsum(sizes) - sizes).tolist()
 
     @cached_property
-    def _opened(self) -> dict[int, list[tuple[Tokens, Tokens]]]:
+    def _columns(self) -> dict[int, list[tuple[Tokens, Tokens]]]:
         return {}
 
     def _views(self, batch: int) -> list[tuple[Tokens, Tokens]]:
         """Offsets and values of the three columns of a record batch, as views of the file."""
-        if batch not in self._opened:
-            columns = (self._batches[0][batch].column(number) for number in range(3))
-            self._opened[batch] = [(c.offsets.to_numpy(), c.values.to_numpy()) for c in columns]
-        return self._opened[batch]
+        if batch not in self._columns:
+            columns = (self._batches[0][batch].column(part) for part in range(3))
+            self._columns[batch] = [(c.offsets.to_numpy(), c.values.to_numpy()) for c in columns]
+        return self._columns[batch]
 
     def _locate(self, index: int) -> tuple[int, int]:
         batch = bisect_right(self._batches[1], index) - 1
         return batch, index - self._batches[1][batch]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what is mapped."""
-        mapped = ("lengths_P3", "_batches", "_opened")
+        """Everything but the memory maps."""
+        mapped = ("lengths_P3", "_batches", "_columns")
         return {name: value for name, value in vars(self).items() if name not in mapped}

@@ -1,9 +1,9 @@
 """Tokenizers behind one small protocol: Hugging Face's, and bare sentencepiece models.
 
-A hub name or a directory goes to `AutoTokenizer`, except for one that has a sentencepiece model and
-no `tokenizer.json`: that, or a `.model` file, goes to the sentencepiece library itself
-(`sentence_piece.py`), because Transformers 5 converts such a file to BPE whatever it is and then
-segments unigram models differently without a word (measured: 200 of 204 sentences).
+A hub name or a directory is loaded by `AutoTokenizer`. Exception: a `.model` file, or a directory
+that has one and no `tokenizer.json`, is read by the sentencepiece library itself, because
+Transformers 5 converts every such file to BPE and then segments unigram models differently without
+a warning (measured: 200 of 204 sentences).
 
 Rendering and encoding are separate steps, so that the text of the prompt can be compared with the
 text of prompt and answer (`chat.py`).
@@ -11,22 +11,23 @@ text of prompt and answer (`chat.py`).
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_idpo.data.tokenize.sentencepiece import SentencePieceTokenizer
 from megatron_idpo.errors import DataError
 
 
 class Tokenizer(Protocol):
-    """What tokenising preference pairs needs; picklable, so that workers can have copies."""
+    """What tokenizing preference pairs requires; picklable, for worker processes."""
 
     identity: str
-    """sha256 over everything that decides which tokens a text or a conversation becomes."""
+    """sha256 over everything that affects the tokens of a text or a conversation."""
 
     vocabulary_identity: str
-    """sha256 over what decides which tokens a text becomes: all but the chat template."""
+    """sha256 over what affects the tokens of a text: all but the chat template."""
 
     template_identity: str
     """sha256 over the chat template."""
@@ -37,7 +38,7 @@ class Tokenizer(Protocol):
     eos_text: str | None
 
     special_ids: frozenset[int]
-    """Ids of control tokens: BOS, EOS, end-of-turn and their like."""
+    """Ids of control tokens: BOS, EOS, end-of-turn and similar."""
 
     vocab_size: int
     """Every id is below this."""
@@ -45,7 +46,7 @@ class Tokenizer(Protocol):
     def render(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, **kwargs: Any
     ) -> str:
-        """The conversation as the chat template writes it; `tools` and others by keyword."""
+        """The conversation as the chat template writes it; `tools` etc. are keywords."""
 
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; with `special_tokens` also BOS (and EOS) if it adds them."""
@@ -65,17 +66,17 @@ class HfTokenizer:
         self.eos_text: str | None = tokenizer.eos_token
         added = tokenizer.added_tokens_decoder
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
-            number for number, token in added.items() if token.special
+            token_id for token_id, token in added.items() if token.special
         }
-        self.vocab_size = max(len(tokenizer), *(number + 1 for number in added), 1)
+        self.vocab_size = max(len(tokenizer), *(token_id + 1 for token_id in added), 1)
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        vocabulary = _format_backend(backend) if backend else json.dumps(tokenizer.get_vocab())
+        vocabulary = _backend_json(backend) if backend else json.dumps(tokenizer.get_vocab())
         named = (type(tokenizer).__name__, vocabulary)
         template = tokenizer.chat_template
         special = {
             name: str(text)
             for name, text in tokenizer.special_tokens_map.items()
-            if name != "pad_token"  # pads batches, of which there are none here
+            if name != "pad_token"  # Only pads batches, which are not used here.
         }
         self.identity = _digest(*named, template, special)
         self.vocabulary_identity = _digest(*named, special)
@@ -100,7 +101,7 @@ class HfTokenizer:
             add_special_tokens=special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # Texts longer than the model's length are cut later, and counted.
+            verbose=False,  # Long texts are truncated later, and counted.
         )["input_ids"]
         return encoded
 
@@ -113,8 +114,124 @@ class HfTokenizer:
         return text
 
 
+class SentencePieceTokenizer:
+    """A sentencepiece model, read by the sentencepiece library.
+
+    The library does not recognize control tokens in text, but chat templates write them into text.
+    The text is therefore split at their spellings, and each piece between them is encoded alone,
+    with the model's own dummy prefix, as in Meta's reference code for Llama 2.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        chat_template: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Args: the file's bytes; a Jinja template; the values of `tokenizer_config.json`."""
+        config = config or {}
+        self._model = model
+        self._template = chat_template or config.get("chat_template")
+        processor = self._processor
+        pieces = range(processor.get_piece_size())
+        self._control = {processor.id_to_piece(i): i for i in pieces if processor.is_control(i)}
+        for token_id, token in config.get("added_tokens_decoder", {}).items():
+            if int(token_id) != processor.unk_id():
+                self._control[token["content"]] = int(token_id)
+        self._spelling = {token_id: text for text, token_id in self._control.items()}
+        self._add_bos = bool(config.get("add_bos_token", True)) and processor.bos_id() >= 0
+        self.has_chat_template = self._template is not None
+        self.eos_id: int | None = processor.eos_id() if processor.eos_id() >= 0 else None
+        eos = config.get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        if eos in self._control:
+            self.eos_id = self._control[eos]
+        self.eos_text: str | None = None if self.eos_id is None else self._spelling[self.eos_id]
+        self.special_ids = frozenset(self._spelling)
+        self.vocab_size = max(len(pieces), *(token_id + 1 for token_id in self._spelling), 1)
+        template = [self._template]
+        settings = [self._control, self._add_bos, self.eos_id]
+        self.identity = _sha256(model, template + settings)
+        self.vocabulary_identity = _sha256(model, settings)
+        self.template_identity = _sha256(b"", template)
+
+    @classmethod
+    def from_file(cls, path: Path, chat_template: str | None) -> "SentencePieceTokenizer":
+        """Read a model and, if it exists, the `tokenizer_config.json` in its directory.
+
+        Raises:
+            DataError: one of them is damaged.
+        """
+        config_path = path.with_name("tokenizer_config.json")
+        try:
+            config = json.loads(config_path.read_text("utf-8")) if config_path.exists() else {}
+        except ValueError as error:
+            raise DataError.at(str(config_path), f"not JSON: {error}") from None
+        try:
+            return cls(path.read_bytes(), chat_template, config)
+        except (RuntimeError, OSError) as error:
+            raise DataError.at(str(path), f"not a sentencepiece model: {error}") from None
+
+    def render(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, **kwargs: Any
+    ) -> str:
+        """See `Tokenizer.render`."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        bos = self._processor.bos_id()
+        special = {"bos_token": self._spelling.get(bos, ""), "eos_token": self.eos_text or ""}
+        rendered, _ = render_jinja_template(
+            [messages],
+            chat_template=self._template,
+            add_generation_prompt=add_generation_prompt,
+            **{**special, **kwargs},
+        )
+        return str(rendered[0])
+
+    def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[list[int]]:
+        """See `Tokenizer.encode`; `special_tokens` adds BOS if the model has one."""
+        bos = [self._processor.bos_id()] if special_tokens and self._add_bos else []
+        return [bos + self._encode_one(text) for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        text = ""
+        piece: list[int] = []
+        for token in tokens:
+            if token in self._spelling:
+                text += self._processor.decode(piece) + self._spelling[token]
+                piece = []
+            else:
+                piece.append(int(token))
+        return text + str(self._processor.decode(piece))
+
+    @cached_property
+    def _processor(self) -> Any:
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_proto=self._model)
+
+    @cached_property
+    def _split(self) -> re.Pattern[str]:
+        longest_first = sorted(self._control, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def _encode_one(self, text: str) -> list[int]:
+        tokens: list[int] = []
+        for piece in self._split.split(text) if self._control else [text]:
+            if piece in self._control:
+                tokens.append(self._control[piece])
+            elif piece:
+                tokens += self._processor.encode(piece)
+        return tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the C++ object, which is rebuilt from the model's bytes."""
+        return {name: value for name, value in vars(self).items() if name != "_processor"}
+
+
 def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
-    """Loads a tokenizer.
+    """Load a tokenizer.
 
     Args:
         path: a model's directory or hub name, or a sentencepiece `.model` file.
@@ -133,10 +250,10 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
 
         try:
             loaded = AutoTokenizer.from_pretrained(path)
-        # The library raises whatever the parser of the file at hand raises.
+        # The exception depends on which file of the tokenizer is invalid.
         except Exception as error:
             raise DataError.at(
-                path, f"no tokenizer can be loaded: {error}", "give a model's directory or hub name"
+                path, f"no tokenizer can be loaded: {error}", "name a model's directory or hub name"
             ) from error
         if template is not None:
             loaded.chat_template = template
@@ -147,17 +264,17 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
 
 
 def _bare_model(path: Path) -> Path | None:
-    """The sentencepiece file to use, where nothing better describes the tokenizer."""
+    """The sentencepiece file to use, if there is no `tokenizer.json`."""
     if path.suffix == ".model":
         if not path.is_file():
             raise DataError.at(str(path), "no such file", "check the tokenizer's path")
         return path
-    bare = path / "tokenizer.model"
-    return bare if bare.is_file() and not (path / "tokenizer.json").exists() else None
+    model = path / "tokenizer.model"
+    return model if model.is_file() and not (path / "tokenizer.json").exists() else None
 
 
 def read_template(value: str | None) -> str | None:
-    """The template itself: whatever has a brace is one, anything else names a file."""
+    """The template: a value with a brace is a template, any other names a file."""
     if value is None or "{" in value:
         return value
     try:
@@ -169,7 +286,7 @@ def read_template(value: str | None) -> str | None:
 
 
 def _check_syntax(tokenizer: Tokenizer, location: str) -> None:
-    """Refuses a template that no conversation could be rendered with, before any row is blamed."""
+    """Check the template before rows are read, whose errors would name the rows instead."""
     from jinja2 import TemplateSyntaxError
 
     try:
@@ -177,17 +294,21 @@ def _check_syntax(tokenizer: Tokenizer, location: str) -> None:
     except TemplateSyntaxError as error:
         reason = f"the chat template has a syntax error in line {error.lineno}: {error.message}"
         raise DataError.at(location, reason, "correct it or set data.chat_template") from None
-    # A template may refuse this conversation, in any way, and render the data's: rows tell.
+    # A template may refuse this conversation and still render those of the data.
     except Exception:
         return
 
 
-def _format_backend(backend: Any) -> str:
-    """All that decides which tokens a text becomes, and not how a batch would be padded or cut."""
-    message = json.loads(backend.to_str())
-    decisive = message.keys() - {"padding", "truncation"}
-    return json.dumps({name: message[name] for name in sorted(decisive)})
+def _backend_json(backend: Any) -> str:
+    """Everything that affects the tokens of a text, without padding and truncation of batches."""
+    settings = json.loads(backend.to_str())
+    relevant = settings.keys() - {"padding", "truncation"}
+    return json.dumps({name: settings[name] for name in sorted(relevant)})
 
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(model: bytes, settings: list[Any]) -> str:
+    return hashlib.sha256(model + json.dumps(settings).encode()).hexdigest()

@@ -1,0 +1,174 @@
+"""Reading files: records with the row numbers that a user can look up."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_idpo.data.sources import readers
+from megatron_idpo.data.sources.readers import read_dataset, read_file
+from megatron_idpo.data.sources.record import FIELDS, BadRecord
+from megatron_idpo.errors import DataError
+
+RECORDS = [
+    {"prompt": "é", "chosen": "a\nb", "rejected": 'c,"d"'},
+    {"prompt": "漢 字", "chosen": "e", "rejected": "f"},
+    {"prompt": "p", "chosen": "g", "rejected": "h"},
+]
+
+
+def rows_of(path: Path) -> list[tuple[int, Any]]:
+    rows: list[tuple[int, Any]] = []
+    for raw in read_file(path):
+        try:
+            rows.append((raw.row, raw.record()))
+        except BadRecord as error:
+            rows.append((raw.row, error.reason))
+    return rows
+
+
+def write(path: Path, records: list[dict[str, str]]) -> list[int]:
+    """Writes records in the format of the suffix; returns the rows they are at."""
+    table = pa.Table.from_pylist(records)
+    rows = list(range(1, len(records) + 1))
+    match path.suffixes[0]:
+        case ".jsonl":
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "wt", encoding="utf-8") as file:
+                file.writelines(json.dumps(r, ensure_ascii=False) + "\n\n" for r in records)
+            return [2 * row - 1 for row in rows]
+        case ".json":
+            path.write_text(json.dumps(records, indent=2), "utf-8")
+        case ".csv":
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(records[0]))
+                writer.writeheader()
+                writer.writerows(records)
+            return [2, 4, 5]  # The first record has a line break.
+        case ".parquet":
+            pq.write_table(table, path)
+        case ".arrow":
+            sink = pa.ipc.new_stream if "stream" in path.name else pa.ipc.new_file
+            with pa.OSFile(str(path), "wb") as file, sink(file, table.schema) as writer:
+                writer.write_table(table)
+    return rows
+
+
+NAMES = ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet", "stream.arrow", "file.arrow"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_format_yields_records_with_row_numbers(name: str, tmp_path: Path) -> None:
+    rows = write(tmp_path / name, RECORDS)
+    assert rows_of(tmp_path / name) == list(zip(rows, RECORDS, strict=True))
+
+
+def test_json_file_may_contain_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"chosen": 1}\n{"chosen": 2}')
+    assert rows_of(tmp_path / "a.json") == [(1, {"chosen": 1}), (2, {"chosen": 2})]
+
+
+def test_unreadable_lines_are_reported_by_row(tmp_path: Path) -> None:
+    lines = [b"\xef\xbb\xbf{}", b"", b"{nope", b'"\xff"', b"[" * 100_000, b"{}"]
+    (tmp_path / "a.jsonl").write_bytes(b"\r\n".join(lines))
+    message = dict(rows_of(tmp_path / "a.jsonl"))
+    assert sorted(message) == [1, 3, 4, 5, 6] and message[1] == message[6] == {}
+    assert message[3].startswith("not JSON: Expecting property name")
+    assert message[4] == "invalid UTF-8 at byte 2 of the row"
+    assert message[5].startswith("not JSON")
+
+
+JSON = st.recursive(
+    st.integers() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+)
+OBJECTS = st.lists(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=2), max_size=6)
+
+
+@given(OBJECTS, st.sampled_from([None, 1]), st.integers(1, 9))
+def test_json_list_is_read_with_any_window_size(
+    tmp_path_factory: pytest.TempPathFactory, objects: Any, indent: int | None, window: int
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_text(
+        json.dumps(objects, indent=indent, ensure_ascii=False), "utf-8", "surrogatepass"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "_CHUNK_CHARS", window)
+        assert rows_of(path) == list(enumerate(objects, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}, {"a": ]', r"a\.json:2: not JSON: Expecting value, so the rest"),
+        ('[{"a": 1} {"a": 2}, {}]', r"a\.json:1: not JSON: no ',' or ']' after the element, so"),
+        ('[{"a": 1}, {"a": 2}', r"a\.json:2: not JSON"),
+    ],
+)
+def test_truncated_json_list_is_an_error(text: str, message: str, tmp_path: Path) -> None:
+    """Skipping the element would lose every valid pair after it."""
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(read_file(tmp_path / "a.json"))
+
+
+def test_bad_elements_of_a_json_list_are_reported_by_element(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'[{}, 5, {"chosen": "\xff"}, {"chosen": "\\udcff"}]')
+    assert rows_of(tmp_path / "a.json") == [
+        (1, {}),
+        (2, "the record is 5, not an object with fields"),
+        (3, "invalid UTF-8"),
+        (4, {"chosen": "\udcff"}),
+    ]
+
+
+def test_invalid_csv_rows_are_reported_by_line(tmp_path: Path) -> None:
+    lines = [b"prompt,chosen,rejected", b"p,a,b,c", b"p,a\xff,b", b"p,a,b", b'p,"a,b']
+    (tmp_path / "a.csv").write_bytes(b"\n".join(lines))
+    assert rows_of(tmp_path / "a.csv") == [
+        (2, "4 fields, but the header has 3"),
+        (3, "invalid UTF-8"),
+        (4, {"prompt": "p", "chosen": "a", "rejected": "b"}),
+        (5, "not CSV: unexpected end of data"),
+    ]
+
+
+def test_unclosed_csv_quote_is_reported_with_its_lines(tmp_path: Path) -> None:
+    lines = ["prompt,chosen,rejected", 'p,"a,b', "q,a,b", '"r",a,b', "s,a,b", 't,"a', 'b",c,d,e']
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    assert rows_of(tmp_path / "a.csv") == [
+        (2, "not CSV: ',' expected after '\"', in lines 2 to 4"),
+        (5, {"prompt": "s", "chosen": "a", "rejected": "b"}),
+        (6, "5 fields, but the header has 3, in lines 6 to 7"),
+    ]
+
+
+def test_dataset_without_needed_columns_still_has_rows() -> None:
+    dataset = datasets.Dataset.from_list([{"x": 1}, {"x": 2}])
+    assert [(raw.row, raw.record()) for raw in read_dataset(dataset)] == [(1, {}), (2, {})]
+
+
+def test_nulls_added_by_arrow_are_removed(tmp_path: Path) -> None:
+    tools = [{"a": {"x": 1}}, {"b": "y"}]
+    datasets.Dataset.from_list([{"chosen": "c", "tools": tools, "extra": 1}]).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    assert rows_of(tmp_path / "a.parquet") == [(1, {"chosen": "c", "tools": tools})]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.txt", "a.jsonl.gz"])
+def test_damaged_or_unsupported_file_is_reported(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"nothing of the kind")
+    with pytest.raises(DataError, match=r"cannot (be )?read"):
+        list(read_file(tmp_path / name))

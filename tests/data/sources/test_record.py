@@ -1,0 +1,112 @@
+"""Raw records: column names, prompts under other names, names of types."""
+
+import pickle
+from typing import Any
+
+import pytest
+
+from megatron_idpo.data.sources.record import (
+    PROMPT_LIKE,
+    BadRecord,
+    check_prompt_name,
+    has_prompt,
+    needed_columns,
+    rename_columns,
+    type_name,
+)
+
+
+@pytest.mark.parametrize("name", PROMPT_LIKE)
+def test_prompt_under_another_name_is_reported(name: str) -> None:
+    with pytest.raises(BadRecord, match=f"no field 'prompt', but '{name}'") as message:
+        check_prompt_name({"chosen": "a", name: "What?"})
+    assert f"columns: {{prompt: {name}}}" in message.value.remedy
+
+
+def test_prompt_in_two_fields_is_reported() -> None:
+    record = {"instruction": "Translate.", "input": "Good morning", "query": " "}
+    with pytest.raises(BadRecord, match="but 'instruction' and 'input'") as message:
+        check_prompt_name(record, alternative="; or not")
+    assert message.value.remedy == "write them into one column `prompt`; or not"
+
+
+def test_messages_under_another_name_are_reported() -> None:
+    with pytest.raises(BadRecord, match="but 'question'"):
+        check_prompt_name({"question": [{"role": "user", "content": "What?"}]})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"), [(None, False), (" ", False), ([], False), ("x", True), ([{}], True)]
+)
+def test_blank_prompt_counts_as_missing(prompt: Any, expected: bool) -> None:
+    assert has_prompt({"prompt": prompt}) == expected and not has_prompt({})
+
+
+@pytest.mark.parametrize("value", ["", " ", None, 3, []])
+def test_blank_or_invalid_fields_are_not_taken_for_a_prompt(value: Any) -> None:
+    check_prompt_name({"chosen": "a", "question": value})
+
+
+def test_bad_record_can_be_pickled() -> None:
+    error = pickle.loads(pickle.dumps(BadRecord("reason", "remedy")))
+    assert (error.reason, error.remedy, str(error)) == ("reason", "remedy", "reason")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("x", "text"),
+        ([], "a list"),
+        ({}, "an object"),
+        (True, "a boolean"),
+        (None, "null"),
+        (3, "3"),
+    ],
+)
+def test_type_names(value: Any, name: str) -> None:
+    assert type_name(value) == name
+
+
+TEXT = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+def test_only_needed_fields_are_kept() -> None:
+    assert rename_columns({**TEXT, "system": "s", "score": 1, "tools": []}, {}) == {
+        **TEXT,
+        "tools": [],
+    }
+    assert rename_columns({**TEXT, "query": "x"}, {}) == TEXT
+    assert rename_columns({**TEXT, "prompt": "", "query": "x"}, {}) == {
+        **TEXT,
+        "prompt": "",
+        "query": "x",
+    }, "kept, so that it can be reported"
+    assert rename_columns({**TEXT, "query": "x"}, {"prompt": "query"}) == {**TEXT, "prompt": "x"}
+    assert rename_columns(["not", "a", "record"], {"prompt": "query"}) == ["not", "a", "record"]
+
+
+def test_mapped_column_loses_its_own_name() -> None:
+    assert rename_columns(TEXT, {"chosen": "rejected"}) == {"prompt": "q", "chosen": "b"}
+
+
+def test_columns_can_be_swapped() -> None:
+    swapped = {"chosen": "rejected", "rejected": "chosen"}
+    assert rename_columns(TEXT, swapped) == {**TEXT, "chosen": "b", "rejected": "a"}
+
+
+@pytest.mark.parametrize("record", [{"chosen": "a", "rejected": "b"}, {**TEXT, "query": None}])
+def test_missing_mapped_column_is_reported(record: dict[str, str | None]) -> None:
+    """Also if the record has a column with the standard name."""
+    with pytest.raises(BadRecord, match="field 'query' is missing") as message:
+        rename_columns(record, {"prompt": "query"})
+    assert "map prompt to it" in message.value.remedy
+    assert rename_columns(TEXT, {"system": "query", "tools": "functions"}) == TEXT
+
+
+def test_unneeded_columns_are_not_decoded() -> None:
+    present = ["id", "question", "best", "rejected", "embedding", "system"]
+    assert needed_columns({}, present) == ["question", "rejected"]
+    named = {"chosen": "best", "system": "system"}
+    assert needed_columns(named, present) == ["question", "best", "rejected", "system"]
+    assert needed_columns({"prompt": "id"}, present) == ["id", "rejected"]
+    assert needed_columns({}, ["prompt", "input"]) == ["prompt"], "`input` may be an image"
