@@ -118,15 +118,11 @@ def write_yaml(values: dict[str, Any]) -> str:
 
 def _compose(path: Path) -> yaml.Node | None:
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError.at(str(path), "no such file", "check the path") from error
+        with ConfigError.on_os_error(str(path), "cannot be read", "check the path"):
+            text = path.read_text(encoding="utf-8")
+        return yaml.compose(text, Loader=_Loader)
     except UnicodeDecodeError as error:
         raise ConfigError.at(str(path), f"is not UTF-8: {error}", "save it as UTF-8") from error
-    except OSError as error:
-        raise ConfigError.at(str(path), f"cannot be read: {error.strerror}") from error
-    try:
-        return yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         location = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)

@@ -38,7 +38,8 @@ def resolve_layers(spec: LayerSpec, num_layers: int) -> tuple[int, ...]:
     for entry in spec:
         layer, problem = _resolve(entry, num_layers)
         if problem is None and layer in entries:
-            problem = _twice(layer, entries[layer], entry, num_layers)
+            both = f"{_describe(entries[layer], num_layers)} and {_describe(entry, num_layers)}"
+            problem = Problem(LOCATION, f"{both} are the same layer", f"name layer {layer} once")
         if problem is not None:
             problems.append(problem)
         else:
@@ -90,14 +91,6 @@ def _resolve(entry: object, num_layers: int) -> tuple[int, Problem | None]:
 def _at_depth(fraction: float, num_layers: int) -> int:
     """The layer nearest to a fraction of the depth; Python's `round` would round 2.5 to 2."""
     return max(1, math.floor(fraction * num_layers + 0.5))
-
-
-def _twice(layer: int, first: int | float, second: int | float, num_layers: int) -> Problem:
-    """The problem of two entries for the same layer."""
-    message = (
-        f"{_describe(first, num_layers)} and {_describe(second, num_layers)} are the same layer"
-    )
-    return Problem(LOCATION, message, f"name layer {layer} once")
 
 
 def _describe(entry: object, num_layers: int) -> str:

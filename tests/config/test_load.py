@@ -251,7 +251,7 @@ def test_reading_an_absent_section_raises(write):
 
 
 def test_unreadable_files(tmp_path):
-    assert "no such file" in problems_of(tmp_path / "none.yaml")[0]
+    assert "cannot be read: No such file" in problems_of(tmp_path / "none.yaml")[0]
     (tmp_path / "latin.yaml").write_bytes(b"model: {path: \xe4}")
     assert "UTF-8" in problems_of(tmp_path / "latin.yaml")[0]
     assert "cannot be read" in problems_of(tmp_path)[0]
