@@ -32,33 +32,10 @@ from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 CPU = torch.device("cpu")
 
 _FACTORIES = (
-    "arange",
-    "as_tensor",
-    "asarray",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "eye",
-    "full",
-    "full_like",
-    "linspace",
-    "logspace",
-    "ones",
-    "ones_like",
-    "rand",
-    "rand_like",
-    "randint",
-    "randint_like",
-    "randn",
-    "randn_like",
-    "randperm",
-    "scalar_tensor",
-    "tensor",
-    "tril_indices",
-    "triu_indices",
-    "zeros",
-    "zeros_like",
-)
+    "arange as_tensor asarray empty empty_like empty_strided eye full full_like linspace logspace "
+    "ones ones_like rand rand_like randint randint_like randn randn_like randperm scalar_tensor "
+    "tensor tril_indices triu_indices zeros zeros_like"
+).split()
 
 _NEW_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 

@@ -165,15 +165,9 @@ def _key_problem(key: str, config: Mapping[str, Any], family: str) -> Problem | 
         return None
     if key in _SIZES or (key in _WINDOW_KEYS[family] and key != "use_sliding_window"):
         return _size_problem(key, value)
-    if key in _CHECKS:
-        message = _CHECKS[key](value)
-        return field_problem(key, message) if message else None
-    if key == "use_sliding_window" and key in _WINDOW_KEYS[family]:
-        return (
-            None
-            if isinstance(value, bool)
-            else field_problem(key, f"{value!r} is not true or false")
-        )
+    if key in _CHECKS and (key != "use_sliding_window" or key in _WINDOW_KEYS[family]):
+        is_valid, message = _CHECKS[key]
+        return None if is_valid(value) else field_problem(key, f"{value!r} {message}")
     if key == "architectures":
         return _architectures_problem(value, FAMILIES[family])
     if key in _NEUTRAL:
@@ -198,44 +192,32 @@ def _size_problem(key: str, value: Any) -> Problem | None:
     return field_problem(key, f"{value!r} is not an integer of at least {minimum}")
 
 
-def _check_eps(value: Any) -> str:
-    return "" if is_number(value) and value > 0 else f"{value!r} is not a positive number"
+def _is_layer_types(value: Any) -> bool:
+    is_list_of_names = isinstance(value, list) and all(isinstance(kind, str) for kind in value)
+    return value is None or is_list_of_names
 
 
-def _check_tied(value: Any) -> str:
-    return "" if isinstance(value, bool) else f"{value!r} is not true or false"
-
-
-def _check_dropout(value: Any) -> str:
-    valid = value is None or (is_number(value) and 0 <= value < 1)
-    return "" if valid else f"{value!r} is not a probability below 1"
-
-
-def _check_layer_types(value: Any) -> str:
-    if value is None or (isinstance(value, list) and all(isinstance(kind, str) for kind in value)):
-        return ""
-    return f"{value!r} is not a list of names"
-
-
-def _check_auto_map(value: Any) -> str:
+def _has_no_custom_model(value: Any) -> bool:
     classes = list(value) if isinstance(value, Mapping) else [value]
-    custom = [name for name in classes if not str(name).startswith("AutoTokenizer")]
-    if value is None or not custom:
-        return ""
-    return (
-        f"{value!r} selects custom model code, which cannot be converted; "
-        "remove it if Transformers' own class of this family computes the same"
-    )
+    return value is None or all(str(name).startswith("AutoTokenizer") for name in classes)
 
 
-_CHECKS: dict[str, Callable[[Any], str]] = {
-    "rms_norm_eps": _check_eps,
-    "tie_word_embeddings": _check_tied,
-    "attention_dropout": _check_dropout,
-    "layer_types": _check_layer_types,
-    "auto_map": _check_auto_map,
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rms_norm_eps": (lambda value: is_number(value) and value > 0, "is not a positive number"),
+    "tie_word_embeddings": (lambda value: isinstance(value, bool), "is not true or false"),
+    "use_sliding_window": (lambda value: isinstance(value, bool), "is not true or false"),
+    "attention_dropout": (
+        lambda value: value is None or (is_number(value) and 0 <= value < 1),
+        "is not a probability below 1",
+    ),
+    "layer_types": (_is_layer_types, "is not a list of names"),
+    "auto_map": (
+        _has_no_custom_model,
+        "selects custom model code, which cannot be converted; "
+        "remove it if Transformers' own class of this family computes the same",
+    ),
 }
-"""Checks of single values; each returns an error message, empty if the value is valid."""
+"""Checks of single values: whether one is valid, and the message if it is not."""
 
 
 def _architectures_problem(value: Any, expected: str) -> Problem | None:

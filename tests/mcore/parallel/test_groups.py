@@ -71,8 +71,11 @@ def megatron_layers(cases: list[tuple[int, Layout]]) -> list[list[list[range]]]:
     from megatron_idpo.mcore.model.build import layout_fields
 
     def layers(config: Any, vp_stage: int | None, pp_rank: int) -> range:
-        # Not by argument: the functions do not pass it on for a custom pipeline layout.
+        # As globals: for a custom pipeline layout the functions do not pass a rank argument on.
         parallel_state.set_pipeline_model_parallel_rank(pp_rank)
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(
+            config.virtual_pipeline_model_parallel_size
+        )
         first = get_transformer_layer_offset(config, vp_stage=vp_stage)
         return range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
 
