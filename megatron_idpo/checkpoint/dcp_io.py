@@ -14,7 +14,6 @@ What is saved is in `checkpoint/weights.py` and `checkpoint/training_state.py`.
 
 import errno
 import io
-import os
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -132,35 +131,13 @@ class Reader(FileSystemReader):
             return
         info = self.storage_data[stored]
         with open(Path(self.path) / info.relative_path, "rb") as file:
-            with ZipFile(_FileSection(file, info.offset, info.length)) as archive:
-                if (part := archive.testzip()) is not None:
-                    raise BadZipFile(part)
+            file.seek(info.offset)
+            # In memory, as torch holds it too when it reads the tensor afterwards.
+            section = io.BytesIO(file.read(info.length))
+        with ZipFile(section) as archive:
+            if (part := archive.testzip()) is not None:
+                raise BadZipFile(part)
         self._verified.add(stored)
-
-
-class _FileSection(io.RawIOBase):
-    """A section of a file as a file object for `zipfile`; torch's cannot seek from the end."""
-
-    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = origin + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1, /) -> bytes:
-        rest = self._length - self._position
-        self._file.seek(self._start + self._position)
-        content = self._file.read(rest if size < 0 else min(size, rest))
-        self._position += len(content)
-        return content
 
 
 class _SavePlanner(MCoreSavePlanner):

@@ -79,7 +79,7 @@ def new_directory(
     try:
         with raise_on_all_ranks("preparing the checkpoint's directory"):
             if is_rank0():
-                _check_replaceable(target, marker)
+                atomic.check_replaceable(target, [marker], "a checkpoint")
                 atomic.begin_directory(
                     target, token, overwrite=overwrite, needed_bytes=needed_bytes
                 )
@@ -154,14 +154,4 @@ def check_shared(directory: Path, target: Path) -> None:
             str(target),
             "cannot be written from every node of the run",
             "name a directory on a file system that all nodes share",
-        )
-
-
-def _check_replaceable(target: Path, marker: str) -> None:
-    """Refuses to replace a directory that is not a checkpoint."""
-    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
-        raise CheckpointError.at(
-            str(target),
-            f"exists and is not a checkpoint (no {marker})",
-            "name another directory",
         )

@@ -8,19 +8,18 @@ Nothing here is collective; one rank calls.
 """
 
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 from typing import Literal
-from uuid import uuid4
 
 from megatron_idpo.checkpoint.metadata import Record
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.storage import atomic
 
 _NAME = re.compile(r"step-(\d{8,})")
-_LEFTOVER = re.compile(r"\.(step-\d{8,})\.(incomplete|replaced|removed)-\w+")
+_LEFTOVER = re.compile(r"\.(step-\d{8,})\.\w+-\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +103,9 @@ def prune(root: Path, retention: Retention) -> list[CheckpointInfo]:
     superfluous = retention.superfluous(checkpoints)
     for info in superfluous:
         with CheckpointError.on_os_error(str(info.directory), "cannot be deleted"):
-            info.directory.rename(root / f".{info.directory.name}.removed-{uuid4().hex[:8]}")
-    for path in _entries(root):
-        if (leftover := _LEFTOVER.fullmatch(path.name)) and leftover[2] == "removed":
-            shutil.rmtree(path, ignore_errors=True)
+            atomic.delete_directory(info.directory)
+    for path in root.glob(".step-*.removed-*"):
+        atomic.discard_directory(path)
     return [info for info in checkpoints if info not in superfluous]
 
 
@@ -121,14 +119,8 @@ def clear_leftovers(root: Path) -> None:
         CheckpointError: the directory cannot be read.
     """
     for path in _entries(root):
-        leftover = _LEFTOVER.fullmatch(path.name)
-        if leftover is None:
-            continue
-        name, kind = leftover.groups()
-        if kind == "replaced" and not (root / name).exists():
-            path.rename(root / name)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        if leftover := _LEFTOVER.fullmatch(path.name):
+            atomic.clear_leftovers(root / leftover[1])
 
 
 def _score(directory: Path) -> tuple[float | None, str | None]:

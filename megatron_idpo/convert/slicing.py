@@ -10,13 +10,12 @@ are moved, never computed with, so a round trip is bitwise exact.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_idpo.checkpoint.dtypes import check_range
+from megatron_idpo.convert.hf_io.reader import HfCheckpoint
 from megatron_idpo.mcore.model.architecture import Architecture
 
 _BLOCK_BYTES = 32 << 20
@@ -42,27 +41,13 @@ class Shard:
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
-class TensorSource(Protocol):
-    """Interface of `hf_io.reader.HfCheckpoint`."""
-
-    @property
-    def directory(self) -> Path:
-        """For errors."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the whole tensor."""
-
-    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
-        """The tensor, or some of its rows or columns."""
-
-
 class Slicing(ABC):
     """One rule: how Hugging Face tensors become one parameter, and back."""
 
     def fill(
         self,
         parameter: Tensor,
-        source: TensorSource,
+        source: HfCheckpoint,
         hf_names: Sequence[str],
         architecture: Architecture,
         shard: Shard,
@@ -193,7 +178,7 @@ def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def _read(
-    target: Tensor, source: TensorSource, name: str, rows: slice, columns: slice | None
+    target: Tensor, source: HfCheckpoint, name: str, rows: slice, columns: slice | None
 ) -> None:
     """Reads rows of a tensor, or some of their columns, into a view of a parameter.
 

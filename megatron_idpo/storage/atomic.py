@@ -18,7 +18,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from megatron_idpo.errors import CheckpointError
 
 _INCOMPLETE = "incomplete"
 _REPLACED = "replaced"
+_REMOVED = "removed"
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
 
@@ -146,8 +147,8 @@ def incomplete_directory(target: Path, token: str) -> Path:
 
 
 def leftovers(target: Path) -> list[Path]:
-    """Hidden directories of interrupted work for `target`, or of work that is running now."""
-    prefixes = tuple(f".{target.name}.{kind}-" for kind in (_INCOMPLETE, _REPLACED))
+    """Hidden directories of interrupted work on `target`, or of work that is running now."""
+    prefixes = tuple(f".{target.name}.{kind}-" for kind in (_INCOMPLETE, _REPLACED, _REMOVED))
     try:
         siblings = sorted(target.parent.iterdir())
     except OSError:
@@ -156,7 +157,7 @@ def leftovers(target: Path) -> list[Path]:
 
 
 def clear_leftovers(target: Path) -> None:
-    """Deletes what interrupted work for `target` left; no process may be writing it.
+    """Deletes what interrupted work on `target` left; no process may be writing it.
 
     If a replacement was interrupted between its two renames, the old directory is restored.
     """
@@ -190,6 +191,24 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
         )
 
 
+def check_replaceable(target: Path, markers: Sequence[str], kind: str) -> None:
+    """Checks that `target`, if it has content, is a directory that may be deleted.
+
+    Args:
+        target: the directory.
+        markers: files of which a replaceable directory has at least one.
+        kind: name of such a directory, for the message.
+
+    Raises:
+        CheckpointError: it has none of them.
+    """
+    if target.is_dir() and any(target.iterdir()):
+        if not any((target / marker).is_file() for marker in markers):
+            message = f"exists and is not {kind} (no {' or '.join(markers)})"
+            remedy = "delete it yourself, or name another directory"
+            raise CheckpointError.at(str(target), message, remedy)
+
+
 def check_apart(source: Path, target: Path) -> None:
     """Checks that replacing `target` does not remove `source`: it is neither it nor inside it.
 
@@ -200,6 +219,20 @@ def check_apart(source: Path, target: Path) -> None:
     if read.is_relative_to(replaced):
         relation = "is the source itself" if read == replaced else f"holds the source {source}"
         raise CheckpointError.at(str(target), relation, "name another directory to write")
+
+
+def delete_directory(directory: Path) -> None:
+    """Deletes a directory, which is renamed first: a kill leaves no part of it under its name.
+
+    Files that cannot be deleted now (NFS, open in another process) stay in the hidden directory
+    `.NAME.removed-TOKEN` until `clear_leftovers`.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    removed = directory.with_name(f".{directory.name}.{_REMOVED}-{uuid4().hex[:8]}")
+    directory.rename(removed)
+    discard_directory(removed)
 
 
 def begin_directory(

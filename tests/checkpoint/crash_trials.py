@@ -1,15 +1,15 @@
-"""Ranks that save checkpoints and are killed at it; what they leave is looked at by a new process.
+"""Ranks that are killed while they save a checkpoint; a new process inspects the result.
 
 Run as `python -m tests.checkpoint.crash_trials MODEL DIRECTORY MODE FIRST STRIDE TRIALS`; prints a
-line of JSON per trial, of which there are at most TRIALS. The process that imports everything forks
-a rank in no time, so that there can be many.
+line of JSON per trial, at most TRIALS. One process imports everything and forks the ranks, so that
+many trials are possible.
 
-In step n every number of the state is n, so a checkpoint of two steps at once would be seen.
+In step n every value of the state is n, so a checkpoint that mixes two steps is recognized.
 
-Modes: `next` saves step 3 after step 2, keeping one, `again` saves step 2 once more with other
-numbers, `again-without-exchange` does so where the system cannot exchange two names. In trial k of
-them, the first rank kills itself at its k-th call of the file system, and the first trial that it
-survives is the last. `anytime` has two ranks save and save until one of them is killed.
+Modes: `next` saves step 3 after step 2, keeping one; `again` saves step 2 once more with other
+values; `again-without-exchange` does so on a system that cannot exchange two names. In trial k of
+these, the rank kills itself at its k-th call of the file system; the first trial that it survives
+is the last. `anytime` has two ranks that save repeatedly until one of them is killed.
 """
 
 import importlib
@@ -34,11 +34,11 @@ from megatron_idpo.storage import atomic
 
 from .tiny_training import Setup, prepare, progress
 
-SPOILT = -1.0
-"""What the state is once a save has returned."""
+OVERWRITTEN = -1.0
+"""Value of the state after a save has returned."""
 
-AGAIN = 2.25
-"""The numbers with which step 2 is saved once more."""
+SECOND_VALUE = 2.25
+"""Value of the state when step 2 is saved for the second time."""
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
 """Audit events of the file system: https://docs.python.org/3/library/audit_events.html."""
@@ -51,11 +51,11 @@ IMPORTED = (
     "megatron_idpo.lora.adapters",
     "megatron_idpo.plugin.attach",
 )
-"""What every rank needs, imported before they are forked."""
+"""Modules that every rank needs, imported before the fork."""
 
 
 def state_of(training: Any) -> list[torch.Tensor]:
-    """Every tensor that a checkpoint keeps."""
+    """Every tensor of a checkpoint."""
     from megatron_idpo.mcore.optim.state import sharded_params
 
     held = sharded_params(training.optimizer)
@@ -64,7 +64,7 @@ def state_of(training: Any) -> list[torch.Tensor]:
 
 
 def save(checkpoints: Any, training: Any, step: int, number: float) -> None:
-    """Step `step`, with every number of the state being `number`."""
+    """Saves step `step` with every value of the state set to `number`."""
     from megatron_idpo.mcore.optim.state import set_optimizer_step
 
     set_optimizer_step(training.optimizer, step)
@@ -72,11 +72,11 @@ def save(checkpoints: Any, training: Any, step: int, number: float) -> None:
         tensor.fill_(number)
     checkpoints.save(training.chunks, training.optimizer, progress(step))
     for tensor in state_of(training):
-        tensor.fill_(SPOILT)
+        tensor.fill_(OVERWRITTEN)
 
 
 def die_at(call: int, directory: str) -> None:
-    """Kill this process at its `call`-th call of the file system below a directory, from 0."""
+    """Kills this process at its `call`-th file system call below a directory, from 0."""
     calls = count()
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -87,7 +87,7 @@ def die_at(call: int, directory: str) -> None:
 
 
 def save_once(model: str, directory: str, mode: str, call: int) -> None:
-    """Steps 1 and 2, then the save that a kill interrupts."""
+    """Saves steps 1 and 2, then starts the save that is interrupted."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup())
@@ -100,12 +100,12 @@ def save_once(model: str, directory: str, mode: str, call: int) -> None:
     if mode == "again-without-exchange":
         mock.patch.object(atomic, "_exchange", return_value=False).start()
     die_at(call, directory)
-    save(checkpoints, training, *((3, 3.0) if mode == "next" else (2, AGAIN)))
+    save(checkpoints, training, *((3, 3.0) if mode == "next" else (2, SECOND_VALUE)))
     checkpoints.wait()
 
 
 def save_and_save(model: str, directory: str) -> None:
-    """Until somebody ends it."""
+    """Saves until the process is killed."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup(data=2, distributed=True))
@@ -117,7 +117,7 @@ def save_and_save(model: str, directory: str) -> None:
 
 
 def look(model: str, directory: str, answer: str) -> None:
-    """As the next run does: what there is, and whether it is whole."""
+    """Opens the directory like the next run; writes what it finds and whether it is complete."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup())
@@ -134,7 +134,7 @@ def look(model: str, directory: str, answer: str) -> None:
 
 
 def fork(function: Callable[..., None], rank: int, size: int, store: str, *arguments: Any) -> int:
-    """A process that runs a function as a rank of a world; its id."""
+    """Forks a process that runs a function as a rank of a world; returns its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -150,13 +150,13 @@ def fork(function: Callable[..., None], rank: int, size: int, store: str, *argum
 
 
 def wait_for(pid: int) -> int:
-    """How a process ended: its code, or minus the signal."""
+    """Exit code of a process, or minus the signal that ended it."""
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
 
 
 def looked_at(model: str, root: Path, directory: Path) -> dict[str, Any]:
-    """What a new process finds."""
+    """What a new process finds in the directory."""
     answer = root / "answer.json"
     pid = fork(look, 0, 1, str(root / "look"), model, str(directory), str(answer))
     ended = wait_for(pid)
@@ -164,7 +164,7 @@ def looked_at(model: str, root: Path, directory: Path) -> dict[str, Any]:
 
 
 def trial(model: str, root: Path, mode: str, call: int) -> dict[str, Any]:
-    """The first rank kills itself at a call of the file system."""
+    """The rank kills itself at a file system call."""
     directory = root / "checkpoints"
     pid = fork(save_once, 0, 1, str(root / "store"), model, str(directory), mode, call)
     ended = wait_for(pid)
@@ -172,7 +172,7 @@ def trial(model: str, root: Path, mode: str, call: int) -> dict[str, Any]:
 
 
 def anytime(model: str, root: Path, number: int) -> dict[str, Any]:
-    """One of two ranks is killed, some time after the first checkpoint is there."""
+    """One of two ranks is killed some time after the first checkpoint is complete."""
     directory, chance = root / "checkpoints", random.Random(number)
     pids = [
         fork(save_and_save, rank, 2, str(root / "store"), model, str(directory)) for rank in (0, 1)
@@ -190,7 +190,7 @@ def anytime(model: str, root: Path, number: int) -> dict[str, Any]:
 
 
 def main(model: str, root: Path, mode: str, first: int, stride: int, trials: int) -> None:
-    """Print the answer of every trial."""
+    """Prints the result of every trial."""
     redirect_cuda_to_cpu()
     torch.set_num_threads(1)
     with suppress_megatron_warnings():

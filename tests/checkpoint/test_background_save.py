@@ -1,4 +1,4 @@
-"""Work beside the training step: the same end on all ranks, and nobody waits for a dead one."""
+"""Background jobs: all ranks see the same outcome, and no rank waits for a failed one."""
 
 import threading
 import time
@@ -11,40 +11,40 @@ pytestmark = pytest.mark.distributed
 
 
 def in_order() -> list[bool]:
-    """What `poll` says before, while and after a job that every rank ends at another time."""
+    """Results of `poll` before, during and after a job that ends at different times."""
     import torch.distributed as dist
 
-    from megatron_idpo.checkpoint.background_save import Background
+    from megatron_idpo.checkpoint.background_save import BackgroundWorker
 
-    background = Background()
-    gate, said = threading.Event(), [background.poll(), background.wait(), background.is_running]
+    background = BackgroundWorker()
+    gate, results = threading.Event(), [background.poll(), background.wait(), background.is_running]
     for _ in range(2):
         background.start(gate.wait)
-        said += [background.is_running, background.poll()]
+        results += [background.is_running, background.poll()]
         if dist.get_rank() == 1:
             gate.set()
-        said.append(background.poll())
+        results.append(background.poll())
         gate.set()
         while not background.poll():
             time.sleep(0.001)
-        said += [background.is_running, background.poll()]
+        results += [background.is_running, background.poll()]
         gate.clear()
-    return said
+    return results
 
 
-def test_all_ranks_see_the_same_end(workers):
-    one, other = workers.run(in_order, 2)
-    assert one == other == [False] * 3 + [True, False, False, False, False] * 2
+def test_all_ranks_see_the_end_at_the_same_poll(workers):
+    first, second = workers.run(in_order, 2)
+    assert first == second == [False] * 3 + [True, False, False, False, False] * 2
 
 
-def collective_beside_the_jobs() -> float:
-    """The job's collectives and the main thread's do not meet."""
+def collectives_on_both_threads() -> bool:
+    """Collectives of the job and of the main thread at the same time."""
     import torch
     import torch.distributed as dist
 
-    from megatron_idpo.checkpoint.background_save import Background
+    from megatron_idpo.checkpoint.background_save import BackgroundWorker
 
-    background, results = Background(), []
+    background, results = BackgroundWorker(), []
 
     def job() -> None:
         for number in range(50):
@@ -64,40 +64,40 @@ def collective_beside_the_jobs() -> float:
     return True
 
 
-def test_collectives_do_not_meet(workers):
-    assert workers.run(collective_beside_the_jobs, 2) == [True, True]
+def test_collectives_of_job_and_training_are_separate(workers):
+    assert workers.run(collectives_on_both_threads, 2) == [True, True]
 
 
 def failing(ask: str, kind: type[Exception]) -> list[str]:
     """The second rank's job fails; then another job runs."""
     import torch.distributed as dist
 
-    from megatron_idpo.checkpoint.background_save import Background
+    from megatron_idpo.checkpoint.background_save import BackgroundWorker
 
-    background, said = Background(), []
+    background, outcome = BackgroundWorker(), []
 
     def job() -> None:
         if dist.get_rank() == 1:
-            raise kind("no room")
+            raise kind("no space")
 
     background.start(job)
     try:
         while not getattr(background, ask)():
             pass
     except Exception as error:
-        said.append(f"{type(error).__name__}: {error}")
+        outcome.append(f"{type(error).__name__}: {error}")
     background.start(lambda: None)
-    said.append(str(background.wait()))
-    return said
+    outcome.append(str(background.wait()))
+    return outcome
 
 
 @pytest.mark.parametrize("ask", ["poll", "wait"])
-def test_a_failure_is_everyones(workers, ask):
-    message = ["CheckpointError: no room", "True"]
+def test_failure_is_raised_on_all_ranks(workers, ask):
+    message = ["CheckpointError: no space", "True"]
     assert workers.run(failing, 2, ask, CheckpointError) == [message, message]
 
 
-def test_a_mistake_of_ours_stays_what_it_is(workers):
-    one, other = workers.run(failing, 2, "wait", ZeroDivisionError)
-    assert other == ["ZeroDivisionError: no room", "True"]
-    assert one == ["CheckpointError: no room", "True"]
+def test_internal_error_keeps_its_type_on_its_rank(workers):
+    first, second = workers.run(failing, 2, "wait", ZeroDivisionError)
+    assert second == ["ZeroDivisionError: no space", "True"]
+    assert first == ["CheckpointError: no space", "True"]

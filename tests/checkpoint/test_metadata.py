@@ -1,4 +1,4 @@
-"""The numbers of a checkpoint: written, read back, compared with the run that wants to go on."""
+"""`progress.json`: round trip, damage, other versions, and the check against a resuming run."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ RECORD = Record(
 )
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_record_round_trips(tmp_path):
     RECORD.write(tmp_path)
     assert Record.read(tmp_path) == RECORD
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
@@ -35,8 +35,8 @@ def test_what_is_written_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "metric"), [({"checkpoint": {"best_metric": "eval_loss"}}, "eval_loss"), ({}, None)]
 )
-def test_an_older_file(tmp_path, config, metric):
-    """It has fields that are gone, and no name of the metric but in the configuration."""
+def test_file_of_an_older_version_is_read(tmp_path, config, metric):
+    """It has removed fields, and the name of the metric only in the configuration."""
     RECORD.write(tmp_path)
     content = json.loads((tmp_path / FILE).read_text())
     del content["metric"]
@@ -46,49 +46,50 @@ def test_an_older_file(tmp_path, config, metric):
     assert Record.read(tmp_path) == expected
 
 
-def test_an_unwritable_directory(tmp_path):
+def test_unwritable_directory_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match=r"progress\.json: cannot be written: No such file"):
         RECORD.write(tmp_path / "nowhere")
 
 
 DAMAGED = {
     "missing": (None, "cannot be read: No such file or directory"),
-    "cut": ('{"format": 1, "prog', "is damaged (JSONDecodeError: "),
-    "no object": ("[]", "is damaged (TypeError: "),
+    "truncated": ('{"format": 1, "prog', "is not valid JSON: "),
+    "not an object": ("[]", "is not a JSON object"),
     "no format": ("{}", "is damaged (KeyError: 'format')"),
     "no step": ('{"format": 1, "progress": {}}', "is damaged (TypeError: "),
-    "binary": ("\x00", "is damaged (JSONDecodeError: "),
+    "binary": ("\x00", "is not valid JSON: "),
 }
 
 
 @pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_named(content, message, tmp_path):
+def test_damaged_file_is_reported(content, message, tmp_path):
     if content is not None:
         (tmp_path / FILE).write_text(content)
     with pytest.raises(CheckpointError) as caught:
         Record.read(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / FILE}: {message}")
-    assert f"delete {tmp_path} to go on from the checkpoint before it" in str(caught.value)
+    assert f"delete {tmp_path} to resume from the checkpoint before it" in str(caught.value)
 
 
-def test_a_file_of_another_version(tmp_path):
+def test_other_format_is_refused(tmp_path):
     RECORD.write(tmp_path)
     content = json.loads((tmp_path / FILE).read_text())
     content["format"] = 9
     content["progress"]["version"] = "7.0"
     (tmp_path / FILE).write_text(json.dumps(content))
     with pytest.raises(
-        CheckpointError, match=r"format 9, of megatron-idpo 7\.0; this is .*; go on"
+        CheckpointError,
+        match=r"has format 9 of megatron-idpo 7\.0; .* with version 7\.0",
     ):
         Record.read(tmp_path)
 
 
-def test_the_same_run_may_change_what_does_not_matter():
+def test_unrelated_changes_are_accepted():
     changed = replace(PROGRESS, config={}, layout={"pipeline": 4}, version="0", step=0, data={})
     assert check_same_run(PROGRESS, changed, "out") == []
 
 
-def test_another_run_is_refused_with_every_reason():
+def test_other_model_and_data_are_refused():
     other = replace(PROGRESS, base_model="n" * 64, data_fingerprint="")
     location = "out/step-00000012"
     model, data = map(str, check_same_run(PROGRESS, other, location))

@@ -1,4 +1,4 @@
-"""A checkpoint's directory appears whole, with its companions, or not at all."""
+"""A checkpoint directory appears complete, with its companions, or not at all."""
 
 from pathlib import Path
 
@@ -13,17 +13,17 @@ from megatron_idpo.errors import CheckpointError
 
 
 def write(target: str, companions: list[str], fail: str | None = None, **options) -> str:
-    """On every rank: a file each; returns the working directory's name."""
+    """On every rank: writes a file; returns the name of the temporary directory."""
     import torch.distributed as dist
 
     from megatron_idpo.mcore.parallel.world import barrier
 
-    with new_checkpoint(Path(target), [Path(one) for one in companions], **options) as directory:
+    with new_checkpoint(Path(target), [Path(path) for path in companions], **options) as directory:
         (directory / f"part{dist.get_rank()}").write_text("x")
         if dist.get_rank() == 0:
             (directory / "metadata.json").write_text("{}")
         if fail is not None:
-            barrier()  # ranks fail together, when none of them writes any more
+            barrier()  # all ranks fail after the last write
             raise CheckpointError(fail)
     return directory.name
 
@@ -38,8 +38,8 @@ def companions(tmp_path: Path) -> list[str]:
 @pytest.mark.distributed
 def test_all_ranks_write_into_one_hidden_directory(workers, companions, tmp_path):
     target = tmp_path / "below" / "out"
-    one, other = workers.run(write, 2, str(target), companions)
-    assert one == other and one.startswith(".out.incomplete-")
+    first, second = workers.run(write, 2, str(target), companions)
+    assert first == second and first.startswith(".out.incomplete-")
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     names = {path.name for path in target.iterdir()}
     assert names == {"part0", "part1", "metadata.json", "huggingface"}
@@ -48,7 +48,7 @@ def test_all_ranks_write_into_one_hidden_directory(workers, companions, tmp_path
 
 
 @pytest.mark.distributed
-def test_a_failing_body_leaves_what_was_there(workers, companions, tmp_path):
+def test_failing_body_leaves_the_old_directory(workers, companions, tmp_path):
     target = tmp_path / "out"
     workers.run(write, 1, str(target), companions)
     with pytest.raises(CheckpointError, match=r"^broken"):
@@ -58,7 +58,7 @@ def test_a_failing_body_leaves_what_was_there(workers, companions, tmp_path):
 
 
 def wait_for_removal(target: str, companions: list[str]) -> int:
-    """On every rank: fail; how many hidden directories are left when this rank may end."""
+    """On every rank: fails; returns the number of leftovers when this rank may exit."""
     import time
     from unittest import mock
 
@@ -67,7 +67,7 @@ def wait_for_removal(target: str, companions: list[str]) -> int:
     discard = atomic.discard_directory
 
     def slowly(directory: Path) -> None:
-        time.sleep(0.5)
+        time.sleep(0.2)
         discard(directory)
 
     try:
@@ -79,12 +79,12 @@ def wait_for_removal(target: str, companions: list[str]) -> int:
 
 
 @pytest.mark.distributed
-def test_no_rank_ends_before_the_directory_is_removed(workers, companions, tmp_path):
+def test_no_rank_exits_before_the_directory_is_deleted(workers, companions, tmp_path):
     assert workers.run(wait_for_removal, 2, str(tmp_path / "out"), companions) == [0, 0]
 
 
 @pytest.mark.distributed
-def test_a_link_stays_and_what_it_points_to_is_replaced(workers, companions, tmp_path):
+def test_link_is_kept_and_its_target_replaced(workers, companions, tmp_path):
     workers.run(write, 1, str(tmp_path / "real"), companions)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     workers.run(write, 2, str(tmp_path / "link"), companions, overwrite=True)
@@ -93,28 +93,28 @@ def test_a_link_stays_and_what_it_points_to_is_replaced(workers, companions, tmp
 
 
 @pytest.mark.distributed
-def test_space_is_asked_for_first(workers, companions, tmp_path):
+def test_too_small_disk_is_reported(workers, companions, tmp_path):
     with pytest.raises(CheckpointError, match=r"out: needs [\d,]{20,} bytes of disk"):
         workers.run(write, 2, str(tmp_path / "out"), companions, needed_bytes=10**18)
     assert not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.distributed
-def test_a_companion_that_cannot_be_copied(workers, companions, tmp_path):
+def test_failed_copy_of_a_companion_is_reported(workers, companions, tmp_path):
     Path(companions[1]).unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be copied \(No such file"):
         workers.run(write, 2, str(tmp_path / "out"), companions)
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_companions_of_a_checkpoint(tmp_path):
+def test_companions_are_listed_or_their_absence_reported(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere: does not exist; name a"):
         companion_files(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"huggingface: there is no config\.json; put the"):
         companion_files(tmp_path)
     (tmp_path / "progress.json").write_text("{}")
     with pytest.raises(
-        CheckpointError, match=r"a state that a run goes on from.*`train`.*OUTPUT/hf"
+        CheckpointError, match=r"the state of an unfinished run.*`train`.*OUTPUT/hf"
     ):
         companion_files(tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Training goes on from a checkpoint as if it had not stopped: in the same layout to the bit."""
+"""A resumed run equals an uninterrupted one: bitwise in the same layout, closely in others."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from .tiny_training import Setup, prepare, progress
 pytestmark = pytest.mark.distributed
 
 OTHER_LAYOUT = 1e-5
-"""Three steps in another layout: fp32 sums in another order, against weights of about 0.2."""
+"""Tolerance for three steps in another layout: other order of fp32 sums, weights of about 0.2."""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Directories of a tiny model, by whether its embeddings are tied."""
+    """Tiny models, by whether the embeddings are tied."""
     root = tmp_path_factory.mktemp("models")
     return {
         tied: str(
@@ -28,40 +28,40 @@ def models(tmp_path_factory):
     }
 
 
-def unbroken(directory: str, root: str, setup: Setup):
-    """Six steps, saved after the third; the state after three and six, and the last weights."""
+def uninterrupted(directory: str, root: str, setup: Setup):
+    """Six steps, saved after the third; the state after steps 3 and 6, and the last weights."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(directory, setup)
     checkpoints = Checkpoints(Path(root))
     assert checkpoints.latest() is None
-    for number in (1, 2, 3):
-        training.step(number)
+    for step in (1, 2, 3):
+        training.step(step)
     checkpoints.save(training.chunks, training.optimizer, progress(3), score=0.5)
     after_three = training.state()
-    for number in (4, 5, 6):
-        training.step(number)  # while files are written
+    for step in (4, 5, 6):
+        training.step(step)  # while the files are written
     info = checkpoints.wait()
     assert (info.step, info.score, info.directory) == (3, 0.5, Path(root, "step-00000003"))
     return after_three, training.state(), training.weights()
 
 
-def continued(directory: str, root: str, setup: Setup, copy_to: str | None = None):
-    """What `unbroken` gives, from its checkpoint; which is saved anew at once, if asked for."""
+def resumed(directory: str, root: str, setup: Setup, copy_to: str | None = None):
+    """The results of `uninterrupted`, from its checkpoint; optionally saves it again first."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(directory, setup)
     training.forget()
     checkpoints = Checkpoints(Path(root))
-    said = checkpoints.load(checkpoints.latest(), training.chunks, training.optimizer)
-    assert said == progress(3)
+    loaded = checkpoints.load(checkpoints.latest(), training.chunks, training.optimizer)
+    assert loaded == progress(3)
     if copy_to is not None:
         copies = Checkpoints(Path(copy_to))
-        copies.save(training.chunks, training.optimizer, said)
+        copies.save(training.chunks, training.optimizer, loaded)
         copies.wait()
     after_three = training.state()
-    for number in (4, 5, 6):
-        training.step(number)
+    for step in (4, 5, 6):
+        training.step(step)
     return after_three, training.state(), training.weights()
 
 
@@ -70,8 +70,6 @@ def same(state, other) -> bool:
 
 
 SAME = [
-    Setup(),
-    Setup(dtype="bfloat16"),
     Setup(data=2, distributed=True, overlap=True, tied=True),
     Setup(data=2, distributed=True, dtype="bfloat16"),
     Setup(tensor=2, sequence_parallel=True),
@@ -80,6 +78,8 @@ SAME = [
     Setup(tensor=2, learns="some"),
 ]
 SAME_MORE = [
+    Setup(),
+    Setup(dtype="bfloat16"),
     Setup(data=2),
     Setup(data=2, distributed=True),
     Setup(pipeline=2),
@@ -96,10 +96,10 @@ SAME_MORE = [
     [*SAME, *(pytest.param(one, marks=pytest.mark.exhaustive) for one in SAME_MORE)],
     ids=str,
 )
-def test_the_same_layout_goes_on_to_the_bit(workers, models, tmp_path, setup):
+def test_resume_in_the_same_layout_is_bitwise_exact(workers, models, tmp_path, setup):
     arguments = (setup.world_size, models[setup.tied], str(tmp_path), setup)
-    whole = workers.run(unbroken, *arguments)
-    again = workers.run(continued, *arguments)
+    whole = workers.run(uninterrupted, *arguments)
+    again = workers.run(resumed, *arguments)
     for (three, six, weights), (new_three, new_six, new_weights) in zip(whole, again, strict=True):
         assert same(three, new_three)
         assert same(six, new_six)
@@ -129,16 +129,16 @@ OTHERS_MORE = [
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [*OTHERS, *(pytest.param(*pair, marks=pytest.mark.exhaustive) for pair in OTHERS_MORE)],
     ids=str,
 )
-def test_another_layout_takes_over(workers, models, tmp_path, one, other):
-    """Its steps are close, and what it saves, the first reads back to the bit."""
-    directory, root, copy = models[one.tied], str(tmp_path / "one"), str(tmp_path / "copy")
-    whole = workers.run(unbroken, one.world_size, directory, root, one)
-    moved = workers.run(continued, other.world_size, directory, root, other, copy)
-    back = workers.run(continued, one.world_size, directory, copy, one)
+def test_resume_in_another_layout_is_close_and_reversible(workers, models, tmp_path, first, second):
+    """Its steps are close, and the checkpoint it saves restores the first layout bitwise."""
+    directory, root, copy = models[first.tied], str(tmp_path / "one"), str(tmp_path / "copy")
+    whole = workers.run(uninterrupted, first.world_size, directory, root, first)
+    moved = workers.run(resumed, second.world_size, directory, root, second, copy)
+    back = workers.run(resumed, first.world_size, directory, copy, first)
     for (three, six, _), (new_three, new_six, _) in zip(whole, back, strict=True):
         assert same(three, new_three)
         assert same(six, new_six)
@@ -150,14 +150,14 @@ def test_another_layout_takes_over(workers, models, tmp_path, one, other):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_before_the_first_step(workers, models, tmp_path, dtype):
+def test_checkpoint_before_the_first_step_has_no_moments(workers, models, tmp_path, dtype):
     setup = Setup(**SHARDS, dtype=dtype)
-    answers = workers.run(saved_at_once, 2, models[False], str(tmp_path), setup)
+    answers = workers.run(resume_before_first_step, 2, models[False], str(tmp_path), setup)
     assert answers == [True, True]
 
 
-def saved_at_once(directory: str, root: str, setup: Setup) -> bool:
-    """A checkpoint without moments makes an optimizer that has none."""
+def resume_before_first_step(directory: str, root: str, setup: Setup) -> bool:
+    """Loading a checkpoint without moments removes those of the optimizer."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(directory, setup)

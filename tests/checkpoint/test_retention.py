@@ -1,4 +1,4 @@
-"""Which checkpoints there are, which stay, and what becomes of leftovers."""
+"""Which checkpoints exist, which are kept, and what happens to leftovers."""
 
 import shutil
 from pathlib import Path
@@ -38,7 +38,7 @@ def infos(scores: dict[int, float | None]) -> list[CheckpointInfo]:
 
 NAN = float("nan")
 KEPT = {
-    # scores by step, keep_last, keep_best, better, the steps that stay
+    # scores by step, keep_last, keep_best, better, kept steps
     "the newest": ({1: 0.1, 2: 0.2, 3: 0.3}, 1, 0, "min", [3]),
     "two of them": ({1: None, 2: None, 3: None}, 2, 1, "min", [2, 3]),
     "all": ({1: None, 2: None}, 5, 5, "min", [1, 2]),
@@ -51,13 +51,13 @@ KEPT = {
 
 
 @pytest.mark.parametrize(("scores", "last", "best", "better", "stay"), KEPT.values(), ids=KEPT)
-def test_what_stays(scores, last, best, better, stay):
+def test_kept_checkpoints(scores, last, best, better, stay):
     every = infos(scores)
     gone = [info.step for info in Retention(last, best, better).superfluous(every[::-1])]
     assert gone == sorted(set(scores) - set(stay))
 
 
-def test_pruning_deletes_the_rest(tmp_path):
+def test_prune_deletes_the_others(tmp_path):
     for step, score in ((9, 0.5), (10, 0.1), (100, 0.3), (123456789, 0.2)):
         make(tmp_path, step, score)
     stayed = prune(tmp_path, Retention(1, 1, "min"))
@@ -66,7 +66,7 @@ def test_pruning_deletes_the_rest(tmp_path):
 
 
 def test_scores_of_another_metric_are_not_ranked(tmp_path):
-    """As after `best_metric` was changed: 0.9 is a loss, the others are accuracies."""
+    """After a change of `best_metric`: 0.9 is a loss, the others are accuracies."""
     make(tmp_path, 1, 0.9, "eval_loss")
     make(tmp_path, 2, 0.6, "eval_rewards/accuracies")
     make(tmp_path, 3, 0.5, "eval_rewards/accuracies")
@@ -77,7 +77,7 @@ def test_scores_of_another_metric_are_not_ranked(tmp_path):
     assert [info.step for info in prune(tmp_path, retention)] == [2, 5]
 
 
-def test_a_checkpoint_loses_its_name_before_its_files(tmp_path):
+def test_checkpoint_is_renamed_before_it_is_deleted(tmp_path):
     make(tmp_path, 1)
     make(tmp_path, 2)
     with mock.patch.object(shutil, "rmtree", side_effect=KeyboardInterrupt):
@@ -90,7 +90,7 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path):
     assert not hidden.exists()
 
 
-def test_a_checkpoint_that_cannot_be_renamed(tmp_path):
+def test_failed_rename_is_reported(tmp_path):
     make(tmp_path, 1)
     make(tmp_path, 2)
     with mock.patch.object(Path, "rename", side_effect=PermissionError(13, "Permission denied")):
@@ -99,7 +99,7 @@ def test_a_checkpoint_that_cannot_be_renamed(tmp_path):
     assert steps(tmp_path) == [1, 2]
 
 
-def test_only_complete_checkpoints_count(tmp_path):
+def test_only_complete_checkpoints_are_listed(tmp_path):
     assert complete_checkpoints(tmp_path / "nowhere") == []
     make(tmp_path, 3)
     for name in (".step-00000004.incomplete-ab", "step-4", "step-00000005.old", "other"):
@@ -108,14 +108,14 @@ def test_only_complete_checkpoints_count(tmp_path):
     assert steps(tmp_path) == [3]
 
 
-def test_a_damaged_one_has_no_score(tmp_path):
-    """It still is the newest: `load` says what is wrong with it."""
+def test_damaged_checkpoint_has_no_score(tmp_path):
+    """It is still listed as the newest: `load` reports the damage."""
     make(tmp_path, 1, 0.1)
     (make(tmp_path, 2, 0.0) / "progress.json").write_text("{")
     assert [info.score for info in complete_checkpoints(tmp_path)] == [0.1, None]
 
 
-def test_leftovers_go_and_what_was_to_be_replaced_comes_back(tmp_path):
+def test_leftovers_are_deleted_and_replaced_checkpoints_restored(tmp_path):
     make(tmp_path, 1)
     make(tmp_path, 2).rename(tmp_path / ".step-00000002.replaced-ab")
     for name in (
@@ -138,7 +138,7 @@ def test_leftovers_go_and_what_was_to_be_replaced_comes_back(tmp_path):
     ]
 
 
-def test_a_directory_that_cannot_be_read(tmp_path):
+def test_unreadable_directory_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file: cannot be read: Not a directory"):
         complete_checkpoints(tmp_path / "file")

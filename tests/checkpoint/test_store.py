@@ -1,4 +1,4 @@
-"""How a save goes: beside the training step, one at a time, and told on all ranks if it fails."""
+"""Saves run in the background, one at a time; a failure is raised on all ranks."""
 
 import resource
 import shutil
@@ -27,8 +27,8 @@ def model(tmp_path_factory) -> str:
 
 
 @contextmanager
-def held_up(gate: threading.Event):
-    """Nothing is written before the gate opens."""
+def blocked_writes(gate: threading.Event):
+    """Blocks writing until the gate opens."""
     from megatron_idpo.checkpoint import store as checkpoints
 
     write = checkpoints.write_chunks
@@ -42,7 +42,7 @@ def held_up(gate: threading.Event):
 
 
 def obstruct(root: str) -> None:
-    """The first rank will not be able to write its file."""
+    """Makes rank 0 unable to write its file."""
     for hidden in Path(root).glob(".step-*"):
         (hidden / "__0_0.distcp").mkdir(exist_ok=True)
 
@@ -51,37 +51,37 @@ def names(root: str) -> list[str]:
     return sorted(path.name for path in Path(root).iterdir())
 
 
-def beside_the_step(model: str, root: str):
-    """The state is spoilt while a save waits for the disk; polled meanwhile."""
+def change_state_during_save(model: str, root: str):
+    """Overwrites the state while a save waits for the disk; polls meanwhile."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, SHARDS)
     training.step(1)
     expected = training.state()
-    checkpoints, gate, said = Checkpoints(Path(root)), threading.Event(), []
-    with held_up(gate):
-        said += [checkpoints.poll(), checkpoints.wait()]
+    checkpoints, gate, polled = Checkpoints(Path(root)), threading.Event(), []
+    with blocked_writes(gate):
+        polled += [checkpoints.poll(), checkpoints.wait()]
         checkpoints.save(training.chunks, training.optimizer, progress(1))
         training.forget()
         for tensor in (one for held in training.held() for one in held.moments().values()):
             tensor.zero_()
-        said += [checkpoints.poll(), checkpoints.latest()]
+        polled += [checkpoints.poll(), checkpoints.latest()]
         gate.set()
         while (info := checkpoints.poll()) is None:
             pass
-        said.append(checkpoints.poll())
+        polled.append(checkpoints.poll())
     assert info == checkpoints.latest() and info.step == 1
     checkpoints.load(info, training.chunks, training.optimizer)
-    return said, all(map(torch.equal, expected, training.state()))
+    return polled, all(map(torch.equal, expected, training.state()))
 
 
-def test_training_goes_on_meanwhile(workers, model, tmp_path):
-    answers = workers.run(beside_the_step, 2, model, str(tmp_path))
+def test_state_may_change_while_a_save_runs(workers, model, tmp_path):
+    answers = workers.run(change_state_during_save, 2, model, str(tmp_path))
     assert answers == [([None] * 5, True)] * 2
 
 
 def several(model: str, root: str) -> list[list[str]]:
-    """Four saves, the second twice; what is there after each."""
+    """Four saves, the second twice; returns the directory content after each."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup())
@@ -91,23 +91,21 @@ def several(model: str, root: str) -> list[list[str]]:
         checkpoints.save(training.chunks, training.optimizer, progress(step), score=score)
         checkpoints.wait()
         seen.append(names(root))
-    best, latest = checkpoints.best(), checkpoints.latest()
-    assert (best.step, best.score, latest.step) == (2, 0.9, 4)
+    assert checkpoints.latest().step == 4
     return seen
 
 
-def test_the_best_and_the_newest_stay(workers, model, tmp_path):
+def test_best_and_newest_are_kept(workers, model, tmp_path):
     (seen,) = workers.run(several, 1, model, str(tmp_path))
     one, two, three, four = (f"step-0000000{step}" for step in (1, 2, 3, 4))
     assert seen == [[one], [two], [two], [two, three], [two, four]]
 
 
-def another_metric(model: str, root: str) -> tuple[list[int], list[str]]:
-    """A run ranked by the loss, gone on with by the accuracy: which was the best, what is there."""
+def another_metric(model: str, root: str) -> list[str]:
+    """A run ranked by loss that resumes ranked by accuracy; returns the directory content."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup())
-    best = []
     for better, metric, steps in (
         ("min", "eval_loss", ((1, 0.9), (2, 0.8))),
         ("max", "eval_rewards/accuracies", ((3, 0.6), (4, 0.5), (5, None))),
@@ -118,17 +116,16 @@ def another_metric(model: str, root: str) -> tuple[list[int], list[str]]:
         for step, score in steps:
             checkpoints.save(training.chunks, training.optimizer, progress(step), score=score)
             assert checkpoints.wait() == checkpoints.latest()
-        best.append(checkpoints.best().step)
-    return best, names(root)
+    return names(root)
 
 
-def test_a_loss_is_not_ranked_among_accuracies(workers, model, tmp_path):
+def test_scores_of_another_metric_are_not_ranked(workers, model, tmp_path):
     (found,) = workers.run(another_metric, 1, model, str(tmp_path))
-    assert found == ([2, 3], ["step-00000003", "step-00000005"])
+    assert found == ["step-00000003", "step-00000005"]
 
 
-def hurried(model: str, root: str) -> list[str]:
-    """A save does not begin before the one before it has ended."""
+def saves_in_a_row(model: str, root: str) -> list[str]:
+    """Saves without waiting in between."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, SHARDS)
@@ -139,13 +136,13 @@ def hurried(model: str, root: str) -> list[str]:
     return [path.name for path in sorted(Path(root).iterdir()) if (path / ".metadata").is_file()]
 
 
-def test_one_at_a_time(workers, model, tmp_path):
-    for found in workers.run(hurried, 2, model, str(tmp_path)):
+def test_save_waits_for_the_previous_one(workers, model, tmp_path):
+    for found in workers.run(saves_in_a_row, 2, model, str(tmp_path)):
         assert found == [f"step-0000000{step}" for step in range(1, 6)]
 
 
 def next_run(model: str, root: str) -> list[str]:
-    """What is there once a new run has looked, and after it has saved step 2 again."""
+    """The directory content when a new run starts; loads step 2 and saves it again."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, Setup())
@@ -159,8 +156,7 @@ def next_run(model: str, root: str) -> list[str]:
     return found
 
 
-def test_the_next_run_clears_up(workers, model, tmp_path):
-    """And does not write again what it has just read."""
+def test_next_run_deletes_leftovers_and_skips_the_loaded_step(workers, model, tmp_path):
     workers.run(several, 1, model, str(tmp_path))
     shutil.rmtree(tmp_path / "step-00000004")
     for name in (".step-00000009.incomplete-0a", ".step-00000001.removed-0b"):
@@ -170,13 +166,13 @@ def test_the_next_run_clears_up(workers, model, tmp_path):
 
 
 def full_disk(model: str, root: str, when: str):
-    """The second rank's disk is full at the second save; what this rank was told, what is left."""
+    """Rank 1's disk is full at the second save; returns the error and the remaining files."""
     import torch.distributed as dist
 
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, SHARDS)
-    training.step(1)  # so that there are moments to write
+    training.step(1)  # creates moments
     checkpoints = Checkpoints(Path(root))
     checkpoints.save(training.chunks, training.optimizer, progress(1))
     checkpoints.wait()
@@ -198,8 +194,8 @@ def full_disk(model: str, root: str, when: str):
 
 
 @pytest.mark.parametrize("when", ["begun", "written"])
-def test_a_full_disk_is_told_on_all_ranks(workers, model, tmp_path, when):
-    """The checkpoint before it is as it was, and with room there is the next."""
+def test_full_disk_is_reported_on_all_ranks(workers, model, tmp_path, when):
+    """Earlier checkpoints are unchanged, and the next save succeeds."""
     answers = workers.run(full_disk, 2, model, str(tmp_path), when)
     for message, left, then in answers:
         assert left == (["step-00000001"], 1)
@@ -218,37 +214,37 @@ def open_directory(root: str) -> None:
     Checkpoints(Path(root))
 
 
-def test_a_directory_that_cannot_be_written_is_refused_at_once(workers, tmp_path):
+def test_unwritable_directory_is_refused(workers, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"^.*/checkpoints: cannot be written: Not a dir"):
         workers.run(open_directory, 2, str(tmp_path / "file" / "checkpoints"))
 
 
-def broken_off(model: str, root: str, fail: bool) -> tuple[list[str], list[str]]:
-    """Training fails while a save waits for the disk; the error's notes, and what is there."""
+def training_fails(model: str, root: str, fail: bool) -> tuple[list[str], list[str]]:
+    """Training fails while a save waits for the disk; returns the error's notes and the files."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, SHARDS)
     gate = threading.Event()
     try:
-        with held_up(gate), Checkpoints(Path(root)) as checkpoints:
+        with blocked_writes(gate), Checkpoints(Path(root)) as checkpoints:
             checkpoints.save(training.chunks, training.optimizer, progress(1))
             if fail:
                 obstruct(root)
-            threading.Timer(0.2, gate.set).start()
+            threading.Timer(0.05, gate.set).start()
             raise ZeroDivisionError
     except ZeroDivisionError as error:
         notes = getattr(error, "__notes__", [])
     return notes, names(root)
 
 
-def test_a_save_ends_though_training_fails(workers, model, tmp_path):
-    answers = workers.run(broken_off, 2, model, str(tmp_path), False)
+def test_save_completes_although_training_fails(workers, model, tmp_path):
+    answers = workers.run(training_fails, 2, model, str(tmp_path), False)
     assert answers == [([], ["step-00000001"])] * 2
 
 
-def test_both_failures_are_reported(workers, model, tmp_path):
-    for notes, found in workers.run(broken_off, 2, model, str(tmp_path), True):
+def test_failed_save_is_a_note_of_the_training_error(workers, model, tmp_path):
+    for notes, found in workers.run(training_fails, 2, model, str(tmp_path), True):
         (note,) = notes
         assert f"Meanwhile: {tmp_path}/step-00000001/__0_0.distcp: the first tensor cannot" in note
         assert found == []
@@ -259,12 +255,12 @@ def failed_at_the_end(model: str, root: str) -> None:
 
     training = prepare(model, Setup())
     gate = threading.Event()
-    with held_up(gate), Checkpoints(Path(root)) as checkpoints:
+    with blocked_writes(gate), Checkpoints(Path(root)) as checkpoints:
         checkpoints.save(training.chunks, training.optimizer, progress(1))
         obstruct(root)
         gate.set()
 
 
-def test_a_failed_save_is_told_at_the_end(workers, model, tmp_path):
+def test_failed_save_is_raised_at_exit(workers, model, tmp_path):
     with pytest.raises(CheckpointError, match=r"step-00000001/__0_0\.distcp: the first tensor"):
         workers.run(failed_at_the_end, 1, model, str(tmp_path))

@@ -1,6 +1,6 @@
-"""What a checkpoint says it holds, whether its files can be as long, and whose model it is.
+"""The tensors that a checkpoint lists: file sizes, and the check against a model.
 
-Damage from end to end is the business of `tests/convert/test_megatron_to_hf.py`.
+`tests/convert/test_megatron_to_hf.py` tests the same damage in a conversion.
 """
 
 import json
@@ -27,7 +27,7 @@ SHAPES = {EMBEDDING: (8, 4), NORM: (4,)}
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Two weights of 100 bytes each in one file, and optimizer state in another that is gone."""
+    """Two weights of 100 bytes each in one file, and optimizer state in a missing file."""
     stored = {
         key: TensorStorageMetadata(
             properties=TensorProperties(dtype=torch.bfloat16), size=torch.Size(shape), chunks=[]
@@ -46,29 +46,29 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_weights_alone_are_listed(checkpoint):
+def test_only_weights_are_listed(checkpoint):
     expected = {key: StoredWeight(shape, torch.bfloat16) for key, shape in SHAPES.items()}
     assert stored_weights(checkpoint) == expected
     check_same_model(checkpoint, SHAPES, vocab_size=8)
 
 
 @pytest.mark.parametrize(("num_bytes", "key"), [(199, NORM), (99, EMBEDDING), (0, EMBEDDING)])
-def test_the_first_weight_that_is_cut_is_named(num_bytes, key, checkpoint):
+def test_first_truncated_weight_is_named(num_bytes, key, checkpoint):
     (checkpoint / "__0_0.distcp").write_bytes(bytes(num_bytes))
     message = rf"__0_0\.distcp: is truncated in or before tensor '{key}', .*: {num_bytes} bytes"
     with pytest.raises(CheckpointError, match=message):
         stored_weights(checkpoint)
 
 
-def test_a_missing_file_is_named_with_a_weight(checkpoint):
+def test_missing_file_is_named_with_a_weight(checkpoint):
     (checkpoint / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=rf"__0_0\.distcp: is missing; .*'{EMBEDDING}'"):
         stored_weights(checkpoint)
 
 
 @pytest.mark.parametrize("vocab_size", [5, 8])
-def test_a_vocabulary_may_be_padded(vocab_size, checkpoint):
-    """Whatever this run pads it to itself."""
+def test_padded_vocabulary_is_accepted(vocab_size, checkpoint):
+    """Independent of the padding of this run."""
     check_same_model(checkpoint, {**SHAPES, EMBEDDING: (12, 4)}, vocab_size)
 
 
@@ -83,14 +83,14 @@ OTHER_MODELS = [
 
 
 @pytest.mark.parametrize(("expected", "vocab_size", "message"), OTHER_MODELS)
-def test_another_model_is_told_on_one_line(expected, vocab_size, message, checkpoint):
+def test_other_model_is_refused_on_one_line(expected, vocab_size, message, checkpoint):
     with pytest.raises(CheckpointError, match=message) as error:
         check_same_model(checkpoint, expected, vocab_size)
-    assert str(error.value).startswith(f"{checkpoint}: holds another model than its config.json")
+    assert str(error.value).startswith(f"{checkpoint}: is not the model that its config.json")
     assert "\n" not in str(error.value)
 
 
-def test_padding_by_an_odd_tensor_parallel_size(checkpoint):
+def test_padding_to_the_tensor_parallel_size_is_accepted(checkpoint):
     set_rows(checkpoint, 32001)
     check_same_model(checkpoint, SHAPES, 32000, num_kv_heads=6)
     with pytest.raises(CheckpointError):
@@ -104,18 +104,18 @@ def set_rows(checkpoint, num_rows):
     path.write_bytes(pickle.dumps(metadata))
 
 
-# Ours pads to a multiple of TP, Megatron-LM to one of 128 x TP.
+# This package pads to a multiple of TP, Megatron-LM to a multiple of 128 x TP.
 PADDED = [(32003, 32004), (32003, 32128), (50257, 51200), (32000, 32000), (32000, 32768)]
 
 
 @pytest.mark.parametrize(("vocab_size", "num_rows"), PADDED)
-def test_padding_by_a_rule_is_left_out(vocab_size, num_rows, checkpoint):
+def test_usual_padding_is_accepted(vocab_size, num_rows, checkpoint):
     set_rows(checkpoint, num_rows)
     check_same_model(checkpoint, SHAPES, vocab_size)
 
 
 @pytest.mark.parametrize(("vocab_size", "num_rows"), [(8, 5000), (32000, 32001), (32000, 34000)])
-def test_another_vocabulary_is_not_padding(vocab_size, num_rows, checkpoint):
+def test_other_vocabulary_size_is_refused(vocab_size, num_rows, checkpoint):
     set_rows(checkpoint, num_rows)
     message = rf"has shape \({num_rows}, 4\), expected \({vocab_size}, 4\)"
     with pytest.raises(CheckpointError, match=message):

@@ -1,4 +1,4 @@
-"""What a training state is made of, and which checkpoints are not of this training."""
+"""The tensors of a training state; checkpoints of other runs and damaged ones are refused."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, workers, model):
-    """Checkpoints of one step by what learns and in which format."""
+    """Checkpoints after one step, by what is trained."""
     root = tmp_path_factory.mktemp("saved")
     setups = {str(setup): setup for setup in (Setup(), Setup(learns="some"), Setup(learns="lora"))}
     for name, setup in setups.items():
@@ -59,7 +59,7 @@ def keys(root: Path) -> dict[str, int]:
     }
 
 
-def test_only_what_learns_is_kept(saved):
+def test_only_trained_tensors_are_saved(saved):
     some = "decoder.layers.mlp.linear_"
     weights = {f"{some}fc1.weight": 2 * 48 * 32, f"{some}fc2.weight": 48 * 32}
     assert keys(saved["one-some"]) == {
@@ -101,7 +101,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("kind", "setup", "message"), OTHERS.values(), ids=OTHERS)
-def test_a_checkpoint_of_other_training_is_refused(workers, model, saved, kind, setup, message):
+def test_checkpoint_of_another_run_is_refused(workers, model, saved, kind, setup, message):
     with pytest.raises(CheckpointError, match=f"step-00000001: is of a run that .*{message}"):
         workers.run(load, 1, model, str(saved[kind]), setup)
 
@@ -110,7 +110,7 @@ def damage_file(path: Path, kind: str) -> None:
     content = path.read_bytes()
     if kind == "missing":
         path.unlink()
-    elif kind == "cut":
+    elif kind == "truncated":
         path.write_bytes(content[: len(content) // 2])
     else:
         middle = len(content) // 2
@@ -118,30 +118,30 @@ def damage_file(path: Path, kind: str) -> None:
 
 
 DAMAGE = {
-    "no weights": ("__0_0.distcp", "missing", "is missing; by .metadata it holds tensor"),
-    "cut": ("__0_0.distcp", "cut", "is truncated in or before tensor"),
+    "no weights": ("__0_0.distcp", "missing", "is missing; .metadata lists tensor"),
+    "truncated": ("__0_0.distcp", "truncated", "is truncated in or before tensor"),
     "scratched": (
         "__0_0.distcp",
         "scratched",
         r"tensor '\S+' cannot be read \(the file is",
     ),
     "no list": (".metadata", "missing", "is missing or damaged"),
-    "no marker": ("", "missing", r"is no Megatron-Core checkpoint \(no metadata.json\)"),
+    "no marker": ("", "missing", r"is not a Megatron-Core checkpoint \(no metadata.json\)"),
     "no progress": ("progress.json", "missing", "cannot be read: No such file or directory"),
 }
 
 
 @pytest.mark.parametrize(("name", "kind", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_told_by_file_on_all_ranks(workers, model, saved, tmp_path, name, kind, message):
+def test_damage_is_reported_on_all_ranks(workers, model, saved, tmp_path, name, kind, message):
     copy = shutil.copytree(saved["one-some"], tmp_path / "copy") / "step-00000001"
     damage_file(copy / (name or "metadata.json"), kind)
     setup = Setup(learns="some", data=2, distributed=True)
-    for answer in workers.run(told_on_loading, 2, model, str(copy.parent), setup):
+    for answer in workers.run(error_on_loading, 2, model, str(copy.parent), setup):
         assert str(copy / name) in answer
         assert re.search(message, answer), answer
 
 
-def told_on_loading(model: str, root: str, setup: Setup) -> str:
+def error_on_loading(model: str, root: str, setup: Setup) -> str:
     try:
         load(model, root, setup)
     except CheckpointError as error:
@@ -149,8 +149,8 @@ def told_on_loading(model: str, root: str, setup: Setup) -> str:
     return "nothing"
 
 
-def weights_alone(model: str, directory: str) -> bool:
-    """The weights of a checkpoint of training, read as those of a converted model."""
+def load_weights_only(model: str, directory: str) -> bool:
+    """Loads the weights of a training checkpoint like those of a converted model."""
     from megatron_idpo.checkpoint.weights import load_weights
 
     training = prepare(model, Setup())
@@ -161,6 +161,6 @@ def weights_alone(model: str, directory: str) -> bool:
     return all(torch.equal(value, expected[name]) for name, value in training.weights().items())
 
 
-def test_its_weights_are_a_checkpoint_of_weights(workers, model, saved):
+def test_training_checkpoint_can_be_loaded_as_weights(workers, model, saved):
     directory = str(saved["one"] / "step-00000001")
-    assert workers.run(weights_alone, 1, model, directory) == [True]
+    assert workers.run(load_weights_only, 1, model, directory) == [True]

@@ -1,4 +1,4 @@
-"""Weights through `torch_dist` files: between layouts and formats, and only the model's own."""
+"""Weights through `torch_dist` files: between layouts, dtypes and megatron-core."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def chunks_of(layout: Layout, dtype: torch.dtype, **overrides: Any) -> tuple[lis
 
 
 def value(name: str, parameter: torch.Tensor, salt: int) -> torch.Tensor:
-    """What a parameter is filled with: different everywhere, the same in every process."""
+    """Values of a parameter: different for each, equal in every process."""
     generator = torch.Generator().manual_seed(sum(name.encode()) + 1000 * salt)
     return torch.randn(parameter.shape, generator=generator)
 
@@ -67,7 +67,7 @@ def merged(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 
-def test_another_layout_and_another_format_take_the_same_values(workers, tmp_path):
+def test_other_layout_and_dtype_load_equal_values(workers, tmp_path):
     workers.run(save, 2, str(tmp_path), TP2, torch.float32)
     same = merged(workers.run(load, 2, str(tmp_path), TP2, torch.float32))
     other = merged(workers.run(load, 2, str(tmp_path), PP2_VP2, torch.float32))
@@ -78,7 +78,7 @@ def test_another_layout_and_another_format_take_the_same_values(workers, tmp_pat
         assert torch.equal(tensor.bfloat16(), cast[name])
 
 
-def test_data_parallel_replicas_write_once_and_read_alike(workers, tmp_path):
+def test_data_parallel_replicas_write_once_and_read_equal_values(workers, tmp_path):
     workers.run(save, 2, str(tmp_path), Layout(), torch.float32)
     alone = merged(workers.run(load, 1, str(tmp_path), Layout(), torch.float32))
     for replica in workers.run(load, 2, str(tmp_path), Layout(), torch.float32):
@@ -87,7 +87,7 @@ def test_data_parallel_replicas_write_once_and_read_alike(workers, tmp_path):
     assert sum(path.stat().st_size for path in files[:-1]) < files[-1].stat().st_size / 10
 
 
-def test_another_model_is_refused_on_every_rank(workers, tmp_path):
+def test_other_model_is_refused_on_every_rank(workers, tmp_path):
     workers.run(save, 1, str(tmp_path), Layout(), torch.float32)
     with pytest.raises(CheckpointError, match=r"tensor '[\w.]+' has shape \(4,.*expected \(8,"):
         workers.run(load, 2, str(tmp_path), PP2_VP2, torch.float32, num_hidden_layers=8)
@@ -102,8 +102,8 @@ def keys(directory: str) -> list[tuple[list[str], list[str]]]:
     return sorted(state), sorted(stored_weights(Path(directory)))
 
 
-def test_the_files_are_megatron_cores_own(workers, tmp_path):
-    """Keys with stacked layers, and nothing that is not a weight."""
+def test_files_have_the_layout_of_megatron_core(workers, tmp_path):
+    """Keys with stacked layers, and only weights."""
     workers.run(save, 1, str(tmp_path), Layout(), torch.float32)
     ((in_model, in_checkpoint),) = workers.run(keys, 1, str(tmp_path))
     assert "chunk0.decoder.layers.3.mlp.linear_fc1.weight" in in_model
@@ -120,7 +120,7 @@ def test_the_files_are_megatron_cores_own(workers, tmp_path):
 
 
 def load_by_megatron_core(directory: str) -> bool:
-    """Whether megatron-core's own reader finds in it what ours does."""
+    """Whether megatron-core's reader loads the same values as ours."""
     from megatron.core import dist_checkpointing
 
     from megatron_idpo.checkpoint.weights import load_weights
@@ -135,7 +135,7 @@ def load_by_megatron_core(directory: str) -> bool:
     return all(torch.equal(ours[name], one) for name, one in global_parameters(chunks))
 
 
-def test_megatron_core_reads_it_too(workers, tmp_path):
+def test_megatron_core_reads_our_files(workers, tmp_path):
     workers.run(save, 2, str(tmp_path), TP2, torch.float32)
     assert workers.run(load_by_megatron_core, 1, str(tmp_path)) == [True]
 
@@ -156,7 +156,7 @@ def save_by_megatron_core(directory: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.exhaustive  # megatron-core's writer starts a process that imports torch
-def test_what_megatron_core_wrote_is_read(workers, tmp_path):
+def test_files_of_megatron_core_are_read(workers, tmp_path):
     written = merged(workers.run(save_by_megatron_core, 2, str(tmp_path)))
     found = merged(workers.run(load, 1, str(tmp_path), Layout(), torch.float32))
     assert found.keys() == written.keys()
@@ -171,6 +171,6 @@ def children_before_and_after(directory: str) -> tuple[int, int]:
     return before, len(psutil.Process().children())
 
 
-def test_no_helper_process_is_started(workers, tmp_path):
+def test_no_child_process_is_started(workers, tmp_path):
     ((before, after),) = workers.run(children_before_and_after, 1, str(tmp_path))
     assert after == before

@@ -1,7 +1,7 @@
-"""A tiny model that trains in any layout, to be stopped and continued; workers import it.
+"""A tiny model that trains in any layout, to be interrupted and resumed; imported by workers.
 
-The plugin taps two layers and learns with all weights, so that a head that learns has copies on
-other stages. Every step has a learning rate of its own.
+The plugin taps two layers and trains all weights, so the head has replicas on other stages. Every
+step has a different learning rate.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Setup:
     """With `distributed`: gather the parameters in the next forward pass."""
 
     learns: str = "all"
-    """Everything, `lora` (adapters), or the MLPs of `some` layers (the second) or `two`."""
+    """`all` weights, `lora` adapters, or the MLPs of `some` layers (the second) or of `two`."""
 
     rank: int = 4
     """Of adapters."""
@@ -55,7 +55,7 @@ class Setup:
 
 @dataclass
 class Training:
-    """A model with its optimizer on this rank, that can take steps."""
+    """A model with its optimizer on this rank."""
 
     chunks: list[Any]
     wrapped: list[Any]
@@ -91,20 +91,20 @@ class Training:
         return {name: value.clone() for name, value in whole}
 
     def forget(self) -> None:
-        """Spoil everything that learns: what a checkpoint does not fill will be seen."""
+        """Overwrites all trained values with NaN, so that values missing in a checkpoint show."""
         learning = [p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
         mains = [held.main for held in self.held()]
         for tensor in (*learning, *mains):
             tensor.detach().fill_(float("nan"))
 
     def held(self) -> list[Any]:
-        """What this rank's optimizer updates."""
+        """The shards that this rank's optimizer updates."""
         from megatron_idpo.mcore.optim.state import sharded_params
 
         return sharded_params(self.optimizer)
 
     def state(self) -> list[Tensor]:
-        """Everything this rank's optimizer keeps: main parameters, moments, steps."""
+        """This rank's optimizer state: main parameters, moments, steps."""
         return [
             tensor.detach().clone()
             for held in self.held()
@@ -113,7 +113,7 @@ class Training:
 
 
 def prepare(directory: str, setup: Setup) -> Training:
-    """On every rank: the model with the base's weights, before its first step."""
+    """On every rank: the model with the base weights, before its first step."""
     from megatron_idpo.config.layout import Layout
     from megatron_idpo.config.lora import LoraConfig
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
@@ -179,13 +179,13 @@ def _optimizer(wrapped: list[Any], setup: Setup) -> Any:
 
 
 def progress(step: int, **fields: Any) -> Any:
-    """What a run would say of itself."""
+    """The progress of a run after a step."""
     from megatron_idpo.checkpoint.metadata import Progress
 
-    said = {
+    values = {
         "data": {"consumed_pairs": 4 * step, "seed": 0, "num_pairs": tiny.PAIRS},
         "data_fingerprint": "data",
         "base_model": "model",
         "config": {"optimizer": {"lr": LR}},
     }
-    return Progress(step=step, **{**said, **fields})
+    return Progress(step=step, **{**values, **fields})

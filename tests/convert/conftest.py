@@ -1,4 +1,4 @@
-"""What the tests of both directions share: attempts that are meant to fail, and what they leave."""
+"""Shared by the tests of both directions: conversions that fail, and limited disks."""
 
 import resource
 import subprocess
@@ -13,7 +13,7 @@ from megatron_idpo.config.layout import Layout
 from megatron_idpo.testing import write_tiny_hf_model
 
 BOUND_S = 60.0
-"""No failure may take longer on any rank: collectives would wait half an hour."""
+"""Limit for every conversion: a rank that hangs in a collective would wait half an hour."""
 
 
 def attempt(
@@ -25,7 +25,7 @@ def attempt(
     rank: int = 0,
     **options: Any,
 ) -> str | None:
-    """On every rank: convert, with one rank sabotaged; returns what the user would be told."""
+    """On every rank: converts, with one rank sabotaged; returns the error message."""
     import torch.distributed as dist
 
     from megatron_idpo.convert import hf_to_megatron, megatron_to_hf
@@ -43,7 +43,7 @@ def attempt(
 
 @contextmanager
 def small_files(num_bytes: int = 100_000) -> Iterator[None]:
-    """Sabotage: this process cannot write files longer than this."""
+    """Sabotage: this process cannot write larger files."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -54,7 +54,7 @@ def small_files(num_bytes: int = 100_000) -> Iterator[None]:
 
 @pytest.fixture
 def attempt_on(workers) -> Callable[..., list[str | None]]:
-    """Runs `attempt` on as many ranks as the layout has; what each rank told."""
+    """Runs `attempt` on all ranks of the layout; returns each rank's message."""
 
     def run(direction: str, source: Path, target: Path, layout: Layout | None = None, **options):
         layout = layout or Layout()
@@ -74,19 +74,19 @@ def attempt_on(workers) -> Callable[..., list[str | None]]:
 
 @pytest.fixture
 def file_limit() -> Callable[[], Any]:
-    """A sabotage: the disk takes no file of the size of a rank's."""
+    """Sabotage: the file of a rank is larger than the limit."""
     return small_files
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny untied Llama, not to be changed."""
+    """A tiny untied Llama; read-only."""
     return write_tiny_hf_model(tmp_path_factory.mktemp("llama"), "llama", seed=1)
 
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """File systems of a given size in bytes; where they cannot be mounted the test is skipped."""
+    """Mounts file systems of a given size in bytes; skips the test without permission to."""
     mounted: list[Path] = []
 
     def mount(num_bytes: int) -> Path:
@@ -98,7 +98,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         except OSError:
             pytest.skip("there is no mount command")
         if done.returncode:
-            pytest.skip("only root may mount a disk that is full")
+            pytest.skip("mounting needs root")
         mounted.append(directory)
         return directory
 

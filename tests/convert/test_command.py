@@ -1,4 +1,4 @@
-"""What a user sees of a conversion: one line about what was written, nothing of megatron-core."""
+"""The output of the convert command: one line per conversion, none of megatron-core."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def wrote(target: Path, size: str) -> str:
     return rf"wrote {target}: 39 tensors, {size}, in \d+\.\d s\n"
 
 
-def test_one_line_for_each_conversion(tiny_llama, tmp_path):
+def test_each_conversion_prints_one_line(tiny_llama, tmp_path):
     between, back = tmp_path / "between", tmp_path / "back"
     command = [sys.executable, "-c", BOTH, *map(str, (tiny_llama, between, back))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -38,24 +38,24 @@ TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 -m megatron
 
 def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *TORCHRUN.split(), *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # torchrun says that it sets it
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # otherwise torchrun prints that it sets it
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.mark.exhaustive
-def test_one_line_of_several_processes(tiny_llama, tmp_path):
+def test_several_processes_print_one_line(tiny_llama, tmp_path):
     done = torchrun("hf-to-megatron", tiny_llama, tmp_path / "out", "--tensor", 2)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(wrote(tmp_path / "out", r"0\.7 MB of float32"), done.stdout), done.stdout
 
 
 @pytest.mark.exhaustive
-def test_one_error_of_several_processes(tiny_llama, tmp_path):
+def test_several_processes_print_one_error(tiny_llama, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     done = torchrun("hf-to-megatron", tiny_llama, tmp_path / "out", "--tensor", 2)
     assert done.returncode != 0 and done.stdout == ""
     message = [line for line in done.stderr.splitlines() if line.startswith("megatron-idpo: error")]
     assert len(message) == 1
-    assert "exists and holds something else" in message[0]
+    assert "exists and is not a checkpoint" in message[0]
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]

@@ -1,4 +1,4 @@
-"""The table of names holds exactly what Transformers saves and exactly what megatron-core has."""
+"""The name table lists exactly the tensors of Transformers and the parameters of megatron-core."""
 
 import json
 from typing import Any
@@ -12,7 +12,7 @@ from megatron_idpo.mcore.parallel.groups import start_layout
 from megatron_idpo.testing import TINY_FAMILIES, tiny_hf_config, write_tiny_hf_model
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "as it is": {},
+    "default": {},
     "tied": {"tie_word_embeddings": True},
     "odd": {"vocab_size": 509, "num_key_value_heads": 1, "intermediate_size": 36},
 }
@@ -24,7 +24,7 @@ def architecture_of(family: str, overrides: str) -> Architecture:
 
 
 @pytest.mark.parametrize(("family", "overrides"), MODELS)
-def test_every_tensor_that_transformers_saves_with_its_shape(family, overrides, tmp_path):
+def test_shapes_equal_what_transformers_saves(family, overrides, tmp_path):
     write_tiny_hf_model(tmp_path, family, **OVERRIDES[overrides])
     config = json.loads((tmp_path / "config.json").read_text())
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -33,7 +33,7 @@ def test_every_tensor_that_transformers_saves_with_its_shape(family, overrides, 
 
 
 def parameters_of_stages(family: str, overrides: str) -> dict[str, list[tuple[str, ...]]]:
-    """On every rank: this stage's parameters and the Hugging Face tensors they are made of."""
+    """On every rank: this stage's parameters with their Hugging Face tensors."""
     from megatron_idpo.config.layout import Layout
     from megatron_idpo.mcore.model.build import build_model, global_parameters
 
@@ -46,10 +46,10 @@ def parameters_of_stages(family: str, overrides: str) -> dict[str, list[tuple[st
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("family", "overrides"), [("llama", "tied"), ("qwen2", "as it is"), ("qwen3", "as it is")]
+    ("family", "overrides"), [("llama", "tied"), ("qwen2", "default"), ("qwen3", "default")]
 )
-def test_every_parameter_of_the_model_has_its_line(family, overrides, workers):
-    """Over the stages together every Hugging Face tensor once, but the embedding if it is tied."""
+def test_every_parameter_has_its_tensors(family, overrides, workers):
+    """All stages together have every tensor once, a tied embedding twice."""
     by_stage = workers.run(parameters_of_stages, 2, family, overrides)
     named = [name for stage in by_stage for names in stage.values() for name in names]
     expected = list(hf_shapes(architecture_of(family, overrides)))
@@ -58,8 +58,8 @@ def test_every_parameter_of_the_model_has_its_line(family, overrides, workers):
     assert sorted(named) == sorted(expected)
 
 
-def test_engine_names_mean_the_same_as_local_ones():
-    architecture = architecture_of("llama", "as it is")
+def test_transformer_engine_names_have_the_same_tensors():
+    architecture = architecture_of("llama", "default")
     for engine, local in (
         ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
         ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
@@ -69,13 +69,13 @@ def test_engine_names_mean_the_same_as_local_ones():
         assert "model.layers.3." in lines[0].hf_names[0]
 
 
-def test_a_parameter_without_a_line_is_our_own_mistake():
+def test_unknown_parameter_is_an_internal_error():
     with pytest.raises(KeyError):
-        entry("decoder.layers.0.mlp.router.weight", architecture_of("llama", "as it is"))
+        entry("decoder.layers.0.mlp.router.weight", architecture_of("llama", "default"))
 
 
 def test_tensors_are_listed_from_input_to_output():
-    names = list(hf_shapes(architecture_of("qwen3", "as it is")))
+    names = list(hf_shapes(architecture_of("qwen3", "default")))
     assert names[0] == "model.embed_tokens.weight"
     assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
     layers = [int(name.split(".")[2]) for name in names[1:-2]]

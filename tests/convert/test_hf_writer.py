@@ -1,4 +1,4 @@
-"""Writing Hugging Face weights: bytes, shards, several processes, full disks, kills."""
+"""Writing Hugging Face weights: layout, shards, several processes, full disks, kills."""
 
 import errno
 import json
@@ -50,9 +50,9 @@ def export(target: Path, weights: dict[str, Tensor], **options: Any) -> None:
         writer.finish()
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    bits = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
-    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(*bits)
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    bits = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second)]
+    return (first.shape, first.dtype) == (second.shape, second.dtype) and torch.equal(*bits)
 
 
 MIXED = {
@@ -66,7 +66,7 @@ MIXED = {
 }
 
 
-def test_one_file_equals_the_librarys_byte_for_byte(tmp_path: Path) -> None:
+def test_single_file_equals_the_librarys_bytes(tmp_path: Path) -> None:
     export(tmp_path / "out", MIXED)
     contiguous = {name: one.contiguous() for name, one in MIXED.items()}
     expected = save(contiguous, metadata={"format": "pt"})
@@ -74,7 +74,7 @@ def test_one_file_equals_the_librarys_byte_for_byte(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["out", SINGLE_FILE]
 
 
-def test_metadata_is_added(tmp_path: Path) -> None:
+def test_metadata_is_written(tmp_path: Path) -> None:
     export(tmp_path / "out", MIXED, metadata={"made_by": "me"})
     with safe_open(tmp_path / "out" / SINGLE_FILE, "pt") as file:
         assert file.metadata() == {"format": "pt", "made_by": "me"}
@@ -84,11 +84,11 @@ def test_metadata_is_added(tmp_path: Path) -> None:
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    # The hub takes all empty tensors for one storage, which lies where the first of them does.
+    # The hub treats all empty tensors as one storage, stored with the first of them.
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=9).filter(lambda s: s.count(0) < 2),
     max_shard_bytes=st.integers(40, 200),
 )
-def test_shards_and_index_are_the_hubs(
+def test_shards_and_index_equal_the_hubs(
     tmp_path: Path, sizes: list[int], max_shard_bytes: int
 ) -> None:
     weights = {f"t{i}": torch.full((size,), i, dtype=torch.uint8) for i, size in enumerate(sizes)}
@@ -108,7 +108,7 @@ def test_shards_and_index_are_the_hubs(
     assert all(same_bits(checkpoint.read(name), one) for name, one in weights.items())
 
 
-def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
+def test_tensor_larger_than_a_shard_gets_its_own_file(tmp_path: Path) -> None:
     weights = {name: torch.zeros(size) for name, size in {"a": 1, "b": 99, "c": 1, "d": 1}.items()}
     export(tmp_path / "out", weights, max_shard_bytes=50)
     index = json.loads((tmp_path / "out" / INDEX_FILE).read_text())
@@ -119,7 +119,7 @@ def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
     ]
 
 
-def test_transformers_loads_it(tmp_path: Path) -> None:
+def test_transformers_loads_the_export(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -155,7 +155,7 @@ print(json.dumps(writer.flush()))
 """
 
 
-def test_several_processes_write_into_the_same_files(tmp_path: Path) -> None:
+def test_several_processes_write_the_same_files(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with writer_of(target, weights_of(7), max_shard_bytes=150) as writer:
         writer.begin()
@@ -174,7 +174,7 @@ def test_several_processes_write_into_the_same_files(tmp_path: Path) -> None:
         assert checkpoint.read(f"layers.{i}.weight").unique().tolist() == [i % 2 + 0.5]
 
 
-def test_every_tensor_is_written_exactly_once(tmp_path: Path) -> None:
+def test_missing_and_repeated_tensors_are_refused(tmp_path: Path) -> None:
     weights = weights_of(3)
     message = r"out/model\.safetensors: tensor 'layers.1.weight' \(and 1 others\) was not written"
     with (
@@ -203,16 +203,14 @@ def test_every_tensor_is_written_exactly_once(tmp_path: Path) -> None:
         ("layers.0.weight", torch.zeros(8, 4)),
     ],
 )
-def test_what_was_not_announced_is_our_own_mistake(
-    tmp_path: Path, name: str, tensor: Tensor
-) -> None:
+def test_unplanned_tensor_is_an_internal_error(tmp_path: Path, name: str, tensor: Tensor) -> None:
     writer = writer_of(tmp_path / "out", weights_of(3))
     writer.begin()
-    with pytest.raises(AssertionError, match="announced"):
+    with pytest.raises(AssertionError, match="planned"):
         writer.write(name, tensor)
 
 
-def test_an_existing_export_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_export_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     target = tmp_path / "out"
     export(target, weights_of(5), max_shard_bytes=100)
     with pytest.raises(CheckpointError, match="exists and is not empty"):
@@ -222,10 +220,10 @@ def test_an_existing_export_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["out", SINGLE_FILE]
 
 
-def test_only_an_export_is_replaced(tmp_path: Path) -> None:
+def test_directory_that_is_not_an_export_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "precious").touch()
-    with pytest.raises(CheckpointError, match="holds something else than Hugging Face weights"):
+    with pytest.raises(CheckpointError, match="is not a directory of Hugging Face weights"):
         export(tmp_path / "home", weights_of(2), overwrite=True)
     assert (tmp_path / "home" / "precious").exists()
 
@@ -233,7 +231,7 @@ def test_only_an_export_is_replaced(tmp_path: Path) -> None:
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_too_little_space_is_told_before_any_work(
+def test_too_small_disk_is_reported_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Usage(100, 0, 100))
@@ -243,7 +241,7 @@ def test_too_little_space_is_told_before_any_work(
 
 
 def full(number: int, after: int = 0) -> Callable[..., int]:
-    """A system call that fails with this error, after so many that work."""
+    """A system call that fails with this error after some successful calls."""
     calls = 0
     pwrite = os.pwrite
 
@@ -261,13 +259,13 @@ def full(number: int, after: int = 0) -> Callable[..., int]:
 @pytest.mark.parametrize(
     ("name", "after", "message"),
     [
-        ("posix_fallocate", 0, r"00001-of-00002.*no room for tensors 'layers.0.*bytes; the whole"),
-        ("pwrite", 2, r"00001-of-00002.*no room for tensor 'layers.0.weight', 64 bytes"),
-        ("pwrite", 3, r"index\.json: .*no room for its header"),
-        ("fsync", 0, r"00002-of-00002.*no room for tensor 'layers.2.weight', 96 bytes"),
+        ("posix_fallocate", 0, r"00001-of-00002.*no space for tensors 'layers.0.*bytes; the whole"),
+        ("pwrite", 2, r"00001-of-00002.*no space for tensor 'layers.0.weight', 64 bytes"),
+        ("pwrite", 3, r"index\.json: .*no space for its header"),
+        ("fsync", 0, r"00001-of-00002.*no space for tensors 'layers.0.*bytes"),
     ],
 )
-def test_a_full_disk_leaves_nothing_behind(
+def test_full_disk_leaves_nothing_behind(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -282,7 +280,7 @@ def test_a_full_disk_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_failure_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_io_error_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_writer.os, "pwrite", full(errno.EIO))
     message = r"model\.safetensors: tensor 'layers.2.weight' cannot be written: Input/output error"
     with pytest.raises(CheckpointError, match=message):
@@ -290,9 +288,7 @@ def test_another_failure_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writes_that_take_only_a_part_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_partial_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(
         hf_writer.os, "pwrite", lambda descriptor, rest, at: pwrite(descriptor, rest[:7], at)
@@ -302,7 +298,7 @@ def test_writes_that_take_only_a_part_go_on(
     assert all(same_bits(checkpoint.read(name), one) for name, one in weights_of(3).items())
 
 
-def test_a_real_limit_of_the_system(tmp_path: Path) -> None:
+def test_file_size_limit_of_the_system_is_reported(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
@@ -325,13 +321,13 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_killed_export_never_looks_complete(tmp_path: Path) -> None:
+def test_killed_export_does_not_look_complete(tmp_path: Path) -> None:
     target = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, str(target)])
     assert done.returncode == -signal.SIGKILL
     assert not target.exists()
     (left,) = atomic.leftovers(target)
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         HfCheckpoint(left)
     weights = {"a": torch.ones(2)}
     with HfWriter(target, specs_of(weights), token="other") as writer:

@@ -1,4 +1,4 @@
-"""Megatron-Core to Hugging Face: damaged and mismatched checkpoints, and failures on the way."""
+"""Megatron-Core to Hugging Face: damaged and mismatched checkpoints, failures."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="session")
 def converted(tiny_llama: Path, workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, not to be changed."""
+    """A checkpoint; read-only."""
     target = tmp_path_factory.mktemp("converted") / "m"
     workers.run(convert_there, 1, str(tiny_llama), str(target))
     return target
@@ -38,7 +38,7 @@ def convert_there(source: str, target: str) -> None:
 
 @pytest.fixture
 def source(converted: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged, alone with its target in a directory of its own."""
+    """A copy to be damaged, in a directory that is otherwise empty."""
     copy = tmp_path / "m"
     shutil.copytree(converted, copy)
     return copy
@@ -51,11 +51,11 @@ def assert_one_line(message: str | None, expected: str) -> None:
 
 
 def remaining(directory: Path) -> set[str]:
-    """Everything there, hidden too."""
+    """All entries, hidden ones included."""
     return {path.name for path in directory.iterdir()}
 
 
-# ---- checkpoints that are no good ----------------------------------------------------------------
+# ---- unusable checkpoints ----------------------------------------------------------------
 
 
 def change_config(checkpoint: Path, **changes: Any) -> None:
@@ -68,7 +68,7 @@ def cut(path: Path, num_bytes: int) -> None:
 
 
 def overwrite_a_tensor(checkpoint: Path) -> None:
-    """Zeros where a tensor's file within the file begins; its size stays."""
+    """Overwrites a tensor's section of the file with zeros; keeps the size."""
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     (info,) = [
         info
@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "a missing file": (
         lambda m: (m / "__0_0.distcp").unlink(),
-        r"m/__0_0\.distcp: is missing; by \.metadata it holds tensor '[\w.]+'",
+        r"m/__0_0\.distcp: is missing; \.metadata lists tensor '[\w.]+'",
     ),
     "overwritten": (
         overwrite_a_tensor,
@@ -126,7 +126,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "no marker": (
         lambda m: (m / "metadata.json").unlink(),
-        r"m: is no Megatron-Core checkpoint \(no metadata\.json\); give the directory",
+        r"m: is not a Megatron-Core checkpoint \(no metadata\.json\); name a directory",
     ),
     "a broken marker": (
         lambda m: (m / "metadata.json").write_text("{"),
@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "fewer layers": (
         lambda m: change_config(m, num_hidden_layers=2),
-        r"m: holds another model .*: tensor 'decoder\.layers\.[\w.]+' has shape \(4, [\d, ]+\), "
+        r"m: is not the model .*: tensor 'decoder\.layers\.[\w.]+' has shape \(4, [\d, ]+\), "
         r"expected \(2, [\d, ]+\) \(and \d more differences\); put",
     ),
     "wider layers": (
@@ -161,20 +161,20 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         add_token,
         r"m/huggingface/vocab\.json: token 'zz' has the id 300, but vocab_size .* is 256",
     ),
-    "a field we cannot honour": (
+    "an unsupported field": (
         lambda m: change_config(m, hidden_act="gelu"),
         r"m/huggingface/config\.json: hidden_act: 'gelu'",
     ),
-    "codes": (
+    "integer weights": (
         lambda m: store_as(m, torch.int8),
-        r"m: tensor '[\w.]+' is stored as torch\.int8, no floats",
+        r"m: tensor '[\w.]+' is stored as torch\.int8, not as floating",
     ),
-    "nothing": (shutil.rmtree, r"m: does not exist; name a checkpoint"),
+    "no directory": (shutil.rmtree, r"m: does not exist; name a checkpoint"),
 }
 
 
 @pytest.mark.parametrize(("damage", "expected"), REFUSED.values(), ids=REFUSED)
-def test_a_checkpoint_that_cannot_be_used_is_told_on_one_line(
+def test_unusable_checkpoint_is_reported_on_one_line(
     damage, expected, source, attempt_on, tmp_path
 ):
     damage(source)
@@ -183,17 +183,15 @@ def test_a_checkpoint_that_cannot_be_used_is_told_on_one_line(
     assert remaining(tmp_path) <= {"m"}
 
 
-def test_a_vocabulary_may_be_padded(source, attempt_on, tmp_path):
-    """As Megatron-LM pads it, to a multiple of 128 x TP: here 250 were made 256."""
+def test_padding_of_the_vocabulary_is_removed(source, attempt_on, tmp_path):
+    """Megatron-LM pads to a multiple of 128 x TP: here from 250 to 256 rows."""
     change_config(source, vocab_size=250)
     assert attempt_on("back", source, tmp_path / "out", Layout(tensor=4)) == [None] * 4
-    whole = attempt_on("back", source, tmp_path / "whole")
-    assert whole == [None]
     found = load_file(tmp_path / "out" / WEIGHTS)
     assert found["model.embed_tokens.weight"].shape == found["lm_head.weight"].shape == (250, 64)
 
 
-def test_the_configuration_names_the_format_under_the_key_it_has(source, attempt_on, tmp_path):
+def test_config_keeps_the_key_of_the_dtype(source, attempt_on, tmp_path):
     path = source / "huggingface" / "config.json"
     config = json.loads(path.read_text())
     del config["dtype"]
@@ -205,7 +203,7 @@ def test_the_configuration_names_the_format_under_the_key_it_has(source, attempt
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
 
 
-def test_a_value_beyond_the_format_asked_for(tiny_llama, attempt_on, tmp_path):
+def test_value_beyond_the_requested_dtype_is_refused(tiny_llama, attempt_on, tmp_path):
     hf, between = tmp_path / "hf", tmp_path / "m"
     shutil.copytree(tiny_llama, hf)
     weights = load_file(hf / WEIGHTS)
@@ -228,7 +226,7 @@ def slow_removal() -> Iterator[None]:
     discard = atomic.discard_directory
 
     def slowly(directory: Path) -> None:
-        time.sleep(0.5)
+        time.sleep(0.2)
         discard(directory)
 
     with mock.patch.object(atomic, "discard_directory", slowly):
@@ -236,7 +234,7 @@ def slow_removal() -> Iterator[None]:
 
 
 def fail_and_look(source: str, target: str) -> int:
-    """On every rank: fail to publish; what is left when this rank may end."""
+    """On every rank: fails to publish; returns the number of leftovers when this rank may exit."""
     import torch.distributed as dist
 
     from megatron_idpo.convert.megatron_to_hf import convert
@@ -251,14 +249,14 @@ def fail_and_look(source: str, target: str) -> int:
     return len(atomic.leftovers(Path(target)))
 
 
-def test_no_rank_ends_before_the_export_is_removed(source, workers, tmp_path):
+def test_no_rank_exits_before_the_export_is_deleted(source, workers, tmp_path):
     assert workers.run(fail_and_look, 2, str(source), str(tmp_path / "out")) == [0, 0]
 
 
 # ---- targets -------------------------------------------------------------------------------------
 
 
-def test_an_export_is_replaced_when_asked(source, attempt_on, tmp_path):
+def test_export_is_replaced_only_with_overwrite(source, attempt_on, tmp_path):
     out = tmp_path / "out"
     assert attempt_on("back", source, out) == [None]
     before = (out / WEIGHTS).read_bytes()
@@ -271,7 +269,7 @@ def test_an_export_is_replaced_when_asked(source, attempt_on, tmp_path):
     assert remaining(tmp_path) == {"m", "out"}
 
 
-def test_targets_that_cannot_be_used(source, attempt_on, tmp_path):
+def test_unusable_targets_are_refused(source, attempt_on, tmp_path):
     (tmp_path / "file").touch()
     (message,) = attempt_on("back", source, tmp_path / "file" / "out")
     assert_one_line(message, r"file/out: cannot be created: (Not a directory|File exists)")
@@ -282,13 +280,13 @@ def test_targets_that_cannot_be_used(source, attempt_on, tmp_path):
     assert remaining(tmp_path) == {"m", "file"}
     shutil.copytree(source, tmp_path / "other")
     (message,) = attempt_on("back", source, tmp_path / "other", overwrite=True)
-    assert_one_line(message, r"other: is not overwritten, because it holds something else than Hug")
+    assert_one_line(message, r"other: exists and is not a directory of Hugging Face weights")
 
 
-# ---- full disks and other failures on the way ----------------------------------------------------
+# ---- full disks and other failures ----------------------------------------------------
 
 
-def test_a_disk_that_is_too_small_is_told_before_any_work(source, attempt_on, tiny_disk):
+def test_too_small_disk_is_reported_before_any_work(source, attempt_on, tiny_disk):
     disk = tiny_disk(500_000)
     message = attempt_on("back", source, disk / "out", PP2)
     assert_one_line(message[0], r"out: needs [\d,]+ bytes of disk, [\d,]+ are free; free some")
@@ -333,14 +331,14 @@ ALONE: dict[str, tuple[Callable[[], Any], int, str]] = {
     "writing": (
         failing_fsync,
         1,
-        r"out/model\.safetensors: the disk or quota is full: no room for",
+        r"out/model\.safetensors: the disk or quota is full: no space for",
     ),
     "publishing": (no_publishing, 0, r"out: has been filled meanwhile"),
 }
 
 
 @pytest.mark.parametrize(("sabotage", "rank", "expected"), ALONE.values(), ids=ALONE)
-def test_one_rank_that_fails_alone_fails_them_all(
+def test_failure_of_one_rank_is_raised_on_all(
     sabotage, rank, expected, source, attempt_on, tmp_path
 ):
     message = attempt_on("back", source, tmp_path / "out", PP2, sabotage=sabotage, rank=rank)
@@ -349,7 +347,7 @@ def test_one_rank_that_fails_alone_fails_them_all(
     assert remaining(tmp_path) == {"m"}
 
 
-def test_a_rank_that_cannot_write_its_tensors(source, attempt_on, file_limit, tmp_path):
+def test_failed_write_of_one_rank_is_raised_on_all(source, attempt_on, file_limit, tmp_path):
     layout = Layout(tensor=2, pipeline=2)
     message = attempt_on("back", source, tmp_path / "out", layout, sabotage=file_limit, rank=2)
     for one in message:

@@ -1,4 +1,4 @@
-"""A model wherever it is: looked at without reading weights, then loaded; known by its bytes."""
+"""Models from any source: opened without reading weights, loaded, identified by their bytes."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(hf: Path, workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as a checkpoint of ours."""
+    """The same model as a Megatron-Core checkpoint."""
     output = tmp_path_factory.mktemp("ours") / "checkpoint"
     workers.run(to_megatron, 2, hf, output)
     return output
@@ -61,8 +61,7 @@ def fingerprints(*paths: Path) -> list[str]:
     return [weights_fingerprint(open_model(str(path))) for path in paths]
 
 
-def test_both_kinds_of_directory_are_the_same_model(workers, hf, ours):
-    """Of the same architecture, with their companions, and with the same weights."""
+def test_hf_and_megatron_directories_load_equal_weights(workers, hf, ours):
     first, second = open_model(str(hf)), open_model(str(ours))
     assert first.architecture == second.architecture
     assert first.hf is not None and second.hf is None
@@ -74,12 +73,12 @@ def test_both_kinds_of_directory_are_the_same_model(workers, hf, ours):
     assert all(torch.equal(from_hf[name], from_ours[name]) for name in from_hf)
 
 
-def test_a_home_directory_is_found(monkeypatch, hf):
+def test_home_directory_is_expanded(monkeypatch, hf):
     monkeypatch.setenv("HOME", str(hf.parent))
     assert open_model(f"~/{hf.name}").directory == hf
 
 
-def test_a_model_is_known_by_its_bytes_wherever_it_is(workers, hf, ours, tmp_path):
+def test_fingerprint_depends_on_config_and_weights_only(workers, hf, ours, tmp_path):
     copy = shutil.copytree(hf, tmp_path / "copy")
     (copy / "README.md").write_text("a note")
     changed = shutil.copytree(hf, tmp_path / "changed")
@@ -97,21 +96,24 @@ def test_a_model_is_known_by_its_bytes_wherever_it_is(workers, hf, ours, tmp_pat
     assert workers.run(fingerprints, 3, *paths) == [found] * 3
 
 
-def test_a_path_that_is_none(tmp_path):
+def test_missing_path_is_reported(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         open_model(str(tmp_path / "no" / "model"))
-    assert "model.path" in str(raised.value) and "is no directory" in str(raised.value)
+    assert "model.path" in str(raised.value) and "is not a directory" in str(raised.value)
 
 
-def test_a_hub_name_without_a_network(monkeypatch):
+def test_hub_model_without_network_is_reported(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError) as raised:
         open_model("nobody/no-such-model")
     message = str(raised.value)
-    assert "the hub cannot give it" in message and "hf download nobody/no-such-model" in message
+    assert (
+        "cannot be downloaded from the hub" in message
+        and "hf download nobody/no-such-model" in message
+    )
 
 
-def test_a_hub_name_is_a_snapshots_directory(monkeypatch, hf):
+def test_hub_model_is_downloaded_without_pickles(monkeypatch, hf):
     asked = []
 
     def download(name: str, allow_patterns: list[str]) -> str:
@@ -125,14 +127,14 @@ def test_a_hub_name_is_a_snapshots_directory(monkeypatch, hf):
     assert not any("bin" in pattern for pattern in patterns)
 
 
-def test_a_directory_without_a_model(tmp_path):
+def test_directory_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has neither model\.safetensors nor"):
         open_model(str(tmp_path))
 
 
 @pytest.fixture
 def snapshot(ours: Path, tmp_path: Path) -> Path:
-    """The same checkpoint with hashes of its files, as a step of sDPO leaves it."""
+    """The same checkpoint as a snapshot of an sDPO step: with hashes of its files."""
     directory = shutil.copytree(ours, tmp_path / "snapshot")
     files = {name: file_digest(directory / name) for name in files_below(directory)}
     message = Snapshot(identity="a", tensors="a", base=None, files=files, total_bytes=0)
@@ -140,14 +142,13 @@ def snapshot(ours: Path, tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_snapshot_is_the_model_that_its_files_are(workers, ours, snapshot):
+def test_snapshot_has_the_fingerprint_of_its_files(workers, ours, snapshot):
     (found,) = workers.run(fingerprints, 1, ours, snapshot)
     assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["common.pt", "huggingface/tokenizer.json"])
-def test_a_snapshot_with_a_changed_byte_is_no_model(workers, snapshot, name):
-    """Of weights and of what goes along with them."""
+def test_snapshot_with_a_changed_byte_is_refused(workers, snapshot, name):
     path = snapshot / name if (snapshot / name).exists() else max(snapshot.glob("*.distcp"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -156,13 +157,13 @@ def test_a_snapshot_with_a_changed_byte_is_no_model(workers, snapshot, name):
         workers.run(fingerprints, 2, snapshot)
 
 
-def test_a_snapshot_with_an_added_file_is_no_model(snapshot):
+def test_snapshot_with_an_added_file_is_refused(snapshot):
     (snapshot / "__7_0.distcp").touch()
-    with pytest.raises(CheckpointError, match=r"__7_0\.distcp: is none of the files"):
+    with pytest.raises(CheckpointError, match=r"__7_0\.distcp: is not listed in snapshot"):
         open_model(str(snapshot))
 
 
-def test_a_snapshot_of_an_adapter_is_no_model(tmp_path):
+def test_snapshot_of_an_adapter_is_refused(tmp_path):
     message = Snapshot(identity="a", tensors="b", base="c", files={}, total_bytes=0)
     write_description(tmp_path, message)
     with pytest.raises(CheckpointError, match="is an adapter for the first model"):
@@ -170,7 +171,7 @@ def test_a_snapshot_of_an_adapter_is_no_model(tmp_path):
 
 
 def unreadable(paths: list[Path]) -> str:
-    """On every rank: what is told of files of which one is not there."""
+    """On every rank: the error for files one of which is missing."""
     from megatron_idpo.convert.model_source import file_digests
 
     with pytest.raises(CheckpointError) as raised:
@@ -178,9 +179,40 @@ def unreadable(paths: list[Path]) -> str:
     return str(raised.value)
 
 
-def test_a_file_that_cannot_be_read_is_told_on_all_ranks(workers, tmp_path):
-    """Though only one of them was to read it."""
+def test_unreadable_file_is_reported_on_all_ranks(workers, tmp_path):
+    """Although only one of them reads it."""
     paths = [tmp_path / "there", tmp_path / "gone"]
     paths[0].touch()
     message = workers.run(unreadable, 2, paths)
     assert all(f"{paths[1]}: cannot be read: No such file" in one for one in message)
+
+
+def identities(model: Path, adapters: list[Path | None]) -> list[tuple[str, str]]:
+    """Of the weights, and of weights and adapter."""
+    from megatron_idpo.convert.model_source import FrozenModel
+
+    source = open_model(str(model))
+    base = FrozenModel.of(source)
+    models = [base if adapter is None else base.with_adapter(adapter) for adapter in adapters]
+    return [(one.base_identity, one.identity) for one in models]
+
+
+def write_adapter(directory: Path, weights: bytes) -> Path:
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_bytes(weights)
+    return directory
+
+
+def test_identity_depends_on_weights_and_adapter(workers: Any, tmp_path: Path) -> None:
+    model = write_tiny_hf_model(tmp_path / "model", "llama", seed=1)
+    one = write_adapter(tmp_path / "one", b"weights")
+    copy = shutil.copytree(one, tmp_path / "copy")
+    (copy / "README.md").write_text("a note")
+    other = write_adapter(tmp_path / "other", b"Weights")
+    (single,) = workers.run(identities, 1, model, [None, one, copy, other])
+    bases, wholes = zip(*single, strict=True)
+    assert len(set(bases)) == 1 and wholes[0] == bases[0]
+    assert wholes[1] == wholes[2] and len(set(wholes)) == 3
+    assert all(len(identity) == 64 for identity in wholes)
+    assert workers.run(identities, 2, model, [None, one, copy, other]) == [single] * 2

@@ -1,4 +1,4 @@
-"""Each slicing rule: shards and whole tensors undo each other, and the order is megatron-core's."""
+"""Slicing rules: fill and merge invert each other, in the order of megatron-core."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from megatron_idpo.errors import CheckpointError
 
 
 class Source:
-    """Tensors in memory; remembers how many elements were read at once, and in all."""
+    """Tensors in memory; records the number of elements of each read."""
 
     directory = Path("hf")
 
@@ -49,14 +49,14 @@ def numbered(*shape: int, start: int = 1) -> Tensor:
 
 
 def of(**sizes: int) -> Any:
-    """As much of an `Architecture` as the rules look at."""
+    """The fields of an `Architecture` that the rules use."""
     return SimpleNamespace(**sizes)
 
 
 def shards(
-    rule: Slicing, source: Source, architecture: Any, size: int, shape: tuple[int, ...]
+    rule: Slicing, source: Any, architecture: Any, size: int, shape: tuple[int, ...]
 ) -> list[Tensor]:
-    """All ranks' parameters, filled; garbage before, so that nothing is left out unseen."""
+    """All ranks' parameters, NaN before they are filled, so that missing values are visible."""
     parameters = [torch.full(shape, torch.nan) for _ in range(size)]
     for rank, parameter in enumerate(parameters):
         rule.fill(parameter, source, list(source.tensors), architecture, Shard(rank, size))
@@ -76,7 +76,7 @@ blocks = st.sampled_from([1, 100, 1 << 20])
     hidden=st.integers(0, 3),
     block=blocks,
 )
-def test_fused_qkv(tensor, groups_per_rank, queries_per_group, head_dim, hidden, block):
+def test_fused_qkv_round_trips(tensor, groups_per_rank, queries_per_group, head_dim, hidden, block):
     groups = tensor * groups_per_rank
     heads = groups * queries_per_group
     architecture = of(num_heads=heads, num_kv_heads=groups, head_dim=head_dim)
@@ -86,12 +86,12 @@ def test_fused_qkv(tensor, groups_per_rank, queries_per_group, head_dim, hidden,
         "k": numbered(groups * head_dim, *tail, start=10_000),
         "v": numbered(groups * head_dim, *tail, start=20_000),
     }
-    source = Source(**whole)
+    source: Any = Source(**whole)
     rows = groups_per_rank * (queries_per_group + 2) * head_dim
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slicing, "_BLOCK_BYTES", block)
         parts = shards(FusedQKV(), source, architecture, tensor, (rows, *tail))
-    # One group after the other over all ranks: its queries, its key, its value.
+    # Groups in order over all ranks; each is its queries, its key, its value.
     expected = []
     for group in range(groups):
         first = group * queries_per_group * head_dim
@@ -105,7 +105,7 @@ def test_fused_qkv(tensor, groups_per_rank, queries_per_group, head_dim, hidden,
 
 @settings(max_examples=40, deadline=None)
 @given(tensor=SIZES, rows_per_rank=SIZES, hidden=SIZES, block=blocks)
-def test_fused_gate_and_up(tensor, rows_per_rank, hidden, block):
+def test_fused_gate_and_up_round_trips(tensor, rows_per_rank, hidden, block):
     rows = tensor * rows_per_rank
     gate, up = numbered(rows, hidden), numbered(rows, hidden, start=1000)
     with pytest.MonkeyPatch.context() as patch:
@@ -122,7 +122,7 @@ def test_fused_gate_and_up(tensor, rows_per_rank, hidden, block):
 
 @settings(max_examples=40, deadline=None)
 @given(tensor=SIZES, rows=SIZES, columns_per_rank=SIZES, block=blocks)
-def test_columns(tensor, rows, columns_per_rank, block):
+def test_columns_round_trip(tensor, rows, columns_per_rank, block):
     whole = numbered(rows, tensor * columns_per_rank)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slicing, "_BLOCK_BYTES", block)
@@ -134,11 +134,11 @@ def test_columns(tensor, rows, columns_per_rank, block):
 
 @settings(max_examples=60, deadline=None)
 @given(tensor=SIZES, vocab_size=st.integers(1, 13), hidden=SIZES, block=blocks)
-def test_vocabulary(tensor, vocab_size, hidden, block):
-    """Any size over any ranks, also where the last ones hold nothing but padding."""
+def test_padded_vocabulary_round_trips(tensor, vocab_size, hidden, block):
+    """Any size over any ranks, also if the last ranks hold only padding."""
     whole = numbered(vocab_size, hidden)
     per_rank = -(-vocab_size // tensor)
-    source = Source(one=whole)
+    source: Any = Source(one=whole)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slicing, "_BLOCK_BYTES", block)
         parts = shards(VocabSplit(), source, of(), tensor, (per_rank, hidden))
@@ -150,7 +150,7 @@ def test_vocabulary(tensor, vocab_size, hidden, block):
     assert sum(source.reads) == whole.numel()
 
 
-def test_replicated():
+def test_replicated_tensor_round_trips():
     whole = numbered(5)
     parts = shards(Replicated(), Source(norm=whole), of(), 3, (5,))
     assert all(torch.equal(part, whole) for part in parts)
@@ -158,8 +158,8 @@ def test_replicated():
     assert torch.equal(merged, whole)
 
 
-def test_a_rank_reads_its_own_part_a_block_at_a_time(monkeypatch):
-    source = Source(one=numbered(64, 8))
+def test_rank_reads_only_its_rows_in_blocks(monkeypatch):
+    source: Any = Source(one=numbered(64, 8))
     monkeypatch.setattr(slicing, "_BLOCK_BYTES", 10 * 8 * 4)
     parameter = torch.empty(32, 8)
     VocabSplit().fill(parameter, source, ["one"], of(), Shard(1, 2))
@@ -167,21 +167,21 @@ def test_a_rank_reads_its_own_part_a_block_at_a_time(monkeypatch):
     assert source.reads == [80, 80, 80, 16]
 
 
-def test_values_are_cast_to_the_parameters_format():
+def test_values_are_cast_to_the_parameters_dtype():
     parameter = torch.empty(4, 3, dtype=torch.bfloat16)
-    source = Source(one=torch.randn(4, 3))
+    source: Any = Source(one=torch.randn(4, 3))
     VocabSplit().fill(parameter, source, ["one"], of(), Shard(0, 1))
     assert torch.equal(parameter, source.tensors["one"].bfloat16())
 
 
-def test_what_does_not_divide_is_our_own_mistake():
+def test_sizes_that_do_not_divide_are_an_internal_error():
     with pytest.raises(AssertionError, match="7 over 2 ranks"):
         Shard(0, 2).of(7)
     with pytest.raises(AssertionError, match="3 rows of 8"):
         VocabSplit().fill(torch.empty(3, 2), Source(one=numbered(8, 2)), ["one"], of(), Shard(0, 2))
 
 
-def test_a_value_too_large_for_the_parameters_format():
-    source = Source(one=torch.tensor([1.0, 1e5]))
+def test_value_beyond_the_parameters_dtype_is_refused():
+    source: Any = Source(one=torch.tensor([1.0, 1e5]))
     with pytest.raises(CheckpointError, match=r"^hf: tensor 'one' .* infinite in torch\.float16"):
         Replicated().fill(torch.empty(2).half(), source, ["one"], of(), Shard(0, 1))

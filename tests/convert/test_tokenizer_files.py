@@ -1,4 +1,4 @@
-"""Tokenizers beside the weights: the largest id, and whether the model has an embedding for it."""
+"""Tokenizer files: the largest token id must be within the model's vocabulary."""
 
 import json
 from pathlib import Path
@@ -33,10 +33,10 @@ def write_json(directory: Path, **documents: Any) -> None:
         {"tokenizer": UNIGRAM},
         {"vocab": {"x": 0}, "added_tokens": {"<s>": 6}},
         {"vocab": {}, "tokenizer_config": {"added_tokens_decoder": {"6": {"content": "<s>"}}}},
-        {"tokenizer": FAST, "vocab": {"ignored, as Transformers does": 99}},
+        {"tokenizer": FAST, "vocab": {"ignored, as in Transformers": 99}},
     ],
 )
-def test_the_vocabulary_agrees_with_the_tokenizer(tmp_path: Path, documents: Any) -> None:
+def test_token_beyond_the_vocabulary_is_refused(tmp_path: Path, documents: Any) -> None:
     checkpoint = open_checkpoint(tmp_path)
     write_json(tmp_path, **documents, config={"vocab_size": 8})
     checkpoint.check_vocabulary()  # one embedding more is padding
@@ -49,17 +49,17 @@ def test_the_vocabulary_agrees_with_the_tokenizer(tmp_path: Path, documents: Any
 @pytest.mark.parametrize(
     "document", [{}, {"model": {"vocab": 3}}, {"model": {"vocab": {"x": "y"}}}]
 )
-def test_a_broken_tokenizer_is_named(tmp_path: Path, document: Any) -> None:
+def test_broken_tokenizer_file_is_named(tmp_path: Path, document: Any) -> None:
     checkpoint = open_checkpoint(tmp_path)
     write_json(tmp_path, tokenizer=document, config={"vocab_size": 8})
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is no tokenizer file"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is not a valid tokenizer file"):
         checkpoint.check_vocabulary()
     write_json(tmp_path, tokenizer=FAST, config={})
     with pytest.raises(CheckpointError, match=r"config\.json: vocab_size is None"):
         HfCheckpoint(tmp_path).check_vocabulary()
 
 
-def test_a_sentencepiece_model_is_read(tmp_path: Path) -> None:
+def test_sentencepiece_model_is_read(tmp_path: Path) -> None:
     prefix = tmp_path / "tokenizer"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["some words to learn from, and some more"] * 9),
@@ -72,5 +72,5 @@ def test_a_sentencepiece_model_is_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has the id 17, but vocab_size"):
         checkpoint.check_vocabulary()
     (tmp_path / "tokenizer.model").write_bytes(b"no protobuf")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model: is no tokenizer file"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: is not a valid tokenizer file"):
         HfCheckpoint(tmp_path).check_vocabulary()

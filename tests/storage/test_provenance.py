@@ -5,8 +5,14 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.errors import ConfigError, DataError, Problem
-from megatron_idpo.storage.provenance import as_problems, diff, read_record, write_record
+from megatron_idpo.errors import CheckpointError, ConfigError, DataError, Problem
+from megatron_idpo.storage.provenance import (
+    as_problems,
+    diff,
+    file_digest,
+    read_record,
+    write_record,
+)
 
 DIGEST = "a" * 64
 OTHER_DIGEST = "b" * 64
@@ -84,3 +90,10 @@ def test_unreadable_record_is_reported(tmp_path: Path, content: bytes | None, re
 def test_unwritable_record_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"x\.json: cannot be written: No such file.*; free some"):
         write_record(tmp_path / "missing" / "x.json", {}, error=ConfigError)
+
+
+def test_file_digest_is_sha256(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert file_digest(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
+    with pytest.raises(CheckpointError, match=r"x: cannot be read: No such file.*; make it read"):
+        file_digest(tmp_path / "x")

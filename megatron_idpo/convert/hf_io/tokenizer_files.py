@@ -46,15 +46,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return read_record(path, error=CheckpointError, remedy="")
 
 
-def largest_token(directory: Path) -> Token | None:
-    """The token with the largest id in the tokenizer files; None if there are no such files.
-
-    Raises:
-        CheckpointError: a tokenizer file does not have the expected content.
-    """
-    return max(_tokens(directory), default=None)
-
-
 def check_vocabulary(directory: Path, vocab_size: object) -> None:
     """Checks that the model has an embedding for every token id; it may have more.
 
@@ -63,12 +54,13 @@ def check_vocabulary(directory: Path, vocab_size: object) -> None:
         vocab_size: value in `config.json`.
 
     Raises:
-        CheckpointError: an id is not below `vocab_size`, or that is not an integer.
+        CheckpointError: an id is not below `vocab_size`, or that is not an integer; a tokenizer
+            file does not have the expected content.
     """
     if not isinstance(vocab_size, int):
         path = str(directory / CONFIG_FILE)
         raise CheckpointError.at(path, f"vocab_size is {vocab_size!r}, not an integer")
-    token = largest_token(directory)
+    token = max(_tokens(directory), default=None)  # by id, the first field
     if token is not None and token.id >= vocab_size:
         raise CheckpointError.at(
             str(token.path),

@@ -119,8 +119,8 @@ class HfWriter:
             CheckpointError: the target cannot be used or replaced, or the disk is too full.
         """
         atomic.check_target(self.target, overwrite=self._overwrite)
-        if self.target.is_dir() and any(self.target.iterdir()):
-            self._check_replaceable()
+        markers = [self._single_file, INDEX_FILE]
+        atomic.check_replaceable(self.target, markers, "a directory of Hugging Face weights")
         atomic.begin_directory(
             self.target, self._token, overwrite=self._overwrite, needed_bytes=self.num_bytes
         )
@@ -189,15 +189,6 @@ class HfWriter:
         for file, plan in self._files.items():
             self._write_header(file, plan.header)
         atomic.publish_directory(self.incomplete, self.target, overwrite=self._overwrite)
-
-    def _check_replaceable(self) -> None:
-        """Refuses to delete a directory that is not an earlier export."""
-        if not any((self.target / name).is_file() for name in (self._single_file, INDEX_FILE)):
-            raise CheckpointError.at(
-                str(self.target),
-                "is not overwritten, because its content is not Hugging Face weights",
-                "delete it, or name another directory",
-            )
 
     def _index(self) -> bytes:
         specs = [spec for _, spec, _ in self._positions.values()]
