@@ -1,14 +1,14 @@
-"""How long attention over a shared-prompt row takes, on whatever device there is.
+"""Time of attention over a shared-prompt row, on the available device.
 
-For each prompt and answer length a row is filled with equal pairs, and three ways to attend to
-them are timed, forward and backward, per pair: the row as we train it, the same pairs with their
-prompts repeated (`share_prompt: false`), and a causal batch of whole sequences as DPO trainers
-commonly run it (equal pairs need no padding, which flatters it).
+For each prompt and answer length a row is filled with equal pairs. Three variants are timed,
+forward and backward, per pair: the shared-prompt row, the same pairs with repeated prompts
+(`share_prompt: false`), and a causal batch of whole sequences, as DPO trainers usually run it
+(equal pairs need no padding, which favors it).
 
     python benchmarks/attention.py [--row-tokens 2048] [--dtypes fp32,bf16] [--threads 1]
 
-The best of several runs counts, and a single CPU thread is timed by its CPU time: others may be
-using the machine.
+The result is the best of several runs. A single CPU thread is measured in CPU time, because the
+machine may have other load.
 
 Shape suffixes: `T` positions, `B` batch, `N` query heads, `M` key-value heads, `D` head size.
 """
@@ -24,7 +24,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_idpo.mcore.attention.core import RowAttention
+from megatron_idpo.mcore.attention.row_attention import RowAttention
 from megatron_idpo.mcore.attention.row_params import RowParams
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,7 +34,7 @@ ANSWER_TOKENS = (30, 100, 200)
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What all measurements have in common."""
+    """Settings shared by all measurements."""
 
     device: torch.device
     dtype: torch.dtype
@@ -69,20 +69,20 @@ class Bench:
         return [*(x.requires_grad_() for x in tensors), grad]
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """The best of the runs, after two to warm up (and, on a GPU, to compile)."""
+        """Seconds of the best run, after two warm-up runs (which compile on a GPU)."""
         one_thread = self.device.type == "cpu" and torch.get_num_threads() == 1
         clock = time.process_time if one_thread else time.perf_counter
         times = []
         for i in range(self.repeats + 2):
-            self._synchronise()
+            self._synchronize()
             start = clock()
             run()
-            self._synchronise()
+            self._synchronize()
             if i >= 2:
                 times.append(clock() - start)
         return min(times)
 
-    def _synchronise(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -131,7 +131,7 @@ def measure(bench: Bench, prompt: int, answer: int) -> tuple[int, float, float, 
 
 
 def main() -> None:
-    """Prints one line per dtype and pair of lengths."""
+    """Print one line per dtype and pair of lengths."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--row-tokens", type=int, default=2048)
     parser.add_argument("--dtypes", default="fp32,bf16")

@@ -1,24 +1,24 @@
-"""DPO with LoRA on a real small model: TRL's DPOTrainer and ours, pairs per second and peak memory.
+"""DPO with LoRA on a small real model: TRL's DPOTrainer and this package, speed and peak memory.
 
     python benchmarks/compare_trl.py --model DIR --data DIR [--rounds 2] [--save]
 
-`DIR` of `--data` holds `alpaca_eval_gpt4.jsonl` and `finegrained_qa_feedback_dev.jsonl`. The model
-is SmolLM2-135M (`tools/smollm2.py`). Both sides train the same adapter (rank 16 on all linears,
-dropout 0), from the same values, on the same 32 pairs in the same order, 8 pairs per optimizer
-step, in the same precision, with the reference computed in every step by switching the adapter off.
-They take turns, each measurement in a process of its own with `--threads` threads.
+The directory of `--data` contains `alpaca_eval_gpt4.jsonl` and `finegrained_qa_feedback_dev.jsonl`.
+The model is SmolLM2-135M (`tools/smollm2.py`). Both sides train the same adapter (rank 16 on all
+linears, dropout 0) from the same initial values, on the same 32 pairs in the same order, 8 pairs
+per optimizer step, in the same precision, with the reference computed in every step by disabling
+the adapter. They alternate; each measurement is a separate process with `--threads` threads.
 
-* **pairs/s**: from the end of the first step to the end of the last one, so that start-up and
-  warm-up are left out; the median of all rounds. **per CPU second**: the same ratio, by the CPU
-  time of the processes, which others on the machine disturb less.
-* **peak**: most resident memory of the process, libraries, loading and weights included; the
+* **pairs/s**: from the end of the first step to the end of the last one, which excludes start-up
+  and warm-up; the median of all rounds. **per CPU second**: the same in CPU time, which other load
+  on the machine affects less.
+* **peak**: peak resident memory of the process, including libraries, loading and weights; the
   highest of all rounds. **in training**: the same from the first step on.
-* **tokens**: that both sides gave their models the same tokens is checked in every step; the
-  benchmark fails where they did not. Losses are compared too, and their largest difference told.
+* **tokens**: the benchmark fails if the two sides train on different tokens in any step. Losses are
+  compared too; the report has their largest difference.
 
-TRL runs with 4 pairs per device and 2 accumulation steps, and otherwise with its defaults, among
-them gradient checkpointing (`--trl` names variants: see `TRL_VARIANTS`). Ours runs rows of at most
-`--row-tokens` positions, cut to a multiple of `--trim-tokens`.
+TRL runs with 4 pairs per device, 2 accumulation steps and otherwise its defaults, which include
+gradient checkpointing (`--trl` selects variants: see `TRL_VARIANTS`). This package runs rows of at
+most `--row-tokens` positions, cut to a multiple of `--trim-tokens`.
 """
 
 import argparse
@@ -60,7 +60,7 @@ TRL_VARIANTS: dict[str, dict[str, Any]] = {
     "2 x 4": {"micro_pairs": 2},
     "1 x 8": {"micro_pairs": 1},
 }
-"""TRL's settings beside those of the case; `trl_theirs.py` says what they mean."""
+"""TRL's settings in addition to those of the case; described in `trl_theirs.py`."""
 
 OUR_VARIANTS: dict[str, dict[str, Any]] = {
     "off": {},
@@ -74,7 +74,7 @@ TIMEOUT_S = 3 * 3600
 
 @dataclass
 class Compared:
-    """A case and what both sides made of it."""
+    """A case and the measurements of both sides."""
 
     title: str
     case: Case
@@ -82,7 +82,7 @@ class Compared:
     theirs: list[Measured] = field(default_factory=list)
 
     def check(self) -> None:
-        """Refuse a comparison of different things."""
+        """Assert that both sides trained on the same tokens."""
         tokens = {tuple(each.tokens) for each in [*self.ours, *self.theirs]}
         assert len(tokens) == 1, f"{self.title}: the sides did not train on the same tokens"
 
@@ -97,13 +97,13 @@ class Compared:
 
     @property
     def speed_ratio(self) -> float:
-        """How many times faster ours is."""
+        """Our speed relative to TRL's."""
         ours, theirs = self.speeds
         return ours / theirs
 
     @property
     def cpu_ratio(self) -> float:
-        """The same of CPU time."""
+        """The same per CPU second."""
         ours, theirs = (
             statistics.median(each.pairs_per_cpu_s(BATCH_PAIRS) for each in side)
             for side in (self.ours, self.theirs)
@@ -112,19 +112,19 @@ class Compared:
 
     @property
     def memory_ratio(self) -> float:
-        """Our peak over theirs."""
+        """Our peak memory relative to TRL's."""
         return _highest(self.ours, "peak_bytes") / _highest(self.theirs, "peak_bytes")
 
     @property
     def loss_difference(self) -> float:
-        """The largest between the sides in any step."""
+        """The largest difference of the losses in any step."""
         return max(
             abs(one - other)
             for one, other in zip(self.ours[0].losses, self.theirs[0].losses, strict=True)
         )
 
     def line(self) -> str:
-        """Of the table."""
+        """The row of the table."""
         ours, theirs = self.speeds
         sides = (self.ours, self.theirs)
         peaks = " | ".join(
@@ -164,7 +164,7 @@ def _highest(measured: Sequence[Measured], name: str) -> int:
 
 
 def measure(case: Case, side: str, directory: Path) -> Measured:
-    """Run a side in a process of its own."""
+    """Run one side in a separate process."""
     file = directory / "case.json"
     case.write(file)
     environment = {
@@ -173,7 +173,7 @@ def measure(case: Case, side: str, directory: Path) -> Measured:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(case.threads),
-        "PYTHONPATH": str(ROOT),  # what lies beside this script, whatever is installed
+        "PYTHONPATH": str(ROOT),  # this checkout, not an installed package
     }
     command = [sys.executable, __file__, "--side", side, "--case", str(file)]
     done = subprocess.run(
@@ -185,13 +185,13 @@ def measure(case: Case, side: str, directory: Path) -> Measured:
 
 
 def run_side(side: str, file: Path) -> None:
-    """In the process of its own: train, and answer in the last line."""
+    """In the separate process: train, and print the result as the last line."""
     module = importlib.import_module({"ours": "trl_ours", "trl": "trl_theirs"}[side])
     print(json.dumps(asdict(module.train(Case.read(file)))))
 
 
 def compare(title: str, case: Case, options: Any, directory: Path) -> Compared:
-    """Ours and theirs in turns."""
+    """Run both sides alternately."""
     result = Compared(title, case)
     rows = {"row_tokens": options.row_tokens, "trim_tokens": options.trim_tokens}
     ours = {**rows, **OUR_VARIANTS[options.ours]}
@@ -213,18 +213,18 @@ def _with(case: Case, **changes: Any) -> Case:
 
 
 def report(compared: Sequence[Compared], options: Any) -> str:
-    """The page that `--save` keeps."""
+    """The page that `--save` writes."""
     words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     ratios = [each.speed_ratio for each in compared]
     memory = [each.memory_ratio for each in compared]
     lines = [
-        "# Ours and TRL",
+        "# This package and TRL",
         "",
         f"    {shlex.join(['python', 'benchmarks/compare_trl.py', *words])}",
         "",
         f"{date.today()}, {processor()}, {os.cpu_count()} cores, {options.threads} threads; "
-        f"{versions}; commit {commit()}. What is measured, and how, stands in the script.",
+        f"{versions}; commit {commit()}. The script describes what is measured.",
         "",
         f"TRL: {options.trl}; ours: rows of at most {options.row_tokens} positions, cut to a "
         f"multiple of {options.trim_tokens}, recompute {options.ours}; {options.rounds} round(s) "
@@ -261,7 +261,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """What was measured; `+` where files differ from it."""
+    """The measured commit; with `+` if files differ from it."""
     message = subprocess.run(
         ["git", "describe", "--always", "--dirty=+"],
         cwd=ROOT,
@@ -297,7 +297,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, and save if asked."""
+    """Measure and print; save on request."""
     options = arguments()
     if options.side:
         run_side(options.side, options.case)

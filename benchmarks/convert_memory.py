@@ -1,18 +1,18 @@
-"""How much memory converting a model takes, against what it weighs, and how long.
+"""Peak memory and time of converting a model, relative to its size.
 
     python benchmarks/convert_memory.py [--directory SCRATCH] [--parameters 1.5]
 
-Makes a random Llama (bf16, 4 shards; 1.5 billion parameters with the vocabulary of Llama 3, the
-largest tensor of which is 0.5 GB), then measures, each in fresh processes:
+Creates a random Llama (bf16, 4 shards; 1.5 billion parameters with the vocabulary of Llama 3, the
+largest tensor is 0.5 GB), then measures, each in new processes:
 
 * Hugging Face to Megatron-Core, one process;
-* back, one process, and that every tensor is the same to the byte;
-* loading the Hugging Face model into TP2, two processes, no saving.
+* back, one process; every tensor must be identical;
+* loading the Hugging Face model into TP2, two processes, without saving.
 
 Peak is the largest anonymous memory of a process and its children, sampled every 20 ms. Mapped
-files are not counted: they are page cache, which the kernel takes back when memory is short. "All
-processes" is the largest sum over the processes of a run. Fails if a process takes more than what
-it has to hold and 1 GB. What is printed is also written to `benchmarks/results/`.
+files are not counted: they are page cache, which the kernel can reclaim. "All processes" is the
+largest sum over the processes of a run. Fails if a process takes more than its weights and 1 GB.
+The output is also written to `benchmarks/results/`.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from megatron_idpo.mcore.model.architecture import Architecture
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED_BYTES = 10**9
-"""Above what has to be held; about 0.75 GB of it are torch and megatron-core themselves."""
+"""In addition to the weights; torch and megatron-core alone take about 0.75 GB."""
 
 SAMPLE_S = 0.02
 NUM_SHARDS = 4
@@ -71,24 +71,24 @@ class Measured:
 
     what: str
     held_bytes: int
-    """What each process has to hold: the model, or its shard."""
+    """Weights of each process: the model, or its shard."""
 
     peak_bytes: int
-    """Of the process with the largest."""
+    """Of the process with the largest peak."""
 
     together_bytes: int
-    """Of all processes at one time."""
+    """Of all processes at the same time."""
 
     seconds: float
 
     @property
     def extra_bytes(self) -> int:
-        """What a process took beyond what it had to hold."""
+        """Peak of a process in addition to its weights."""
         return self.peak_bytes - self.held_bytes
 
 
 def llama_config(billions: float) -> dict[str, Any]:
-    """A Llama of about so many parameters, with wide layers and a large vocabulary."""
+    """A Llama with about this many parameters, wide layers and a large vocabulary."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -114,11 +114,11 @@ def llama_config(billions: float) -> dict[str, Any]:
 
 
 def write_model(directory: Path, config: dict[str, Any]) -> int:
-    """A random model on disk, one tensor in memory at a time; returns the bytes of its weights."""
+    """Write a random model, one tensor in memory at a time; return the bytes of its weights."""
     shapes = hf_shapes(Architecture.from_hf(config))
     specs = [TensorSpec(name, shape, torch.bfloat16) for name, shape in shapes.items()]
     shard_bytes = weights_bytes(shapes, torch.bfloat16) // NUM_SHARDS + RANDOM_BYTES
-    # Drawn once and shifted for each tensor: the bytes matter here, not their distribution.
+    # Generated once and shifted for each tensor: only the bytes matter here.
     noise = torch.randn(RANDOM_BYTES // 2, generator=torch.Generator().manual_seed(0)).bfloat16()
     with HfWriter(directory, specs, token="make", max_shard_bytes=shard_bytes) as writer:
         writer.begin()
@@ -133,7 +133,7 @@ def write_model(directory: Path, config: dict[str, Any]) -> int:
 
 
 def measure(what: str, commands: Sequence[Sequence[str]], held_bytes: int) -> Measured:
-    """Run the commands side by side, as ranks of one world if they are several."""
+    """Run the commands concurrently; several commands are the ranks of one world."""
     begin_s = time.monotonic()
     environments = [dict(os.environ) for _ in commands]
     if len(commands) > 1:
@@ -182,7 +182,7 @@ def _family(pid: int) -> Iterator[psutil.Process]:
 
 
 def same_tensors(one: Path, other: Path) -> bool:
-    """Whether two checkpoints hold the same bytes under the same names."""
+    """Whether two checkpoints have the same tensors with the same bytes."""
     first, second = HfCheckpoint(one), HfCheckpoint(other)
     return first.names() == second.names() and all(
         torch.equal(first.read(name).view(torch.int16), second.read(name).view(torch.int16))
@@ -191,7 +191,7 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 def run(directory: Path, billions: float) -> tuple[int, list[Measured]]:
-    """Make the model and measure everything; returns its size too."""
+    """Create the model and run all measurements; also return its size."""
     hf, megatron, back = (directory / name for name in ("hf", "megatron", "back"))
     model_bytes = write_model(hf, llama_config(billions))
     convert = [sys.executable, "-m", "megatron_idpo", "convert"]
@@ -203,7 +203,7 @@ def run(directory: Path, billions: float) -> tuple[int, list[Measured]]:
         measure("Megatron-Core to Hugging Face", [again], model_bytes),
         measure("load into TP2, each of 2 ranks", [load, load], model_bytes // 2),
     ]
-    assert same_tensors(hf, back), "the round trip has changed a tensor"
+    assert same_tensors(hf, back), "the round trip changed a tensor"
     return model_bytes, measured
 
 
@@ -216,7 +216,7 @@ def report(model_bytes: int, measured: Sequence[Measured]) -> str:
         f"random Llama of {model_bytes / 2e9:.2f} billion parameters, bf16 "
         f"({model_bytes / 1e9:.2f} GB, {NUM_SHARDS} shards); the round trip is byte-identical.",
         "",
-        "| run | has to hold, GB | peak, GB | peak beyond that, GB | all processes, GB | s |",
+        "| run | weights, GB | peak, GB | peak beyond weights, GB | all processes, GB | s |",
         "|---|---|---|---|---|---|",
     ]
     for one in measured:
@@ -235,7 +235,7 @@ def processor() -> str:
 
 
 def main() -> int:
-    """Measure, print, save; 1 if a process took too much."""
+    """Measure, print and save; return 1 if a process took too much memory."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--directory", type=Path, help="for about 6 bytes per parameter")
     parser.add_argument("--parameters", type=float, default=1.5, help="billions (default: 1.5)")

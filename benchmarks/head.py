@@ -1,21 +1,20 @@
-"""What the head's arithmetic costs beyond its matrix products: memory and time.
+"""Cost of the vocabulary head beyond its matrix products: memory and time.
 
     python benchmarks/head.py [--device cpu|cuda] [--threads 1] [--save]
 
-*Memory*: bytes that forward and backward hold at their peak beyond hidden states, weight, targets,
-their gradients and the frozen way's direction `u` (counted in the weight's dtype; that we keep it
-in float32 is part of the extra). Every tensor that any operation allocates is followed until it is
-freed; the tensors have shapes but no contents (fake ones for what a CPU does, meta ones for what a
-GPU does), so the size is the real one and no GPU is needed. What a kernel allocates inside itself
-is not seen: `--resident 1024x4096x151936` really runs that size and reads the peak of the process's
-resident memory, or of the CUDA allocator.
+*Memory*: peak bytes of forward and backward beyond hidden states, weight, targets, their gradients
+and the frozen path's gradient `u` (counted in the weight's dtype; that it is float32 is part of the
+extra). Every allocated tensor is tracked until it is freed. The tensors have shapes but no values
+(fake tensors for the CPU path, meta tensors for the GPU path), so sizes are real and no GPU is
+needed. Allocations inside kernels are not counted: `--resident 1024x4096x151936` runs that size and
+reads the peak of the process's resident memory, or of the CUDA allocator.
 
-*Time*: forward and backward against the same matrix products alone, unchunked: logits and the sum
-over the vocabulary (4·N·H·V) where the weight is frozen; logits twice and two gradients (8·N·H·V)
-where it learns. Both alternate in one run and the median ratio counts, so that others on the
-machine disturb both; one CPU thread is timed by its CPU time. For bf16 on a CPU there are two
-yardsticks: the products as we need them (float32 results, which PyTorch's bf16 product does not
-give), and its own, which rounds every logit.
+*Time*: forward and backward against the same matrix products alone, not tiled: logits and the sum
+over the vocabulary (4·N·H·V) for a frozen weight; logits twice and two gradients (8·N·H·V) for a
+trained one. Both alternate in one run and the result is the median ratio, so that other load on the
+machine affects both; a single CPU thread is measured in CPU time. For bf16 on a CPU there are two
+baselines: products with float32 results, which the head needs, and PyTorch's own bf16 product,
+which rounds every logit.
 
     N  targets   V  vocabulary   H  hidden size
 """
@@ -47,10 +46,10 @@ MB = 1e6
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all tensors that operations made and nobody has freed yet, and their peak."""
+    """Bytes of all live tensors that operations have allocated, and their peak."""
 
     def __init__(self) -> None:
-        """Nothing is live."""
+        """Start with no tensors."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: dict[int, Any] = {}
@@ -259,7 +258,7 @@ def time_table(options: argparse.Namespace) -> list[str]:
 
 
 def machine() -> str:
-    """The processor's name in a word."""
+    """The processor's name without spaces."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().replace(" ", "-")
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -269,7 +268,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Print the report, and keep it if asked to."""
+    """Print the report; save it on request."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -281,12 +280,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiles", type=int, nargs=2, help="tokens and vocabulary rows per tile")
     parser.add_argument("--memory-size", default="8192x4096x151936")
-    parser.add_argument("--resident", metavar="SIZE", help="really run this size in bf16, too")
+    parser.add_argument("--resident", metavar="SIZE", help="also run this size in bf16")
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    lines = ["# The head's arithmetic", "", f"    python {' '.join(sys.argv)}", ""]
+    lines = ["# Cost of the vocabulary head", "", f"    python {' '.join(sys.argv)}", ""]
     lines += [f"{date.today()}, {machine()}, torch {torch.__version__}", ""]
     memory = Sizes.parse(options.memory_size, torch.bfloat16)
     resident = Sizes.parse(options.resident, torch.bfloat16) if options.resident else None

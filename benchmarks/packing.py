@@ -1,25 +1,25 @@
-"""How full packed rows are, what they save against padded batches, and how fast they are built.
+"""Packed rows: fill, savings against padded batches, and speed of building them.
 
     python benchmarks/packing.py --tokenizer DIR       token counts of a Hugging Face tokenizer
-    python benchmarks/packing.py --synthetic-lengths   a token for every 4 bytes instead
+    python benchmarks/packing.py --synthetic-lengths   one token per 4 bytes instead
 
-Prints, for every preference file given (`../shared/data/*.jsonl` by default; made-up lengths if
-there is none):
+Prints, for every given preference file (default: `../shared/data/*.jsonl`, or random lengths if
+there are none):
 
-* **fill**: tokens in all pairs trained on / positions in all rows computed, empty rows and padding
-  included, over one epoch of full global batches in seeded order: with rows of one length, with
-  rows cut to a multiple of `--trim-tokens`, and, so cut, without sharing prompts;
-* **possible**: what arithmetic allows. No plan has shorter rows than the longest pair, or than the
-  tokens divided by the rows, rounded up; of all numbers of rows, the best in every step;
-* **of TRL**: positions computed per pair / those of TRL's padded batches of 4 pairs on the same
-  tokens in the same order: 8 sequences, each as long as the longest (its collator stacks all chosen
-  and all rejected, padded on the right);
-* **slowest rank**: how much more than the mean rank it costs, in tokens and attention, on average;
-* **pairs/s**: pairs planned and built into rows per second of CPU time, all threads added up.
+* **fill**: tokens of all trained pairs / positions of all rows, including empty rows and padding,
+  over one epoch of full global batches in seeded order: with rows of equal length, with rows cut to
+  a multiple of `--trim-tokens`, and with cut rows without shared prompts;
+* **possible**: an upper bound. No plan has rows shorter than the longest pair, or than the tokens
+  divided by the number of rows, rounded up; the best number of rows in every step;
+* **of TRL**: positions per pair / those of TRL's padded batches of 4 pairs with the same tokens in
+  the same order: 8 sequences, each as long as the longest (its collator stacks all chosen and all
+  rejected, padded on the right);
+* **slowest rank**: its mean cost above that of the mean rank, in tokens and attention;
+* **pairs/s**: pairs planned and built into rows per second of CPU time, summed over threads.
 
-Then it streams a million made-up pairs and prints the memory in use on the way.
-Pairs are cut as TRL cuts them (`keep_start`, prompts that leave no room dropped).
-`--save` also writes what is printed to `benchmarks/results/`.
+Then it streams a million random pairs and prints the memory in use. Pairs are truncated as in TRL
+(`keep_start`; pairs whose prompt alone is too long are dropped). `--save` also writes the output to
+`benchmarks/results/`.
 """
 
 import argparse
@@ -38,24 +38,22 @@ import psutil
 from numpy.typing import NDArray
 
 from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches
-from megatron_idpo.data.packing.epoch_order import stream_pairs
 from megatron_idpo.data.packing.plan import VISITS_PER_TOKEN, attention_visits, plan_rows
-from megatron_idpo.data.packing.rows import occupied_tokens
-from megatron_idpo.data.tokenize.pair import Pair
+from megatron_idpo.data.pairs import Pair, pair_tokens, stream_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL_BATCH_PAIRS = 4
-REQUIRED_FILL = 0.97  # issue 3
+REQUIRED_FILL = 0.97
 BYTES_PER_TOKEN = 4
-TEMPLATE_TOKENS = 4  # What a chat template adds to a message, about.
+TEMPLATE_TOKENS = 4  # Approximate tokens that a chat template adds to a message.
 BATCHES_PAIRS = (32, 64, 128, 256, 512)
 DATA_SIZES = (1, 8)
-MADE_UP_MEDIANS = {"made up, short": (122, 29, 37), "made up, long prompts": (713, 101, 97)}
+RANDOM_MEDIANS = {"random, short": (122, 29, 37), "random, long prompts": (713, 101, 97)}
 Lengths = NDArray[np.int32]
 
 
 class LengthsOnly:
-    """Pairs of given lengths, all of one token: packing does not look at tokens."""
+    """Pairs of given lengths with one token id: packing does not read tokens."""
 
     def __init__(self, lengths_P3: Lengths) -> None:
         """Args: prompt, chosen and rejected lengths, int [P, 3]."""
@@ -120,7 +118,7 @@ def made_up_lengths(num_pairs: int, medians: tuple[int, int, int]) -> Lengths:
 
 
 def truncate(lengths_P3: Lengths, max_length: int) -> Lengths:
-    """TRL's `keep_start`: prompts that leave no room are dropped, answers lose their ends."""
+    """TRL's `keep_start`: truncates answers; drops pairs whose prompt alone is too long."""
     kept_P3 = lengths_P3[lengths_P3[:, 0] < max_length].copy()
     kept_P3[:, 1:] = np.minimum(kept_P3[:, 1:], max_length - kept_P3[:, :1])
     return kept_P3
@@ -156,10 +154,10 @@ def steps(lengths_P3: Lengths, pairs: int) -> Iterator[Lengths]:
 def possible_fill(
     lengths_P3: Lengths, pairs: int, *, row_tokens: int, trim_tokens: int, ranks: int
 ) -> float:
-    """The fill that no plan can exceed."""
+    """Upper bound of the fill of any plan."""
     used = computed = 0
     for lengths_B3 in steps(lengths_P3, pairs):
-        tokens_B = occupied_tokens(lengths_B3, share_prompt=True)
+        tokens_B = pair_tokens(lengths_B3, share_prompt=True)
         total, longest = int(tokens_B.sum()), int(tokens_B.max())
         used += total
         fewest = ranks * -(-total // (row_tokens * ranks))
@@ -174,7 +172,7 @@ def possible_fill(
 def slowest_rank(
     lengths_P3: Lengths, pairs: int, *, row_tokens: int, trim_tokens: int, ranks: int
 ) -> float:
-    """Cost of a step's slowest rank above that of the mean one, over the mean one's."""
+    """Relative cost of a step's slowest rank above the mean rank."""
     excess = []
     for lengths_B3 in steps(lengths_P3, pairs):
         plan = plan_rows(lengths_B3, row_tokens=row_tokens, trim_tokens=trim_tokens, ranks=ranks)
@@ -191,8 +189,8 @@ def report_file(
     """The table of one dataset."""
     medians = "/".join(str(int(median)) for median in np.median(lengths_P3, axis=0))
     sharing = (
-        occupied_tokens(lengths_P3, share_prompt=False).sum()
-        / occupied_tokens(lengths_P3, share_prompt=True).sum()
+        pair_tokens(lengths_P3, share_prompt=False).sum()
+        / pair_tokens(lengths_P3, share_prompt=True).sum()
     )
     trl = trl_positions_per_pair(lengths_P3)
     heads = ["pairs per global batch", "data ranks", "fill, one length"]
@@ -253,7 +251,7 @@ def report_cell(
         excess = slowest_rank(
             lengths_P3, pairs, row_tokens=row_tokens, trim_tokens=first_trim, ranks=ranks
         )
-        # Data rank 0 builds its own rows only: as a rate of the whole job it would flatter.
+        # Data rank 0 builds only its own rows, so its rate is not that of the whole job.
         cells += [f"+{excess:.2%}", ""]
     else:
         cells += ["", f"{speeds[0]:,.0f}"]
@@ -261,7 +259,7 @@ def report_cell(
 
 
 def report_stream(num_pairs: int, row_tokens: int) -> list[str]:
-    """Memory in use while `num_pairs` made-up pairs pass through."""
+    """Memory in use while streaming `num_pairs` random pairs."""
     process = psutil.Process()
     lengths_P3 = made_up_lengths(num_pairs, (122, 29, 37))
     settings = RowSettings(row_tokens=row_tokens, pad_token=0)
@@ -273,7 +271,7 @@ def report_stream(num_pairs: int, row_tokens: int) -> list[str]:
             marks.append(f"{process.memory_info().rss / 2**20:.1f}")
     rate = num_pairs / (time.process_time() - begin_s)
     return [
-        f"## {num_pairs:,} made-up pairs streamed",
+        f"## {num_pairs:,} random pairs streamed",
         "",
         f"resident MiB after each tenth: {', '.join(marks)} "
         f"(of these {lengths_P3.nbytes / 2**20:.1f} are the lengths); {rate:,.0f} pairs/s",
@@ -290,18 +288,18 @@ def processor() -> str:
 
 
 def command() -> str:
-    """How this run was started, with paths cut to their names."""
+    """The command line of this run, with paths reduced to names."""
     words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
     return shlex.join(["python", "benchmarks/packing.py", *words])
 
 
 def main() -> None:
-    """Measure, print, and save if asked."""
+    """Measure and print; save on request."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="chat preference files (jsonl)")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--tokenizer", help="directory or hub name of a tokenizer")
-    kind.add_argument("--synthetic-lengths", action="store_true", help="a token for 4 bytes")
+    kind.add_argument("--synthetic-lengths", action="store_true", help="one token per 4 bytes")
     parser.add_argument("--row-tokens", type=int, default=4096)
     parser.add_argument("--trim-tokens", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--max-length", type=int, default=1024)
@@ -309,14 +307,14 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
     options = parser.parse_args()
 
-    counted = "a token for 4 bytes" if options.synthetic_lengths else Path(options.tokenizer).name
+    counted = "one token per 4 bytes" if options.synthetic_lengths else Path(options.tokenizer).name
     lines = [
         "# Packing",
         "",
         f"    {command()}",
         "",
         f"{date.today()}, {processor()}; tokens: {counted}; rows of at most {options.row_tokens}, "
-        f"max_length {options.max_length}. What the columns mean stands in the script.",
+        f"max_length {options.max_length}. The script describes the columns.",
         "",
     ]
     files = options.files or sorted((ROOT.parent / "shared" / "data").glob("*.jsonl"))
@@ -329,7 +327,7 @@ def main() -> None:
         kept_P3 = truncate(lengths_P3, options.max_length)
         lines += report_file(path.stem, kept_P3, options.row_tokens, options.trim_tokens)
     if not files:
-        for name, medians in MADE_UP_MEDIANS.items():
+        for name, medians in RANDOM_MEDIANS.items():
             kept_P3 = truncate(made_up_lengths(4000, medians), options.max_length)
             lines += report_file(name, kept_P3, options.row_tokens, options.trim_tokens)
     if options.stream_pairs:

@@ -1,16 +1,16 @@
-"""What a cached reference costs: time of a step and peak memory, against none and against SFT.
+"""Cost of a cached reference: step time and peak memory, against no reference and SFT.
 
     python benchmarks/reference_cost.py --model DIR --data FILE [--save]
 
-DPO with LoRA (rank 16 on all linears) on a real small model, 8 pairs per step.
+DPO with LoRA (rank 16 on all linears) on a small real model, 8 pairs per step.
 
-* **Time**: one process, one policy. Every batch is trained on once with each reference, in turns
-  that change from batch to batch, so that whatever slows the machine slows all alike. Told are the
-  median and the range of the steps' ratios to `none`, in wall time and in CPU time.
-* **Memory**: a process for each kind, the whole of it: most resident memory, libraries, loading,
-  for `cache` also the computing of the cache, included. `sft` is supervised fine-tuning of the same
-  adapter on the same rows by megatron-core's own model and loss, which has logits of every
-  position; its labels are the answers' tokens.
+* **Time**: one process, one policy. Every batch is trained on once with each reference, in an order
+  that changes from batch to batch, so that other load on the machine affects all alike. The report
+  has the median and the range of the steps' ratios to `none`, in wall time and in CPU time.
+* **Memory**: one process for each kind; its peak resident memory including libraries, loading and,
+  for `cache`, computing the cache. `sft` is supervised fine-tuning of the same adapter on the same
+  rows with megatron-core's own model and loss, which computes logits of every position; the labels
+  are the answers' tokens.
 """
 
 import argparse
@@ -57,7 +57,7 @@ TIMED = ("none", "cache", "adapter_off")
 
 @dataclass(frozen=True)
 class Step:
-    """How long one step took."""
+    """Duration of one step."""
 
     wall_s: float
     cpu_s: float
@@ -65,7 +65,7 @@ class Step:
 
 @contextmanager
 def assembled(options: argparse.Namespace, source: str, directory: Path) -> Iterator[Trainer]:
-    """A run as `train` has it before its first step, its cache computed if it has one."""
+    """A `Trainer` before its first step, with its cache computed."""
     config = {
         "model": {"path": options.model, "dtype": options.dtype},
         "data": {
@@ -99,7 +99,7 @@ def assembled(options: argparse.Namespace, source: str, directory: Path) -> Iter
 
 
 def timed_steps(options: argparse.Namespace, directory: Path) -> dict[str, list[Step]]:
-    """Every batch with every reference; the first batch warms up and is left out."""
+    """Train on every batch with every reference; the first batch is warm-up and not counted."""
     with assembled(options, "cache", directory) as run:
         from megatron_idpo.train.references import build_reference
 
@@ -130,7 +130,7 @@ def timed_steps(options: argparse.Namespace, directory: Path) -> dict[str, list[
 
 
 def ratios(steps: dict[str, list[Step]], name: str, clock: Callable[[Step], float]) -> list[float]:
-    """Of each batch's step to the same batch's without a reference."""
+    """Step time of each batch relative to the same batch without a reference."""
     pairs = zip(steps[name], steps["none"], strict=True)
     return [clock(one) / clock(plain) for one, plain in pairs]
 
@@ -139,7 +139,7 @@ def ratios(steps: dict[str, list[Step]], name: str, clock: Callable[[Step], floa
 
 
 def peak_bytes(kind: str, options: argparse.Namespace, directory: Path) -> int:
-    """Train on all records in this process; its highest resident memory."""
+    """Train on all records in this process; return its peak resident memory."""
     clock = Clock()
     source = "none" if kind == "sft" else kind
     with assembled(options, source, directory) as run:
@@ -197,24 +197,24 @@ def _labelled(batch: Batch, index: int) -> tuple[Tensor, Tensor, Tensor, MicroBa
 
 
 def in_a_process(what: str, directory: Path) -> Any:
-    """This script's answer to a part of the job."""
+    """Run one part of this script in a separate process; return its result."""
     command = [sys.executable, __file__, *sys.argv[1:], "--part", what, "--directory"]
     done = subprocess.run([*command, str(directory)], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def report(steps: dict[str, list[Step]], peaks: dict[str, int], options: Any) -> str:
-    """The page that `--save` keeps."""
+    """The page that `--save` writes."""
     from importlib.metadata import version
 
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     lines = [
-        "# What a cached reference costs",
+        "# Cost of a cached reference",
         "",
         f"{date.today()}, {processor()}, {options.threads} threads; {versions}; commit {commit()}. "
         f"{options.pairs} pairs of at most {options.max_length} tokens in rows of at most "
         f"{options.row_tokens}, {options.dtype}, layers {options.layers}; SmolLM2-135M, LoRA rank "
-        "16. What is measured, and how, stands in `benchmarks/reference_cost.py`.",
+        "16. `benchmarks/reference_cost.py` describes what is measured.",
         "",
         "| reference | step, s | step / none: median | lowest | highest | of CPU time: median |",
         "|---|---|---|---|---|---|",
@@ -254,7 +254,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, and save if asked."""
+    """Measure and print; save on request."""
     options = arguments()
     torch.set_num_threads(options.threads)
     if options.part == "time":

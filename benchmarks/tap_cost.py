@@ -1,32 +1,32 @@
-"""What one tap costs beyond plain DPO: time against what its FLOPs predict, and memory.
+"""Cost of one tap beyond plain DPO: time, compared with its FLOPs, and memory.
 
     OMP_NUM_THREADS=1 python benchmarks/tap_cost.py [--layers 8] [--repeats 5] [--save]
 
-*Time* (one process, one thread, CPU time, fp32). A step is one micro-batch through megatron-core's
-own schedule under DDP: forward, backward and `finalize_model_grads`, without the optimizer, which a
-tap does not change. In every repeat three things take turns: a plain step (`layers: []`), a tapped
-step (the layer at 0.69 of the depth), and the tap's matrix products alone, whole and with results
-thrown away: `[N, H] x [H, V]` and `[N, V] x [V, H]` where the head is frozen (4*N*H*V FLOPs), the
-first of them twice and `[V, N] x [N, H]` besides where it learns (8*N*H*V). Predicted are
+*Time* (one process, one thread, CPU time, fp32). A step is one micro-batch on megatron-core's own
+schedule with DDP: forward, backward and `finalize_model_grads`, without the optimizer, which a tap
+does not change. Every repeat measures three things in turn: a plain step (`layers: []`), a tapped
+step (the layer at 0.69 of the depth), and the tap's matrix products alone, not tiled: `[N, H] x [H,
+V]` and `[N, V] x [V, H]` for a frozen head (4*N*H*V FLOPs); for a trained head the first one twice,
+and also `[V, N] x [N, H]` (8*N*H*V). The predictions are
 
-* the tap's extra seconds: its FLOPs at the rate those products reach here, so their seconds;
-* the tapped step: its FLOPs at the rate of the plain step, so the plain step's seconds times the
-  ratio of FLOPs. FLOPs of a plain step are counted from shapes: 2 per weight and position forward,
-  the same for the gradient of activations and again for weights that learn; attention's products
-  over the pairs' visible positions (forward 2, backward 5 products); the final head as above.
+* for the tap's extra seconds: the seconds of those products;
+* for the tapped step: the plain step's seconds times the ratio of FLOPs. FLOPs of a plain step are
+  counted from shapes: 2 per weight and position forward, the same for the gradient of activations
+  and again for trained weights; attention's products over the pairs' visible positions (forward 2,
+  backward 5 products); the final head as above.
 
-The verdicts are medians of each repeat's own ratio, so that others on the machine disturb both
-sides. The tap may come out below its products: its tiles of logits stay in the cache, theirs do
-not. "Frozen head" is LoRA's case for the head (embedding, final norm and output layer learn
-nothing); the layers' own weights learn in both, adapters would make the plain step shorter.
+Results are medians of each repeat's ratio, so that other load on the machine affects both sides.
+The tap may be faster than its products, because its tiles of logits stay in the cache. "Frozen
+head" is the case of LoRA for the head (embedding, final norm and output layer are not trained); the
+layers' own weights are trained in both cases. Adapters would make the plain step shorter.
 
-*Memory* (`--stages` processes, 1F1B, gloo). On every stage each tensor that an operation allocates
-is followed until it is freed. Live bytes are read whenever a forward pass begins, k micro-batches
-being in flight; their slope over k is what a micro-batch holds. Tapped minus plain, in hidden
-states of one micro-batch, is what a tap holds: an inner layer's tensor is kept anyhow for the next
-layer's backward; a stage's last layer's would be let go once it is sent. "Peak" is the tapped run's
-greatest number of live bytes minus the plain run's. Weights and copies of the head are not counted,
-nor is what a kernel allocates inside itself.
+*Memory* (`--stages` processes, 1F1B, gloo). On every stage each allocated tensor is tracked until
+it is freed. Live bytes are read at the start of every forward pass, with k micro-batches in flight;
+their slope over k is the memory of a micro-batch. Tapped minus plain, in units of one micro-batch's
+hidden state, is the memory of a tap: an inner layer's tensor is kept anyway for the next layer's
+backward; that of a stage's last layer would be freed once it is sent. "Peak" is the tapped run's
+peak of live bytes minus the plain run's. Weights, copies of the head and allocations inside kernels
+are not counted.
 
     T  row positions   N  targets   H  hidden size   V  vocabulary
 """
@@ -48,11 +48,11 @@ from tap_runs import PAIR, Sizes, memory_case, time_case
 from megatron_idpo.testing import WorkerPool
 
 BAR = 1.15
-"""Issue 4: how much more than predicted a tap may take."""
+"""Allowed time of a tap relative to its matrix products."""
 
 
 class Flops(NamedTuple):
-    """Of one micro-batch's forward and backward."""
+    """FLOPs of one micro-batch's forward and backward."""
 
     plain: int
     tap: int
@@ -69,7 +69,7 @@ class Flops(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """Medians over the rounds of one case; every ratio is a median of the rounds' own."""
+    """Medians over the rounds of one case, also of each round's ratios."""
 
     plain_s: float
     products_s: float
@@ -77,7 +77,7 @@ class Timed(NamedTuple):
     tap_to_products: float
     least: float
     most: float
-    """Of all rounds' `tap_to_products`."""
+    """Smallest and largest `tap_to_products` of all rounds."""
 
     step_to_plain: float
     flops: Flops
@@ -99,7 +99,7 @@ class Timed(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """A row of the report but for its first column."""
+        """A row of the report without its first column."""
         flops = 1 + self.flops.tap / self.flops.plain
         return " | ".join(
             [
@@ -130,7 +130,7 @@ def time_table(pool: WorkerPool, sizes: Sizes, repeats: int) -> list[str]:
         flops = Flops.of(sizes, times.layer_weights, frozen=frozen)
         timed = Timed.of(np.array(times.rounds), flops)
         lines.append(f"| {'frozen' if frozen else 'trainable'} | {timed} |")
-    message = f"The bar is {BAR} for tap / products; medians of {repeats} rounds (their range)."
+    message = f"The limit for tap / products is {BAR}; medians of {repeats} rounds (their range)."
     return [*lines, "", message, ""]
 
 
@@ -155,21 +155,21 @@ def memory_table(pool: WorkerPool, sizes: Sizes, stages: int) -> list[str]:
         for location, layers in locations.items():
             tapped = run(layers, recompute)
             for stage in range(stages - 1):
-                flying = stages - 1 - stage  # forward passes before the first backward pass
+                in_flight = stages - 1 - stage  # forward passes before the first backward pass
                 each = [
-                    (held.at_forward[flying] - held.at_forward[0]) / flying / hidden_bytes
+                    (held.at_forward[in_flight] - held.at_forward[0]) / in_flight / hidden_bytes
                     for held in (plain[stage], tapped[stage])
                 ]
                 peak = (tapped[stage].peak - plain[stage].peak) / 1e6
                 lines.append(
-                    f"| {recompute} | {location} | {stage} | {flying} | {each[0]:.2f} "
+                    f"| {recompute} | {location} | {stage} | {in_flight} | {each[0]:.2f} "
                     f"| {each[1]:.2f} | {each[1] - each[0]:.2f} | {peak:.2f} |"
                 )
     return [*lines, ""]
 
 
 def machine() -> str:
-    """The processor's name in a word."""
+    """The processor's name without spaces."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return "-".join(line.split(":")[1].split()[:2])
@@ -177,7 +177,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Print the report, and keep it if asked to."""
+    """Print the report; save it on request."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -192,7 +192,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = Sizes(options.layers, options.hidden, options.vocab, options.row_tokens)
     lines = [
-        "# The cost of a tap",
+        "# Cost of a tap",
         "",
         f"    python benchmarks/tap_cost.py {shlex.join(sys.argv[1:])}",
         "",

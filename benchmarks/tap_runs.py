@@ -1,7 +1,6 @@
-"""What `tap_cost.py` measures: steps of a small model with and without a tap, on worker processes.
+"""The measurements of `tap_cost.py`: steps of a small model with and without a tap, in workers.
 
-Its own module because workers get functions and classes by their module's name, which a script run
-as `__main__` does not have.
+A separate module, because workers import functions by their module's name, and a script has none.
 
     T  row positions   N  targets   H  hidden size   V  vocabulary
 """
@@ -35,7 +34,7 @@ class Sizes(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """Pairs that fit into a row."""
+        """Number of pairs that fit into a row."""
         return self.row_tokens // sum(PAIR)
 
     @property
@@ -59,7 +58,7 @@ class Sizes(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """What the report calls it."""
+        """The name in the report."""
         return f"{self.layers} layers, H {self.hidden}, V {self.vocab}, T {self.row_tokens}"
 
 
@@ -68,12 +67,13 @@ class Sizes(NamedTuple):
 
 def build_chunk(sizes: Sizes, pipeline: int, recompute: str) -> Any:
     """This rank's stage, with random weights."""
+    from megatron_idpo.config.layout import Layout
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.model.build import ModelOptions, Recompute, build_model
-    from megatron_idpo.mcore.parallel.layout import Layout
+    from megatron_idpo.mcore.parallel.groups import start_layout
 
     layout = Layout(pipeline=pipeline)
-    layout.start()
+    start_layout(layout)
     granularity: Any = "off" if recompute == "off" else "full"
     options = ModelOptions(recompute=Recompute(granularity=granularity))
     (chunk,) = build_model(Architecture.from_hf(sizes.hf_config()), layout, options)
@@ -85,11 +85,11 @@ def build_chunk(sizes: Sizes, pipeline: int, recompute: str) -> Any:
     return chunk
 
 
-def set_head_trainable(chunk: Any, learns: bool) -> None:
-    """Whether embedding, final norm and output layer learn."""
+def set_head_trainable(chunk: Any, trains: bool) -> None:
+    """Freeze or train embedding, final norm and output layer."""
     for name, parameter in chunk.named_parameters():
         if name.startswith(("embedding.", "output_layer.", "decoder.final_layernorm.")):
-            parameter.requires_grad_(learns)
+            parameter.requires_grad_(trains)
 
 
 def wrap(chunk: Any) -> Any:
@@ -102,7 +102,7 @@ def wrap(chunk: Any) -> Any:
 def micro_batches(sizes: Sizes, num: int, layers: Sequence[int]) -> list[tuple[Tensor, Any]]:
     """Rows of equal pairs with random tokens, and reference log-probabilities."""
     from megatron_idpo.data.packing.rows import Row
-    from megatron_idpo.data.tokenize.pair import Pair
+    from megatron_idpo.data.pairs import Pair
     from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
 
     random = np.random.default_rng(0)
@@ -140,7 +140,7 @@ def run_step(
     row_tokens: int,
     observe: Callable[[], object] = lambda: None,
 ) -> None:
-    """One global batch through megatron-core's schedule; `observe` before every forward pass."""
+    """Run one global batch on the schedule; call `observe` before every forward pass."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
@@ -162,7 +162,7 @@ def run_step(
 
 @contextmanager
 def attached(chunk: Any, layers: Sequence[int], sizes: Sizes) -> Iterator[Any]:
-    """Plain DPO, or with taps, for a while."""
+    """Attached plain DPO or taps; detached on exit."""
     from megatron_idpo.objective.dpo import Objective
     from megatron_idpo.plugin.attach import attach
 
@@ -176,7 +176,7 @@ def attached(chunk: Any, layers: Sequence[int], sizes: Sizes) -> Iterator[Any]:
 
 
 class Times(NamedTuple):
-    """CPU seconds of each round, and what FLOPs are counted from."""
+    """CPU seconds of each round, and the number of weights for counting FLOPs."""
 
     rounds: list[tuple[float, float, float]]
     """A plain step, a tapped step, the tap's matrix products."""
@@ -186,7 +186,7 @@ class Times(NamedTuple):
 
 
 def time_case(sizes: Sizes, layer: int, repeats: int, *, frozen: bool) -> Times:
-    """Plain step, tapped step and the tap's matrix products take turns; one process."""
+    """Measure plain step, tapped step and the tap's matrix products in turn, in one process."""
     torch.manual_seed(0)
     chunk = build_chunk(sizes, 1, "off")
     set_head_trainable(chunk, not frozen)
@@ -209,11 +209,11 @@ def time_case(sizes: Sizes, layer: int, repeats: int, *, frozen: bool) -> Times:
 
     rounds = [(step_s([]), step_s([layer]), products_s()) for _ in range(repeats + 1)]
     layer_weights = sum(p.numel() for p in chunk.decoder.layers.parameters() if p.dim() > 1)
-    return Times(rounds[1:], layer_weights)  # the first one warms up
+    return Times(rounds[1:], layer_weights)  # the first one is warm-up
 
 
 def tap_products(hidden_NH: Tensor, weight_VH: Tensor, *, frozen: bool) -> None:
-    """The matrix products of one tap, whole."""
+    """The matrix products of one tap, not tiled."""
     logits_NV = hidden_NH @ weight_VH.t()
     if not frozen:
         logits_NV = hidden_NH @ weight_VH.t()
@@ -225,10 +225,10 @@ def tap_products(hidden_NH: Tensor, weight_VH: Tensor, *, frozen: bool) -> None:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all tensors that operations made and nobody has freed yet, and their peak."""
+    """Bytes of all live tensors that operations have allocated, and their peak."""
 
     def __init__(self) -> None:
-        """Nothing is live."""
+        """Start with no tensors."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: dict[int, Any] = {}
@@ -236,8 +236,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run the operation and follow what it makes."""
-        # What it is given and nobody has made here was there before, such as a weight.
+        """Run the operation and track its results."""
+        # Unknown inputs, such as weights, existed before and are not counted.
         self._follow((args, kwargs), is_new=False)
         result = function(*args, **(kwargs or {}))
         self._follow(result, is_new=True)
@@ -260,19 +260,19 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.live)
 
 
-class Held(NamedTuple):
-    """What one stage held in a step, in bytes."""
+class StageMemory(NamedTuple):
+    """Live bytes of one stage in a step."""
 
     at_forward: list[int]
-    """When each micro-batch's forward pass began."""
+    """At the start of each micro-batch's forward pass."""
 
     peak: int
 
 
 def memory_case(
     sizes: Sizes, stages: int, layers: Sequence[int], recompute: str, *, frozen: bool
-) -> Held:
-    """On every stage, one step of 2 * `stages` micro-batches."""
+) -> StageMemory:
+    """Measure one step of 2 * `stages` micro-batches on every stage."""
     torch.manual_seed(0)
     chunk = build_chunk(sizes, stages, recompute)
     set_head_trainable(chunk, not frozen)
@@ -288,4 +288,4 @@ def memory_case(
                 sizes.row_tokens,
                 observe=lambda: at_forward.append(tensors.live),
             )
-    return Held(at_forward, tensors.peak)
+    return StageMemory(at_forward, tensors.peak)

@@ -1,4 +1,4 @@
-"""What `compare_trl.py` gives both sides, and what it wants back: its own module for all three.
+"""Input and output of both sides of `compare_trl.py`, and the clock that they share.
 
 A side is a process: it reads a `Case`, trains, and answers with `Measured`. `Clock` takes times and
 peak memory alike on both sides.
@@ -25,13 +25,13 @@ INTERMEDIATE_WEIGHT = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One thing to train, and how each side may go about it."""
+    """A training run, with the settings of each side."""
 
     model: str
     """A Hugging Face directory with its tokenizer."""
 
     records: str
-    """A jsonl file, in the order in which pairs are met."""
+    """A jsonl file in training order."""
 
     adapter: str
     """The PEFT adapter to start from."""
@@ -48,50 +48,50 @@ class Case:
     lr: float = 5e-4
     threads: int = 2
     side: dict[str, Any] = field(default_factory=dict)
-    """Settings of the side that reads it; see there."""
+    """Settings of the side that reads it; described there."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """A case that `write` has written."""
+        """Read a case from `write`'s file."""
         fields = json.loads(path.read_text())
         return cls(**{**fields, "layers": tuple(fields["layers"])})
 
     def write(self, path: Path) -> None:
-        """Keep it for another process."""
+        """Write it for another process."""
         path.write_text(json.dumps(asdict(self)))
 
 
 @dataclass(kw_only=True)
 class Measured:
-    """What a side answers."""
+    """The measurements of a side."""
 
     losses: list[float]
-    """Of each step, averaged over its pairs."""
+    """Loss of each step, averaged over its pairs."""
 
     step_ends_s: list[float]
-    """When each step was over; the first one warms up."""
+    """End of each step; the first one is warm-up."""
 
     step_ends_cpu_s: list[float]
-    """The same in CPU time, all threads added up."""
+    """The same in CPU time, summed over threads."""
 
     tokens: list[str]
-    """`digest` of each step's pairs, as the model was given them."""
+    """`digest` of each step's pairs, from the tokens that the model received."""
 
     positions: int
-    """Positions that went through the layers in one forward pass of all steps, padding included."""
+    """Positions of all steps in one forward pass, including padding."""
 
     start_peak_bytes: int
-    """Most resident memory before the first step."""
+    """Peak resident memory before the first step."""
 
     train_peak_bytes: int
-    """Most resident memory from the first step on."""
+    """Peak resident memory from the first step on."""
 
     before_bytes: int
     """Resident memory right before the first step: libraries, weights, optimizer."""
 
     @property
     def peak_bytes(self) -> int:
-        """Most resident memory of the whole process."""
+        """Peak resident memory of the process."""
         return max(self.start_peak_bytes, self.train_peak_bytes)
 
     def pairs_per_s(self, batch_pairs: int) -> float:
@@ -99,12 +99,12 @@ class Measured:
         return _rate(self.step_ends_s, batch_pairs)
 
     def pairs_per_cpu_s(self, batch_pairs: int) -> float:
-        """The same per second of CPU time, which others on the machine disturb less."""
+        """The same per second of CPU time, which other load on the machine affects less."""
         return _rate(self.step_ends_cpu_s, batch_pairs)
 
 
 def digest(pairs: Iterable[TokenPair]) -> str:
-    """A name for the pairs of a step, whatever their order in it."""
+    """A hash of the pairs of a step, independent of their order."""
     return hashlib.sha256(json.dumps(sorted(pairs)).encode()).hexdigest()[:16]
 
 
@@ -113,27 +113,27 @@ def _rate(ends_s: list[float], batch_pairs: int) -> float:
 
 
 class Clock:
-    """Times of steps, and resident memory before and during them, as Linux counts it."""
+    """Times of steps, and resident memory before and during them (Linux)."""
 
     def __init__(self) -> None:
-        """Nothing has run."""
+        """Start without steps."""
         self._ends_s: list[float] = []
         self._ends_cpu_s: list[float] = []
         self._before_bytes = self._start_peak_bytes = 0
 
     def start(self) -> None:
-        """To be called right before the first step: from here on a new peak is counted."""
+        """Call right before the first step: resets the peak."""
         self._start_peak_bytes = _status_bytes("VmHWM")
         self._before_bytes = _status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
 
     def step_done(self) -> None:
-        """To be called after every step."""
+        """Call after every step."""
         self._ends_s.append(time.perf_counter())
         self._ends_cpu_s.append(time.process_time())
 
     def measured(self, *, losses: list[float], tokens: list[str], positions: int) -> Measured:
-        """Everything together."""
+        """All measurements."""
         return Measured(
             losses=losses,
             step_ends_s=self._ends_s,

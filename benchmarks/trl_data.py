@@ -1,4 +1,4 @@
-"""What both sides of `compare_trl.py` start from: the same records, and the same adapter."""
+"""The common input of both sides of `compare_trl.py`: records and initial adapter."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl_case import SEED, TARGETS
 
-from megatron_idpo.data.packing.epoch_order import stream_pairs
-from megatron_idpo.data.sources.open import Source
+from megatron_idpo.config.data import SourceConfig
+from megatron_idpo.data.pairs import stream_pairs
 from megatron_idpo.data.tokenize.chat import TokenOptions
 from megatron_idpo.data.tokenize.dataset import load_pairs
 from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
@@ -17,10 +17,10 @@ from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
 def choose_records(source: Path, target: Path, model: str, max_length: int, pairs: int) -> None:
     """Write `pairs` records, spread evenly over the file, in the order of training.
 
-    Only pairs that both sides keep: their prompts leave room for an answer.
+    Only pairs that both sides keep: those whose prompt is not too long.
     """
     kept = load_pairs(
-        [Source(path=str(source))],
+        [SourceConfig(path=str(source))],
         load_tokenizer(model),
         TokenOptions(max_length=max_length),
         cache=target.parent / "tokens",
@@ -37,7 +37,7 @@ def choose_records(source: Path, target: Path, model: str, max_length: int, pair
 
 
 def write_adapter(model: str, target: Path, rank: int) -> None:
-    """A fresh PEFT adapter, for both sides to start from."""
+    """Write a new PEFT adapter, from which both sides start."""
     torch.manual_seed(SEED)
     settings = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=list(TARGETS)

@@ -1,10 +1,10 @@
-"""Our side of `compare_trl.py`: the steps of the verb `train`, in one process.
+"""This package's side of `compare_trl.py`: the steps of the verb `train`, in one process.
 
 It builds a run from a configuration as `train` does and takes its steps; what `train` does between
 steps (logs, checkpoints) is left out on both sides.
 
 Settings in `Case.side`: `row_tokens` (positions of a micro-batch), `trim_tokens` (what rows are cut
-to a multiple of: every length has kernels of its own) and `recompute` (`off`, or `full`:
+to a multiple of: every length compiles separate kernels) and `recompute` (`off`, or `full`:
 activations are computed again in the backward pass; of `recompute_layers`, where that is there).
 """
 
@@ -88,7 +88,7 @@ def _config(case: Case, output: str) -> dict[str, Any]:
             "num_workers": 1,
         },
         "objective": objective,
-        # Not the default cache: it would be made before the clock starts.
+        # Not the default cache, which would be computed before the clock starts.
         "reference": {"source": "adapter_off"},
         "lora": {
             "rank": case.rank,

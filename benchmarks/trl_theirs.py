@@ -1,6 +1,6 @@
-"""TRL's side of `compare_trl.py`: its DPOTrainer as it is, and with intermediate layers added.
+"""TRL's side of `compare_trl.py`: its DPOTrainer, unchanged and with intermediate layers.
 
-Plain DPO is TRL's own trainer. `IntermediateDpo` adds what anybody would: ask the model for all
+Plain DPO is TRL's own trainer. `IntermediateDpo` is the obvious extension: ask the model for all
 hidden states, put the chosen ones through the final norm, score them as TRL scores the final layer
 (its own `ChunkedLogProbFunction`, which never holds all logits), for the policy and for the
 reference, and mix the losses as Eq. 3 does.
@@ -103,31 +103,31 @@ def _load_adapter(model: Any, directory: str) -> None:
 
 
 class Timing(TrainerCallback):  # type: ignore[misc]
-    """Tells a clock about steps."""
+    """Reports steps to a clock."""
 
     def __init__(self, clock: Clock) -> None:
-        """Take the clock."""
+        """Store the clock."""
         self._clock = clock
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Everything is loaded."""
+        """Start the clock once everything is loaded."""
         self._clock.start()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The weights are updated."""
+        """Record the end of a step."""
         self._clock.step_done()
 
 
 class Seen:
-    """What TRL's collator gave the model."""
+    """Records the batches of TRL's collator."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start without batches."""
         self.pairs: list[tuple[list[int], list[int], list[int]]] = []
         self.positions = 0
 
     def watching(self, collator: Any) -> Any:
-        """The collator, watched."""
+        """Wrap the collator."""
 
         def collate(examples: list[Any]) -> Any:
             batch = collator(examples)
@@ -172,7 +172,7 @@ class IntermediateDpo(DPOTrainer):  # type: ignore[misc]
         return (1 - INTERMEDIATE_WEIGHT) * final + INTERMEDIATE_WEIGHT * mean
 
     def _logps(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Of the answers, `[2P]`, at each intermediate layer and the final one."""
+        """Log-probabilities of the answers, `[2P]`, at each intermediate and the final layer."""
         language_model = self.accelerator.unwrap_model(self.model).get_base_model()
         backbone = language_model.model
         with self.accelerator.autocast():
@@ -195,7 +195,7 @@ class IntermediateDpo(DPOTrainer):  # type: ignore[misc]
 def _answer_logps(
     hidden_STH: Tensor, weight_VH: Tensor, inputs: dict[str, Tensor], use_triton: Any
 ) -> Tensor:
-    """Sums over answers of their tokens' log-probabilities, `[S]`, computed as TRL does."""
+    """Log-probabilities of sequences, `[S]`, computed as in TRL."""
     hidden_STH = hidden_STH[:, :-1]
     answer_ST = inputs["completion_mask"][:, 1:] == 1
     tokens_ST = inputs["input_ids"][:, 1:]

@@ -1,10 +1,10 @@
-"""Print the command of every pod of a manifest, or say what does not fit together in it.
+"""Prints the command of every pod of a manifest, or reports its inconsistencies.
 
     python launch/check_kubernetes.py launch/kubernetes.yaml
 
-The number of machines is written in three places, GPUs in two, names in four; Kubernetes accepts a
-manifest in which they differ, and the run then waits for a machine that never comes. This reads the
-file only: no cluster is asked. `kubectl apply --dry-run=server` asks one about the rest.
+The manifest repeats the number of machines three times, the GPUs twice and names four times.
+Kubernetes accepts a manifest in which they differ; the run then waits forever for a machine. This
+script reads only the file. `kubectl apply --dry-run=server` checks the rest against a cluster.
 """
 
 import re
@@ -23,17 +23,17 @@ JOB_LABEL = "batch.kubernetes.io/job-name"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print commands, or problems; returns the exit code."""
+    """Print commands or problems; return the exit code."""
     if len(arguments) != 1:
         print("usage: python launch/check_kubernetes.py MANIFEST.yaml", file=sys.stderr)
         return EXIT_USER_ERROR
     path = Path(arguments[0])
     objects = {value["kind"]: value for value in yaml.safe_load_all(path.read_text()) if value}
     job, service = objects["Job"], objects["Service"]
-    found = list(problems(job, service))
-    for problem in found:
+    inconsistencies = list(problems(job, service))
+    for problem in inconsistencies:
         print(f"{path}: {problem}", file=sys.stderr)
-    if found:
+    if inconsistencies:
         return EXIT_USER_ERROR
     for index in range(job["spec"]["completions"]):
         print(f"{job['metadata']['name']}-{index}: {shlex.join(command(job, index))}")
@@ -41,22 +41,22 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def command(job: dict[str, Any], index: int) -> list[str]:
-    """What the pod of this index runs, with `$(NAME)` replaced as Kubernetes does it."""
+    """The command of the pod with this index, with `$(NAME)` replaced as Kubernetes does."""
     container = _container(job)
     values = {}
     for variable in container.get("env", ()):
         source = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
         values[variable["name"]] = str(index) if source == INDEX_LABEL else variable.get("value")
 
-    def value(found: re.Match[str]) -> str:
-        return values.get(found[1]) or found[0]
+    def value(variable: re.Match[str]) -> str:
+        return values.get(variable[1]) or variable[0]
 
     words = [*container["command"], *container.get("args", ())]
     return [re.sub(r"\$\((\w+)\)", value, word) for word in words]
 
 
 def problems(job: dict[str, Any], service: dict[str, Any]) -> Iterator[str]:
-    """What would keep the pods from finding each other, or from going on after a stop."""
+    """Everything that prevents the pods from finding each other or from resuming after a stop."""
     spec, name = job["spec"], job["metadata"]["name"]
     pod, container = spec["template"]["spec"], _container(job)
     words = command(job, 0)
@@ -81,14 +81,14 @@ def problems(job: dict[str, Any], service: dict[str, Any]) -> Iterator[str]:
         (f"the action on exit code {EXIT_PREEMPTED}", _action(job, EXIT_PREEMPTED), "Ignore"),
         (f"the action on exit code {EXIT_USER_ERROR}", _action(job, EXIT_USER_ERROR), "FailJob"),
     )
-    for location, value, wanted in expected:
-        if value != wanted:
-            yield f"{location} is {value!r}; it should be {wanted!r}, like the rest of the file"
+    for field, value, required in expected:
+        if value != required:
+            yield f"{field} is {value!r}; expected {required!r}, as in the rest of the file"
 
 
 def _container(job: dict[str, Any]) -> dict[str, Any]:
     containers = job["spec"]["template"]["spec"]["containers"]
-    return next(one for one in containers if "megatron_idpo" in one.get("command", ()))
+    return next(c for c in containers if "megatron_idpo" in c.get("command", ()))
 
 
 def _option(words: Sequence[str], name: str) -> str | None:
@@ -102,13 +102,13 @@ def _option(words: Sequence[str], name: str) -> str | None:
 
 
 def _action(job: dict[str, Any], code: int) -> str:
-    """What the first rule that matches does; without one a failure is counted."""
+    """The action of the first matching rule; `Count` without one."""
     for rule in job["spec"].get("podFailurePolicy", {}).get("rules", ()):
         condition = rule.get("onExitCodes", {})
         if condition.get("containerName") not in (None, _container(job)["name"]):
             continue
-        listed = code in condition.get("values", ())
-        if condition and listed == (condition["operator"] == "In"):
+        is_listed = code in condition.get("values", ())
+        if condition and is_listed == (condition["operator"] == "In"):
             return str(rule["action"])
     return "Count"
 

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: one pool of CPU workers, shared so that each is started once."""
+"""A pool of CPU workers, shared by all tests so that each worker starts once."""
 
 from collections.abc import Iterator
 

@@ -1,8 +1,8 @@
-"""Intermediate DPO (Kojima 2024, arXiv 2408.02923) written plainly: the judge of the package.
+"""Reference implementation of intermediate DPO (Kojima 2024, arXiv 2408.02923) for the tests.
 
-What: the method on a Hugging Face causal language model: every sequence is run as prompt plus
-response, all hidden states are kept, autograd does the rest. It shares no code with the package and
-knows no rows, ranks or Megatron. What it does not do: be fast or frugal, LoRA, auxiliary losses.
+The method on a Hugging Face causal language model: every sequence runs as prompt plus response, all
+hidden states are kept, and autograd computes the gradients. It shares no code with the package and
+has no packed rows, ranks or Megatron. Not included: efficiency, LoRA, auxiliary losses.
 
 Layers count from 1: layer l is the output of the l-th transformer layer, layer L the final one.
 Shapes: P pairs, 2P sequences (2p chosen, 2p + 1 rejected), S sequences of one forward, T tokens of
@@ -25,7 +25,7 @@ Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]  # tokens: prompt, cho
 
 
 def head_input(hidden_states: Sequence[Tensor], layer: int, final_norm: Any, norm: str) -> Tensor:
-    """What the output projection reads at `layer`, [S, T, H].
+    """The input of the output projection at `layer`, [S, T, H].
 
     Transformers returns L + 1 entries: 0 is the embedding, l < L the output of layer l, and L that
     of the final norm, which therefore must not be applied to it again.
@@ -75,7 +75,7 @@ def pair_losses(
 ) -> Tensor:
     """The loss of each pair, [P], from log π(y|x) − log π_ref(y|x) of both its responses.
 
-    Variants and normalisation are TRL's (`trl/trainer/dpo_trainer.py`, `_compute_loss`).
+    Variants and normalization are TRL's (`trl/trainer/dpo_trainer.py`, `_compute_loss`).
     """
     if loss in ("ipo", "sigmoid_norm"):  # these compare means over tokens, the others sums
         logratio_2P = logratio_2P / lengths_2P
@@ -91,7 +91,7 @@ def pair_losses(
             return (difference_P - 1 / (2 * beta)) ** 2
         case "hinge" if not eps:  # SLiC's hinge on normalised likelihoods, RSO (2309.06657)
             return relu(1 - beta * difference_P)
-    raise ValueError(f"there is no {loss=} with {label_smoothing=}")
+    raise ValueError(f"unknown combination {loss=}, {label_smoothing=}")
 
 
 class Losses(NamedTuple):
@@ -115,12 +115,12 @@ def losses(
     nll_weight: float = 0.0,
     reference_layer: str = "same",
 ) -> Losses:
-    """Eq. 1–3 over exactly the pairs given, which are one global batch.
+    """Eq. 1–3 over the given pairs, which are one global batch.
 
-    Both `_logps` have `layers` and the final layer; reference None is all zeros. No `layers` is
-    plain DPO. `layer_weights`, one a layer, are made to sum to 1 (None: the mean). `nll_weight`
-    times −log π_l(y_w|x) per token of y_w joins each pair's loss at every layer (Pang et al. 2024,
-    2404.19733, Eq. 1). `reference_layer` "final" holds every layer against the reference's output.
+    Both `_logps` have `layers` and the final layer; reference None is all zeros. Empty `layers` is
+    plain DPO. `layer_weights`, one per layer, are normalized (None: the mean). `nll_weight` times
+    −log π_l(y_w|x) per token of y_w is added to each pair's loss at every layer (Pang et al. 2024,
+    2404.19733, Eq. 1). `reference_layer` "final" compares all layers with the reference's last.
     """
     final = max(policy_logps)
     if final in layers or len(set(layers)) < len(layers):
@@ -161,23 +161,23 @@ def train_steps(
     sequences_per_forward: int | None = None,
     **objective: Any,
 ) -> dict[str, Any]:
-    """Optimizer steps on a copy of `model`, a global batch each (starting over when they run out).
+    """Optimizer steps on a copy of `model`, one global batch each; batches repeat cyclically.
 
     `reference` is another model, "initial" (`model` before step 1) or None. `optimizer` is "sgd"
     (no momentum) or "adam" (betas 0.9, 0.999), neither with weight decay. `frozen_head` does not
     train embedding, output projection and final norm; of the others, only parameters whose name
-    the expression `trainable` finds are trained. The rest is for `sequence_logps` and `losses`.
+    matches `trainable` are trained. Other arguments go to `sequence_logps` and `losses`.
 
-    Returns `losses`, one `Losses` a step, and by Transformers' name of the parameter `gradients`
-    of step 1 (of what is trained) and `weights` in the end. Tied weights have the embedding's name.
+    Returns `losses`, one `Losses` per step, and by parameter name the `gradients` of step 1 (if
+    trained) and the final `weights`. Tied weights have the embedding's name.
     """
     if model.get_input_embeddings().padding_idx is not None:
         raise ValueError("config.pad_token_id freezes its embedding; build the model without it")
     policy = copy.deepcopy(model).eval()
     reading = ([*layers, policy.config.num_hidden_layers], norm, sequences_per_forward)
-    judge = policy if reference == "initial" else reference
-    with torch.no_grad():  # all before step 1, so "initial" stays what it is
-        references = [judge and sequence_logps(judge, pairs, *reading) for pairs in batches]
+    fixed_model = policy if reference == "initial" else reference
+    with torch.no_grad():  # all before step 1, because "initial" is the model before training
+        references = [fixed_model and sequence_logps(fixed_model, b, *reading) for b in batches]
     head = (policy.model.embed_tokens, policy.lm_head, policy.model.norm) if frozen_head else ()
     frozen = {parameter for module in head for parameter in module.parameters()}
     for name, parameter in policy.named_parameters():

@@ -1,6 +1,6 @@
-"""What the documents promise is there: links, commands, make targets; their Python compiles.
+"""Documents are valid: links, commands, make targets, configurations; their Python compiles.
 
-Commands are parsed by the program's own parser and never run.
+Commands are parsed by the program's own parser and not run.
 """
 
 import re
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo.cli import main as cli
-from megatron_idpo.config.run_config import SECTIONS, load_config
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import SECTIONS
 from megatron_idpo.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -43,23 +44,23 @@ class Block:
 
 def blocks(document: str) -> list[Block]:
     return [
-        Block(found[3].lower(), textwrap.dedent(found[4])) for found in FENCE.finditer(document)
+        Block(match[3].lower(), textwrap.dedent(match[4])) for match in FENCE.finditer(document)
     ]
 
 
 def links(document: str) -> list[str]:
     prose = INLINE_CODE.sub("", FENCE.sub("", document))
-    return [found[1] or found[2] for found in LINK.finditer(prose)]
+    return [match[1] or match[2] for match in LINK.finditer(prose)]
 
 
 def anchors(document: str) -> set[str]:
     """GitHub's names for the headings."""
-    headings = (found[1].lower() for found in HEADING.finditer(FENCE.sub("", document)))
+    headings = (match[1].lower() for match in HEADING.finditer(FENCE.sub("", document)))
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words of each shell command of a block, without prompts, comments and environment."""
+    """Each shell command of a block as a list, without prompts, comments and environment."""
     if block.language not in {"", "sh", "bash", "shell", "console", "text"}:
         return
     for line in block.text.replace("\\\n", " ").splitlines():
@@ -76,7 +77,7 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 
 def program_arguments(words: list[str]) -> list[str] | None:
-    """What our program is given, started by its name, by `python -m` or by torchrun."""
+    """The arguments of megatron-idpo, started by name, by `python -m` or by torchrun."""
     if words[0] == "megatron-idpo":
         rest = words[1:]
     elif "megatron_idpo" in words[:-1] and words[words.index("megatron_idpo") - 1] == "-m":
@@ -91,7 +92,7 @@ def program_arguments(words: list[str]) -> list[str] | None:
 
 def problem_of_command(words: list[str]) -> str | None:
     arguments = program_arguments(words)
-    # VERB stands for any of them, and `...` for what has been told before.
+    # VERB is a placeholder, and `...` stands for earlier arguments.
     if not arguments or "VERB" in arguments or "..." in arguments:
         return None
     try:
@@ -109,11 +110,11 @@ def problems(path: Path, targets: set[str]) -> Iterator[str]:
         if re.match(r"[a-z]+:", link):
             continue
         name, _, anchor = link.partition("#")
-        there = (path.parent / name) if name else path
-        if not there.exists():
-            yield f"link to {link}: there is no such file"
-        elif anchor and there.suffix == ".md" and anchor not in anchors(there.read_text()):
-            yield f"link to {link}: there is no such heading"
+        target = (path.parent / name) if name else path
+        if not target.exists():
+            yield f"link to {link}: no such file"
+        elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text()):
+            yield f"link to {link}: no such heading"
     for block in blocks(document):
         if block.language in {"python", "py"}:
             try:
@@ -126,10 +127,10 @@ def problems(path: Path, targets: set[str]) -> Iterator[str]:
             if words[0] == "make":
                 for word in words[1:]:
                     if not word.startswith("-") and "=" not in word and word not in targets:
-                        yield f"make {word}: there is no such target"
+                        yield f"make {word}: no such target"
     for target in re.findall(r"`make ([a-z][\w-]*)`", document):
         if target not in targets:
-            yield f"make {target}: there is no such target"
+            yield f"make {target}: no such target"
 
 
 @pytest.fixture(scope="module")
@@ -139,24 +140,23 @@ def targets() -> set[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
-def test_document_keeps_its_promises(
+def test_document_is_valid(
     path: Path, targets: set[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = list(problems(path, targets))
-    assert not found, "\n".join(found)
+    reported = list(problems(path, targets))
+    assert not reported, "\n".join(reported)
 
 
-def test_there_is_something_to_read() -> None:
+def test_main_documents_exist() -> None:
     assert {"README.md", "CONTRIBUTING.md"} <= {path.name for path in DOCUMENTS}
 
 
-def test_help_and_make_agree(targets: set[str]) -> None:
-    """Every target says in `make help` what it does."""
-    message = set(re.findall(r"^([a-z][\w-]*):.*## ", (ROOT / "Makefile").read_text(), re.M))
-    assert message == targets
+def test_every_make_target_has_help(targets: set[str]) -> None:
+    described = set(re.findall(r"^([a-z][\w-]*):.*## ", (ROOT / "Makefile").read_text(), re.M))
+    assert described == targets
 
 
-PROMISES = [
+INVALID = [
     ("[a](missing.md)", "no such file"),
     ("![a](pictures/missing.png)", "no such file"),
     ("[a]: missing.md", "no such file"),
@@ -171,17 +171,17 @@ PROMISES = [
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), PROMISES)
-def test_a_broken_promise_is_noticed(
+@pytest.mark.parametrize(("text", "message"), INVALID)
+def test_invalid_document_is_reported(
     tmp_path: Path, targets: set[str], text: str, message: str
 ) -> None:
     path = tmp_path / "a.md"
     path.write_text(f"{text}\n")
-    (found,) = problems(path, targets)
-    assert message in found
+    (problem,) = problems(path, targets)
+    assert message in problem
 
 
-KEPT = """
+VALID = """
 # A heading, `coded` here
 
 [here](#a-heading-coded-here) [web](https://example.com/x) [mail](mailto:a@b.c) `[no](link)`
@@ -198,7 +198,7 @@ megatron-idpo --help | head
 
 ```console
 $ megatron-idpo doctor
-it's what is printed
+it's printed output
 ```
 
   ```python
@@ -211,23 +211,23 @@ it's what is printed
 """
 
 
-def test_kept_promises_are_left_alone(
+def test_valid_document_has_no_problems(
     tmp_path: Path, targets: set[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.md"
-    path.write_text(KEPT)
+    path.write_text(VALID)
     assert list(problems(path, targets)) == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_figure_is_still_to_be_filled_in(path: Path) -> None:
+def test_no_placeholder_is_left(path: Path) -> None:
     assert not re.findall(r"@[A-Z_]+@", path.read_text())
 
 
 def configurations(path: Path) -> list[str]:
-    """The YAML blocks of a document that are whole configurations."""
-    found = [block.text for block in blocks(path.read_text()) if block.language == "yaml"]
-    return [text for text in found if re.search("^model:", text, re.M)]
+    """The YAML blocks of a document that are complete configurations."""
+    texts = [block.text for block in blocks(path.read_text()) if block.language == "yaml"]
+    return [text for text in texts if re.search("^model:", text, re.M)]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -237,8 +237,8 @@ def test_configurations_in_documents_are_valid(path: Path, tmp_path: Path) -> No
         load_config(tmp_path / "run.yaml", optional=SECTIONS)
 
 
-def test_what_is_told_of_the_section_sdpo_is_valid(tmp_path: Path) -> None:
-    """The ways to deal pairs out, in a table of fragments, and what a step may do otherwise."""
+def test_fragments_of_the_section_sdpo_are_valid(tmp_path: Path) -> None:
+    """The table of ways to distribute pairs, and the fragment with options of a step."""
     path = ROOT / "docs/sdpo.md"
     document = path.read_text()
     rows = re.findall(r"^\|[^|]+\|([^|]+steps: [^|]+)\|", document, re.M)

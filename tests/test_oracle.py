@@ -1,8 +1,8 @@
-"""The oracle is right: each of its parts against another way of computing it.
+"""The oracle is correct: each part equals an independent computation.
 
-The other ways are Transformers' own loss on a model cut off after a layer, plain Python's `math`,
-finite differences, and ten lines of plain DPO. Models are tiny, random and in float64 wherever the
-oracle is compared with itself or with differences, so that only rounding is left to tolerate.
+These are Transformers' own loss on a model truncated after a layer, Python's `math`, finite
+differences, and ten lines of plain DPO. Models are tiny and random, and in float64 where the oracle
+is compared with itself or with differences, so that tolerances cover rounding only.
 """
 
 import copy
@@ -30,23 +30,23 @@ SIZES = {
     "initializer_range": 0.3,
     "pad_token_id": None,
 }
-# Three pairs whose six sequences have six lengths, one response of a single token among them.
+# Three pairs whose six sequences have different lengths; one response is a single token.
 LENGTHS = ((3, 4, 2), (6, 1, 5), (2, 7, 3))
 
 ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
-"""float64 in another order of sums, a few thousand operations deep."""
+"""float64 sums in another order, over a few thousand operations."""
 FP32_RELATIVE = 1e-5
 """Log-probabilities of some ten nats through four layers of fp32."""
 LN2_ATOL = 1e-6
-"""The design's bound for fp32, where policy and reference are the same computation."""
+"""fp32, where policy and reference are the same computation."""
 DIFFERENCE_RELATIVE = 1e-6
-"""Central differences of step 1e-5 err by about 1e-10 of a third derivative that is not small."""
+"""Central differences of step 1e-5 have an error of about 1e-10 of the third derivative."""
 
 
 def make_model(*, tied=False, window=None, dtype=torch.float64, seed=0, **changes):
     """A random model of 4 layers; `window` makes it a Mistral with that sliding window.
 
-    In float64 its norms are replaced: Transformers' compute in fp32 whatever the model's dtype.
+    In float64 its norms are replaced: those of Transformers always compute in fp32.
     """
     torch.manual_seed(seed)
     sizes = SIZES | {"tie_word_embeddings": tied} | changes
@@ -87,13 +87,13 @@ def model(models):
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def stock(request):
-    """A model as Transformers makes it, in fp32."""
+    """A model as Transformers creates it, in fp32."""
     return make_model(tied=request.param, dtype=torch.float32)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Threads only get in each other's way on matrices this small."""
+    """Matrices are too small for several threads to help."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -114,8 +114,8 @@ def mean_losses(policy, reference, pairs, layers, *, beta=BETA, weight=WEIGHT, *
 
 def gradients(model, loss):
     names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-    return dict(zip(names, found, strict=True))
+    grads = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+    return dict(zip(names, grads, strict=True))
 
 
 def assert_gradients_equal(actual, expected):
@@ -126,14 +126,14 @@ def assert_gradients_equal(actual, expected):
         )
 
 
-def test_the_oracle_is_short_and_shares_nothing_with_the_package():
+def test_oracle_is_short_and_imports_nothing_of_the_package():
     source = (Path(__file__).parent / "oracle.py").read_text()
     assert len(source.splitlines()) <= 200
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE))
     assert imported <= {*sys.stdlib_module_names, "torch"}
 
 
-def test_transformers_orders_and_norms_hidden_states_as_the_oracle_says(stock):
+def test_transformers_hidden_states_have_the_documented_order(stock):
     outputs = {}
 
     def keep(name):
@@ -153,26 +153,26 @@ def test_transformers_orders_and_norms_hidden_states_as_the_oracle_says(stock):
 
 
 @pytest.mark.parametrize("norm", ["final", "none"])
-def test_a_layer_says_what_a_model_cut_off_after_it_says(stock, norm):
+def test_layer_equals_a_model_truncated_after_it(stock, norm):
     logps = sequence_logps(stock, PAIRS, ALL, norm)
     for layer in ALL:
-        cut = copy.deepcopy(stock)
-        cut.model.layers = cut.model.layers[:layer]
-        cut.config.num_hidden_layers = layer
+        truncated = copy.deepcopy(stock)
+        truncated.model.layers = truncated.model.layers[:layer]
+        truncated.config.num_hidden_layers = layer
         if norm == "none" and layer < LAYERS:
-            cut.model.norm = torch.nn.Identity()
+            truncated.model.norm = torch.nn.Identity()
         expected = []
         for prompt, *responses in PAIRS:
             for response in responses:
                 tokens = torch.tensor([prompt + response])
                 labels = torch.tensor([[-100] * len(prompt) + response])
-                expected.append(-cut(tokens, labels=labels).loss * len(response))
+                expected.append(-truncated(tokens, labels=labels).loss * len(response))
         torch.testing.assert_close(logps[layer], torch.stack(expected), rtol=FP32_RELATIVE, atol=0)
 
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("together", [None, 4])
-def test_padded_sequences_are_what_they_are_alone(window, together):
+def test_padding_does_not_change_log_probabilities_or_gradients(window, together):
     model = make_model(window=window)
     alone = sequence_logps(model, PAIRS, ALL, sequences_per_forward=1)
     padded = sequence_logps(model, PAIRS, ALL, sequences_per_forward=together)
@@ -182,7 +182,7 @@ def test_padded_sequences_are_what_they_are_alone(window, together):
         assert_gradients_equal(*both)
 
 
-def test_every_layer_starts_at_ln_2(stock):
+def test_loss_of_every_layer_starts_at_ln_2(stock):
     run = train_steps(stock, "initial", [PAIRS], [1, 2, 3], beta=BETA, lr=0.0, steps=2)
     for step in run["losses"]:
         assert step.by_layer.keys() == set(ALL)
@@ -209,7 +209,7 @@ DEFINITIONS = {
 
 
 @pytest.mark.parametrize("variant", DEFINITIONS, ids=str)
-def test_variants_are_their_definitions(variant):
+def test_loss_variants_equal_their_definitions(variant):
     logratios = torch.tensor([1.5, -2.0, 0.25, 4.0, 9.0, -9.0], dtype=torch.float64)
     lengths = torch.tensor([n for _, *both in LENGTHS for n in both])
     actual = pair_losses(logratios, lengths, BETA, *variant)
@@ -219,7 +219,7 @@ def test_variants_are_their_definitions(variant):
         assert actual[pair].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_nll_is_per_token_of_chosen_and_per_pair(models):
+def test_nll_is_averaged_over_chosen_tokens_and_pairs(models):
     plain, joined = (mean_losses(*models, PAIRS, [2], nll_weight=w) for w in (0.0, 0.5))
     for layer in (2, LAYERS):
         chosen = sequence_logps(models[0], PAIRS, [layer])[layer][0::2]
@@ -228,7 +228,7 @@ def test_nll_is_per_token_of_chosen_and_per_pair(models):
         assert added.item() == pytest.approx(-0.5 * sum(per_token) / len(PAIRS), rel=1e-9)
 
 
-def test_no_layers_is_plain_dpo(models):
+def test_empty_layers_equal_plain_dpo(models):
     policy, reference = models
 
     def logp(model, prompt, response):
@@ -241,12 +241,12 @@ def test_no_layers_is_plain_dpo(models):
             reference_gap = logp(reference, prompt, chosen) - logp(reference, prompt, rejected)
         gap = logp(policy, prompt, chosen) - logp(policy, prompt, rejected)
         total -= logsigmoid(BETA * (gap - reference_gap)) / len(PAIRS)
-    ours = mean_losses(policy, reference, PAIRS, [], weight=0.9)
-    torch.testing.assert_close(ours.total, total, **ROUNDING)
-    assert_gradients_equal(gradients(policy, ours.total), gradients(policy, total))
+    actual = mean_losses(policy, reference, PAIRS, [], weight=0.9)
+    torch.testing.assert_close(actual.total, total, **ROUNDING)
+    assert_gradients_equal(gradients(policy, actual.total), gradients(policy, total))
 
 
-def test_gradient_of_one_layer_agrees_with_finite_differences(models):
+def test_gradient_of_one_layer_equals_finite_differences(models):
     policy, reference = models
     analytic = gradients(policy, mean_losses(policy, reference, PAIRS, [2]).total)
     generator = torch.Generator().manual_seed(0)
@@ -269,20 +269,20 @@ def test_gradient_of_one_layer_agrees_with_finite_differences(models):
 
 
 @pytest.mark.parametrize("layer_weights", [None, (3.0, 1.0)])
-def test_the_total_mixes_separately_computed_gradients(models, layer_weights):
+def test_total_gradient_is_the_weighted_sum_of_separate_gradients(models, layer_weights):
     def gradient(layers, **options):
         return gradients(models[0], mean_losses(*models, PAIRS, layers, **options).total)
 
     together = gradient([1, 3], layer_weights=layer_weights)
     shares = {1: 0.75, 3: 0.25} if layer_weights else {1: 0.5, 3: 0.5}
-    # One layer at a time and nothing of the final layer, then the final layer alone.
+    # Each layer without the final one, then the final layer alone.
     parts = [(WEIGHT * share, gradient([k], weight=1.0)) for k, share in shares.items()]
     parts.append((1 - WEIGHT, gradient([])))
     mixed = {name: sum(share * part[name] for share, part in parts) for name in together}
     assert_gradients_equal(together, mixed)
 
 
-def test_the_mean_is_over_the_pairs_of_the_batch(models):
+def test_losses_are_averaged_over_the_pairs_of_the_batch(models):
     whole = mean_losses(*models, PAIRS, [1, 2])
     single = [mean_losses(*models, [pair], [1, 2]) for pair in PAIRS]
     torch.testing.assert_close(whole.total, sum(part.total for part in single) / 3, **ROUNDING)
@@ -291,12 +291,13 @@ def test_the_mean_is_over_the_pairs_of_the_batch(models):
         torch.testing.assert_close(whole.margins[layer], expected, **ROUNDING)
 
 
-def test_references_of_the_final_layer_and_of_none(models):
+def test_reference_of_the_final_layer_and_no_reference(models):
     policy, reference = models
     read = (2, LAYERS)
-    ours, theirs = sequence_logps(policy, PAIRS, read), sequence_logps(reference, PAIRS, read)
-    gaps = {k: v[0::2] - v[1::2] for k, v in ours.items()}
-    final_gap = theirs[LAYERS][0::2] - theirs[LAYERS][1::2]
+    policy_logps = sequence_logps(policy, PAIRS, read)
+    gaps = {k: v[0::2] - v[1::2] for k, v in policy_logps.items()}
+    final_logps = sequence_logps(reference, PAIRS, read)[LAYERS]
+    final_gap = final_logps[0::2] - final_logps[1::2]
     against_final = mean_losses(*models, PAIRS, [2], reference_layer="final")
     against_none = mean_losses(policy, None, PAIRS, [2])
     for actual, reference_gap in ((against_final, final_gap), (against_none, 0.0)):
@@ -306,31 +307,31 @@ def test_references_of_the_final_layer_and_of_none(models):
             torch.testing.assert_close(actual.by_layer[k], -logsigmoid(margins).mean(), **ROUNDING)
 
 
-BATCHES = [make_pairs(1), make_pairs(2)]  # the third step takes the first again
+BATCHES = [make_pairs(1), make_pairs(2)]  # the third step repeats the first batch
 STEPS = {"beta": BETA, "intermediate_weight": WEIGHT, "lr": 0.05}
 
 
 def by_hand(model, optimizer, lr, eps=1e-4):
-    """Three steps written out: every batch against the initial model, and the optimizer's rule."""
+    """Three steps with the initial model as reference and the optimizer's update rule."""
     policy, initial = copy.deepcopy(model), model
     first = {n: torch.zeros_like(p) for n, p in policy.named_parameters()}
     second = {n: torch.zeros_like(p) for n, p in policy.named_parameters()}
     totals = []
-    for number, batch in enumerate([*BATCHES, BATCHES[0]], start=1):
+    for step, batch in enumerate([*BATCHES, BATCHES[0]], start=1):
         loss = mean_losses(policy, initial, batch, [1, 3]).total
         totals.append(loss.detach())
-        found = gradients(policy, loss)
+        grads = gradients(policy, loss)
         for name, parameter in policy.named_parameters():
-            g = found[name]
+            g = grads[name]
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.999 * second[name] + 0.001 * g * g
-            m, v = first[name] / (1 - 0.9**number), second[name] / (1 - 0.999**number)
+            m, v = first[name] / (1 - 0.9**step), second[name] / (1 - 0.999**step)
             parameter.data -= lr * (g if optimizer == "sgd" else m / (v.sqrt() + eps))
     return totals, dict(policy.named_parameters())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_three_steps_are_the_optimizers_rule(model, optimizer):
+def test_three_steps_follow_the_optimizers_update_rule(model, optimizer):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     run = train_steps(model, "initial", BATCHES, [1, 3], optimizer=optimizer, **STEPS)
     totals, weights = by_hand(model, optimizer, STEPS["lr"])
@@ -356,7 +357,7 @@ HEAD = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
         ({"trainable": r"\.[qv]_proj\."}, lambda name: "q_proj" in name or "v_proj" in name),
     ],
 )
-def test_only_what_is_asked_for_is_trained(model, options, is_trained):
+def test_only_selected_parameters_are_trained(model, options, is_trained):
     full = train_steps(model, "initial", BATCHES, [1, 3], **STEPS)
     run = train_steps(model, "initial", BATCHES, [1, 3], **STEPS, **options)
     names = [name for name, _ in model.named_parameters()]
@@ -364,11 +365,11 @@ def test_only_what_is_asked_for_is_trained(model, options, is_trained):
     assert list(run["gradients"]) == [name for name in names if is_trained(name)]
     for name, parameter in model.named_parameters():
         assert torch.equal(run["weights"][name], parameter) is not is_trained(name), name
-    # Freezing one weight does not change another's gradient.
+    # Freezing a parameter does not change the gradients of others.
     assert_gradients_equal(run["gradients"], {n: full["gradients"][n] for n in run["gradients"]})
 
 
-def test_a_tied_projection_is_one_parameter_with_both_gradients():
+def test_tied_projection_is_one_parameter_with_the_summed_gradient():
     model = make_model(tied=True)
     untied = make_model(tied=False)
     untied.load_state_dict(model.state_dict())
@@ -382,19 +383,23 @@ def test_a_tied_projection_is_one_parameter_with_both_gradients():
     torch.testing.assert_close(one["model.embed_tokens.weight"], both, **ROUNDING)
 
 
-def refused(say, function, *arguments, **options):
-    with pytest.raises(ValueError, match=say):
+def assert_rejected(message, function, *arguments, **options):
+    with pytest.raises(ValueError, match=message):
         function(*arguments, **options)
 
 
-def test_what_would_be_silently_wrong_is_refused():
+def test_invalid_arguments_are_rejected():
     model = make_model(dtype=torch.float32)
-    refused("pad_token_id", train_steps, make_model(pad_token_id=3), "initial", BATCHES, [1])
-    refused("eval", sequence_logps, copy.deepcopy(model).train(), PAIRS, [1])
+    assert_rejected(
+        "pad_token_id", train_steps, make_model(pad_token_id=3), "initial", BATCHES, [1]
+    )
+    assert_rejected("eval", sequence_logps, copy.deepcopy(model).train(), PAIRS, [1])
     for layer in (0, LAYERS + 1):
-        refused("is not in 1", sequence_logps, model, PAIRS, [layer])
-    refused("norm=", sequence_logps, model, PAIRS, [1], "pre")
-    refused("final layer 4", mean_losses, model, model, PAIRS, [LAYERS])
-    refused("twice", mean_losses, model, model, PAIRS, [1, 1])
-    refused("loss='dpo'", mean_losses, model, model, PAIRS, [1], loss="dpo")
-    refused("smoothing", mean_losses, model, model, PAIRS, [1], loss="ipo", label_smoothing=0.1)
+        assert_rejected("is not in 1", sequence_logps, model, PAIRS, [layer])
+    assert_rejected("norm=", sequence_logps, model, PAIRS, [1], "pre")
+    assert_rejected("final layer 4", mean_losses, model, model, PAIRS, [LAYERS])
+    assert_rejected("twice", mean_losses, model, model, PAIRS, [1, 1])
+    assert_rejected("loss='dpo'", mean_losses, model, model, PAIRS, [1], loss="dpo")
+    assert_rejected(
+        "smoothing", mean_losses, model, model, PAIRS, [1], loss="ipo", label_smoothing=0.1
+    )

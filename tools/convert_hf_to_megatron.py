@@ -1,6 +1,6 @@
 """Hugging Face weights to a Megatron-Core checkpoint: `megatron-idpo convert hf-to-megatron`.
 
-The same function as the verb, for those who look for it among the tools.
+Same as the verb, for users who look for a script in `tools/`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A Megatron-Core checkpoint to Hugging Face weights: `megatron-idpo convert megatron-to-hf`.
 
-The same function as the verb, for those who look for it among the tools.
+Same as the verb, for users who look for a script in `tools/`.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""A byte-level GGUF model as a Hugging Face checkpoint, with what a GGUF file cannot say put right.
+"""Converts a GGUF model with a byte-level tokenizer to a Hugging Face checkpoint.
 
-Transformers reads the file and unpacks the weights. The tokenizer's digit splitting and the length
-of the context are in no GGUF file, float32 has rounded the norms' epsilon, and the loader leaves
-traces of itself in what it saves. `tools/smollm2.py` says which model.
+Transformers reads the file and unpacks the weights. This module adds what a GGUF file does not
+contain: the tokenizer's digit splitting, the context length and the exact epsilon of the norms. It
+also removes fields that the loader adds to the saved configuration. Used by `tools/smollm2.py`.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ _DIGITS = "In 1984 there were 2,048 of 65536."
 def convert(
     gguf: Path, directory: Path, *, dtype: str, context_tokens: int, rms_norm_eps: float
 ) -> None:
-    """Writes weights, configuration, chat template and tokenizer as Transformers saves them.
+    """Write weights, configuration, chat template and tokenizer as Transformers saves them.
 
     Args:
-        gguf: the model, tokenizer included.
+        gguf: the model with its tokenizer.
         directory: an existing directory.
         dtype: `bf16` or `fp32`.
-        context_tokens: the longest text that the model was trained for.
-        rms_norm_eps: as the model's authors wrote it.
+        context_tokens: the model's context length.
+        rms_norm_eps: the original value.
 
     Raises:
         CheckpointError: the weights cannot be written.
@@ -43,15 +43,15 @@ def convert(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             **location,
-            # Left packed, the weights can be neither saved nor trained.
+            # Quantized weights can be neither saved nor trained.
             quantization_config=transformers.GgufConfig(dequantize=True),
             dtype=getattr(torch, _TORCH_NAMES[dtype]),
         )
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **location)
     split_digits(tokenizer)
     tokenizer.model_max_length = context_tokens
-    for trace in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(trace, None)
+    for added in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(added, None)
     model.config.__dict__.pop("_model_name_or_path", None)
     model.config.rms_norm_eps = rms_norm_eps
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
@@ -69,7 +69,7 @@ def convert(
 
 
 def split_digits(tokenizer: Any) -> None:
-    """Every digit becomes a token of its own; the tokenizer's other splitting comes after that."""
+    """Make every digit a separate token, before the tokenizer's other splitting."""
     from tokenizers.pre_tokenizers import Digits, Sequence
 
     backend = tokenizer.backend_tokenizer
@@ -77,7 +77,7 @@ def split_digits(tokenizer: Any) -> None:
 
 
 def answer_of(directory: Path, question: str) -> str:
-    """Loads the checkpoint as any user would and asks it.
+    """Load the checkpoint with Transformers and ask it a question.
 
     Returns:
         The first tokens of the greedy answer.
@@ -102,14 +102,14 @@ def answer_of(directory: Path, question: str) -> str:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Digits are single tokens, and a text comes back as it was.
+    """Check that digits are single tokens and that a text survives encoding and decoding.
 
     Raises:
-        CheckpointError: not so.
+        CheckpointError: one of them fails.
     """
     tokens = tokenizer.tokenize(_DIGITS)
-    whole = [token for token in tokens if any(map(str.isdigit, token)) and len(token) > 1]
-    back = tokenizer.decode(tokenizer.encode(_DIGITS))
-    if whole or back != _DIGITS:
-        what = f"{_DIGITS!r} becomes {tokens} and comes back as {back!r}"
-        raise CheckpointError.at("the tokenizer", what)
+    multi_digit = [token for token in tokens if any(map(str.isdigit, token)) and len(token) > 1]
+    decoded = tokenizer.decode(tokenizer.encode(_DIGITS))
+    if multi_digit or decoded != _DIGITS:
+        message = f"splits {_DIGITS!r} into {tokens}, which decode to {decoded!r}"
+        raise CheckpointError.at("the tokenizer", message)

@@ -1,12 +1,12 @@
-"""The quickstart: a real model, trained here and now, and what came of it.
+"""The quickstart: trains a small real model on two CPU processes and shows the results.
 
     make quickstart, make quickstart-sdpo                or, after `make setup`,
     .venv/bin/python tools/quickstart.py [CONFIG.yaml] [section.field=value ...]
 
-Makes the model (`smollm2.py`), trains it on two processes as `examples/quickstart.yaml` says, or
-another configuration that is named first, lets the model from before and the one from after answer
-a question that neither was trained on, and ends with figures and commands. What it says is read
-from files that are there; a second call goes on where the first one ended.
+1. Builds the model (`smollm2.py`). 2. Trains it with `examples/quickstart.yaml`, or the given
+configuration. 3. Asks the untrained and the trained model a held-out question. 4. Prints held-out
+metrics, the output files and the next commands, all read from files that exist. A second call
+resumes an interrupted one.
 """
 
 import json
@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from megatron_idpo.config.run_config import SECTIONS, RunConfig, load_config
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.config.sdpo import SdpoConfig
+from megatron_idpo.console.text import format_duration
 from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError, UserError
-from megatron_idpo.train.logging.line import clock_time, format_accuracy
+from megatron_idpo.train.logging.line import format_accuracy
 from megatron_idpo.train.metrics.file import STEP, Record, read_metrics
 from megatron_idpo.train.metrics.names import (
     ACCURACY,
@@ -45,26 +47,26 @@ CONFIG: Final = Path("examples/quickstart.yaml")
 REQUIRED: Final = ("model", "data", "training")
 PROCESSES: Final = 2
 SNAPSHOT: Final = Path("snapshots/step-1")
-"""Of a run in steps: the first one's result, by its place in `training.output`."""
+"""The result of step 1 of an sDPO run, relative to `training.output`."""
 
 AGAINST_FIRST: Final = (
-    "Against itself the first model has margin 0, and every pair is a tie: the columns `vs first`\n"
-    "say what was gained since. The others compare each step to the one before it."
+    "Columns `vs first` compare each step with the first model, whose margin against itself is 0\n"
+    "(every pair is a tie). The other columns compare each step with the previous one."
 )
 
 QUESTION: Final = 31
-"""Which held-out question is asked, from 1: one whose answers are short, as it says."""
+"""Index from 1 of the held-out question, chosen for its short answers."""
 
 EXIT_INTERRUPTED: Final = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Everything, in order; returns the exit code."""
+    """Run the quickstart; return the exit code."""
     overrides = sys.argv[1:] if argv is None else list(argv)
     path = CONFIG
     if overrides and overrides[0].endswith(".yaml") and "=" not in overrides[0]:
         path = Path(overrides.pop(0))
-    os.chdir(ROOT)  # the paths in the configuration are the checkout's
+    os.chdir(ROOT)  # paths in the configuration are relative to the checkout
     console = Console(highlight=False)
     try:
         return quickstart(console, overrides, path)
@@ -76,14 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quickstart(console: Console, overrides: Sequence[str], path: Path = CONFIG) -> int:
-    """The parts; returns 0, or the exit code of the one that failed.
+    """Run all parts; return 0, or the exit code of the part that failed.
 
     Raises:
-        UserError: the configuration is wrong, or something that should be there is not.
+        UserError: the configuration is invalid, or an expected file is missing.
     """
     config = load_config(path, overrides, required=REQUIRED, optional=SECTIONS)
     root = Path(config.training.output)
-    began = time.perf_counter()
+    start_s = time.perf_counter()
 
     heading(console, "1. The model")
     if code := run(smollm2_command(config)):
@@ -92,8 +94,8 @@ def quickstart(console: Console, overrides: Sequence[str], path: Path = CONFIG) 
     heading(console, "2. Training")
     if root.exists():
         console.print(
-            f"{root} is there: training goes on from where it was, and where it had ended "
-            f"nothing is trained again. To begin anew: rm -r {root}",
+            f"{root} exists: training resumes from its last checkpoint; a finished run is not "
+            f"trained again. To start over: rm -r {root}",
             soft_wrap=True,
         )
     command = training_command(overrides, path)
@@ -101,47 +103,47 @@ def quickstart(console: Console, overrides: Sequence[str], path: Path = CONFIG) 
     if code := run(command):
         return code
     from megatron_idpo.train.run_directory import (
-        RunDirectory,  # torch: when training needs no memory
+        RunDirectory,  # imports torch, whose memory the training needed until here
     )
 
     output = RunDirectory(root)
     if config.sdpo is None:
-        lines = [*figures(read_metrics(output.metrics)), "", *uses(config, output)]
+        lines = [*metrics_table(read_metrics(output.metrics)), "", *next_steps(config, output)]
     else:
-        lines = [AGAINST_FIRST, "", *uses_of_steps(config.sdpo, config, output)]
+        lines = [AGAINST_FIRST, "", *next_steps_of_sdpo(config.sdpo, config, output)]
 
-    title = f"3. Held-out question {QUESTION} (picked for its short answers, not at random)"
+    title = f"3. Held-out question {QUESTION} (chosen for its short answers)"
     heading(console, title)
     if code := run(ask_command(config, output)):
         return code
 
-    heading(console, "4. What came of it")
+    heading(console, "4. Results")
     if config.sdpo is not None and (code := run(status_command(output))):
         return code
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
-    console.print(f"\nThe quickstart took {clock_time(time.perf_counter() - began)}.")
+    console.print(f"\nThe quickstart took {format_duration(time.perf_counter() - start_s)}.")
     return 0
 
 
 def heading(console: Console, title: str) -> None:
-    """What comes now."""
+    """Print the title of a part."""
     console.print(f"\n[bold]{title}[/bold]")
 
 
 def run(command: Sequence[str]) -> int:
-    """Runs a program that speaks for itself; its exit code."""
+    """Run a program that prints its own output; return its exit code."""
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // PROCESSES)))
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": threads})
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.wait()  # it was interrupted as well, and may have something to save
+        process.wait()  # it received the interrupt too, and may be saving
         raise
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -151,85 +153,90 @@ def cores() -> int:
 
 
 def python() -> str:
-    """This Python as one would type it in the checkout."""
+    """This Python, as typed in the checkout."""
     path = Path(sys.executable)
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def smollm2_command(config: RunConfig) -> list[str]:
-    """Makes the model where the configuration looks for it."""
+    """Builds the model at the configured path."""
     return [python(), "tools/smollm2.py", config.model.path]
 
 
 def training_command(overrides: Sequence[str], path: Path = CONFIG) -> list[str]:
-    """`torchrun`, by its module: the script beside Python breaks when a checkout is moved."""
+    """`torchrun` by its module: the installed script breaks when a checkout is moved."""
     launcher = [python(), "-m", "torch.distributed.run", "--standalone"]
     train = ["-m", "megatron_idpo", "train", str(path), *overrides]
     return [*launcher, f"--nproc-per-node={PROCESSES}", *train]
 
 
 def ask_command(config: RunConfig, output: "RunDirectory") -> list[str]:
-    """Lets the model from before and the one from after answer a held-out question.
+    """Asks the untrained and the trained model a held-out question.
 
     Raises:
-        ConfigError: the configuration holds no file out.
+        ConfigError: the configuration has no held-out data.
     """
     if not config.data.eval:
-        raise ConfigError.at("data.eval", "names no file", "leave it as the quickstart has it")
+        raise ConfigError.at("data.eval", "names no file", "keep the quickstart's value")
     with Path(config.data.eval[0].path).open(encoding="utf-8") as file:
         pairs = [json.loads(line) for line in file]
-    asked = str(pairs[QUESTION - 1]["prompt"][-1]["content"])
-    return [python(), "tools/compare_answers.py", config.model.path, str(output.hf), asked]
+    question = str(pairs[QUESTION - 1]["prompt"][-1]["content"])
+    return [python(), "tools/compare_answers.py", config.model.path, str(output.hf), question]
 
 
 def plain_dpo_command(output: "RunDirectory") -> list[str]:
-    """The same training without intermediate layers, beside the other."""
+    """The same training without intermediate layers, into another directory."""
     plain = ["objective.layers=[]", "objective.intermediate_weight=0"]
     return training_command([*plain, f"training.output={output.root}-plain-dpo"])
 
 
 def status_command(output: "RunDirectory", *options: str) -> list[str]:
-    """Shows what has become of each step, with its figures."""
+    """Shows the state and metrics of each step."""
     return [python(), "-m", "megatron_idpo", "sdpo", "status", str(output.root), *options]
 
 
 def snapshot_command(output: "RunDirectory") -> list[str]:
-    """Makes a Hugging Face model of step 1's snapshot."""
+    """Converts the snapshot of step 1 to a Hugging Face model."""
     convert = ["-m", "megatron_idpo", "convert", "megatron-to-hf"]
     return [python(), *convert, str(output.root / SNAPSHOT), f"{output.root}-step-1"]
 
 
 def shown(command: Sequence[str]) -> str:
-    """A command as one would type it."""
+    """A command as typed in a shell."""
     return "  " + shlex.join(command)
 
 
-# ---- what came of it ------------------------------------------------------------------------
+# ---- results --------------------------------------------------------------------------------
 
 
-def figures(records: Sequence[Record]) -> list[str]:
-    """Held-out accuracy, margins and loss before the first and after the last step, as a table."""
+def metrics_table(records: Sequence[Record]) -> list[str]:
+    """A table of held-out accuracy, margins and loss before and after training."""
     evaluations = [record for record in records if f"{EVAL}{LOSS}" in record]
     if len(evaluations) < 2:
         raise ConfigError.at(
             "training.output",
-            "its metrics.jsonl has no held-out figures from before and after training",
+            "its metrics.jsonl lacks held-out metrics from before or after training",
             "remove the directory and run this again",
         )
     before, after = evaluations[0], evaluations[-1]
     pairs = after[EVAL_PAIRS]
     rows = [
         (f"{pairs:.0f} held-out pairs", f"step {before[STEP]:.0f}", f"step {after[STEP]:.0f}"),
-        ("  reward accuracy, 95% interval", *(_accuracy(at, pairs) for at in (before, after))),
-        ("  reward margin", *(f"{at[EVAL + MARGIN]:+.3f}" for at in (before, after))),
+        (
+            "  reward accuracy, 95% interval",
+            *(_accuracy(record, pairs) for record in (before, after)),
+        ),
+        ("  reward margin", *(f"{record[EVAL + MARGIN]:+.3f}" for record in (before, after))),
     ]
     for layer in layers_in(after):
         name = EVAL + layer_name(layer, MARGIN)
-        rows.append((f"  at layer {layer}", *(f"{at[name]:+.3f}" for at in (before, after))))
-    rows.append(("  loss", *(f"{at[EVAL + LOSS]:.4f}" for at in (before, after))))
+        rows.append(
+            (f"  at layer {layer}", *(f"{record[name]:+.3f}" for record in (before, after)))
+        )
+    rows.append(("  loss", *(f"{record[EVAL + LOSS]:.4f}" for record in (before, after))))
     lines = [f"{label:34}{first:>10}   {last}" for label, first, last in rows]
     if before[EVAL + MARGIN] == 0:
-        lines.append("Before training policy and reference are equal: every pair is a tie.")
+        lines.append("Before training, policy and reference are equal: every pair is a tie.")
     return lines
 
 
@@ -238,71 +245,71 @@ def _accuracy(record: Record, pairs: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
-    """Something to do with the result: what for, how, and the files that it takes."""
+class NextStep:
+    """Something to do with the result: purpose, path or command, and the files it needs."""
 
     purpose: str
-    how: str
+    path_or_command: str
     files: tuple[Path, ...]
 
 
-def uses(config: RunConfig, output: "RunDirectory") -> list[str]:
-    """What lies where and the commands that use it.
+def next_steps(config: RunConfig, output: "RunDirectory") -> list[str]:
+    """Output files and commands after a run.
 
     Raises:
-        ConfigError: a file that would be named is not there.
+        ConfigError: a file to be named does not exist.
     """
     plain = plain_dpo_command(output)
     return summary(
         output,
         [
-            Use("the model for Transformers, adapters merged", f"  {output.hf}", (output.hf,)),
-            Use("the adapter for PEFT", f"  {output.adapter}", (output.adapter,)),
-            Use("how training went", f"  {output.curves}", (output.curves, output.metrics)),
-            _ask_use(config, output),
-            Use("the same without intermediate layers", shown(plain), (CONFIG,)),
+            NextStep("the model for Transformers, adapters merged", f"  {output.hf}", (output.hf,)),
+            NextStep("the adapter for PEFT", f"  {output.adapter}", (output.adapter,)),
+            NextStep("training curves", f"  {output.curves}", (output.curves, output.metrics)),
+            _ask_step(config, output),
+            NextStep("the same training without intermediate layers", shown(plain), (CONFIG,)),
         ],
     )
 
 
-def uses_of_steps(sdpo: SdpoConfig, config: RunConfig, output: "RunDirectory") -> list[str]:
-    """The same of a run in steps.
+def next_steps_of_sdpo(sdpo: SdpoConfig, config: RunConfig, output: "RunDirectory") -> list[str]:
+    """Output files and commands after an sDPO run.
 
     Raises:
-        ConfigError: a file that would be named is not there.
+        ConfigError: a file to be named does not exist.
     """
     report, picture = output.root / "curriculum.md", output.root / "curriculum.png"
-    found = [
-        Use("the model for Transformers, adapters merged", f"  {output.hf}", (output.hf,)),
-        Use("what each step got and gained", f"  {picture}", (picture,)),
-        Use("the same in words", f"  {report}", (report,)),
-        Use("how training went, step after step", f"  {output.curves}", (output.curves,)),
-        _ask_use(config, output),
+    steps = [
+        NextStep("the model for Transformers, adapters merged", f"  {output.hf}", (output.hf,)),
+        NextStep("data and gain of each step, as a figure", f"  {picture}", (picture,)),
+        NextStep("the same as text", f"  {report}", (report,)),
+        NextStep("training curves of all steps", f"  {output.curves}", (output.curves,)),
+        _ask_step(config, output),
     ]
     if sdpo.keep_snapshots == "all" and (config.lora is None or sdpo.adapters == "merge"):
         command, file = snapshot_command(output), output.root / SNAPSHOT / "metadata.json"
-        found.append(Use("the model after step 1, for Transformers", shown(command), (file,)))
+        steps.append(NextStep("the model after step 1, for Transformers", shown(command), (file,)))
     check = status_command(output, "--check")
-    found.append(Use("whether a byte of a snapshot has changed", shown(check), (output.root,)))
-    return summary(output, found)
+    steps.append(NextStep("check the snapshots for changed bytes", shown(check), (output.root,)))
+    return summary(output, steps)
 
 
-def summary(output: "RunDirectory", uses: Sequence[Use]) -> list[str]:
-    """Lines about uses.
+def summary(output: "RunDirectory", steps: Sequence[NextStep]) -> list[str]:
+    """The lines to print.
 
     Raises:
-        ConfigError: a file that would be named is not there.
+        ConfigError: a file to be named does not exist.
     """
-    missing = [str(path) for use in uses for path in use.files if not path.exists()]
+    missing = [str(path) for step in steps for path in step.files if not path.exists()]
     if missing:
-        lacking = f"training left no {', '.join(missing)}"
-        raise ConfigError.at("training.output", lacking, f"remove {output.root} and run this again")
-    return [line for use in uses for line in (f"{use.purpose}:", use.how)]
+        message = f"training did not write {', '.join(missing)}"
+        raise ConfigError.at("training.output", message, f"remove {output.root} and run this again")
+    return [line for step in steps for line in (f"{step.purpose}:", step.path_or_command)]
 
 
-def _ask_use(config: RunConfig, output: "RunDirectory") -> Use:
+def _ask_step(config: RunConfig, output: "RunDirectory") -> NextStep:
     ask = shown(ask_command(config, output))
-    return Use("ask both another question", ask, (Path(config.model.path), output.hf))
+    return NextStep("ask both models another question", ask, (Path(config.model.path), output.hf))
 
 
 if __name__ == "__main__":

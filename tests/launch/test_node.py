@@ -1,4 +1,4 @@
-"""launch/node.py: signals reach the workers, and their exit codes whoever started it."""
+"""launch/node.py: forwards signals to the workers and exits with their code."""
 
 import os
 import signal
@@ -19,14 +19,14 @@ from .test_slurm import Slurm
 node = load_script("node")
 
 WORKER = '''
-"""A trainer that does nothing: asked to stop, all ranks agree, save and end with 75."""
+"""A trainer that does nothing: on a signal, all ranks stop, save and exit with 75."""
 import os, signal, sys, time
 from pathlib import Path
 
 mode, directory = sys.argv[1], Path(sys.argv[2])
 rank = int(os.environ["RANK"])
-stop = directory / "stop"  # stands for the collective in which the ranks agree
-if mode not in ("deaf", "fails"):
+stop = directory / "stop"  # in place of the collective in which the ranks agree
+if mode not in ("no-handler", "fails"):
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: stop.touch())
 (directory / f"ready-{rank}").touch()
@@ -35,28 +35,29 @@ if mode == "fails":
 while not stop.exists():
     time.sleep(0.05)
 if mode == "slow":
-    time.sleep(3)
+    time.sleep(1.5)
 (directory / f"saved-{rank}").touch()
 sys.exit(75)
 '''
 
-PATIENCE_S = 180.0  # importing torch takes seconds, on a busy machine many of them
+TIMEOUT_S = 180.0
+"""Importing torch takes many seconds on a busy machine."""
 
 
 @pytest.mark.parametrize(
     ("codes", "stopped", "code"),
     [
         ([75], True, 75),
-        ([75, 75], False, 75),  # another machine was told to stop
+        ([75, 75], False, 75),  # another machine received the signal
         ([-signal.SIGTERM, 75], True, 75),
         ([-signal.SIGUSR1], True, 75),
-        ([-signal.SIGTERM], False, 143),  # somebody killed a worker
-        ([-signal.SIGKILL], True, 137),  # too slow, or out of memory
+        ([-signal.SIGTERM], False, 143),  # a worker was killed
+        ([-signal.SIGKILL], True, 137),  # killed while saving, or out of memory
         ([2, 2], False, 2),
         ([75, 1], True, 1),
         ([3, 2], False, 2),
-        ([1, 3, 2], False, 2),  # a user's mistake says most
-        ([3, 1, -signal.SIGKILL], False, 1),  # a lost peer says least
+        ([1, 3, 2], False, 2),  # a user error has priority
+        ([3, 1, -signal.SIGKILL], False, 1),  # a lost peer has the lowest priority
         ([3, 75, -signal.SIGKILL], False, 137),
         ([3, 3], False, 3),
         ([-signal.SIGSEGV, 75], True, 139),
@@ -76,14 +77,14 @@ def free_port() -> int:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + TIMEOUT_S
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "condition not reached in time"
         time.sleep(0.05)
 
 
 class Machines:
-    """Processes of launch/node.py, one a machine, with workers in `directory`."""
+    """Processes of launch/node.py, one per machine, whose workers write to `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -93,7 +94,7 @@ class Machines:
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *worker: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        """One more machine; `worker` is its mode and what that takes."""
+        """Start one machine; `worker` is the worker's mode and arguments."""
         address = ("--master-addr", "127.0.0.1", "--master-port", str(self.port))
         script = (str(self.worker), worker[0], str(self.directory), *worker[1:])
         machine = subprocess.Popen(
@@ -116,81 +117,80 @@ class Machines:
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[Machines]:
-    found = Machines(tmp_path)
-    yield found
+    machines = Machines(tmp_path)
+    yield machines
     (tmp_path / "stop").touch()
-    for machine in found.started:
+    for machine in machines.started:
         if machine.poll() is None:
             machine.terminate()
-        machine.communicate(timeout=PATIENCE_S)
+        machine.communicate(timeout=TIMEOUT_S)
 
 
-def test_all_machines_end_with_75_when_one_is_told_to_stop(machines: Machines) -> None:
-    """SIGUSR1 would end torchrun and leave its workers behind."""
+def test_signal_to_one_machine_stops_all_with_exit_code_75(machines: Machines) -> None:
+    """Without node.py, SIGUSR1 ends torchrun and not its workers."""
     first, second = (
         machines.start("runs", options=("--nnodes", "2", "--node-rank", rank)) for rank in "01"
     )
     machines.wait_until_ready(2)
     second.send_signal(signal.SIGUSR1)
-    assert (first.wait(PATIENCE_S), second.wait(PATIENCE_S)) == (EXIT_PREEMPTED, EXIT_PREEMPTED)
+    assert (first.wait(TIMEOUT_S), second.wait(TIMEOUT_S)) == (EXIT_PREEMPTED, EXIT_PREEMPTED)
     assert machines.saved() == ["saved-0", "saved-1"]
 
 
-def test_workers_take_their_time_to_save(machines: Machines) -> None:
-    """torchrun would kill them when its own patience ends."""
+def test_workers_may_save_longer_than_torchruns_shutdown_timeout(machines: Machines) -> None:
     options = ("--nproc-per-node", "2", "--shutdown-timeout", "1")
     machine = machines.start("slow", options=options)
     machines.wait_until_ready(2)
     machine.send_signal(signal.SIGTERM)
-    assert machine.wait(PATIENCE_S) == EXIT_PREEMPTED
+    assert machine.wait(TIMEOUT_S) == EXIT_PREEMPTED
     assert "saved-0" in machines.saved()
 
 
-def test_a_worker_that_does_not_listen_yet_has_nothing_to_save(machines: Machines) -> None:
-    machine = machines.start("deaf")
+def test_worker_without_signal_handler_counts_as_stopped(machines: Machines) -> None:
+    machine = machines.start("no-handler")
     machines.wait_until_ready(1)
     machine.send_signal(signal.SIGTERM)
-    assert machine.wait(PATIENCE_S) == EXIT_PREEMPTED
+    assert machine.wait(TIMEOUT_S) == EXIT_PREEMPTED
 
 
-def test_a_signal_while_waiting_for_other_machines_ends_it(machines: Machines) -> None:
-    """Python's own handlers would not run there, in the C++ of the rendezvous."""
+def test_signal_during_the_rendezvous_ends_the_machine(machines: Machines) -> None:
+    """Python's signal handlers do not run inside the C++ rendezvous."""
     machine = machines.start("runs", options=("--nnodes", "2", "--node-rank", "1"))
-    wait_for(lambda: _listens(machine.pid))
+    wait_for(lambda: _handles_sigterm(machine.pid))
     machine.send_signal(signal.SIGTERM)
-    assert machine.wait(PATIENCE_S) == EXIT_PREEMPTED
+    assert machine.wait(TIMEOUT_S) == EXIT_PREEMPTED
     assert not list(machines.directory.glob("ready-*"))
 
 
-def _listens(pid: int) -> bool:
+def _handles_sigterm(pid: int) -> bool:
     """Whether a process has a handler for SIGTERM."""
     status = Path(f"/proc/{pid}/status").read_text()
     caught = int(status.split("SigCgt:")[1].split()[0], 16)
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
-@pytest.mark.parametrize(("code", "tells"), [(EXIT_USER_ERROR, False), (3, True)])
-def test_a_failure_keeps_its_code(machines: Machines, code: int, tells: bool) -> None:
-    """And ends the machine's other workers. What the user has to mend was told by the worker."""
+@pytest.mark.parametrize(("code", "prints"), [(EXIT_USER_ERROR, False), (3, True)])
+def test_failure_keeps_its_exit_code(machines: Machines, code: int, prints: bool) -> None:
+    """The machine's other workers end too. A user error was printed by the worker."""
     machine = machines.start("fails", str(code), options=("--nproc-per-node", "2"))
-    _, message = machine.communicate(timeout=PATIENCE_S)
+    _, message = machine.communicate(timeout=TIMEOUT_S)
     assert machine.returncode == code
-    assert ("Root Cause" in message) == tells
+    assert ("Root Cause" in message) == prints
 
 
-def test_a_port_in_use_is_reported(machines: Machines) -> None:
-    with socket.socket() as other:
-        other.bind(("0.0.0.0", machines.port))
-        other.listen()
+def test_port_in_use_is_reported(machines: Machines) -> None:
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", machines.port))
+        listener.listen()
         machine = machines.start("runs")
-        _, message = machine.communicate(timeout=PATIENCE_S)
+        _, message = machine.communicate(timeout=TIMEOUT_S)
     assert machine.returncode == 1
     assert str(machines.port) in message and "choose another --master-port" in message
     assert "Traceback" not in message
 
 
-def test_a_signal_reaches_the_queue_through_all_of_it(tmp_path: Path) -> None:
-    """Slurm's script, two machines, their workers: told to stop, saved, queued again."""
+def test_signal_to_a_slurm_job_saves_and_requeues_it(tmp_path: Path) -> None:
+    """Through slurm.sh, two machines and their workers."""
     slurm = Slurm(tmp_path)
     machines = Machines(tmp_path)
     python = slurm.program(
@@ -212,6 +212,6 @@ def test_a_signal_reaches_the_queue_through_all_of_it(tmp_path: Path) -> None:
     machines.wait_until_ready(2)
     for pid in (tmp_path / "pids").read_text().split():
         os.kill(int(pid), signal.SIGUSR1)
-    assert job.wait(PATIENCE_S) == EXIT_PREEMPTED
+    assert job.wait(TIMEOUT_S) == EXIT_PREEMPTED
     assert machines.saved() == ["saved-0", "saved-1"]
     assert slurm.has_requeued()

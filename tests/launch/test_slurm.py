@@ -1,6 +1,6 @@
-"""launch/slurm.sh under a stand-in for Slurm: what it starts, and what becomes of exit codes.
+"""launch/slurm.sh with a fake Slurm: the commands it starts, exit codes and requeueing.
 
-`scontrol` and `srun` are fakes on PATH; the two machines are this one.
+`scontrol` and `srun` are fakes on PATH; both machines are this one.
 """
 
 import os
@@ -23,7 +23,7 @@ PORT = "24711"  # 20000 + the job's number modulo 10000
 
 
 class Slurm:
-    """A cluster of two machines, both this one, of which slurm.sh sees `scontrol` and `srun`."""
+    """A fake cluster of two machines, with the programs `scontrol` and `srun`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -38,7 +38,7 @@ class Slurm:
             "srun",
             f'echo "srun $*" >>{self.calls}\nwhile [ "$1" != bash ]; do shift; done\n'
             'pids=""; code=0\n'
-            'for place in 0 1; do SLURM_NODEID=$place "$@" & pids="$pids $!"; done\n'
+            'for rank in 0 1; do SLURM_NODEID=$rank "$@" & pids="$pids $!"; done\n'
             f"echo $pids >{root}/pids\n"
             'for pid in $pids; do wait "$pid"; c=$?; [ $c -le $code ] || code=$c; done\nexit $code',
         )
@@ -76,17 +76,17 @@ def slurm(tmp_path: Path) -> Slurm:
 
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
-def test_shellcheck_finds_nothing(script: Path) -> None:
+def test_shellcheck_reports_nothing(script: Path) -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
-    found = subprocess.run([shellcheck, script], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout + found.stderr
+    process = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
     assert os.access(script, os.X_OK)
 
 
-def test_a_dry_run_prints_the_command_of_every_machine(slurm: Slurm) -> None:
-    answer = slurm.sbatch(EXAMPLE, "training.output=a b", DRY_RUN="1")
-    assert (answer.returncode, answer.stderr) == (0, "")
-    lines = answer.stdout.splitlines()
+def test_dry_run_prints_the_command_of_every_machine(slurm: Slurm) -> None:
+    process = slurm.sbatch(EXAMPLE, "training.output=a b", DRY_RUN="1")
+    assert (process.returncode, process.stderr) == (0, "")
+    lines = process.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == ["one", "two"]
     for rank, line in enumerate(lines):
         words = shlex.split(line.split(": ", 1)[1])
@@ -97,7 +97,7 @@ def test_a_dry_run_prints_the_command_of_every_machine(slurm: Slurm) -> None:
     assert "srun" not in slurm.calls.read_text()
 
 
-def test_a_run_starts_what_the_dry_run_prints(slurm: Slurm) -> None:
+def test_run_starts_the_commands_of_the_dry_run(slurm: Slurm) -> None:
     python = slurm.program("python_fake", f'printf "%s\\n" "$0 $*" >>{slurm.root}/started')
     printed = slurm.sbatch(EXAMPLE, DRY_RUN="1", PYTHON=str(python)).stdout.splitlines()
     assert slurm.sbatch(EXAMPLE, PYTHON=str(python)).returncode == 0
@@ -116,30 +116,30 @@ def test_a_run_starts_what_the_dry_run_prints(slurm: Slurm) -> None:
         ((EXIT_PREEMPTED, 137), 0, 137, False),
     ],
 )
-def test_only_a_run_that_saved_and_stopped_is_queued_again(
+def test_only_a_stopped_and_saved_run_is_queued_again(
     slurm: Slurm, codes: tuple[int, int], restarts: int, code: int, requeues: bool
 ) -> None:
     python = slurm.program("python_fake", f'c=({codes[0]} {codes[1]}); exit "${{c[SLURM_NODEID]}}"')
-    answer = slurm.sbatch(EXAMPLE, PYTHON=str(python), SLURM_RESTART_COUNT=str(restarts))
-    assert (answer.returncode, slurm.has_requeued()) == (code, requeues)
-    assert ("saved" in answer.stderr) == (code == EXIT_PREEMPTED)
+    process = slurm.sbatch(EXAMPLE, PYTHON=str(python), SLURM_RESTART_COUNT=str(restarts))
+    assert (process.returncode, slurm.has_requeued()) == (code, requeues)
+    assert ("saved" in process.stderr) == (code == EXIT_PREEMPTED)
 
 
-def test_one_task_that_ends_does_not_kill_those_that_still_save(slurm: Slurm) -> None:
-    """srun would then report the kill, not what the first one ended with."""
+def test_task_that_ends_does_not_kill_tasks_that_still_save(slurm: Slurm) -> None:
+    """srun would report the kill instead of the first exit code."""
     slurm.sbatch(EXAMPLE, PYTHON=str(slurm.program("python_fake", "exit 0")))
     (srun,) = (line for line in slurm.calls.read_text().splitlines() if line.startswith("srun"))
     assert "--kill-on-bad-exit=0" in srun and re.search(r"--wait [1-9]", srun)
     assert "bash -c exec " in srun  # Slurm signals a task's first process only
 
 
-def test_slurm_is_asked_for_what_the_script_relies_on() -> None:
+def test_sbatch_options_that_the_script_depends_on() -> None:
     options = re.findall(r"^#SBATCH (--[\w-]+)(?:=(\S+))?$", SLURM.read_text(), re.M)
-    asked = dict(options)
-    assert len(asked) == len(options) == SLURM.read_text().count("#SBATCH --")
-    assert asked["--signal"].startswith("USR1@")  # to the tasks; `B:` would be to this script
-    assert "--requeue" in asked and asked["--ntasks-per-node"] == "1"
-    assert asked["--open-mode"] == "append"  # or a requeued job empties its log
+    requested = dict(options)
+    assert len(requested) == len(options) == SLURM.read_text().count("#SBATCH --")
+    assert requested["--signal"].startswith("USR1@")  # to the tasks; `B:` would be to this script
+    assert "--requeue" in requested and requested["--ntasks-per-node"] == "1"
+    assert requested["--open-mode"] == "append"  # a requeued job would truncate its log
 
 
 @pytest.mark.parametrize(
@@ -147,19 +147,21 @@ def test_slurm_is_asked_for_what_the_script_relies_on() -> None:
     [
         ((), {}, "usage: sbatch"),
         ((EXAMPLE,), {"SLURM_JOB_NODELIST": ""}, "start this with sbatch"),
-        (("missing.yaml",), {}, "no file missing.yaml"),
-        ((EXAMPLE,), {"PYTHON": "no_python"}, "there is no no_python"),
+        (("missing.yaml",), {}, "missing.yaml does not exist"),
+        ((EXAMPLE,), {"PYTHON": "no_python"}, "no_python does not exist"),
         ((EXAMPLE,), {"SLURM_SUBMIT_DIR": str(ROOT / "tests")}, "submit from the checkout"),
     ],
 )
-def test_what_is_missing_is_reported(
+def test_missing_file_or_setting_is_reported(
     slurm: Slurm, arguments: tuple[str, ...], settings: dict[str, str], message: str
 ) -> None:
-    answer = slurm.sbatch(*arguments, **settings)
-    assert (answer.returncode, message in answer.stderr) == (EXIT_USER_ERROR, True), answer.stderr
+    process = slurm.sbatch(*arguments, **settings)
+    assert (process.returncode, message in process.stderr) == (EXIT_USER_ERROR, True), (
+        process.stderr
+    )
 
 
-def test_files_that_the_readme_names_are_there() -> None:
+def test_files_named_in_the_readme_exist() -> None:
     text = (LAUNCH / "README.md").read_text()
     named = set(re.findall(r"\b(?:launch|examples|tests)/[\w./]*\w", text))
     assert len(named) > 5

@@ -1,4 +1,4 @@
-"""`tools/compare_answers.py` on tiny models: greedy, to the end or marked as cut, side by side."""
+"""`tools/compare_answers.py` on tiny models: greedy answers, truncation mark, layout, errors."""
 
 import io
 from pathlib import Path
@@ -18,7 +18,7 @@ CUT = 4
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of bytes, which answers with noise that never ends."""
+    """A random byte-level model, whose answers never end."""
     directory = write_tiny_hf_model(tmp_path_factory.mktemp("model"), "llama")
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({symbol: n for n, symbol in enumerate(symbols)}, []))
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def greedy_tokens(directory: Path, text: str) -> list[int]:
-    """`CUT` tokens, by taking the likeliest one again and again."""
+    """The `CUT` most likely next tokens, one after the other."""
     net = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     prompt = AutoTokenizer.from_pretrained(directory).encode(text)
     tokens = list(prompt)
@@ -40,14 +40,14 @@ def greedy_tokens(directory: Path, text: str) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def test_the_answer_is_the_likeliest_and_marked_where_it_is_cut(model: Path) -> None:
+def test_answer_is_greedy_and_marked_where_it_is_truncated(model: Path) -> None:
     tokens = greedy_tokens(model, "<Why?>")
     text = AutoTokenizer.from_pretrained(model).decode(tokens)
     assert compare_answers.answer(str(model), "Why?", CUT) == f"{text.strip()} [...]"
 
 
-def test_an_answer_that_ends_is_not_marked(model: Path, tmp_path: Path) -> None:
-    """The same model, told that what it says third is how an answer ends."""
+def test_complete_answer_is_not_marked(model: Path, tmp_path: Path) -> None:
+    """The same model, with the third generated token as its end token."""
     tokens = greedy_tokens(model, "<Why?>")
     assert tokens[2] not in tokens[:2]
     tokenizer, net = (kind.from_pretrained(model) for kind in (AutoTokenizer, AutoModelForCausalLM))
@@ -60,7 +60,7 @@ def test_an_answer_that_ends_is_not_marked(model: Path, tmp_path: Path) -> None:
     )
 
 
-def test_answers_stand_side_by_side_whole() -> None:
+def test_answers_are_printed_side_by_side_without_truncation() -> None:
     text = io.StringIO()
     long, markup = "word " * 40, "[bold]not markup[/bold]"
     console = Console(file=text, width=60)
@@ -74,11 +74,11 @@ def test_answers_stand_side_by_side_whole() -> None:
     assert max(map(len, lines)) <= 60
 
 
-def test_what_is_no_model_is_told_in_one_line(
+def test_directory_without_a_model_is_a_one_line_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert compare_answers.main([str(tmp_path), str(tmp_path), "Why?"]) == 2
-    message = capsys.readouterr()
-    assert message.out == ""
-    assert message.err.startswith(f"compare_answers: {tmp_path}: cannot be loaded: ")
-    assert message.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"compare_answers: {tmp_path}: cannot be loaded: ")
+    assert captured.err.count("\n") == 1

@@ -1,8 +1,8 @@
-"""The quickstart's preference pairs are sound: format, balance of lengths, nothing twice.
+"""The quickstart's preference pairs: format, balanced lengths, no duplicates.
 
-A model can lower the loss by anything that tells chosen from rejected, so two cheap cues are
-bounded here: length, by any cut, and how an answer opens. What the data is and is not good for
-stands in `examples/data/README.md`.
+A model can lower the loss with any feature that separates chosen from rejected, so two trivial ones
+are bounded here: the length, and the first words of an answer. `examples/data/README.md` says what
+the data is suited for.
 """
 
 import itertools
@@ -21,26 +21,26 @@ import pytest
 from megatron_idpo.data.sources.preferences import parse_preference
 from megatron_idpo.data.sources.readers import read_file
 
-DATA = Path(__file__).parents[1] / "examples" / "data"
+DATA = Path(__file__).parents[2] / "examples" / "data"
 FILES = ("quickstart_train.jsonl", "quickstart_held_out.jsonl")
 
 MIN_TRAIN_PAIRS = 210
 HELD_OUT_PAIRS = 40
 ANSWER_WORDS = range(25, 71)
 MAX_MEAN_DIFFERENCE = 0.10
-"""Of the mean lengths, as a share of chosen's."""
+"""Of the mean lengths, relative to chosen."""
 
 MAX_LENGTH_ACCURACY = 0.60
-"""Of the best classifier that sees nothing but lengths."""
+"""Of the best classifier that sees only lengths."""
 
 MAX_SHARED_OPENING = 0.10
 """Share of the answers of one side that begin with the same two words."""
 
 MAX_PROMPT_OVERLAP = 0.6
-"""Jaccard index of two prompts' sets of words; above it they ask nearly the same."""
+"""Jaccard index of two prompts' sets of words; near duplicates have more."""
 
 FOREIGN_LETTERS = set("éèČ")
-"""All that the data needs beyond ASCII: French, Italian and a Czech name."""
+"""The only non-ASCII characters: French, Italian and a Czech name."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ def overlap(one: str, other: str) -> float:
 
 
 def longer_wins(chosen: Sequence[int], rejected: Sequence[int]) -> float:
-    """How often the better answer is told by which is longer, or by which is shorter."""
+    """Accuracy of choosing the longer answer, or the shorter one."""
     both = zip(chosen, rejected, strict=True)
     longer = sum(1.0 if one > other else 0.5 if one == other else 0.0 for one, other in both)
     return max(longer, len(chosen) - longer) / len(chosen)
 
 
 def best_cut(chosen: Sequence[int], rejected: Sequence[int]) -> float:
-    """The accuracy of the best rule `length >= cut`, or `<`, on answers seen one at a time."""
+    """Accuracy of the best rule `length >= cut`, or `<`, on single answers."""
     answers = len(chosen) + len(rejected)
     right = (
         sum(length >= cut for length in chosen) + sum(length < cut for length in rejected)
@@ -107,13 +107,13 @@ def test_every_line_is_a_conversational_preference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_program_reads_every_line_as_chat(name: str) -> None:
+def test_every_line_is_parsed_as_chat(name: str) -> None:
     read = [parse_preference(row.record()) for row in read_file(DATA / name)]
     assert len(read) == len(pairs(name))
     assert all(preference.is_chat for preference in read)
 
 
-def test_there_are_enough_pairs_and_the_readme_says_how_many() -> None:
+def test_number_of_pairs_matches_the_readme() -> None:
     train, held_out = (len(pairs(name)) for name in FILES)
     assert train >= MIN_TRAIN_PAIRS
     assert held_out == HELD_OUT_PAIRS
@@ -122,7 +122,7 @@ def test_there_are_enough_pairs_and_the_readme_says_how_many() -> None:
         assert f"`{name}` | {count} |" in readme
 
 
-def test_no_two_prompts_ask_nearly_the_same() -> None:
+def test_prompts_have_no_near_duplicates() -> None:
     prompts = [pair.prompt for name in FILES for pair in pairs(name)]
     near = [
         (one, other)
@@ -132,7 +132,7 @@ def test_no_two_prompts_ask_nearly_the_same() -> None:
     assert near == []
 
 
-def test_no_answer_comes_twice() -> None:
+def test_answers_have_no_duplicates() -> None:
     answers = Counter(
         " ".join(re.findall(r"\w+", text.lower()))
         for name in FILES
@@ -144,18 +144,20 @@ def test_no_answer_comes_twice() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_answers_are_short_paragraphs(name: str) -> None:
-    odd = [
+    outliers = [
         (words(text), text)
         for pair in pairs(name)
         for text in (pair.chosen, pair.rejected)
         if words(text) not in ANSWER_WORDS
     ]
-    assert odd == []
+    assert outliers == []
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("measure", [words, len], ids=["words", "characters"])
-def test_length_does_not_tell_the_better_answer(name: str, measure: Callable[[str], int]) -> None:
+def test_length_does_not_predict_the_better_answer(
+    name: str, measure: Callable[[str], int]
+) -> None:
     chosen = [measure(pair.chosen) for pair in pairs(name)]
     rejected = [measure(pair.rejected) for pair in pairs(name)]
     assert abs(sum(rejected) - sum(chosen)) <= MAX_MEAN_DIFFERENCE * sum(chosen)
@@ -165,7 +167,7 @@ def test_length_does_not_tell_the_better_answer(name: str, measure: Callable[[st
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_answers_open_in_many_ways(name: str, side: str) -> None:
+def test_first_words_of_answers_vary(name: str, side: str) -> None:
     openings = Counter(
         " ".join(getattr(pair, side).lower().split()[:2]).strip(",.:;!?") for pair in pairs(name)
     )
@@ -190,7 +192,7 @@ def test_files_are_utf8_lines_without_trailing_spaces(name: str) -> None:
         assert line.startswith("{") and line.endswith("}")
 
 
-def test_the_length_rules_find_what_they_look_for() -> None:
+def test_length_rules_on_known_cases() -> None:
     assert longer_wins([1, 2, 3], [4, 5, 6]) == longer_wins([4, 5, 6], [1, 2, 3]) == 1
     assert longer_wins([1, 6], [2, 5]) == longer_wins([3, 3], [3, 3]) == 0.5
     assert best_cut([1, 2, 3], [4, 5, 6]) == best_cut([4, 5, 6], [1, 2, 3]) == 1

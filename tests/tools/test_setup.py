@@ -1,4 +1,4 @@
-"""`tools/setup.sh` with fake Pythons: what it takes, passes over and says; when it starts over.
+"""`tools/setup.sh` with fake Pythons: choice of the Python, messages, repeated and failed set-ups.
 
 The fakes are shell scripts; no network, no real installation.
 """
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETUP = ROOT / "tools" / "setup.sh"
-# What the script itself calls; nothing else is on a test's PATH, so that no real Python is found.
+# The programs that the script needs. Nothing else is on PATH, so no real Python can be found.
 TOOLS = "bash sh env awk cat cksum cp dirname mkdir rm tail tee touch".split()
 
 
 class Machine:
-    """A machine whose only Pythons are the ones a test puts there."""
+    """A machine whose only Pythons are those a test adds."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -26,9 +26,9 @@ class Machine:
         tools = root / "usr"
         tools.mkdir()
         for name in TOOLS:
-            there = shutil.which(name)
-            assert there is not None, f"{name} is not on PATH"
-            (tools / name).symlink_to(there)
+            program = shutil.which(name)
+            assert program is not None, f"{name} is not on PATH"
+            (tools / name).symlink_to(program)
         self.env = {"HOME": str(root), "PATH": f"{self.bin}:{tools}"}
 
     def script(self, path: Path, body: str) -> Path:
@@ -38,7 +38,7 @@ class Machine:
         return path
 
     def python(self, path: Path, minor: int, state: str = "usable") -> Path:
-        """A fake interpreter that answers the script's probe for Python 3.`minor`."""
+        """A fake interpreter that prints the probe's line for Python 3.`minor`."""
         return self.script(path, f'echo "3 {minor} {state} {path}"')
 
     def broken_shim(self, name: str) -> Path:
@@ -66,14 +66,14 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_takes_the_one_on_path_and_says_why(machine: Machine) -> None:
+def test_python_on_path_is_used(machine: Machine) -> None:
     python = machine.python(machine.bin / "python3", 12)
     found = machine.find()
     assert (found.returncode, found.stdout) == (0, f"{python}\n")
     assert "Python 3.12 on PATH" in found.stderr
 
 
-def test_prefers_3_12_and_3_13_to_3_14_wherever_they_are(machine: Machine) -> None:
+def test_lowest_sufficient_version_is_preferred(machine: Machine) -> None:
     machine.python(machine.bin / "python3.14", 14)
     assert machine.find().stdout.endswith("/python3.14\n")
     assert "C++ compiler" in machine.find().stderr
@@ -83,7 +83,7 @@ def test_prefers_3_12_and_3_13_to_3_14_wherever_they_are(machine: Machine) -> No
     assert machine.find(PYENV_ROOT=str(machine.pyenv)).stdout == f"{kept}\n"
 
 
-def test_broken_pyenv_shim_leads_to_the_installation_behind_it(machine: Machine) -> None:
+def test_pyenv_installation_is_used_if_its_shim_is_broken(machine: Machine) -> None:
     machine.broken_shim("python3.12")
     machine.python(machine.bin / "python3", 11)
     machine.python(machine.pyenv / "versions/3.11.7/bin/python", 11)
@@ -93,21 +93,21 @@ def test_broken_pyenv_shim_leads_to_the_installation_behind_it(machine: Machine)
     assert "pyenv installation" in found.stderr
 
 
-def test_pyenv_in_its_usual_place_needs_no_pyenv_root(machine: Machine) -> None:
-    usual = Path(machine.env["HOME"]) / ".pyenv/versions/3.13.0/bin/python"
+def test_default_pyenv_directory_needs_no_pyenv_root(machine: Machine) -> None:
+    default = Path(machine.env["HOME"]) / ".pyenv/versions/3.13.0/bin/python"
     assert machine.find().returncode != 0
-    machine.python(usual, 13)
-    assert machine.find().stdout == f"{usual}\n"
+    machine.python(default, 13)
+    assert machine.find().stdout == f"{default}\n"
 
 
-def test_a_live_python_behind_a_dead_one_of_the_same_name(machine: Machine) -> None:
+def test_working_python_after_a_broken_one_on_path_is_used(machine: Machine) -> None:
     machine.broken_shim("python3.12")
     live = machine.python(machine.bin.parent / "second" / "python3.12", 12)
     found = machine.find(PATH=f"{machine.env['PATH']}:{live.parent}")
     assert found.stdout == f"{live}\n"
 
 
-def test_uv_is_asked(machine: Machine) -> None:
+def test_python_managed_by_uv_is_used(machine: Machine) -> None:
     managed = machine.python(machine.bin.parent / "uv-managed" / "python3.12", 12)
     machine.script(machine.bin / "uv", f'test "$1 $2" = "python find" && echo {managed}')
     found = machine.find()
@@ -115,7 +115,9 @@ def test_uv_is_asked(machine: Machine) -> None:
     assert "found by uv" in found.stderr
 
 
-def test_none_found_names_what_it_saw_and_what_to_install(machine: Machine) -> None:
+def test_without_a_suitable_python_the_rejected_ones_and_remedies_are_listed(
+    machine: Machine,
+) -> None:
     machine.broken_shim("python3.12")
     machine.python(machine.bin / "python3", 11)
     machine.script(machine.bin / "python", 'echo "2 7 usable /somewhere/python2.7"')
@@ -128,7 +130,7 @@ def test_none_found_names_what_it_saw_and_what_to_install(machine: Machine) -> N
         assert remedy in found.stderr
 
 
-def test_a_python_without_its_venv_module_is_completed_or_passed_over(machine: Machine) -> None:
+def test_python_without_venv_module_is_rejected_with_a_remedy(machine: Machine) -> None:
     machine.python(machine.bin / "python3.12", 12, state="no-venv")
     found = machine.find()
     assert found.returncode == 1
@@ -138,14 +140,14 @@ def test_a_python_without_its_venv_module_is_completed_or_passed_over(machine: M
 
 
 @pytest.mark.parametrize("build", ["pypy", "free-threaded"])
-def test_builds_that_torch_has_no_wheels_for_are_passed_over(machine: Machine, build: str) -> None:
+def test_builds_without_torch_wheels_are_rejected(machine: Machine, build: str) -> None:
     machine.python(machine.bin / "python3.12", 12, state=build)
     found = machine.find()
     assert found.returncode == 1
     assert f"is a {build} build" in found.stderr
 
 
-def test_python_override_wins_over_a_better_one(machine: Machine) -> None:
+def test_python_variable_has_priority(machine: Machine) -> None:
     machine.python(machine.bin / "python3.12", 12)
     named = machine.python(machine.bin.parent / "mine", 13)
     found = machine.find(PYTHON=str(named))
@@ -153,7 +155,7 @@ def test_python_override_wins_over_a_better_one(machine: Machine) -> None:
     assert "named by PYTHON" in found.stderr
 
 
-def test_python_override_too_old_is_refused_though_a_good_one_is_there(machine: Machine) -> None:
+def test_too_old_python_variable_is_an_error(machine: Machine) -> None:
     machine.python(machine.bin / "python3.12", 12)
     old = machine.python(machine.bin.parent / "old", 11)
     found = machine.find(PYTHON=str(old))
@@ -162,8 +164,8 @@ def test_python_override_too_old_is_refused_though_a_good_one_is_there(machine: 
     assert "is Python 3.11" in found.stderr
 
 
-def test_the_probe_answers_on_a_real_python(machine: Machine) -> None:
-    """The fakes echo what the probe prints; here a real interpreter prints it."""
+def test_probe_works_on_a_real_python(machine: Machine) -> None:
+    """Elsewhere fakes print the probe's line."""
     found = machine.find(PYTHON=sys.executable)
     assert found.returncode == 0, found.stderr
     version = subprocess.run(
@@ -174,16 +176,16 @@ def test_the_probe_answers_on_a_real_python(machine: Machine) -> None:
     assert version.stdout == "True\n"
 
 
-def test_unknown_argument_is_refused() -> None:
-    refused = subprocess.run([str(SETUP), "--fnid"], capture_output=True, text=True)
-    assert refused.returncode == 1
-    assert "--find-only" in refused.stderr
+def test_unknown_argument_is_an_error() -> None:
+    process = subprocess.run([str(SETUP), "--fnid"], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "--find-only" in process.stderr
 
 
 class Checkout:
-    """A copy of the script beside a pyproject.toml, with a fake Python that makes fake venvs."""
+    """The script, a pyproject.toml, and a fake Python that creates fake environments."""
 
-    # Stands for the interpreter and, copied into the venv, for the venv's own.
+    # The interpreter, which copies itself into the environments that it creates.
     FAKE = """
 case "$*" in
     "-m venv "*) mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; cp "$0" "$3/bin/python" ;;
@@ -202,7 +204,7 @@ esac"""
         machine.script(machine.bin / "python3", self.FAKE)
         self.root = machine.root / "checkout"
         self.venv = self.root / ".venv"
-        self.kept = self.venv / "kept"
+        self.marker = self.venv / "marker"
         (self.root / "tools").mkdir(parents=True)
         shutil.copy(SETUP, self.root / "tools")
         shutil.copy(ROOT / "pyproject.toml", self.root)
@@ -220,7 +222,7 @@ def checkout(machine: Machine) -> Checkout:
     return Checkout(machine)
 
 
-def test_set_up_installs_once_and_then_does_nothing(checkout: Checkout) -> None:
+def test_second_call_does_nothing(checkout: Checkout) -> None:
     first = checkout.set_up()
     assert first.returncode == 0, first.stderr
     assert "torch-2.14.1.whl (830.6 MB)" in first.stderr
@@ -231,38 +233,40 @@ def test_set_up_installs_once_and_then_does_nothing(checkout: Checkout) -> None:
     assert len(checkout.pip_calls()) == 1
 
 
-def test_changed_requirements_are_installed_into_the_same_environment(checkout: Checkout) -> None:
+def test_changed_requirements_are_installed_into_the_existing_environment(
+    checkout: Checkout,
+) -> None:
     checkout.set_up()
-    checkout.kept.touch()
+    checkout.marker.touch()
     with (checkout.root / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     assert checkout.set_up().returncode == 0
     assert len(checkout.pip_calls()) == 2
-    assert checkout.kept.exists()
+    assert checkout.marker.exists()
 
 
-def test_a_moved_checkout_installs_again(checkout: Checkout) -> None:
-    """An editable installation points at the old place."""
+def test_moved_checkout_is_installed_again(checkout: Checkout) -> None:
+    """An editable installation refers to the old path."""
     checkout.set_up()
     checkout.root = checkout.root.rename(checkout.machine.root / "moved")
     assert checkout.set_up().returncode == 0
     assert len(checkout.pip_calls()) == 2
 
 
-def test_an_interrupted_set_up_starts_over(checkout: Checkout) -> None:
+def test_interrupted_set_up_starts_over(checkout: Checkout) -> None:
     no_network = checkout.machine.root / "no-network"
     no_network.touch()
     failed = checkout.set_up()
     assert failed.returncode == 1
     assert "set-up.log" in failed.stderr
-    checkout.kept.touch()
+    checkout.marker.touch()
     no_network.unlink()
     assert checkout.set_up().returncode == 0
-    assert not checkout.kept.exists()
+    assert not checkout.marker.exists()
     assert checkout.set_up().stderr == ""
 
 
-def test_an_environment_whose_python_vanished_is_made_anew(checkout: Checkout) -> None:
+def test_environment_without_its_python_is_created_again(checkout: Checkout) -> None:
     checkout.set_up()
     (checkout.venv / "bin" / "python").unlink()
     assert checkout.set_up().returncode == 0
@@ -270,24 +274,24 @@ def test_an_environment_whose_python_vanished_is_made_anew(checkout: Checkout) -
     assert len(checkout.pip_calls()) == 2
 
 
-def test_an_environment_somebody_else_made_is_kept_and_completed(checkout: Checkout) -> None:
+def test_existing_environment_is_kept_and_completed(checkout: Checkout) -> None:
     checkout.machine.run(str(checkout.machine.bin / "python3"), "-m", "venv", str(checkout.venv))
-    checkout.kept.touch()
+    checkout.marker.touch()
     assert checkout.set_up().returncode == 0
-    assert checkout.kept.exists()
+    assert checkout.marker.exists()
     assert len(checkout.pip_calls()) == 1
 
 
-def test_a_directory_that_is_no_environment_is_never_removed(checkout: Checkout) -> None:
-    checkout.kept.parent.mkdir()
-    checkout.kept.touch()
-    refused = checkout.set_up()
-    assert refused.returncode == 1
-    assert "no virtual environment" in refused.stderr
-    assert checkout.kept.exists()
+def test_directory_that_is_not_an_environment_is_never_removed(checkout: Checkout) -> None:
+    checkout.marker.parent.mkdir()
+    checkout.marker.touch()
+    process = checkout.set_up()
+    assert process.returncode == 1
+    assert "is not a virtual environment" in process.stderr
+    assert checkout.marker.exists()
 
 
-def test_torch_index_url_is_for_torch_alone(checkout: Checkout) -> None:
+def test_torch_index_url_is_used_for_torch_only(checkout: Checkout) -> None:
     assert checkout.set_up(TORCH_INDEX_URL="https://wheels.example/cpu").returncode == 0
     torch, rest = checkout.pip_calls()
     assert "--index-url https://wheels.example/cpu torch>=2.11" in torch

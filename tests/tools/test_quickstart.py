@@ -1,6 +1,6 @@
-"""`tools/quickstart.py`: the order of its steps, its figures, and that what it names is there.
+"""`tools/quickstart.py`: order of its parts, metrics table, and that the paths it prints exist.
 
-Model and training are stood in for; `make quickstart` itself is the real thing.
+Model and training are faked; `make quickstart` runs the real ones.
 """
 
 import json
@@ -16,11 +16,12 @@ import pytest
 import quickstart
 
 from megatron_idpo.cli import main as cli
-from megatron_idpo.config.run_config import SECTIONS, load_config
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import SECTIONS
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.train.run_directory import RunDirectory
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BEFORE = {
     "step": 0,
     "eval_loss": 0.6931,
@@ -38,15 +39,13 @@ AFTER = {
     "eval_layer_15/rewards/margins": 0.75,
     "eval_pairs": 40,
 }
-
-
 SDPO = Path("examples/quickstart_sdpo.yaml")
 SNAPSHOT_FILE = "snapshots/step-1/metadata.json"
-LEAVES = {
+WRITTEN = {
     "quickstart": ["hf", "adapter", "curves.png"],
     "quickstart_sdpo": ["hf", "curves.png", "curriculum.md", "curriculum.png", SNAPSHOT_FILE],
 }
-"""What a run leaves, by its directory's name."""
+"""Files that a run writes, by the name of its directory."""
 
 
 def pairs_of(name: str) -> list[Any]:
@@ -55,7 +54,7 @@ def pairs_of(name: str) -> list[Any]:
     return [json.loads(line) for line in (ROOT / source.path).read_text().splitlines()]
 
 
-def test_what_is_asked_and_held_out_is_not_in_the_training_data() -> None:
+def test_held_out_prompts_are_not_in_the_training_data() -> None:
     trained = {json.dumps(pair["prompt"]) for pair in pairs_of("train")}
     held_out = {json.dumps(pair["prompt"]) for pair in pairs_of("eval")}
     assert len(held_out) == 40
@@ -63,15 +62,15 @@ def test_what_is_asked_and_held_out_is_not_in_the_training_data() -> None:
     assert not trained & held_out
 
 
-class Stage:
+class FakeCheckout:
     """A checkout in which programs are recorded instead of run."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
         self.commands: list[str] = []
         self.codes: dict[str, int] = {}
-        self.asked: list[str] = []
-        self.lost: str | None = None
+        self.question_arguments: list[str] = []
+        self.missing: str | None = None
         (root / "examples" / "data").mkdir(parents=True)
         for path in (quickstart.CONFIG, SDPO, Path("examples/data/quickstart_held_out.jsonl")):
             (root / path).write_bytes((ROOT / path).read_bytes())
@@ -86,13 +85,13 @@ class Stage:
         if program == "smollm2":
             (self.root / command[-1]).mkdir(parents=True, exist_ok=True)
         elif program == "compare_answers":
-            self.asked = list(command[2:])
+            self.question_arguments = list(command[2:])
         elif program == "train":
             [config] = (Path(word) for word in command if word.endswith(".yaml"))
             output = self.root / "runs" / config.stem
             (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for name in LEAVES[config.stem]:
-                if name != self.lost:
+            for name in WRITTEN[config.stem]:
+                if name != self.missing:
                     (output / name).parent.mkdir(parents=True, exist_ok=True)
                     (output / name).touch()
             records = "\n".join(map(json.dumps, (BEFORE, STEP, AFTER)))
@@ -101,81 +100,83 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    return Stage(tmp_path, monkeypatch)
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCheckout:
+    return FakeCheckout(tmp_path, monkeypatch)
 
 
-def test_model_training_answers_figures_commands(
-    stage: Stage, capsys: pytest.CaptureFixture[str]
+def test_parts_run_in_order_and_results_are_printed(
+    checkout: FakeCheckout, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert quickstart.main([]) == 0
-    assert stage.commands == ["smollm2", "train", "compare_answers"]
-    *models, question = stage.asked
+    assert checkout.commands == ["smollm2", "train", "compare_answers"]
+    *models, question = checkout.question_arguments
     assert models == ["runs/smollm2", "runs/quickstart/hf"]
     assert question in [pair["prompt"][-1]["content"] for pair in pairs_of("eval")]
-    message = capsys.readouterr().out
-    assert shlex.join(stage.asked) in message
-    assert "0.95 [0.83, 0.99]" in message
-    assert "is there: training goes on" not in message
+    output = capsys.readouterr().out
+    assert shlex.join(checkout.question_arguments) in output
+    assert "0.95 [0.83, 0.99]" in output
+    assert "training resumes" not in output
 
 
-def test_every_path_that_is_told_exists(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_printed_path_exists(
+    checkout: FakeCheckout, capsys: pytest.CaptureFixture[str]
+) -> None:
     quickstart.main([])
-    message = capsys.readouterr().out
-    words = {word.strip("'\"():,.") for word in message.split()}
+    output = capsys.readouterr().out
+    words = {word.strip("'\"():,.") for word in output.split()}
     paths = {word for word in words if word.startswith(("runs/", "examples/", "tools/"))}
     assert {"runs/quickstart/hf", "runs/quickstart/adapter", "runs/quickstart/curves.png"} <= paths
     for path in paths:
-        assert (stage.root / path).exists() or (ROOT / path).exists(), path
+        assert (checkout.root / path).exists() or (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("lost", ["hf", "adapter", "curves.png"])
-def test_a_file_that_training_did_not_leave_is_not_promised(
-    stage: Stage, lost: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("missing", ["hf", "adapter", "curves.png"])
+def test_missing_output_file_is_an_error(
+    checkout: FakeCheckout, missing: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stage.lost = lost
+    checkout.missing = missing
     assert quickstart.main([]) == 2
-    message = capsys.readouterr()
-    assert f"training left no runs/quickstart/{lost}" in message.err
-    assert "for Transformers" not in message.out
+    captured = capsys.readouterr()
+    assert f"training did not write runs/quickstart/{missing}" in captured.err
+    assert "for Transformers" not in captured.out
 
 
-def test_in_steps_it_ends_with_what_became_of_each(
-    stage: Stage, capsys: pytest.CaptureFixture[str]
+def test_sdpo_run_ends_with_the_status_of_each_step(
+    checkout: FakeCheckout, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert quickstart.main([str(SDPO)]) == 0
-    assert stage.commands == ["smollm2", "train", "compare_answers", "status"]
-    assert stage.asked[:2] == ["runs/smollm2", "runs/quickstart_sdpo/hf"]
-    message = capsys.readouterr().out
-    assert f"train {SDPO}" in message
-    assert "runs/quickstart_sdpo/curriculum.png" in message
-    assert "margin 0" in message
-    assert "runs/quickstart_sdpo/adapter" not in message
-    paths = {word for word in message.split() if word.startswith("runs/")}
+    assert checkout.commands == ["smollm2", "train", "compare_answers", "status"]
+    assert checkout.question_arguments[:2] == ["runs/smollm2", "runs/quickstart_sdpo/hf"]
+    output = capsys.readouterr().out
+    assert f"train {SDPO}" in output
+    assert "runs/quickstart_sdpo/curriculum.png" in output
+    assert "margin 0" in output
+    assert "runs/quickstart_sdpo/adapter" not in output
+    paths = {word for word in output.split() if word.startswith("runs/")}
     assert paths >= {"runs/quickstart_sdpo/snapshots/step-1"}
-    for path in paths - {"runs/quickstart_sdpo-step-1"}:  # what a told command will write
-        assert (stage.root / path).exists(), path
+    for path in paths - {"runs/quickstart_sdpo-step-1"}:  # written by a printed command
+        assert (checkout.root / path).exists(), path
 
 
-@pytest.mark.parametrize("lost", LEAVES["quickstart_sdpo"])
-def test_in_steps_too_only_what_is_there_is_promised(
-    stage: Stage, lost: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("missing", WRITTEN["quickstart_sdpo"])
+def test_missing_output_file_of_an_sdpo_run_is_an_error(
+    checkout: FakeCheckout, missing: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stage.lost = lost
+    checkout.missing = missing
     assert quickstart.main([str(SDPO)]) == 2
-    assert f"training left no runs/quickstart_sdpo/{lost}" in capsys.readouterr().err
+    assert f"training did not write runs/quickstart_sdpo/{missing}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("override", ["sdpo.adapters=carry", "sdpo.keep_snapshots=last"])
-def test_a_snapshot_that_is_no_model_or_goes_is_not_offered(
-    stage: Stage, override: str, capsys: pytest.CaptureFixture[str]
+def test_conversion_of_step_1_is_offered_only_if_its_snapshot_is_kept(
+    checkout: FakeCheckout, override: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stage.lost = SNAPSHOT_FILE
+    checkout.missing = SNAPSHOT_FILE
     assert quickstart.main([str(SDPO), override]) == 0
     assert "megatron-to-hf" not in capsys.readouterr().out
 
 
-def test_its_two_steps_are_as_long_as_the_run_in_one() -> None:
+def test_two_steps_have_as_many_updates_as_the_single_run() -> None:
     plain, stepped = (
         load_config(ROOT / path, optional=SECTIONS) for path in (quickstart.CONFIG, SDPO)
     )
@@ -187,37 +188,37 @@ def test_its_two_steps_are_as_long_as_the_run_in_one() -> None:
         assert getattr(stepped, section) == getattr(plain, section), section
 
 
-def test_a_second_call_says_that_it_goes_on(
-    stage: Stage, capsys: pytest.CaptureFixture[str]
+def test_second_call_says_that_training_resumes(
+    checkout: FakeCheckout, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quickstart.main([])
     capsys.readouterr()
     assert quickstart.main([]) == 0
-    message = capsys.readouterr().out
-    assert "runs/quickstart is there: training goes on from where it was" in message
-    assert "rm -r runs/quickstart" in message
+    output = capsys.readouterr().out
+    assert "runs/quickstart exists: training resumes from its last checkpoint" in output
+    assert "rm -r runs/quickstart" in output
 
 
 @pytest.mark.parametrize(("failing", "ran"), [("smollm2", 1), ("train", 2), ("compare_answers", 3)])
-def test_a_step_that_fails_ends_it_with_its_exit_code(
-    stage: Stage, failing: str, ran: int, capsys: pytest.CaptureFixture[str]
+def test_failing_part_ends_the_quickstart_with_its_exit_code(
+    checkout: FakeCheckout, failing: str, ran: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stage.codes[failing] = 7
+    checkout.codes[failing] = 7
     assert quickstart.main([]) == 7
-    assert len(stage.commands) == ran
-    assert "What came of it" not in capsys.readouterr().out
+    assert len(checkout.commands) == ran
+    assert "4. Results" not in capsys.readouterr().out
 
 
-def test_a_mistaken_override_stops_it_before_anything(
-    stage: Stage, capsys: pytest.CaptureFixture[str]
+def test_invalid_override_is_an_error_before_any_part_runs(
+    checkout: FakeCheckout, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert quickstart.main(["training.epoch=1"]) == 2
-    assert stage.commands == []
+    assert checkout.commands == []
     assert "training.epoch" in capsys.readouterr().err
 
 
-def test_the_figures_are_those_of_the_first_and_the_last_evaluation() -> None:
-    lines = quickstart.figures([BEFORE, STEP, AFTER])
+def test_table_compares_the_first_and_the_last_evaluation() -> None:
+    lines = quickstart.metrics_table([BEFORE, STEP, AFTER])
     assert [line.split() for line in lines[:-1]] == [
         "40 held-out pairs step 0 step 20".split(),
         "reward accuracy, 95% interval tied 0.95 [0.83, 0.99]".split(),
@@ -228,12 +229,12 @@ def test_the_figures_are_those_of_the_first_and_the_last_evaluation() -> None:
     assert "tie" in lines[-1]
 
 
-def test_one_evaluation_is_no_comparison() -> None:
-    with pytest.raises(ConfigError, match="before and after"):
-        quickstart.figures([BEFORE, STEP])
+def test_single_evaluation_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="before or after"):
+        quickstart.metrics_table([BEFORE, STEP])
 
 
-def test_every_command_is_one_that_the_program_takes() -> None:
+def test_printed_commands_are_valid() -> None:
     config = load_config(ROOT / quickstart.CONFIG, optional=SECTIONS)
     commands = [quickstart.training_command(["training.epochs=1"])]
     commands.append(quickstart.plain_dpo_command(RunDirectory(Path(config.training.output))))
@@ -246,7 +247,7 @@ def test_every_command_is_one_that_the_program_takes() -> None:
     assert read.training.output != config.training.output
 
 
-def test_every_command_in_steps_is_one_that_the_program_takes() -> None:
+def test_printed_commands_of_an_sdpo_run_are_valid() -> None:
     output = RunDirectory(Path("runs/quickstart_sdpo"))
     train = quickstart.training_command([], SDPO)
     for command in (
@@ -261,7 +262,7 @@ def test_every_command_in_steps_is_one_that_the_program_takes() -> None:
     assert Path(config.training.output) == output.root
 
 
-def test_a_program_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_program_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert quickstart.run(["sh", "-c", "exit $OMP_NUM_THREADS"]) == 3
@@ -269,32 +270,30 @@ def test_a_program_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) 
     assert quickstart.run(["sh", "-c", "exit $OMP_NUM_THREADS"]) == 5
 
 
-def test_a_program_that_is_interrupted_may_end_in_peace(tmp_path: Path) -> None:
-    """Ctrl-C reaches the program too; it has time to save before the quickstart ends."""
-    saves = (
-        f"trap 'sleep 1; echo saved >{tmp_path}/state; exit 0' INT; sleep 1; kill -INT 0; sleep 9"
-    )
-    # Whoever starts the tests may ignore Ctrl-C (a shell in the background); children inherit that.
-    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{listens}; import quickstart; quickstart.run(['sh', '-c', {saves!r}])"
-    ended = subprocess.run(
+def test_interrupted_program_can_save_before_the_quickstart_ends(tmp_path: Path) -> None:
+    """Ctrl-C reaches the program as well."""
+    saves = f"trap 'sleep 0.2; echo saved >{tmp_path}/state; exit 0' INT; kill -INT 0; sleep 9"
+    # A parent shell in the background ignores Ctrl-C, and children inherit that.
+    restore_handler = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{restore_handler}; import quickstart; quickstart.run(['sh', '-c', {saves!r}])"
+    process = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT / "tools")},
         stderr=subprocess.PIPE,
         text=True,
         process_group=0,
     )
-    assert ended.returncode != 0
+    assert process.returncode != 0
     assert (tmp_path / "state").read_text() == "saved\n"
 
 
-def test_the_share_is_one_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_program_gets_at_least_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "cores", lambda: 1)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert quickstart.run(["sh", "-c", "exit $OMP_NUM_THREADS"]) == 1
 
 
-def test_it_can_be_called_from_anywhere(
+def test_quickstart_runs_from_any_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
