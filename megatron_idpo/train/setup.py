@@ -108,11 +108,7 @@ def assemble(
         # Before weights are read: a checkpoint of another run is rejected within seconds.
         _resume_data(checkpoint, config, batches, prepared)
         steps_taken = checkpoint.step
-    # Remaining batches have the size of this start; it may differ from that of earlier ones.
-    total_steps = steps_taken + batches.remaining_batches
-    learning_rate = LearningRate(
-        config.optimizer, min(total_steps, training.max_steps or total_steps)
-    )
+    learning_rate = _learning_rate(config, steps_taken + batches.remaining_batches)
     caches = find_caches(config, prepared.reference, pairs)
     policy = build_policy(config, prepared.start, show_progress=world.is_first)
     reference, eval_reference = resolve_references(
@@ -148,6 +144,18 @@ def assemble(
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return trainer
+
+
+def _learning_rate(config: RunConfig, available_steps: int) -> LearningRate:
+    """The schedule over the whole run.
+
+    Args:
+        config: of the run.
+        available_steps: steps taken by earlier starts, and the batches that remain. The batch size
+            may have changed in between, so the number is not a function of the data alone.
+    """
+    max_steps = config.training.max_steps or available_steps
+    return LearningRate(config.optimizer, min(available_steps, max_steps))
 
 
 def check_against_model(config: RunConfig, architecture: Architecture, world_size: int) -> None:

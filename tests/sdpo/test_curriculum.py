@@ -182,6 +182,8 @@ def test_scores_of_other_data_are_rejected_with_remedy(
     assert workers.run(run, 1, file)[0].code == 0
     (output / "manifest.json").unlink()
     longer = stepped_config(tiny, output, data={"max_length": 64}, sdpo={"only": 1})
-    with pytest.raises(CheckpointError, match=r"first_model: does not fit this run") as raised:
+    with pytest.raises(
+        CheckpointError, match="first_model: cache was made from other inputs"
+    ) as raised:
         workers.run(run, 1, longer)
-    assert str(raised.value).endswith("; delete this one to score again")
+    assert str(raised.value).endswith("; delete it to score again")

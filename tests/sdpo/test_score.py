@@ -54,5 +54,5 @@ def test_invalid_layers_and_other_data_are_reported(
     with pytest.raises(ConfigError, match="layer 9 does not exist"):
         workers.run(score, 1, file, "objective.layers=[9]")
     assert workers.run(score, 1, file)[0][0] == 0
-    with pytest.raises(CheckpointError, match=r"first_model: is the cache .*; delete this one to"):
+    with pytest.raises(CheckpointError, match=r"first_model: cache was made .*; delete it to"):
         workers.run(score, 1, file, "data.max_length=64")

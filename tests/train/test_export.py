@@ -42,8 +42,8 @@ def _full(*args: Any, **kwargs: Any) -> None:
 
 def test_full_training_exports_no_adapter(tiny, workers, tmp_path):
     workers.run(export, 1, write_config(tiny, tmp_path / "run"), 3.0)
-    found = exported(tmp_path / "run")
-    assert found["model.norm.weight"].eq(3).all()
+    weights = exported(tmp_path / "run")
+    assert weights["model.norm.weight"].eq(3).all()
     names = {path.name for path in (tmp_path / "run" / "hf").iterdir()}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     assert not (tmp_path / "run" / "adapter").exists()
@@ -103,8 +103,8 @@ def test_export_is_replaced_atomically(tiny, workers, tmp_path):
     with pytest.raises(CheckpointError, match="No space left"):
         workers.run(export, 1, file, 5.0, full_disk=True)
     assert exported(tmp_path / "run")["model.norm.weight"].eq(4).all()
-    left = [path.name for path in (tmp_path / "run").iterdir()]
-    assert sorted(name for name in left if "hf" in name) == ["hf"]
+    names = [path.name for path in (tmp_path / "run").iterdir()]
+    assert sorted(name for name in names if "hf" in name) == ["hf"]
 
 
 @pytest.mark.parametrize("as_file", [False, True])

@@ -86,7 +86,7 @@ def test_cache_of_other_layers_is_rejected_before_weights_are_read(
     workers.run(run, 1, file)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     file = config(tiny, tmp_path / "run", **CACHE, objective={"layers": [2]})
-    with pytest.raises(CheckpointError, match=r"it lacks layers 2"):
+    with pytest.raises(CheckpointError, match="cache lacks layer 2;"):
         workers.run(run, 1, file, NoWeights())
 
 
@@ -113,17 +113,17 @@ def run_stopped_while_scoring(file: str) -> Outcome:
     import signal
     from unittest.mock import patch
 
-    from megatron_idpo.reference.score_progress import ScoreProgress
+    from megatron_idpo.console.progress import ProgressTask
 
-    ordinary = ScoreProgress.update
+    advance = ProgressTask.advance
 
-    def update(self: ScoreProgress, done: int) -> None:
-        ordinary(self, done)
+    def advance_and_signal(self: ProgressTask, count: int = 1, *, status: str = "") -> None:
+        advance(self, count, status=status)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with (
         patch("megatron_idpo.reference.score.PAIRS_PER_RANK", 4),
-        patch.object(ScoreProgress, "update", update),
+        patch.object(ProgressTask, "advance", advance_and_signal),
     ):
         return run(file)
 

@@ -106,27 +106,18 @@ class ModelFlops:
 
     def step(self, work: BatchWork) -> float:
         """FLOPs of a training step, including a live reference."""
-        layers, attention, heads = self._forward_parts(work)
+        model = self.architecture
+        weights = model.num_layers * sum(ins * outs for ins, outs in _projections(model).values())
+        layers = 2.0 * weights * work.used_tokens
+        attention = 4.0 * model.num_heads * model.head_dim * work.attended
+        head = 2.0 * work.response_tokens * model.hidden_size * model.vocab_size
+        heads = self.num_heads * head
         adapters = 2.0 * (self.adapter_weights or 0) * work.used_tokens
         trained = layers + heads if self.adapter_weights is None else adapters
         # Forward and activation gradients, then weight gradients of what is trained. The backward
         # of attention has four products for the forward's two, none of them with a weight.
         own = 2 * (layers + adapters + heads) + 3 * attention + trained
         return own + self.reference_forwards * (layers + attention + heads)
-
-    def forward(self, work: BatchWork) -> float:
-        """FLOPs of one forward pass of the policy."""
-        adapters = 2.0 * (self.adapter_weights or 0) * work.used_tokens
-        return sum(self._forward_parts(work)) + adapters
-
-    def _forward_parts(self, work: BatchWork) -> tuple[float, float, float]:
-        """FLOPs of the layers' matrices, of attention, of the output heads."""
-        model = self.architecture
-        weights = model.num_layers * sum(ins * outs for ins, outs in _projections(model).values())
-        layers = 2.0 * weights * work.used_tokens
-        attention = 4.0 * model.num_heads * model.head_dim * work.attended
-        head = 2.0 * work.response_tokens * model.hidden_size * model.vocab_size
-        return layers, attention, self.num_heads * head
 
 
 def lora_weights(architecture: Architecture, rank: int, targets: Collection[str]) -> int:
