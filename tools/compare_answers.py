@@ -3,7 +3,7 @@
     python tools/compare_answers.py MODEL OTHER QUESTION [--max-tokens 120]
 
 Hugging Face directories or hub names. Greedy decoding with each model's own chat template, in fp32
-on the CPU, so that anybody gets the same two texts. `make quickstart` ends with it.
+on the CPU, so that results are reproducible. The last step of `make quickstart`.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from rich.text import Text
 from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError, UserError
 
 MAX_TOKENS: Final = 120
-"""How long an answer may get, unless told otherwise."""
+"""Default length of an answer."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Ask both and print the answers; returns the exit code."""
+    """Print both answers; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("other")
@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def answer(model_name: str, question: str, max_tokens: int = MAX_TOKENS) -> str:
-    """What a model says, greedily.
+    """A model's greedy answer.
 
     Args:
         model_name: a directory or hub name.
         question: one user message.
-        max_tokens: longest answer; one that was cut ends with `[...]`.
+        max_tokens: a longer answer is cut and ends with `[...]`.
 
     Raises:
         CheckpointError: the model cannot be loaded.

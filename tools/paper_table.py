@@ -1,12 +1,12 @@
-"""A paper's table, end to end, on any model: what was measured beside what the paper prints.
+"""A paper's table, end to end, on any model: measured values next to published ones.
 
     .venv/bin/python tools/paper_table.py intermediate-dpo|sdpo --output DIR
         [--model PATH] [--data FILE [--data FILE]] [--held-out FILE] [--processes N] [--dry-run]
         [section.field=value ...]
 
-Writes a configuration for each run and one for their evaluation into `DIR/configs`, and starts the
-package's own verbs on them, each in a process of its own and printed first. They go on where they
-were interrupted, so this does, too. examples/paper/README.md has the options.
+Writes a configuration for each run and one for the evaluation into `DIR/configs`, and runs the
+verbs of the package on them, each in a separate process, after printing its command. Verbs resume
+interrupted work, and so does this script. examples/paper/README.md explains the options.
 """
 
 import argparse
@@ -19,19 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_idpo.config.run_config import EVALUATION, SECTIONS, load_config
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import EVALUATION, SECTIONS
 from megatron_idpo.config.yaml_tree import read_tree, write_yaml
 from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError, Problem, UserError
 from megatron_idpo.evaluate.paper_figures import INTERMEDIATE_PAPER, PAPER_DEPTH, PAPER_WINS
-from megatron_idpo.train.metrics.confidence import wilson_interval
+from megatron_idpo.train.metrics.intervals import wilson_interval
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 EXAMPLES: Final = ROOT / "examples"
 FIRST: Final = "sft"
-"""What the model to start from is called."""
+"""Name of the initial model."""
 
 PROMPTS: Final = 40
-"""As many as the intermediate-DPO paper had judged."""
+"""Judged prompts of the intermediate-DPO paper."""
 
 HELD_OUT: Final = 0.05
 NOTHING: Final = "–"
@@ -39,21 +40,21 @@ NOTHING: Final = "–"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A model that a table compares."""
+    """A trained model of a table."""
 
     name: str
     config: Path
     scaled: tuple[str, ...] = ()
-    """What is otherwise with a model that is not the paper's."""
+    """Overrides if the model is not the paper's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One of the tables."""
+    """A table."""
 
     runs: tuple[Run, ...]
     verbs: tuple[str, ...]
-    """After training, in their order."""
+    """Verbs to run after training."""
 
 
 TABLES: Final = {
@@ -86,11 +87,11 @@ OURS: Final = {
     "evaluate.output": "--output",
     "judge.compare": "",
 }
-"""Fields that the table itself sets, and the option to set them with."""
+"""Fields that the table sets -> the option that sets them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Everything, in order; returns the exit code."""
+    """Run all commands; returns the exit code."""
     try:
         options = _parser().parse_intermixed_args(argv)
         return paper_table(options)
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def paper_table(options: argparse.Namespace) -> int:
-    """The parts; returns 0, or the exit code of the command that failed.
+    """Write configurations and run commands; returns 0, or the exit code of a failed command.
 
     Raises:
         UserError: an option or an override is wrong.
@@ -146,17 +147,17 @@ def commands(
     *,
     has_judge: bool,
 ) -> list[list[str]]:
-    """What is started, in order."""
+    """All commands in order."""
     several = _program(options.processes)
-    found = [[*several, "train", str(configs[run.name])] for run in runs]
+    steps = [[*several, "train", str(configs[run.name])] for run in runs]
     for verb in table.verbs:
         if verb != "judge" or has_judge:
             program = several if verb == "likelihood" else _program(1)
-            found.append([*program, verb, str(evaluation)])
+            steps.append([*program, verb, str(evaluation)])
     outputs = [str(options.output / run.name) for run in runs]
     page = ["--output", str(options.output / "report.html")]
     directory = str(options.output / "evaluation")
-    return [*found, [*_program(1), "report", *outputs, directory, *page]]
+    return [*steps, [*_program(1), "report", *outputs, directory, *page]]
 
 
 def _program(processes: int) -> list[str]:
@@ -165,12 +166,12 @@ def _program(processes: int) -> list[str]:
 
 
 def _run(command: Sequence[str]) -> int:
-    """Runs a program that speaks for itself; its exit code."""
+    """Run a program; returns its exit code."""
     process = subprocess.Popen(command)
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.wait()  # it was interrupted as well, and may have something to save
+        process.wait()  # the signal reached it as well: it may be saving
         raise
 
 
@@ -178,10 +179,10 @@ def _run(command: Sequence[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what the table has to set itself, and options that do not go together.
+    """No override conflicts with the table, and options are consistent.
 
     Raises:
-        ConfigError: naming all of it.
+        ConfigError: lists every conflict.
     """
     problems = []
     for override in options.overrides:
@@ -198,21 +199,21 @@ def _check(options: argparse.Namespace) -> None:
         message = f"has {len(options.data)} files, but there are two steps"
         problems.append(Problem("--data", message, "name two, the easier one first"))
     if options.held_out and not options.data:
-        problems.append(Problem("--held-out", "is there without --data", "name both"))
+        problems.append(Problem("--held-out", "needs --data", "set both"))
     if problems:
         raise ConfigError.of(problems)
 
 
-def _own(run: Run, options: argparse.Namespace) -> list[str]:
-    """What the options change in a paper's configuration, as overrides."""
-    found = [_set("training.output", str(options.output / run.name))]
+def _option_overrides(run: Run, options: argparse.Namespace) -> list[str]:
+    """Overrides of a paper's configuration by the options."""
+    overrides = [_set("training.output", str(options.output / run.name))]
     if options.model:
-        found += [_set("model.path", options.model), "layout=null", *run.scaled]
+        overrides += [_set("model.path", options.model), "layout=null", *run.scaled]
     if options.data:
-        found += [_set("data.train", options.data), _set("data.eval", options.held_out)]
+        overrides += [_set("data.train", options.data), _set("data.eval", options.held_out)]
     if options.data and not options.held_out:
-        found.append(_set("data.eval_fraction", HELD_OUT))
-    return found
+        overrides.append(_set("data.eval_fraction", HELD_OUT))
+    return overrides
 
 
 def _set(name: str, value: Any) -> str:
@@ -224,15 +225,17 @@ def _section(override: str) -> str:
 
 
 def _write(run: Run, options: argparse.Namespace) -> Path:
-    """A run's configuration; what concerns evaluation alone is left out."""
+    """Write a run's configuration, without sections of evaluations."""
     trained = [text for text in options.overrides if _section(text) not in EVALUATION]
-    return _written(run.name, run.config, [*_own(run, options), *trained], options.output)
+    return _written(
+        run.name, run.config, [*_option_overrides(run, options), *trained], options.output
+    )
 
 
 def _write_evaluation(
     runs: Sequence[Run], configs: dict[str, Path], options: argparse.Namespace
 ) -> Path:
-    """The configuration of every verb after training."""
+    """Write the configuration of all verbs after training."""
     base = configs[runs[0].name]
     first = load_config(base, optional=SECTIONS).model.path
     models = {FIRST: first} | {run.name: str(options.output / run.name) for run in runs}
@@ -249,12 +252,12 @@ def _write_evaluation(
 
 
 def _written(name: str, config: Path, overrides: Sequence[str], output: Path) -> Path:
-    """A configuration with overrides, as a file.
+    """Write a configuration with overrides.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is invalid.
     """
-    load_config(config, overrides, optional=SECTIONS)  # every mistake, with its place
+    load_config(config, overrides, optional=SECTIONS)  # reports all errors with their locations
     path = output / "configs" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(write_yaml(read_tree(config, overrides).values), encoding="utf-8")
@@ -265,16 +268,16 @@ def _written(name: str, config: Path, overrides: Sequence[str], output: Path) ->
 
 
 def wins_table(evaluation: Path, *, has_judge: bool) -> list[str]:
-    """Lines: how often `id5` wins, here and in the paper."""
+    """Win rates of `id5`, measured and published."""
     rows = [("id5 against", "from", "preferred", "95 % interval", "prompts")]
-    message = "Nothing was judged: judge.model=NAME says by whom."
+    message = "Nothing was judged: set judge.model=NAME."
     for paper in PAPER_WINS:
         if has_judge:
             file = evaluation / "judge" / f"id5-vs-{paper.other}" / "result.json"
-            found = json.loads(file.read_text("utf-8"))
-            message = f"measured: judged by {found['judge']}, ties as half a win."
-            shares = _shares(found["win_rate"], found["low"], found["high"])
-            judged = sum(found[name] for name in ("wins", "losses", "ties"))
+            result = json.loads(file.read_text("utf-8"))
+            message = f"measured: judged by {result['judge']}, a tie counts half."
+            shares = _shares(result["win_rate"], result["low"], result["high"])
+            judged = sum(result[name] for name in ("wins", "losses", "ties"))
             rows.append((paper.other, "measured", *shares, str(judged)))
         share = paper.wins / paper.prompts
         shares = _shares(share, *wilson_interval(share, paper.prompts))
@@ -284,14 +287,12 @@ def wins_table(evaluation: Path, *, has_judge: bool) -> list[str]:
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    whose = (
-        f"paper: {INTERMEDIATE_PAPER}, of Mistral-7B by GPT-4; its intervals are our arithmetic."
-    )
-    return [*lines, message, whose]
+    note = f"paper: {INTERMEDIATE_PAPER}, Mistral-7B judged by GPT-4; intervals computed by us."
+    return [*lines, message, note]
 
 
 def _shares(share: float | None, low: float | None, high: float | None) -> tuple[str, str]:
-    if share is None or low is None or high is None:  # nothing could be judged
+    if share is None or low is None or high is None:  # no verdicts
         return NOTHING, NOTHING
     return f"{100 * share:.1f} %", f"{100 * low:.0f} to {100 * high:.0f}"
 

@@ -1,1 +1,1 @@
-"""Every picture that the package draws."""
+"""All figures: charts for the report page (SVG) and for files (PNG, SVG), in one style."""

@@ -1,8 +1,8 @@
 """A chart, which becomes an `<svg>` of the report page or a panel of a PNG or SVG file.
 
 Drawn by matplotlib without a display and without its global state. In a page a chart takes the
-page's colors (CSS variables, which differ on dark pages) and fonts, has identifiers of its own and
-refers to nothing outside. It is 400 units wide, about as many pixels on a phone. The page sets
+page's colors (CSS variables, which differ on dark pages) and fonts, has unique identifiers and
+no external references. It is 400 units wide, about as many pixels on a phone. The page sets
 title and note above it; in a file they are part of the panel.
 """
 
@@ -48,7 +48,7 @@ class Chart:
     """What the values are, in a few words; may be empty."""
 
     description: str
-    """The values in words, for screen readers."""
+    """The first and last values as text, for screen readers."""
 
     draw: Callable[[Axes], None]
     height: float = HEIGHT

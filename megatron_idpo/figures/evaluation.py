@@ -217,7 +217,7 @@ def _draw_results(axes: Axes, results: Sequence[Series], curriculum: Curriculum,
     for (_, style), series, shift in zip(REFERENCES, results, (-0.05, 0.05), strict=True):
         if not len(series):
             continue
-        # Side by side, so that two intervals at the same step can be told apart.
+        # Shifted, so that the intervals of one step do not cover each other.
         shifted = Series(series.x_S + shift, series.y_S, series.low_S, series.high_S)
         draw_intervals(axes, shifted, style)
         axes.plot(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_POINTS = 400
-"""Points of a line; more cannot be told apart at a figure's size."""
+"""Points of a line; more are not visible at the size of a figure."""
 
 _WINDOW_SHARE = 1 / 20
 _MIN_SMOOTHED_POINTS = 20

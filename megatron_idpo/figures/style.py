@@ -2,7 +2,7 @@
 
 A figure is drawn in the colors of a light page. Each color has a CSS variable and a second value
 for dark pages: `chart.py` replaces colors by variables where a figure becomes part of a page.
-Series differ in dashes and markers as well, so that they can be told apart without color.
+Series also differ in dashes and markers, so that they can be distinguished without color.
 """
 
 from collections.abc import Mapping, Sequence

@@ -185,12 +185,15 @@ def _draw_extent(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
 
 def draw_intervals(axes: Axes, series: Series, style: Style) -> None:
     """Vertical bars of a series' intervals; nothing for a series without."""
-    if series.low_S is not None and series.high_S is not None:
+    # Empty bars that are not clipped have an infinite extent, which breaks the layout.
+    if len(series) and series.low_S is not None and series.high_S is not None:
         bars = (series.x_S, series.low_S, series.high_S)
         axes.vlines(*bars, color=style.color, linewidth=1, clip_on=False)
 
 
 def _plot(axes: Axes, series: Series, style: Style, *, width: float, marked: bool = False) -> None:
+    if not len(series):
+        return  # an empty line that is not clipped breaks the layout as well
     drawn = series.thinned()
     has_markers = len(series) == 1 or (marked and len(series) <= _MAX_MARKERS)
     axes.plot(

@@ -1,1 +1,1 @@
-"""Layer curves of held-out pairs, and the layers to tap."""
+"""Layer curves of held-out pairs, and suggestions of layers to tap."""

@@ -79,7 +79,7 @@ class Advice:
 
     @property
     def reason(self) -> str:
-        """The score in words."""
+        """Explanation of the score."""
         if isnan(self.agreement_low):
             return "too few prompts"
         if not self.is_readable:
@@ -142,8 +142,9 @@ def advice_markdown(curves: Sequence[LayerCurves]) -> str:
     """The ranking of each model."""
     parts = [
         "# Layers to tap\n\nRanked by agreement with the final layer times headroom, where the "
-        "head\nreads the layer better than chance: a heuristic of this package, not the papers'. The\n"
-        "intermediate-DPO paper found layer 22 of 32 (depth 0.69) best of those that it tried.\n"
+        "head\nreads the layer better than chance: a heuristic of this package, not of the "
+        "papers. The\nintermediate-DPO paper found layer 22 of 32 (depth 0.69) best of those that "
+        "it tried.\n"
     ]
     for model in curves:
         parts.append(f"## {model.model}\n\n{model.format_sample}\n")

@@ -1,1 +1,1 @@
-"""The H4 benchmarks through lm-eval."""
+"""H4, the four benchmarks of the sDPO paper, evaluated by lm-eval."""

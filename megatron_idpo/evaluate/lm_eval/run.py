@@ -137,7 +137,7 @@ def _check_single_process() -> None:
 
 
 def _check_models(models: Sequence[EvalModel]) -> None:
-    """Transformers can load the models, as far as file names tell.
+    """Transformers can load the models, judging by file names.
 
     Raises:
         ConfigError: lists every model that it cannot load.

@@ -20,7 +20,6 @@ from packaging.version import Version
 
 from megatron_idpo.config.data import ModelConfig
 from megatron_idpo.errors import CheckpointError, ConfigError, DataError
-from megatron_idpo.evaluate.hf_model import hide_loading_bar
 from megatron_idpo.evaluate.lm_eval.items import Items, Record
 from megatron_idpo.evaluate.models import EvalModel
 
@@ -133,9 +132,11 @@ class LmEvalModel:
         import torch
         from lm_eval.models.huggingface import HFLM
 
+        from megatron_idpo.evaluate.hf_model import hide_loading_bar  # imports transformers
+
         self._path, self._batch_size, self._cut = model.path, batch_size, _CutCounter()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        # A level of its own, so that the warnings reach the filter.
+        # Its level must let warnings pass, or the filter does not see them.
         model_logger = logging.getLogger(HFLM.__module__)
         model_logger.setLevel(logging.WARNING)
         model_logger.filters = [self._cut]

@@ -1,1 +1,1 @@
-"""One page that shows a run, or several beside each other, and needs nothing but itself."""
+"""The report: one self-contained HTML page on a run, or on several runs side by side."""

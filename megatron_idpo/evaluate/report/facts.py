@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import PydanticUndefined, to_jsonable_python
-
-from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.config.sdpo import SdpoStepConfig
-from megatron_idpo.config.section import Section, section_class
+from megatron_idpo.config.section import section_class
 from megatron_idpo.console.text import format_duration, format_number
 from megatron_idpo.evaluate.report.inputs import RunInputs
 from megatron_idpo.figures.numbers import UNKNOWN, count, decimal, interval, percent
@@ -278,8 +274,8 @@ def _short_path(path: str) -> str:
 
 def non_default_settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Fields without a default, or with another value."""
-    fields = _flatten(config).items()
-    return [(name, format_value(value)) for name, value in fields if value != _default(name)]
+    fields = _fields(config, exclude_defaults=True)
+    return [(name, format_value(value)) for name, value in fields.items()]
 
 
 def different_settings(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -292,17 +288,40 @@ def different_settings(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, 
         for section in dict.fromkeys(name for config in configs for name in config)
         if not all(section in config for config in configs)
     ]
-    flat = [_flatten(config) for config in configs]
-    for name in dict.fromkeys(name for fields in flat for name in fields):
-        values = [fields.get(name, _default(name)) for fields in flat]
-        if name != _OUTPUT and any(value != values[0] for value in values):
-            texts = [format_value(fields[name]) if name in fields else UNKNOWN for fields in flat]
+    every = [_fields(config, exclude_defaults=False) for config in configs]
+    short = [_fields(config, exclude_defaults=True) for config in configs]
+    for name in dict.fromkeys(name for fields in every for name in fields):
+        present = [fields[name] for fields in every if name in fields]
+        is_same = all(value == present[0] for value in present)
+        if len(present) < len(configs):
+            is_same = not any(name in fields for fields in short)
+        if name != _OUTPUT and not is_same:
+            values = [one.get(name, full.get(name)) for one, full in zip(short, every, strict=True)]
+            texts = [
+                format_value(value) if name in fields else UNKNOWN
+                for value, fields in zip(values, every, strict=True)
+            ]
             rows.append((name, texts))
     return rows
 
 
+def _fields(config: Mapping[str, Any], *, exclude_defaults: bool) -> dict[str, Any]:
+    """`section.field` -> value; fields of other versions of this package as they are."""
+    fields: dict[str, Any] = {}
+    for name, values in config.items():
+        if not isinstance(values, Mapping):
+            continue
+        try:
+            section = section_class(RunConfig.model_fields[name]).model_validate(values)
+            values = section.model_dump(mode="json", exclude_defaults=exclude_defaults)
+        except (KeyError, ValueError):
+            pass
+        fields |= {f"{name}.{field}": value for field, value in values.items()}
+    return fields
+
+
 def format_value(value: Any) -> str:
-    """A value of a configuration; of sources and sDPO steps only the non-default fields."""
+    """A value of a configuration."""
     match value:
         case None:
             return "null"
@@ -311,46 +330,11 @@ def format_value(value: Any) -> str:
         case float():
             return f"{value:g}"
         case [Mapping(), *_]:
-            return "; ".join(map(_format_entry, value))
+            only_path = [entry["path"] if set(entry) == {"path"} else entry for entry in value]
+            return "; ".join(map(format_value, only_path))
         case list() | tuple():
             return ", ".join(map(format_value, value)) or "none"
         case Mapping():
             parts = [f"{name.replace('_', ' ')} {format_value(v)}" for name, v in value.items()]
             return ", ".join(parts) or "none"
     return str(value)
-
-
-def _format_entry(entry: Mapping[str, Any]) -> str:
-    sections = (SdpoStepConfig, SourceConfig)
-    kind = next((one for one in sections if set(entry) <= set(one.model_fields)), None)
-    own = {}
-    for name, value in entry.items():
-        if kind is not None and value == _field_default(kind, name):
-            continue
-        is_section = isinstance(value, dict)
-        own[name] = {k: v for k, v in value.items() if v is not None} if is_section else value
-    return str(own["path"]) if set(own) == {"path"} else format_value(own)
-
-
-def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`section.field` -> value."""
-    return {
-        f"{section}.{name}": value
-        for section, fields in config.items()
-        if isinstance(fields, Mapping)
-        for name, value in fields.items()
-    }
-
-
-def _default(name: str) -> Any:
-    """The default of `section.field` as YAML; `PydanticUndefined` if there is none."""
-    section, _, field = name.partition(".")
-    info = RunConfig.model_fields.get(section)
-    return PydanticUndefined if info is None else _field_default(section_class(info), field)
-
-
-def _field_default(section: type[Section], name: str) -> Any:
-    field = section.model_fields.get(name)
-    if field is None or field.default is PydanticUndefined:
-        return PydanticUndefined
-    return to_jsonable_python(field.default)

@@ -191,7 +191,7 @@ def _read_records(path: Path) -> list[Record]:
     """Logged metrics.
 
     Raises:
-        ConfigError: the file cannot be read, has no line of ours, or an accuracy above 1.
+        ConfigError: the file cannot be read, has no step, or an accuracy above 1.
     """
     records = read_metrics(path)
     if not records and path.stat().st_size:

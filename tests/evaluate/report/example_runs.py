@@ -1,4 +1,4 @@
-"""Directories as runs and evaluations leave them, written by the package's own writers, made up."""
+"""Directories of runs and evaluations with synthetic results, written by the package's writers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_idpo.config.evaluate import H4_TASKS
 from megatron_idpo.evaluate.generate.answers import (
     Answer,
     answers_file,
@@ -17,6 +18,8 @@ from megatron_idpo.evaluate.judge.tally import Tally
 from megatron_idpo.evaluate.judge.verdicts import Verdict
 from megatron_idpo.evaluate.likelihood.curves_file import write_curves
 from megatron_idpo.evaluate.likelihood.layer_curves import QUANTITIES, Estimate, LayerCurves
+from megatron_idpo.evaluate.lm_eval.result import H4Result
+from megatron_idpo.evaluate.lm_eval.tasks import TaskResult
 from megatron_idpo.sdpo.manifest import Manifest, write_manifest
 from megatron_idpo.train.metrics.file import MetricsFile
 
@@ -36,7 +39,7 @@ training: {output: OUTPUT, global_batch_pairs: 8}
 def write_run(
     root: Path, *, layers: Sequence[int] = (2,), config: str = CONFIG, last_margin: float = 1.0
 ) -> Path:
-    """A finished run; the final layer's held-out accuracy goes from tied to 0.75."""
+    """A finished run; the final layer's held-out accuracy rises from tied to 0.75."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.yaml").write_text(config.replace("OUTPUT", str(root)))
     (root / "hf").mkdir()
@@ -52,7 +55,6 @@ def write_run(
         if step % 20 == 0:
             held_out = _quality("eval_", layers, done * last_margin)
             file.log(step, {**held_out, "eval_pairs": HELD_OUT})
-    file.close()
     return root
 
 
@@ -72,7 +74,7 @@ def _quality(prefix: str, layers: Sequence[int], margin: float) -> dict[str, flo
 
 
 def curves(model: str, final: float, layers: int = DEPTH) -> LayerCurves:
-    """Curves that rise to a value at the final layer; with a half it is the reference."""
+    """Curves that rise to a value at the final layer; 0.5 is the reference."""
     values = np.linspace(0.5, final, layers)
     width = 0.1 * (values - 0.5)
     estimates = {name: Estimate(values, values - width, values + width) for name in QUANTITIES}
@@ -80,17 +82,17 @@ def curves(model: str, final: float, layers: int = DEPTH) -> LayerCurves:
 
 
 def write_likelihood(output: Path, models: Mapping[str, float]) -> None:
-    """Of models by their final layer's likelihood."""
+    """Layer curves of models, given their final layer's likelihood."""
     write_curves(
         output / "likelihood" / "likelihood.csv", [curves(*model) for model in models.items()]
     )
-    (output / "likelihood" / "advice.md").write_text("# Layer 3, they <say>\n")
+    (output / "likelihood" / "advice.md").write_text("# Layer 3 <first>\n")
 
 
 def write_answers(
     output: Path, model: str, texts: Sequence[str], prompts: Sequence[Any] | None = None
 ) -> None:
-    """Answers to `What is 0?` and so on."""
+    """Answers to `What is 0?`, `What is 1?`, …"""
     prompts = prompts or [f"What is {number}?" for number in range(len(texts))]
     path = answers_file(output, model)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,8 +105,8 @@ def write_answers(
     settings_file(path).write_text(json.dumps(settings))
 
 
-def write_duel(output: Path, a: str, b: str, verdicts: Sequence[str]) -> None:
-    """A judged comparison: of each prompt both orders' verdicts in two letters, `-` for none."""
+def write_comparison(output: Path, a: str, b: str, verdicts: Sequence[str]) -> None:
+    """A comparison; verdicts of both orders per prompt as two letters, `-` for none."""
     words = {"a": "a", "b": "b", "t": "tie", "-": None}
     found = [
         Verdict(index=index, order=order, verdict=words[letter])  # type: ignore[arg-type]
@@ -119,33 +121,39 @@ def write_duel(output: Path, a: str, b: str, verdicts: Sequence[str]) -> None:
     (directory / "result.json").write_text(json.dumps(tally.result(a, b, "some-judge", "api")))
 
 
-def write_h4(output: Path, model: str, **changes: Any) -> None:
-    """All four tasks at 0.25, 0.5, 0.75 and 1."""
-    names = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2")
+def write_h4(
+    output: Path,
+    model: str,
+    values: Mapping[str, float] | None = None,
+    limit: int | None = None,
+) -> None:
+    """H4; by default all four tasks, at 0.25, 0.5, 0.75 and 1."""
+    if values is None:
+        values = {name: 0.25 * rank for rank, name in enumerate(H4_TASKS, start=1)}
+    settings = dict.fromkeys(("weights", "adapter", "tokenizer", "dtype", "source"), "x")
     tasks = {
-        name: {"metric": "acc", "value": 0.25 * location, "stderr": 0.01, "items": 9, "few_shot": 0}
-        for location, name in enumerate(names, start=1)
+        name: TaskResult("acc", value, 0.01, 9, 0, "split train", 0, {})
+        for name, value in values.items()
     }
-    message = {"model": model, "tasks": tasks, "mean": 0.625, "mean_stderr": 0.005, "source": "hub"}
+    result = H4Result(model, {**settings, "limit": limit, "lm_eval": "0.4.13"}, "hub", tasks)
     (output / "h4").mkdir(parents=True, exist_ok=True)
-    values = {**message, "lm_eval": "0.4.9", "limit": None, **changes}
-    (output / "h4" / f"{model}.json").write_text(json.dumps(values))
+    result.write(output / "h4" / f"{model}.json")
 
 
 def write_steps(root: Path, manifest: Manifest) -> Path:
-    """A run of several steps."""
+    """An sDPO run."""
     write_run(root)
     write_manifest(root, manifest)
     return root
 
 
 def write_everything(root: Path) -> Path:
-    """A run with every kind of evaluation."""
+    """A run with all kinds of evaluations."""
     write_run(root)
     output = root / "evaluation"
     write_likelihood(output, {"base": 0.5, "trained": 0.7})
     write_answers(output, "base", ["zero", "one", "two"])
     write_answers(output, "trained", ["Zero.", "One.", "Two."])
-    write_duel(output, "trained", "base", ["aa", "ab", "a-"])
+    write_comparison(output, "trained", "base", ["aa", "ab", "a-"])
     write_h4(output, "trained")
     return root

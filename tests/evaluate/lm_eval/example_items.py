@@ -1,4 +1,4 @@
-"""Items of the four tasks, made up, as many as a prompt's examples need and a few more."""
+"""Synthetic items of the four tasks, a few more than the examples of a prompt."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def arc(count: int, seed: int = 0) -> list[Row]:
 
 
 def hellaswag(count: int, seed: int = 0) -> list[Row]:
-    """Beginnings with four endings."""
+    """Contexts with four endings."""
     random = Random(seed)
     return [
         {
@@ -57,7 +57,7 @@ def truthfulqa(count: int, seed: int = 0) -> list[Row]:
 
 
 def mmlu(counts: dict[str, int], seed: int = 0) -> list[Row]:
-    """Questions of some subjects, mixed."""
+    """Questions of several subjects, shuffled."""
     random = Random(seed)
     found = [
         {
@@ -74,13 +74,13 @@ def mmlu(counts: dict[str, int], seed: int = 0) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> Path:
-    """A file of JSON lines."""
+    """Write JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def write_items(directory: Path) -> Path:
-    """All four tasks in single files."""
+    """Write one file for each of the four tasks."""
     directory.mkdir(parents=True)
     write(directory / "arc_challenge_test.jsonl", arc(ARC))
     write(directory / "hellaswag_val.jsonl", hellaswag(HELLASWAG))

@@ -1,4 +1,4 @@
-"""Layer curves of real models against the oracle, in every layout, kept and gone on with."""
+"""Layer curves of tiny models: equal to the oracle in each layout, cached, resumed."""
 
 import json
 import shutil
@@ -11,18 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError
-from megatron_idpo.evaluate.likelihood.curves_file import read_curves
+from megatron_idpo.evaluate.likelihood.curves_file import read_curves, read_settings
 from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
-from megatron_idpo.evaluate.likelihood.settings import read_made_of
-from megatron_idpo.reference.cache_files import read_table
+from megatron_idpo.reference.logps_table import read_table
 from megatron_idpo.testing import write_tiny_hf_model
+from tests.oracle import sequence_logps
+from tests.train.tiny_run import NUM_LAYERS, PAIRS, SIZES
 
-from ..oracle import sequence_logps
-from ..train.tiny_run import NUM_LAYERS, PAIRS, SIZES
 from .tiny_evaluation import BETA, Models, evaluation_config, likelihood
 
 TOLERANCE = 1e-4
-"""Issue 7's, absolute, of every quantity."""
+"""Absolute, of every quantity."""
 
 LAYERS = tuple(range(1, NUM_LAYERS + 1))
 LAYOUTS = {
@@ -40,7 +39,7 @@ def curves_of(output: Path) -> dict[str, LayerCurves]:
 
 @pytest.fixture(scope="module")
 def expected(models: Models) -> dict[str, NDArray[np.float64]]:
-    """Every quantity of the other model at every layer, written plainly."""
+    """Every quantity of the other model at every layer, computed step by step."""
     pairs = tokens_of(models)
     policy, reference = (
         logps_PL2(path, pairs).astype(np.float64) for path in (models.other, models.files.model)
@@ -59,7 +58,7 @@ def expected(models: Models) -> dict[str, NDArray[np.float64]]:
 
 
 def tokens_of(models: Models) -> list[tuple[list[int], list[int], list[int]]]:
-    """As the tokenizer alone makes them: answers end with EOS."""
+    """Tokens of prompt, chosen and rejected answer; answers end with EOS."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models.files.model)
@@ -92,7 +91,7 @@ def logps_PL2(path: Path, pairs: Any) -> NDArray[np.float32]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_is_what_the_oracle_says(
+def test_curves_equal_the_oracle(
     layout: str, models: Models, expected: dict[str, Any], workers: Any, tmp_path: Path
 ) -> None:
     subjects = {"base": str(models.files.model), "other": str(models.other)}
@@ -105,8 +104,8 @@ def test_it_is_what_the_oracle_says(
     for name, expected_L in expected.items():
         found = other.estimates[name]
         np.testing.assert_allclose(found.value_L, expected_L, rtol=0, atol=TOLERANCE, err_msg=name)
-        assert np.ptp(expected_L) > 20 * TOLERANCE, f"{name}: layers are to be told apart"
-    made_of = read_made_of(tmp_path / "out" / "likelihood")
+        assert np.ptp(expected_L) > 20 * TOLERANCE, f"{name}: layers must differ"
+    made_of = read_settings(tmp_path / "out" / "likelihood")
     assert made_of["readings"]["base"] == made_of["readings"]["the reference"]
     kept = tmp_path / "out" / "likelihood" / made_of["readings"]["other"] / "reference.parquet"
     assert read_table(kept, LAYERS).shape == (PAIRS, NUM_LAYERS, 2)
@@ -119,7 +118,7 @@ def test_it_is_what_the_oracle_says(
 
 
 @pytest.mark.distributed
-def test_a_model_is_read_once_and_again_when_it_changes(
+def test_model_is_scored_again_only_when_it_changes(
     models: Models, workers: Any, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(models.other, tmp_path / "copy")
@@ -128,10 +127,10 @@ def test_a_model_is_read_once_and_again_when_it_changes(
     file = evaluation_config(models, output, subjects)
     workers.run(likelihood, 1, file)
     readings = {path.name for path in (output / "likelihood" / "logps").iterdir()}
-    assert len(readings) == 2, "the reference's, and one for both copies"
+    assert len(readings) == 2, "one of the reference, one of both copies"
     before = curves_of(output)
     assert [code for code, _ in workers.run(likelihood, 1, file, blind=True)] == [0]
-    # Another beta is other curves of the same readings.
+    # Another beta changes the curves, not the log-probabilities.
     workers.run(likelihood, 1, file, ["objective.beta=0.6"], blind=True)
     doubled = curves_of(output)["one"].estimates["margin"].value_L
     np.testing.assert_allclose(doubled, 2 * before["one"].estimates["margin"].value_L, rtol=1e-6)
@@ -145,15 +144,13 @@ def test_a_model_is_read_once_and_again_when_it_changes(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stop_after", [6, PAIRS], ids=["amid a model", "at a model's end"])
-def test_a_signal_saves_and_the_same_command_goes_on(
-    stop_after: int, models: Models, workers: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("stop_after", [6, PAIRS], ids=["within a model", "at the end of a model"])
+def test_stopped_run_resumes(stop_after: int, models: Models, workers: Any, tmp_path: Path) -> None:
     subjects = {"other": str(models.other)}
     file = evaluation_config(models, tmp_path / "out", subjects)
     whole = evaluation_config(models, tmp_path / "whole", subjects)
     [(code, printed)] = workers.run(likelihood, 1, file, stop_after=stop_after)
-    assert code == EXIT_PREEMPTED and "the same command goes on" in printed
+    assert code == EXIT_PREEMPTED and "the same command resumes" in printed
     assert len(list((tmp_path / "out" / "likelihood" / "logps").iterdir())) == 1, "the reference"
     assert not (tmp_path / "out" / "likelihood" / "likelihood.csv").exists()
     assert workers.run(likelihood, 1, file)[0][0] == 0
@@ -163,8 +160,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.distributed
-def test_an_adapter_counts(models: Models, workers: Any, tmp_path: Path) -> None:
-    """The same figures as of the merged model, which PEFT made."""
+def test_adapter_equals_the_merged_model(models: Models, workers: Any, tmp_path: Path) -> None:
+    """Compared with the model that PEFT merged."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -187,9 +184,7 @@ def test_an_adapter_counts(models: Models, workers: Any, tmp_path: Path) -> None
     assert np.abs(one).max() > 20 * TOLERANCE
 
 
-def test_models_that_cannot_be_compared_are_refused_together(
-    models: Models, workers: Any, tmp_path: Path
-) -> None:
+def test_all_incompatible_models_are_reported(models: Models, workers: Any, tmp_path: Path) -> None:
     deeper, retokenised = tmp_path / "deeper", tmp_path / "retokenised"
     write_tiny_hf_model(deeper, "llama", seed=1, **{**SIZES, "num_hidden_layers": 6})
     shutil.copytree(models.other, retokenised)
@@ -206,17 +201,17 @@ def test_models_that_cannot_be_compared_are_refused_together(
     assert "another tokenizer than model.path" in message
 
 
-def test_without_held_out_pairs_there_is_nothing_to_read(models: Models, tmp_path: Path) -> None:
+def test_missing_held_out_pairs_are_reported(models: Models, tmp_path: Path) -> None:
     file = evaluation_config(models, tmp_path / "out", {"other": str(models.other)})
     with pytest.raises(ConfigError, match=r"data\.eval: there are no held-out pairs"):
         likelihood(file, ["data.eval=null"])
 
 
 @pytest.mark.distributed
-def test_the_same_weights_are_the_reference_whatever_rounds(
+def test_equal_weights_are_ties_in_another_layout(
     models: Models, workers: Any, tmp_path: Path
 ) -> None:
-    """Read in another layout and under another identity: ties, not wins and losses."""
+    """Scored with TP2 under another identity: margins are rounding, accuracies are ties."""
     copy = shutil.copytree(models.files.model, tmp_path / "copy")
     config = copy / "config.json"
     config.write_text(config.read_text() + "\n")
@@ -227,10 +222,10 @@ def test_the_same_weights_are_the_reference_whatever_rounds(
     found = curves_of(tmp_path / "out")["copy"]
     assert found.is_reference
     assert (found.estimates["accuracy"].value_L == 0.5).all()
-    assert (found.estimates["margin"].value_L != 0).any(), "nothing was rounded otherwise"
+    assert (found.estimates["margin"].value_L != 0).any(), "no rounding difference"
 
 
-def test_what_cannot_be_is_told_before_a_model_is_read(models: Models, tmp_path: Path) -> None:
+def test_invalid_settings_are_reported_before_scoring(models: Models, tmp_path: Path) -> None:
     subject = {"path": str(models.other), "adapter": str(tmp_path / "nowhere")}
     file = evaluation_config(models, tmp_path / "out", {"a": subject})
     with pytest.raises(ConfigError, match=r"evaluate\.models\.a\.adapter: .*nowhere"):
@@ -238,11 +233,11 @@ def test_what_cannot_be_is_told_before_a_model_is_read(models: Models, tmp_path:
     (tmp_path / "file").write_text("")
     fine = evaluation_config(models, tmp_path / "out", {"a": str(models.other)})
     output = f"evaluate.output={tmp_path / 'file' / 'out'}"
-    with pytest.raises(ConfigError, match=r"evaluate\.output: .* cannot be made: Not a directory"):
+    with pytest.raises(ConfigError, match=r"evaluate\.output: cannot create .*: Not a directory"):
         likelihood(fine, [output], blind=True)
 
 
-def test_a_reading_that_another_process_makes_is_told_as_this_verb_has_it() -> None:
+def test_cache_errors_name_the_evaluation_output() -> None:
     from megatron_idpo.errors import CheckpointError
     from megatron_idpo.evaluate.likelihood.run import _naming_the_output
 

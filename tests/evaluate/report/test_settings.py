@@ -1,8 +1,7 @@
-"""What of a configuration is worth a line."""
+"""Settings of configurations: non-default values and differences."""
 
-from megatron_idpo.config.sections import ColumnsConfig
-from megatron_idpo.config.yaml_tree import write_yaml
-from megatron_idpo.evaluate.report.settings import as_yaml, differences, own_settings
+from megatron_idpo.config.data import ColumnsConfig
+from megatron_idpo.evaluate.report.facts import different_settings, non_default_settings
 
 BASE = {
     "model": {"path": "some/model", "dtype": "bf16"},
@@ -13,8 +12,8 @@ BASE = {
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear"}
 
 
-def test_what_is_as_by_default_is_left_out() -> None:
-    assert own_settings(BASE) == [
+def test_default_settings_are_left_out() -> None:
+    assert non_default_settings(BASE) == [
         ("model.path", "some/model"),
         ("data.train", "p.jsonl"),
         ("objective.beta", "0.2"),
@@ -23,41 +22,37 @@ def test_what_is_as_by_default_is_left_out() -> None:
     ]
 
 
-def test_fields_of_another_version_are_reported() -> None:
-    assert own_settings({"model": {"colour": "red"}, "new": {"x": 1}}) == [
+def test_unknown_fields_are_kept() -> None:
+    assert non_default_settings({"model": {"colour": "red"}, "new": {"x": 1}}) == [
         ("model.colour", "red"),
         ("new.x", "1"),
     ]
 
 
-def test_only_differences_are_compared() -> None:
+def test_different_settings() -> None:
     other = {**BASE, "objective": {**BASE["objective"], "layers": [15, 22]}, "lora": LORA}
     other["training"] = {**BASE["training"], "output": "runs/b"}
-    assert differences([BASE, other]) == [
+    assert different_settings([BASE, other]) == [
         ("lora", ["–", "yes"]),
         ("objective.layers", ["none", "15, 22"]),
         ("lora.rank", ["–", "8"]),
     ]
-    assert differences([BASE, BASE]) == []
+    assert different_settings([BASE, BASE]) == []
 
 
-def test_a_field_that_is_not_written_is_as_by_default() -> None:
-    """An older version's file may lack a field that a newer one writes."""
+def test_missing_field_equals_its_default() -> None:
+    """The file of an older version may lack a field of a newer one."""
     older = {**BASE, "model": {"path": "some/model"}}
-    assert differences([older, BASE]) == []
+    assert different_settings([older, BASE]) == []
 
 
-def test_sources_and_steps_are_told_by_what_is_their_own() -> None:
+def test_sources_and_steps_show_non_default_fields() -> None:
     steps = [{"sources": [1], "fraction": None, "export": False}, {"sources": [2], "lr": 1e-4}]
     sources = [{"path": "a.jsonl", "weight": 0.5, "split": "train"}, {"path": "b.jsonl"}]
-    message = dict(own_settings({"sdpo": {"steps": steps}, "data": {"train": sources}}))
+    message = dict(non_default_settings({"sdpo": {"steps": steps}, "data": {"train": sources}}))
     assert message["sdpo.steps"] == "sources 1; sources 2, lr 0.0001"
     assert message["data.train"] == "path a.jsonl, weight 0.5; b.jsonl"
     columns = ColumnsConfig(prompt="question").model_dump(mode="json")
     sources = [{"path": "a", "columns": columns}, {"path": "b", "columns": dict.fromkeys(columns)}]
-    message = dict(own_settings({"data": {"train": sources}}))
+    message = dict(non_default_settings({"data": {"train": sources}}))
     assert message["data.train"] == "path a, columns prompt question; b"
-
-
-def test_everything() -> None:
-    assert as_yaml(BASE) == write_yaml(BASE)

@@ -1,4 +1,4 @@
-"""Curves from log-probabilities: made-up numbers whose figures are known beforehand."""
+"""Layer curves of synthetic log-probabilities with known results."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves, layer_curves, prompt_numbers
+from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves, layer_curves, prompt_indices
 
 PAIRS, NUM_LAYERS = 40, 3
 
@@ -30,8 +30,8 @@ def logps_PL2() -> NDArray[np.float64]:
     return np.random.default_rng(0).normal(-60, 15, (PAIRS, NUM_LAYERS, 2))
 
 
-def test_a_gain_of_the_chosen_answer_is_beta_times_it(logps_PL2: NDArray[Any]) -> None:
-    """3 nats more for the chosen answer at layer 2: sigma(0.3), accuracy 1; elsewhere a tie."""
+def test_margin_is_beta_times_the_gain(logps_PL2: NDArray[Any]) -> None:
+    """The chosen answer gains 3 nats at layer 2: sigma(0.3), accuracy 1; ties at other layers."""
     policy_PL2 = logps_PL2.copy()
     policy_PL2[:, 1, 0] += 3.0
     found = curves(policy_PL2, logps_PL2).estimates
@@ -41,8 +41,8 @@ def test_a_gain_of_the_chosen_answer_is_beta_times_it(logps_PL2: NDArray[Any]) -
     assert list(found["accuracy"].high_L) == [0.5, 1.0, 0.5]
 
 
-def test_a_layer_by_itself_goes_by_tokens(logps_PL2: NDArray[Any]) -> None:
-    """Twice the answer at twice the nats is as likely per token: a tie, whatever the sums say."""
+def test_own_accuracy_compares_means_per_token(logps_PL2: NDArray[Any]) -> None:
+    """Twice the length at twice the nats is a tie per token, though not in sums."""
     tokens_P2 = np.tile([10, 20], (PAIRS, 1))
     logps_PL2[..., 1] = 2 * logps_PL2[..., 0]
     logps_PL2[:, 2, 1] -= 1.0
@@ -53,14 +53,14 @@ def test_a_layer_by_itself_goes_by_tokens(logps_PL2: NDArray[Any]) -> None:
 
 
 def test_agreement_is_the_correlation_with_the_final_layer(logps_PL2: NDArray[Any]) -> None:
-    logps_PL2[:, 0, 0] = logps_PL2[:, 0, 1] + 5  # layer 1 says the same of every pair
-    logps_PL2[:, 1] = logps_PL2[:, 2, ::-1]  # layer 2 the opposite of what the final layer says
+    logps_PL2[:, 0, 0] = logps_PL2[:, 0, 1] + 5  # layer 1: the same for every pair
+    logps_PL2[:, 1] = logps_PL2[:, 2, ::-1]  # layer 2: the opposite of the final layer
     found = curves(logps_PL2, logps_PL2).estimates["agreement"]
     assert np.isnan(found.value_L[0])
     np.testing.assert_allclose(found.value_L[1:], [-1, 1], atol=1e-6)
 
 
-def test_intervals_hold_the_value_and_shrink_with_more_pairs(logps_PL2: NDArray[Any]) -> None:
+def test_intervals_contain_the_value_and_shrink_with_more_pairs(logps_PL2: NDArray[Any]) -> None:
     random = np.random.default_rng(4)
     more_PL2 = random.normal(-60, 15, (16 * PAIRS, NUM_LAYERS, 2))
     few = curves(logps_PL2 + random.normal(0, 3, logps_PL2.shape), logps_PL2).estimates
@@ -72,9 +72,9 @@ def test_intervals_hold_the_value_and_shrink_with_more_pairs(logps_PL2: NDArray[
     assert (widths[1] < 0.5 * widths[0]).all()
 
 
-def test_rounding_is_a_tie_and_a_little_more_is_none(logps_PL2: NDArray[Any]) -> None:
+def test_rounding_counts_as_a_tie(logps_PL2: NDArray[Any]) -> None:
     policy_PL2 = logps_PL2.copy()
-    policy_PL2[:, 0, 0] += 2e-5  # of about -60: what another packing changes
+    policy_PL2[:, 0, 0] += 2e-5  # of about -60: as another packing changes
     policy_PL2[:, 1, 0] += 2e-3
     found = curves(policy_PL2, logps_PL2)
     assert list(found.estimates["accuracy"].value_L) == [0.5, 1.0, 0.5]
@@ -83,7 +83,7 @@ def test_rounding_is_a_tie_and_a_little_more_is_none(logps_PL2: NDArray[Any]) ->
     assert curves(policy_PL2, logps_PL2).is_reference
 
 
-def test_of_one_pair_or_prompt_there_are_no_intervals(logps_PL2: NDArray[Any]) -> None:
+def test_single_prompt_has_no_intervals(logps_PL2: NDArray[Any]) -> None:
     one = curves(logps_PL2[:1] + 1, logps_PL2[:1])
     assert one.format_sample == "1 held-out pair of 1 prompt"
     assert all(np.isnan(estimate.low_L).all() for estimate in one.estimates.values())
@@ -100,6 +100,6 @@ def test_huge_margins_do_not_overflow(logps_PL2: NDArray[Any]) -> None:
     np.testing.assert_allclose(likelihood, [1, 0, 0.5], atol=1e-9)
 
 
-def test_prompts_are_told_apart_by_all_their_tokens() -> None:
+def test_prompts_differ_by_all_their_tokens() -> None:
     prompts = [np.array(tokens, np.int32) for tokens in ([1, 2], [1], [1, 2], [2, 1], [1])]
-    assert list(prompt_numbers(prompts)) == [0, 1, 0, 2, 1]
+    assert list(prompt_indices(prompts)) == [0, 1, 0, 2, 1]

@@ -1,7 +1,4 @@
-"""`tools/paper_table.py`: the commands that it prints are ones that the verbs take.
-
-Training and evaluation are stood in for; their own tests are elsewhere.
-"""
+"""`tools/paper_table.py`: the verbs accept its commands. Nothing is trained or evaluated."""
 
 import importlib
 import json
@@ -13,19 +10,20 @@ import paper_table
 import pytest
 
 from megatron_idpo.cli.main import build_parser
-from megatron_idpo.config.run_config import SECTIONS, RunConfig, load_config
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import SECTIONS, RunConfig
 
 MODULES = {
-    "generate": "megatron_idpo.evaluate.generate.main",
-    "judge": "megatron_idpo.evaluate.judge.main",
+    "generate": "megatron_idpo.evaluate.generate.run",
+    "judge": "megatron_idpo.evaluate.judge.run",
     "likelihood": "megatron_idpo.evaluate.likelihood.main",
-    "h4": "megatron_idpo.evaluate.lm_eval.main",
+    "h4": "megatron_idpo.evaluate.lm_eval.run",
 }
-"""Verb -> where it says which sections it takes; training takes all."""
+"""Verb -> module with the sections that it reads; training reads all."""
 
 
 def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
-    """The commands, from `megatron_idpo` on."""
+    """Arguments of each command after `megatron_idpo`."""
     assert paper_table.main([*words, "--dry-run"]) == 0
     message = [
         shlex.split(line) for line in capsys.readouterr().out.splitlines() if line[:2] == "  "
@@ -34,7 +32,7 @@ def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
 
 
 def loaded(command: list[str]) -> RunConfig:
-    """A command's configuration, read as its verb reads it."""
+    """A command's configuration, as its verb reads it."""
     arguments = build_parser().parse_args(command)
     if command[0] == "train":
         return load_config(arguments.config, required=("model", "data", "training", "optimizer"))
@@ -45,7 +43,7 @@ def loaded(command: list[str]) -> RunConfig:
 SMALL = ("--model", "models/tiny", "--data", "pairs.jsonl", "model.dtype=fp32")
 
 
-def test_a_table_of_the_paper_s_own_model(
+def test_intermediate_dpo_table_of_the_papers_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -71,7 +69,7 @@ def test_a_table_of_the_paper_s_own_model(
     assert curves.data.holds_out
 
 
-def test_a_judge_compares_as_the_paper_did(
+def test_judge_compares_the_papers_pairs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("intermediate-dpo", *SMALL, "judge.model=judge", "generate.max_new_tokens=8")
@@ -89,7 +87,7 @@ def test_a_judge_compares_as_the_paper_did(
     assert loaded(commands[2]).generate.max_new_tokens == 8
 
 
-def test_another_model_gets_a_layer_as_deep_and_a_plain_layout(
+def test_other_model_gets_a_relative_depth_and_no_layout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands = dry_run(capsys, "intermediate-dpo", *SMALL, "--output", str(tmp_path))
@@ -99,7 +97,7 @@ def test_another_model_gets_a_layer_as_deep_and_a_plain_layout(
     assert id5.data.train[0].path == "pairs.jsonl" and id5.data.eval_fraction == 0.05
 
 
-def test_processes_are_torchrun_s_for_training_and_curves(
+def test_training_and_likelihood_run_under_torchrun(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("sdpo", "--output", str(tmp_path), "--processes", "8", "layout.pipeline=2")
@@ -110,7 +108,7 @@ def test_processes_are_torchrun_s_for_training_and_curves(
     assert load_config(tmp_path / "configs/sdpo.yaml", optional=SECTIONS).layout.pipeline == 2
 
 
-def test_the_table_of_h4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sdpo_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("sdpo", "--output", str(tmp_path), "--model", "m", "--data", "easy.jsonl")
     options = ("--data", "hard.jsonl", "--held-out", "held.jsonl", "--random-split", "h4.limit=5")
     commands = dry_run(capsys, *words, *options)
@@ -134,18 +132,18 @@ def test_the_table_of_h4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (("intermediate-dpo", "--random-split"), "--random-split: belongs to sdpo"),
         (("sdpo", "--data", "one.jsonl"), "--data: has 1 files, but there are two steps"),
         (("sdpo", "sdpo.order=random"), "sdpo.order: is set by the table"),
-        (("intermediate-dpo", "--held-out", "x"), "--held-out: is there without --data"),
+        (("intermediate-dpo", "--held-out", "x"), "--held-out: needs --data"),
         (("intermediate-dpo", "model.dtipe=fp32"), "did you mean `dtype`"),
     ],
 )
-def test_what_a_table_refuses(
+def test_conflicting_options_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
 ) -> None:
     assert paper_table.main([*words, "--output", str(tmp_path), "--dry-run"]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_failing_command_ends_it(
+def test_failed_command_stops_the_script(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
@@ -164,7 +162,7 @@ def result(**figures: Any) -> str:
     return json.dumps({"judge": "gpt-4o", **counts, **figures})
 
 
-def test_measured_wins_stand_beside_the_paper_s(tmp_path: Path) -> None:
+def test_measured_and_published_win_rates(tmp_path: Path) -> None:
     for other, rate in (("dpo", 0.6), ("sft", 0.25)):
         file = tmp_path / "judge" / f"id5-vs-{other}" / "result.json"
         file.parent.mkdir(parents=True)
@@ -177,10 +175,10 @@ def test_measured_wins_stand_beside_the_paper_s(tmp_path: Path) -> None:
         "sft paper 67.5 % 52 to 80 40".split(),
     ]
     assert "gpt-4o" in lines[5]
-    assert "intervals are our arithmetic" in lines[6], "the paper prints none"
+    assert "intervals computed by us" in lines[6]
 
 
-def test_without_a_judge_only_the_paper_s_figures_are_there(tmp_path: Path) -> None:
+def test_published_win_rates_without_a_judge(tmp_path: Path) -> None:
     lines = paper_table.wins_table(tmp_path, has_judge=False)
     assert not any("measured" in line for line in lines)
     assert "judge.model" in "".join(lines)

@@ -1,68 +1,68 @@
-"""Which prompts are shown, and what with them."""
+"""Selection of sample answers."""
 
 from pathlib import Path
 
-from megatron_idpo.evaluate.report.inputs import find
-from megatron_idpo.evaluate.report.samples import CLIPPED_CHARACTERS, Clipped, samples
+from megatron_idpo.evaluate.report.inputs import read_runs
+from megatron_idpo.evaluate.report.samples import MAX_CHARACTERS, Clipped, select_samples
 
-from .shown_runs import write_answers, write_duel
+from .example_runs import write_answers, write_comparison
 
 
-def test_prompts_at_even_distances(tmp_path: Path) -> None:
+def test_prompts_are_evenly_spaced(tmp_path: Path) -> None:
     write_answers(tmp_path, "a", [f"a{number}" for number in range(100)])
     write_answers(tmp_path, "b", [f"b{number}" for number in range(50)])
-    found = samples(find([tmp_path]))
+    found = select_samples(read_runs([tmp_path]))
     shown = [(one.replies[0].text.start, one.replies[1].text.start) for one in found]
     assert shown == [(f"a{n}", f"b{n}") for n in (0, 7, 14, 21, 28, 35, 42, 49)]
     assert found[1].location == "held_out.jsonl:8"
     assert [(role, text.start) for role, text in found[1].messages] == [("", "What is 7?")]
 
 
-def test_few_prompts_are_all_there(tmp_path: Path) -> None:
+def test_few_prompts_are_all_shown(tmp_path: Path) -> None:
     write_answers(tmp_path, "a", ["x", "y"])
-    assert len(samples(find([tmp_path]))) == 2
+    assert len(select_samples(read_runs([tmp_path]))) == 2
 
 
-def test_what_the_judge_says_of_a_prompt(tmp_path: Path) -> None:
+def test_verdicts_of_each_prompt(tmp_path: Path) -> None:
     for model in ("new", "old"):
         write_answers(tmp_path, model, ["x"] * 5)
-    write_duel(tmp_path, "new", "old", ["aa", "bb", "tt", "ab", "a-"])
-    message = [one.verdicts for one in samples(find([tmp_path]))]
-    disagreed = "new and old tied: the two orders disagree"
+    write_comparison(tmp_path, "new", "old", ["aa", "bb", "tt", "ab", "a-"])
+    message = [one.verdicts for one in select_samples(read_runs([tmp_path]))]
+    disagreed = "new and old tied: the verdict flipped when the answers were swapped"
     assert message == [["new over old"], ["old over new"], ["new and old tied"], [disagreed], []]
 
 
-def test_answers_of_several_runs(tmp_path: Path) -> None:
+def test_shared_model_is_shown_once(tmp_path: Path) -> None:
     for run, text in (("x", "one"), ("y", "two")):
         write_answers(tmp_path / run, "base", ["same"])
         write_answers(tmp_path / run, "trained", [text])
-    (sample,) = samples(find([tmp_path / "x", tmp_path / "y"]))
+    (sample,) = select_samples(read_runs([tmp_path / "x", tmp_path / "y"]))
     message = [(reply.model, reply.text.start) for reply in sample.replies]
     assert message == [("base", "same"), ("x · trained", "one"), ("y · trained", "two")]
 
 
-def test_an_answer_stands_under_its_own_prompt(tmp_path: Path) -> None:
-    """Two runs may have had other data in a file of the same name."""
+def test_answers_belong_to_their_prompts(tmp_path: Path) -> None:
+    """Two runs may have had different files of the same name."""
     for run, prompts in (("x", ["Who?", "Where?"]), ("y", ["Who?", "When?"])):
         write_answers(tmp_path / run, "m", [f"{run}0", f"{run}1"], prompts)
-    (both,) = samples(find([tmp_path / "x", tmp_path / "y"]))
+    (both,) = select_samples(read_runs([tmp_path / "x", tmp_path / "y"]))
     assert both.messages[0][1].start == "Who?"
     assert [reply.text.start for reply in both.replies] == ["x0", "y0"]
     write_answers(tmp_path / "z", "m", ["z0"], ["Why?"])
-    write_duel(tmp_path / "z", "m", "n", ["aa"])
-    found = samples(find([tmp_path / "x", tmp_path / "z"]))
+    write_comparison(tmp_path / "z", "m", "n", ["aa"])
+    found = select_samples(read_runs([tmp_path / "x", tmp_path / "z"]))
     message = [[reply.text.start for reply in one.replies] for one in found]
     assert message == [["x0"], ["x1"], ["z0"]]
     assert [one.verdicts for one in found] == [[], [], ["m over n"]]
 
 
-def test_a_long_text_is_cut_at_a_space_and_nothing_is_lost() -> None:
+def test_long_text_is_cut_at_a_space() -> None:
     text = "word " * 400
     clipped = Clipped.of(text)
-    assert len(clipped.start) <= CLIPPED_CHARACTERS and clipped.start.endswith("word")
+    assert len(clipped.start) <= MAX_CHARACTERS and clipped.start.endswith("word")
     assert f"{clipped.start} {clipped.rest}" == text
     unbroken = Clipped.of("x" * 2000)
-    assert len(unbroken.start) == CLIPPED_CHARACTERS and len(unbroken.rest) == 2000 - len(
+    assert len(unbroken.start) == MAX_CHARACTERS and len(unbroken.rest) == 2000 - len(
         unbroken.start
     )
     assert Clipped.of("short") == Clipped("short", "")

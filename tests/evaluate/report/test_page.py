@@ -1,4 +1,4 @@
-"""The page: whole, safe whatever a model said, asking for nothing, naming nothing twice."""
+"""The page: valid HTML, escaped text, no external resources, unique identifiers."""
 
 import re
 from html.parser import HTMLParser
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.evaluate.report.inputs import find
-from megatron_idpo.evaluate.report.render import page_title, render
+from megatron_idpo.evaluate.report.inputs import read_runs
+from megatron_idpo.evaluate.report.main import page_title, render
+from tests.sdpo.tiny_manifest import manifest
 
-from ...sdpo.tiny_manifest import manifest
-from .shown_runs import (
+from .example_runs import (
     write_answers,
     write_everything,
     write_likelihood,
@@ -23,7 +23,7 @@ LARGEST = 1_500_000
 
 
 class Page(HTMLParser):
-    """Elements, their attributes and all text; fails where an end does not fit its beginning."""
+    """Elements, attributes and text; fails where tags do not match."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Page(HTMLParser):
         self._open: list[str] = []
         self.feed(html)
         self.close()
-        assert self._open == [], f"never closed: {self._open}"
+        assert self._open == [], f"not closed: {self._open}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, {name: value or "" for name, value in attrs}))
@@ -43,7 +43,7 @@ class Page(HTMLParser):
         self.elements.append((tag, {name: value or "" for name, value in attrs}))
 
     def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, f"</{tag}> ends something else"
+        assert self._open.pop() == tag, f"</{tag}> does not match"
 
     def handle_data(self, data: str) -> None:
         if "style" not in self._open[-1:]:
@@ -63,7 +63,7 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def everything(night: Path) -> str:
-    return render(find([night]))
+    return render(read_runs([night]))
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,10 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("report")
     write_likelihood(root / "alone", {"other": 0.6})
     steps = write_steps(root / "steps", manifest("complete", "complete"))
-    return render(find([write_everything(root / "night"), steps, root / "alone"]))
+    return render(read_runs([write_everything(root / "night"), steps, root / "alone"]))
 
 
-def test_a_run_with_everything(everything: str) -> None:
+def test_page_of_a_run_has_all_sections(everything: str) -> None:
     page = Page(everything)
     assert everything.startswith("<!DOCTYPE html>")
     assert page.titles() == ["Training", "Layers", "Win rates", "Answers", "H4"]
@@ -85,13 +85,13 @@ def test_a_run_with_everything(everything: str) -> None:
         "What is 2?",
     ):
         assert message in page.text
-    assert "Not here yet" not in page.text
+    assert "Not on this page yet" not in page.text
     # Of training 4, of layers 4 and 2 more, of speed 2, of win rates 1.
     charts = [attrs for tag, attrs in page.elements if tag == "svg" and attrs.get("role") == "img"]
     assert len(charts) == 13
 
 
-def test_several_runs(compared: str) -> None:
+def test_page_of_several_runs(compared: str) -> None:
     page = Page(compared)
     assert "night, steps and alone" in page.text
     assert "Curriculum of steps" in page.text
@@ -99,8 +99,8 @@ def test_several_runs(compared: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["everything", "compared"])
-def test_nothing_is_asked_for(which: str, request: pytest.FixtureRequest) -> None:
-    """No script, no font, no picture, no link: it opens without a network and stays there."""
+def test_page_has_no_external_resources(which: str, request: pytest.FixtureRequest) -> None:
+    """No scripts, fonts, images or links to other pages."""
     html = request.getfixturevalue(which)
     page = Page(html)
     tags = {tag for tag, _ in page.elements}
@@ -127,7 +127,7 @@ def test_nothing_is_asked_for(which: str, request: pytest.FixtureRequest) -> Non
 
 
 @pytest.mark.parametrize("which", ["everything", "compared"])
-def test_every_name_is_there_once_and_every_reference_is_answered(
+def test_identifiers_are_unique_and_references_resolve(
     which: str, request: pytest.FixtureRequest
 ) -> None:
     html = request.getfixturevalue(which)
@@ -140,14 +140,14 @@ def test_every_name_is_there_once_and_every_reference_is_answered(
     assert wanted <= set(identifiers)
 
 
-def test_every_variable_of_the_style_has_a_value(everything: str) -> None:
+def test_css_variables_are_defined_for_light_and_dark(everything: str) -> None:
     used = set(re.findall(r"var\(--([\w-]+)\)", everything))
     light, dark = (set(re.findall(r"--([\w-]+):", part)) for part in _schemes(everything))
     assert used <= light and used <= dark
 
 
 def _schemes(html: str) -> tuple[str, str]:
-    """What `:root` says in any case, and what it says on dark screens."""
+    """The `:root` rules for all screens, and those for dark screens."""
     style = html[html.index("<style>") : html.index("</style>")]
     dark = re.findall(r"prefers-color-scheme: dark\) \{\s*:root \{(.*?)\}", style, re.S)
     assert len(dark) == 2
@@ -158,7 +158,7 @@ def _schemes(html: str) -> tuple[str, str]:
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" {{ 7 * 7 }} </style>'
 
 
-def test_what_models_and_people_wrote_is_shown_and_not_run(tmp_path: Path) -> None:
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run<b>")
     output = root / "evaluation"
     prompt = [{"role": HOSTILE, "content": HOSTILE}]
@@ -166,40 +166,40 @@ def test_what_models_and_people_wrote_is_shown_and_not_run(tmp_path: Path) -> No
     write_likelihood(output, {"<i>$x$": 0.6})
     config = (root / "config.yaml").read_text().replace("some/model", f"'{HOSTILE}'")
     (root / "config.yaml").write_text(config)
-    page = Page(render(find([root])))
+    page = Page(render(read_runs([root])))
     assert not {"script", "img", "i", "b"} & {tag for tag, _ in page.elements}
     assert page.text.count(HOSTILE) >= 5
-    assert "run<b>" in page.text and "<i>$x$" in page.text and "# Layer 3, they <say>" in page.text
+    assert "run<b>" in page.text and "<i>$x$" in page.text and "# Layer 3 <first>" in page.text
 
 
-def test_a_long_answer_is_folded(tmp_path: Path) -> None:
+def test_long_answer_is_folded(tmp_path: Path) -> None:
     write_answers(tmp_path, "m", ["word " * 500])
-    page = Page(render(find([tmp_path])))
+    page = Page(render(read_runs([tmp_path])))
     assert page.text.count("word") == 500
     assert "details" in {tag for tag, _ in page.elements}
 
 
-def test_a_run_of_plain_dpo_and_one_with_every_layer(tmp_path: Path) -> None:
+def test_runs_without_and_with_all_layers(tmp_path: Path) -> None:
     for layers in ((), tuple(range(1, 33))):
-        page = Page(render(find([write_run(tmp_path / str(len(layers)), layers=layers)])))
+        page = Page(render(read_runs([write_run(tmp_path / str(len(layers)), layers=layers)])))
         assert page.titles() == ["Training"]
 
 
-def test_numbers_that_are_none(tmp_path: Path) -> None:
+def test_null_metrics_are_dashes(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run")
     with (root / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "eval_loss": null, "eval_final_loss": null, "grad_norm": null, ')
         file.write('"eval_rewards/margins": null, "eval_rewards/accuracies": null}\n')
-    text = Page(render(find([root]))).text
+    text = Page(render(read_runs([root]))).text
     assert "nan" not in text.lower() and "tied → –" in text
 
 
-def test_the_same_run_is_the_same_page(night: Path, everything: str) -> None:
-    assert render(find([night])) == everything
+def test_page_is_reproducible(night: Path, everything: str) -> None:
+    assert render(read_runs([night])) == everything
 
 
-def test_the_title(tmp_path: Path) -> None:
+def test_title_lists_the_runs(tmp_path: Path) -> None:
     roots = [write_run(tmp_path / name) for name in "abc"]
-    assert page_title(find(roots[:1])) == "a"
-    assert page_title(find(roots[:2])) == "a and b"
-    assert page_title(find(roots)) == "a, b and c"
+    assert page_title(read_runs(roots[:1])) == "a"
+    assert page_title(read_runs(roots[:2])) == "a and b"
+    assert page_title(read_runs(roots)) == "a, b and c"

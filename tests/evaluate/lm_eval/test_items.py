@@ -1,4 +1,4 @@
-"""Which file is which task's, and what a line may be."""
+"""Local items: selection of files, and validation of lines."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ from megatron_idpo.config.evaluate import H4_TASKS
 from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.evaluate.lm_eval.items import read_items
 
-from .tiny_h4 import ARC, arc, hellaswag, mmlu, truthfulqa, write, write_items
+from .example_items import ARC, arc, hellaswag, mmlu, truthfulqa, write, write_items
 
-SHARED = Path(__file__).parents[3] / "shared" / "eval"
+SHARED = Path(__file__).parents[4] / "shared" / "eval"
 
 
-def test_every_task_is_found_by_the_beginning_of_its_file_s_name(tmp_path: Path) -> None:
+def test_files_are_selected_by_their_stem(tmp_path: Path) -> None:
     items = read_items(write_items(tmp_path / "items"), H4_TASKS)
     assert {task: found.file.name for task, found in items.items()} == {
         "arc_challenge": "arc_challenge_test.jsonl",
@@ -26,7 +26,7 @@ def test_every_task_is_found_by_the_beginning_of_its_file_s_name(tmp_path: Path)
     assert len(items["arc_challenge"].asked) == ARC
 
 
-def test_a_second_file_has_the_examples(tmp_path: Path) -> None:
+def test_second_file_has_the_examples(tmp_path: Path) -> None:
     write(tmp_path / "arc_challenge.jsonl", arc(3))
     write(tmp_path / "arc_challenge_train_25.jsonl", arc(30, seed=1))
     found = read_items(tmp_path, ["arc_challenge"])["arc_challenge"]
@@ -34,20 +34,20 @@ def test_a_second_file_has_the_examples(tmp_path: Path) -> None:
     assert list(found.digests) == ["arc_challenge.jsonl", "arc_challenge_train_25.jsonl"]
 
 
-def test_numbers_of_items_are_left_out_so_that_copies_are_equal(tmp_path: Path) -> None:
+def test_ids_are_dropped_so_that_copies_are_equal(tmp_path: Path) -> None:
     row = arc(1)[0]
     write(tmp_path / "arc_challenge.jsonl", [row, {**row, "id": "another"}])
     first, second = read_items(tmp_path, ["arc_challenge"])["arc_challenge"].asked
     assert first == second
 
 
-def test_the_exact_name_is_preferred(tmp_path: Path) -> None:
+def test_exact_name_is_preferred(tmp_path: Path) -> None:
     write(tmp_path / "mmlu.jsonl", mmlu({"anatomy": 2}))
     write(tmp_path / "mmlu_old.jsonl", mmlu({"anatomy": 1}))
     assert len(read_items(tmp_path, ["mmlu"])["mmlu"].asked) == 2
 
 
-def test_what_is_missing_and_what_is_there_twice_is_told_at_once(tmp_path: Path) -> None:
+def test_missing_and_ambiguous_files_are_reported_together(tmp_path: Path) -> None:
     write(tmp_path / "hellaswag_a.jsonl", hellaswag(1))
     write(tmp_path / "hellaswag_b.jsonl", hellaswag(1))
     with pytest.raises(ConfigError) as caught:
@@ -57,26 +57,34 @@ def test_what_is_missing_and_what_is_there_twice_is_told_at_once(tmp_path: Path)
     assert "no file mmlu.jsonl" in message and "leave mmlu out of h4.tasks" in message
 
 
-def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no directory"):
+def test_missing_directory_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a directory"):
         read_items(tmp_path / "none", ["mmlu"])
 
 
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("arc_challenge", {**arc(1)[0], "answerKey": "X"}, "answerKey is 'X', which is no label"),
-        ("hellaswag", {**hellaswag(1)[0], "label": ""}, "label is '', which is no ending's number"),
+        (
+            "arc_challenge",
+            {**arc(1)[0], "answerKey": "X"},
+            "has an answer that is not among",
+        ),
+        (
+            "hellaswag",
+            {**hellaswag(1)[0], "label": ""},
+            "has an answer that is not among",
+        ),
         ("mmlu", {**mmlu({"anatomy": 1})[0], "answer": "B"}, "answer: "),
         ("mmlu", {"question": "?"}, "subject: Field required"),
         (
             "truthfulqa_mc2",
             {"question": "?", "mc2_targets": {"choices": ["a"], "labels": [0]}},
-            "needs a label for each choice, and 1 for one at least",
+            "has an answer that is not among",
         ),
     ],
 )
-def test_a_line_that_is_no_item_is_named(
+def test_invalid_line_is_reported_with_its_location(
     tmp_path: Path, name: str, row: dict[str, object], message: str
 ) -> None:
     good = {"arc_challenge": arc(1), "hellaswag": hellaswag(1), "truthfulqa_mc2": truthfulqa(1)}
@@ -86,10 +94,10 @@ def test_a_line_that_is_no_item_is_named(
     assert str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value)
 
 
-def test_a_file_that_is_not_json_or_empty(tmp_path: Path) -> None:
+def test_empty_file_and_invalid_json_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "mmlu.jsonl"
     path.write_text("\nnonsense\n")
-    with pytest.raises(DataError, match=r"mmlu\.jsonl:2: is not JSON"):
+    with pytest.raises(DataError, match=r"mmlu\.jsonl:2: Invalid JSON"):
         read_items(tmp_path, ["mmlu"])
     path.write_text("\n")
     with pytest.raises(DataError, match="has no items"):
@@ -97,7 +105,7 @@ def test_a_file_that_is_not_json_or_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared items")
-def test_the_shared_items_are_read() -> None:
+def test_shared_items_are_read() -> None:
     tasks = ["arc_challenge", "hellaswag", "truthfulqa_mc2"]
     items = read_items(SHARED, tasks)
     for found in items.values():

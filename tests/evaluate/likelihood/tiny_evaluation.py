@@ -1,4 +1,4 @@
-"""Evaluations of tiny models: what tests of `evaluate/` share, and what workers run."""
+"""Evaluations of tiny models, shared by the tests of `evaluate/`; the last part runs on workers."""
 
 import json
 import shutil
@@ -13,29 +13,28 @@ from unittest.mock import patch
 import torch
 
 from megatron_idpo.testing import write_tiny_hf_model
-
-from ..train.tiny_run import SIZES, Files, write_config, write_files
+from tests.train.tiny_run import SIZES, Files, write_config, write_files
 
 __all__ = ["Models", "evaluation_config", "likelihood", "write_models"]
 
 BATCH_PAIRS = 2
-"""Pairs of a batch, so that 12 pairs are several."""
+"""Pairs per batch; 12 pairs are several batches."""
 
 BETA = 0.3
 
 
 @dataclass(frozen=True)
 class Models:
-    """A reference, another model of its kind, and pairs."""
+    """A reference model, another model of the same architecture, and pairs."""
 
     files: Files
     other: Path
     pairs: Path
-    """Held out: every prompt twice, with other answers."""
+    """Held-out pairs; every prompt occurs twice, with different answers."""
 
 
 def write_models(root: Path) -> Models:
-    """Two tiny models with one tokenizer; pairs of which some share their prompt."""
+    """Writes two tiny models with one tokenizer, and pairs that share prompts."""
     files = write_files(root)
     other = root / "other"
     write_tiny_hf_model(other, "llama", seed=7, **SIZES)
@@ -53,7 +52,7 @@ def write_models(root: Path) -> Models:
 def evaluation_config(
     models: Models, output: Path, subjects: Mapping[str, Any], **sections: Any
 ) -> str:
-    """A configuration of an evaluation, beside its output."""
+    """Writes the configuration of an evaluation next to its output; returns its path."""
     sections["data"] = {"eval": str(models.pairs), **sections.get("data", {})}
     sections["evaluate"] = {
         "models": subjects,
@@ -66,32 +65,33 @@ def evaluation_config(
     )
 
 
-# ---- what workers run ---------------------------------------------------------------------------
+# ---- functions that run on workers ---
 
 
 def likelihood(
     file: str, overrides: Sequence[str] = (), *, stop_after: int | None = None, blind: bool = False
 ) -> tuple[int, str]:
-    """On every rank: the verb `likelihood` in small batches; its exit code and what it printed.
+    """On every rank: the verb `likelihood` in small batches; its exit code and output.
 
     Args:
         file: a configuration.
-        overrides: of it.
-        stop_after: the last rank is asked to stop when so many pairs are done.
-        blind: it is a mistake to read a model.
+        overrides: of the configuration.
+        stop_after: the last rank is asked to stop after so many pairs.
+        blind: loading a model fails.
     """
+    from megatron_idpo.cli.main import console_logging
     from megatron_idpo.evaluate.likelihood.main import main
-
-    from ..reference.tiny_cache import stopping
+    from tests.reference.tiny_cache import stopping
 
     torch.set_num_threads(1)
     with ExitStack() as stack, redirect_stdout(StringIO()) as printed:
         stack.enter_context(patch("megatron_idpo.reference.score.PAIRS_PER_RANK", BATCH_PAIRS))
         stack.enter_context(stopping(stop_after))
         if blind:
-            unread = AssertionError("a model is read again")
+            unread = AssertionError("a model is loaded")
             stack.enter_context(
                 patch("megatron_idpo.evaluate.likelihood.run.frozen_model", side_effect=unread)
             )
+        stack.enter_context(console_logging())
         code = main(Path(file), list(overrides))
     return code, printed.getvalue()

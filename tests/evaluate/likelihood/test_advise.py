@@ -1,11 +1,12 @@
-"""The ranking of layers: agreement times room, and what is said of it."""
+"""Ranking of layers: agreement times headroom, and its reasons."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_idpo.config.run_config import SECTIONS, load_config
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import SECTIONS
 from megatron_idpo.errors import DataError
 from megatron_idpo.evaluate.likelihood.advise import (
     advice_markdown,
@@ -13,10 +14,9 @@ from megatron_idpo.evaluate.likelihood.advise import (
     main,
     rank_layers,
 )
-from megatron_idpo.evaluate.likelihood.curves_file import write_curves
+from megatron_idpo.evaluate.likelihood.curves_file import write_curves, write_settings
 from megatron_idpo.evaluate.likelihood.layer_curves import QUANTITIES, Estimate, LayerCurves
-from megatron_idpo.evaluate.likelihood.settings import write_made_of
-from megatron_idpo.evaluate.models import Subject
+from megatron_idpo.evaluate.models import EvalModel
 
 
 def curves(
@@ -27,7 +27,7 @@ def curves(
     width: float = 0.05,
     name: str = "dpo",
 ) -> LayerCurves:
-    """A model's whose head reads every layer, unless `nats` says otherwise; chance is 5 nats."""
+    """Curves of a model whose layers are all readable, unless `nats` is given; chance is 5 nats."""
     nothing = np.zeros(len(likelihood))
     estimates = {quantity: Estimate(nothing, nothing, nothing) for quantity in QUANTITIES}
     for quantity, values in (("likelihood", likelihood), ("agreement", agreement)):
@@ -38,80 +38,75 @@ def curves(
     return LayerCurves(name, tuple(range(1, len(likelihood) + 1)), 200, 40, 5.0, estimates)
 
 
-def test_a_layer_that_agrees_and_has_not_gained_comes_first() -> None:
-    """Scores by hand: 0.1 x 1, 0.6 x 0.9, 0.9 x 0.5, 0.95 x 0.1."""
+def test_score_is_agreement_times_headroom() -> None:
+    """Expected scores: 0.1 x 1, 0.6 x 0.9, 0.9 x 0.5, 0.95 x 0.1."""
     found = rank_layers(curves([0.5, 0.52, 0.6, 0.68, 0.7], [0.1, 0.6, 0.9, 0.95, 1.0]))
     assert [advice.layer for advice in found] == [2, 3, 1, 4]
     assert [round(advice.score, 3) for advice in found] == [0.54, 0.45, 0.1, 0.095]
-    assert (
-        found[0].reason
-        == "agrees 0.60 with the final layer, has made 10% of its gain in likelihood"
-    )
+    assert found[0].reason == "agreement 0.60 with the final layer, 10% of its gain in likelihood"
 
 
-def test_an_agreement_that_may_be_none_counts_nothing() -> None:
+def test_insignificant_agreement_scores_0() -> None:
     found = rank_layers(curves([0.5, 0.5, 0.7], [0.04, 0.3, 1.0]))
     assert [advice.layer for advice in found] == [2, 1]
     assert found[1].score == 0.0
-    assert "nothing that the final layer agrees with" in found[1].reason
+    assert "no significant agreement" in found[1].reason
 
 
-def test_too_few_prompts_are_not_taken_for_no_agreement() -> None:
+def test_too_few_prompts_give_no_advice() -> None:
     few = curves([0.5, 0.6, 0.7], [0.5, 0.9, 1.0], width=np.nan)
-    assert {advice.reason for advice in rank_layers(few)} == {"too few prompts to tell"}
-    assert list(format_best_layers([few])) == ["dpo: no advice, too few prompts to tell"]
+    assert {advice.reason for advice in rank_layers(few)} == {"too few prompts"}
+    assert list(format_best_layers([few])) == ["dpo: no advice, too few prompts"]
 
 
-def test_a_layer_that_the_head_cannot_read_comes_last() -> None:
+def test_unreadable_layers_come_last() -> None:
     found = rank_layers(
         curves([0.5, 0.5, 0.6, 0.7], [0.9, 0.9, 0.3, 1.0], nats=[15.0, 5.1, 4.9, 2.5])
     )
     assert [advice.layer for advice in found] == [3, 2, 1]
     assert [round(advice.score, 3) for advice in found] == [0.15, 0.0, 0.0]
-    assert found[1].reason == "the head cannot read it: 5.1 nats a token, 5.0 by chance"
+    assert found[1].reason == "not readable by the head: 5.1 nats per token, chance is 5.0"
 
 
-def test_without_a_gain_it_goes_by_the_layers_that_come_after() -> None:
-    """Of the reference itself (all at 0.5), and of a model whose gain may be none."""
+def test_without_a_gain_headroom_is_the_share_of_layers_above() -> None:
+    """The reference itself (0.5 everywhere), and a model without a significant gain."""
     for likelihood in ([0.5] * 4, [0.5, 0.5, 0.51, 0.53]):
         found = rank_layers(curves(likelihood, [0.2, 0.6, 0.8, 1.0]))
         assert [round(advice.score, 3) for advice in found] == [0.3, 0.2, 0.15]
-        assert "50% of the layers come after" in found[0].reason
+        assert "50% of the layers are above" in found[0].reason
 
 
-def test_a_layer_beyond_the_final_ones_gain_has_no_room() -> None:
+def test_layer_with_more_gain_than_the_final_layer_has_no_headroom() -> None:
     found = rank_layers(curves([0.6, 0.8, 0.7], [0.9, 0.9, 1.0]))
-    assert [(advice.layer, round(advice.room, 3)) for advice in found] == [(1, 0.5), (2, 0.0)]
+    assert [(advice.layer, round(advice.headroom, 3)) for advice in found] == [(1, 0.5), (2, 0.0)]
 
 
-def test_what_is_told_names_every_model_and_layer() -> None:
+def test_advice_lists_every_model() -> None:
     several = [
         curves([0.5, 0.6, 0.7], [0.5, 0.9, 1.0]),
         curves([0.5, 0.5, 0.5], [0.0, 0.0, 1.0], name="odd"),
     ]
     first, second = format_best_layers(several)
-    assert first.startswith("dpo: layers to tap next, by advise: 1, 2;")
-    assert second == "odd: no layer reads the pairs as the final one does"
+    assert first.startswith("dpo: suggested layers to tap: 1, 2;")
+    assert second == "odd: no layer agrees with the final layer"
     text = advice_markdown(several)
     assert "## dpo" in text and "## odd" in text and text.count("\n| 1 |") == 2
 
 
-def test_the_verb_reads_what_likelihood_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verb_prints_the_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"evaluate: {{output: {tmp_path / 'out'}}}\n")
-    with pytest.raises(DataError, match="make it by `likelihood`"):
+    with pytest.raises(DataError, match="run `likelihood` again"):
         main(file, [])
     directory = tmp_path / "out" / "likelihood"
     write_curves(
         directory / "likelihood.csv", [curves([0.5, 0.52, 0.6, 0.7], [0.1, 0.6, 0.9, 1.0])]
     )
     config = load_config(file, ["model.path=sft", "data.train=t"], optional=SECTIONS)
-    write_made_of(directory, config, [Subject("dpo", "runs/dpo/hf")], {})
+    write_settings(directory, config, [EvalModel("dpo", "runs/dpo/hf")], {})
     assert main(file, []) == 0
     message = capsys.readouterr().out
-    assert message.startswith("against sft, beta 0.1\n")
+    assert message.startswith("reference: sft, beta 0.1\n")
     with pytest.raises(DataError, match="has the curves of dpo, not of sft; run `likelihood`"):
         main(file, ["evaluate.models={sft: x}"])
-    assert "1. layer   2 (depth 0.50)  score 0.54: agrees 0.60" in message
+    assert "1. layer   2 (depth 0.50)  score 0.54: agreement 0.60" in message

@@ -1,4 +1,4 @@
-"""The verb: where the page goes, what is said, and what is refused."""
+"""The verb `report`: target, output and errors."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -9,10 +9,10 @@ from megatron_idpo.cli import main as cli
 from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError
 from megatron_idpo.evaluate.report.main import main
 
-from .page.shown_runs import write_answers, write_likelihood, write_run
+from .example_runs import write_answers, write_likelihood, write_run
 
 
-def test_the_page_goes_into_the_first_run(
+def test_default_target_is_in_the_first_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     roots = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
@@ -29,15 +29,15 @@ def test_the_page_goes_into_the_first_run(
     ]
 
 
-def test_or_where_it_is_told_to(tmp_path: Path) -> None:
+def test_output_option(tmp_path: Path) -> None:
     write_likelihood(tmp_path / "compared", {"base": 0.5})
     target = tmp_path / "new" / "page.html"
     assert cli.main(["report", str(tmp_path / "compared"), "--output", str(target)]) == 0
     assert target.is_file()
 
 
-def test_half_a_character_is_shown_as_something(tmp_path: Path) -> None:
-    """Bytes that a model ends with in the middle of an emoji."""
+def test_lone_surrogate_is_replaced(tmp_path: Path) -> None:
+    """As in an answer that ends within an emoji."""
     write_answers(tmp_path, "m", ["x"])
     path = tmp_path / "answers" / "m.jsonl"
     path.write_text(path.read_text().replace('"x"', r'"half \ud83d"'))
@@ -45,7 +45,7 @@ def test_half_a_character_is_shown_as_something(tmp_path: Path) -> None:
     assert "half ?" in (tmp_path / "report.html").read_text("utf-8")
 
 
-def test_what_cannot_be_shown_is_told_in_one_message(
+def test_unusable_directories_are_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["report", str(tmp_path / "x"), str(tmp_path)]) == EXIT_USER_ERROR
@@ -53,7 +53,7 @@ def test_what_cannot_be_shown_is_told_in_one_message(
     assert f"{tmp_path / 'x'}: does not exist" in message and "Traceback" not in message
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_target_is_reported(tmp_path: Path) -> None:
     write_likelihood(tmp_path, {"base": 0.5})
     with pytest.raises(ConfigError, match=r"--output: .* is a directory; name a file"):
         main([tmp_path], tmp_path)
@@ -62,21 +62,21 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         main([tmp_path], tmp_path / "file" / "page.html")
 
 
-def test_an_older_page_stays_where_there_is_no_new_one(tmp_path: Path) -> None:
+def test_failed_run_keeps_the_old_page(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run")
     main([root], None)
     before = (root / "report.html").read_bytes()
-    (root / "metrics.jsonl").write_text("nothing of ours\n")
+    (root / "metrics.jsonl").write_text("not metrics\n")
     with pytest.raises(ConfigError, match="has no line with a step"):
         main([root], None)
     assert (root / "report.html").read_bytes() == before
 
 
-def test_what_the_page_is_made_of_comes_with_the_package() -> None:
-    """Files that are no modules are shipped only where `pyproject.toml` names them."""
+def test_template_and_styles_are_package_data() -> None:
+    """Files other than modules are packaged only if `pyproject.toml` names them."""
     page = files("megatron_idpo.evaluate.report")
     others = {one.name for one in page.iterdir() if one.is_file() and not one.name.endswith(".py")}
-    project = Path(__file__).parents[2] / "pyproject.toml"
+    project = Path(__file__).parents[3] / "pyproject.toml"
     (line,) = [
         x for x in project.read_text().splitlines() if '"megatron_idpo.evaluate.report"' in x
     ]

@@ -1,4 +1,4 @@
-"""The verb `h4` on a tiny model: the figures of `simple_evaluate` on hand-written tasks."""
+"""The verb `h4` on a tiny model, compared with `simple_evaluate` on hand-written tasks."""
 
 import json
 import socket
@@ -9,24 +9,23 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
-from megatron_idpo.config.run_config import load_config
 from megatron_idpo.errors import CheckpointError, ConfigError, DataError
-from megatron_idpo.evaluate.lm_eval import backend as h4_lm_eval
-from megatron_idpo.evaluate.lm_eval import main as h4_main
+from megatron_idpo.evaluate.lm_eval import run as h4_run
+from megatron_idpo.evaluate.lm_eval import tasks as h4_tasks
 from megatron_idpo.evaluate.lm_eval.items import read_items
-from megatron_idpo.evaluate.lm_eval.tasks import H4, SAME_FILE, spec
+from megatron_idpo.evaluate.lm_eval.tasks import H4, SAME_FILE, task_specs
+from tests.evaluate.generate.tiny_answers import write_model
 
-from .tiny_answers import write_model
-from .tiny_h4 import MMLU, arc, hellaswag, mmlu, write, write_items
+from .example_items import MMLU, arc, hellaswag, mmlu, write, write_items
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: the extra `eval`")
 
 LIMIT = 4
 POSITIONS = 2500
-"""One a byte: as many as 25 examples of ARC take."""
+"""Tokens, which are bytes: 25 examples of ARC."""
 
 ROUNDING = 1e-6
-"""Of a probability: batches are padded otherwise."""
+"""Of a probability, from different padding."""
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +39,15 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_items(tmp_path_factory.mktemp("h4") / "items")
 
 
+@pytest.fixture(autouse=True)
+def no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval describes the machine after each call, which takes seconds."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every attempt to reach anything, which fails."""
+    """All attempts to connect; they fail."""
     tried: list[Any] = []
 
     def refuse(*arguments: Any, **_: Any) -> None:
@@ -72,7 +77,7 @@ def written(directory: Path, name: str = "one") -> dict[str, Any]:
     return found
 
 
-# ---- the same figures as lm-eval's -----------------------------------------------------------
+# ---- values ------------------------------------------------------------------------------------
 
 
 BOTH = [
@@ -82,7 +87,7 @@ BOTH = [
 
 
 def their_task(name: str, file: Path, shots: int, text: Any, **other: Any) -> dict[str, Any]:
-    """A task of one file, in lm-eval's words."""
+    """A task dictionary for one file."""
     data = {"data_files": {"test": str(file)}, "cache_dir": str(file.parent / "cache")}
     return {
         "task": name,
@@ -99,7 +104,7 @@ def their_task(name: str, file: Path, shots: int, text: Any, **other: Any) -> di
 
 
 def second_opinion(model: Path, items: Path) -> dict[str, dict[str, Any]]:
-    """lm-eval's results for tasks whose prompts are written out here."""
+    """lm-eval's results for tasks whose prompts are spelled out here."""
     from lm_eval import evaluator
 
     arc_task = their_task(
@@ -144,19 +149,17 @@ def second_opinion(model: Path, items: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
-def test_figures_are_lm_eval_s_and_no_network_is_touched(
+def test_values_equal_hand_written_tasks_without_network(
     model: Path,
     items: Path,
     tmp_path: Path,
     no_network: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = config(tmp_path / "out", model, items)
-    assert h4_main.main(path, []) == 0
+    with caplog.at_level("INFO", logger="megatron_idpo"):
+        assert h4_run.main(path, []) == 0
     assert no_network == []
-    out, err = capfd.readouterr()
-    assert "WARNING" not in err and "it/s" not in err, err
     found = written(tmp_path / "out")
     tasks = found["tasks"]
     assert [task["few_shot"] for task in tasks.values()] == [25, 10, 5, 0]
@@ -164,10 +167,9 @@ def test_figures_are_lm_eval_s_and_no_network_is_touched(
     assert tasks["arc_challenge"]["examples"] == SAME_FILE
     assert not any(task["cut"] for task in tasks.values())
     assert found["mean"] == pytest.approx(sum(task["value"] for task in tasks.values()) / 4)
-    assert f"{100 * tasks['hellaswag']['value']:.2f} % of 4 items" in out
+    assert f"{100 * tasks['hellaswag']['value']:.2f} % of 4 items" in caplog.text
     assert (tmp_path / "out" / "h4" / "h4.md").is_file()
 
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # seconds
     theirs = second_opinion(model, items)
     for name, other in (("arc_challenge", "arc"), ("hellaswag", "swag")):
         assert tasks[name]["value"] == theirs[other]["acc_norm,none"]
@@ -176,20 +178,20 @@ def test_figures_are_lm_eval_s_and_no_network_is_touched(
     assert tasks["mmlu"]["value"] == pytest.approx(sum(subjects) / len(subjects))
 
 
-def test_truthfulqa_is_the_true_answers_share_of_probability(
+def test_truthfulqa_is_the_probability_of_true_answers(
     model: Path, items: Path, tmp_path: Path
 ) -> None:
-    """Computed here by Transformers, one answer at a time."""
+    """Computed with Transformers, one answer at a time."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = config(tmp_path / "out", model, items, tasks=["truthfulqa_mc2"])
-    assert h4_main.main(path, []) == 0
+    assert h4_run.main(path, []) == 0
     task = written(tmp_path / "out")["tasks"]["truthfulqa_mc2"]
     assert (task["metric"], task["examples"]) == ("mc2", "fixed, part of the task")
 
     name = "truthfulqa_mc2"
-    loaded = h4_lm_eval.task_manager().load([spec(H4[name], read_items(items, [name])[name])])
+    loaded = h4_tasks.task_manager().load(task_specs(H4[name], read_items(items, [name])[name]))
     [lm_eval_task] = loaded["tasks"].values()
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -211,13 +213,13 @@ def test_truthfulqa_is_the_true_answers_share_of_probability(
 
 
 @pytest.mark.parametrize("name", ["arc_challenge", "hellaswag", "mmlu"])
-def test_an_item_is_not_among_its_own_examples(items: Path, name: str) -> None:
-    """With as many items as a prompt holds, the one asked is there once, and without its answer."""
+def test_item_is_not_its_own_example(items: Path, name: str) -> None:
+    """With as few items as possible, the prompt has the asked one once, without its answer."""
     task = H4[name]
     found = read_items(items, [name])[name]
     rows = [row for row in found.asked if row.get("subject", "virology") == "virology"]
     few = type(found)(found.file, rows[: task.few_shot + 1], None, found.digests)
-    loaded = h4_lm_eval.task_manager().load([spec(task, few)])
+    loaded = h4_tasks.task_manager().load(task_specs(task, few))
     [lm_eval_task] = loaded["tasks"].values()
     lm_eval_task.set_config("num_fewshot", task.few_shot)
     lm_eval_task.set_fewshot_seed(1234)
@@ -230,52 +232,53 @@ def test_an_item_is_not_among_its_own_examples(items: Path, name: str) -> None:
         assert context.endswith(asked[instance.doc_id])
 
 
-# ---- going on, and refusing ------------------------------------------------------------------
+# ---- resuming and errors -----------------------------------------------------------------------
 
 
-def test_what_is_there_is_not_measured_again(
+def test_finished_tasks_are_not_evaluated_again(
     model: Path,
     items: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
     path = config(out, model, items, tasks=["truthfulqa_mc2"])
-    h4_main.main(path, [])
+    h4_run.main(path, [])
     first = written(out)
     asked: list[str] = []
-    measure = h4_lm_eval.LmEval.measure
+    evaluate = h4_tasks.LmEvalModel.evaluate
 
-    def noted(self: Any, task: Any, *arguments: Any) -> Any:
+    def recorded(self: Any, task: Any, *arguments: Any) -> Any:
         asked.append(task.name)
-        return measure(self, task, *arguments)
+        return evaluate(self, task, *arguments)
 
-    monkeypatch.setattr(h4_lm_eval.LmEval, "measure", noted)
-    h4_main.main(path, [])
+    monkeypatch.setattr(h4_tasks.LmEvalModel, "evaluate", recorded)
+    with caplog.at_level("INFO", logger="megatron_idpo"):
+        h4_run.main(path, [])
     assert asked == [] and written(out) == first
-    assert "one: is there" in capsys.readouterr().out
-    h4_main.main(path, ["h4.tasks=[mmlu, truthfulqa_mc2]"])
+    assert "one: already evaluated" in caplog.text
+    h4_run.main(path, ["h4.tasks=[mmlu, truthfulqa_mc2]"])
     assert asked == ["mmlu"]
     assert written(out)["tasks"]["truthfulqa_mc2"] == first["tasks"]["truthfulqa_mc2"]
-    with pytest.raises(ConfigError, match=r"h4\.limit was 4, here 3"):
-        h4_main.main(path, ["h4.limit=3"])
+    with pytest.raises(ConfigError, match=r"h4\.limit was 4, is now 3"):
+        h4_run.main(path, ["h4.limit=3"])
     (model / "config.json").touch()
-    assert h4_main.main(path, []) == 0, "a date is no change"
+    assert h4_run.main(path, []) == 0, "a new modification time is not a change"
 
 
-def test_prompts_longer_than_the_context_are_counted_and_reported(
+def test_cut_prompts_are_counted_and_reported(
     items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = write_model(tmp_path / "small", max_position_embeddings=300)
     path = config(tmp_path / "out", small, items, tasks=["hellaswag"], limit=2)
-    assert h4_main.main(path, []) == 0
+    assert h4_run.main(path, []) == 0
     assert written(tmp_path / "out")["tasks"]["hellaswag"]["cut"] == 8
     message = " ".join(capsys.readouterr().out.split())
     assert "HellaSwag: 8 prompts were longer than the model's context" in message
 
 
-def test_an_adapter_counts(model: Path, items: Path, tmp_path: Path) -> None:
+def test_adapter_changes_the_value(model: Path, items: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     import torch
     from transformers import AutoModelForCausalLM
@@ -289,34 +292,34 @@ def test_an_adapter_counts(model: Path, items: Path, tmp_path: Path) -> None:
         "adapted": {"path": str(model), "adapter": str(tmp_path / "adapter")},
     }
     path = config(tmp_path / "out", model, items, tasks=["truthfulqa_mc2"])
-    assert h4_main.main(path, [f"evaluate.models={json.dumps(models)}"]) == 0
+    assert h4_run.main(path, [f"evaluate.models={json.dumps(models)}"]) == 0
     plain, adapted = (written(tmp_path / "out", name) for name in models)
     task = "truthfulqa_mc2"
     assert abs(plain["tasks"][task]["value"] - adapted["tasks"][task]["value"]) > ROUNDING
 
 
-def test_too_few_items_are_told_before_a_model_is_loaded(model: Path, tmp_path: Path) -> None:
+def test_too_few_items_are_reported_before_a_model_is_loaded(model: Path, tmp_path: Path) -> None:
     write(tmp_path / "arc_challenge.jsonl", arc(25))
     path = config(tmp_path / "out", tmp_path / "no-model", tmp_path, tasks=["arc_challenge"])
-    with pytest.raises(DataError, match="25 different items to take 25 examples from"):
-        h4_main.main(path, [])
+    with pytest.raises(DataError, match="25 distinct items to take 25 examples from"):
+        h4_run.main(path, [])
     write(tmp_path / "mmlu.jsonl", mmlu({"anatomy": 6, "virology": 5}))
-    with pytest.raises(DataError, match="5 different items of virology"):
-        h4_main.main(path, ["h4.tasks=[mmlu]"])
+    with pytest.raises(DataError, match="5 distinct items of virology"):
+        h4_run.main(path, ["h4.tasks=[mmlu]"])
     write(tmp_path / "hellaswag.jsonl", hellaswag(2))
     write(tmp_path / "hellaswag_train.jsonl", hellaswag(10, seed=1))
     with pytest.raises(DataError, match=r"hellaswag_train\.jsonl: .* at least 11"):
-        h4_main.main(path, ["h4.tasks=[hellaswag]"])
+        h4_run.main(path, ["h4.tasks=[hellaswag]"])
 
 
-def test_an_unknown_subject_is_named(model: Path, tmp_path: Path) -> None:
+def test_unknown_subject_is_reported(model: Path, tmp_path: Path) -> None:
     write(tmp_path / "mmlu.jsonl", mmlu({"alchemy": 6}))
     path = config(tmp_path / "out", model, tmp_path, tasks=["mmlu"])
-    with pytest.raises(DataError, match="knows no subject alchemy"):
-        h4_main.main(path, [])
+    with pytest.raises(DataError, match="has no subject alchemy"):
+        h4_run.main(path, [])
 
 
-def test_the_hub_s_own_items_where_there_is_no_hub(
+def test_unreachable_hub_is_reported(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(*_: Any, **__: Any) -> None:
@@ -324,75 +327,73 @@ def test_the_hub_s_own_items_where_there_is_no_hub(
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     path = config(tmp_path / "out", model, None, tasks=["hellaswag"])
-    with pytest.raises(ConfigError, match=r"h4\.items: is null, and the hub does not give hellasw"):
-        h4_main.main(path, [])
+    with pytest.raises(ConfigError, match=r"h4\.items: is null, and the hub does not provide"):
+        h4_run.main(path, [])
 
 
-def test_what_transformers_cannot_load(
+def test_models_that_transformers_cannot_load(
     model: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = tmp_path / "ours"
     ours.mkdir()
     (ours / "metadata.json").write_text("{}")
-    with pytest.raises(ConfigError, match="convert megatron-to-hf") as caught:
-        h4_main.main(config(tmp_path / "a", ours, items), ["model.tokenizer=x.model"])
-    assert "model.tokenizer: is x.model" in str(caught.value)
+    with pytest.raises(ConfigError, match="convert megatron-to-hf"):
+        h4_run.main(config(tmp_path / "a", ours, items), [])
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(CheckpointError, match="Transformers cannot load it"):
-        h4_main.main(config(tmp_path / "b", empty, items), [])
+        h4_run.main(config(tmp_path / "b", empty, items), [])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="without torchrun"):
-        h4_main.main(config(tmp_path / "c", model, items), [])
+        h4_run.main(config(tmp_path / "c", model, items), [])
 
 
-@pytest.mark.parametrize("error", [RuntimeError("sizes differ"), ModuleNotFoundError("no peft")])
-def test_whatever_loading_raises_is_reported(
+@pytest.mark.parametrize("error", [RuntimeError("sizes"), ModuleNotFoundError("no peft")])
+def test_any_loading_error_is_reported(
     model: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM", Mock(side_effect=error))
     with pytest.raises(CheckpointError, match=f"load it: {type(error).__name__}: {error}"):
-        h4_main.main(config(tmp_path / "out", model, items), [])
+        h4_run.main(config(tmp_path / "out", model, items), [])
 
 
-def test_outputs_that_are_no_numbers_are_no_figure(
+def test_nan_value_is_reported(
     model: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {"results": {"local::h4_arc_challenge": {"acc_norm,none": float("nan")}}}
-    monkeypatch.setattr("lm_eval.evaluator.evaluate", lambda **_: found)
-    with pytest.raises(CheckpointError, match=r"gives ARC no figure \(nan\)"):
-        h4_main.main(config(tmp_path / "out", model, items), [])
-    assert not (tmp_path / "out/h4").exists()
+    values = {"acc_norm,none": float("nan"), "acc_norm_stderr,none": 0.0, "sample_len": 4}
+    output = {"results": {"arc_challenge": values}}
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", lambda *_, **__: output)
+    with pytest.raises(CheckpointError, match=r"has no value in ARC \(nan\)"):
+        h4_run.main(config(tmp_path / "out", model, items), [])
+    assert not list((tmp_path / "out/h4").iterdir())
 
 
-def test_too_large_a_batch_is_reported(
+def test_out_of_memory_is_reported(
     model: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
-    def full(**_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("2.00 GiB")
 
-    monkeypatch.setattr("lm_eval.evaluator.evaluate", full)
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", full)
     with pytest.raises(ConfigError, match=r"h4\.batch_size: is 4: ARC does not fit into memory"):
-        h4_main.main(config(tmp_path / "out", model, items), [])
+        h4_run.main(config(tmp_path / "out", model, items), [])
 
 
-def test_splits_of_their_own_stay_lm_eval_s(items: Path, tmp_path: Path) -> None:
-    """With a file for the examples the definition of the task stays as it is."""
+def test_example_file_keeps_the_splits_of_the_task(items: Path, tmp_path: Path) -> None:
+    """With a file for the examples, only the data of the task file is replaced."""
     write(tmp_path / "hellaswag.jsonl", hellaswag(2))
     write(tmp_path / "hellaswag_train.jsonl", hellaswag(11, seed=1))
     found = read_items(tmp_path, ["hellaswag"])["hellaswag"]
-    made = spec(H4["hellaswag"], found)
-    assert isinstance(made, dict)
-    [member] = made["task"][0]["task"]
+    [group] = task_specs(H4["hellaswag"], found)
+    [member] = group["task"]
     assert set(member) == {"task", "custom_dataset"}
     data = member["custom_dataset"]()
     assert {name: len(split) for name, split in data.items()} == {"validation": 2, "train": 11}
 
 
-def test_the_sections_that_the_verb_reads(tmp_path: Path, model: Path, items: Path) -> None:
+def test_other_sections_are_refused(tmp_path: Path, model: Path, items: Path) -> None:
     path = config(tmp_path / "out", model, items)
-    load_config(path, required=h4_main.REQUIRED, optional=h4_main.OPTIONAL)
     with pytest.raises(ConfigError, match="no part of this verb"):
-        h4_main.main(path, ["generate.temperature=1"])
+        h4_run.main(path, ["generate.temperature=1"])
