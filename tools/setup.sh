@@ -91,7 +91,7 @@ consider_path() {
 consider_pyenv() {
     local command
     for command in "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/*/bin/python; do
-        [[ ! -x "$command" ]] || consider "a pyenv installation" "$command"
+        [[ ! -x "$command" ]] || consider "in a pyenv installation" "$command"
     done
 }
 

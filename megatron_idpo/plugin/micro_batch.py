@@ -86,7 +86,7 @@ class MicroBatch(RowParams):
     targets: Targets
     reference_logps: Mapping[int, Tensor] = field(default_factory=dict)
     """Sequence log-probabilities of the reference by layer (including the final one), float32
-    `[2P]`. Empty if only log-probabilities are wanted, no losses."""
+    `[2P]`. Empty if no losses are computed."""
 
     reference_free: bool = False
     """Losses without a reference: its log-probabilities count as 0."""

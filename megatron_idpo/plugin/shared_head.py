@@ -44,19 +44,15 @@ class _Copies:
 
     stages: StageGroup | None = None
 
-    def connect(self) -> None:
-        """Create the group of stages with copies. Collective over the world."""
-        self.stages = stage_group(
-            is_member=bool(self.replicas) or self.owned is not None,
-            needs_group=bool(self.replicas),
-        )
+    def connect_and_fill(self, source: int) -> None:
+        """Create the group of stages with copies, and copy the owner's values into every copy.
 
-    def fill(self, source: int) -> None:
-        """Copy the owner's values into every copy. Collective over the stages: one broadcast.
+        Collective over the world, and one broadcast over the stages.
 
         Args:
             source: index of the owner in the stage group: 0 or -1.
         """
+        self.stages = stage_group(is_member=bool(self._all()), needs_group=bool(self.replicas))
         first = next(iter(self._all()), None)
         if self.stages is not None and first is not None:
             dist.broadcast(first.data, src=self.stages.ranks[source], group=self.stages.group)
@@ -148,8 +144,7 @@ class SharedHead:
         tied = chunks[0].share_embeddings_and_output_weights
         # Weights before norms on every rank: creating a group is collective over the world.
         for copies, source in ((self._weights, 0 if tied else -1), (self._norms, -1)):
-            copies.connect()
-            copies.fill(source)
+            copies.connect_and_fill(source)
             if copies.owned is not None and copies.stages is not None:
                 self._undo.append(mark_shared_head(copies.owned, is_owner=True))
 

@@ -28,6 +28,12 @@ _SHARED: dict[str, Any] = {
 }
 """Heads, groups and layers are divisible by 4, for TP 4 and PP 4."""
 
+_QWEN: dict[str, Any] = {
+    "max_window_layers": 4,
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+
 _BY_FAMILY: dict[str, dict[str, Any]] = {
     "llama": {
         "architectures": ["LlamaForCausalLM"],
@@ -42,18 +48,14 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
     },
     "qwen2": {
         "architectures": ["Qwen2ForCausalLM"],
-        "max_window_layers": 4,
-        "sliding_window": None,
-        "use_sliding_window": False,
+        **_QWEN,
     },
     "qwen3": {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
         # Not hidden_size / num_attention_heads: the head dimension is independent.
         "head_dim": 16,
-        "max_window_layers": 4,
-        "sliding_window": None,
-        "use_sliding_window": False,
+        **_QWEN,
     },
 }
 

@@ -126,6 +126,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
         machine.communicate(timeout=TIMEOUT_S)
 
 
+@pytest.mark.exhaustive  # test_signal_to_a_slurm_job forwards the same signal
 def test_signal_to_one_machine_stops_all_with_exit_code_75(machines: Machines) -> None:
     """Without node.py, SIGUSR1 ends torchrun and not its workers."""
     first, second = (
@@ -146,6 +147,7 @@ def test_workers_may_save_longer_than_torchruns_shutdown_timeout(machines: Machi
     assert "saved-0" in machines.saved()
 
 
+@pytest.mark.exhaustive  # test_exit_codes has the same codes
 def test_worker_without_signal_handler_counts_as_stopped(machines: Machines) -> None:
     machine = machines.start("no-handler")
     machines.wait_until_ready(1)
@@ -169,7 +171,13 @@ def _handles_sigterm(pid: int) -> bool:
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
-@pytest.mark.parametrize(("code", "prints"), [(EXIT_USER_ERROR, False), (3, True)])
+@pytest.mark.parametrize(
+    ("code", "prints"),
+    [
+        (EXIT_USER_ERROR, False),
+        pytest.param(3, True, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_failure_keeps_its_exit_code(machines: Machines, code: int, prints: bool) -> None:
     """The machine's other workers end too. A user error was printed by the worker."""
     machine = machines.start("fails", str(code), options=("--nproc-per-node", "2"))

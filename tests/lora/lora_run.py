@@ -96,7 +96,7 @@ def train(base: str, adapter: str, case: Case) -> dict[str, Any]:
     chunks, architecture, adapters = adapted(
         base, case.layout, settings, adapter, recompute=recompute
     )
-    frozen = {name: one.clone() for name, one in _base_parameters(chunks)}
+    frozen = {name: p.clone() for name, p in _base_parameters(chunks)}
     wrapped, optimizer = _with_optimizer(chunks, case)
     result: dict[str, Any] = {"norms": []}
     for step in range(STEPS):
@@ -113,7 +113,7 @@ def train(base: str, adapter: str, case: Case) -> dict[str, Any]:
         for chunk in wrapped:
             # Wait for the all-gather of the last step's weights.
             chunk.disable_forward_pre_hook(param_sync=True)
-    assert all(torch.equal(frozen[name], one) for name, one in _base_parameters(chunks))
+    assert all(torch.equal(frozen[name], p) for name, p in _base_parameters(chunks))
     return result | {"adapters": whole(adapters)}
 
 

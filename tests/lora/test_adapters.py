@@ -40,29 +40,33 @@ CASES = [
     Case(layout=TP2, model="qwen2"),
     Case(layout=TP2_SP, model="qwen3", recompute="full"),
     Case(layout=TP2_SP, model="llama-tied", settings="k-o-up", recompute="selective"),
-    Case(layout=PP2, model="llama-untied", settings="gate-down"),
     Case(layout=PP2_VP2, model="qwen2"),
-    Case(layout=TP2_PP2_SP, model="llama-tied"),
     Case(data=2, sync="distributed", model="llama-tied"),
     Case(layout=TP2_SP, data=2, sync="overlap", model="qwen2"),
 ]
-EXHAUSTIVE = [
-    Case(layout=layout, model=model, settings=settings, recompute=recompute)
-    for layout, (model, settings, recompute) in product(
-        (TP1, TP2, TP2_SP, TP4, TP4_SP, PP2, PP2_VP2, TP2_PP2, TP2_PP2_SP, TP2_PP2_VP2_SP),
-        [
-            *((model, "all", "off") for model in MODELS),
-            *(("qwen2", settings, "full") for settings in SETTINGS),
-        ],
-    )
-] + [
-    Case(layout=layout, data=2, sync=sync, recompute=recompute)
-    for layout, sync, recompute in product(
-        (TP1, TP2, TP2_SP, PP2, PP2_VP2, TP2_PP2_SP),
-        ("plain", "overlap", "distributed"),
-        ("off", "full"),
-    )
-]
+EXHAUSTIVE = (
+    [
+        Case(layout=layout, model=model, settings=settings, recompute=recompute)
+        for layout, (model, settings, recompute) in product(
+            (TP1, TP2, TP2_SP, TP4, TP4_SP, PP2, PP2_VP2, TP2_PP2, TP2_PP2_SP, TP2_PP2_VP2_SP),
+            [
+                *((model, "all", "off") for model in MODELS),
+                *(("qwen2", settings, "full") for settings in SETTINGS),
+            ],
+        )
+    ]
+    + [
+        Case(layout=PP2, model="llama-untied", settings="gate-down"),
+    ]
+    + [
+        Case(layout=layout, data=2, sync=sync, recompute=recompute)
+        for layout, sync, recompute in product(
+            (TP1, TP2, TP2_SP, PP2, PP2_VP2, TP2_PP2_SP),
+            ("plain", "overlap", "distributed"),
+            ("off", "full"),
+        )
+    ]
+)
 
 
 def _params() -> list[Any]:

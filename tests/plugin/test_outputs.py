@@ -31,8 +31,8 @@ def buffer():
 
 def test_outputs_are_taken_once_in_recording_order(buffer):
     outputs = [output(2, 0), output(2, 1), output(FINAL, 1), output(FINAL, 0)]
-    for one in outputs:
-        buffer.record(one)
+    for recorded in outputs:
+        buffer.record(recorded)
     assert buffer.take(2) == outputs
     assert buffer.take(0) == []
 
@@ -49,8 +49,8 @@ def test_buffer_is_empty_after_an_error(buffer):
 
 
 def test_layers_of_a_rank_with_different_micro_batches_are_an_error(buffer):
-    for one in (output(2, 0), output(2, 1), output(FINAL, 2), output(FINAL, 3)):
-        buffer.record(one)
+    for recorded in (output(2, 0), output(2, 1), output(FINAL, 2), output(FINAL, 3)):
+        buffer.record(recorded)
     with pytest.raises(ConfigError, match="different micro-batches"):
         buffer.take(2)
 

@@ -128,7 +128,7 @@ def copies(chunks: list[Any], tied: bool) -> dict[str, list[Tensor]]:
             held["weight"] += [weight] if weight is not None else []
         if chunk.pre_process and tied:
             held["weight"].append(chunk.embedding.word_embeddings.weight)
-    return {name: [one.detach().clone() for one in ones] for name, ones in held.items()}
+    return {name: [copy.detach().clone() for copy in group] for name, group in held.items()}
 
 
 def fine_tune(case: Case) -> dict[str, Any]:
@@ -193,11 +193,11 @@ def test_copies_stay_equal_and_count_once_in_the_gradient_norm(workers, one_rank
     for name in ("weight", "norm"):
         for shard in range(case.layout.tensor):
             of_shard = [answer for answer in answers if answer["shard"] == shard]
-            before = [one for answer in of_shard for one in answer["before"][name]]
-            after = [one for answer in of_shard for one in answer["after"][name]]
+            before = [copy for answer in of_shard for copy in answer["before"][name]]
+            after = [copy for answer in of_shard for copy in answer["after"][name]]
             assert len(after) == len(before) > case.data, "expected a copy in addition to the owner"
-            assert all(torch.equal(one, before[0]) for one in before)
-            assert all(torch.equal(one, after[0]) for one in after)
+            assert all(torch.equal(copy, before[0]) for copy in before)
+            assert all(torch.equal(copy, after[0]) for copy in after)
             moved = (after[0].float() - before[0].float()).abs().max()
             assert moved > LR, "the weights did not change"
     assert len({answer["norms"][-1] for answer in answers}) == 1, "ranks disagree on the norm"
@@ -232,13 +232,13 @@ def interrupted(directory: str, layout: Layout, tied: bool, resumes: bool) -> li
         optimizer.step()
 
     def state() -> dict[str, Any]:
-        weights = {f"model{number}": one.sharded_state_dict() for number, one in enumerate(chunks)}
+        weights = {f"model{n}": chunk.sharded_state_dict() for n, chunk in enumerate(chunks)}
         of_model = weights if len(chunks) > 1 else weights["model0"]
         return {**weights, "optimizer": optimizer.sharded_state_dict(of_model)}
 
     if resumes:
         step()
-        for parameter in (one for chunk in chunks for one in chunk.parameters()):
+        for parameter in (p for chunk in chunks for p in chunk.parameters()):
             parameter.data.fill_(torch.nan)
         loaded = dist_checkpointing.load(state(), directory)
         for number, chunk in enumerate(chunks):
@@ -249,7 +249,7 @@ def interrupted(directory: str, layout: Layout, tied: bool, resumes: bool) -> li
         step()
         dist_checkpointing.save(state(), directory)
     step()
-    return [{name: one.detach() for name, one in chunk.named_parameters()} for chunk in chunks]
+    return [{name: p.detach() for name, p in chunk.named_parameters()} for chunk in chunks]
 
 
 @pytest.mark.exhaustive
@@ -262,9 +262,9 @@ def test_resume_from_a_megatron_checkpoint_is_bitwise_exact(workers, tmp_path, l
     expected = workers.run(interrupted, 2, str(tmp_path), layout, tied, False)
     resumed_by_rank = workers.run(interrupted, 2, str(tmp_path), layout, tied, True)
     for chunks, resumed in zip(expected, resumed_by_rank, strict=True):
-        for one, other in zip(chunks, resumed, strict=True):
-            assert one.keys() == other.keys()
-            assert [name for name in one if not torch.equal(one[name], other[name])] == []
+        for weights, other in zip(chunks, resumed, strict=True):
+            assert weights.keys() == other.keys()
+            assert [name for name in weights if not torch.equal(weights[name], other[name])] == []
 
 
 # ---- memory and trainability ---------------------------------------------------------------------
@@ -292,13 +292,13 @@ def frozen_copies() -> dict[str, Any]:
         owned = owned if tied else []
         owned += [chunk.output_layer.weight for chunk in chunks if chunk.post_process]
         replicas = [chunk.head_replica for chunk in chunks if hasattr(chunk, "head_replica")]
-        weights = [one.weight for one in replicas if one.weight is not None] + owned
+        weights = [r.weight for r in replicas if r.weight is not None] + owned
         results[name] = {
             "replicas": len(replicas),
-            "weights": len({one.data_ptr() for one in weights}),
-            "norms": len({one.norm_weight.data_ptr() for one in replicas}),
-            "weight_trains": {one.requires_grad for one in weights},
-            "norm_trains": {one.norm_weight.requires_grad for one in replicas},
+            "weights": len({weight.data_ptr() for weight in weights}),
+            "norms": len({replica.norm_weight.data_ptr() for replica in replicas}),
+            "weight_trains": {weight.requires_grad for weight in weights},
+            "norm_trains": {replica.norm_weight.requires_grad for replica in replicas},
             "has_trained_copies": dpo._shared_head.has_trained_copies,
         }
     return results
@@ -328,14 +328,14 @@ def fingerprint(chunk: Any) -> dict[str, Any]:
         "keys": list(chunk.state_dict()),
         "sharded": sorted(chunk.sharded_state_dict()),
         "parameters": {
-            name: (one.requires_grad, one.data_ptr(), sorted(vars(one)))
-            for name, one in chunk.named_parameters()
+            name: (p.requires_grad, p.data_ptr(), sorted(vars(p)))
+            for name, p in chunk.named_parameters()
         },
         "hooks": {
             name: [len(hooks) for key, hooks in sorted(vars(module).items()) if "_hooks" in key]
             for name, module in chunk.named_modules()
         },
-        "patched": [name for name, one in chunk.named_modules() if "forward" in vars(one)],
+        "patched": [name for name, module in chunk.named_modules() if "forward" in vars(module)],
         "modules": [name for name, _ in chunk.named_modules()],
     }
 
@@ -358,13 +358,13 @@ def attach_and_detach(layout: Layout, tied: bool) -> list[str]:
         dpo.detach()
         after = [fingerprint(chunk) for chunk in chunks]
         differences = [
-            f"{name}: {one[name]} != {other[name]}"
-            for one, other in zip(before, after, strict=True)
-            for name in one
-            if one[name] != other[name]
+            f"{name}: {old[name]} != {new[name]}"
+            for old, new in zip(before, after, strict=True)
+            for name in old
+            if old[name] != new[name]
         ]
         logits += [plain_forward(chunks)] if logits else []
-    assert all(torch.equal(one, logits[0]) for one in logits)
+    assert all(torch.equal(other, logits[0]) for other in logits)
     for layer, loss_P in outputs[0].items():
         assert torch.equal(loss_P, outputs[1][layer])
     return differences
