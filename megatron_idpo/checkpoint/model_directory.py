@@ -74,9 +74,26 @@ def new_directory(
         CheckpointError: the target cannot be written.
     """
     target = target.resolve()  # a link is kept, the directory that it points to is replaced
+    directory = begin_together(
+        target, marker=marker, overwrite=overwrite, needed_bytes=needed_bytes
+    )
+    with _deleted_on_error(directory):
+        yield directory
+        with raise_on_all_ranks("finishing the checkpoint"):
+            if is_rank0():
+                atomic.publish_directory(directory, target, overwrite=overwrite)
+    barrier()
+
+
+def begin_together(target: Path, *, marker: str, overwrite: bool, needed_bytes: int) -> Path:
+    """Creates the incomplete directory of `target` for all ranks. Collective; see `new_directory`.
+
+    Raises:
+        CheckpointError: on every rank; the target cannot be written by all of them.
+    """
     token = broadcast_from_rank0(lambda: uuid4().hex[:8])
     directory = atomic.incomplete_directory(target, token)
-    try:
+    with _deleted_on_error(directory):
         with raise_on_all_ranks("preparing the checkpoint's directory"):
             if is_rank0():
                 atomic.check_replaceable(target, [marker], "a checkpoint")
@@ -85,17 +102,20 @@ def new_directory(
                 )
         with raise_on_all_ranks("checking the checkpoint's directory"):
             check_shared(directory, target)
-        yield directory
-        with raise_on_all_ranks("finishing the checkpoint"):
-            if is_rank0():
-                atomic.publish_directory(directory, target, overwrite=overwrite)
+    return directory
+
+
+@contextmanager
+def _deleted_on_error(directory: Path) -> Iterator[None]:
+    """Deletes the directory if the block raises. Collective after a `UserError`."""
+    try:
+        yield
     except BaseException as error:
         if is_rank0():
             atomic.discard_directory(directory)
         if isinstance(error, UserError):
             barrier()  # otherwise torchrun would kill rank 0 while it still deletes
         raise
-    barrier()
 
 
 def copy_companions(companions: Sequence[Path], directory: Path) -> None:

@@ -20,12 +20,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, Literal, Self
-from uuid import uuid4
 
 from megatron_idpo.checkpoint.background_save import BackgroundWorker
 from megatron_idpo.checkpoint.dcp_planner import write_chunks
+from megatron_idpo.checkpoint.metadata import FILE as PROGRESS
 from megatron_idpo.checkpoint.metadata import Progress, Record
-from megatron_idpo.checkpoint.model_directory import check_shared
+from megatron_idpo.checkpoint.model_directory import begin_together, check_shared
 from megatron_idpo.checkpoint.retention import (
     CheckpointInfo,
     Retention,
@@ -158,7 +158,13 @@ class Checkpoints:
             loss_scale=loss_scaler_state(optimizer),
         )
         target = checkpoint_directory(self._root, progress.step)
-        directory = self._begin(target, chunks)
+        num_bytes = sum(chunk.tensor.nbytes for chunk in chunks)
+        directory = begin_together(
+            target,
+            marker=PROGRESS,
+            overwrite=True,
+            needed_bytes=sum(all_gather_objects(num_bytes)),
+        )
         self._saving = CheckpointInfo(target, progress.step, score, record.metric)
         self._worker.start(lambda: self._write(chunks, record, directory, target))
 
@@ -202,19 +208,6 @@ class Checkpoints:
             set_loss_scaler_state(optimizer, record.loss_scale)
         self._saved_step = info.step
         return record.progress
-
-    def _begin(self, target: Path, chunks: list[TensorChunk]) -> Path:
-        """Creates a hidden directory for all ranks, after checking the free disk space."""
-        num_bytes = sum(chunk.tensor.nbytes for chunk in chunks)
-        needed_bytes = sum(all_gather_objects(num_bytes))
-        token = broadcast_from_rank0(lambda: uuid4().hex[:8])
-        with raise_on_all_ranks("preparing the checkpoint's directory"):
-            if is_rank0():
-                atomic.begin_directory(target, token, overwrite=True, needed_bytes=needed_bytes)
-        directory = atomic.incomplete_directory(target, token)
-        with raise_on_all_ranks("checking the checkpoint's directory"):
-            check_shared(directory, target)
-        return directory
 
     def _write(
         self, chunks: list[TensorChunk], record: Record, directory: Path, target: Path

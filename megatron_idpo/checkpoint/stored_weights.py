@@ -2,7 +2,7 @@
 
 Only `metadata.json`, `.metadata` and the file sizes are read. That is enough to name a truncated or
 missing file and to recognize another model's checkpoint. megatron-core would start to read and fail
-in the middle, or with another vocabulary take whatever fits.
+in the middle, or load a part of another vocabulary.
 """
 
 import json
@@ -70,19 +70,17 @@ def check_same_model(
         CheckpointError: there is a difference; also everything that `stored_weights` raises.
     """
     stored = stored_weights(directory)
+    sizes = _padded_sizes(vocab_size, num_kv_heads)
     differences = _missing(expected, stored)
     for key, weight in stored.items():
-        if key not in expected:
+        shape = expected.get(key)
+        if shape is None:
             differences.append(f"tensor {key!r} of shape {weight.shape} is not expected")
             continue
-        shape = expected[key]
         if key in _VOCABULARY_KEYS:
             shape = (vocab_size, *shape[1:])
-            sizes = _padded_sizes(vocab_size, num_kv_heads)
-            matches = weight.shape[1:] == shape[1:] and weight.shape[0] in sizes
-        else:
-            matches = weight.shape == shape
-        if not matches:
+        is_padded = key in _VOCABULARY_KEYS and weight.shape[0] in sizes
+        if weight.shape != shape and not (is_padded and weight.shape[1:] == shape[1:]):
             differences.append(f"tensor {key!r} has shape {weight.shape}, expected {shape}")
     _raise_first(
         directory,

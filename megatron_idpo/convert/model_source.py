@@ -100,7 +100,7 @@ def open_model(path: str) -> ModelSource:
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
-        directory = _from_hub(path)
+        directory = download_model(path)
     snapshot = whole_snapshot(directory)
     if snapshot is not None:
         check_names(directory, snapshot)
@@ -198,11 +198,15 @@ def _combined(digests: Sequence[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _from_hub(name: str) -> Path:
-    """The snapshot of a hub model, downloaded if it is not in the cache."""
+def download_model(name: str, location: str = "model.path") -> Path:
+    """The directory of a hub model, downloaded if it is not in the cache.
+
+    Raises:
+        CheckpointError: at `location`; it is not on the hub, or the hub cannot be reached.
+    """
     if not _HUB_NAME.fullmatch(name):
         remedy = "name a model directory, or a hub model such as organization/model"
-        raise CheckpointError.at("model.path", f"{name} is not a directory", remedy)
+        raise CheckpointError.at(location, f"{name} is not a directory", remedy)
     from huggingface_hub import snapshot_download
 
     try:
@@ -211,4 +215,4 @@ def _from_hub(name: str) -> Path:
         reason = type(error).__name__
         message = f"{name} is not a directory, and cannot be downloaded from the hub ({reason})"
         remedy = f"check the name, or run this on a machine with network: hf download {name}"
-        raise CheckpointError.at("model.path", message, remedy) from error
+        raise CheckpointError.at(location, message, remedy) from error

@@ -58,18 +58,18 @@ def state_of(training: Any) -> list[torch.Tensor]:
     """Every tensor of a checkpoint."""
     from megatron_idpo.mcore.optim.state import sharded_params
 
-    held = sharded_params(training.optimizer)
-    moments = [tensor for one in held for tensor in one.moments().values()]
+    shards = sharded_params(training.optimizer)
+    moments = [tensor for shard in shards for tensor in shard.moments().values()]
     return [parameter.detach() for parameter in training.chunks[0].parameters()] + moments
 
 
-def save(checkpoints: Any, training: Any, step: int, number: float) -> None:
-    """Saves step `step` with every value of the state set to `number`."""
+def save(checkpoints: Any, training: Any, step: int, value: float) -> None:
+    """Saves step `step` with every value of the state set to `value`."""
     from megatron_idpo.mcore.optim.state import set_optimizer_step
 
     set_optimizer_step(training.optimizer, step)
     for tensor in state_of(training):
-        tensor.fill_(number)
+        tensor.fill_(value)
     checkpoints.save(training.chunks, training.optimizer, progress(step))
     for tensor in state_of(training):
         tensor.fill_(OVERWRITTEN)
@@ -122,15 +122,15 @@ def look(model: str, directory: str, answer: str) -> None:
 
     training = prepare(model, Setup())
     hidden = [path for path in Path(directory).iterdir() if path.name.startswith(".")]
-    found: dict[str, Any] = {"left": len(hidden)}
+    result: dict[str, Any] = {"left": len(hidden)}
     checkpoints = Checkpoints(Path(directory), keep_last=1, keep_best=0)
     info = checkpoints.latest()
     if info is not None:
-        said = checkpoints.load(info, training.chunks, training.optimizer)
-        numbers = {number for tensor in state_of(training) for number in tensor.unique().tolist()}
-        found |= {"step": info.step, "said": said.step, "numbers": sorted(numbers)}
-    found["names"] = sorted(path.name for path in Path(directory).iterdir())
-    Path(answer).write_text(json.dumps(found))
+        loaded = checkpoints.load(info, training.chunks, training.optimizer)
+        values = {value for tensor in state_of(training) for value in tensor.unique().tolist()}
+        result |= {"step": info.step, "loaded": loaded.step, "values": sorted(values)}
+    result["names"] = sorted(path.name for path in Path(directory).iterdir())
+    Path(answer).write_text(json.dumps(result))
 
 
 def fork(function: Callable[..., None], rank: int, size: int, store: str, *arguments: Any) -> int:
@@ -171,9 +171,9 @@ def trial(model: str, root: Path, mode: str, call: int) -> dict[str, Any]:
     return {"call": call, "ended": ended, **looked_at(model, root, directory)}
 
 
-def anytime(model: str, root: Path, number: int) -> dict[str, Any]:
+def anytime(model: str, root: Path, seed: int) -> dict[str, Any]:
     """One of two ranks is killed some time after the first checkpoint is complete."""
-    directory, chance = root / "checkpoints", random.Random(number)
+    directory, chance = root / "checkpoints", random.Random(seed)
     pids = [
         fork(save_and_save, rank, 2, str(root / "store"), model, str(directory)) for rank in (0, 1)
     ]
@@ -196,13 +196,13 @@ def main(model: str, root: Path, mode: str, first: int, stride: int, trials: int
     with suppress_megatron_warnings():
         for module in IMPORTED:
             importlib.import_module(module)
-    for number in range(first, first + trials * stride, stride):
-        own = root / f"{mode}-{number}"
+    for index in range(first, first + trials * stride, stride):
+        own = root / f"{mode}-{index}"
         own.mkdir()
         if mode == "anytime":
-            answer = anytime(model, own, number)
+            answer = anytime(model, own, index)
         else:
-            answer = trial(model, own, mode, number)
+            answer = trial(model, own, mode, index)
         print(json.dumps(answer), flush=True)
         if answer["ended"] == 0:
             return

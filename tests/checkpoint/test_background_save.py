@@ -47,8 +47,8 @@ def collectives_on_both_threads() -> bool:
     background, results = BackgroundWorker(), []
 
     def job() -> None:
-        for number in range(50):
-            tensor = torch.tensor(float(number))
+        for index in range(50):
+            tensor = torch.tensor(float(index))
             dist.all_reduce(tensor, group=background.group)
             results.append(float(tensor))
 
@@ -60,7 +60,7 @@ def collectives_on_both_threads() -> bool:
         if background.poll():
             break
     background.wait()
-    assert results == [2.0 * number for number in range(50)]
+    assert results == [2.0 * index for index in range(50)]
     return True
 
 

@@ -48,8 +48,8 @@ def write_and_read(directory: str, failing_rank: int | None, error: Callable[[],
     except BaseException as message:
         return type(message).__name__, str(message)
     fresh = tensors(rank, size)
-    for one in fresh.values():
-        one.data.zero_()
+    for tensor in fresh.values():
+        tensor.data.zero_()
     read_chunks([TensorChunk.of(tensor) for tensor in fresh.values()], Path(directory))
     return fresh["rows"].data.tolist(), fresh["same"].data.tolist()
 
@@ -59,14 +59,14 @@ def test_tensors_round_trip(workers, tmp_path):
     assert answers == [([[0, 1, 2, 3]], [1, 1, 1]), ([[10, 11, 12, 13]], [1, 1, 1])]
 
 
-def system_error(number: int) -> OSError:
-    return OSError(number, os.strerror(number))
+def system_error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
 
 
-def within_torch_save(number: int) -> RuntimeError:
+def within_torch_save(code: int) -> RuntimeError:
     """How torch.save raises the error of its file."""
     outer = RuntimeError("unexpected pos 64 vs 0\nat zip.cc")
-    outer.__context__ = system_error(number)
+    outer.__context__ = system_error(code)
     return outer
 
 
@@ -106,8 +106,8 @@ def write_below_a_file(directory: str) -> None:
     from megatron_idpo.mcore.parallel.groups import start_layout
 
     start_layout(Layout())
-    one = ShardedTensor.from_rank_offsets("same", torch.ones(3), replica_id=0)
-    DirectSave(Path("shown")).save({"same": one}, Path(directory))
+    tensor = ShardedTensor.from_rank_offsets("same", torch.ones(3), replica_id=0)
+    DirectSave(Path("shown")).save({"same": tensor}, Path(directory))
 
 
 def test_internal_error_is_not_translated(workers, tmp_path):

@@ -59,12 +59,12 @@ OVERFLOWS = [
 ]
 
 
-@pytest.mark.parametrize(("stored", "wanted", "value"), OVERFLOWS)
-def test_overflowing_cast_is_refused(stored, wanted, value):
+@pytest.mark.parametrize(("stored", "dtype", "value"), OVERFLOWS)
+def test_overflowing_cast_is_refused(stored, dtype, value):
     weight = torch.tensor([1.0, value], dtype=stored)
-    with pytest.raises(CheckpointError, match=rf"here: tensor 'w' .* infinite in {wanted}"):
-        check_range("here", "w", weight.to(wanted), stored)
-    check_range("here", "w", weight[:1].to(wanted), stored)
+    with pytest.raises(CheckpointError, match=rf"here: tensor 'w' .* infinite in {dtype}"):
+        check_range("here", "w", weight.to(dtype), stored)
+    check_range("here", "w", weight[:1].to(dtype), stored)
 
 
 def test_values_that_were_infinite_are_accepted():

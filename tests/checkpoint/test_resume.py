@@ -93,7 +93,7 @@ SAME_MORE = [
 
 @pytest.mark.parametrize(
     "setup",
-    [*SAME, *(pytest.param(one, marks=pytest.mark.exhaustive) for one in SAME_MORE)],
+    [*SAME, *(pytest.param(setup, marks=pytest.mark.exhaustive) for setup in SAME_MORE)],
     ids=str,
 )
 def test_resume_in_the_same_layout_is_bitwise_exact(workers, models, tmp_path, setup):
@@ -143,9 +143,9 @@ def test_resume_in_another_layout_is_close_and_reversible(workers, models, tmp_p
         assert same(three, new_three)
         assert same(six, new_six)
     expected = {name: value for _, _, part in whole for name, value in part.items()}
-    found = {name: value for _, _, part in moved for name, value in part.items()}
-    assert expected.keys() == found.keys()
-    worst = max(float((found[name] - value).abs().max()) for name, value in expected.items())
+    actual = {name: value for _, _, part in moved for name, value in part.items()}
+    assert expected.keys() == actual.keys()
+    worst = max(float((actual[name] - value).abs().max()) for name, value in expected.items())
     assert worst <= OTHER_LAYOUT
 
 

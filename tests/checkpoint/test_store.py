@@ -63,7 +63,7 @@ def change_state_during_save(model: str, root: str):
         polled += [checkpoints.poll(), checkpoints.wait()]
         checkpoints.save(training.chunks, training.optimizer, progress(1))
         training.forget()
-        for tensor in (one for held in training.held() for one in held.moments().values()):
+        for tensor in (moment for held in training.held() for moment in held.moments().values()):
             tensor.zero_()
         polled += [checkpoints.poll(), checkpoints.latest()]
         gate.set()
@@ -120,8 +120,8 @@ def another_metric(model: str, root: str) -> list[str]:
 
 
 def test_scores_of_another_metric_are_not_ranked(workers, model, tmp_path):
-    (found,) = workers.run(another_metric, 1, model, str(tmp_path))
-    assert found == ["step-00000003", "step-00000005"]
+    (remaining,) = workers.run(another_metric, 1, model, str(tmp_path))
+    assert remaining == ["step-00000003", "step-00000005"]
 
 
 def saves_in_a_row(model: str, root: str) -> list[str]:
@@ -137,8 +137,8 @@ def saves_in_a_row(model: str, root: str) -> list[str]:
 
 
 def test_save_waits_for_the_previous_one(workers, model, tmp_path):
-    for found in workers.run(saves_in_a_row, 2, model, str(tmp_path)):
-        assert found == [f"step-0000000{step}" for step in range(1, 6)]
+    for remaining in workers.run(saves_in_a_row, 2, model, str(tmp_path)):
+        assert remaining == [f"step-0000000{step}" for step in range(1, 6)]
 
 
 def next_run(model: str, root: str) -> list[str]:
@@ -147,13 +147,13 @@ def next_run(model: str, root: str) -> list[str]:
 
     training = prepare(model, Setup())
     checkpoints = Checkpoints(Path(root))
-    found = names(root)
+    before = names(root)
     checkpoints.load(checkpoints.latest(), training.chunks, training.optimizer)
     written = (Path(root) / "step-00000002" / ".metadata").stat().st_mtime_ns
     checkpoints.save(training.chunks, training.optimizer, progress(2))
     assert checkpoints.wait() is None
     assert (Path(root) / "step-00000002" / ".metadata").stat().st_mtime_ns == written
-    return found
+    return before
 
 
 def test_next_run_deletes_leftovers_and_skips_the_loaded_step(workers, model, tmp_path):
@@ -161,8 +161,8 @@ def test_next_run_deletes_leftovers_and_skips_the_loaded_step(workers, model, tm
     shutil.rmtree(tmp_path / "step-00000004")
     for name in (".step-00000009.incomplete-0a", ".step-00000001.removed-0b"):
         (tmp_path / name).mkdir()
-    (found,) = workers.run(next_run, 1, model, str(tmp_path))
-    assert found == ["step-00000002"]
+    (remaining,) = workers.run(next_run, 1, model, str(tmp_path))
+    assert remaining == ["step-00000002"]
 
 
 def full_disk(model: str, root: str, when: str):
@@ -244,10 +244,10 @@ def test_save_completes_although_training_fails(workers, model, tmp_path):
 
 
 def test_failed_save_is_a_note_of_the_training_error(workers, model, tmp_path):
-    for notes, found in workers.run(training_fails, 2, model, str(tmp_path), True):
+    for notes, remaining in workers.run(training_fails, 2, model, str(tmp_path), True):
         (note,) = notes
         assert f"Meanwhile: {tmp_path}/step-00000001/__0_0.distcp: the first tensor cannot" in note
-        assert found == []
+        assert remaining == []
 
 
 def failed_at_the_end(model: str, root: str) -> None:

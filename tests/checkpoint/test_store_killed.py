@@ -25,9 +25,9 @@ def model(tmp_path_factory) -> Path:
     return write_tiny_hf_model(tmp_path_factory.mktemp("model"), "llama", **tiny.SIZES)
 
 
-def trials(model: Path, root: Path, mode: str, first: int, stride: int, number: int) -> list[Any]:
+def trials(model: Path, root: Path, mode: str, first: int, stride: int, count: int) -> list[Any]:
     """The result of every trial; each must have found a complete checkpoint."""
-    arguments = [str(model), str(root), mode, str(first), str(stride), str(number)]
+    arguments = [str(model), str(root), mode, str(first), str(stride), str(count)]
     run = subprocess.run(
         [sys.executable, "-m", "tests.checkpoint.crash_trials", *arguments],
         capture_output=True,
@@ -39,8 +39,8 @@ def trials(model: Path, root: Path, mode: str, first: int, stride: int, number: 
     assert run.returncode == 0, run.stderr
     answers = [json.loads(line) for line in run.stdout.splitlines()]
     for answer in answers:
-        assert answer["said"] == answer["step"], answer
-        assert len(answer["numbers"]) == 1, f"a checkpoint of two steps: {answer}"
+        assert answer["loaded"] == answer["step"], answer
+        assert len(answer["values"]) == 1, f"a checkpoint of two steps: {answer}"
         assert all(name.startswith("step-") for name in answer["names"]), answer
     return answers
 
@@ -55,7 +55,7 @@ EVERY = (0, 1, 100)
 def test_kill_at_a_file_system_call(model, tmp_path, calls):
     answers = trials(model, tmp_path, "next", *calls)
     assert [answer["ended"] for answer in answers] == [-9] * (len(answers) - 1) + [0]
-    assert all(answer["numbers"] == [answer["step"]] for answer in answers)
+    assert all(answer["values"] == [answer["step"]] for answer in answers)
     steps = [answer["step"] for answer in answers]
     assert steps == sorted(steps) and set(steps) == {2, 3}
     assert any(answer["left"] for answer in answers)
@@ -67,8 +67,8 @@ def test_kill_at_a_file_system_call(model, tmp_path, calls):
 def test_kill_while_replacing_a_checkpoint(model, tmp_path, mode):
     answers = trials(model, tmp_path, mode, *EVERY)
     assert [answer["ended"] for answer in answers] == [-9] * (len(answers) - 1) + [0]
-    assert {tuple(answer["numbers"]) for answer in answers} == {(2.0,), (SECOND_VALUE,)}
-    assert answers[-1]["numbers"] == [SECOND_VALUE]
+    assert {tuple(answer["values"]) for answer in answers} == {(2.0,), (SECOND_VALUE,)}
+    assert answers[-1]["values"] == [SECOND_VALUE]
     assert all(answer["names"] == ["step-00000002"] for answer in answers)
 
 
@@ -78,4 +78,4 @@ def test_kill_of_one_of_two_ranks_at_any_time(model, tmp_path):
     for answer in answers:
         assert sorted(answer["ended"]) == [-9, 1]
         assert answer["took_s"] < DETECTION_S
-        assert answer["numbers"] == [answer["step"]]
+        assert answer["values"] == [answer["step"]]

@@ -17,11 +17,11 @@ def test_rectangles_cover_exactly_the_range(shape):
     numbers = torch.arange(prod(shape)).view(shape)
     for start in range(prod(shape) + 1):
         for stop in range(start, prod(shape) + 1):
-            found = []
+            elements = []
             for offset, size in rectangles(shape, start, stop):
                 part = numbers[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))]
-                found += part.flatten().tolist()
-            assert found == list(range(start, stop)), (start, stop)
+                elements += part.flatten().tolist()
+            assert elements == list(range(start, stop)), (start, stop)
 
 
 def test_matrix_range_is_at_most_three_rectangles():
@@ -63,11 +63,11 @@ def test_chunks_are_at_the_shards_position():
 def test_region_takes_only_its_elements():
     """The second of two regions with 6 elements each, from a range of elements 4 to 9."""
     region = Region(sharded((2, 3)), 6)
-    found = [
+    chunks = [
         (chunk.offset, chunk.tensor.tolist())
         for chunk in tensor_chunks_of(region, torch.arange(4, 10), 4)
     ]
-    assert found == [((0, 0), [[6, 7, 8]]), ((1, 0), [[9]])]
+    assert chunks == [((0, 0), [[6, 7, 8]]), ((1, 0), [[9]])]
     assert not list(tensor_chunks_of(region, torch.arange(4.0, 6.0), 4))
 
 
@@ -105,11 +105,11 @@ def regions() -> dict[str, list[tuple[str, int, int]]]:
     wrapper = torch.nn.Module()
     wrapper.module = chunks[0]
     names = {parameter: name for name, parameter in chunks[0].named_parameters()}
-    found = regions_by_parameter([wrapper])
-    assert set(found) == set(names)
+    by_parameter = regions_by_parameter([wrapper])
+    assert set(by_parameter) == set(names)
     return {
         names[parameter]: [(region.sharded.key, region.start, region.stop) for region in own]
-        for parameter, own in found.items()
+        for parameter, own in by_parameter.items()
     }
 
 

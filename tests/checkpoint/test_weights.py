@@ -158,9 +158,9 @@ def save_by_megatron_core(directory: str) -> dict[str, torch.Tensor]:
 @pytest.mark.exhaustive  # megatron-core's writer starts a process that imports torch
 def test_files_of_megatron_core_are_read(workers, tmp_path):
     written = merged(workers.run(save_by_megatron_core, 2, str(tmp_path)))
-    found = merged(workers.run(load, 1, str(tmp_path), Layout(), torch.float32))
-    assert found.keys() == written.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in written.items())
+    loaded = merged(workers.run(load, 1, str(tmp_path), Layout(), torch.float32))
+    assert loaded.keys() == written.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in written.items())
 
 
 def children_before_and_after(directory: str) -> tuple[int, int]:

@@ -66,15 +66,15 @@ class Training:
     rows: list[Any]
     adapters: Any
 
-    def step(self, number: int) -> None:
-        """One step with the learning rate of step `number`, counted from 1."""
+    def step(self, step: int) -> None:
+        """One step with the learning rate of step `step`, counted from 1."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         tiny.run(self.dpo, self.wrapped, self.rows)
         self.dpo.take_outputs(len(self.rows))
         for group in self.optimizer.param_groups:
-            group["lr"] = LR / number
+            group["lr"] = LR / step
         updated, _, _ = self.optimizer.step()
         assert updated
 

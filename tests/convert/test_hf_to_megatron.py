@@ -174,9 +174,11 @@ def too_large_for_fp16(weights: dict[str, torch.Tensor]) -> None:
 
 def test_value_beyond_the_requested_dtype_is_refused(source, attempt_on, tmp_path):
     change_weights(source, too_large_for_fp16)
-    message = attempt_on("there", source, tmp_path / "out", TP2, dtype="fp16")
-    for one in message:
-        assert_one_line(one, r"tensor 'model\.layers\.1\.self_attn\.v_proj\.weight' .*\.float16")
+    messages = attempt_on("there", source, tmp_path / "out", TP2, dtype="fp16")
+    for message in messages:
+        assert_one_line(
+            message, r"tensor 'model\.layers\.1\.self_attn\.v_proj\.weight' .*\.float16"
+        )
     assert attempt_on("there", source, tmp_path / "out", dtype="bf16") == [None]
 
 
@@ -226,9 +228,9 @@ def test_copy_of_a_tied_embedding_and_legacy_buffers_are_ignored(tied, attempt_o
     expected = load_file(tied / WEIGHTS)
     del expected["lm_head.weight"]
     del expected["model.layers.3.self_attn.rotary_emb.inv_freq"]
-    found = load_file(out / WEIGHTS)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    exported = load_file(out / WEIGHTS)
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
 
 
 def other_last_value(weights: dict[str, torch.Tensor]) -> None:
@@ -379,25 +381,27 @@ ALONE: list[tuple[Callable[[], Any], int, str]] = [
 def test_failure_of_one_rank_is_raised_on_all(
     sabotage, rank, expected, source, attempt_on, tmp_path
 ):
-    message = attempt_on("there", source, tmp_path / "out", TP2, sabotage=sabotage, rank=rank)
-    for one in message:
-        assert_one_line(one, expected)
+    messages = attempt_on("there", source, tmp_path / "out", TP2, sabotage=sabotage, rank=rank)
+    for message in messages:
+        assert_one_line(message, expected)
     assert remaining(tmp_path) == {"hf"}
 
 
 def test_source_damaged_while_reading_is_reported(source, attempt_on, tmp_path):
-    message = attempt_on("there", source, tmp_path / "out", TP2, sabotage=unreadable_tensor, rank=1)
+    messages = attempt_on(
+        "there", source, tmp_path / "out", TP2, sabotage=unreadable_tensor, rank=1
+    )
     expected = r"hf/model\.safetensors: is truncated, damaged .*; download"
-    for one in message:
-        assert_one_line(one, expected)
+    for message in messages:
+        assert_one_line(message, expected)
     assert remaining(tmp_path) == {"hf"}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_failed_write_of_one_rank_is_raised_on_all(rank, source, attempt_on, file_limit, tmp_path):
-    message = attempt_on("there", source, tmp_path / "out", TP2, sabotage=file_limit, rank=rank)
-    for one in message:
+    messages = attempt_on("there", source, tmp_path / "out", TP2, sabotage=file_limit, rank=rank)
+    for message in messages:
         assert_one_line(
-            one, rf"out/__{rank}_0\.distcp: tensor '[\w.]+' cannot be written: File too"
+            message, rf"out/__{rank}_0\.distcp: tensor '[\w.]+' cannot be written: File too"
         )
     assert remaining(tmp_path) == {"hf"}

@@ -35,7 +35,7 @@ def weights_of(num: int = 5, dtype: torch.dtype = torch.bfloat16) -> dict[str, T
 
 
 def specs_of(weights: dict[str, Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(name, tuple(one.shape), one.dtype) for name, one in weights.items()]
+    return [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()]
 
 
 def writer_of(target: Path, weights: dict[str, Tensor], **options: Any) -> HfWriter:
@@ -68,7 +68,7 @@ MIXED = {
 
 def test_single_file_equals_the_librarys_bytes(tmp_path: Path) -> None:
     export(tmp_path / "out", MIXED)
-    contiguous = {name: one.contiguous() for name, one in MIXED.items()}
+    contiguous = {name: tensor.contiguous() for name, tensor in MIXED.items()}
     expected = save(contiguous, metadata={"format": "pt"})
     assert (tmp_path / "out" / SINGLE_FILE).read_bytes() == expected
     assert [path.name for path in tmp_path.rglob("*")] == ["out", SINGLE_FILE]
@@ -105,7 +105,7 @@ def test_shards_and_index_equal_the_hubs(
         assert index["metadata"] == {"total_size": sum(sizes), "total_parameters": sum(sizes)}
     assert files == set(hub.filename_to_tensors) | ({INDEX_FILE} if hub.is_sharded else set())
     checkpoint = HfCheckpoint(tmp_path / "out")
-    assert all(same_bits(checkpoint.read(name), one) for name, one in weights.items())
+    assert all(same_bits(checkpoint.read(name), tensor) for name, tensor in weights.items())
 
 
 def test_tensor_larger_than_a_shard_gets_its_own_file(tmp_path: Path) -> None:
@@ -133,13 +133,13 @@ def test_transformers_loads_the_export(tmp_path: Path) -> None:
     weights = dict(LlamaForCausalLM(config).bfloat16().state_dict())
     with writer_of(tmp_path / "out", weights, max_shard_bytes=3000) as writer:
         writer.begin()
-        for name, one in weights.items():
-            writer.write(name, one)
+        for name, tensor in weights.items():
+            writer.write(name, tensor)
         config.save_pretrained(writer.incomplete)
         writer.finish()
     loaded, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert all(same_bits(loaded.state_dict()[name], one) for name, one in weights.items())
+    assert all(same_bits(loaded.state_dict()[name], tensor) for name, tensor in weights.items())
 
 
 WRITE_PART = """
@@ -169,7 +169,7 @@ def test_several_processes_write_the_same_files(tmp_path: Path) -> None:
         assert not target.exists()
         writer.finish([name for part in parts for name in part])
     checkpoint = HfCheckpoint(target)
-    checkpoint.check({name: tuple(one.shape) for name, one in weights_of(7).items()})
+    checkpoint.check({name: tuple(tensor.shape) for name, tensor in weights_of(7).items()})
     for i in range(7):
         assert checkpoint.read(f"layers.{i}.weight").unique().tolist() == [i % 2 + 0.5]
 
@@ -189,8 +189,8 @@ def test_missing_and_repeated_tensors_are_refused(tmp_path: Path) -> None:
         writer_of(tmp_path / "out", weights) as writer,
     ):
         writer.begin()
-        for name, one in weights.items():
-            writer.write(name, one)
+        for name, tensor in weights.items():
+            writer.write(name, tensor)
         writer.finish(["layers.2.weight"])
     assert list(tmp_path.iterdir()) == []
 
@@ -240,7 +240,7 @@ def test_too_small_disk_is_reported_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def full(number: int, after: int = 0) -> Callable[..., int]:
+def full(code: int, after: int = 0) -> Callable[..., int]:
     """A system call that fails with this error after some successful calls."""
     calls = 0
     pwrite = os.pwrite
@@ -249,20 +249,20 @@ def full(number: int, after: int = 0) -> Callable[..., int]:
         nonlocal calls
         calls += 1
         if calls > after:
-            raise OSError(number, os.strerror(number))
+            raise OSError(code, os.strerror(code))
         return pwrite(descriptor, *arguments)
 
     return call
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize(
     ("name", "after", "message"),
     [
-        ("posix_fallocate", 0, r"00001-of-00002.*no space for tensors 'layers.0.*bytes; the whole"),
+        ("posix_fallocate", 0, r"00001-of-00002.*no space for its tensors, .*bytes; the whole"),
         ("pwrite", 2, r"00001-of-00002.*no space for tensor 'layers.0.weight', 64 bytes"),
         ("pwrite", 3, r"index\.json: .*no space for its header"),
-        ("fsync", 0, r"00001-of-00002.*no space for tensors 'layers.0.*bytes"),
+        ("fsync", 0, r"00001-of-00002.*no space for its tensors, .*bytes"),
     ],
 )
 def test_full_disk_leaves_nothing_behind(
@@ -271,9 +271,9 @@ def test_full_disk_leaves_nothing_behind(
     name: str,
     after: int,
     message: str,
-    number: int,
+    code: int,
 ) -> None:
-    monkeypatch.setattr(hf_writer.os, name, full(number, after))
+    monkeypatch.setattr(hf_writer.os, name, full(code, after))
     with pytest.raises(CheckpointError, match=message) as error:
         export(tmp_path / "out", weights_of(3), max_shard_bytes=160)
     assert "the disk or quota is full" in str(error.value) and "\n" not in str(error.value)
@@ -295,7 +295,7 @@ def test_partial_writes_are_continued(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     export(tmp_path / "out", weights_of(3))
     checkpoint = HfCheckpoint(tmp_path / "out")
-    assert all(same_bits(checkpoint.read(name), one) for name, one in weights_of(3).items())
+    assert all(same_bits(checkpoint.read(name), tensor) for name, tensor in weights_of(3).items())
 
 
 def test_file_size_limit_of_the_system_is_reported(tmp_path: Path) -> None:

@@ -187,8 +187,10 @@ def test_padding_of_the_vocabulary_is_removed(source, attempt_on, tmp_path):
     """Megatron-LM pads to a multiple of 128 x TP: here from 250 to 256 rows."""
     change_config(source, vocab_size=250)
     assert attempt_on("back", source, tmp_path / "out", Layout(tensor=4)) == [None] * 4
-    found = load_file(tmp_path / "out" / WEIGHTS)
-    assert found["model.embed_tokens.weight"].shape == found["lm_head.weight"].shape == (250, 64)
+    exported = load_file(tmp_path / "out" / WEIGHTS)
+    assert (
+        exported["model.embed_tokens.weight"].shape == exported["lm_head.weight"].shape == (250, 64)
+    )
 
 
 def test_config_keeps_the_key_of_the_dtype(source, attempt_on, tmp_path):
@@ -341,15 +343,15 @@ ALONE: dict[str, tuple[Callable[[], Any], int, str]] = {
 def test_failure_of_one_rank_is_raised_on_all(
     sabotage, rank, expected, source, attempt_on, tmp_path
 ):
-    message = attempt_on("back", source, tmp_path / "out", PP2, sabotage=sabotage, rank=rank)
-    for one in message:
-        assert_one_line(one, expected)
+    messages = attempt_on("back", source, tmp_path / "out", PP2, sabotage=sabotage, rank=rank)
+    for message in messages:
+        assert_one_line(message, expected)
     assert remaining(tmp_path) == {"m"}
 
 
 def test_failed_write_of_one_rank_is_raised_on_all(source, attempt_on, file_limit, tmp_path):
     layout = Layout(tensor=2, pipeline=2)
-    message = attempt_on("back", source, tmp_path / "out", layout, sabotage=file_limit, rank=2)
-    for one in message:
-        assert_one_line(one, r"out/model\.safetensors: tensor '[\w.]+' cannot be written: File too")
+    messages = attempt_on("back", source, tmp_path / "out", layout, sabotage=file_limit, rank=2)
+    for message in messages:
+        assert_one_line(message, r"model\.safetensors: tensor '[\w.]+' cannot be written: File too")
     assert remaining(tmp_path) == {"m"}

@@ -90,10 +90,10 @@ def test_fingerprint_depends_on_config_and_weights_only(workers, hf, ours, tmp_p
     config = json.loads((hf / "config.json").read_text())
     (other_config / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
     paths = (hf, copy, changed, other_config, ours)
-    (found,) = workers.run(fingerprints, 1, *paths)
-    assert found[0] == found[1] and len(set(found)) == 4
-    assert all(len(one) == 64 for one in found)
-    assert workers.run(fingerprints, 3, *paths) == [found] * 3
+    (digests,) = workers.run(fingerprints, 1, *paths)
+    assert digests[0] == digests[1] and len(set(digests)) == 4
+    assert all(len(digest) == 64 for digest in digests)
+    assert workers.run(fingerprints, 3, *paths) == [digests] * 3
 
 
 def test_missing_path_is_reported(tmp_path):
@@ -143,8 +143,8 @@ def snapshot(ours: Path, tmp_path: Path) -> Path:
 
 
 def test_snapshot_has_the_fingerprint_of_its_files(workers, ours, snapshot):
-    (found,) = workers.run(fingerprints, 1, ours, snapshot)
-    assert found[0] == found[1]
+    (digests,) = workers.run(fingerprints, 1, ours, snapshot)
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize("name", ["common.pt", "huggingface/tokenizer.json"])
@@ -183,8 +183,8 @@ def test_unreadable_file_is_reported_on_all_ranks(workers, tmp_path):
     """Although only one of them reads it."""
     paths = [tmp_path / "there", tmp_path / "gone"]
     paths[0].touch()
-    message = workers.run(unreadable, 2, paths)
-    assert all(f"{paths[1]}: cannot be read: No such file" in one for one in message)
+    messages = workers.run(unreadable, 2, paths)
+    assert all(f"{paths[1]}: cannot be read: No such file" in message for message in messages)
 
 
 def identities(model: Path, adapters: list[Path | None]) -> list[tuple[str, str]]:
@@ -194,7 +194,7 @@ def identities(model: Path, adapters: list[Path | None]) -> list[tuple[str, str]
     source = open_model(str(model))
     base = FrozenModel.of(source)
     models = [base if adapter is None else base.with_adapter(adapter) for adapter in adapters]
-    return [(one.base_identity, one.identity) for one in models]
+    return [(model.base_identity, model.identity) for model in models]
 
 
 def write_adapter(directory: Path, weights: bytes) -> Path:

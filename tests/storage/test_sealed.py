@@ -34,7 +34,7 @@ def test_values_round_trip(tmp_path: Path, indent: int | None) -> None:
     path = written(tmp_path, indent)
     assert read_sealed(path, remedy=REMEDY, indent=indent) == VALUES
     assert json.loads(path.read_bytes()) == {**VALUES, SEAL: seal_of(VALUES, indent=indent)}
-    assert [one.name for one in tmp_path.iterdir()] == ["x.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
     assert (path.read_text("utf-8").count("\n") == 1) == (indent is None)
 
 
@@ -46,11 +46,16 @@ def test_the_text_depends_on_the_values_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("indent", [1, None])
-def test_every_flipped_bit_is_detected(tmp_path: Path, indent: int | None) -> None:
+@pytest.mark.parametrize(
+    "bits", [1, pytest.param(8, marks=pytest.mark.exhaustive)], ids=["one bit", "all bits"]
+)
+def test_every_flipped_bit_is_detected(tmp_path: Path, indent: int | None, bits: int) -> None:
+    """In every byte: one bit, another one in the next byte; all eight in the exhaustive run."""
     path = written(tmp_path, indent)
     whole = path.read_bytes()
     for at in range(len(whole)):
-        for bit in range(8):
+        for bit in range(at % 8, at % 8 + bits):
+            bit %= 8
             refused(path, whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :], indent)
     path.write_bytes(whole)
     assert read_sealed(path, remedy=REMEDY, indent=indent) == VALUES
@@ -60,8 +65,8 @@ def test_every_lost_doubled_or_added_byte_is_detected(tmp_path: Path) -> None:
     path = written(tmp_path)
     whole = path.read_bytes()
     for at in range(len(whole)):
-        for instead in (b"", 2 * whole[at : at + 1], b" " + whole[at : at + 1]):
-            refused(path, whole[:at] + instead + whole[at + 1 :])
+        for replacement in (b"", 2 * whole[at : at + 1], b" " + whole[at : at + 1]):
+            refused(path, whole[:at] + replacement + whole[at + 1 :])
         refused(path, whole[:at])
 
 
@@ -80,7 +85,7 @@ EDITORS: dict[str, Callable[[bytes], bytes]] = {
     "other order": lambda text: (
         json.dumps(dict(reversed(json.loads(text).items())), indent=1, ensure_ascii=False) + "\n"
     ).encode(),
-    "a number written otherwise": lambda text: text.replace(b"1e-07", b"1.0e-7"),
+    "another spelling of a number": lambda text: text.replace(b"1e-07", b"1.0e-7"),
     "a name twice": lambda text: text.replace(b'"a": 1,', b'"a": 2,\n "a": 1,'),
 }
 

@@ -125,8 +125,7 @@ class HfWriter:
             self.target, self._token, overwrite=self._overwrite, needed_bytes=self.num_bytes
         )
         for file, plan in self._files.items():
-            content = _describe([spec for spec, _ in plan.tensors])
-            with self._reported(file, content, plan.num_bytes) as descriptor:
+            with self._reported(file, "its tensors", plan.num_bytes) as descriptor:
                 _reserve(descriptor, plan.num_bytes)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -158,12 +157,9 @@ class HfWriter:
         Raises:
             CheckpointError: the disk is full or fails.
         """
-        for file, plan in self._files.items():
-            specs = [spec for spec, _ in plan.tensors if spec.name in self._written]
-            if specs:
-                num_bytes = sum(spec.num_bytes for spec in specs)
-                with self._reported(file, _describe(specs), num_bytes) as descriptor:
-                    os.fsync(descriptor)
+        for file in sorted({self._positions[name][0] for name in self._written}):
+            with self._reported(file, "its tensors", self._files[file].num_bytes) as descriptor:
+                os.fsync(descriptor)
         return sorted(self._written)
 
     def finish(self, written_elsewhere: Sequence[str] = ()) -> None:
@@ -302,13 +298,6 @@ def _plan_files(
         f"model-{index:05d}-of-{len(shards):05d}.safetensors": plan_file(shard, metadata)
         for index, shard in enumerate(shards, start=1)
     }
-
-
-def _describe(specs: Sequence[TensorSpec]) -> str:
-    """Names the tensors of one file."""
-    if len(specs) == 1:
-        return f"tensor {specs[0].name!r}"
-    return f"tensors {specs[0].name!r} to {specs[-1].name!r}" if specs else "a file without tensors"
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
