@@ -222,7 +222,7 @@ VERBS: dict[str, Verb] = {
         "Compare answers pairwise with a judge; report win rates.",
     ),
     "h4": _config_verb(
-        "megatron_idpo.evaluate.lm_eval.main:main",
+        "megatron_idpo.evaluate.lm_eval.run:main",
         "Evaluate on ARC, HellaSwag, MMLU and TruthfulQA with lm-eval.",
     ),
     "report": Verb(
