@@ -156,8 +156,8 @@ def _draw_positive(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None
 
 
 def _draw_norm(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
+    _draw_extent(axes, lines, name)  # first: the limits that are set next must include it
     _draw_positive(axes, lines, name)
-    _draw_extent(axes, lines, name)
     norms = np.concatenate([line.training[name].y_S for line in lines])
     if norms.min() > 0 and norms.max() > _SPIKE * np.median(norms):
         axes.set_yscale("log")

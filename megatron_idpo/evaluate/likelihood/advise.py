@@ -150,8 +150,9 @@ def advice_markdown(curves: Sequence[LayerCurves]) -> str:
         parts.append(f"## {model.model}\n\n{model.format_sample}\n")
         parts.append("| rank | layer | depth | score | why |\n|---|---|---|---|---|")
         parts += [
-            f"| {rank} | {one.layer} | {one.depth:.2f} | {one.score:.3f} | {one.reason} |"
-            for rank, one in enumerate(rank_layers(model), start=1)
+            f"| {rank} | {advice.layer} | {advice.depth:.2f} | {advice.score:.3f} | "
+            f"{advice.reason} |"
+            for rank, advice in enumerate(rank_layers(model), start=1)
         ]
         parts.append("")
     return "\n".join(parts)
@@ -175,9 +176,9 @@ def main(path: Path, overrides: Sequence[str]) -> int:
     for model in curves:
         lines.append(f"{model.model}: {model.format_sample}")
         lines += [
-            f"  {rank}. layer {one.layer:>3} (depth {one.depth:.2f})  score {one.score:.2f}: "
-            f"{one.reason}"
-            for rank, one in enumerate(rank_layers(model)[:_SHOWN], start=1)
+            f"  {rank}. layer {advice.layer:>3} (depth {advice.depth:.2f})  "
+            f"score {advice.score:.2f}: {advice.reason}"
+            for rank, advice in enumerate(rank_layers(model)[:_SHOWN], start=1)
         ]
     lines.append("score = agreement x headroom where the head can read (docs/evaluation.md)")
     for line in lines:

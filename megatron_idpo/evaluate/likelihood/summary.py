@@ -33,7 +33,8 @@ def show_curves(curves: Sequence[LayerCurves], directory: Path) -> None:
         ConfigError: a file cannot be written.
     """
     lines = [
-        LayerLine(one.model, series_style(index), one.estimates) for index, one in enumerate(curves)
+        LayerLine(model.model, series_style(index), model.estimates)
+        for index, model in enumerate(curves)
     ]
     sample = curves[0].format_sample
     for name in FIGURES:

@@ -42,9 +42,9 @@ def notes(results: Sequence[H4Result]) -> list[str]:
     for name, task in H4.items():
         measured = [result.tasks[name] for result in results if name in result.tasks]
         if measured:
-            sizes = sorted({one.items for one in measured})
+            sizes = sorted({result.items for result in measured})
             counts.append(f"{task.title} {' or '.join(f'{size:,}' for size in sizes)}")
-        if any(one.examples == SAME_FILE for one in measured):
+        if any(result.examples == SAME_FILE for result in measured):
             same_file.append(task.title)
     is_limited = any(result.settings["limit"] is not None for result in results)
     limit = ", the first ones only (h4.limit)" if is_limited else ""

@@ -123,7 +123,7 @@ def mean_speed(records: Sequence[Record]) -> Speed:
         if math.isfinite(step_s):
             weighted.append((record, step_s * (record[STEP] - previous_step)))
             previous_step = record[STEP]
-    steady = [one for one in weighted if one[0][STEP] > _WARMUP_STEPS] or weighted
+    steady = [(r, s) for r, s in weighted if r[STEP] > _WARMUP_STEPS] or weighted
     means = {}
     for name in _SPEED_NAMES:
         known = [(r[name], s) for r, s in steady if math.isfinite(r.get(name, math.nan))]
@@ -296,7 +296,8 @@ def different_settings(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, 
         if len(present) < len(configs):
             is_same = not any(name in fields for fields in short)
         if name != _OUTPUT and not is_same:
-            values = [one.get(name, full.get(name)) for one, full in zip(short, every, strict=True)]
+            pairs = zip(short, every, strict=True)
+            values = [fields.get(name, full.get(name)) for fields, full in pairs]
             texts = [
                 format_value(value) if name in fields else UNKNOWN
                 for value, fields in zip(values, every, strict=True)

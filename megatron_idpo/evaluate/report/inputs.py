@@ -72,7 +72,7 @@ class Evaluation:
     @property
     def models(self) -> list[str]:
         """All models."""
-        compared = [name for one in self.comparisons for name in (one.a, one.b)]
+        compared = [name for judged in self.comparisons for name in (judged.a, judged.b)]
         curves = [curves.model for curves in self.curves]
         return list(dict.fromkeys([*curves, *self.answers, *compared, *self.h4]))
 

@@ -128,7 +128,8 @@ def _context(runs: Sequence[RunInputs]) -> dict[str, Any]:
 def _sampling(runs: Sequence[RunInputs]) -> list[str]:
     """How answers were sampled; one line if all models' were sampled alike."""
     texts = {
-        model: sections.format_sampling(one.settings) for model, one in answer_sets(runs).items()
+        model: sections.format_sampling(answers.settings)
+        for model, answers in answer_sets(runs).items()
     }
     distinct = list(dict.fromkeys(filter(None, texts.values())))
     if len(distinct) <= 1:

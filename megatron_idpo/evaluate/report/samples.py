@@ -57,7 +57,7 @@ def answer_sets(runs: Sequence[RunInputs]) -> dict[str, AnswerSet]:
     return merge_models(
         runs,
         lambda run: run.evaluation.answers,
-        lambda one, other: one.answers == other.answers,
+        lambda answers, other: answers.answers == other.answers,
     )
 
 
@@ -65,13 +65,13 @@ def select_samples(runs: Sequence[RunInputs]) -> list[Sample]:
     """Evenly spaced prompts out of those that all models answered, or else any model."""
     sets = answer_sets(runs)
     prompts: list[tuple[str, Prompt]] = []
-    for one in sets.values():
+    for answers in sets.values():
         prompts += [
             (location, answer.prompt)
-            for location, answer in one.answers.items()
+            for location, answer in answers.answers.items()
             if (location, answer.prompt) not in prompts
         ]
-    common = [key for key in prompts if all(_answer(one, *key) for one in sets.values())]
+    common = [key for key in prompts if all(_answer(answers, *key) for answers in sets.values())]
     prompts = common or prompts
     if not prompts:
         return []
@@ -79,9 +79,9 @@ def select_samples(runs: Sequence[RunInputs]) -> list[Sample]:
     return [_sample(prompts[at][0], prompts[at][1], sets, runs) for at in selected]
 
 
-def _answer(one: AnswerSet, location: str, prompt: Prompt) -> Answer | None:
+def _answer(answers: AnswerSet, location: str, prompt: Prompt) -> Answer | None:
     """The answer to a prompt; two runs may have had different files of the same name."""
-    answer = one.answers.get(location)
+    answer = answers.answers.get(location)
     return answer if answer is not None and answer.prompt == prompt else None
 
 
@@ -90,8 +90,8 @@ def _sample(
 ) -> Sample:
     replies = [
         Reply(model, answer, Clipped.of(answer.answer))
-        for model, one in sets.items()
-        if (answer := _answer(one, location, prompt)) is not None
+        for model, answers in sets.items()
+        if (answer := _answer(answers, location, prompt)) is not None
     ]
     messages = [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
     texts = [(str(m.get("role", "")), Clipped.of(str(m.get("content", "")))) for m in messages]
@@ -100,14 +100,14 @@ def _sample(
 
 def _verdicts(location: str, prompt: Prompt, runs: Sequence[RunInputs]) -> Iterator[str]:
     """The outcome of each comparison on the prompt."""
-    for run, prefix, one in comparisons(runs):
-        answers = run.evaluation.answers.get(one.a)
+    for run, prefix, comparison in comparisons(runs):
+        answers = run.evaluation.answers.get(comparison.a)
         answer = _answer(answers, location, prompt) if answers else None
-        verdict = one.verdicts.get(answer.index) if answer else None
-        tied = f"{one.a} and {one.b} tied"
+        verdict = comparison.verdicts.get(answer.index) if answer else None
+        tied = f"{comparison.a} and {comparison.b} tied"
         texts = {
-            "a": f"{one.a} over {one.b}",
-            "b": f"{one.b} over {one.a}",
+            "a": f"{comparison.a} over {comparison.b}",
+            "b": f"{comparison.b} over {comparison.a}",
             "tie": tied,
             "disagreed": f"{tied}: the verdict flipped when the answers were swapped",
         }

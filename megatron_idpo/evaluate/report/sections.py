@@ -1,6 +1,7 @@
 """The sections of the page; each exists only if there is something to show."""
 
 import math
+import operator
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,19 +181,22 @@ def comparisons(runs: Sequence[RunInputs]) -> list[tuple[RunInputs, str, Compari
 
 def wins_section(runs: Sequence[RunInputs]) -> Section | None:
     """Win rates."""
-    found = comparisons(runs)
-    if not found:
+    judged = comparisons(runs)
+    if not judged:
         return None
-    titled = {f"{prefix}{one.a} against {one.b}": one for _, prefix, one in found}
+    titled = {
+        f"{prefix}{comparison.a} against {comparison.b}": comparison
+        for _, prefix, comparison in judged
+    }
     rates = [
-        WinRate(title, one.win_rate, one.low, one.high)
-        for title, one in titled.items()
-        if math.isfinite(one.win_rate)
+        WinRate(title, comparison.win_rate, comparison.low, comparison.high)
+        for title, comparison in titled.items()
+        if math.isfinite(comparison.win_rate)
     ]
     return Section(
         "wins",
         "Win rates",
-        [f"{prefix}{one.summary.removesuffix('.')}." for _, prefix, one in found],
+        [f"{prefix}{comparison.summary.removesuffix('.')}." for _, prefix, comparison in judged],
         charts=[win_rate_chart(rates)] if rates else [],
         tables=[tables.wins_table(titled)],
     )
@@ -200,18 +204,18 @@ def wins_section(runs: Sequence[RunInputs]) -> Section | None:
 
 def h4_section(runs: Sequence[RunInputs]) -> Section | None:
     """H4 of all models."""
-    models = merge_models(runs, lambda run: run.evaluation.h4, lambda one, other: one == other)
+    models = merge_models(runs, lambda run: run.evaluation.h4, operator.eq)
     if not models:
         return None
     text = ["Percent, ± one standard error."]
-    if limits := sorted({one.settings["limit"] or 0 for one in models.values()} - {0}):
+    if limits := sorted({result.settings["limit"] or 0 for result in models.values()} - {0}):
         items = " or ".join(f"{limit:,}" for limit in limits)
         text.append(
             f"Only the first {items} items of each task (of MMLU, of each subject): not "
             "comparable to published values."
         )
-    sources = dict.fromkeys(one.source.replace("hub", "the hub") for one in models.values())
-    versions = dict.fromkeys(one.settings["lm_eval"] for one in models.values())
+    sources = dict.fromkeys(result.source.replace("hub", "the hub") for result in models.values())
+    versions = dict.fromkeys(result.settings["lm_eval"] for result in models.values())
     text.append(f"Items from {', '.join(sources)}, lm-eval {', '.join(versions)}.")
     return Section("h4", "H4", text, tables=[tables.h4_table(models)])
 

@@ -44,8 +44,10 @@ class Table:
 def facts_table(facts: Mapping[str, Sequence[Fact]]) -> Table:
     """Facts of several runs side by side."""
     titles = dict.fromkeys(fact.name for of_run in facts.values() for fact in of_run)
-    columns = [{fact.name: Cell(fact.value, fact.note) for fact in one} for one in facts.values()]
-    rows = [(title, [one.get(title, Cell(UNKNOWN)) for one in columns]) for title in titles]
+    columns = [
+        {fact.name: Cell(fact.value, fact.note) for fact in of_run} for of_run in facts.values()
+    ]
+    rows = [(title, [column.get(title, Cell(UNKNOWN)) for column in columns]) for title in titles]
     return Table(["", *facts], rows, is_text=True)
 
 
@@ -113,25 +115,26 @@ def wins_table(comparisons: Mapping[str, Comparison]) -> Table:
     """Win rates and counts."""
     heads = ["Comparison", "win rate", "won", "lost", "tied", "unjudged", "sign test p", "judge"]
     rows = []
-    for title, one in comparisons.items():
-        bounds = interval(100 * one.low, 100 * one.high, ".0f")
-        rate = Cell(percent(one.win_rate, 1), f"{bounds} %" if bounds else "")
-        counts = [Cell(count(n)) for n in (one.wins, one.losses, one.ties, one.unjudged)]
-        p_value = "< 0.001" if one.p_value < 0.001 else decimal(one.p_value)
-        rows.append((title, [rate, *counts, Cell(p_value), Cell(one.judge)]))
+    for title, judged in comparisons.items():
+        bounds = interval(100 * judged.low, 100 * judged.high, ".0f")
+        rate = Cell(percent(judged.win_rate, 1), f"{bounds} %" if bounds else "")
+        counts = (judged.wins, judged.losses, judged.ties, judged.unjudged)
+        p_value = "< 0.001" if judged.p_value < 0.001 else decimal(judged.p_value)
+        count_cells = [Cell(count(n)) for n in counts]
+        rows.append((title, [rate, *count_cells, Cell(p_value), Cell(judged.judge)]))
     return Table(heads, rows)
 
 
 def h4_table(models: Mapping[str, H4Result]) -> Table:
     """Percent and standard errors; tasks that no model has are left out."""
-    shown = [name for name in H4_TASKS if any(name in one.tasks for one in models.values())]
+    shown = [name for name in H4_TASKS if any(name in result.tasks for result in models.values())]
     rows = []
-    for label, one in models.items():
-        tasks = [one.tasks.get(name) for name in shown]
+    for label, result in models.items():
+        tasks = [result.tasks.get(name) for name in shown]
         values = [
             _percent_cell(task.value, task.stderr) if task else Cell(UNKNOWN) for task in tasks
         ]
-        rows.append((label, [*values, _percent_cell(one.mean, one.mean_stderr)]))
+        rows.append((label, [*values, _percent_cell(result.mean, result.mean_stderr)]))
     return Table(["Model", *(H4[name].title for name in shown), "H4"], rows)
 
 
