@@ -5,20 +5,23 @@
     answers/NAME.settings.json     what the answers were made from (`task.py`); missing for answers
                                    that were not written by `generate`
 
-Lines are appended batch by batch. `recover_answers` opens a file at whatever point its writer was
-stopped; `read_answers` requires a complete one.
+Lines are appended batch by batch. `recover_answers` opens a file whose writer was stopped at any
+point; `read_answers` requires a complete one.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_idpo.console.text import format_count
 from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.evaluate.models import OUTPUT
 from megatron_idpo.storage.atomic import append_bytes, truncate_file
+from megatron_idpo.storage.provenance import read_record
 
 type Prompt = str | list[dict[str, Any]]
 """Text, or chat messages with `role` and `content`."""
@@ -53,15 +56,7 @@ class Answer:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "index": (int,),
-    "location": (str,),
-    "prompt": (str, list),
-    "answer": (str,),
-    "answer_tokens": (int,),
-    "is_complete": (bool,),
-}
-assert list(_TYPES) == [field.name for field in fields(Answer)]
+_ANSWER = TypeAdapter(Answer)
 
 
 def answers_file(output: Path, name: str) -> Path:
@@ -148,31 +143,29 @@ def _parse(line: bytes, index: int, path: Path) -> Answer:
     """
     location = f"{path}:{index + 1}"
     try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise DataError.at(location, f"is not JSON: {error}", _REMEDY) from None
-    if not isinstance(values, dict):
-        raise DataError.at(location, f"is {values!r:.40}, not an object", _REMEDY)
-    for name, types in _TYPES.items():
-        value = values.get(name)
-        if name not in values:
-            raise DataError.at(location, f"has no field '{name}'", _REMEDY)
-        # bool is a subclass of int, but `true` is not a number of tokens.
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise DataError.at(location, f"field '{name}' is {value!r:.40}", _REMEDY)
-    if values["index"] != index:
-        message = f"has index {values['index']} instead of {index}; a line is missing or moved"
+        answer = _ANSWER.validate_json(line, strict=True)
+    except ValidationError as error:
+        raise DataError.at(location, first_error(error), _REMEDY) from None
+    if answer.index != index:
+        message = f"has index {answer.index} instead of {index}; a line is missing or moved"
         raise DataError.at(location, message, _REMEDY)
-    return Answer(**{name: values[name] for name in _TYPES})
+    return answer
+
+
+def first_error(error: ValidationError) -> str:
+    """The first problem of an invalid JSON line."""
+    problem = error.errors()[0]
+    field = ".".join(map(str, problem["loc"]))
+    return f"field '{field}': {problem['msg']}" if field else problem["msg"]
 
 
 def _expected_count(path: Path) -> int | None:
     """Number of answers in the finished file; None without a settings file."""
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-        return int(settings["prompts"]["count"])
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"has no valid number of prompts ({type(error).__name__})"
-        raise DataError.at(str(path), message, "delete it if the answers are complete") from None
+    remedy = "delete it if the answers are complete"
+    settings = read_record(path, error=DataError, remedy=remedy)
+    try:
+        return int(settings["prompts"]["count"])
+    except (ValueError, KeyError, TypeError):
+        raise DataError.at(str(path), "has no number of prompts", remedy) from None

@@ -1,7 +1,7 @@
 """Inspection of the models that answer: everything that can be checked before loading weights.
 
 Any causal language model of Transformers can answer, including families that cannot be trained
-here. `convert/model_source.py` knows only the trainable ones, so it is not used.
+here; so of `convert/model_source.py` only the download is used.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_idpo.config.data import ModelConfig
 from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE, read_json_object
+from megatron_idpo.convert.model_source import download_model
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.evaluate.generate.engine import EngineName
@@ -23,7 +24,6 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = (_ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,12 @@ def inspect_model(model: EvalModel, engine: EngineName) -> InspectedModel:
     Raises:
         ConfigError: it is not a complete Hugging Face language model; or the adapter is missing,
             or needs PEFT, which is not installed.
-        CheckpointError: a configuration file cannot be read.
+        CheckpointError: a configuration file cannot be read, or a hub model not downloaded.
     """
     location, remedy = f"model {model.name}", "name a complete Hugging Face model directory"
     directory = Path(model.path).expanduser()
     if not directory.is_dir():
-        directory = _from_hub(model.path, location)
+        directory = download_model(model.path, location)
     if not (directory / CONFIG_FILE).is_file():
         message = f"{model.path} has no {CONFIG_FILE}"
         if (directory / "metadata.json").is_file():
@@ -151,20 +151,3 @@ def _eos_tokens(directory: Path, config: Any) -> frozenset[int]:
 
 def _digest(files: Sequence[Path]) -> str:
     return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
-
-
-def _from_hub(name: str, location: str) -> Path:
-    """Directory of a hub model, downloaded if it is not in the cache.
-
-    Raises:
-        ConfigError: the hub has no such model, or cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # errors of the hub library and of four network libraries
-        reason = type(error).__name__
-        message = f"{name} is not a directory, and not available from the hub ({reason})"
-        remedy = f"check the name, or download it elsewhere: hf download {name}"
-        raise ConfigError.at(location, message, remedy) from error

@@ -59,21 +59,11 @@ _LABELS = {
     "model.weights": "the model (weights or config.json)",
     "model.adapter_weights": "the adapter",
     "tokenizer.vocabulary": "the tokenizer",
-    "prompts.count": "the number of prompts",
     "prompts.texts": "the set of prompts",
     "prompts.tokens": "the tokenization of the prompts (tokenizer or chat template)",
-    "answers.stop_tokens": "the tokens that end an answer",
-    "answers.engine": "generate.engine",
-    **{f"sampling.{field.name}": f"generate.{field.name}" for field in fields(Sampling)},
     "sampling.seed": "evaluate.seed",
-    "sampling.batch_prompts": "generate.batch_prompts",
-    f"{_MADE_WITH}.device": "the device",
-    **{
-        f"{_MADE_WITH}.{library}": f"the version of {library}"
-        for library in ("megatron-idpo", "torch", "transformers", "vllm", "peft")
-    },
 }
-"""Parts of the settings in the words of the configuration."""
+"""Parts of the settings whose names do not explain themselves."""
 
 _PATHS = ("model.path", "model.adapter")
 """Parts that may differ: a copy of the same files is the same model."""
@@ -147,13 +137,9 @@ def make_task(
     _check_lengths(model, records, prompts, config.generate.max_new_tokens)
     stops = sorted(model.eos_tokens | stop_tokens(records, tokenizer))
     section = config.generate
-    sampling = Sampling(
-        section.temperature,
-        section.repetition_penalty,
-        section.top_p,
-        section.max_new_tokens,
-        config.evaluate.seed,
-    )
+    names = [field.name for field in fields(Sampling) if field.name != "seed"]
+    parameters = {name: getattr(section, name) for name in names}
+    sampling = Sampling(**parameters, seed=config.evaluate.seed)
     weights, adapter_weights = content_digests(model)
     settings = {
         "model": {
@@ -254,8 +240,8 @@ def _check_lengths(
         )
         for index in too_long[:_MAX_LISTED]
     ]
-    if len(too_long) > _MAX_LISTED:
-        problems.append(Problem("and", f"{len(too_long) - _MAX_LISTED} more prompts", remedy))
+    if more := len(too_long) - len(problems):
+        problems.append(Problem("and", f"{more} more prompts", remedy))
     raise DataError.of(problems)
 
 

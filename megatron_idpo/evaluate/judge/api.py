@@ -6,9 +6,9 @@ The openai client does the transport: it retries lost connections, timeouts and 
 - a rate limit over all requests, retries included,
 - another request where a reply contains no verdict,
 - an early stop, at a permanent error (wrong key, unknown model) or after too many failures in a
-  row, so that nobody pays for requests that lead nowhere.
+  row, so that no further requests are paid for.
 
-`judge.max_attempts` bounds all requests of a question, whatever the reason for repeating them.
+`judge.max_attempts` bounds all requests of a question, for any reason of repeating them.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class ApiJudge:
     """Asks questions over the network."""
 
     def __init__(self, settings: JudgeConfig, endpoint: Endpoint, template: JudgeTemplate) -> None:
-        """Prepare; the first request is sent by `ask`."""
+        """Prepares; the first request is sent by `ask`."""
         self._settings = settings
         self._endpoint = endpoint
         self._template = template
@@ -94,7 +94,7 @@ class ApiJudge:
         )
 
     async def _verdict(self, client: "AsyncOpenAI", question: Question) -> tuple[Verdict, bool]:
-        """Ask one question until it has a verdict or its attempts are used up.
+        """Asks one question until it has a verdict or its attempts are used up.
 
         Returns:
             The verdict, and whether the endpoint rejects this question (too long, for example).
@@ -158,7 +158,7 @@ class ApiJudge:
                 return parse_reply(raw.http_response.text, self._endpoint), 1 + raw.retries_taken
 
     def _drop_option(self, option: str) -> None:
-        """Adapt to reasoning models, which reject `max_tokens` and any set temperature."""
+        """Adapts to reasoning models, which reject `max_tokens` and any set temperature."""
         if option not in self._options:
             return  # another worker was first
         value = self._options.pop(option)
@@ -176,7 +176,7 @@ class ApiJudge:
         return "" if "temperature" in self._options else "at the endpoint's default temperature"
 
     def _check_failures(self, verdict: Verdict) -> None:
-        """Stop where question after question has no verdict.
+        """Stops where question after question has no verdict.
 
         Raises:
             ConfigError: `MAX_FAILURES_IN_A_ROW` questions in a row have none.
@@ -208,7 +208,7 @@ class RateLimiter:
         self._next_s = clock()
 
     async def wait(self, *_: Any) -> None:
-        """Return when the next request may be sent. httpx passes the request to its hooks."""
+        """Returns when the next request may be sent. httpx passes the request to its hooks."""
         now_s = self._clock()
         send_s = max(now_s, self._next_s)
         # Reserve the slot before sleeping: other workers call this in the meantime.
@@ -235,7 +235,7 @@ class Reply:
 
 
 def parse_reply(body: str, endpoint: Endpoint) -> Reply:
-    """Parse the body of a successful response; endpoints differ in what they send."""
+    """Parses the body of a successful response; endpoints differ in what they send."""
     try:
         values = json.loads(body)
         choice = values["choices"][0]
@@ -266,7 +266,7 @@ def is_permanent_error(error: "APIError") -> bool:
 
 
 def check_endpoint_error(error: "APIError", settings: JudgeConfig, endpoint: Endpoint) -> None:
-    """Stop at errors that every request would meet.
+    """Stops at errors that every request would meet.
 
     Raises:
         ConfigError: the key, the model or the address is wrong, or the account has no quota.

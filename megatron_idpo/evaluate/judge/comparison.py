@@ -1,6 +1,5 @@
 """Pairs of models whose answers are compared, and the questions that this takes."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from megatron_idpo.evaluate.generate.answers import Answer, Prompt, answers_file
 from megatron_idpo.evaluate.judge.template import Letter
 from megatron_idpo.evaluate.judge.verdicts import Order, Verdict, VerdictStore, Winner
 from megatron_idpo.evaluate.models import BASE, TRAINED
+from megatron_idpo.storage.provenance import file_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Judge(Protocol):
     """Answers questions."""
 
     def ask(self, questions: Sequence[Question], done: Callable[[Verdict], None]) -> None:
-        """Ask the questions; call `done` with each verdict as soon as it arrives, in any order.
+        """Asks the questions; calls `done` with each verdict as soon as it arrives, in any order.
 
         Raises:
             UserError: asking further questions is pointless; verdicts so far stay valid.
@@ -73,13 +73,13 @@ class AnswerFile:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read the file.
+        """Reads the file.
 
         Raises:
             DataError: see `read_answers`.
         """
         answers = tuple(read_answers(path))
-        return cls(path, hashlib.sha256(path.read_bytes()).hexdigest(), answers)
+        return cls(path, file_digest(path), answers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from megatron_idpo.evaluate.hf_model import load_hf_model
 from megatron_idpo.evaluate.judge.comparison import Question
 from megatron_idpo.evaluate.judge.template import Chat, JudgeTemplate
 from megatron_idpo.evaluate.judge.verdicts import Verdict
+from megatron_idpo.storage.provenance import file_digest
 
 LOCATION = "judge.model"
 _IDENTIFYING = ("*.safetensors", "*.bin", "config.json", "tokenizer*", "chat_template.jinja")
@@ -42,9 +43,7 @@ def model_identity(path: str) -> str:
         return "hub"
     identity = hashlib.sha256()
     for file in sorted({file for glob in _IDENTIFYING for file in directory.glob(glob)}):
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        identity.update(f"{file.name} {digest}".encode())
+        identity.update(f"{file.name} {file_digest(file)}".encode())
     return identity.hexdigest()
 
 

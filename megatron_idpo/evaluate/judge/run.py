@@ -29,7 +29,13 @@ from megatron_idpo.evaluate.judge.comparison import Comparison, Judge, Question,
 from megatron_idpo.evaluate.judge.endpoint import Endpoint, checked_url
 from megatron_idpo.evaluate.judge.tally import Tally, result_table
 from megatron_idpo.evaluate.judge.template import Chat, JudgeTemplate
-from megatron_idpo.evaluate.judge.verdicts import IDENTICAL, Order, Verdict, VerdictStore
+from megatron_idpo.evaluate.judge.verdicts import (
+    IDENTICAL,
+    Order,
+    Verdict,
+    VerdictStore,
+    open_verdicts,
+)
 from megatron_idpo.evaluate.models import evaluation_output, write_result
 
 logger = logging.getLogger(__name__)
@@ -98,7 +104,7 @@ def judge(config: RunConfig, settings: JudgeConfig, environment: Mapping[str, st
                 "b": comparison.b,
                 "answers": {"a": comparison.answers_a.digest, "b": comparison.answers_b.digest},
             }
-            store = stores.enter_context(VerdictStore(directory, own_settings | judge_settings))
+            store = stores.enter_context(open_verdicts(directory, own_settings | judge_settings))
             _add_identical(comparison, store)
             questions = comparison.open_questions(store, orders)
             tasks.append(_Task(comparison, store, directory, questions))

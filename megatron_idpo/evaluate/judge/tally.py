@@ -5,8 +5,9 @@ win rate counts a tie as half a win. Its interval is Wilson's, which is conserva
 ties. The sign test ignores ties. Prompts without a verdict count in neither.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from rich import box
@@ -52,7 +53,7 @@ class Tally:
         num_prompts: int,
         orders: Iterable[Order],
     ) -> Self:
-        """Count the verdicts on the prompts 0 to `num_prompts` - 1.
+        """Counts the verdicts on the prompts 0 to `num_prompts` - 1.
 
         Args:
             verdicts: by prompt and order; may contain further prompts.
@@ -60,7 +61,7 @@ class Tally:
             orders: in which this judge is asked.
         """
         orders = tuple(orders)
-        counts = dict.fromkeys(("wins", "losses", "ties", "disagreed", "identical", "unjudged"), 0)
+        counts = Counter[str]()
         for index in range(num_prompts):
             whole = verdicts.get((index, "both"))
             found = [whole] if whole else [verdicts.get((index, order)) for order in orders]
@@ -108,26 +109,23 @@ class Tally:
         """Of the sign test; 1 without any win or loss."""
         return sign_test(self.wins, self.losses)
 
-    def conclusion(self, a: str, b: str) -> str:
-        """Whether there is evidence of a difference, with the p-value of the sign test."""
-        p = self.p_value
-        text = "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.3g}"
-        if p >= SIGNIFICANCE:
-            return f"no evidence of a difference (sign test {text})"
-        return f"evidence for {a if self.wins > self.losses else b} (sign test {text})"
-
     def summary(self, a: str, b: str) -> str:
         """One sentence with rate, interval, counts and conclusion."""
         rate, interval = self.win_rate, self.interval
         if rate is None or interval is None:
             return f"{a} against {b}: none of {self.unjudged} prompts has a verdict"
         low, high = interval
+        p = self.p_value
+        p_text = "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.3g}"
+        conclusion = "no evidence of a difference"
+        if p < SIGNIFICANCE:
+            conclusion = f"evidence for {a if self.wins > self.losses else b}"
         unjudged = f", {self.unjudged} more unjudged" if self.unjudged else ""
         warning = "" if self.is_enough else "; unreliable, because too many prompts are unjudged"
         return (
             f"{a} against {b}: {rate * 100:.1f} % [{low * 100:.1f}, {high * 100:.1f}] of "
             f"{self.judged} prompts ({self.wins} won, {self.losses} lost, {self.ties} "
-            f"tied{unjudged}); {self.conclusion(a, b)}{warning}"
+            f"tied{unjudged}); {conclusion} (sign test {p_text}){warning}"
         )
 
     def result(self, a: str, b: str, judge: str, kind: str) -> dict[str, Any]:
@@ -139,12 +137,7 @@ class Tally:
             "judge": judge,
             "kind": kind,
             "prompts": self.prompts,
-            "wins": self.wins,
-            "losses": self.losses,
-            "ties": self.ties,
-            "disagreed": self.disagreed,
-            "identical": self.identical,
-            "unjudged": self.unjudged,
+            **asdict(self),
             "win_rate": self.win_rate,
             "low": low,
             "high": high,

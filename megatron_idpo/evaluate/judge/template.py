@@ -120,9 +120,9 @@ class JudgeTemplate:
         match = self._pattern.fullmatch(lines[-1].strip()) if lines else None
         if match is None:
             return None
+        letters: dict[str, Letter] = {"a": "A", "b": "B", "tie": "tie"}
         groups = match.groupdict()
-        letters: tuple[tuple[str, Letter], ...] = (("a", "A"), ("b", "B"), ("tie", "tie"))
-        matched = [letter for group, letter in letters if groups.get(group) is not None]
+        matched = [letter for name, letter in letters.items() if groups.get(name) is not None]
         return matched[0] if len(matched) == 1 else None
 
 
@@ -169,7 +169,7 @@ def _context(template: Template, variables: dict[str, Any]) -> Context:
 
 @contextmanager
 def _reported_errors() -> Iterator[None]:
-    """Turns whatever a template raises into a `ConfigError`."""
+    """Turns any error of a template into a `ConfigError`."""
     try:
         yield
     except Exception as error:  # a template can raise anything, `1 // 0` for example

@@ -11,14 +11,16 @@ refused.
 """
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_idpo.errors import ConfigError, DataError
+from megatron_idpo.evaluate.generate.answers import first_error
 from megatron_idpo.evaluate.models import OUTPUT, single_writer
 from megatron_idpo.storage.atomic import append_bytes, truncate_file, write_bytes
 from megatron_idpo.storage.provenance import as_problems, diff, read_record
@@ -28,19 +30,6 @@ type Order = Literal["ab", "ba", "both"]
 """Which answer was shown first; `both`: the verdict holds for both orders."""
 
 IDENTICAL = "identical answers"
-_WINNERS, _ORDERS = get_args(Winner.__value__), get_args(Order.__value__)
-_LABELS = {
-    "kind": "judge.kind",
-    "judge": "judge.model",
-    "base_url": "judge.base_url",
-    "template.name": "judge.template",
-    "template.sha256": "the text of judge.template",
-    "weights": "the judge's weights",
-    "answers.a": "the first model's answers",
-    "answers.b": "the second model's answers",
-}
-"""Parts of the settings in the words of the configuration."""
-
 _DISK_REMEDY = "free space, or name a writable directory"
 
 
@@ -86,8 +75,28 @@ class Verdict:
         return json.dumps(values, ensure_ascii=False) + "\n"
 
 
+_VERDICT = TypeAdapter(Verdict)
+
+
+@contextmanager
+def open_verdicts(directory: Path, settings: Mapping[str, Any]) -> Iterator["VerdictStore"]:
+    """Opens the directory of one comparison, and locks it within the block.
+
+    Args:
+        directory: created if needed.
+        settings: what the verdicts depend on, as JSON.
+
+    Raises:
+        ConfigError: the stored verdicts have other settings, all of which are listed; another
+            process is judging; or the directory cannot be written.
+        DataError: a line is not a verdict.
+    """
+    with single_writer(directory / "verdicts.jsonl"):
+        yield VerdictStore(directory, settings)
+
+
 class VerdictStore:
-    """The directory of one comparison, locked by this process while it is open."""
+    """The verdicts of one comparison; created by `open_verdicts`."""
 
     verdicts: dict[tuple[int, Order], Verdict]
     """By prompt and order."""
@@ -99,41 +108,15 @@ class VerdictStore:
     """Input and output tokens of all requests of all runs."""
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
-        """Opens the directory, which is created if needed. Use as a context manager.
-
-        Args:
-            directory: of the comparison.
-            settings: what the verdicts depend on, as JSON.
-
-        Raises:
-            ConfigError: the stored verdicts have other settings, all of which are listed; another
-                process is judging; or the directory cannot be written.
-            DataError: a line is not a verdict.
-        """
+        """See `open_verdicts`."""
         self._path = directory / "verdicts.jsonl"
-        with ExitStack() as stack:
-            stack.enter_context(single_writer(self._path))
-            self._read()
-            # Without a judge's verdict there is nothing to protect: a wrong name of the judge,
-            # say, can be corrected after a first run that failed.
-            if any(not verdict.is_identical for verdict in self.verdicts.values()):
-                self._check_settings(directory, settings)
-            else:
-                self._begin(directory / "settings.json", settings)
-            self._open = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        """Returns the store."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Releases the lock."""
-        self._open.close()
+        self._read()
+        # Without a judge's verdict there is nothing to protect: a wrong name of the judge, for
+        # example, can be corrected after a first run that failed.
+        if any(not verdict.is_identical for verdict in self.verdicts.values()):
+            self._check_settings(directory, settings)
+        else:
+            self._begin(directory / "settings.json", settings)
 
     def add(self, verdict: Verdict) -> None:
         """Stores a verdict; it is on the disk on return.
@@ -171,7 +154,12 @@ class VerdictStore:
             truncate_file(self._path, size_bytes)
         for number, line in enumerate(content[:size_bytes].splitlines(), start=1):
             location = f"{self._path}:{number}"
-            verdict = _parse(line, location)
+            try:
+                verdict = _VERDICT.validate_json(line, strict=True)
+            except ValidationError as error:
+                message = f"is not a verdict ({first_error(error)})"
+                remedy = "delete the line; the question is then asked again"
+                raise DataError.at(location, message, remedy) from None
             if (verdict.index, verdict.order) in self.verdicts:
                 message = f"is a second verdict on prompt {verdict.index}, order {verdict.order}"
                 raise DataError.at(location, message, "delete one of the two lines")
@@ -196,29 +184,5 @@ class VerdictStore:
         restore = f"restore it, or move {directory} away"
         saved = read_record(path, error=ConfigError, remedy=restore)
         remedy = f"move {directory} away, or name another evaluate.output"
-        if problems := as_problems(diff(saved, settings, _LABELS), str(directory), remedy):
+        if problems := as_problems(diff(saved, settings), str(directory), remedy):
             raise ConfigError.of(problems)
-
-
-def _parse(line: bytes, location: str) -> Verdict:
-    """Parses one line.
-
-    Raises:
-        DataError: it is not a verdict.
-    """
-    remedy = "delete the line; the question is then asked again"
-    try:
-        values = json.loads(line)
-        known = {field.name for field in fields(Verdict)}
-        verdict = Verdict(**{name: values[name] for name in values if name in known})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError.at(location, f"is not a verdict ({error})", remedy) from None
-    is_valid = (
-        type(verdict.index) is int
-        and verdict.order in _ORDERS
-        and (verdict.verdict is None or verdict.verdict in _WINNERS)
-        and type(verdict.input_tokens) is type(verdict.output_tokens) is int
-    )
-    if not is_valid:
-        raise DataError.at(location, f"is not a verdict: {line!r:.80}", remedy)
-    return verdict

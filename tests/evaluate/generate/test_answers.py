@@ -1,4 +1,4 @@
-"""Files of answers: what is written is read again, and what a kill leaves is healed."""
+"""Files of answers: reading, validation, and recovery after a kill."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_is_written_is_read_again(path: Path) -> None:
+def test_answers_are_read_as_written(path: Path) -> None:
     awkward = "line\nbreaks\r, \u2028 and \x85, é, 中, \x1c, \ufffd"
     answers = [answer(0, awkward), replace(answer(1), prompt="Only text\n"), answer(2, "")]
     append_answers(path, answers[:2])
@@ -38,20 +38,20 @@ def test_what_is_written_is_read_again(path: Path) -> None:
     assert path.read_bytes().count(b"\n") == 3
 
 
-def test_the_files_are_where_the_judge_looks(path: Path) -> None:
+def test_file_names(path: Path) -> None:
     assert path.name == "m-1.5.jsonl"
     assert settings_file(path).name == "m-1.5.settings.json"
 
 
-def test_no_file_names_the_verb(path: Path) -> None:
+def test_a_missing_file_is_reported_with_the_verb(path: Path) -> None:
     with pytest.raises(DataError, match=r"there are no answers.*megatron-idpo generate"):
         read_answers(path)
 
 
-def test_an_unfinished_file_is_not_read(path: Path) -> None:
+def test_an_unfinished_file_is_refused(path: Path) -> None:
     append_answers(path, [answer(0), answer(1)])
     settings_file(path).write_text(json.dumps({"prompts": {"count": 3}}))
-    with pytest.raises(DataError, match="has 2 answers of 3: `generate` has not finished"):
+    with pytest.raises(DataError, match="has 2 of 3 answers: `generate` has not finished"):
         read_answers(path)
     append_answers(path, [answer(2)])
     assert len(read_answers(path)) == 3
@@ -60,17 +60,15 @@ def test_an_unfinished_file_is_not_read(path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"index": 1', r"jsonl:2: is not JSON"),
-        ("[1]", r"jsonl:2: is \[1\], not an object"),
-        (json.dumps({"index": 1}), "has no field 'location'"),
-        (answer(2).line(), r"has the index 2, not 1: lines are missing"),
-        (answer(1).line().replace(": 4,", ": true,"), "has the answer_tokens True"),
-        (answer(1).line().replace('"Yes."', "null"), "has the answer None"),
+        ('{"index": 1', "jsonl:2: Invalid JSON"),
+        ("[1]", "jsonl:2: Input should be an object"),
+        (json.dumps({"index": 1}), "field 'location': Field required"),
+        (answer(2).line(), "has index 2 instead of 1; a line is missing"),
+        (answer(1).line().replace(": 4,", ": true,"), "'answer_tokens': Input should be a valid i"),
+        (answer(1).line().replace('"Yes."', "null"), "'answer': Input should be a valid string"),
     ],
 )
-def test_a_line_that_is_no_answer_is_told_by_its_number(
-    path: Path, line: str, message: str
-) -> None:
+def test_an_invalid_line_is_reported_with_its_number(path: Path, line: str, message: str) -> None:
     path.write_text(answer(0).line() + line)
     with pytest.raises(DataError, match=message):
         read_answers(path)
@@ -81,48 +79,48 @@ def test_a_line_that_is_no_answer_is_told_by_its_number(
     [
         (0, b"", 0),
         (4, b"", 4),
-        (4, b'{"index": 4, "pla', 4),
-        (5, b"", 4),  # half a batch is made again, with the whole of it
-        (5, answer(5).line().encode()[:-1], 4),  # only a line break makes a line
+        (4, b'{"index": 4, "loc', 4),
+        (5, b"", 4),  # an incomplete batch is generated again
+        (5, answer(5).line().encode()[:-1], 4),  # a line without newline is incomplete
         (7, b"", 7),  # the last batch is smaller
     ],
 )
-def test_whole_batches_stay(path: Path, lines: int, rest: bytes, kept: int) -> None:
+def test_recovery_keeps_complete_batches(path: Path, lines: int, rest: bytes, kept: int) -> None:
     written = [answer(index) for index in range(lines)]
     append_answers(path, written)
     with path.open("ab") as file:
         file.write(rest)
-    assert recover_answers(path, wanted=7, batch_prompts=2) == written[:kept]
+    assert recover_answers(path, num_prompts=7, batch_prompts=2) == written[:kept]
     assert path.read_text() == "".join(a.line() for a in written[:kept])
 
 
-def test_no_file_has_no_answers(path: Path) -> None:
-    assert recover_answers(path, wanted=3, batch_prompts=2) == []
+def test_recovery_of_a_missing_file_is_empty(path: Path) -> None:
+    assert recover_answers(path, num_prompts=3, batch_prompts=2) == []
     assert not path.exists()
 
 
 def test_more_answers_than_prompts_are_refused(path: Path) -> None:
     append_answers(path, [answer(0), answer(1)])
     with pytest.raises(DataError, match="has 2 answers to 1 prompt;"):
-        recover_answers(path, wanted=1, batch_prompts=1)
+        recover_answers(path, num_prompts=1, batch_prompts=1)
 
 
-def test_what_the_system_refuses_is_reported(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_errors_are_reported(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.symlink_to("/dev/full")
     with pytest.raises(
-        ConfigError, match=r"m-1\.5\.jsonl cannot be written: No space left"
+        ConfigError, match=r"cannot write .*m-1\.5\.jsonl: No space left"
     ) as message:
         append_answers(path, [answer(0)])
     assert [problem.location for problem in message.value.problems] == ["evaluate.output"]
     path.unlink()
     path.mkdir()
-    with pytest.raises(ConfigError, match=r"m-1\.5\.jsonl cannot be read: Is a directory"):
-        recover_answers(path, wanted=1, batch_prompts=1)
+    with pytest.raises(ConfigError, match=r"cannot read .*m-1\.5\.jsonl: Is a directory"):
+        recover_answers(path, num_prompts=1, batch_prompts=1)
     path.rmdir()
     path.write_text("half a line")
     monkeypatch.setattr("os.fsync", refuse)
-    with pytest.raises(ConfigError, match=r"m-1\.5\.jsonl cannot be written: Input/output error"):
-        recover_answers(path, wanted=1, batch_prompts=1)
+    with pytest.raises(ConfigError, match=r"cannot write .*m-1\.5\.jsonl: Input/output error"):
+        recover_answers(path, num_prompts=1, batch_prompts=1)
 
 
 def refuse(file: int) -> None:

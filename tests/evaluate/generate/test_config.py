@@ -1,4 +1,4 @@
-"""The verb `generate`: what its configuration has to say, before anything is loaded."""
+"""Checks of `generate` on its configuration, before anything is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ def config(root: Path, **sections: Any) -> Path:
 @pytest.mark.parametrize(
     "data", [None, {"train": "t.jsonl"}, {"train": "t.jsonl", "max_length": None}]
 )
-def test_there_must_be_prompts(tmp_path: Path, data: Any) -> None:
-    with pytest.raises(ConfigError, match=r"generate\.prompts: there are no prompts to answer"):
+def test_prompts_are_required(tmp_path: Path, data: Any) -> None:
+    with pytest.raises(ConfigError, match=r"generate\.prompts: there are no prompts"):
         main(config(tmp_path, generate=None, data=data), [])
 
 
@@ -35,11 +35,11 @@ def test_an_empty_list_of_sources_is_refused(tmp_path: Path) -> None:
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"there are 2 processes.*start it without torchrun"):
+    with pytest.raises(ConfigError, match=r"2 processes were started.*start it without torchrun"):
         main(config(tmp_path), [])
 
 
-def test_one_process_of_torchrun_is_let_pass(
+def test_torchrun_with_one_process_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
@@ -48,11 +48,11 @@ def test_one_process_of_torchrun_is_let_pass(
         main(config(tmp_path, evaluate=None), [])
 
 
-def test_nothing_to_draw_from_is_refused(tmp_path: Path) -> None:
+def test_top_p_of_zero_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"generate\.top_p .*greater than 0"):
         main(config(tmp_path), ["generate.top_p=0.0"])
 
 
-def test_an_optimizer_is_none_of_its_business(tmp_path: Path) -> None:
+def test_sections_of_other_verbs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no effect: this verb does not read"):
         main(config(tmp_path), ["optimizer.lr=1.0"])

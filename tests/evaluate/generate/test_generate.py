@@ -1,4 +1,4 @@
-"""`generate` from a configuration to files of answers: whole, interrupted, refused."""
+"""The verb `generate`: files of answers, resumption and errors."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from .tiny_answers import (
     QUESTIONS,
     TURN_END,
     answered,
-    unread,
+    no_model_is_loaded,
     user,
     write_config,
     write_model,
@@ -30,33 +30,27 @@ from .tiny_answers import (
 Tokens = list[list[int]]
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
-    return write_model(tmp_path_factory.mktemp("model") / "m", initializer_range=0.2)
-
-
 def interrupted(after: int) -> Any:
-    """Ctrl-C when so many batches are answered."""
+    """Raises `KeyboardInterrupt` after so many batches."""
     answer: Callable[..., Tokens] = TransformersEngine.answer
-    left = [after]
+    remaining = [after]
 
     def answer_some(self: TransformersEngine, first: int, prompts: Any) -> Tokens:
-        if not left[0]:
+        if not remaining[0]:
             raise KeyboardInterrupt
-        left[0] -= 1
+        remaining[0] -= 1
         return answer(self, first, prompts)
 
     return patch.object(TransformersEngine, "answer", answer_some)
 
 
 def test_every_model_answers_every_prompt(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = write_model(tmp_path / "other", seed=8, initializer_range=0.2)
-    subjects = {"one": str(model), "two": str(other)}
-    assert main(write_config(tmp_path, model, evaluate={"models": subjects}), []) == 0
-    one, two = (read_answers(answers_file(tmp_path / "out", name)) for name in subjects)
+    models = {"one": str(model), "two": str(other)}
+    assert main(write_config(tmp_path, model, evaluate={"models": models}), []) == 0
+    one, two = (read_answers(answers_file(tmp_path / "out", name)) for name in models)
     assert [answer.prompt for answer in one] == [user(text) for text in QUESTIONS]
     assert [answer.index for answer in one] == list(range(5))
     assert [answer.location for answer in one] == [
@@ -65,9 +59,8 @@ def test_every_model_answers_every_prompt(
     assert [answer.prompt for answer in two] == [answer.prompt for answer in one]
     assert [answer.answer for answer in two] != [answer.answer for answer in one]
     assert all(answer.answer_tokens == 12 or answer.is_complete for answer in one)
-    printed = capsys.readouterr().out
-    assert "5 prompts, answered by transformers on " in printed
-    assert "complete, " in printed and printed.strip().endswith("answers/two.jsonl")
+    assert caplog.messages[0].startswith("5 prompts, transformers on ")
+    assert "complete, " in caplog.text and caplog.messages[-1].endswith("answers/two.jsonl")
     settings = json.loads(settings_file(answers_file(tmp_path / "out", "one")).read_text())
     assert settings["sampling"] == {
         "temperature": 0.3,
@@ -80,12 +73,12 @@ def test_every_model_answers_every_prompt(
     assert settings["answers"]["stop_tokens"] == [1, TURN_END]
 
 
-def test_an_answer_ends_with_its_turn_and_has_no_control_tokens(
+def test_an_answer_ends_at_the_stop_token_and_has_no_special_tokens(
     model: Path, tmp_path: Path
 ) -> None:
     def answer(self: Any, first: int, prompts: Any) -> Tokens:
-        said = [76, 2, 77]  # two letters, a control token between them
-        return [[*said, TURN_END, 0, 0], [*said, 78, 79, 80]][: len(prompts)]
+        tokens = [76, 2, 77]  # two letters with a special token between them
+        return [[*tokens, TURN_END, 0, 0], [*tokens, 78, 79, 80]][: len(prompts)]
 
     with patch.object(TransformersEngine, "answer", answer):
         main(write_config(tmp_path, model), [])
@@ -95,55 +88,54 @@ def test_an_answer_ends_with_its_turn_and_has_no_control_tokens(
     assert len(ended.answer) == 2 and cut.answer.startswith(ended.answer)
 
 
-@pytest.mark.parametrize(("batches", "rest"), [(0, b""), (1, b'{"index": 2, "pla'), (2, b"")])
-def test_an_interrupted_file_goes_on_to_the_same_bytes(
-    model: Path, tmp_path: Path, batches: int, rest: bytes
+@pytest.fixture(scope="module")
+def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """Path of prompts, and their sampled answers by a run that was not interrupted."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    prompts = write_records(root / "p.jsonl", [{"prompt": user(text)} for text in QUESTIONS])
+    generate = {"prompts": prompts, "temperature": 1.5}
+    assert main(write_config(root, model, generate=generate), []) == 0
+    return prompts, answered(root)
+
+
+@pytest.mark.parametrize(("batches", "torn_line"), [(0, b""), (1, b'{"index": 2, "loc'), (2, b"")])
+def test_an_interrupted_file_is_completed_with_the_same_bytes(
+    model: Path, tmp_path: Path, uninterrupted: tuple[str, bytes], batches: int, torn_line: bytes
 ) -> None:
-    """The third case also has half a batch: a whole line of the last batch but one."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for root in (whole, broken):
-        root.mkdir()
-    records = [{"prompt": user(text)} for text in QUESTIONS]
-    prompts = write_records(tmp_path / "p.jsonl", records)
-    configs = [
-        write_config(root, model, generate={"prompts": prompts, "temperature": 1.5})
-        for root in (whole, broken)
-    ]
-    assert main(configs[0], []) == 0
+    """In the third case, one line of a batch of two is left."""
+    prompts, answers = uninterrupted
+    generate = {"prompts": prompts, "temperature": 1.5}
+    config = write_config(tmp_path, model, generate=generate)
     with interrupted(after=batches), pytest.raises(KeyboardInterrupt):
-        main(configs[1], [])
-    path = answers_file(broken / "out", "one")
-    assert answered(whole).startswith(path.read_bytes() if batches else b"")
+        main(config, [])
+    path = answers_file(tmp_path / "out", "one")
+    settings = settings_file(path).read_bytes()
     if batches == 2:
-        lines = path.read_bytes().splitlines(keepends=True)
-        path.write_bytes(b"".join(lines[:3]))
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
     with path.open("ab") as file:
-        file.write(rest)
+        file.write(torn_line)
     if batches:
-        with pytest.raises(DataError, match=r"has not finished|is not JSON"):
+        with pytest.raises(DataError, match=r"has not finished|Invalid JSON"):
             read_answers(path)
-    assert main(configs[1], []) == 0
-    assert answered(broken) == answered(whole)
-    assert (
-        settings_file(path).read_bytes()
-        == settings_file(answers_file(whole / "out", "one")).read_bytes()
-    )
+    assert main(config, []) == 0
+    assert answered(tmp_path) == answers
+    assert settings_file(path).read_bytes() == settings
 
 
 def test_a_finished_model_is_not_loaded_again(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = write_config(tmp_path, model)
     main(config, [])
     before = answered(tmp_path)
     shutil.copytree(model, tmp_path / "copy")
-    with unread(), patch("megatron_idpo.evaluate.generate.task.__version__", "99"):
+    with no_model_is_loaded(), patch("megatron_idpo.evaluate.generate.task.__version__", "99"):
         assert main(config, [f"evaluate.models={{one: {tmp_path}/copy}}"]) == 0
-    assert "were there already" in capsys.readouterr().out
+    assert "from an earlier run" in caplog.text
     assert answered(tmp_path) == before
 
 
-def test_answers_of_another_kind_are_refused_part_by_part(model: Path, tmp_path: Path) -> None:
+def test_all_differing_settings_are_reported(model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, model)
     main(config, [])
     before = answered(tmp_path)
@@ -155,155 +147,150 @@ def test_answers_of_another_kind_are_refused_part_by_part(model: Path, tmp_path:
         "model.dtype=bf16",
         "evaluate.seed=1",
     ]
-    with unread(), pytest.raises(DataError) as caught:
+    with no_model_is_loaded(), pytest.raises(DataError) as caught:
         main(config, changes)
     for message in (
-        "the model differs",
-        "generate.temperature is 0.3 there, 0.7 here",
-        "the number of prompts is 5 there, 3 here",
-        "model.dtype is fp32 there, bf16 here",
-        "evaluate.seed is 0 there, 1 here",
+        "the model (weights or config.json) differs",
+        "sampling.temperature was 0.3, is now 0.7",
+        "prompts.count was 5, is now 3",
+        "model.dtype was fp32, is now bf16",
+        "evaluate.seed was 0, is now 1",
         "name another directory in evaluate.output, or delete",
     ):
         assert message in str(caught.value)
     assert answered(tmp_path) == before
     settings_file(answers_file(tmp_path / "out", "one")).unlink()
-    with pytest.raises(DataError, match="nothing tells what made these answers"):
+    with pytest.raises(DataError, match=r"one\.settings\.json: cannot be read"):
         main(config, [])
 
 
-def test_an_unfinished_file_wants_the_same_versions(model: Path, tmp_path: Path) -> None:
+def test_an_unfinished_file_requires_the_same_versions(model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, model)
     with interrupted(after=1), pytest.raises(KeyboardInterrupt):
         main(config, [])
     with (
         patch("megatron_idpo.evaluate.generate.task.__version__", "99"),
-        pytest.raises(DataError, match=r"the version of megatron-idpo is .* there, 99 here"),
+        pytest.raises(DataError, match=r"made_with\.megatron-idpo was .*, is now 99"),
     ):
         main(config, [])
 
 
-def test_a_prompt_without_room_for_its_answer_is_refused(model: Path, tmp_path: Path) -> None:
+def test_a_prompt_that_is_too_long_is_refused(model: Path, tmp_path: Path) -> None:
     texts = ["x" * length for length in (10, 300, 20, 200, 230)]
     prompts = write_records(tmp_path / "p.jsonl", [{"prompt": text} for text in texts])
     config = write_config(tmp_path, model, generate={"prompts": prompts, "max_new_tokens": 40})
-    with unread(), pytest.raises(DataError) as caught:
+    with no_model_is_loaded(), pytest.raises(DataError) as caught:
         main(config, [])
     assert [p.location.rpartition(":")[2] for p in caught.value.problems] == ["2", "5"]
-    message = "the prompt has 300 tokens, and one has room for 216 before an answer of 40"
+    message = "the prompt has 300 tokens; with an answer of 40, one reads at most 216"
     assert message in str(caught.value) and "lower generate.max_new_tokens by 84" in str(
         caught.value
     )
-    with pytest.raises(ConfigError, match="is 256, but one has 256 positions in all"):
+    with pytest.raises(ConfigError, match="is 256, but the context of one is 256"):
         main(config, ["generate.max_new_tokens=256"])
 
 
 def test_skipped_rows_are_counted(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompts = write_records(tmp_path / "p.jsonl", [{"prompt": user("Why?")}, {"question": "x"}])
     data = {"train": "unread.jsonl", "on_bad_row": "skip"}
     main(write_config(tmp_path, model, generate={"prompts": prompts}, data=data), [])
-    printed = capsys.readouterr().out
-    assert "1 prompt, answered" in printed and "1 row without a prompt was skipped" in printed
-    assert "one: 1 answer, " in printed
+    assert "1 prompt, transformers" in caplog.text and "one: 1 answer, " in caplog.text
+    assert "skipped 1 row without a prompt (data.on_bad_row)" in caplog.messages
 
 
-def test_text_is_said_not_to_be_asked_as_a_chat(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_plain_text_prompts_are_reported(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompts = write_records(tmp_path / "p.jsonl", [{"prompt": "Why?"}])
     main(write_config(tmp_path, model, generate={"prompts": prompts}), [])
-    assert "1 prompt is text and is continued as it is; to ask it " in capsys.readouterr().out
+    assert "1 prompt of plain text, used without the chat template; " in caplog.text
     assert read_answers(answers_file(tmp_path / "out", "one"))[0].prompt == "Why?"
 
 
 # ---- models ------------------------------------------------------------------------------------
 
 
-def refused(root: Path, model: Path, subject: Any) -> str:
-    with unread(), pytest.raises(UserError) as caught:
-        main(write_config(root, model, evaluate={"models": {"one": subject}}), [])
+def refusal(root: Path, model: Path, entry: Any) -> str:
+    with no_model_is_loaded(), pytest.raises(UserError) as caught:
+        main(write_config(root, model, evaluate={"models": {"one": entry}}), [])
     return str(caught.value)
 
 
-def test_a_checkpoint_of_ours_has_to_be_converted(model: Path, tmp_path: Path) -> None:
+def test_a_torch_dist_checkpoint_must_be_converted(model: Path, tmp_path: Path) -> None:
     directory = tmp_path / "ours"
     directory.mkdir()
     (directory / "metadata.json").write_text("{}")
-    message = refused(tmp_path, model, str(directory))
+    message = refusal(tmp_path, model, str(directory))
     assert f"{directory} is a torch_dist checkpoint, which cannot generate" in message
     assert f"megatron-idpo convert megatron-to-hf {directory}" in message
 
 
-def test_what_is_no_model_is_refused(model: Path, tmp_path: Path) -> None:
+def test_incomplete_models_are_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "has no config.json" in refused(tmp_path, model, f"{tmp_path}/empty")
+    assert "has no config.json" in refusal(tmp_path, model, f"{tmp_path}/empty")
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text('{"model_type": "no-such-thing"}')
-    assert "has no weights" in refused(tmp_path, model, str(bare))
+    assert "has no weights" in refusal(tmp_path, model, str(bare))
     (bare / "model.safetensors").write_bytes(b"")
-    assert "Transformers cannot read" in refused(tmp_path, model, str(bare))
+    assert "Transformers cannot read" in refusal(tmp_path, model, str(bare))
 
 
 def test_an_adapter_needs_its_files_and_peft(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = tmp_path / "adapter"
-    subject = {"path": str(model), "adapter": str(adapter)}
-    assert "has no adapter_config.json" in refused(tmp_path, model, subject)
+    entry = {"path": str(model), "adapter": str(adapter)}
+    assert "has no adapter_config.json" in refusal(tmp_path, model, entry)
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = refused(tmp_path, model, subject)
+    message = refusal(tmp_path, model, entry)
     assert "needs the library peft" in message and "pip install peft" in message
 
 
-def test_a_tokenizer_that_is_not_the_models_is_refused(model: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_larger_than_the_models_is_refused(model: Path, tmp_path: Path) -> None:
     small = write_model(tmp_path / "small", vocab_size=64)
     for file in small.glob("token*"):
         file.unlink()
-    message = refused(tmp_path, model, str(small))
+    message = refusal(tmp_path, model, str(small))
     assert "occurs in the prompts, but the vocabulary of one ends at 63" in message
 
 
-def test_a_model_of_another_vocabulary_is_asked_in_its_own_tokens(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_model_with_another_vocabulary_uses_its_own_tokenizer(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: dict[str, Tokens] = {}
 
     def answer(self: Any, first: int, prompts: Any) -> Tokens:
-        asked.setdefault(self._place, []).extend(prompts)
+        asked.setdefault(self._location, []).extend(prompts)
         return [[1] for _ in prompts]
 
     other = write_model(tmp_path / "other")
     file = other / "tokenizer.json"
     spec = json.loads(file.read_text())
     spec["post_processor"] = None
-    spec["normalizer"] = {"type": "Lowercase"}  # another vocabulary, as far as texts go
+    spec["normalizer"] = {"type": "Lowercase"}  # another vocabulary
     file.write_text(json.dumps(spec))
     same = write_model(tmp_path / "same", seed=5)
-    write_tokenizer(same, template=CHATML.replace("user", "human"))  # the run's template counts
-    subjects = {"one": str(model), "same": str(same), "other": str(other)}
-    config = write_config(tmp_path, model, evaluate={"models": subjects})
+    write_tokenizer(same, template=CHATML.replace("user", "human"))  # the run's template is used
+    models = {"one": str(model), "same": str(same), "other": str(other)}
+    config = write_config(tmp_path, model, evaluate={"models": models})
     with patch.object(TransformersEngine, "answer", answer):
         main(config, [])
-        printed = capsys.readouterr().out.splitlines()
-        [message] = [line for line in printed if "own tokenizer" in line]
-        assert message == "other is asked through its own tokenizer and chat template"
-        assert printed.index(message) < min(
-            n for n, line in enumerate(printed) if "answers," in line
-        )
-        mine, alike, own = asked.values()
-        assert mine == alike != own
+        assert "other uses its own tokenizer and chat template" in caplog.messages
+        assert caplog.text.count("own tokenizer") == 1
+        of_run, of_same, own = asked.values()
+        assert of_run == of_same != own
         shutil.rmtree(tmp_path / "out")
         asked.clear()
-        main(config, [f"model.tokenizer={model}"])  # said outright, it is everyone's
+        main(config, [f"model.tokenizer={model}"])  # set explicitly, it is used for all models
         assert len({str(prompts) for prompts in asked.values()}) == 1
 
 
-def test_vllm_gets_many_batches_at_once(
+def test_vllm_receives_many_batches_per_call(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []

@@ -1,4 +1,4 @@
-"""A prompt's tokens are those that training gave it, and an answer ends where a turn does."""
+"""Tokens of prompts equal those of training; stop tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def tokenizer(directory: Path) -> Tokenizer:
     return load_tokenizer(str(directory))
 
 
-def test_tokens_are_those_of_training(directory: Path, tmp_path: Path) -> None:
+def test_tokens_equal_those_of_training(directory: Path, tmp_path: Path) -> None:
     template = "{{ tools or '' }}" + CHATML
     tokenizer = load_tokenizer(str(directory), template)
     long = [*user("Why?"), {"role": "assistant", "content": "So."}, *user("Really, é?")]
@@ -59,7 +59,7 @@ def test_a_prompt_ends_where_the_answer_begins(tokenizer: Tokenizer) -> None:
 
 
 class EndingTokenizer:
-    """One that ends every text with EOS, as some do."""
+    """A tokenizer that appends EOS to every text, as some do."""
 
     eos_id = EOS
     has_chat_template = False
@@ -68,20 +68,22 @@ class EndingTokenizer:
         return [[*map(ord, text), *([EOS] if special_tokens else [])] for text in texts]
 
 
-def test_a_text_goes_on_although_the_tokenizer_ends_it() -> None:
+def test_eos_that_the_tokenizer_appends_is_removed() -> None:
     tokenizer: Any = EndingTokenizer()
     assert prompt_tokens([PromptRecord("p:1", "ab")], tokenizer) == [[97, 98]]
     with_eos = PromptRecord("p:1", "a\x01")  # written there by the user
     assert prompt_tokens([with_eos], tokenizer) == [[97, EOS, EOS]]
 
 
-def test_what_cannot_be_asked_is_told_by_its_place(directory: Path, tokenizer: Tokenizer) -> None:
+def test_invalid_prompts_are_reported_with_their_location(
+    directory: Path, tokenizer: Tokenizer
+) -> None:
     fails = load_tokenizer(str(directory), "{{ raise_exception('no ' ~ messages[0].role) }}")
     with pytest.raises(DataError, match=r"p:1: the chat template fails: .*no user"):
         prompt_tokens([PromptRecord("p:1", user("x"))], fails)
-    with pytest.raises(DataError, match="p:2: the prompt has no token"):
+    with pytest.raises(DataError, match="p:2: the prompt has no tokens"):
         prompt_tokens([PromptRecord("p:2", "")], tokenizer)
-    with pytest.raises(DataError, match="p:3: the prompt has a lone surrogate"):
+    with pytest.raises(DataError, match="p:3: the prompt contains a lone surrogate"):
         prompt_tokens([PromptRecord("p:3", user("\ud800"))], tokenizer)
 
 
@@ -92,21 +94,21 @@ def test_messages_need_a_template(directory: Path, tmp_path: Path) -> None:
         prompt_tokens([PromptRecord("p:1", user("x"))], bare)
 
 
-def test_the_end_of_a_turn_ends_an_answer(tokenizer: Tokenizer) -> None:
+def test_the_end_of_turn_token_is_a_stop_token(tokenizer: Tokenizer) -> None:
     chat, text = PromptRecord("p:1", user("x")), PromptRecord("p:2", "x")
     assert stop_tokens([text, chat], tokenizer) == {EOS, TURN_END}
     assert stop_tokens([text], tokenizer) == {EOS}
 
 
 @pytest.mark.parametrize(
-    ("template", "ends"),
+    ("template", "stops"),
     [
         ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", {EOS}),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", {EOS}),  # no control token
-        # What stands before an answer, or begins the next turn, does not end it.
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", {EOS}),  # no special token
+        # A token before the answer, or at the start of the next turn, does not end it.
         ("{% for m in messages %}<|im_start|>{{ m.content }}</s><s>{% endfor %}", {EOS}),
     ],
 )
-def test_templates_that_end_turns_otherwise(directory: Path, template: str, ends: set[int]) -> None:
+def test_stop_tokens_of_other_templates(directory: Path, template: str, stops: set[int]) -> None:
     tokenizer = load_tokenizer(str(directory), template)
-    assert stop_tokens([PromptRecord("p:1", user("x"))], tokenizer) == ends
+    assert stop_tokens([PromptRecord("p:1", user("x"))], tokenizer) == stops

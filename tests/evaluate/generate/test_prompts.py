@@ -1,4 +1,4 @@
-"""Prompts: read as training reads pairs, each different one once, in the data's order."""
+"""Prompts of pairs and of separate sources: each distinct one once, in the order of the data."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ HH_MESSAGES = [
         ({"prompt": "Why?", "answer": "unread"}, "Why?"),
         (pair(user("Why?")), user("Why?")),
         ({"prompt": "Why?", "chosen": " So.", "rejected": " No."}, "Why?"),
-        ({"chosen": "Why? So.", "rejected": "Why? No."}, "Why?"),  # the shared beginning
+        ({"chosen": "Why? So.", "rejected": "Why? No."}, "Why?"),  # the common prefix
         ({"chosen": HH + " Yes.", "rejected": HH + " No."}, HH_MESSAGES),
         (
             {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]},
@@ -58,18 +58,18 @@ HH_MESSAGES = [
         ),
     ],
 )
-def test_every_shape_of_a_record(tmp_path: Path, record: Any, prompt: Any) -> None:
+def test_record_formats(tmp_path: Path, record: Any, prompt: Any) -> None:
     [found] = read(write_records(tmp_path / "p.jsonl", [record]))
     assert found.prompt == prompt
     assert found.location == f"{tmp_path}/p.jsonl:1"
 
 
-def test_under_chat_a_text_alone_is_a_users_message(tmp_path: Path) -> None:
+def test_with_format_chat_a_text_prompt_is_a_user_message(tmp_path: Path) -> None:
     path = write_records(tmp_path / "p.jsonl", [{"prompt": "Why?"}])
     assert prompts(read(path, format="chat")) == [user("Why?")]
 
 
-def test_columns_of_other_names_and_single_turns(tmp_path: Path) -> None:
+def test_column_names_and_single_turn_records(tmp_path: Path) -> None:
     path = write_records(tmp_path / "p.jsonl", [{"instruction": "Why?", "setting": "Brief."}])
     with pytest.raises(DataError, match="no field 'prompt', but 'instruction'"):
         read(path)
@@ -83,12 +83,12 @@ def test_columns_of_other_names_and_single_turns(tmp_path: Path) -> None:
     assert prompts(found) == [[{"role": "system", "content": "Brief."}, *user("Why?")]]
 
 
-def test_under_hh_a_transcript_alone_is_messages(tmp_path: Path) -> None:
+def test_with_format_hh_a_transcript_becomes_messages(tmp_path: Path) -> None:
     path = write_records(tmp_path / "p.jsonl", [{"prompt": HH}])
     assert prompts(read(path, format="hh")) == [HH_MESSAGES]
 
 
-def test_tools_and_template_arguments_come_along(tmp_path: Path) -> None:
+def test_tools_and_template_arguments_are_kept(tmp_path: Path) -> None:
     record = {"prompt": user("x"), "tools": [{"f": 1}], "chat_template_kwargs": {"k": True}}
     [found] = read(write_records(tmp_path / "p.jsonl", [record]))
     assert (found.tools, found.template_kwargs) == ([{"f": 1}], {"k": True})
@@ -106,7 +106,7 @@ def test_tools_and_template_arguments_come_along(tmp_path: Path) -> None:
         ("text", "not an object with fields"),
     ],
 )
-def test_a_row_without_a_prompt_is_told_by_its_place(
+def test_a_row_without_prompt_is_reported_with_its_location(
     tmp_path: Path, record: Any, message: str
 ) -> None:
     path = write_records(tmp_path / "p.jsonl", [{"prompt": "x"}, record])
@@ -115,16 +115,16 @@ def test_a_row_without_a_prompt_is_told_by_its_place(
     assert prompts(read(path, skip=True)) == ["x"]
 
 
-def test_many_bad_rows_are_told_up_to_ten(tmp_path: Path) -> None:
+def test_at_most_ten_invalid_rows_are_listed(tmp_path: Path) -> None:
     path = write_records(tmp_path / "p.jsonl", [{}] * 20)
     with pytest.raises(DataError) as caught:
         read(path)
     assert len(caught.value.problems) == 10
 
 
-def test_nothing_at_all_is_an_error(tmp_path: Path) -> None:
+def test_empty_sources_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("")
-    with pytest.raises(DataError, match="hold no records"):
+    with pytest.raises(DataError, match="have no records"):
         read(str(tmp_path / "p.jsonl"))
 
 
@@ -135,7 +135,9 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
 
 
 def test_a_weight_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"the weight of p\.jsonl would not be read"):
+    with pytest.raises(
+        ConfigError, match=r"p\.jsonl has a weight, but each prompt is answered once"
+    ):
         source_prompts(
             [SourceConfig(path="p.jsonl", weight=2.0)], format="auto", has_template=True, skip=False
         )
@@ -148,7 +150,7 @@ def numbered(count: int) -> list[PromptRecord]:
     return [PromptRecord(f"p:{at}", f"Question {at}?") for at in range(count)]
 
 
-def test_a_choice_keeps_the_order_and_depends_on_the_seed() -> None:
+def test_choice_keeps_the_order_and_depends_on_the_seed() -> None:
     records = numbered(50)
     first, again, other = (choose(records, 10, seed=seed) for seed in (0, 0, 1))
     assert first == again != other
@@ -156,7 +158,7 @@ def test_a_choice_keeps_the_order_and_depends_on_the_seed() -> None:
     assert first != records[:10]
 
 
-def test_later_prompts_leave_the_choice_nearly_as_it_is() -> None:
+def test_added_prompts_change_the_choice_little() -> None:
     before, after = (choose(numbered(count), 10, seed=0) for count in (50, 55))
     assert len({r.key for r in before} & {r.key for r in after}) >= 8
 
@@ -187,7 +189,7 @@ def held_out(root: Path, **fields: Any) -> list[PromptRecord]:
     return found
 
 
-def test_held_out_pairs_each_prompt_once_in_order(tmp_path: Path) -> None:
+def test_each_prompt_of_held_out_pairs_is_used_once(tmp_path: Path) -> None:
     path = write_records(
         tmp_path / "e.jsonl", [pair(user(t), c) for t, c in [("b", "1"), ("a", "2"), ("b", "3")]]
     )
@@ -196,14 +198,14 @@ def test_held_out_pairs_each_prompt_once_in_order(tmp_path: Path) -> None:
     assert [record.location for record in found] == [f"{path}:1", f"{path}:2"]
 
 
-def test_pairs_that_are_held_out_of_the_training_ones(tmp_path: Path) -> None:
+def test_pairs_held_out_from_the_training_data(tmp_path: Path) -> None:
     found = held_out(tmp_path, eval_pairs=4)
     assert len(found) == 2  # of six prompts, each in two pairs
     rows = [int(record.location.rpartition(":")[2]) for record in found]
     assert [user(f"Q{(row - 1) % 6}?") for row in rows] == prompts(found)
 
 
-def test_a_file_that_has_changed_is_reported(
+def test_a_file_that_changed_since_tokenization_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_idpo.evaluate.generate import prompts as module
@@ -217,11 +219,11 @@ def test_a_file_that_has_changed_is_reported(
 
     monkeypatch.setattr(module, "load_run_pairs", load_and_change)
     path = write_records(tmp_path / "e.jsonl", [pair(user("x"))])
-    with pytest.raises(DataError, match=r"e\.jsonl:1: was a row when the data was tokenised"):
+    with pytest.raises(DataError, match=r"e\.jsonl:1: does not exist any more"):
         held_out(tmp_path, eval=path)
 
 
-def test_sources_of_their_own_need_no_data(tmp_path: Path) -> None:
+def test_separate_sources_need_no_data_section(tmp_path: Path) -> None:
     one = write_records(tmp_path / "1.jsonl", [{"prompt": text} for text in "abc"])
     two = write_records(tmp_path / "2.jsonl", [{"prompt": text} for text in "cbd"])
     generate = {"prompts": [one, two]}

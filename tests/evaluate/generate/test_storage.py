@@ -1,4 +1,4 @@
-"""`generate` where somebody else writes too, and where the disk refuses."""
+"""`generate` with concurrent writers, full disks and system errors."""
 
 import json
 import resource
@@ -22,27 +22,23 @@ from megatron_idpo.evaluate.generate.run import main
 from megatron_idpo.evaluate.generate.transformers_engine import TransformersEngine
 from megatron_idpo.storage.lock import locked
 
-from .tiny_answers import QUESTIONS, answered, unread, user, write_config, write_model
+from .tiny_answers import QUESTIONS, answered, no_model_is_loaded, user, write_config
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
-    return write_model(tmp_path_factory.mktemp("model") / "m", initializer_range=0.2)
-
-
-def test_two_processes_do_not_write_one_file(model: Path, tmp_path: Path) -> None:
+def test_only_one_process_writes_a_file(model: Path, tmp_path: Path) -> None:
     path = answers_file(tmp_path / "out", "one")
     path.parent.mkdir(parents=True)
     with locked(path.with_name(".one.jsonl.lock")), pytest.raises(ConfigError, match="another"):
         main(write_config(tmp_path, model), [])
 
 
-def test_answers_of_another_kind_written_meanwhile_are_refused(model: Path, tmp_path: Path) -> None:
-    """While the first model answers, another process writes the second one's."""
+def test_answers_with_other_settings_written_meanwhile_are_refused(
+    model: Path, tmp_path: Path
+) -> None:
+    """While the first model generates, another process writes the answers of the second."""
     two = answers_file(tmp_path / "out", "two")
-    subjects = {"one": str(model), "two": str(model)}
-    config = write_config(tmp_path, model, evaluate={"models": subjects})
+    models = {"one": str(model), "two": str(model)}
+    config = write_config(tmp_path, model, evaluate={"models": models})
 
     def answer(self: Any, first: int, prompts: Any) -> list[list[int]]:
         if not two.exists():
@@ -54,9 +50,7 @@ def test_answers_of_another_kind_written_meanwhile_are_refused(model: Path, tmp_
 
     with (
         patch.object(TransformersEngine, "answer", answer),
-        pytest.raises(
-            DataError, match=r"two\.jsonl.*generate\.temperature is 0\.7 there, 0\.3 here"
-        ),
+        pytest.raises(DataError, match=r"two\.jsonl: sampling\.temperature was 0\.7, is now 0\.3"),
     ):
         main(config, [])
     assert (
@@ -65,7 +59,9 @@ def test_answers_of_another_kind_written_meanwhile_are_refused(model: Path, tmp_
     )
 
 
-def test_a_full_disk_is_told_and_the_file_goes_on(model: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_file_is_completed_later(
+    model: Path, tmp_path: Path
+) -> None:
     config = write_config(tmp_path, model)
     main(config, [])
     whole = answered(tmp_path)
@@ -78,8 +74,8 @@ def test_a_full_disk_is_told_and_the_file_goes_on(model: Path, tmp_path: Path) -
             append_answers(file, answers)
 
     with (
-        patch("megatron_idpo.evaluate.generate.run.append_answers", append_some),
-        pytest.raises(ConfigError, match=r"output: .*one\.jsonl cannot be written: File too large"),
+        patch("megatron_idpo.evaluate.generate.task.append_answers", append_some),
+        pytest.raises(ConfigError, match=r"output: cannot write .*one\.jsonl: No space left"),
     ):
         main(config, [])
     assert path.read_bytes() == whole[:half]
@@ -89,7 +85,7 @@ def test_a_full_disk_is_told_and_the_file_goes_on(model: Path, tmp_path: Path) -
 
 @contextmanager
 def small_files(size_bytes: int) -> Iterator[None]:
-    """This process cannot write longer files."""
+    """Limits the size of the files that this process writes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
     try:
@@ -98,19 +94,25 @@ def small_files(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_the_system_refuses_is_reported(model: Path, tmp_path: Path) -> None:
+def test_system_errors_are_reported(model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, model)
     path = answers_file(tmp_path / "out", "one")
     path.mkdir(parents=True)
-    with unread(), pytest.raises(ConfigError, match=r"output: .*jsonl cannot be read: Is a dir"):
+    with (
+        no_model_is_loaded(),
+        pytest.raises(ConfigError, match=r"output: cannot read .*jsonl: Is a dir"),
+    ):
         main(config, [])
     path.rmdir()
     path.with_name(".one.jsonl.lock").mkdir()
-    with unread(), pytest.raises(ConfigError, match=r"output: .*\.lock cannot be written: .*dir"):
+    with (
+        no_model_is_loaded(),
+        pytest.raises(ConfigError, match=r"output: cannot lock .*\.lock: .*dir"),
+    ):
         main(config, [])
     path.with_name(".one.jsonl.lock").rmdir()
     with (
         patch("fcntl.flock", side_effect=OSError(38, "Function not implemented")),
-        pytest.raises(ConfigError, match=r"\.lock cannot be written: Function not implemented"),
+        pytest.raises(ConfigError, match=r"cannot lock .*\.lock: Function not implemented"),
     ):
         main(config, [])

@@ -1,4 +1,4 @@
-"""Transformers as an engine: padding, batches and the model's own defaults have no influence."""
+"""The Transformers engine: padding, batches and the model's defaults have no influence."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.evaluate.generate.engine import Sampling, Weights
-from megatron_idpo.evaluate.generate.transformers_engine import PaddedScores, TransformersEngine
+from megatron_idpo.evaluate.generate.transformers_engine import (
+    PaddingAwareScores,
+    TransformersEngine,
+)
 
 from .tiny_answers import EOS, write_model
 
@@ -23,11 +26,11 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [17, 18]]
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose own generation config wants everything otherwise."""
+    """A model with a generation config that differs in every parameter."""
     path = write_model(tmp_path_factory.mktemp("model"), initializer_range=0.3)
     file = path / "generation_config.json"
-    unwanted = {"top_k": 1, "do_sample": True, "max_length": 3, "eos_token_id": 7}
-    file.write_text(json.dumps({**unwanted, "suppress_tokens": sorted(SUPPRESSED)}))
+    defaults = {"top_k": 1, "do_sample": True, "max_length": 3, "eos_token_id": 7}
+    file.write_text(json.dumps({**defaults, "suppress_tokens": sorted(SUPPRESSED)}))
     return path
 
 
@@ -36,13 +39,13 @@ def engine(directory: Path, sampling: Sampling, **weights: Any) -> TransformersE
     return TransformersEngine(Weights(directory, **chosen), sampling, [EOS])
 
 
-def ended(answers: list[list[int]]) -> list[list[int]]:
-    """Up to the token that ends an answer; behind it is padding."""
+def until_eos(answers: list[list[int]]) -> list[list[int]]:
+    """Answers up to and including EOS; padding may follow it."""
     return [a[: a.index(EOS) + 1] if EOS in a else a for a in answers]
 
 
 def plain_greedy(directory: Path, prompt: list[int], sampling: Sampling) -> list[int]:
-    """Written out: the whole sequence again for each token, without cache and padding."""
+    """A plain loop: the whole sequence again for each token, without cache and padding."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokens = list(prompt)
     while len(tokens) < len(prompt) + sampling.max_new_tokens:
@@ -57,22 +60,22 @@ def plain_greedy(directory: Path, prompt: list[int], sampling: Sampling) -> list
     return tokens[len(prompt) :]
 
 
-def test_greedy_answers_are_those_of_a_plain_loop_in_any_batch(directory: Path) -> None:
-    wanted = [plain_greedy(directory, prompt, GREEDY) for prompt in PROMPTS]
+def test_greedy_answers_equal_a_plain_loop_in_any_batch(directory: Path) -> None:
+    expected = [plain_greedy(directory, prompt, GREEDY) for prompt in PROMPTS]
     model = engine(directory, GREEDY)
     alone = [model.answer(at, [prompt])[0] for at, prompt in enumerate(PROMPTS)]
     together = model.answer(0, PROMPTS)
-    assert ended(alone) == wanted
-    assert ended(together) == wanted
-    assert len({tuple(answer) for answer in wanted}) == 4
+    assert until_eos(alone) == expected
+    assert until_eos(together) == expected
+    assert len({tuple(answer) for answer in expected}) == 4
 
 
-def test_padding_is_not_penalised() -> None:
-    """Of two rows the second is padded with EOS, which it never had."""
+def test_padding_is_not_penalized() -> None:
+    """The second row is padded with EOS, which its prompt does not contain."""
     tokens = torch.tensor([[4, 5, 6], [EOS, EOS, 6]])
     is_token = torch.tensor([[1, 1, 1], [0, 0, 1]])
     scores = torch.linspace(-1, 1, 16).repeat(2, 1)
-    found = PaddedScores(is_token, 2.0, "m")(tokens, scores.clone())
+    found = PaddingAwareScores(is_token, 2.0, "m")(tokens, scores.clone())
     assert found[1, EOS] == scores[1, EOS]
     alone = RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([[6]]), scores[1:].clone())
     assert torch.equal(found[1:], alone)
@@ -80,44 +83,46 @@ def test_padding_is_not_penalised() -> None:
     assert torch.equal(found[:1], whole)
 
 
-def test_tokens_that_were_just_made_are_penalised() -> None:
+def test_generated_tokens_are_penalized() -> None:
     scores = torch.ones(1, 16)
-    found = PaddedScores(torch.tensor([[0, 1]]), 2.0, "m")(torch.tensor([[EOS, 4, 9]]), scores)
+    found = PaddingAwareScores(torch.tensor([[0, 1]]), 2.0, "m")(
+        torch.tensor([[EOS, 4, 9]]), scores
+    )
     assert found[0].tolist() == [0.5 if token in (4, 9) else 1.0 for token in range(16)]
 
 
-def test_draws_depend_on_the_seed_and_the_batch_alone(directory: Path) -> None:
+def test_samples_depend_only_on_seed_and_batch(directory: Path) -> None:
     model = engine(directory, DRAWN)
     state = torch.get_rng_state()
     first = model.answer(0, PROMPTS)
     torch.manual_seed(99)
-    assert model.answer(0, PROMPTS) == first  # whatever was drawn before
+    assert model.answer(0, PROMPTS) == first  # independent of the process's random state
     assert model.answer(4, PROMPTS) != first
     assert engine(directory, replace(DRAWN, seed=1)).answer(0, PROMPTS) != first
     torch.set_rng_state(state)
     model.answer(0, PROMPTS)
-    assert torch.equal(torch.get_rng_state(), state)  # the process's own draws go on
+    assert torch.equal(torch.get_rng_state(), state)  # which is not changed
 
 
-def test_the_models_own_defaults_have_no_say(directory: Path) -> None:
-    """Its generation config wants few tokens, another end, 3 tokens in all."""
-    sampling = replace(DRAWN, temperature=50.0)  # all 264 tokens are nearly as likely
+def test_the_models_generation_config_is_ignored(directory: Path) -> None:
+    """It sets a top_k of 1, another EOS, suppressed tokens, and a length of 3."""
+    sampling = replace(DRAWN, temperature=50.0)  # all 264 tokens are nearly equally likely
     longest = engine(directory, sampling).answer(0, [[5, 6]] * 8)
     assert max(map(len, longest)) == 16
     many = engine(directory, replace(sampling, max_new_tokens=1)).answer(0, [[5, 6]] * 600)
     drawn = {token for answer in many for token in answer}
-    assert len(drawn) > 200  # Transformers' own default leaves 50
+    assert len(drawn) > 200  # Transformers' default top_k is 50
     assert drawn & SUPPRESSED
 
 
-def test_top_p_leaves_the_likeliest(directory: Path) -> None:
+def test_a_tiny_top_p_is_greedy(directory: Path) -> None:
     narrow = engine(directory, replace(DRAWN, top_p=1e-6)).answer(0, PROMPTS)
     greedy = engine(directory, replace(GREEDY, repetition_penalty=1.0)).answer(0, PROMPTS)
     assert narrow == greedy
 
 
 @pytest.mark.parametrize(("dtype", "held"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_weights_are_held_as_wanted(directory: Path, dtype: str, held: torch.dtype) -> None:
+def test_weights_have_the_configured_dtype(directory: Path, dtype: str, held: torch.dtype) -> None:
     model = engine(directory, GREEDY, dtype=dtype)
     assert {parameter.dtype for parameter in model._model.parameters()} == {held}
 
@@ -125,53 +130,53 @@ def test_weights_are_held_as_wanted(directory: Path, dtype: str, held: torch.dty
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([0.0, torch.inf, 0.0], "no number (infinite)"),
-        ([torch.nan, torch.inf, 0.0], "no number (NaN)"),
-        ([-torch.inf] * 3, "no number (infinite)"),
+        ([0.0, torch.inf, 0.0], "output is infinite"),
+        ([torch.nan, torch.inf, 0.0], "output is NaN"),
+        ([-torch.inf] * 3, "output is infinite"),
     ],
 )
-def test_scores_that_nothing_can_be_drawn_from_are_an_error(
-    scores: list[float], message: str
-) -> None:
-    fine = [0.0, -torch.inf, 1.0]  # one token is ruled out
-    check = PaddedScores(torch.tensor([[1], [1]]), 1.0, "m")
+def test_nan_and_infinite_scores_are_errors(scores: list[float], message: str) -> None:
+    fine = [0.0, -torch.inf, 1.0]  # one token is excluded
+    check = PaddingAwareScores(torch.tensor([[1], [1]]), 1.0, "m")
     check(torch.tensor([[4], [5]]), torch.tensor([fine, fine]))
     with pytest.raises(CheckpointError) as caught:
         check(torch.tensor([[4], [5]]), torch.tensor([fine, scores]))
     assert message in str(caught.value)
 
 
-def test_output_that_is_no_number_is_an_error(directory: Path, tmp_path: Path) -> None:
+def test_a_nan_weight_is_an_error(directory: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     path = write_model(tmp_path / "nan")
     weights = load_file(path / "model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"no number \(NaN\); set model\.dtype"):
+    with pytest.raises(CheckpointError, match=r"output is NaN; set model\.dtype"):
         engine(path, DRAWN).answer(0, PROMPTS)
 
 
-def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     path = write_model(tmp_path / "m")
     weights = load_file(path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks 1 weight, model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1 weight, first model\.layers\.1\.mlp\.up_proj"
+    ):
         engine(path, GREEDY)
 
 
-def test_a_file_that_is_damaged_is_reported(tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m")
     (path / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match=r"m: cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"m: cannot load"):
         engine(path, GREEDY)
 
 
 def write_adapter(directory: Path, target: Path) -> Path:
-    """A LoRA that changes something; and, in `target`.merged, the model with it merged."""
+    """Writes a random LoRA adapter, and the merged model in `target`.merged."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(4)
@@ -186,7 +191,7 @@ def write_adapter(directory: Path, target: Path) -> Path:
     return target
 
 
-def test_an_adapter_answers_as_the_merged_model(directory: Path, tmp_path: Path) -> None:
+def test_an_adapter_equals_the_merged_model(directory: Path, tmp_path: Path) -> None:
     adapter = write_adapter(directory, tmp_path / "adapter")
     found = engine(directory, GREEDY, adapter=adapter).answer(0, PROMPTS)
     assert found == engine(tmp_path / "adapter.merged", GREEDY).answer(0, PROMPTS)
@@ -201,11 +206,11 @@ def test_an_adapter_of_another_depth_is_refused(
     adapter = write_adapter(directory, tmp_path / "adapter")
     deep, flat = (write_model(tmp_path / str(n), num_hidden_layers=n) for n in (3, 1))
     layer = r"base_model\.model\.model\.layers\.{}\.[a-z_.]+\.lora_A\.weight, .*lora_B.*, \.\.\.;"
-    lacks = r"adapter: lacks 4 tensors: " + layer.format(2)
-    with pytest.raises(CheckpointError, match=lacks):
+    missing = r"adapter: 4 missing tensors: " + layer.format(2)
+    with pytest.raises(CheckpointError, match=missing):
         engine(deep, GREEDY, adapter=adapter)
-    spare = r"adapter: has 4 tensors too many: " + layer.format(1)
-    with pytest.raises(CheckpointError, match=spare):
+    unexpected = r"adapter: 4 unexpected tensors: " + layer.format(1)
+    with pytest.raises(CheckpointError, match=unexpected):
         engine(flat, GREEDY, adapter=adapter)
     wide = write_model(tmp_path / "wide", hidden_size=64)
     with pytest.raises(CheckpointError, match=r"adapter: cannot be loaded(.|\n)*was trained on$"):
@@ -213,10 +218,8 @@ def test_an_adapter_of_another_depth_is_refused(
     assert not any("missing adapter keys" in str(warning.message) for warning in recwarn)
 
 
-def test_an_adapter_whose_tensors_are_saved_apart_is_no_other_models(
-    directory: Path, tmp_path: Path
-) -> None:
-    """PEFT saves VB-LoRA's one bank of vectors once and holds it in every layer."""
+def test_an_adapter_with_shared_tensors_is_accepted(directory: Path, tmp_path: Path) -> None:
+    """PEFT saves the vector bank of VB-LoRA once, and loads it into every layer."""
     from peft import VBLoRAConfig, get_peft_model
 
     options = {"r": 2, "num_vectors": 8, "vector_length": 8, "target_modules": ["q_proj"]}

@@ -1,4 +1,4 @@
-"""vLLM as an engine, by a stand-in that notes what it is told: it needs a GPU to run."""
+"""The vLLM engine with a fake `vllm` module that records its calls; vLLM itself needs a GPU."""
 
 import json
 import sys
@@ -17,30 +17,30 @@ SAMPLING = Sampling(temperature=0.3, repetition_penalty=1.1, top_p=0.9, max_new_
 
 
 @dataclass
-class Stand:
-    """What the stand-in was told."""
+class FakeVllm:
+    """Recorded calls."""
 
     options: dict[str, Any] = field(default_factory=dict)
     calls: list[tuple[Any, Any, dict[str, Any]]] = field(default_factory=list)
 
 
 def answer(prompt: list[int]) -> SimpleNamespace:
-    """The prompt backwards; with 9 in it, the model ends it there."""
+    """The reversed prompt; one that contains 9 ends with a stop token."""
     reason = "stop" if 9 in prompt else "length"
     return SimpleNamespace(token_ids=tuple(prompt[::-1]), finish_reason=reason)
 
 
 @pytest.fixture
-def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
-    """A module `vllm` whose model answers a prompt by its tokens backwards."""
-    noted = Stand()
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
+    """A module `vllm` whose model answers a prompt with its reversed tokens."""
+    calls = FakeVllm()
 
     class LLM:
         def __init__(self, **options: Any) -> None:
-            noted.options = options
+            calls.options = options
 
         def generate(self, prompts: Any, params: Any, **more: Any) -> list[Any]:
-            noted.calls.append((prompts, params, more))
+            calls.calls.append((prompts, params, more))
             return [SimpleNamespace(outputs=[answer(p["prompt_token_ids"])]) for p in prompts]
 
     vllm: Any = ModuleType("vllm")
@@ -50,7 +50,7 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.lora", ModuleType("vllm.lora"))
     monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
-    return noted
+    return calls
 
 
 def engine(adapter: Path | None = None) -> VllmEngine:
@@ -58,9 +58,9 @@ def engine(adapter: Path | None = None) -> VllmEngine:
     return VllmEngine(weights, SAMPLING, [1, 3], longest_prompt_tokens=20)
 
 
-def test_the_model_is_loaded_as_the_configuration_says(stand: Stand) -> None:
+def test_model_options(fake: FakeVllm) -> None:
     engine()
-    assert stand.options == {
+    assert fake.options == {
         "model": "model",
         "dtype": "bfloat16",
         "skip_tokenizer_init": True,
@@ -70,10 +70,10 @@ def test_the_model_is_loaded_as_the_configuration_says(stand: Stand) -> None:
     }
 
 
-def test_every_prompt_has_its_tokens_and_its_seed(stand: Stand) -> None:
+def test_each_prompt_has_its_tokens_and_seed(fake: FakeVllm) -> None:
     model = engine()
     assert model.answer(8, [[4, 5], [6]]) == [[5, 4], [6]]
-    [(prompts, params, more)] = stand.calls
+    [(prompts, params, more)] = fake.calls
     assert prompts == [{"prompt_token_ids": [4, 5]}, {"prompt_token_ids": [6]}]
     assert [one["seed"] for one in params] == [derived_seed(3, 8), derived_seed(3, 9)]
     del params[0]["seed"]
@@ -89,22 +89,22 @@ def test_every_prompt_has_its_tokens_and_its_seed(stand: Stand) -> None:
     model.close()
 
 
-def test_the_end_of_an_answer_is_there_once(stand: Stand) -> None:
-    """Whether or not vLLM returns the token that ended it."""
+def test_the_stop_token_is_included_once(fake: FakeVllm) -> None:
+    """Whether or not vLLM returns it."""
     assert engine().answer(0, [[9, 4], [3, 9, 4]]) == [[4, 9, 1], [4, 9, 3]]
 
 
-@pytest.mark.parametrize(("rank", "room"), [(4, 8), (8, 8), (17, 32), (300, 320)])
-def test_an_adapter_goes_with_every_request(
-    stand: Stand, tmp_path: Path, rank: int, room: int
+@pytest.mark.parametrize(("rank", "max_rank"), [(4, 8), (8, 8), (17, 32), (300, 320)])
+def test_an_adapter_is_part_of_every_request(
+    fake: FakeVllm, tmp_path: Path, rank: int, max_rank: int
 ) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
     engine(tmp_path).answer(0, [[4]])
-    assert (stand.options["enable_lora"], stand.options["max_lora_rank"]) == (True, room)
-    assert stand.calls[0][2]["lora_request"] == ("adapter", 1, str(tmp_path))
+    assert (fake.options["enable_lora"], fake.options["max_lora_rank"]) == (True, max_rank)
+    assert fake.calls[0][2]["lora_request"] == ("adapter", 1, str(tmp_path))
 
 
-def test_an_adapter_that_vllm_cannot_hold_is_refused(stand: Stand, tmp_path: Path) -> None:
+def test_an_adapter_with_too_high_rank_is_refused(fake: FakeVllm, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1024}))
     with pytest.raises(ConfigError, match=r"rank 1024.*set generate\.engine to transformers"):
         engine(tmp_path)

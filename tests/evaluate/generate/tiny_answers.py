@@ -1,7 +1,7 @@
-"""Tiny models that chat, and what tests of `generate` share.
+"""Tiny chat models and configurations for the tests of `generate`.
 
-The tokenizer has a token for each byte, four control tokens and the ChatML template, whose
-end-of-turn token is not EOS.
+The tokenizer has one token per byte, four special tokens and the ChatML template, whose end-of-turn
+token is not EOS.
 """
 
 import json
@@ -39,7 +39,7 @@ QUESTIONS = ("Why?", "How do I ripen a pear?", "Who are you, and who am I?", "é
 
 
 def write_tokenizer(directory: Path, template: str | None = CHATML) -> None:
-    """One token for each byte."""
+    """Writes a tokenizer with one token per byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {text: at for at, text in enumerate([*SPECIAL, *letters])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -57,14 +57,14 @@ def write_tokenizer(directory: Path, template: str | None = CHATML) -> None:
 
 
 def write_model(directory: Path, seed: int = 3, **overrides: Any) -> Path:
-    """A random model with the tokenizer."""
+    """Writes a random model with the tokenizer."""
     write_tiny_hf_model(directory, "llama", seed=seed, **{**SIZES, **overrides})
     write_tokenizer(directory)
     return directory
 
 
 def user(text: str) -> list[dict[str, str]]:
-    """A conversation of one message."""
+    """One user message."""
     return [{"role": "user", "content": text}]
 
 
@@ -78,13 +78,13 @@ def pair(prompt: Any, chosen: str = "Yes.", rejected: str = "No.") -> dict[str, 
 
 
 def write_records(path: Path, records: Sequence[Any]) -> str:
-    """A file of JSON lines; its path."""
+    """Writes a file of JSON lines; returns its path."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
 
 def write_config(root: Path, model: Path, **sections: Any) -> Path:
-    """A configuration whose prompts are `QUESTIONS`, unless said otherwise."""
+    """Writes a configuration; its prompts default to `QUESTIONS`."""
     prompts = root / "prompts.jsonl"
     if not prompts.exists():
         write_records(prompts, [{"prompt": user(text)} for text in QUESTIONS])
@@ -102,10 +102,10 @@ def write_config(root: Path, model: Path, **sections: Any) -> Path:
 
 
 def answered(root: Path, name: str = "one") -> bytes:
-    """The file of a model's answers."""
+    """Content of a model's file of answers."""
     return answers_file(root / "out", name).read_bytes()
 
 
-def unread() -> Any:
-    """It is a mistake to load a model."""
+def no_model_is_loaded() -> Any:
+    """Loading a model raises within the block."""
     return patch.object(TransformersEngine, "__init__", side_effect=AssertionError("loaded"))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from .judge_case import KEY, KEY_VARIABLE
 
@@ -34,3 +35,12 @@ def pauses_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr("anyio.sleep", sleep)
     return recorded
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models are faster with one thread, most of all where tests run in parallel."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -78,6 +78,17 @@ def test_transient_faults_are_retried(
         assert {line["input_tokens"] for line in lines} == {200}, "both replies are paid for"
 
 
+def test_attempts_of_a_question_are_bounded(tmp_path: Path) -> None:
+    with FakeJudge(fault=always("500")) as server:
+        case = write_case(tmp_path, won_and_lost(1, 0), server.url, max_attempts=3)
+        with pytest.raises(DataError, match="1 of 1 prompts have no verdict"):
+            main(case, [])
+        assert len(server.requests) == 6
+    lines = verdicts(tmp_path, PAIR)
+    assert [line["attempts"] for line in lines] == [3, 3]
+    assert lines[0]["note"] == "status 500: this is a 500; you sent Bearer [key]"
+
+
 def test_a_request_without_answer_is_repeated_after_the_timeout(tmp_path: Path) -> None:
     with FakeJudge(fault=once_each("hang")) as server:
         case = write_case(tmp_path, won_and_lost(1, 0), server.url, timeout_s=0.3)

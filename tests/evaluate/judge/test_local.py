@@ -152,7 +152,7 @@ def test_a_second_run_loads_no_model_and_other_weights_are_refused(
     monkeypatch.setattr("megatron_idpo.evaluate.judge.local.load_hf_model", None)
     assert main(case, []) == 0
     zero_head(model, AutoModelForSequenceClassification, "score")
-    with pytest.raises(ConfigError, match=r"idpo-vs-base: the judge's weights differs"):
+    with pytest.raises(ConfigError, match=r"idpo-vs-base: weights differs"):
         main(case, [])
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo.errors import ConfigError, DataError
-from megatron_idpo.evaluate.judge.verdicts import IDENTICAL, Verdict, VerdictStore
+from megatron_idpo.evaluate.judge.verdicts import IDENTICAL, Verdict, open_verdicts
 
 SETTINGS = {"judge": "fake", "answers": {"a": "1", "b": "2"}, "template": {"sha256": "3"}}
 FIRST = Verdict(index=0, order="ab", verdict="a", text="Ünicode\nVerdict: A", input_tokens=7)
@@ -14,7 +14,7 @@ SECOND = Verdict(index=0, order="ba", verdict="tie", scores={"A": -1.5, "B": -1.
 
 
 def stored(directory: Path, *verdicts: Verdict) -> dict[tuple[int, str], Verdict]:
-    with VerdictStore(directory, SETTINGS) as store:
+    with open_verdicts(directory, SETTINGS) as store:
         for verdict in verdicts:
             store.add(verdict)
         return dict(store.verdicts)
@@ -23,7 +23,7 @@ def stored(directory: Path, *verdicts: Verdict) -> dict[tuple[int, str], Verdict
 def test_verdicts_and_token_counts_are_read_again(tmp_path: Path) -> None:
     stored(tmp_path, FIRST, FAILED)
     assert stored(tmp_path, SECOND) == {(0, "ab"): FIRST, (0, "ba"): SECOND}
-    with VerdictStore(tmp_path, SETTINGS) as store:
+    with open_verdicts(tmp_path, SETTINGS) as store:
         assert store.verdicts == {(0, "ab"): FIRST, (0, "ba"): SECOND}
         assert store.used_tokens == [7, 9], "a question without a verdict is paid for, too"
 
@@ -41,7 +41,7 @@ def test_an_incomplete_last_line_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_a_verdict_is_in_the_file_at_once(tmp_path: Path) -> None:
-    with VerdictStore(tmp_path, SETTINGS) as store:
+    with open_verdicts(tmp_path, SETTINGS) as store:
         store.add(FIRST)
         assert (tmp_path / "verdicts.jsonl").read_text("utf-8") == FIRST.line()
 
@@ -50,17 +50,17 @@ def test_all_differing_settings_are_reported(tmp_path: Path) -> None:
     stored(tmp_path, FIRST)
     before = (tmp_path / "settings.json").read_bytes()
     other = {"judge": "other", "answers": {"a": "1", "b": "9"}, "kind": "api"}
-    with pytest.raises(ConfigError) as raised:
-        VerdictStore(tmp_path, other)
+    with pytest.raises(ConfigError) as raised, open_verdicts(tmp_path, other):
+        pass
     message = str(raised.value)
     for part in (
-        "judge.model was fake, is now other",
-        "the second model's answers was 2, is now 9",
-        "the text of judge.template was 3, is now not set",
-        "judge.kind was not set, is now api",
+        "judge was fake, is now other",
+        "answers.b was 2, is now 9",
+        "template.sha256 was 3, is now not set",
+        "kind was not set, is now api",
     ):
         assert part in message
-    assert "first model" not in message
+    assert "answers.a" not in message
     assert (tmp_path / "settings.json").read_bytes() == before
     assert stored(tmp_path) == {(0, "ab"): FIRST}, "the lock was released"
 
@@ -69,7 +69,7 @@ def test_settings_may_change_before_the_first_verdict(tmp_path: Path) -> None:
     """A wrong name of the judge is noticed by asking, and can then be corrected."""
     same = Verdict(index=1, order="both", verdict="tie", note=IDENTICAL)
     assert stored(tmp_path, same, FAILED) == stored(tmp_path) == {(1, "both"): same}
-    with VerdictStore(tmp_path, {"judge": "other"}) as store:
+    with open_verdicts(tmp_path, {"judge": "other"}) as store:
         assert '"other"' in (tmp_path / "settings.json").read_text()
         assert not store.verdicts and store.used_tokens == [0, 0]
         store.add(same)
@@ -82,7 +82,7 @@ def test_verdicts_without_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"settings\.json: cannot be read: No such file.*; restore it, or move"
     ):
-        VerdictStore(tmp_path, SETTINGS)
+        stored(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_damaged_line_is_reported(tmp_path: Path, line: str) -> None:
     with (tmp_path / "verdicts.jsonl").open("a") as file:
         file.write(f"{line}\n")
     with pytest.raises(DataError, match=r"verdicts\.jsonl:2: is not a verdict.*delete the line"):
-        VerdictStore(tmp_path, SETTINGS)
+        stored(tmp_path)
 
 
 def test_a_verdict_does_not_count_twice(tmp_path: Path) -> None:
@@ -111,13 +111,13 @@ def test_a_verdict_does_not_count_twice(tmp_path: Path) -> None:
     with (tmp_path / "verdicts.jsonl").open("a") as file:
         file.write(FIRST.line())
     with pytest.raises(DataError, match=r":2: is a second verdict on prompt 0, order ab"):
-        VerdictStore(tmp_path, SETTINGS)
+        stored(tmp_path)
     with pytest.raises(AssertionError, match="asked twice"):
         stored(tmp_path / "other", FIRST, FIRST)
 
 
 def test_only_one_process_writes(tmp_path: Path) -> None:
-    with VerdictStore(tmp_path, SETTINGS):
+    with open_verdicts(tmp_path, SETTINGS):
         with pytest.raises(ConfigError, match="is being written by another process"):
-            VerdictStore(tmp_path, SETTINGS)
+            stored(tmp_path)
     stored(tmp_path, FIRST)
