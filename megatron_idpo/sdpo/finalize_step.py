@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.lora.peft import CONFIG_NAME
@@ -12,7 +11,7 @@ from megatron_idpo.reference.sources import Reference
 from megatron_idpo.sdpo.manifest import FIRST, snapshot_directory
 from megatron_idpo.sdpo.manifest_file import ManifestFile
 from megatron_idpo.sdpo.snapshot import write_snapshot
-from megatron_idpo.storage import atomic
+from megatron_idpo.storage.atomic import delete_directory
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.logging.report import Report
 from megatron_idpo.train.metrics.names import EVAL
@@ -88,15 +87,11 @@ class StepFinalizer:
 def _remove_adapter(output: RunDirectory) -> None:
     """Remove an adapter that an earlier end left next to another model; on the first rank.
 
-    It is renamed first, so that a kill never leaves an incomplete one.
-
     Raises:
         CheckpointError: it cannot be removed.
     """
     if not (is_rank0() and (output.adapter / CONFIG_NAME).is_file()):
         return
-    doomed = atomic.incomplete_directory(output.adapter, uuid4().hex[:8])
     message = "belongs to an earlier step and cannot be removed"
     with CheckpointError.on_os_error(str(output.adapter), message, "delete it"):
-        output.adapter.rename(doomed)
-    atomic.discard_directory(doomed)
+        delete_directory(output.adapter)

@@ -6,11 +6,9 @@ What could not be deleted is deleted by the next start.
 """
 
 import math
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from megatron_idpo.checkpoint.snapshot_metadata import Snapshot
 from megatron_idpo.config.sdpo import SdpoConfig
@@ -26,7 +24,7 @@ from megatron_idpo.sdpo.manifest import (
     snapshot_directory,
     write_manifest,
 )
-from megatron_idpo.storage.atomic import clear_leftovers
+from megatron_idpo.storage import atomic
 
 
 class ManifestFile:
@@ -101,11 +99,12 @@ class ManifestFile:
         with raise_on_all_ranks("deleting unneeded checkpoints and snapshots"):
             if is_rank0():
                 for number, step in enumerate(self.manifest.steps, start=1):
-                    clear_leftovers(snapshot_directory(self.root, number))
-                    if step.state == "complete" and not sdpo.keep_checkpoints:
-                        delete_directory(self.root / step_name(number) / "checkpoints")
+                    snapshot = snapshot_directory(self.root, number)
+                    atomic.clear_leftovers(snapshot)
                     if step.is_removed:
-                        delete_directory(snapshot_directory(self.root, number))
+                        delete_if_possible(snapshot)
+                    if step.state == "complete" and not sdpo.keep_checkpoints:
+                        delete_if_possible(self.root / step_name(number) / "checkpoints")
 
     def _change(self, number: int, **changes: Any) -> None:
         self.manifest = self.manifest.with_step(number, **changes)
@@ -125,14 +124,9 @@ def unneeded_snapshots(manifest: Manifest, sdpo: SdpoConfig) -> list[int]:
     return [number for number in complete[:-1] if not manifest.step(number).is_removed]
 
 
-def delete_directory(directory: Path) -> None:
-    """Delete a directory, and what an interrupted deletion of it left.
-
-    It is renamed first, so that a kill never leaves an incomplete directory under its name.
-    """
+def delete_if_possible(directory: Path) -> None:
+    """Delete a directory if it exists, and what an interrupted deletion of it left."""
+    atomic.clear_leftovers(directory)
     if directory.is_dir():
-        doomed = directory.with_name(f".{directory.name}.removed-{uuid4().hex[:8]}")
-        with suppress(OSError):
-            directory.rename(doomed)
-    for path in directory.parent.glob(f".{directory.name}.removed-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # retried by the next start
+            atomic.delete_directory(directory)

@@ -1,5 +1,6 @@
 """The end of a step: its order, and that repeating it gives the same result."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -49,7 +50,12 @@ def test_step_whose_end_fails_is_not_complete(
     [outcome] = workers.run(run, 1, file)
     assert outcome.code == 0 and "all 4 steps are complete" in outcome.printed
     assert snapshots(parts) == snapshots(whole)
-    assert manifest_of(parts).steps == manifest_of(whole).steps
+    # Sizes differ by the length of the paths in the snapshots' metadata.
+    ours, theirs = (
+        [replace(step, snapshot_bytes=0) for step in manifest_of(output).steps]
+        for output in (parts, whole)
+    )
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(

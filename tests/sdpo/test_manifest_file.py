@@ -63,7 +63,7 @@ def clean(root: str, fields: dict[str, Any], dies: bool = False) -> Manifest:
     file = ManifestFile(Path(root), now)
     sdpo = SdpoConfig.model_validate({"steps": [{}] * len(now.steps), **fields})
     if dies:
-        location = "megatron_idpo.sdpo.manifest_file.delete_directory"
+        location = "megatron_idpo.sdpo.manifest_file.delete_if_possible"
         with mock.patch(location, side_effect=CheckpointError("killed")):
             file.delete_unneeded(sdpo)
     file.delete_unneeded(sdpo)

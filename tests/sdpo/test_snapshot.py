@@ -159,7 +159,7 @@ def test_changed_or_missing_file_is_reported(
 def test_added_file_is_reported(tiny: Files, workers: Any, tmp_path: Path, merged: Any) -> None:
     copy = shutil.copytree(merged[0], tmp_path / "copy")
     (copy / "huggingface" / "vocab.json").write_text("{}")
-    message = r"huggingface/vocab\.json: is none of the files"
+    message = r"huggingface/vocab\.json: is not listed in snapshot"
     with pytest.raises(CheckpointError, match=message):
         workers.run(read, 2, str(tiny.model), copy, merged[1].identity, Layout())
     with pytest.raises(CheckpointError, match=message):
@@ -218,7 +218,7 @@ def test_unrecorded_snapshot_is_replaced(tiny: Files, workers: Any, tmp_path: Pa
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("mine")
-    with pytest.raises(CheckpointError, match="holds something else than a checkpoint"):
+    with pytest.raises(CheckpointError, match="exists and is not a checkpoint"):
         workers.run(write, 1, file, other, False)
     assert (other / "thesis.tex").read_text() == "mine"
 

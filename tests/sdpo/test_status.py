@@ -156,7 +156,7 @@ def test_changed_byte_of_a_snapshot_is_reported(tmp_path: Path) -> None:
     path = snapshot_directory(root, 1) / "weights"
     for at in range(len(WEIGHTS)):
         path.write_bytes(WEIGHTS[:at] + bytes([WEIGHTS[at] ^ 1]) + WEIGHTS[at + 1 :])
-        with pytest.raises(CheckpointError, match=r"step-1/weights: has been changed.*; copy "):
+        with pytest.raises(CheckpointError, match=r"step-1/weights: has been changed.*; restore "):
             main(root, check=True)
     assert main(root, check=False) == 0
     path.write_bytes(WEIGHTS)
@@ -175,7 +175,7 @@ def test_missing_file_or_snapshot_is_reported(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", manifest("complete"))
     directory = snapshot_directory(root, 1)
     (directory / "weights").unlink()
-    with pytest.raises(CheckpointError, match=r"step-1/weights: is missing; copy "):
+    with pytest.raises(CheckpointError, match=r"step-1/weights: is missing; restore "):
         main(root, check=True)
     directory.rename(directory.with_name("elsewhere"))
     with pytest.raises(CheckpointError, match=r"step-1/snapshot\.json: cannot be read: No such"):
@@ -186,7 +186,9 @@ def test_missing_file_or_snapshot_is_reported(tmp_path: Path) -> None:
 def test_added_file_is_reported(tmp_path: Path, name: str) -> None:
     root = write_run(tmp_path / "run", manifest("complete"))
     (snapshot_directory(root, 1) / name).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=rf"step-1/{name}: is none of the files .*; move it"):
+    with pytest.raises(
+        CheckpointError, match=rf"step-1/{name}: is not listed in snapshot\.json; move it"
+    ):
         main(root, check=True)
 
 
