@@ -3,9 +3,7 @@
 The rows themselves are listed in a file (`data.bad_rows_file`).
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(kw_only=True)
@@ -51,31 +49,21 @@ class DataReport:
         for reason, count in other.dropped_pairs.items():
             self.dropped_pairs[reason] = self.dropped_pairs.get(reason, 0) + count
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The reverse of `as_dict`."""
-        return cls(**values)
-
     def lines(self) -> list[str]:
         """Lines for people; counts of 0 are left out."""
+        counts = [
+            (self.truncated_pairs, "of them truncated at max_length"),
+            *((count, f"dropped: {reason}") for reason, count in self.dropped_pairs.items()),
+            (self.skipped_rows, "bad rows skipped"),
+            (
+                self.moved_boundaries,
+                "with tokens merged across the end of the prompt (scored with both answers)",
+            ),
+            (self.longer_answers, "with answers of several messages, all scored"),
+        ]
         lines = [f"{self.kept_pairs} pairs kept of {self.rows} rows"]
-        if self.truncated_pairs:
-            lines.append(f"{self.truncated_pairs} of them truncated at max_length")
-        lines += [f"{count} dropped: {reason}" for reason, count in self.dropped_pairs.items()]
-        if self.skipped_rows:
-            lines.append(f"{self.skipped_rows} bad rows skipped")
-        if self.moved_boundaries:
-            lines.append(
-                f"{self.moved_boundaries} with tokens merged across the end of the prompt "
-                "(scored with both answers)"
-            )
+        lines += [f"{count} {text}" for count, text in counts if count]
         lines += self.warnings()
-        if self.longer_answers:
-            lines.append(f"{self.longer_answers} with answers of several messages, all scored")
         if self.kept_pairs:
             totals = (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens)
             means = [round(total / self.kept_pairs) for total in totals]

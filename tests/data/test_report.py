@@ -1,5 +1,8 @@
 """The data report: sums, JSON, and its lines."""
 
+import json
+from dataclasses import asdict
+
 from megatron_idpo.data.report import DataReport
 
 
@@ -8,7 +11,7 @@ def test_reports_add_up_and_round_trip_through_json() -> None:
     total.add(DataReport(rows=4, kept_pairs=2, dropped_pairs={"long": 1, "same": 1}))
     assert (total.rows, total.kept_pairs, total.prompt_tokens) == (7, 4, 20)
     assert total.dropped_pairs == {"long": 2, "same": 1}
-    assert DataReport.from_dict(total.as_dict()) == total
+    assert DataReport(**json.loads(json.dumps(asdict(total)))) == total
 
 
 def test_lines_leave_out_counts_of_zero() -> None:
@@ -27,4 +30,4 @@ def test_lines_leave_out_counts_of_zero() -> None:
         untemplated_pairs=5,
         longer_answers=6,
     ).lines()
-    assert [line.split()[0] for line in everything] == ["0", "1", "2", "3", "4", "5", "6"]
+    assert [line.split()[0] for line in everything] == ["0", "1", "2", "3", "6", "4", "5"]

@@ -75,8 +75,9 @@ def inspect_data(config: RunConfig, console: Console) -> None:
     share_prompt = config.data.share_prompt
     max_length = config.data.max_length if run_pairs.train_report.truncated_pairs else None
     tokenizer = run_pairs.tokenizer
-    for selected in select_pairs(pairs, max_length, tokenizer, share_prompt=share_prompt):
-        print_pair(console, pairs, selected, max_length, tokenizer)
+    selected = select_pairs(pairs, max_length, tokenizer, share_prompt=share_prompt)
+    for index, reason in selected.items():
+        print_pair(console, pairs, index, max_length, tokenizer, title=reason)
     _print_sources(console, run_pairs)
     lengths = LengthStatistics.of(pairs.lengths_P3, share_prompt=share_prompt)
     _print_lengths(console, lengths, share_prompt=share_prompt)

@@ -8,7 +8,6 @@ Without colors each part still has its heading, and control tokens are enclosed 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -43,14 +42,6 @@ _CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) no
 }
 
 
-@dataclass(frozen=True, slots=True)
-class SelectedPair:
-    """A pair to print, and the reason."""
-
-    index: int
-    reason: str
-
-
 def truncated_parts(pair: Pair, max_length: int | None, tokenizer: Tokenizer) -> set[str]:
     """Which of `chosen` and `rejected` `max_length` has truncated.
 
@@ -74,11 +65,14 @@ def truncated_parts(pair: Pair, max_length: int | None, tokenizer: Tokenizer) ->
 
 def select_pairs(
     pairs: PairDataset, max_length: int | None, tokenizer: Tokenizer, *, share_prompt: bool
-) -> list[SelectedPair]:
+) -> dict[int, str]:
     """The pair of median length, the longest, and a truncated one, or else the shortest.
 
     Lengths are positions in a row. A pair is selected once, so fewer than three may be returned.
     The shortest is also selected if one of the first two is already truncated.
+
+    Returns:
+        Index in `pairs` -> the reason why it was selected.
     """
 
     def is_truncated(index: int) -> bool:
@@ -92,30 +86,28 @@ def select_pairs(
     candidates = np.flatnonzero(full_length_P)[:_MAX_CANDIDATES].tolist()
     truncated = next(filter(is_truncated, candidates), None)
     if truncated is None or any(map(is_truncated, (median, longest))):
-        third = SelectedPair(shortest, "The shortest pair")
+        third = (shortest, "The shortest pair")
     else:
-        third = SelectedPair(truncated, "A truncated pair")
-    by_index: dict[int, SelectedPair] = {}
-    for selected in (
-        SelectedPair(median, "The pair of median length"),
-        SelectedPair(longest, "The longest pair"),
-        third,
-    ):
-        by_index.setdefault(selected.index, selected)
-    return list(by_index.values())
+        third = (truncated, "A truncated pair")
+    reasons = {median: "The pair of median length"}
+    for index, reason in ((longest, "The longest pair"), third):
+        reasons.setdefault(index, reason)
+    return reasons
 
 
 def print_pair(
     console: Console,
     pairs: PairDataset,
-    selected: SelectedPair,
+    index: int,
     max_length: int | None,
     tokenizer: Tokenizer,
+    *,
+    title: str,
 ) -> None:
     """Print one pair: where it was read, then prompt, chosen and rejected."""
-    pair = pairs[selected.index]
-    console.print(Rule(Text(selected.reason, style="bold"), align="left", style="dim"))
-    console.print(Text(pairs.location(selected.index), style="dim", overflow="fold"))
+    pair = pairs[index]
+    console.print(Rule(Text(title, style="bold"), align="left", style="dim"))
+    console.print(Text(pairs.location(index), style="dim", overflow="fold"))
     truncated = truncated_parts(pair, max_length, tokenizer)
     prompt = pair.prompt_tokens.tolist()
     parts = {

@@ -119,16 +119,7 @@ class Row:
     @staticmethod
     def empty(row_tokens: int, pad_token: int) -> "Row":
         """A row without pairs, which keeps ranks in step: all padding and no target."""
-        nothing = np.zeros(0, np.int64)
-        return Row(
-            tokens_T=np.full(row_tokens, pad_token, np.int64),
-            position_ids_T=np.zeros(row_tokens, np.int64),
-            spans_G4=np.zeros((0, 4), np.int32),
-            target_positions_N=nothing,
-            target_tokens_N=nothing,
-            target_sequences_N=nothing,
-            pair_index_P=nothing,
-        )
+        return Row.build([], row_tokens, pad_token)
 
     @staticmethod
     def build(
@@ -145,10 +136,9 @@ class Row:
         Raises:
             DataError: a pair has an empty prompt or answer or is longer than the row.
         """
-        if not pairs:
-            return Row.empty(row_tokens, pad_token)
         parts = [(p.prompt_tokens, p.chosen_tokens, p.rejected_tokens) for p in pairs]
-        lengths_P3 = np.array([[len(tokens) for tokens in part] for part in parts], np.int64)
+        lengths = [[len(tokens) for tokens in part] for part in parts]
+        lengths_P3 = np.array(lengths, np.int64).reshape(-1, 3)
         check_lengths(
             lengths_P3,
             row_tokens=row_tokens,
@@ -161,17 +151,14 @@ class Row:
         length_P4 = np.stack([prompt_P, chosen_P, second_P, rejected_P], axis=1)
         end_P4 = length_P4.cumsum().reshape(-1, 4)
         start_P4 = end_P4 - length_P4
-        used_tokens = int(end_P4[-1, -1])
+        used_tokens = int(length_P4.sum())
         assert used_tokens <= row_tokens, f"packed {used_tokens} tokens into {row_tokens}"
 
         tokens_T = np.full(row_tokens, pad_token, np.int64)
-        tokens_T[:used_tokens] = np.concatenate(
-            [
-                segment
-                for prompt, chosen, rejected in parts
-                for segment in (prompt, chosen, prompt[: 0 if share_prompt else None], rejected)
-            ]
-        )
+        segments = [np.zeros(0, np.int32)]  # An empty row has no others.
+        for prompt, chosen, rejected in parts:
+            segments += (prompt, chosen, prompt[: 0 if share_prompt else None], rejected)
+        tokens_T[:used_tokens] = np.concatenate(segments)
         # Positions restart at 0 with a prompt and at the prompt's length with an answer, in both
         # layouts: both answers see the same rotary phases as without packing.
         position_ids_T = np.zeros(row_tokens, np.int64)
@@ -221,14 +208,9 @@ class Row:
         tokens_T, ids_T, positions_N, targets_N, sequences_N = together.split(
             [len(array) for array in arrays]
         )
+        spans_G4 = torch.from_numpy(self.spans_G4)
         return RowTensors(
-            tokens_T=tokens_T,
-            position_ids_T=ids_T,
-            target_positions_N=positions_N,
-            target_tokens_N=targets_N,
-            target_sequences_N=sequences_N,
-            spans_G4=torch.from_numpy(self.spans_G4),
-            num_pairs=self.num_pairs,
+            tokens_T, ids_T, positions_N, targets_N, sequences_N, spans_G4, self.num_pairs
         )
 
 

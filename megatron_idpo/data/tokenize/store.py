@@ -13,7 +13,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class PairStoreWriter:
             "fingerprint": self._contents.hexdigest(),
             "highest_token": self._highest_token,
             "sizes_bytes": sizes,
-            "report": self.report.as_dict(),
+            "report": asdict(self.report),
         }
         (self._directory / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 
@@ -152,7 +152,7 @@ class PairStore:
         self.num_pairs = int(meta["pairs"])
         self.fingerprint = str(meta["fingerprint"])
         self.highest_token = int(meta["highest_token"])
-        self.report = DataReport.from_dict(meta["report"])
+        self.report = DataReport(**meta["report"])
 
     @cached_property
     def lengths_P3(self) -> Tokens:

@@ -35,13 +35,9 @@ class Tokenizer(Protocol):
     has_chat_template: bool
 
     eos_id: int | None
-    eos_text: str | None
 
     special_ids: frozenset[int]
     """Ids of control tokens: BOS, EOS, end-of-turn and similar."""
-
-    vocab_size: int
-    """Every id is below this."""
 
     def render(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, **kwargs: Any
@@ -63,12 +59,10 @@ class HfTokenizer:
         self._hf = tokenizer
         self.has_chat_template = bool(tokenizer.chat_template)
         self.eos_id: int | None = tokenizer.eos_token_id
-        self.eos_text: str | None = tokenizer.eos_token
         added = tokenizer.added_tokens_decoder
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
             token_id for token_id, token in added.items() if token.special
         }
-        self.vocab_size = max(len(tokenizer), *(token_id + 1 for token_id in added), 1)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = _backend_json(backend) if backend else json.dumps(tokenizer.get_vocab())
         named = (type(tokenizer).__name__, vocabulary)
@@ -146,9 +140,7 @@ class SentencePieceTokenizer:
         eos = eos.get("content") if isinstance(eos, dict) else eos
         if eos in self._control:
             self.eos_id = self._control[eos]
-        self.eos_text: str | None = None if self.eos_id is None else self._spelling[self.eos_id]
         self.special_ids = frozenset(self._spelling)
-        self.vocab_size = max(len(pieces), *(token_id + 1 for token_id in self._spelling), 1)
         template = [self._template]
         settings = [self._control, self._add_bos, self.eos_id]
         self.identity = _sha256(model, template + settings)
@@ -178,8 +170,10 @@ class SentencePieceTokenizer:
         """See `Tokenizer.render`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        bos = self._processor.bos_id()
-        special = {"bos_token": self._spelling.get(bos, ""), "eos_token": self.eos_text or ""}
+        bos, eos = self._processor.bos_id(), self.eos_id
+        special = {"bos_token": self._spelling.get(bos, ""), "eos_token": ""}
+        if eos is not None:
+            special["eos_token"] = self._spelling[eos]
         rendered, _ = render_jinja_template(
             [messages],
             chat_template=self._template,

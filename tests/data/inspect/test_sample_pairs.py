@@ -16,7 +16,6 @@ from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.data.inspect.sample_pairs import (
     END_TOKENS,
     START_TOKENS,
-    SelectedPair,
     part_text,
     print_pair,
     select_pairs,
@@ -56,7 +55,7 @@ def selection(
     share_prompt: bool = True,
 ) -> list[tuple[int, str]]:
     selected = select_pairs(pairs, max_length, tokenizer, share_prompt=share_prompt)
-    return [(pair.index, pair.reason) for pair in selected]
+    return list(selected.items())
 
 
 def test_median_longest_and_shortest_are_selected(
@@ -201,7 +200,7 @@ def test_printed_pair(load: Callable[..., PairDataset], text_tokenizer: Tokenize
     def printed(**options: Any) -> list[str]:
         file = io.StringIO()
         console = Console(file=file, width=60, **options)
-        print_pair(console, pairs, SelectedPair(0, "Any pair"), 40, text_tokenizer)
+        print_pair(console, pairs, 0, 40, text_tokenizer, title="Any pair")
         return file.getvalue().splitlines()
 
     plain = printed()
@@ -230,7 +229,7 @@ def test_last_line_break_of_a_template_leaves_no_empty_line(
 ) -> None:
     pairs = load([chat("Hi", "Yes.", "No.")], chat_tokenizer)
     file = io.StringIO()
-    print_pair(Console(file=file, width=60), pairs, SelectedPair(0, "Any"), None, chat_tokenizer)
+    print_pair(Console(file=file, width=60), pairs, 0, None, chat_tokenizer, title="Any")
     *lines, last = file.getvalue().splitlines()
     assert all(line.strip() for line in lines) and last == ""
     assert lines[-1] == "  No.⟦<|im_end|>⟧↵"

@@ -183,7 +183,7 @@ def test_eos_that_the_tokenizer_appends_is_removed_from_the_prompt() -> None:
     class Ending(HfTokenizer):
         """Characters as tokens, with BOS and EOS."""
 
-        eos_id, eos_text, has_chat_template = 1, "</s>", False
+        eos_id, has_chat_template = 1, False
 
         def __init__(self) -> None:
             pass

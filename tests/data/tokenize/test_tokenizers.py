@@ -58,7 +58,6 @@ def test_identity_ignores_padding_and_truncation(text_tokenizer_path: str, tmp_p
 def test_control_tokens(chat_tokenizer: Tokenizer) -> None:
     assert chat_tokenizer.special_ids >= {0, 1, 2, 3}
     assert chat_tokenizer.decode([3]) == "<|im_end|>"
-    assert chat_tokenizer.vocab_size > 256
 
 
 def test_truncation_in_tokenizer_json_is_ignored(text_tokenizer_path: str, tmp_path: Path) -> None:
@@ -135,7 +134,7 @@ def test_sentencepiece_text_equals_the_library(
 def test_sentencepiece_control_tokens_in_text(sentencepiece: Tokenizer) -> None:
     [tokens] = sentencepiece.encode(["<s>The</s><s>sky"], special_tokens=False)
     assert [token for token in tokens if token in (1, 2)] == [1, 2, 1]
-    assert sentencepiece.eos_id == 2 and sentencepiece.eos_text == "</s>"
+    assert sentencepiece.eos_id == 2 and sentencepiece.decode([2]) == "</s>"
     assert sentencepiece.special_ids == {1, 2}
 
 
@@ -170,7 +169,6 @@ def test_sentencepiece_reads_tokenizer_config(unigram_model: Path, tmp_path: Pat
     )
     [tokens] = sentencepiece.encode([rendered], special_tokens=True)
     assert tokens[0] != 1 and tokens[-1] == sentencepiece.eos_id == 900
-    assert sentencepiece.vocab_size == 901
 
 
 def test_sentencepiece_can_be_pickled(sentencepiece: Tokenizer) -> None:
