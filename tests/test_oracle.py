@@ -1,8 +1,8 @@
 """The oracle is correct: each part equals an independent computation.
 
 These are Transformers' own loss on a model truncated after a layer, Python's `math`, finite
-differences, and ten lines of plain DPO. Models are tiny and random, and in float64 where the oracle
-is compared with itself or with differences, so that tolerances cover rounding only.
+differences, and plain DPO. Models are tiny and random, and in float64 where the oracle is compared
+with itself or with differences, so that tolerances cover rounding only.
 """
 
 import copy
@@ -360,7 +360,7 @@ HEAD = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 def test_only_selected_parameters_are_trained(model, options, is_trained):
     full = train_steps(model, "initial", BATCHES, [1, 3], **STEPS)
     run = train_steps(model, "initial", BATCHES, [1, 3], **STEPS, **options)
-    names = [name for name, _ in model.named_parameters()]
+    names = list(dict(model.named_parameters()))
     assert set(run["weights"]) == set(names)
     assert list(run["gradients"]) == [name for name in names if is_trained(name)]
     for name, parameter in model.named_parameters():
@@ -375,31 +375,26 @@ def test_tied_projection_is_one_parameter_with_the_summed_gradient():
     untied.load_state_dict(model.state_dict())
     assert torch.equal(untied.lm_head.weight, untied.model.embed_tokens.weight)
     other = make_model(tied=False, seed=1)
-    one, two = (
-        train_steps(m, other, BATCHES, [1, 3], **STEPS)["gradients"] for m in (model, untied)
-    )
+    runs = [train_steps(m, other, BATCHES, [1, 3], **STEPS) for m in (model, untied)]
+    one, two = (run["gradients"] for run in runs)
     assert "lm_head.weight" not in one
     both = two["model.embed_tokens.weight"] + two["lm_head.weight"]
     torch.testing.assert_close(one["model.embed_tokens.weight"], both, **ROUNDING)
 
 
-def assert_rejected(message, function, *arguments, **options):
-    with pytest.raises(ValueError, match=message):
-        function(*arguments, **options)
-
-
 def test_invalid_arguments_are_rejected():
     model = make_model(dtype=torch.float32)
-    assert_rejected(
-        "pad_token_id", train_steps, make_model(pad_token_id=3), "initial", BATCHES, [1]
-    )
-    assert_rejected("eval", sequence_logps, copy.deepcopy(model).train(), PAIRS, [1])
+
+    def rejected(message, function, *arguments, **options):
+        with pytest.raises(ValueError, match=message):
+            function(*arguments, **options)
+
+    rejected("pad_token_id", train_steps, make_model(pad_token_id=3), "initial", BATCHES, [1])
+    rejected("eval", sequence_logps, copy.deepcopy(model).train(), PAIRS, [1])
     for layer in (0, LAYERS + 1):
-        assert_rejected("is not in 1", sequence_logps, model, PAIRS, [layer])
-    assert_rejected("norm=", sequence_logps, model, PAIRS, [1], "pre")
-    assert_rejected("final layer 4", mean_losses, model, model, PAIRS, [LAYERS])
-    assert_rejected("twice", mean_losses, model, model, PAIRS, [1, 1])
-    assert_rejected("loss='dpo'", mean_losses, model, model, PAIRS, [1], loss="dpo")
-    assert_rejected(
-        "smoothing", mean_losses, model, model, PAIRS, [1], loss="ipo", label_smoothing=0.1
-    )
+        rejected("is not in 1", sequence_logps, model, PAIRS, [layer])
+    rejected("norm=", sequence_logps, model, PAIRS, [1], "pre")
+    rejected("final layer 4", mean_losses, model, model, PAIRS, [LAYERS])
+    rejected("twice", mean_losses, model, model, PAIRS, [1, 1])
+    rejected("loss='dpo'", mean_losses, model, model, PAIRS, [1], loss="dpo")
+    rejected("smoothing", mean_losses, model, model, PAIRS, [1], loss="ipo", label_smoothing=0.1)

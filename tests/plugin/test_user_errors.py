@@ -88,8 +88,8 @@ def attaching() -> dict[str, str]:
 EXPECTED_WHILE_ATTACHING = {
     "layer 0": ("layer 0 does not exist", "counted from 1 to 4"),
     "layer 9": ("layer 9 does not exist", "counted from 1 to 4"),
-    "final": ("layer 4 is the final layer", "name layers from 1 to 3"),
-    "final by depth": ("layer 4 of 4) is the final layer", "name layers from 1 to 3"),
+    "final": ("layer 4 is the final layer", "use layers from 1 to 3"),
+    "final by depth": ("layer 4 of 4) is the final layer", "use layers from 1 to 3"),
     "layer named twice": ("are the same layer", "name layer 2 once"),
     "weights": ("2 weights for 1 layers", "one weight per intermediate layer"),
     "vocabulary": ("vocab_size: is 52 for an output layer of 51 rows", "the tokenizer's"),

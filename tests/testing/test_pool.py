@@ -15,8 +15,8 @@ from megatron_idpo.testing import WorkerError, run_distributed
 
 pytestmark = pytest.mark.distributed
 
-HANG_TIMEOUT_S = 3.0
-"""More than a healthy call on running workers takes on a loaded machine."""
+HANG_TIMEOUT_S = 2.0
+"""More than a worker takes to enter the function on a loaded machine."""
 
 
 @dataclass
@@ -47,9 +47,8 @@ def die_on_rank(dying_rank, exit_code):
     torch.distributed.barrier()
 
 
-def hang_on_rank(hanging_rank):
-    if torch.distributed.get_rank() == hanging_rank:
-        time.sleep(1000)
+def hang():
+    time.sleep(1000)
 
 
 def test_results_are_in_rank_order_and_workers_are_reused(workers):
@@ -78,18 +77,16 @@ def test_dead_worker_is_reported_and_replaced(workers):
     assert not {*before} & {*after}
 
 
+@pytest.mark.exhaustive  # every crash costs the start of a worker
 def test_crash_is_reported_with_its_stack(workers):
     with pytest.raises(WorkerError, match=r"killed by SIGSEGV(.|\n)*in die_on_rank"):
         workers.run(die_on_rank, 1, 0, None)
 
 
 def test_hang_is_reported_with_its_stack_after_the_timeout(workers):
-    workers.run(process_id, 2)
-    started_s = time.monotonic()
-    with pytest.raises(WorkerError, match=r"rank 1 of 2 hung(.|\n)*in hang_on_rank"):
-        workers.run(hang_on_rank, 2, 1, timeout_s=HANG_TIMEOUT_S)
-    assert time.monotonic() - started_s < 3 * HANG_TIMEOUT_S
-    assert [rank for _, rank, *_ in workers.run(rank_and_sum, 2, Argument(0))] == [0, 1]
+    workers.run(process_id, 1)
+    with pytest.raises(WorkerError, match=r"rank 0 of 1 hung(.|\n)*in hang"):
+        workers.run(hang, 1, timeout_s=HANG_TIMEOUT_S)
 
 
 def test_functions_without_importable_name_are_rejected(workers):
