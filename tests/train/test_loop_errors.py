@@ -165,7 +165,7 @@ INVALID: dict[str, tuple[dict[str, Any], type[UserError], tuple[str, ...]]] = {
     "model": (
         {"model": {"path": "/no/such/model"}},
         CheckpointError,
-        ("model.path", "/no/such/model is no directory", "hub name"),
+        ("model.path", "/no/such/model is not a directory", "hub model"),
     ),
     "layers": (
         {"objective": {"layers": [1, 9]}},
@@ -252,7 +252,7 @@ CHANGED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "rank": ({"lora": {**LORA, "rank": 8}}, ("lora.rank", "4", "8")),
     "lora": ({"lora": None}, ("lora",)),
     "order": ({"data": {"seed": 4}}, ("seed", "3", "4")),
-    "pairs": ({"data": {"max_length": 8}}, ("other data",)),
+    "pairs": ({"data": {"max_length": 8}}, ("the data (section `data`) differs",)),
     "never": ({"checkpoint": {"resume": "never"}}, ("training.output", "already has a checkpoint")),
 }
 
