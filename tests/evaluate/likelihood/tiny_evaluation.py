@@ -86,7 +86,7 @@ def likelihood(
     torch.set_num_threads(1)
     with ExitStack() as stack, redirect_stdout(StringIO()) as printed:
         stack.enter_context(patch("megatron_idpo.reference.score.PAIRS_PER_RANK", BATCH_PAIRS))
-        stack.enter_context(stopping(stop_after))
+        stack.enter_context(stopping(stop_after, "held-out pairs"))
         if blind:
             unread = AssertionError("a model is loaded")
             stack.enter_context(

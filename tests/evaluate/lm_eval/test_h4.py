@@ -20,7 +20,7 @@ from .example_items import MMLU, arc, hellaswag, mmlu, write, write_items
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: the extra `eval`")
 
-LIMIT = 4
+LIMIT = 2
 POSITIONS = 2500
 """Tokens, which are bytes: 25 examples of ARC."""
 
@@ -167,7 +167,7 @@ def test_values_equal_hand_written_tasks_without_network(
     assert tasks["arc_challenge"]["examples"] == SAME_FILE
     assert not any(task["cut"] for task in tasks.values())
     assert found["mean"] == pytest.approx(sum(task["value"] for task in tasks.values()) / 4)
-    assert f"{100 * tasks['hellaswag']['value']:.2f} % of 4 items" in caplog.text
+    assert f"{100 * tasks['hellaswag']['value']:.2f} % of {LIMIT} items" in caplog.text
     assert (tmp_path / "out" / "h4" / "h4.md").is_file()
 
     theirs = second_opinion(model, items)
@@ -261,7 +261,7 @@ def test_finished_tasks_are_not_evaluated_again(
     h4_run.main(path, ["h4.tasks=[mmlu, truthfulqa_mc2]"])
     assert asked == ["mmlu"]
     assert written(out)["tasks"]["truthfulqa_mc2"] == first["tasks"]["truthfulqa_mc2"]
-    with pytest.raises(ConfigError, match=r"h4\.limit was 4, is now 3"):
+    with pytest.raises(ConfigError, match=r"h4\.limit was 2, is now 3"):
         h4_run.main(path, ["h4.limit=3"])
     (model / "config.json").touch()
     assert h4_run.main(path, []) == 0, "a new modification time is not a change"
@@ -360,7 +360,7 @@ def test_any_loading_error_is_reported(
 def test_nan_value_is_reported(
     model: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {"acc_norm,none": float("nan"), "acc_norm_stderr,none": 0.0, "sample_len": 4}
+    values = {"acc_norm,none": float("nan"), "acc_norm_stderr,none": 0.0, "sample_len": 2}
     output = {"results": {"arc_challenge": values}}
     monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", lambda *_, **__: output)
     with pytest.raises(CheckpointError, match=r"has no value in ARC \(nan\)"):
@@ -395,5 +395,5 @@ def test_example_file_keeps_the_splits_of_the_task(items: Path, tmp_path: Path) 
 
 def test_other_sections_are_refused(tmp_path: Path, model: Path, items: Path) -> None:
     path = config(tmp_path / "out", model, items)
-    with pytest.raises(ConfigError, match="no part of this verb"):
+    with pytest.raises(ConfigError, match=r"generate .*: has no effect"):
         h4_run.main(path, ["generate.temperature=1"])
