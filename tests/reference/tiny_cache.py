@@ -85,8 +85,8 @@ def score(file: str, overrides: Sequence[str] = (), stop_after: int | None = Non
 
 
 @contextmanager
-def stopping(pairs: int | None) -> Iterator[None]:
-    """Send a signal to this process, if it is the last rank, after `pairs` training pairs."""
+def stopping(pairs: int | None, unit: str = "training pairs") -> Iterator[None]:
+    """Send a signal to this process, if it is the last rank, after `pairs` pairs of this unit."""
     import os
     import signal
 
@@ -98,7 +98,7 @@ def stopping(pairs: int | None) -> Iterator[None]:
 
     def update(self: ProgressTask, completed: int, **kwargs: Any) -> None:
         original(self, completed, **kwargs)
-        is_due = self.unit == "training pairs" and completed == pairs
+        is_due = self.unit == unit and completed == pairs
         if is_due and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
