@@ -1,1 +1,1 @@
-"""Layouts, process groups, the world and the schedule."""
+"""Process groups, pipeline stages, and the processes of a run."""

@@ -163,8 +163,15 @@ def coordinates(layout: Layout) -> tuple[Any, ...]:
 
 def test_rank_coordinates_follow_megatrons_order(workers):
     """Tensor-parallel ranks are adjacent, then data, then pipeline."""
-    assert workers.run(coordinates, 8, LAYOUT) == [
-        (rank % 2, 2, rank // 4, rank // 2 % 2, 2, 2) for rank in range(8)
+    # (tp_rank, tp_size, pp_rank, dp_rank, data-parallel size, size of the tensor-parallel group)
+    assert workers.run(coordinates, 4, LAYOUT) == [
+        (rank % 2, 2, rank // 2, 0, 1, 2) for rank in range(4)
+    ]
+    assert workers.run(coordinates, 4, Layout(tensor=2)) == [
+        (rank % 2, 2, 0, rank // 2, 2, 2) for rank in range(4)
+    ]
+    assert workers.run(coordinates, 4, Layout(pipeline=2)) == [
+        (0, 1, rank // 2, rank % 2, 2, 1) for rank in range(4)
     ]
 
 

@@ -24,8 +24,8 @@ def last_stage(layout: Layout) -> tuple[bool, float]:
 
 
 def test_last_stage_and_its_broadcast(workers):
-    assert workers.run(last_stage, 8, Layout(tensor=2, pipeline=2)) == [
-        (rank >= 4, float(4 + rank % 4)) for rank in range(8)
+    assert workers.run(last_stage, 4, Layout(tensor=2, pipeline=2)) == [
+        (rank >= 2, float(2 + rank % 2)) for rank in range(4)
     ]
     assert workers.run(last_stage, 2, Layout(tensor=2)) == [(True, 0.0), (True, 1.0)]
 
@@ -37,7 +37,7 @@ def sum_over_stages(members: set[int], users: set[int]) -> tuple[tuple[int, ...]
     from megatron_idpo.mcore.parallel.groups import rank_coordinates, start_layout
     from megatron_idpo.mcore.parallel.pipeline import stage_group
 
-    start_layout(Layout(tensor=2, pipeline=4))
+    start_layout(Layout(tensor=2, pipeline=2))
     stage = rank_coordinates().pp_rank
     group = stage_group(is_member=stage in members, needs_group=stage in users)
     if group is None:
@@ -48,11 +48,11 @@ def sum_over_stages(members: set[int], users: set[int]) -> tuple[tuple[int, ...]
 
 
 def test_each_pipeline_gets_a_separate_stage_group(workers):
-    """Ranks 0, 2, 4, 6 are one pipeline, the odd ones the other."""
-    groups = workers.run(sum_over_stages, 8, {1, 3}, {1})
-    even, odd = ((2, 6), 8.0), ((3, 7), 10.0)
-    assert groups == [None, None, even, odd, None, None, even, odd]
-    assert workers.run(sum_over_stages, 8, {1, 3}, set()) == [None] * 8
+    """Ranks 0 and 2 are one pipeline, 1 and 3 the other."""
+    even, odd = ((0, 2), 2.0), ((1, 3), 4.0)
+    assert workers.run(sum_over_stages, 4, {0, 1}, {1}) == [even, odd, even, odd]
+    assert workers.run(sum_over_stages, 4, {1}, {1}) == [None, None, ((2,), 2.0), ((3,), 3.0)]
+    assert workers.run(sum_over_stages, 4, {0, 1}, set()) == [None] * 4
 
 
 def scheduled(layout: Layout, training: bool) -> tuple[list[tuple[int, int]], bool, float]:
