@@ -109,13 +109,14 @@ def opened(path: Path) -> Iterator[Any]:
     """
     with CheckpointError.on_os_error(str(path), "cannot be read"):
         try:
-            with safe_open(path, "pt") as file:
-                yield file
-        except SafetensorError as error:
+            file = safe_open(path, "pt")
+        except (SafetensorError, RuntimeError) as error:  # RuntimeError: torch cannot map the file
             raise _damaged(path, error) from None
+        with file:
+            yield file
 
 
-def _damaged(path: Path, error: SafetensorError) -> CheckpointError:
+def _damaged(path: Path, error: Exception) -> CheckpointError:
     with path.open("rb") as file:
         start = file.read(len(_GIT_LFS_START))
     if start == _GIT_LFS_START:
