@@ -280,5 +280,7 @@ def save_error(base: str, target: str) -> str:
 def test_directory_with_other_files_is_not_overwritten(workers, base_model, tmp_path):
     (tmp_path / "notes.txt").write_text("text")
     messages = workers.run(save_error, 2, str(base_model("llama-tied")), str(tmp_path))
-    assert all("is not overwritten" in message for message in messages)
+    assert all(
+        "exists and is not a directory of Hugging Face weights" in message for message in messages
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
