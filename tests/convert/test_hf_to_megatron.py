@@ -333,8 +333,9 @@ def unreadable_tensor() -> Iterator[None]:
     def cut_on_the_way(self, name, rows=None, columns=None):
         if name == "model.layers.1.mlp.up_proj.weight":
             # Replaced, not truncated in place: the other rank may have the old file mapped.
-            (self.directory / WEIGHTS).unlink(missing_ok=True)
-            (self.directory / WEIGHTS).write_bytes(b"")
+            empty = self.directory / "empty"
+            empty.touch()
+            empty.replace(self.directory / WEIGHTS)
         return read(self, name, rows, columns)
 
     with mock.patch.object(HfCheckpoint, "read", cut_on_the_way):
