@@ -1,7 +1,7 @@
 """Inspection of the models that answer: everything that can be checked before loading weights.
 
 Any causal language model of Transformers can answer, including families that cannot be trained
-here; so of `convert/model_source.py` only the download is used.
+here. `convert/model_source.py` knows only the trainable ones, so it is not used.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_idpo.config.data import ModelConfig
+from megatron_idpo.convert.hf_io.reader import download_model
 from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE, read_json_object
-from megatron_idpo.convert.model_source import download_model
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.evaluate.generate.engine import EngineName
