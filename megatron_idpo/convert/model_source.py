@@ -5,7 +5,6 @@ read; `load_base` then fills this rank's chunks. `FrozenModel` adds the identity
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,13 @@ from megatron_idpo.checkpoint.snapshot_metadata import (
     whole_snapshot,
 )
 from megatron_idpo.checkpoint.weights import load_weights
-from megatron_idpo.convert.hf_io.reader import HfCheckpoint
+from megatron_idpo.convert.hf_io.reader import HfCheckpoint, download_model
 from megatron_idpo.convert.hf_io.tokenizer_files import (
     CONFIG_FILE,
     check_vocabulary,
     read_json_object,
 )
 from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
-from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel
 from megatron_idpo.mcore.parallel.world import all_gather_objects, raise_on_all_ranks
@@ -36,8 +34,6 @@ from megatron_idpo.storage.provenance import file_digest
 
 _WEIGHT_FILES = ("*.safetensors", "*.distcp", ".metadata")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v3", "*.txt", "*.jinja"]
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,23 +192,3 @@ def file_digests(files: Sequence[Path]) -> list[str]:
 
 def _combined(digests: Sequence[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def download_model(name: str, location: str = "model.path") -> Path:
-    """The directory of a hub model, downloaded if it is not in the cache.
-
-    Raises:
-        CheckpointError: at `location`; it is not on the hub, or the hub cannot be reached.
-    """
-    if not _HUB_NAME.fullmatch(name):
-        remedy = "name a model directory, or a hub model such as organization/model"
-        raise CheckpointError.at(location, f"{name} is not a directory", remedy)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub's own errors, and those of four network libraries
-        reason = type(error).__name__
-        message = f"{name} is not a directory, and cannot be downloaded from the hub ({reason})"
-        remedy = f"check the name, or run this on a machine with network: hf download {name}"
-        raise CheckpointError.at(location, message, remedy) from error
