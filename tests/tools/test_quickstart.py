@@ -150,7 +150,7 @@ def test_sdpo_run_ends_with_the_status_of_each_step(
     output = capsys.readouterr().out
     assert f"train {SDPO}" in output
     assert "runs/quickstart_sdpo/curriculum.png" in output
-    assert "margin 0" in output
+    assert "whose margin against itself is 0" in output
     assert "runs/quickstart_sdpo/adapter" not in output
     paths = {word for word in output.split() if word.startswith("runs/")}
     assert paths >= {"runs/quickstart_sdpo/snapshots/step-1"}
