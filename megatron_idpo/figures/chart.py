@@ -19,7 +19,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.figures.numbers import MINUS
@@ -88,10 +88,8 @@ def set_value_axis(axes: Axes, *, percent: bool = False) -> None:
     """About five short numbers on the y axis."""
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    if percent:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
-    else:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    numbers = FuncFormatter(lambda value, _: _short(value))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, 0, " %") if percent else numbers)
 
 
 def reference_line(axes: Axes, value: float) -> None:
@@ -142,7 +140,8 @@ def save_charts(
         axes.set_visible(False)
     if legend:
         figure.legend(
-            handles=[_legend_handle(*entry) for entry in legend],
+            handles=[Line2D([], [], markersize=5, **style.line()) for _, style in legend],
+            labels=[label.replace("$", r"\$") for label, _ in legend],
             title=footnote,
             title_fontproperties={"size": SMALL},
             loc="outside lower center",
@@ -163,18 +162,6 @@ def _new_figure(inches: tuple[float, float], *, dpi: float, pad_inches: float) -
     assert engine is not None
     engine.set(w_pad=pad_inches, h_pad=pad_inches)  # type: ignore[call-arg]
     return figure
-
-
-def _legend_handle(label: str, style: Style) -> Line2D:
-    return Line2D(
-        [],
-        [],
-        color=style.color,
-        linestyle=style.linestyle,
-        marker=style.marker,
-        markersize=5,
-        label=label.replace("$", r"\$"),
-    )
 
 
 # ---- pages ------------------------------------------------------------------------------------

@@ -36,9 +36,10 @@ def draw_data_lengths(
     Raises:
         ConfigError: the file cannot be written.
     """
+    fill_note = f"rows; line: {percent(fill, 1)} overall"
     charts = [
         Chart("lengths", "Lengths", "pairs", "", partial(_draw_lengths, lengths_P3=lengths_P3)),
-        Chart("fill", "Row fill", "rows", "", partial(_draw_fill, fill_R=fill_R, fill=fill)),
+        Chart("fill", "Row fill", fill_note, "", partial(_draw_fill, fill_R=fill_R, fill=fill)),
     ]
     save_charts(charts, path, title=title)
 
@@ -51,15 +52,9 @@ def _draw_lengths(axes: Axes, lengths_P3: NDArray[np.integer]) -> None:
         lengths_P, style = lengths_P3[:, index], series_style(index)
         median = int(np.quantile(lengths_P, 0.5, method="inverted_cdf"))
         counts, _ = np.histogram(lengths_P, edges)
-        axes.step(
-            edges,
-            [*counts, 0],
-            where="post",
-            color=style.color,
-            linestyle=style.linestyle,
-            linewidth=1.6,
-            label=f"{name}, median {median:,}",
-        )
+        label = f"{name}, median {median:,}"
+        look = style.line(marked=False)
+        axes.step(edges, [*counts, 0], where="post", linewidth=1.6, label=label, **look)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
@@ -76,14 +71,6 @@ def _draw_fill(axes: Axes, fill_R: Floats, fill: float) -> None:
     edges = np.linspace(lowest, 100, _FILL_BINS + 1)
     axes.hist(percent_R, edges.tolist(), color=series_style(3).color)
     axes.axvline(100 * fill, color=INK, linewidth=1)
-    axes.annotate(
-        f"{percent(fill, 1)} overall ",
-        (100 * fill, 1),
-        xycoords=("data", "axes fraction"),
-        ha="right",
-        va="top",
-        fontsize=SMALL,
-    )
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     label_x_axis(axes, "% of a row that holds tokens")
     set_value_axis(axes)

@@ -36,6 +36,8 @@ LAYER_QUANTITIES = {
 MAIN_QUANTITIES = ("likelihood", "margin", "accuracy", "own_accuracy")
 """Shown at once; the others on request."""
 
+OTHER_QUANTITIES = ("agreement", "nats_per_token")
+
 _NO_PREFERENCE = {"likelihood": 0.5, "margin": 0.0, "accuracy": 0.5, "own_accuracy": 0.5}
 """The value of a quantity that prefers neither answer."""
 
@@ -73,16 +75,9 @@ def _draw_layers(axes: Axes, lines: Sequence[LayerLine], name: str) -> None:
         value_L, low_L, high_L = line.estimates[name]
         layers = np.arange(1, len(value_L) + 1)
         axes.fill_between(layers, low_L, high_L, color=line.style.color, alpha=0.16, lw=0)
-        axes.plot(
-            layers,
-            value_L,
-            color=line.style.color,
-            linestyle=line.style.linestyle,
-            linewidth=1.8,
-            marker=line.style.marker,
-            markevery=max(1, len(layers) // _MAX_MARKERS),
-            markersize=4.5,
-        )
+        every = max(1, len(layers) // _MAX_MARKERS)
+        look = line.style.line()
+        axes.plot(layers, value_L, linewidth=1.8, markevery=every, markersize=4.5, **look)
     set_count_axis(axes, "layer", max(len(line.estimates[name][0]) for line in lines), first=1)
     set_value_axis(axes, percent=name.endswith("accuracy"))
 
@@ -220,15 +215,7 @@ def _draw_results(axes: Axes, results: Sequence[Series], curriculum: Curriculum,
         # Shifted, so that the intervals of one step do not cover each other.
         shifted = Series(series.x_S + shift, series.y_S, series.low_S, series.high_S)
         draw_intervals(axes, shifted, style)
-        axes.plot(
-            shifted.x_S,
-            shifted.y_S,
-            color=style.color,
-            linestyle=style.linestyle,
-            linewidth=1.4,
-            marker=style.marker,
-            markersize=6,
-        )
+        axes.plot(shifted.x_S, shifted.y_S, linewidth=1.4, markersize=6, **style.line())
     _set_step_axis(axes, curriculum.num_steps)
     if name == "accuracy":
         axes.set_ylim(min(axes.get_ylim()[0], 0.4), 1.03)

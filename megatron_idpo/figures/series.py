@@ -25,7 +25,7 @@ class Series:
     x_S: Floats
     y_S: Floats
     low_S: Floats | None = None
-    """Lower bound of a 95 % interval; NaN where it is not known."""
+    """Lower bound of a 95 % interval."""
 
     high_S: Floats | None = None
 
@@ -61,12 +61,10 @@ class Series:
         index_D = np.linspace(0, len(self) - 1, MAX_POINTS).round().astype(np.int64)
         return Series(self.x_S[index_D], self.y_S[index_D])
 
-    def extent(self) -> "Series":
-        """Mean x, and mean, lowest and highest value of `MAX_POINTS` sections of a series."""
-        num_parts = min(len(self), MAX_POINTS)
-        if num_parts == 0:
-            return self
-        x_parts, y_parts = (np.array_split(array, num_parts) for array in (self.x_S, self.y_S))
-        mean_D, y_mean_D = (np.array([p.mean() for p in parts]) for parts in (x_parts, y_parts))
-        low_D = np.array([part.min() for part in y_parts])
-        return Series(mean_D, y_mean_D, low_D, np.array([part.max() for part in y_parts]))
+    def extent(self) -> "tuple[Series, Series]":
+        """Lowest and highest values of `MAX_POINTS` sections of a series, at their mean x."""
+        starts_D = np.unique(np.linspace(0, len(self), MAX_POINTS, endpoint=False, dtype=int))
+        sizes_D = np.diff(starts_D, append=len(self))
+        x_D = np.add.reduceat(self.x_S, starts_D) / sizes_D
+        low_D, high_D = (part.reduceat(self.y_S, starts_D) for part in (np.minimum, np.maximum))
+        return Series(x_D, low_D), Series(x_D, high_D)

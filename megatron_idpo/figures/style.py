@@ -7,7 +7,7 @@ Series also differ in dashes and markers, so that they can be distinguished with
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -61,10 +61,11 @@ class Style:
 
     marker: str
 
-    @property
-    def linestyle(self) -> Literal["-"] | tuple[int, tuple[float, ...]]:
-        """The dashes as matplotlib takes them."""
-        return (0, self.dashes) if self.dashes else "-"
+    def line(self, *, marked: bool = True) -> dict[str, Any]:
+        """Color, dashes and marker as arguments of matplotlib's `plot`."""
+        linestyle = (0, self.dashes) if self.dashes else "-"
+        marker = self.marker if marked else ""
+        return {"color": self.color, "linestyle": linestyle, "marker": marker}
 
 
 FINAL = Style(INK, (), "o")

@@ -4,7 +4,7 @@ Each layer of one run is a line, or the final layer of each of several runs. Tra
 step to step: its lines are thin and running means. Held-out pairs are thicker, with markers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +78,6 @@ def _chart(lines: Sequence[TrainingLine], name: str) -> Chart | None:
         note = _accuracy_note(lines) or note
     elif name == LOSS and not all(line.is_final for line in lines):
         note = "each layer's own"
-    draw_lines = _DRAW.get(name, _draw_positive)
     last_step = max(
         series.x_S[-1]
         for line in lines
@@ -87,7 +86,7 @@ def _chart(lines: Sequence[TrainingLine], name: str) -> Chart | None:
     )
 
     def draw(axes: Axes) -> None:
-        draw_lines(axes, lines, name)
+        _draw(axes, lines, name)
         set_count_axis(axes, "step", last_step)
         set_value_axis(axes, percent=name == ACCURACY)
 
@@ -97,14 +96,11 @@ def _chart(lines: Sequence[TrainingLine], name: str) -> Chart | None:
 def _describe(line: TrainingLine, name: str) -> str:
     """First and last value."""
     parts = []
-    for kind, series in (("training", line.training), ("held-out pairs", line.held_out)):
-        if len(values := series.get(name, ())):
-            assert isinstance(values, Series)
-            ends = [
-                f"{decimal(float(values.y_S[at]), '.4g')} at step {count(float(values.x_S[at]))}"
-                for at in (0, -1)
-            ]
-            parts.append(f"{kind} {', '.join(ends)}")
+    for kind, by_name in (("training", line.training), ("held-out pairs", line.held_out)):
+        if (series := by_name.get(name)) is not None and len(series):
+            ends = [(float(series.x_S[at]), float(series.y_S[at])) for at in (0, -1)]
+            texts = [f"{decimal(y, '.4g')} at step {count(x)}" for x, y in ends]
+            parts.append(f"{kind} {', '.join(texts)}")
     return f"{line.label}: {', '.join(parts)}" if parts else ""
 
 
@@ -116,71 +112,47 @@ def _accuracy_note(lines: Sequence[TrainingLine]) -> str:
     return f"held out: 95 % intervals of {text}"
 
 
-def _draw_layers(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
-    """Training and held-out pairs of each line."""
+def _draw(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
+    """One quantity; limits are set after the lines, because set limits do not grow."""
+    if name in (MARGIN, ACCURACY):
+        reference_line(axes, 0 if name == MARGIN else 0.5)
+    if name == GRAD_NORM:
+        _draw_extent(axes, lines, name)  # part of the limits of the norm, not of the loss
     for line in lines:
-        _plot(axes, line.training[name].smoothed(), line.style, width=1.0)
-        _plot(axes, line.held_out[name], line.style, width=1.8, marked=True)
+        width = 1.0 if name in LAYER_QUANTITIES else 1.6
+        _plot(axes, line.training[name].smoothed(), line.style, width=width)
+        if name in LAYER_QUANTITIES:
+            _plot(axes, line.held_out[name], line.style, width=1.8, marked=True)
+            draw_intervals(axes, line.held_out[name], line.style)
+    if name == LOSS:
+        _limit_loss(axes, lines)
+    elif name == ACCURACY:
+        axes.set_ylim(min(axes.get_ylim()[0], 0.4), 1.03)
+    elif name not in LAYER_QUANTITIES:
+        axes.set_ylim(bottom=0)
+    if name == GRAD_NORM:
+        norms = np.concatenate([line.training[name].y_S for line in lines])
+        if norms.min() > 0 and norms.max() > _SPIKE * np.median(norms):
+            axes.set_yscale("log")
+            axes.set_ylim(float(norms.min()), float(norms.max()))
 
 
-def _draw_loss(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
-    _draw_layers(axes, lines, name)
+def _limit_loss(axes: Axes, lines: Sequence[TrainingLine]) -> None:
+    """A single diverged step must not flatten the rest of the run."""
     limits = list(axes.get_ylim())
-    _draw_extent(axes, lines, name)
+    _draw_extent(axes, lines, LOSS)
     for line in lines:
-        if line.is_final and len(values_S := line.training[name].y_S):
-            # A single diverged step must not flatten the rest of the run.
+        if line.is_final and len(values_S := line.training[LOSS].y_S):
             limits += np.quantile(values_S, (0.01, 0.99)).tolist()
     axes.set_ylim(min(limits), max(limits))
-
-
-def _draw_margin(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
-    reference_line(axes, 0)
-    _draw_layers(axes, lines, name)
-
-
-def _draw_accuracy(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
-    reference_line(axes, 0.5)
-    _draw_layers(axes, lines, name)
-    for line in lines:  # the intervals of all layers would hide each other
-        draw_intervals(axes, line.held_out[name], line.style)
-    # After the last line: limits that are set earlier do not grow with later lines.
-    axes.set_ylim(min(axes.get_ylim()[0], 0.4), 1.03)
-
-
-def _draw_positive(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
-    """A quantity without a layer, from 0."""
-    for line in lines:
-        _plot(axes, line.training[name].smoothed(), line.style, width=1.6)
-    axes.set_ylim(bottom=0)
-
-
-def _draw_norm(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
-    _draw_extent(axes, lines, name)  # first: the limits that are set next must include it
-    _draw_positive(axes, lines, name)
-    norms = np.concatenate([line.training[name].y_S for line in lines])
-    if norms.min() > 0 and norms.max() > _SPIKE * np.median(norms):
-        axes.set_yscale("log")
-        axes.set_ylim(float(norms.min()), float(norms.max()))
-
-
-_DRAW: Mapping[str, Callable[[Axes, Sequence[TrainingLine], str], None]] = {
-    LOSS: _draw_loss,
-    MARGIN: _draw_margin,
-    ACCURACY: _draw_accuracy,
-    GRAD_NORM: _draw_norm,
-}
 
 
 def _draw_extent(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:
     """Lowest and highest logged values behind the running mean of a single run."""
     final = [line.training[name] for line in lines if line.is_final]
     if len(final) == 1 and final[0].window > 1:
-        extent = final[0].extent()
-        assert extent.low_S is not None and extent.high_S is not None
-        axes.fill_between(
-            extent.x_S, extent.low_S, extent.high_S, color=GRID, linewidth=0.8, zorder=0
-        )
+        low, high = final[0].extent()
+        axes.fill_between(low.x_S, low.y_S, high.y_S, color=GRID, linewidth=0.8, zorder=0)
 
 
 def draw_intervals(axes: Axes, series: Series, style: Style) -> None:
@@ -196,13 +168,5 @@ def _plot(axes: Axes, series: Series, style: Style, *, width: float, marked: boo
         return  # an empty line that is not clipped breaks the layout as well
     drawn = series.thinned()
     has_markers = len(series) == 1 or (marked and len(series) <= _MAX_MARKERS)
-    axes.plot(
-        drawn.x_S,
-        drawn.y_S,
-        color=style.color,
-        linestyle=style.linestyle,
-        linewidth=width,
-        marker=style.marker if has_markers else "",
-        markersize=5,
-        clip_on=False,
-    )
+    look = style.line(marked=has_markers)
+    axes.plot(drawn.x_S, drawn.y_S, linewidth=width, markersize=5, clip_on=False, **look)

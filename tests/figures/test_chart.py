@@ -18,6 +18,8 @@ from megatron_idpo.figures.chart import (
     set_count_axis,
     set_value_axis,
 )
+from megatron_idpo.figures.evaluation import WinRate, win_rate_chart
+from megatron_idpo.figures.numbers import interval, shorten
 from megatron_idpo.figures.style import (
     FINAL,
     INK,
@@ -32,7 +34,7 @@ from megatron_idpo.figures.style import (
 
 def draw(axes: Axes) -> None:
     style = series_style(1)
-    axes.plot([0, 50, 100], [-1.5, 1, 2], color=style.color, linestyle=style.linestyle, marker="s")
+    axes.plot([0, 50, 100], [-1.5, 1, 2], **style.line())
     axes.fill_between([0, 100], [0, 0], [1, 1], color=layer_styles([7])[7].color)
     axes.text(3, 1, "$x$ <b> & 日本 0.12345", color=INK, parse_math=False)
     set_count_axis(axes, "step", 100)
@@ -126,6 +128,27 @@ def test_legend_key_has_dashes_and_marker() -> None:
     key = key_svg(Style(INK, (6, 2.5), "s"))
     assert "var(--ink)" in key and 'stroke-dasharray="6 2.5"' in key and "<rect" in key
     ElementTree.fromstring(key)
+
+
+def test_long_win_rate_title_keeps_both_ends(tmp_path: Path, saved_figures: list[Figure]) -> None:
+    rates = [WinRate("a" * 40 + " against " + "b" * 40, 0.5, 0.4, 0.6), WinRate("x", 1, 1, 1)]
+    save_charts([win_rate_chart(rates)], tmp_path / "c.svg")
+    titles = [text.get_text() for text in saved_figures[0].axes[0].texts]
+    assert titles == ["a" * 22 + "…" + "b" * 23, "x"]
+    assert shorten("abcdef", 6) == "abcdef" and shorten("abcdefg", 6) == "ab…efg"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "text"),
+    [
+        ((0.651, 0.9), "0.65 to 0.90"),
+        ((-0.1, 0.1), "−0.10 to 0.10"),
+        ((float("nan"), 0.5), ""),
+        ((0.5, float("inf")), ""),
+    ],
+)
+def test_interval_is_empty_without_both_bounds(bounds: tuple[float, float], text: str) -> None:
+    assert interval(*bounds) == text
 
 
 def test_png_has_two_columns(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.figures.series import MAX_POINTS
 from megatron_idpo.figures.style import FINAL
+from megatron_idpo.figures.training import GRAD_NORM, LOSS, training_charts
 from megatron_idpo.train.metrics.curves import draw_curves, series_of, training_line
 from megatron_idpo.train.metrics.intervals import wilson_interval
 
@@ -135,6 +136,26 @@ def test_single_diverged_step_does_not_flatten_the_loss(
     draw_curves(write_lines(tmp_path / "m.jsonl", lines), tmp_path / "c.png")
     # The running mean around the step is 45.
     assert saved_figures[0].axes[0].get_ylim()[1] < 60
+
+
+def test_gradient_norm_is_described_for_screen_readers() -> None:
+    records = [{"step": 1.0, "grad_norm": 2.5}, {"step": 2000.0, "grad_norm": 0.5}]
+    (chart,) = training_charts([training_line(records, "final layer", FINAL)], [GRAD_NORM, LOSS])
+    assert chart.title == "Gradient norm"
+    assert chart.description == "final layer: training 2.5 at step 1, 0.5 at step 2,000"
+
+
+def test_lines_are_within_the_axes(tmp_path: Path, saved_figures: list[Figure]) -> None:
+    """Lines are not clipped, so that one beyond the axes would cross the page."""
+    metrics = write_metrics(tmp_path / "m.jsonl", 60, [3, 30], [0, 30, 60])
+    draw_curves(metrics, tmp_path / "c.png")
+    for axes in saved_figures[0].axes:
+        bottom, top = axes.get_ylim()
+        left, right = axes.get_xlim()
+        for line in axes.lines:
+            x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+            assert (y >= bottom).all() and (y <= top).all(), axes.get_title("left")
+            assert (x >= left).all() and (x <= right).all(), axes.get_title("left")
 
 
 def test_empty_metrics_are_reported(tmp_path: Path) -> None:

@@ -35,10 +35,8 @@ from megatron_idpo.evaluate.likelihood.curves_file import (
 )
 from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
 from megatron_idpo.evaluate.models import evaluation_output
-from megatron_idpo.train.metrics.intervals import Floats
 
 ADVICE = "advice.md"
-_SHOWN = 5
 _NO_GAIN = 0.5
 """Likelihood of a model that equals the reference."""
 
@@ -59,10 +57,10 @@ class Advice:
     nats: float
     """Cross-entropy per token of the answers."""
 
-    chance_nats: float
-    """The same for a uniform distribution."""
-
     headroom: float
+    chance_nats: float
+    """Cross-entropy per token of a uniform distribution."""
+
     has_gained: bool
     """Whether `headroom` is measured; if not, it is the share of layers above."""
 
@@ -96,32 +94,22 @@ class Advice:
 def rank_layers(curves: LayerCurves) -> list[Advice]:
     """All layers below the final one, best first."""
     agreement, nats = curves.estimates["agreement"], curves.estimates["nats_per_token"]
-    headroom_L, has_gained = _headroom(curves)
+    likelihood = curves.estimates["likelihood"]
+    depth_L = np.array(curves.layers) / curves.layers[-1]
+    gain_low = float(likelihood.low_L[-1]) - _NO_GAIN
+    has_gained = not curves.is_reference and gain_low > _MIN_GAIN
+    headroom_L = 1 - depth_L
+    if has_gained:
+        gained_L = (likelihood.value_L - _NO_GAIN) / (likelihood.value_L[-1] - _NO_GAIN)
+        headroom_L = 1 - np.clip(gained_L, 0, 1)
+    columns = (depth_L, agreement.value_L, agreement.low_L, nats.value_L, headroom_L)
     layers = [
-        Advice(
-            layer,
-            layer / curves.layers[-1],
-            float(agreement.value_L[index]),
-            float(agreement.low_L[index]),
-            float(nats.value_L[index]),
-            curves.chance_nats,
-            float(headroom_L[index]),
-            has_gained,
+        Advice(layer, depth, alike, low, nats_per_token, headroom, curves.chance_nats, has_gained)
+        for layer, depth, alike, low, nats_per_token, headroom in zip(
+            curves.layers[:-1], *(column_L[:-1].tolist() for column_L in columns), strict=True
         )
-        for index, layer in enumerate(curves.layers[:-1])
     ]
     return sorted(layers, key=lambda advice: (-advice.score, not advice.is_readable, -advice.layer))
-
-
-def _headroom(curves: LayerCurves) -> tuple[Floats, bool]:
-    """Of each layer, and whether it is measured."""
-    likelihood = curves.estimates["likelihood"]
-    if curves.is_reference or not likelihood.low_L[-1] > _NO_GAIN + _MIN_GAIN:
-        layers_L = np.array(curves.layers, np.float64)
-        return 1 - layers_L / layers_L[-1], False
-    gained_L = (likelihood.value_L - _NO_GAIN) / (likelihood.value_L[-1] - _NO_GAIN)
-    headroom_L: Floats = 1 - np.clip(gained_L, 0, 1)
-    return headroom_L, True
 
 
 def format_best_layers(curves: Sequence[LayerCurves]) -> Iterator[str]:
@@ -144,18 +132,16 @@ def advice_markdown(curves: Sequence[LayerCurves]) -> str:
         "# Layers to tap\n\nRanked by agreement with the final layer times headroom, where the "
         "head\nreads the layer better than chance: a heuristic of this package, not of the "
         "papers. The\nintermediate-DPO paper found layer 22 of 32 (depth 0.69) best of those that "
-        "it tried.\n"
+        "it tried."
     ]
     for model in curves:
-        parts.append(f"## {model.model}\n\n{model.format_sample}\n")
-        parts.append("| rank | layer | depth | score | why |\n|---|---|---|---|---|")
+        parts.append(f"\n## {model.model}: {model.format_sample}\n")
         parts += [
-            f"| {rank} | {advice.layer} | {advice.depth:.2f} | {advice.score:.3f} | "
-            f"{advice.reason} |"
+            f"{rank}. layer {advice.layer} (depth {advice.depth:.2f}), score {advice.score:.3f}: "
+            f"{advice.reason}"
             for rank, advice in enumerate(rank_layers(model), start=1)
         ]
-        parts.append("")
-    return "\n".join(parts)
+    return "\n".join(parts) + "\n"
 
 
 def main(path: Path, overrides: Sequence[str]) -> int:
@@ -172,15 +158,6 @@ def main(path: Path, overrides: Sequence[str]) -> int:
         message = f"has the curves of {', '.join(models)}, not of {', '.join(configured)}"
         raise DataError.at(str(directory), message, "run `likelihood` again")
     console = Console(highlight=False)
-    lines = [f"reference: {settings['reference']}, beta {settings['beta']}"]
-    for model in curves:
-        lines.append(f"{model.model}: {model.format_sample}")
-        lines += [
-            f"  {rank}. layer {advice.layer:>3} (depth {advice.depth:.2f})  "
-            f"score {advice.score:.2f}: {advice.reason}"
-            for rank, advice in enumerate(rank_layers(model)[:_SHOWN], start=1)
-        ]
-    lines.append("score = agreement x headroom where the head can read (docs/evaluation.md)")
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False)
+    console.print(f"reference: {settings['reference']}, beta {settings['beta']}\n", markup=False)
+    console.print(advice_markdown(curves), soft_wrap=True, markup=False, end="")
     return 0

@@ -60,6 +60,15 @@ class LayerCurves:
     estimates: Mapping[str, Estimate]
     """By name, in the order of `QUANTITIES`."""
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both have the same sample and values; NaN equals NaN."""
+        if not isinstance(other, LayerCurves) or self.format_sample != other.format_sample:
+            return False
+        return all(
+            np.array_equal(estimate, other.estimates[name], equal_nan=True)
+            for name, estimate in self.estimates.items()
+        )
+
     @property
     def format_sample(self) -> str:
         """`213 held-out pairs of 40 prompts`."""

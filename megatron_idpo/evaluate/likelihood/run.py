@@ -116,7 +116,8 @@ def likelihood(config: RunConfig, models: Sequence[EvalModel], output: Path) -> 
                 scored = {name: _score(scoring, model, name) for name, model in frozen.items()}
         except RunStopped:
             if world.is_first:
-                logger.info(_format_stopped(directory))
+                saved = f"finished batches are saved in {directory}; the same command resumes"
+                logger.info("stopped by a signal; %s (exit code %d)", saved, EXIT_PREEMPTED)
             return EXIT_PREEMPTED
         with raise_on_all_ranks("writing the curves"):
             if world.is_first:
@@ -220,10 +221,7 @@ def _check(
                 remedy = "name the directory of a PEFT adapter"
                 problems.append(Problem(f"{location}.adapter", str(error), remedy))
         for name in ("num_layers", "vocab_size"):
-            value, expected = (
-                getattr(source.architecture, name),
-                getattr(reference.architecture, name),
-            )
+            value, expected = (getattr(one.architecture, name) for one in (source, reference))
             if value != expected:
                 message = f"has {name} {value}, the reference {expected}"
                 remedy = "compare models that were trained from the same one"
@@ -254,10 +252,3 @@ def _naming_the_output() -> Iterator[None]:
         if "reference.cache" not in str(error):
             raise
         raise type(error)(str(error).replace("reference.cache", OUTPUT)) from None
-
-
-def _format_stopped(directory: Path) -> str:
-    return (
-        f"stopped by a signal; finished batches are saved in {directory}; the same command resumes "
-        f"(exit code {EXIT_PREEMPTED})"
-    )

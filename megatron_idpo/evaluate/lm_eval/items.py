@@ -7,82 +7,61 @@ with ids, two copies of a question would count as distinct, and each could be an
 other.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
-
-from megatron_idpo.errors import ConfigError, DataError, Problem
+from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.storage.provenance import file_digest
 
-Text = Annotated[str, Field(min_length=1)]
-Record = dict[str, Any]
+type Record = dict[str, Any]
 
 
-class _Item(BaseModel):
-    """One line; subclasses have a task's fields."""
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The file of a task."""
 
-    def is_consistent(self) -> bool:
-        """Whether the answer is one of the choices."""
-        return True
+    stem: str
+    """Of its name."""
 
+    fields: Mapping[str, type]
+    """Required fields of a line."""
 
-class _Choices(BaseModel):
-    text: list[Text]
-    label: list[str]
-
-
-class _Arc(_Item):
-    question: Text
-    choices: _Choices
-    answerKey: str
-
-    def is_consistent(self) -> bool:
-        labels = self.choices.label
-        return len(self.choices.text) == len(labels) and self.answerKey in labels
+    has_answer: Callable[[Record], bool]
+    """Whether the answer is one of the choices; may raise KeyError, TypeError, ValueError."""
 
 
-class _HellaSwag(_Item):
-    activity_label: str
-    ctx_a: str
-    ctx_b: str
-    endings: list[Text]
-    label: Annotated[str, BeforeValidator(str)]
-
-    def is_consistent(self) -> bool:
-        return self.label.isdecimal() and int(self.label) < len(self.endings)
-
-
-class _Mmlu(_Item):
-    subject: Text
-    question: Text
-    choices: Annotated[list[str], Field(min_length=4, max_length=4)]
-    answer: Literal[0, 1, 2, 3]
-
-
-class _Targets(BaseModel):
-    choices: list[Text]
-    labels: list[Literal[0, 1]]
-
-
-class _TruthfulQa(_Item):
-    question: Text
-    mc2_targets: _Targets
-
-    def is_consistent(self) -> bool:
-        labels = self.mc2_targets.labels
-        return len(self.mc2_targets.choices) == len(labels) and 1 in labels
-
-
-FORMATS: Mapping[str, tuple[str, type[_Item]]] = {
-    "arc_challenge": ("arc_challenge", _Arc),
-    "hellaswag": ("hellaswag", _HellaSwag),
-    "mmlu": ("mmlu", _Mmlu),
-    "truthfulqa_mc2": ("truthfulqa_mc", _TruthfulQa),
+FORMATS: Mapping[str, Format] = {
+    "arc_challenge": Format(
+        "arc_challenge",
+        {"question": str, "choices": dict, "answerKey": str},
+        lambda row: (
+            len(_texts(row["choices"]["text"])) == len(_texts(row["choices"]["label"]))
+            and row["answerKey"] in row["choices"]["label"]
+        ),
+    ),
+    "hellaswag": Format(
+        "hellaswag",
+        {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": str},
+        lambda row: int(row["label"]) in range(len(_texts(row["endings"]))),
+    ),
+    "mmlu": Format(
+        "mmlu",
+        {"subject": str, "question": str, "choices": list, "answer": int},
+        lambda row: len(_texts(row["choices"])) == 4 and row["answer"] in range(4),
+    ),
+    "truthfulqa_mc2": Format(
+        "truthfulqa_mc",
+        {"question": str, "mc2_targets": dict},
+        lambda row: (
+            len(_texts(row["mc2_targets"]["choices"])) == len(row["mc2_targets"]["labels"])
+            and {1} <= set(row["mc2_targets"]["labels"]) <= {0, 1}
+        ),
+    ),
 }
-"""Task -> stem of its file names, fields of a line."""
+"""Task -> its file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,28 +81,20 @@ def read_items(directory: Path, tasks: Sequence[str]) -> dict[str, Items]:
     """Read the items of each task.
 
     Raises:
-        ConfigError: there is no such directory; lists every task without a file, or with several.
+        ConfigError: there is no such directory, or a task has no file or several.
         DataError: a line is not an item of its task.
     """
     if not directory.is_dir():
         remedy = "name the directory with the items, or set null to take them from the hub"
         raise ConfigError.at("h4.items", f"{directory} is not a directory", remedy)
     names = sorted(path.name for path in directory.glob("*.jsonl"))
-    files: dict[str, list[str]] = {}
-    problems: list[Problem] = []
-    for task in tasks:
-        try:
-            files[task] = _select_files(task, names)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError.of(problems)
-    return {task: _read(directory, task, names) for task, names in files.items()}
+    files = {task: _select_files(task, names) for task in tasks}
+    return {task: _read(directory, task, selected) for task, selected in files.items()}
 
 
 def _select_files(task: str, names: Sequence[str]) -> list[str]:
     """A task's file, then the file of its examples if there is one."""
-    stem = FORMATS[task][0]
+    stem = FORMATS[task].stem
     matching = [name for name in names if name.startswith((stem, task))]
     examples = [name for name in matching if name.startswith((f"{stem}_train", f"{stem}_dev"))]
     asked = [name for name in matching if name not in examples]
@@ -142,32 +113,52 @@ def _select_files(task: str, names: Sequence[str]) -> list[str]:
 
 def _read(directory: Path, task: str, names: Sequence[str]) -> Items:
     paths = [directory / name for name in names]
-    asked, *examples = [_read_records(path, FORMATS[task][1]) for path in paths]
+    asked, *examples = [_read_records(path, FORMATS[task]) for path in paths]
     digests = {path.name: file_digest(path) for path in paths}
     return Items(paths[0], asked, examples[0] if examples else None, digests)
 
 
-def _read_records(path: Path, kind: type[_Item]) -> list[Record]:
-    remedy = f"write objects with the hub's fields {', '.join(kind.model_fields)}"
+def _read_records(path: Path, form: Format) -> list[Record]:
+    remedy = f"write objects with the hub's fields {', '.join(form.fields)}"
     records = []
     try:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError.at(str(path), f"cannot be read: {error}", "save it as UTF-8") from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        location = f"{path}:{number}"
-        try:
-            item = kind.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            message = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).lstrip(": ")
-            raise DataError.at(location, message, remedy) from None
-        if not item.is_consistent():
-            message = "has an answer that is not among its choices, or choices without labels"
-            raise DataError.at(location, message, remedy)
-        records.append(item.model_dump())
+        if line.strip():
+            try:
+                records.append(_parse(line, form))
+            except (KeyError, TypeError, ValueError) as error:
+                message = f"is not an item ({type(error).__name__}: {error})"
+                raise DataError.at(f"{path}:{number}", message, remedy) from None
     if not records:
         raise DataError.at(str(path), "has no items", "put one on each line")
     return records
+
+
+def _parse(line: str, form: Format) -> Record:
+    """The required fields of one line.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not an item of the task.
+    """
+    values = json.loads(line)
+    record = {name: values[name] for name in form.fields}
+    for name, kind in form.fields.items():
+        if type(record[name]) is not kind:
+            raise TypeError(f"{name} is {record[name]!r}, not {kind.__name__}")
+    if not form.has_answer(record):
+        raise ValueError("its answer is not among its choices, or choices lack labels")
+    return record
+
+
+def _texts(values: Any) -> list[str]:
+    """A list of non-empty texts.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
+        raise TypeError(f"{values!r} is not a list of texts")
+    return values

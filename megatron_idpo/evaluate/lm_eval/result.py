@@ -13,8 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from megatron_idpo.config.evaluate import H4_TASKS
 from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.evaluate.generate.answers import first_error
 from megatron_idpo.evaluate.lm_eval.tasks import TaskResult
 from megatron_idpo.storage.provenance import as_problems, diff, read_record, write_record
 
@@ -87,14 +90,13 @@ def read_result(path: Path) -> H4Result:
     remedy = "remove it and run `h4` again"
     values = read_record(path, error=ConfigError, remedy=remedy)
     try:
-        tasks = {name: TaskResult(**task) for name, task in values["tasks"].items()}
-        settings = dict(values["settings"])
-        if set(settings) != set(_LABELS):
-            raise ValueError(f"settings {sorted(set(settings) ^ set(_LABELS))}")
-        return H4Result(values["model"], settings, values["source"], tasks)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"is not a result of h4: {type(error).__name__}: {error}"
+        result = TypeAdapter(H4Result).validate_python(values)
+    except ValidationError as error:
+        message = f"is not a result of h4: {first_error(error)}"
         raise ConfigError.at(str(path), message, remedy) from None
+    if missing := ", ".join(_LABELS.keys() - result.settings.keys()):
+        raise ConfigError.at(str(path), f"has no settings {missing}", remedy)
+    return result
 
 
 def check_same_settings(

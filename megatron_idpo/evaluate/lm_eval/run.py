@@ -15,7 +15,7 @@ from rich.console import Console
 from megatron_idpo.config.evaluate import H4_TASKS
 from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.errors import ConfigError
 from megatron_idpo.evaluate.lm_eval.items import Items, read_items
 from megatron_idpo.evaluate.lm_eval.result import HUB, H4Result, check_same_settings, read_result
 from megatron_idpo.evaluate.lm_eval.table import markdown, notes, terminal_table
@@ -49,8 +49,9 @@ def main(path: Path, overrides: Sequence[str]) -> int:
     models = eval_models(config)
     directory = evaluation_output(config) / DIRECTORY
     version = lm_eval_version()
-    _check_single_process()
-    _check_models(models)
+    if (world_size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        # With several processes, lm-eval would give each a part of the items.
+        raise ConfigError.at("WORLD_SIZE", f"is {world_size}", "start h4 without torchrun")
     names = [name for name in H4_TASKS if name in config.h4.tasks]
     items = {} if config.h4.items is None else read_items(Path(config.h4.items), names)
     for name in items:
@@ -127,29 +128,3 @@ def _digest(path: str | Path, patterns: Sequence[str]) -> str:
     files = sorted({file for pattern in patterns for file in directory.glob(pattern)})
     text = "\n".join(f"{file.name} {file_digest(file)}" for file in files)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _check_single_process() -> None:
-    """There is one process: with several, lm-eval would give each a part of the items."""
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise ConfigError.at("WORLD_SIZE", f"is {world_size}", "start h4 without torchrun")
-
-
-def _check_models(models: Sequence[EvalModel]) -> None:
-    """Transformers can load the models, judging by file names.
-
-    Raises:
-        ConfigError: lists every model that it cannot load.
-    """
-    problems = []
-    for model in models:
-        if (Path(model.path).expanduser() / "metadata.json").is_file():
-            message = f"is a torch_dist checkpoint ({model.name}), which lm-eval cannot load"
-            remedy = f"convert it: megatron-idpo convert megatron-to-hf {model.path} DIRECTORY"
-            problems.append(Problem(model.path, message, remedy))
-        if model.adapter is not None and not (model.adapter / "adapter_config.json").is_file():
-            message, remedy = f"has no adapter_config.json ({model.name})", "name a PEFT directory"
-            problems.append(Problem(str(model.adapter), message, remedy))
-    if problems:
-        raise ConfigError.of(problems)

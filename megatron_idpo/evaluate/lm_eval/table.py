@@ -10,6 +10,7 @@ from megatron_idpo.config.evaluate import H4_TASKS
 from megatron_idpo.evaluate.lm_eval.result import H4Result
 from megatron_idpo.evaluate.lm_eval.tasks import H4, SAME_FILE
 from megatron_idpo.evaluate.paper_figures import PAPER_H4, SDPO_PAPER
+from megatron_idpo.sdpo import table as tables
 
 MISSING = "–"
 HEADS = ("model", "from", "H4", *(H4[name].title for name in H4_TASKS))
@@ -17,14 +18,12 @@ HEADS = ("model", "from", "H4", *(H4[name].title for name in H4_TASKS))
 
 def markdown(results: Sequence[H4Result]) -> str:
     """`h4.md`."""
-    alignment = ("---", "---", *["---:"] * (len(HEADS) - 2))
-    lines = [HEADS, alignment, *_rows(results, decimals=2, with_items=True)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join(["# H4", "", table, "", *(f"- {note}" for note in notes(results)), ""])
+    table = tables.markdown(HEADS, _rows(results, decimals=2, with_items=True))
+    return "\n".join(["# H4", "", table, *(f"- {note}" for note in notes(results)), ""])
 
 
 def terminal_table(results: Sequence[H4Result]) -> Table:
-    """The table for 80 columns; the numbers of items are in the notes."""
+    """The table for 80 columns, without the numbers of items."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for column, head in enumerate(HEADS):
         table.add_column(head, justify="left" if column < 2 else "right", no_wrap=column > 0)
@@ -38,17 +37,13 @@ def notes(results: Sequence[H4Result]) -> list[str]:
     metrics = ", ".join(f"{task.title} {task.shown} {task.few_shot}-shot" for task in H4.values())
     versions = ", ".join(sorted({result.settings["lm_eval"] for result in results}))
     lines = [f"measured: percent ± standard error, by lm-eval {versions}. {metrics}."]
-    counts, same_file = [], []
-    for name, task in H4.items():
-        measured = [result.tasks[name] for result in results if name in result.tasks]
-        if measured:
-            sizes = sorted({result.items for result in measured})
-            counts.append(f"{task.title} {' or '.join(f'{size:,}' for size in sizes)}")
-        if any(result.examples == SAME_FILE for result in measured):
-            same_file.append(task.title)
-    is_limited = any(result.settings["limit"] is not None for result in results)
-    limit = ", the first ones only (h4.limit)" if is_limited else ""
-    lines.append(f"items: {', '.join(counts)}{limit}.")
+    same_file = [
+        task.title
+        for name, task in H4.items()
+        if any(r.tasks[name].examples == SAME_FILE for r in results if name in r.tasks)
+    ]
+    if any(result.settings["limit"] is not None for result in results):
+        lines.append("Only the first items of each task were asked (h4.limit).")
     lines.append(
         f"paper: {SDPO_PAPER}; all items, no intervals. Values of another model, or of a part of "
         "the items, neither confirm nor refute them."
@@ -75,14 +70,12 @@ def _rows(results: Sequence[H4Result], *, decimals: int, with_items: bool) -> li
     rows: list[tuple[str, ...]] = []
     for result in results:
         cells = [_percent(result.mean, result.mean_stderr, decimals)]
-        for name in H4_TASKS:
-            task = result.tasks.get(name)
+        for task in map(result.tasks.get, H4_TASKS):
             text = _percent(task.value, task.stderr, decimals) if task else MISSING
             cells.append(f"{text} ({task.items:,})" if task and with_items else text)
         rows.append((result.model, "measured", *cells))
     for paper in PAPER_H4:
-        values = (paper.mean, *paper.values)
-        rows.append((paper.model, "paper", *(f"{value:.2f}" for value in values)))
+        rows.append((paper.model, "paper", *(f"{v:.2f}" for v in (paper.mean, *paper.values))))
     return rows
 
 

@@ -11,8 +11,9 @@ lm-eval is not a dependency of this package: it is imported within functions.
 import importlib.metadata
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ class LmEvalModel:
 
         from megatron_idpo.evaluate.hf_model import hide_loading_bar  # imports transformers
 
-        self._path, self._batch_size, self._cut = model.path, batch_size, _CutCounter()
+        self._path, self._cut = model.path, _CutCounter()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         # Its level must let warnings pass, or the filter does not see them.
         model_logger = logging.getLogger(HFLM.__module__)
@@ -153,7 +154,10 @@ class LmEvalModel:
         # Depending on the files, the libraries raise almost any type of exception.
         except Exception as error:
             message = f"Transformers cannot load it: {type(error).__name__}: {error}"
-            remedy = "name a complete Hugging Face model, with its tokenizer"
+            remedy = (
+                "name a complete Hugging Face model, with its tokenizer; a torch_dist checkpoint "
+                "must be converted: megatron-idpo convert megatron-to-hf"
+            )
             raise CheckpointError.at(model.path, message, remedy) from error
 
     def evaluate(self, task: H4Task, items: Items | None, limit: int | None) -> TaskResult:
@@ -187,7 +191,7 @@ class LmEvalModel:
                 task_manager=manager,
             )
         except torch.OutOfMemoryError:
-            message = f"is {self._batch_size}: {task.title} does not fit into memory"
+            message = f"{task.title} does not fit into memory"
             raise ConfigError.at("h4.batch_size", message, "set a smaller one") from None
         except OSError as error:  # of the hub's libraries
             if items is not None:
@@ -202,9 +206,11 @@ class LmEvalModel:
             message = f"has no value in {task.title} ({value}): its outputs are NaN or inf"
             remedy = "check that it is complete, or set model.dtype to fp32"
             raise CheckpointError.at(self._path, message, remedy)
-        examples, files = _describe_examples(task, items), {} if items is None else items.digests
-        shots, cut = task.few_shot, self._cut.num_cut
-        return TaskResult(task.shown, value, stderr, num_items, shots, examples, cut, dict(files))
+        examples = FIXED if task.examples is None else f"split {task.examples}"
+        if task.examples is not None and items is not None and items.examples is None:
+            examples = SAME_FILE
+        files, cut = {} if items is None else dict(items.digests), self._cut.num_cut
+        return TaskResult(task.shown, value, stderr, num_items, task.few_shot, examples, cut, files)
 
 
 def task_manager() -> Any:
@@ -260,30 +266,21 @@ def _data(
     """
     _check_examples(task, items, asked, examples)
     splits = {task.asked: asked}
-    if task.examples is None:
-        return {"custom_dataset": _dataset_factory(splits)}
-    if examples is not None:
-        return {"custom_dataset": _dataset_factory({**splits, task.examples: examples})}
-    return {
-        "custom_dataset": _dataset_factory(splits),
-        "training_split": None,
-        "validation_split": None,
-        "test_split": task.asked,
-        "fewshot_split": task.asked,
-    }
+    if task.examples is not None and examples is not None:
+        splits[task.examples] = examples
+    data = {"custom_dataset": partial(_dataset, splits)}
+    if task.examples is None or examples is not None:
+        return data
+    no_splits = {"training_split": None, "validation_split": None}
+    return {**data, **no_splits, "test_split": task.asked, "fewshot_split": task.asked}
 
 
-def _dataset_factory(splits: Mapping[str, Sequence[Record]]) -> Callable[..., Any]:
-    """A closure that lm-eval calls for the data; it would copy a data set in the dictionary."""
+def _dataset(splits: Mapping[str, Sequence[Record]], **_: Any) -> Any:
+    """The data of a task; lm-eval calls it, because it would copy a data set in the dictionary."""
+    import datasets
 
-    def make(**_: Any) -> Any:
-        import datasets
-
-        return datasets.DatasetDict(
-            {name: datasets.Dataset.from_list(list(rows)) for name, rows in splits.items()}
-        )
-
-    return make
+    rows = {name: datasets.Dataset.from_list(list(rows)) for name, rows in splits.items()}
+    return datasets.DatasetDict(rows)
 
 
 def _check_examples(
@@ -325,10 +322,3 @@ def _aggregate(
         float(pooled_sample_stderr(stderrs, sizes)) if is_known else None,
         sum(sizes),
     )
-
-
-def _describe_examples(task: H4Task, items: Items | None) -> str:
-    if task.examples is None:
-        return FIXED
-    is_same_file = items is not None and items.examples is None
-    return SAME_FILE if is_same_file else f"split {task.examples}"

@@ -1,15 +1,23 @@
 """What the report shows: runs and evaluations, read from their directories."""
 
-import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from megatron_idpo.config.yaml_tree import read_tree
 from megatron_idpo.errors import ConfigError, DataError, Problem
-from megatron_idpo.evaluate.generate.answers import Answer, answers_file, settings_file
+from megatron_idpo.evaluate.generate.answers import (
+    Answer,
+    answers_file,
+    first_error,
+    settings_file,
+)
+from megatron_idpo.evaluate.judge.verdicts import Verdict
 from megatron_idpo.evaluate.likelihood.curves_file import FILE, read_curves
 from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
 from megatron_idpo.evaluate.lm_eval.result import H4Result, read_result
@@ -20,61 +28,62 @@ from megatron_idpo.train.metrics.file import STEP, Record, read_metrics
 from megatron_idpo.train.metrics.names import ACCURACY, EVAL_PAIRS, layers_in
 
 METRICS = "metrics.jsonl"
-_KINDS = ("likelihood", "answers", "judge", "h4")
 _REMEDY = "name the training.output of a run, or the directory of an evaluation"
 _RESTORE = "restore it, or make it again"
+
+type PromptKey = tuple[str, str]
+"""Location and text of a prompt: two runs may have had different files of the same name."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerSet:
-    """A model's answers by the locations of their prompts (`pairs.jsonl:17`), in order."""
+    """A model's answers in order. Equal if the answers are."""
 
-    answers: Mapping[str, Answer]
-    settings: Mapping[str, Any]
+    answers: Mapping[PromptKey, Answer]
+    settings: Mapping[str, Any] = field(compare=False)
     """How they were generated; empty if not known."""
+
+
+type _Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""NaN for null."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models' answers compared by a judge; numbers as in `result.json`, NaN for null."""
+    """Two models' answers compared by a judge: the fields of `result.json`."""
 
     a: str
     b: str
     judge: str
     summary: str
-    wins: float
-    losses: float
-    ties: float
-    unjudged: float
-    win_rate: float
-    low: float
-    high: float
-    p_value: float
-    verdicts: Mapping[int, str]
+    wins: int
+    losses: int
+    ties: int
+    unjudged: int
+    win_rate: _Number
+    low: _Number
+    high: _Number
+    p_value: _Number
+    verdicts: Mapping[int, str] = field(default_factory=dict)
     """Prompt -> the winner, `a` or `b`; `tie`; or `disagreed`, a tie because the verdict flipped
     when the answers were swapped. Empty if the judge saw other answers than those in `answers/`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Everything in an evaluation's directory; empty where there is nothing."""
+    """Everything in an evaluation's directory, by model; empty where there is nothing."""
 
-    curves: Sequence[LayerCurves] = ()
+    curves: Mapping[str, LayerCurves] = field(default_factory=dict)
     advice: str = ""
     answers: Mapping[str, AnswerSet] = field(default_factory=dict)
     comparisons: Sequence[Comparison] = ()
     h4: Mapping[str, H4Result] = field(default_factory=dict)
 
-    def __bool__(self) -> bool:
-        """Whether there is anything."""
-        return bool(self.curves or self.answers or self.comparisons or self.h4)
-
     @property
     def models(self) -> list[str]:
         """All models."""
         compared = [name for judged in self.comparisons for name in (judged.a, judged.b)]
-        curves = [curves.model for curves in self.curves]
-        return list(dict.fromkeys([*curves, *self.answers, *compared, *self.h4]))
+        return list(dict.fromkeys([*self.curves, *self.answers, *compared, *self.h4]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +111,6 @@ class RunInputs:
 
     evaluation: Evaluation
 
-    @property
-    def is_run(self) -> bool:
-        """Whether it is more than an evaluation."""
-        return bool(self.records or self.config or self.manifest)
-
 
 def read_runs(roots: Sequence[Path]) -> list[RunInputs]:
     """Read all directories.
@@ -115,22 +119,18 @@ def read_runs(roots: Sequence[Path]) -> list[RunInputs]:
         UserError: lists every directory that has nothing to show; or a file is damaged.
     """
     paths = [root.expanduser() for root in roots]
+    problems = [
+        Problem(str(path), "is not a directory", _REMEDY) for path in paths if not path.is_dir()
+    ]
     resolved = [path.resolve() for path in paths]
-    problems = []
-    for at, path in enumerate(paths):
-        if not path.is_dir():
-            message = "is a file, not a directory" if path.exists() else "does not exist"
-            problems.append(Problem(str(path), message, _REMEDY))
-        elif resolved[at] in resolved[:at]:
-            problems.append(Problem(str(path), "is named twice", "name it once"))
+    if len(set(resolved)) < len(paths):
+        problems.append(Problem(", ".join(map(str, paths)), "names a directory twice"))
     if problems:
         raise ConfigError.of(problems)
     runs = [_read_run(*labeled) for labeled in zip(paths, _labels(resolved), strict=True)]
+    message = f"has nothing to show: no steps in {METRICS}, and no evaluation"
     for run in runs:
-        if not (run.records or run.manifest or run.evaluation):
-            message = f"has nothing to show: no {METRICS}, and none of {'/, '.join(_KINDS)}/"
-            if run.config:
-                message = "has a configuration, but no step was logged and nothing evaluated yet"
+        if not (run.records or run.manifest or run.evaluation.models):
             problems.append(Problem(str(run.root), message, _REMEDY))
     if problems:
         raise ConfigError.of(problems)
@@ -138,9 +138,7 @@ def read_runs(roots: Sequence[Path]) -> list[RunInputs]:
 
 
 def merge_models[T](
-    runs: Sequence[RunInputs],
-    values: Callable[[RunInputs], Mapping[str, T]],
-    is_same: Callable[[T, T], bool],
+    runs: Sequence[RunInputs], values: Callable[[Evaluation], Mapping[str, T]]
 ) -> dict[str, T]:
     """All models' values by label.
 
@@ -149,22 +147,28 @@ def merge_models[T](
     """
     merged: dict[str, T] = {}
     for run in runs:
-        for model, value in values(run).items():
-            others = [values(other).get(model) for other in runs if other is not run]
-            is_shared = any(other is not None and is_same(value, other) for other in others)
-            label = model if is_shared or len(runs) == 1 else f"{run.label} · {model}"
-            if label in merged and not is_same(merged[label], value):
-                label = f"{run.label} · {model}"
-            merged.setdefault(label, value)
+        for model, value in values(run.evaluation).items():
+            others = [values(other.evaluation).get(model) for other in runs if other is not run]
+            label = model if len(runs) == 1 or value in others else f"{run.label} · {model}"
+            if merged.setdefault(label, value) != value:  # another model that runs share
+                merged[f"{run.label} · {model}"] = value
     return merged
+
+
+def comparisons(runs: Sequence[RunInputs]) -> list[tuple[RunInputs, str, Comparison]]:
+    """All comparisons, each with a prefix that names its run where several runs have some."""
+    compared = [run for run in runs if run.evaluation.comparisons]
+    return [
+        (run, f"{run.label}: " if len(compared) > 1 else "", comparison)
+        for run in compared
+        for comparison in run.evaluation.comparisons
+    ]
 
 
 def _read_run(root: Path, label: str) -> RunInputs:
     config_file, metrics = root / RUN_FILE, root / METRICS
-    model_file = root / RESULT / "config.json"
     config = read_tree(config_file).values if config_file.is_file() else {}
     records = _read_records(metrics) if metrics.is_file() else []
-    has_model = model_file.is_file()
     return RunInputs(
         root=root,
         label=label,
@@ -172,7 +176,7 @@ def _read_run(root: Path, label: str) -> RunInputs:
         records=records,
         layers=layers_in({name for record in records for name in record}),
         manifest=read_manifest(root),
-        model=read_record(model_file, error=DataError, remedy=_RESTORE) if has_model else {},
+        model=_read_optional(root / RESULT / "config.json"),
         evaluation=_find_evaluation(root, config),
     )
 
@@ -184,7 +188,8 @@ def _find_evaluation(root: Path, config: Mapping[str, Any]) -> Evaluation:
     directories = [root, root / "evaluation"]
     if isinstance(output, str):
         directories.insert(1, Path(output).expanduser())
-    return next(filter(None, map(read_evaluation, directories)), Evaluation())
+    evaluations = map(read_evaluation, directories)
+    return next((found for found in evaluations if found.models), Evaluation())
 
 
 def _read_records(path: Path) -> list[Record]:
@@ -206,16 +211,12 @@ def _read_records(path: Path) -> list[Record]:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ; `evaluation` with its parent."""
-    lengths = [2 if path.name == "evaluation" else 1 for path in paths]
-    while True:
-        labels = [
-            "/".join(path.parts[-length:]).lstrip("/")
-            for path, length in zip(paths, lengths, strict=True)
-        ]
-        if len(set(labels)) == len(labels) or max(lengths) > max(len(p.parts) for p in paths):
-            return labels
-        lengths = [n + (labels.count(label) > 1) for n, label in zip(lengths, labels, strict=True)]
+    """The shortest ends of the paths that all differ; `evaluation` at least with its parent."""
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    depths = [max(depth, 2) if path.name == "evaluation" else depth for path in paths]
+    return [str(Path(*path.parts[-depth:])) for path, depth in zip(paths, depths, strict=True)]
 
 
 # ---- evaluations ------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def read_evaluation(root: Path) -> Evaluation:
     """
     curves, advice = root / "likelihood" / FILE, root / "likelihood" / "advice.md"
     return Evaluation(
-        curves=read_curves(curves) if curves.exists() else (),
+        curves={one.model: one for one in read_curves(curves)} if curves.exists() else {},
         advice=_read_text(advice) if advice.exists() else "",
         answers={
             path.stem: _read_answers(path)
@@ -250,84 +251,64 @@ def _read_text(path: Path) -> str:
         raise DataError.at(str(path), f"is not UTF-8: {error}", _RESTORE) from None
 
 
-def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Location and JSON object of each line; an incomplete last line is still being written."""
-    lines = []
+def _read_optional(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file."""
+    return read_record(path, error=DataError, remedy=_RESTORE) if path.is_file() else {}
+
+
+def _read_lines[T](path: Path, kind: type[T]) -> list[T]:
+    """A dataclass for each line; an incomplete last line is still being written."""
+    adapter, values = TypeAdapter(kind), []
     for number, line in enumerate(_read_text(path).split("\n")[:-1], start=1):
-        if not line.strip():
-            continue
-        location = f"{path}:{number}"
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise DataError.at(location, f"is not JSON: {error}", _RESTORE) from None
-        if not isinstance(values, dict):
-            raise DataError.at(location, "is not a JSON object", _RESTORE)
-        lines.append((location, values))
-    return lines
+        if line.strip():
+            try:
+                values.append(adapter.validate_json(line, strict=True))
+            except ValidationError as error:
+                raise DataError.at(f"{path}:{number}", first_error(error), _RESTORE) from None
+    return values
 
 
 def _read_answers(path: Path) -> AnswerSet:
     """The answers so far."""
-    names = [field.name for field in fields(Answer)]
-    answers = {}
-    for location, values in _read_lines(path):
-        prompt = values.get("prompt")
-        is_chat = isinstance(prompt, list) and all(isinstance(part, dict) for part in prompt)
-        if not isinstance(values.get("answer"), str) or not (is_chat or isinstance(prompt, str)):
-            raise DataError.at(location, "has no text `answer` or no `prompt`", _RESTORE)
-        if missing := [name for name in names if name not in values]:
-            raise DataError.at(location, f"has no field {', '.join(missing)}", _RESTORE)
-        answers[str(values["location"])] = Answer(**{name: values[name] for name in names})
-    settings = settings_file(path)
-    has_settings = settings.exists()
-    return AnswerSet(
-        answers, read_record(settings, error=DataError, remedy=_RESTORE) if has_settings else {}
-    )
+    answers = {
+        (answer.location, str(answer.prompt)): answer for answer in _read_lines(path, Answer)
+    }
+    return AnswerSet(answers, _read_optional(settings_file(path)))
 
 
 def _read_comparison(path: Path) -> Comparison:
-    values = read_record(path, error=DataError, remedy=_RESTORE)
-    parts: dict[str, Any] = {}
-    for part in fields(Comparison):
-        value = values.get(part.name)
-        if part.type is str:
-            if not isinstance(value, str):
-                raise DataError.at(str(path), f"has {part.name} = {value!r}, not text", _RESTORE)
-            parts[part.name] = value
-        elif part.type is float:
-            parts[part.name] = float(value) if isinstance(value, int | float) else math.nan
-    verdicts: Mapping[int, str] = {}
-    if _is_outdated(path.parent, parts["a"], parts["b"]):
-        parts["summary"] += "; the answers have changed since"
-    elif (file := path.with_name("verdicts.jsonl")).exists():
-        verdicts = _read_verdicts(file)
-    return Comparison(**parts, verdicts=verdicts)
+    try:
+        comparison = TypeAdapter(Comparison).validate_json(_read_text(path), strict=True)
+    except ValidationError as error:
+        raise DataError.at(str(path), first_error(error), _RESTORE) from None
+    if _is_outdated(path.parent, comparison):
+        return replace(
+            comparison, summary=f"{comparison.summary}; the answers have changed since", verdicts={}
+        )
+    verdicts = path.with_name("verdicts.jsonl")
+    if not verdicts.exists():
+        return comparison
+    return replace(comparison, verdicts=_outcomes(_read_lines(verdicts, Verdict)))
 
 
-def _is_outdated(directory: Path, a: str, b: str) -> bool:
+def _is_outdated(directory: Path, comparison: Comparison) -> bool:
     """Whether the judge saw other answers than those that are there, as far as known."""
-    settings = directory / "settings.json"
-    if not settings.exists():
-        return False
-    digests = read_record(settings, error=DataError, remedy=_RESTORE).get("answers")
-    files = {side: answers_file(directory.parents[1], name) for side, name in (("a", a), ("b", b))}
+    digests = _read_optional(directory / "settings.json").get("answers")
+    files = {
+        side: answers_file(directory.parents[1], name)
+        for side, name in (("a", comparison.a), ("b", comparison.b))
+    }
     return isinstance(digests, dict) and any(
         file.is_file() and file_digest(file) != digests.get(side) for side, file in files.items()
     )
 
 
-def _read_verdicts(path: Path) -> dict[int, str]:
+def _outcomes(verdicts: Sequence[Verdict]) -> dict[int, str]:
     """The outcome of each prompt with verdicts in all orders."""
-    winners: dict[int, dict[str, str]] = {}
-    for location, values in _read_lines(path):
-        index, order, winner = (values.get(name) for name in ("index", "order", "verdict"))
-        if winner is None:
-            continue
-        is_valid = winner in ("a", "b", "tie") and order in ("ab", "ba", "both")
-        if not is_valid or not isinstance(index, int):
-            raise DataError.at(location, f"is not a verdict: {winner!r}, {order!r}", _RESTORE)
-        winners.setdefault(index, {})[str(order)] = winner
+    winners: dict[int, dict[str, str]] = defaultdict(dict)
+    for verdict in verdicts:
+        if verdict.verdict is not None:
+            winners[verdict.index][verdict.order] = verdict.verdict
     return {
         index: by_order.popitem()[1] if len(set(by_order.values())) == 1 else "disagreed"
         for index, by_order in winners.items()

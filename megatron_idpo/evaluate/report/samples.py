@@ -1,13 +1,18 @@
 """Sample answers: some prompts with all models' answers, selected without looking at them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_idpo.evaluate.generate.answers import Answer, Prompt
-from megatron_idpo.evaluate.report.inputs import AnswerSet, RunInputs, merge_models
-from megatron_idpo.evaluate.report.sections import comparisons
+from megatron_idpo.evaluate.generate.answers import Answer
+from megatron_idpo.evaluate.report.inputs import (
+    AnswerSet,
+    PromptKey,
+    RunInputs,
+    comparisons,
+    merge_models,
+)
 
 NUM_SAMPLES = 8
 MAX_CHARACTERS = 450
@@ -15,101 +20,64 @@ MAX_CHARACTERS = 450
 
 
 @dataclass(frozen=True, slots=True)
-class Clipped:
-    """A text in two parts; the second is folded, and empty for a short text."""
-
-    start: str
-    rest: str
-
-    @classmethod
-    def of(cls, text: str) -> "Clipped":
-        """Cut a long text at a space; a few more characters are not worth a cut."""
-        if len(text) <= MAX_CHARACTERS * 1.2:
-            return cls(text, "")
-        cut = text.rfind(" ", MAX_CHARACTERS // 2, MAX_CHARACTERS)
-        cut = cut if cut > 0 else MAX_CHARACTERS
-        return cls(text[:cut], text[cut:].lstrip(" "))
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A model's answer."""
-
-    model: str
-    answer: Answer
-    text: Clipped
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
     """A prompt, its answers, and the judge's verdicts."""
 
     location: str
-    messages: Sequence[tuple[str, Clipped]]
+    messages: Sequence[tuple[str, str]]
     """Role and text; the role of a plain prompt is empty."""
 
-    replies: Sequence[Reply]
+    replies: Sequence[tuple[str, Answer]]
+    """Label of the model, and its answer."""
+
     verdicts: Sequence[str]
+
+
+def clip(text: str) -> tuple[str, str]:
+    """Cut a long text at a space; a few more characters are not worth a cut."""
+    if len(text) <= MAX_CHARACTERS * 1.2:
+        return text, ""
+    cut = text.rfind(" ", MAX_CHARACTERS // 2, MAX_CHARACTERS)
+    cut = cut if cut > 0 else MAX_CHARACTERS
+    return text[:cut], text[cut:].lstrip(" ")
 
 
 def answer_sets(runs: Sequence[RunInputs]) -> dict[str, AnswerSet]:
     """The answers of all models by label."""
-    return merge_models(
-        runs,
-        lambda run: run.evaluation.answers,
-        lambda answers, other: answers.answers == other.answers,
-    )
+    return merge_models(runs, lambda evaluation: evaluation.answers)
 
 
 def select_samples(runs: Sequence[RunInputs]) -> list[Sample]:
     """Evenly spaced prompts out of those that all models answered, or else any model."""
     sets = answer_sets(runs)
-    prompts: list[tuple[str, Prompt]] = []
-    for answers in sets.values():
-        prompts += [
-            (location, answer.prompt)
-            for location, answer in answers.answers.items()
-            if (location, answer.prompt) not in prompts
+    every = list(dict.fromkeys(key for answers in sets.values() for key in answers.answers))
+    common = [key for key in every if all(key in answers.answers for answers in sets.values())]
+    keys = common or every
+    samples = []
+    for at in np.linspace(0, len(keys) - 1, min(NUM_SAMPLES, len(keys))).round().astype(int):
+        replies = [
+            (model, answers.answers[keys[at]])
+            for model, answers in sets.items()
+            if keys[at] in answers.answers
         ]
-    common = [key for key in prompts if all(_answer(answers, *key) for answers in sets.values())]
-    prompts = common or prompts
-    if not prompts:
-        return []
-    selected = np.linspace(0, len(prompts) - 1, min(NUM_SAMPLES, len(prompts))).round().astype(int)
-    return [_sample(prompts[at][0], prompts[at][1], sets, runs) for at in selected]
+        prompt = replies[0][1].prompt
+        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+        texts = [(str(part.get("role", "")), str(part.get("content", ""))) for part in messages]
+        samples.append(Sample(keys[at][0], texts, replies, list(_verdicts(keys[at], runs))))
+    return samples
 
 
-def _answer(answers: AnswerSet, location: str, prompt: Prompt) -> Answer | None:
-    """The answer to a prompt; two runs may have had different files of the same name."""
-    answer = answers.answers.get(location)
-    return answer if answer is not None and answer.prompt == prompt else None
-
-
-def _sample(
-    location: str, prompt: Prompt, sets: Mapping[str, AnswerSet], runs: Sequence[RunInputs]
-) -> Sample:
-    replies = [
-        Reply(model, answer, Clipped.of(answer.answer))
-        for model, answers in sets.items()
-        if (answer := _answer(answers, location, prompt)) is not None
-    ]
-    messages = [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
-    texts = [(str(m.get("role", "")), Clipped.of(str(m.get("content", "")))) for m in messages]
-    return Sample(location, texts, replies, list(_verdicts(location, prompt, runs)))
-
-
-def _verdicts(location: str, prompt: Prompt, runs: Sequence[RunInputs]) -> Iterator[str]:
+def _verdicts(key: PromptKey, runs: Sequence[RunInputs]) -> Iterator[str]:
     """The outcome of each comparison on the prompt."""
     for run, prefix, comparison in comparisons(runs):
-        answers = run.evaluation.answers.get(comparison.a)
-        answer = _answer(answers, location, prompt) if answers else None
-        verdict = comparison.verdicts.get(answer.index) if answer else None
-        tied = f"{comparison.a} and {comparison.b} tied"
+        a, b = comparison.a, comparison.b
         texts = {
-            "a": f"{comparison.a} over {comparison.b}",
-            "b": f"{comparison.b} over {comparison.a}",
-            "tie": tied,
-            "disagreed": f"{tied}: the verdict flipped when the answers were swapped",
+            "a": f"{a} over {b}",
+            "b": f"{b} over {a}",
+            "tie": f"{a} and {b} tied",
+            "disagreed": f"{a} and {b} tied: the verdict flipped when the answers were swapped",
         }
-        if verdict is not None:
-            yield prefix + texts[verdict]
+        answers = run.evaluation.answers.get(a)
+        answer = answers.answers.get(key) if answers else None
+        if answer is not None and answer.index in comparison.verdicts:
+            yield prefix + texts[comparison.verdicts[answer.index]]

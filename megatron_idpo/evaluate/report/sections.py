@@ -1,25 +1,24 @@
 """The sections of the page; each exists only if there is something to show."""
 
 import math
-import operator
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
+from megatron_idpo.config.yaml_tree import write_yaml
 from megatron_idpo.evaluate.models import RUN_FILE
 from megatron_idpo.evaluate.report import tables
-from megatron_idpo.evaluate.report.facts import format_value, speed_facts
-from megatron_idpo.evaluate.report.inputs import Comparison, RunInputs, merge_models
-from megatron_idpo.evaluate.report.tables import Table
+from megatron_idpo.evaluate.report.facts import format_value, shown_settings, speed_facts
+from megatron_idpo.evaluate.report.inputs import RunInputs, comparisons, merge_models
+from megatron_idpo.evaluate.report.samples import Sample, answer_sets, select_samples
+from megatron_idpo.evaluate.report.tables import Cell, Table
 from megatron_idpo.figures import training as charts
 from megatron_idpo.figures.chart import Chart, Legend
 from megatron_idpo.figures.evaluation import (
-    LAYER_QUANTITIES,
     MAIN_QUANTITIES,
+    OTHER_QUANTITIES,
     REFERENCES,
     LayerLine,
     WinRate,
@@ -34,16 +33,13 @@ from megatron_idpo.train.metrics.curves import run_lines, training_line
 MAX_LAYERS = 6
 """Intermediate layers that charts of a single run show."""
 
-_MAX_ROWS = 8
-"""Longer tables are folded."""
-
 _STARTS = {"previous": "the step before", "first": "the first model"}
 _ADAPTERS = {"merge": " Adapters are merged between steps.", "carry": " Adapters are kept."}
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Text, charts with one legend, tables; folded parts open on request."""
+    """Text, charts with one legend, tables, sample answers; folded parts open on request."""
 
     identifier: str
     title: str
@@ -54,7 +50,23 @@ class Section:
     tables: Sequence[Table] = ()
     folded_charts: Sequence[Chart] = ()
     folded_tables: Sequence[tuple[str, Table]] = ()
-    folded_text: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    folded_text: Sequence[tuple[str, str]] = ()
+    samples: Sequence[Sample] = ()
+
+
+def all_sections(runs: Sequence[RunInputs]) -> list[Section]:
+    """The sections that have content, in the order of the page."""
+    sections = [
+        training_section(runs),
+        *curriculum_sections(runs),
+        layers_section(runs),
+        wins_section(runs),
+        answers_section(runs),
+        h4_section(runs),
+        speed_section(runs),
+        configuration_section(runs),
+    ]
+    return [section for section in sections if section is not None]
 
 
 def training_lines(runs: Sequence[RunInputs]) -> list[charts.TrainingLine]:
@@ -82,7 +94,6 @@ def training_section(runs: Sequence[RunInputs]) -> Section | None:
     elif len(runs[0].layers) > MAX_LAYERS:
         text.append(f"Shows {MAX_LAYERS} of {len(runs[0].layers)} intermediate layers.")
     table = tables.layers_table(runs)
-    is_long = table is not None and len(table.rows) > _MAX_ROWS
     return Section(
         "training",
         "Training",
@@ -90,8 +101,7 @@ def training_section(runs: Sequence[RunInputs]) -> Section | None:
         legend=[(line.label, line.style) for line in lines],
         legend_note=charts.smoothing_note(lines),
         charts=drawn,
-        tables=[table] if table and not is_long else [],
-        folded_tables=[("Table of all layers", table)] if table and is_long else [],
+        folded_tables=[("Loss, margin and accuracy of every layer", table)] if table.rows else [],
     )
 
 
@@ -120,26 +130,9 @@ def curriculum_sections(runs: Sequence[RunInputs]) -> list[Section]:
     return sections
 
 
-def layer_curves(runs: Sequence[RunInputs]) -> dict[str, LayerCurves]:
-    """The layer curves of all runs by label."""
-    return merge_models(
-        runs, lambda run: {curves.model: curves for curves in run.evaluation.curves}, _is_same
-    )
-
-
-def _is_same(one: LayerCurves, other: LayerCurves) -> bool:
-    """Whether both are of the same weights and pairs."""
-    if (one.layers, one.pairs, one.prompts) != (other.layers, other.pairs, other.prompts):
-        return False
-    return all(
-        np.array_equal(estimate.value_L, other.estimates[name].value_L, equal_nan=True)
-        for name, estimate in one.estimates.items()
-    )
-
-
 def layers_section(runs: Sequence[RunInputs]) -> Section | None:
     """Layer curves of held-out pairs."""
-    models = layer_curves(runs)
+    models = merge_models(runs, lambda evaluation: evaluation.curves)
     if not models:
         return None
     lines = [
@@ -154,9 +147,7 @@ def layers_section(runs: Sequence[RunInputs]) -> Section | None:
         legend=[(line.label, line.style) for line in lines],
         charts=layer_charts(lines, MAIN_QUANTITIES),
         tables=[tables.final_layers_table(models)],
-        folded_charts=layer_charts(
-            lines, [name for name in LAYER_QUANTITIES if name not in MAIN_QUANTITIES]
-        ),
+        folded_charts=layer_charts(lines, OTHER_QUANTITIES),
         folded_tables=[
             (f"Every layer of {label}", tables.all_layers_table(curves))
             for label, curves in models.items()
@@ -169,42 +160,45 @@ def layers_section(runs: Sequence[RunInputs]) -> Section | None:
     )
 
 
-def comparisons(runs: Sequence[RunInputs]) -> list[tuple[RunInputs, str, Comparison]]:
-    """All comparisons, each with a prefix that names its run where several runs have some."""
-    compared = [run for run in runs if run.evaluation.comparisons]
-    return [
-        (run, f"{run.label}: " if len(compared) > 1 else "", comparison)
-        for run in compared
-        for comparison in run.evaluation.comparisons
-    ]
-
-
 def wins_section(runs: Sequence[RunInputs]) -> Section | None:
     """Win rates."""
-    judged = comparisons(runs)
-    if not judged:
-        return None
     titled = {
-        f"{prefix}{comparison.a} against {comparison.b}": comparison
-        for _, prefix, comparison in judged
+        f"{prefix}{comparison.a} against {comparison.b}": (prefix, comparison)
+        for _, prefix, comparison in comparisons(runs)
     }
+    if not titled:
+        return None
     rates = [
         WinRate(title, comparison.win_rate, comparison.low, comparison.high)
-        for title, comparison in titled.items()
+        for title, (_, comparison) in titled.items()
         if math.isfinite(comparison.win_rate)
     ]
     return Section(
         "wins",
         "Win rates",
-        [f"{prefix}{comparison.summary.removesuffix('.')}." for _, prefix, comparison in judged],
+        [f"{prefix}{judged.summary.removesuffix('.')}." for prefix, judged in titled.values()],
         charts=[win_rate_chart(rates)] if rates else [],
-        tables=[tables.wins_table(titled)],
+        tables=[tables.wins_table({title: judged for title, (_, judged) in titled.items()})],
     )
+
+
+def answers_section(runs: Sequence[RunInputs]) -> Section | None:
+    """Sample answers, and how they were sampled."""
+    samples = select_samples(runs)
+    if not samples:
+        return None
+    number = f"{len(samples)} evenly spaced prompts out of all that were answered"
+    settings = [answers.settings.get("sampling") for answers in answer_sets(runs).values()]
+    sampling = dict.fromkeys(
+        f"Sampled with {format_value(values)}." for values in settings if values
+    )
+    text = [f"{number}; none was selected by hand.", *sampling]
+    return Section("answers", "Answers", text, samples=samples)
 
 
 def h4_section(runs: Sequence[RunInputs]) -> Section | None:
     """H4 of all models."""
-    models = merge_models(runs, lambda run: run.evaluation.h4, operator.eq)
+    models = merge_models(runs, lambda evaluation: evaluation.h4)
     if not models:
         return None
     text = ["Percent, ± one standard error."]
@@ -214,9 +208,9 @@ def h4_section(runs: Sequence[RunInputs]) -> Section | None:
             f"Only the first {items} items of each task (of MMLU, of each subject): not "
             "comparable to published values."
         )
-    sources = dict.fromkeys(result.source.replace("hub", "the hub") for result in models.values())
-    versions = dict.fromkeys(result.settings["lm_eval"] for result in models.values())
-    text.append(f"Items from {', '.join(sources)}, lm-eval {', '.join(versions)}.")
+    sources = ", ".join(dict.fromkeys(result.source for result in models.values()))
+    versions = ", ".join(dict.fromkeys(result.settings["lm_eval"] for result in models.values()))
+    text.append(f"Items from {sources.replace('hub', 'the hub')}, lm-eval {versions}.")
     return Section("h4", "H4", text, tables=[tables.h4_table(models)])
 
 
@@ -232,34 +226,44 @@ def speed_section(runs: Sequence[RunInputs]) -> Section | None:
         ["Training steps only; means leave out the first steps, which compile."],
         legend=[(line.label, line.style) for line in lines] if several else (),
         charts=charts.training_charts(lines, (charts.TOKENS_PER_S, charts.PEAK_GB)),
-        tables=[tables.facts_table(facts if several else {"": next(iter(facts.values()))})],
+        tables=[tables.facts_table(facts if several else {"": facts[runs[0].label]})],
+    )
+
+
+def configuration_section(runs: Sequence[RunInputs]) -> Section | None:
+    """Non-default settings of a run, or the differences between runs; complete files."""
+    configured = [run for run in runs if run.config]
+    if not configured:
+        return None
+    rows = shown_settings([run.config for run in configured])
+    heads = ["Non-default settings", ""]
+    if len(configured) > 1:
+        heads = ["Differences", *(run.label for run in configured)]
+    cells = [(name, list(map(Cell, texts))) for name, texts in rows]
+    return Section(
+        "configuration",
+        "Configuration",
+        [] if rows else ["No setting differs."],
+        tables=[Table(heads, cells, is_text=True)] if rows else [],
+        folded_text=[
+            (f"Complete configuration: {run.label}", write_yaml(dict(run.config)))
+            for run in configured
+        ],
     )
 
 
 def missing(runs: Sequence[RunInputs]) -> list[tuple[str, str]]:
-    """What the page lacks, and the command that would add it."""
+    """What no run on the page has, and the command that would add it."""
     parts = {
         "Layer likelihoods": ("likelihood", "curves"),
         "Sample answers": ("generate", "answers"),
         "Win rates": ("judge", "comparisons"),
         "H4": ("h4", "h4"),
     }
-    commands = []
-    for title, (verb, name) in parts.items():
-        without = [run for run in runs if not getattr(run.evaluation, name)]
-        # Runs that were evaluated together have nothing in their own directories.
-        together = any(not run.is_run and run not in without for run in runs)
-        if not without or together:
-            continue
-        of = f" of {', '.join(run.label for run in without)}" if len(without) < len(runs) else ""
-        config = "CONFIG.yaml"
-        if len(without) == 1 and without[0].config:
-            config = shlex.quote(str(without[0].root / RUN_FILE))
-        commands.append((f"{title}{of}", f"megatron-idpo {verb} {config}"))
-    return commands
-
-
-def format_sampling(settings: Mapping[str, Any]) -> str:
-    """How answers were sampled; empty if not known."""
-    sampling = settings.get("sampling")
-    return format_value(sampling) if isinstance(sampling, Mapping) else ""
+    is_single_run = len(runs) == 1 and runs[0].config
+    config = shlex.quote(str(runs[0].root / RUN_FILE)) if is_single_run else "CONFIG.yaml"
+    return [
+        (title, f"megatron-idpo {verb} {config}")
+        for title, (verb, name) in parts.items()
+        if not any(getattr(run.evaluation, name) for run in runs)
+    ]

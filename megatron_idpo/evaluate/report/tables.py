@@ -8,7 +8,6 @@ from megatron_idpo.config.evaluate import H4_TASKS
 from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
 from megatron_idpo.evaluate.lm_eval.result import H4Result
 from megatron_idpo.evaluate.lm_eval.tasks import H4
-from megatron_idpo.evaluate.report.facts import Fact
 from megatron_idpo.evaluate.report.inputs import Comparison, RunInputs
 from megatron_idpo.figures.evaluation import LAYER_QUANTITIES, MAIN_QUANTITIES
 from megatron_idpo.figures.numbers import MINUS, UNKNOWN, count, decimal, interval, percent
@@ -41,17 +40,16 @@ class Table:
     """Whether cells are text rather than numbers."""
 
 
-def facts_table(facts: Mapping[str, Sequence[Fact]]) -> Table:
-    """Facts of several runs side by side."""
-    titles = dict.fromkeys(fact.name for of_run in facts.values() for fact in of_run)
-    columns = [
-        {fact.name: Cell(fact.value, fact.note) for fact in of_run} for of_run in facts.values()
+def facts_table(facts: Mapping[str, Mapping[str, Cell]]) -> Table:
+    """Facts of several runs side by side, by the runs' labels."""
+    titles = dict.fromkeys(title for of_run in facts.values() for title in of_run)
+    rows = [
+        (title, [of_run.get(title, Cell(UNKNOWN)) for of_run in facts.values()]) for title in titles
     ]
-    rows = [(title, [column.get(title, Cell(UNKNOWN)) for column in columns]) for title in titles]
     return Table(["", *facts], rows, is_text=True)
 
 
-def layers_table(runs: Sequence[RunInputs]) -> Table | None:
+def layers_table(runs: Sequence[RunInputs]) -> Table:
     """Each layer's loss, margin and accuracy at the end of training, on held-out pairs if any."""
     rows = []
     head = "Last logged step"
@@ -66,7 +64,7 @@ def layers_table(runs: Sequence[RunInputs]) -> Table | None:
         for layer in [*run.layers, None]:
             title = "final layer" if layer is None else f"layer {layer}"
             rows.append((before + title, _layer_cells((evaluated or trained)[-1], prefix, layer)))
-    return Table([head, "loss", "margin", "accuracy"], rows) if rows else None
+    return Table([head, "loss", "margin", "accuracy"], rows)
 
 
 def _layer_cells(record: Record, prefix: str, layer: int | None) -> list[Cell]:
@@ -87,28 +85,25 @@ def _layer_cells(record: Record, prefix: str, layer: int | None) -> list[Cell]:
 
 def final_layers_table(models: Mapping[str, LayerCurves]) -> Table:
     """Each model's layer curves at the final layer."""
-    rows = [
-        (label, [_estimate(curves, name, -1) for name in MAIN_QUANTITIES])
-        for label, curves in models.items()
-    ]
+    heads = ["At the final layer", *(LAYER_QUANTITIES[name][0] for name in MAIN_QUANTITIES)]
     return Table(
-        ["At the final layer", *(LAYER_QUANTITIES[name][0] for name in MAIN_QUANTITIES)], rows
+        heads, [(label, _estimates(c, MAIN_QUANTITIES, -1)) for label, c in models.items()]
     )
 
 
 def all_layers_table(curves: LayerCurves) -> Table:
     """A model's layer curves."""
-    rows = [
-        (str(layer), [_estimate(curves, name, layer - 1) for name in LAYER_QUANTITIES])
-        for layer in curves.layers
-    ]
+    rows = [(str(n), _estimates(curves, tuple(LAYER_QUANTITIES), n - 1)) for n in curves.layers]
     return Table(["Layer", *(title for title, _ in LAYER_QUANTITIES.values())], rows)
 
 
-def _estimate(curves: LayerCurves, name: str, index: int) -> Cell:
-    form = "+.3f" if name == "margin" else ".3f"
-    value, low, high = (float(array_L[index]) for array_L in curves.estimates[name])
-    return Cell(decimal(value, form), interval(low, high, form))
+def _estimates(curves: LayerCurves, quantities: Sequence[str], index: int) -> list[Cell]:
+    cells = []
+    for name in quantities:
+        form = "+.3f" if name == "margin" else ".3f"
+        value, low, high = (float(array_L[index]) for array_L in curves.estimates[name])
+        cells.append(Cell(decimal(value, form), interval(low, high, form)))
+    return cells
 
 
 def wins_table(comparisons: Mapping[str, Comparison]) -> Table:
@@ -120,8 +115,8 @@ def wins_table(comparisons: Mapping[str, Comparison]) -> Table:
         rate = Cell(percent(judged.win_rate, 1), f"{bounds} %" if bounds else "")
         counts = (judged.wins, judged.losses, judged.ties, judged.unjudged)
         p_value = "< 0.001" if judged.p_value < 0.001 else decimal(judged.p_value)
-        count_cells = [Cell(count(n)) for n in counts]
-        rows.append((title, [rate, *count_cells, Cell(p_value), Cell(judged.judge)]))
+        others = (*map(count, counts), p_value, judged.judge)
+        rows.append((title, [rate, *map(Cell, others)]))
     return Table(heads, rows)
 
 
@@ -131,45 +126,36 @@ def h4_table(models: Mapping[str, H4Result]) -> Table:
     rows = []
     for label, result in models.items():
         tasks = [result.tasks.get(name) for name in shown]
-        values = [
-            _percent_cell(task.value, task.stderr) if task else Cell(UNKNOWN) for task in tasks
-        ]
-        rows.append((label, [*values, _percent_cell(result.mean, result.mean_stderr)]))
+        row = [_percent_cell(t.value, t.stderr) if t else Cell(UNKNOWN) for t in tasks]
+        rows.append((label, [*row, _percent_cell(result.mean, result.mean_stderr)]))
     return Table(["Model", *(H4[name].title for name in shown), "H4"], rows)
 
 
 def _percent_cell(value: float | None, stderr: float | None) -> Cell:
-    note = "" if stderr is None else f"± {decimal(100 * stderr, '.2f')}"
-    return Cell(UNKNOWN if value is None else decimal(100 * value, ".2f"), note)
+    note = "" if stderr is None else f"± {100 * stderr:.2f}"
+    return Cell(UNKNOWN if value is None else f"{100 * value:.2f}", note)
 
 
 def curriculum_table(manifest: Manifest) -> Table:
-    """sDPO steps: their pairs, and what each step's result achieves."""
+    """sDPO steps: their pairs, and what each step's result achieves; intervals in small print."""
     heads = ["Step", "state", "pairs", "accuracy", "margin", "accuracy vs first", "margin vs first"]
-    rows = [
-        (row[0], [_split_interval(text) for text in row[1 : len(heads)]]) for row in cells(manifest)
-    ]
+    rows = []
+    for name, *texts in cells(manifest):
+        parts = [text.replace("-", MINUS).rstrip("]").split(" [") for text in texts]
+        split = [
+            Cell(value, *(bounds.replace(", ", " to ") for bounds in rest))
+            for value, *rest in parts
+        ]
+        rows.append((name, split[: len(heads) - 1]))
     return Table(heads, rows)
-
-
-def _split_interval(text: str) -> Cell:
-    """`0.78 [0.62, 0.88]` as a value and its interval."""
-    value, bracket, bounds = text.replace("-", MINUS).partition(" [")
-    return Cell(value, bounds.rstrip("]").replace(", ", " to ") if bracket else "")
 
 
 def sources_table(manifest: Manifest) -> Table:
     """Pairs of each source in each step, and the first model's accuracy on it."""
     heads = ["Source", "first model's accuracy"]
     heads += [f"step {index}" for index in range(1, len(manifest.steps) + 1)]
-    rows = [
-        (
-            source,
-            [
-                Cell(percent(share, 1)),
-                *(Cell(count(step.sources.get(source, 0))) for step in manifest.steps),
-            ],
-        )
-        for source, share in manifest.accuracy.items()
-    ]
+    rows = []
+    for source, share in manifest.accuracy.items():
+        counts = [count(step.sources.get(source, 0)) for step in manifest.steps]
+        rows.append((source, list(map(Cell, [percent(share, 1), *counts]))))
     return Table(heads, rows)

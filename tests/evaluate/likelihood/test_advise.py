@@ -90,7 +90,7 @@ def test_advice_lists_every_model() -> None:
     assert first.startswith("dpo: suggested layers to tap: 1, 2;")
     assert second == "odd: no layer agrees with the final layer"
     text = advice_markdown(several)
-    assert "## dpo" in text and "## odd" in text and text.count("\n| 1 |") == 2
+    assert "## dpo" in text and "## odd" in text and text.count("\n1. layer") == 2
 
 
 def test_verb_prints_the_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,4 +109,4 @@ def test_verb_prints_the_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert message.startswith("reference: sft, beta 0.1\n")
     with pytest.raises(DataError, match="has the curves of dpo, not of sft; run `likelihood`"):
         main(file, ["evaluate.models={sft: x}"])
-    assert "1. layer   2 (depth 0.50)  score 0.54: agreement 0.60" in message
+    assert "1. layer 2 (depth 0.50), score 0.540: agreement 0.60" in message

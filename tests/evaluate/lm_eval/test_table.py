@@ -61,7 +61,7 @@ def test_notes_list_limits_of_the_comparison() -> None:
     limited = result([0.5, 0.6], limit=20)
     limited.tasks["arc_challenge"] = measured(0.5, items=20, examples=SAME_FILE, cut=3)
     message = "\n".join(notes([limited, plain]))
-    assert "ARC 20 or 1,172" in message and "h4.limit" in message
+    assert "h4.limit" in message
     assert "ARC: examples are other items of the same file" in message
     assert "ours, ARC: 3 prompts were longer" in message
 

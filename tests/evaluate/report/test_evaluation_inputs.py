@@ -1,6 +1,7 @@
 """Reading the files of an evaluation; errors of damaged files with their location."""
 
 import json
+import math
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from .example_runs import write_answers, write_comparison, write_h4, write_likel
 
 
 def test_missing_or_empty_directory_has_no_results(tmp_path: Path) -> None:
-    assert not read_evaluation(tmp_path / "none")
+    assert not read_evaluation(tmp_path / "none").models
     assert not read_evaluation(tmp_path).models
 
 
@@ -25,8 +26,9 @@ def test_all_results_are_read(tmp_path: Path) -> None:
     found = read_evaluation(tmp_path)
     assert found.advice == "# Layer 3 <first>\n"
     answers = found.answers["trained"].answers
-    assert list(answers) == ["held_out.jsonl:1", "held_out.jsonl:2"]
-    assert answers["held_out.jsonl:2"].answer == "one" and answers["held_out.jsonl:2"].index == 1
+    keys = [("held_out.jsonl:1", "What is 0?"), ("held_out.jsonl:2", "What is 1?")]
+    assert list(answers) == keys
+    assert answers[keys[1]].answer == "one" and answers[keys[1]].index == 1
     assert found.answers["trained"].settings["sampling"] == {"temperature": 0.3}
     (duel,) = found.comparisons
     assert (duel.wins, duel.losses, duel.ties, duel.unjudged) == (1, 1, 2, 1)
@@ -60,6 +62,21 @@ def test_null_win_rate_is_nan(tmp_path: Path) -> None:
     assert comparison.win_rate != comparison.win_rate and comparison.unjudged == 1
 
 
+def test_non_finite_numbers_of_a_comparison_are_accepted_and_booleans_refused(
+    tmp_path: Path,
+) -> None:
+    write_comparison(tmp_path, "x", "y", ["aa"])
+    path = tmp_path / "judge" / "x-vs-y" / "result.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "win_rate": float("nan"), "high": float("inf")}))
+    (comparison,) = read_evaluation(tmp_path).comparisons
+    assert math.isnan(comparison.win_rate) and comparison.high == math.inf
+    for name in ("wins", "low"):
+        path.write_text(json.dumps({**values, name: True}))
+        with pytest.raises(DataError, match=f"result.json: field '{name}'"):
+            read_evaluation(tmp_path)
+
+
 def test_verdict_for_both_orders(tmp_path: Path) -> None:
     write_comparison(tmp_path, "x", "y", ["--", "--"])
     path = tmp_path / "judge" / "x-vs-y" / "verdicts.jsonl"
@@ -83,6 +100,12 @@ def test_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     ]
 
 
+ANSWER = (
+    '{"index": 0, "location": "f:1", "prompt": "p", "answer": "x", "answer_tokens": 1, '
+    '"is_complete": true}\n'
+)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
@@ -91,28 +114,22 @@ def test_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
             "model,layer\nx,1\n",
             "likelihood.csv: is not a table",
         ),
-        ("answers/m.jsonl", '{"prompt": "x"}\n', r"m.jsonl:1: has no text `answer`"),
-        (
-            "answers/m.jsonl",
-            '{"answer": "x", "prompt": 3}\n',
-            "m.jsonl:1: has no text `answer` or no `prompt`",
-        ),
-        ("answers/m.jsonl", "\n{x}\n", r"m.jsonl:2: is not JSON"),
-        ("judge/a-vs-b/result.json", "[]", r"result.json: is not a JSON object"),
-        (
-            "judge/a-vs-b/result.json",
-            '{"a": "a", "b": "b"}',
-            "has judge = None, not text",
-        ),
+        ("answers/m.jsonl", '{"prompt": "x"}\n', r"m.jsonl:1: field 'index': Field required"),
+        ("answers/m.jsonl", ANSWER.replace("0", "true"), "m.jsonl:1: field 'index': .* integer"),
+        ("answers/m.jsonl", ANSWER.replace('"p"', "3"), "m.jsonl:1: field 'prompt.str'"),
+        ("answers/m.jsonl", "\n{x}\n", r"m.jsonl:2: Invalid JSON"),
+        ("judge/a-vs-b/result.json", "[]", "result.json: Input should be an object"),
+        ("judge/a-vs-b/result.json", '{"a": 3}', "result.json: field 'a': .* string"),
+        ("judge/a-vs-b/settings.json", "[]", "settings.json: is not a JSON object"),
         ("h4/m.json", '{"tasks": [1]}', "m.json: is not a result of h4"),
-        ("answers/m.jsonl", '{"prompt": "x", "answer": "y"}\n', "m.jsonl:1: has no field index"),
     ],
 )
 def test_damaged_file_is_reported_with_location_and_remedy(
     tmp_path: Path, file: str, text: str, message: str
 ) -> None:
+    write_comparison(tmp_path, "a", "b", ["aa"])
     path = tmp_path / file
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     with pytest.raises(UserError, match=message) as error:
         read_evaluation(tmp_path)
@@ -123,7 +140,7 @@ def test_invalid_verdict_is_reported(tmp_path: Path) -> None:
     write_comparison(tmp_path, "x", "y", ["aa"])
     with (tmp_path / "judge" / "x-vs-y" / "verdicts.jsonl").open("a") as file:
         file.write('{"index": 0, "order": "ab", "verdict": "x"}\n')
-    with pytest.raises(DataError, match=r"verdicts.jsonl:3: is not a verdict: 'x'"):
+    with pytest.raises(DataError, match=r"verdicts.jsonl:3: field 'verdict'"):
         read_evaluation(tmp_path)
 
 

@@ -15,7 +15,7 @@ from .example_runs import STEPS, write_everything, write_likelihood, write_run, 
 
 def test_run_with_all_evaluations(tmp_path: Path) -> None:
     (found,) = read_runs([write_everything(tmp_path / "night")])
-    assert found.label == "night" and found.is_run
+    assert found.label == "night"
     assert found.config["objective"]["beta"] == 0.2
     assert found.model["num_hidden_layers"] == 4
     assert len(found.records) == STEPS + 1 and list(found.layers) == [2]
@@ -26,8 +26,8 @@ def test_run_with_all_evaluations(tmp_path: Path) -> None:
 def test_evaluation_without_a_run(tmp_path: Path) -> None:
     write_likelihood(tmp_path / "compared", {"base": 0.5})
     (found,) = read_runs([tmp_path / "compared"])
-    assert not found.is_run and not found.records
-    assert [curves.model for curves in found.evaluation.curves] == ["base"]
+    assert not found.config and not found.records
+    assert list(found.evaluation.curves) == ["base"]
 
 
 def test_evaluation_in_another_directory(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_labels_are_the_path_ends_that_differ(tmp_path: Path) -> None:
     roots = [write_run(tmp_path / a / b) for a, b in (("x", "run"), ("y", "run"), ("y", "other"))]
     write_likelihood(tmp_path / "z" / "evaluation", {"base": 0.5})
     found = read_runs([*roots, tmp_path / "z" / "evaluation"])
-    assert [one.label for one in found] == ["x/run", "y/run", "other", "z/evaluation"]
+    assert [one.label for one in found] == ["x/run", "y/run", "y/other", "z/evaluation"]
 
 
 def test_all_unusable_directories_are_listed(tmp_path: Path) -> None:
@@ -63,19 +63,19 @@ def test_all_unusable_directories_are_listed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         read_runs([tmp_path / "nowhere", tmp_path / "file", run, tmp_path / "x" / ".." / "run"])
     message = str(error.value)
-    assert "nowhere: does not exist; name the training.output of a run" in message
-    assert "file: is a file, not a directory" in message
-    with pytest.raises(ConfigError, match="run: is named twice; name it once"):
+    assert "nowhere: is not a directory; name the training.output of a run" in message
+    assert "file: is not a directory" in message
+    with pytest.raises(ConfigError, match="run: names a directory twice"):
         read_runs([run, run])
 
 
 def test_directory_with_nothing_to_show_is_reported(tmp_path: Path) -> None:
     (tmp_path / "evaluation" / "answers").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"has nothing to show: no metrics\.jsonl"):
+    with pytest.raises(ConfigError, match=r"has nothing to show: no steps in metrics\.jsonl"):
         read_runs([tmp_path])
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="no step was logged and nothing evaluated yet"):
+    with pytest.raises(ConfigError, match="has nothing to show"):
         read_runs([run])
 
 

@@ -9,7 +9,7 @@ from megatron_idpo.cli import main as cli
 from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError
 from megatron_idpo.evaluate.report.main import main
 
-from .example_runs import write_answers, write_likelihood, write_run
+from .example_runs import write_likelihood, write_run
 
 
 def test_default_target_is_in_the_first_run(
@@ -37,12 +37,11 @@ def test_output_option(tmp_path: Path) -> None:
 
 
 def test_lone_surrogate_is_replaced(tmp_path: Path) -> None:
-    """As in an answer that ends within an emoji."""
-    write_answers(tmp_path, "m", ["x"])
-    path = tmp_path / "answers" / "m.jsonl"
-    path.write_text(path.read_text().replace('"x"', r'"half \ud83d"'))
-    assert main([tmp_path], None) == 0
-    assert "half ?" in (tmp_path / "report.html").read_text("utf-8")
+    """JSON can express half an emoji, UTF-8 cannot."""
+    root = write_run(tmp_path / "run")
+    (root / "hf" / "config.json").write_text(r'{"model_type": "half \ud83d"}')
+    assert main([root], None) == 0
+    assert "half ?" in (root / "report.html").read_text("utf-8")
 
 
 def test_unusable_directories_are_one_message(
@@ -50,7 +49,7 @@ def test_unusable_directories_are_one_message(
 ) -> None:
     assert cli.main(["report", str(tmp_path / "x"), str(tmp_path)]) == EXIT_USER_ERROR
     message = capsys.readouterr().err
-    assert f"{tmp_path / 'x'}: does not exist" in message and "Traceback" not in message
+    assert f"{tmp_path / 'x'}: is not a directory" in message and "Traceback" not in message
 
 
 def test_unwritable_target_is_reported(tmp_path: Path) -> None:

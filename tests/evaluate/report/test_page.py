@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo.evaluate.report.inputs import read_runs
-from megatron_idpo.evaluate.report.main import page_title, render
+from megatron_idpo.evaluate.report.main import render
 from tests.sdpo.tiny_manifest import manifest
 
 from .example_runs import (
@@ -93,7 +93,7 @@ def test_page_of_a_run_has_all_sections(everything: str) -> None:
 
 def test_page_of_several_runs(compared: str) -> None:
     page = Page(compared)
-    assert "night, steps and alone" in page.text
+    assert "night, steps, alone" in page.text
     assert "Curriculum of steps" in page.text
     assert "night · trained" in page.text and "alone · other" in page.text
 
@@ -194,12 +194,13 @@ def test_null_metrics_are_dashes(tmp_path: Path) -> None:
     assert "nan" not in text.lower() and "tied → –" in text
 
 
+def test_boolean_and_non_finite_metrics_are_left_out(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run")
+    with (root / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "grad_norm": NaN, "final_loss": Infinity, "eval_pairs": true}\n')
+    text = Page(render(read_runs([root]))).text
+    assert not re.search(r"\b(nan|inf|true)\b", text.lower().split("complete configuration")[0])
+
+
 def test_page_is_reproducible(night: Path, everything: str) -> None:
     assert render(read_runs([night])) == everything
-
-
-def test_title_lists_the_runs(tmp_path: Path) -> None:
-    roots = [write_run(tmp_path / name) for name in "abc"]
-    assert page_title(read_runs(roots[:1])) == "a"
-    assert page_title(read_runs(roots[:2])) == "a and b"
-    assert page_title(read_runs(roots)) == "a, b and c"

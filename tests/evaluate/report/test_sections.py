@@ -4,8 +4,9 @@ from pathlib import Path
 
 from megatron_idpo.evaluate.report.inputs import read_runs
 from megatron_idpo.evaluate.report.sections import (
+    answers_section,
+    configuration_section,
     curriculum_sections,
-    format_sampling,
     h4_section,
     layers_section,
     missing,
@@ -15,7 +16,14 @@ from megatron_idpo.evaluate.report.sections import (
 )
 from tests.sdpo.tiny_manifest import manifest
 
-from .example_runs import write_everything, write_h4, write_likelihood, write_run, write_steps
+from .example_runs import (
+    write_answers,
+    write_everything,
+    write_h4,
+    write_likelihood,
+    write_run,
+    write_steps,
+)
 
 
 def test_sections_exist_only_with_content(tmp_path: Path) -> None:
@@ -34,11 +42,11 @@ def test_sections_exist_only_with_content(tmp_path: Path) -> None:
     assert training_section(runs) is not None and speed_section(runs) is not None
 
 
-def test_long_layer_table_is_folded(tmp_path: Path) -> None:
+def test_layer_table_is_folded(tmp_path: Path) -> None:
     section = training_section(read_runs([write_run(tmp_path / "run", layers=range(1, 10))]))
     assert section is not None
     assert section.text == ["Shows 6 of 9 intermediate layers."]
-    assert not section.tables and len(section.folded_tables[0][1].rows) == 10
+    assert len(section.folded_tables[0][1].rows) == 10
 
 
 def test_win_rates_have_the_judges_summary(tmp_path: Path) -> None:
@@ -80,27 +88,26 @@ def test_missing_parts_have_commands(tmp_path: Path) -> None:
     assert missing(read_runs([write_everything(tmp_path / "all")])) == []
 
 
-def test_missing_parts_name_the_runs(tmp_path: Path) -> None:
-    roots = [
-        write_everything(tmp_path / "all"),
-        write_run(tmp_path / "a"),
-        write_run(tmp_path / "b"),
-    ]
-    message = missing(read_runs(roots))
-    assert message[0] == ("Layer likelihoods of a, b", "megatron-idpo likelihood CONFIG.yaml")
-
-
-def test_joint_evaluation_counts_for_its_runs(tmp_path: Path) -> None:
+def test_part_that_any_run_has_is_not_missing(tmp_path: Path) -> None:
     """Runs that were evaluated together have no results in their own directories."""
     write_likelihood(tmp_path / "together", {"a": 0.6, "b": 0.7})
     roots = [write_run(tmp_path / "a"), write_run(tmp_path / "b"), tmp_path / "together"]
-    assert "Layer likelihoods" not in [
-        what.split(" of ")[0] for what, _ in missing(read_runs(roots))
+    commands = dict(missing(read_runs(roots)))
+    assert "Layer likelihoods" not in commands
+    assert commands["H4"] == "megatron-idpo h4 CONFIG.yaml"
+
+
+def test_answers_have_their_sampling_settings(tmp_path: Path) -> None:
+    write_answers(tmp_path, "m", ["x"])
+    section = answers_section(read_runs([tmp_path]))
+    assert section is not None and section.text[1:] == ["Sampled with temperature 0.3."]
+
+
+def test_configurations_of_equal_runs(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b")])
+    section = configuration_section(runs)
+    assert section is not None and section.text == ["No setting differs."]
+    assert [name for name, _ in section.folded_text] == [
+        "Complete configuration: a",
+        "Complete configuration: b",
     ]
-
-
-def test_sampling_is_one_line() -> None:
-    assert format_sampling({"sampling": {"temperature": 0.3, "top_p": 1.0}}) == (
-        "temperature 0.3, top p 1"
-    )
-    assert format_sampling({}) == ""

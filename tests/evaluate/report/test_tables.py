@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from megatron_idpo.evaluate.report.facts import Fact
 from megatron_idpo.evaluate.report.inputs import Comparison, read_runs
-from megatron_idpo.evaluate.report.sections import layer_curves
 from megatron_idpo.evaluate.report.tables import (
     Cell,
     all_layers_table,
@@ -27,7 +25,7 @@ def by_title(root: Path) -> dict[str, Comparison]:
 
 def test_layers_on_held_out_pairs(tmp_path: Path) -> None:
     table = layers_table(read_runs([write_run(tmp_path / "run")]))
-    assert table is not None and table.heads[0] == "Last evaluation, held-out pairs"
+    assert table.heads[0] == "Last evaluation, held-out pairs"
     final = [Cell("0.3133"), Cell("+1.000"), Cell("0.75", "0.60 to 0.86")]  # ln(1 + 1/e)
     assert dict(table.rows)["final layer"] == final
     assert dict(table.rows)["layer 2"][1] == Cell("+0.500")
@@ -38,13 +36,13 @@ def test_layers_at_the_last_step_without_held_out_pairs(tmp_path: Path) -> None:
     lines = (root / "metrics.jsonl").read_text().splitlines(keepends=True)
     (root / "metrics.jsonl").write_text("".join(line for line in lines if "eval_" not in line))
     table = layers_table(read_runs([root]))
-    assert table is not None and table.heads[0] == "Last logged step"
+    assert table.heads[0] == "Last logged step"
     assert [name for name, _ in table.rows] == ["final layer"]
 
 
 def test_layer_curves(tmp_path: Path) -> None:
     write_likelihood(tmp_path, {"base": 0.5, "trained": 0.7})
-    models = layer_curves(read_runs([tmp_path]))
+    models = read_runs([tmp_path])[0].evaluation.curves
     table = final_layers_table(models)
     assert dict(table.rows)["trained"][:2] == [
         Cell("0.700", "0.680 to 0.720"),
@@ -90,7 +88,7 @@ def test_sdpo_steps(tmp_path: Path) -> None:
 
 
 def test_fact_of_one_run_is_a_dash_for_the_other() -> None:
-    table = facts_table({"a": [Fact("x", "1", "note")], "b": [Fact("y", "2")]})
+    table = facts_table({"a": {"x": Cell("1", "note")}, "b": {"y": Cell("2")}})
     assert table.heads == ["", "a", "b"]
     assert table.rows == [
         ("x", [Cell("1", "note"), Cell("–")]),
