@@ -1,13 +1,16 @@
 """The sections `model` and `data`: the model to start from and the pairs to train on."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 from megatron_idpo.config.section import (
     Bool,
     Fraction,
+    FromPath,
     Int,
+    NonEmpty,
     PathText,
     PositiveFloat,
     PositiveInt,
@@ -63,19 +66,16 @@ class ColumnsConfig(Section):
     chat_template_kwargs: Text | None = None
     """Further arguments of the chat template."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> Iterator[Problem]:
         """A column that two fields name, or that a required field needs."""
-        named = self.model_dump(exclude_none=True)
-        problems = []
-        first: dict[str, str] = {}
-        for name, column in named.items():
-            if first.setdefault(column, name) != name:
-                message = f"is {column}, as {first[column]} is"
-                problems.append(Problem(name, message, "name each column once"))
-            elif column in ("prompt", "chosen", "rejected") and column not in named:
+        fields: dict[str, str] = {}
+        columns = self.model_dump(exclude_none=True)
+        for name, column in columns.items():
+            if fields.setdefault(column, name) != name:
+                yield Problem(name, f"is {column}, as {fields[column]} is", "name each column once")
+            elif column in {"prompt", "chosen", "rejected"} - columns.keys():
                 message = f"is {column}, which leaves none for {column} itself"
-                problems.append(Problem(name, message, f"name the column of the {column}"))
-        return problems
+                yield Problem(name, message, f"name the column of the {column}")
 
 
 class SourceConfig(Section):
@@ -100,15 +100,12 @@ class SourceConfig(Section):
     """Column names that differ from the standard ones in docs/data.md: `{prompt: question}`."""
 
 
-def _as_sources(value: Any) -> Any:
-    """A path, or a list of paths, as sources."""
-    values = [value] if isinstance(value, (str, dict)) else value
-    if not isinstance(values, (list, tuple)):
-        return value
-    return tuple({"path": item} if isinstance(item, str) else item for item in values)
-
-
-Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)]
+Sources = Annotated[
+    tuple[Annotated[SourceConfig, FromPath], ...],
+    NonEmpty,
+    BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value),
+    WithJsonSchema({"type": "path, source, or list of them"}),
+]
 
 
 class DataConfig(Section):
@@ -171,36 +168,19 @@ class DataConfig(Section):
         """Whether there are pairs to evaluate on."""
         return bool(self.eval or self.eval_pairs or self.eval_fraction)
 
-    def problems(self) -> list[Problem]:
-        """Fields that exclude each other or that the others leave unused."""
-        problems = [
-            Problem(name, "names no source", "name at least one file or dataset")
-            for name in ("train", "eval")
-            if getattr(self, name) == ()
-        ]
-        if self.max_length is not None and self.max_length > self.row_tokens:
-            problems.append(
-                Problem(
-                    "max_length",
-                    f"is {self.max_length}, longer than a row of {self.row_tokens} tokens",
-                    f"set it to at most {self.row_tokens}, or raise data.row_tokens",
-                )
-            )
-        if self.trim_tokens > self.row_tokens:
-            problems += self._without_effect(
-                "trim_tokens",
-                f"a row of {self.row_tokens} tokens is shorter than {self.trim_tokens}",
-                f"set it to at most {self.row_tokens}, or to 0 for rows of equal length",
-            )
-        held_out = [n for n in ("eval", "eval_pairs", "eval_fraction") if getattr(self, n)]
-        for name in held_out[1:]:
-            problems += self._without_effect(
-                name, f"{held_out[0]} already selects the held-out pairs", "keep one of them"
-            )
-        if self.max_length is None:
-            problems += self._without_effect("truncation", "max_length is null", "set max_length")
-        if self.on_bad_row == "error":
-            problems += self._without_effect(
-                "bad_rows_file", "on_bad_row is error", "set on_bad_row to skip, or leave it out"
-            )
-        return problems
+    used_with: ClassVar = {
+        "truncation": ("max_length",),
+        "bad_rows_file": ("on_bad_row", "skip"),
+    }
+    exclusive: ClassVar = ("eval", "eval_pairs", "eval_fraction")
+
+    def problems(self) -> Iterator[Problem]:
+        """Lengths that do not fit into a row."""
+        row = self.row_tokens
+        if self.max_length is not None and self.max_length > row:
+            message = f"is {self.max_length}, longer than a row of {row} tokens"
+            yield Problem("max_length", message, f"set it to at most {row}, or raise row_tokens")
+        if self.trim_tokens > row and self._is_set("trim_tokens"):
+            message = f"is {self.trim_tokens}, which has no effect on rows of {row} tokens"
+            remedy = f"set it to at most {row}, or to 0 for rows of equal length"
+            yield Problem("trim_tokens", message, remedy)

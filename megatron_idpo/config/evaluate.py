@@ -1,14 +1,16 @@
 """The sections `evaluate`, `generate`, `judge` and `h4`: which models are compared, and how."""
 
-import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import Field, Strict, WithJsonSchema
 
 from megatron_idpo.config.data import Sources
 from megatron_idpo.config.section import (
+    Distinct,
+    FromPath,
     Int,
+    NonEmpty,
     NonNegativeFloat,
     PathText,
     PositiveFloat,
@@ -18,8 +20,8 @@ from megatron_idpo.config.section import (
 )
 from megatron_idpo.errors import Problem
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-"""Allowed model names; they become file names."""
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+"""A model's name in `evaluate.models`, which becomes a file name."""
 
 H4Task = Literal["arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2"]
 H4_TASKS: tuple[H4Task, ...] = get_args(H4Task)
@@ -36,26 +38,13 @@ class EvalModelConfig(Section):
     """Directory of a PEFT adapter for it."""
 
 
-def _as_models(value: Any) -> Any:
-    """A mapping of names to paths or models, each path as a model."""
-    if not isinstance(value, dict):
-        return value
-    return {
-        name: {"path": model} if isinstance(model, str) else model for name, model in value.items()
-    }
-
-
-def _as_tuples(value: Any) -> Any:
-    """A list, and lists in it, as tuples, so that the section is immutable."""
-    if not isinstance(value, list):
-        return value
-    return tuple(tuple(part) if isinstance(part, list) else part for part in value)
-
-
 class EvaluateConfig(Section):
     """Which models are compared, and where results go (docs/evaluation.md)."""
 
-    models: Annotated[Mapping[Text, EvalModelConfig], BeforeValidator(_as_models)] = {}
+    models: Annotated[
+        Mapping[ModelName, Annotated[EvalModelConfig, FromPath]],
+        WithJsonSchema({"type": "mapping of name to path or model"}),
+    ] = {}
     """The models by name, each a path or `{path, adapter}`. Empty means `base`, the `model.path`,
     and `trained`, the result of the run in `training.output`."""
 
@@ -67,14 +56,6 @@ class EvaluateConfig(Section):
 
     seed: Int = 0
     """Seed of the bootstrap and of sampled answers."""
-
-    def problems(self) -> list[Problem]:
-        """Model names that cannot be file names."""
-        return [
-            Problem("models", f"has the name {name!r}", "use letters, digits, dots, - and _")
-            for name in self.models
-            if not _NAME.fullmatch(name)
-        ]
 
 
 class GenerateConfig(Section):
@@ -105,12 +86,11 @@ class GenerateConfig(Section):
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """`auto` is vLLM if it is installed and there is a GPU."""
 
-    def problems(self) -> list[Problem]:
-        """Fields that greedy decoding leaves unused."""
-        if self.temperature:
-            return []
-        remedy = "leave it out, or set a temperature"
-        return self._without_effect("top_p", "temperature is 0", remedy)
+    used_with: ClassVar = {"top_p": ("temperature",)}
+
+
+_LOCAL_JUDGE_FIELDS = {"model", "kind", "compare", "template", "max_prompts"}
+"""Fields of `judge` that a local judge uses; the others are for an endpoint."""
 
 
 class JudgeConfig(Section):
@@ -123,7 +103,7 @@ class JudgeConfig(Section):
     """An OpenAI-compatible endpoint, or locally a reward model (sequence classification) or a
     language model that is prompted with the template."""
 
-    compare: Annotated[tuple[tuple[Text, Text], ...] | None, BeforeValidator(_as_tuples)] = None
+    compare: tuple[Annotated[tuple[Text, Text], Distinct], ...] | None = None
     """Pairs of names from `evaluate.models`, the first against the second; null is the last model
     against each other one."""
 
@@ -164,31 +144,26 @@ class JudgeConfig(Section):
     max_cost: PositiveFloat | None = None
     """Do not start if the estimated cost is higher."""
 
-    def problems(self) -> list[Problem]:
-        """Fields that this kind of judge does not use."""
-        problems = []
+    used_with: ClassVar = {"template": ("kind", "api", "language_model")}
+
+    def problems(self) -> Iterator[Problem]:
+        """Fields that only an endpoint uses, and prices without which there is no estimate."""
         if self.kind != "api":
-            shared = {"model", "kind", "compare", "template", "max_prompts"}
-            for name in type(self).model_fields.keys() - shared:
-                problems += self._without_effect(name, f"kind is {self.kind}", "leave it out")
-        elif (self.input_price is None) != (self.output_price is None):
+            for name in type(self).model_fields.keys() - _LOCAL_JUDGE_FIELDS:
+                if self._is_set(name):
+                    yield Problem(name, f"has no effect: kind is {self.kind}", "leave it out")
+            return
+        if (self.input_price is None) != (self.output_price is None):
             name = "input_price" if self.input_price is None else "output_price"
-            problems.append(Problem(name, "is missing, the other price is set", "set both or none"))
-        elif self.input_price is None:
-            problems += self._without_effect("max_cost", "there are no prices", "set both prices")
-        if self.kind == "reward":
-            problems += self._without_effect("template", "kind is reward", "leave it out")
-        for pair in self.compare or ():
-            if pair[0] == pair[1]:
-                message = f"compares {pair[0]} with itself"
-                problems.append(Problem("compare", message, "name two different models"))
-        return problems
+            yield Problem(name, "is missing, the other price is set", "set both or none")
+        elif self.max_cost is not None and self.input_price is None:
+            yield Problem("max_cost", "has no effect: there are no prices", "set both prices")
 
 
 class H4Config(Section):
     """The four tasks of the sDPO paper's table, by lm-eval."""
 
-    tasks: Annotated[tuple[H4Task, ...], BeforeValidator(_as_tuples)] = H4_TASKS
+    tasks: Annotated[tuple[H4Task, ...], NonEmpty, Distinct] = H4_TASKS
     """ARC (25-shot), HellaSwag (10-shot), MMLU (5-shot), TruthfulQA (0-shot, mc2)."""
 
     items: PathText | None = None
@@ -200,11 +175,3 @@ class H4Config(Section):
 
     batch_size: PositiveInt = 8
     """Requests per batch."""
-
-    def problems(self) -> list[Problem]:
-        """No task, or a repeated task."""
-        if not self.tasks:
-            return [Problem("tasks", "names no task", f"name some of {', '.join(H4_TASKS)}")]
-        if len(set(self.tasks)) < len(self.tasks):
-            return [Problem("tasks", "names a task twice", "name each once")]
-        return []

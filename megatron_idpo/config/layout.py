@@ -7,30 +7,26 @@ what does not fit the model or the number of ranks by `Layout.problems_for`. meg
 checks come later, one at a time, and miss the combinations that are silently wrong.
 """
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
 
 from megatron_idpo.config.section import Bool, PositiveInt, Section
 from megatron_idpo.errors import ConfigError, Problem
 
 
-class ModelShape(Protocol):
-    """What a layout has to divide; `mcore.model.architecture.Architecture` has it."""
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What a layout has to divide; `mcore.model.architecture.Architecture` is one."""
 
-    @property
-    def family(self) -> str: ...  # noqa: D102
-    @property
-    def num_layers(self) -> int: ...  # noqa: D102
-    @property
-    def num_heads(self) -> int: ...  # noqa: D102
-    @property
-    def num_kv_heads(self) -> int: ...  # noqa: D102
-    @property
-    def ffn_hidden_size(self) -> int: ...  # noqa: D102
-    @property
-    def vocab_size(self) -> int: ...  # noqa: D102
-    @property
-    def num_experts(self) -> int: ...  # noqa: D102
+    family: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_hidden_size: int
+    vocab_size: int
+    num_experts: int = 0
 
 
 class Layout(Section):
@@ -89,36 +85,35 @@ class Layout(Section):
 
     def split(self, num_layers: int) -> tuple[int, ...]:
         """Layers of each virtual stage."""
-        assert not _split_problems(self, num_layers), f"{self} cannot hold {num_layers} layers"
+        assert not list(_split_problems(self, num_layers)), (
+            f"{self} cannot hold {num_layers} layers"
+        )
         stages = self.num_virtual_stages
         return self.pipeline_layers or (num_layers // stages,) * stages
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> Iterator[Problem]:
         """Contradictions between the fields, which hold for any model."""
-        problems = []
-        if self.virtual_pipeline > 1 and self.pipeline == 1:
-            message = f"{self.virtual_pipeline} chunks per stage with layout.pipeline = 1"
-            remedy = "interleaving needs stages: set layout.pipeline to 2 or more, "
-            remedy += "or layout.virtual_pipeline to 1"
-            problems.append(Problem("virtual_pipeline", message, remedy))
-        if self.virtual_pipeline > 1 and self.pipeline == 2 and self.batch_p2p_comm:
+        chunks = self.virtual_pipeline
+        if chunks > 1 and self.pipeline == 1:
+            message = f"{chunks} chunks per stage with layout.pipeline = 1"
+            remedy = "interleaving needs stages: set layout.pipeline to 2 or more"
+            yield Problem("virtual_pipeline", message, remedy)
+        if chunks > 1 and self.pipeline == 2 and self.batch_p2p_comm:
             # The previous and the next stage are the same rank then, and batched p2p does not say
             # which of its two messages is which.
             message = (
-                "interleaving over 2 stages with batched p2p gives silently wrong gradients "
-                "(both neighbors are the same rank, and its two messages are mixed up)"
+                "mixes up the messages of interleaving over 2 stages: gradients would be wrong"
             )
             remedy = "set layout.batch_p2p_comm to false, or use more than 2 stages"
-            problems.append(Problem("batch_p2p_comm", message, remedy))
+            yield Problem("batch_p2p_comm", message, remedy)
         if self.sequence_parallel and self.tensor == 1:
             message = "is true with layout.tensor = 1: no ranks to split the sequence over"
             remedy = "set layout.tensor to 2 or more, or layout.sequence_parallel to false"
-            problems.append(Problem("sequence_parallel", message, remedy))
+            yield Problem("sequence_parallel", message, remedy)
         if self.context > 1:
             message = f"is {self.context}, but the attention over packed rows cannot split a row"
             remedy = "set layout.context to 1; layout.sequence_parallel also saves activations"
-            problems.append(Problem("context", message, remedy))
-        return problems
+            yield Problem("context", message, remedy)
 
     def problems_for(
         self, model: ModelShape | None = None, world_size: int | None = None
@@ -132,10 +127,9 @@ class Layout(Section):
         Returns:
             Every problem; `Problem.location` is `layout.field`.
         """
-        problems = []
+        problems: list[Problem] = []
         if model is not None:
-            problems += _tensor_problems(self, model)
-            problems += _expert_problems(self, model)
+            problems += [*_tensor_problems(self, model), *_expert_problems(self, model)]
             problems += _split_problems(self, model.num_layers)
         if world_size is not None:
             problems += _world_problems(self, world_size)
@@ -151,90 +145,69 @@ class Layout(Section):
             raise ConfigError.of(problems)
 
 
-def _tensor_problems(layout: Layout, model: ModelShape) -> list[Problem]:
-    tensor, location = layout.tensor, "layout.tensor"
-    if tensor == 1:
-        return []
+def _tensor_problems(layout: Layout, model: ModelShape) -> Iterator[Problem]:
+    tensor, vocab, location = layout.tensor, model.vocab_size, "layout.tensor"
     sizes = {
         "attention heads": model.num_heads,
         "key-value heads": model.num_kv_heads,
         "feed-forward columns": model.ffn_hidden_size,
     }
-    smallest = min(sizes.values())
-    common = [n for n in range(1, smallest + 1) if not any(size % n for size in sizes.values())]
-    remedy = f"set layout.tensor to one of {', '.join(map(str, common))}"
-    problems = [
-        Problem(location, f"{tensor} does not divide the {size} {what}", remedy)
-        for what, size in sizes.items()
-        if size % tensor
-    ]
-    vocab = model.vocab_size
+    remedy = f"set layout.tensor to one of {_divisors(math.gcd(*sizes.values()))}"
+    for what, size in sizes.items():
+        if size % tensor:
+            yield Problem(location, f"{tensor} does not divide the {size} {what}", remedy)
     if vocab < tensor:
         message = f"{tensor} ranks for a vocabulary of {vocab}: some would hold no token"
-        problems.append(Problem(location, message, f"set layout.tensor to at most {vocab}"))
-    return problems
+        yield Problem(location, message, f"set layout.tensor to at most {vocab}")
 
 
-def _expert_problems(layout: Layout, model: ModelShape) -> list[Problem]:
-    problems, experts, location = [], model.num_experts, "layout.expert"
-    if layout.expert > 1 and not experts:
-        message = f"is {layout.expert}, but this {model.family} model is dense"
-        problems.append(Problem(location, message, "set layout.expert to 1"))
-    elif experts % layout.expert:
-        message = f"{layout.expert} does not divide the {experts} experts"
-        problems.append(Problem(location, message, f"use one of {_divisors(experts)}"))
+def _expert_problems(layout: Layout, model: ModelShape) -> Iterator[Problem]:
+    expert, experts = layout.expert, model.num_experts
+    if expert > 1 and not experts:
+        message = f"is {expert}, but this {model.family} model is dense"
+        yield Problem("layout.expert", message, "set layout.expert to 1")
+    elif experts % expert:
+        message = f"{expert} does not divide the {experts} experts"
+        yield Problem("layout.expert", message, f"use one of {_divisors(experts)}")
     if experts and layout.tensor > 1 and not layout.sequence_parallel:
-        message = "is false, but megatron-core trains experts under tensor parallelism only with "
-        message += "sequence parallelism"
+        message = "is false: megatron-core needs it to train experts under tensor parallelism"
         remedy = "set layout.sequence_parallel to true, or layout.tensor to 1"
-        problems.append(Problem("layout.sequence_parallel", message, remedy))
-    return problems
+        yield Problem("layout.sequence_parallel", message, remedy)
 
 
-def _split_problems(layout: Layout, num_layers: int) -> list[Problem]:
+def _split_problems(layout: Layout, num_layers: int) -> Iterator[Problem]:
     stages, location = layout.num_virtual_stages, "layout.pipeline_layers"
+    few, extra = divmod(num_layers, stages)
+    example = f"such as {[few + (stage < extra) for stage in range(stages)]}"
     if num_layers < stages:
-        example = f" ({num_layers} layers fill at most {num_layers} stages)"
-    else:
-        few, extra = divmod(num_layers, stages)
-        example = f", such as {[few + (stage < extra) for stage in range(stages)]}"
-    if layout.pipeline_layers is None:
-        if num_layers % stages == 0:
-            return []
+        example = f"but {num_layers} layers fill at most {num_layers} stages"
+    split = layout.pipeline_layers
+    if split is None and extra:
         chunks = f"{layout.pipeline} stages × {layout.virtual_pipeline} chunks"
         message = f"{num_layers} layers do not divide evenly over {chunks}"
-        remedy = (
-            f"make layout.pipeline · layout.virtual_pipeline one of {_divisors(num_layers)}, "
-            f"or write the split out in {location}{example}"
-        )
-        return [Problem("layout.pipeline", message, remedy)]
-    problems, split = [], list(layout.pipeline_layers)
-    if len(split) != stages:
-        message = f"{split} has {len(split)} entries"
+        remedy = f"use one of {_divisors(num_layers)} stages in all, or set {location}, {example}"
+        yield Problem("layout.pipeline", message, remedy)
+    if split is not None and len(split) != stages:
+        message = f"{list(split)} has {len(split)} entries"
         remedy = f"write layout.pipeline · layout.virtual_pipeline = {stages} of them"
-        problems.append(Problem(location, message, remedy))
-    if sum(split) != num_layers:
-        message = f"{split} adds up to {sum(split)} layers, the model has {num_layers}"
-        remedy = f"change the entries so that they add up{example}"
-        problems.append(Problem(location, message, remedy))
-    return problems
+        yield Problem(location, message, remedy)
+    if split is not None and sum(split) != num_layers:
+        message = f"{list(split)} adds up to {sum(split)} layers, the model has {num_layers}"
+        yield Problem(location, message, f"change the entries so that they add up, {example}")
 
 
-def _world_problems(layout: Layout, world_size: int) -> list[Problem]:
-    ranks = layout.model_ranks
+def _world_problems(layout: Layout, world_size: int) -> Iterator[Problem]:
+    ranks, expert = layout.model_ranks, layout.expert
     if world_size % ranks:
         product = f"tensor {layout.tensor} × pipeline {layout.pipeline} × context {layout.context}"
         message = f"{product} = {ranks} ranks do not divide the world of {world_size}"
-        remedy = f"start a multiple of {ranks} processes, or lower the layout"
-        return [Problem("layout", message, remedy)]
-    data = layout.data(world_size)
-    if data % layout.expert:
-        message = f"{layout.expert} does not divide the {data} data-parallel ranks"
-        remedy = f"use one of {_divisors(data)}, or start a multiple of {ranks * layout.expert} "
-        return [Problem("layout.expert", message, f"{remedy}processes")]
-    return []
+        yield Problem("layout", message, f"start a multiple of {ranks} processes, or lower them")
+    elif (data := layout.data(world_size)) % expert:
+        message = f"{expert} does not divide the {data} data-parallel ranks"
+        remedy = f"use one of {_divisors(data)}, or start a multiple of {ranks * expert} processes"
+        yield Problem("layout.expert", message, remedy)
 
 
-def _divisors(number: int) -> str:
+def _divisors(size: int) -> str:
     """`1, 2, 4` for 4."""
-    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
+    return ", ".join(str(part) for part in range(1, size + 1) if size % part == 0)

@@ -7,6 +7,7 @@ it would have no effect.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,40 +42,36 @@ def load_config(
     required, optional = tuple(required), tuple(optional)
     assert {*required, *optional} <= set(SECTIONS), f"unknown among {required}, {optional}"
     tree = read_tree(path, overrides)
-    problems = list(tree.problems)
-    problems += _unused_overrides(tree, {*required, *optional})
+    problems = [*tree.problems, *_unused_overrides(tree, {*required, *optional})]
     sections: dict[str, Any] = {}
     for name, field in RunConfig.model_fields.items():
         if name in tree.values:
             _read_section(name, field, tree, sections, problems)
-        elif field.is_required() and name in required:
-            problems.append(_missing_section(name, field))
         elif not field.is_required():
             sections[name] = field.default
+        elif name in required:
+            fields = section_class(field).model_fields
+            needed = [f"{name}.{inner}" for inner in fields if fields[inner].is_required()]
+            remedy = f"add it, with at least {', '.join(needed)}"
+            problems.append(Problem(name, "the section is missing", remedy))
     for name in tree.values.keys() - set(SECTIONS):
         remedy = suggest(name, SECTIONS, "sections")
         problems.append(Problem(tree.location((name,)), "unknown section", remedy))
     config = RunConfig.model_construct(**sections)
     if not problems:  # sections that are incomplete cannot be compared
-        problems = [
-            Problem(
-                tree.location(tuple(problem.location.split("."))), problem.message, problem.remedy
-            )
-            for problem in (*config.problems(), *step_problems(config))
-        ]
+        for problem in (*config.problems(), *step_problems(config)):
+            location = tree.location(tuple(problem.location.split(".")))
+            problems.append(replace(problem, location=location))
     if problems:
         raise ConfigError.of(problems)
     return config
 
 
 def _unused_overrides(tree: Tree, used: set[str]) -> list[Problem]:
-    names = {
-        str(keys[0]): None
-        for keys, origin in tree.origins.items()
-        if origin == COMMAND_LINE and keys[0] in SECTIONS and keys[0] not in used
-    }
+    overridden = {keys[0] for keys, origin in tree.origins.items() if origin == COMMAND_LINE}
     message = "has no effect: this verb does not read the section"
-    return [Problem(f"{name} ({COMMAND_LINE})", message, "leave it out") for name in names]
+    unused = [name for name in SECTIONS if name in overridden - used]
+    return [Problem(f"{name} ({COMMAND_LINE})", message, "leave it out") for name in unused]
 
 
 def _read_section(
@@ -96,14 +93,9 @@ def _read_section(
 
 def _fields_by_name() -> dict[str, str]:
     """`section.field` by field name; the first section that has it."""
-    names: dict[str, str] = {}
-    for section, field in RunConfig.model_fields.items():
-        for name in section_class(field).model_fields:
-            names.setdefault(name, f"{section}.{name}")
-    return names
-
-
-def _missing_section(name: str, field: FieldInfo) -> Problem:
-    fields = section_class(field).model_fields
-    needed = [f"{name}.{inner}" for inner, info in fields.items() if info.is_required()]
-    return Problem(name, "the section is missing", f"add it, with at least {', '.join(needed)}")
+    sections = reversed(RunConfig.model_fields.items())
+    return {
+        name: f"{section}.{name}"
+        for section, field in sections
+        for name in section_class(field).model_fields
+    }

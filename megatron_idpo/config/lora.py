@@ -9,8 +9,13 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, Strict
 
-from megatron_idpo.config.section import Bool, PathText, PositiveFloat, PositiveInt, Section
-from megatron_idpo.errors import Problem
+from megatron_idpo.config.section import (
+    Bool,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
@@ -25,8 +30,9 @@ def _as_targets(value: Any) -> Any:
     if value == ALL_LINEAR:
         return value
     if isinstance(value, list | tuple) and all(name in PROJECTIONS for name in value):
-        return tuple(value)
-    raise ValueError(f"give {ALL_LINEAR}, or a list of {', '.join(PROJECTIONS)}")
+        if 0 < len(value) == len(set(value)):
+            return tuple(value)
+    raise ValueError(f"give {ALL_LINEAR}, or a list of {', '.join(PROJECTIONS)}, each once")
 
 
 LoraTargets = Annotated[
@@ -67,13 +73,3 @@ class LoraConfig(Section):
     def scaling(self) -> float:
         """The factor of an adapter's output: W x + scaling · B A dropout(x)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def problems(self) -> list[Problem]:
-        """Targets that name no projection, or one twice."""
-        if self.targets == ():
-            remedy = "name projections, or leave the section out to train all weights"
-            return [Problem("targets", "names no projection", remedy)]
-        if self.targets != ALL_LINEAR and len(set(self.targets)) < len(self.targets):
-            twice = next(name for name in self.targets if self.targets.count(name) > 1)
-            return [Problem("targets", f"names {twice} twice", "name it once")]
-        return []

@@ -4,9 +4,10 @@ What the values mean is computed in `objective/` and `reference/`.
 """
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import BeforeValidator, Field, Strict, WithJsonSchema
 
 from megatron_idpo.config.section import NonNegativeFloat, PathText, PositiveFloat, Section, Weight
 from megatron_idpo.errors import ConfigError, Problem
@@ -34,7 +35,9 @@ def _is_number(value: Any) -> bool:
 
 
 Layers = Annotated[
-    Literal["all"] | tuple[int | float, ...] | dict[str, int], BeforeValidator(_as_layers)
+    Literal["all"] | tuple[int | float, ...] | dict[str, int],
+    BeforeValidator(_as_layers),
+    WithJsonSchema({"type": "list of layers, {every: n}, or `all`"}),
 ]
 
 
@@ -63,12 +66,7 @@ class Objective(Section):
     reference_layer: Literal["same", "final"] = "same"
     """Where the reference of an intermediate layer is read: at that layer, or at the final one."""
 
-    def problems(self) -> list[Problem]:
-        """Label smoothing with a loss that does not define it."""
-        if not self.label_smoothing or self.loss in SMOOTHED:
-            return []
-        message = f"is {self.label_smoothing}, but the loss {self.loss} has no label smoothing"
-        return [Problem("label_smoothing", message, f"set it to 0, or use {', '.join(SMOOTHED)}")]
+    used_with: ClassVar = {"label_smoothing": ("loss", *SMOOTHED)}
 
     def layer_scales(self, num_layers: int) -> tuple[float, tuple[float, ...]]:
         """The factors of the layers' losses in Eq. 3: 1 − w, and w·α_l for every layer.
@@ -107,17 +105,16 @@ class ObjectiveConfig(Objective):
     norm: Literal["final", "none"] = "final"
     """Whether intermediate layers are read through the final norm."""
 
-    def problems(self) -> list[Problem]:
-        """Also fields that plain DPO leaves unused."""
-        problems = super().problems()
-        if self.layers == ():
-            names = ["layer_weights", "reference_layer", "norm"]
-            if self.intermediate_weight != 0.0:  # an explicit 0 says the same as no layers
-                names.append("intermediate_weight")
-            because, remedy = "there are no intermediate layers", "name some in objective.layers"
-            for name in names:
-                problems += self._without_effect(name, because, remedy)
-        return problems
+    used_with: ClassVar = {
+        **Objective.used_with,
+        **dict.fromkeys(("layer_weights", "reference_layer", "norm"), ("layers",)),
+    }
+
+    def problems(self) -> Iterator[Problem]:
+        """A weight of layers that do not exist; an explicit 0 says the same as no layers."""
+        if self.layers == () and self.intermediate_weight and self._is_set("intermediate_weight"):
+            message = "has no effect: there are no intermediate layers"
+            yield Problem("intermediate_weight", message, "name some in objective.layers")
 
 
 class ReferenceConfig(Section):
@@ -133,8 +130,4 @@ class ReferenceConfig(Section):
     cache: PathText | None = None
     """Directory of the cache; null is `reference` in `training.output`."""
 
-    def problems(self) -> list[Problem]:
-        """Fields that `source` leaves unused."""
-        if self.source == "cache":
-            return []
-        return self._without_effect("cache", f"source is {self.source}", "set source to cache")
+    used_with: ClassVar = {"cache": ("source", "cache")}

@@ -4,21 +4,15 @@
 """
 
 import json
-from collections.abc import Mapping
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from megatron_idpo.config.data import ColumnsConfig, SourceConfig
 from megatron_idpo.config.evaluate import EvalModelConfig
-from megatron_idpo.config.layout import Layout
-from megatron_idpo.config.objective import Layers
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo import SdpoStepConfig
-from megatron_idpo.config.section import Section, section_class
+from megatron_idpo.config.section import section_class
 from megatron_idpo.config.training import WandbConfig
 
 _HEAD = """# Configuration
@@ -34,13 +28,16 @@ number, `true` and `false` are the only booleans.
 """
 
 
+_TYPES = {"string": "text", "object": "mapping"}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+
+
 def config_reference() -> str:
     """Every field of every section with type, default and meaning, as Markdown."""
     parts = [_HEAD]
     for name, info in RunConfig.model_fields.items():
-        section = section_class(info)
         optional = "" if info.is_required() or info.default is not None else " (optional)"
-        parts.append(f"## `{name}`{optional}\n\n{section.__doc__}\n\n{_table(section)}")
+        parts.append(_part(f"## `{name}`{optional}", section_class(info)))
     for title, section in (
         ("Sources of pairs", SourceConfig),
         ("Columns of a source", ColumnsConfig),
@@ -48,67 +45,44 @@ def config_reference() -> str:
         ("`logging.wandb`", WandbConfig),
         ("Models of `evaluate`", EvalModelConfig),
     ):
-        parts.append(f"### {title}\n\n{section.__doc__}\n\n{_table(section)}")
+        parts.append(_part(f"### {title}", section))
     return "\n".join(parts)
 
 
-def _table(section: type[BaseModel]) -> str:
-    lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in section.model_fields.items():
-        default = "*required*" if field.is_required() else f"`{_value(field.default)}`"
-        meaning = (field.description or "").replace("\n", " ").replace("|", r"\|")
-        lines.append(f"| `{name}` | {_type(field)} | {default} | {meaning} |")
+def _part(heading: str, section: type[BaseModel]) -> str:
+    schema = section.model_json_schema()
+    lines = [heading, "", schema["description"], ""]
+    lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in schema["properties"].items():
+        is_required = name in schema.get("required", ())
+        default = "*required*" if is_required else f"`{_value(field['default'])}`"
+        meaning = field["description"].replace("\n", " ")
+        cells = (f"`{name}`", _type(field), default, meaning)
+        lines.append(f"| {' | '.join(cell.replace('|', r'\|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _value(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, Section):
-        return json.dumps(value.model_dump(exclude_defaults=True))
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, dict):  # a section; fields that are null are not written
+        value = {name: part for name, part in value.items() if part is not None}
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
-def _type(field: FieldInfo) -> str:
-    return _type_name(field.annotation, field.metadata).replace("|", r"\|")
-
-
-def _type_name(annotation: Any, metadata: Any = ()) -> str:
-    arguments = get_args(annotation)
-    if annotation == get_args(Layers)[0]:
-        return "list of layers, {every: n}, or `all`"
-    if annotation in (WandbConfig, Layout, SdpoStepConfig, ColumnsConfig):
-        return "mapping"
-    if hasattr(annotation, "__metadata__"):
-        bounds = [part for data in annotation.__metadata__ for part in _parts(data)]
-        return _type_name(annotation.__origin__, bounds)
-    if get_origin(annotation) is Literal:
-        return " | ".join(f"`{choice}`" for choice in arguments)
-    if get_origin(annotation) is Mapping:
-        return "mapping of name to path or model"
-    if get_origin(annotation) is tuple:
-        if arguments[0] is SourceConfig:
-            return "path, source, or list of them"
-        return f"list of {_type_name(arguments[0])}"
-    if arguments:
-        return " | ".join("null" if a is NoneType else _type_name(a) for a in arguments)
-    name = {bool: "true | false", int: "integer", float: "number", str: "text"}[annotation]
-    return " ".join([name, *_bounds(metadata)])
-
-
-def _parts(data: Any) -> list[Any]:
-    """A `Field(gt=…)` inside `Annotated` has its bounds in its own metadata."""
-    return data.metadata if isinstance(data, FieldInfo) else [data]
-
-
-def _bounds(metadata: Any) -> list[str]:
-    signs = ((Gt, ">", "gt"), (Ge, "≥", "ge"), (Lt, "<", "lt"), (Le, "≤", "le"))
-    return [
-        f"{sign} {getattr(bound, name)}"
-        for bound in metadata
-        for kind, sign, name in signs
-        if isinstance(bound, kind)
-    ]
+def _type(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " | ".join(map(_type, schema["anyOf"]))
+    if "enum" in schema:
+        return " | ".join(f"`{choice}`" for choice in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    kind = schema.get("type", "object")
+    if kind == "array":
+        items = schema.get("items") or schema["prefixItems"][0]
+        return f"list of {_type(items)}"
+    if kind == "boolean":
+        return "true | false"
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema]
+    return " ".join([_TYPES.get(kind, kind), *bounds])
 
 
 if __name__ == "__main__":

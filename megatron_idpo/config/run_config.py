@@ -3,6 +3,8 @@
 Reading a file is `load.py`; the configuration of one sDPO step is `sdpo_steps.py`.
 """
 
+from collections.abc import Iterator
+
 from megatron_idpo.config.data import DataConfig, ModelConfig
 from megatron_idpo.config.evaluate import EvaluateConfig, GenerateConfig, H4Config, JudgeConfig
 from megatron_idpo.config.layout import Layout
@@ -47,76 +49,61 @@ class RunConfig(Section):
         """Whether a section is present, written or by its defaults."""
         return self.__dict__.get(section) is not None
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> Iterator[Problem]:
         """Contradictions between sections; `Problem.location` is `section.field`."""
-        problems = [
-            *self._sequence_parallel_problems(),
-            *self._evaluation_problems(),
-            *self._best_checkpoint_problems(),
-        ]
+        if self.has("data") and self.layout.sequence_parallel:
+            yield from self._sequence_parallel_problems()
+        if self.has("data") and not self.data.holds_out:
+            yield from self._evaluation_problems()
+        elif self.has("training") and self.checkpoint.keep_best:
+            yield from self._best_checkpoint_problems()
         if self.reference.source == "adapter_off" and not self.has("lora"):
-            remedy = "use cache, or add the section lora"
-            message = "is adapter_off, but there are no adapters"
-            problems.append(Problem("reference.source", message, remedy))
-        return problems
+            message, remedy = "is adapter_off, but there are no adapters", "add the section lora"
+            yield Problem("reference.source", message, f"use cache, or {remedy}")
 
-    def _sequence_parallel_problems(self) -> list[Problem]:
+    def _sequence_parallel_problems(self) -> Iterator[Problem]:
         """Row lengths that sequence parallelism cannot split over the tensor-parallel ranks."""
-        if not (self.has("data") and self.layout.sequence_parallel):
-            return []
         tensor = self.layout.tensor
         lengths = {"row_tokens": self.data.row_tokens}
         if self.data.trim_tokens < self.data.row_tokens:  # otherwise rows are not trimmed
             lengths["trim_tokens"] = self.data.trim_tokens
-        return [
-            Problem(
-                f"data.{name}",
-                f"is {tokens}, which sequence parallelism cannot split over layout.tensor = "
-                f"{tensor}",
-                f"use {tokens + -tokens % tensor}",
-            )
-            for name, tokens in lengths.items()
-            if tokens % tensor
-        ]
+        for name, tokens in lengths.items():
+            if tokens % tensor:
+                message = f"is {tokens}, which does not divide evenly over layout.tensor = {tensor}"
+                remedy = f"use {tokens + -tokens % tensor}, or turn off sequence parallelism"
+                yield Problem(f"data.{name}", message, remedy)
 
-    def _evaluation_problems(self) -> list[Problem]:
+    def _evaluation_problems(self) -> Iterator[Problem]:
         """Fields that need held-out pairs, where there are none."""
-        if not self.has("data") or self.data.holds_out:
-            return []
         values = {
             "training.eval_every_steps": self.has("training") and self.training.eval_every_steps,
             "checkpoint.keep_best": self.checkpoint.keep_best,
         }
         remedy = "name held-out pairs in data.eval, or set data.eval_fraction"
-        return [
-            Problem(name, f"is {value}, but there are no held-out pairs", remedy)
-            for name, value in values.items()
-            if value
-        ]
+        for name, value in values.items():
+            if value:
+                yield Problem(name, f"is {value}, but there are no held-out pairs", remedy)
 
-    def _best_checkpoint_problems(self) -> list[Problem]:
+    def _best_checkpoint_problems(self) -> Iterator[Problem]:
         """`keep_best`, where no step is both evaluated and saved."""
-        best, save = self.checkpoint.keep_best, self.checkpoint.every_steps
-        no_held_out = self.has("data") and not self.data.holds_out  # _evaluation_problems has it
-        if not best or not self.has("training") or no_held_out:
-            return []
-        evaluate = self.training.eval_every_steps
+        save, evaluate = self.checkpoint.every_steps, self.training.eval_every_steps
         if save is None:
-            message = "but checkpoint.every_steps is null: only the last step is saved"
+            message = "checkpoint.every_steps is null: only the last step is saved"
             remedy = f"set checkpoint.every_steps to {evaluate}"
             if evaluate is None:
-                default = type(self.checkpoint).model_fields["every_steps"].default
+                default = CheckpointConfig.model_fields["every_steps"].default
                 remedy = f"set it and training.eval_every_steps to {default}"
         elif evaluate is None:
-            message = "but training.eval_every_steps is null: only the last step is evaluated"
+            message = "training.eval_every_steps is null: only the last step is evaluated"
             remedy = f"set training.eval_every_steps to {save}"
         elif save % evaluate and evaluate % save:
-            message = f"but every {save} steps are saved, and every {evaluate} evaluated"
+            message = f"every {save} steps are saved, and every {evaluate} evaluated"
             remedy = f"set checkpoint.every_steps to {save + -save % evaluate}, or "
             remedy += f"training.eval_every_steps to {save}"
         else:
-            return []
-        return [Problem("checkpoint.keep_best", f"is {best}, {message}", remedy)]
+            return
+        best = self.checkpoint.keep_best
+        yield Problem("checkpoint.keep_best", f"is {best}, but {message}", remedy)
 
     def dump(self) -> str:
         """The resolved configuration as YAML; `load_config` reads the same value from it.

@@ -3,13 +3,16 @@
 Pairs are split in `sdpo/split.py`; `sdpo_steps.py` derives the configuration of each step.
 """
 
-from typing import Literal
+import math
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.objective import Layers
 from megatron_idpo.config.section import (
     Bool,
     Int,
+    NonEmpty,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -24,7 +27,7 @@ _SHARE_TOLERANCE = 1e-6
 class SdpoStepConfig(Section):
     """One step: its share of the pairs, and values that replace those of other sections."""
 
-    sources: tuple[PositiveInt, ...] | None = None
+    sources: Annotated[tuple[PositiveInt, ...], NonEmpty] | None = None
     """Which sources of `data.train` it trains on, counted from 1; in every step or in none."""
 
     fraction: PositiveFloat | None = None
@@ -61,7 +64,7 @@ class SdpoStepConfig(Section):
 class SdpoConfig(Section):
     """Stepwise DPO: each step trains on a part of the pairs, with the step before as reference."""
 
-    steps: tuple[SdpoStepConfig, ...]
+    steps: Annotated[tuple[SdpoStepConfig, ...], NonEmpty]
     """Every step in order; `{}` is a step without overrides."""
 
     order: Literal["given", "easy_to_hard", "random"] = "given"
@@ -94,20 +97,34 @@ class SdpoConfig(Section):
     keep_checkpoints: Bool = False
     """Keep a step's training checkpoints, with optimizer state, after its snapshot is written."""
 
-    def problems(self) -> list[Problem]:
-        """Steps that contradict each other, and fields that the others leave unused."""
-        problems = []
-        if not self.steps:
-            problems.append(Problem("steps", "is empty", "write one entry per step, or {}"))
-        if self.only is not None and self.only > len(self.steps):
-            message = f"is {self.only}, but there are {len(self.steps)} steps"
-            problems.append(Problem("only", message, f"give a number from 1 to {len(self.steps)}"))
-        problems += self._share_problems()
-        if self.order != "easy_to_hard":
-            for name in ("by", "measure", "length_normalised"):
-                because, remedy = f"order is {self.order}", "set order to easy_to_hard"
-                problems += self._without_effect(name, because, remedy)
-        return problems
+    used_with: ClassVar = dict.fromkeys(
+        ("by", "measure", "length_normalised"), ("order", "easy_to_hard")
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Steps that contradict each other or the fields that split the pairs."""
+        count = len(self.steps)
+        if self.only is not None and self.only > count:
+            message = f"is {self.only}, but there are {count} steps"
+            yield Problem("only", message, f"give a number from 1 to {count}")
+        for name in ("sources", "fraction"):
+            without = [n for n, step in enumerate(self.steps) if getattr(step, name) is None]
+            if without and len(without) < count:
+                message = f"has no {name}, but other steps have"
+                yield Problem(f"steps.{without[0]}", message, f"set {name} in all or none")
+        if self.names_sources and self.order != "given":
+            message = f"are named by steps, but order is {self.order}"
+            remedy = "leave them out, or set order to given"
+            yield Problem("steps.0.sources", message, remedy)
+        fractions = [step.fraction for step in self.steps if step.fraction is not None]
+        if fractions and self.names_sources:
+            message = "has no effect: steps name their sources"
+            yield Problem("steps.0.fraction", message, "keep one of them")
+        elif fractions and self.takes_whole_sources:
+            message = "has no effect: each step gets a whole source"
+            yield Problem("steps.0.fraction", message, "leave it out, or set by to pair")
+        elif fractions and not math.isclose(sum(fractions), 1, abs_tol=_SHARE_TOLERANCE):
+            yield Problem("steps", f"the fractions sum to {sum(fractions):g}", "make them sum to 1")
 
     @property
     def names_sources(self) -> bool:
@@ -118,32 +135,3 @@ class SdpoConfig(Section):
     def takes_whole_sources(self) -> bool:
         """Whether each step gets one source, from easy to hard."""
         return self.order == "easy_to_hard" and self.by == "source"
-
-    def _share_problems(self) -> list[Problem]:
-        problems = []
-        for name in ("sources", "fraction"):
-            is_set = [getattr(step, name) is not None for step in self.steps]
-            if any(is_set) and not all(is_set):
-                location = f"steps.{is_set.index(False)}"
-                message = f"has no {name}, but other steps have"
-                problems.append(Problem(location, message, f"set {name} in all or none"))
-        if self.names_sources and self.order != "given":
-            message = f"are named by steps, but order is {self.order}"
-            remedy = "leave them out, or set order to given"
-            problems.append(Problem("steps.0.sources", message, remedy))
-        problems += [
-            Problem(f"steps.{index}.sources", "names no source", "name at least one")
-            for index, step in enumerate(self.steps)
-            if step.sources == ()
-        ]
-        fractions = [step.fraction for step in self.steps if step.fraction is not None]
-        if fractions and self.names_sources:
-            message = "has no effect: steps name their sources"
-            problems.append(Problem("steps.0.fraction", message, "keep one of them"))
-        elif fractions and self.takes_whole_sources:
-            message = "has no effect: each step gets a whole source"
-            problems.append(Problem("steps.0.fraction", message, "leave it out, or set by to pair"))
-        elif fractions and abs(sum(fractions) - 1) > _SHARE_TOLERANCE:
-            message = f"the fractions sum to {sum(fractions):g}"
-            problems.append(Problem("steps", message, "make them sum to 1"))
-        return problems

@@ -1,5 +1,7 @@
 """The configuration of one sDPO step: that of an ordinary run, without the section `sdpo`."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ from pydantic import ValidationError
 
 from megatron_idpo.config.objective import ObjectiveConfig
 from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.config.section import describe_errors
 from megatron_idpo.errors import Problem
 
@@ -79,79 +82,66 @@ def step_config(config: RunConfig, number: int) -> RunConfig:
     return config.model_copy(update={**sections, "sdpo": None})
 
 
-def step_problems(config: RunConfig) -> list[Problem]:
+def step_problems(config: RunConfig) -> Iterator[Problem]:
     """Contradictions between the section `sdpo` and the others.
 
     Without the sections `training` and `optimizer` nothing of sDPO is used.
     """
     if config.sdpo is None or not (config.has("training") and config.has("optimizer")):
-        return []
-    problems = [*_reference_problems(config), *_source_problems(config)]
-    common = config.model_copy(update={"sdpo": None}).problems()  # reported once, not per step
+        return
+    yield from _reference_problems(config, config.sdpo)
+    if config.has("data"):
+        yield from _source_problems(config.sdpo, len(config.data.train))
+    # Problems that the run has without steps are reported once, not for each step.
+    common = list(config.model_copy(update={"sdpo": None}).problems())
     for index in range(len(config.sdpo.steps)):
         location = f"sdpo.steps.{index}"
         try:
-            step = step_config(config, index + 1)
+            inner = list(step_config(config, index + 1).problems())
         except ValidationError as error:
             inner = describe_errors(error, RunConfig)
-        else:
-            inner = [problem for problem in step.problems() if problem not in common]
-        problems += [
-            Problem(f"{location}.{problem.location}", problem.message, problem.remedy)
-            if problem.location in _SECTION_OF  # a field of the step itself
-            else Problem(location, f"{problem.location} {problem.message}", problem.remedy)
-            for problem in inner
-        ]
-    return problems
+        for problem in inner:
+            if problem.location in _SECTION_OF:  # a field of the step itself
+                yield replace(problem, location=f"{location}.{problem.location}")
+            elif problem not in common:
+                yield Problem(location, f"{problem.location} {problem.message}", problem.remedy)
 
 
-def _reference_problems(config: RunConfig) -> list[Problem]:
+def _reference_problems(config: RunConfig, sdpo: SdpoConfig) -> Iterator[Problem]:
     """References and checkpoints that steps do not have."""
-    sdpo, source = config.sdpo, config.reference.source
-    assert sdpo is not None
-    problems = []
-    if source == "none":
+    if config.reference.source == "none":
         message = "is none, but the reference of every sDPO step is the step before"
-        remedy = "use cache, or leave the section sdpo out"
-        problems.append(Problem("reference.source", message, remedy))
-    if source == "adapter_off" and (sdpo.target == "first" or sdpo.adapters == "carry"):
-        kept = "sdpo.target = first" if sdpo.target == "first" else "sdpo.adapters = carry"
-        message = f"is adapter_off, but with {kept} that is the first model in every step"
-        problems.append(Problem("reference.source", message, "use cache"))
+        yield Problem("reference.source", message, "use cache, or leave the section sdpo out")
+    if config.reference.source == "adapter_off":
+        for name, value in (("target", "first"), ("adapters", "carry")):
+            if getattr(sdpo, name) == value:
+                kept = f"sdpo.{name} = {value}"
+                message = f"is adapter_off, but with {kept} that is the first model in every step"
+                yield Problem("reference.source", message, "use cache")
     if config.checkpoint.keep_best and not sdpo.keep_checkpoints:
         message = "has no effect: the checkpoints of a complete step are deleted"
         remedy = "leave it out, or set sdpo.keep_checkpoints"
-        problems.append(Problem("checkpoint.keep_best", message, remedy))
+        yield Problem("checkpoint.keep_best", message, remedy)
     if config.lora is None and sdpo.adapters == "carry":
         remedy = "leave it out, or add the section lora"
-        problems.append(Problem("sdpo.adapters", "is carry, but there are no adapters", remedy))
-    return problems
+        yield Problem("sdpo.adapters", "is carry, but there are no adapters", remedy)
 
 
-def _source_problems(config: RunConfig) -> list[Problem]:
+def _source_problems(sdpo: SdpoConfig, num_sources: int) -> Iterator[Problem]:
     """Steps that do not match the sources of `data.train`."""
-    sdpo = config.sdpo
-    assert sdpo is not None
-    if not config.has("data"):
-        return []
-    count = len(config.data.train)
-    if sdpo.takes_whole_sources and count != len(sdpo.steps):
-        message = f"are {len(sdpo.steps)}, but each gets one of the {count} sources of data.train"
+    if sdpo.takes_whole_sources and num_sources != len(sdpo.steps):
+        message = f"are {len(sdpo.steps)}, but each gets one of the {num_sources} sources of "
         remedy = "write as many steps as sources, or set sdpo.by to pair"
-        return [Problem("sdpo.steps", message, remedy)]
-    if not sdpo.names_sources:
-        return []
-    problems, used = [], set()
+        yield Problem("sdpo.steps", f"{message}data.train", remedy)
+    used: set[int] = set()
     for index, step in enumerate(sdpo.steps):
+        used.update(step.sources or ())
         for source in step.sources or ():
-            used.add(source)
-            if source > count:
-                message = f"names source {source}, but data.train has {count}"
-                remedy = f"give numbers from 1 to {count}"
-                problems.append(Problem(f"sdpo.steps.{index}.sources", message, remedy))
-    unused = sorted(set(range(1, count + 1)) - used)
-    if unused and not problems:
-        message = f"leave source {unused[0]} of data.train out"
-        remedy = "name it in a step, or remove it from data.train"
-        problems.append(Problem("sdpo.steps", message, remedy))
-    return problems
+            if source > num_sources:
+                message = f"names source {source}, but data.train has {num_sources}"
+                remedy = f"give numbers from 1 to {num_sources}"
+                yield Problem(f"sdpo.steps.{index}.sources", message, remedy)
+    unused = set(range(1, num_sources + 1)) - used
+    if unused and sdpo.names_sources and max(used) <= num_sources:
+        message = f"leave source {min(unused)} of data.train out"
+        yield Problem("sdpo.steps", message, "name it in a step, or remove it from data.train")

@@ -7,15 +7,18 @@ does for a file.
 """
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     Strict,
@@ -23,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from megatron_idpo.config.yaml_tree import Keys
 from megatron_idpo.errors import ConfigError, Problem
@@ -39,13 +43,22 @@ PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 """A path. A leading `~` is the home directory; hub names and glob patterns are left as they are."""
 
 
-class SectionError(ValueError):
-    """Problems between the fields of one section; each `Problem.location` is a field of it."""
+def _check_not_empty[T: tuple[Any, ...]](values: T) -> T:
+    if not values:
+        raise ValueError("give at least one")
+    return values
 
-    def __init__(self, problems: list[Problem]) -> None:
-        """Keep the problems, so that a caller can add where the section was written."""
-        super().__init__("; ".join(map(str, problems)))
-        self.problems = problems
+
+def _check_distinct[T: tuple[Any, ...]](values: T) -> T:
+    if len(set(values)) < len(values):
+        raise ValueError("give each value once")
+    return values
+
+
+FromPath = BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
+"""A path in place of a section with the field `path`."""
+NonEmpty = AfterValidator(_check_not_empty)
+Distinct = AfterValidator(_check_distinct)
 
 
 class Section(BaseModel):
@@ -72,21 +85,40 @@ class Section(BaseModel):
         # location in the file would be lost in the ConfigError.
         __init__.__pydantic_base_init__ = True
 
-    def problems(self) -> list[Problem]:
-        """Contradictions between this section's fields; `Problem.location` is a field's name."""
-        return []
+    used_with: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """For a field that is not always used: the field that it depends on, then the values of that
+    field with which it is used. Without values: any but null, 0, false and the empty list."""
+
+    exclusive: ClassVar[tuple[str, ...]] = ()
+    """Fields of which at most one may be set."""
+
+    def problems(self) -> Iterable[Problem]:
+        """Other contradictions between this section's fields; `Problem.location` is a field."""
+        return ()
 
     @model_validator(mode="after")
     def _check_problems(self) -> Self:
-        if problems := self.problems():
-            raise SectionError(problems)
+        if problems := [*self.problems(), *self._unused_fields()]:
+            # A caller adds where the section was written (`describe_errors`).
+            raise PydanticCustomError("section", "contradictions", {"problems": problems})
         return self
 
-    def _without_effect(self, name: str, because: str, remedy: str) -> list[Problem]:
-        """A problem if the user set a field that the section's other fields leave unused."""
-        if getattr(self, name) == type(self).model_fields[name].default:
-            return []
-        return [Problem(name, f"has no effect: {because}", remedy)]
+    def _is_set(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    def _unused_fields(self) -> Iterator[Problem]:
+        """Fields that the user set and that `used_with` or `exclusive` leaves without effect."""
+        for name, (needed, *values) in self.used_with.items():
+            value = getattr(self, needed)
+            is_used = value in values if values else bool(value)
+            if not is_used and self._is_set(name):
+                shown = value if isinstance(value, str) else json.dumps(value)
+                to = f" to {' or '.join(values)}" if values else ""
+                remedy = f"set {needed}{to}, or leave it out"
+                yield Problem(name, f"has no effect: {needed} is {shown}", remedy)
+        first, *others = [name for name in self.exclusive if getattr(self, name)] or [""]
+        for name in others:
+            yield Problem(name, f"has no effect: {first} is set", "keep one of them")
 
 
 def dotted(keys: Keys) -> str:
@@ -112,13 +144,11 @@ def describe_errors(
     """
     problems = []
     for detail in error.errors():
-        path: Keys = (*keys, *detail["loc"])
-        inner = detail.get("ctx", {}).get("error")
-        if isinstance(inner, SectionError):
-            problems += [
-                Problem(locate((*path, problem.location)), problem.message, problem.remedy)
-                for problem in inner.problems
-            ]
+        # The mark of a mapping's key is pydantic's; the file has the key itself.
+        path: Keys = (*keys, *(key for key in detail["loc"] if key != "[key]"))
+        if detail["type"] == "section":
+            inner: list[Problem] = detail["ctx"]["problems"]
+            problems += [replace(item, location=locate((*path, item.location))) for item in inner]
         else:
             owner = _owner(section, path[len(keys) :])
             message, remedy = _describe(detail, str(path[-1]), owner, fields_elsewhere)
@@ -143,7 +173,7 @@ def _describe(
         return f"is {value!r}", suggest(str(value), choices, "values")
     if kind == "model_type":
         return f"is {value!r}", "it should be a mapping of fields to values"
-    reason = detail["msg"].replace("Input should", "it should").replace("tuple", "list")
+    reason = re.sub("^(Input|String) should", "it should", detail["msg"]).replace("tuple", "list")
     return f"is {value!r}", reason.removeprefix("Value error, ")
 
 

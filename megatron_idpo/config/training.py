@@ -1,6 +1,7 @@
 """The sections `optimizer`, `training`, `checkpoint` and `logging`."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 from megatron_idpo.config.section import (
     Bool,
@@ -52,18 +53,13 @@ class OptimizerConfig(Section):
     distributed: Bool = True
     """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
 
-    def problems(self) -> list[Problem]:
-        """Fields that exclude each other."""
-        problems = []
-        if self.warmup_steps:
-            problems += self._without_effect(
-                "warmup_fraction", "warmup_steps is set", "keep one of them"
-            )
-        if self.schedule == "constant":
-            problems += self._without_effect("min_lr", "the schedule is constant", "leave it out")
-        elif self.min_lr > self.lr:
-            problems.append(Problem("min_lr", f"is {self.min_lr}, above lr {self.lr}", "lower it"))
-        return problems
+    used_with: ClassVar = {"min_lr": ("schedule", "cosine", "linear")}
+    exclusive: ClassVar = ("warmup_steps", "warmup_fraction")
+
+    def problems(self) -> Iterator[Problem]:
+        """A schedule that would rise."""
+        if self.min_lr > self.lr and self.schedule != "constant":
+            yield Problem("min_lr", f"is {self.min_lr}, above lr {self.lr}", "lower it")
 
 
 class TrainingConfig(Section):
@@ -100,13 +96,7 @@ class TrainingConfig(Section):
     seed: Int = 0
     """Seed of dropout and of the initial values of adapters."""
 
-    def problems(self) -> list[Problem]:
-        """Fields that the others leave unused."""
-        if self.recompute == "full":
-            return []
-        return self._without_effect(
-            "recompute_layers", f"recompute is {self.recompute}", "set recompute to full"
-        )
+    used_with: ClassVar = {"recompute_layers": ("recompute", "full")}
 
 
 class CheckpointConfig(Section):
@@ -131,11 +121,7 @@ class CheckpointConfig(Section):
     """`auto` resumes from the newest checkpoint in `training.output`, in any layout; `never` is an
     error if there is one."""
 
-    def problems(self) -> list[Problem]:
-        """Fields that the others leave unused."""
-        if self.keep_best:
-            return []
-        return self._without_effect("best_metric", "keep_best is 0", "set keep_best")
+    used_with: ClassVar = {"best_metric": ("keep_best",)}
 
 
 class WandbConfig(Section):

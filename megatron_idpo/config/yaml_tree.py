@@ -6,7 +6,7 @@ line, for error messages. A duplicate key is an error. Nothing here depends on t
 """
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,16 +95,11 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
     if node is not None:
         values = _Reader(Path(path).name, tree).value(node, (), ())
         if not isinstance(values, dict):
-            raise ConfigError.at(
-                str(path),
-                "is not a mapping of sections",
-                "write `model:`, `data:`, … at the top level",
-            )
+            remedy = "write `model:`, `data:`, … at the top level"
+            raise ConfigError.at(str(path), "is not a mapping of sections", remedy)
         tree.values = values
     for override in overrides:
-        problem = _apply(tree, override)
-        if problem is not None:
-            tree.problems.append(problem)
+        tree.problems += list(_apply(tree, override))
     return tree
 
 
@@ -165,17 +160,16 @@ class _Reader:
         values: dict[Hashable, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self._report(
-                    key_node, keys, "has a key that is not a string", "use strings as keys"
-                )
+                message = "has a key that is not a string"
+                self._report(key_node, keys, message, "use strings as keys")
                 continue
             key = key_node.value
+            inner = (*keys, key)
             if key in values:
-                first = self._tree.origins[(*keys, key)]
-                message = f"is a duplicate of {first}"
-                self._report(key_node, (*keys, key), message, "keep one of them")
-                continue
-            values[key] = self.value(value_node, self._record(key_node, (*keys, key)), above)
+                message = f"is a duplicate of {self._tree.origins[inner]}"
+                self._report(key_node, inner, message, "keep one of them")
+            else:
+                values[key] = self.value(value_node, self._record(key_node, inner), above)
         return values
 
     def _record(self, node: yaml.Node, keys: Keys) -> Keys:
@@ -192,14 +186,14 @@ class _Reader:
         self._tree.problems.append(Problem(location, message, remedy))
 
 
-def _apply(tree: Tree, override: str) -> Problem | None:
-    """Apply one override to the tree; returns its problem, if it has one."""
+def _apply(tree: Tree, override: str) -> Iterator[Problem]:
+    """Apply one override to the tree, or yield its problem."""
     name, equals, text = override.partition("=")
     keys = tuple(name.split("."))
     if not equals or not all(keys):
-        return Problem(
-            COMMAND_LINE, f"cannot parse override {override!r}", "expected section.field=value"
-        )
+        message = f"cannot parse override {override!r}"
+        yield Problem(COMMAND_LINE, message, "expected section.field=value")
+        return
     mapping = tree.values
     for depth, key in enumerate(keys[:-1], start=1):
         if mapping.get(key) is None:
@@ -208,23 +202,22 @@ def _apply(tree: Tree, override: str) -> Problem | None:
         mapping = mapping[key]
         if not isinstance(mapping, dict):
             inner = ".".join(keys[:depth])
-            return Problem(
-                COMMAND_LINE, f"{override!r}: {inner} has no fields", f"set all of {inner} instead"
-            )
+            message = f"{override!r}: {inner} has no fields"
+            yield Problem(COMMAND_LINE, message, f"set all of {inner} instead")
+            return
     # The override replaces a whole subtree, also in the origins.
-    tree.origins = {
-        path: origin for path, origin in tree.origins.items() if path[: len(keys)] != keys
-    }
+    below = [path for path in tree.origins if path[: len(keys)] == keys]
+    for path in below:
+        del tree.origins[path]
     tree.origins[keys] = COMMAND_LINE
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        return Problem(
-            f"{name} ({COMMAND_LINE})", f"{text!r} is not YAML: {_syntax(error)}", "quote it"
-        )
+        location = f"{name} ({COMMAND_LINE})"
+        yield Problem(location, f"{text!r} is not YAML: {_syntax(error)}", "quote it")
+        return
     value = None if node is None else _Reader(COMMAND_LINE, tree).value(node, keys, ())
     if value is None and len(keys) == 1:
         mapping.pop(keys[0], None)
     else:
         mapping[keys[-1]] = value
-    return None

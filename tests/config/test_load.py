@@ -130,7 +130,7 @@ INVALID = [
     ("data: {train: [a, {path: b, wieght: 2}]}", ["data.train.1.wieght", "`weight`"]),
     ("data: {train: [{split: b}]}", ["data.train.0.path", "missing", "A jsonl"]),
     ("data: {train: 5}", ["data.train", "is 5", "list"]),
-    ("data: {train: []}", ["data.train", "no source", "at least one"]),
+    ("data: {train: []}", ["data.train", "is []", "at least one"]),
     ("data: {train: a, row_tokens: 1e4}", ["data.row_tokens", "10000.0", "integer"]),
     ("data: {train: a, row_tokens: true}", ["data.row_tokens", "True", "integer"]),
     ('data: {train: a, row_tokens: "8"}', ["data.row_tokens", "'8'", "integer"]),

@@ -35,8 +35,11 @@ def test_projections_are_in_the_order_of_the_forward_pass():
         ({"targets": ("q",)}, "lora.targets: is ('q',); give all-linear, or a list of q_proj"),
         ({"targets": "q_proj"}, "lora.targets: is 'q_proj'; give all-linear, or a list of"),
         ({"targets": 3}, "lora.targets: is 3; give all-linear, or a list of"),
-        ({"targets": ()}, "lora.targets: names no projection"),
-        ({"targets": ("q_proj", "q_proj")}, "lora.targets: names q_proj twice"),
+        ({"targets": ()}, "lora.targets: is (); give all-linear, or a list of"),
+        (
+            {"targets": ("q_proj", "q_proj")},
+            "lora.targets: is ('q_proj', 'q_proj'); give all-linear",
+        ),
     ],
 )
 def test_invalid_fields_are_reported(fields: dict[str, Any], message):

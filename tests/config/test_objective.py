@@ -60,7 +60,7 @@ INVALID: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     (
         "objective",
         {"loss": "ipo", "label_smoothing": 0.1},
-        ("objective.label_smoothing", "the loss ipo has no label smoothing", "set it to 0"),
+        ("objective.label_smoothing", "no effect: loss is ipo", "set loss to sigmoid or robust"),
     ),
     (
         "objective",
@@ -75,14 +75,14 @@ INVALID: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     (
         "objective",
         {"layer_weights": [1.0]},
-        ("objective.layer_weights", "no effect", "objective.layers"),
+        ("objective.layer_weights", "no effect", "layers is []", "set layers"),
     ),
     (
         "objective",
         {"reference_layer": "final"},
-        ("objective.reference_layer", "no effect", "objective.layers"),
+        ("objective.reference_layer", "no effect", "layers is []", "set layers"),
     ),
-    ("objective", {"norm": "none"}, ("objective.norm", "no effect", "objective.layers")),
+    ("objective", {"norm": "none"}, ("objective.norm", "no effect", "layers is []", "set layers")),
     (
         "objective",
         {"layers": [1], "layer_weights": [0.0]},

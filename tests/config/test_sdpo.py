@@ -87,7 +87,7 @@ def steps(*written: dict[str, Any], **fields: Any) -> dict[str, Any]:
 # Fields, and parts of their one problem.
 INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"order": "random"}, ("sdpo.steps", "is missing", "Every step in order")),
-    (steps(), ("sdpo.steps", "is empty", "one entry per step, or {}")),
+    (steps(), ("sdpo.steps", "is []", "at least one")),
     (steps({}, only=0), ("sdpo.only", "is 0", "greater than 0")),
     (steps({}, {}, only=3), ("sdpo.only", "is 3", "there are 2 steps", "from 1 to 2")),
     (
@@ -108,7 +108,7 @@ INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         steps({"sources": [1]}, {"sources": []}),
-        ("sdpo.steps.1.sources", "names no source", "at least one"),
+        ("sdpo.steps.1.sources", "is []", "at least one"),
     ),
     (
         steps({"sources": [1], "fraction": 1.0}),

@@ -177,7 +177,7 @@ def test_a_step_config_is_a_valid_run_config(tmp_path):
     step = step_config(load(tmp_path, {"lr": 1e-5}, {"layout": {"tensor": 2}}), 2)
     (tmp_path / "step.yaml").write_text(step.dump())
     assert load_config(tmp_path / "step.yaml", required=REQUIRED, optional=OPTIONAL) == step
-    assert step_problems(step) == []
+    assert list(step_problems(step)) == []
 
 
 HARD = {"order": "easy_to_hard"}
@@ -286,4 +286,4 @@ def test_steps_without_training_are_not_checked(tmp_path):
     sections = {"reference": {"source": "none"}, "sdpo": {"steps": [{}]}}
     assert helper.load(tmp_path, **sections).has("sdpo")
     config = helper.load(tmp_path, **GOOD, sdpo={"steps": [{}]})
-    assert step_problems(config) == []
+    assert list(step_problems(config)) == []

@@ -40,9 +40,6 @@ def _problems(config: RunConfig) -> list[Problem]:
     if "RANK" in os.environ and world_size != "1":
         message = f"{world_size} processes were started, but `generate` runs in one"
         problems.append(Problem("torchrun", message, "start it without torchrun"))
-    if config.generate.prompts == ():
-        remedy = "name at least one file or dataset, or leave it out"
-        problems.append(Problem("generate.prompts", "names no source", remedy))
     if config.generate.prompts is None and not (config.has("data") and config.data.holds_out):
         remedy = "name a file of prompts, or hold out pairs with data.eval or data.eval_fraction"
         problems.append(Problem("generate.prompts", "there are no prompts", remedy))

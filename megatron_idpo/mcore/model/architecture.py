@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 
+from megatron_idpo.config.layout import ModelShape
 from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.mcore.model.hf_config import (
     CONFIG_JSON,
@@ -58,7 +59,7 @@ class RopeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class Architecture(ModelShape):
     """A decoder-only language model with RMSNorm, a SiLU-gated MLP without biases and rope.
 
     Attributes:
@@ -83,14 +84,8 @@ class Architecture:
         num_experts: 0: dense.
     """
 
-    family: str
-    num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
-    num_heads: int
-    num_kv_heads: int
     head_dim: int
-    vocab_size: int
     max_positions: int
     norm_eps: float
     tied_embeddings: bool
@@ -99,7 +94,6 @@ class Architecture:
     windows: tuple[int | None, ...]
     rope: RopeSettings
     dtype: torch.dtype
-    num_experts: int = 0
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], location: str = CONFIG_JSON) -> Self:
