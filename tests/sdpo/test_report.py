@@ -30,7 +30,7 @@ def records_of_run(last: int, loss: float = 0.5) -> list[dict[str, Any]]:
     """Records of a run with an evaluation at its start and end."""
     return [
         {"step": 0, "eval_loss": 0.7},
-        *({"step": step, "loss": loss} for step in range(1, last + 1)),
+        *({"step": step, "loss": loss, "final_loss": loss} for step in range(1, last + 1)),
         {"step": last, "eval_loss": 0.6},
     ]
 

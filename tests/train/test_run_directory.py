@@ -64,12 +64,12 @@ def test_configuration_is_written_atomically(tmp_path, monkeypatch):
     directory.write_config("first")
     directory.write_config("second")
     assert directory.config.read_text() == "second"
-    monkeypatch.setattr(Path, "replace", _full)
+    monkeypatch.setattr(os, "replace", _full)
     with pytest.raises(ConfigError) as raised:
         directory.write_config("third")
     assert "config.yaml cannot be written: No space left" in str(raised.value)
     assert directory.config.read_text() == "second"
 
 
-def _full(self: Path, target: Path) -> None:
+def _full(source: Path, target: Path) -> None:
     raise OSError(28, "No space left on device")

@@ -49,11 +49,12 @@ def draw_curves(metrics_path: Path, target: Path, *, title: str = "") -> None:
         DataError: nothing was logged.
     """
     records = read_metrics(metrics_path)
-    if not records:
-        raise DataError.at(str(metrics_path), "has no metrics to draw", "train at least one step")
     lines = run_lines(records, names.layers_in(name for record in records for name in record))
+    drawn = charts.training_charts(lines, _PICTURED) if records else []
+    if not drawn:
+        raise DataError.at(str(metrics_path), "has no metrics to draw", "train at least one step")
     save_charts(
-        charts.training_charts(lines, _PICTURED),
+        drawn,
         target,
         title=title,
         legend=[(line.label, line.style) for line in lines],
@@ -81,14 +82,12 @@ def training_line(
     if layer is None:
         held_out[charts.ACCURACY] = _with_interval(held_out[charts.ACCURACY], records)
         metrics |= _RUN_METRICS
-    pairs = max((record.get(names.EVAL_PAIRS, 0.0) for record in records), default=0.0)
     return charts.TrainingLine(
         label,
         style,
         is_final=layer is None,
         training={key: series_of(records, name) for key, name in metrics.items()},
         held_out=held_out,
-        held_out_pairs=int(pairs) if len(held_out[charts.ACCURACY]) else 0,
     )
 
 
