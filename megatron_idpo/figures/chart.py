@@ -7,7 +7,7 @@ title and note above it; in a file they are part of the panel.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -22,8 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.figures.numbers import MINUS
-from megatron_idpo.figures.style import GRID, INK, QUIET, VARIABLES, Style, css_color
+from megatron_idpo.figures.numbers import decimal
+from megatron_idpo.figures.style import GRID, INK, QUIET, VARIABLES, Style, css_color, series_style
 from megatron_idpo.storage.atomic import atomic_file
 
 WIDTH, HEIGHT = 400.0, 230.0
@@ -57,6 +57,11 @@ class Chart:
 type Legend = Sequence[tuple[str, Style]]
 
 
+def series_legend(labels: Iterable[str]) -> Legend:
+    """The legend of series in the order of their styles."""
+    return [(label, series_style(index)) for index, label in enumerate(labels)]
+
+
 # ---- axes -------------------------------------------------------------------------------------
 
 
@@ -88,18 +93,13 @@ def set_value_axis(axes: Axes, *, percent: bool = False) -> None:
     """About five short numbers on the y axis."""
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    numbers = FuncFormatter(lambda value, _: _short(value))
+    numbers = FuncFormatter(lambda value, _: decimal(value, ",.6g"))
     axes.yaxis.set_major_formatter(PercentFormatter(1, 0, " %") if percent else numbers)
 
 
 def reference_line(axes: Axes, value: float) -> None:
     """A thin horizontal line behind the data."""
     axes.axhline(value, color=QUIET, linewidth=1, zorder=0.5)
-
-
-def _short(value: float) -> str:
-    text = f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:,.6g}"
-    return text.replace("-", MINUS)
 
 
 # ---- files ------------------------------------------------------------------------------------

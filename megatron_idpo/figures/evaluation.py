@@ -16,9 +16,9 @@ from megatron_idpo.figures.chart import (
     set_count_axis,
     set_value_axis,
 )
-from megatron_idpo.figures.numbers import count, decimal, interval, percent, shorten
+from megatron_idpo.figures.numbers import decimal, interval, percent, shorten
 from megatron_idpo.figures.series import Floats, Series
-from megatron_idpo.figures.style import INK, QUIET, Style, sequential_colors, series_style
+from megatron_idpo.figures.style import INK, QUIET, sequential_colors, series_style
 from megatron_idpo.figures.training import draw_intervals
 
 # ---- layer curves -----------------------------------------------------------------------------
@@ -44,50 +44,47 @@ _NO_PREFERENCE = {"likelihood": 0.5, "margin": 0.0, "accuracy": 0.5, "own_accura
 _MAX_MARKERS = 20
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerLine:
-    """The layer curves of one model."""
-
-    label: str
-    style: Style
-    estimates: Mapping[str, tuple[Floats, Floats, Floats]]
-    """Quantity -> value, low, high at layers 1 to L; NaN where it is not known."""
+type Estimates = Mapping[str, tuple[Floats, Floats, Floats]]
+"""Quantity -> value, low, high at layers 1 to L; NaN where it is not known."""
 
 
-def layer_charts(lines: Sequence[LayerLine], names: Sequence[str]) -> list[Chart]:
-    """A chart for each quantity that is known at some layer."""
+def layer_charts(models: Mapping[str, Estimates], names: Sequence[str]) -> list[Chart]:
+    """A chart for each quantity that is known at some layer.
+
+    Args:
+        models: label -> layer curves of a model; drawn in the styles of `series_legend`.
+        names: of quantities.
+    """
     return [
         Chart(
             name,
             *LAYER_QUANTITIES[name],
-            "; ".join(_describe_layers(line, name) for line in lines),
-            partial(_draw_layers, lines=lines, name=name),
+            "; ".join(_describe_layers(label, *model[name]) for label, model in models.items()),
+            partial(_draw_layers, models=models, name=name),
         )
         for name in names
-        if any(np.isfinite(line.estimates[name][0]).any() for line in lines)
+        if any(np.isfinite(model[name][0]).any() for model in models.values())
     ]
 
 
-def _draw_layers(axes: Axes, lines: Sequence[LayerLine], name: str) -> None:
+def _draw_layers(axes: Axes, models: Mapping[str, Estimates], name: str) -> None:
     if name in _NO_PREFERENCE:
         reference_line(axes, _NO_PREFERENCE[name])
-    for line in lines:
-        value_L, low_L, high_L = line.estimates[name]
+    for index, model in enumerate(models.values()):
+        (value_L, low_L, high_L), style = model[name], series_style(index)
         layers = np.arange(1, len(value_L) + 1)
-        axes.fill_between(layers, low_L, high_L, color=line.style.color, alpha=0.16, lw=0)
+        axes.fill_between(layers, low_L, high_L, color=style.color, alpha=0.16, lw=0)
         every = max(1, len(layers) // _MAX_MARKERS)
-        look = line.style.line()
-        axes.plot(layers, value_L, linewidth=1.8, markevery=every, markersize=4.5, **look)
-    set_count_axis(axes, "layer", max(len(line.estimates[name][0]) for line in lines), first=1)
+        axes.plot(layers, value_L, lw=1.8, markevery=every, markersize=4.5, **style.line())
+    set_count_axis(axes, "layer", max(len(model[name][0]) for model in models.values()), first=1)
     set_value_axis(axes, percent=name.endswith("accuracy"))
 
 
-def _describe_layers(line: LayerLine, name: str) -> str:
-    value_L, low_L, high_L = line.estimates[name]
+def _describe_layers(label: str, value_L: Floats, low_L: Floats, high_L: Floats) -> str:
     bounds = interval(float(low_L[-1]), float(high_L[-1]), ".3f")
     first, last = (decimal(float(value)) for value in value_L[[0, -1]])
     within = f" ({bounds})" if bounds else ""
-    return f"{line.label}: {first} at layer 1, {last}{within} at layer {len(value_L)}"
+    return f"{label}: {first} at layer 1, {last}{within} at layer {len(value_L)}"
 
 
 # ---- win rates --------------------------------------------------------------------------------
@@ -96,42 +93,36 @@ _ROW_HEIGHT = 46.0
 _MAX_TITLE = 46
 
 
-@dataclass(frozen=True, slots=True)
-class WinRate:
-    """A comparison of two models."""
+def win_rate_chart(rates: Mapping[str, tuple[float, float, float]]) -> Chart:
+    """Win rates with 95 % intervals, one below the other.
 
-    title: str
-    rate: float
-    low: float
-    high: float
-
-
-def win_rate_chart(rows: Sequence[WinRate]) -> Chart:
-    """Win rates with 95 % intervals, one below the other."""
-    bounds = [interval(100 * row.low, 100 * row.high, ".0f") for row in rows]
+    Args:
+        rates: title of a comparison -> win rate of the first model, low, high.
+    """
+    texts = []
+    for title, (rate, low, high) in rates.items():
+        bounds = interval(100 * low, 100 * high, ".0f")
+        texts.append(f"{title}: {percent(rate)}" + (f" ({bounds} %)" if bounds else ""))
     return Chart(
         "rates",
         "Win rate of the first model",
         "95 % intervals; a tie counts half",
-        "; ".join(
-            f"{row.title}: {percent(row.rate)}" + (f" ({bound} %)" if bound else "")
-            for row, bound in zip(rows, bounds, strict=True)
-        ),
-        partial(_draw_win_rates, rows=rows),
-        34 + _ROW_HEIGHT * len(rows),
+        "; ".join(texts),
+        partial(_draw_win_rates, rates=rates),
+        34 + _ROW_HEIGHT * len(rates),
     )
 
 
-def _draw_win_rates(axes: Axes, rows: Sequence[WinRate]) -> None:
+def _draw_win_rates(axes: Axes, rates: Mapping[str, tuple[float, float, float]]) -> None:
     axes.grid(visible=False)
     axes.axvline(0.5, color=QUIET, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0.5)
     color = series_style(0).color
-    for at, row in enumerate(rows):
-        label = axes.text(0, at - 0.2, shorten(row.title, _MAX_TITLE), fontsize=FONT_SIZE)
+    for at, (title, (rate, low, high)) in enumerate(rates.items()):
+        label = axes.text(0, at - 0.2, shorten(title, _MAX_TITLE), fontsize=FONT_SIZE)
         label.set(color=INK, verticalalignment="bottom", parse_math=False)
-        axes.plot([row.low, row.high], [at, at], color=color, linewidth=2.2)
-        axes.plot([row.rate], [at], "o", color=color, markersize=7.5)
-    axes.set_ylim(len(rows) - 0.6, -0.85)
+        axes.plot([low, high], [at, at], color=color, linewidth=2.2)
+        axes.plot([rate], [at], "o", color=color, markersize=7.5)
+    axes.set_ylim(len(rates) - 0.6, -0.85)
     axes.set_yticks([])
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
@@ -172,21 +163,16 @@ def result_charts(curriculum: Curriculum) -> list[Chart]:
         ("accuracy", "Reward accuracy", "held-out pairs, 95 % intervals", curriculum.accuracy),
         ("margin", "Reward margin", "held-out pairs", curriculum.margin),
     )
-    return [
-        Chart(
-            name,
-            title,
-            note,
-            "; ".join(
-                f"{label}: " + ", ".join(f"step {x:.0f} {decimal(y)}" for x, y in _points(series))
-                for (label, _), series in zip(REFERENCES, results, strict=True)
-                if len(series)
-            ),
-            partial(_draw_results, results=results, curriculum=curriculum, name=name),
-        )
-        for name, title, note, results in kinds
-        if any(map(len, curriculum.margin))
-    ]
+    charts = []
+    for name, title, note, results in kinds:
+        texts = []
+        for (label, _), series in zip(REFERENCES, results, strict=True):
+            points = zip(series.x_S, series.y_S, strict=True)
+            values = ", ".join(f"step {x:.0f} {decimal(float(y))}" for x, y in points)
+            texts += [f"{label}: {values}"] if values else []
+        draw = partial(_draw_results, results=results, curriculum=curriculum, name=name)
+        charts.append(Chart(name, title, note, "; ".join(texts), draw))
+    return charts if any(map(len, curriculum.margin)) else []
 
 
 def data_charts(curriculum: Curriculum) -> list[Chart]:
@@ -201,10 +187,6 @@ def data_charts(curriculum: Curriculum) -> list[Chart]:
             partial(_draw_first_accuracy, curriculum=curriculum),
         ),
     ]
-
-
-def _points(series: Series) -> list[tuple[float, float]]:
-    return list(zip(series.x_S.tolist(), series.y_S.tolist(), strict=True))
 
 
 def _draw_results(axes: Axes, results: Sequence[Series], curriculum: Curriculum, name: str) -> None:
@@ -249,11 +231,8 @@ def _draw_first_accuracy(axes: Axes, curriculum: Curriculum) -> None:
 
 
 def _set_step_axis(axes: Axes, num_steps: int) -> None:
-    """sDPO steps; labels of some of them where there are many."""
+    set_count_axis(axes, "sDPO step", num_steps)
     axes.set_xlim(0.5, num_steps + 0.5)
-    steps = range(1, num_steps + 1, -(-num_steps // 10))
-    prefix = "step " if num_steps <= 5 else ""
-    axes.set_xticks(steps, [f"{prefix}{count(step)}" for step in steps])
 
 
 def _source_label(source: str) -> str:

@@ -46,9 +46,6 @@ class TrainingLine:
     held_out: Mapping[str, Series]
     """`LAYER_QUANTITIES`; the accuracy of the final layer with its interval."""
 
-    held_out_pairs: int
-    """0 if not known."""
-
 
 def training_charts(lines: Sequence[TrainingLine], names: Sequence[str]) -> list[Chart]:
     """Charts of the named quantities; one without any value is left out."""
@@ -74,8 +71,8 @@ def _chart(lines: Sequence[TrainingLine], name: str) -> Chart | None:
     if not descriptions:
         return None
     title, note = _TITLES[name]
-    if name == ACCURACY:
-        note = _accuracy_note(lines) or note
+    if name == ACCURACY and any(len(line.held_out[ACCURACY]) for line in lines):
+        note = "95 % intervals of held-out pairs"
     elif name == LOSS and not all(line.is_final for line in lines):
         note = "each layer's own"
     last_step = max(
@@ -102,14 +99,6 @@ def _describe(line: TrainingLine, name: str) -> str:
             texts = [f"{decimal(y, '.4g')} at step {count(x)}" for x, y in ends]
             parts.append(f"{kind} {', '.join(texts)}")
     return f"{line.label}: {', '.join(parts)}" if parts else ""
-
-
-def _accuracy_note(lines: Sequence[TrainingLine]) -> str:
-    pairs = {line.held_out_pairs for line in lines if line.is_final} - {0}
-    if not pairs:
-        return ""
-    text = f"{pairs.pop():,} pairs" if len(pairs) == 1 else "each run's pairs"
-    return f"held out: 95 % intervals of {text}"
 
 
 def _draw(axes: Axes, lines: Sequence[TrainingLine], name: str) -> None:

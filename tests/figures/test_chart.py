@@ -18,7 +18,7 @@ from megatron_idpo.figures.chart import (
     set_count_axis,
     set_value_axis,
 )
-from megatron_idpo.figures.evaluation import WinRate, win_rate_chart
+from megatron_idpo.figures.evaluation import win_rate_chart
 from megatron_idpo.figures.numbers import interval, shorten
 from megatron_idpo.figures.style import (
     FINAL,
@@ -131,7 +131,7 @@ def test_legend_key_has_dashes_and_marker() -> None:
 
 
 def test_long_win_rate_title_keeps_both_ends(tmp_path: Path, saved_figures: list[Figure]) -> None:
-    rates = [WinRate("a" * 40 + " against " + "b" * 40, 0.5, 0.4, 0.6), WinRate("x", 1, 1, 1)]
+    rates = {"a" * 40 + " against " + "b" * 40: (0.5, 0.4, 0.6), "x": (1.0, 1.0, 1.0)}
     save_charts([win_rate_chart(rates)], tmp_path / "c.svg")
     titles = [text.get_text() for text in saved_figures[0].axes[0].texts]
     assert titles == ["a" * 22 + "…" + "b" * 23, "x"]

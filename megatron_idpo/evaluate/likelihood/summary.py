@@ -13,9 +13,8 @@ from megatron_idpo.evaluate.likelihood.advise import ADVICE, advice_markdown, fo
 from megatron_idpo.evaluate.likelihood.curves_file import FILE
 from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
 from megatron_idpo.evaluate.models import OUTPUT, write_result
-from megatron_idpo.figures.chart import save_charts
-from megatron_idpo.figures.evaluation import MAIN_QUANTITIES, LayerLine, layer_charts
-from megatron_idpo.figures.style import series_style
+from megatron_idpo.figures.chart import save_charts, series_legend
+from megatron_idpo.figures.evaluation import MAIN_QUANTITIES, layer_charts
 
 FIGURES = ("likelihood.png", "likelihood.svg")
 
@@ -32,17 +31,14 @@ def show_curves(curves: Sequence[LayerCurves], directory: Path) -> None:
     Raises:
         ConfigError: a file cannot be written.
     """
-    lines = [
-        LayerLine(model.model, series_style(index), model.estimates)
-        for index, model in enumerate(curves)
-    ]
+    models = {model.model: model.estimates for model in curves}
     sample = curves[0].format_sample
     for name in FIGURES:
         save_charts(
-            layer_charts(lines, MAIN_QUANTITIES),
+            layer_charts(models, MAIN_QUANTITIES),
             directory / name,
             location=OUTPUT,
-            legend=[(line.label, line.style) for line in lines],
+            legend=series_legend(models),
             footnote=f"{sample}; bands: 95 % intervals",
         )
     write_result(directory / ADVICE, advice_markdown(curves))

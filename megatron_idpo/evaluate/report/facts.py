@@ -141,25 +141,23 @@ def run_facts(run: RunInputs) -> Facts:
     """What was trained on what, and how; for an evaluation alone, its models."""
     if not (run.records or run.config or run.manifest):
         return {"Evaluated": Cell(", ".join(run.evaluation.models))}
-    sections = {
-        name: section for name, section in run.config.items() if isinstance(section, Mapping)
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in _fields(run.config, exclude_defaults=True).items():
+        section, _, field = name.partition(".")
+        sections.setdefault(section, {})[field] = value
+    facts = {
+        "Model": _model_fact(run, run.config.get("model", {})),
+        "Pairs": _data_fact(run, sections.get("data", {})),
     }
-    facts = {"Model": _model_fact(run, sections.get("model", {})), "Pairs": _data_fact(run)}
-    if "objective" in sections:
-        facts["Objective"] = _objective_fact(run, sections["objective"])
-    if lora := sections.get("lora"):
-        rank, alpha, dropout, targets = (
-            format_value(lora.get(name)) for name in ("rank", "alpha", "dropout", "targets")
-        )
-        note = f"α {alpha}, dropout {dropout}, on {targets}"
-        facts["Trained"] = Cell(f"LoRA, rank {rank}", note)
-    elif sections:
-        facts["Trained"] = Cell("All weights")
-    if layout := sections.get("layout"):
-        facts["Layout"] = _layout_fact(layout)
-    if optimizer := sections.get("optimizer"):
-        value = f"AdamW, lr {format_value(optimizer.get('lr'))}"
-        facts["Optimizer"] = Cell(value, f"schedule {optimizer.get('schedule', 'cosine')}")
+    if "objective" in run.config:
+        facts["Objective"] = _objective_fact(run, run.config["objective"])
+    if run.config:
+        lora = run.config.get("lora")
+        facts["Trained"] = Cell("LoRA", format_value(lora)) if lora else Cell("All weights")
+    if "layout" in sections:
+        facts["Layout"] = Cell(format_value(sections["layout"]))
+    if "optimizer" in sections:
+        facts["Optimizer"] = Cell("AdamW", format_value(sections["optimizer"]))
     return {name: fact for name, fact in facts.items() if fact.value}
 
 
@@ -170,10 +168,9 @@ def _model_fact(run: RunInputs, section: Mapping[str, Any]) -> Cell:
     return Cell(_short_path(str(path)), ", ".join(str(note) for note in notes if note))
 
 
-def _data_fact(run: RunInputs) -> Cell:
+def _data_fact(run: RunInputs, section: Mapping[str, Any]) -> Cell:
     """The files, and how much of them was trained on."""
-    sources = _fields(run.config, exclude_defaults=True).get("data.train")
-    files = [_short_path(format_value(source)) for source in sources or ()]
+    files = [_short_path(format_value(source)) for source in section.get("train") or ()]
     notes = []
     if run.records:
         last = run.records[-1]
@@ -198,13 +195,6 @@ def _objective_fact(run: RunInputs, objective: Mapping[str, Any]) -> Cell:
         return Cell(f"{kind} at layer{'s' if len(layers) > 1 else ''} {text}", note)
     kind = "sDPO, DPO" if run.manifest else "DPO"
     return Cell(f"{kind} at the final layer alone", note)
-
-
-def _layout_fact(layout: Mapping[str, Any]) -> Cell:
-    sizes = ("tensor", "pipeline", "virtual_pipeline", "expert")
-    split = [f"{n.replace('_', ' ')} {layout[n]}" for n in sizes if layout.get(n, 1) != 1]
-    note = "sequence parallel" if layout.get("sequence_parallel") else ""
-    return Cell(" × ".join(split) or "whole model in each process", note)
 
 
 def _short_path(path: str) -> str:

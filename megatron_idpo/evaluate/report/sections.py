@@ -15,13 +15,11 @@ from megatron_idpo.evaluate.report.inputs import RunInputs, comparisons, merge_m
 from megatron_idpo.evaluate.report.samples import Sample, answer_sets, select_samples
 from megatron_idpo.evaluate.report.tables import Cell, Table
 from megatron_idpo.figures import training as charts
-from megatron_idpo.figures.chart import Chart, Legend
+from megatron_idpo.figures.chart import Chart, Legend, series_legend
 from megatron_idpo.figures.evaluation import (
     MAIN_QUANTITIES,
     OTHER_QUANTITIES,
     REFERENCES,
-    LayerLine,
-    WinRate,
     layer_charts,
     result_charts,
     win_rate_chart,
@@ -135,19 +133,16 @@ def layers_section(runs: Sequence[RunInputs]) -> Section | None:
     models = merge_models(runs, lambda evaluation: evaluation.curves)
     if not models:
         return None
-    lines = [
-        LayerLine(label, series_style(index), curves.estimates)
-        for index, (label, curves) in enumerate(models.items())
-    ]
+    estimates = {label: curves.estimates for label, curves in models.items()}
     samples = "; ".join(sorted({curves.format_sample for curves in models.values()}))
     return Section(
         "layers",
         "Layers",
         [f"{samples}, read at every layer. Bands are 95 % intervals over prompts."],
-        legend=[(line.label, line.style) for line in lines],
-        charts=layer_charts(lines, MAIN_QUANTITIES),
+        legend=series_legend(models),
+        charts=layer_charts(estimates, MAIN_QUANTITIES),
         tables=[tables.final_layers_table(models)],
-        folded_charts=layer_charts(lines, OTHER_QUANTITIES),
+        folded_charts=layer_charts(estimates, OTHER_QUANTITIES),
         folded_tables=[
             (f"Every layer of {label}", tables.all_layers_table(curves))
             for label, curves in models.items()
@@ -168,11 +163,11 @@ def wins_section(runs: Sequence[RunInputs]) -> Section | None:
     }
     if not titled:
         return None
-    rates = [
-        WinRate(title, comparison.win_rate, comparison.low, comparison.high)
+    rates = {
+        title: (comparison.win_rate, comparison.low, comparison.high)
         for title, (_, comparison) in titled.items()
         if math.isfinite(comparison.win_rate)
-    ]
+    }
     return Section(
         "wins",
         "Win rates",

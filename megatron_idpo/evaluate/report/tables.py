@@ -10,7 +10,7 @@ from megatron_idpo.evaluate.lm_eval.result import H4Result
 from megatron_idpo.evaluate.lm_eval.tasks import H4
 from megatron_idpo.evaluate.report.inputs import Comparison, RunInputs
 from megatron_idpo.figures.evaluation import LAYER_QUANTITIES, MAIN_QUANTITIES
-from megatron_idpo.figures.numbers import MINUS, UNKNOWN, count, decimal, interval, percent
+from megatron_idpo.figures.numbers import UNKNOWN, count, decimal, interval, percent
 from megatron_idpo.sdpo.manifest import Manifest
 from megatron_idpo.sdpo.table import cells
 from megatron_idpo.train.logging.line import is_tied
@@ -137,17 +137,10 @@ def _percent_cell(value: float | None, stderr: float | None) -> Cell:
 
 
 def curriculum_table(manifest: Manifest) -> Table:
-    """sDPO steps: their pairs, and what each step's result achieves; intervals in small print."""
+    """sDPO steps: their pairs, and what each step's result achieves."""
     heads = ["Step", "state", "pairs", "accuracy", "margin", "accuracy vs first", "margin vs first"]
-    rows = []
-    for name, *texts in cells(manifest):
-        parts = [text.replace("-", MINUS).rstrip("]").split(" [") for text in texts]
-        split = [
-            Cell(value, *(bounds.replace(", ", " to ") for bounds in rest))
-            for value, *rest in parts
-        ]
-        rows.append((name, split[: len(heads) - 1]))
-    return Table(heads, rows)
+    rows = [(name, [Cell(text) for text in texts]) for name, *texts in cells(manifest)]
+    return Table(heads, [(name, row[: len(heads) - 1]) for name, row in rows])
 
 
 def sources_table(manifest: Manifest) -> Table:

@@ -78,7 +78,7 @@ def test_sdpo_steps(tmp_path: Path) -> None:
     (run,) = read_runs([write_steps(tmp_path / "run", manifest("complete", "pending"))])
     assert run.manifest is not None
     rows = dict(curriculum_table(run.manifest).rows)
-    assert rows["1"][:3] == [Cell("complete"), Cell("1,000"), Cell("0.75", "0.60 to 0.86")]
+    assert rows["1"][:3] == [Cell("complete"), Cell("1,000"), Cell("0.75 [0.60, 0.86]")]
     assert rows["2"][2:] == [Cell("–")] * 4
     assert dict(sources_table(run.manifest).rows)["data/hard.jsonl"] == [
         Cell("40.0 %"),
