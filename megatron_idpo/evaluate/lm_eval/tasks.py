@@ -200,12 +200,8 @@ class LmEvalModel:
             message = f"is null, and the hub does not provide {task.name}: {reason}"
             remedy = "name a directory with the items, or check the network"
             raise ConfigError.at("h4.items", message, remedy) from error
-        result = output["results"][task.name if items is None else _GROUP]
-        value = float(result[f"{task.metric},none"])
-        stderr = result[f"{task.metric}_stderr,none"]
-        known_stderr = (
-            float(stderr) if isinstance(stderr, float) else None
-        )  # "N/A" for a single item
+        names = [task.name] if items is None else list(_parts(task, items))
+        value, stderr, num_items = _aggregate(task, [output["results"][name] for name in names])
         if not math.isfinite(value):
             message = f"has no value in {task.title} ({value}): its outputs are NaN or inf"
             remedy = "check that it is complete, or set model.dtype to fp32"
@@ -214,8 +210,8 @@ class LmEvalModel:
         if task.examples is not None and items is not None and items.examples is None:
             examples = SAME_FILE
         files, cut = {} if items is None else dict(items.digests), self._cut.num_cut
-        shown, shots, num_items = task.shown, task.few_shot, int(result["sample_len"])
-        return TaskResult(shown, value, known_stderr, num_items, shots, examples, cut, files)
+        shots = task.few_shot
+        return TaskResult(task.shown, value, stderr, num_items, shots, examples, cut, files)
 
 
 def task_manager() -> Any:
@@ -240,8 +236,7 @@ def task_specs(task: H4Task, items: Items | None) -> list[Any]:
     members = [
         {"task": name, **_data(task, items, *part)} for name, part in _parts(task, items).items()
     ]
-    by_items = [{"metric": task.metric, "weight_by_size": True}]
-    return [{"group": _GROUP, "task": members, "aggregate_metric_list": by_items}]
+    return [{"group": _GROUP, "task": members}]
 
 
 def _parts(
@@ -311,3 +306,20 @@ def _check_subjects(task: H4Task, items: Items, manager: Any) -> None:
         subjects = ", ".join(name.removeprefix("mmlu_") for name in unknown)
         remedy = "use the hub's names, such as abstract_algebra"
         raise DataError.at(str(items.file), f"lm-eval has no subject {subjects}", remedy)
+
+
+def _aggregate(
+    task: H4Task, results: Sequence[Mapping[str, Any]]
+) -> tuple[float, float | None, int]:
+    """Value, standard error and items of a task from its parts, weighted by their items."""
+    from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr
+
+    sizes = [int(result["sample_len"]) for result in results]
+    values = [result[f"{task.metric},none"] for result in results]
+    stderrs = [result[f"{task.metric}_stderr,none"] for result in results]
+    is_known = all(isinstance(stderr, float) for stderr in stderrs)
+    return (
+        float(aggregate_subtask_metrics(values, sizes)),
+        float(pooled_sample_stderr(stderrs, sizes)) if is_known else None,
+        sum(sizes),
+    )

@@ -156,11 +156,10 @@ def merge_models[T](
 
 
 def comparisons(runs: Sequence[RunInputs]) -> list[tuple[RunInputs, str, Comparison]]:
-    """All comparisons, each with a prefix that names its run where several runs have some."""
-    compared = [run for run in runs if run.evaluation.comparisons]
+    """All comparisons, each with a prefix that names its run if there are several runs."""
     return [
-        (run, f"{run.label}: " if len(compared) > 1 else "", comparison)
-        for run in compared
+        (run, f"{run.label}: " if len(runs) > 1 else "", comparison)
+        for run in runs
         for comparison in run.evaluation.comparisons
     ]
 

@@ -214,14 +214,14 @@ def speed_section(runs: Sequence[RunInputs]) -> Section | None:
     facts = {run.label: facts for run in runs if (facts := speed_facts(run.records))}
     if not facts:
         return None
-    lines, several = training_lines(runs), len(runs) > 1
+    lines = training_lines(runs)
     return Section(
         "speed",
         "Throughput and memory",
         ["Training steps only; means leave out the first steps, which compile."],
-        legend=[(line.label, line.style) for line in lines] if several else (),
+        legend=[(line.label, line.style) for line in lines] if len(runs) > 1 else (),
         charts=charts.training_charts(lines, (charts.TOKENS_PER_S, charts.PEAK_GB)),
-        tables=[tables.facts_table(facts if several else {"": facts[runs[0].label]})],
+        tables=[tables.facts_table(facts)],
     )
 
 

@@ -361,7 +361,7 @@ def test_nan_value_is_reported(
     model: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {"acc_norm,none": float("nan"), "acc_norm_stderr,none": 0.0, "sample_len": 2}
-    output = {"results": {"local": values}}
+    output = {"results": {"arc_challenge": values}}
     monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", lambda *_, **__: output)
     with pytest.raises(CheckpointError, match=r"has no value in ARC \(nan\)"):
         h4_run.main(config(tmp_path / "out", model, items), [])

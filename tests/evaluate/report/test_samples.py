@@ -53,7 +53,7 @@ def test_answers_belong_to_their_prompts(tmp_path: Path) -> None:
     found = select_samples(read_runs([tmp_path / "x", tmp_path / "z"]))
     message = [[answer.answer for _, answer in one.replies] for one in found]
     assert message == [["x0"], ["x1"], ["z0"]]
-    assert [one.verdicts for one in found] == [[], [], ["m over n"]]
+    assert [one.verdicts for one in found] == [[], [], ["z: m over n"]]
 
 
 def test_long_text_is_cut_at_a_space() -> None:
