@@ -20,16 +20,7 @@ from megatron_idpo.doctor.finding import Finding, State
 IMPORT_TIMEOUT_S = 300
 """Importing megatron-core takes about 10 s on two busy cores."""
 
-
-@dataclass(frozen=True, slots=True)
-class ImportFailure:
-    """A failed import in a child process."""
-
-    kind: str
-    """The exception's class, or `crash` or `hang`."""
-
-    message: str
-    """The last line that the child wrote."""
+_INSTALL_TRANSFORMER_ENGINE = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 
 
 class Probe:
@@ -59,21 +50,21 @@ class Probe:
         path = Path(location or ".")
         return path.parent if path.name == "__init__.py" else path
 
-    def import_failure(self, module: str) -> ImportFailure | None:
-        """The failure of importing a module in a new interpreter; None if it works."""
+    def import_failure(self, module: str) -> str | None:
+        """Why a module cannot be imported in a new interpreter; None if it can."""
         command = [sys.executable, "-W", "ignore", "-c", f"import {module}"]
         try:
             child = subprocess.run(
                 command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False
             )
         except subprocess.TimeoutExpired:
-            return ImportFailure("hang", f"still importing after {IMPORT_TIMEOUT_S} s")
+            return f"still importing after {IMPORT_TIMEOUT_S} s"
         if child.returncode == 0:
             return None
-        message = next((line for line in reversed(child.stderr.splitlines()) if line.strip()), "")
-        if child.returncode < 0:
-            return ImportFailure("crash", f"ended by signal {-child.returncode}; {message}")
-        return ImportFailure(message.partition(":")[0].rpartition(".")[2], message)
+        message = (child.stderr.strip().splitlines() or [""])[-1]
+        return (
+            f"ended by signal {-child.returncode}; {message}" if child.returncode < 0 else message
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +107,6 @@ def check_libraries(probe: Probe, torch: Torch | None) -> list[Finding]:
         _transformer_engine(probe, has_gpu),
         _apex(probe, has_gpu),
         _flex_attention(probe, has_gpu),
-        _flash_attention(probe, has_gpu),
     ]
 
 
@@ -130,33 +120,26 @@ def _torch(torch: Torch | None) -> list[Finding]:
 def _cuda(torch: Torch) -> Finding:
     if torch.has_gpu:
         return Finding("CUDA", State.OK, torch.cuda_version or "unknown version")
-    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if Path("/dev/nvidia0").exists() and not is_hidden:
-        build = f"for CUDA {torch.cuda_version}" if torch.cuda_version else "without CUDA"
-        return Finding(
-            "CUDA",
-            State.BROKEN,
-            f"torch is built {build} and cannot use the GPU of this machine",
-            "everything would run on the CPU",
-            "install the torch build that fits the driver (`nvidia-smi` shows its CUDA version), "
-            'or set CUDA_VISIBLE_DEVICES="" to use the CPU on purpose',
-        )
     consequence = "everything runs on the CPU, which suits tests, conversion and small models"
-    return Finding("CUDA", State.NOTE, "no GPU", consequence)
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if is_hidden or not Path("/dev/nvidia0").exists():
+        return Finding("CUDA", State.NOTE, "no GPU", consequence)
+    build = f"for CUDA {torch.cuda_version}" if torch.cuda_version else "without CUDA"
+    message = f"torch is built {build} and cannot use the GPU of this machine"
+    remedy = "install the torch build that fits the driver (`nvidia-smi` shows its CUDA version), "
+    remedy += 'or set CUDA_VISIBLE_DEVICES="" to use the CPU on purpose'
+    return Finding("CUDA", State.BROKEN, message, "everything would run on the CPU", remedy)
 
 
 def _collectives(torch: Torch) -> Finding:
-    if not (torch.has_gloo or torch.nccl_version):
-        message, consequence = "torch has neither NCCL nor gloo", "processes cannot communicate"
-        remedy = "install a torch build with torch.distributed"
-        return Finding("NCCL", State.BROKEN, message, consequence, remedy)
-    if not torch.has_gpu:
-        return Finding("NCCL", State.OK, "not used: without GPUs, processes communicate over gloo")
-    if torch.nccl_version is None:
-        message, consequence = "torch was built without it", "GPUs cannot communicate"
-        remedy = "install torch from PyPI, which includes NCCL"
-        return Finding("NCCL", State.BROKEN, message, consequence, remedy)
-    return Finding("NCCL", State.OK, torch.nccl_version)
+    remedy = "install torch from PyPI, which includes both"
+    backend = torch.nccl_version if torch.has_gpu else torch.has_gloo or torch.nccl_version
+    if not backend:
+        message = f"torch was built without {'NCCL' if torch.has_gpu else 'NCCL and gloo'}"
+        return Finding("NCCL", State.BROKEN, message, "processes cannot communicate", remedy)
+    version = torch.nccl_version if torch.has_gpu else None
+    unused = "not used: without GPUs, processes communicate over gloo"
+    return Finding("NCCL", State.OK, version or unused)
 
 
 def _requirements(probe: Probe) -> Finding:
@@ -167,18 +150,14 @@ def _requirements(probe: Probe) -> Finding:
     if not required:
         remedy = "install it with `pip install -e .`"
         return Finding(name, State.NOTE, "megatron-idpo is not installed", "", remedy)
-    versions = {item: probe.version(item.name) for item in required}
-    wrong = {
-        item: version
-        for item, version in versions.items()
-        if version is None or not item.specifier.contains(version, prereleases=True)
-    }
+    wrong = {}
+    for item in required:
+        version = probe.version(item.name)
+        if version is None or not item.specifier.contains(version, prereleases=True):
+            wrong[item] = f"{item.name} {version or 'missing'} (needs {item.specifier})"
     if not wrong:
         return Finding(name, State.OK, f"all {len(required)} in the tested range")
-    message = ", ".join(
-        f"{item.name} {version or 'missing'} (needs {item.specifier})"
-        for item, version in wrong.items()
-    )
+    message = ", ".join(wrong.values())
     consequence = "other versions are not tested; megatron-core changes its API in minor versions"
     remedy = f"pip install {' '.join(repr(str(item)) for item in wrong)}"
     return Finding(name, State.BROKEN, message, consequence, remedy)
@@ -192,52 +171,38 @@ def _megatron(probe: Probe) -> Finding:
     failure = probe.import_failure("megatron.core.models.gpt")
     if failure is None:
         return Finding(name, State.OK, version)
-    message = f"{version}, but importing it fails: {failure.message}"
+    message = f"{version}, but importing it fails: {failure}"
     consequence = "nothing can run; the usual reason is a half-installed library below"
     return Finding(name, State.BROKEN, message, consequence, "fix the libraries below first")
 
 
 def _transformer_engine(probe: Probe, has_gpu: bool) -> Finding:
-    name = "Transformer Engine"
+    name, install = "Transformer Engine", _INSTALL_TRANSFORMER_ENGINE
     if probe.module_path("transformer_engine") is None:
         if not has_gpu:
             return Finding(name, State.OK, "not installed", "not needed without a GPU")
-        return Finding(
-            name,
-            State.MISSING,
-            "not installed",
-            "norms and activations run unfused, experts run one after another, and there is no "
-            "FP8, no overlap of tensor-parallel communication and no varlen kernel for "
-            "share_prompt: false",
-            "pip install --no-build-isolation 'transformer-engine[pytorch]': 280 MB; without a "
-            "prebuilt extension, compiling takes about 20 minutes on 2 cores",
-        )
+        consequence = "norms and activations run unfused, experts run one after another, and there "
+        consequence += "is no FP8, no overlap of tensor-parallel communication and no varlen "
+        consequence += "kernel for share_prompt: false"
+        remedy = f"{install} (280 MB; compiling it takes about 20 minutes on 2 cores)"
+        return Finding(name, State.MISSING, "not installed", consequence, remedy)
     version = probe.version("transformer-engine") or "of unknown version"
-    failure = probe.import_failure("transformer_engine.pytorch")
-    if failure is not None:
-        extension = ""
+    if failure := probe.import_failure("transformer_engine.pytorch"):
+        consequence = "`import megatron.core` crashes or builds models from mocks: it only handles "
+        consequence += "a Transformer Engine that is completely absent"
         if not probe.module_path("transformer_engine_torch"):
-            extension = "its PyTorch extension `transformer_engine_torch` is not installed, and "
+            consequence += "; the extension `transformer_engine_torch` is not installed"
+        remedy = f"complete it: {install}; or remove it: pip uninstall transformer-engine "
+        remedy += "transformer-engine-cu12 transformer-engine-cu13 transformer-engine-torch"
         return Finding(
-            name,
-            State.BROKEN,
-            f"{version}, half installed: {failure.message}",
-            f"{extension}megatron-core only handles a Transformer Engine that is completely "
-            "absent: otherwise `import megatron.core` crashes or builds models from mocks",
-            "complete it: pip install --no-build-isolation 'transformer-engine[pytorch]'; or "
-            "remove it: pip uninstall transformer-engine transformer-engine-cu12 "
-            "transformer-engine-cu13 transformer-engine-torch",
+            name, State.BROKEN, f"{version}, half installed: {failure}", consequence, remedy
         )
     if has_gpu:
         return Finding(name, State.OK, version)
-    return Finding(
-        name,
-        State.NOTE,
-        f"{version}, not used",
-        "its modules need a GPU even to be built, so ours are used. Stock megatron-core fails here "
-        "even with its local spec, because it takes Transformer Engine's norm for the final one",
-        "nothing to do for megatron-idpo; uninstall it for other megatron-core scripts",
-    )
+    consequence = "its modules need a GPU even to be built, so ours are used. Stock megatron-core "
+    consequence += "fails here, because it takes Transformer Engine's norm for the final one"
+    remedy = "nothing to do for megatron-idpo; uninstall it for other megatron-core scripts"
+    return Finding(name, State.NOTE, f"{version}, not used", consequence, remedy)
 
 
 def _apex(probe: Probe, has_gpu: bool) -> Finding:
@@ -245,24 +210,17 @@ def _apex(probe: Probe, has_gpu: bool) -> Finding:
     if path is None and not has_gpu:
         return Finding(name, State.OK, "not installed", "not needed without a GPU")
     if path is None:
-        return Finding(
-            name,
-            State.MISSING,
-            "not installed",
-            "Adam is torch's and, without Transformer Engine, gradient norms are computed tensor "
-            "by tensor; results are the same",
-            "optional: build NVIDIA's from github.com/NVIDIA/apex (PyPI's `apex` is unrelated)",
-        )
+        consequence = "Adam and gradient norms run unfused; results are the same"
+        remedy = "optional: build it from github.com/NVIDIA/apex (PyPI's `apex` is unrelated)"
+        return Finding(name, State.MISSING, "not installed", consequence, remedy)
     if not (path / "optimizers").is_dir():
-        version = probe.version("apex") or "of unknown version"
-        message = f"{version} is not NVIDIA's: PyPI's `apex` is for the Pyramid web framework"
+        message = "not NVIDIA's: PyPI's `apex` is for the Pyramid web framework"
         consequence = "megatron-core takes it for NVIDIA's and calls fused norms that it lacks"
         return Finding(name, State.BROKEN, message, consequence, "pip uninstall apex")
     if probe.module_path("amp_C") is None:
         message = "NVIDIA's, without its CUDA extensions"
-        consequence = "its fused optimizer and norms are not available"
         remedy = "rebuild it with --cpp_ext --cuda_ext, or uninstall it"
-        return Finding(name, State.NOTE, message, consequence, remedy)
+        return Finding(name, State.NOTE, message, "its fused kernels are not available", remedy)
     return Finding(name, State.OK, "NVIDIA's, with CUDA extensions")
 
 
@@ -275,11 +233,3 @@ def _flex_attention(probe: Probe, has_gpu: bool) -> Finding:
         remedy = "pip install triton"
         return Finding(name, State.BROKEN, "triton is not installed", consequence, remedy)
     return Finding(name, State.OK, f"compiled with triton {probe.version('triton')}")
-
-
-def _flash_attention(probe: Probe, has_gpu: bool) -> Finding:
-    name, version = "flash-attn", probe.version("flash-attn")
-    if version is not None and has_gpu:
-        return Finding(name, State.OK, f"{version}, available to Transformer Engine")
-    reason = "Transformer Engine includes cuDNN's" if has_gpu else "not needed without a GPU"
-    return Finding(name, State.OK, version or "not installed", reason)

@@ -1,26 +1,18 @@
-"""Checks of the machine: cores, memory, disk, GPUs, and the speed of matrix products.
+"""Checks of the machine: cores, memory, disk and GPUs.
 
 In a container the limits of the control group apply, not the hardware's. Sizes are in binary units.
 """
 
 import os
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
 from megatron_idpo.doctor.finding import Finding, State
 
-if TYPE_CHECKING:
-    from torch import dtype as Dtype
-
 CGROUP = Path("/sys/fs/cgroup")
-MATMUL_SIZE = 1024
-"""A product of 2 GFLOP: milliseconds on a CPU, and large enough to reach full speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +50,7 @@ def check_machine(machine: Machine, directory: Path) -> list[Finding]:
     disk = shutil.disk_usage(nearest_existing(directory))
     memory = f"{format_size(machine.memory_bytes)}, {format_size(machine.free_memory_bytes)} free"
     findings = [
-        Finding("cores", State.OK, f"{machine.cores:g}", _describe_speed(machine)),
+        Finding("cores", State.OK, f"{machine.cores:g}"),
         Finding("memory", State.OK, memory),
         Finding("disk", State.OK, f"{format_size(disk.free)} free of {format_size(disk.total)}"),
     ]
@@ -75,8 +67,8 @@ def nearest_existing(directory: Path) -> Path:
 
 
 def _cores() -> float:
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0)
-    cores = cores or float(os.cpu_count() or 1)
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = float(len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
     quota = _read_fields(CGROUP / "cpu.max")
     if len(quota) == 2 and quota[0] != "max":
         cores = min(cores, int(quota[0]) / int(quota[1]))
@@ -107,33 +99,3 @@ def _gpus() -> tuple[tuple[str, int], ...]:
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     properties = [torch.cuda.get_device_properties(device) for device in devices]
     return tuple((gpu.name, gpu.total_memory) for gpu in properties)
-
-
-def _describe_speed(machine: Machine) -> str:
-    """Speed of matrix products on a CPU without GPUs; it decides which `dtype` to use."""
-    if machine.gpus:
-        return ""
-    try:
-        import torch
-    except (ImportError, OSError):
-        return ""
-    speeds = {
-        name: matmul_flops(dtype)
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    }
-    text = ", ".join(f"{speed / 1e9:.0f} GFLOP/s in {name}" for name, speed in speeds.items())
-    hint = ", so model.dtype=fp32 is faster here" if speeds["bf16"] < speeds["fp32"] else ""
-    return f"matrix multiplication: {text}{hint}"
-
-
-def matmul_flops(dtype: "Dtype", clock: Callable[[], float] = time.perf_counter) -> float:
-    """Measured FLOP/s of a square matrix product on the CPU, best of three runs."""
-    import torch
-
-    left = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype)
-    times_s = []
-    for _ in range(3):
-        start = clock()
-        torch.mm(left, left)
-        times_s.append(clock() - start)
-    return 2 * MATMUL_SIZE**3 / min(times_s)

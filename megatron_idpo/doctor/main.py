@@ -1,7 +1,6 @@
 """The verb `doctor`: machine, libraries, and whether a configuration can run."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,7 +82,3 @@ def main(config_path: str | Path | None = None, overrides: Sequence[str] = ()) -
     report = examine(config_path, overrides)
     render(report, Console(quiet=os.environ.get("LOCAL_RANK", "0") != "0"))
     return EXIT_USER_ERROR if report.names(State.BROKEN) else 0
-
-
-if __name__ == "__main__":  # python -m megatron_idpo.doctor.main [CONFIG.yaml [override …]]
-    sys.exit(main(sys.argv[1] if sys.argv[1:] else None, sys.argv[2:]))

@@ -4,22 +4,19 @@ Only headers and config.json are read: no weights, no network. Memory is a lower
 and, for training all of them, the state of Adam. Activations are not estimated.
 """
 
-import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.doctor.finding import Finding, State
 from megatron_idpo.doctor.machine import Machine, format_size, nearest_existing
-from megatron_idpo.errors import CheckpointError, UserError
+from megatron_idpo.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_idpo.mcore.model.architecture import Architecture
@@ -32,8 +29,6 @@ over data-parallel ranks."""
 
 GRADIENT_BYTES = 4
 DATA_FILE = re.compile(r"\.(jsonl?|parquet|csv|arrow)(\.gz)?$")
-CONFIG_FILES = ("config.json", "huggingface/config.json")
-"""Of a Hugging Face directory, and of our Megatron checkpoints."""
 
 
 def check_config(
@@ -63,10 +58,11 @@ def check_config(
     else:
         is_launched = "WORLD_SIZE" in environ
         findings.append(_layout(config.layout, machine, world_size, is_launched=is_launched))
-    if architecture is not None and not problems:
-        findings.append(_memory(config, architecture, machine, world_size))
+        if architecture is not None:
+            findings.append(_memory(config, architecture, machine, world_size))
     if config.has("data"):
-        findings.append(_data((*config.data.train, *(config.data.eval or ()))))
+        sources = (*config.data.train, *(config.data.eval or ()))
+        findings.append(_data([source.path for source in sources]))
     if config.has("training"):
         findings.append(_output(Path(config.training.output)))
     return findings
@@ -86,11 +82,10 @@ def _model(path: str) -> "tuple[Architecture | None, Finding]":
         return None, Finding("model", State.UNCHECKED, message, "", remedy)
     try:
         architecture = _read_architecture(directory)
-        _check_weights(directory, architecture)
     except (UserError, ImportError, OSError) as error:
         return None, Finding("model", State.BROKEN, str(error))
-    count = sum(_parameters_by_layer(architecture).values())
-    message = f"{architecture.family}, {architecture.num_layers} layers, {count:,} parameters"
+    message = f"{architecture.family}, {architecture.num_layers} layers, "
+    message += f"{_num_parameters(architecture):,} parameters"
     return architecture, Finding("model", State.OK, message)
 
 
@@ -107,41 +102,26 @@ def _cached_snapshot(name: str) -> Path | None:
 
 
 def _read_architecture(directory: Path) -> "Architecture":
-    from megatron_idpo.mcore.model.architecture import Architecture
-
-    for name in CONFIG_FILES:
-        path = directory / name
-        if path.is_file():
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-                return Architecture.from_hf(config, str(path))
-            except (OSError, ValueError) as error:
-                if isinstance(error, UserError):
-                    raise
-                raise CheckpointError.at(str(path), f"cannot be read: {error}") from error
-    raise CheckpointError.at(str(directory), "has no config.json", "give the directory of a model")
-
-
-def _check_weights(directory: Path, architecture: "Architecture") -> None:
-    """Check the headers of Hugging Face weights; Megatron checkpoints are not read."""
+    """The architecture of a checkpoint; also checks the headers of Hugging Face weights."""
     from megatron_idpo.convert.families import LEGACY_TENSORS, expected_tensors
     from megatron_idpo.convert.hf_io.reader import HfCheckpoint
+    from megatron_idpo.convert.hf_io.tokenizer_files import read_json_object
+    from megatron_idpo.mcore.model.architecture import Architecture
 
-    if not (directory / "metadata.json").is_file():
+    is_megatron = (directory / "metadata.json").is_file()
+    path = directory / ("huggingface/config.json" if is_megatron else "config.json")
+    architecture = Architecture.from_hf(read_json_object(path), str(path))
+    if not is_megatron:
         checkpoint = HfCheckpoint(directory)
         checkpoint.check(expected_tensors(architecture, checkpoint.names()), LEGACY_TENSORS)
         checkpoint.check_vocabulary()
+    return architecture
 
 
-def _parameters_by_layer(architecture: "Architecture") -> Counter[str]:
-    """Parameters of each layer, by its number, and of `embed_tokens`, `norm` and `lm_head`."""
+def _num_parameters(architecture: "Architecture") -> int:
     from megatron_idpo.convert.families import hf_shapes
 
-    counts: Counter[str] = Counter()
-    for name, shape in hf_shapes(architecture).items():
-        parts = name.removeprefix("model.").split(".")
-        counts[parts[1] if parts[0] == "layers" else parts[0]] += math.prod(shape)
-    return counts
+    return sum(math.prod(shape) for shape in hf_shapes(architecture).values())
 
 
 def _layout(layout: Layout, machine: Machine, world_size: int, *, is_launched: bool) -> Finding:
@@ -158,13 +138,12 @@ def _layout(layout: Layout, machine: Machine, world_size: int, *, is_launched: b
     if is_launched:
         return Finding("layout", State.OK, message)
     start = "" if world_size == 1 else f"start it with torchrun --nproc-per-node {world_size}"
-    idle = len(machine.gpus) - world_size
-    if idle > 0:
-        return Finding("layout", State.NOTE, message, f"{idle} GPUs would be idle", start)
+    consequence = ""
+    if len(machine.gpus) > world_size:
+        consequence = f"{len(machine.gpus) - world_size} GPUs would be idle"
     if not machine.gpus and world_size > machine.cores:
         consequence = f"they share {machine.cores:g} cores: correct, but slow"
-        return Finding("layout", State.NOTE, message, consequence, start)
-    return Finding("layout", State.OK, message, "", start)
+    return Finding("layout", State.NOTE if consequence else State.OK, message, consequence, start)
 
 
 def _world_size(layout: Layout, machine: Machine, environ: Mapping[str, str]) -> int:
@@ -180,15 +159,16 @@ def _memory(
 ) -> Finding:
     """The memory of the weights, and of training all of them, compared to the machine's."""
     layout, dtype, name = config.layout, config.model.dtype, "weights"
-    largest, total = _parameters_per_process(architecture, layout)
+    parameters: float = _num_parameters(architecture)
     data = layout.data(world_size) if world_size else 1
     if machine.gpus:
-        parameters, available = largest, min(size for _, size in machine.gpus)
-        where = "a GPU"
+        # A lower bound: stages with the embedding or more layers than others hold more.
+        parameters /= layout.tensor * layout.pipeline
+        available, where = min(size for _, size in machine.gpus), "a GPU"
     else:
         # All processes share the memory of the machine.
-        parameters, available = total * data, machine.memory_bytes
-        where = "the machine, over all processes"
+        parameters *= data
+        available, where = machine.memory_bytes, "the machine, over all processes"
     weights = parameters * WEIGHT_BYTES[dtype]
     sharded = TRAINED_BYTES[dtype] - GRADIENT_BYTES
     training = weights + parameters * (GRADIENT_BYTES + sharded / data)
@@ -204,24 +184,7 @@ def _memory(
     return Finding(name, State.OK, message, consequence)
 
 
-def _parameters_per_process(architecture: "Architecture", layout: Layout) -> tuple[float, float]:
-    """Parameters of the largest process of a replica, and of all its processes together."""
-    counts = _parameters_by_layer(architecture)
-    stages = []
-    for stage in range(layout.pipeline):
-        chunks = range(layout.virtual_pipeline)
-        layers = [n for c in chunks for n in layout.layers(architecture.num_layers, stage, c)]
-        stages.append(sum(counts[str(layer)] for layer in layers))
-    stages[0] += counts["embed_tokens"]
-    stages[-1] += counts["norm"]
-    # A tied output layer is a copy of the embedding if the last stage is not the first.
-    is_copy = architecture.tied_embeddings and layout.pipeline > 1
-    stages[-1] += counts["embed_tokens"] if is_copy else counts["lm_head"]
-    return max(stages) / layout.tensor, float(sum(stages))
-
-
-def _data(sources: Sequence[SourceConfig]) -> Finding:
-    paths = [source.path for source in sources]
+def _data(paths: Sequence[str]) -> Finding:
     absent = [path for path in paths if not Path(path).exists()]
     if missing := [path for path in absent if _is_file_path(path)]:
         message, remedy = f"no such file: {', '.join(missing)}", "check data.train and data.eval"

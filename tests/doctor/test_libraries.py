@@ -6,7 +6,7 @@ import pytest
 
 from megatron_idpo.doctor import libraries as doctor_libraries
 from megatron_idpo.doctor.finding import Report, State
-from megatron_idpo.doctor.libraries import ImportFailure, Probe, Torch, check_libraries
+from megatron_idpo.doctor.libraries import Probe, Torch, check_libraries
 
 CPU = Torch("2.14.1", "13.0", has_gpu=False, nccl_version="2.27.3", has_gloo=True)
 GPU = Torch("2.14.1", "13.0", has_gpu=True, nccl_version="2.27.3", has_gloo=True)
@@ -64,10 +64,8 @@ def test_a_half_installed_transformer_engine_is_broken(torch):
         versions={"transformer-engine": "2.9"},
         modules={"transformer_engine": Path(), "triton": Path()},
         broken={
-            "transformer_engine.pytorch": ImportFailure(
-                "FileNotFoundError", "FileNotFoundError: x"
-            ),
-            "megatron.core.models.gpt": ImportFailure("FileNotFoundError", "FileNotFoundError: x"),
+            "transformer_engine.pytorch": "FileNotFoundError: x",
+            "megatron.core.models.gpt": "FileNotFoundError: x",
         },
     )
     engine = report["Transformer Engine"]
@@ -133,11 +131,9 @@ def test_the_probe_does_not_execute_modules(tmp_path, monkeypatch, fake_module):
     assert probe.module_path("explosive") == tmp_path / "explosive"
     assert probe.module_path("never_there") is None
     assert probe.version("explosive") == "3.1" and probe.version("never-there") is None
-    assert probe.import_failure("explosive") == ImportFailure(
-        "SystemError", "SystemError: executed"
-    )
+    assert probe.import_failure("explosive") == "SystemError: executed"
     assert probe.import_failure("json") is None
-    assert probe.import_failure("os; os.kill(os.getpid(), 9)").kind == "crash"
+    assert "ended by signal 9" in probe.import_failure("os; os.kill(os.getpid(), 9)")
     assert any(line.startswith("torch") for line in probe.requirements())
 
 

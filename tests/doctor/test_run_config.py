@@ -109,7 +109,7 @@ def test_missing_or_unsupported_models(check, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "config.json" in check(f"model.path={tmp_path}/empty")["model"].value
     (tmp_path / "empty" / "config.json").write_text("{nonsense")
-    assert "cannot be read" in check(f"model.path={tmp_path}/empty")["model"].value
+    assert "is not valid JSON" in check(f"model.path={tmp_path}/empty")["model"].value
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "mamba"}')
     assert check(f"model.path={tmp_path}/empty")["model"].state is State.BROKEN
 
