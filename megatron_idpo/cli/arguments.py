@@ -48,19 +48,10 @@ def add_choice(
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """`CONFIG.yaml [section.field=value ...]`."""
-    parser.add_argument(
-        "config",
-        type=Path,
-        nargs=None if required else "?",
-        metavar="CONFIG.yaml",
-        help="the configuration of the run",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.field=value",
-        help="replaces one field of the configuration, e.g. layout.tensor=2",
-    )
+    count, meaning = None if required else "?", "the configuration of the run"
+    parser.add_argument("config", type=Path, nargs=count, metavar="CONFIG.yaml", help=meaning)
+    meaning = "replaces one field of the configuration, e.g. layout.tensor=2"
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help=meaning)
 
 
 def config_path(arguments: argparse.Namespace) -> Path | None:

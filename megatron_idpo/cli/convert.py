@@ -17,9 +17,8 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="directory to write")
     add_choice(parser, "--dtype", DTYPES, help="dtype of the weights (default: as stored)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
-    split = parser.add_argument_group(
-        "under torchrun", "how to split the work; the result does not depend on it"
-    )
+    meaning = "how to split the work; the result does not depend on it"
+    split = parser.add_argument_group("under torchrun", meaning)
     for name, meaning in (
         ("tensor", "ranks that share every weight matrix"),
         ("pipeline", "pipeline stages"),
@@ -39,22 +38,18 @@ def _counts(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"cannot parse {text!r}; expected a list such as 3,2"
-        ) from None
+        message = f"cannot parse {text!r}; expected a list such as 3,2"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _convert_by_bridge(arguments: argparse.Namespace) -> int:
     from megatron_idpo.checkpoint.dtypes import parse_dtype
     from megatron_idpo.mcore.model.bridge import bridge_export, bridge_import
 
-    unused = [
-        f"--{name.replace('_', '-')}"
-        for name in (*_LAYOUT_FIELDS, "overwrite")
-        if getattr(arguments, name)
-    ]
-    if arguments.direction == "megatron-to-hf" and arguments.dtype:
-        unused.append("--dtype")
+    own = [*_LAYOUT_FIELDS, "overwrite"]
+    if arguments.direction == "megatron-to-hf":
+        own.append("dtype")
+    unused = [f"--{name.replace('_', '-')}" for name in own if getattr(arguments, name)]
     if unused:
         remedy = "leave them out: Megatron-Bridge has its own settings"
         raise ConfigError.at(", ".join(unused), "has no effect with --backend bridge", remedy)
@@ -87,11 +82,8 @@ def convert(arguments: argparse.Namespace) -> int:
         from megatron_idpo.convert.megatron_to_hf import convert as convert_weights
     fields = {name: getattr(arguments, name) for name in _LAYOUT_FIELDS}
     layout = Layout(**{name: value for name, value in fields.items() if value is not None})
+    dtype, overwrite = arguments.dtype, arguments.overwrite
     convert_weights(
-        arguments.input,
-        arguments.output,
-        dtype=arguments.dtype,
-        layout=layout,
-        overwrite=arguments.overwrite,
+        arguments.input, arguments.output, dtype=dtype, layout=layout, overwrite=overwrite
     )
     return 0

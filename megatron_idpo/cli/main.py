@@ -138,7 +138,8 @@ def _config_verb(function: str, summary: str, *, config_required: bool = True) -
     """A verb of the usual form: `VERB CONFIG.yaml [section.field=value ...]`.
 
     Args:
-        function: `module:name` of `main(config_path, overrides) -> int`, imported when it runs.
+        function: `module:name`, in this package, of `main(config_path, overrides) -> int`; it is
+            imported when it runs.
         summary: one line for `--help`.
         config_required: whether the path may not be None.
     """
@@ -149,8 +150,8 @@ def _config_verb(function: str, summary: str, *, config_required: bool = True) -
     def run(arguments: argparse.Namespace) -> int:
         path = config_path(arguments)
         module, _, name = function.partition(":")
-        code: int = getattr(importlib.import_module(module), name)(path, arguments.overrides)
-        return code
+        main = getattr(importlib.import_module(f"megatron_idpo.{module}"), name)
+        return int(main(path, arguments.overrides))
 
     return Verb(summary, add_arguments, run)
 
@@ -159,9 +160,8 @@ def _add_sdpo_arguments(parser: argparse.ArgumentParser) -> None:
     help_action = "status: state, result and size of each step, and the next one"
     add_choice(parser, "action", ["status"], help=help_action)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's training.output")
-    parser.add_argument(
-        "--check", action="store_true", help="also verify every byte of the snapshots"
-    )
+    help_check = "also verify every byte of the snapshots"
+    parser.add_argument("--check", action="store_true", help=help_check)
 
 
 def _sdpo(arguments: argparse.Namespace) -> int:
@@ -171,19 +171,10 @@ def _sdpo(arguments: argparse.Namespace) -> int:
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
-        help="training.output of a run or directory of an evaluation; several are compared",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.html",
-        help="the page (default: report.html in the first RUN)",
-    )
+    help_runs = "training.output of a run or directory of an evaluation; several are compared"
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=help_runs)
+    help_output = "the page (default: report.html in the first RUN)"
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help=help_output)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -194,36 +185,31 @@ def _report(arguments: argparse.Namespace) -> int:
 
 VERBS: dict[str, Verb] = {
     "train": _config_verb(
-        "megatron_idpo.cli.train:main",
+        "cli.train:main",
         "Train with DPO or intermediate DPO; resume if interrupted; export the model.",
     ),
     "score": _config_verb(
-        "megatron_idpo.cli.train:score",
-        "Compute the reference log-probabilities ahead of training.",
+        "cli.train:score", "Compute the reference log-probabilities ahead of training."
     ),
     "convert": Verb(
         "Convert weights between Hugging Face and Megatron-Core.", add_convert_arguments, convert
     ),
     "sdpo": Verb("Show the state of a stepwise DPO run.", _add_sdpo_arguments, _sdpo),
     "likelihood": _config_verb(
-        "megatron_idpo.evaluate.likelihood.main:main",
+        "evaluate.likelihood.main:main",
         "Measure preference accuracy at every layer of one or several models.",
     ),
     "advise": _config_verb(
-        "megatron_idpo.evaluate.likelihood.advise:main",
-        "Suggest layers to tap from the likelihood curves.",
+        "evaluate.likelihood.advise:main", "Suggest layers to tap from the likelihood curves."
     ),
     "generate": _config_verb(
-        "megatron_idpo.evaluate.generate.run:main",
-        "Generate answers from one or several models.",
+        "evaluate.generate.run:main", "Generate answers from one or several models."
     ),
     "judge": _config_verb(
-        "megatron_idpo.evaluate.judge.run:main",
-        "Compare answers pairwise with a judge; report win rates.",
+        "evaluate.judge.run:main", "Compare answers pairwise with a judge; report win rates."
     ),
     "h4": _config_verb(
-        "megatron_idpo.evaluate.lm_eval.run:main",
-        "Evaluate on ARC, HellaSwag, MMLU and TruthfulQA with lm-eval.",
+        "evaluate.lm_eval.run:main", "Evaluate on ARC, HellaSwag, MMLU and TruthfulQA with lm-eval."
     ),
     "report": Verb(
         "Write runs and their evaluations as one self-contained HTML page.",
@@ -231,11 +217,11 @@ VERBS: dict[str, Verb] = {
         _report,
     ),
     "data": _config_verb(
-        "megatron_idpo.data.inspect.main:main",
+        "data.inspect.main:main",
         "Show the data as the model sees it: lengths, packing, sample pairs.",
     ),
     "doctor": _config_verb(
-        "megatron_idpo.doctor.main:main",
+        "doctor.main:main",
         "Check this machine and its libraries, and whether a configuration can run.",
         config_required=False,
     ),
