@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.errors import ConfigError
 from megatron_idpo.storage.atomic import write_text
 from megatron_idpo.storage.lock import LockHeldError, locked
 
@@ -50,7 +50,7 @@ def eval_models(config: RunConfig) -> tuple[EvalModel, ...]:
     """Returns the models of `evaluate.models` in order; if empty, the run's model before and after.
 
     Raises:
-        ConfigError: lists every run without an exported model; or no model is configured.
+        ConfigError: a run has no exported model; or no model is configured.
     """
     entries = {
         name: (f"evaluate.models.{name}", model.path, model.adapter)
@@ -64,18 +64,10 @@ def eval_models(config: RunConfig) -> tuple[EvalModel, ...]:
             BASE: ("model.path", config.model.path, None),
             TRAINED: ("training.output", config.training.output, None),
         }
-    models: list[EvalModel] = []
-    problems: list[Problem] = []
-    for name, (location, path, adapter) in entries.items():
-        try:
-            exported = _exported_model(location, path)
-        except ConfigError as error:
-            problems += error.problems
-        else:
-            models.append(EvalModel(name, exported, None if adapter is None else Path(adapter)))
-    if problems:
-        raise ConfigError.of(problems)
-    return tuple(models)
+    return tuple(
+        EvalModel(name, _exported_model(location, path), Path(adapter) if adapter else None)
+        for name, (location, path, adapter) in entries.items()
+    )
 
 
 def evaluation_output(config: RunConfig) -> Path:

@@ -54,16 +54,12 @@ def test_the_default_is_the_run_before_and_after_training(tmp_path: Path) -> Non
     assert evaluation_output(run_config) == run / "evaluation"
 
 
-def test_all_unfinished_runs_are_reported(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text("")
-    with pytest.raises(ConfigError) as caught:
-        eval_models(
-            config(tmp_path, f"evaluate: {{models: {{a: {tmp_path}/one, b: {tmp_path}/two}}}}")
-        )
-    assert "evaluate.models.a" in str(caught.value) and "evaluate.models.b" in str(caught.value)
-    assert "the run has not finished" in str(caught.value)
+def test_an_unfinished_run_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.yaml").write_text("")
+    message = r"evaluate\.models\.a: .* has no hf/: the run has not finished"
+    with pytest.raises(ConfigError, match=message):
+        eval_models(config(tmp_path, f"evaluate: {{models: {{a: {tmp_path}/one}}}}"))
 
 
 def test_missing_models_and_output_are_reported(tmp_path: Path) -> None:

@@ -165,7 +165,4 @@ def _expected_count(path: Path) -> int | None:
         return None
     remedy = "delete it if the answers are complete"
     settings = read_record(path, error=DataError, remedy=remedy)
-    try:
-        return int(settings["prompts"]["count"])
-    except (ValueError, KeyError, TypeError):
-        raise DataError.at(str(path), "has no number of prompts", remedy) from None
+    return int(settings["prompts"]["count"])

@@ -8,33 +8,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 from megatron_idpo.errors import ConfigError
 
 type EngineName = Literal["transformers", "vllm"]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """Sampling parameters, named as in the configuration's section `generate`."""
-
-    temperature: float
-    repetition_penalty: float
-    top_p: float
-    max_new_tokens: int
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """A model on disk, and the precision to load it in."""
-
-    directory: Path
-    adapter: Path | None
-    dtype: Literal["bf16", "fp16", "fp32"]
 
 
 class Engine(Protocol):
@@ -93,13 +71,7 @@ def library_versions(engine: EngineName, *, has_adapter: bool) -> dict[str, str]
     names = ["torch", "transformers", *(["vllm"] if engine == "vllm" else [])]
     if has_adapter and engine == "transformers":
         names.append("peft")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def device_name() -> str:

@@ -1,4 +1,6 @@
-"""Inspection of the models that answer: everything that can be checked before loading weights.
+"""The models that answer, and what each has to generate.
+
+Everything that can be checked before loading weights is checked by `inspect_model`.
 
 Any causal language model of Transformers can answer, including families that cannot be trained
 here. `convert/model_source.py` knows only the trainable ones, so it is not used.
@@ -6,17 +8,21 @@ here. `convert/model_source.py` knows only the trainable ones, so it is not used
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_idpo.config.data import ModelConfig
+from megatron_idpo.config.evaluate import GenerateConfig
 from megatron_idpo.convert.hf_io.reader import download_model
 from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE, read_json_object
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.evaluate.generate.engine import EngineName
+from megatron_idpo.evaluate.generate.prompts import PromptRecord
 from megatron_idpo.evaluate.models import EvalModel
 from megatron_idpo.storage.provenance import file_digest
 
@@ -33,6 +39,11 @@ class InspectedModel:
     name: str
     directory: Path
     adapter: Path | None
+    """Directory of a PEFT adapter."""
+
+    dtype: torch.dtype
+    """To load the weights in."""
+
     context_tokens: int | None
     """Maximum number of positions; None: unlimited."""
 
@@ -41,7 +52,28 @@ class InspectedModel:
     """Tokens that end an answer according to the generation config."""
 
 
-def inspect_model(model: EvalModel, engine: EngineName) -> InspectedModel:
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The answers that one model has to generate."""
+
+    model: InspectedModel
+    tokenizer: Tokenizer
+    records: Sequence[PromptRecord]
+    prompts: Sequence[Sequence[int]]
+    """Token ids of each record."""
+
+    stop_tokens: Sequence[int]
+    sampling: GenerateConfig
+    seed: int
+    settings: Mapping[str, Mapping[str, Any]]
+    """What the answers depend on: section -> field -> JSON value."""
+
+    batch_prompts: int
+    engine: EngineName
+    path: Path
+
+
+def inspect_model(model: EvalModel, dtype: torch.dtype, engine: EngineName) -> InspectedModel:
     """Inspects a model; a hub model is downloaded if it is not in the cache.
 
     Raises:
@@ -62,13 +94,18 @@ def inspect_model(model: EvalModel, engine: EngineName) -> InspectedModel:
         raise ConfigError.at(location, message, remedy)
     if not any(next(directory.glob(pattern), None) for pattern in _WEIGHT_FILES):
         raise ConfigError.at(location, f"{model.path} has no weights", remedy)
-    if model.adapter is not None:
-        _check_adapter(model.adapter, f"{location}, adapter", engine)
+    if model.adapter is not None and not (model.adapter / _ADAPTER_CONFIG).is_file():
+        message = f"{model.adapter} has no {_ADAPTER_CONFIG}"
+        raise ConfigError.at(location, message, "name the directory of a PEFT adapter")
+    if model.adapter and engine == "transformers" and importlib.util.find_spec("peft") is None:
+        message = "generating with an adapter needs the library peft, which is not installed"
+        raise ConfigError.at(location, message, "pip install peft")
     config = _text_config(directory, location)
     return InspectedModel(
         model.name,
         directory,
         model.adapter,
+        dtype,
         getattr(config, "max_position_embeddings", None),
         config.vocab_size,
         _eos_tokens(directory, config),
@@ -106,20 +143,6 @@ def model_tokenizer(
     own = load_tokenizer(str(model.directory))
     is_same = own.vocabulary_identity == run_tokenizer.vocabulary_identity
     return run_tokenizer if is_same else own
-
-
-def _check_adapter(adapter: Path, location: str, engine: EngineName) -> None:
-    """The adapter can be loaded with PEFT.
-
-    Raises:
-        ConfigError: it has no configuration, or PEFT is not installed.
-    """
-    if not (adapter / _ADAPTER_CONFIG).is_file():
-        message = f"{adapter} has no {_ADAPTER_CONFIG}"
-        raise ConfigError.at(location, message, "name the directory of a PEFT adapter")
-    if engine == "transformers" and importlib.util.find_spec("peft") is None:
-        message = "generating with an adapter needs the library peft, which is not installed"
-        raise ConfigError.at(location, message, "pip install peft")
 
 
 def _text_config(directory: Path, location: str) -> Any:

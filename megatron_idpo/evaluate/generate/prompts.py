@@ -7,18 +7,15 @@ data. `prompt_tokens.py` tokenizes prompts.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.data.run_pairs import load_run_pairs
 from megatron_idpo.data.sources.open import OpenSource, open_source
-from megatron_idpo.data.sources.preferences import Format, Preference, parse_preference
-from megatron_idpo.data.sources.readers import RawRow
+from megatron_idpo.data.sources.preferences import Format, parse_preference
 from megatron_idpo.data.sources.record import BadRecord, check_prompt_name
-from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import ConfigError, DataError, Problem
 from megatron_idpo.evaluate.generate.answers import Prompt
 
@@ -41,13 +38,6 @@ class PromptRecord:
         """Equal for equal prompts, wherever they were read."""
         return json.dumps([self.prompt, self.tools, self.template_kwargs], sort_keys=True)
 
-    @staticmethod
-    def of(preference: Preference, location: str) -> "PromptRecord":
-        """The prompt of a pair."""
-        return PromptRecord(
-            location, preference.prompt, preference.tools, dict(preference.template_kwargs)
-        )
-
 
 def load_prompts(config: RunConfig, *, has_template: bool) -> tuple[list[PromptRecord], int]:
     """The distinct prompts of `generate.prompts`, or of the held-out pairs.
@@ -60,22 +50,27 @@ def load_prompts(config: RunConfig, *, has_template: bool) -> tuple[list[PromptR
         The prompts, and the number of rows that `data.on_bad_row: skip` left out.
 
     Raises:
-        ConfigError: a source has a weight.
+        ConfigError: a source has a weight, but each prompt is answered once.
         DataError: pairs or prompts cannot be read.
     """
-    sources = config.generate.prompts
-    if sources is None:
+    locations: set[str] | None = None
+    if config.generate.prompts is None:
         held_out = load_run_pairs(config).eval
         assert held_out is not None, "checked by the verb"
-        skipped = held_out.report.skipped_rows
-        records = pair_prompts(held_out, format=config.data.format, has_template=has_template)
+        locations = {held_out.location(index) for index in range(len(held_out))}
+        sources = held_out.sources
     else:
-        records, skipped = source_prompts(
-            sources,
-            format=config.data.format if config.has("data") else "auto",
-            has_template=has_template,
-            skip=config.has("data") and config.data.on_bad_row == "skip",
-        )
+        if weighted := [source.path for source in config.generate.prompts if source.weight != 1]:
+            message = f"{weighted[0]} has a weight, but each prompt is answered once"
+            raise ConfigError.at("generate.prompts", message, "leave the weight out")
+        sources = [open_source(source) for source in config.generate.prompts]
+    records, skipped = source_prompts(
+        sources,
+        format=config.data.format if config.has("data") else "auto",
+        has_template=has_template,
+        skip=config.has("data") and config.data.on_bad_row == "skip",
+        locations=locations,
+    )
     distinct: dict[str, PromptRecord] = {}
     for record in records:
         distinct.setdefault(record.key, record)
@@ -100,92 +95,47 @@ def choose(records: Sequence[PromptRecord], limit: int | None, *, seed: int) -> 
     return [records[index] for index in sorted(chosen)]
 
 
-def pair_prompts(pairs: PairDataset, *, format: Format, has_template: bool) -> list[PromptRecord]:
-    """The prompt of every pair, read again from the pair's source.
-
-    Args:
-        pairs: tokenized pairs, which know their rows.
-        format: of the records, where a source sets none; as when the pairs were read.
-        has_template: whether the tokenizer can render messages, likewise.
-
-    Raises:
-        DataError: a file has changed since the pairs were tokenized.
-    """
-    origins = [pairs.source_row(index) for index in range(len(pairs))]
-    sources = {id(origin.source): origin.source for origin in origins}
-    rows: dict[tuple[int, int], set[int]] = {}
-    for origin in origins:
-        rows.setdefault((id(origin.source), origin.part), set()).add(origin.row)
-    records: dict[tuple[int, int, int], PromptRecord] = {}
-    for (key, part), part_rows in rows.items():
-        source = sources[key]
-        for raw in source.parts[part].read():
-            if raw.row not in part_rows:
-                continue
-            location = source.location(part, raw.row)
-            try:
-                preference = parse_preference(
-                    raw.record(), format=source.source.format or format, has_template=has_template
-                )
-            except BadRecord as error:
-                raise _changed_row(location, f"is not a valid pair any more: {error}") from None
-            records[key, part, raw.row] = PromptRecord.of(preference, location)
-    prompts = []
-    for origin in origins:
-        record = records.get((id(origin.source), origin.part, origin.row))
-        if record is None:
-            raise _changed_row(origin.location, "does not exist any more")
-        prompts.append(record)
-    return prompts
-
-
-def _changed_row(location: str, message: str) -> DataError:
-    remedy = "do not change the data while this runs; start again"
-    return DataError.at(
-        location, f"{message} (the file has changed since it was tokenized)", remedy
-    )
-
-
 def source_prompts(
-    sources: Sequence[SourceConfig], *, format: Format, has_template: bool, skip: bool
+    sources: Sequence[OpenSource],
+    *,
+    format: Format,
+    has_template: bool,
+    skip: bool = False,
+    locations: Container[str] | None = None,
 ) -> tuple[list[PromptRecord], int]:
-    """The prompts of sources of pairs, or of records with only a `prompt`.
+    """The prompts of pairs, or of records with only a `prompt`.
 
     Args:
-        sources: must not have weights, because each prompt is answered once.
-        format: of the records, where a source sets none. With `chat`, a text `prompt` without
-            answers is a user message.
+        sources: are read in order.
+        format: of the records, where a source sets none.
         has_template: whether the tokenizer can render messages.
         skip: whether invalid rows are skipped.
+        locations: of the rows to read; None: all.
 
     Returns:
         The prompts, and the number of skipped rows.
 
     Raises:
-        ConfigError: a source has a weight.
         DataError: a source cannot be read, rows are invalid (the first ten are listed), or no
             prompt is left.
     """
-    if weighted := [source.path for source in sources if source.weight != 1]:
-        message = f"{weighted[0]} has a weight, but each prompt is answered once"
-        raise ConfigError.at("generate.prompts", message, "leave the weight out")
     records: list[PromptRecord] = []
     problems: list[Problem] = []
-    for opened in [open_source(source) for source in sources]:
-        record_format = opened.source.format or format
-        for location, raw in _rows(opened):
-            try:
-                pair = parse_preference(
-                    _as_pair(raw.record(), record_format),
-                    format=record_format,
-                    has_template=has_template,
-                )
-            except BadRecord as error:
-                problems.append(Problem(location, error.reason, error.remedy))
-                if len(problems) == _MAX_PROBLEMS and not skip:
-                    raise DataError.of(problems) from None
-            else:
-                records.append(PromptRecord.of(pair, location))
+    for opened in sources:
+        format_ = opened.source.format or format
+        for index, part in enumerate(opened.parts):
+            for raw in part.read():
+                location = opened.location(index, raw.row)
+                if locations is not None and location not in locations:
+                    continue
+                try:
+                    record = _as_pair(raw.record())
+                    pair = parse_preference(record, format=format_, has_template=has_template)
+                except BadRecord as error:
+                    problems.append(Problem(location, error.reason, error.remedy))
+                    continue
+                kwargs = dict(pair.template_kwargs)
+                records.append(PromptRecord(location, pair.prompt, pair.tools, kwargs))
     if problems and (not skip or not records):
         raise DataError.of(problems[:_MAX_PROBLEMS])
     if not records:
@@ -193,14 +143,7 @@ def source_prompts(
     return records, len(problems)
 
 
-def _rows(source: OpenSource) -> Iterator[tuple[str, RawRow]]:
-    """Every row of a source with its location."""
-    for index, part in enumerate(source.parts):
-        for raw in part.read():
-            yield source.location(index, raw.row), raw
-
-
-def _as_pair(record: object, format: Format) -> object:
+def _as_pair(record: object) -> object:
     """Adds placeholder answers to a record with only a prompt, so that the rules of pairs apply.
 
     Raises:
@@ -216,8 +159,6 @@ def _as_pair(record: object, format: Format) -> object:
     if not prompt:
         reason = "field 'prompt' is missing" if prompt is None else "'prompt' is empty"
         raise BadRecord(reason, "give a prompt, or chosen and rejected that share one")
-    if isinstance(prompt, str) and format == "chat":
-        prompt = [{"role": "user", "content": prompt}]
     answers: list[Any] = ["a", "b"]
     if not isinstance(prompt, str):
         answers = [[{"role": "assistant", "content": text}] for text in answers]

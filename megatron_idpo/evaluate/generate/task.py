@@ -7,11 +7,11 @@ prompts and has its own seed, so an interrupted file is continued with the same 
 """
 
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,13 @@ from megatron_idpo.evaluate.generate.answers import (
 from megatron_idpo.evaluate.generate.engine import (
     Engine,
     EngineName,
-    Sampling,
-    Weights,
     batches_per_call,
     device_name,
     library_versions,
 )
 from megatron_idpo.evaluate.generate.models import (
     InspectedModel,
+    Task,
     content_digests,
     inspect_model,
     model_tokenizer,
@@ -54,16 +53,6 @@ logger = logging.getLogger(__name__)
 _MADE_WITH = "made_with"
 """Section with versions and device. It has to match only while answers are missing: finished
 answers stay valid when a library is updated."""
-
-_LABELS = {
-    "model.weights": "the model (weights or config.json)",
-    "model.adapter_weights": "the adapter",
-    "tokenizer.vocabulary": "the tokenizer",
-    "prompts.texts": "the set of prompts",
-    "prompts.tokens": "the tokenization of the prompts (tokenizer or chat template)",
-    "sampling.seed": "evaluate.seed",
-}
-"""Parts of the settings whose names do not explain themselves."""
 
 _PATHS = ("model.path", "model.adapter")
 """Parts that may differ: a copy of the same files is the same model."""
@@ -84,8 +73,9 @@ def generate(
     )
     records, skipped = load_prompts(config, has_template=tokenizer.has_chat_template)
     _log_prompts(records, skipped, tokenizer, engine)
+    dtype = config.model.torch_dtype()
     tasks = [
-        make_task(config, inspect_model(model, engine), tokenizer, records, output, engine)
+        make_task(config, inspect_model(model, dtype, engine), tokenizer, records, output, engine)
         for model in models
     ]
     for task in tasks:
@@ -96,26 +86,6 @@ def generate(
         with single_writer(task.path):
             check_settings(task)  # again: another process may have written in the meantime
             _generate_answers(task)
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """The answers that one model has to generate."""
-
-    model: InspectedModel
-    tokenizer: Tokenizer
-    records: Sequence[PromptRecord]
-    prompts: Sequence[Sequence[int]]
-    """Token ids of each record."""
-
-    stop_tokens: Sequence[int]
-    sampling: Sampling
-    settings: Mapping[str, Mapping[str, Any]]
-    """What the answers depend on: section -> field -> JSON value."""
-
-    batch_prompts: int
-    engine: EngineName
-    path: Path
 
 
 def make_task(
@@ -137,9 +107,6 @@ def make_task(
     _check_lengths(model, records, prompts, config.generate.max_new_tokens)
     stops = sorted(model.eos_tokens | stop_tokens(records, tokenizer))
     section = config.generate
-    names = [field.name for field in fields(Sampling) if field.name != "seed"]
-    parameters = {name: getattr(section, name) for name in names}
-    sampling = Sampling(**parameters, seed=config.evaluate.seed)
     weights, adapter_weights = content_digests(model)
     settings = {
         "model": {
@@ -149,7 +116,10 @@ def make_task(
             "adapter_weights": adapter_weights,
             "dtype": config.model.dtype,
         },
-        "sampling": {**asdict(sampling), "batch_prompts": section.batch_prompts},
+        "sampling": {
+            **section.model_dump(exclude={"prompts", "max_prompts", "engine"}),
+            "seed": config.evaluate.seed,
+        },
         "answers": {"engine": engine, "stop_tokens": stops},
         _MADE_WITH: {
             "device": device_name(),
@@ -169,7 +139,8 @@ def make_task(
         records,
         prompts,
         stops,
-        sampling,
+        section,
+        config.evaluate.seed,
         settings,
         section.batch_prompts * batches_per_call(engine),
         engine,
@@ -193,7 +164,7 @@ def check_settings(task: Task) -> None:
     is_finished = stored >= len(task.records)
     differences = [
         difference
-        for difference in diff(saved, task.settings, _LABELS)
+        for difference in diff(saved, task.settings)
         if difference.name not in _PATHS
         and not (is_finished and difference.name.startswith(f"{_MADE_WITH}."))
     ]
@@ -210,8 +181,8 @@ def _check_lengths(
     """Prompts and answers fit into the model's context and vocabulary; nothing is truncated.
 
     Raises:
-        DataError: prompts are too long.
-        ConfigError: the answers alone are too long, or the tokenizer does not fit the model.
+        DataError: prompts are too long; the first are listed.
+        ConfigError: the tokenizer does not fit the model.
     """
     highest = max(map(max, prompts))
     if highest >= model.vocab_size:
@@ -220,29 +191,19 @@ def _check_lengths(
             f"{model.vocab_size - 1}"
         )
         raise ConfigError.at("model.tokenizer", message, "use the model's own tokenizer")
-    if model.context_tokens is None:
-        return
-    limit = model.context_tokens - max_new_tokens
-    if limit < 1:
-        message = f"is {max_new_tokens}, but the context of {model.name} is {model.context_tokens}"
-        raise ConfigError.at("generate.max_new_tokens", message, "lower it")
-    too_long = [index for index, prompt in enumerate(prompts) if len(prompt) > limit]
-    if not too_long:
-        return
-    excess = max(len(prompts[index]) for index in too_long) - limit
-    remedy = f"lower generate.max_new_tokens by {excess}, or leave the prompt out"
+    context_tokens = model.context_tokens
     problems = [
         Problem(
-            records[index].location,
-            f"the prompt has {len(prompts[index])} tokens; with an answer of {max_new_tokens}, "
-            f"{model.name} reads at most {limit}",
-            remedy,
+            record.location,
+            f"the prompt has {len(prompt)} tokens; with an answer of {max_new_tokens} it exceeds "
+            f"the context of {model.name}, {context_tokens}",
+            "lower generate.max_new_tokens, or leave the prompt out",
         )
-        for index in too_long[:_MAX_LISTED]
+        for record, prompt in zip(records, prompts, strict=True)
+        if context_tokens is not None and len(prompt) + max_new_tokens > context_tokens
     ]
-    if more := len(too_long) - len(problems):
-        problems.append(Problem("and", f"{more} more prompts", remedy))
-    raise DataError.of(problems)
+    if problems:
+        raise DataError.of(problems[:_MAX_LISTED])
 
 
 def _generate_answers(task: Task) -> None:
@@ -274,30 +235,27 @@ def _generate_answers(task: Task) -> None:
 
 def _answer(task: Task, index: int, tokens: Sequence[int]) -> Answer:
     """Decodes a model's tokens up to the first stop token."""
-    stops = [position for position, token in enumerate(tokens) if token in task.stop_tokens]
-    content = list(tokens[: stops[0]] if stops else tokens)
-    special = task.tokenizer.special_ids
+    content = list(itertools.takewhile(lambda token: token not in task.stop_tokens, tokens))
+    text = [token for token in content if token not in task.tokenizer.special_ids]
     record = task.records[index]
     return Answer(
-        index=index,
-        location=record.location,
-        prompt=record.prompt,
-        answer=task.tokenizer.decode([token for token in content if token not in special]),
+        index,
+        record.location,
+        record.prompt,
+        task.tokenizer.decode(text),
         answer_tokens=len(content),
-        is_complete=bool(stops),
+        is_complete=len(content) < len(tokens),
     )
 
 
 def _load_engine(task: Task) -> Engine:
-    weights = Weights(task.model.directory, task.model.adapter, task.settings["model"]["dtype"])
     if task.engine == "vllm":
         from megatron_idpo.evaluate.generate.vllm_engine import VllmEngine
 
-        longest = max(map(len, task.prompts))
-        return VllmEngine(weights, task.sampling, task.stop_tokens, longest_prompt_tokens=longest)
+        return VllmEngine(task)
     from megatron_idpo.evaluate.generate.transformers_engine import TransformersEngine
 
-    return TransformersEngine(weights, task.sampling, task.stop_tokens)
+    return TransformersEngine(task)
 
 
 def _summary(name: str, answers: Sequence[Answer]) -> str:
@@ -318,11 +276,9 @@ def _log_prompts(
         logger.info("skipped %s without a prompt (data.on_bad_row)", rows)
     texts = sum(isinstance(record.prompt, str) for record in records)
     if texts and tokenizer.has_chat_template:
-        logger.info(
-            "%s of plain text, used without the chat template; to apply it, give messages, or set "
-            "data.format to single_turn",
-            format_count(texts, "prompt"),
-        )
+        prompts = format_count(texts, "prompt")
+        hint = "to apply it, give messages, or set data.format to single_turn"
+        logger.info("%s of plain text, used without the chat template; %s", prompts, hint)
 
 
 def _digest(values: Any) -> str:

@@ -25,18 +25,15 @@ from transformers import (
 
 from megatron_idpo.console.text import format_count
 from megatron_idpo.errors import CheckpointError, ConfigError
-from megatron_idpo.evaluate.generate.engine import Sampling, Weights, derived_seed
+from megatron_idpo.evaluate.generate.engine import derived_seed
+from megatron_idpo.evaluate.generate.models import InspectedModel, Task
 from megatron_idpo.evaluate.hf_model import load_hf_model
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_SHARED_ADAPTER_TENSORS = ("vblora_vector_bank", "prompt_encoder", "prompt_embeddings")
-"""Parts of the names of tensors that PEFT saves under another name than it loads them."""
 
 
 class TransformersEngine:
     """A Transformers model; see `engine.Engine`."""
 
-    def __init__(self, weights: Weights, sampling: Sampling, stop_tokens: Sequence[int]) -> None:
+    def __init__(self, task: Task) -> None:
         """Loads the model.
 
         Raises:
@@ -44,10 +41,11 @@ class TransformersEngine:
                 another model.
         """
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = _load(weights).eval().to(self._device)
-        self._location = str(weights.directory)
-        self._sampling = sampling
-        self._pad_token = stop_tokens[0] if stop_tokens else 0
+        self._model = _load(task.model).eval().to(self._device)
+        self._location = str(task.model.directory)
+        self._sampling = sampling = task.sampling
+        self._seed = task.seed
+        self._pad_token = task.stop_tokens[0] if task.stop_tokens else 0
         is_sampled = sampling.temperature > 0
         # Every parameter that has a default is set: nothing is left to Transformers' defaults.
         self._config = GenerationConfig(
@@ -56,7 +54,7 @@ class TransformersEngine:
             top_p=sampling.top_p if is_sampled else None,
             top_k=0 if is_sampled else None,
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=list(stop_tokens) or None,
+            eos_token_id=list(task.stop_tokens) or None,
             pad_token_id=self._pad_token,
             num_beams=1,
             use_cache=True,
@@ -81,7 +79,7 @@ class TransformersEngine:
         devices = [self._device] if self._device.type == "cuda" else []
         # The batch has its own seed, and the random state of the process stays as it is.
         with torch.random.fork_rng(devices=devices), torch.inference_mode():
-            torch.manual_seed(derived_seed(self._sampling.seed, first))
+            torch.manual_seed(derived_seed(self._seed, first))
             try:
                 out_BT = self._model.generate(
                     input_ids=tokens_BT.to(self._device),
@@ -136,24 +134,24 @@ class PaddingAwareScores(LogitsProcessor):
         return penalized
 
 
-def _load(weights: Weights) -> Any:
+def _load(model: InspectedModel) -> Any:
     """The model with its adapter.
 
     Raises:
         CheckpointError: it cannot be loaded, weights are missing, or the adapter belongs to another
             model.
     """
-    model = load_hf_model(
+    loaded = load_hf_model(
         AutoModelForCausalLM,
-        str(weights.directory),
-        location=str(weights.directory),
+        str(model.directory),
+        location=str(model.directory),
         remedy="name the complete directory of a causal language model",
-        dtype=_DTYPES[weights.dtype],
+        dtype=model.dtype,
         local_files_only=True,
     )
     # `generate` fills unset parameters from the model's generation config, a top_k for example.
-    model.generation_config = GenerationConfig()
-    return model if weights.adapter is None else _with_adapter(model, weights.adapter)
+    loaded.generation_config = GenerationConfig()
+    return loaded if model.adapter is None else _with_adapter(loaded, model.adapter)
 
 
 def _with_adapter(model: Any, directory: Path) -> Any:
@@ -167,23 +165,16 @@ def _with_adapter(model: Any, directory: Path) -> Any:
     location, remedy = str(directory), "name the model that the adapter was trained on"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            # PEFT only warns of tensors that the adapter lacks.
+            warnings.filterwarnings("error", "Found missing adapter keys")
             model = PeftModel.from_pretrained(model, directory, autocast_adapter_dtype=False)
         # `from_pretrained` does not return which names did not fit; loading again does.
         keys = model.load_adapter(directory, model.active_adapter, autocast_adapter_dtype=False)
     except Exception as error:  # as in `load_hf_model`: almost any type
         message = f"cannot be loaded: {type(error).__name__}: {error}"
         raise CheckpointError.at(location, message, remedy) from error
-    problems = []
-    for kind, names in (("missing", keys.missing_keys), ("unexpected", keys.unexpected_keys)):
-        names = [
-            name.replace(f".{model.active_adapter}", "")
-            for name in names
-            if not any(part in name for part in _SHARED_ADAPTER_TENSORS)
-        ]
-        if names:
-            examples = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
-            problems.append(f"{format_count(len(names), f'{kind} tensor')}: {examples}")
-    if problems:
-        raise CheckpointError.at(location, "; ".join(problems), remedy)
+    # Other kinds of adapters save some tensors under another name than they load them.
+    if names := [name for name in keys.unexpected_keys if ".lora_" in name]:
+        message = f"has {format_count(len(names), 'tensor')} for other layers, first {names[0]}"
+        raise CheckpointError.at(location, message, remedy)
     return model

@@ -13,7 +13,6 @@ The openai client does the transport: it retries lost connections, timeouts and 
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,11 @@ from megatron_idpo.config.evaluate import JudgeConfig
 from megatron_idpo.errors import ConfigError, UserError
 from megatron_idpo.evaluate.judge.comparison import Question
 from megatron_idpo.evaluate.judge.endpoint import Endpoint
-from megatron_idpo.evaluate.judge.template import JudgeTemplate, Letter
+from megatron_idpo.evaluate.judge.template import JudgeTemplate, Letter, verdict_letter
 from megatron_idpo.evaluate.judge.verdicts import Verdict
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncOpenAI
-
-logger = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 10
 """Consecutive questions without a verdict after which judging stops."""
@@ -104,7 +101,7 @@ class ApiJudge:
         """
         from openai import APIError
 
-        messages = self._template.chat(question.prompt, *question.shown).messages()
+        messages = self._template.messages(question.prompt, *question.shown)
         attempts = input_tokens = output_tokens = 0
         text = note = ""
         letter: Letter | None = None
@@ -122,9 +119,9 @@ class ApiJudge:
             attempts += requests
             input_tokens += reply.input_tokens
             output_tokens += reply.output_tokens
-            text, letter = reply.text, self._template.letter(reply.text)
-            note = self._note(reply, has_verdict=letter is not None)
-            if reply.is_cut and "temperature" in self._options:
+            text, letter = reply.text, verdict_letter(reply.text)
+            note = "" if letter else reply.no_verdict_reason
+            if reply.is_cut:
                 break  # at temperature 0 it would be cut off again
         verdict = question.verdict(
             letter,
@@ -150,8 +147,7 @@ class ApiJudge:
                     model=self._settings.model, messages=messages, **options
                 )
             except BadRequestError as error:
-                is_unsupported = str(error.code).startswith("unsupported_")
-                if not is_unsupported or error.param not in options:
+                if not str(error.code).startswith("unsupported_") or error.param not in options:
                     raise
                 self._drop_option(error.param)
             else:
@@ -159,21 +155,9 @@ class ApiJudge:
 
     def _drop_option(self, option: str) -> None:
         """Adapts to reasoning models, which reject `max_tokens` and any set temperature."""
-        if option not in self._options:
-            return  # another worker was first
-        value = self._options.pop(option)
-        if option == "max_tokens":
+        value = self._options.pop(option, None)  # None: another worker was first
+        if option == "max_tokens" and value is not None:
             self._options["max_completion_tokens"] = value
-        else:
-            logger.info(
-                "%s does not accept temperature 0; it samples at its default temperature",
-                self._settings.model,
-            )
-
-    def _note(self, reply: "Reply", *, has_verdict: bool) -> str:
-        if not has_verdict:
-            return reply.no_verdict_reason or "the judge's answer does not end with a verdict"
-        return "" if "temperature" in self._options else "at the endpoint's default temperature"
 
     def _check_failures(self, verdict: Verdict) -> None:
         """Stops where question after question has no verdict.
@@ -227,8 +211,8 @@ class Reply:
     text: str = ""
     input_tokens: int = 0
     output_tokens: int = 0
-    no_verdict_reason: str = ""
-    """Why the text may lack a verdict, if not for the judge itself."""
+    no_verdict_reason: str = "the judge's answer does not end with a verdict"
+    """Why there is no verdict in the text, if there is none."""
 
     is_cut: bool = False
     """Whether it was cut off at the token limit."""
@@ -240,23 +224,19 @@ def parse_reply(body: str, endpoint: Endpoint) -> Reply:
         values = json.loads(body)
         choice = values["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
-        text = endpoint.redact(_text(message.get("content")))
+        text = endpoint.redact(message.get("content") or "")
+        usage = values.get("usage") or {}
+        inputs = int(usage.get("prompt_tokens") or 0)
+        outputs = int(usage.get("completion_tokens") or 0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         start = endpoint.redact(body)[:_MAX_REASON_CHARACTERS]
         return Reply(no_verdict_reason=f"the response is not a chat completion: {start!r}")
-    usage = values.get("usage")
-    reason = ""
     if finish == "length":
         reason = "the judge's answer was cut off; raise judge.max_tokens"
-    elif finish == "content_filter" or message.get("refusal"):
-        reason = "the endpoint refuses to answer this question"
-    return Reply(
-        text,
-        _count(usage, "prompt_tokens"),
-        _count(usage, "completion_tokens"),
-        reason,
-        is_cut=finish == "length",
-    )
+        return Reply(text, inputs, outputs, reason, is_cut=True)
+    if finish == "content_filter" or message.get("refusal"):
+        return Reply(text, inputs, outputs, "the endpoint refuses to answer this question")
+    return Reply(text, inputs, outputs)
 
 
 def is_permanent_error(error: "APIError") -> bool:
@@ -277,12 +257,11 @@ def check_endpoint_error(error: "APIError", settings: JudgeConfig, endpoint: End
         # Not in the words of the endpoint, which may quote parts of the key.
         message = f"{endpoint.url} rejects the key in {settings.key_variable} (status 401)"
         raise ConfigError.at("judge.key_variable", message, "export a valid key")
-    if status in (402, 403) or (status == 429 and error.code == "insufficient_quota"):
-        message = f"{endpoint.url} refuses to serve {settings.model} ({reason})"
-        raise ConfigError.at("judge.model", message, "check the permissions of your account")
-    if status in (404, 405, 410):
+    has_no_quota = status == 429 and error.code == "insufficient_quota"
+    if has_no_quota or status in (402, 403, 404, 405, 410):
         message = f"{endpoint.url} does not serve {settings.model} ({reason})"
-        raise ConfigError.at("judge.model", message, "correct the name, or judge.base_url")
+        remedy = "correct the name or judge.base_url, or check your account's permissions"
+        raise ConfigError.at("judge.model", message, remedy)
 
 
 def error_reason(error: "APIError", settings: JudgeConfig, endpoint: Endpoint) -> str:
@@ -299,16 +278,3 @@ def error_reason(error: "APIError", settings: JudgeConfig, endpoint: Endpoint) -
         message = error.body.get("message") if isinstance(error.body, dict) else None
         text = f"status {error.status_code}: {message or error.message}"
     return " ".join(endpoint.redact(text).split())[:_MAX_REASON_CHARACTERS]
-
-
-def _text(content: Any) -> str:
-    """The text of an answer; of a list of parts the text parts, without reasoning."""
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        content = "".join(text for part in parts if isinstance(text := part.get("text"), str))
-    return content if isinstance(content, str) else ""
-
-
-def _count(usage: Any, name: str) -> int:
-    value = usage.get(name) if isinstance(usage, dict) else None
-    return value if type(value) is int and value >= 0 else 0

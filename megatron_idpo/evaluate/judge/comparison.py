@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.errors import ConfigError, DataError, Problem, UserError
+from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.evaluate.generate.answers import Answer, Prompt, answers_file, read_answers
 from megatron_idpo.evaluate.judge.template import Letter
-from megatron_idpo.evaluate.judge.verdicts import Order, Verdict, VerdictStore, Winner
+from megatron_idpo.evaluate.judge.verdicts import IDENTICAL, Order, Verdict, VerdictStore, Winner
 from megatron_idpo.evaluate.models import BASE, TRAINED
 from megatron_idpo.storage.provenance import file_digest
 
@@ -42,12 +42,10 @@ class Question:
             letter: A is the answer shown first; None: there is no verdict.
             fields: further fields of `Verdict`.
         """
-        winner: Winner | None = None
-        if letter == "tie":
-            winner = "tie"
-        elif letter is not None:
-            winner = "a" if (letter == "A") == (self.order != "ba") else "b"
-        return Verdict(index=self.index, order=self.order, verdict=winner, **fields)
+        winners: dict[Letter | None, Winner] = {"A": "a", "B": "b", "tie": "tie"}
+        if self.order == "ba":
+            winners |= {"A": "b", "B": "a"}
+        return Verdict(index=self.index, order=self.order, verdict=winners.get(letter), **fields)
 
 
 class Judge(Protocol):
@@ -62,57 +60,40 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerFile:
-    """The answers of one model."""
-
-    path: Path
-    digest: str
-    """sha256 of the file."""
-
-    answers: tuple[Answer, ...]
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Reads the file.
-
-        Raises:
-            DataError: see `read_answers`.
-        """
-        answers = tuple(read_answers(path))
-        return cls(path, file_digest(path), answers)
-
-
-@dataclass(frozen=True, slots=True)
 class Comparison:
     """The answers of two models to the same prompts."""
 
     a: str
     b: str
-    answers_a: AnswerFile
-    answers_b: AnswerFile
-    num_prompts: int
-    """The first so many prompts are judged."""
+    directory: Path
+    """Of its results."""
+
+    answers: Sequence[tuple[Answer, Answer]]
+    """Of both models to each prompt that is judged."""
+
+    settings: dict[str, Any]
+    """Names of both models and digests of their answers, as stored with the verdicts."""
 
     @property
-    def name(self) -> str:
-        """Name of its result directory."""
-        return f"{self.a}-vs-{self.b}"
-
-    def is_identical(self, index: int) -> bool:
-        """Whether both models gave the same answer to a prompt."""
-        return self.answers_a.answers[index].answer == self.answers_b.answers[index].answer
+    def title(self) -> str:
+        """Both names, for messages."""
+        return f"{self.a} against {self.b}"
 
     def open_questions(self, store: VerdictStore, orders: tuple[Order, ...]) -> list[Question]:
-        """Questions without a verdict; none about identical answers."""
-        return [
-            Question(index, order, a.prompt, a.answer, b.answer, (index, order) in store.failed)
-            for index, (a, b) in enumerate(
-                zip(self.answers_a.answers, self.answers_b.answers, strict=True)
-            )
-            if index < self.num_prompts and a.answer != b.answer
-            for order in orders
-            if (index, order) not in store.verdicts
-        ]
+        """Questions without a verdict. Identical answers are stored as ties instead of asked."""
+        questions = []
+        for index, (a, b) in enumerate(self.answers):
+            if (index, "both") in store.verdicts:
+                continue
+            if a.answer == b.answer:
+                store.add(Verdict(index=index, order="both", verdict="tie", note=IDENTICAL))
+                continue
+            questions += [
+                Question(index, order, a.prompt, a.answer, b.answer, (index, order) in store.failed)
+                for order in orders
+                if (index, order) not in store.verdicts
+            ]
+        return questions
 
 
 def load_comparisons(config: RunConfig, output: Path) -> list[Comparison]:
@@ -128,25 +109,19 @@ def load_comparisons(config: RunConfig, output: Path) -> list[Comparison]:
     """
     assert config.judge is not None
     pairs = _pairs(config)
-    files: dict[str, AnswerFile] = {}
-    problems: list[Problem] = []
-    for name in dict.fromkeys(name for pair in pairs for name in pair):
-        try:
-            files[name] = AnswerFile.read(answers_file(output, name))
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise DataError.of(problems)
-    comparisons: dict[str, Comparison] = {}
+    paths = {name: answers_file(output, name) for pair in pairs for name in pair}
+    answers = {name: read_answers(path) for name, path in paths.items()}
+    digests = {name: file_digest(path) for name, path in paths.items()}
+    comparisons: dict[Path, Comparison] = {}
     for a, b in pairs:
-        _check_same_prompts(files[a], files[b])
-        count = len(files[a].answers)
-        num_prompts = min(config.judge.max_prompts or count, count)
-        comparison = Comparison(a, b, files[a], files[b], num_prompts)
+        paired = _same_prompts(answers[a], answers[b], paths[a], paths[b])
+        settings = {"a": a, "b": b, "answers": {"a": digests[a], "b": digests[b]}}
+        directory = output / "judge" / f"{a}-vs-{b}"
+        comparison = Comparison(a, b, directory, paired[: config.judge.max_prompts], settings)
         # `a-vs-b` against `c` and `a` against `b-vs-c` would share a directory.
-        other = comparisons.setdefault(comparison.name, comparison)
+        other = comparisons.setdefault(directory, comparison)
         if other is not comparison:
-            message = f"{other.a} against {other.b} and {a} against {b} are both {other.name}"
+            message = f"{other.title} and {comparison.title} are both {directory.name}"
             raise ConfigError.at("evaluate.models", message, "rename one of the models")
     return list(comparisons.values())
 
@@ -162,35 +137,31 @@ def _pairs(config: RunConfig) -> list[tuple[str, str]]:
         return [(names[-1], name) for name in names[:-1]]
     if not pairs:
         raise ConfigError.at("judge.compare", "is empty", "name pairs, or leave it out")
-    unknown = dict.fromkeys(name for pair in pairs for name in pair if name not in names)
-    problems = [
-        Problem("judge.compare", f"unknown model {name}", f"the models are {', '.join(names)}")
-        for name in unknown
-    ]
-    problems += [
-        Problem("judge.compare", f"has {a} and {b} in both directions", "keep one of them")
-        for a, b in dict.fromkeys(pairs)
-        if a < b and (b, a) in pairs
-    ]
-    if problems:
-        raise ConfigError.of(problems)
+    for a, b in pairs:
+        if unknown := {a, b}.difference(names):
+            message = f"unknown model {min(unknown)}"
+            raise ConfigError.at("judge.compare", message, f"the models are {', '.join(names)}")
+        if (b, a) in pairs:
+            message = f"has {a} and {b} in both directions"
+            raise ConfigError.at("judge.compare", message, "keep one of them")
     return list(dict.fromkeys(pairs))
 
 
-def _check_same_prompts(a: AnswerFile, b: AnswerFile) -> None:
-    """Both files answer the same prompts in the same order.
+def _same_prompts(
+    a: Sequence[Answer], b: Sequence[Answer], path_a: Path, path_b: Path
+) -> list[tuple[Answer, Answer]]:
+    """Pairs the answers to the same prompts, which both files have in the same order.
 
     Raises:
         DataError: names the first difference.
     """
     remedy = "run `generate` for both with the same configuration"
-    for first, second in zip(a.answers, b.answers, strict=False):
+    pairs = list(zip(a, b, strict=False))
+    for line, (first, second) in enumerate(pairs, start=1):
         if first.prompt != second.prompt:
-            message = (
-                f"answers the prompt {second.prompt!r:.60}, but {a.path}:{first.index + 1} "
-                f"answers {first.prompt!r:.60}"
-            )
-            raise DataError.at(f"{b.path}:{second.index + 1}", message, remedy)
-    if len(a.answers) != len(b.answers):
-        message = f"has {len(b.answers)} answers, but {a.path} has {len(a.answers)}"
-        raise DataError.at(str(b.path), message, remedy)
+            message = f"answers another prompt than {path_a}:{line}: {second.prompt!r:.60}"
+            raise DataError.at(f"{path_b}:{line}", f"{message}, not {first.prompt!r:.60}", remedy)
+    if len(a) != len(b):
+        message = f"has {len(b)} answers, but {path_a} has {len(a)}"
+        raise DataError.at(str(path_b), message, remedy)
+    return pairs

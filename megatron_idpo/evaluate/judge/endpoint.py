@@ -5,6 +5,7 @@ and is redacted in everything that an endpoint sends back.
 """
 
 import ipaddress
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -36,7 +37,7 @@ class Endpoint:
         return is_plain and not self.is_local and self.key != PLACEHOLDER
 
     @classmethod
-    def of(cls, settings: JudgeConfig, environment: Mapping[str, str]) -> "Endpoint":
+    def of(cls, settings: JudgeConfig, environment: Mapping[str, str] = os.environ) -> "Endpoint":
         """The endpoint of a configuration.
 
         Raises:
@@ -65,20 +66,19 @@ def checked_url(url: str) -> str:
     """The address of an endpoint, without a trailing slash.
 
     Raises:
-        ConfigError: it is invalid; or has a user, password or query, which is not quoted because
-            it may be a secret.
+        ConfigError: it is invalid, or has a user, password or query. It is not quoted, because it
+            may contain a secret.
     """
-    location, example = "judge.base_url", "write it like https://host/v1"
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise ConfigError.at(location, "is not a valid address", example) from None
-    if parts.username is not None or parts.query or parts.fragment:
-        message = "contains a user, a password or a query"
-        raise ConfigError.at(location, message, f"{example}; the key comes from judge.key_variable")
-    if parts.scheme not in ("http", "https") or not host:
-        raise ConfigError.at(location, f"{url!r} is not an http(s) address", example)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_valid = is_valid and "@" not in parts.netloc and not parts.query and not parts.fragment
+    except ValueError:  # of an invalid port, for example
+        is_valid = False
+    if not is_valid:
+        message = "is not an http(s) address without user, password and query"
+        remedy = "write it like https://host/v1; the key comes from judge.key_variable"
+        raise ConfigError.at("judge.base_url", message, remedy)
     return url.rstrip("/")
 
 

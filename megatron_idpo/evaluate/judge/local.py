@@ -24,7 +24,7 @@ from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.evaluate.hf_model import load_hf_model
 from megatron_idpo.evaluate.judge.comparison import Question
-from megatron_idpo.evaluate.judge.template import Chat, JudgeTemplate
+from megatron_idpo.evaluate.judge.template import OPENING, JudgeTemplate
 from megatron_idpo.evaluate.judge.verdicts import Verdict
 from megatron_idpo.storage.provenance import file_digest
 
@@ -119,7 +119,7 @@ class RewardJudge(_LocalJudge):
         """Loads the model.
 
         Raises:
-            UserError: it cannot be loaded, or has several outputs.
+            UserError: it cannot be loaded, has several outputs, or has no chat template.
         """
         from transformers import AutoModelForSequenceClassification
 
@@ -127,6 +127,9 @@ class RewardJudge(_LocalJudge):
         if self._model.config.num_labels != 1:
             message = f"{path} has {self._model.config.num_labels} outputs, a reward model has one"
             raise ConfigError.at(LOCATION, message, "name a reward model")
+        if not self._tokenizer.has_chat_template:
+            message = f"{path} has no chat template"
+            raise ConfigError.at(LOCATION, message, "name a reward model with a chat template")
 
     def _scores(self, question: Question) -> dict[str, float]:
         return {"a": self._reward(question, question.a), "b": self._reward(question, question.b)}
@@ -134,15 +137,9 @@ class RewardJudge(_LocalJudge):
     @torch.inference_mode()
     def _reward(self, question: Question, answer: str) -> float:
         prompt = question.prompt
-        if self._tokenizer.has_chat_template:
-            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            conversation = [*turns, {"role": "assistant", "content": answer}]
-            text = self._render(conversation, add_generation_prompt=False)
-        elif isinstance(prompt, str):
-            text = prompt + answer
-        else:
-            message = "has no chat template, but the prompts are chat messages"
-            raise ConfigError.at(LOCATION, message, "name a reward model with a chat template")
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        conversation = [*turns, {"role": "assistant", "content": answer}]
+        text = self._render(conversation, add_generation_prompt=False)
         return float(self._model(input_ids=self._tokenize(text)).logits.float().squeeze())
 
 
@@ -162,28 +159,23 @@ class LanguageModelJudge(_LocalJudge):
 
     @torch.inference_mode()
     def _scores(self, question: Question) -> dict[str, float]:
-        """Log-probabilities of the letters A and B after the opening of the reply."""
-        chat = self._template.chat(question.prompt, *question.shown)
-        text = self._question_text(chat) + self._template.opening
+        """Log-probabilities of the letters A and B after "Verdict: "."""
+        messages = self._template.messages(question.prompt, *question.shown)
+        # In one user message: some chat templates reject system messages.
+        text = "\n\n".join(message["content"] for message in messages)
+        if self._tokenizer.has_chat_template:
+            text = self._render([{"role": "user", "content": text}], add_generation_prompt=True)
+        else:
+            text += "\n\n"
+        text += OPENING
         ids_a, ids_b = (self._tokenize(text + letter)[0].tolist() for letter in "AB")
         # The tokenizer may merge the letter with the text before it, so the letters are compared
         # at the first position where the two tokenizations differ.
         shared = common_prefix_length(ids_a, ids_b)
         if shared == 0 or ids_a[shared + 1 :] != ids_b[shared + 1 :]:
-            message = f"after `opening` {self._template.opening!r}, A and B are not one token each"
-            raise ConfigError.at("judge.template", message, "set `opening` to another text")
+            message = f"after {OPENING!r}, A and B are not one token each"
+            raise ConfigError.at(LOCATION, message, "name another judge")
         prefix_1T = torch.tensor([ids_a[:shared]], device=self._model.device)
         logits_V = self._model(input_ids=prefix_1T).logits[0, -1].float()
         logps_V = logits_V.log_softmax(-1)
         return {"A": float(logps_V[ids_a[shared]]), "B": float(logps_V[ids_b[shared]])}
-
-    def _question_text(self, chat: Chat) -> str:
-        """The question as the model reads it, up to its reply."""
-        if not self._tokenizer.has_chat_template:
-            return "".join(f"{turn['content']}\n\n" for turn in chat.messages())
-        try:
-            return self._render(chat.messages(), add_generation_prompt=True)
-        except _UnreadableError:
-            # Some chat templates reject system messages: prepend it to the user's message.
-            merged = Chat("", f"{chat.system}\n\n{chat.user}")
-            return self._render(merged.messages(), add_generation_prompt=True)

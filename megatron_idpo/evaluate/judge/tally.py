@@ -1,4 +1,4 @@
-"""From verdicts to a result: counts, win rate, confidence interval, significance, table.
+"""From verdicts to a result: counts, win rate, confidence interval, significance.
 
 A model wins a prompt if it wins in both orders; where the orders disagree, the prompt is a tie. The
 win rate counts a tie as half a win. Its interval is Wilson's, which is conservative (too wide) with
@@ -6,13 +6,9 @@ ties. The sign test ignores ties. Prompts without a verdict count in neither.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
-
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from megatron_idpo.evaluate.judge.verdicts import Order, Verdict
 from megatron_idpo.train.metrics.intervals import sign_test, wilson_interval
@@ -22,8 +18,6 @@ SIGNIFICANCE = 0.05
 
 MIN_JUDGED = 0.95
 """Share of the prompts that must have a verdict for the result to count."""
-
-HEADS = ("model", "against", "won", "lost", "tied", "unjudged", "win rate", "95 %", "p")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +45,7 @@ class Tally:
         cls,
         verdicts: Mapping[tuple[int, Order], Verdict],
         num_prompts: int,
-        orders: Iterable[Order],
+        orders: Sequence[Order],
     ) -> Self:
         """Counts the verdicts on the prompts 0 to `num_prompts` - 1.
 
@@ -60,12 +54,11 @@ class Tally:
             num_prompts: prompts of the comparison.
             orders: in which this judge is asked.
         """
-        orders = tuple(orders)
         counts = Counter[str]()
         for index in range(num_prompts):
             whole = verdicts.get((index, "both"))
-            found = [whole] if whole else [verdicts.get((index, order)) for order in orders]
-            winners = {None if verdict is None else verdict.verdict for verdict in found}
+            both = [whole] if whole else [verdicts.get((index, order)) for order in orders]
+            winners = {None if verdict is None else verdict.verdict for verdict in both}
             if None in winners:
                 counts["unjudged"] += 1
             elif winners == {"a"}:
@@ -144,21 +137,3 @@ class Tally:
             "p_value": self.p_value,
             "summary": self.summary(a, b),
         }
-
-
-def result_table(names: Sequence[tuple[str, str]], tallies: Sequence[Tally]) -> Table:
-    """The table that `judge` ends with, one row per comparison."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    for column, head in enumerate(HEADS):
-        is_name = column < 2
-        table.add_column(head, justify="left" if is_name else "right", no_wrap=not is_name)
-    for (a, b), tally in zip(names, tallies, strict=True):
-        rate = "–" if tally.win_rate is None else f"{tally.win_rate * 100:.1f} %"
-        interval = "–"
-        if tally.interval is not None:
-            interval = " to ".join(f"{bound * 100:.1f}" for bound in tally.interval)
-        p_value = f"{tally.p_value:.3f}" if tally.p_value >= 0.001 else "< 0.001"
-        counts = map(str, (tally.wins, tally.losses, tally.ties, tally.unjudged))
-        # `Text`: a model may be called `[red]`, which rich would read as markup.
-        table.add_row(*map(Text, (a, b, *counts, rate, interval, p_value)))
-    return table

@@ -1,11 +1,8 @@
 """The judge's instructions: a Jinja template, and how the judge's verdict is read.
 
-A template has a block `user`, may have a block `system`, and may set `verdict` (a pattern for the
-last line of a reply) and `opening` (text before the letter, for a local language model). The header
-of the packaged template, `pairwise.jinja`, documents all of this.
-
-Templates come from users: they run in Jinja's sandbox. An undefined variable is an error, so that
-no question is asked with a part missing.
+A template has a block `user`, and may have a block `system`. The header of the packaged template,
+`pairwise.jinja`, documents its variables. Templates come from users: they run in Jinja's sandbox.
+An undefined variable is an error, so that no question is asked with a part missing.
 """
 
 import hashlib
@@ -18,8 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError
-from jinja2.runtime import Context
+from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
 from megatron_idpo.errors import ConfigError
@@ -29,26 +25,15 @@ type Letter = Literal["A", "B", "tie"]
 
 LOCATION = "judge.template"
 PACKAGED = "pairwise.jinja"
-DEFAULT_VERDICT = r"(?i:[\s*_`#]*verdict\s*:[\s*_`]*(?:(?P<a>A)|(?P<b>B)|(?P<tie>tie))[\s*_`.]*)"
-"""A line `Verdict: A`, with or without Markdown around it."""
 
-DEFAULT_OPENING = "Verdict: "
+OPENING = "Verdict: "
+"""Text before the letter."""
+
+_VERDICT = re.compile(r"(?i)[\s*_`#]*verdict\s*:[\s*_`]*(A|B|tie)[\s*_`.]*")
+"""The last line of a reply, with or without Markdown around it."""
+
+_LETTERS: dict[str, Letter] = {"a": "A", "b": "B", "tie": "tie"}
 _REMEDY = "correct it; megatron_idpo/evaluate/judge/pairwise.jinja is an example"
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """The messages that a judge is given."""
-
-    system: str
-    """May be empty."""
-
-    user: str
-
-    def messages(self) -> list[dict[str, Any]]:
-        """In the format of chat endpoints and chat templates."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": self.user}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +44,7 @@ class JudgeTemplate:
     digest: str
     """sha256 of the text."""
 
-    opening: str
     _template: Template
-    _pattern: re.Pattern[str]
 
     @classmethod
     def load(cls, path: str | None) -> Self:
@@ -82,48 +65,34 @@ class JudgeTemplate:
         environment = SandboxedEnvironment(
             undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        try:
+        with _reported_errors():
             template = environment.from_string(text)
-        except TemplateSyntaxError as error:
-            message = f"{path} has a syntax error in line {error.lineno}: {error.message}"
-            raise ConfigError.at(LOCATION, message, _REMEDY) from None
         if "user" not in template.blocks:
             raise ConfigError.at(LOCATION, f"{path} has no block `user`", _REMEDY)
-        settings = _context(template, _variables("prompt", "first", "second")).vars
-        loaded = cls(
-            file.name,
-            hashlib.sha256(text.encode()).hexdigest(),
-            str(settings.get("opening", DEFAULT_OPENING)),
-            template,
-            _verdict_pattern(str(settings.get("verdict", DEFAULT_VERDICT)).strip()),
-        )
-        loaded.chat("prompt", "first", "second")
+        loaded = cls(file.name, hashlib.sha256(text.encode()).hexdigest(), template)
+        loaded.messages("prompt", "first", "second")
         return loaded
 
-    def chat(self, prompt: Prompt, answer_a: str, answer_b: str) -> Chat:
-        """The messages about two answers, A being shown first.
+    def messages(self, prompt: Prompt, answer_a: str, answer_b: str) -> list[dict[str, str]]:
+        """The chat messages about two answers, A being shown first.
 
         Raises:
             ConfigError: the template fails on them.
         """
-        context = _context(self._template, _variables(prompt, answer_a, answer_b))
-        texts = []
-        for name in ("system", "user"):
-            block = self._template.blocks.get(name)
-            with _reported_errors():
-                texts.append("" if block is None else "".join(block(context)).strip())
-        return Chat(*texts)
+        context = self._template.new_context(_variables(prompt, answer_a, answer_b))
+        messages = []
+        with _reported_errors():
+            list(self._template.root_render_func(context))  # `set` and `macro` outside of blocks
+            for role in ("system", "user"):
+                if block := self._template.blocks.get(role):
+                    messages.append({"role": role, "content": "".join(block(context)).strip()})
+        return messages
 
-    def letter(self, text: str) -> Letter | None:
-        """The verdict in the last line of a reply; None if there is none."""
-        lines = [line for line in text.splitlines() if line.strip()]
-        match = self._pattern.fullmatch(lines[-1].strip()) if lines else None
-        if match is None:
-            return None
-        letters: dict[str, Letter] = {"a": "A", "b": "B", "tie": "tie"}
-        groups = match.groupdict()
-        matched = [letter for name, letter in letters.items() if groups.get(name) is not None]
-        return matched[0] if len(matched) == 1 else None
+
+def verdict_letter(reply: str) -> Letter | None:
+    """The verdict in the last line of a judge's reply; None if there is none."""
+    match = _VERDICT.fullmatch(reply.strip().split("\n")[-1])
+    return None if match is None else _LETTERS[match[1].lower()]
 
 
 def _variables(prompt: Prompt, answer_a: str, answer_b: str) -> dict[str, Any]:
@@ -134,37 +103,16 @@ def _variables(prompt: Prompt, answer_a: str, answer_b: str) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     # "replace": a lone surrogate cannot be sent.
     shown, first, second = (text.encode("utf-8", "replace").decode() for text in texts)
-    return {
-        "prompt": shown,
-        "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-        "answer_a": first,
-        "answer_b": second,
-        "fence": digest[:16],
-    }
+    return {"prompt": shown, "answer_a": first, "answer_b": second, "fence": digest[:16]}
 
 
 def _prompt_text(prompt: Prompt) -> str:
     """A prompt as text: a single user message as it is, a conversation turn by turn."""
     if isinstance(prompt, str):
         return prompt
-    contents = [
-        content if isinstance(content := turn.get("content"), str) else json.dumps(content)
-        for turn in prompt
-    ]
     if len(prompt) == 1 and prompt[0].get("role") == "user":
-        return contents[0]
-    return "\n\n".join(
-        f"[{turn.get('role')}]\n{content}" for turn, content in zip(prompt, contents, strict=True)
-    )
-
-
-def _context(template: Template, variables: dict[str, Any]) -> Context:
-    """The context for the blocks, with the variables that the template itself sets."""
-    context = template.new_context(variables)
-    with _reported_errors():
-        for _ in template.root_render_func(context):
-            pass
-    return context
+        return str(prompt[0].get("content"))
+    return "\n\n".join(f"[{turn.get('role')}]\n{turn.get('content') or ''}" for turn in prompt)
 
 
 @contextmanager
@@ -173,22 +121,5 @@ def _reported_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a template can raise anything, `1 // 0` for example
-        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        raise ConfigError.at(LOCATION, f"cannot be rendered: {kind}{error}", _REMEDY) from None
-
-
-def _verdict_pattern(text: str) -> re.Pattern[str]:
-    """Compiles the pattern of a verdict.
-
-    Raises:
-        ConfigError: it is not a regular expression, or lacks a group.
-    """
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        message = f"`verdict` {text!r} is not a regular expression: {error}"
+        message = f"cannot be rendered: {type(error).__name__}: {error}"
         raise ConfigError.at(LOCATION, message, _REMEDY) from None
-    if missing := {"a", "b"} - pattern.groupindex.keys():
-        message = f"`verdict` {text!r} has no group {' and '.join(sorted(missing))}"
-        raise ConfigError.at(LOCATION, message, "name its groups: (?P<a>A), (?P<b>B), (?P<tie>tie)")
-    return pattern

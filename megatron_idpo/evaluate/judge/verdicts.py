@@ -22,8 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.evaluate.generate.answers import first_error
 from megatron_idpo.evaluate.models import OUTPUT, single_writer
-from megatron_idpo.storage.atomic import append_bytes, truncate_file, write_bytes
-from megatron_idpo.storage.provenance import as_problems, diff, read_record
+from megatron_idpo.storage.atomic import append_bytes, truncate_file
+from megatron_idpo.storage.provenance import as_problems, diff, read_record, write_record
 
 type Winner = Literal["a", "b", "tie"]
 type Order = Literal["ab", "ba", "both"]
@@ -111,12 +111,24 @@ class VerdictStore:
         """See `open_verdicts`."""
         self._path = directory / "verdicts.jsonl"
         self._read()
+        path = directory / "settings.json"
         # Without a judge's verdict there is nothing to protect: a wrong name of the judge, for
         # example, can be corrected after a first run that failed.
-        if any(not verdict.is_identical for verdict in self.verdicts.values()):
-            self._check_settings(directory, settings)
-        else:
-            self._begin(directory / "settings.json", settings)
+        has_verdicts = any(not verdict.is_identical for verdict in self.verdicts.values())
+        saved: Mapping[str, Any] = {}
+        if has_verdicts or path.exists():
+            restore = f"restore it, or move {directory} away"
+            saved = read_record(path, error=ConfigError, remedy=restore)
+        if not (differences := diff(saved, settings)):
+            return
+        if has_verdicts:
+            remedy = f"move {directory} away, or name another evaluate.output"
+            raise ConfigError.of(as_problems(differences, str(directory), remedy))
+        # Notes about questions that other settings asked are deleted.
+        with ConfigError.on_os_error(OUTPUT, f"cannot write {self._path}", _DISK_REMEDY):
+            truncate_file(self._path, 0)
+        self._read()
+        write_record(path, settings, error=ConfigError, indent=2)
 
     def add(self, verdict: Verdict) -> None:
         """Stores a verdict; it is on the disk on return.
@@ -141,19 +153,16 @@ class VerdictStore:
             self.failed.discard(key)
             self.verdicts[key] = verdict
 
-    def _reset(self) -> None:
-        self.verdicts, self.failed, self.used_tokens = {}, set(), [0, 0]
-
     def _read(self) -> None:
         """Reads the file; an incomplete last line, as a kill leaves it, is cut off."""
-        self._reset()
+        self.verdicts, self.failed, self.used_tokens = {}, set(), [0, 0]
         with ConfigError.on_os_error(OUTPUT, f"cannot write {self._path}", _DISK_REMEDY):
             self._path.touch()
             content = self._path.read_bytes()
             size_bytes = content.rfind(b"\n") + 1
             truncate_file(self._path, size_bytes)
-        for number, line in enumerate(content[:size_bytes].splitlines(), start=1):
-            location = f"{self._path}:{number}"
+        for index, line in enumerate(content[:size_bytes].splitlines()):
+            location = f"{self._path}:{index + 1}"
             try:
                 verdict = _VERDICT.validate_json(line, strict=True)
             except ValidationError as error:
@@ -164,25 +173,3 @@ class VerdictStore:
                 message = f"is a second verdict on prompt {verdict.index}, order {verdict.order}"
                 raise DataError.at(location, message, "delete one of the two lines")
             self._count(verdict)
-
-    def _begin(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Writes the settings; notes about questions that other settings asked are deleted."""
-        content = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
-        with ConfigError.on_os_error(OUTPUT, f"cannot write {path}", _DISK_REMEDY):
-            if not path.is_file() or path.read_bytes() != content:
-                truncate_file(self._path, 0)
-                self._reset()
-                write_bytes(path, content)
-
-    def _check_settings(self, directory: Path, settings: Mapping[str, Any]) -> None:
-        """The stored verdicts were made with these settings.
-
-        Raises:
-            ConfigError: lists each part that differs.
-        """
-        path = directory / "settings.json"
-        restore = f"restore it, or move {directory} away"
-        saved = read_record(path, error=ConfigError, remedy=restore)
-        remedy = f"move {directory} away, or name another evaluate.output"
-        if problems := as_problems(diff(saved, settings), str(directory), remedy):
-            raise ConfigError.of(problems)

@@ -55,4 +55,3 @@ def test_versions_of_the_libraries_that_influence_tokens() -> None:
         "transformers",
         "peft",
     }
-    assert library_versions("vllm", has_adapter=True)["vllm"] == "unknown"

@@ -11,7 +11,7 @@ from megatron_idpo.data.tokenize.dataset import load_pairs
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import DataError
 from megatron_idpo.evaluate.generate.prompt_tokens import prompt_tokens, stop_tokens
-from megatron_idpo.evaluate.generate.prompts import PromptRecord, pair_prompts
+from megatron_idpo.evaluate.generate.prompts import PromptRecord, source_prompts
 
 from .tiny_answers import CHATML, EOS, TURN_END, pair, user, write_records, write_tokenizer
 
@@ -48,7 +48,7 @@ def test_tokens_equal_those_of_training(directory: Path, tmp_path: Path) -> None
         cache=tmp_path / "cache",
         num_workers=1,
     )
-    prompts = pair_prompts(pairs, format="auto", has_template=True)
+    prompts, _ = source_prompts(pairs.sources, format="auto", has_template=True)
     trained = [pairs[at].prompt_tokens.tolist() for at in range(4)]
     assert prompt_tokens(prompts, tokenizer) == trained
 

@@ -8,6 +8,7 @@ import pytest
 from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.data.sources.open import open_source
 from megatron_idpo.data.sources.preferences import Format
 from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.evaluate.generate.prompts import (
@@ -24,7 +25,7 @@ def read(
     path: str, *, format: Format = "auto", has_template: bool = True, skip: bool = False
 ) -> list[PromptRecord]:
     found, skipped = source_prompts(
-        [SourceConfig(path=path)], format=format, has_template=has_template, skip=skip
+        [open_source(SourceConfig(path=path))], format=format, has_template=has_template, skip=skip
     )
     assert skipped == int(skip)
     return found
@@ -64,18 +65,13 @@ def test_record_formats(tmp_path: Path, record: Any, prompt: Any) -> None:
     assert found.location == f"{tmp_path}/p.jsonl:1"
 
 
-def test_with_format_chat_a_text_prompt_is_a_user_message(tmp_path: Path) -> None:
-    path = write_records(tmp_path / "p.jsonl", [{"prompt": "Why?"}])
-    assert prompts(read(path, format="chat")) == [user("Why?")]
-
-
 def test_column_names_and_single_turn_records(tmp_path: Path) -> None:
     path = write_records(tmp_path / "p.jsonl", [{"instruction": "Why?", "setting": "Brief."}])
     with pytest.raises(DataError, match="no field 'prompt', but 'instruction'"):
         read(path)
     columns: Any = {"prompt": "instruction", "system": "setting"}
     found, _ = source_prompts(
-        [SourceConfig(path=path, columns=columns)],
+        [open_source(SourceConfig(path=path, columns=columns))],
         format="single_turn",
         has_template=True,
         skip=False,
@@ -132,15 +128,6 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
     path = write_records(tmp_path / "p.jsonl", [{"prompt": user("x")}])
     with pytest.raises(DataError, match="the tokenizer has no chat template"):
         read(path, has_template=False)
-
-
-def test_a_weight_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"p\.jsonl has a weight, but each prompt is answered once"
-    ):
-        source_prompts(
-            [SourceConfig(path="p.jsonl", weight=2.0)], format="auto", has_template=True, skip=False
-        )
 
 
 # ---- the choice --------------------------------------------------------------------------------
@@ -205,24 +192,6 @@ def test_pairs_held_out_from_the_training_data(tmp_path: Path) -> None:
     assert [user(f"Q{(row - 1) % 6}?") for row in rows] == prompts(found)
 
 
-def test_a_file_that_changed_since_tokenization_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megatron_idpo.evaluate.generate import prompts as module
-
-    load = module.load_run_pairs
-
-    def load_and_change(config: RunConfig) -> Any:
-        pairs = load(config)
-        write_records(tmp_path / "e.jsonl", [])
-        return pairs
-
-    monkeypatch.setattr(module, "load_run_pairs", load_and_change)
-    path = write_records(tmp_path / "e.jsonl", [pair(user("x"))])
-    with pytest.raises(DataError, match=r"e\.jsonl:1: does not exist any more"):
-        held_out(tmp_path, eval=path)
-
-
 def test_separate_sources_need_no_data_section(tmp_path: Path) -> None:
     one = write_records(tmp_path / "1.jsonl", [{"prompt": text} for text in "abc"])
     two = write_records(tmp_path / "2.jsonl", [{"prompt": text} for text in "cbd"])
@@ -231,3 +200,10 @@ def test_separate_sources_need_no_data_section(tmp_path: Path) -> None:
     assert prompts(found) == ["a", "b", "c", "d"]
     chosen = config(tmp_path, generate={**generate, "max_prompts": 2}, evaluate={"seed": 4})
     assert load_prompts(chosen, has_template=True) == (choose(found, 2, seed=4), 0)
+
+
+def test_a_weight_is_refused(tmp_path: Path) -> None:
+    generate = {"prompts": [{"path": "p.jsonl", "weight": 2.0}]}
+    message = r"generate\.prompts: p\.jsonl has a weight, but each prompt is answered once"
+    with pytest.raises(ConfigError, match=message):
+        load_prompts(config(tmp_path, generate=generate), has_template=True)

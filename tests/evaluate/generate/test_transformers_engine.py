@@ -1,25 +1,24 @@
 """The Transformers engine: padding, batches and the model's defaults have no influence."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
+from megatron_idpo.config.evaluate import GenerateConfig
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.evaluate.generate.engine import Sampling, Weights
+from megatron_idpo.evaluate.generate.models import InspectedModel
 from megatron_idpo.evaluate.generate.transformers_engine import (
     PaddingAwareScores,
     TransformersEngine,
 )
 
-from .tiny_answers import EOS, write_model
+from .tiny_answers import EOS, engine_task, write_model
 
-GREEDY = Sampling(temperature=0.0, repetition_penalty=1.3, top_p=1.0, max_new_tokens=16, seed=0)
-DRAWN = replace(GREEDY, temperature=1.5, repetition_penalty=1.0)
+GREEDY = GenerateConfig(temperature=0.0, repetition_penalty=1.3, max_new_tokens=16)
+DRAWN = GenerateConfig(temperature=1.5, repetition_penalty=1.0, max_new_tokens=16)
 SUPPRESSED = frozenset(range(100, 150))
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [17, 18]]
 
@@ -34,9 +33,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def engine(directory: Path, sampling: Sampling, **weights: Any) -> TransformersEngine:
-    chosen = {"adapter": None, "dtype": "fp32", **weights}
-    return TransformersEngine(Weights(directory, **chosen), sampling, [EOS])
+def engine(
+    directory: Path,
+    sampling: GenerateConfig,
+    *,
+    seed: int = 0,
+    adapter: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TransformersEngine:
+    model = InspectedModel("m", directory, adapter, dtype, 256, 264, frozenset())
+    return TransformersEngine(engine_task(model, sampling, stop_tokens=[EOS], seed=seed))
 
 
 def until_eos(answers: list[list[int]]) -> list[list[int]]:
@@ -44,7 +50,7 @@ def until_eos(answers: list[list[int]]) -> list[list[int]]:
     return [a[: a.index(EOS) + 1] if EOS in a else a for a in answers]
 
 
-def plain_greedy(directory: Path, prompt: list[int], sampling: Sampling) -> list[int]:
+def plain_greedy(directory: Path, prompt: list[int], sampling: GenerateConfig) -> list[int]:
     """A plain loop: the whole sequence again for each token, without cache and padding."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokens = list(prompt)
@@ -98,7 +104,7 @@ def test_samples_depend_only_on_seed_and_batch(directory: Path) -> None:
     torch.manual_seed(99)
     assert model.answer(0, PROMPTS) == first  # independent of the process's random state
     assert model.answer(4, PROMPTS) != first
-    assert engine(directory, replace(DRAWN, seed=1)).answer(0, PROMPTS) != first
+    assert engine(directory, DRAWN, seed=1).answer(0, PROMPTS) != first
     torch.set_rng_state(state)
     model.answer(0, PROMPTS)
     assert torch.equal(torch.get_rng_state(), state)  # which is not changed
@@ -106,25 +112,31 @@ def test_samples_depend_only_on_seed_and_batch(directory: Path) -> None:
 
 def test_the_models_generation_config_is_ignored(directory: Path) -> None:
     """It sets a top_k of 1, another EOS, suppressed tokens, and a length of 3."""
-    sampling = replace(DRAWN, temperature=50.0)  # all 264 tokens are nearly equally likely
+    sampling = DRAWN.model_copy(
+        update={"temperature": 50.0}
+    )  # all 264 tokens are nearly equally likely
     longest = engine(directory, sampling).answer(0, [[5, 6]] * 8)
     assert max(map(len, longest)) == 16
-    many = engine(directory, replace(sampling, max_new_tokens=1)).answer(0, [[5, 6]] * 600)
+    many = engine(directory, sampling.model_copy(update={"max_new_tokens": 1})).answer(
+        0, [[5, 6]] * 600
+    )
     drawn = {token for answer in many for token in answer}
     assert len(drawn) > 200  # Transformers' default top_k is 50
     assert drawn & SUPPRESSED
 
 
 def test_a_tiny_top_p_is_greedy(directory: Path) -> None:
-    narrow = engine(directory, replace(DRAWN, top_p=1e-6)).answer(0, PROMPTS)
-    greedy = engine(directory, replace(GREEDY, repetition_penalty=1.0)).answer(0, PROMPTS)
+    narrow = engine(directory, DRAWN.model_copy(update={"top_p": 1e-6})).answer(0, PROMPTS)
+    greedy = engine(directory, GREEDY.model_copy(update={"repetition_penalty": 1.0})).answer(
+        0, PROMPTS
+    )
     assert narrow == greedy
 
 
-@pytest.mark.parametrize(("dtype", "held"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_weights_have_the_configured_dtype(directory: Path, dtype: str, held: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_have_the_configured_dtype(directory: Path, dtype: torch.dtype) -> None:
     model = engine(directory, GREEDY, dtype=dtype)
-    assert {parameter.dtype for parameter in model._model.parameters()} == {held}
+    assert {parameter.dtype for parameter in model._model.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize(
@@ -196,26 +208,22 @@ def test_an_adapter_equals_the_merged_model(directory: Path, tmp_path: Path) -> 
     found = engine(directory, GREEDY, adapter=adapter).answer(0, PROMPTS)
     assert found == engine(tmp_path / "adapter.merged", GREEDY).answer(0, PROMPTS)
     assert found != engine(directory, GREEDY).answer(0, PROMPTS)
-    half = engine(directory, GREEDY, adapter=adapter, dtype="bf16")
+    half = engine(directory, GREEDY, adapter=adapter, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half._model.parameters()} == {torch.bfloat16}
 
 
-def test_an_adapter_of_another_depth_is_refused(
-    directory: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_an_adapter_of_another_model_is_refused(directory: Path, tmp_path: Path) -> None:
     adapter = write_adapter(directory, tmp_path / "adapter")
     deep, flat = (write_model(tmp_path / str(n), num_hidden_layers=n) for n in (3, 1))
-    layer = r"base_model\.model\.model\.layers\.{}\.[a-z_.]+\.lora_A\.weight, .*lora_B.*, \.\.\.;"
-    missing = r"adapter: 4 missing tensors: " + layer.format(2)
+    missing = r"adapter: cannot be loaded: (.|\n)*missing adapter keys(.|\n)*layers\.2\."
     with pytest.raises(CheckpointError, match=missing):
         engine(deep, GREEDY, adapter=adapter)
-    unexpected = r"adapter: 4 unexpected tensors: " + layer.format(1)
+    unexpected = r"adapter: has 4 tensors for other layers, first .*layers\.1\..*lora_A"
     with pytest.raises(CheckpointError, match=unexpected):
         engine(flat, GREEDY, adapter=adapter)
     wide = write_model(tmp_path / "wide", hidden_size=64)
     with pytest.raises(CheckpointError, match=r"adapter: cannot be loaded(.|\n)*was trained on$"):
         engine(wide, GREEDY, adapter=adapter)
-    assert not any("missing adapter keys" in str(warning.message) for warning in recwarn)
 
 
 def test_an_adapter_with_shared_tensors_is_accepted(directory: Path, tmp_path: Path) -> None:

@@ -8,12 +8,16 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.generate.engine import Sampling, Weights, derived_seed
+from megatron_idpo.config.evaluate import GenerateConfig
+from megatron_idpo.evaluate.generate.engine import derived_seed
+from megatron_idpo.evaluate.generate.models import InspectedModel
 from megatron_idpo.evaluate.generate.vllm_engine import VllmEngine
 
-SAMPLING = Sampling(temperature=0.3, repetition_penalty=1.1, top_p=0.9, max_new_tokens=5, seed=3)
+from .tiny_answers import engine_task
+
+SAMPLING = GenerateConfig(temperature=0.3, repetition_penalty=1.1, top_p=0.9, max_new_tokens=5)
 
 
 @dataclass
@@ -54,8 +58,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
 
 
 def engine(adapter: Path | None = None) -> VllmEngine:
-    weights = Weights(Path("model"), adapter, "bf16")
-    return VllmEngine(weights, SAMPLING, [1, 3], longest_prompt_tokens=20)
+    model = InspectedModel("m", Path("model"), adapter, torch.bfloat16, 100, 264, frozenset())
+    return VllmEngine(engine_task(model, SAMPLING, stop_tokens=[1, 3], seed=3, prompts=[[4] * 20]))
 
 
 def test_model_options(fake: FakeVllm) -> None:
@@ -94,7 +98,7 @@ def test_the_stop_token_is_included_once(fake: FakeVllm) -> None:
     assert engine().answer(0, [[9, 4], [3, 9, 4]]) == [[4, 9, 1], [4, 9, 3]]
 
 
-@pytest.mark.parametrize(("rank", "max_rank"), [(4, 8), (8, 8), (17, 32), (300, 320)])
+@pytest.mark.parametrize(("rank", "max_rank"), [(4, 8), (8, 8), (17, 32), (300, 320), (1024, 1024)])
 def test_an_adapter_is_part_of_every_request(
     fake: FakeVllm, tmp_path: Path, rank: int, max_rank: int
 ) -> None:
@@ -102,9 +106,3 @@ def test_an_adapter_is_part_of_every_request(
     engine(tmp_path).answer(0, [[4]])
     assert (fake.options["enable_lora"], fake.options["max_lora_rank"]) == (True, max_rank)
     assert fake.calls[0][2]["lora_request"] == ("adapter", 1, str(tmp_path))
-
-
-def test_an_adapter_with_too_high_rank_is_refused(fake: FakeVllm, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1024}))
-    with pytest.raises(ConfigError, match=r"rank 1024.*set generate\.engine to transformers"):
-        engine(tmp_path)

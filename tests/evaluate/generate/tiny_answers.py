@@ -14,7 +14,9 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_idpo.config.evaluate import GenerateConfig
 from megatron_idpo.evaluate.generate.answers import answers_file
+from megatron_idpo.evaluate.generate.models import InspectedModel, Task
 from megatron_idpo.evaluate.generate.transformers_engine import TransformersEngine
 from megatron_idpo.testing import write_tiny_hf_model
 
@@ -104,6 +106,31 @@ def write_config(root: Path, model: Path, **sections: Any) -> Path:
 def answered(root: Path, name: str = "one") -> bytes:
     """Content of a model's file of answers."""
     return answers_file(root / "out", name).read_bytes()
+
+
+def engine_task(
+    model: InspectedModel,
+    sampling: GenerateConfig,
+    *,
+    stop_tokens: Sequence[int],
+    seed: int,
+    prompts: Sequence[Sequence[int]] = (),
+) -> Task:
+    """What an engine needs; it reads neither texts nor files."""
+    tokenizer: Any = None
+    return Task(
+        model,
+        tokenizer,
+        records=[],
+        prompts=prompts,
+        stop_tokens=stop_tokens,
+        sampling=sampling,
+        seed=seed,
+        settings={},
+        batch_prompts=1,
+        engine="transformers",
+        path=Path("unused"),
+    )
 
 
 def no_model_is_loaded() -> Any:

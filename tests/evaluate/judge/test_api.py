@@ -192,10 +192,10 @@ def test_retries_are_limited_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("fault", "message"),
     [
         ("401", r"judge\.key_variable: http://127.* rejects the key in FAKE_JUDGE_KEY"),
-        ("402", r"judge\.model: .* refuses to serve fake \(status 402: this is a 402; you sent Be"),
-        ("403", r"judge\.model: .* refuses to serve fake \(status 403"),
+        ("402", r"judge\.model: .* does not serve fake \(status 402: this is a 402; you sent Be"),
+        ("403", r"judge\.model: .* does not serve fake \(status 403"),
         ("404", r"judge\.model: http://127.* does not serve fake \(status 404: this is a 404"),
-        ("quota", r"judge\.model: .* refuses .*status 429: You exceeded your quota"),
+        ("quota", r"judge\.model: .* does not serve .*status 429: You exceeded your quota"),
     ],
 )
 def test_a_permanent_error_stops_at_once(tmp_path: Path, fault: str, message: str) -> None:
@@ -293,17 +293,12 @@ def test_request_fields(tmp_path: Path) -> None:
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("fake", 0, 512)
 
 
-def test_fields_that_reasoning_models_reject_are_replaced(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fields_that_reasoning_models_reject_are_replaced(tmp_path: Path) -> None:
     with FakeJudge(fault=always("options")) as server:
         case = write_case(tmp_path, won_and_lost(3, 2), server.url, max_tokens=77)
         assert main(case, ["judge.max_attempts=1"]) == 0
         body = server.requests[-1]
     assert body["max_completion_tokens"] == 77 and {"max_tokens", "temperature"}.isdisjoint(body)
-    assert caplog.text.count("fake does not accept temperature 0") == 1
-    notes = {line["note"] for line in verdicts(tmp_path, PAIR)}
-    assert notes == {"at the endpoint's default temperature"}
 
 
 def test_a_local_endpoint_needs_no_key_and_no_proxy(
@@ -331,20 +326,9 @@ def reply(message: Any, **fields: Any) -> Reply:
         ("Verdict: A", "Verdict: A"),
         (f"{KEY}\nVerdict: A", "[key]\nVerdict: A"),
         (None, ""),
-        (3, ""),
-        (
-            [
-                {"type": "thinking", "thinking": [{"type": "text", "text": "Verdict: B"}]},
-                {"type": "text", "text": f"Mine is {KEY}.\n"},
-                {"type": "text", "text": "Verdict: A"},
-                {"type": "text", "text": None},
-                "Verdict: B",
-            ],
-            "Mine is [key].\nVerdict: A",
-        ),
     ],
 )
-def test_reply_text_without_key_and_reasoning(content: Any, text: str) -> None:
+def test_reply_text_without_key(content: Any, text: str) -> None:
     assert reply({"role": "assistant", "content": content}) == Reply(text)
 
 
@@ -364,6 +348,7 @@ def test_reason_why_a_reply_has_no_verdict() -> None:
         '{"choices": null}',
         '{"choices": [null]}',
         '{"choices": [{"message": "Verdict: A"}]}',
+        '{"choices": [{"message": {"content": [{"type": "text", "text": "Verdict: A"}]}}]}',
     ],
 )
 def test_a_body_that_is_not_a_completion_has_no_verdict(body: str) -> None:
@@ -376,11 +361,11 @@ def test_a_body_that_is_not_a_completion_has_no_verdict(body: str) -> None:
     ("usage", "counts"),
     [
         ({"prompt_tokens": 7, "completion_tokens": 2}, (7, 2)),
-        ({"prompt_tokens": "7", "completion_tokens": -2}, (0, 0)),
+        ({"prompt_tokens": None}, (0, 0)),
         (None, (0, 0)),
     ],
 )
-def test_invalid_token_counts_are_zero(usage: Any, counts: tuple[int, int]) -> None:
+def test_missing_token_counts_are_zero(usage: Any, counts: tuple[int, int]) -> None:
     body = {"choices": [{"message": {"content": "Verdict: tie"}}], "usage": usage}
     parsed = parse_reply(json.dumps(body), ENDPOINT)
     assert (parsed.input_tokens, parsed.output_tokens) == counts

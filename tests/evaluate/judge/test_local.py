@@ -20,14 +20,12 @@ from transformers import (
 
 from megatron_idpo.errors import CheckpointError, ConfigError, DataError
 from megatron_idpo.evaluate.judge.run import main
-from megatron_idpo.evaluate.judge.template import JudgeTemplate
 
 from .judge_case import (
     comparison_directory,
     result,
     verdicts,
     won_and_lost,
-    write_answers,
     write_case,
 )
 
@@ -36,7 +34,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-SEED = 11
+SEED = 1
 """Seed of weights with which the language model prefers both sides, and shows position bias."""
 
 CLOSE = 1e-4
@@ -156,23 +154,6 @@ def test_a_second_run_loads_no_model_and_other_weights_are_refused(
         main(case, [])
 
 
-def test_a_reward_model_without_chat_template_reads_text(tmp_path: Path) -> None:
-    model = write_judge(tmp_path / "rm", LlamaForSequenceClassification, template=None)
-    case = write_case(tmp_path, ANSWERS, kind="reward", model=model)
-    assert main(case, []) == 0
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = AutoModelForSequenceClassification.from_pretrained(model)
-    with torch.no_grad():
-        score = loaded(**tokenizer("Question 2?green", return_tensors="pt")).logits.item()
-    (line,) = (line for line in verdicts(tmp_path, PAIR) if line["index"] == 2)
-    assert line["scores"]["b"] == pytest.approx(score, abs=CLOSE)
-    for name, texts in ANSWERS.items():
-        prompts: Any = [[{"role": "user", "content": "Why?"}]] * 8
-        write_answers(tmp_path / "out", name, texts, prompts)
-    with pytest.raises(ConfigError, match=r"judge\.model: has no chat template"):
-        main(case, [f"evaluate.output={tmp_path / 'out'}", "judge.compare=[[base, idpo]]"])
-
-
 def test_a_text_longer_than_the_context_is_unjudged(tmp_path: Path) -> None:
     sizes = {"max_position_embeddings": 64}
     model = write_judge(tmp_path / "rm", LlamaForSequenceClassification, **sizes)
@@ -193,6 +174,9 @@ def test_models_that_are_not_reward_models_are_refused(tmp_path: Path) -> None:
     several = write_judge(tmp_path / "sc", LlamaForSequenceClassification, num_labels=2)
     with pytest.raises(ConfigError, match=r"judge\.model: .* has 2 outputs"):
         main(case, [f"judge.model={several}"])
+    plain = write_judge(tmp_path / "plain", LlamaForSequenceClassification, template=None)
+    with pytest.raises(ConfigError, match=r"judge\.model: .*plain has no chat template"):
+        main(case, [f"judge.model={plain}"])
     with pytest.raises((CheckpointError, DataError), match="nowhere"):
         main(case, [f"judge.model={tmp_path}/nowhere"])
 
@@ -200,28 +184,23 @@ def test_models_that_are_not_reward_models_are_refused(tmp_path: Path) -> None:
 # ---- language models -------------------------------------------------------------------------
 
 
-SHORT = """{% set opening = "=" %}
-{% block system %}Which?{% endblock %}
+SHORT = """{% block system %}Which?{% endblock %}
 {% block user %}{{ answer_a }} or {{ answer_b }}{% endblock %}"""
 """So short that the output of a tiny model depends on the answers."""
 
 
-def preferences(directory: str, path: str, *, system: bool = True) -> list[tuple[str, str]]:
+def preferences(directory: str) -> list[tuple[str, str]]:
     """The letters that the model prefers, `idpo` shown first and second."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
-    template = JudgeTemplate.load(path)
     values = []
     for index in ROWS:
         a, b = (ANSWERS[name][index] for name in ("idpo", "base"))
         letters = []
         for first, second in ((a, b), (b, a)):
-            chat = template.chat(f"Question {index}?", first, second)
-            turns = chat.messages()
-            if not system:
-                turns = [{"role": "user", "content": f"{chat.system}\n\n{chat.user}"}]
+            turns = [{"role": "user", "content": f"Which?\n\n{first} or {second}"}]
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(f"{text}=", return_tensors="pt")["input_ids"]
+            ids = tokenizer(f"{text}Verdict: ", return_tensors="pt")["input_ids"]
             with torch.no_grad():
                 logits = model(input_ids=ids).logits[0, -1]
             by_letter = {letter: logits[tokenizer.encode(letter)[0]].item() for letter in "AB"}
@@ -230,17 +209,13 @@ def preferences(directory: str, path: str, *, system: bool = True) -> list[tuple
     return values
 
 
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-
-
-@pytest.mark.parametrize("prefix", ["", NO_SYSTEM], ids=["system", "no system"])
-def test_the_letter_that_is_likelier_in_both_orders_wins(tmp_path: Path, prefix: str) -> None:
-    model = write_judge(tmp_path / "lm", LlamaForCausalLM, template=prefix + TEMPLATE)
+def test_the_letter_that_is_likelier_in_both_orders_wins(tmp_path: Path) -> None:
+    model = write_judge(tmp_path / "lm", LlamaForCausalLM)
     path = tmp_path / "short.jinja"
     path.write_text(SHORT)
     case = write_case(tmp_path, ANSWERS, kind="language_model", model=model, template=str(path))
     assert main(case, []) == 0
-    expected = preferences(model, str(path), system=not prefix)
+    expected = preferences(model)
     asked = [pair for index, pair in enumerate(expected) if index != 6]  # identical answers
     wins, losses = asked.count(("A", "B")), asked.count(("B", "A"))
     values = result(tmp_path, PAIR)
@@ -251,8 +226,7 @@ def test_the_letter_that_is_likelier_in_both_orders_wins(tmp_path: Path, prefix:
             letter = expected[line["index"]][("ab", "ba").index(line["order"])]
             assert line["verdict"] == ("a" if (letter == "A") == (line["order"] == "ab") else "b")
             assert max(line["scores"].values()) <= 0, "log-probabilities"
-    if not prefix:
-        assert wins and losses and values["disagreed"], "otherwise this tests little"
+    assert wins and losses and values["disagreed"], "otherwise this tests little"
 
 
 def test_a_model_without_preferences_ties(tmp_path: Path) -> None:

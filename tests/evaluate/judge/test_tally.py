@@ -1,11 +1,8 @@
 """Counts, win rate, interval and conclusion; chance is not called a win."""
 
-import io
-
 import pytest
-from rich.console import Console
 
-from megatron_idpo.evaluate.judge.tally import Tally, result_table
+from megatron_idpo.evaluate.judge.tally import Tally
 from megatron_idpo.evaluate.judge.verdicts import IDENTICAL, Order, Verdict, Winner
 
 BOTH: tuple[Order, ...] = ("ab", "ba")
@@ -100,16 +97,3 @@ def test_nothing_judged_has_no_rate() -> None:
     scores = Tally(unjudged=4).result("idpo", "dpo", "fake", "api")
     assert scores["win_rate"] is scores["low"] is scores["high"] is None
     assert scores["summary"] == "idpo against dpo: none of 4 prompts has a verdict"
-
-
-def test_table_at_80_columns() -> None:
-    names = [("idpo", "base"), ("idpo", "dpo"), ("idpo", "[red]")]
-    tallies = [Tally(wins=40), Tally(wins=21, losses=19), Tally(unjudged=4)]
-    out = io.StringIO()
-    Console(file=out, width=80).print(result_table(names, tallies))
-    rows = [line.split() for line in out.getvalue().splitlines()[2:]]
-    assert rows == [
-        "idpo base 40 0 0 0 100.0 % 91.2 to 100.0 < 0.001".split(),
-        "idpo dpo 21 19 0 0 52.5 % 37.5 to 67.1 0.875".split(),
-        "idpo [red] 0 0 0 4 – – 1.000".split(),
-    ]
