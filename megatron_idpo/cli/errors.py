@@ -43,11 +43,8 @@ def report_lost_peer(error: Exception) -> int:
 
 def is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed because a peer process has died."""
-    return (
-        _world_size() > 1
-        and isinstance(error, RuntimeError)
-        and bool(_LOST_PEER_MESSAGE.search(str(error)))
-    )
+    is_lost = isinstance(error, RuntimeError) and bool(_LOST_PEER_MESSAGE.search(str(error)))
+    return is_lost and _world_size() > 1
 
 
 def is_megatron_import_error(error: Exception) -> bool:
@@ -81,13 +78,9 @@ def _is_first_to_fail() -> bool:
 
         from torch.distributed import TCPStore
 
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=3),
-        )
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        timeout = timedelta(seconds=3)
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         # One counter per restart, so that each attempt reports its own failure.
         return store.add(f"megatron_idpo/failures/{attempt}", 1) == 1

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_idpo import __version__
@@ -144,16 +145,13 @@ def _config_verb(function: str, summary: str, *, config_required: bool = True) -
         config_required: whether the path may not be None.
     """
 
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        add_config_arguments(parser, required=config_required)
-
     def run(arguments: argparse.Namespace) -> int:
         path = config_path(arguments)
         module, _, name = function.partition(":")
         main = getattr(importlib.import_module(f"megatron_idpo.{module}"), name)
         return int(main(path, arguments.overrides))
 
-    return Verb(summary, add_arguments, run)
+    return Verb(summary, partial(add_config_arguments, required=config_required), run)
 
 
 def _add_sdpo_arguments(parser: argparse.ArgumentParser) -> None:

@@ -147,13 +147,11 @@ class Layout(Section):
 
 def _tensor_problems(layout: Layout, model: ModelShape) -> Iterator[Problem]:
     tensor, vocab, location = layout.tensor, model.vocab_size, "layout.tensor"
-    sizes = {
-        "attention heads": model.num_heads,
-        "key-value heads": model.num_kv_heads,
-        "feed-forward columns": model.ffn_hidden_size,
-    }
-    remedy = f"set layout.tensor to one of {_divisors(math.gcd(*sizes.values()))}"
-    for what, size in sizes.items():
+    sizes = (model.num_heads, model.num_kv_heads, model.ffn_hidden_size)
+    remedy = f"set layout.tensor to one of {_divisors(math.gcd(*sizes))}"
+    for what, size in zip(
+        ("attention heads", "key-value heads", "MLP columns"), sizes, strict=True
+    ):
         if size % tensor:
             yield Problem(location, f"{tensor} does not divide the {size} {what}", remedy)
     if vocab < tensor:

@@ -82,11 +82,9 @@ class Objective(Section):
         """
         weights = self.layer_weights
         if weights is not None and len(weights) != num_layers:
-            raise ConfigError.at(
-                "objective.layer_weights",
-                f"{len(weights)} weights for {num_layers} layers",
-                "give one weight per intermediate layer, or none for the mean",
-            )
+            message = f"{len(weights)} weights for {num_layers} layers"
+            remedy = "give one weight per intermediate layer, or none for the mean"
+            raise ConfigError.at("objective.layer_weights", message, remedy)
         if not num_layers:
             return 1.0, ()
         weights = weights or (1.0,) * num_layers

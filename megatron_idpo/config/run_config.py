@@ -91,8 +91,7 @@ class RunConfig(Section):
             message = "checkpoint.every_steps is null: only the last step is saved"
             remedy = f"set checkpoint.every_steps to {evaluate}"
             if evaluate is None:
-                default = CheckpointConfig.model_fields["every_steps"].default
-                remedy = f"set it and training.eval_every_steps to {default}"
+                remedy = "set it and training.eval_every_steps to 100"
         elif evaluate is None:
             message = "training.eval_every_steps is null: only the last step is evaluated"
             remedy = f"set training.eval_every_steps to {save}"

@@ -9,20 +9,16 @@ from pydantic import ValidationError
 
 from megatron_idpo.config.objective import ObjectiveConfig
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.config.sdpo import SdpoConfig
+from megatron_idpo.config.sdpo import SdpoConfig, SdpoStepConfig
 from megatron_idpo.config.section import describe_errors
 from megatron_idpo.errors import Problem
 
-_SECTION_OF = {
-    "lr": "optimizer",
-    "warmup_steps": "optimizer",
-    "epochs": "training",
-    "max_steps": "training",
-    "beta": "objective",
-    "layers": "objective",
-    "intermediate_weight": "objective",
+_REPLACED = {
+    "optimizer": ("lr", "warmup_steps"),
+    "training": ("epochs", "max_steps"),
+    "objective": ("beta", "layers", "intermediate_weight"),
 }
-"""The section of the run that a step's field replaces a value in."""
+"""The fields of each section that a step's fields of the same names replace."""
 
 _USED_WITH_LAYERS = ("intermediate_weight", "layer_weights", "reference_layer", "norm")
 
@@ -51,10 +47,11 @@ def step_config(config: RunConfig, number: int) -> RunConfig:
     """
     assert config.sdpo is not None
     step, name = config.sdpo.steps[number - 1], step_name(number)
-    changes: dict[str, dict[str, Any]] = {section: {} for section in _SECTION_OF.values()}
-    for field, section in _SECTION_OF.items():
-        if getattr(step, field) is not None:
-            changes[section][field] = getattr(step, field)
+    own = step.model_dump(exclude_none=True)
+    changes: dict[str, dict[str, Any]] = {
+        section: {field: own[field] for field in fields if field in own}
+        for section, fields in _REPLACED.items()
+    }
     changes["training"] |= {
         "output": str(Path(config.training.output) / name),
         "seed": config.training.seed + number - 1,
@@ -101,7 +98,7 @@ def step_problems(config: RunConfig) -> Iterator[Problem]:
         except ValidationError as error:
             inner = describe_errors(error, RunConfig)
         for problem in inner:
-            if problem.location in _SECTION_OF:  # a field of the step itself
+            if problem.location in SdpoStepConfig.model_fields:
                 yield replace(problem, location=f"{location}.{problem.location}")
             elif problem not in common:
                 yield Problem(location, f"{problem.location} {problem.message}", problem.remedy)
