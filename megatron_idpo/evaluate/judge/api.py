@@ -13,6 +13,7 @@ The openai client does the transport: it retries lost connections, timeouts and 
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from megatron_idpo.evaluate.judge.verdicts import Verdict
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncOpenAI
+
+logger = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 10
 """Consecutive questions without a verdict after which judging stops."""
@@ -158,6 +161,8 @@ class ApiJudge:
         value = self._options.pop(option, None)  # None: another worker was first
         if option == "max_tokens" and value is not None:
             self._options["max_completion_tokens"] = value
+        elif value is not None:
+            logger.warning("%s rejects temperature 0; it samples", self._settings.model)
 
     def _check_failures(self, verdict: Verdict) -> None:
         """Stops where question after question has no verdict.

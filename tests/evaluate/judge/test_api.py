@@ -293,12 +293,15 @@ def test_request_fields(tmp_path: Path) -> None:
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("fake", 0, 512)
 
 
-def test_fields_that_reasoning_models_reject_are_replaced(tmp_path: Path) -> None:
+def test_fields_that_reasoning_models_reject_are_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with FakeJudge(fault=always("options")) as server:
         case = write_case(tmp_path, won_and_lost(3, 2), server.url, max_tokens=77)
         assert main(case, ["judge.max_attempts=1"]) == 0
         body = server.requests[-1]
     assert body["max_completion_tokens"] == 77 and {"max_tokens", "temperature"}.isdisjoint(body)
+    assert caplog.messages.count("fake rejects temperature 0; it samples") == 1
 
 
 def test_a_local_endpoint_needs_no_key_and_no_proxy(
