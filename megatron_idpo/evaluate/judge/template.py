@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from jinja2 import StrictUndefined, Template
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
 
 from megatron_idpo.errors import ConfigError
@@ -121,5 +121,6 @@ def _reported_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a template can raise anything, `1 // 0` for example
-        message = f"cannot be rendered: {type(error).__name__}: {error}"
+        line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
+        message = f"cannot be rendered{line}: {type(error).__name__}: {error}"
         raise ConfigError.at(LOCATION, message, _REMEDY) from None
