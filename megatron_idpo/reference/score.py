@@ -11,6 +11,7 @@ Shapes: B pairs of a batch, P of a row, L layers, 2 = chosen, rejected, 3 = and 
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,11 +81,18 @@ def score_pairs(source: Reference, part: CachePart, rows: RowSettings, stop_flag
             writer = CacheWriter(part.directory, part.fingerprint)
     layers = part.fingerprint.layers
     first = broadcast_from_rank0(lambda: writer.done_pairs if writer else 0)
+    remaining: Iterable[Batch] = ()
+    if first < len(part.pairs):
+        with raise_on_all_ranks("packing the data"):
+            # `Row.pair_index_P` then counts from `first`.
+            pairs = part.pairs.select(np.arange(first, len(part.pairs)))
+            batch_pairs = PAIRS_PER_RANK * rows.data_size
+            remaining = EvaluationBatches(pairs, rows, global_batch_pairs=batch_pairs)
     last_part_s, is_stopping = time.monotonic(), False
     with show_progress(
         part.description, len(part.pairs), unit=part.unit, completed=first, show=is_rank0()
     ) as progress:
-        for batch in _remaining_batches(part.pairs, first, rows):
+        for batch in remaining:
             is_due = time.monotonic() - last_part_s >= PART_INTERVAL_S
             flags = (float(stop_flag.stop_requested), float(is_due))
             logps_BL2, any_stop, is_due = _score_batch(source, batch, layers, flags)
@@ -105,18 +113,6 @@ def score_pairs(source: Reference, part: CachePart, rows: RowSettings, stop_flag
         if writer:
             writer.finish()
     return True
-
-
-def _remaining_batches(
-    pairs: PairDataset, first: int, rows: RowSettings
-) -> EvaluationBatches | tuple[()]:
-    """Batches of the pairs from `first` on, which their pair indices count from."""
-    if first == len(pairs):
-        return ()
-    with raise_on_all_ranks("packing the data"):
-        remaining = pairs.select(np.arange(first, len(pairs)))
-        batch_pairs = PAIRS_PER_RANK * rows.data_size
-        return EvaluationBatches(remaining, rows, global_batch_pairs=batch_pairs)
 
 
 def _score_batch(

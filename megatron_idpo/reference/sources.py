@@ -8,7 +8,7 @@ The exception is `reference_layer: final`: every stage needs the values of the l
 Shapes: P pairs, B pairs of this rank's rows, L layers, 2 = chosen, rejected.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.model_source import FrozenModel, load_base
 from megatron_idpo.data.packing.batches import Batch
-from megatron_idpo.lora.adapters import add_adapters
+from megatron_idpo.lora.adapters import Adapters, add_adapters
 from megatron_idpo.lora.peft import load_peft, read_peft_settings
 from megatron_idpo.mcore.cpu.redirect import default_device
 from megatron_idpo.mcore.model.build import ModelOptions, build_model
@@ -93,16 +93,23 @@ class CachedReference:
         return [dict(zip(self.layers, logps.unbind(0), strict=True)) for logps in by_row]
 
 
+type Active = Callable[[], AbstractContextManager[None]]
+"""Makes a model the reference within the block."""
+
+
 class Resident:
     """A forward pass of a frozen model in memory."""
 
     is_reference_free = False
     needs_forward = True
 
-    def __init__(self, dpo: AttachedDpo, model: Sequence[Any]) -> None:
-        """Args: the taps, at the layers that are tapped in the policy; the model's chunks."""
+    def __init__(
+        self, dpo: AttachedDpo, model: Sequence[Any], active: Active = nullcontext
+    ) -> None:
+        """Args: the taps, at the layers that are tapped in the policy; the chunks; see `Active`."""
         self._dpo = dpo
         self._model = model
+        self._active = active
 
     def logps(self, batch: Batch) -> ReferenceLogps:
         """See `Reference.logps`."""
@@ -110,28 +117,13 @@ class Resident:
             outputs = run_batch(self._dpo, self._model, batch, None)
         return _by_row(self._dpo, outputs, batch)
 
-    def _active(self) -> AbstractContextManager[None]:
-        """Makes the model the reference within the block."""
-        return nullcontext()
-
-
-class Adapters(Protocol):
-    """Adapters of a model (`lora/`)."""
-
-    def disabled(self) -> AbstractContextManager[None]:
-        """Within the block the model computes without its adapters."""
-
 
 class AdapterOff(Resident):
     """A forward pass of the policy without its adapters."""
 
     def __init__(self, dpo: AttachedDpo, model: Sequence[Any], adapters: Adapters) -> None:
         """Args: the policy's taps, chunks and adapters."""
-        super().__init__(dpo, model)
-        self._adapters = adapters
-
-    def _active(self) -> AbstractContextManager[None]:
-        return self._adapters.disabled()
+        super().__init__(dpo, model, adapters.disabled)
 
 
 class Offloaded(Resident):
@@ -142,13 +134,13 @@ class Offloaded(Resident):
 
     def __init__(self, dpo: AttachedDpo, model: Sequence[Any]) -> None:
         """Move the weights off the device; arguments as for `Resident`."""
-        super().__init__(dpo, model)
+        super().__init__(dpo, model, self._on_device)
         parameters = [parameter for chunk in model for parameter in chunk.parameters()]
         self._host_weights = [(weight, _copy_to_host(weight.data)) for weight in parameters]
         self._move_to_host()
 
     @contextmanager
-    def _active(self) -> Iterator[None]:
+    def _on_device(self) -> Iterator[None]:
         device = default_device()
         for parameter, host in self._host_weights:
             parameter.data = host.to(device, non_blocking=True, copy=True)

@@ -21,15 +21,15 @@ from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.data.inspect.sample_pairs import PART_STYLES, print_pair, select_pairs
 from megatron_idpo.data.inspect.statistics import (
-    LengthStatistics,
     Quantiles,
     RowStatistics,
+    length_quantiles,
     plan_sampled_steps,
+    sharing_gain,
 )
 from megatron_idpo.data.packing.batches import RowSettings
 from megatron_idpo.data.pairs import IntArray
 from megatron_idpo.data.run_pairs import RunPairs, load_run_pairs, row_settings
-from megatron_idpo.errors import ConfigError
 
 FIGURE = "data.png"
 
@@ -61,7 +61,9 @@ def inspect_data(config: RunConfig, console: Console) -> None:
     Raises:
         ConfigError, DataError: see `main`.
     """
-    settings = row_settings(config, _world_size(config))
+    world_size = int(os.environ.get("WORLD_SIZE", config.layout.model_ranks))
+    config.layout.check(None, world_size)
+    settings = row_settings(config, world_size)
     with console.status("reading and tokenizing (cached for the next run)"):
         run_pairs = load_run_pairs(config)
     pairs = run_pairs.train
@@ -79,9 +81,8 @@ def inspect_data(config: RunConfig, console: Console) -> None:
     for index, reason in selected.items():
         print_pair(console, pairs, index, max_length, tokenizer, title=reason)
     _print_sources(console, run_pairs)
-    lengths = LengthStatistics.of(pairs.lengths_P3, share_prompt=share_prompt)
-    _print_lengths(console, lengths, share_prompt=share_prompt)
-    _print_rows(console, config, settings, rows, lengths.sharing_gain)
+    _print_lengths(console, pairs.lengths_P3, share_prompt=share_prompt)
+    _print_rows(console, config, settings, rows, sharing_gain(pairs.lengths_P3))
     # Imported here: matplotlib takes as long to import as all the rest.
     from megatron_idpo.figures.data_lengths import draw_data_lengths
 
@@ -90,18 +91,6 @@ def inspect_data(config: RunConfig, console: Console) -> None:
     title = f"{name}: {len(pairs):,} pairs"
     draw_data_lengths(path, pairs.lengths_P3, rows.fill_R, rows.fill, title=title)
     console.print(Text(str(path)), soft_wrap=True)
-
-
-def _world_size(config: RunConfig) -> int:
-    layout = config.layout
-    world_size = int(os.environ.get("WORLD_SIZE", layout.model_ranks))
-    if world_size % layout.model_ranks:
-        raise ConfigError.at(
-            "layout",
-            f"one model takes {layout.model_ranks} processes, WORLD_SIZE is {world_size}",
-            f"use a multiple of {layout.model_ranks}",
-        )
-    return world_size
 
 
 def _print_sources(console: Console, run_pairs: RunPairs) -> None:
@@ -122,14 +111,14 @@ def _print_sources(console: Console, run_pairs: RunPairs) -> None:
     _print_lines(console, "Pairs", lines)
 
 
-def _print_lengths(console: Console, lengths: LengthStatistics, *, share_prompt: bool) -> None:
+def _print_lengths(console: Console, lengths_P3: IntArray, *, share_prompt: bool) -> None:
     """A table of lengths in tokens."""
     table = Table(box=None, pad_edge=False, title_justify="left", header_style="dim")
     table.title = Text("Tokens", style="bold")
     table.add_column("")
     for heading in ("median", "p90", "max"):
         table.add_column(heading, justify="right", min_width=7)
-    for name, quantiles in lengths.parts.items():
+    for name, quantiles in length_quantiles(lengths_P3, share_prompt=share_prompt).items():
         label = name if name != "pair" else f"pair, prompt {'once' if share_prompt else 'twice'}"
         values = (quantiles.median, quantiles.p90, quantiles.max)
         table.add_row(Text(label, PART_STYLES.get(name, "")), *(f"{value:,}" for value in values))

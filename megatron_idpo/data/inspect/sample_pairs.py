@@ -109,24 +109,16 @@ def print_pair(
     console.print(Rule(Text(title, style="bold"), align="left", style="dim"))
     console.print(Text(pairs.location(index), style="dim", overflow="fold"))
     truncated = truncated_parts(pair, max_length, tokenizer)
-    prompt = pair.prompt_tokens.tolist()
-    parts = {
-        "prompt": prompt,
-        "chosen": pair.chosen_tokens.tolist(),
-        "rejected": pair.rejected_tokens.tolist(),
-    }
-    for name, tokens in parts.items():
-        heading = Text(name, style=f"bold {PART_STYLES[name]}")
-        scored = "not scored" if name == "prompt" else "scored"
+    parts = (pair.prompt_tokens, pair.chosen_tokens, pair.rejected_tokens)
+    before: list[int] = []
+    for (name, style), part in zip(PART_STYLES.items(), parts, strict=True):
+        tokens, scored = part.tolist(), "not scored" if name == "prompt" else "scored"
+        heading = Text(name, style=f"bold {style}")
         heading.append(f"  {len(tokens):,} tokens, {scored}", "not bold")
         console.print(heading)
-        text = part_text(
-            tokens,
-            tokenizer,
-            before=[] if name == "prompt" else prompt,
-            style=PART_STYLES[name],
-            mark_control=not console.is_terminal,
-        )
+        mark_control = not console.is_terminal
+        text = part_text(tokens, tokenizer, before=before, style=style, mark_control=mark_control)
+        before = pair.prompt_tokens.tolist()
         if text.plain.endswith("\n"):
             text.right_crop()
         if name in truncated:

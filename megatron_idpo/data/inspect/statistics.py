@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches, plan_batch
 from megatron_idpo.data.pairs import IntArray, PairSource, pair_tokens, stream_pairs
+from megatron_idpo.data.tokenize.store import COLUMNS
 
 MAX_SAMPLED_STEPS = 200
 MAX_SAMPLED_PAIRS = 131_072
@@ -37,24 +38,19 @@ class Quantiles:
         return cls(*(int(level) for level in levels))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LengthStatistics:
-    """Tokens in the parts of all pairs."""
+def length_quantiles(lengths_P3: IntArray, *, share_prompt: bool) -> dict[str, Quantiles]:
+    """Tokens of `prompt`, `chosen` and `rejected`, and of `pair`: the positions it needs in a row.
 
-    parts: dict[str, Quantiles]
-    """Of `prompt`, `chosen` and `rejected`, and of `pair`, the positions it takes in a row."""
+    `lengths_P3` is int [P, 3], prompt/chosen/rejected lengths, P at least 1.
+    """
+    quantiles = {name: Quantiles.of(lengths_P3[:, part]) for part, name in enumerate(COLUMNS)}
+    return {**quantiles, "pair": Quantiles.of(pair_tokens(lengths_P3, share_prompt=share_prompt))}
 
-    sharing_gain: float
+
+def sharing_gain(lengths_P3: IntArray) -> float:
     """Positions of all pairs with every prompt stored twice / stored once; 1 or more."""
-
-    @classmethod
-    def of(cls, lengths_P3: IntArray, *, share_prompt: bool) -> "LengthStatistics":
-        """The statistics of int [P, 3] prompt/chosen/rejected lengths, P at least 1."""
-        names = ("prompt", "chosen", "rejected")
-        parts = {name: Quantiles.of(lengths_P3[:, part]) for part, name in enumerate(names)}
-        tokens_P = {share: pair_tokens(lengths_P3, share_prompt=share) for share in (False, True)}
-        parts["pair"] = Quantiles.of(tokens_P[share_prompt])
-        return cls(parts=parts, sharing_gain=float(tokens_P[False].sum() / tokens_P[True].sum()))
+    twice, once = (pair_tokens(lengths_P3, share_prompt=share).sum() for share in (False, True))
+    return float(twice / once)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -150,131 +150,103 @@ def check_pairs(pairs: PairSource, settings: RowSettings) -> None:
     )
 
 
+@dataclass(eq=False)
 class _Batches:
-    """What training and evaluation batches share: checks, and building ahead on a thread."""
+    """What training and evaluation batches share: checks, and building ahead on a thread.
 
-    def __init__(
-        self,
-        pairs: PairSource,
-        settings: RowSettings,
-        *,
-        global_batch_pairs: int,
-        prefetch_batches: int = 2,
-    ) -> None:
-        """Check every length; build nothing yet.
+    Creating it checks every length and builds nothing yet.
 
-        Args:
-            pairs: the tokenized collection.
-            settings: rows and ranks.
-            global_batch_pairs: pairs in every batch, B.
-            prefetch_batches: how many batches to build ahead on a thread, 1 or more.
+    Raises:
+        DataError: see `check_pairs`.
+    """
 
-        Raises:
-            DataError: see `check_pairs`.
-        """
-        assert global_batch_pairs >= 1, global_batch_pairs
-        check_pairs(pairs, settings)
-        self._pairs = pairs
-        self._settings = settings
-        self._global_batch_pairs = global_batch_pairs
-        self._prefetch_batches = prefetch_batches
+    pairs: PairSource
+    settings: RowSettings
+    _: KW_ONLY
+    global_batch_pairs: int
+    """Pairs in every batch, B."""
+
+    prefetch_batches: int = 2
+    """How many batches to build ahead on a thread, 1 or more."""
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        assert self.global_batch_pairs >= 1, self.global_batch_pairs
+        check_pairs(self.pairs, self.settings)
 
     def _build_ahead(self, batches: Iterable[tuple[int, IntArray]]) -> Iterator[Batch]:
         """Build a batch for each (consumed pairs, indices); the thread ends with the loop."""
         built = (
-            build_batch(self._pairs, index_B, self._settings, consumed_pairs=consumed_pairs)
+            build_batch(self.pairs, index_B, self.settings, consumed_pairs=consumed_pairs)
             for consumed_pairs, index_B in batches
         )
-        with closing(prefetch(built, self._prefetch_batches)) as ahead:
+        with closing(prefetch(built, self.prefetch_batches)) as ahead:
             yield from ahead
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainingBatches(_Batches):
     """The global batches of a run, from the first pair not yet consumed to the end of the epochs.
 
     `for batch in batches` advances `consumed_pairs` when it yields a batch, independent of what has
     been prefetched; a new loop continues from there. `state_dict` is the part of a checkpoint.
+
+    Raises:
+        DataError: see `check_pairs`; or fewer pairs in all epochs together than one batch needs.
     """
 
-    def __init__(
-        self,
-        pairs: PairSource,
-        settings: RowSettings,
-        *,
-        global_batch_pairs: int,
-        seed: int,
-        epochs: int = 1,
-        prefetch_batches: int = 2,
-    ) -> None:
-        """Check every length; build nothing yet.
+    seed: int
+    """Of the order."""
 
-        Args:
-            pairs: see `_Batches`, as all others.
-            settings: likewise.
-            global_batch_pairs: likewise.
-            seed: of the order.
-            epochs: how often each pair is used, 1 or more.
-            prefetch_batches: likewise.
+    epochs: int = 1
+    """How often each pair is used, 1 or more."""
 
-        Raises:
-            DataError: see `check_pairs`; or fewer pairs in all epochs together than one batch
-                needs.
-        """
-        super().__init__(
-            pairs,
-            settings,
-            global_batch_pairs=global_batch_pairs,
-            prefetch_batches=prefetch_batches,
-        )
-        assert epochs >= 1, epochs
-        self._seed = seed
-        self._stream_pairs = epochs * len(pairs)
-        self._consumed_pairs = 0
-        if self._stream_pairs < global_batch_pairs:
+    consumed_pairs: int = field(default=0, init=False)
+    """Pairs yielded since the run began, the last batch's included."""
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        super().__post_init__()
+        assert self.epochs >= 1, self.epochs
+        num_pairs, size = len(self.pairs), self.global_batch_pairs
+        self._stream_pairs = self.epochs * num_pairs
+        if self._stream_pairs < size:
             raise DataError.at(
                 "training.global_batch_pairs",
-                f"one batch needs {global_batch_pairs} pairs, the run has {epochs} x {len(pairs)}",
+                f"one batch needs {size} pairs, the run has {self.epochs} x {num_pairs}",
                 f"use at most {self._stream_pairs}, more data or more epochs",
             )
 
     @property
-    def consumed_pairs(self) -> int:
-        """Pairs yielded since the run began, the last batch's included."""
-        return self._consumed_pairs
-
-    @property
     def epoch(self) -> float:
         """Completed epochs, with their fraction."""
-        return self._consumed_pairs / len(self._pairs)
+        return self.consumed_pairs / len(self.pairs)
 
     @property
     def remaining_batches(self) -> int:
         """Batches still to come."""
-        return max(0, self._stream_pairs - self._consumed_pairs) // self._global_batch_pairs
+        return max(0, self._stream_pairs - self.consumed_pairs) // self.global_batch_pairs
 
     @property
     def dropped_pairs(self) -> int:
         """Pairs at the end of the last epoch that do not fill a batch and are left out."""
-        return max(0, self._stream_pairs - self._consumed_pairs) % self._global_batch_pairs
+        return max(0, self._stream_pairs - self.consumed_pairs) % self.global_batch_pairs
 
     def __iter__(self) -> Iterator[Batch]:
         """The remaining batches."""
-        for batch in self._build_ahead(self._plan_stream(self._consumed_pairs)):
-            self._consumed_pairs = batch.consumed_pairs
+        for batch in self._build_ahead(self._plan_stream(self.consumed_pairs)):
+            self.consumed_pairs = batch.consumed_pairs
             yield batch
 
     def _plan_stream(self, first: int) -> Iterator[tuple[int, IntArray]]:
-        size, num_pairs = self._global_batch_pairs, len(self._pairs)
+        size, num_pairs = self.global_batch_pairs, len(self.pairs)
         for end in range(first + size, self._stream_pairs + 1, size):
-            yield end, stream_pairs(end - size, size, num_pairs=num_pairs, seed=self._seed)
+            yield end, stream_pairs(end - size, size, num_pairs=num_pairs, seed=self.seed)
 
     def state_dict(self) -> dict[str, int]:
         """The position in the stream, with the seed and the size that define the stream."""
-        return {
-            "consumed_pairs": self._consumed_pairs,
-            "seed": self._seed,
-            "num_pairs": len(self._pairs),
-        }
+        num_pairs = len(self.pairs)
+        return {"consumed_pairs": self.consumed_pairs, "seed": self.seed, "num_pairs": num_pairs}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue after `consumed_pairs` in the next loop; ranks and batch size may differ.
@@ -294,7 +266,7 @@ class TrainingBatches(_Batches):
         ]
         if problems:
             raise CheckpointError.of(problems)
-        self._consumed_pairs = int(state["consumed_pairs"])
+        self.consumed_pairs = int(state["consumed_pairs"])
 
 
 class EvaluationBatches(_Batches):
@@ -306,11 +278,11 @@ class EvaluationBatches(_Batches):
 
     def __len__(self) -> int:
         """The number of batches."""
-        return -(-len(self._pairs) // self._global_batch_pairs)
+        return -(-len(self.pairs) // self.global_batch_pairs)
 
     def __iter__(self) -> Iterator[Batch]:
         """All batches."""
-        size, num_pairs = self._global_batch_pairs, len(self._pairs)
+        size, num_pairs = self.global_batch_pairs, len(self.pairs)
         ends = range(size, num_pairs + size, size)
         return self._build_ahead(
             (min(end, num_pairs), np.arange(end - size, min(end, num_pairs))) for end in ends

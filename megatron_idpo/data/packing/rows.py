@@ -152,7 +152,6 @@ class Row:
         end_P4 = length_P4.cumsum().reshape(-1, 4)
         start_P4 = end_P4 - length_P4
         used_tokens = int(length_P4.sum())
-        assert used_tokens <= row_tokens, f"packed {used_tokens} tokens into {row_tokens}"
 
         tokens_T = np.full(row_tokens, pad_token, np.int64)
         segments = [np.zeros(0, np.int32)]  # An empty row has no others.
@@ -204,10 +203,9 @@ class Row:
         together = torch.from_numpy(np.concatenate(arrays))
         if device.type == "cuda":
             together = together.pin_memory()
+        sizes = [len(array) for array in arrays]
         together = together.to(device, non_blocking=True)
-        tokens_T, ids_T, positions_N, targets_N, sequences_N = together.split(
-            [len(array) for array in arrays]
-        )
+        tokens_T, ids_T, positions_N, targets_N, sequences_N = together.split(sizes)
         spans_G4 = torch.from_numpy(self.spans_G4)
         return RowTensors(
             tokens_T, ids_T, positions_N, targets_N, sequences_N, spans_G4, self.num_pairs

@@ -74,7 +74,6 @@ def open_source(source: SourceConfig) -> OpenSource:
         DataError: it does not exist, contains nothing readable, or the hub refuses it.
     """
     path = Path(source.path)
-    parts: tuple[Part, ...]
     if path.exists():
         parts = _local(source, path)
     elif matches := sorted(glob.glob(source.path, recursive=True)):
@@ -92,21 +91,18 @@ def _columns(source: SourceConfig) -> Columns:
 
 
 def _local(source: SourceConfig, path: Path) -> tuple[Part, ...]:
-    if not path.is_dir():
-        return (_file(source, path),)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return (_saved(source, path),)
-    suffixes = tuple(suffix + end for suffix in SUFFIXES for end in ("", ".gz"))
-    files = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes))
+    files = [path]
+    if path.is_dir():
+        suffixes = tuple(suffix + end for suffix in SUFFIXES for end in ("", ".gz"))
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes))
     if not files:
         raise DataError.at(
             str(path), "the directory contains no data file", f"supported: {' '.join(SUFFIXES)}"
         )
-    return tuple(_file(source, file) for file in files)
-
-
-def _file(source: SourceConfig, path: Path) -> Part:
-    return Part(str(path), partial(read_file, path, _columns(source)), (path,))
+    columns = _columns(source)
+    return tuple(Part(str(file), partial(read_file, file, columns), (file,)) for file in files)
 
 
 def _saved(source: SourceConfig, path: Path) -> Part:

@@ -254,18 +254,15 @@ def _check_roles(prompt: list[Message], answer: list[Message], name: str) -> Non
             raise BadRecord(f"empty answer: '{name}' has an assistant message without text")
 
 
-def is_transcript(text: str) -> bool:
-    """Whether a text begins like an Anthropic-HH transcript and has an answer."""
-    return text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
+def is_transcript(value: object) -> bool:
+    """Whether a value is text that begins like an Anthropic-HH transcript and has an answer."""
+    return isinstance(value, str) and value.startswith("\n\nHuman:") and "\n\nAssistant:" in value
 
 
 def _are_transcripts(record: Mapping[str, Any]) -> bool:
     if record.get("prompt") is not None:
         return False
-    answers = {name: record[name] for name in ("chosen", "rejected")}
-    transcripts = [
-        name for name, text in answers.items() if isinstance(text, str) and is_transcript(text)
-    ]
+    transcripts = [name for name in ("chosen", "rejected") if is_transcript(record[name])]
     if len(transcripts) == 1:
         raise BadRecord(
             f"of chosen and rejected only '{transcripts[0]}' is a transcript with an answer",

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,9 +90,8 @@ def read_file(path: Path, columns: Columns = STANDARD_COLUMNS) -> Iterator[RawRo
     }
     reader = readers.get(file_kind(path))
     if reader is None:
-        supported = " ".join(SUFFIXES)
         message = f"cannot read a '{path.suffix}' file"
-        raise DataError.at(str(path), message, f"supported are {supported}")
+        raise DataError.at(str(path), message, f"supported are {' '.join(SUFFIXES)}")
     import pyarrow as pa
 
     try:
@@ -111,11 +111,12 @@ def _dataset_rows(dataset: Any, columns: Columns) -> Rows:
     names = needed_columns(columns, dataset.column_names)
     if not names:  # Batches without columns would have no rows.
         yield from ((row, {}) for row in range(1, len(dataset) + 1))
-    row = 0
-    for batch in dataset.select_columns(names).with_format(None).iter(_TABLE_ROWS):
-        for values in zip(*batch.values(), strict=True):
-            row += 1
-            yield row, _without_nulls(dict(zip(batch, values, strict=True)))
+    records = (
+        dict(zip(batch, values, strict=True))
+        for batch in dataset.select_columns(names).with_format(None).iter(_TABLE_ROWS)
+        for values in zip(*batch.values(), strict=True)
+    )
+    yield from enumerate(map(_without_nulls, records), 1)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -155,7 +156,7 @@ def _read_list(path: Path) -> Rows:
     decoder = json.JSONDecoder()
     with _open(path) as raw:
         file = _text(raw)
-        text, at, row, ended = file.read(_CHUNK_CHARS).lstrip(_WHITE)[1:], 0, 0, False
+        text, at, row = file.read(_CHUNK_CHARS).lstrip(_WHITE)[1:], 0, 0
         while True:
             at = _skip_white(text, at)
             if text[at : at + 1] == "]":
@@ -167,12 +168,9 @@ def _read_list(path: Path) -> Rows:
                     raise ValueError("no ',' or ']' after the element")
             except (ValueError, RecursionError) as error:
                 # The element may only be incomplete: enlarge the window before refusing it.
-                more = "" if ended else file.read(max(_CHUNK_CHARS, len(text) - at))
+                more = file.read(max(_CHUNK_CHARS, len(text) - at))
                 if more:
                     text, at = text[at:] + more, 0
-                    continue
-                if not ended:
-                    ended = True
                     continue
                 raise DataError.at(
                     f"{path}:{row + 1}",
@@ -244,11 +242,9 @@ def _read_parquet(path: Path, columns: Columns) -> Rows:
 
     with pq.ParquetFile(path) as file:
         names = needed_columns(columns, file.schema_arrow.names)
-        row = 0
-        for batch in file.iter_batches(_TABLE_ROWS, columns=names):
-            for record in batch.to_pylist():
-                row += 1
-                yield row, _without_nulls(record)
+        batches = file.iter_batches(_TABLE_ROWS, columns=names)
+        records = chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from enumerate(map(_without_nulls, records), 1)
 
 
 def _read_arrow(path: Path, columns: Columns) -> Rows:

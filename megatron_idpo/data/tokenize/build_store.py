@@ -12,17 +12,15 @@ import multiprocessing
 import os
 import shutil
 import uuid
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from megatron_idpo.data.report import DataReport
 from megatron_idpo.data.sources.open import OpenSource
@@ -38,7 +36,14 @@ from megatron_idpo.data.tokenize.chat import (
     pair_text,
     truncate,
 )
-from megatron_idpo.data.tokenize.store import BadRow, PairStore, PairStoreWriter, TokenBatch
+from megatron_idpo.data.tokenize.store import (
+    COLUMNS,
+    BadRow,
+    PairStore,
+    PairStoreWriter,
+    TokenBatch,
+    arrow_schema,
+)
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 from megatron_idpo.errors import DataError, Problem
 from megatron_idpo.storage.lock import locked
@@ -137,22 +142,22 @@ def tokenize_rows(tokenizer: Tokenizer, options: TokenOptions, rows: Rows) -> To
 def _token_batch(
     part: int, kept: list[tuple[int, TokenPair]], bad: tuple[BadRow, ...], report: DataReport
 ) -> TokenBatch:
-    """Flatten lists of tokens to arrays, and count them in the report."""
+    """Convert lists of tokens to a record batch, and count them in the report."""
+    import pyarrow as pa
+
     pairs = [pair for _, pair in kept]
-    lengths = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
-    lengths_B3 = np.array(lengths, np.int32).reshape(-1, 3)
     report.kept_pairs = len(pairs)
     report.truncated_pairs = sum(pair.truncated for pair in pairs)
     report.moved_boundaries = sum(pair.boundary_moved for pair in pairs)
     report.unterminated_pairs = sum(pair.unterminated for pair in pairs)
-    sums = lengths_B3.sum(axis=0, dtype=np.int64).tolist()
-    report.prompt_tokens, report.chosen_tokens, report.rejected_tokens = sums
-    prompts, chosen, rejected = (
-        np.fromiter(chain.from_iterable(getattr(pair, name) for pair in pairs), np.int32)
-        for name in ("prompt", "chosen", "rejected")
-    )
-    rows_B = np.array([row for row, _ in kept], np.int64)
-    return TokenBatch(part, rows_B, lengths_B3, (prompts, chosen, rejected), bad, report)
+    report.prompt_tokens = sum(len(pair.prompt) for pair in pairs)
+    report.chosen_tokens = sum(len(pair.chosen) for pair in pairs)
+    report.rejected_tokens = sum(len(pair.rejected) for pair in pairs)
+    rows = [
+        {name: getattr(pair, name) for name in COLUMNS} | {"part": part, "row": row}
+        for row, pair in kept
+    ]
+    return TokenBatch(pa.RecordBatch.from_pylist(rows, arrow_schema()), bad, report)
 
 
 def _build(
@@ -180,22 +185,18 @@ def _build(
         with _cache_errors(cache):
             incomplete.mkdir()
             writer = PairStoreWriter(incomplete)
-        try:
+        with closing(writer), closing(batches):
             for batch in batches:
                 if batch.bad_rows and on_bad_row == "error":
                     _raise_bad_rows(source, batch.bad_rows[:_MAX_PROBLEMS])
                 with _cache_errors(cache):
                     writer.append(batch)
-        finally:
             with _cache_errors(cache):
-                writer.close()
-        with _cache_errors(cache):
-            writer.finish()
-            if directory.exists():  # Without meta.json, so not a finished store.
-                shutil.rmtree(directory)
-            os.rename(incomplete, directory)
+                writer.finish()
+                if directory.exists():  # Without meta.json, so not a finished store.
+                    shutil.rmtree(directory)
+                os.rename(incomplete, directory)
     finally:
-        batches.close()
         shutil.rmtree(incomplete, ignore_errors=True)
 
 
@@ -221,21 +222,14 @@ def _raise_bad_rows(source: OpenSource, bad_rows: Iterable[BadRow]) -> None:
 
     Only the first locations are named. Their total is unknown, since reading stops here.
     """
-    locations: dict[tuple[str, str], list[str]] = {}
+    locations: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for bad in bad_rows:
-        locations.setdefault((bad.reason, bad.remedy), []).append(
-            source.location(bad.part, bad.row)
-        )
-    raise DataError.of(
-        [
-            Problem(
-                ", ".join(rows[:_MAX_LOCATIONS]) + " and more" * (len(rows) > _MAX_LOCATIONS),
-                reason,
-                remedy,
-            )
-            for (reason, remedy), rows in locations.items()
-        ]
-    )
+        locations[bad.reason, bad.remedy].append(source.location(bad.part, bad.row))
+    problems = []
+    for (reason, remedy), rows in locations.items():
+        more = " and more" if len(rows) > _MAX_LOCATIONS else ""
+        problems.append(Problem(", ".join(rows[:_MAX_LOCATIONS]) + more, reason, remedy))
+    raise DataError.of(problems)
 
 
 def _store_name(source: OpenSource, tokenizer: Tokenizer, options: TokenOptions) -> str:

@@ -13,7 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,25 +32,12 @@ from megatron_idpo.errors import DataError
 from megatron_idpo.storage.atomic import atomic_file
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRow:
-    """The row that a pair was read from."""
-
-    source: OpenSource
-    part: int
-    """Which of the source's parts."""
-
-    row: int
-    """1-based, within the part."""
-
-    @property
-    def location(self) -> str:
-        """`file:row`, for messages."""
-        return self.source.location(self.part, self.row)
-
-
 class PairDataset:
-    """Tokenized pairs by index: a `PairSource`; picklable, and safe to read from threads."""
+    """Tokenized pairs by index: a `PairSource`; picklable, and safe to read from threads.
+
+    Attributes:
+        sources: what the stores were built from, in their order.
+    """
 
     def __init__(
         self,
@@ -61,7 +48,7 @@ class PairDataset:
 
         `order_P` is int64 [P], each 0 <= index < S; an index may occur more than once.
         """
-        self._sources = [source for source, _ in stores]
+        self.sources = [source for source, _ in stores]
         self._stores = [store for _, store in stores]
         sizes = np.array([store.num_pairs for store in self._stores], np.int64)
         self._starts = np.cumsum(sizes) - sizes
@@ -108,7 +95,7 @@ class PairDataset:
     @property
     def source_names(self) -> tuple[str, ...]:
         """The paths of the sources as configured."""
-        return tuple(source.source.path for source in self._sources)
+        return tuple(source.source.path for source in self.sources)
 
     @cached_property
     def source_P(self) -> NDArray[np.int64]:
@@ -123,19 +110,15 @@ class PairDataset:
 
     def location(self, index: int) -> str:
         """Where a pair was read, as `file:row`, for messages."""
-        return self.source_row(index).location
-
-    def source_row(self, index: int) -> SourceRow:
-        """Where a pair was read, for reading its record again."""
         store, at = self._locate(index)
-        return SourceRow(self._sources[store], *self._stores[store].source_row(at))
+        return self.sources[store].location(*self._stores[store].source_row(at))
 
     def select(self, indices_K: IntArray) -> "PairDataset":
         """The dataset of these pairs, int [K], in this order; nothing is copied."""
         order_K = np.asarray(indices_K, np.int64)
         if self._order_P is not None:
             order_K = self._order_P[order_K]
-        return PairDataset(list(zip(self._sources, self._stores, strict=True)), order_K)
+        return PairDataset(list(zip(self.sources, self._stores, strict=True)), order_K)
 
     def _locate(self, index: int) -> tuple[int, int]:
         """The index of the store, and of the pair in it."""
@@ -178,6 +161,10 @@ def load_pairs(
     """
     assert sources, "a run needs a source"
     options = options or TokenOptions()
+    if cache is None:
+        from datasets.config import HF_DATASETS_CACHE
+
+        cache = Path(HF_DATASETS_CACHE) / "megatron_idpo"
     stores = []
     for config in sources:
         source = open_source(config)
@@ -185,7 +172,7 @@ def load_pairs(
             source,
             tokenizer,
             replace(options, format=config.format or options.format),
-            cache=cache or _default_cache(),
+            cache=cache,
             # Only the cores that this process may use.
             num_workers=num_workers or len(os.sched_getaffinity(0)),
             on_bad_row=on_bad_row,
@@ -233,18 +220,14 @@ def _raise_no_pairs(source: OpenSource, store: PairStore) -> None:
 def _list_bad_rows(stores: Sequence[tuple[OpenSource, PairStore]], path: Path) -> None:
     """Write the list of skipped rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Concurrent: several ranks may write the same file.
-    with atomic_file(path, concurrent=True) as temporary:
+    with (
+        # Concurrent: several ranks may write the same file.
+        atomic_file(path, concurrent=True) as temporary,
         # A file name may not be valid UTF-8: JSON escapes then replace the invalid bytes.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for source, store in stores:
-                for bad in store.bad_rows():
-                    name = source.parts[bad.part].name
-                    line = {"file": name, "row": bad.row, "reason": bad.reason}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _default_cache() -> Path:
-    from datasets import config
-
-    return Path(config.HF_DATASETS_CACHE) / "megatron_idpo"
+        temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        for source, store in stores:
+            for bad in store.bad_rows():
+                name = source.parts[bad.part].name
+                line = {"file": name, "row": bad.row, "reason": bad.reason}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")

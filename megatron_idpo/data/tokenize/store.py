@@ -13,10 +13,11 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,34 +46,41 @@ class BadRow:
 class TokenBatch:
     """Tokenized rows of one part, in order."""
 
-    part: int
-    rows_B: NDArray[np.int64]
-    """Row numbers of the kept pairs."""
-
-    lengths_B3: Tokens
-    tokens: tuple[Tokens, Tokens, Tokens]
-    """All prompts concatenated, all chosen, all rejected."""
+    pairs: Any
+    """A `pyarrow.RecordBatch` of the kept pairs, with the columns of `pairs.arrow`."""
 
     bad_rows: tuple[BadRow, ...]
     report: DataReport
 
 
+def arrow_schema() -> Any:
+    """The `pyarrow.Schema` of `pairs.arrow`."""
+    import pyarrow as pa
+
+    tokens = pa.list_(pa.int32())
+    return pa.schema({**dict.fromkeys(COLUMNS, tokens), "part": pa.int32(), "row": pa.int64()})
+
+
+def token_columns(batch: Any) -> list[tuple[Tokens, Tokens]]:
+    """Offsets and values of prompts, chosen and rejected of a record batch, as views."""
+    columns = batch.columns[: len(COLUMNS)]
+    return [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]
+
+
 class PairStoreWriter:
-    """Writes a store into an empty directory; complete after `close` and `finish`."""
+    """Writes a store into an empty directory; complete after `finish`."""
 
     def __init__(self, directory: Path) -> None:
         """Args: an existing, empty directory."""
         import pyarrow as pa
 
-        self._pa = pa
-        tokens = pa.list_(pa.int32())
-        fields = {**dict.fromkeys(COLUMNS, tokens), "part": pa.int32(), "row": pa.int64()}
-        self._schema = pa.schema(fields)
         self._directory = directory
-        self._sink = pa.OSFile(str(directory / "pairs.arrow"), "wb")
-        self._arrow = pa.ipc.new_stream(self._sink, self._schema)
-        self._lengths = (directory / "lengths.i32").open("wb")
-        self._bad_rows = (directory / "bad_rows.jsonl").open("w", encoding="utf-8")
+        self._files = ExitStack()
+        sink = self._files.enter_context(pa.OSFile(str(directory / "pairs.arrow"), "wb"))
+        self._arrow = self._files.enter_context(pa.ipc.new_stream(sink, arrow_schema()))
+        self._lengths = self._files.enter_context((directory / "lengths.i32").open("wb"))
+        bad_rows = (directory / "bad_rows.jsonl").open("w", encoding="utf-8")
+        self._bad_rows = self._files.enter_context(bad_rows)
         self._contents = hashlib.sha256()
         self._highest_token = -1
         self.report = DataReport()
@@ -83,23 +91,24 @@ class PairStoreWriter:
         for bad in batch.bad_rows:
             line = json.dumps([bad.part, bad.row, bad.reason, bad.remedy])
             self._bad_rows.write(line + "\n")
-        if not len(batch.rows_B):
+        if not batch.pairs.num_rows:
             return
-        pa = self._pa
-        ends_B3 = np.cumsum(batch.lengths_B3, axis=0, dtype=np.int32)
-        arrays = []
-        for column, tokens in enumerate(batch.tokens):
-            offsets = np.concatenate([np.zeros(1, np.int32), ends_B3[:, column]])
-            arrays.append(pa.ListArray.from_arrays(offsets, tokens))
-            self._highest_token = max(self._highest_token, int(tokens.max()))
-        part = np.full(len(batch.rows_B), batch.part, np.int32)
-        arrays += [pa.array(part), pa.array(batch.rows_B)]
-        self._arrow.write_batch(pa.record_batch(arrays, schema=self._schema))
-        self._lengths.write(batch.lengths_B3.tobytes())
-        self._hash_pairs(batch, ends_B3)
+        self._arrow.write_batch(batch.pairs)
+        columns = token_columns(batch.pairs)
+        highest = max(int(tokens.max()) for _, tokens in columns)
+        self._highest_token = max(self._highest_token, highest)
+        lengths_B3 = np.column_stack([np.diff(offsets) for offsets, _ in columns])
+        self._lengths.write(lengths_B3.astype(np.int32, copy=False).tobytes())
+        # Pair by pair, so that the fingerprint is independent of the batch size.
+        for at, lengths in enumerate(lengths_B3):
+            self._contents.update(lengths.astype("<i4").tobytes())
+            for offsets, tokens in columns:
+                piece = tokens[offsets[at] : offsets[at + 1]]
+                self._contents.update(piece.astype("<i4", copy=False).tobytes())
 
     def finish(self) -> None:
-        """Write `meta.json`, after the files are closed."""
+        """Close the files and write `meta.json`: the store is complete."""
+        self._files.close()
         sizes = {name: (self._directory / name).stat().st_size for name in _DATA_FILES}
         meta = {
             "pairs": self.report.kept_pairs,
@@ -111,23 +120,27 @@ class PairStoreWriter:
         (self._directory / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 
     def close(self) -> None:
-        """Close the files; also after an error."""
-        self._arrow.close()
-        self._sink.close()
-        self._lengths.close()
-        self._bad_rows.close()
-
-    def _hash_pairs(self, batch: TokenBatch, ends_B3: Tokens) -> None:
-        """Hash pair by pair, so that the fingerprint is independent of the batch size."""
-        starts_B3 = ends_B3 - batch.lengths_B3
-        for at, lengths in enumerate(batch.lengths_B3):
-            self._contents.update(lengths.astype("<i4").tobytes())
-            for column, tokens in enumerate(batch.tokens):
-                piece = tokens[starts_B3[at, column] : ends_B3[at, column]]
-                self._contents.update(piece.astype("<i4", copy=False).tobytes())
+        """Close the files of a store that cannot be finished; the first error counts."""
+        with suppress(OSError):
+            self._files.close()
 
 
 _DATA_FILES = ("pairs.arrow", "lengths.i32", "bad_rows.jsonl")
+
+
+class _MappedBatch(NamedTuple):
+    """The columns of a record batch, as views of the file."""
+
+    tokens: list[tuple[Tokens, Tokens]]
+    """Offsets and values of prompts, chosen and rejected."""
+
+    part_B: NDArray[np.int32]
+    row_B: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, batch: Any) -> "_MappedBatch":
+        *_, part, row = batch.columns
+        return cls(token_columns(batch), part.to_numpy(), row.to_numpy())
 
 
 class PairStore:
@@ -163,17 +176,15 @@ class PairStore:
     def tokens(self, index: int) -> tuple[Tokens, Tokens, Tokens]:
         """Prompt, chosen and rejected of a pair, 0 <= index < P: read-only views of the file."""
         batch, at = self._locate(index)
-        columns = self._views(batch)
         prompt, chosen, rejected = (
-            values[offsets[at] : offsets[at + 1]] for offsets, values in columns
+            values[offsets[at] : offsets[at + 1]] for offsets, values in batch.tokens
         )
         return prompt, chosen, rejected
 
     def source_row(self, index: int) -> tuple[int, int]:
         """Part and row number that a pair was read from."""
         batch, at = self._locate(index)
-        record = self._batches[0][batch]
-        return record.column(3)[at].as_py(), record.column(4)[at].as_py()
+        return int(batch.part_B[at]), int(batch.row_B[at])
 
     def bad_rows(self) -> Iterator[BadRow]:
         """The rows that are not pairs, in order."""
@@ -182,31 +193,21 @@ class PairStore:
                 yield BadRow(*json.loads(line))
 
     @cached_property
-    def _batches(self) -> tuple[list[Any], list[int]]:
-        """Memory-mapped record batches, and the index of the first pair in each."""
+    def _batches(self) -> tuple[list[_MappedBatch], list[int]]:
+        """The record batches, and the index of the first pair in each."""
         import pyarrow as pa
 
         with pa.ipc.open_stream(pa.memory_map(str(self._directory / "pairs.arrow"))) as stream:
-            batches = list(stream)
-        sizes = np.array([batch.num_rows for batch in batches], np.int64)
+            batches = [_MappedBatch.of(record_batch) for record_batch in stream]
+        sizes = np.array([len(batch.row_B) for batch in batches], np.int64)
         return batches, (np.cumsum(sizes) - sizes).tolist()
 
-    @cached_property
-    def _columns(self) -> dict[int, list[tuple[Tokens, Tokens]]]:
-        return {}
-
-    def _views(self, batch: int) -> list[tuple[Tokens, Tokens]]:
-        """Offsets and values of the three columns of a record batch, as views of the file."""
-        if batch not in self._columns:
-            columns = (self._batches[0][batch].column(part) for part in range(3))
-            self._columns[batch] = [(c.offsets.to_numpy(), c.values.to_numpy()) for c in columns]
-        return self._columns[batch]
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        batch = bisect_right(self._batches[1], index) - 1
-        return batch, index - self._batches[1][batch]
+    def _locate(self, index: int) -> tuple[_MappedBatch, int]:
+        batches, starts = self._batches
+        batch = bisect_right(starts, index) - 1
+        return batches[batch], index - starts[batch]
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the memory maps."""
-        mapped = ("lengths_P3", "_batches", "_columns")
+        mapped = ("lengths_P3", "_batches")
         return {name: value for name, value in vars(self).items() if name not in mapped}

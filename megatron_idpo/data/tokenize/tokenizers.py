@@ -1,4 +1,4 @@
-"""Tokenizers behind one small protocol: Hugging Face's, and bare sentencepiece models.
+"""Tokenizers behind one small interface: Hugging Face's, and bare sentencepiece models.
 
 A hub name or a directory is loaded by `AutoTokenizer`. Exception: a `.model` file, or a directory
 that has one and no `tokenizer.json`, is read by the sentencepiece library itself, because
@@ -14,45 +14,25 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_idpo.errors import DataError
 
-
-class Tokenizer(Protocol):
-    """What tokenizing preference pairs requires; picklable, for worker processes."""
-
-    identity: str
-    """sha256 over everything that affects the tokens of a text or a conversation."""
-
-    vocabulary_identity: str
-    """sha256 over what affects the tokens of a text: all but the chat template."""
-
-    template_identity: str
-    """sha256 over the chat template."""
-
-    has_chat_template: bool
-
-    eos_id: int | None
-
-    special_ids: frozenset[int]
-    """Ids of control tokens: BOS, EOS, end-of-turn and similar."""
-
-    def render(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, **kwargs: Any
-    ) -> str:
-        """The conversation as the chat template writes it; `tools` etc. are keywords."""
-
-    def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[list[int]]:
-        """Token ids of each text; with `special_tokens` also BOS (and EOS) if it adds them."""
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the tokens, control tokens spelled out."""
+type Tokenizer = HfTokenizer | SentencePieceTokenizer
+"""Either kind; picklable, for worker processes."""
 
 
 class HfTokenizer:
-    """A Hugging Face tokenizer."""
+    """A Hugging Face tokenizer.
+
+    Attributes:
+        identity: sha256 over everything that affects the tokens of a text or a conversation.
+        vocabulary_identity: sha256 over what affects the tokens of a text: all but the template.
+        template_identity: sha256 over the chat template.
+        special_ids: ids of control tokens: BOS, EOS, end-of-turn and similar.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         """Args: a `transformers.PreTrainedTokenizerBase`."""
@@ -79,15 +59,14 @@ class HfTokenizer:
     def render(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, **kwargs: Any
     ) -> str:
-        """See `Tokenizer.render`."""
-        rendered = self._hf.apply_chat_template(
+        """The conversation as the chat template writes it; `tools` etc. are keywords."""
+        rendered: str = self._hf.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
         )
-        assert isinstance(rendered, str)
         return rendered
 
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[list[int]]:
-        """See `Tokenizer.encode`."""
+        """Token ids of each text; with `special_tokens` also BOS (and EOS) if it adds them."""
         if not texts:
             return []
         encoded: list[list[int]] = self._hf(
@@ -100,11 +79,10 @@ class HfTokenizer:
         return encoded
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """See `Tokenizer.decode`."""
-        text = self._hf.decode(
+        """The text of the tokens, control tokens spelled out."""
+        text: str = self._hf.decode(
             list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        assert isinstance(text, str)
         return text
 
 
@@ -167,13 +145,11 @@ class SentencePieceTokenizer:
     def render(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, **kwargs: Any
     ) -> str:
-        """See `Tokenizer.render`."""
+        """See `HfTokenizer.render`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        bos, eos = self._processor.bos_id(), self.eos_id
-        special = {"bos_token": self._spelling.get(bos, ""), "eos_token": ""}
-        if eos is not None:
-            special["eos_token"] = self._spelling[eos]
+        ids = {"bos_token": self._processor.bos_id(), "eos_token": self.eos_id}
+        special = {name: self._spelling.get(token_id, "") for name, token_id in ids.items()}
         rendered, _ = render_jinja_template(
             [messages],
             chat_template=self._template,
@@ -183,21 +159,19 @@ class SentencePieceTokenizer:
         return str(rendered[0])
 
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[list[int]]:
-        """See `Tokenizer.encode`; `special_tokens` adds BOS if the model has one."""
+        """See `HfTokenizer.encode`; `special_tokens` adds BOS if the model has one."""
         bos = [self._processor.bos_id()] if special_tokens and self._add_bos else []
         return [bos + self._encode_one(text) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """See `Tokenizer.decode`."""
+        """See `HfTokenizer.decode`."""
         text = ""
-        piece: list[int] = []
-        for token in tokens:
-            if token in self._spelling:
-                text += self._processor.decode(piece) + self._spelling[token]
-                piece = []
+        for is_control, run in groupby(map(int, tokens), self._spelling.__contains__):
+            if is_control:
+                text += "".join(self._spelling[token] for token in run)
             else:
-                piece.append(int(token))
-        return text + str(self._processor.decode(piece))
+                text += self._processor.decode(list(run))
+        return text
 
     @cached_property
     def _processor(self) -> Any:

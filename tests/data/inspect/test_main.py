@@ -104,7 +104,7 @@ def test_rows_per_rank(
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert cli.main(["data", str(config), layout]) == EXIT_USER_ERROR
-    assert "one model takes 4 processes, WORLD_SIZE is 6" in capsys.readouterr().err
+    assert "= 4 ranks do not divide the world of 6" in capsys.readouterr().err
 
 
 def test_row_settings_of_a_run() -> None:

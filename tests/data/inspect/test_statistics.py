@@ -6,10 +6,11 @@ from numpy.typing import NDArray
 
 from megatron_idpo.data.inspect import statistics
 from megatron_idpo.data.inspect.statistics import (
-    LengthStatistics,
     Quantiles,
+    length_quantiles,
     plan_sampled_steps,
     sampled_steps,
+    sharing_gain,
 )
 from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches
 from megatron_idpo.data.pairs import Pair
@@ -44,17 +45,15 @@ def test_quantiles_are_values_that_occur() -> None:
 
 def test_lengths_and_sharing_gain() -> None:
     lengths_P3 = np.array([[10, 1, 2], [20, 3, 4], [30, 50, 60]], np.int32)
-    lengths = LengthStatistics.of(lengths_P3, share_prompt=True)
-    assert lengths.parts == {
+    assert length_quantiles(lengths_P3, share_prompt=True) == {
         "prompt": Quantiles(10, 20, 30, 30),
         "chosen": Quantiles(1, 3, 50, 50),
         "rejected": Quantiles(2, 4, 60, 60),
         "pair": Quantiles(13, 27, 140, 140),
     }
-    assert lengths.sharing_gain == (2 * 60 + 120) / (60 + 120)
-    separate = LengthStatistics.of(lengths_P3, share_prompt=False)
-    assert separate.parts["pair"] == Quantiles(23, 47, 170, 170)
-    assert separate.sharing_gain == lengths.sharing_gain
+    separate = length_quantiles(lengths_P3, share_prompt=False)
+    assert separate["pair"] == Quantiles(23, 47, 170, 170)
+    assert sharing_gain(lengths_P3) == (2 * 60 + 120) / (60 + 120)
 
 
 @pytest.mark.parametrize(

@@ -188,10 +188,12 @@ def test_truncated_and_dropped_pairs_are_counted(text_tokenizer: Tokenizer) -> N
         RawRow(2, {"prompt": "What do you mean by 34567890?", "chosen": "x", "rejected": "y"}),
     ]
     batch = tokenize_rows(text_tokenizer, TokenOptions(max_length=6), (0, rows))
-    assert batch.rows_B.tolist() == [1] and batch.report.truncated_pairs == 1
+    [pair] = batch.pairs.to_pylist()
+    assert pair["row"] == 1 and batch.report.truncated_pairs == 1
     assert batch.report.dropped_pairs == {"the prompt fills max_length": 1}
-    assert batch.lengths_B3[0, :2].sum() == 6 and text_tokenizer.eos_id not in batch.tokens[1]
-    assert batch.tokens[2][-1] == text_tokenizer.eos_id
+    assert len(pair["prompt"] + pair["chosen"]) == 6
+    assert text_tokenizer.eos_id not in pair["chosen"]
+    assert pair["rejected"][-1] == text_tokenizer.eos_id
 
 
 @pytest.mark.parametrize(("format", "count"), [("auto", 1), ("text", 0), ("single_turn", 0)])
@@ -224,13 +226,12 @@ def test_bad_neighbors_do_not_affect_valid_rows(text_tokenizer: Tokenizer, lines
     ]
     batch = tokenize_rows(text_tokenizer, TokenOptions(), (0, rows))
     good = [at for at, line in enumerate(lines, 1) if isinstance(line, dict)]
-    assert batch.rows_B.tolist() == good
+    pairs = batch.pairs.to_pylist()
+    assert [pair["row"] for pair in pairs] == good
     assert [bad.row for bad in batch.bad_rows] == sorted(set(range(1, len(lines) + 1)) - set(good))
-    start = 0
-    for at, length in zip(good, batch.lengths_B3[:, 1], strict=True):
-        text = text_tokenizer.decode(batch.tokens[1][start : start + length].tolist())
+    for at, pair in zip(good, pairs, strict=True):
+        text = text_tokenizer.decode(pair["chosen"])
         assert lines[at - 1]["chosen"].endswith(text.removesuffix("</s>")) or text.startswith("?")
-        start += length
 
 
 def pid_of(item: int) -> tuple[int, int]:

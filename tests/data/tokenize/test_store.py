@@ -6,10 +6,18 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from megatron_idpo.data.report import DataReport
-from megatron_idpo.data.tokenize.store import BadRow, PairStore, PairStoreWriter, TokenBatch
+from megatron_idpo.data.tokenize.store import (
+    COLUMNS,
+    BadRow,
+    PairStore,
+    PairStoreWriter,
+    TokenBatch,
+    arrow_schema,
+)
 from megatron_idpo.errors import DataError
 
 PAIRS = [([1], [2, 3], [4]), ([5, 6], [7], [8, 9]), ([10], [11], [12])]
@@ -20,13 +28,12 @@ OTHER_SPLIT = [([1, 2], [3], [4])]
 
 
 def batch(pairs: list[tuple[list[int], ...]], first_row: int) -> TokenBatch:
-    columns = (np.concatenate(column).astype(np.int32) for column in zip(*pairs, strict=True))
-    prompt, chosen, rejected = columns
+    records = [
+        {**dict(zip(COLUMNS, pair, strict=True)), "part": 0, "row": row}
+        for row, pair in enumerate(pairs, first_row)
+    ]
     return TokenBatch(
-        part=0,
-        rows_B=np.arange(first_row, first_row + len(pairs)),
-        lengths_B3=np.array([[len(part) for part in pair] for pair in pairs], np.int32),
-        tokens=(prompt, chosen, rejected),
+        pairs=pa.RecordBatch.from_pylist(records, arrow_schema()),
         bad_rows=(BadRow(0, 9, "why", "remedy"),),
         report=DataReport(kept_pairs=len(pairs), skipped_rows=1),
     )
@@ -39,7 +46,7 @@ def write(directory: Path, *sizes: int, pairs: list[tuple[list[int], ...]] = PAI
         for size in sizes:
             writer.append(batch(pairs[first : first + size], first + 1))
             first += size
-    writer.finish()
+        writer.finish()
     return PairStore(directory)
 
 
