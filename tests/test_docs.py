@@ -3,6 +3,8 @@
 Commands are parsed by the program's own parser and not run.
 """
 
+import ast
+import importlib
 import re
 import shlex
 import textwrap
@@ -104,6 +106,20 @@ def problem_of_command(words: list[str]) -> str | None:
     return None
 
 
+def missing_imports(tree: ast.Module) -> Iterator[str]:
+    """Names of this package that a Python block imports and that do not exist."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron_idpo"):
+            try:
+                module = importlib.import_module(node.module or "")
+            except ModuleNotFoundError as error:
+                yield f"python block: {error}"
+                continue
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    yield f"python block: {node.module} has no {alias.name}"
+
+
 def problems(path: Path, targets: set[str]) -> Iterator[str]:
     document = path.read_text(encoding="utf-8")
     for link in links(document):
@@ -118,9 +134,11 @@ def problems(path: Path, targets: set[str]) -> Iterator[str]:
     for block in blocks(document):
         if block.language in {"python", "py"}:
             try:
-                compile(block.text, str(path), "exec")
+                tree = ast.parse(block.text, str(path))
             except SyntaxError as error:
                 yield f"python block: {error}"
+            else:
+                yield from missing_imports(tree)
         for words in commands(block):
             if problem := problem_of_command(words):
                 yield problem
@@ -168,6 +186,8 @@ INVALID = [
     ("```sh\ncd x && make tset\n```", "no such target"),
     ("Run `make tset`.", "no such target"),
     ("```python\nif x\n```", "python block"),
+    ("```python\nfrom megatron_idpo.errors import Nothing\n```", "has no Nothing"),
+    ("```python\nfrom megatron_idpo.nothing import x\n```", "No module named"),
 ]
 
 
