@@ -125,7 +125,11 @@ def test_other_recompute_methods_are_compatible(granularity, method):
     assert check_recompute(other, [1], [[1, 2, 3]]) == []
 
 
-@pytest.mark.parametrize("argument", [[], (), object(), None], ids=str)
+@pytest.mark.parametrize(
+    "argument",
+    [[], (), object(), None],
+    ids=["empty list", "empty tuple", "not a sequence", "None"],
+)
 def test_chunks_must_be_a_non_empty_list(argument):
     (problem,) = check_chunks(argument)
     assert problem.location == "chunks" and "list" in problem.remedy
