@@ -15,19 +15,11 @@ from megatron_idpo.train.logging.line import format_accuracy
 from megatron_idpo.train.metrics.names import ACCURACY, EVAL, EVAL_PAIRS, MARGIN
 
 UNKNOWN = "–"
-HEADS = (
-    "step",
-    "state",
-    "pairs",
-    "accuracy",
-    "margin",
-    "accuracy vs first",
-    "margin vs first",
-    "snapshot",
-    "size",
-)
-_TERMINAL_COLUMNS = 7
+_RESULTS = ("accuracy", "margin", "accuracy vs first", "margin vs first")
+_TERMINAL_HEADS = ("step", "state", "pairs", *_RESULTS)
 """Columns that fit into 80 characters; `status` prints snapshots in separate lines."""
+
+HEADS = (*_TERMINAL_HEADS, "snapshot", "size")
 
 
 def cells(manifest: Manifest) -> list[tuple[str, ...]]:
@@ -49,11 +41,11 @@ def cells(manifest: Manifest) -> list[tuple[str, ...]]:
 def terminal_table(manifest: Manifest) -> Table:
     """The table for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    for head in HEADS[:_TERMINAL_COLUMNS]:
+    for head in _TERMINAL_HEADS:
         justify: Literal["left", "right"] = "left" if head == "state" else "right"
         table.add_column(head.replace(" vs ", "\nvs "), justify=justify)
     for row in cells(manifest):
-        table.add_row(*map(Text, row[:_TERMINAL_COLUMNS]))
+        table.add_row(*map(Text, row[: len(_TERMINAL_HEADS)]))
     return table
 
 

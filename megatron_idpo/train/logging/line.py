@@ -64,20 +64,11 @@ def training_line(
         eta_s: seconds until the run's end, if known.
         width: maximum number of columns; None is no limit.
     """
-    formats = (
-        (GRAD_NORM, 3, 5),
-        (LEARNING_RATE, 3, 6),
-        (TOKENS_PER_S, 4, 2),
-        (PAIRS_PER_S, 4, 7),
-        (ROW_FILL, 4, 9),
-        (PEAK_GB, 5, 8),
-        (MFU, 5, 3),
-    )
     parts = [_counter("step", step, total_steps), *_quality(values, "")]
     parts += [
         _Part(group, rank, format_metric(name, values[name]))
-        for name, group, rank in formats
-        if name in values
+        for name, (group, rank, _) in _FORMATS.items()
+        if name in values and group
     ]
     if eta_s is not None:
         parts.append(_Part(6, 1, f"eta {format_duration(eta_s)}"))
@@ -99,21 +90,23 @@ def evaluation_line(
     return _fitted(parts, width)
 
 
-_FORMATS: Mapping[str, Callable[[float], str]] = {
-    GRAD_NORM: "grad {:.2f}".format,
-    LEARNING_RATE: "lr {:.1e}".format,
-    TOKENS_PER_S: lambda value: f"{format_number(value)} tok/s",
-    PAIRS_PER_S: lambda value: f"{format_number(value)} pairs/s",
-    ROW_FILL: "{:.0%} full".format,
-    TFLOPS: lambda value: f"{_flops(value)} per device",
-    MFU: "MFU {:.0%}".format,
-    PEAK_GB: "{:.1f} GB".format,
+_FORMATS: Mapping[str, tuple[int, int, Callable[[float], str]]] = {
+    GRAD_NORM: (3, 5, "grad {:.2f}".format),
+    LEARNING_RATE: (3, 6, "lr {:.1e}".format),
+    TOKENS_PER_S: (4, 2, lambda value: f"{format_number(value)} tok/s"),
+    PAIRS_PER_S: (4, 7, lambda value: f"{format_number(value)} pairs/s"),
+    ROW_FILL: (4, 9, "{:.0%} full".format),
+    PEAK_GB: (5, 8, "{:.1f} GB".format),
+    MFU: (5, 3, "MFU {:.0%}".format),
+    TFLOPS: (0, 0, lambda value: f"{_flops(value)} per device"),
 }
+"""Group and rank of a metric in a step's line (see `_Part`), and its text. Group 0 is not shown."""
 
 
 def format_metric(name: str, value: float) -> str:
     """`3.1k tok/s`, `MFU 41%`: a rate or another metric with its unit."""
-    return _FORMATS[name](value)
+    *_, text = _FORMATS[name]
+    return text(value)
 
 
 def _flops(tera: float) -> str:

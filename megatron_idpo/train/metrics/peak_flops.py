@@ -8,7 +8,7 @@ import re
 
 import torch
 
-PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
+PEAK_TFLOPS: tuple[tuple[str, float, float], ...] = (
     # Each: a pattern of torch.cuda.get_device_name(), bf16 and fp16, fp32 without TF32. Data sheets
     # give bf16 with sparsity from Hopper on; here it is half of that. More specific names first.
     #
@@ -26,29 +26,18 @@ PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
     (r"H100\b", 989.5, 67.0),
     # NVIDIA A100 Datasheet; equal for PCIe and SXM
     (r"A100\b", 312.0, 19.5),
-    # NVIDIA A30 and A40 Datasheets
-    (r"A30\b", 165.0, 10.3),
+    # NVIDIA A40 Datasheet
     (r"A40\b", 149.7, 37.4),
-    # NVIDIA A10 Datasheet
-    (r"A10\b", 125.0, 31.2),
-    # NVIDIA L40S, L40 and L4 Datasheets
+    # NVIDIA L40S and L40 Datasheets
     (r"L40S\b", 362.05, 91.6),
     (r"L40\b", 181.05, 90.5),
-    (r"L4\b", 121.0, 30.3),
-    # NVIDIA RTX Blackwell, Ada and Ampere GA102 GPU Architecture white papers, products in fp16
-    # with fp32 accumulation
+    # NVIDIA RTX Blackwell and Ada GPU Architecture white papers, products in fp16 with fp32
+    # accumulation
     (r"RTX 5090$", 209.5, 104.8),
     (r"RTX 4090$", 165.2, 82.6),
-    (r"RTX 3090$", 71.0, 35.6),
-    # NVIDIA V100 Datasheet; fp16 only
-    (r"V100-SXM", 125.0, 15.7),
     # AMD Instinct MI300X and MI325X Data Sheets; matrix fp32
     (r"MI3(00|25)X\b", 1307.4, 163.4),
-    # AMD Instinct MI250X Data Sheet, halved: torch sees each of its two dies as a device
-    (r"MI250X\b", 191.5, 47.85),
 )
-
-_WITHOUT_BF16 = ("V100",)
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
@@ -67,9 +56,7 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
         if dtype == torch.float32:
             exact = torch.get_float32_matmul_precision() == "highest"
             return single * 1e12 if exact else None
-        if dtype == torch.bfloat16 and any(name in device_name for name in _WITHOUT_BF16):
-            return None
-        return None if half is None else half * 1e12
+        return half * 1e12
     return None
 
 
