@@ -104,6 +104,12 @@ class Manifest:
         return replace(self, steps=tuple(steps))
 
     @property
+    def complete_steps(self) -> dict[int, StepRecord]:
+        """Complete steps by number, in order."""
+        numbered = enumerate(self.steps, start=1)
+        return {number: step for number, step in numbered if step.state == "complete"}
+
+    @property
     def next_step(self) -> int | None:
         """Number of the first step that is not complete; None if all are."""
         return next((n for n, step in enumerate(self.steps, 1) if step.state != "complete"), None)

@@ -118,10 +118,10 @@ class ManifestFile:
 
 def unneeded_snapshots(manifest: Manifest, sdpo: SdpoConfig) -> list[int]:
     """Steps whose snapshots can go: with `keep_snapshots: last`, all but the newest."""
-    complete = [n for n, step in enumerate(manifest.steps, 1) if step.state == "complete"]
     if sdpo.keep_snapshots == "all":
         return []
-    return [number for number in complete[:-1] if not manifest.step(number).is_removed]
+    older = list(manifest.complete_steps.items())[:-1]
+    return [number for number, step in older if not step.is_removed]
 
 
 def delete_if_possible(directory: Path) -> None:

@@ -89,9 +89,9 @@ def metrics_of_all_steps(root: Path, manifest: Manifest) -> str:
         ConfigError: a metrics file cannot be read.
     """
     lines, first_step, first_epoch = [], 0, 0.0
-    for number, step in enumerate(manifest.steps, start=1):
+    for number in manifest.complete_steps:
         path = RunDirectory(root / step_name(number)).metrics
-        if step.state != "complete" or not path.exists():
+        if not path.exists():
             continue
         last_step, last_epoch = 0, 0.0
         for record in read_metrics(path):
@@ -120,8 +120,8 @@ def missing_exports(config: RunConfig, root: Path, manifest: Manifest) -> list[s
     assert config.sdpo is not None
     exports = [
         (number, RunDirectory(root / step_name(number)).hf)
-        for number, record in enumerate(manifest.steps, start=1)
-        if config.sdpo.steps[number - 1].export and record.state == "complete"
+        for number in manifest.complete_steps
+        if config.sdpo.steps[number - 1].export
     ]
     if config.training.export and manifest.next_step is None:
         exports.append((len(manifest.steps), RunDirectory(root).hf))
@@ -141,10 +141,10 @@ def missing_exports(config: RunConfig, root: Path, manifest: Manifest) -> list[s
 
 def _draw_missing_curves(root: Path, manifest: Manifest) -> None:
     """Of steps that were killed after they were complete and before their plot was drawn."""
-    for number, step in enumerate(manifest.steps, start=1):
+    for number in manifest.complete_steps:
         output = RunDirectory(root / step_name(number))
         has_metrics = output.metrics.is_file() and output.metrics.stat().st_size
-        if step.state == "complete" and has_metrics and not output.curves.exists():
+        if has_metrics and not output.curves.exists():
             draw_curves(output.metrics, output.curves)
 
 

@@ -83,11 +83,7 @@ def format_snapshot(step: StepRecord) -> str:
 
 def existing_snapshots(manifest: Manifest) -> list[int]:
     """Numbers of the steps whose snapshots should exist."""
-    return [
-        number
-        for number, step in enumerate(manifest.steps, start=1)
-        if step.state == "complete" and not step.is_removed
-    ]
+    return [number for number, step in manifest.complete_steps.items() if not step.is_removed]
 
 
 def verify_snapshot(directory: Path, identity: str) -> None:

@@ -38,8 +38,11 @@ class MetricsFile:
         self._path = path
         with self._write_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [] if resumed_step is None else list(_lines_until(path, resumed_step))
-            write_text(path, "".join(kept))
+            kept = ""
+            if resumed_step is not None and path.exists():
+                lines = _complete_lines(path)
+                kept = "".join(line for line, record in lines if record[STEP] <= resumed_step)
+            write_text(path, kept)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line.
@@ -70,34 +73,23 @@ def read_metrics(path: Path) -> list[Record]:
     records: dict[int, Record] = {}
     remedy = "name the directory of a run"
     with ConfigError.on_os_error("training.output", f"cannot read {path}", remedy):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
-        if (record := _parse(line)) is not None:
-            values = {
-                name: math.nan if value is None else float(value)
-                for name, value in record.items()
-                if value is None or isinstance(value, int | float)
-            }
-            records.setdefault(record[STEP], {}).update(values)
+        parsed = list(_complete_lines(path))
+    for _, record in parsed:
+        values = {
+            name: math.nan if value is None else float(value)
+            for name, value in record.items()
+            if value is None or isinstance(value, int | float)
+        }
+        records.setdefault(record[STEP], {}).update(values)
     return [records[step] for step in sorted(records)]
 
 
-def _lines_until(path: Path, step: int) -> Iterator[str]:
-    """Complete lines of the steps up to this one; none if there is no file."""
-    if not path.exists():
-        return
+def _complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line, with its line break, and its object; only lines of an object with a step."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        record = _parse(line)
-        if record is not None and record[STEP] <= step:
-            yield f"{line}\n"
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """The object on a line, if it has a step."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get(STEP), int):
-        return None
-    return record
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get(STEP), int):
+            yield f"{line}\n", record
