@@ -160,10 +160,7 @@ class Checkpoints:
         target = checkpoint_directory(self._root, progress.step)
         num_bytes = sum(chunk.tensor.nbytes for chunk in chunks)
         directory = begin_together(
-            target,
-            marker=PROGRESS,
-            overwrite=True,
-            needed_bytes=sum(all_gather_objects(num_bytes)),
+            target, marker=PROGRESS, overwrite=True, needed_bytes=sum(all_gather_objects(num_bytes))
         )
         self._saving = CheckpointInfo(target, progress.step, score, record.metric)
         self._worker.start(lambda: self._write(chunks, record, directory, target))

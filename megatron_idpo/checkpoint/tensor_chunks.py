@@ -122,10 +122,7 @@ def tensor_chunks_of(
         yield TensorChunk(
             key=f"{prefix}{sharded.key}",
             global_shape=tuple(sharded.global_shape),
-            offset=(
-                *leading_offset,
-                *(a + b for a, b in zip(shard_offset, offset, strict=True)),
-            ),
+            offset=(*leading_offset, *(a + b for a, b in zip(shard_offset, offset, strict=True))),
             tensor=flat[position : position + length].view(*(1,) * num_leading, *size),
             saved_here=saved_here,
             padded=sharded.allow_shape_mismatch,

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
-    apply_factories,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 
 from megatron_idpo.checkpoint.dcp_io import DirectSave
 from megatron_idpo.checkpoint.dcp_planner import read_chunks

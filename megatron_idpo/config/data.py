@@ -168,10 +168,7 @@ class DataConfig(Section):
         """Whether there are pairs to evaluate on."""
         return bool(self.eval or self.eval_pairs or self.eval_fraction)
 
-    used_with: ClassVar = {
-        "truncation": ("max_length",),
-        "bad_rows_file": ("on_bad_row", "skip"),
-    }
+    used_with: ClassVar = {"truncation": ("max_length",), "bad_rows_file": ("on_bad_row", "skip")}
     exclusive: ClassVar = ("eval", "eval_pairs", "eval_fraction")
 
     def problems(self) -> Iterator[Problem]:

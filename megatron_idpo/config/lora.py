@@ -9,13 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, Strict
 
-from megatron_idpo.config.section import (
-    Bool,
-    PathText,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-)
+from megatron_idpo.config.section import Bool, PathText, PositiveFloat, PositiveInt, Section
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)

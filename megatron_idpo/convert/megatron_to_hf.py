@@ -49,9 +49,7 @@ def stored_value(parameter: torch.nn.Parameter) -> Tensor:
 
 
 def whole_tensors(
-    chunks: Sequence[GPTModel],
-    architecture: Architecture,
-    value: ParameterValue = stored_value,
+    chunks: Sequence[GPTModel], architecture: Architecture, value: ParameterValue = stored_value
 ) -> Iterator[tuple[str, Tensor]]:
     """This pipeline stage's whole tensors under Hugging Face names, one parameter at a time.
 

@@ -26,14 +26,7 @@ from torch.nn.functional import logsigmoid, relu
 
 from megatron_idpo.config.objective import PER_TOKEN, Objective
 
-__all__ = [
-    "Objective",
-    "combine",
-    "layer_loss",
-    "layer_metrics",
-    "loss_at_zero",
-    "preference_loss",
-]
+__all__ = ["Objective", "combine", "layer_loss", "layer_metrics", "loss_at_zero", "preference_loss"]
 
 
 def preference_loss(difference_P: Tensor, objective: Objective) -> Tensor:

@@ -168,10 +168,7 @@ class _RankView:
 
 
 def check_all_ranks(
-    problems: Sequence[Problem],
-    chunks: Sequence[GPTModel],
-    taps: Sequence[int],
-    arguments: object,
+    problems: Sequence[Problem], chunks: Sequence[GPTModel], taps: Sequence[int], arguments: object
 ) -> list[Problem]:
     """The problems of all ranks, and those that no single rank sees. Collective over the world.
 

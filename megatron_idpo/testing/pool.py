@@ -25,14 +25,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self, cast
 
-from megatron_idpo.testing.messages import (
-    Call,
-    FunctionReference,
-    Outcome,
-    Ready,
-    dumps,
-    loads,
-)
+from megatron_idpo.testing.messages import Call, FunctionReference, Outcome, Ready, dumps, loads
 
 _START_TIMEOUT_S = 300.0
 """For importing torch and Megatron-Core on a busy machine."""

@@ -41,15 +41,8 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "mlp_bias": False,
     },
-    "mistral": {
-        "architectures": ["MistralForCausalLM"],
-        "head_dim": 8,
-        "sliding_window": None,
-    },
-    "qwen2": {
-        "architectures": ["Qwen2ForCausalLM"],
-        **_QWEN,
-    },
+    "mistral": {"architectures": ["MistralForCausalLM"], "head_dim": 8, "sliding_window": None},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], **_QWEN},
     "qwen3": {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,

@@ -12,12 +12,7 @@ from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.model_source import FrozenModel
 from megatron_idpo.data.packing.batches import RowSettings
 from megatron_idpo.data.run_pairs import RunPairs
-from megatron_idpo.mcore.parallel.world import (
-    RunStopped,
-    StopFlag,
-    is_rank0,
-    raise_on_all_ranks,
-)
+from megatron_idpo.mcore.parallel.world import RunStopped, StopFlag, is_rank0, raise_on_all_ranks
 from megatron_idpo.reference.run_caches import RunCaches
 from megatron_idpo.reference.sources import (
     AdapterOff,

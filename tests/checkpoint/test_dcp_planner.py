@@ -30,10 +30,9 @@ def write(directory: str) -> str | None:
 
     from megatron_idpo.checkpoint.dcp_planner import write_chunks
 
-    pieces = [
-        [((0, 0), (2, 4)), ((2, 0), (1, 2))],
-        [((2, 2), (1, 2)), ((3, 0), (3, 4))],
-    ][dist.get_rank()]
+    pieces = [[((0, 0), (2, 4)), ((2, 0), (1, 2))], [((2, 2), (1, 2)), ((3, 0), (3, 4))]][
+        dist.get_rank()
+    ]
     chunks = [chunk_of(whole(), *piece) for piece in pieces]
     group = dist.new_group(backend="gloo")
     try:

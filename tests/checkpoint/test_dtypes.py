@@ -10,8 +10,7 @@ FLOATS = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float8_e4m3fn}
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
 def test_known_names_are_parsed(name, dtype):
     assert parse_dtype(name) == dtype

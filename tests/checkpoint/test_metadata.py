@@ -78,8 +78,7 @@ def test_other_format_is_refused(tmp_path):
     content["progress"]["version"] = "7.0"
     (tmp_path / FILE).write_text(json.dumps(content))
     with pytest.raises(
-        CheckpointError,
-        match=r"has format 9 of megatron-idpo 7\.0; .* with version 7\.0",
+        CheckpointError, match=r"has format 9 of megatron-idpo 7\.0; .* with version 7\.0"
     ):
         Record.read(tmp_path)
 

@@ -76,11 +76,7 @@ def test_only_trained_tensors_are_saved(saved):
 
 OTHERS = {
     "adapters for weights": ("one-lora", Setup(), r"tensor '\S+' of shape \S+ .* is missing"),
-    "weights for adapters": (
-        "one",
-        Setup(learns="lora"),
-        r"tensor 'lora\.\S+' .* is missing",
-    ),
+    "weights for adapters": ("one", Setup(learns="lora"), r"tensor 'lora\.\S+' .* is missing"),
     "other layers": ("one", Setup(learns="some"), r"of shape \(\S+ .* is not trained here"),
     "another rank": (
         "one-lora",
@@ -120,11 +116,7 @@ def damage_file(path: Path, kind: str) -> None:
 DAMAGE = {
     "no weights": ("__0_0.distcp", "missing", "is missing; .metadata lists tensor"),
     "truncated": ("__0_0.distcp", "truncated", "is truncated in or before tensor"),
-    "scratched": (
-        "__0_0.distcp",
-        "scratched",
-        r"tensor '\S+' cannot be read \(the file is",
-    ),
+    "scratched": ("__0_0.distcp", "scratched", r"tensor '\S+' cannot be read \(the file is"),
     "no list": (".metadata", "missing", "is missing or damaged"),
     "no marker": ("", "missing", r"is not a Megatron-Core checkpoint \(no metadata.json\)"),
     "no progress": ("progress.json", "missing", "cannot be read: No such file or directory"),

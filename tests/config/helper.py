@@ -13,10 +13,7 @@ from megatron_idpo.errors import ConfigError
 
 
 def load(
-    tmp_path: Path,
-    overrides: Sequence[str] = (),
-    required: Sequence[str] = (),
-    **sections: Any,
+    tmp_path: Path, overrides: Sequence[str] = (), required: Sequence[str] = (), **sections: Any
 ) -> RunConfig:
     """The configuration of these sections."""
     path = tmp_path / "run.yaml"
@@ -25,10 +22,7 @@ def load(
 
 
 def problems_of(
-    tmp_path: Path,
-    overrides: Sequence[str] = (),
-    required: Sequence[str] = (),
-    **sections: Any,
+    tmp_path: Path, overrides: Sequence[str] = (), required: Sequence[str] = (), **sections: Any
 ) -> list[str]:
     """The problems that loading these sections reports."""
     with pytest.raises(ConfigError) as error:

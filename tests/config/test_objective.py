@@ -29,13 +29,7 @@ def test_the_section_is_an_objective_with_layers_and_norm():
 
 @pytest.mark.parametrize(
     ("written", "read"),
-    [
-        ([22], (22,)),
-        ([0.69, 3], (0.69, 3)),
-        ([], ()),
-        ("all", "all"),
-        ({"every": 4}, {"every": 4}),
-    ],
+    [([22], (22,)), ([0.69, 3], (0.69, 3)), ([], ()), ("all", "all"), ({"every": 4}, {"every": 4})],
 )
 def test_forms_of_layers(tmp_path, written, read):
     fields = {} if written != [] else {"intermediate_weight": 0.0}

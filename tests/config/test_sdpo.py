@@ -106,10 +106,7 @@ INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         steps({"sources": [1]}, order="easy_to_hard"),
         ("sdpo.steps.0.sources", "order is easy_to_hard", "set order to given"),
     ),
-    (
-        steps({"sources": [1]}, {"sources": []}),
-        ("sdpo.steps.1.sources", "is []", "at least one"),
-    ),
+    (steps({"sources": [1]}, {"sources": []}), ("sdpo.steps.1.sources", "is []", "at least one")),
     (
         steps({"sources": [1], "fraction": 1.0}),
         ("sdpo.steps.0.fraction", "no effect", "steps name their sources", "keep one"),

@@ -94,9 +94,7 @@ def test_shards_and_index_equal_the_hubs(
     weights = {f"t{i}": torch.full((size,), i, dtype=torch.uint8) for i, size in enumerate(sizes)}
     export(tmp_path / "out", weights, max_shard_bytes=max_shard_bytes, overwrite=True)
     hub = split_torch_state_dict_into_shards(
-        weights,
-        max_shard_size=max_shard_bytes,
-        filename_pattern="model{suffix}.safetensors",
+        weights, max_shard_size=max_shard_bytes, filename_pattern="model{suffix}.safetensors"
     )
     files = {path.name for path in (tmp_path / "out").iterdir()}
     if hub.is_sharded:
@@ -266,12 +264,7 @@ def full(code: int, after: int = 0) -> Callable[..., int]:
     ],
 )
 def test_full_disk_leaves_nothing_behind(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    after: int,
-    message: str,
-    code: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int, message: str, code: int
 ) -> None:
     monkeypatch.setattr(hf_writer.os, name, full(code, after))
     with pytest.raises(CheckpointError, match=message) as error:

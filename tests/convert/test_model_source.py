@@ -8,11 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_idpo.checkpoint.snapshot_metadata import (
-    Snapshot,
-    files_below,
-    write_description,
-)
+from megatron_idpo.checkpoint.snapshot_metadata import Snapshot, files_below, write_description
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.convert.model_source import open_model
 from megatron_idpo.errors import CheckpointError, UserError

@@ -40,9 +40,7 @@ LENGTH = st.integers(1, 3) | st.integers(1, 2**20)
 )
 @pytest.mark.filterwarnings("error")
 def test_any_lengths_can_be_drawn(
-    tmp_path_factory: pytest.TempPathFactory,
-    lengths: list[tuple[int, int, int]],
-    fill: list[float],
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[tuple[int, int, int]], fill: list[float]
 ) -> None:
     path = tmp_path_factory.mktemp("figure") / "data.png"
     draw_data_lengths(path, np.array(lengths), np.array(fill), float(np.mean(fill)), title="t")

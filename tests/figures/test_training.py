@@ -90,11 +90,7 @@ def test_plain_dpo_without_held_out_pairs(tmp_path: Path, saved_figures: list[Fi
 
 @pytest.mark.parametrize(
     ("steps", "layers", "evaluations"),
-    [
-        (1, [], []),
-        (1, [22], [0, 1]),
-        (900, list(range(2, 26, 2)), list(range(0, 901, 5))),
-    ],
+    [(1, [], []), (1, [22], [0, 1]), (900, list(range(2, 26, 2)), list(range(0, 901, 5)))],
 )
 @pytest.mark.filterwarnings("error")
 def test_any_run_can_be_drawn(

@@ -173,10 +173,7 @@ def _handles_sigterm(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("code", "prints"),
-    [
-        (EXIT_USER_ERROR, False),
-        pytest.param(3, True, marks=pytest.mark.exhaustive),
-    ],
+    [(EXIT_USER_ERROR, False), pytest.param(3, True, marks=pytest.mark.exhaustive)],
 )
 def test_failure_keeps_its_exit_code(machines: Machines, code: int, prints: bool) -> None:
     """The machine's other workers end too. A user error was printed by the worker."""

@@ -55,9 +55,7 @@ EXHAUSTIVE = (
             ],
         )
     ]
-    + [
-        Case(layout=PP2, model="llama-untied", settings="gate-down"),
-    ]
+    + [Case(layout=PP2, model="llama-untied", settings="gate-down")]
     + [
         Case(layout=layout, data=2, sync=sync, recompute=recompute)
         for layout, sync, recompute in product(

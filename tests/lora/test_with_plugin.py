@@ -40,11 +40,7 @@ def gradients(layout: Layout, tied: bool, recompute: dict[str, Any]) -> dict[str
     return {name: parameter.main_grad.clone() for name, parameter in adapters.parameters()}
 
 
-FULL = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -168,10 +168,7 @@ def test_documentation_has_the_reason_of_each_setting(name):
 
 
 def test_documentation_lists_exactly_the_incompatible_settings():
-    problems = [
-        *check_settings(EverythingOn()),
-        *check_recompute(EverythingOn(), [1], [[1, 2]]),
-    ]
+    problems = [*check_settings(EverythingOn()), *check_recompute(EverythingOn(), [1], [[1, 2]])]
     reported = {problem.location.removeprefix("TransformerConfig.") for problem in problems}
     listed = {name for row in table_rows() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     assert listed - {"none", "uniform", "full"} == reported

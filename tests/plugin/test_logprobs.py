@@ -92,13 +92,7 @@ def test_any_shape_in_any_tiles(num_tokens, vocab, hidden, tiles, padding, sprea
     )
     padded_VH = torch.cat((weight_VH, torch.full((padding, hidden), 1e3, dtype=torch.float64)))
     got = computed(
-        hidden_NH,
-        padded_VH,
-        targets_N,
-        grad_N,
-        frozen=frozen,
-        vocab_valid=vocab,
-        tiles=tiles,
+        hidden_NH, padded_VH, targets_N, grad_N, frozen=frozen, vocab_valid=vocab, tiles=tiles
     )
     expected = reference(hidden_NH, weight_VH, targets_N, grad_N)
     for value, true in zip(got, expected, strict=True):
@@ -115,12 +109,7 @@ def test_gradcheck(frozen):
     weight_VH.requires_grad_(not frozen)
 
     def logps(hidden_NH, weight_VH):
-        return vocab_parallel_logprobs(
-            hidden_NH,
-            weight_VH,
-            targets_N,
-            tiles=TileSizes(2, 4),
-        )
+        return vocab_parallel_logprobs(hidden_NH, weight_VH, targets_N, tiles=TileSizes(2, 4))
 
     assert gradcheck(logps, (hidden_NH, weight_VH))
 

@@ -4,11 +4,7 @@ import pytest
 import torch
 
 from megatron_idpo.plugin import vocab_softmax
-from megatron_idpo.plugin.vocab_softmax import (
-    PartialSoftmax,
-    combine_ranks,
-    locate_columns,
-)
+from megatron_idpo.plugin.vocab_softmax import PartialSoftmax, combine_ranks, locate_columns
 
 FP64 = {"rtol": 1e-12, "atol": 1e-12}
 

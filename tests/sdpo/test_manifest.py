@@ -102,11 +102,7 @@ def test_source_may_be_renamed() -> None:
 
 
 def test_path_accuracy_and_version_may_change() -> None:
-    changes: dict[str, Any] = {
-        "model": "moved/model",
-        "accuracy": {"all": 0.5},
-        "version": "9.9",
-    }
+    changes: dict[str, Any] = {"model": "moved/model", "accuracy": {"all": 0.5}, "version": "9.9"}
     planned = replace(PLANNED, **changes)
     assert merge_manifests(Path("x"), SAVED, planned) == replace(SAVED, **changes)
 
@@ -121,18 +117,9 @@ CHANGED: dict[str, tuple[Manifest, str]] = {
         replace(PLANNED, model_identity=identity("other")),
         "the first model (some/model) differs",
     ),
-    "target": (
-        replace(PLANNED, target="first"),
-        "sdpo.target was previous, is now first",
-    ),
-    "adapters": (
-        replace(PLANNED, adapters="carry"),
-        "sdpo.adapters was merge, is now carry",
-    ),
-    "all weights": (
-        replace(PLANNED, adapters=None),
-        "sdpo.adapters was merge, is now not set",
-    ),
+    "target": (replace(PLANNED, target="first"), "sdpo.target was previous, is now first"),
+    "adapters": (replace(PLANNED, adapters="carry"), "sdpo.adapters was merge, is now carry"),
+    "all weights": (replace(PLANNED, adapters=None), "sdpo.adapters was merge, is now not set"),
     "data of a complete step": (
         step_changed(1, data=identity("other"), pairs=1234),
         "step 1: pairs differ (1,000, now 1,234)",

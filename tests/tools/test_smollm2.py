@@ -83,9 +83,7 @@ def write_gguf(path: Path) -> LlamaForCausalLM:
         if value.ndim == 2:
             packed = gguf.quants.quantize(value, gguf.GGMLQuantizationType.Q8_0)
             writer.add_tensor(
-                f"{names.get_name(stem)}.weight",
-                packed,
-                raw_dtype=gguf.GGMLQuantizationType.Q8_0,
+                f"{names.get_name(stem)}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0
             )
         else:
             writer.add_tensor(f"{names.get_name(stem)}.weight", value.astype(np.float32))

@@ -126,10 +126,7 @@ class Spoil:
                 self._spoil(train_step.policy)
             return original(train_step, batch, step, **kwargs)
 
-        with (
-            _after("train.loop", "assemble", at_start),
-            patch.object(TrainStep, "train", train),
-        ):
+        with _after("train.loop", "assemble", at_start), patch.object(TrainStep, "train", train):
             yield
 
     def _spoil(self, policy: Any) -> None:

@@ -45,8 +45,7 @@ def evaluate_thrice(file: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("batch_pairs", "layout", "processes"),
-    [(2, {}, 1), (6, {}, 2), (3, {"pipeline": 2}, 2)],
+    ("batch_pairs", "layout", "processes"), [(2, {}, 1), (6, {}, 2), (3, {"pipeline": 2}, 2)]
 )
 def test_every_held_out_pair_counts_once(tiny, workers, tmp_path, batch_pairs, layout, processes):
     """5 pairs are divided neither by the batch size nor by the ranks."""

@@ -4,11 +4,7 @@ import math
 
 import pytest
 
-from megatron_idpo.train.logging.line import (
-    evaluation_line,
-    format_accuracy,
-    training_line,
-)
+from megatron_idpo.train.logging.line import evaluation_line, format_accuracy, training_line
 
 VALUES = {
     "loss": 0.62134,

@@ -10,13 +10,7 @@ from megatron_idpo.cli.train import OPTIONAL, REQUIRED
 from megatron_idpo.config.load import load_config
 from megatron_idpo.data.pairs import stream_pairs
 from megatron_idpo.data.run_pairs import load_run_pairs
-from megatron_idpo.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    TrainingError,
-    UserError,
-)
+from megatron_idpo.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
 from megatron_idpo.storage.lock import locked
 from megatron_idpo.testing import write_tiny_hf_model
 
@@ -63,10 +57,7 @@ def test_nan_loss_is_reported_with_its_pair(tiny, workers, tmp_path, odd_token, 
     order = stream_pairs(0, STEPS * BATCH_PAIRS, num_pairs=PAIRS, seed=3).tolist()
     bad = order.index(ODD_PAIR, 2 * BATCH_PAIRS) // BATCH_PAIRS + 1
     file = write_config(
-        tiny,
-        tmp_path / "run",
-        layout={"pipeline": processes},
-        checkpoint={"every_steps": 1},
+        tiny, tmp_path / "run", layout={"pipeline": processes}, checkpoint={"every_steps": 1}
     )
     spoil = Spoil(EMBEDDING, NAN, row=odd_token, before_step=bad)
     message = error_of(TrainingError, workers, processes, file, spoil)
@@ -185,11 +176,7 @@ INVALID: dict[str, tuple[dict[str, Any], type[UserError], tuple[str, ...]]] = {
         ConfigError,
         ("objective.layer_weights", "1 weights for 2 layers"),
     ),
-    "data": (
-        {"data": {"train": "/no/such/pairs.jsonl"}},
-        DataError,
-        ("/no/such/pairs.jsonl",),
-    ),
+    "data": ({"data": {"train": "/no/such/pairs.jsonl"}}, DataError, ("/no/such/pairs.jsonl",)),
     "row": (
         {"data": {"row_tokens": 8, "max_length": 8, "trim_tokens": 8}},
         DataError,

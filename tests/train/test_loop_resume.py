@@ -16,14 +16,7 @@ from megatron_idpo.errors import EXIT_PREEMPTED
 from megatron_idpo.train.metrics.file import read_metrics
 
 from .run_hooks import CountSteps, Signal, stop_after
-from .tiny_run import (
-    LORA,
-    STEPS,
-    exported,
-    relative_difference,
-    run,
-    write_config,
-)
+from .tiny_run import LORA, STEPS, exported, relative_difference, run, write_config
 
 pytestmark = pytest.mark.distributed
 

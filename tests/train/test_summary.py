@@ -61,11 +61,7 @@ def test_plain_dpo(tmp_path):
 
 
 def test_intermediate_layers_have_rows(tmp_path):
-    layered = {
-        "final_loss": 0.5,
-        "layer_22/loss": 0.6,
-        "layer_22/rewards/margins": 0.2,
-    }
+    layered = {"final_loss": 0.5, "layer_22/loss": 0.6, "layer_22/rewards/margins": 0.2}
     lines = summary(tmp_path, [step(1, 0.51, 0.3, 0.5) | layered])
     assert [re.split(r"\s{2,}", line.strip())[0] for line in lines[2:8]] == [
         "loss",

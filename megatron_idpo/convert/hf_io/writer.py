@@ -220,9 +220,7 @@ class HfWriter:
 
 
 def write_together(
-    writer: HfWriter,
-    tensors: Iterable[tuple[str, Tensor]],
-    add_companions: Callable[[Path], None],
+    writer: HfWriter, tensors: Iterable[tuple[str, Tensor]], add_companions: Callable[[Path], None]
 ) -> None:
     """Writes every rank's tensors and publishes the directory. Collective over the world.
 
@@ -278,10 +276,7 @@ def _write_tensors(writer: HfWriter, tensors: Iterable[tuple[str, Tensor]]) -> N
 
 
 def _plan_files(
-    specs: Sequence[TensorSpec],
-    max_shard_bytes: int,
-    metadata: Mapping[str, str],
-    single_file: str,
+    specs: Sequence[TensorSpec], max_shard_bytes: int, metadata: Mapping[str, str], single_file: str
 ) -> dict[str, FilePlan]:
     """Fills shards in the given order; at least one file."""
     shards: list[list[TensorSpec]] = [[]]

@@ -91,11 +91,7 @@ def _evaluate(
 
 
 def _resume(
-    config: RunConfig,
-    model: EvalModel,
-    version: str,
-    items: Mapping[str, Items],
-    directory: Path,
+    config: RunConfig, model: EvalModel, version: str, items: Mapping[str, Items], directory: Path
 ) -> H4Result:
     """A model's stored result, or an empty one.
 

@@ -11,12 +11,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from megatron_idpo.config.yaml_tree import read_tree
 from megatron_idpo.errors import ConfigError, DataError, Problem
-from megatron_idpo.evaluate.generate.answers import (
-    Answer,
-    answers_file,
-    first_error,
-    settings_file,
-)
+from megatron_idpo.evaluate.generate.answers import Answer, answers_file, first_error, settings_file
 from megatron_idpo.evaluate.judge.verdicts import Verdict
 from megatron_idpo.evaluate.likelihood.curves_file import FILE, read_curves
 from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves

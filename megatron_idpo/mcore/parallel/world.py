@@ -22,13 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_idpo.config.layout import Layout
-from megatron_idpo.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    TrainingError,
-    UserError,
-)
+from megatron_idpo.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
 from megatron_idpo.mcore.cpu.redirect import backend, default_device, redirect_cuda_to_cpu
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 

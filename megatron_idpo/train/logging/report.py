@@ -15,14 +15,7 @@ from megatron_idpo.mcore.parallel.world import raise_on_all_ranks
 from megatron_idpo.train.logging.line import evaluation_line, training_line
 from megatron_idpo.train.logging.loggers import Logger, open_loggers
 from megatron_idpo.train.metrics.flops import ModelFlops, lora_weights
-from megatron_idpo.train.metrics.names import (
-    EPOCH,
-    GRAD_NORM,
-    LEARNING_RATE,
-    LOSS,
-    MARGIN,
-    PEAK_GB,
-)
+from megatron_idpo.train.metrics.names import EPOCH, GRAD_NORM, LEARNING_RATE, LOSS, MARGIN, PEAK_GB
 from megatron_idpo.train.metrics.peak_flops import current_device_peak
 from megatron_idpo.train.metrics.reduce import StepMetrics
 from megatron_idpo.train.metrics.throughput import Meter

@@ -76,10 +76,7 @@ def test_output_and_figure(config: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_output_fits_the_terminal(
-    config: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    columns: int,
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     assert cli.main(["data", str(config)]) == 0
@@ -164,10 +161,7 @@ def test_bad_row_is_reported(
 @pytest.mark.skipif(not (SHARED / "data").exists(), reason="needs shared data")
 @pytest.mark.parametrize("name", ["hh_harmless_base_test", "finegrained_qa_feedback_dev"])
 def test_real_data(
-    config: Path,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    name: str,
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
 ) -> None:
     template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     source = SHARED / "data" / f"{name}.jsonl"

@@ -57,12 +57,7 @@ def test_lengths_and_sharing_gain() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"share_prompt": False, "trim_tokens": 0},
-        {"data_size": 3, "rows_multiple": 2},
-    ],
+    "options", [{}, {"share_prompt": False, "trim_tokens": 0}, {"data_size": 3, "rows_multiple": 2}]
 )
 def test_rows_equal_those_of_training(options: dict[str, int]) -> None:
     """Over all steps and all ranks, without reading tokens."""

@@ -31,9 +31,7 @@ def tokens_of(preference: Preference, tokenizer: Tokenizer) -> TokenPair:
     return pair
 
 
-def test_chat_answer_is_the_text_after_the_prompt(
-    chat_tokenizer: Tokenizer,
-) -> None:
+def test_chat_answer_is_the_text_after_the_prompt(chat_tokenizer: Tokenizer) -> None:
     pair = tokens_of(Preference([USER], reply("Paris."), reply("No.")), chat_tokenizer)
     assert chat_tokenizer.decode(pair.prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert chat_tokenizer.decode(pair.chosen) == "Paris.<|im_end|>\n"

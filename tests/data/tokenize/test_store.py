@@ -72,13 +72,7 @@ def test_fingerprint_depends_on_tokens_not_on_batches(tmp_path: Path) -> None:
 def test_datasets_can_open_the_file(tmp_path: Path) -> None:
     write(tmp_path / "a", 3)
     opened = datasets.Dataset.from_file(str(tmp_path / "a" / "pairs.arrow"))
-    assert opened[1] == {
-        "prompt": [5, 6],
-        "chosen": [7],
-        "rejected": [8, 9],
-        "part": 0,
-        "row": 2,
-    }
+    assert opened[1] == {"prompt": [5, 6], "chosen": [7], "rejected": [8, 9], "part": 0, "row": 2}
 
 
 def test_store_can_be_pickled(tmp_path: Path) -> None:

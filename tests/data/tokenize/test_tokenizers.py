@@ -88,9 +88,7 @@ def test_invalid_tokenizer_or_template_is_reported(
     assert message in str(error.value)
 
 
-def test_template_that_fails_on_the_check_is_accepted(
-    text_tokenizer_path: str,
-) -> None:
+def test_template_that_fails_on_the_check_is_accepted(text_tokenizer_path: str) -> None:
     for template in ("{{ 1 / (messages | length - 1) }}", "{{ raise_exception('no') }}"):
         assert load_tokenizer(text_tokenizer_path, template).has_chat_template
 

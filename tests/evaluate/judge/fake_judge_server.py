@@ -226,11 +226,7 @@ def _completion(text: str | None, finish: str) -> dict[str, Any]:
         "created": 0,
         "model": "fake",
         "choices": [
-            {
-                "index": 0,
-                "finish_reason": finish,
-                "message": {"role": "assistant", "content": text},
-            }
+            {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
         ],
         "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
     }

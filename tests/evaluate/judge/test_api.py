@@ -325,11 +325,7 @@ def reply(message: Any, **fields: Any) -> Reply:
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [
-        ("Verdict: A", "Verdict: A"),
-        (f"{KEY}\nVerdict: A", "[key]\nVerdict: A"),
-        (None, ""),
-    ],
+    [("Verdict: A", "Verdict: A"), (f"{KEY}\nVerdict: A", "[key]\nVerdict: A"), (None, "")],
 )
 def test_reply_text_without_key(content: Any, text: str) -> None:
     assert reply({"role": "assistant", "content": content}) == Reply(text)

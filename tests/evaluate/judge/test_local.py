@@ -21,13 +21,7 @@ from transformers import (
 from megatron_idpo.errors import CheckpointError, ConfigError, DataError
 from megatron_idpo.evaluate.judge.run import main
 
-from .judge_case import (
-    comparison_directory,
-    result,
-    verdicts,
-    won_and_lost,
-    write_case,
-)
+from .judge_case import comparison_directory, result, verdicts, won_and_lost, write_case
 
 PAIR = "idpo-vs-base"
 TEMPLATE = (

@@ -91,8 +91,7 @@ def logps_PL2(path: Path, pairs: Any) -> NDArray[np.float32]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "layout",
-    ["single", "TP2 SP", "PP2", "DP2", pytest.param("TP2", marks=pytest.mark.exhaustive)],
+    "layout", ["single", "TP2 SP", "PP2", "DP2", pytest.param("TP2", marks=pytest.mark.exhaustive)]
 )
 def test_curves_equal_the_oracle(
     layout: str, models: Models, expected: dict[str, Any], workers: Any, tmp_path: Path

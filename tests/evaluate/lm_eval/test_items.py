@@ -64,16 +64,8 @@ def test_missing_directory_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        (
-            "arc_challenge",
-            {**arc(1)[0], "answerKey": "X"},
-            "its answer is not among",
-        ),
-        (
-            "hellaswag",
-            {**hellaswag(1)[0], "label": "4"},
-            "its answer is not among",
-        ),
+        ("arc_challenge", {**arc(1)[0], "answerKey": "X"}, "its answer is not among"),
+        ("hellaswag", {**hellaswag(1)[0], "label": "4"}, "its answer is not among"),
         ("mmlu", {**mmlu({"anatomy": 1})[0], "answer": "B"}, "answer is 'B', not int"),
         ("mmlu", {**mmlu({"anatomy": 1})[0], "choices": ["a", "", "c", "d"]}, "list of texts"),
         ("mmlu", {"question": "?"}, "KeyError: 'subject'"),

@@ -122,10 +122,7 @@ def write_comparison(output: Path, a: str, b: str, verdicts: Sequence[str]) -> N
 
 
 def write_h4(
-    output: Path,
-    model: str,
-    values: Mapping[str, float] | None = None,
-    limit: int | None = None,
+    output: Path, model: str, values: Mapping[str, float] | None = None, limit: int | None = None
 ) -> None:
     """H4; by default all four tasks, at 0.25, 0.5, 0.75 and 1."""
     if values is None:

@@ -109,11 +109,7 @@ ANSWER = (
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        (
-            "likelihood/likelihood.csv",
-            "model,layer\nx,1\n",
-            "likelihood.csv: is not a table",
-        ),
+        ("likelihood/likelihood.csv", "model,layer\nx,1\n", "likelihood.csv: is not a table"),
         ("answers/m.jsonl", '{"prompt": "x"}\n', r"m.jsonl:1: field 'index': Field required"),
         ("answers/m.jsonl", ANSWER.replace("0", "true"), "m.jsonl:1: field 'index': .* integer"),
         ("answers/m.jsonl", ANSWER.replace('"p"', "3"), "m.jsonl:1: field 'prompt.str'"),

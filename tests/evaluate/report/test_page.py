@@ -10,13 +10,7 @@ from megatron_idpo.evaluate.report.inputs import read_runs
 from megatron_idpo.evaluate.report.main import render
 from tests.sdpo.tiny_manifest import manifest
 
-from .example_runs import (
-    write_answers,
-    write_everything,
-    write_likelihood,
-    write_run,
-    write_steps,
-)
+from .example_runs import write_answers, write_everything, write_likelihood, write_run, write_steps
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "base", "source", "embed"}
 LARGEST = 1_500_000

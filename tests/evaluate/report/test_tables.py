@@ -90,7 +90,4 @@ def test_sdpo_steps(tmp_path: Path) -> None:
 def test_fact_of_one_run_is_a_dash_for_the_other() -> None:
     table = facts_table({"a": {"x": Cell("1", "note")}, "b": {"y": Cell("2")}})
     assert table.heads == ["", "a", "b"]
-    assert table.rows == [
-        ("x", [Cell("1", "note"), Cell("–")]),
-        ("y", [Cell("–"), Cell("2")]),
-    ]
+    assert table.rows == [("x", [Cell("1", "note"), Cell("–")]), ("y", [Cell("–"), Cell("2")])]

@@ -122,10 +122,7 @@ def save(tensor, directory, asynchronous):
     layer = build()
     saved = full_weight(layer).clone()
     request = dist_checkpointing.save(
-        sharded_state(layer),
-        directory,
-        async_sharded_save=asynchronous,
-        async_strategy="mcore",
+        sharded_state(layer), directory, async_sharded_save=asynchronous, async_strategy="mcore"
     )
     if asynchronous:
         queue = AsyncCallsQueue()

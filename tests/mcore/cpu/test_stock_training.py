@@ -257,12 +257,7 @@ CASES = {
     "1f1b": (2, {"pipeline": 2}, {}, {}),
     "interleaved": (2, {"pipeline": 2, "chunks": 2}, {}, OVERLAP),
     "recompute-block": (1, {}, {**FULL, "recompute_method": "block"}, {}),
-    "recompute-uniform": (
-        2,
-        {"pipeline": 2},
-        {**FULL, "recompute_method": "uniform"},
-        {},
-    ),
+    "recompute-uniform": (2, {"pipeline": 2}, {**FULL, "recompute_method": "uniform"}, {}),
     "recompute-selective": (
         2,
         {"tensor": 2},

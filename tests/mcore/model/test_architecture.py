@@ -159,11 +159,7 @@ def test_bias_norm_and_tying_flags_match_transformers_weights(family: str, tied:
         ("qwen2", {"use_sliding_window": False, "sliding_window": 3, "max_window_layers": 0}),
         (
             "qwen3",
-            {
-                "use_sliding_window": True,
-                "sliding_window": 2,
-                "layer_types": ["sliding_attention"],
-            },
+            {"use_sliding_window": True, "sliding_window": 2, "layer_types": ["sliding_attention"]},
         ),
     ],
 )

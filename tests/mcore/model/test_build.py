@@ -80,11 +80,7 @@ def test_window_fields_exclude_the_query_itself(fields):
 
 @pytest.mark.parametrize(
     ("dtype", "bf16", "fp16"),
-    [
-        (torch.float32, False, False),
-        (torch.bfloat16, True, False),
-        (torch.float16, False, True),
-    ],
+    [(torch.float32, False, False), (torch.bfloat16, True, False), (torch.float16, False, True)],
 )
 def test_dtype_fields(dtype, bf16, fp16, fields):
     assert fields("params_dtype", "pipeline_dtype", "bf16", "fp16", dtype=dtype) == {

@@ -156,10 +156,7 @@ def exhaustive(case: Case) -> Any:
 PP2, PP4 = Layout(pipeline=2), Layout(pipeline=4)
 VP2 = Layout(pipeline=2, virtual_pipeline=2)
 TP2_PP2 = Layout(tensor=2, pipeline=2)
-SELECTED = [
-    Case(layout=PP2, tied=False, frozen=False),
-    Case(layout=VP2, tied=True, frozen=True),
-]
+SELECTED = [Case(layout=PP2, tied=False, frozen=False), Case(layout=VP2, tied=True, frozen=True)]
 ALL = [
     Case(layout=layout, tied=tied, frozen=frozen)
     for layout in (PP2, VP2, PP4, TP2_PP2)
