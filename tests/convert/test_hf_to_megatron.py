@@ -82,6 +82,11 @@ def assert_one_line(message: str | None, expected: str) -> None:
     assert re.search(expected, message), message
 
 
+def assert_all_one_line(messages, expected):
+    for message in messages:
+        assert_one_line(message, expected)
+
+
 def remaining(directory: Path) -> set[str]:
     """All entries, hidden ones included."""
     return {path.name for path in directory.iterdir()}
@@ -175,10 +180,9 @@ def too_large_for_fp16(weights: dict[str, torch.Tensor]) -> None:
 def test_value_beyond_the_requested_dtype_is_refused(source, attempt_on, tmp_path):
     change_weights(source, too_large_for_fp16)
     messages = attempt_on("there", source, tmp_path / "out", TP2, dtype="fp16")
-    for message in messages:
-        assert_one_line(
-            message, r"tensor 'model\.layers\.1\.self_attn\.v_proj\.weight' .*\.float16"
-        )
+    assert_all_one_line(
+        messages, r"tensor 'model\.layers\.1\.self_attn\.v_proj\.weight' .*\.float16"
+    )
     assert attempt_on("there", source, tmp_path / "out", dtype="bf16") == [None]
 
 
@@ -377,6 +381,7 @@ ALONE: list[tuple[Callable[[], Any], int, str]] = [
         r"out/\.metadata: the disk or quota is full: no space for the list of tensors",
     ),
     (no_publishing, 0, r"out: has been filled meanwhile"),
+    (unreadable_tensor, 1, r"hf/model\.safetensors: is truncated, damaged .*; download"),
 ]
 
 
@@ -385,26 +390,14 @@ def test_failure_of_one_rank_is_raised_on_all(
     sabotage, rank, expected, source, attempt_on, tmp_path
 ):
     messages = attempt_on("there", source, tmp_path / "out", TP2, sabotage=sabotage, rank=rank)
-    for message in messages:
-        assert_one_line(message, expected)
-    assert remaining(tmp_path) == {"hf"}
-
-
-def test_source_damaged_while_reading_is_reported(source, attempt_on, tmp_path):
-    messages = attempt_on(
-        "there", source, tmp_path / "out", TP2, sabotage=unreadable_tensor, rank=1
-    )
-    expected = r"hf/model\.safetensors: is truncated, damaged .*; download"
-    for message in messages:
-        assert_one_line(message, expected)
+    assert_all_one_line(messages, expected)
     assert remaining(tmp_path) == {"hf"}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_failed_write_of_one_rank_is_raised_on_all(rank, source, attempt_on, file_limit, tmp_path):
     messages = attempt_on("there", source, tmp_path / "out", TP2, sabotage=file_limit, rank=rank)
-    for message in messages:
-        assert_one_line(
-            message, rf"out/__{rank}_0\.distcp: tensor '[\w.]+' cannot be written: File too"
-        )
+    assert_all_one_line(
+        messages, rf"out/__{rank}_0\.distcp: tensor '[\w.]+' cannot be written: File too"
+    )
     assert remaining(tmp_path) == {"hf"}
