@@ -74,8 +74,8 @@ class ColumnsConfig(Section):
             if fields.setdefault(column, name) != name:
                 yield Problem(name, f"is {column}, as {fields[column]} is", "name each column once")
             elif column in {"prompt", "chosen", "rejected"} - columns.keys():
-                message = f"is {column}, which leaves none for {column} itself"
-                yield Problem(name, message, f"name the column of the {column}")
+                message = f"takes the column {column}, which the field {column} needs"
+                yield Problem(name, message, f"set columns.{column}")
 
 
 class SourceConfig(Section):

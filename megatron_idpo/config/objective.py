@@ -109,7 +109,7 @@ class ObjectiveConfig(Objective):
     }
 
     def problems(self) -> Iterator[Problem]:
-        """A weight of layers that do not exist; an explicit 0 says the same as no layers."""
+        """A weight of layers that do not exist; 0 is allowed."""
         if self.layers == () and self.intermediate_weight and self._is_set("intermediate_weight"):
             message = "has no effect: there are no intermediate layers"
             yield Problem("intermediate_weight", message, "name some in objective.layers")

@@ -110,7 +110,7 @@ class SdpoConfig(Section):
         for name in ("sources", "fraction"):
             without = [n for n, step in enumerate(self.steps) if getattr(step, name) is None]
             if without and len(without) < count:
-                message = f"has no {name}, but other steps have"
+                message = f"sets no {name}, but other steps do"
                 yield Problem(f"steps.{without[0]}", message, f"set {name} in all or none")
         if self.names_sources and self.order != "given":
             message = f"are named by steps, but order is {self.order}"
@@ -124,7 +124,9 @@ class SdpoConfig(Section):
             message = "has no effect: each step gets a whole source"
             yield Problem("steps.0.fraction", message, "leave it out, or set by to pair")
         elif fractions and not math.isclose(sum(fractions), 1, abs_tol=_SHARE_TOLERANCE):
-            yield Problem("steps", f"the fractions sum to {sum(fractions):g}", "make them sum to 1")
+            yield Problem(
+                "steps", f"the fractions sum to {sum(fractions):.9g}", "make them sum to 1"
+            )
 
     @property
     def names_sources(self) -> bool:

@@ -144,7 +144,7 @@ def describe_errors(
     """
     problems = []
     for detail in error.errors():
-        # The mark of a mapping's key is pydantic's; the file has the key itself.
+        # pydantic appends "[key]" to the location of a mapping's key.
         path: Keys = (*keys, *(key for key in detail["loc"] if key != "[key]"))
         if detail["type"] == "section":
             inner: list[Problem] = detail["ctx"]["problems"]

@@ -124,7 +124,7 @@ def combine_ranks(partial: PartialSoftmax, group: dist.ProcessGroup | None) -> T
         dist.all_gather_into_tensor(gathered_R3N.view(-1), local_3N.view(-1), group=group)
         maximum_RN, sum_RN, target_RN = gathered_R3N.unbind(1)
         # One rank has the target's logit, the others −inf: the maximum picks it. Every rank sums
-        # the same all_gather_objects values in the same order, so the results are bitwise equal.
+        # the same gathered values in the same order, so the results are bitwise equal.
         maximum_N, target_N = maximum_RN.amax(0), target_RN.amax(0)
         sum_N = (sum_RN * (maximum_RN - maximum_N).exp()).sum(0)
     # A vocabulary of one token has no others: S = 0 would make log S −inf and p_v 0/0.

@@ -150,8 +150,8 @@ class CacheWriter:
         Raises:
             CheckpointError: it cannot be written.
         """
-        if not self._pending:
-            return
+        if not sum(map(len, self._pending)):
+            return  # also for batches without a pair: a table without rows could not be read back
         logps_BL2 = np.concatenate(self._pending)
         write_table(self._next_part(), logps_BL2, self._fingerprint.layers, first=self.done_pairs)
         self._pending = []

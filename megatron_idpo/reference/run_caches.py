@@ -151,7 +151,7 @@ def _is_complete_on_all_ranks(part: CachePart) -> bool:
     ranks = all_gather_objects(here)
     if len(set(ranks)) > 1:
         message = f"complete on {sum(ranks)} of {len(ranks)} ranks"
-        remedy = "name a directory that all machines share; if they do, start again"
+        remedy = "use a directory that all machines share; if it is shared, retry"
         raise CheckpointError.at(str(part.directory), message, remedy)
     return here
 

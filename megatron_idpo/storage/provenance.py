@@ -1,4 +1,4 @@
-"""Records of what a result was made from, and their comparison with the inputs of now.
+"""Records of what a result was made from, and their comparison with the current inputs.
 
 A record is a mapping of named parts to JSON values: settings, and sha256 digests of inputs that are
 too large to store (weights, token ids). Mappings may be nested; part `b` in section `a` is named
@@ -12,6 +12,7 @@ refuses to mix the two if a part differs:
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,6 @@ from typing import Any
 
 from megatron_idpo.errors import CheckpointError, Problem, UserError
 from megatron_idpo.storage.atomic import write_json
-
-_SHA256_DIGITS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ def diff(
 
     Args:
         saved: the record of the stored result.
-        current: the record of the inputs of now.
+        current: the record of the current inputs.
         labels: part name -> words for messages; a part without a label is called by its name.
 
     Returns:
@@ -132,12 +131,13 @@ def _flat(record: Mapping[str, Any], section: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             parts |= _flat(value, f"{section}{name}.")
         else:
-            parts[f"{section}{name}"] = list(value) if isinstance(value, tuple) else value
+            # As JSON reads it back: tuples, also nested ones, become lists.
+            parts[f"{section}{name}"] = json.loads(json.dumps(value))
     return parts
 
 
 def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == _SHA256_DIGITS
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def _text(value: Any) -> str:

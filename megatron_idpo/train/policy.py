@@ -1,7 +1,7 @@
 """The model that is trained on this rank: weights, adapters, taps, optimizer.
 
 They are built in this order: weights; adapters, which freeze the other weights; taps, whose heads
-copy the final head; DDP and the optimizer, which take what is trainable then.
+copy the final head; DDP and the optimizer, which collect the parameters that are trainable then.
 """
 
 from collections.abc import Sequence

@@ -49,8 +49,8 @@ class RunDirectory:
 def open_run_directory(root: Path) -> Iterator[RunDirectory]:
     """Create a run's directory and lock it until the end of the block. Collective.
 
-    Incomplete exports of killed runs are deleted. The lock is the system's lock on a file: it ends
-    with the process, also if that is killed.
+    Incomplete exports of killed runs are deleted. The lock is a file lock of the operating
+    system: it is released when the process exits, even if killed.
 
     Raises:
         ConfigError: on every rank; it cannot be created or written, or another run has locked it.

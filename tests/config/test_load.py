@@ -153,11 +153,7 @@ INVALID = [
     ("data: {train: [{path: a, columns: null}]}", ["data.train.0.columns", "is None", "mapping"]),
     (
         "data: {train: [{path: a, columns: {chosen: rejected}}]}",
-        [
-            "data.train.0.columns.chosen",
-            "leaves none for rejected",
-            "name the column of the rejected",
-        ],
+        ["data.train.0.columns.chosen", "which the field rejected needs", "set columns.rejected"],
     ),
     (
         "data: {train: [{path: a, columns: {prompt: x, system: x}}]}",

@@ -92,11 +92,11 @@ INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (steps({}, {}, only=3), ("sdpo.only", "is 3", "there are 2 steps", "from 1 to 2")),
     (
         steps({"sources": [1]}, {}),
-        ("sdpo.steps.1", "has no sources, but other steps have", "in all or none"),
+        ("sdpo.steps.1", "sets no sources, but other steps do", "in all or none"),
     ),
     (
         steps({}, {"fraction": 1.0}),
-        ("sdpo.steps.0", "has no fraction, but other steps have", "in all or none"),
+        ("sdpo.steps.0", "sets no fraction, but other steps do", "in all or none"),
     ),
     (
         steps({"sources": [1]}, order="random"),

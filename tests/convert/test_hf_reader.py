@@ -328,3 +328,14 @@ def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
     columns_mb, all_mb = map(int, done.stdout.split())
     assert columns_mb < tensor_mb / 2 + MAX_EXTRA_MB
     assert all_mb < tensor_mb + MAX_EXTRA_MB
+
+
+def test_replaced_file_is_reported(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    checkpoint = HfCheckpoint(tmp_path)
+    save_file({"a": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="tensor 'a' has changed since the file was opened"):
+        checkpoint.read("a", slice(0, 2))
+    save_file({"b": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="File does not contain tensor a"):
+        checkpoint.read("a")

@@ -77,6 +77,16 @@ def test_writer_continues_after_the_existing_parts(tmp_path: Path) -> None:
     assert CacheWriter(tmp_path, fingerprint()).done_pairs == 7
 
 
+def test_batch_without_pairs_writes_no_part(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path, fingerprint())
+    writer.add(logps()[:4])
+    writer.write_part()
+    for _ in range(2):  # an empty rest, as after a kill between the last part and the fingerprint
+        writer.add(logps()[:0])
+        writer.write_part()
+    assert CacheWriter(tmp_path, fingerprint()).done_pairs == 4
+
+
 def test_complete_cache_has_two_files(tmp_path: Path) -> None:
     write_cache(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"reference.parquet", "fingerprint.json"}

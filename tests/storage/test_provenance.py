@@ -25,6 +25,14 @@ def messages(saved: dict[str, Any], current: dict[str, Any], **labels: str) -> l
 def test_equal_records_have_no_difference() -> None:
     record = {"weights": DIGEST, "sampling": {"seed": 1, "top_p": None}, "layers": [1, 2]}
     assert diff(record, {**record, "layers": (1, 2)}) == []
+    assert diff({"pairs": [["a", "b"]]}, {"pairs": (("a", "b"),)}) == []
+
+
+def test_long_value_that_is_not_a_digest_is_shown() -> None:
+    path = "/" + 63 * "x"
+    assert messages({"tokenizer": path}, {"tokenizer": "here"}) == [
+        f"tokenizer was {path}, is now here"
+    ]
 
 
 def test_missing_part_equals_none() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec, opened, read_specs
+from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec, opened, read_spec, read_specs
 from megatron_idpo.convert.hf_io.tokenizer_files import (
     CONFIG_FILE,
     TOKENIZER_FILES,
@@ -88,12 +88,18 @@ class HfCheckpoint:
             A new contiguous tensor on the CPU in the stored dtype.
 
         Raises:
-            CheckpointError: there is no such tensor, or the file has been damaged or removed since
-                it was opened.
+            CheckpointError: there is no such tensor, or the file has been damaged, replaced or
+                removed since it was opened. (Truncated in place during the read, it is a SIGBUS.)
         """
         path, spec = self._tensor(name)
+        given = [cut for cut in (rows, columns) if cut is not None]
+        assert all(cut.step in (None, 1) for cut in given) and len(given) <= len(spec.shape), name
         index = (rows or slice(None), columns or slice(None))[: len(spec.shape)]
         with opened(path) as file:
+            if read_spec(path, file, name) != spec:
+                raise CheckpointError.at(
+                    str(path), f"tensor {name!r} has changed since it was opened"
+                )
             view: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
             # A copy: the view would keep the whole file mapped.
             return view.clone(memory_format=torch.contiguous_format)

@@ -85,16 +85,18 @@ def read_specs(path: Path) -> dict[str, TensorSpec]:
         CheckpointError: the file cannot be read, is truncated or damaged, or has a tensor of a
             dtype that torch does not have.
     """
-    specs = {}
     with opened(path) as file:
-        for name in file.keys():
-            entry = file.get_slice(name)
-            dtype = entry.get_dtype()
-            if dtype not in _DTYPES:
-                message = f"tensor {name!r} has the dtype {dtype}, which is not supported"
-                raise CheckpointError.at(str(path), message)
-            specs[name] = TensorSpec(name, tuple(entry.get_shape()), _DTYPES[dtype])
-    return specs
+        return {name: read_spec(path, file, name) for name in file.keys()}
+
+
+def read_spec(path: Path, file: Any, name: str) -> TensorSpec:
+    """The description of one tensor in an open file of `opened`; errors as of `read_specs`."""
+    entry = file.get_slice(name)
+    dtype = entry.get_dtype()
+    if dtype not in _DTYPES:
+        message = f"tensor {name!r} has the dtype {dtype}, which is not supported"
+        raise CheckpointError.at(str(path), message)
+    return TensorSpec(name, tuple(entry.get_shape()), _DTYPES[dtype])
 
 
 @contextmanager
@@ -105,15 +107,18 @@ def opened(path: Path) -> Iterator[Any]:
     memory limit of a cgroup works (checked with 800 MB under a limit of 600 MB).
 
     Raises:
-        CheckpointError: the file cannot be read, is truncated or damaged.
+        CheckpointError: the file cannot be read, is truncated or damaged, now or within the block.
     """
     with CheckpointError.on_os_error(str(path), "cannot be read"):
         try:
             file = safe_open(path, "pt")
         except (SafetensorError, RuntimeError) as error:  # RuntimeError: torch cannot map the file
             raise _damaged(path, error) from None
-        with file:
-            yield file
+        try:
+            with file:
+                yield file
+        except SafetensorError as error:
+            raise _damaged(path, error) from None
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

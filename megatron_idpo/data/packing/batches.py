@@ -139,7 +139,7 @@ def check_pairs(pairs: PairSource, settings: RowSettings) -> None:
     assert 0 <= settings.data_rank < settings.data_size, settings
     assert settings.rows_multiple >= 1, settings
     if not len(pairs):
-        raise DataError.at("data", "there is not a single pair", "see the report of dropped pairs")
+        raise DataError.at("data", "no pairs left", "see the report of dropped pairs")
     assert pairs.lengths_P3.shape == (len(pairs), 3), pairs.lengths_P3.shape
     check_lengths(
         pairs.lengths_P3,

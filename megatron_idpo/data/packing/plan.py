@@ -238,7 +238,7 @@ def _level(
 def _assign_to_ranks(
     packing: _Packing, visits_B: NDArray[np.int64], ranks: int
 ) -> list[list[list[int]]]:
-    """[rank][row]: each next row by decreasing attention cost goes to the rank with least of it.
+    """[rank][row]: rows in decreasing attention cost, each to the rank with the least cost so far.
 
     Only attention counts: matrix multiplications take the same time on padding.
     """

@@ -107,8 +107,8 @@ def check_same_settings(
     Args:
         path: of the stored result.
         stored: its content.
-        settings: of now.
-        files: task -> sha256 of its local files by name, of now.
+        settings: the current ones.
+        files: task -> sha256 of its current local files by name.
 
     Raises:
         ConfigError: lists everything that differs.

@@ -102,7 +102,7 @@ def _rendezvous(timeout: timedelta) -> None:
             message, remedy = f"{port} is in use on this machine", "choose another (--master-port)"
             raise ConfigError.at("MASTER_PORT", message, remedy) from error
         message = f"{address}:{port} cannot be reached"
-        remedy = "is the first node up, and is that its address and an open port?"
+        remedy = "check that the first node is up, its address, and that the port is open"
         raise ConfigError.at("MASTER_ADDR", message, remedy) from error
 
 

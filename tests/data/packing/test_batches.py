@@ -181,7 +181,7 @@ def test_evaluation_uses_every_pair_once_in_order(ranks):
 
 
 def test_invalid_pairs_are_refused_before_the_first_batch():
-    with pytest.raises(DataError, match="not a single pair"):
+    with pytest.raises(DataError, match="no pairs left"):
         TrainingBatches(RandomPairs(0), ROWS, global_batch_pairs=1, seed=0)
     with pytest.raises(
         DataError, match=r"global_batch_pairs: one batch needs 21 .* 2 x 10.*at most 20"
