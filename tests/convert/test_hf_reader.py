@@ -334,7 +334,7 @@ def test_replaced_file_is_reported(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
     checkpoint = HfCheckpoint(tmp_path)
     save_file({"a": torch.zeros(4)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="tensor 'a' has changed since the file was opened"):
+    with pytest.raises(CheckpointError, match="tensor 'a' has changed since it was opened"):
         checkpoint.read("a", slice(0, 2))
     save_file({"b": torch.zeros(4)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="File does not contain tensor a"):
