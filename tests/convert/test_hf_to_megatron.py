@@ -200,9 +200,6 @@ def test_layout_that_does_not_fit_is_refused(source, attempt_on, tmp_path):
     assert remaining(tmp_path) == {"hf"}
 
 
-# ---- optional tensors ------------------------------------------------------------
-
-
 @contextmanager
 def small_blocks() -> Iterator[None]:
     from megatron_idpo.convert import hf_to_megatron
@@ -258,9 +255,6 @@ def test_output_layer_that_differs_from_its_tied_embedding_is_refused(
     assert remaining(tmp_path) == {"hf"}
 
 
-# ---- targets -------------------------------------------------------------------------------------
-
-
 def test_uncreatable_target_is_reported(source, attempt_on, tmp_path):
     (tmp_path / "file").touch()
     (message,) = attempt_on("there", source, tmp_path / "file" / "out")
@@ -299,9 +293,6 @@ def test_directory_that_is_not_a_checkpoint_is_not_replaced(source, attempt_on, 
     assert_one_line(message, r"home: exists and is not a checkpoint")
     assert remaining(home) == {"precious"}
     assert remaining(tmp_path) == {"hf", "home"}
-
-
-# ---- full disks and other failures ----------------------------------------------------
 
 
 def weight_bytes(source: Path) -> int:
