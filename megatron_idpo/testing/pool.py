@@ -34,7 +34,7 @@ _PEER_GRACE_S = 5.0
 """Time for the other ranks to finish after one failed, before they are replaced."""
 
 _EXIT_GRACE_S = 5.0
-_STACK_GRACE_S = 1.0
+_STACK_GRACE_S = 10.0
 _POLL_S = 0.01
 
 

@@ -15,7 +15,7 @@ from megatron_idpo.testing import WorkerError, run_distributed
 
 pytestmark = pytest.mark.distributed
 
-HANG_TIMEOUT_S = 2.0
+HANG_TIMEOUT_S = 3.0
 """More than a worker takes to enter the function on a loaded machine."""
 
 
