@@ -19,7 +19,7 @@ from megatron_idpo.plugin.outputs import LayerOutput
 
 ReferenceLogps = Sequence[Mapping[int, Tensor]]
 """The reference's log-probabilities, float32 `[2P]`, by row of the batch and by layer. Every stage
-needs those of its own layers."""
+needs those of the layers it holds."""
 
 
 def run_batch(

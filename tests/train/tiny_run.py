@@ -209,7 +209,7 @@ def exported(output: Path) -> dict[str, Tensor]:
 
 
 def relative_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The largest difference of any tensor, in units of its own root mean square."""
+    """The largest difference of any tensor, relative to its root mean square."""
     assert ours.keys() == theirs.keys()
     return max(
         float((ours[name] - theirs[name]).abs().max() / theirs[name].square().mean().sqrt())
