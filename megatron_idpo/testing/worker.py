@@ -123,7 +123,9 @@ def main(descriptor: int, stacks_path: str) -> None:
     # Open until the process ends: faulthandler writes to the bare descriptor.
     stacks = open(stacks_path, "w")
     faulthandler.enable(stacks)
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+    # Of all threads: with `all_threads=False` nothing is written if the kernel delivers the signal
+    # to a thread of gloo or OpenMP, which has no Python stack.
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     with Connection(descriptor) as connection:
         serve(connection)
 

@@ -12,7 +12,7 @@ PROGRESS = Progress(
     step=12,
     data={"consumed_pairs": 96, "seed": 1, "num_pairs": 240},
     data_fingerprint="d" * 64,
-    base_model="m" * 64,
+    base_model="b" * 64,
     config={"model": {"path": "Modèle"}, "layers": [22]},
     metrics={"loss": float("inf"), "rewards/margins": 1e-300, "eval_loss": 0.1 + 0.2},
     layout={"tensor": 2},
@@ -89,7 +89,7 @@ def test_unrelated_changes_are_accepted():
 
 
 def test_other_model_and_data_are_refused():
-    other = replace(PROGRESS, base_model="n" * 64, data_fingerprint="")
+    other = replace(PROGRESS, base_model="c" * 64, data_fingerprint="")
     location = "out/step-00000012"
     model, data = map(str, check_same_run(PROGRESS, other, location))
     assert model.startswith(f"{location}: the base model (section `model`) differs; resume with")

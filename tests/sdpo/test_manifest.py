@@ -114,7 +114,7 @@ def step_changed(number: int, **changes: Any) -> Manifest:
 LEARNED = PLANNED.step(1).learnt
 CHANGED: dict[str, tuple[Manifest, str]] = {
     "model": (
-        replace(PLANNED, model_identity=identity("other")),
+        replace(PLANNED, model_identity="0" * 64),
         "the first model (some/model) differs",
     ),
     "target": (replace(PLANNED, target="first"), "sdpo.target was previous, is now first"),
