@@ -113,10 +113,7 @@ def step_changed(number: int, **changes: Any) -> Manifest:
 
 LEARNED = PLANNED.step(1).learnt
 CHANGED: dict[str, tuple[Manifest, str]] = {
-    "model": (
-        replace(PLANNED, model_identity="0" * 64),
-        "the first model (some/model) differs",
-    ),
+    "model": (replace(PLANNED, model_identity="0" * 64), "the first model (some/model) differs"),
     "target": (replace(PLANNED, target="first"), "sdpo.target was previous, is now first"),
     "adapters": (replace(PLANNED, adapters="carry"), "sdpo.adapters was merge, is now carry"),
     "all weights": (replace(PLANNED, adapters=None), "sdpo.adapters was merge, is now not set"),
