@@ -41,8 +41,7 @@ from megatron_idpo.data.packing.batches import Batch
 from megatron_idpo.mcore.parallel.groups import seed_rng_for_step
 from megatron_idpo.mcore.parallel.pipeline import run_schedule
 from megatron_idpo.mcore.parallel.world import distributed_world, running_layout
-from megatron_idpo.plugin.batch_run import row_micro_batch
-from megatron_idpo.plugin.micro_batch import MicroBatch
+from megatron_idpo.plugin.rows import row_micro_batch
 from megatron_idpo.reference.sources import NoReference
 from megatron_idpo.train.run_directory import open_run_directory
 from megatron_idpo.train.setup import assemble, prepare
@@ -166,10 +165,8 @@ def _sft_step(run: Trainer, batch: Batch, number: int) -> None:
     micro_batches = [_labelled(batch, index) for index in range(len(batch.rows))]
 
     def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Tensor, Any]:
-        tokens_1T, labels_1T, mask_1T, params = next(iterator)
-        losses_1T = chunk(
-            tokens_1T, params.position_ids_T[None], None, labels=labels_1T, packed_seq_params=params
-        )
+        inputs, mask_1T = next(iterator)
+        losses_1T = chunk(**inputs)
 
         def loss(output_1T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return (output_1T * mask_1T).sum() * (len(batch.rows) / targets), {}
@@ -184,13 +181,14 @@ def _sft_step(run: Trainer, batch: Batch, number: int) -> None:
     trainable.step(1e-6)
 
 
-def _labelled(batch: Batch, index: int) -> tuple[Tensor, Tensor, Tensor, MicroBatch]:
-    """Tokens, labels at the positions that predict an answer's token, their mask, the structure."""
-    tokens_1T, params = row_micro_batch(batch.rows[index], index, batch, None, reference_free=True)
+def _labelled(batch: Batch, index: int) -> tuple[dict[str, Any], Tensor]:
+    """Input with labels at the positions that predict an answer's token, and their mask."""
+    preferences, inputs = row_micro_batch(batch.rows[index], torch.device("cpu"))
+    targets, tokens_1T = preferences.targets, inputs["input_ids"]
     labels_1T, mask_1T = torch.zeros_like(tokens_1T), torch.zeros(tokens_1T.shape)
-    labels_1T[0, params.targets.positions_N] = params.targets.tokens_N
-    mask_1T[0, params.targets.positions_N] = 1.0
-    return tokens_1T, labels_1T, mask_1T, params
+    labels_1T[0, targets.positions_N] = targets.tokens_N
+    mask_1T[0, targets.positions_N] = 1.0
+    return {**inputs, "labels": labels_1T}, mask_1T
 
 
 # ---- reporting ----------------------------------------------------------------------------------

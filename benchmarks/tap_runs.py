@@ -99,11 +99,11 @@ def wrap(chunk: Any) -> Any:
     return DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
 
 
-def micro_batches(sizes: Sizes, num: int, layers: Sequence[int]) -> list[tuple[Tensor, Any]]:
+def micro_batches(sizes: Sizes, num: int, layers: Sequence[int]) -> list[Any]:
     """Rows of equal pairs with random tokens, and reference log-probabilities."""
     from megatron_idpo.data.packing.rows import Row
     from megatron_idpo.data.pairs import Pair
-    from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+    from megatron_idpo.plugin.rows import row_micro_batch
 
     random = np.random.default_rng(0)
     batches = []
@@ -113,23 +113,15 @@ def micro_batches(sizes: Sizes, num: int, layers: Sequence[int]) -> list[tuple[T
             for _ in range(sizes.pairs)
         ]
         row = Row.build([Pair(n, *part) for n, part in enumerate(parts)], sizes.row_tokens, 0)
-        tensors = row.tensors(torch.device("cpu"))
-        targets = Targets(
-            tensors.target_positions_N,
-            tensors.target_tokens_N,
-            tensors.target_sequences_N,
-            row.num_pairs,
-        )
-        micro_batch = MicroBatch(
-            position_ids_T=tensors.position_ids_T,
-            spans_G4=tensors.spans_G4,
-            targets=targets,
+        micro_batch = row_micro_batch(
+            row,
+            torch.device("cpu"),
             reference_logps={layer: torch.zeros(2 * row.num_pairs) for layer in layers},
             index=index,
             num_micro_batches=num,
             global_pairs=num * sizes.pairs,
         )
-        batches.append((tensors.tokens_T[None], micro_batch))
+        batches.append(micro_batch)
     return batches
 
 
@@ -145,8 +137,8 @@ def run_step(
 
     def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
         observe()
-        tokens_1T, micro_batch = next(iterator)
-        return dpo.forward(model, tokens_1T, micro_batch), partial(dpo.loss, micro_batch)
+        batch, inputs = next(iterator)
+        return dpo.forward(model, batch, **inputs), partial(dpo.loss, batch)
 
     get_forward_backward_func()(
         forward_step_func=step,
@@ -157,7 +149,6 @@ def run_step(
         micro_batch_size=1,
         forward_only=False,
     )
-    dpo.take_outputs(len(batches))
 
 
 @contextmanager

@@ -1,6 +1,36 @@
 """Intermediate DPO and stepwise DPO on stock Megatron-Core.
 
-Importing this package has no side effects and loads neither torch nor megatron-core.
+    from megatron_idpo import Objective, PreferenceBatch, Targets, attach
+
+Importing this package has no side effects and loads neither torch nor megatron-core; the names
+above load them on first use.
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_idpo.config.objective import Objective
+    from megatron_idpo.plugin.attach import AttachedDpo, attach
+    from megatron_idpo.plugin.preference_batch import PreferenceBatch
+    from megatron_idpo.plugin.targets import Targets
+
+__all__ = ["AttachedDpo", "Objective", "PreferenceBatch", "Targets", "attach"]
+
 __version__ = "0.1.0"
+
+_MODULES = {
+    "AttachedDpo": "megatron_idpo.plugin.attach",
+    "Objective": "megatron_idpo.config.objective",
+    "PreferenceBatch": "megatron_idpo.plugin.preference_batch",
+    "Targets": "megatron_idpo.plugin.targets",
+    "attach": "megatron_idpo.plugin.attach",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used."""
+    if name in _MODULES:
+        value: object = getattr(importlib.import_module(_MODULES[name]), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,7 +35,8 @@ from megatron_idpo.mcore.lora.chunk import (
 from megatron_idpo.mcore.lora.linear import LoraHyperparams
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel
-from megatron_idpo.mcore.model.chunk import RestoreFn, enable_embedding_output_grad, is_hooked
+from megatron_idpo.mcore.model.chunk import RestoreFn, enable_embedding_output_grad
+from megatron_idpo.mcore.model.tap import is_tapped
 from megatron_idpo.mcore.parallel.groups import RankCoordinates, rank_coordinates
 
 
@@ -215,7 +216,7 @@ def _check_chunks(chunks: Sequence[GPTModel], settings: LoraConfig) -> list[Prob
             problems.append(Problem(location, message, remedy))
         elif has_adapters(chunk):
             problems.append(Problem(location, "has adapters already", "remove() them first"))
-        elif is_hooked(chunk):
+        elif is_tapped(chunk):
             remedy = "add adapters first, then attach"
             problems.append(Problem(location, "is attached already", remedy))
         else:

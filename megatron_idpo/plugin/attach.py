@@ -1,101 +1,104 @@
 """`attach`: intermediate DPO for any Megatron-Core training script.
 
-    chunks = ...                                  # GPTModel chunks of this rank, weights loaded
-    dpo = attach(chunks, layers=[22], objective=Objective(...), vocab_size=32000)
-    wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
-    config.finalize_model_grads_func = dpo.finalize_model_grads
+dpo = attach(chunks, layers=[22], objective=Objective(...), vocab_size=32000)   # before DDP
+config.finalize_model_grads_func = dpo.finalize_model_grads
 
-    def forward_step(iterator, model):
-        tokens_1T, micro_batch = next(iterator)   # the same row on every stage
-        output = dpo.forward(model, tokens_1T, micro_batch)
-        return output, partial(dpo.loss, micro_batch)
+def forward_step(iterator, model):
+    tokens, position_ids, batch = next(iterator)          # the same batch on every stage
+    output = model(tokens, position_ids, None, **dpo.model_kwargs(batch))
+    return output, partial(dpo.loss, batch)
 
-    forward_backward(forward_step_func=forward_step, num_microbatches=M, ...)
-    outputs = dpo.take_outputs(M)                 # this stage's layers
-    dpo.detach()
-
-Loss scaling. With B pairs in the global batch, M micro-batches per rank and D data-parallel ranks,
-every pair must weigh 1/B in the gradient, independent of its row. megatron-core averages: the
-schedule divides the final layer's loss by M, DDP divides gradients by D. So the final layer's loss
-of a micro-batch is `(1 - w) * sum(L) * M * D / B`. A tapped layer's loss does not pass through the
-schedule, so it has no M, but has to apply the loss scale itself: `w * share * sum(L) * D / B *
-grad_scale`.
-
-    T  row positions (t: this rank's shard under sequence parallelism)   H  hidden size   P  pairs
+S  positions (s: this rank's shard under sequence parallelism)   B  batch   H  hidden size
+P  pairs   Q  sequences
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.model.build import GPTModel, finalize_model_grads
+from megatron_idpo.errors import ConfigError, DataError
+from megatron_idpo.mcore.model.build import finalize_model_grads
 from megatron_idpo.mcore.model.chunk import (
+    ModelChunk,
     RestoreFn,
-    chunk_layer_numbers,
     enable_embedding_output_grad,
-    override_output_layer,
-    tap_layers,
+    layers_by_number,
+    num_layers,
 )
-from megatron_idpo.mcore.parallel.groups import data_parallel_size, rank_coordinates
-from megatron_idpo.objective.dpo import Objective, layer_loss
+from megatron_idpo.mcore.model.tap import (
+    CarriedBatch,
+    OnTap,
+    ReadFinal,
+    evaluate_in_backward,
+    install_taps,
+)
+from megatron_idpo.mcore.parallel.groups import ModelGroups
+from megatron_idpo.objective.dpo import Objective
 from megatron_idpo.objective.layers import LayerSpec, resolve_layers
 from megatron_idpo.plugin.compatibility import (
     check_all_ranks,
     check_chunks,
     check_not_attached,
-    check_recompute,
+    check_rows,
     check_settings,
     check_vocabulary,
 )
 from megatron_idpo.plugin.head import Head
-from megatron_idpo.plugin.injection import inject_loss
-from megatron_idpo.plugin.micro_batch import MicroBatch
-from megatron_idpo.plugin.outputs import LayerOutput, OutputBuffer
+from megatron_idpo.plugin.layer_losses import LayerLosses
+from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.plugin.preference_batch import PreferenceBatch
 from megatron_idpo.plugin.shared_head import SharedHead
+from megatron_idpo.plugin.targets import Targets
 
 
 def attach(
-    chunks: Sequence[GPTModel],
+    chunks: Sequence[ModelChunk],
     *,
     layers: LayerSpec,
     objective: Objective,
     vocab_size: int,
     use_norm: bool = True,
+    pg_collection: Any = None,
 ) -> "AttachedDpo":
     """Add intermediate DPO to this rank's model chunks. Collective over the world.
 
     Args:
-        chunks: `GPTModel`s with their weights loaded, not yet wrapped in DDP.
+        chunks: `GPTModel`s or `HybridModel`s as their owner built them, not yet wrapped in DDP.
+            Weights may be loaded later if the checkpoint is distributed: it also fills the copies
+            of the head.
         layers: the tapped layers, as `resolve_layers` takes them: layer numbers from 1, depth
             fractions, `{"every": n}`, `"all"`; empty is plain DPO.
         objective: the loss of a layer and the weights of the layers.
         vocab_size: tokens of the vocabulary, without padding rows.
         use_norm: read tapped layers through the final norm.
+        pg_collection: megatron-core's `ProcessGroupCollection` of the model; None: the chunks' own.
 
     Raises:
-        ConfigError: on every rank. Chunks that are wrapped or do not support rows; layers that do
+        ConfigError: on every rank. Chunks that are wrapped or not language models; layers that do
             not exist or are the final one; and, all at once, a second attach and settings of
             megatron-core under which the gradient would be silently wrong.
     """
     if problems := check_chunks(chunks):
         raise ConfigError.of(problems)
     config = chunks[0].config
-    layers_by_chunk = [chunk_layer_numbers(chunk) for chunk in chunks]
-    taps = resolve_layers(layers, config.num_layers)
+    taps = resolve_layers(layers, num_layers(chunks[0]))
     problems = [
         *check_not_attached(chunks),
         *check_settings(config),
-        *check_recompute(config, taps, layers_by_chunk),
         *check_vocabulary(chunks, vocab_size),
     ]
     arguments = (taps, objective, vocab_size, use_norm)
     if problems := check_all_ranks(problems, chunks, taps, arguments):
         raise ConfigError.of(problems)
-    return AttachedDpo(chunks, taps, layers_by_chunk, objective, vocab_size, use_norm)
+    if pg_collection is None:
+        pg_collection = getattr(chunks[0], "pg_collection", None)
+    groups = ModelGroups.of(pg_collection)
+    return AttachedDpo(chunks, taps, objective, vocab_size, groups, use_norm=use_norm)
 
 
 class AttachedDpo:
@@ -103,142 +106,182 @@ class AttachedDpo:
 
     def __init__(
         self,
-        chunks: Sequence[GPTModel],
+        chunks: Sequence[ModelChunk],
         taps: Sequence[int],
-        layers_by_chunk: Sequence[Sequence[int]],
         objective: Objective,
         vocab_size: int,
+        groups: ModelGroups,
+        *,
         use_norm: bool,
     ) -> None:
-        """Add heads and hooks; `attach` has checked the arguments."""
+        """Add heads and taps; `attach` has checked the arguments."""
         self.layers = list(taps)
         """The tapped layers of the whole model, counted from 1."""
-        self.num_layers: int = chunks[0].config.num_layers
+        self.num_layers: int = num_layers(chunks[0])
         """The final layer."""
         self.reads_final_reference = bool(taps) and objective.reference_layer == "final"
         """Whether every tapped stage needs the reference's log-probabilities of the final layer."""
-        self._objective = objective
         final_scale, scales = objective.layer_scales(len(taps))
-        self._scales = {**dict(zip(taps, scales, strict=True)), self.num_layers: final_scale}
+        scale_of = {**dict(zip(taps, scales, strict=True)), self.num_layers: final_scale}
         self._config = chunks[0].config
-        self._data_size = data_parallel_size()
+        self._groups = groups
         self._chunks = list(chunks)
         self._vocab_size = vocab_size
-        taps_by_chunk = [[layer for layer in taps if layer in owned] for owned in layers_by_chunk]
-        local_layers = [layer for of_chunk in taps_by_chunk for layer in of_chunk]
+        own = [[layer for layer in layers_by_number(c) if layer in self.layers] for c in chunks]
         is_last = any(chunk.post_process for chunk in chunks)
-        self._outputs = OutputBuffer(
-            [*local_layers, *([self.num_layers] if is_last else [])],
-            self.num_layers,
-            counts_pairs=is_last and rank_coordinates().tp_rank == 0,
-        )
+        own_layers = [*(n for of_chunk in own for n in of_chunk), *[self.num_layers][:is_last]]
+        self._losses = LayerLosses(own_layers, scale_of, objective, groups)
         self._is_checked = False
         self._gradient_sum_pending = False
         self._shared_head = SharedHead(
-            chunks, [bool(of_chunk) for of_chunk in taps_by_chunk], use_norm=use_norm
+            chunks, [bool(of_chunk) for of_chunk in own], groups, use_norm=use_norm
         )
         self._undo: list[RestoreFn] = []
         for index, chunk in enumerate(chunks):
-            head = self._shared_head.head(index, vocab_size=vocab_size)
-            self._add_hooks(chunk, head, taps_by_chunk[index])
+            self._add_taps(chunk, self._shared_head.head(index, vocab_size=vocab_size), own[index])
 
-    def _add_hooks(self, chunk: GPTModel, head: Head | None, taps: Sequence[int]) -> None:
+    def _add_taps(self, chunk: ModelChunk, head: Head | None, layers: Sequence[int]) -> None:
         if chunk.pre_process:
             self._undo.append(enable_embedding_output_grad(chunk))
-        if taps:
-            assert head is not None
-            self._undo.append(tap_layers(chunk, taps, partial(self._on_taps, head)))
-        if chunk.post_process:
-            assert head is not None
-            # The decoder of the last chunk ends with the final norm.
-            read_final = partial(head.sequence_logps, normed=True)
-            self._undo.append(override_output_layer(chunk, read_final))
+        taps: dict[int, OnTap] = {}
+        read_final: ReadFinal | None = None
+        if head is not None:
+            taps = {layer: partial(self._on_tap, head, layer) for layer in layers}
+            read_final = partial(self._read_final, head)
+        on_call = partial(self._on_call, chunk)
+        self._undo.append(install_taps(chunk, taps, read_final, on_call))
 
     # ---- called by the training script ----------------------------------------------------------
 
-    def forward(self, model: Any, tokens_1T: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """Run one micro-batch through one model chunk.
+    def model_kwargs(self, batch: PreferenceBatch, packed_seq_params: Any = None) -> dict[str, Any]:
+        """What a call of the model needs in addition, on every stage.
+
+        A call with it returns, on the last stage, the log-probability of every answer, `[2P]`,
+        instead of logits. `labels` have no effect.
+
+        Args:
+            batch: of the call.
+            packed_seq_params: the caller's own, for Megatron's `thd` format or shared-prompt rows.
+        """
+        _check_batch(batch)
+        batch.check_vocabulary(self._vocab_size)
+        context = self._groups.context
+        targets = batch.targets.on_context_rank(torch.distributed.get_rank(context), context.size())
+        carried = CarriedBatch.of(
+            _Call(self, batch, targets), packed_seq_params, batch.targets.shape[1]
+        )
+        return {"packed_seq_params": carried}
+
+    def forward(self, model: Any, batch: PreferenceBatch, *args: Any, **kwargs: Any) -> Tensor:
+        """Call one model chunk with `model_kwargs`, and nothing more.
 
         Args:
             model: a chunk, wrapped or not.
-            tokens_1T: int64 `[1, T]`.
-            micro_batch: the row's structure, targets and reference log-probabilities.
+            batch: of the call.
+            *args: of the model.
+            **kwargs: of the model.
 
         Returns:
-            The chunk's output; on the last stage the sequence log-probabilities `[2P]`.
+            The chunk's output; on the last stage the log-probability of every answer `[2P]`.
 
         Raises:
-            ConfigError: the chunk is not attached, or `micro_batch` is not a `MicroBatch`.
-            DataError: tokens of another row, or targets beyond the vocabulary.
+            ConfigError: the chunk is not attached, or `batch` is not a `PreferenceBatch`.
+            DataError: tokens of another batch, or targets beyond the vocabulary.
         """
         self._check_attached(model)
-        _check_micro_batch(micro_batch).check_tokens(tokens_1T, self._vocab_size)
-        output: Tensor = model(
-            tokens_1T,
-            micro_batch.position_ids_T[None],
-            None,
-            packed_seq_params=micro_batch,
-            output_processor=_sequence_logps,
-        )
+        own = kwargs.pop("packed_seq_params", None)
+        output: Tensor = model(*args, **kwargs, **self.model_kwargs(batch, own))
         return output
 
-    def loss(self, micro_batch: MicroBatch, logps_2P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: PreferenceBatch, logps_2P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The final layer's term of the loss: megatron-core's `loss_func` on the last stage.
 
+        Args:
+            batch: that the model was called with.
+            logps_2P: what it returned.
+
         Returns:
-            `(1 - w) * sum(L) * M * D / B` (see the module), and an empty report: `take_outputs`
-            returns the outputs. 0 outside training.
+            `(1 - w) * sum(L) * M * D / B` (`layer_losses.py`), and what Megatron's training loop logs,
+            `{name: [sum, pairs]}` (`step_log.py`). Without gradients: 0, and the final layer's
+            values; nothing without a reference.
 
         Raises:
-            ConfigError: in training, a micro-batch without the reference's log-probabilities or
-                without counts.
+            ConfigError: the output is not of this batch; in training, a micro-batch without the
+                reference's log-probabilities or without counts.
         """
-        loss_P = self._layer_loss(self.num_layers, micro_batch, logps_2P)
-        if loss_P is None or not torch.is_grad_enabled():
-            return logps_2P.new_zeros(()), {}
-        # The schedule divides by M, which would make a pair's weight depend on how many rows its
-        # batch was packed into.
-        scale = self._pair_scale(self.num_layers, micro_batch) * micro_batch.num_micro_batches
-        return loss_P.sum() * scale, {}
+        if logps_2P.shape != (2 * batch.num_pairs,):
+            message = f"an output of shape {tuple(logps_2P.shape)} for {batch.num_pairs} pairs"
+            remedy = "merge AttachedDpo.model_kwargs(batch) of the same batch into the model's call"
+            raise ConfigError.at("AttachedDpo.loss", message, remedy)
+        with self._losses.discarding_step_on_error():
+            loss, log = self._losses.final_layer(batch, logps_2P)
+        if torch.is_grad_enabled():
+            self._gradient_sum_pending = self._shared_head.has_trained_copies
+        return loss, log
 
     def finalize_model_grads(self, model: Sequence[Any], *args: Any, **kwargs: Any) -> None:
         """megatron-core's `finalize_model_grads`, then the sum over the copies of a trained head.
 
-        Set it as `TransformerConfig.finalize_model_grads_func`. Collective.
+        Also fills the log that `loss` returned. Set it as
+        `TransformerConfig.finalize_model_grads_func`. Collective.
 
         Raises:
-            ConfigError: in the first step, on every rank: the losses were averaged over another
-                number of pairs than the step had, or the copies of the head are not equal.
+            ConfigError: a layer was not evaluated once per micro-batch; in the first step, on every
+                rank: the losses were averaged over another number of pairs than the step had, or
+                the copies of the head are not equal.
         """
         finalize_model_grads(model, *args, **kwargs)
-        if not self._is_checked:
-            self._outputs.check_pairs()
-            self._shared_head.check_equal()
-            self._is_checked = True
+        with self._losses.discarding_step_on_error():
+            sums_by_layer = self._losses.outputs.finish_step(check_all_ranks=not self._is_checked)
+            if not self._is_checked:
+                self._shared_head.check_equal()
+                self._is_checked = True
         # After megatron-core's own reductions: the copies' gradients are then complete within
         # their stage, and the tied embedding's already sums the first and the last stage.
         self._shared_head.sum_gradients()
         self._gradient_sum_pending = False
+        self._losses.log.fill(sums_by_layer)
 
-    def take_outputs(self, num_micro_batches: int) -> list[LayerOutput]:
-        """Return the outputs of this rank's layers since the last call, and drop them.
+    def report_evaluation(self, *args: Any) -> dict[str, float]:
+        """Means of all layers over the pairs that were evaluated since the last training step.
+
+        Megatron-LM's `non_loss_data_func`: its own log of an evaluation has the final layer only.
+        Collective over pipeline and data-parallel ranks.
 
         Args:
-            num_micro_batches: how many ran; each layer of this rank must have one output per
-                micro-batch.
+            *args: not used.
+
+        Returns:
+            By the names of the training log; empty if no pair with a reference was evaluated.
+        """
+        return self._losses.log.evaluation(self._losses.outputs.take_evaluation())
+
+    @contextmanager
+    def collect_outputs(self, num_micro_batches: int | None = None) -> Iterator[list[LayerOutput]]:
+        """The outputs of this rank's layers, recorded by the schedule that runs in the block.
+
+        Without it, only sums are kept.
+
+        Args:
+            num_micro_batches: how many run; each layer of this rank must have one output each.
+                None: layers are compared with each other.
 
         Raises:
-            ConfigError: a layer lacks outputs, because its chunk was not run or not through
-                `forward`; or the gradients of a trained head's copies were not summed.
+            ConfigError: at the end of the block. A layer lacks outputs, because its chunk was not
+                run with `model_kwargs`; or the gradients of a trained head's copies were not
+                summed.
         """
-        outputs = self._outputs.take(num_micro_batches)
+        with (
+            self._losses.discarding_step_on_error(),
+            self._losses.outputs.collect(num_micro_batches) as outputs,
+        ):
+            yield outputs
         if self._gradient_sum_pending:
             raise ConfigError.at(
                 "TransformerConfig.finalize_model_grads_func",
                 "did not sum the gradients of the head's copies on other stages",
                 "set it to AttachedDpo.finalize_model_grads",
             )
-        return outputs
 
     def detach(self) -> None:
         """Restore the chunks and remove their copies of the head. A second call does nothing.
@@ -250,66 +293,52 @@ class AttachedDpo:
         self._shared_head.remove()
         self._chunks = []
 
-    # ---- at a tap -------------------------------------------------------------------------------
+    # ---- within the model's call ----------------------------------------------------------------
 
-    def _on_taps(
-        self, head: Head, output: Tensor, hidden: dict[int, Tensor], micro_batch: Any
+    def _on_call(
+        self, chunk: ModelChunk, call: "_Call", packed_seq_params: Any, tokens: Tensor | None
+    ) -> None:
+        """Check a call before it runs. Later stages may get no tokens."""
+        if call.owner is not self:
+            message = "has the batch of another attached model"
+            raise ConfigError.at("packed_seq_params", message, "use this model's model_kwargs")
+        if problems := check_rows(chunk, packed_seq_params):
+            raise ConfigError.of(problems)
+        num_rows, num_positions = call.targets.shape
+        expected = (num_rows, num_positions // self._groups.context.size())
+        if tokens is not None and tuple(tokens.shape) != expected:
+            message = (
+                f"tokens of shape {tuple(tokens.shape)} for targets of {list(expected)} tokens"
+            )
+            remedy = "pass the tokens that the targets were built from"
+            raise DataError.at(f"micro-batch {call.batch.index}", message, remedy)
+
+    def _on_tap(
+        self, head: Head, layer: int, hidden_sBH: Tensor, call: "_Call", evaluates_now: bool
     ) -> Tensor:
-        """Called in the forward pass of a tapped chunk, outside of activation recomputation."""
-        _check_micro_batch(micro_batch)
+        """Called whenever a tapped layer runs, also for a recomputation."""
         head.enter()
-        for layer, hidden_t1H in hidden.items():
-            if torch.is_grad_enabled():
-                evaluate = partial(self._tapped_loss, head, layer, micro_batch)
-                output = inject_loss(output, hidden_t1H, evaluate)
-            else:
-                logps_2P = head.sequence_logps(hidden_t1H, micro_batch.targets, normed=False)
-                self._layer_loss(layer, micro_batch, logps_2P)
-        return output
+        if torch.is_grad_enabled():
+            return evaluate_in_backward(hidden_sBH, partial(self._tapped_loss, head, layer, call))
+        # Without gradients it is either an evaluation, or the first run of a checkpoint.
+        if evaluates_now:
+            logps_Q = head.sequence_logps(hidden_sBH, call.targets, normed=False)
+            self._losses.evaluate(layer, call.batch, call.batch.by_answer(logps_Q))
+        return hidden_sBH
 
-    def _tapped_loss(
-        self, head: Head, layer: int, micro_batch: MicroBatch, hidden_t1H: Tensor
-    ) -> Tensor:
-        logps_2P = head.sequence_logps(hidden_t1H, micro_batch.targets, normed=False)
-        loss_P = self._layer_loss(layer, micro_batch, logps_2P)
-        assert loss_P is not None
-        loss = loss_P.sum() * self._pair_scale(layer, micro_batch)
+    def _read_final(self, head: Head, hidden_sBH: Tensor, call: "_Call") -> Tensor:
+        # The decoder of the last chunk ends with the final norm.
+        logps_Q = head.sequence_logps(hidden_sBH, call.targets, normed=True)
+        return call.batch.by_answer(logps_Q)
+
+    def _tapped_loss(self, head: Head, layer: int, call: "_Call", hidden_sBH: Tensor) -> Tensor:
+        with self._losses.discarding_step_on_error():
+            logps_Q = head.sequence_logps(hidden_sBH, call.targets, normed=False)
+            loss = self._losses.tapped_layer(layer, call.batch, call.batch.by_answer(logps_Q))
+        self._gradient_sum_pending = self._shared_head.has_trained_copies
         # The schedule applies the loss scale (fp16) to the last stage's loss only.
         grad_scale = self._config.grad_scale_func
         return loss if grad_scale is None else grad_scale(loss)
-
-    def _layer_loss(self, layer: int, micro_batch: MicroBatch, logps_2P: Tensor) -> Tensor | None:
-        """Each pair's loss at a layer, recorded; None without a reference."""
-        reference_layer = layer if self._objective.reference_layer == "same" else self.num_layers
-        reference_2P = micro_batch.reference_logps.get(reference_layer)
-        loss_P = lengths_2P = None
-        if reference_2P is not None or micro_batch.reference_free:
-            lengths_2P = micro_batch.targets.lengths()
-            loss_P = layer_loss(logps_2P, reference_2P, lengths_2P, self._objective)
-        elif torch.is_grad_enabled():
-            raise ConfigError.at(
-                f"micro-batch {micro_batch.index}",
-                f"lacks the reference log-probabilities of layer {reference_layer}",
-                "score the data with the reference at every tapped layer and the final one first; "
-                "run scoring itself under torch.no_grad",
-            )
-        self._outputs.record(
-            LayerOutput(
-                layer,
-                micro_batch.index,
-                logps_2P.detach(),
-                reference_2P,
-                None if loss_P is None else loss_P.detach(),
-                lengths_2P,
-            )
-        )
-        return loss_P
-
-    def _pair_scale(self, layer: int, micro_batch: MicroBatch) -> float:
-        """The weight of a pair's loss at a layer, `scale * D / B`: DDP divides by D again."""
-        self._outputs.record_trained(layer, micro_batch)
-        self._gradient_sum_pending = self._shared_head.has_trained_copies
-        return self._scales[layer] * self._data_size / micro_batch.global_pairs
 
     def _check_attached(self, model: Any) -> None:
         chunk = model
@@ -320,22 +349,17 @@ class AttachedDpo:
             raise ConfigError.at("AttachedDpo.forward", message, "attach to it")
 
 
-def _sequence_logps(
-    *, hidden_states: Tensor, output_layer: Any, packed_seq_params: Any, **_: Any
-) -> Tensor:
-    """megatron-core's `output_processor`: call the output layer, whose forward `attach` replaced.
-
-    The call goes through the module, so that DDP's pre-hooks wait for the weight's all-gather.
-    """
-    logps_2P: Tensor = output_layer(hidden_states, response_targets=packed_seq_params.targets)
-    return logps_2P
+def _check_batch(batch: object) -> None:
+    if not isinstance(batch, PreferenceBatch):
+        message = f"is a {type(batch).__name__}, not a PreferenceBatch"
+        raise ConfigError.at("batch", message, "build one from the micro-batch's targets")
 
 
-def _check_micro_batch(micro_batch: object) -> MicroBatch:
-    if isinstance(micro_batch, MicroBatch):
-        return micro_batch
-    raise ConfigError.at(
-        "packed_seq_params",
-        f"is a {type(micro_batch).__name__}; a tapped chunk needs a MicroBatch",
-        "call the model through AttachedDpo.forward",
-    )
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """What travels through one model in one call."""
+
+    owner: AttachedDpo
+    batch: PreferenceBatch
+    targets: Targets
+    """Of this context-parallel rank's positions."""

@@ -1,6 +1,6 @@
 """`run_batch`: one global batch of preference pairs through an attached model.
 
-T  row positions   P  pairs of a row
+P  pairs of a row
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,12 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from megatron_idpo.data.packing.batches import Batch
-from megatron_idpo.data.packing.rows import Row
 from megatron_idpo.mcore.cpu.redirect import default_device
 from megatron_idpo.mcore.parallel.pipeline import run_schedule
 from megatron_idpo.plugin.attach import AttachedDpo
-from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
 from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.plugin.rows import row_micro_batch
 
 ReferenceLogps = Sequence[Mapping[int, Tensor]]
 """The reference's log-probabilities, float32 `[2P]`, by row of the batch and by layer. Every stage
@@ -46,18 +45,28 @@ def run_batch(
         The outputs of this rank's layers, sorted by micro-batch and layer.
     """
     micro_batches = [
-        row_micro_batch(row, index, batch, reference, reference_free)
+        row_micro_batch(
+            row,
+            default_device(),
+            reference_logps={} if reference is None else reference[index],
+            reference_free=reference_free,
+            index=index,
+            num_micro_batches=len(batch.rows),
+            global_pairs=batch.num_pairs,
+        )
         for index, row in enumerate(batch.rows)
     ]
 
     def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Tensor, Any]:
-        tokens_1T, micro_batch = next(iterator)
-        return dpo.forward(chunk, tokens_1T, micro_batch), partial(dpo.loss, micro_batch)
+        preferences, inputs = next(iterator)
+        return dpo.forward(chunk, preferences, **inputs), partial(dpo.loss, preferences)
 
     for chunk in model:
         chunk.train(training)
-    run_schedule(forward_step, micro_batches, model, row_tokens=batch.row_tokens, training=training)
-    outputs = dpo.take_outputs(len(batch.rows))
+    with dpo.collect_outputs(len(batch.rows)) as outputs:
+        run_schedule(
+            forward_step, micro_batches, model, row_tokens=batch.row_tokens, training=training
+        )
     return sorted(outputs, key=lambda output: (output.micro_batch, output.layer))
 
 
@@ -67,33 +76,3 @@ def logps_by_row(outputs: Sequence[LayerOutput], num_rows: int) -> list[dict[int
     for output in outputs:
         by_row[output.micro_batch][output.layer] = output.logps_2P
     return by_row
-
-
-def row_micro_batch(
-    row: Row, index: int, batch: Batch, reference: ReferenceLogps | None, reference_free: bool
-) -> tuple[Tensor, MicroBatch]:
-    """A row's tokens, int64 `[1, T]`, and its `MicroBatch`.
-
-    Args:
-        row: `batch.rows[index]`.
-        index: the row's index in the batch.
-        batch: the batch, for its counts.
-        reference: of all rows, as for `run_batch`.
-        reference_free: as for `run_batch`.
-    """
-    tensors = row.tensors(default_device())
-    return tensors.tokens_T[None], MicroBatch(
-        position_ids_T=tensors.position_ids_T,
-        spans_G4=tensors.spans_G4,
-        targets=Targets(
-            tensors.target_positions_N,
-            tensors.target_tokens_N,
-            tensors.target_sequences_N,
-            tensors.num_pairs,
-        ),
-        reference_logps={} if reference is None else reference[index],
-        reference_free=reference_free,
-        index=index,
-        num_micro_batches=len(batch.rows),
-        global_pairs=batch.num_pairs,
-    )

@@ -9,15 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_idpo.errors import Problem
-from megatron_idpo.mcore.attention.row_attention import RowAttention
-from megatron_idpo.mcore.model.build import GPTModel
-from megatron_idpo.mcore.model.chunk import chunk_layer_numbers, is_hooked
+from megatron_idpo.mcore.attention.row_params import RowParams
+from megatron_idpo.mcore.model.chunk import (
+    ModelChunk,
+    is_language_model,
+    layers_by_number,
+    num_layers,
+    supports_rows,
+)
+from megatron_idpo.mcore.model.tap import is_tapped
 from megatron_idpo.mcore.parallel.world import all_gather_objects
-from megatron_idpo.mcore.rope.rotary import RowRotary
 
 MUST_BE_OFF = {
-    "distribute_saved_activations": "replaces the memory of the tapped tensor",
-    "overlap_moe_expert_parallel_comm": "bypasses the block that returns tapped layers",
+    "overlap_moe_expert_parallel_comm": "runs parts of layers without calling them",
     "defer_embedding_wgrad_compute": "delays the output layer's gradient past the taps'",
     "calculate_per_token_loss": "divides every gradient by a token count; the unit here is pairs",
     "fp32_residual_connection": "is untested with taps",
@@ -39,12 +43,6 @@ def check_settings(config: Any) -> list[Problem]:
 
     for name, reason in MUST_BE_OFF.items():
         require(not getattr(config, name, None), name, reason, "switch it off")
-    require(
-        config.context_parallel_size <= 1,
-        "context_parallel_size",
-        "the positions of a row are not split between ranks",
-        "use 1",
-    )
     for name in ("attention_dropout", "hidden_dropout"):
         rate = getattr(config, name)
         reason = f"is {rate}; policy and reference would differ at random"
@@ -53,16 +51,10 @@ def check_settings(config: Any) -> list[Problem]:
     require(
         graphs in (None, "none"),
         "cuda_graph_impl",
-        f"{graphs} replays a layer without the block that returns tapped layers",
+        f"{graphs} replays a layer without calling it, so its tap would not run",
         "set it to none",
     )
     stages = config.pipeline_model_parallel_size
-    require(
-        stages <= 1 or config.normalization == "RMSNorm",
-        "normalization",
-        f"is {config.normalization}; copies of the final norm on other stages have no bias",
-        "use RMSNorm, or one pipeline stage",
-    )
     is_interleaved = (config.virtual_pipeline_model_parallel_size or 1) > 1
     require(
         not (stages == 2 and is_interleaved and config.batch_p2p_comm),
@@ -73,36 +65,6 @@ def check_settings(config: Any) -> list[Problem]:
     return problems
 
 
-def check_recompute(
-    config: Any, taps: Sequence[int], layers_by_chunk: Sequence[Sequence[int]]
-) -> list[Problem]:
-    """Taps that uniform full recomputation would silently drop.
-
-    megatron-core's `checkpointed_forward` returns only the last layer of each recomputed run.
-
-    Args:
-        config: megatron-core's configuration of the chunks.
-        taps: tapped layers, counted from 1.
-        layers_by_chunk: the layers that each of this rank's chunks owns.
-    """
-    if config.recompute_granularity != "full" or config.recompute_method != "uniform":
-        return []
-    run = config.recompute_num_layers
-    lost = []
-    for layers in layers_by_chunk:
-        ends = {layers[min(first + run, len(layers)) - 1] for first in range(0, len(layers), run)}
-        lost += [layer for layer in taps if layer in layers and layer not in ends]
-    if not lost:
-        return []
-    return [
-        Problem(
-            "TransformerConfig.recompute_num_layers",
-            f"uniform runs of {run} layers do not end at the tapped layers {lost}",
-            "use recompute_method block, or runs of 1 layer",
-        )
-    ]
-
-
 def check_chunks(chunks: object) -> list[Problem]:
     """Chunks that cannot be tapped. The same on every rank, and to be called first.
 
@@ -111,35 +73,40 @@ def check_chunks(chunks: object) -> list[Problem]:
     """
     if not isinstance(chunks, Sequence) or not chunks:
         given = "is empty" if isinstance(chunks, Sequence) else f"is a {type(chunks).__name__}"
-        return [Problem("chunks", given, "give the list of this rank's GPTModel chunks")]
+        return [Problem("chunks", given, "give the list of this rank's model chunks")]
     problems = []
     for index, chunk in enumerate(chunks):
         kind = type(chunk).__name__
-        if isinstance(chunk, GPTModel):
-            if _supports_rows(chunk):
-                continue
-            message = "has attention or rotary embedding that ignores where a row's pairs end"
-            remedy = (
-                "build it with mcore.model.build.build_model, or give its layers RowAttention "
-                "(mcore.model.specs) and set rotary_pos_emb to a RowRotary"
-            )
-        elif hasattr(chunk, "module"):
+        if is_language_model(chunk):
+            continue
+        if hasattr(chunk, "module"):
             message, remedy = f"is wrapped in {kind}", "attach first, then wrap it"
         else:
-            message, remedy = f"is a {kind}, not a GPTModel", "give GPTModel chunks"
+            message = f"is a {kind}, not a GPTModel or HybridModel"
+            remedy = "give megatron-core's language model chunks"
         problems.append(Problem(f"chunks[{index}]", message, remedy))
     return problems
 
 
-def _supports_rows(chunk: GPTModel) -> bool:
-    attentions = [getattr(layer, "self_attention", None) for layer in chunk.decoder.layers]
-    return isinstance(chunk.rotary_pos_emb, RowRotary) and all(
-        isinstance(getattr(attention, "core_attention", None), RowAttention)
-        for attention in attentions
+def check_rows(chunk: ModelChunk, packed_seq_params: object) -> list[Problem]:
+    """A shared-prompt row for a model that would attend across its answers.
+
+    Args:
+        chunk: of the call.
+        packed_seq_params: the caller's own.
+    """
+    if not isinstance(packed_seq_params, RowParams) or supports_rows(chunk):
+        return []
+    message = "is a shared-prompt row, but attention or rotary embedding would ignore its structure"
+    remedy = (
+        "build the model with mcore.model.build.build_model, or give its layers RowAttention "
+        "(mcore.model.specs) and set rotary_pos_emb to a RowRotary; Megatron-LM's "
+        "--attention-backend local replaces a spec's core attention, use auto"
     )
+    return [Problem("packed_seq_params", message, remedy)]
 
 
-def check_vocabulary(chunks: Sequence[GPTModel], vocab_size: int) -> list[Problem]:
+def check_vocabulary(chunks: Sequence[ModelChunk], vocab_size: int) -> list[Problem]:
     """A vocabulary that does not fit the output layer."""
     rows = chunks[0].vocab_size
     if 1 <= vocab_size <= rows:
@@ -148,9 +115,9 @@ def check_vocabulary(chunks: Sequence[GPTModel], vocab_size: int) -> list[Proble
     return [Problem("vocab_size", f"is {vocab_size} for an output layer of {rows} rows", remedy)]
 
 
-def check_not_attached(chunks: Sequence[GPTModel]) -> list[Problem]:
+def check_not_attached(chunks: Sequence[ModelChunk]) -> list[Problem]:
     """Chunks that are attached already."""
-    if not any(is_hooked(chunk) for chunk in chunks):
+    if not any(is_tapped(chunk) for chunk in chunks):
         return []
     return [Problem("attach", "these chunks are attached already", "detach() first")]
 
@@ -168,7 +135,10 @@ class _RankView:
 
 
 def check_all_ranks(
-    problems: Sequence[Problem], chunks: Sequence[GPTModel], taps: Sequence[int], arguments: object
+    problems: Sequence[Problem],
+    chunks: Sequence[ModelChunk],
+    taps: Sequence[int],
+    arguments: object,
 ) -> list[Problem]:
     """The problems of all ranks, and those that no single rank sees. Collective over the world.
 
@@ -183,21 +153,21 @@ def check_all_ranks(
         parameter
         for chunk in last
         for name, parameter in chunk.named_parameters()
-        if name.startswith(("output_layer.", "embedding.", "decoder.final_layernorm."))
+        if name.startswith(("output_layer.", "embedding.", "decoder.final_"))
     ]
     views = all_gather_objects(
         _RankView(
             problems=list(problems),
             arguments=repr(arguments),
-            layers=[layer for chunk in chunks for layer in chunk_layer_numbers(chunk)],
-            last_chunk_layers=[layer for chunk in last for layer in chunk_layer_numbers(chunk)],
+            layers=[layer for chunk in chunks for layer in layers_by_number(chunk)],
+            last_chunk_layers=[layer for chunk in last for layer in layers_by_number(chunk)],
             # DDP sets `main_grad` on the parameters in its buffers.
             in_ddp=any(hasattr(p, "main_grad") for chunk in chunks for p in chunk.parameters()),
             trains_head=any(parameter.requires_grad for parameter in head),
         )
     )
     by_rank = dict.fromkeys(problem for view in views for problem in view.problems)
-    return [*by_rank, *_check_consistency(views, taps, chunks[0].config.num_layers)]
+    return [*by_rank, *_check_consistency(views, taps, num_layers(chunks[0]))]
 
 
 def _check_consistency(

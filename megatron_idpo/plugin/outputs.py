@@ -1,23 +1,38 @@
-"""Outputs of the layers of one pipeline stage: `LayerOutput`, and the `OutputBuffer` of a step.
+"""Outputs of the layers of one pipeline stage: counted, summed for the log, and collected.
 
 A training script that leaves out a chunk, mixes up its micro-batches or miscounts pairs gets wrong
-gradients without an error from megatron-core. The buffer records every output and checks the counts
-when the script takes them.
+gradients without an error from megatron-core. `OutputRecorder` counts every output and compares the
+counts when the step's gradients are finished. It keeps sums, and outputs only while the script
+collects them.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from megatron_idpo.errors import ConfigError
+from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.mcore.parallel.world import all_gather_objects
-from megatron_idpo.plugin.micro_batch import MicroBatch
+from megatron_idpo.objective.dpo import Objective, layer_metrics
+from megatron_idpo.plugin.preference_batch import PreferenceBatch
 
-_REMEDY = (
-    "take outputs once, after the schedule; run every micro-batch through every chunk with "
-    "AttachedDpo.forward, and backward too unless under torch.no_grad; "
+SUMMED = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""Metrics of a pair (`layer_metrics`) whose sums are kept, followed by the number of pairs."""
+
+_RUN_ALL = (
+    "run every micro-batch through every chunk with AttachedDpo.forward, or with "
+    "AttachedDpo.model_kwargs in the call, and backward too unless under torch.no_grad; "
     "pass AttachedDpo.loss to the schedule as its loss function"
 )
 
@@ -30,10 +45,10 @@ class LayerOutput:
     """Counted from 1; the model's number of layers is the final one."""
 
     micro_batch: int
-    """`MicroBatch.index`."""
+    """`PreferenceBatch.index`."""
 
     logps_2P: Tensor
-    """Sequence log-probabilities of the policy, float32, detached."""
+    """Log-probabilities of the policy by answer, float32, detached."""
 
     reference_logps_2P: Tensor | None
     """The reference's, if the micro-batch has them."""
@@ -42,106 +57,188 @@ class LayerOutput:
     """The layer's own loss of each pair (Eq. 1), unweighted, detached; None without a reference."""
 
     lengths_2P: Tensor | None = None
-    """Response tokens of each sequence, float32; None without a loss."""
+    """Response tokens of each answer, float32; None without a loss."""
+
+    def sums(self, objective: Objective) -> Tensor:
+        """Sum of each metric over the pairs, and the number of pairs: `[len(SUMMED) + 1]`."""
+        assert self.loss_P is not None and self.lengths_2P is not None
+        metrics = layer_metrics(self.logps_2P, self.reference_logps_2P, self.lengths_2P, objective)
+        # The loss that was trained on, not its recomputation.
+        metrics["loss"] = self.loss_P
+        pairs_P = torch.ones_like(self.loss_P)
+        return torch.stack([*(metrics[name].sum() for name in SUMMED), pairs_P.sum()]).double()
 
 
-class OutputBuffer:
-    """The outputs of one rank's layers since they were last taken."""
+@dataclass(slots=True)
+class _Totals:
+    """What is kept of one step, or of one evaluation."""
 
-    def __init__(self, layers: Sequence[int], final: int, *, counts_pairs: bool) -> None:
-        """Create an empty buffer.
+    counts: dict[int, Counter[int]] = field(default_factory=dict)
+    """By layer: outputs per micro-batch."""
+
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: `LayerOutput.sums`."""
+
+    num_micro_batches: set[int] = field(default_factory=set)
+    global_pairs: set[int] = field(default_factory=set)
+    trained_pairs: int = 0
+
+    def add(self, output: LayerOutput, objective: Objective) -> None:
+        self.counts.setdefault(output.layer, Counter())[output.micro_batch] += 1
+        if output.loss_P is not None:
+            sums = output.sums(objective)
+            known = self.sums.get(output.layer)
+            self.sums[output.layer] = sums if known is None else known + sums
+
+
+class OutputRecorder:
+    """The outputs of one rank's layers in the current step, and since the last one."""
+
+    def __init__(
+        self, layers: Sequence[int], final: int, objective: Objective, *, counts_pairs: bool
+    ) -> None:
+        """Nothing recorded yet.
 
         Args:
             layers: this rank's layers, tapped or final, with one output per micro-batch.
             final: the final layer.
-            counts_pairs: whether this rank adds the final layer's pairs to the global count: true
-                on one tensor-parallel rank of each last stage, so that no pair counts twice.
+            objective: of the metrics.
+            counts_pairs: whether this rank adds the final layer's pairs to the global count, so
+                that no pair counts twice.
         """
         self._layers = list(layers)
         self._final = final
+        self._objective = objective
         self._counts_pairs = counts_pairs
-        self._clear()
+        self._step = _Totals()
+        self._evaluation = _Totals()
+        self._collectors: list[list[LayerOutput]] = []
 
-    def _clear(self) -> None:
-        self._outputs: list[LayerOutput] = []
-        self._num_micro_batches_seen: set[int] = set()
-        self._clear_pairs()
+    def record(self, output: LayerOutput, batch: PreferenceBatch, *, trains: bool) -> None:
+        """Record the output of a layer.
 
-    def _clear_pairs(self) -> None:
-        self._global_pairs_seen: set[int] = set()
-        self._trained_pairs = 0
-
-    def record(self, output: LayerOutput) -> None:
-        """Keep the output of a layer."""
-        self._outputs.append(output)
-
-    def record_trained(self, layer: int, micro_batch: MicroBatch) -> None:
-        """Record the counts by which a layer's loss of a micro-batch is scaled for the gradient.
+        Args:
+            output: of the layer.
+            batch: that it is of.
+            trains: whether its loss enters the gradient of the current step.
 
         Raises:
-            ConfigError: the micro-batch lacks these counts.
+            ConfigError: in training, the batch lacks its counts, or the step has an output too
+                many.
         """
+        if trains:
+            self._check_counts(output.layer, batch)
+        totals = self._step if trains else self._evaluation
+        totals.add(output, self._objective)
+        if trains:
+            totals.num_micro_batches.add(batch.num_micro_batches)
+            totals.global_pairs.add(batch.global_pairs)
+            if output.layer == self._final:
+                totals.trained_pairs += batch.num_pairs
+        for collected in self._collectors:
+            collected.append(output)
+
+    def _check_counts(self, layer: int, batch: PreferenceBatch) -> None:
         for name in ("num_micro_batches", "global_pairs"):
-            count = getattr(micro_batch, name)
+            count = getattr(batch, name)
             if count < 1:
                 raise ConfigError.at(
-                    f"MicroBatch.{name}",
+                    f"PreferenceBatch.{name}",
                     f"is {count} in training",
                     "set num_micro_batches to the micro-batches that this rank runs in the step, "
                     "and global_pairs to the pairs of all data-parallel ranks",
                 )
-        self._num_micro_batches_seen.add(micro_batch.num_micro_batches)
-        self._global_pairs_seen.add(micro_batch.global_pairs)
-        if layer == self._final:
-            self._trained_pairs += micro_batch.targets.num_pairs
-
-    def check_pairs(self) -> None:
-        """Compare the pairs of the step with `MicroBatch.global_pairs`. Collective over the world.
-
-        Raises:
-            ConfigError: on every rank, if the losses were averaged over another number of pairs.
-        """
-        local = (self._trained_pairs if self._counts_pairs else 0, sorted(self._global_pairs_seen))
-        self._clear_pairs()
-        by_rank = all_gather_objects(local)
-        num_pairs = sum(trained_pairs for trained_pairs, _ in by_rank)
-        stated = sorted({global_pairs for _, seen in by_rank for global_pairs in seen})
-        if stated != [num_pairs]:
+        recorded = self._step.counts.get(layer, Counter())
+        if recorded.total() >= batch.num_micro_batches:
             raise ConfigError.at(
-                "MicroBatch.global_pairs",
-                f"is {' and '.join(map(str, stated)) or 'not set'}, "
-                f"but the step had {num_pairs} pairs",
-                "count the pairs of all micro-batches of all data-parallel ranks",
+                f"layer {layer}",
+                f"has more than {batch.num_micro_batches} outputs since gradients were finished",
+                "set TransformerConfig.finalize_model_grads_func to "
+                "AttachedDpo.finalize_model_grads, and PreferenceBatch.num_micro_batches to the "
+                "schedule's num_microbatches",
             )
 
-    def take(self, num_micro_batches: int) -> list[LayerOutput]:
-        """Return all outputs and empty the buffer, also on an error.
+    def discard_step(self) -> None:
+        """Forget a step that failed."""
+        self._step = _Totals()
+
+    def finish_step(self, *, check_all_ranks: bool) -> dict[int, Tensor]:
+        """The sums of the step's outputs by layer. The next output begins a new step.
+
+        Args:
+            check_all_ranks: also compare the number of pairs over the world. Collective, and then
+                every rank raises.
 
         Raises:
-            ConfigError: a layer does not have exactly one output per micro-batch.
+            ConfigError: a layer does not have exactly one output per micro-batch, or the losses
+                were averaged over another number of pairs than the step had.
         """
-        outputs, num_seen = self._outputs, self._num_micro_batches_seen
-        self._clear()
-        if wrong := sorted(num_seen - {num_micro_batches}):
-            raise ConfigError.at(
-                "MicroBatch.num_micro_batches",
-                f"is {wrong[0]}, but {num_micro_batches} micro-batches were run",
-                "set it to the schedule's num_microbatches",
-            )
-        counts = {layer: Counter[int]() for layer in self._layers}
-        for output in outputs:
-            counts[output.layer][output.micro_batch] += 1
-        for layer, by_micro_batch in counts.items():
-            if by_micro_batch.total() != num_micro_batches:
-                raise ConfigError.at(
-                    f"layer {layer}",
-                    f"has {by_micro_batch.total()} outputs for {num_micro_batches} micro-batches",
-                    _REMEDY,
+        step, self._step, self._evaluation = self._step, _Totals(), _Totals()
+        problems = self._count_problems(step.counts, step.num_micro_batches)
+        if check_all_ranks:
+            pairs = step.trained_pairs if self._counts_pairs else 0
+            by_rank = all_gather_objects((problems, pairs, sorted(step.global_pairs)))
+            problems = list(dict.fromkeys(problem for rank in by_rank for problem in rank[0]))
+            num_pairs = sum(pairs for _, pairs, _ in by_rank)
+            stated = sorted({pairs for _, _, seen in by_rank for pairs in seen})
+            if not problems and stated != [num_pairs]:
+                message = (
+                    f"is {' and '.join(map(str, stated)) or 'not set'}, "
+                    f"but the step had {num_pairs} pairs"
                 )
-        if len({frozenset(by_micro_batch.items()) for by_micro_batch in counts.values()}) > 1:
-            raise ConfigError.at(
-                "data_iterator",
-                f"this rank's layers {self._layers} received different micro-batches",
-                "give every model chunk its own iterator over the same micro-batches",
+                remedy = "count the pairs of all micro-batches of all data-parallel ranks"
+                problems.append(Problem("PreferenceBatch.global_pairs", message, remedy))
+        if problems:
+            raise ConfigError.of(problems)
+        return step.sums
+
+    def take_evaluation(self) -> dict[int, Tensor]:
+        """The sums of outputs without a gradient, by layer, since the last step or call."""
+        evaluation, self._evaluation = self._evaluation, _Totals()
+        return evaluation.sums
+
+    @contextmanager
+    def collect(self, num_micro_batches: int | None) -> Iterator[list[LayerOutput]]:
+        """All outputs that are recorded in the block.
+
+        Raises:
+            ConfigError: at the end, if a layer does not have exactly one output per micro-batch.
+        """
+        collected: list[LayerOutput] = []
+        self._collectors.append(collected)
+        try:
+            yield collected
+        finally:
+            # By identity: two collectors may have equal outputs.
+            self._collectors = [other for other in self._collectors if other is not collected]
+        counts: dict[int, Counter[int]] = {}
+        for output in collected:
+            counts.setdefault(output.layer, Counter())[output.micro_batch] += 1
+        expected = set() if num_micro_batches is None else {num_micro_batches}
+        if problems := self._count_problems(counts, expected):
+            raise ConfigError.of(problems)
+
+    def _count_problems(
+        self, counts: dict[int, Counter[int]], num_micro_batches: set[int]
+    ) -> list[Problem]:
+        """Layers without one output per micro-batch."""
+        own = {layer: counts.get(layer, Counter()) for layer in self._layers}
+        numbers = {count.total() for count in own.values()}
+        expected = num_micro_batches or numbers
+        if len(expected) > 1 and num_micro_batches:
+            message = f"is {' and '.join(map(str, sorted(expected)))} in one step"
+            remedy = "set it to the schedule's num_microbatches"
+            return [Problem("PreferenceBatch.num_micro_batches", message, remedy)]
+        most = max(expected, default=0)
+        problems = [
+            Problem(
+                f"layer {layer}", f"has {count.total()} outputs for {most} micro-batches", _RUN_ALL
             )
-        return outputs
+            for layer, count in own.items()
+            if count.total() != most
+        ]
+        if not problems and len({frozenset(count.items()) for count in own.values()}) > 1:
+            message = f"this rank's layers {self._layers} received different micro-batches"
+            remedy = "give every model chunk its own iterator over the same micro-batches"
+            problems.append(Problem("data_iterator", message, remedy))
+        return problems

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.model.build import GPTModel
-from megatron_idpo.mcore.model.chunk import RestoreFn
+from megatron_idpo.mcore.cpu.redirect import default_device
+from megatron_idpo.mcore.model.chunk import ModelChunk, RestoreFn, final_norm
 from megatron_idpo.mcore.model.head_replica import REPLICA_NAME, HeadReplica, mark_shared_head
-from megatron_idpo.mcore.parallel.groups import rank_coordinates, tensor_group
+from megatron_idpo.mcore.parallel.groups import ModelGroups
 from megatron_idpo.mcore.parallel.pipeline import StageGroup, stage_group
 from megatron_idpo.mcore.parallel.world import all_gather_objects
 from megatron_idpo.plugin.head import Head
@@ -44,18 +44,20 @@ class _Copies:
 
     stages: StageGroup | None = None
 
-    def connect_and_fill(self, source: int) -> None:
-        """Create the group of stages with copies, and copy the owner's values into every copy.
-
-        Collective over the world, and one broadcast over the stages.
+    def fill(self, stages: StageGroup | None, source: int) -> None:
+        """Copy the owner's values into every copy. Collective: a broadcast over the stages.
 
         Args:
+            stages: those that hold copies; None if there is no copy in this pipeline.
             source: index of the owner in the stage group: 0 or -1.
         """
-        self.stages = stage_group(is_member=bool(self._all()), needs_group=bool(self.replicas))
-        first = next(iter(self._all()), None)
-        if self.stages is not None and first is not None:
-            dist.broadcast(first.data, src=self.stages.ranks[source], group=self.stages.group)
+        self.stages = stages
+        first = next(iter(self.all()), None)
+        if stages is not None and first is not None:
+            # A model may still be on the CPU, where NCCL cannot reach it.
+            values = first.data.to(default_device())
+            dist.broadcast(values, src=stages.ranks[source], group=stages.group)
+            first.data.copy_(values)
         for replica in self.replicas:
             if first is None or replica is first:
                 continue
@@ -72,38 +74,72 @@ class _Copies:
         """
         if not self.are_trained:
             return
-        total = torch.zeros_like(_gradient(self._all()[0]))
+        total = torch.zeros_like(_gradient(self.all()[0]))
         for replica in self.replicas:
             total += _gradient(replica)
         if self.owned is not None and self.owned_counts:
             total += _gradient(self.owned)
         assert self.stages is not None
         dist.all_reduce(total, group=self.stages.group)
-        for parameter in self._all():
+        for parameter in self.all():
             _gradient(parameter).copy_(total)
 
     @property
     def are_trained(self) -> bool:
         """Whether other stages hold copies and they train. The same on every stage."""
-        return self.stages is not None and any(copy.requires_grad for copy in self._all())
+        return self.stages is not None and any(copy.requires_grad for copy in self.all())
 
-    def digests(self) -> list[tuple[int, bool, int]]:
+    def digests(self, shard: int) -> list[tuple[int, bool, int]]:
         """Of each copy: its tensor-parallel shard, whether it trains, and the sum of its bits.
 
         Bits are summed as integers, which is exact in any order; a GPU's float sums are not.
         """
         if self.stages is None:
             return []
-        shard = rank_coordinates().tp_rank
         digests = []
-        for copy in self._all():
+        for copy in self.all():
             bits = copy.detach().view(_INTEGER_BY_SIZE[copy.element_size()])
             digests.append((shard, copy.requires_grad, int(bits.sum(dtype=torch.int64))))
         return digests
 
-    def _all(self) -> list[torch.nn.Parameter]:
+    def all(self) -> list[torch.nn.Parameter]:
         """All copies on this rank, the owned one first."""
         return [*([self.owned] if self.owned is not None else []), *self.replicas]
+
+
+@dataclass(frozen=True, slots=True)
+class _NormParameter:
+    """A parameter of the final norm, as its owner has it."""
+
+    name: str
+    dtype: torch.dtype
+    trains: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadState:
+    """What the last stage knows about the head, and stages with copies need."""
+
+    weight_trains: bool
+    norm: tuple[_NormParameter, ...]
+
+    @classmethod
+    def gather(cls, chunks: Sequence[ModelChunk]) -> "_HeadState":
+        """Of the last stages, which agree. Collective over the world."""
+        local = [
+            cls(
+                _weight(chunk, None).requires_grad,
+                tuple(
+                    _NormParameter(name, parameter.dtype, parameter.requires_grad)
+                    for name, parameter in final_norm(chunk).named_parameters()
+                ),
+            )
+            for chunk in chunks
+            if chunk.post_process
+        ]
+        of_last_stages = [state for by_rank in all_gather_objects(local) for state in by_rank]
+        assert len(set(of_last_stages)) == 1, f"last stages differ: {of_last_stages}"
+        return of_last_stages[0]
 
 
 class SharedHead:
@@ -114,7 +150,12 @@ class SharedHead:
     """
 
     def __init__(
-        self, chunks: Sequence[GPTModel], tapped: Sequence[bool], *, use_norm: bool
+        self,
+        chunks: Sequence[ModelChunk],
+        tapped: Sequence[bool],
+        groups: ModelGroups,
+        *,
+        use_norm: bool,
     ) -> None:
         """Add replicas to the chunks and fill them. Collective over the world.
 
@@ -125,38 +166,55 @@ class SharedHead:
         Args:
             chunks: this rank's, with their weights loaded, not yet wrapped in DDP.
             tapped: which of them own a tap.
+            groups: of the model.
             use_norm: whether taps read through the final norm.
         """
         self._chunks = list(chunks)
+        self._groups = groups
         self._use_norm = use_norm
         self._undo: list[RestoreFn] = []
         self.replicas: dict[int, HeadReplica] = {}
-        train_weight, train_norm = _trainable(chunks)
+        state = _HeadState.gather(chunks)
         for index, (chunk, is_tapped) in enumerate(zip(chunks, tapped, strict=True)):
             if is_tapped and not chunk.post_process:
                 owns_weight = chunk.pre_process and chunk.share_embeddings_and_output_weights
-                replica = HeadReplica(chunk, with_weight=not owns_weight)
-                replica.set_trainable(weight=train_weight, norm=train_norm and use_norm)
+                replica = HeadReplica(chunk, groups, with_weight=not owns_weight)
+                replica.set_trainable(weight=state.weight_trains, norm=False)
+                for parameter in state.norm if use_norm else ():
+                    copy = replica.norm.get_parameter(parameter.name)
+                    copy.data = copy.data.to(parameter.dtype)
+                    copy.requires_grad_(parameter.trains)
                 chunk.add_module(REPLICA_NAME, replica)
                 self.replicas[index] = replica
         self._weights = self._weight_copies()
-        self._norms = self._norm_copies()
+        self._norms = {
+            parameter.name: self._norm_copies(parameter.name) for parameter in state.norm
+        }
+        # Creating a group is collective over the world: one for the weights, then one for norms.
         tied = chunks[0].share_embeddings_and_output_weights
-        # Weights before norms on every rank: creating a group is collective over the world.
-        for copies, source in ((self._weights, 0 if tied else -1), (self._norms, -1)):
-            copies.connect_and_fill(source)
-            if copies.owned is not None and copies.stages is not None:
+        self._connect([self._weights], 0 if tied else -1)
+        self._connect(list(self._norms.values()), -1)
+
+    def _connect(self, parameters: Sequence[_Copies], source: int) -> None:
+        stages = stage_group(
+            self._groups.pipeline,
+            is_member=any(copies.all() for copies in parameters),
+            needs_group=any(copies.replicas for copies in parameters),
+        )
+        for copies in parameters:
+            copies.fill(stages, source)
+            if copies.owned is not None and stages is not None:
                 self._undo.append(mark_shared_head(copies.owned, is_owner=True))
 
     @property
     def has_trained_copies(self) -> bool:
         """Whether other stages hold trained copies of this rank's parameters."""
-        return self._weights.are_trained or self._norms.are_trained
+        return any(copies.are_trained for copies in self._all_copies().values())
 
     def sum_gradients(self) -> None:
         """Sum the copies' gradients. Collective over the stages that hold a copy."""
-        self._weights.sum_gradients()
-        self._norms.sum_gradients()
+        for copies in self._all_copies().values():
+            copies.sum_gradients()
 
     def check_equal(self) -> None:
         """Compare all copies of each parameter. Collective over the world; reads each copy once.
@@ -164,9 +222,12 @@ class SharedHead:
         Raises:
             ConfigError: on every rank, if they differ in value or in whether they train.
         """
-        digests_by_rank = all_gather_objects([self._weights.digests(), self._norms.digests()])
-        for column, name in enumerate(("output weight", "final norm")):
-            for shard in range(rank_coordinates().tp_size):
+        parameters, shard = self._all_copies(), self._groups.tensor_rank
+        digests_by_rank = all_gather_objects(
+            [copies.digests(shard) for copies in parameters.values()]
+        )
+        for column, name in enumerate(parameters):
+            for shard in range(self._groups.tensor_size):
                 digests = {
                     digest
                     for of_rank in digests_by_rank
@@ -187,13 +248,14 @@ class SharedHead:
         chunk, replica = self._chunks[index], self.replicas.get(index)
         if replica is None and not chunk.post_process:
             return None
-        rank = rank_coordinates()
-        rows = chunk.vocab_size // rank.tp_size
+        groups = self._groups
+        rows = chunk.vocab_size // groups.tensor_size
         return Head(
-            norm=chunk.decoder.final_layernorm if replica is None else replica.norm,
+            norm=final_norm(chunk) if replica is None else replica.norm,
             weight=partial(_weight, chunk, replica),
-            group=tensor_group(),
-            vocab_start=rank.tp_rank * rows,
+            group=groups.tensor,
+            context_group=groups.context,
+            vocab_start=groups.tensor_rank * rows,
             vocab_size=vocab_size,
             sequence_parallel=chunk.config.sequence_parallel,
             use_norm=self._use_norm,
@@ -218,13 +280,20 @@ class SharedHead:
         last = [c.output_layer.weight for c in chunks if c.post_process and not c.pre_process]
         return _Copies(replicas, next(iter(first or last), None), owned_counts=bool(first))
 
-    def _norm_copies(self) -> _Copies:
-        replicas = [r.norm_weight for r in self.replicas.values() if self._use_norm]
-        norms = [c.decoder.final_layernorm.weight for c in self._chunks if c.post_process]
+    def _norm_copies(self, name: str) -> _Copies:
+        replicas = [r.norm.get_parameter(name) for r in self.replicas.values() if self._use_norm]
+        norms = [
+            final_norm(chunk).get_parameter(name) for chunk in self._chunks if chunk.post_process
+        ]
         return _Copies(replicas, next(iter(norms), None), owned_counts=bool(norms))
 
+    def _all_copies(self) -> dict[str, _Copies]:
+        """By name of the parameter, in the same order on every rank."""
+        norms = {f"final norm's {name}": copies for name, copies in self._norms.items()}
+        return {"output weight": self._weights, **norms}
 
-def _weight(chunk: GPTModel, replica: HeadReplica | None) -> Tensor:
+
+def _weight(chunk: ModelChunk, replica: HeadReplica | None) -> Tensor:
     """The output weight that a chunk uses: a replica's, its tied embedding's, or its own."""
     if replica is not None and replica.weight is not None:
         return replica.weight
@@ -233,18 +302,6 @@ def _weight(chunk: GPTModel, replica: HeadReplica | None) -> Tensor:
     else:
         weight = chunk.output_layer.weight
     return weight
-
-
-def _trainable(chunks: Sequence[GPTModel]) -> tuple[bool, bool]:
-    """Whether the output weight and the final norm train. Collective over the world."""
-    local = [
-        (_weight(chunk, None).requires_grad, chunk.decoder.final_layernorm.weight.requires_grad)
-        for chunk in chunks
-        if chunk.post_process
-    ]
-    of_last_stages = [trains for by_rank in all_gather_objects(local) for trains in by_rank]
-    assert len(set(of_last_stages)) == 1, f"last stages differ in what trains: {of_last_stages}"
-    return of_last_stages[0]
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

@@ -72,7 +72,6 @@ class Training:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         tiny.run(self.dpo, self.wrapped, self.rows)
-        self.dpo.take_outputs(len(self.rows))
         for group in self.optimizer.param_groups:
             group["lr"] = LR / step
         updated, _, _ = self.optimizer.step()

@@ -37,7 +37,7 @@ def test_the_grad_warning_is_suppressed_for_megatrons_optimizers_only():
         warnings.simplefilter("always")
         assert (2 * leaf).grad is None
     message = str(emitted[0].message)
-    assert is_shown(message, "megatron_idpo.plugin.injection")
+    assert is_shown(message, "megatron_idpo.plugin.attach")
     assert not is_shown(message, "megatron.core.optimizer.optimizer")
 
 

@@ -68,8 +68,7 @@ def with_schedule(layout: Layout) -> dict[str, Any]:
     """The same by calling megatron-core's schedule directly."""
     dpo, chunks, wrapped = attached(layout)
     rows = tiny.micro_batches(tiny.references(LAYERS))
-    tiny.run(dpo, wrapped, rows)
-    outputs = dpo.take_outputs(len(rows))
+    outputs = tiny.run(dpo, wrapped, rows)
     return {
         "losses": tiny.by_layer(outputs, "loss_P"),
         "logps": tiny.by_layer(outputs, "logps_2P"),

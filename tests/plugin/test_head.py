@@ -8,7 +8,7 @@ import torch
 
 from megatron_idpo.mcore.model.specs import RMSNorm
 from megatron_idpo.plugin.head import Head
-from megatron_idpo.plugin.micro_batch import Targets
+from megatron_idpo.plugin.targets import Targets
 
 ROWS, VALID, HIDDEN, POSITIONS = 13, 11, 8, 9
 ATOL = 1e-6
@@ -18,7 +18,8 @@ TARGETS = Targets(
     positions_N=torch.tensor([5, 0, 5, 7]),
     tokens_N=torch.tensor([1, 10, 4, 0]),
     sequences_N=torch.tensor([0, 1, 0, 1]),
-    num_pairs=1,
+    num_sequences=2,
+    shape=(1, POSITIONS),
 )
 
 
@@ -86,7 +87,7 @@ def test_empty_row_is_connected_to_the_graph(norm, weight_VH):
     empty = torch.zeros(0, dtype=torch.int64)
     hidden_T1H = torch.randn(POSITIONS, 1, HIDDEN, requires_grad=True)
     logps_2P = head(norm, weight_VH).sequence_logps(
-        hidden_T1H, Targets(empty, empty, empty, 0), normed=False
+        hidden_T1H, Targets(empty, empty, empty, 0, shape=(1, POSITIONS)), normed=False
     )
     assert logps_2P.shape == (0,)
     logps_2P.sum().backward()

@@ -1,83 +1,156 @@
-"""Recording layer outputs, and detecting incomplete or miscounted steps."""
-
-from types import SimpleNamespace
+"""Recording layer outputs: counted per step, summed for the log, collected on request."""
 
 import pytest
 import torch
 
-from megatron_idpo.errors import ConfigError
+from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.objective.dpo import Objective
 from megatron_idpo.plugin import outputs as outputs_module
-from megatron_idpo.plugin.outputs import LayerOutput, OutputBuffer
+from megatron_idpo.plugin.outputs import SUMMED, LayerOutput, OutputRecorder
+from megatron_idpo.plugin.preference_batch import PreferenceBatch
+from megatron_idpo.plugin.targets import Targets
 
 FINAL = 4
+OBJECTIVE = Objective(beta=1.0)
 
 
-def output(layer, micro_batch):
-    return LayerOutput(layer, micro_batch, torch.zeros(2), None, None)
+def output(layer, micro_batch, loss=None):
+    loss_P = None if loss is None else torch.tensor([loss])
+    lengths_2P = None if loss is None else torch.ones(2)
+    logps_2P = torch.tensor([-1.0, -3.0])
+    return LayerOutput(layer, micro_batch, logps_2P, torch.zeros(2), loss_P, lengths_2P)
 
 
-def micro_batch(pairs=1, num_micro_batches=2, global_pairs=2):
-    return SimpleNamespace(
-        targets=SimpleNamespace(num_pairs=pairs),
-        num_micro_batches=num_micro_batches,
-        global_pairs=global_pairs,
+def batch(index=0, pairs=1, num_micro_batches=2, global_pairs=2):
+    ids = torch.arange(2 * pairs)
+    targets = Targets(ids, ids, ids, 2 * pairs, shape=(1, 2 * pairs))
+    return PreferenceBatch(
+        targets, index=index, num_micro_batches=num_micro_batches, global_pairs=global_pairs
     )
 
 
 @pytest.fixture
-def buffer():
-    return OutputBuffer([2, FINAL], FINAL, counts_pairs=True)
+def recorder():
+    return OutputRecorder([2, FINAL], FINAL, OBJECTIVE, counts_pairs=True)
 
 
-def test_outputs_are_taken_once_in_recording_order(buffer):
+def train(recorder, layers=(2, FINAL), indices=(0, 1), **fields):
+    for layer in layers:
+        for index in indices:
+            recorder.record(output(layer, index, 0.5), batch(index, **fields), trains=True)
+
+
+def test_a_step_ends_with_the_sums_of_every_layer(recorder):
+    train(recorder)
+    sums = recorder.finish_step(check_all_ranks=False)
+    assert list(sums) == [2, FINAL]
+    by_name = dict(zip((*SUMMED, "pairs"), sums[FINAL].tolist(), strict=True))
+    assert by_name["loss"] == 1.0 and by_name["pairs"] == 2.0
+    assert by_name["rewards/margins"] == 4.0 and by_name["rewards/accuracies"] == 2.0
+    train(recorder)
+    assert torch.equal(recorder.finish_step(check_all_ranks=False)[2], sums[2]), "not added up"
+
+
+def test_evaluation_between_steps_is_kept_apart(recorder):
+    train(recorder, indices=(0,))
+    for index in range(3):
+        recorder.record(output(FINAL, index, 2.0), batch(index), trains=False)
+    train(recorder, indices=(1,))
+    assert recorder.take_evaluation()[FINAL][0] == 6.0 and recorder.take_evaluation() == {}
+    assert recorder.finish_step(check_all_ranks=False)[FINAL][0] == 1.0
+
+
+def test_a_step_drops_an_evaluation_that_was_not_taken(recorder):
+    recorder.record(output(FINAL, 0, 2.0), batch(), trains=False)
+    train(recorder)
+    recorder.finish_step(check_all_ranks=False)
+    assert recorder.take_evaluation() == {}
+
+
+def test_outputs_are_collected_in_recording_order_and_only_on_request(recorder):
+    train(recorder)
+    recorder.finish_step(check_all_ranks=False)
     outputs = [output(2, 0), output(2, 1), output(FINAL, 1), output(FINAL, 0)]
-    for recorded in outputs:
-        buffer.record(recorded)
-    assert buffer.take(2) == outputs
-    assert buffer.take(0) == []
+    with recorder.collect(2) as collected, recorder.collect(None) as inner:
+        for recorded in outputs:
+            recorder.record(recorded, batch(recorded.micro_batch), trains=False)
+    assert collected == outputs == inner
+    recorder.record(output(2, 0), batch(), trains=False)
+    assert collected == outputs
 
 
 def test_stage_without_layers_has_no_outputs():
-    assert OutputBuffer([], FINAL, counts_pairs=False).take(7) == []
+    recorder = OutputRecorder([], FINAL, OBJECTIVE, counts_pairs=False)
+    with recorder.collect(7) as collected:
+        pass
+    assert collected == [] and recorder.finish_step(check_all_ranks=False) == {}
 
 
-def test_buffer_is_empty_after_an_error(buffer):
-    buffer.record(output(2, 0))
-    with pytest.raises(ConfigError, match="layer 4: has 0 outputs for 1"):
-        buffer.take(1)
-    assert buffer.take(0) == []
+@pytest.mark.parametrize("trains", [True, False])
+def test_layer_without_outputs_is_an_error(recorder, trains):
+    with pytest.raises(ConfigError, match="layer 4: has 0 outputs for 2"), recorder.collect(None):
+        for index in range(2):
+            recorder.record(output(2, index, 0.5), batch(index), trains=trains)
+    if trains:
+        with pytest.raises(ConfigError, match="layer 4: has 0 outputs for 2"):
+            recorder.finish_step(check_all_ranks=False)
 
 
-def test_layers_of_a_rank_with_different_micro_batches_are_an_error(buffer):
-    for recorded in (output(2, 0), output(2, 1), output(FINAL, 2), output(FINAL, 3)):
-        buffer.record(recorded)
+def test_layers_of_a_rank_with_different_micro_batches_are_an_error(recorder):
+    train(recorder, layers=(2,))
+    train(recorder, layers=(FINAL,), indices=(2, 3))
     with pytest.raises(ConfigError, match="different micro-batches"):
-        buffer.take(2)
+        recorder.finish_step(check_all_ranks=False)
+
+
+def test_more_outputs_than_micro_batches_are_an_error_until_the_step_is_discarded(recorder):
+    train(recorder)
+    with pytest.raises(ConfigError, match="layer 2: has more than 2 outputs"):
+        train(recorder)
+    recorder.discard_step()
+    train(recorder)
+    recorder.finish_step(check_all_ranks=False)
+
+
+def test_different_counts_in_one_step_are_an_error(recorder):
+    train(recorder, layers=(2,), num_micro_batches=2)
+    train(recorder, layers=(FINAL,), num_micro_batches=3)
+    with pytest.raises(ConfigError, match="num_micro_batches: is 2 and 3 in one step"):
+        recorder.finish_step(check_all_ranks=False)
 
 
 @pytest.mark.parametrize("other_pairs", [0, 3])
-def test_pairs_are_counted_at_the_final_layer_over_all_ranks(buffer, monkeypatch, other_pairs):
+def test_pairs_are_counted_at_the_final_layer_over_all_ranks(recorder, monkeypatch, other_pairs):
     monkeypatch.setattr(
         outputs_module,
         "all_gather_objects",
-        lambda local: [local, (other_pairs, local[1]), (0, [])],
+        lambda local: [local, ([], other_pairs, local[2]), ([], 0, [])],
     )
-    for layer in (2, FINAL):
-        buffer.record_trained(layer, micro_batch(pairs=1, global_pairs=1 + other_pairs))
-    buffer.check_pairs()
-    buffer.record_trained(FINAL, micro_batch(pairs=2, global_pairs=1 + other_pairs))
+    train(recorder, global_pairs=2 + other_pairs)
+    recorder.finish_step(check_all_ranks=True)
+    train(recorder, global_pairs=1 + other_pairs)
     expected = f"is {1 + other_pairs}, but the step had {2 + other_pairs} pairs"
     with pytest.raises(ConfigError, match=expected):
-        buffer.check_pairs()
+        recorder.finish_step(check_all_ranks=True)
 
 
-def test_only_one_tensor_parallel_rank_counts_pairs(monkeypatch):
+def test_problem_of_another_rank_is_raised_here(recorder, monkeypatch):
+    problem = Problem("layer 3", "is missing", "run it")
+    monkeypatch.setattr(
+        outputs_module, "all_gather_objects", lambda local: [local, ([problem], 0, [])]
+    )
+    train(recorder)
+    with pytest.raises(ConfigError, match="layer 3: is missing"):
+        recorder.finish_step(check_all_ranks=True)
+
+
+def test_only_one_copy_of_a_rank_counts_pairs(monkeypatch):
     sent = []
     monkeypatch.setattr(
-        outputs_module, "all_gather_objects", lambda local: sent.append(local) or [(2, [2])]
+        outputs_module, "all_gather_objects", lambda local: sent.append(local[1]) or [([], 2, [2])]
     )
     for counts_pairs in (True, False):
-        buffer = OutputBuffer([FINAL], FINAL, counts_pairs=counts_pairs)
-        buffer.record_trained(FINAL, micro_batch(pairs=2))
-        buffer.check_pairs()
-    assert sent == [(2, [2]), (0, [2])]
+        recorder = OutputRecorder([FINAL], FINAL, OBJECTIVE, counts_pairs=counts_pairs)
+        train(recorder, layers=(FINAL,))
+        recorder.finish_step(check_all_ranks=True)
+    assert sent == [2, 0]

@@ -68,8 +68,7 @@ def score(directory: str, layout: Layout, training: bool, options: Any) -> dict[
     dpo = attached(chunks, "all")
     # Scoring needs no counts, because no loss is averaged.
     batches = tiny.micro_batches(None, num_micro_batches=0, global_pairs=0)
-    tiny.run(dpo, chunks, batches, forward_only=True)
-    outputs = dpo.take_outputs(len(batches))
+    outputs = tiny.run(dpo, chunks, batches, forward_only=True)
     assert all(out.loss_P is None and out.reference_logps_2P is None for out in outputs)
     assert not any(out.logps_2P.requires_grad for out in outputs)
     return tiny.by_layer(outputs, "logps_2P")
@@ -126,8 +125,8 @@ def first_step(layout: Layout) -> dict[str, Any]:
     """Loss and log-ratios of each layer with the model's own log-probabilities as reference."""
     chunks = tiny.start(layout, frozen_head=True)
     dpo = attached(chunks, [1, 2])
-    tiny.run(dpo, chunks, tiny.micro_batches(None), forward_only=True)
-    local = tiny.by_layer(dpo.take_outputs(4), "logps_2P")
+    scored = tiny.run(dpo, chunks, tiny.micro_batches(None), forward_only=True)
+    local = tiny.by_layer(scored, "logps_2P")
     dpo.detach()
     by_rank: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(by_rank, local)
@@ -135,8 +134,7 @@ def first_step(layout: Layout) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for objective in OBJECTIVES:
         dpo = attached(chunks, [1, 2], objective)
-        tiny.run(dpo, chunks, tiny.micro_batches(reference))
-        outputs = dpo.take_outputs(4)
+        outputs = tiny.run(dpo, chunks, tiny.micro_batches(reference))
         dpo.detach()
         for chunk in chunks:
             chunk.zero_grad()
@@ -193,8 +191,8 @@ def train_once(
     models = tiny.wrap(dpo, inner, grad_reduce_in_fp32=half)
     for model in models:
         model.train(training)
-    tiny.run(dpo, models, tiny.micro_batches(tiny.references([*layers, tiny.NUM_LAYERS])))
-    outputs = dpo.take_outputs(4)
+    batches = tiny.micro_batches(tiny.references([*layers, tiny.NUM_LAYERS]))
+    outputs = tiny.run(dpo, models, batches)
     assert {out.logps_2P.dtype for out in outputs} == {torch.float32}
     assert {out.loss_P.dtype for out in outputs} == {torch.float32}
     return {name: gradient / loss_scale for name, gradient in tiny.gradients(chunks).items()}

@@ -156,7 +156,6 @@ def fine_tune(case: Case) -> dict[str, Any]:
             model.zero_grad_buffer()
         optimizer.zero_grad()
         tiny.run(dpo, models, batches)
-        dpo.take_outputs(len(batches))
         updated, norm, _ = optimizer.step()
         assert updated
         norms.append(float(norm))
@@ -228,7 +227,6 @@ def interrupted(directory: str, layout: Layout, tied: bool, resumes: bool) -> li
             model.zero_grad_buffer()
         optimizer.zero_grad()
         tiny.run(dpo, models, batches)
-        dpo.take_outputs(len(batches))
         optimizer.step()
 
     def state() -> dict[str, Any]:
@@ -296,9 +294,9 @@ def frozen_copies() -> dict[str, Any]:
         results[name] = {
             "replicas": len(replicas),
             "weights": len({weight.data_ptr() for weight in weights}),
-            "norms": len({replica.norm_weight.data_ptr() for replica in replicas}),
+            "norms": len({replica.norm.weight.data_ptr() for replica in replicas}),
             "weight_trains": {weight.requires_grad for weight in weights},
-            "norm_trains": {replica.norm_weight.requires_grad for replica in replicas},
+            "norm_trains": {replica.norm.weight.requires_grad for replica in replicas},
             "has_trained_copies": dpo._shared_head.has_trained_copies,
         }
     return results
@@ -352,8 +350,8 @@ def attach_and_detach(layout: Layout, tied: bool) -> list[str]:
     for _ in range(2):
         dpo = attach(chunks, layers=[1, 2], objective=Objective(), vocab_size=tiny.VOCAB)
         batches = tiny.micro_batches(reference)
-        tiny.run(dpo, chunks, batches, forward_only=True)
-        outputs.append(tiny.by_layer(dpo.take_outputs(len(batches)), "loss_P"))
+        evaluated = tiny.run(dpo, chunks, batches, forward_only=True)
+        outputs.append(tiny.by_layer(evaluated, "loss_P"))
         dpo.detach()
         dpo.detach()
         after = [fingerprint(chunk) for chunk in chunks]

@@ -49,13 +49,12 @@ def message(mistake: Callable[[], Any]) -> str:
 
 def attaching() -> dict[str, str]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
     from megatron.core.transformer.module import Float16Module
 
     from megatron_idpo.objective.dpo import Objective
 
     chunks = tiny.start()
-    config, core = chunks[0].config, chunks[0].decoder.layers[1].self_attention.core_attention
+    config = chunks[0].config
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), chunks[0])
     half = Float16Module(replace(config, bf16=True), tiny.chunks_of(PLAIN)[0])
     mistakes: dict[str, Callable[[], Any]] = {
@@ -74,12 +73,6 @@ def attaching() -> dict[str, str]:
         "another model": lambda: attached([torch.nn.Linear(2, 2)]),
     }
     answers = {name: message(mistake) for name, mistake in mistakes.items()}
-    stock = get_gpt_layer_local_submodules(num_experts=None).self_attention.submodules
-    chunks[0].decoder.layers[1].self_attention.core_attention = stock.core_attention(
-        config=config, layer_number=2, attn_mask_type=None, attention_type="self"
-    )
-    answers["stock attention"] = message(lambda: attached(chunks))
-    chunks[0].decoder.layers[1].self_attention.core_attention = core
     attached(chunks)
     answers["second attach"] = message(lambda: attached(chunks))
     return answers
@@ -98,8 +91,7 @@ EXPECTED_WHILE_ATTACHING = {
     "empty list": ("chunks: is empty", "give the list"),
     "DDP": ("chunks[0]: is wrapped in DistributedDataParallel", "attach first, then wrap"),
     "Float16Module": ("chunks[0]: is wrapped in Float16Module", "attach first, then wrap"),
-    "another model": ("chunks[0]: is a Linear, not a GPTModel", "give GPTModel chunks"),
-    "stock attention": ("ignores where a row's pairs end", "build_model"),
+    "another model": ("chunks[0]: is a Linear, not a GPTModel", "language model chunks"),
     "second attach": ("are attached already", "detach() first"),
 }
 
@@ -124,9 +116,7 @@ def counting() -> dict[str, str]:
 
     def step(**fields: Any) -> str:
         """A correct step except for these fields of its micro-batches."""
-        error = train(tiny.micro_batches(full, **fields))
-        error_of_outputs = message(lambda: dpo.take_outputs(4))
-        return error_of_outputs if error == "no error" else error
+        return train(tiny.micro_batches(full, **fields))
 
     answers = {
         "no reference": train(tiny.micro_batches(None)),
@@ -137,46 +127,61 @@ def counting() -> dict[str, str]:
         # Pairs are counted in the first step that reaches finalize_model_grads.
         "one pair": step(global_pairs=1),
         "half the pairs": step(global_pairs=2),
-        "one micro-batch": step(num_micro_batches=1),
+        "too few micro-batches": step(num_micro_batches=1),
+        "too many micro-batches": step(num_micro_batches=5),
     }
     # Failed steps leave nothing behind.
     answers["a correct step"] = step()
-    answers["taken twice"] = message(lambda: dpo.take_outputs(4))
-    train(tiny.micro_batches(full))
-    answers["not all taken"] = message(lambda: dpo.take_outputs(3))
-    ((tokens_1T, single), *_) = tiny.micro_batches(full, num_micro_batches=1)
-    dpo.loss(single, dpo.forward(models[0], tokens_1T, single))
-    answers["no backward"] = message(lambda: dpo.take_outputs(1))
-    dpo.forward(models[0], tokens_1T, single).sum().backward()
-    answers["another loss function"] = message(lambda: dpo.take_outputs(1))
+    ((batch, inputs), *_) = tiny.micro_batches(full, num_micro_batches=1)
+
+    def only_some(backward: bool) -> None:
+        with dpo.collect_outputs(1):
+            output = dpo.forward(models[0], batch, **inputs)
+            if backward:
+                output.sum().backward()
+            else:
+                dpo.loss(batch, output)
+
+    answers["no backward"] = message(lambda: only_some(backward=False))
+    chunks[0].config.finalize_model_grads_func = None
+    assert step() == "no error"
+    answers["not finished"] = step()
+    answers["another loss function"] = message(lambda: only_some(backward=True))
     return answers
 
 
 def calling() -> dict[str, str]:
     """Calling the model in a wrong way."""
-    from megatron_idpo.mcore.attention.row_params import RowParams
-
     (chunk,) = chunks = tiny.start()
     dpo = attached(chunks)
-    ((tokens_1T, micro_batch), *_) = tiny.micro_batches(tiny.references(LAYERS))
-    targets = micro_batch.targets
-    unknown = replace(targets, tokens_N=targets.tokens_N + tiny.VOCAB)
-    row = RowParams.of(micro_batch.position_ids_T, micro_batch.spans_G4)
+    ((batch, inputs), (other_batch, _), *_) = tiny.micro_batches(tiny.references(LAYERS))
+    unknown = replace(batch.targets, tokens_N=batch.targets.tokens_N + tiny.VOCAB)
     other = tiny.chunks_of(PLAIN)[0]
+    attached([other])
 
-    def call(model: Any = chunk, tokens_1T: Any = tokens_1T, packed: Any = micro_batch) -> str:
-        return message(lambda: dpo.forward(model, tokens_1T, packed))
+    def call(model: Any = chunk, batch: Any = batch, **changes: Any) -> str:
+        return message(lambda: dpo.forward(model, batch, **{**inputs, **changes}))
 
     answers = {
-        "beyond the vocabulary": call(packed=replace(micro_batch, targets=unknown)),
-        "tokens of another row": call(tokens_1T=tokens_1T[:, 1:]),
-        "tokens without a batch": call(tokens_1T=tokens_1T[0]),
-        "no packed row": call(packed=None),
-        "a row without targets": call(packed=row),
-        "not through forward": message(lambda: chunk(tokens_1T, row.position_ids_T[None], None)),
-        "unattached chunk": call(other),
+        "beyond the vocabulary": call(batch=replace(batch, targets=unknown)),
+        "tokens of another batch": call(input_ids=inputs["input_ids"][:, 1:]),
+        "tokens without a batch": call(input_ids=inputs["input_ids"][0]),
+        "no batch": call(batch=None),
+        "the row as batch": call(batch=inputs["packed_seq_params"]),
+        "output of another batch": message(
+            lambda: dpo.loss(other_batch, dpo.forward(chunk, batch, **inputs))
+        ),
+        "output without the batch": message(lambda: dpo.loss(batch, chunk(**inputs))),
+        "unattached chunk": call(tiny.chunks_of(PLAIN)[0]),
+        "batch of another model": message(
+            lambda: other(**{**inputs, **dpo.model_kwargs(batch, inputs["packed_seq_params"])})
+        ),
         "correct call": call(),
     }
+    attention = chunk.decoder.layers[1].self_attention
+    core, attention.core_attention = attention.core_attention, torch.nn.Identity()
+    answers["row without row attention"] = call()
+    attention.core_attention = core
     dpo.detach()
     answers["detached"] = call()
     return answers
@@ -187,20 +192,20 @@ EXPECTED_WHILE_TRAINING = {
     "no reference of the tap": ("lacks the reference", "layer 2", "score the data"),
     "no reference of the final layer": ("lacks the reference", "layer 4", "score the data"),
     "micro-batches not counted": (
-        "MicroBatch.num_micro_batches: is 0 in training",
+        "PreferenceBatch.num_micro_batches: is 0 in training",
         "set num_micro_batches",
     ),
-    "pairs not counted": ("MicroBatch.global_pairs: is 0 in training", "and global_pairs to"),
-    "one micro-batch": (
-        "num_micro_batches: is 1, but 4 micro-batches were run",
-        "num_microbatches",
-    ),
-    "one pair": ("MicroBatch.global_pairs: is 1, but the step had 4 pairs", "data-parallel"),
-    "half the pairs": ("MicroBatch.global_pairs: is 2, but the step had 4 pairs",),
+    "pairs not counted": ("PreferenceBatch.global_pairs: is 0 in training", "and global_pairs to"),
+    "one pair": ("PreferenceBatch.global_pairs: is 1, but the step had 4 pairs", "data-parallel"),
+    "half the pairs": ("PreferenceBatch.global_pairs: is 2, but the step had 4 pairs",),
+    "too few micro-batches": ("has more than 1 outputs since gradients", "num_microbatches"),
+    "too many micro-batches": ("layer 2: has 4 outputs for 5 micro-batches", "run every micro"),
     "a correct step": ("no error",),
-    "taken twice": ("layer 2: has 0 outputs for 4 micro-batches", "take outputs once"),
-    "not all taken": ("MicroBatch.num_micro_batches: is 4, but 3 micro-batches were run",),
     "no backward": ("layer 2: has 0 outputs for 1", "backward too unless under torch.no_grad"),
+    "not finished": (
+        "layer 4: has more than 4 outputs since gradients were finished",
+        "set TransformerConfig.finalize_model_grads_func to AttachedDpo.finalize_model_grads",
+    ),
     "another loss function": (
         "layer 4: has 0 outputs for 1",
         "pass AttachedDpo.loss to the schedule",
@@ -208,13 +213,16 @@ EXPECTED_WHILE_TRAINING = {
 }
 EXPECTED_OF_CALLS = {
     "beyond the vocabulary": ("DataError micro-batch 0: target tokens from", "vocabulary of 51"),
-    "tokens of another row": ("tokens of shape (1, 23) for 24 row positions", "int64 [1, 24]"),
-    "tokens without a batch": ("tokens of shape (24,) for 24 row positions", "int64 [1, 24]"),
+    "tokens of another batch": ("tokens of shape (1, 23) for targets of [1, 24]", "built from"),
+    "tokens without a batch": ("tokens of shape (24,) for targets of [1, 24]", "built from"),
     "correct call": ("no error",),
-    "no packed row": ("is a NoneType; a tapped chunk needs", "through AttachedDpo.forward"),
-    "a row without targets": ("is a RowParams; a tapped chunk", "through AttachedDpo.forward"),
-    "not through forward": ("is a NoneType; a tapped chunk", "through AttachedDpo.forward"),
+    "no batch": ("is a NoneType, not a PreferenceBatch", "targets"),
+    "the row as batch": ("is a RowParams, not a PreferenceBatch", "targets"),
+    "output of another batch": ("an output of shape (4,) for 1 pairs", "of the same batch"),
+    "output without the batch": ("for 2 pairs; merge AttachedDpo.model_kwargs(batch)",),
     "unattached chunk": ("this GPTModel is not attached", "attach to it"),
+    "batch of another model": ("has the batch of another attached model", "this model's"),
+    "row without row attention": ("is a shared-prompt row", "--attention-backend local"),
     "detached": ("this GPTModel is not attached, or was detached", "attach to it"),
 }
 
@@ -229,11 +237,6 @@ def test_mistakes_while_training(workers):
 # ---- mistakes that only some ranks see -----------------------------------------------------------
 
 STAGES = Layout(pipeline=2)
-FULL_RECOMPUTE = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 2,
-}
 
 
 def over_two_stages() -> dict[str, str]:
@@ -251,9 +254,7 @@ def over_two_stages() -> dict[str, str]:
         return answer
 
     answers = {
-        "uniform recompute": under(**FULL_RECOMPUTE),
         "several": under(calculate_per_token_loss=True, attention_dropout=0.1),
-        "layer norm": under(normalization="LayerNorm"),
         "other arguments": message(lambda: attached(chunks, [1 + stage])),
         "other vocabularies": message(lambda: attached(chunks, vocab_size=tiny.VOCAB - stage)),
     }
@@ -265,8 +266,7 @@ def over_two_stages() -> dict[str, str]:
     models = tiny.wrap(dpo, chunks)
     batches = tiny.micro_batches(tiny.references([1, 4]))
     config.finalize_model_grads_func = None
-    tiny.run(dpo, models, batches)
-    answers["gradients not finished"] = message(lambda: dpo.take_outputs(4))
+    answers["gradients not finished"] = message(lambda: tiny.run(dpo, models, batches))
     dpo.detach()
     answers["after DDP"] = message(lambda: attached(chunks, [1]))
     return answers
@@ -293,9 +293,7 @@ def with_copies_that_differ() -> dict[str, str]:
 
 
 EXPECTED_OVER_STAGES = {
-    "uniform recompute": ("runs of 2 layers do not end at the tapped layers [1]", "block, or runs"),
     "several": ("2 problems", "calculate_per_token_loss", "attention_dropout: is 0.1", "to 0"),
-    "layer norm": ("normalization: is LayerNorm", "one pipeline stage"),
     "other arguments": ("differ between ranks", "((1,), ", "((2,), ", "the same arguments"),
     "other vocabularies": ("differ between ranks", "the same arguments"),
     "second attach": ("are attached already", "detach() first"),
@@ -304,7 +302,7 @@ EXPECTED_OVER_STAGES = {
 }
 EXPECTED_OF_COPIES = {
     "loaded later": ("copies of the output weight on the stages are not equal", "before attach"),
-    "frozen later": ("copies of the final norm on the stages", "only some of them train", "freeze"),
+    "frozen later": ("copies of the final norm", "only some of them train", "freeze"),
 }
 
 
@@ -335,7 +333,6 @@ def interleaved() -> dict[str, str]:
             data_iterator=[iter(batches[2 * index :]) for index in range(2)],
             forward_only=True,
         )
-        dpo.take_outputs(2)
 
     answers["other micro-batches"] = message(mixed_up)
     return answers

@@ -110,11 +110,11 @@ def tokenized_pairs() -> list[Any]:
 
 
 def micro_batches(reference: Mapping[int, Tensor] | None, **fields: Any) -> list[Any]:
-    """Tokens and `MicroBatch` of this data-parallel rank's rows; `fields` replace the defaults."""
+    """This data-parallel rank's rows as (batch, inputs); `fields` replace the batch's defaults."""
     from megatron.core import parallel_state
 
     from megatron_idpo.data.packing.rows import Row
-    from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+    from megatron_idpo.plugin.rows import row_micro_batch
 
     tokenized = tokenized_pairs()
     micro_batches = []
@@ -122,40 +122,31 @@ def micro_batches(reference: Mapping[int, Tensor] | None, **fields: Any) -> list
     rows = PAIRS_BY_ROW[parallel_state.get_data_parallel_rank() :: size]
     for index, row_pairs in enumerate(rows):
         row = Row.build([tokenized[n] for n in row_pairs], ROW_TOKENS, 0)
-        tensors = row.tensors(torch.device("cpu"))
-        targets = Targets(
-            tensors.target_positions_N,
-            tensors.target_tokens_N,
-            tensors.target_sequences_N,
-            row.num_pairs,
-        )
-        sequences = torch.tensor(
+        answers = torch.tensor(
             [2 * n + side for n in row_pairs for side in (0, 1)], dtype=torch.int64
         )
-        reference_logps = {layer: logps[sequences] for layer, logps in (reference or {}).items()}
-        micro_batch = MicroBatch(
-            position_ids_T=tensors.position_ids_T,
-            spans_G4=tensors.spans_G4,
-            **{
-                "targets": targets,
-                "reference_logps": reference_logps,
-                "index": index,
-                "num_micro_batches": len(rows),
-                "global_pairs": PAIRS,
-                **fields,
+        defaults = {
+            "reference_logps": {
+                layer: logps[answers] for layer, logps in (reference or {}).items()
             },
-        )
-        micro_batches.append((tensors.tokens_T[None], micro_batch))
+            "index": index,
+            "num_micro_batches": len(rows),
+            "global_pairs": PAIRS,
+        }
+        micro_batches.append(row_micro_batch(row, torch.device("cpu"), **{**defaults, **fields}))
     return micro_batches
 
 
-def run(dpo: Any, models: Sequence[Any], batches: Sequence[Any], **schedule: Any) -> None:
-    """Run micro-batches through megatron-core's schedule; `schedule` replaces its arguments."""
+def run(dpo: Any, models: Sequence[Any], batches: Sequence[Any], **schedule: Any) -> list[Any]:
+    """Run micro-batches through megatron-core's schedule; `schedule` replaces its arguments.
+
+    Returns the outputs of this rank's layers.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
-        tokens_1T, micro_batch = next(iterator)
-        return dpo.forward(model, tokens_1T, micro_batch), partial(dpo.loss, micro_batch)
+        batch, inputs = next(iterator)
+        return dpo.forward(model, batch, **inputs), partial(dpo.loss, batch)
 
     arguments = {
         "data_iterator": [iter(batches) for _ in models],
@@ -167,8 +158,12 @@ def run(dpo: Any, models: Sequence[Any], batches: Sequence[Any], **schedule: Any
         **schedule,
     }
     # megatron-core's schedules leave gradients enabled with forward_only.
-    with torch.set_grad_enabled(not arguments["forward_only"]):
+    with (
+        torch.set_grad_enabled(not arguments["forward_only"]),
+        dpo.collect_outputs(arguments["num_microbatches"]) as outputs,
+    ):
         get_forward_backward_func()(forward_step_func=step, **arguments)
+    return outputs
 
 
 def wrap(dpo: Any, chunks: Sequence[Any], **settings: Any) -> list[Any]:

@@ -163,32 +163,33 @@ def _run_step(dpo: Any, wrapped: list[Any], rows: list[Any]) -> dict[int, Tensor
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
-        tokens_1T, micro_batch = next(iterator)
-        return dpo.forward(model, tokens_1T, micro_batch), partial(dpo.loss, micro_batch)
+        batch, inputs = next(iterator)
+        return dpo.forward(model, batch, **inputs), partial(dpo.loss, batch)
 
-    get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=[iter(rows) for _ in wrapped],
-        model=wrapped,
-        num_microbatches=len(rows),
-        seq_length=rows[0][0].numel(),
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    with dpo.collect_outputs(len(rows)) as outputs:
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(rows) for _ in wrapped],
+            model=wrapped,
+            num_microbatches=len(rows),
+            seq_length=rows[0].inputs["input_ids"].numel(),
+            micro_batch_size=1,
+            forward_only=False,
+        )
     sums: dict[int, Tensor] = {}
-    for output in dpo.take_outputs(len(rows)):
+    for output in outputs:
         sums[output.layer] = sums.get(output.layer, torch.zeros(())) + output.loss_P.sum()
     return sums
 
 
 def _rows(pairs: list[Tokens], reference: dict[int, Tensor], case: Case) -> list[Any]:
-    """This data-parallel rank's tokens and `MicroBatch`es of one global batch."""
+    """This data-parallel rank's rows of one global batch."""
     import numpy as np
     from megatron.core import parallel_state
 
     from megatron_idpo.data.packing.rows import Row
     from megatron_idpo.data.pairs import Pair
-    from megatron_idpo.plugin.micro_batch import MicroBatch, Targets
+    from megatron_idpo.plugin.rows import row_micro_batch
 
     tokenized = [
         Pair(index, *(np.array(part, dtype=np.int32) for part in pair))
@@ -201,24 +202,17 @@ def _rows(pairs: list[Tokens], reference: dict[int, Tensor], case: Case) -> list
     micro_batches = []
     for index, row_pairs in enumerate(local_rows):
         row = Row.build([tokenized[n] for n in row_pairs], row_tokens, 0)
-        tensors = row.tensors(torch.device("cpu"))
-        sequences = [2 * pair + side for pair in row_pairs for side in (0, 1)]
-        micro_batch = MicroBatch(
-            position_ids_T=tensors.position_ids_T,
-            spans_G4=tensors.spans_G4,
-            targets=Targets(
-                tensors.target_positions_N,
-                tensors.target_tokens_N,
-                tensors.target_sequences_N,
-                row.num_pairs,
-            ),
-            reference_logps={
-                layer: logps_2P[torch.tensor(sequences, dtype=torch.int64)]
-                for layer, logps_2P in reference.items()
-            },
-            index=index,
-            num_micro_batches=len(local_rows),
-            global_pairs=PAIRS,
+        answers = torch.tensor(
+            [2 * pair + side for pair in row_pairs for side in (0, 1)], dtype=torch.int64
         )
-        micro_batches.append((tensors.tokens_T[None], micro_batch))
+        micro_batches.append(
+            row_micro_batch(
+                row,
+                torch.device("cpu"),
+                reference_logps={layer: logps[answers] for layer, logps in reference.items()},
+                index=index,
+                num_micro_batches=len(local_rows),
+                global_pairs=PAIRS,
+            )
+        )
     return micro_batches

@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from megatron_idpo.data.pairs import IntArray, Pair, pair_tokens
@@ -66,22 +65,6 @@ def check_lengths(
             f"up to {needed_tokens} positions needed, a row has {row_tokens}",
             f"set data.row_tokens to {needed_tokens} or more, or lower data.max_length",
         )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RowTensors:
-    """A row as torch tensors; attention reads `position_ids_T` and `spans_G4`."""
-
-    tokens_T: torch.Tensor
-    position_ids_T: torch.Tensor
-    target_positions_N: torch.Tensor
-    target_tokens_N: torch.Tensor
-    target_sequences_N: torch.Tensor
-    spans_G4: torch.Tensor
-    """On the CPU, where kernels' launch arguments and block masks are prepared; the rest is int64
-    on the device."""
-
-    num_pairs: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,30 +168,6 @@ class Row:
             target_tokens_N=tokens_T[answer_positions_N],
             target_sequences_N=np.repeat(np.arange(2 * len(pairs)), answer_lengths),
             pair_index_P=np.array([pair.index for pair in pairs], np.int64),
-        )
-
-    def tensors(self, device: torch.device) -> RowTensors:
-        """This row on `device`.
-
-        To a GPU it is one asynchronous copy out of pinned memory; the caching host allocator keeps
-        that memory until the copy has ended.
-        """
-        arrays = (
-            self.tokens_T,
-            self.position_ids_T,
-            self.target_positions_N,
-            self.target_tokens_N,
-            self.target_sequences_N,
-        )
-        together = torch.from_numpy(np.concatenate(arrays))
-        if device.type == "cuda":
-            together = together.pin_memory()
-        sizes = [len(array) for array in arrays]
-        together = together.to(device, non_blocking=True)
-        tokens_T, ids_T, positions_N, targets_N, sequences_N = together.split(sizes)
-        spans_G4 = torch.from_numpy(self.spans_G4)
-        return RowTensors(
-            tokens_T, ids_T, positions_N, targets_N, sequences_N, spans_G4, self.num_pairs
         )
 
 

@@ -1,10 +1,9 @@
-"""Patches on a megatron-core model chunk for the plugin: layer taps and the output layer.
+"""What the plugin needs to know about a model chunk: its layers, its final norm, its embedding.
 
-megatron-core 0.19 has no public hook for these, so the `forward` of a chunk's decoder or output
-layer is replaced *on the instance*. Every function returns the call that restores it. No class or
-module is patched.
+megatron-core builds a language model as `GPTModel` or, from 0.19 on, as `HybridModel`, a sequence
+of attention, MLP, expert and Mamba layers. This module is the only place that knows both.
 
-    T  row positions (t: this rank's shard of them under sequence parallelism)   H  hidden size
+    S  positions (s: this rank's shard under sequence parallelism)   B  batch   H  hidden size
 """
 
 from collections.abc import Callable, Sequence
@@ -13,92 +12,102 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.utils import make_viewless_tensor
+from megatron.core.models.hybrid import hybrid_block
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
+
+from megatron_idpo.mcore.attention.row_attention import RowAttention
+from megatron_idpo.mcore.rope.rotary import RowRotary
+
+type ModelChunk = GPTModel | HybridModel
+"""A model, or the part of it that is on one (virtual) pipeline stage."""
 
 RestoreFn = Callable[[], None]
 """Undoes a change to a chunk."""
 
-OnTaps = Callable[[Tensor, dict[int, Tensor], Any], Tensor]
-"""Takes a chunk's output `[t, 1, H]`, its tapped layers' outputs by layer (from 1) and the
-micro-batch (`packed_seq_params`). Returns the output, possibly with more behind it in the graph."""
+
+def is_language_model(chunk: object) -> bool:
+    """Whether this is a chunk that can be attached."""
+    return isinstance(chunk, GPTModel | HybridModel)
 
 
-def chunk_layer_numbers(chunk: GPTModel) -> list[int]:
-    """The layers that a chunk owns, counted from 1 over the whole model."""
-    return [layer.layer_number for layer in chunk.decoder.layers]
+def num_layers(chunk: ModelChunk) -> int:
+    """Transformer layers of the whole model."""
+    total: int = chunk.config.num_layers
+    return total // 2 if _has_split_layers(chunk) else total
 
 
-def tap_layers(chunk: GPTModel, layers: Sequence[int], on_taps: OnTaps) -> RestoreFn:
-    """Call `on_taps` with the outputs of some of a chunk's layers in every forward pass.
+def layers_by_number(chunk: ModelChunk) -> dict[int, torch.nn.Module]:
+    """This chunk's layers, numbered from 1 over the whole model: the modules with their outputs.
 
-    Uses `TransformerBlock.forward(extract_layer_indices=...)`, which collects them outside the
-    activation checkpoint, so they are computed once, also under full recomputation. Layer hooks
-    would fire again in the backward pass, when a later micro-batch is the current one.
-
-    Args:
-        chunk: before it is wrapped in DDP.
-        layers: counted from 1 over the whole model; all of them belong to this chunk.
-        on_taps: called once per forward pass, with the layers in ascending order.
+    A hybrid model that alternates attention with MLPs or experts is a `GPTModel` whose layers are
+    in halves: layer i ends with hybrid layer 2i, and is numbered i. Every other hybrid model has no
+    transformer layers to compare with, and keeps its own numbers.
     """
-    decoder = chunk.decoder
-    forward = decoder.forward
-    layers = sorted(layers)
-    # megatron-core counts these over the whole model too, but from 0.
-    indices = {layer - 1 for layer in layers}
-
-    def tapped_forward(*args: Any, **kwargs: Any) -> Tensor:
-        output, outputs = forward(*args, extract_layer_indices=indices, **kwargs)
-        assert len(outputs) == len(layers), f"{len(outputs)} outputs for the layers {layers}"
-        taps = dict(zip(layers, outputs, strict=True))
-        output = on_taps(output, taps, kwargs.get("packed_seq_params"))
-        # `deallocate_output_tensor` frees the storage of what was sent to the next stage, and
-        # asserts that it is not a view: the storage of the base would stay.
-        viewless: Tensor = make_viewless_tensor(
-            output, requires_grad=output.requires_grad, keep_graph=True
-        )
-        return viewless
-
-    decoder.forward = tapped_forward
-
-    def restore() -> None:
-        del decoder.forward
-
-    return restore
+    own = {layer.layer_number: layer for layer in chunk.decoder.layers}
+    if not _has_split_layers(chunk):
+        return own
+    return {number // 2: layer for number, layer in own.items() if number % 2 == 0}
 
 
-def is_hooked(chunk: GPTModel) -> bool:
-    """Whether taps or a head are installed in this chunk."""
-    output_layer = vars(chunk.output_layer) if chunk.post_process else {}
-    return "forward" in vars(chunk.decoder) or "forward" in output_layer
+def _has_split_layers(chunk: ModelChunk) -> bool:
+    if not isinstance(chunk, HybridModel):
+        return False
+    main, *_ = (chunk.hybrid_layer_pattern or "").split(Symbols.MTP_SEPARATOR)
+    layers = main.replace(Symbols.PIPE, "")
+    first, second = layers[0::2], layers[1::2]
+    return (
+        bool(layers)
+        and len(first) == len(second)
+        and set(first) <= {Symbols.ATTENTION, Symbols.MLA}
+        and set(second) <= {Symbols.MLP, Symbols.MOE}
+    )
 
 
-def override_output_layer(chunk: GPTModel, forward: Callable[[Tensor, Any], Any]) -> RestoreFn:
-    """Route calls of a last stage's output layer that pass `response_targets` to `forward`.
-
-    They still go through the module's `__call__`, so that DDP's pre-hooks wait for the weight if
-    parameters are all-gathered during the forward pass (`overlap_param_gather`). Other calls return
-    logits as before.
-    """
-    layer = chunk.output_layer
-    logits_forward = layer.forward
-
-    def overriding_forward(
-        hidden_t1H: Tensor, *args: Any, response_targets: Any | None = None, **kwargs: Any
-    ) -> Any:
-        if response_targets is None:
-            return logits_forward(hidden_t1H, *args, **kwargs)
-        return forward(hidden_t1H, response_targets)
-
-    layer.forward = overriding_forward
-
-    def restore() -> None:
-        del layer.forward
-
-    return restore
+def final_norm_name(chunk: ModelChunk) -> str:
+    """The final norm's name in the decoder."""
+    return "final_norm" if isinstance(chunk, HybridModel) else "final_layernorm"
 
 
-def enable_embedding_output_grad(chunk: GPTModel) -> RestoreFn:
+def final_norm(chunk: ModelChunk) -> torch.nn.Module:
+    """The norm before the output layer, on the last stage."""
+    norm = getattr(chunk.decoder, final_norm_name(chunk))
+    return torch.nn.Identity() if norm is None else norm
+
+
+def new_final_norm(chunk: ModelChunk) -> torch.nn.Module:
+    """Another norm like the one before the output layer, for a stage that does not own it."""
+    config = chunk.config
+    if isinstance(chunk, HybridModel):
+        builder = hybrid_block.TENorm
+    else:
+        # Every stage's block has the whole spec, but only the last stage builds the norm.
+        builder = chunk.decoder.submodules.layer_norm
+    norm: torch.nn.Module = builder(
+        config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+    )
+    return norm
+
+
+def supports_rows(chunk: ModelChunk) -> bool:
+    """Whether attention and rotary embedding read the structure of shared-prompt rows."""
+    attentions = [
+        layer.self_attention for layer in chunk.decoder.layers if hasattr(layer, "self_attention")
+    ]
+    return isinstance(getattr(chunk, "rotary_pos_emb", None), RowRotary) and all(
+        isinstance(getattr(attention, "core_attention", None), RowAttention)
+        for attention in attentions
+    )
+
+
+def parameter_device(chunks: Sequence[torch.nn.Module]) -> torch.device:
+    """Where the weights are: a CPU before Megatron-LM moves a model that it initialized there."""
+    device: torch.device = next(p.device for chunk in chunks for p in chunk.parameters())
+    return device
+
+
+def enable_embedding_output_grad(chunk: ModelChunk) -> RestoreFn:
     """Make the output of a frozen embedding require a gradient.
 
     Without it, `tensor_parallel.checkpoint` sees no input that requires one, returns a tensor
@@ -114,15 +123,15 @@ def enable_embedding_output_grad(chunk: GPTModel) -> RestoreFn:
     return restore
 
 
-def gather_positions(hidden_t1H: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """All positions of a row, `[T, 1, H]`, from the shards of sequence parallelism.
+def gather_positions(hidden_sBH: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """All positions, `[S, B, H]`, from the shards of sequence parallelism.
 
     Collective over `group`. Forward: an all-gather along dimension 0. Backward: a reduce-scatter,
     which sums the partial gradients that the tensor-parallel ranks have for every position.
     """
     # tensor_parallel_output_grad: each rank computes with its own part of the vocabulary, so the
     # ranks' gradients differ and must be summed; False would only slice them.
-    hidden_T1H: Tensor = tensor_parallel.gather_from_sequence_parallel_region(
-        hidden_t1H, tensor_parallel_output_grad=True, group=group
+    hidden_SBH: Tensor = tensor_parallel.gather_from_sequence_parallel_region(
+        hidden_sBH, tensor_parallel_output_grad=True, group=group
     )
-    return hidden_T1H
+    return hidden_SBH

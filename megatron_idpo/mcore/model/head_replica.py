@@ -14,13 +14,17 @@ one: one copy is saved, every copy is loaded.
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
-from megatron_idpo.mcore.model.chunk import RestoreFn
-from megatron_idpo.mcore.model.specs import final_norm
-from megatron_idpo.mcore.parallel.groups import rank_coordinates
+from megatron_idpo.mcore.model.chunk import (
+    ModelChunk,
+    RestoreFn,
+    final_norm_name,
+    new_final_norm,
+    parameter_device,
+)
+from megatron_idpo.mcore.parallel.groups import ModelGroups
 
 REPLICA_NAME = "head_replica"
 """The submodule's name in a chunk, and the prefix of its parameters' names."""
@@ -34,31 +38,29 @@ class HeadReplica(torch.nn.Module):
         norm: copy of the final norm.
     """
 
-    def __init__(self, chunk: GPTModel, *, with_weight: bool) -> None:
+    def __init__(self, chunk: ModelChunk, groups: ModelGroups, *, with_weight: bool) -> None:
         """Allocate the copy, uninitialized: the plugin fills it from the owner.
 
         Args:
             chunk: the chunk it will belong to; gives sizes, dtype and device.
+            groups: of the model.
             with_weight: False if the chunk's own embedding is the output weight.
         """
         super().__init__()
-        config = chunk.config
+        config, device = chunk.config, parameter_device([chunk])
+        self._groups = groups
+        self._norm_key = f"decoder.{final_norm_name(chunk)}"
         self.weight_key = (
             "embedding.word_embeddings.weight"
             if chunk.share_embeddings_and_output_weights
             else "output_layer.weight"
         )
-        self.norm = final_norm(config)
+        self.norm = new_final_norm(chunk).to(device)
         self.weight: torch.nn.Parameter | None = None
         if with_weight:
-            rows = chunk.vocab_size // config.tensor_model_parallel_size
+            rows = chunk.vocab_size // groups.tensor_size
             self.weight = torch.nn.Parameter(
-                torch.empty(
-                    rows,
-                    config.hidden_size,
-                    dtype=config.params_dtype,
-                    device=torch.cuda.current_device(),
-                )
+                torch.empty(rows, config.hidden_size, dtype=config.params_dtype, device=device)
             )
             # The attributes that the owner's weight has. ColumnParallelLinear sets these, so that
             # the gradient norm counts every tensor-parallel shard:
@@ -86,14 +88,9 @@ class HeadReplica(torch.nn.Module):
         this call comes before it, in the forward pass.
         """
         with torch.no_grad():
-            self.norm(self.norm_weight.new_zeros(1, 1, self.norm_weight.numel()))
-
-    @property
-    def norm_weight(self) -> torch.nn.Parameter:
-        """The copy of the norm's weight, `[H]`."""
-        weight = self.norm.weight
-        assert isinstance(weight, torch.nn.Parameter)
-        return weight
+            first = next(self.norm.parameters(), None)
+            if first is not None:
+                self.norm(first.new_zeros(1, 1, first.numel()))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
@@ -101,24 +98,29 @@ class HeadReplica(torch.nn.Module):
         """megatron-core's description of this copy for a distributed checkpoint."""
         from megatron.core.dist_checkpointing import ShardedTensor
 
-        rank = rank_coordinates()
+        groups = self._groups
+        stage = 1 + torch.distributed.get_rank(groups.pipeline)
+        data_rank = torch.distributed.get_rank(groups.data_and_context)
         # megatron-core saves the copy whose replica id is all zeros, the owner's. A replica's first
         # entry is at least 1, so it is never saved. All copies of a shard need different ids: the
         # norm is replicated over tensor-parallel ranks, the weight is sharded over them.
         state = {
-            f"{prefix}norm.weight": ShardedTensor.from_rank_offsets(
-                "decoder.final_layernorm.weight",
-                self.norm_weight,
-                replica_id=(1 + rank.pp_rank, rank.tp_rank, rank.dp_rank),
+            f"{prefix}norm.{name}": ShardedTensor.from_rank_offsets(
+                f"{self._norm_key}.{name}",
+                parameter,
+                replica_id=(stage, groups.tensor_rank, data_rank),
             )
+            for name, parameter in self.norm.named_parameters()
         }
         if self.weight is not None:
             state[f"{prefix}weight"] = make_tp_sharded_tensor_for_checkpoint(
                 self.weight,
                 self.weight_key,
-                replica_id=(1 + rank.pp_rank, 0, rank.dp_rank),
+                replica_id=(stage, 0, data_rank),
                 # Layouts pad the vocabulary to different sizes.
                 allow_shape_mismatch=True,
+                tp_group=groups.tensor,
+                dp_cp_group=groups.data_and_context,
             )
         return state
 

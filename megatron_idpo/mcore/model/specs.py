@@ -138,15 +138,6 @@ def block_spec(config: TransformerConfig, *, vp_stage: int | None) -> Transforme
     )
 
 
-def final_norm(config: TransformerConfig) -> torch.nn.Module:
-    """A norm like the one before the output layer, which `block_spec` gives to the last stage."""
-    builder = LayerNormImpl if _uses_transformer_engine(config) else RMSNorm
-    norm: torch.nn.Module = builder(
-        config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-    )
-    return norm
-
-
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine can be used: it is importable, and there is a GPU.
 

@@ -5,6 +5,7 @@ The coordinates and collectives are valid between `start_layout` and `stop_layou
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -102,10 +103,59 @@ def data_parallel_size() -> int:
     return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
 
-def tensor_group() -> dist.ProcessGroup:
-    """This rank's tensor-parallel group."""
-    group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
-    return group
+@dataclass(frozen=True, slots=True)
+class ModelGroups:
+    """The process groups of a model, which need not be megatron-core's process-wide ones."""
+
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    context: dist.ProcessGroup
+    data_and_context: dist.ProcessGroup
+    """The ranks over which DDP averages gradients: data- and context-parallel."""
+
+    @classmethod
+    def of(cls, pg_collection: Any = None) -> Self:
+        """The groups of a `ProcessGroupCollection`; megatron-core's own where it has none."""
+
+        def group(name: str, default: Any) -> dist.ProcessGroup:
+            own: dist.ProcessGroup | None = getattr(pg_collection, name, None)
+            return default() if own is None else own
+
+        def data_and_context() -> Any:
+            return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+        return cls(
+            tensor=group("tp", parallel_state.get_tensor_model_parallel_group),
+            pipeline=group("pp", parallel_state.get_pipeline_model_parallel_group),
+            context=group("cp", parallel_state.get_context_parallel_group),
+            data_and_context=group("dp_cp", data_and_context),
+        )
+
+    @property
+    def tensor_rank(self) -> int:
+        """This rank's index among the tensor-parallel ranks."""
+        return dist.get_rank(self.tensor)
+
+    @property
+    def tensor_size(self) -> int:
+        """Number of tensor-parallel ranks."""
+        return self.tensor.size()
+
+    @property
+    def data_size(self) -> int:
+        """Number of ranks with different pairs."""
+        return self.data_and_context.size() // self.context.size()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the pipeline stage with the final layer."""
+        return dist.get_rank(self.pipeline) == self.pipeline.size() - 1
+
+    @property
+    def counts_pairs(self) -> bool:
+        """Whether this rank adds its pairs to a count over the world: one rank of each copy."""
+        is_first_copy = self.tensor_rank == 0 and dist.get_rank(self.context) == 0
+        return self.is_last_stage and is_first_copy
 
 
 def gather_tensor_shards(shard: Tensor) -> list[Tensor] | None:

@@ -45,19 +45,21 @@ class StageGroup:
     """Global ranks, from the first stage to the last."""
 
 
-def stage_group(*, is_member: bool, needs_group: bool) -> StageGroup | None:
+def stage_group(
+    pipeline_group: dist.ProcessGroup, *, is_member: bool, needs_group: bool
+) -> StageGroup | None:
     """Create a group of the member stages in every pipeline where a stage needs one.
 
     Collective over the world: an all-gather of a small object, then `new_group` calls.
 
     Args:
+        pipeline_group: this rank's pipeline.
         is_member: whether this rank belongs to its pipeline's group.
         needs_group: whether this rank will use it; without such a rank, the pipeline gets none.
 
     Returns:
         The group of this rank's pipeline; None if it has none or this rank is not a member.
     """
-    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     pipeline = tuple(dist.get_process_group_ranks(pipeline_group))
     by_rank = all_gather_objects((pipeline, is_member, needs_group))
     own_group: StageGroup | None = None

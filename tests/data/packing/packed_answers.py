@@ -187,12 +187,11 @@ def _run_schedule(
     collected: dict[int, Tensor] = {}
 
     def loss(row: Row, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        tensors = row.tensors(logits.device)
         whole_TV = gather_from_tensor_model_parallel_region(logits)[0, :, :vocab_size]
         logps_S = _sequence_logps(
-            whole_TV[tensors.target_positions_N],
-            tensors.target_tokens_N,
-            tensors.target_sequences_N,
+            whole_TV[torch.from_numpy(row.target_positions_N)],
+            torch.from_numpy(row.target_tokens_N),
+            torch.from_numpy(row.target_sequences_N),
             2 * row.num_pairs,
         )
         indices = row.pair_index_P.tolist()
@@ -203,12 +202,12 @@ def _run_schedule(
 
     def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
         row = next(iterator)
-        tensors = row.tensors(torch.device("cpu"))
+        position_ids_T = torch.from_numpy(row.position_ids_T)
         output = model(
-            tensors.tokens_T[None],
-            tensors.position_ids_T[None],
+            torch.from_numpy(row.tokens_T)[None],
+            position_ids_T[None],
             None,
-            packed_seq_params=RowParams.of(tensors.position_ids_T, tensors.spans_G4),
+            packed_seq_params=RowParams.of(position_ids_T, torch.from_numpy(row.spans_G4)),
         )
         return output, partial(loss, row)
 

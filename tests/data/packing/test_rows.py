@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,19 +96,6 @@ def test_empty_row_has_no_targets():
     assert row.tokens_T.tolist() == [PAD_TOKEN] * 7
     assert row.spans_G4.shape == (0, 4)
     assert row.num_pairs == row.used_tokens == len(row.target_tokens_N) == 0
-    assert row.tensors(torch.device("cpu")).tokens_T.shape == (7,)
-
-
-def test_tensors_equal_the_arrays():
-    row = Row.build(make_pairs([([1], [2, 3], [4]), ([5, 6], [7], [8, 9, 10])]), 16, PAD_TOKEN)
-    tensors = row.tensors(torch.device("cpu"))
-    for name in ("tokens_T", "position_ids_T", "target_positions_N", "target_tokens_N"):
-        assert getattr(tensors, name).dtype == torch.int64
-        assert getattr(tensors, name).tolist() == getattr(row, name).tolist()
-    assert tensors.target_sequences_N.tolist() == row.target_sequences_N.tolist()
-    assert tensors.spans_G4.dtype == torch.int32
-    assert tensors.spans_G4.tolist() == row.spans_G4.tolist()
-    assert tensors.num_pairs == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""Patches of a model chunk: what taps and the output layer receive, and that they are undone."""
+"""Taps on a model chunk, the carried batch, the embedding; that all is undone."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,10 @@ from megatron_idpo.testing import tiny_hf_config
 pytestmark = pytest.mark.distributed
 
 NUM_LAYERS, VOCAB, TOKENS = 4, 51, 8
+
+GRADIENT_RELATIVE = 1e-5
+"""|difference| / |gradient|: fp32 sums in another order."""
+
 SIZES = {
     "num_hidden_layers": NUM_LAYERS,
     "vocab_size": VOCAB,
@@ -47,117 +52,179 @@ def build(layout: Layout, recompute: str = "off") -> list[Any]:
 def forward(chunk: Any, **kwargs: Any) -> Any:
     from megatron_idpo.mcore.attention.row_params import RowParams
 
-    row = RowParams.plain(TOKENS)
+    kwargs = {"packed_seq_params": RowParams.plain(TOKENS), **kwargs}
     tokens_1T = torch.arange(TOKENS)[None]
-    return chunk(tokens_1T, row.position_ids_T[None], None, packed_seq_params=row, **kwargs)
+    return chunk(tokens_1T, tokens_1T, None, **kwargs)
 
 
 # ---- taps ----------------------------------------------------------------------------------------
 
 
-def tapped(recompute: str) -> None:
-    """Taps receive the layers' outputs, in ascending order, once per forward pass."""
+def install(chunk: Any, taps: Any, **callbacks: Any) -> Any:
+    from megatron_idpo.mcore.model.tap import install_taps
+
+    read_final = callbacks.get("read_final", lambda hidden, batch: hidden.sum((0, 1))[:3])
+    return install_taps(chunk, taps, read_final, callbacks.get("on_call", lambda *_: None))
+
+
+def carried(batch: Any) -> Any:
     from megatron_idpo.mcore.attention.row_params import RowParams
-    from megatron_idpo.mcore.model.chunk import tap_layers
+    from megatron_idpo.mcore.model.tap import CarriedBatch
+
+    return {"packed_seq_params": CarriedBatch.of(batch, RowParams.plain(TOKENS), TOKENS)}
+
+
+FACTORS = {1: 1.0, 2: 10.0, 3: 100.0}
+"""The loss at a tap is this times the sum of squares."""
+
+
+def gradients_of(chunk: Any) -> dict[str, Any]:
+    return {name: p.grad for name, p in chunk.named_parameters() if p.grad is not None}
+
+
+def one_loss() -> dict[str, Any]:
+    """Gradients of the sum of all losses."""
     from megatron_idpo.mcore.parallel.groups import start_layout
 
-    layout = Layout()
-    start_layout(layout)
-    (chunk,) = build(layout, recompute)
-    layers = [4, 2] if recompute == "uniform-2" else [3, 1]
-    returned: dict[int, Any] = {}
-    hooks = [
+    start_layout(Layout())
+    (chunk,) = build(Layout())
+    hidden: dict[int, Any] = {}
+    for layer in chunk.decoder.layers:
         layer.register_forward_hook(
-            lambda module, _, out: returned.__setitem__(module.layer_number, out[0].detach())
+            lambda module, _, out: hidden.__setitem__(module.layer_number, out[0])
         )
-        for layer in chunk.decoder.layers
-    ]
-    logits = forward(chunk).detach()
-    for hook in hooks:
-        hook.remove()
-    calls: list[dict[int, Any]] = []
-
-    def on_taps(output: Any, hidden: dict[int, Any], packed: Any) -> Any:
-        assert isinstance(packed, RowParams)
-        assert all(output.requires_grad for output in hidden.values())
-        calls.append({layer: output.detach().clone() for layer, output in hidden.items()})
-        return output
-
-    restore = tap_layers(chunk, layers, on_taps)
-    again = forward(chunk)
-    assert torch.equal(again.detach(), logits)
-    again.sum().backward()
-    assert len(calls) == 1, "recomputation must not call on_taps"
-    assert list(calls[0]) == sorted(layers)
-    for layer, hidden in calls[0].items():
-        assert torch.equal(hidden, returned[layer]), f"layer {layer}"
-    restore()
-    assert "forward" not in vars(chunk.decoder)
     forward(chunk)
-    assert len(calls) == 1
+    loss = sum(factor * hidden[layer].square().sum() for layer, factor in FACTORS.items())
+    # The final layer reads the hidden state after the final norm.
+    final = chunk.decoder.final_layernorm(hidden[NUM_LAYERS]).sum((0, 1))[:3].sum()
+    (loss + final).backward()
+    return gradients_of(chunk)
 
 
-def changed_output() -> None:
-    """The chunk outputs the tensor that `on_taps` returned, and never a view."""
-    from megatron_idpo.mcore.model.chunk import chunk_layer_numbers, is_hooked, tap_layers
+def with_taps(recompute: str) -> dict[str, Any]:
+    """The same with taps; each is evaluated once, in the backward pass, on a detached tensor."""
+    from megatron_idpo.mcore.model.tap import evaluate_in_backward
+    from megatron_idpo.mcore.parallel.groups import start_layout
+
+    start_layout(Layout())
+    (chunk,) = build(Layout(), recompute)
+    evaluated: list[tuple[int, bool]] = []
+
+    def on_tap(layer: int, out: Any, batch: str, evaluates_now: bool) -> Any:
+        assert not evaluates_now and batch == "batch"
+
+        def evaluate(hidden: Any) -> Any:
+            evaluated.append((layer, hidden.is_leaf and torch.is_grad_enabled()))
+            return FACTORS[layer] * hidden.square().sum()
+
+        return evaluate_in_backward(out, evaluate) if torch.is_grad_enabled() else out
+
+    restore = install(chunk, {layer: partial(on_tap, layer) for layer in FACTORS})
+    output = forward(chunk, **carried("batch"))
+    assert output.shape == (3,) and not evaluated
+    output.sum().backward()
+    assert sorted(evaluated) == [(layer, True) for layer in FACTORS]
+    restore()
+    assert forward(chunk).shape == (1, TOKENS, VOCAB)
+    return gradients_of(chunk)
+
+
+def passes_on() -> None:
+    """Below a layer everything gets what the caller passed; other calls are as before."""
+    from megatron_idpo.mcore.attention.row_params import RowParams
+    from megatron_idpo.mcore.model.tap import CarriedBatch, is_tapped
+    from megatron_idpo.mcore.parallel.groups import start_layout
+
+    start_layout(Layout())
+    (chunk,) = build(Layout())
+    logits = forward(chunk)
+    seen: list[Any] = []
+    for layer in chunk.decoder.layers:
+        layer.self_attention.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["packed_seq_params"]), with_kwargs=True
+        )
+    calls: list[Any] = []
+    taps: list[Any] = []
+    restore = install(
+        chunk,
+        {2: lambda out, batch, now: taps.append((batch, now)) or out},
+        on_call=lambda *call: calls.append(call),
+    )
+    assert is_tapped(chunk)
+    assert torch.equal(forward(chunk), logits) and not calls and not taps
+    row = RowParams.plain(TOKENS)
+    argument = CarriedBatch.of("batch", row, TOKENS)
+    assert argument.position_ids_T is row.position_ids_T
+    assert (argument.qkv_format, argument.max_seqlen_q) == ("sbhd", TOKENS)
+    tokens_1T = torch.arange(TOKENS)[None]
+    seen.clear()
+    with torch.no_grad():
+        chunk(tokens_1T, tokens_1T, None, packed_seq_params=argument, labels=tokens_1T)
+    assert len(seen) == NUM_LAYERS and all(value is row for value in seen)
+    assert taps == [("batch", True)]
+    ((batch, original, tokens),) = calls
+    assert batch == "batch" and original is row and tokens is tokens_1T
+    neutral = CarriedBatch.of("batch", None, 16)
+    assert neutral.original is None and neutral.cu_seqlens_q is None
+    assert (neutral.qkv_format, neutral.max_seqlen_q, neutral.max_seqlen_kv) == ("sbhd", 16, 16)
+    restore()
+    assert not is_tapped(chunk) and torch.equal(forward(chunk), logits)
+    assert all("forward" not in vars(module) for module in chunk.modules())
+
+
+def last_layer_of_a_stage() -> None:
+    """The output that a stage sends is no view, and hooks of the output layer still run."""
+    from megatron_idpo.mcore.model.chunk import layers_by_number
+    from megatron_idpo.mcore.model.tap import evaluate_in_backward, is_tapped
     from megatron_idpo.mcore.parallel.groups import start_layout
 
     layout = Layout(pipeline=2)
     start_layout(layout)
     (chunk,) = build(layout)
     first = torch.distributed.get_rank() == 0
-    assert chunk_layer_numbers(chunk) == ([1, 2] if first else [3, 4])
-    assert not is_hooked(chunk)
-    chunk.decoder.set_input_tensor(torch.ones(TOKENS, 1, SIZES["hidden_size"]))
-    before = forward(chunk)
-    restore = tap_layers(chunk, [1 if first else 3], lambda out, *_: (2 * out).view_as(out))
-    assert is_hooked(chunk)
-    if first:
-        passed_on = forward(chunk)
-        assert torch.equal(passed_on, 2 * before)
-        assert passed_on._base is None and passed_on.requires_grad
+    assert list(layers_by_number(chunk)) == ([1, 2] if first else [3, 4])
+    received = torch.ones(TOKENS, 1, SIZES["hidden_size"], requires_grad=True)
+    chunk.decoder.set_input_tensor(received)
+    hooks: list[int] = []
+    if not first:
+        chunk.output_layer.register_forward_pre_hook(lambda *_: hooks.append(1))
+    taps = {2: lambda out, *_: evaluate_in_backward(out, lambda h: h.sum())} if first else {}
+    restore = install(chunk, taps)
+    assert is_tapped(chunk)
+    output = forward(chunk, **carried("batch"))
+    assert output._base is None or not first
+    assert output.requires_grad and output.shape == ((TOKENS, 1, 32) if first else (3,))
+    assert first or hooks == [1]
     restore()
-    assert not is_hooked(chunk)
+    assert not is_tapped(chunk)
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_taps_receive_each_layer_once_per_forward_pass(workers, recompute):
-    workers.run(tapped, 1, recompute)
+def test_gradients_of_taps_equal_one_loss_under_every_recompute_method(workers):
+    (expected,) = workers.run(one_loss, 1)
+    for recompute in RECOMPUTE:
+        (gradients,) = workers.run(with_taps, 1, recompute)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            relative = (gradients[name] - gradient).norm() / gradient.norm()
+            assert relative <= GRADIENT_RELATIVE, f"{recompute} {name}: {relative:.1e}"
 
 
-def test_the_result_of_taps_is_the_chunks_output_and_not_a_view(workers):
-    workers.run(changed_output, 2)
+def test_layers_get_what_the_caller_passed(workers):
+    workers.run(passes_on, 1)
 
 
-# ---- the output layer and the embedding ----------------------------------------------------------
+def test_a_tap_on_the_last_layer_of_a_stage_can_be_sent(workers):
+    workers.run(last_layer_of_a_stage, 2)
 
 
-def output_layer() -> None:
-    """Only calls with targets are overridden; the module's hooks run for all calls."""
-    from megatron_idpo.mcore.model.chunk import is_hooked, override_output_layer
-    from megatron_idpo.mcore.parallel.groups import start_layout
+def test_tap_without_gradient_is_rejected():
+    from megatron_idpo.mcore.model.tap import evaluate_in_backward
 
-    layout = Layout()
-    start_layout(layout)
-    (chunk,) = build(layout)
-    logits = forward(chunk)
-    targets_seen: list[Any] = []
-    restore = override_output_layer(
-        chunk, lambda hidden, targets: targets_seen.append(targets) or hidden * 0
-    )
-    hook_calls: list[int] = []
-    hook = chunk.output_layer.register_forward_pre_hook(lambda *_: hook_calls.append(1))
-    assert is_hooked(chunk)
-    assert torch.equal(forward(chunk), logits), "a call without targets returns logits"
+    with pytest.raises(AssertionError, match="needs no gradient"):
+        evaluate_in_backward(torch.zeros(2), lambda hidden: hidden.sum())
 
-    def processor(*, hidden_states: Any, output_layer: Any, **_: Any) -> Any:
-        return output_layer(hidden_states, response_targets="targets")
 
-    output = forward(chunk, output_processor=processor)
-    assert not output.any() and targets_seen == ["targets"] and len(hook_calls) == 2
-    hook.remove()
-    restore()
-    assert not is_hooked(chunk) and torch.equal(forward(chunk), logits)
+# ---- the embedding -------------------------------------------------------------------------------
 
 
 def frozen_embedding() -> None:
@@ -185,10 +252,6 @@ def frozen_embedding() -> None:
     assert seen == [False, False]
 
 
-def test_output_layer_override_applies_to_calls_with_targets_only(workers):
-    workers.run(output_layer, 1)
-
-
 def test_gradients_reach_the_first_layers_after_a_frozen_embedding(workers):
     workers.run(frozen_embedding, 1)
 
@@ -201,12 +264,12 @@ def gather_row() -> None:
     import torch.distributed as dist
 
     from megatron_idpo.mcore.model.chunk import gather_positions
-    from megatron_idpo.mcore.parallel.groups import start_layout, tensor_group
+    from megatron_idpo.mcore.parallel.groups import ModelGroups, start_layout
 
     start_layout(Layout(tensor=2, sequence_parallel=True))
     rank = dist.get_rank()
     shard_t1H = (torch.arange(6.0).reshape(2, 1, 3) + 10 * rank).requires_grad_()
-    whole_T1H = gather_positions(shard_t1H, tensor_group())
+    whole_T1H = gather_positions(shard_t1H, ModelGroups.of().tensor)
     assert whole_T1H[:, 0, 0].tolist() == [0.0, 3.0, 10.0, 13.0]
     whole_T1H.backward(torch.full_like(whole_T1H, 1.0 + rank))
     assert (shard_t1H.grad == 3.0).all()

@@ -102,7 +102,7 @@ def head_copies(chunks: list[Any], tied: bool) -> dict[str, list[torch.Tensor]]:
     for chunk in chunks:
         replica = getattr(chunk, "head_replica", None)
         if replica is not None:
-            copies["norm"].append(replica.norm_weight)
+            copies["norm"].append(replica.norm.weight)
             copies["weight"] += [replica.weight] if replica.weight is not None else []
         if chunk.post_process:
             copies["norm"].append(chunk.decoder.final_layernorm.weight)
@@ -208,10 +208,12 @@ def replica_attributes() -> dict[str, Any]:
     from megatron.core.transformer.module import param_is_not_shared
 
     from megatron_idpo.mcore.model.head_replica import HeadReplica, mark_shared_head
+    from megatron_idpo.mcore.parallel.groups import ModelGroups
 
     (chunk,), _ = build(Case(layout=Layout(tensor=2), tied=False, frozen=False))
     with_weight, without = (
-        HeadReplica(chunk, with_weight=with_weight) for with_weight in (True, False)
+        HeadReplica(chunk, ModelGroups.of(), with_weight=with_weight)
+        for with_weight in (True, False)
     )
     output = torch.nn.Parameter(torch.zeros(1))
     restore = mark_shared_head(output, is_owner=True)

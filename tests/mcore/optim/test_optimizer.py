@@ -128,7 +128,6 @@ def trained(layout: Layout, distributed: bool) -> dict[str, Any]:
     for _ in range(STEPS):
         trainable.zero_grad_buffers()
         tiny.run(dpo, trainable.model, rows)
-        dpo.take_outputs(len(rows))
         norms.append(trainable.step(LR))
     state = sum(
         moments["exp_avg"].numel()

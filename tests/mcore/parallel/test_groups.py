@@ -149,15 +149,15 @@ def test_reset_clears_megatron_state_and_keeps_the_default_group(workers):
 
 def coordinates(layout: Layout) -> tuple[Any, ...]:
     from megatron_idpo.mcore.parallel.groups import (
+        ModelGroups,
         data_parallel_size,
         rank_coordinates,
         start_layout,
-        tensor_group,
     )
 
     start_layout(layout)
     rank = rank_coordinates()
-    size = tensor_group().size()
+    size = ModelGroups.of().tensor_size
     return rank.tp_rank, rank.tp_size, rank.pp_rank, rank.dp_rank, data_parallel_size(), size
 
 

@@ -34,12 +34,13 @@ def sum_over_stages(members: set[int], users: set[int]) -> tuple[tuple[int, ...]
     """The ranks of this rank's group of stages, and the sum of their numbers over it."""
     import torch.distributed as dist
 
-    from megatron_idpo.mcore.parallel.groups import rank_coordinates, start_layout
+    from megatron_idpo.mcore.parallel.groups import ModelGroups, rank_coordinates, start_layout
     from megatron_idpo.mcore.parallel.pipeline import stage_group
 
     start_layout(Layout(tensor=2, pipeline=2))
     stage = rank_coordinates().pp_rank
-    group = stage_group(is_member=stage in members, needs_group=stage in users)
+    pipeline = ModelGroups.of().pipeline
+    group = stage_group(pipeline, is_member=stage in members, needs_group=stage in users)
     if group is None:
         return None
     total = torch.tensor(float(dist.get_rank()))

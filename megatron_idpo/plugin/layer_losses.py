@@ -1,0 +1,131 @@
+"""The losses of one rank's layers: computed, scaled for megatron-core, recorded.
+
+Loss scaling. With B pairs in the global batch, M micro-batches per rank, D data-parallel and C
+context-parallel ranks, every pair must weigh 1/B in the gradient, independent of its micro-batch.
+megatron-core averages: the schedule divides the final layer's loss by M and multiplies it by C, DDP
+divides gradients by D * C. So the final layer's loss of a micro-batch is
+`(1 - w) * sum(L) * M * D / B`. A tapped layer's loss does not pass through the schedule, so it has
+no M, but has to apply C and the loss scale itself: `w * share * sum(L) * D * C / B * grad_scale`.
+
+    P  pairs; 2P answers
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore.parallel.groups import ModelGroups
+from megatron_idpo.objective.dpo import Objective, layer_loss
+from megatron_idpo.plugin.outputs import LayerOutput, OutputRecorder
+from megatron_idpo.plugin.preference_batch import PreferenceBatch
+from megatron_idpo.plugin.step_log import StepLog
+
+
+class LayerLosses:
+    """The losses of the layers that one rank has, tapped or final.
+
+    Attributes:
+        outputs: what was computed in the current step, and since the last one.
+        log: what Megatron's training loop prints.
+    """
+
+    def __init__(
+        self,
+        own_layers: Sequence[int],
+        scales: Mapping[int, float],
+        objective: Objective,
+        groups: ModelGroups,
+    ) -> None:
+        """Nothing computed yet.
+
+        Args:
+            own_layers: this rank's layers.
+            scales: the weight of each layer's loss in the combined loss, the final layer's too.
+            objective: the loss of a layer.
+            groups: of the model.
+        """
+        self._scales = dict(scales)
+        self._final = max(scales)
+        self._objective = objective
+        self._groups = groups
+        self.outputs = OutputRecorder(
+            own_layers, self._final, objective, counts_pairs=groups.counts_pairs
+        )
+        self.log = StepLog(scales, groups)
+
+    def final_layer(
+        self, batch: PreferenceBatch, logps_2P: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the loss function returns to the schedule: the scaled loss, and the log's values.
+
+        Without gradients the loss is 0; without a reference the log is empty.
+
+        Raises:
+            ConfigError: as for `evaluate`.
+        """
+        output, loss_P = self.evaluate(self._final, batch, logps_2P)
+        if loss_P is None:
+            return logps_2P.new_zeros(()), {}
+        if not torch.is_grad_enabled():
+            return logps_2P.new_zeros(()), self.log.final_layer(output.sums(self._objective))
+        # The schedule divides by M, which would make a pair's weight depend on how many
+        # micro-batches its batch was split into.
+        pairs = batch.global_pairs / (self._groups.data_size * batch.num_micro_batches)
+        return loss_P.sum() * (self._scales[self._final] / pairs), self.log.placeholder(logps_2P)
+
+    def tapped_layer(self, layer: int, batch: PreferenceBatch, logps_2P: Tensor) -> Tensor:
+        """The scaled loss of a tapped layer, without megatron-core's loss scale.
+
+        Raises:
+            ConfigError: as for `evaluate`.
+        """
+        _, loss_P = self.evaluate(layer, batch, logps_2P)
+        assert loss_P is not None
+        pairs = batch.global_pairs / self._groups.data_and_context.size()
+        return loss_P.sum() * (self._scales[layer] / pairs)
+
+    def evaluate(
+        self, layer: int, batch: PreferenceBatch, logps_2P: Tensor
+    ) -> tuple[LayerOutput, Tensor | None]:
+        """A layer's output, recorded, and each pair's loss `[P]`; None without a reference.
+
+        Raises:
+            ConfigError: in training, a batch without the reference's log-probabilities or without
+                counts, or an output too many.
+        """
+        reference_layer = layer if self._objective.reference_layer == "same" else self._final
+        reference_2P = batch.reference_logps.get(reference_layer)
+        loss_P = lengths_2P = None
+        if reference_2P is not None or batch.reference_free:
+            lengths_2P = batch.lengths()
+            loss_P = layer_loss(logps_2P, reference_2P, lengths_2P, self._objective)
+        elif torch.is_grad_enabled():
+            raise ConfigError.at(
+                f"micro-batch {batch.index}",
+                f"lacks the reference log-probabilities of layer {reference_layer}",
+                "score the data with the reference at every tapped layer and the final one first; "
+                "run scoring itself under torch.no_grad",
+            )
+        output = LayerOutput(
+            layer,
+            batch.index,
+            logps_2P.detach(),
+            reference_2P,
+            None if loss_P is None else loss_P.detach(),
+            lengths_2P,
+        )
+        self.outputs.record(output, batch, trains=torch.is_grad_enabled())
+        return output, loss_P
+
+    @contextmanager
+    def discarding_step_on_error(self) -> Iterator[None]:
+        """Forget the step if the block fails, or the next one would begin in its middle."""
+        try:
+            yield
+        except BaseException:
+            self.outputs.discard_step()
+            self.log.discard()
+            raise
