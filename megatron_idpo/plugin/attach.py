@@ -128,8 +128,8 @@ class AttachedDpo:
         self._chunks = list(chunks)
         self._vocab_size = vocab_size
         own = [[layer for layer in layers_by_number(c) if layer in self.layers] for c in chunks]
-        is_last = any(chunk.post_process for chunk in chunks)
-        own_layers = [*(n for of_chunk in own for n in of_chunk), *[self.num_layers][:is_last]]
+        own_layers = [layer for of_chunk in own for layer in of_chunk]
+        own_layers += [self.num_layers for chunk in chunks if chunk.post_process]
         self._losses = LayerLosses(own_layers, scale_of, objective, groups)
         self._is_checked = False
         self._gradient_sum_pending = False
@@ -201,9 +201,9 @@ class AttachedDpo:
             logps_2P: what it returned.
 
         Returns:
-            `(1 - w) * sum(L) * M * D / B` (`layer_losses.py`), and what Megatron's training loop logs,
-            `{name: [sum, pairs]}` (`step_log.py`). Without gradients: 0, and the final layer's
-            values; nothing without a reference.
+            `(1 - w) * sum(L) * M * D / B` (`layer_losses.py`), and what Megatron's training loop
+            logs, `{name: [sum, pairs]}` (`step_log.py`). Without gradients: 0, and the final
+            layer's values; nothing without a reference.
 
         Raises:
             ConfigError: the output is not of this batch; in training, a micro-batch without the
