@@ -14,10 +14,12 @@ What is saved is in `checkpoint/weights.py` and `checkpoint/training_state.py`.
 
 import errno
 import io
-from dataclasses import replace
+from collections.abc import Buffer
+from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from zipfile import BadZipFile, ZipFile
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -29,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
@@ -41,7 +44,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_idpo.checkpoint.contents import Contents
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.storage.checksums import CHANGED, Checksum
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -53,6 +58,8 @@ class DirectSave(TorchDistSaveShardedStrategy):
         """Args: the directory's name in errors; its real name may be a hidden one."""
         super().__init__()
         self._location = location
+        self.pieces: dict[str, dict[str, str]] = {}
+        """On rank 0, after `save`: the checksums of what all ranks wrote (`contents.py`)."""
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
         """Writes every rank's main replicas. Collective.
@@ -72,28 +79,34 @@ class DirectSave(TorchDistSaveShardedStrategy):
             flatten_state_dict=False,
             flatten_sharded_tensors=False,
         )
+        writer = Writer(checkpoint_dir, self._location)
         try:
             torch_checkpoint.save(
                 mcore_to_pyt_state_dict(state, is_loading=False),
-                storage_writer=Writer(checkpoint_dir, self._location),
+                storage_writer=writer,
                 planner=planner,
             )
         except CheckpointException as failed:  # derives from BaseException, not from Exception
             raise write_failure(failed, self._location) from failed
+        self.pieces = writer.pieces
 
 
 class Reader(FileSystemReader):
-    """Reads one tensor after the other and releases it; reports damage with file and tensor."""
+    """Reads one tensor after the other and releases it; reports damage with file and tensor.
 
-    def __init__(self, directory: Path, *, verify: bool = False) -> None:
+    Everything is compared with its checksum before it is deserialized: torch compares nothing.
+    """
+
+    def __init__(self, directory: Path, contents: Contents | None) -> None:
         """Opens nothing yet.
 
         Args:
             directory: the checkpoint.
-            verify: compare the data with the checksums in the files, which torch does not.
+            contents: its checksums; without them, the CRC in the archives are compared.
         """
         super().__init__(directory)
-        self._verified: set[MetadataIndex] | None = set() if verify else None
+        self._contents = contents
+        self._verified: set[MetadataIndex] = set()
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fills everything in the plan.
@@ -119,25 +132,70 @@ class Reader(FileSystemReader):
                 raise CheckpointError.at(
                     str(path),
                     f"tensor {item.storage_index.fqn!r} cannot be read ({reason})",
-                    "copy the checkpoint here again",
+                    self._remedy,
                 ) from error
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
+    @property
+    def _remedy(self) -> str:
+        contents = self._contents
+        return "copy the checkpoint here again" if contents is None else contents.remedy
+
     def _verify(self, stored: MetadataIndex) -> None:
-        """Checks the CRC of each part of the zip archive that `torch.save` wrote."""
-        if self._verified is None or stored in self._verified:
+        """Compares a stored piece of a tensor; the first time that it is read."""
+        if stored in self._verified:
             return
         info = self.storage_data[stored]
-        with open(Path(self.path) / info.relative_path, "rb") as file:
-            file.seek(info.offset)
-            # In memory, as torch holds it too when it reads the tensor afterwards.
-            section = io.BytesIO(file.read(info.length))
-        with ZipFile(section) as archive:
-            if (part := archive.testzip()) is not None:
-                raise BadZipFile(part)
+        path = Path(self.path) / info.relative_path
+        with path.open("rb", buffering=0) as file:
+            if self._contents is None:
+                _check_archive(file, info.offset, info.length)
+            elif not self._contents.is_unchanged(
+                file, info.relative_path, info.offset, info.length
+            ):
+                message = f"{CHANGED} (in tensor {stored.fqn!r})"
+                raise CheckpointError.at(str(path), message, self._remedy)
         self._verified.add(stored)
+
+
+def _check_archive(file: IO[bytes], offset: int, num_bytes: int) -> None:
+    """Checks the CRC of each part of the zip archive that `torch.save` wrote."""
+    with ZipFile(_Section(file, offset, num_bytes)) as archive:
+        if (part := archive.testzip()) is not None:
+            raise BadZipFile(part)
+
+
+class _Section(io.RawIOBase):
+    """A part of a file as a file, so that it need not be in memory."""
+
+    def __init__(self, file: IO[bytes], offset: int, num_bytes: int) -> None:
+        self._file, self._offset, self._num_bytes = file, offset, num_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
+        if start + position < 0:  # as of a real file; zipfile relies on it
+            raise OSError(errno.EINVAL, "Invalid argument")
+        self._position = start + position
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Buffer) -> int:
+        target = memoryview(buffer)[: max(self._num_bytes - self._position, 0)]
+        self._file.seek(self._offset + self._position)
+        count: int = self._file.readinto(target)  # type: ignore[attr-defined]
+        self._position += count
+        return count
 
 
 class _SavePlanner(MCoreSavePlanner):
@@ -148,6 +206,50 @@ class _SavePlanner(MCoreSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Any:
         self.writing = f"tensor {write_item.index.fqn!r}"
         return super().resolve_data(write_item)
+
+
+@dataclass(frozen=True)
+class _CheckedResult(WriteResult):
+    """What DCP sends to rank 0 about a written piece, with its checksum."""
+
+    checksum: str
+
+
+class _CheckedStream:
+    """What one piece of a tensor is written through, on its way to the rank's file."""
+
+    def __init__(self, file: io.IOBase) -> None:
+        self._file, self.checksum = file, Checksum()
+
+    def write(self, content: Buffer) -> int:
+        self.checksum.update(content)
+        count: int = self._file.write(content)
+        return count
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """Leaves the file open for the next piece."""
+        self._file.flush()
+
+
+class _CheckedStreams(_StorageWriterTransforms):
+    """Where DCP lets extensions transform what it writes; here nothing is transformed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._streams: dict[MetadataIndex, _CheckedStream] = {}
+
+    def transform_save_stream(
+        self, write_item: WriteItem, raw_stream: io.IOBase
+    ) -> tuple[Any, list[str]]:
+        stream = self._streams[write_item.index] = _CheckedStream(raw_stream)
+        return stream, []
+
+    def checked(self, result: WriteResult) -> _CheckedResult:
+        checksum = self._streams[result.index].checksum.text()
+        return _CheckedResult(result.index, result.size_in_bytes, result.storage_data, checksum)
 
 
 class Writer(FileSystemWriter):
@@ -169,18 +271,28 @@ class Writer(FileSystemWriter):
         if from_host:
             self.per_thread_copy_ahead = 0
         self._location = location
+        self.transforms: _CheckedStreams = _CheckedStreams()
+        self.pieces: dict[str, dict[str, str]] = {}
+        """On rank 0, after `finish`: the checksums of what all ranks wrote (`contents.py`)."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes this rank's file."""
         try:
-            return super().write_data(plan, planner)
+            results = super().write_data(plan, planner).value()
         except (OSError, RuntimeError) as error:  # torch.save turns OSError into RuntimeError
             file = f"{plan.storage_data.prefix}0.distcp"
             content: str = getattr(planner, "writing")  # noqa: B009 - not in SavePlanner
             raise _write_error(self._location / file, content, error) from error
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([self.transforms.checked(result) for result in results])
+        return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Writes `.metadata`; on one rank."""
+        for result in chain.from_iterable(results):
+            assert isinstance(result, _CheckedResult)
+            info = result.storage_data
+            self.pieces.setdefault(info.relative_path, {})[str(info.offset)] = result.checksum
         try:
             super().finish(metadata, results)
         except OSError as error:

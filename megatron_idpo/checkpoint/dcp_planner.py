@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from megatron_idpo.checkpoint.contents import Contents
 from megatron_idpo.checkpoint.dcp_io import Reader, Writer, first_failure, write_failure
 from megatron_idpo.checkpoint.dtypes import check_range
 from megatron_idpo.checkpoint.tensor_chunks import TensorChunk
@@ -49,7 +50,7 @@ Ints = NDArray[np.int64]
 
 def write_chunks(
     chunks: Sequence[TensorChunk], directory: Path, group: dist.ProcessGroup, *, location: Path
-) -> None:
+) -> dict[str, dict[str, str]]:
     """Writes every rank's chunks into a directory. Collective over `group`, from any thread.
 
     Args:
@@ -59,27 +60,31 @@ def write_chunks(
         group: of all ranks, over the CPU; not used by any other thread meanwhile.
         location: the directory's name in errors.
 
+    Returns:
+        On the group's first rank, the checksums of what all ranks wrote, for `contents.py`.
+
     Raises:
         CheckpointError: on every rank, if any of them could not write.
     """
+    writer = Writer(directory, location, from_host=True)
     try:
         torch_checkpoint.save(
-            {},
-            storage_writer=Writer(directory, location, from_host=True),
-            planner=_SavePlanner(chunks),
-            process_group=group,
+            {}, storage_writer=writer, planner=_SavePlanner(chunks), process_group=group
         )
     except CheckpointException as failed:  # derives from BaseException, not from Exception
         raise write_failure(failed, location) from failed
+    return writer.pieces
 
 
-def read_chunks(chunks: Sequence[TensorChunk], directory: Path, *, verify: bool = False) -> None:
+def read_chunks(
+    chunks: Sequence[TensorChunk], directory: Path, contents: Contents | None = None
+) -> None:
     """Fills chunks in place from a checkpoint of any layout. Not collective.
 
     Args:
         chunks: of any layout; `saved_here` is ignored.
         directory: a checkpoint that `checkpoint/stored_weights.py` has checked.
-        verify: compare the data with the checksums in the files, which torch does not.
+        contents: its checksums; without them, the CRC in the files are compared.
 
     Raises:
         CheckpointError: a file is damaged, or a value too large for the dtype of its chunk.
@@ -87,7 +92,7 @@ def read_chunks(chunks: Sequence[TensorChunk], directory: Path, *, verify: bool 
     try:
         torch_checkpoint.load(
             {},
-            storage_reader=Reader(directory, verify=verify),
+            storage_reader=Reader(directory, contents),
             planner=_LoadPlanner(chunks, directory),
             no_dist=True,
         )

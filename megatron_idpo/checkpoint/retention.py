@@ -14,6 +14,8 @@ from math import isnan
 from pathlib import Path
 from typing import Literal
 
+from megatron_idpo.checkpoint.contents import read_contents
+from megatron_idpo.checkpoint.metadata import FILE as PROGRESS
 from megatron_idpo.checkpoint.metadata import Record
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.storage import atomic
@@ -126,6 +128,7 @@ def clear_leftovers(root: Path) -> None:
 def _score(directory: Path) -> tuple[float | None, str | None]:
     """Score and metric of a checkpoint; None for a damaged one, which `load` reports."""
     try:
+        read_contents(directory, is_state=True).check_files([PROGRESS])
         record = Record.read(directory)
     except CheckpointError:
         return None, None

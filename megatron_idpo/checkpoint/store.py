@@ -11,8 +11,8 @@
 A thread on every rank (`background_save.py`) writes a copy of the state from CPU memory into a
 hidden directory. Rank 0 renames it when all files are on the disk, then deletes checkpoints that
 are no longer kept (`retention.py`). A kill at any moment leaves every named checkpoint complete.
-The files are megatron-core's `torch_dist` files and a `progress.json`; `training_state.py` and
-`metadata.py` describe their content.
+The files are megatron-core's `torch_dist` files, a `progress.json` and a `checksums.json`;
+`training_state.py`, `metadata.py` and `contents.py` describe their content.
 """
 
 import json
@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from megatron_idpo.checkpoint.background_save import BackgroundWorker
+from megatron_idpo.checkpoint.contents import read_contents, write_contents
 from megatron_idpo.checkpoint.dcp_planner import write_chunks
 from megatron_idpo.checkpoint.metadata import FILE as PROGRESS
 from megatron_idpo.checkpoint.metadata import Progress, Record
@@ -196,11 +197,13 @@ class Checkpoints:
 
         Raises:
             CheckpointError: on every rank; the checkpoint is of another model or trains other
-                tensors, or a file is missing, truncated or damaged.
+                tensors; a file is missing or has been changed, or is another checkpoint's.
         """
         with raise_on_all_ranks("reading the checkpoint's progress"):
+            contents = read_contents(info.directory, is_state=True)
+            contents.check_files()
             record = Record.read(info.directory)
-        restore_state(model_chunks, optimizer, info.directory, steps=record.optimizer_steps)
+        restore_state(model_chunks, optimizer, contents, steps=record.optimizer_steps)
         if record.loss_scale is not None:
             set_loss_scaler_state(optimizer, record.loss_scale)
         self._saved_step = info.step
@@ -211,10 +214,11 @@ class Checkpoints:
     ) -> None:
         """On the thread of every rank: writes, publishes, prunes."""
         try:
-            write_chunks(chunks, directory, self._worker.group, location=target)
+            pieces = write_chunks(chunks, directory, self._worker.group, location=target)
             if is_rank0():
                 record.write(directory)
                 _write_marker(directory)
+                write_contents(directory, pieces, target=target)
                 atomic.publish_directory(directory, target, overwrite=True)
         except BaseException:
             if is_rank0():

@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_idpo.checkpoint.contents import contents_if_recorded
 from megatron_idpo.errors import CheckpointError
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
@@ -45,8 +46,9 @@ def stored_weights(directory: Path) -> dict[str, StoredWeight]:
     """Every weight of a checkpoint by its megatron-core key; checks the size of its files.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or a file is missing or truncated.
+        CheckpointError: there is no such checkpoint; a file is missing, truncated or was changed.
     """
+    contents_if_recorded(directory)  # before anything is parsed
     remedy = "name a directory that `convert hf-to-megatron` wrote"
     tensors = _stored_tensors(directory, _MODEL_KEYS, remedy)
     return {

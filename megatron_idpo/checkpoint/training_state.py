@@ -11,11 +11,11 @@ There is no random state: each training step seeds its generators (`checkpoint/m
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_idpo.checkpoint.contents import Contents
 from megatron_idpo.checkpoint.dcp_planner import read_chunks
 from megatron_idpo.checkpoint.stored_weights import ExpectedTensor, check_trained_tensors
 from megatron_idpo.checkpoint.tensor_chunks import (
@@ -54,14 +54,14 @@ def copy_state(model_chunks: Sequence[Any], optimizer: Any) -> list[TensorChunk]
 
 
 def restore_state(
-    model_chunks: Sequence[Any], optimizer: Any, directory: Path, *, steps: int
+    model_chunks: Sequence[Any], optimizer: Any, contents: Contents, *, steps: int
 ) -> None:
     """Fills all trained tensors and the optimizer from a checkpoint of any layout. Collective.
 
     Args:
         model_chunks: of this rank, bare or wrapped.
         optimizer: megatron-core's, of these model chunks.
-        directory: the checkpoint.
+        contents: of the checkpoint, its small files checked.
         steps: that its optimizer had taken; with 0 it has no moments.
 
     Raises:
@@ -72,9 +72,9 @@ def restore_state(
     chunks = list(_chunks_to_load(model_chunks, optimizer, with_moments=steps > 0))
     expected = _expected_tensors(model_chunks, with_moments=steps > 0)
     with raise_on_all_ranks("loading the checkpoint"):
-        check_trained_tensors(directory, expected)
+        check_trained_tensors(contents.directory, expected)
         with suppress_megatron_warnings():
-            read_chunks(chunks, directory, verify=True)
+            read_chunks(chunks, contents.directory, contents)
 
 
 def total_steps(optimizer: Any) -> int:

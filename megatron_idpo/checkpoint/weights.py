@@ -13,6 +13,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 
+from megatron_idpo.checkpoint.contents import contents_if_recorded, write_contents
 from megatron_idpo.checkpoint.dcp_io import DirectSave
 from megatron_idpo.checkpoint.dcp_planner import read_chunks
 from megatron_idpo.checkpoint.stored_weights import check_same_model
@@ -21,7 +22,7 @@ from megatron_idpo.mcore.lora.chunk import ADAPTERS_NAME
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel
-from megatron_idpo.mcore.parallel.world import all_gather_objects, raise_on_all_ranks
+from megatron_idpo.mcore.parallel.world import all_gather_objects, is_rank0, raise_on_all_ranks
 
 ShardedState = dict[str, Any]
 
@@ -62,12 +63,12 @@ def save_weights(
     Raises:
         CheckpointError: on every rank, if any of them could not write a file.
     """
+    strategy = DirectSave(location or directory)
     with suppress_megatron_warnings():
-        dist_checkpointing.save(
-            sharded_weights(chunks, extra_state=True),
-            str(directory),
-            DirectSave(location or directory),
-        )
+        dist_checkpointing.save(sharded_weights(chunks, extra_state=True), str(directory), strategy)
+    with raise_on_all_ranks("writing the checksums"):
+        if is_rank0():
+            write_contents(directory, strategy.pieces)
 
 
 def load_weights(chunks: Sequence[GPTModel], directory: Path, architecture: Architecture) -> None:
@@ -89,6 +90,7 @@ def load_weights(chunks: Sequence[GPTModel], directory: Path, architecture: Arch
     # A rank knows only its own pipeline stage's weights; the check needs those of the whole model.
     shapes = {key: shape for rank in all_gather_objects(local) for key, shape in rank.items()}
     with raise_on_all_ranks("loading the weights"):
+        contents = contents_if_recorded(directory)
         check_same_model(directory, shapes, architecture.vocab_size, architecture.num_kv_heads)
         with suppress_megatron_warnings():
-            read_chunks(tensor_chunks, directory)
+            read_chunks(tensor_chunks, directory, contents)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_idpo.checkpoint.dtypes import check_floating, parse_dtype, stored_dtype
 from megatron_idpo.checkpoint.model_directory import new_checkpoint
@@ -102,6 +103,7 @@ def load_hf_weights(
     shard = Shard(rank.tp_rank, rank.tp_size)
     parameters = list(global_parameters(chunks))
     with raise_on_all_ranks("reading the weights"), torch.no_grad():
+        checkpoint.verify(share=dist.get_rank(), shares=dist.get_world_size())
         for name, parameter in track(
             parameters, "reading", total=len(parameters), unit="tensors", show=show_progress
         ):

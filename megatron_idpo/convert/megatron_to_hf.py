@@ -83,6 +83,7 @@ def export_hf(
     overwrite: bool = False,
     show_progress: bool = False,
     value: ParameterValue | None = None,
+    checksums: bool = False,
 ) -> None:
     """Writes a model as a Hugging Face directory, from any layout. Collective.
 
@@ -98,6 +99,8 @@ def export_hf(
         overwrite: replace an existing export.
         show_progress: draw a progress bar of this stage's tensors.
         value: what to write of a parameter (`lora.adapters.merged_value`); None writes its data.
+        checksums: store the checksum of each tensor in the headers. Conversions do not, so that a
+            model that is converted and back has the same bytes.
 
     Raises:
         CheckpointError: the target cannot be written; nothing is left behind.
@@ -110,7 +113,7 @@ def export_hf(
         _set_config_dtype(incomplete / CONFIG_FILE, dtype)
 
     tensors = _stage_tensors(chunks, architecture, value or stored_value, dtype, show_progress)
-    writer = HfWriter(target, specs, token=token, overwrite=overwrite)
+    writer = HfWriter(target, specs, token=token, checksums=checksums, overwrite=overwrite)
     write_together(writer, tensors, add_companions)
 
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from megatron_idpo.console.text import format_count
+from megatron_idpo.convert.hf_io.safetensors_file import check_tensors
 from megatron_idpo.errors import CheckpointError
 
 
 def load_hf_model(auto_class: Any, path: str, *, location: str, remedy: str, **options: Any) -> Any:
-    """Loads a model; weights that are missing from its files are an error.
+    """Loads a model; weights that are missing or, in an export of training, changed are an error.
 
     Args:
         auto_class: a Transformers class such as `AutoModelForCausalLM`.
@@ -21,9 +23,10 @@ def load_hf_model(auto_class: Any, path: str, *, location: str, remedy: str, **o
         options: of `from_pretrained`.
 
     Raises:
-        CheckpointError: it cannot be loaded, or weights are missing, such as the head of a reward
-            model in a causal language model.
+        CheckpointError: it cannot be loaded; weights have been changed, or are missing, such as
+            the head of a reward model in a causal language model.
     """
+    check_weights(Path(path))
     try:
         with hide_loading_bar():
             model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
@@ -35,6 +38,16 @@ def load_hf_model(auto_class: Any, path: str, *, location: str, remedy: str, **o
         message = f"{path} lacks {format_count(len(missing), 'weight')}, first {missing[0]}"
         raise CheckpointError.at(location, message, remedy)
     return model
+
+
+def check_weights(directory: Path) -> None:
+    """Compares the weights of a model or an adapter with the checksums in its files, if any.
+
+    Raises:
+        CheckpointError: they have been changed, or a file is damaged.
+    """
+    for path in sorted(directory.glob("*.safetensors")):  # none for a name on the hub
+        check_tensors(path)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idpo.checkpoint.dtypes import check_floating, check_range
@@ -98,6 +99,7 @@ def save_peft(
         token=broadcast_from_rank0(lambda: uuid4().hex[:8]),
         single_file=WEIGHTS_NAME,
         max_shard_bytes=sys.maxsize,
+        checksums=True,
         overwrite=True,
     )
     write_together(writer, whole_adapter_tensors(adapters), add_config)
@@ -123,6 +125,7 @@ def load_peft(adapters: Adapters, architecture: Architecture, directory: Path) -
         check_same_adapter(read_peft_settings(directory), adapters.settings, directory)
         checkpoint = _open(directory)
         checkpoint.check(peft_shapes(adapters.settings, architecture))
+        checkpoint.verify(share=dist.get_rank(), shares=dist.get_world_size())
         dtypes = {name: checkpoint.dtype(name) for name in checkpoint.names()}
         check_floating(str(directory), dtypes)
         for tensor in adapters.tensors():

@@ -2,23 +2,25 @@
 
     DIR/
       reference.parquet    the training pairs in the dataset's order (logps_table.py)
-      fingerprint.json     the inputs they depend on (fingerprint.py), and the table's sha256
+      fingerprint.json     the inputs they depend on (fingerprint.py), and the table's checksum
       parts/               during scoring: the pairs scored so far
       eval/                the same for the held-out pairs
 
 Scoring adds one part after another, each written atomically, so that a kill at any time costs only
-the pairs since the last part. At the end the parts are merged into one table; `fingerprint.json` is
-written after it and marks it as complete. A cache is opened with the fingerprint that it must have;
-every difference is an error that names the input.
+the pairs since the last part. A part's name has its first pair, and a checksum of the fingerprint
+and the content: a changed part, or one of another cache, is refused. At the end the parts are
+merged into one table; `fingerprint.json`, a sealed file, is written after it and marks it as
+complete. A cache is opened with the fingerprint that it must have; every difference is an error
+that names the input.
 
 One process writes a cache; every rank reads it. Nothing here is collective.
 
 Shapes: P pairs, B pairs of a part, L layers, 2 = chosen, rejected.
 """
 
-import hashlib
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Buffer, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -30,17 +32,20 @@ from megatron_idpo.reference.logps_table import (
     WRITE_REMEDY,
     Logps,
     damaged,
+    encode_table,
     read_table,
     write_table,
 )
+from megatron_idpo.storage.checksums import CHANGED, Checksum, check_file, checksum
 from megatron_idpo.storage.lock import LockHeldError, locked
-from megatron_idpo.storage.provenance import read_record, write_record
+from megatron_idpo.storage.sealed import read_sealed, seal_of, write_sealed
 
 TABLE = "reference.parquet"
 FINGERPRINT = "fingerprint.json"
 EVAL = "eval"
 _PARTS = "parts"
-_SHA256 = "table_sha256"
+_CHECKSUM = "table_checksum"
+_PART = re.compile(r"part-(\d{12})-([0-9a-f]{32})\.parquet")
 
 
 def is_complete(directory: Path, required: Fingerprint) -> bool:
@@ -69,10 +74,9 @@ def open_cache(directory: Path, required: Fingerprint) -> Logps:
     """
     if not is_complete(directory, required):
         raise CheckpointError.at(str(directory), "no complete cache", "make it with score")
-    fingerprint, sha256 = _read_fingerprint(directory)
+    fingerprint, expected = _read_fingerprint(directory)
     table = directory / TABLE
-    if _sha256(table) != sha256:
-        raise damaged(table, f"it is not the file that {directory / FINGERPRINT} describes")
+    check_file(table, expected, error=CheckpointError, remedy=f"delete {directory} to score again")
     logps_PL2 = read_table(table, fingerprint.layers, selected=required.layers)
     if len(logps_PL2) != required.pairs:
         raise damaged(table, f"it has {len(logps_PL2)} pairs, not {required.pairs}")
@@ -134,8 +138,7 @@ class CacheWriter:
         else:
             self._write_fingerprint(self._parts)
         for path in sorted(self._parts.glob("part-*.parquet")):
-            if path != self._next_part():
-                raise damaged(path, f"{self._next_part().name} should come before it")
+            self._check_part(path)
             self._count(read_table(path, fingerprint.layers))
         if self.done_pairs > fingerprint.pairs:
             raise damaged(self._parts, f"{self.done_pairs} pairs of {fingerprint.pairs}")
@@ -153,7 +156,9 @@ class CacheWriter:
         if not sum(map(len, self._pending)):
             return  # also for batches without a pair: a table without rows could not be read back
         logps_BL2 = np.concatenate(self._pending)
-        write_table(self._next_part(), logps_BL2, self._fingerprint.layers, first=self.done_pairs)
+        content = encode_table(logps_BL2, self._fingerprint.layers, first=self.done_pairs)
+        name = f"part-{self.done_pairs:012d}-{self._part_checksum(content)}.parquet"
+        write_table(self._parts / name, content)
         self._pending = []
         self._count(logps_BL2)
 
@@ -166,22 +171,39 @@ class CacheWriter:
         self.write_part()
         assert self.done_pairs == self._fingerprint.pairs, (self.done_pairs, self._fingerprint)
         table = self._directory / TABLE
-        write_table(table, np.concatenate(self._done), self._fingerprint.layers)
+        content = encode_table(np.concatenate(self._done), self._fingerprint.layers)
+        write_table(table, content)
         # Last: the fingerprint marks the table as complete.
-        self._write_fingerprint(self._directory, {_SHA256: _sha256(table)})
+        self._write_fingerprint(self._directory, {_CHECKSUM: checksum(content)})
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def _count(self, logps_BL2: Logps) -> None:
         self._done.append(logps_BL2)
         self.done_pairs += len(logps_BL2)
 
-    def _next_part(self) -> Path:
-        return self._parts / f"part-{self.done_pairs:012d}.parquet"
+    def _check_part(self, path: Path) -> None:
+        """Checks that a part is the next one, unchanged, and of this cache."""
+        remedy = f"delete {self._parts} to score again"
+        name = _PART.fullmatch(path.name)
+        if name is None or int(name[1]) != self.done_pairs:
+            message = f"does not begin with pair {self.done_pairs:,}, which comes next"
+            raise CheckpointError.at(str(path), message, remedy)
+        with CheckpointError.on_os_error(str(path), "cannot be read", remedy):
+            content = path.read_bytes()
+        if self._part_checksum(content) != name[2]:
+            message = f"{CHANGED}, or belongs to another cache"
+            raise CheckpointError.at(str(path), message, remedy)
+
+    def _part_checksum(self, content: Buffer) -> str:
+        total = Checksum()
+        total.update(seal_of(self._fingerprint.as_dict()).encode())
+        total.update(content)
+        return total.text()
 
     def _write_fingerprint(self, directory: Path, more: dict[str, str] | None = None) -> None:
         values = {**self._fingerprint.as_dict(), **(more or {})}
         path = directory / FINGERPRINT
-        write_record(path, values, error=CheckpointError, remedy=WRITE_REMEDY)
+        write_sealed(path, values, remedy=WRITE_REMEDY)
 
 
 def _make_directory(path: Path) -> None:
@@ -197,23 +219,15 @@ def _check(directory: Path, saved: Fingerprint, required: Fingerprint) -> None:
 
 
 def _read_fingerprint(directory: Path) -> tuple[Fingerprint, str]:
-    """A cache's fingerprint, and its table's sha256, which is empty while the cache is incomplete.
+    """A cache's fingerprint, and its table's checksum, empty while the cache is incomplete.
 
     Raises:
         CheckpointError: the file is damaged.
     """
     path = directory / FINGERPRINT
-    values = read_record(path, error=CheckpointError, remedy="delete it to score again")
+    values = read_sealed(path, remedy=f"delete {directory} to score again")
     try:
-        sha256 = str(values.pop(_SHA256, ""))
-        return Fingerprint.from_dict(values), sha256
+        table = str(values.pop(_CHECKSUM, ""))
+        return Fingerprint.from_dict(values), table
     except (ValueError, TypeError) as error:
-        raise damaged(path, error) from None
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
         raise damaged(path, error) from None

@@ -14,7 +14,7 @@ from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 from megatron_idpo.objective.layers import resolve_layers
 from megatron_idpo.storage.provenance import diff
 
-FORMAT = 3
+FORMAT = 4
 """Version of the cache: incremented when its files, or the values for the same inputs, change."""
 
 

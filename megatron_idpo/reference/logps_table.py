@@ -10,14 +10,14 @@ bytes of neighboring values are similar, the lower ones are noise. A row takes l
 Shapes: P pairs, L layers, 2 = chosen, rejected.
 """
 
-from collections.abc import Sequence
+from collections.abc import Buffer, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.storage.atomic import atomic_file
+from megatron_idpo.storage.atomic import write_bytes
 
 Logps = NDArray[np.float32]
 
@@ -32,17 +32,16 @@ _ENCODINGS = {
 WRITE_REMEDY = "free some space, or name another directory in reference.cache"
 
 
-def write_table(path: Path, logps_PL2: Logps, layers: Sequence[int], *, first: int = 0) -> None:
-    """Write the log-probabilities of the pairs `first`, `first + 1`, ...
+def encode_table(logps_PL2: Logps, layers: Sequence[int], *, first: int = 0) -> Buffer:
+    """The content of a file with the log-probabilities of the pairs `first`, `first + 1`, ...
 
     Args:
-        path: the file; replaced in one step if it exists.
         logps_PL2: float32 [P, L, 2].
         layers: the L layers, ascending.
         first: the index of the first pair.
 
-    Raises:
-        CheckpointError: it cannot be written.
+    Returns:
+        A few bytes per row, fewer than the log-probabilities themselves.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -56,20 +55,28 @@ def write_table(path: Path, logps_PL2: Logps, layers: Sequence[int], *, first: i
     )
     types = (pa.int64(), pa.int32(), pa.float32(), pa.float32())
     fields = [pa.field(*column, nullable=False) for column in zip(_COLUMNS, types, strict=True)]
-    with (
-        CheckpointError.on_os_error(str(path), "cannot be written", WRITE_REMEDY),
-        atomic_file(path) as temporary,
-    ):
-        pq.write_table(
-            pa.table(list(columns), schema=pa.schema(fields)),
-            temporary,
-            # Whole pairs per row group: `read_table` reads group by group.
-            row_group_size=max(1, _GROUP_ROWS // num_layers) * num_layers,
-            compression="zstd",
-            use_dictionary=["layer"],
-            column_encoding=_ENCODINGS,
-            write_page_checksum=True,
-        )
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.table(list(columns), schema=pa.schema(fields)),
+        sink,
+        # Whole pairs per row group: `read_table` reads group by group.
+        row_group_size=max(1, _GROUP_ROWS // num_layers) * num_layers,
+        compression="zstd",
+        use_dictionary=["layer"],
+        column_encoding=_ENCODINGS,
+        write_page_checksum=True,
+    )
+    return memoryview(sink.getvalue())
+
+
+def write_table(path: Path, content: Buffer) -> None:
+    """Write the result of `encode_table`; an existing file is replaced in one step.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with CheckpointError.on_os_error(str(path), "cannot be written", WRITE_REMEDY):
+        write_bytes(path, content)
 
 
 def read_table(
@@ -78,7 +85,7 @@ def read_table(
     """Read log-probabilities, and check that they are those of these layers, in order.
 
     Args:
-        path: a file of `write_table`.
+        path: a file that was compared with its checksum.
         layers: the layers that it was written with.
         selected: the layers to return; None for all.
 

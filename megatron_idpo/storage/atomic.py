@@ -18,7 +18,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Buffer, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def atomic_file(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_bytes(path: Path, content: bytes, *, concurrent: bool = False) -> None:
+def write_bytes(path: Path, content: Buffer, *, concurrent: bool = False) -> None:
     """Writes a file in one step; see `atomic_file`.
 
     Raises:

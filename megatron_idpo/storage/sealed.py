@@ -10,51 +10,67 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.errors import CheckpointError, UserError
 from megatron_idpo.storage.atomic import write_text
+from megatron_idpo.storage.checksums import CHANGED
 
 SEAL = "sha256"
 
 
-def write_sealed(path: Path, values: dict[str, Any], *, indent: int | None = 1) -> None:
+def write_sealed(
+    path: Path,
+    values: dict[str, Any],
+    *,
+    indent: int | None = 1,
+    error: type[UserError] = CheckpointError,
+    remedy: str = "free some space",
+) -> None:
     """Writes the file in one step: after a kill there is the old file or the new one.
 
     Args:
         path: the file.
         values: values that JSON can represent, without the key `sha256`.
         indent: of the text; None writes one line.
+        error: the class to raise.
+        remedy: what the user can do if it cannot be written.
 
     Raises:
-        CheckpointError: it cannot be written.
+        UserError: of class `error`; it cannot be written.
         ValueError: a value is NaN or infinite.
     """
     text = _text({**values, SEAL: seal_of(values, indent=indent)}, indent)
-    with CheckpointError.on_os_error(str(path), "cannot be written", "free some space"):
+    with error.on_os_error(str(path), "cannot be written", remedy):
         write_text(path, text)
 
 
-def read_sealed(path: Path, *, remedy: str, indent: int | None = 1) -> dict[str, Any]:
+def read_sealed(
+    path: Path, *, remedy: str, indent: int | None = 1, error: type[UserError] = CheckpointError
+) -> dict[str, Any]:
     """Reads the values of a sealed file, without the seal.
 
     Args:
         path: the file.
         remedy: what the user can do if the file has been changed.
         indent: the one it was written with.
+        error: the class to raise.
 
     Raises:
-        CheckpointError: the file does not exist, or a byte of it has changed.
+        UserError: of class `error`; the file does not exist, or a byte of it has changed.
     """
-    with CheckpointError.on_os_error(str(path), "cannot be read", remedy):
+    with error.on_os_error(str(path), "cannot be read", remedy):
         content = path.read_bytes()
+    message = CHANGED
     try:
         values = json.loads(content)
-        seal = values.pop(SEAL)
+        seal = values.pop(SEAL, None)
+        if seal is None:
+            message = f"{CHANGED}, or another version wrote it"  # there is no seal
         is_unchanged = seal == seal_of(values, indent=indent)
         is_unchanged &= content == _text({**values, SEAL: seal}, indent).encode("utf-8")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         is_unchanged = False
     if not is_unchanged:
-        raise CheckpointError.at(str(path), "has been changed since it was written", remedy)
+        raise error.at(str(path), message, remedy)
     return dict(values)
 
 

@@ -58,6 +58,7 @@ def export_result(
             overwrite=True,
             show_progress=show_progress,
             value=None if adapters is None else merged_value(adapters),
+            checksums=True,
         )
     lines = [f"model    {output.hf}"]
     if adapters is not None and with_adapter:

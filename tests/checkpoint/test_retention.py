@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_idpo.checkpoint.contents import write_contents
 from megatron_idpo.checkpoint.metadata import Record
 from megatron_idpo.checkpoint.retention import (
     CheckpointInfo,
@@ -25,6 +26,7 @@ def make(root: Path, step: int, score: float | None = None, metric: str | None =
     directory.mkdir(parents=True)
     record = Record(progress=progress(step), score=score, metric=metric, optimizer_steps=step)
     record.write(directory)
+    write_contents(directory, {}, target=directory)
     return directory
 
 

@@ -35,7 +35,7 @@ def blocked_writes(gate: threading.Event):
 
     def waiting(*arguments, **options):
         gate.wait()
-        write(*arguments, **options)
+        return write(*arguments, **options)
 
     with mock.patch.object(checkpoints, "write_chunks", waiting):
         yield

@@ -116,9 +116,13 @@ def damage_file(path: Path, kind: str) -> None:
 DAMAGE = {
     "no weights": ("__0_0.distcp", "missing", "is missing; .metadata lists tensor"),
     "truncated": ("__0_0.distcp", "truncated", "is truncated in or before tensor"),
-    "scratched": ("__0_0.distcp", "scratched", r"tensor '\S+' cannot be read \(the file is"),
-    "no list": (".metadata", "missing", "is missing or damaged"),
-    "no marker": ("", "missing", r"is not a Megatron-Core checkpoint \(no metadata.json\)"),
+    "scratched": ("__0_0.distcp", "scratched", r"has been changed .* \(in tensor '"),
+    "no list": (".metadata", "missing", "cannot be read: No such file"),
+    "scratched list": (".metadata", "scratched", "has been changed since it was written"),
+    "no marker": ("metadata.json", "missing", "cannot be read: No such file"),
+    "scratched progress": ("progress.json", "scratched", "has been changed since it was written"),
+    "no checksums": ("checksums.json", "missing", "cannot be read: No such file"),
+    "truncated checksums": ("checksums.json", "truncated", "has been changed since it was written"),
     "no progress": ("progress.json", "missing", "cannot be read: No such file or directory"),
 }
 
@@ -126,11 +130,13 @@ DAMAGE = {
 @pytest.mark.parametrize(("name", "kind", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_reported_on_all_ranks(workers, model, saved, tmp_path, name, kind, message):
     copy = shutil.copytree(saved["one-some"], tmp_path / "copy") / "step-00000001"
-    damage_file(copy / (name or "metadata.json"), kind)
+    damage_file(copy / name, kind)
     setup = Setup(learns="some", data=2, distributed=True)
     for answer in workers.run(error_on_loading, 2, model, str(copy.parent), setup):
         assert str(copy / name) in answer
         assert re.search(message, answer), answer
+        if kind == "scratched":
+            assert f"or delete {copy} to resume from the checkpoint before it" in answer
 
 
 def error_on_loading(model: str, root: str, setup: Setup) -> str:

@@ -116,6 +116,7 @@ def test_files_have_the_layout_of_megatron_core(workers, tmp_path):
         ".metadata",
         "metadata.json",
         "__0_0.distcp",
+        "checksums.json",
     }
 
 

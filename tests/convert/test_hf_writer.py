@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_idpo.convert.hf_io import writer as hf_writer
 from megatron_idpo.convert.hf_io.reader import INDEX_FILE, SINGLE_FILE, HfCheckpoint
-from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
+from megatron_idpo.convert.hf_io.safetensors_file import CHECKSUMS, TensorSpec
 from megatron_idpo.convert.hf_io.writer import HfWriter
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.storage import atomic
@@ -72,6 +72,58 @@ def test_single_file_equals_the_librarys_bytes(tmp_path: Path) -> None:
     expected = save(contiguous, metadata={"format": "pt"})
     assert (tmp_path / "out" / SINGLE_FILE).read_bytes() == expected
     assert [path.name for path in tmp_path.rglob("*")] == ["out", SINGLE_FILE]
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**6, 20])
+def test_changed_tensors_of_an_export_are_refused(tmp_path: Path, max_shard_bytes: int) -> None:
+    """Flipped bits of the values, in one file and in several; reading alone notices none."""
+    export(tmp_path / "out", MIXED, checksums=True, max_shard_bytes=max_shard_bytes)
+    checkpoint = HfCheckpoint(tmp_path / "out")
+    checkpoint.verify()
+    assert all(same_bits(checkpoint.read(name), tensor) for name, tensor in MIXED.items())
+    for file in sorted((tmp_path / "out").glob("*.safetensors")):
+        whole = file.read_bytes()
+        for at in range(8 + int.from_bytes(whole[:8], "little"), len(whole), 7):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            message = rf"{file.name}: has been changed since it was written \(in tensor '"
+            with pytest.raises(CheckpointError, match=message):
+                checkpoint.verify()
+            with pytest.raises(CheckpointError, match=message):
+                for share in range(3):
+                    checkpoint.verify(share=share, shares=3)
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "stride", [97, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some", "every bit"]
+)
+def test_flipped_bits_of_a_header_are_refused_or_harmless(tmp_path: Path, stride: int) -> None:
+    """Each is an error by name, or changes nothing that is read."""
+    export(tmp_path / "out", MIXED, checksums=True)
+    file = tmp_path / "out" / SINGLE_FILE
+    whole = file.read_bytes()
+    refused = 0
+    for bit in range(0, 8 * (8 + int.from_bytes(whole[:8], "little")), stride):
+        at = bit // 8
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit % 8]) + whole[at + 1 :])
+        try:
+            checkpoint = HfCheckpoint(tmp_path / "out")
+            checkpoint.check({name: tuple(tensor.shape) for name, tensor in MIXED.items()})
+            checkpoint.verify()
+        except CheckpointError as error:
+            assert str(file.parent) in str(error)
+            refused += 1
+            continue
+        for name, tensor in MIXED.items():
+            # Without the key of the checksums, a flipped bit of a dtype could change values.
+            assert same_bits(checkpoint.read(name), tensor), (name, bit)
+    assert refused > 1000 / stride
+
+
+def test_conversions_have_no_checksums(tmp_path: Path) -> None:
+    export(tmp_path / "out", MIXED)
+    with safe_open(tmp_path / "out" / SINGLE_FILE, "pt") as file:
+        assert CHECKSUMS not in file.metadata()
 
 
 def test_metadata_is_written(tmp_path: Path) -> None:

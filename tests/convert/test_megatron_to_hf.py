@@ -94,6 +94,17 @@ def store_as(checkpoint: Path, dtype: torch.dtype) -> None:
 
 Damage = Callable[[Path], Any]
 
+
+def of_another_program(damage: Damage) -> Damage:
+    """The damage to a checkpoint that has no `checksums.json`."""
+
+    def apply(checkpoint: Path) -> None:
+        (checkpoint / "checksums.json").unlink()
+        damage(checkpoint)
+
+    return apply
+
+
 REFUSED: dict[str, tuple[Damage, str]] = {
     "no huggingface": (
         lambda m: shutil.rmtree(m / "huggingface"),
@@ -113,28 +124,43 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "overwritten": (
         overwrite_a_tensor,
+        r"m/__0_0\.distcp: has been changed since it was written \(in tensor "
+        r"'decoder\.final_layernorm\.weight'\); copy the checkpoint here again$",
+    ),
+    "overwritten, without checksums": (
+        of_another_program(overwrite_a_tensor),
         r"m/__0_0\.distcp: tensor 'decoder\.final_layernorm\.weight' cannot be read "
         r"\(the file is damaged\); copy the checkpoint here again$",
     ),
     "truncated metadata": (
         lambda m: cut(m / ".metadata", 50),
+        r"m/\.metadata: has been changed since it was written; copy",
+    ),
+    "truncated metadata, without checksums": (
+        of_another_program(lambda m: cut(m / ".metadata", 50)),
         r"m/\.metadata: is missing or damaged \(\w+: .*\); copy",
     ),
     "no metadata": (
-        lambda m: (m / ".metadata").unlink(),
+        of_another_program(lambda m: (m / ".metadata").unlink()),
         r"m/\.metadata: is missing or damaged \(No such file",
     ),
     "no marker": (
-        lambda m: (m / "metadata.json").unlink(),
+        of_another_program(lambda m: (m / "metadata.json").unlink()),
         r"m: is not a Megatron-Core checkpoint \(no metadata\.json\); name a directory",
     ),
     "a broken marker": (
-        lambda m: (m / "metadata.json").write_text("{"),
+        of_another_program(lambda m: (m / "metadata.json").write_text("{")),
         r"m/metadata\.json: is missing or damaged",
     ),
     "another backend": (
-        lambda m: (m / "metadata.json").write_text('{"sharded_backend": "zarr"}'),
+        of_another_program(
+            lambda m: (m / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+        ),
         r"m/metadata\.json: the format is 'zarr', not 'torch_dist'",
+    ),
+    "changed checksums": (
+        lambda m: cut(m / "checksums.json", 3),
+        r"m/checksums\.json: has been changed since it was written; copy",
     ),
     "fewer layers": (
         lambda m: change_config(m, num_hidden_layers=2),
@@ -166,7 +192,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         r"m/huggingface/config\.json: hidden_act: 'gelu'",
     ),
     "integer weights": (
-        lambda m: store_as(m, torch.int8),
+        of_another_program(lambda m: store_as(m, torch.int8)),
         r"m: tensor '[\w.]+' is stored as torch\.int8, not as floating",
     ),
     "no directory": (shutil.rmtree, r"m: does not exist; name a checkpoint"),

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.errors import CheckpointError, DataError
 from megatron_idpo.storage.sealed import SEAL, read_sealed, seal_of, write_sealed
 
 VALUES: dict[str, Any] = {"a": 1, "b": 0.1, "c": {"é/x": [None, True, 1e-7]}, "d": "–"}
 REMEDY = "put it back"
-CHANGED = r"x\.json: has been changed since it was written; put it back$"
+CHANGED = r"x\.json: has been changed since .* written(, or another version .*)?; put it back$"
 
 
 def written(tmp_path: Path, indent: int | None = 1) -> Path:
@@ -27,6 +27,23 @@ def refused(path: Path, content: bytes, indent: int | None = 1) -> None:
     with pytest.raises(CheckpointError, match=CHANGED) as raised:
         read_sealed(path, remedy=REMEDY, indent=indent)
     assert raised.value.problems[0].location == str(path)
+
+
+@pytest.mark.parametrize("content", [b"{}\n", b'{"a": 1, "sha256": null}\n'])
+def test_file_without_a_seal_may_be_of_another_version(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    message = r"has been changed since it was written, or another version wrote it; put it back"
+    with pytest.raises(CheckpointError, match=message):
+        read_sealed(tmp_path / "x.json", remedy=REMEDY)
+
+
+def test_error_has_the_requested_class(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    path.write_bytes(path.read_bytes()[1:])
+    with pytest.raises(DataError, match=CHANGED):
+        read_sealed(path, remedy=REMEDY, error=DataError)
+    with pytest.raises(DataError, match="cannot be written: No such file"):
+        write_sealed(tmp_path / "none" / "x", VALUES, error=DataError)
 
 
 @pytest.mark.parametrize("indent", [1, None])
@@ -98,7 +115,7 @@ def test_edits_are_detected(tmp_path: Path, edit: Callable[[bytes], bytes]) -> N
     refused(path, content)
 
 
-@pytest.mark.parametrize("content", [b"", b"{}\n", b"[]\n", b"1\n", b"null\n", b"\xff", b"{"])
+@pytest.mark.parametrize("content", [b"", b"[]\n", b"1\n", b"null\n", b"\xff", b"{"])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     refused(tmp_path / "x.json", content)
 

@@ -169,9 +169,9 @@ class Break:
 
         original = checkpoints.write_chunks
 
-        def slow(*args: Any, **kwargs: Any) -> None:
+        def slow(*args: Any, **kwargs: Any) -> Any:
             time.sleep(self.save_s)
-            original(*args, **kwargs)
+            return original(*args, **kwargs)
 
         def fail(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
             if step == self.step:

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec, opened, read_spec, read_specs
+from megatron_idpo.convert.hf_io.safetensors_file import (
+    TensorSpec,
+    check_tensors,
+    opened,
+    read_spec,
+    read_specs,
+)
 from megatron_idpo.convert.hf_io.tokenizer_files import (
     CONFIG_FILE,
     TOKENIZER_FILES,
@@ -103,6 +109,19 @@ class HfCheckpoint:
             view: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
             # A copy: the view would keep the whole file mapped.
             return view.clone(memory_format=torch.contiguous_format)
+
+    def verify(self, *, share: int = 0, shares: int = 1) -> None:
+        """Compares all tensors, or a share of them, with the checksums in their files, if any.
+
+        Args:
+            share: which of the tensors: those of this rank, if the ranks divide the work.
+            shares: into how many parts they are divided.
+
+        Raises:
+            CheckpointError: a tensor has been changed, or a file cannot be read.
+        """
+        for path in sorted({path for path, _ in self._tensors.values()}):
+            check_tensors(path, share=share, shares=shares)
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()) -> None:
         """Checks that the checkpoint holds exactly the expected tensors.

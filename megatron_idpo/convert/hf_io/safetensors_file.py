@@ -10,7 +10,7 @@ in memory at once; `plan_file` computes the library's own layout:
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Buffer, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.storage.checksums import CHANGED, Checksum
 
 _GIT_LFS_START = b"version "
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
+
+CHECKSUMS = "megatron_idpo.xxh3_128"
+"""Key in a file's metadata: the checksum of each tensor, in the order of their positions."""
+
+_CHECKSUM_DIGITS = 32
 
 # In the order in which the library lays tensors out: widest element first, so all are aligned.
 _DTYPE_NAMES = {
@@ -63,6 +69,13 @@ class TensorSpec:
         """The size of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def checksum(self, content: Buffer) -> str:
+        """Of name, dtype, shape and values: 32 hexadecimal digits."""
+        total = Checksum()
+        total.update(f"{self.name} {self.dtype} {self.shape} ".encode())
+        total.update(content)
+        return total.text()
+
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
@@ -77,16 +90,74 @@ class FilePlan:
     num_bytes: int
     """The size of the complete file."""
 
+    def checksums(self, by_name: Mapping[str, str]) -> str:
+        """The metadata of the complete file, as long for all checksums; zeros if unknown."""
+        zeros = "0" * _CHECKSUM_DIGITS
+        return "".join(by_name.get(spec.name, zeros) for spec, _ in self.tensors)
+
 
 def read_specs(path: Path) -> dict[str, TensorSpec]:
     """The tensors of a safetensors file by name; their data is not read.
 
     Raises:
-        CheckpointError: the file cannot be read, is truncated or damaged, or has a tensor of a
-            dtype that torch does not have.
+        CheckpointError: the file cannot be read, is truncated or damaged, lists a name twice, or
+            has a tensor of a dtype that torch does not have.
     """
     with opened(path) as file:
-        return {name: read_spec(path, file, name) for name in file.keys()}
+        specs = {name: read_spec(path, file, name) for name in file.keys()}
+    if (name := _repeated_name(path)) is not None:
+        # The library reads the last one: which of the two was meant is unknown.
+        raise _damaged(path, f"the header lists {name!r} twice")
+    return specs
+
+
+def check_tensors(path: Path, *, share: int = 0, shares: int = 1) -> None:
+    """Compares tensors with the checksums in the file; a file without them is not read.
+
+    Exports of training have them; conversions and files of other programs do not.
+
+    Args:
+        path: the file.
+        share: which of the tensors: those of this rank, if the ranks divide the work.
+        shares: into how many parts they are divided.
+
+    Raises:
+        CheckpointError: a tensor has been changed, or the file cannot be read.
+    """
+    with opened(path) as file:
+        text = (file.metadata() or {}).get(CHECKSUMS)
+        if text is None:
+            return
+        specs = sorted((read_spec(path, file, name) for name in file.keys()), key=_position)
+        if len(text) != len(specs) * _CHECKSUM_DIGITS:
+            message = f"its {CHECKSUMS} has {len(text)} digits for {len(specs)} tensors"
+            raise _damaged(path, message)
+        for index in range(share, len(specs), shares):
+            spec, start = specs[index], index * _CHECKSUM_DIGITS
+            content = file.get_tensor(spec.name).reshape(-1).view(torch.uint8)
+            found = spec.checksum(memoryview(content.numpy()))
+            if found != text[start : start + _CHECKSUM_DIGITS]:
+                message, remedy = f"{CHANGED} (in tensor {spec.name!r})", "export or copy it again"
+                raise CheckpointError.at(str(path), message, remedy)
+
+
+def _repeated_name(path: Path) -> str | None:
+    """A name that the header lists twice; None if there is none."""
+    repeated: list[str] = []
+
+    def note_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                repeated.append(name)
+            seen.add(name)
+        return {}
+
+    with CheckpointError.on_os_error(str(path), "cannot be read"), path.open("rb") as file:
+        num_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        header = file.read(num_bytes)
+    json.loads(header, object_pairs_hook=note_repeated)
+    return repeated[0] if repeated else None
 
 
 def read_spec(path: Path, file: Any, name: str) -> TensorSpec:
@@ -121,7 +192,7 @@ def opened(path: Path) -> Iterator[Any]:
             raise _damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def _damaged(path: Path, error: Exception | str) -> CheckpointError:
     with path.open("rb") as file:
         start = file.read(len(_GIT_LFS_START))
     if start == _GIT_LFS_START:
@@ -130,6 +201,11 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     reason = " ".join(str(error).split())
     message = f"is truncated, damaged or not a safetensors file ({path.stat().st_size} bytes)"
     return CheckpointError.at(str(path), f"{message}: {reason}", "download or copy it again")
+
+
+def _position(spec: TensorSpec) -> tuple[int, str]:
+    """The library's order of tensors in a file."""
+    return _ORDER[spec.dtype], spec.name
 
 
 def plan_file(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FilePlan:
@@ -141,7 +217,7 @@ def plan_file(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileP
     for spec in specs:
         if spec.dtype not in _DTYPE_NAMES:
             raise CheckpointError.at(spec.name, f"safetensors cannot store {spec.dtype}")
-    ordered = sorted(specs, key=lambda spec: (_ORDER[spec.dtype], spec.name))
+    ordered = sorted(specs, key=_position)
     document: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     offsets = []

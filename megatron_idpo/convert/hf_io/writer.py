@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.convert.hf_io.reader import INDEX_FILE, SINGLE_FILE
-from megatron_idpo.convert.hf_io.safetensors_file import FilePlan, TensorSpec, plan_file
+from megatron_idpo.convert.hf_io.safetensors_file import CHECKSUMS, FilePlan, TensorSpec, plan_file
 from megatron_idpo.errors import CheckpointError, UserError
 from megatron_idpo.mcore.parallel.world import (
     all_gather_objects,
@@ -62,6 +62,7 @@ class HfWriter:
         max_shard_bytes: int = MAX_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
         single_file: str = SINGLE_FILE,
+        checksums: bool = False,
         overwrite: bool = False,
     ) -> None:
         """Plans the files; does not access the disk.
@@ -73,6 +74,7 @@ class HfWriter:
             max_shard_bytes: tensor data per file; a larger tensor gets its own file.
             metadata: for the file headers, in addition to `{"format": "pt"}`.
             single_file: the file name if one file is enough.
+            checksums: store the checksum of each tensor in the headers, for `HfCheckpoint.verify`.
             overwrite: replace an existing export.
 
         Raises:
@@ -84,8 +86,13 @@ class HfWriter:
         self._token = token
         self._overwrite = overwrite
         self._single_file = single_file
-        headers = {**_METADATA, **(metadata or {})}
-        self._files = _plan_files(tensors, max_shard_bytes, headers, single_file)
+        self._headers = {**_METADATA, **(metadata or {})}
+        self._files = _plan_files(tensors, max_shard_bytes, self._headers, single_file)
+        self.checksums: dict[str, str] | None = None
+        """Of the tensors that this process has written, by name; None if they are not stored."""
+        if checksums:
+            self.checksums = {}
+            self._files = {file: self._checked({}, plan) for file, plan in self._files.items()}
         self._positions = {
             spec.name: (file, spec, start)
             for file, plan in self._files.items()
@@ -144,9 +151,12 @@ class HfWriter:
         spec = TensorSpec(name, tuple(tensor.shape), tensor.dtype)
         assert spec == planned, f"got {spec}, planned {planned}"
         flat = tensor.detach().cpu().flatten().view(torch.uint8)
+        content = memoryview(flat.numpy())
         with self._reported(file, f"tensor {name!r}", spec.num_bytes) as descriptor:
-            _write_all(descriptor, memoryview(flat.numpy()), start)
+            _write_all(descriptor, content, start)
         self._written.add(name)
+        if self.checksums is not None:
+            self.checksums[name] = spec.checksum(content)
 
     def flush(self) -> list[str]:
         """Waits until this process's tensors are on the disk; must precede any `finish`.
@@ -162,11 +172,16 @@ class HfWriter:
                 os.fsync(descriptor)
         return sorted(self._written)
 
-    def finish(self, written_elsewhere: Sequence[str] = ()) -> None:
+    def finish(
+        self,
+        written_elsewhere: Sequence[str] = (),
+        checksums_elsewhere: Mapping[str, str] | None = None,
+    ) -> None:
         """Writes headers and index and publishes the directory. By the process that began.
 
         Args:
             written_elsewhere: results of `flush` of all other processes, concatenated.
+            checksums_elsewhere: `checksums` of all other processes, merged.
 
         Raises:
             CheckpointError: a tensor was not written, or by two processes; or the disk fails.
@@ -183,8 +198,15 @@ class HfWriter:
         if len(self._files) > 1:
             self._write_header(INDEX_FILE, self._index())
         for file, plan in self._files.items():
+            if self.checksums is not None:
+                plan = self._checked({**self.checksums, **(checksums_elsewhere or {})}, plan)
             self._write_header(file, plan.header)
         atomic.publish_directory(self.incomplete, self.target, overwrite=self._overwrite)
+
+    def _checked(self, checksums: Mapping[str, str], plan: FilePlan) -> FilePlan:
+        """The same file with these checksums in its header; its size does not depend on them."""
+        specs = [spec for spec, _ in plan.tensors]
+        return plan_file(specs, {**self._headers, CHECKSUMS: plan.checksums(checksums)})
 
     def _index(self) -> bytes:
         specs = [spec for _, spec, _ in self._positions.values()]
@@ -241,10 +263,14 @@ def write_together(
             _write_tensors(writer, tensors)
             written = writer.flush()
         by_rank = all_gather_objects(written)
+        checksums = all_gather_objects(writer.checksums or {})
         with raise_on_all_ranks("finishing the export"):
             if is_rank0():
                 add_companions(writer.incomplete)
-                writer.finish([name for names in by_rank[1:] for name in names])
+                writer.finish(
+                    [name for names in by_rank[1:] for name in names],
+                    {name: text for rank in checksums for name, text in rank.items()},
+                )
     barrier()
 
 

@@ -30,6 +30,8 @@ from megatron_idpo.errors import DataError
 
 _PARTS = ("prompt", "chosen answer", "rejected answer")
 _MAX_REPORTED_PAIRS = 5
+_CHECKED_PAIRS = 1 << 16
+"""Lengths checked at a time: below 1 MB."""
 
 
 def check_lengths(
@@ -47,24 +49,36 @@ def check_lengths(
         DataError: an empty prompt or answer (the first pair that has one), or pairs longer than a
             row (the first few locations, and the row length that holds the longest pair).
     """
-    if (lengths_B3 < 1).any():
-        pair, part = np.argwhere(lengths_B3 < 1)[0].tolist()
-        remedy = "there is nothing to score: drop the pair"
-        if part == 0:
-            remedy = "its last position predicts the answers' first tokens: begin it with a BOS"
-        raise DataError.at(location(pair), f"the {_PARTS[part]} is empty", remedy)
-    tokens_B = pair_tokens(lengths_B3, share_prompt=share_prompt)
-    too_long = np.flatnonzero(tokens_B > row_tokens).tolist()
+    too_long: list[int] = []  # the first few
+    num_too_long = needed_tokens = 0
+    # Block by block: the lengths of a large collection are a file that need not be in memory.
+    for first in range(0, len(lengths_B3), _CHECKED_PAIRS):
+        block_B3 = lengths_B3[first : first + _CHECKED_PAIRS]
+        _check_not_empty(block_B3, first, location)
+        tokens_B = pair_tokens(block_B3, share_prompt=share_prompt)
+        pairs = first + np.flatnonzero(tokens_B > row_tokens)
+        num_too_long += len(pairs)
+        too_long += pairs[: _MAX_REPORTED_PAIRS - len(too_long)].tolist()
+        needed_tokens = max(needed_tokens, int(tokens_B.max()))
     if too_long:
-        locations = ", ".join(map(location, too_long[:_MAX_REPORTED_PAIRS]))
-        if len(too_long) > _MAX_REPORTED_PAIRS:
-            locations += f" and {len(too_long) - _MAX_REPORTED_PAIRS} more"
-        needed_tokens = int(tokens_B.max())
+        locations = ", ".join(map(location, too_long))
+        if num_too_long > len(too_long):
+            locations += f" and {num_too_long - len(too_long)} more"
         raise DataError.at(
             locations,
             f"up to {needed_tokens} positions needed, a row has {row_tokens}",
             f"set data.row_tokens to {needed_tokens} or more, or lower data.max_length",
         )
+
+
+def _check_not_empty(block_B3: IntArray, first: int, location: Callable[[int], str]) -> None:
+    """Check that every pair of a block, which starts with pair `first`, has all three parts."""
+    if (block_B3 < 1).any():
+        pair, part = np.argwhere(block_B3 < 1)[0].tolist()
+        remedy = "there is nothing to score: drop the pair"
+        if part == 0:
+            remedy = "its last position predicts the answers' first tokens: begin it with a BOS"
+        raise DataError.at(location(first + pair), f"the {_PARTS[part]} is empty", remedy)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -53,7 +53,7 @@ type OnBadRow = Literal["error", "skip"]
 type Rows = tuple[int, list[RawRow]]
 """The index of a part, and some of its rows."""
 
-_STORE_FORMAT = 2
+_STORE_FORMAT = 3
 """Incremented whenever the same rows would become other tokens, or the file format changes."""
 
 _BATCH_ROWS = 512
@@ -184,7 +184,7 @@ def _build(
     try:
         with _cache_errors(cache):
             incomplete.mkdir()
-            writer = PairStoreWriter(incomplete)
+            writer = PairStoreWriter(incomplete, directory.name)
         with closing(writer), closing(batches):
             for batch in batches:
                 if batch.bad_rows and on_bad_row == "error":

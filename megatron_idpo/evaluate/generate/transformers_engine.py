@@ -27,7 +27,7 @@ from megatron_idpo.console.text import format_count
 from megatron_idpo.errors import CheckpointError, ConfigError
 from megatron_idpo.evaluate.generate.engine import derived_seed
 from megatron_idpo.evaluate.generate.models import InspectedModel, Task
-from megatron_idpo.evaluate.hf_model import load_hf_model
+from megatron_idpo.evaluate.hf_model import check_weights, load_hf_model
 
 
 class TransformersEngine:
@@ -162,6 +162,7 @@ def _with_adapter(model: Any, directory: Path) -> Any:
     """
     from peft import PeftModel
 
+    check_weights(directory)
     location, remedy = str(directory), "name the model that the adapter was trained on"
     try:
         with warnings.catch_warnings():

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_idpo.convert.hf_io.tokenizer_files import read_json_object
 from megatron_idpo.evaluate.generate.engine import derived_seed
 from megatron_idpo.evaluate.generate.models import Task
+from megatron_idpo.evaluate.hf_model import check_weights
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts as `max_lora_rank`."""
@@ -22,7 +23,13 @@ class VllmEngine:
     """A vLLM model on one GPU; see `engine.Engine`."""
 
     def __init__(self, task: Task) -> None:
-        """Loads the model, with a context for the longest prompt and its answer."""
+        """Loads the model, with a context for the longest prompt and its answer.
+
+        Raises:
+            CheckpointError: weights of an export have been changed.
+        """
+        for directory in filter(None, (task.model.directory, task.model.adapter)):
+            check_weights(directory)
         vllm = import_module("vllm")
         options: dict[str, Any] = {}
         self._lora: dict[str, Any] = {}

@@ -1,11 +1,13 @@
 """`metrics.jsonl`: the logged metrics, one JSON object per line with `step` first.
 
 A kill loses at most the line being written. Readers ignore an incomplete line, and the next run
-removes it. A resumed run drops lines beyond the step it resumes from, so that no step is logged
-twice. NaN and infinity, which JSON does not have, are written as null.
+removes it; it reports lines that are damaged in another way. A resumed run drops lines beyond the
+step it resumes from, so that no step is logged twice. NaN and infinity, which JSON does not have,
+are written as null.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -14,6 +16,8 @@ from typing import Any
 
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.storage.atomic import append_bytes, write_text
+
+logger = logging.getLogger(__name__)
 
 type Record = dict[str, float]
 """`step`, `epoch` and metrics; NaN where the file has null."""
@@ -40,8 +44,11 @@ class MetricsFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = ""
             if resumed_step is not None and path.exists():
-                lines = _complete_lines(path)
+                lines = list(_complete_lines(path))
                 kept = "".join(line for line, record in lines if record[STEP] <= resumed_step)
+                num_damaged = path.read_bytes().count(b"\n") - len(lines)
+                if num_damaged > 0:
+                    logger.warning("%s: dropped %d damaged lines", path, num_damaged)
             write_text(path, kept)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -86,10 +93,14 @@ def read_metrics(path: Path) -> list[Record]:
 
 def _complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line, with its line break, and its object; only lines of an object with a step."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
-        except ValueError:
+            is_record = isinstance(record, dict) and isinstance(record.get(STEP), int)
+            for value in record.values() if is_record else ():
+                if isinstance(value, int):
+                    float(value)  # as readers do; too large for one in a damaged line
+        except (ValueError, OverflowError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get(STEP), int):
+        if is_record:
             yield f"{line}\n", record

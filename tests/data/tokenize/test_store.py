@@ -41,7 +41,7 @@ def batch(pairs: list[tuple[list[int], ...]], first_row: int) -> TokenBatch:
 
 def write(directory: Path, *sizes: int, pairs: list[tuple[list[int], ...]] = PAIRS) -> PairStore:
     directory.mkdir()
-    with closing(PairStoreWriter(directory)) as writer:
+    with closing(PairStoreWriter(directory, directory.name)) as writer:
         first = 0
         for size in sizes:
             writer.append(batch(pairs[first : first + size], first + 1))
@@ -83,10 +83,72 @@ def test_store_can_be_pickled(tmp_path: Path) -> None:
     assert pickle.loads(sent).tokens(2)[1].tolist() == [11]
 
 
-@pytest.mark.parametrize("name", ["pairs.arrow", "lengths.i32", "meta.json"])
-def test_damaged_store_is_reported(name: str, tmp_path: Path) -> None:
+def read_everything(directory: Path) -> None:
+    store = PairStore(directory)
+    for index in range(store.num_pairs):
+        store.tokens(index), store.source_row(index)
+    store.lengths_P3, list(store.bad_rows())
+
+
+def refused(directory: Path, name: str) -> None:
+    """Asserts that the damage is found in this file, with a remedy, before anything is parsed."""
+    with pytest.raises(DataError) as error:
+        read_everything(directory)
+    (problem,) = error.value.problems
+    assert problem.location == str(directory / name)
+    assert problem.remedy == f"delete {directory} to tokenize the pairs again"
+
+
+@pytest.mark.parametrize("name", ["pairs.arrow", "lengths.i32", "bad_rows.jsonl", "meta.json"])
+@pytest.mark.parametrize("kind", ["cut", "gone", "longer"])
+def test_damaged_file_is_refused(name: str, kind: str, tmp_path: Path) -> None:
     write(tmp_path / "a", 3)
     file = tmp_path / "a" / name
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(DataError, match=r"damaged.*delete the directory"):
-        PairStore(tmp_path / "a")
+    content = file.read_bytes()
+    if kind == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-8] if kind == "cut" else content + content[-8:])
+    refused(tmp_path / "a", name)
+
+
+@pytest.mark.parametrize("name", ["pairs.arrow", "lengths.i32", "bad_rows.jsonl", "meta.json"])
+def test_every_flipped_bit_is_refused_where_it_is_read(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "a", 2, 1)
+    file = tmp_path / "a" / name
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        refused(tmp_path / "a", name)
+
+
+def test_pairs_of_intact_batches_are_read(tmp_path: Path) -> None:
+    """A batch is compared when a pair of it is read, and only that batch."""
+    write(tmp_path / "a", 2, 1)
+    file = tmp_path / "a" / "pairs.arrow"
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+    store = PairStore(tmp_path / "a")
+    assert store.tokens(1)[1].tolist() == [7]
+    with pytest.raises(DataError, match=r"has been changed .* \(in pairs 2 to 2\)"):
+        store.tokens(2)
+
+
+@pytest.mark.parametrize("name", ["pairs.arrow", "meta.json"])
+def test_file_of_another_store_is_refused(name: str, tmp_path: Path) -> None:
+    """Its pairs have the same lengths."""
+    other = [([1], [2, 3], [9]), *PAIRS[1:]]
+    for directory, pairs in (("a", PAIRS), ("b", other)):
+        write(tmp_path / directory, 3, pairs=pairs)
+    (tmp_path / "b" / name).replace(tmp_path / "a" / name)
+    with pytest.raises(DataError, match=r"delete .*/a to tokenize the pairs again"):
+        read_everything(tmp_path / "a")
+
+
+def test_renamed_store_is_refused(tmp_path: Path) -> None:
+    """The name stands for the inputs; another name would be that of other inputs."""
+    write(tmp_path / "a", 3)
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(DataError, match="/b: the tokenized pairs were written as a; delete"):
+        PairStore(tmp_path / "b")
