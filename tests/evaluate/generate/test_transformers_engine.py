@@ -183,7 +183,7 @@ def test_missing_weights_are_an_error(tmp_path: Path) -> None:
 def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m")
     (path / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match=r"m: cannot load"):
+    with pytest.raises(CheckpointError, match=r"m/model\.safetensors: is truncated, damaged"):
         engine(path, GREEDY)
 
 
