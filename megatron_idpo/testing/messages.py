@@ -1,7 +1,14 @@
 """Messages between `WorkerPool` and its workers, and their serialization.
 
-Protocol over one duplex pipe: the worker sends `Ready`, then one `Outcome` for each `Call` that it
-receives; closing the pipe ends the process. Arguments, results and exceptions travel inside as
+Over a Unix socket the pool asks the fork server for workers:
+
+    pool -> server  `Fork` with two descriptors: the worker's end of its pipe, and the write end of
+                    a pipe for its exit code
+    server -> pool  the worker's pid; on that pipe, once the worker has ended, its exit code
+    pool -> server  `Signal`, for a worker, or for it and its children
+
+Over its duplex pipe a worker sends one `Outcome` for each `Call` that it receives; closing the pipe
+ends the process. Arguments, results and exceptions travel inside as
 bytes from `dumps`, so that a message can be read even if its contents cannot.
 
 `dumps` pickles tensors as their own bytes. Plain `pickle` would include a view's whole storage, and
@@ -10,9 +17,9 @@ import Megatron-Core. `torch.multiprocessing` keeps tensors in shared memory tha
 keep alive. Not supported: autograd graphs (a tensor arrives detached, with its `requires_grad`),
 and devices other than the CPU.
 
-Separate from `worker.py`, because that module runs as `__main__`, where its classes would differ
-from those that the pool imports. Torch is imported by the first tensor: Megatron-Core's checkpoint
-writers start processes that import the worker's modules and do not need torch.
+Separate from `fork_server.py`, because that module runs as `__main__`, where its classes would
+differ from those that the pool imports. Torch is imported by the first tensor: Megatron-Core's
+checkpoint writers start processes that import the server's modules and do not need torch.
 """
 
 import contextlib
@@ -29,6 +36,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+SERVER_READY = b"ready"
+"""Of the fork server, once it has imported torch and Megatron-Core."""
+
+MESSAGE_BYTES = 1 << 16
+"""More than any message over the socket has; a longer one would be cut."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,20 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """The worker has imported everything and accepts calls."""
+class Fork:
+    """A request for a worker that writes its Python stack to the file `stacks` on SIGUSR1."""
+
+    stacks: str
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A request to send a signal to a worker, if it has not ended."""
+
+    pid: int
+    number: int
+    is_group: bool
+    """Whether the processes that the worker started receive it, too."""
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ once, each with torch.distributed initialized over gloo and Megatron-Core's CUDA
 the CPU, and returns the results in rank order.
 
 Importing torch and Megatron-Core takes seconds per process, a call on a running worker takes
-milliseconds. So workers are started when a call first needs them, and kept.
+milliseconds. So one server process imports them (`fork_server.py`), workers are forked from it when
+a call first needs them, and kept.
 
 Not supported: GPUs (none are visible to workers), several machines. Rendezvous uses a file, so no
 port has to be free.
 """
 
-import contextlib
 import os
 import signal
 import socket
@@ -25,7 +25,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self, cast
 
-from megatron_idpo.testing.messages import Call, FunctionReference, Outcome, Ready, dumps, loads
+from megatron_idpo.testing.messages import Call, FunctionReference, Outcome, dumps, loads
+from megatron_idpo.testing.processes import ForkServer
 
 _START_TIMEOUT_S = 300.0
 """For importing torch and Megatron-Core on a busy machine."""
@@ -54,6 +55,7 @@ class WorkerPool:
             raise ValueError(f"max_workers must be at least 1, not {max_workers}")
         self.max_workers = max_workers
         self._workers: list[WorkerProcess] = []
+        self._server: ForkServer | None = None
         self._directory = tempfile.TemporaryDirectory(prefix="megatron-idpo-workers-")
         self._started = 0
         self._calls = 0
@@ -73,6 +75,9 @@ class WorkerPool:
             worker.connection.close()
         for worker in workers:
             worker.close()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
         self._directory.cleanup()
 
     def run(
@@ -127,19 +132,16 @@ class WorkerPool:
     def _ready(self, world_size: int) -> list["WorkerProcess"]:
         """The first `world_size` workers; starts those that are missing or have ended."""
         self._discard([worker for worker in self._workers if not worker.is_idle])
-        fresh = []
+        if self._server is None:
+            self._server = ForkServer(_environment(), _START_TIMEOUT_S)
         while len(self._workers) < world_size:
             self._started += 1
-            fresh.append(WorkerProcess(Path(self._directory.name) / f"stacks-{self._started}"))
-            self._workers.append(fresh[-1])
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        for worker in fresh:
-            if not worker.connection.poll(max(0.0, deadline - time.monotonic())):
-                raise WorkerError(f"a worker did not start within {_START_TIMEOUT_S:.0f} s")
-            if not isinstance(worker.receive(), Ready):
-                raise WorkerError(
-                    f"a worker ended at its start ({worker.exit_reason()}); see above"
-                )
+            stacks = Path(self._directory.name) / f"stacks-{self._started}"
+            try:
+                worker = WorkerProcess(self._server, stacks)
+            except ChildProcessError as error:
+                raise WorkerError(str(error)) from None
+            self._workers.append(worker)
         return self._workers[:world_size]
 
     def _discard(self, workers: Sequence["WorkerProcess"]) -> None:
@@ -245,29 +247,15 @@ def _results(outcomes: Sequence[Outcome | None]) -> list[Any]:
 
 
 class WorkerProcess:
-    """The pool's end of one worker: its process and the pipe to it. Usable after `Ready`.
+    """The pool's end of one worker: its process and the pipe to it."""
 
-    Not a `multiprocessing.Process`: Megatron-Core's checkpoint writers start processes, which
-    daemonic processes may not do, and a non-daemonic one would outlive a test run. This one ends
-    when its pipe is closed, and does not import the caller's `__main__`.
-    """
-
-    def __init__(self, stacks: Path) -> None:
+    def __init__(self, server: ForkServer, stacks: Path) -> None:
         """Start the process. On request it writes its Python stack to the file `stacks`."""
         self.stacks = stacks
         stacks.touch()
         self.connection, worker_end = Pipe()
         with worker_end:
-            descriptor = worker_end.fileno()
-            program = [sys.executable, "-m", "megatron_idpo.testing.worker"]
-            self.process = subprocess.Popen(
-                [*program, str(descriptor), str(stacks)],
-                env=_environment(),
-                stdin=subprocess.DEVNULL,
-                pass_fds=[descriptor],
-                # A separate session, so that a kill includes its children.
-                start_new_session=True,
-            )
+            self.process = server.fork(stacks, worker_end)
 
     @property
     def is_idle(self) -> bool:
@@ -284,7 +272,7 @@ class WorkerProcess:
     def exit_reason(self) -> str:
         """The exit code or signal of a process whose pipe has ended."""
         self.kill()
-        code = self.process.returncode
+        code = self.process.wait()
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def stack(self) -> str:
@@ -311,11 +299,8 @@ class WorkerProcess:
     def kill(self) -> None:
         """End the process and its children now."""
         self.connection.close()
-        # After a wait, the pid may belong to another process.
-        if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.send_signal(signal.SIGKILL, is_group=True)
+        self.process.wait()
 
 
 def _environment() -> dict[str, str]:

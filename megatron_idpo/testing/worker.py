@@ -2,11 +2,11 @@
 
 A loop reads a call from a pipe, joins a new gloo process group with the given rank, runs the
 function, sends its result or exception, and destroys the process group and Megatron-Core's parallel
-state. Torch and Megatron-Core are imported once, so a worker is reused; only imported modules
-persist from one call to the next. The pool starts, times out and replaces workers.
+state. A worker is reused; only imported modules persist from one call to the next. The pool starts,
+times out and replaces workers.
 
-Started as `python -m megatron_idpo.testing.worker DESCRIPTOR STACKS`; the protocol is in
-`messages.py`.
+Forked by `fork_server.py`, which has imported torch and Megatron-Core with `prepare`; the protocol
+is in `messages.py`.
 """
 
 import contextlib
@@ -15,13 +15,12 @@ import faulthandler
 import gc
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-from megatron_idpo.testing.messages import Call, Outcome, Ready, dumps, loads
+from megatron_idpo.testing.messages import Call, Outcome, dumps, loads
 
 
 @contextlib.contextmanager
@@ -97,17 +96,21 @@ def _failure(error: BaseException) -> Outcome:
     )
 
 
-def serve(connection: Connection) -> None:
-    """Run calls until the pipe is closed."""
+def prepare() -> None:
+    """Import what every worker needs, before it is forked; torch computes on one thread."""
     import torch
 
+    import megatron_idpo.mcore.model.build
+    import megatron_idpo.mcore.parallel.groups
+    import megatron_idpo.train.loop  # noqa: F401
     from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
 
     torch.set_num_threads(1)
     redirect_cuda_to_cpu()
-    # Exclude imported modules from garbage collection; every call ends with one.
-    gc.freeze()
-    connection.send(Ready())
+
+
+def serve(connection: Connection) -> None:
+    """Run calls until the pipe is closed."""
     while True:
         try:
             call = connection.recv()
@@ -128,7 +131,3 @@ def main(descriptor: int, stacks_path: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     with Connection(descriptor) as connection:
         serve(connection)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])

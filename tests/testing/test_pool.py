@@ -1,5 +1,6 @@
 """`WorkerPool`: results, reuse of workers, crashes, hangs and invalid arguments."""
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,8 +49,22 @@ def die_on_rank(dying_rank, exit_code):
     torch.distributed.barrier()
 
 
+def write_pid_and_hang(path):
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()} ")
+    time.sleep(1000)
+
+
 def hang():
     time.sleep(1000)
+
+
+def wait_for_the_end(pid):
+    """Until the fork server has reaped the process."""
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(pid, 0)
+            time.sleep(0.01)
 
 
 def test_results_are_in_rank_order_and_workers_are_reused(workers):
@@ -72,12 +88,11 @@ def test_dead_worker_is_reported_and_replaced(workers):
         workers.run(die_on_rank, 2, 1, 3)
     # The other worker is kept; a worker may also die between two calls.
     os.kill(before[0], signal.SIGKILL)
-    os.waitid(os.P_PID, before[0], os.WEXITED | os.WNOWAIT)
+    wait_for_the_end(before[0])
     after = workers.run(process_id, 2)
     assert not {*before} & {*after}
 
 
-@pytest.mark.exhaustive  # every crash costs the start of a worker
 def test_crash_is_reported_with_its_stack(workers):
     with pytest.raises(WorkerError, match=r"killed by SIGSEGV(.|\n)*in die_on_rank"):
         workers.run(die_on_rank, 1, 0, None)
@@ -115,3 +130,20 @@ def test_run_distributed_ends_its_process():
     (pid,) = run_distributed(process_id, 1)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_no_worker_outlives_a_killed_pool(tmp_path):
+    """Not even one that hangs, and so never reads the end of its pipe."""
+    pids = tmp_path / "pids"
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_pool;"
+        f"test_pool.run_distributed(test_pool.write_pid_and_hang, 2, {str(pids)!r})"
+    )
+    pool = subprocess.Popen([sys.executable, "-c", program])
+    while not (pids.exists() and len(pids.read_text().split()) == 2):
+        assert pool.poll() is None
+        time.sleep(0.05)
+    pool.kill()
+    pool.wait()
+    for pid in pids.read_text().split():
+        wait_for_the_end(int(pid))
