@@ -243,8 +243,14 @@ def _read_parquet(path: Path, columns: Columns) -> Rows:
     with pq.ParquetFile(path) as file:
         names = needed_columns(columns, file.schema_arrow.names)
         batches = file.iter_batches(_TABLE_ROWS, columns=names)
-        records = chain.from_iterable(batch.to_pylist() for batch in batches)
+        records = chain.from_iterable(_valid(batch).to_pylist() for batch in batches)
         yield from enumerate(map(_without_nulls, records), 1)
+
+
+def _valid(table: Any) -> Any:
+    """The table or batch, if its offsets and texts are valid: `to_pylist` does not check them."""
+    table.validate(full=True)
+    return table
 
 
 def _read_arrow(path: Path, columns: Columns) -> Rows:
@@ -254,8 +260,10 @@ def _read_arrow(path: Path, columns: Columns) -> Rows:
 
     with pa.memory_map(str(path)) as mapped:
         is_file = mapped.read(6) == b"ARROW1"
-        if is_file:
-            table = pa.ipc.open_file(path).read_all()
+        open_table = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        mapped.seek(0)
+        # Before `datasets` sees it: with invalid offsets it reads beyond the file, and crashes.
+        table = _valid(open_table(mapped).read_all())
     dataset = datasets.Dataset(table) if is_file else datasets.Dataset.from_file(str(path))
     yield from _dataset_rows(dataset, columns)
 

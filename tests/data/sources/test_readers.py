@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,27 @@ def test_damaged_or_unsupported_file_is_reported(name: str, tmp_path: Path) -> N
     (tmp_path / name).write_bytes(b"nothing of the kind")
     with pytest.raises(DataError, match=r"cannot (be )?read"):
         list(read_file(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [("parquet", "text"), ("file", "text"), ("stream", "text"), ("file", "end"), ("stream", "end")],
+)
+def test_damaged_table_is_refused(tmp_path: Path, kind: str, damage: str) -> None:
+    """Not UTF-8, or beyond the buffer: neither pyarrow nor `datasets` checks, and both crash."""
+    path = tmp_path / ("x.parquet" if kind == "parquet" else "x.arrow")
+    table = pa.table({"prompt": ["abc", "defg"]})
+    if kind == "parquet":
+        pq.write_table(table, path, use_dictionary=False, compression="none")
+    else:
+        new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+        with new(str(path), table.schema) as file:
+            file.write_table(table)
+    before, after = b"defg", b"d\xff\xffg"
+    if damage == "end":
+        before, after = (struct.pack("3i", 0, 3, end) for end in (7, 1 << 20))
+    content = path.read_bytes()
+    assert before in content
+    path.write_bytes(content.replace(before, after))
+    with pytest.raises(DataError, match=rf"{path.name}: the file cannot be read"):
+        list(read_file(path))
