@@ -78,7 +78,7 @@ def tokenized_lengths(path: Path, tokenizer_path: str) -> Lengths:
     """Prompt, chosen and rejected tokens of every record of a chat preference file."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False)
     if not tokenizer.chat_template:
         tokenizer.chat_template = (
             "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"

@@ -42,5 +42,5 @@ def write_adapter(model: str, target: Path, rank: int) -> None:
     settings = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=list(TARGETS)
     )
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     get_peft_model(base, settings).save_pretrained(target)

@@ -57,7 +57,7 @@ def _trainer(case: Case, side: dict[str, Any], output: str, callbacks: list[Any]
     dtype = torch.bfloat16 if is_bf16 and side["weights"] == "case" else torch.float32
     kind = IntermediateDpo if case.layers else DPOTrainer
     trainer = kind(
-        AutoModelForCausalLM.from_pretrained(case.model, dtype=dtype),
+        AutoModelForCausalLM.from_pretrained(case.model, dtype=dtype, trust_remote_code=False),
         args=DPOConfig(
             output,
             beta=BETA,
@@ -80,7 +80,7 @@ def _trainer(case: Case, side: dict[str, Any], output: str, callbacks: list[Any]
         train_dataset=load_dataset(
             "json", data_files=case.records, split="train", cache_dir=f"{output}/datasets"
         ),
-        processing_class=AutoTokenizer.from_pretrained(case.model),
+        processing_class=AutoTokenizer.from_pretrained(case.model, trust_remote_code=False),
         peft_config=LoraConfig(
             task_type="CAUSAL_LM",
             r=case.rank,

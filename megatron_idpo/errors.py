@@ -5,6 +5,8 @@ command line prints it on one rank and exits with `EXIT_USER_ERROR`. `assert` is
 invariants, never for a user's input.
 """
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,11 +62,70 @@ class UserError(Exception):
     @classmethod
     @contextmanager
     def on_os_error(cls, location: str, message: str, remedy: str = "") -> Iterator[None]:
-        """Turns an `OSError` of the block into this error: `message`, then the system's reason."""
+        """Turns an `OSError` of the block into this error: `message`, then the system's reason.
+
+        Args:
+            location: of the problem.
+            message: what failed.
+            remedy: if `os_remedy` does not know a better one for the system's reason, such as a
+                missing file.
+        """
         try:
             yield
         except OSError as error:
-            raise cls.at(location, f"{message}: {error.strerror or error}", remedy) from None
+            reason = f"{message}: {error.strerror or error}"
+            raise cls.at(location, reason, os_remedy(error, remedy)) from None
+
+
+_SPACE = "free some space, or name a path on another file system"
+_PERMISSIONS = "change the permissions, or name another path"
+_STORAGE = "the storage fails: check it, or name a path on another one"
+_OPEN_FILES = "raise the limit of open files (`ulimit -n 4096`)"
+
+OS_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.EROFS: "name a path on a file system that can be written",
+    errno.EIO: _STORAGE,
+    errno.ESTALE: _STORAGE,
+    errno.EMFILE: _OPEN_FILES,
+    errno.ENFILE: _OPEN_FILES,
+    errno.ENOMEM: "raise the limit of memory (`ulimit -v unlimited`), or use a larger machine",
+    errno.EFBIG: "raise the limit of file sizes (`ulimit -f unlimited`)",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "correct the symbolic link, which points to itself",
+}
+"""What helps, by the system's error number, wherever a file is read or written."""
+
+
+def os_remedy(error: OSError, remedy: str = "") -> str:
+    """The remedy for a failed system call, which depends on its reason.
+
+    Args:
+        error: as raised.
+        remedy: for reasons that are not in `OS_REMEDIES`.
+    """
+    return OS_REMEDIES.get(error.errno or 0, remedy)
+
+
+def library_reason(error: Exception) -> str:
+    """Why a library cannot load a model's files, for a message on one line.
+
+    Transformers advises to trust a repository's code; it is never run here.
+    """
+    if "trust_remote_code" in str(error):
+        return "it needs Python code from its repository, which is never run"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def os_problem(error: OSError) -> Problem | None:
+    """A failed system call as a problem of this machine; None if it is none of `OS_REMEDIES`."""
+    if error.errno not in OS_REMEDIES:
+        return None
+    location = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "system"
+    return Problem(location, os.strerror(error.errno), os_remedy(error))
 
 
 class ConfigError(UserError, ValueError):

@@ -1,10 +1,20 @@
 """Messages and base classes of user errors."""
 
+import errno
+import os
 import pickle
 
 import pytest
 
-from megatron_idpo.errors import CheckpointError, ConfigError, DataError, Problem, UserError
+from megatron_idpo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Problem,
+    UserError,
+    library_reason,
+    os_problem,
+)
 
 KINDS = [ConfigError, DataError, CheckpointError]
 FIRST = Problem("layout.tensor", "3 does not divide 8 heads", "take 1, 2, 4 or 8")
@@ -46,3 +56,34 @@ def test_errors_are_also_builtin_errors(kind: type[UserError], builtin: type[Exc
 def test_errors_can_be_pickled(kind: type[UserError]) -> None:
     unpickled = pickle.loads(pickle.dumps(kind.of([FIRST, SECOND])))
     assert type(unpickled) is kind and str(unpickled) == str(kind.of([FIRST, SECOND]))
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "free some space, or name a path on another file system"),
+        (errno.EDQUOT, "free some space, or name a path on another file system"),
+        (errno.EACCES, "change the permissions, or name another path"),
+        (errno.EPERM, "change the permissions, or name another path"),
+        (errno.EROFS, "name a path on a file system that can be written"),
+        (errno.EMFILE, "raise the limit of open files (`ulimit -n 4096`)"),
+        (errno.ENOENT, "name it"),
+    ],
+)
+def test_the_remedy_of_a_failed_system_call_depends_on_its_reason(code: int, remedy: str) -> None:
+    reason = os.strerror(code)
+    with (
+        pytest.raises(DataError) as raised,
+        DataError.on_os_error("x", "cannot be read", "name it"),
+    ):
+        raise OSError(code, reason, "x")
+    assert str(raised.value) == f"x: cannot be read: {reason}; {remedy}"
+    problem = os_problem(OSError(code, reason, "y"))
+    assert problem == (None if code == errno.ENOENT else Problem("y", reason, remedy))
+
+
+def test_the_reason_of_a_library_is_one_line_without_advice_to_run_code() -> None:
+    assert library_reason(KeyError("a\nb")) == "KeyError: 'a\\nb'"
+    assert library_reason(OSError("no\n  file")) == "OSError: no file"
+    refused = library_reason(ValueError("Please pass the argument `trust_remote_code=True`"))
+    assert refused == "it needs Python code from its repository, which is never run"

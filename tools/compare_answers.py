@@ -57,8 +57,10 @@ def answer(model_name: str, question: str, max_tokens: int = MAX_TOKENS) -> str:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            model_name, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError.at(model_name, f"cannot be loaded: {reason}") from None

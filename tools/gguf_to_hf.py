@@ -43,11 +43,14 @@ def convert(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             **location,
+            trust_remote_code=False,
             # Quantized weights can be neither saved nor trained.
             quantization_config=transformers.GgufConfig(dequantize=True),
             dtype=getattr(torch, _TORCH_NAMES[dtype]),
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **location)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        gguf.parent, trust_remote_code=False, **location
+    )
     split_digits(tokenizer)
     tokenizer.model_max_length = context_tokens
     for added in ("is_local", "local_files_only"):
@@ -87,8 +90,12 @@ def answer_of(directory: Path, question: str) -> str:
     """
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False
+    )
     check_tokenizer(tokenizer)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],

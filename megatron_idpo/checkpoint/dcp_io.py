@@ -45,7 +45,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_idpo.checkpoint.contents import Contents
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.checkpoint.dcp_metadata import read_dcp_metadata
+from megatron_idpo.errors import CheckpointError, os_remedy
 from megatron_idpo.storage.checksums import CHANGED, Checksum
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -107,6 +108,10 @@ class Reader(FileSystemReader):
         super().__init__(directory)
         self._contents = contents
         self._verified: set[MetadataIndex] = set()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The list of tensors; torch would unpickle it without limits."""
+        return read_dcp_metadata(Path(self.path))
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fills everything in the plan.
@@ -310,8 +315,10 @@ def _write_error(path: Path, content: str, error: BaseException) -> CheckpointEr
             return CheckpointError.at(str(path), f"{content} cannot be written: {reason}")
         system = cause
     if system.errno in _FULL:
-        return CheckpointError.at(str(path), f"the disk or quota is full: no space for {content}")
-    return CheckpointError.at(str(path), f"{content} cannot be written: {system.strerror}")
+        message = f"the disk or quota is full: no space for {content}"
+        return CheckpointError.at(str(path), message, os_remedy(system))
+    message = f"{content} cannot be written: {system.strerror}"
+    return CheckpointError.at(str(path), message, os_remedy(system))
 
 
 def first_failure(failed: CheckpointException) -> BaseException:
@@ -329,5 +336,6 @@ def write_failure(failed: CheckpointException, location: Path) -> BaseException:
     """
     error = first_failure(failed)
     if isinstance(error, OSError):
-        return CheckpointError.at(str(location), f"cannot be written: {error.strerror}")
+        message = f"cannot be written: {error.strerror}"
+        return CheckpointError.at(str(location), message, os_remedy(error))
     return error

@@ -15,7 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from megatron_idpo.checkpoint.metadata import FILE as PROGRESS
-from megatron_idpo.errors import CheckpointError, UserError
+from megatron_idpo.errors import CheckpointError, UserError, os_remedy
 from megatron_idpo.mcore.parallel.world import (
     barrier,
     broadcast_from_rank0,
@@ -129,9 +129,8 @@ def copy_companions(companions: Sequence[Path], directory: Path) -> None:
         for path in companions:
             shutil.copyfile(path, directory / path.name)
     except OSError as error:
-        raise CheckpointError.at(
-            str(error.filename or directory), f"cannot be copied ({error.strerror})"
-        ) from error
+        location, message = str(error.filename or directory), f"cannot be copied ({error.strerror})"
+        raise CheckpointError.at(location, message, os_remedy(error)) from error
 
 
 def companion_files(checkpoint: Path) -> list[Path]:

@@ -13,10 +13,10 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_idpo.checkpoint.contents import contents_if_recorded
+from megatron_idpo.checkpoint.dcp_metadata import read_dcp_metadata
 from megatron_idpo.errors import CheckpointError
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
@@ -191,8 +191,7 @@ def _stored_tensors(
         backend = json.loads(path.read_bytes())["sharded_backend"]
     if backend != "torch_dist":
         raise CheckpointError.at(str(path), f"the format is {backend!r}, not 'torch_dist'", remedy)
-    with _reported_damage(directory / ".metadata"):
-        metadata = FileSystemReader(directory).read_metadata()
+    metadata = read_dcp_metadata(directory)
     tensors = {
         key: value
         for key, value in metadata.state_dict_metadata.items()

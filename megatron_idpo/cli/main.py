@@ -36,6 +36,7 @@ from megatron_idpo.cli.errors import (
     report_lost_peer,
     report_user_error,
 )
+from megatron_idpo.cli.limits import check_limits, limit_error
 from megatron_idpo.errors import ConfigError, UserError
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not words[0].startswith("-"):
             one_of("verb", VERBS)(words[0])
         arguments = parser.parse_args(words)
+        check_limits()
         # Before the verb's imports: megatron-core prints warnings while it is imported.
         with suppress_megatron_warnings(), console_logging():
             return VERBS[arguments.verb].run(arguments)
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_lost_peer(error):
             return report_lost_peer(error)
+        if (at_limit := limit_error(error)) is not None:
+            return report_user_error(at_limit)
         if not is_megatron_import_error(error):
             raise
         remedy = "`megatron-idpo doctor` shows which library is half installed"

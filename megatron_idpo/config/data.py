@@ -15,6 +15,7 @@ from megatron_idpo.config.section import (
     PositiveFloat,
     PositiveInt,
     Section,
+    TemplateText,
     Text,
 )
 from megatron_idpo.errors import Problem
@@ -145,7 +146,7 @@ class DataConfig(Section):
     `single_turn`: text that becomes a chat: the prompt is the user's message, the answers are
     replies."""
 
-    chat_template: PathText | None = None
+    chat_template: TemplateText | None = None
     """A Jinja template or a file with one; null is the tokenizer's own."""
 
     on_bad_row: Literal["error", "skip"] = "error"

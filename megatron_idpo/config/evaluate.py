@@ -8,6 +8,7 @@ from pydantic import Field, Strict, WithJsonSchema
 from megatron_idpo.config.data import Sources
 from megatron_idpo.config.section import (
     Distinct,
+    Fp32,
     FromPath,
     Int,
     NonEmpty,
@@ -74,7 +75,7 @@ class GenerateConfig(Section):
     repetition_penalty: PositiveFloat = 1.1
     """Penalty of tokens that already occurred, in the prompt as well; 1 is none."""
 
-    top_p: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Strict(), Field(gt=0, le=1), Fp32] = 1.0
     """Nucleus sampling: the probability mass of the tokens to sample from."""
 
     max_new_tokens: PositiveInt = 512

@@ -3,9 +3,10 @@
 `load_config` reports every problem at once, each with its location, the value and a remedy: unknown
 sections and fields with the nearest name, wrong types, fields without effect, missing sections. A
 section of another verb is checked and not used. An override of such a section is an error, because
-it would have no effect.
+it would have no effect. A section that is null is removed, and a log message says so.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from pydantic.fields import FieldInfo
 from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.config.sdpo_steps import step_problems
 from megatron_idpo.config.section import describe_errors, section_class, suggest
-from megatron_idpo.config.yaml_tree import COMMAND_LINE, Tree, read_tree
+from megatron_idpo.config.yaml_tree import COMMAND_LINE, Tree, read_tree, shown
 from megatron_idpo.errors import ConfigError, Problem
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_config(
@@ -42,7 +45,7 @@ def load_config(
     required, optional = tuple(required), tuple(optional)
     assert {*required, *optional} <= set(SECTIONS), f"unknown among {required}, {optional}"
     tree = read_tree(path, overrides)
-    problems = [*tree.problems, *_unused_overrides(tree, {*required, *optional})]
+    problems = _unused_overrides(tree, {*required, *optional})
     sections: dict[str, Any] = {}
     for name, field in RunConfig.model_fields.items():
         if name in tree.values:
@@ -53,10 +56,14 @@ def load_config(
             fields = section_class(field).model_fields
             needed = [f"{name}.{inner}" for inner in fields if fields[inner].is_required()]
             remedy = f"add it, with at least {', '.join(needed)}"
-            problems.append(Problem(name, "the section is missing", remedy))
-    for name in tree.values.keys() - set(SECTIONS):
+            location = tree.location((name,)) if name in tree.removed else name
+            problems.append(Problem(location, "the section is missing", remedy))
+    for name in sorted((tree.values.keys() | tree.removed) - set(SECTIONS)):
         remedy = suggest(name, SECTIONS, "sections")
         problems.append(Problem(tree.location((name,)), "unknown section", remedy))
+    # A value that could not be read is not reported again as one that is null.
+    unread = {problem.location for problem in tree.problems}
+    problems = [*tree.problems, *(one for one in problems if one.location not in unread)]
     config = RunConfig.model_construct(**sections)
     if not problems:  # sections that are incomplete cannot be compared
         for problem in (*config.problems(), *step_problems(config)):
@@ -64,7 +71,13 @@ def load_config(
             problems.append(replace(problem, location=location))
     if problems:
         raise ConfigError.of(problems)
+    _log_removed(tree)
     return config
+
+
+def _log_removed(tree: Tree) -> None:
+    for name in sorted(tree.removed - tree.values.keys()):
+        _LOG.info("%s: is null, so the section is left out", tree.location((name,)))
 
 
 def _unused_overrides(tree: Tree, used: set[str]) -> list[Problem]:
@@ -80,7 +93,7 @@ def _read_section(
     """Validate one section into `sections`, or append its `problems`."""
     values, section = tree.values[name], section_class(field)
     if not isinstance(values, dict):
-        message = "is empty" if values is None else f"is {values!r}, not a mapping of fields"
+        message = f"is {shown(values)}, not a mapping of fields"
         first = next(iter(section.model_fields))
         remedy = f"write fields, such as `{name}.{first}`, under it, or remove it"
         problems.append(Problem(tree.location((name,)), message, remedy))

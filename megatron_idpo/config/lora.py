@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, Strict
 
-from megatron_idpo.config.section import Bool, PathText, PositiveFloat, PositiveInt, Section
+from megatron_idpo.config.section import Bool, Fp32, PathText, PositiveFloat, PositiveInt, Section
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
@@ -43,7 +43,7 @@ class LoraConfig(Section):
     alpha: PositiveFloat = 16.0
     """An adapter's output is scaled by alpha / rank."""
 
-    dropout: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Strict(), Field(ge=0, lt=1), Fp32] = 0.0
     """Dropout before the adapters; off in evaluation and for the reference."""
 
     targets: LoraTargets = ALL_LINEAR

@@ -9,7 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Strict, WithJsonSchema
 
-from megatron_idpo.config.section import NonNegativeFloat, PathText, PositiveFloat, Section, Weight
+from megatron_idpo.config.section import (
+    Fp32,
+    NonNegativeFloat,
+    PathText,
+    PositiveFloat,
+    Section,
+    Weight,
+)
 from megatron_idpo.errors import ConfigError, Problem
 
 SMOOTHED = ("sigmoid", "robust", "sigmoid_norm")
@@ -31,7 +38,12 @@ def _as_layers(value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < _MAX_LAYER  # false for NaN
+
+
+_MAX_LAYER = 1 << 16
+"""No model is this deep; layer numbers stay small where they are formatted and compared."""
 
 
 Layers = Annotated[
@@ -50,7 +62,7 @@ class Objective(Section):
     beta: PositiveFloat = 0.1
     """β: how strongly the policy is held to the reference (τ in IPO)."""
 
-    label_smoothing: Annotated[float, Strict(), Field(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[float, Strict(), Field(ge=0, lt=0.5), Fp32] = 0.0
     """ε: the assumed share of pairs whose labels are swapped."""
 
     nll_weight: NonNegativeFloat = 0.0

@@ -28,18 +28,62 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from megatron_idpo.config.yaml_tree import Keys
+from megatron_idpo.config.yaml_tree import Keys, dotted, shown
 from megatron_idpo.errors import ConfigError, Problem
 
+_MAX_INT = 2**31 - 1
+"""Counts, positions and seeds are 32-bit numbers in one library or another."""
+
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""Of the normal 32-bit floats, in which losses and updates are computed."""
+
+_MAX_NAME_BYTES = 255  # NAME_MAX of Linux file systems
+
+
+_CHARACTERS = "use Unicode characters, without NUL and surrogates (not UTF-8?)"
+
+
+def _check_int(value: int) -> int:
+    if value > _MAX_INT:
+        raise ValueError(f"it should be at most {_MAX_INT}")
+    return value
+
+
+def _check_float(value: float) -> float:
+    # Outside, a learning rate would be 0 and a scale infinite once a tensor is multiplied by it.
+    if value and not _SMALLEST <= value <= _LARGEST:
+        raise ValueError(f"as a 32-bit number it would be {'0' if value < 1 else 'infinite'}")
+    return value
+
+
+def _check_characters(value: str) -> str:
+    if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(_CHARACTERS)
+    return value
+
+
+def _check_path(value: str) -> str:
+    if value.startswith("$"):
+        raise ValueError("environment variables are not replaced: write the path out")
+    if any(len(name.encode()) > _MAX_NAME_BYTES for name in value.split("/")):
+        raise ValueError(f"a name in a path has at most {_MAX_NAME_BYTES} bytes")
+    return value
+
+
+Fp32 = AfterValidator(_check_float)
+"""Every field that is a float has it."""
+
 Bool = Annotated[bool, Strict()]
-Int = Annotated[int, Strict(), Field(ge=0)]
-PositiveInt = Annotated[int, Strict(), Field(gt=0)]
-PositiveFloat = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
-Weight = Annotated[float, Strict(), Field(ge=0, le=1)]
-Fraction = Annotated[float, Strict(), Field(gt=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+Int = Annotated[int, Strict(), Field(ge=0), AfterValidator(_check_int)]
+PositiveInt = Annotated[int, Strict(), Field(gt=0), AfterValidator(_check_int)]
+PositiveFloat = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), Fp32]
+NonNegativeFloat = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False), Fp32]
+Weight = Annotated[float, Strict(), Field(ge=0, le=1), Fp32]
+Fraction = Annotated[float, Strict(), Field(gt=0, lt=1), Fp32]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_check_characters)]
+TemplateText = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path, or a template that is written in its place."""
+PathText = Annotated[Text, AfterValidator(_check_path), AfterValidator(os.path.expanduser)]
 """A path. A leading `~` is the home directory; hub names and glob patterns are left as they are."""
 
 
@@ -112,18 +156,13 @@ class Section(BaseModel):
             value = getattr(self, needed)
             is_used = value in values if values else bool(value)
             if not is_used and self._is_set(name):
-                shown = value if isinstance(value, str) else json.dumps(value)
+                text = value if isinstance(value, str) else json.dumps(value)
                 to = f" to {' or '.join(values)}" if values else ""
                 remedy = f"set {needed}{to}, or leave it out"
-                yield Problem(name, f"has no effect: {needed} is {shown}", remedy)
+                yield Problem(name, f"has no effect: {needed} is {text}", remedy)
         first, *others = [name for name in self.exclusive if getattr(self, name)] or [""]
         for name in others:
             yield Problem(name, f"has no effect: {first} is set", "keep one of them")
-
-
-def dotted(keys: Keys) -> str:
-    """`data.train.0.path`."""
-    return ".".join(map(str, keys))
 
 
 def describe_errors(
@@ -170,11 +209,13 @@ def _describe(
         return "is missing", f"add it: {_first_sentence(field)}" if field else "add it"
     if kind == "literal_error":
         choices = re.findall("'([^']*)'", detail["ctx"]["expected"])
-        return f"is {value!r}", suggest(str(value), choices, "values")
+        return f"is {shown(value)}", suggest(str(value), choices, "values")
+    if kind == "string_unicode":
+        return f"is {shown(value)}", _CHARACTERS
     if kind == "model_type":
-        return f"is {value!r}", "it should be a mapping of fields to values"
+        return f"is {shown(value)}", "it should be a mapping of fields to values"
     reason = re.sub("^(Input|String) should", "it should", detail["msg"]).replace("tuple", "list")
-    return f"is {value!r}", reason.removeprefix("Value error, ")
+    return f"is {shown(value)}", reason.removeprefix("Value error, ")
 
 
 def suggest(name: str, names: Iterable[str], what: str) -> str:

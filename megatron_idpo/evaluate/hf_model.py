@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from megatron_idpo.console.text import format_count
 from megatron_idpo.convert.hf_io.safetensors_file import check_tensors
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.errors import CheckpointError, library_reason
 
 
 def load_hf_model(auto_class: Any, path: str, *, location: str, remedy: str, **options: Any) -> Any:
@@ -29,10 +29,12 @@ def load_hf_model(auto_class: Any, path: str, *, location: str, remedy: str, **o
     check_weights(Path(path))
     try:
         with hide_loading_bar():
-            model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
+            model, info = auto_class.from_pretrained(
+                path, output_loading_info=True, trust_remote_code=False, **options
+            )
     # Depending on the files, the library raises almost any type of exception.
     except Exception as error:
-        message = f"cannot load {path}: {type(error).__name__}: {error}"
+        message = f"cannot load {path}: {library_reason(error)}"
         raise CheckpointError.at(location, message, remedy) from error
     if missing := sorted(info["missing_keys"]):
         message = f"{path} lacks {format_count(len(missing), 'weight')}, first {missing[0]}"

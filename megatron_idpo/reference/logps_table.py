@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.errors import CheckpointError, os_remedy
 from megatron_idpo.storage.atomic import write_bytes
 
 Logps = NDArray[np.float32]
@@ -29,7 +29,7 @@ _ENCODINGS = {
     "rejected_logps": "BYTE_STREAM_SPLIT",
 }
 
-WRITE_REMEDY = "free some space, or name another directory in reference.cache"
+WRITE_REMEDY = "name another directory in reference.cache"
 
 
 def encode_table(logps_PL2: Logps, layers: Sequence[int], *, first: int = 0) -> Buffer:
@@ -129,4 +129,7 @@ def damaged(path: Path, error: Exception | str) -> CheckpointError:
     """The error for a file of a cache that is damaged."""
     reason = str(error).split("\n", 1)[0]
     message = f"not a reference cache, or damaged ({reason})"
-    return CheckpointError.at(str(path), message, "delete it to score again")
+    remedy = "delete it to score again"
+    if isinstance(error, OSError):
+        remedy = os_remedy(error, remedy)
+    return CheckpointError.at(str(path), message, remedy)

@@ -185,7 +185,9 @@ def write_curriculum(curriculum: Curriculum, path: Path) -> None:
         }
     )
     with (
-        CheckpointError.on_os_error(str(path), "cannot be written", "free some space"),
+        CheckpointError.on_os_error(
+            str(path), "cannot be written", "check that its directory exists"
+        ),
         atomic_file(path) as temporary,
     ):
         pq.write_table(table, temporary, compression="zstd")

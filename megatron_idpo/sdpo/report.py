@@ -149,5 +149,7 @@ def _draw_missing_curves(root: Path, manifest: Manifest) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with CheckpointError.on_os_error(str(path), "cannot be written", "free some space"):
+    with CheckpointError.on_os_error(
+        str(path), "cannot be written", "check that its directory exists"
+    ):
         write_text(path, text)

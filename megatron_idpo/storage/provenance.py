@@ -112,7 +112,7 @@ def write_record(
     values: Mapping[str, Any],
     *,
     error: type[UserError],
-    remedy: str = "free some space",
+    remedy: str = "check that its directory exists",
     indent: int | None = 1,
 ) -> None:
     """Writes a record in one step: after a kill there is the old file or the new one.

@@ -23,7 +23,7 @@ def write_sealed(
     *,
     indent: int | None = 1,
     error: type[UserError] = CheckpointError,
-    remedy: str = "free some space",
+    remedy: str = "check that its directory exists",
 ) -> None:
     """Writes the file in one step: after a kill there is the old file or the new one.
 

@@ -100,7 +100,9 @@ def write_tiny_hf_model(
     config = AutoConfig.for_model(**tiny_hf_config(family, **overrides))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

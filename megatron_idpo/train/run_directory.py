@@ -41,7 +41,7 @@ class RunDirectory:
             ConfigError: it cannot be written; an earlier one is unchanged.
         """
         message = f"{self.config} cannot be written"
-        with ConfigError.on_os_error(_LOCATION, message, "free some space"):
+        with ConfigError.on_os_error(_LOCATION, message, "check that its directory exists"):
             write_text(self.config, text)
 
 

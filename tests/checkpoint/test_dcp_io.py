@@ -70,14 +70,18 @@ def within_torch_save(code: int) -> RuntimeError:
     return outer
 
 
-FULL = "the disk or quota is full: no space for tensor 'rows'"
+FULL = (
+    "the disk or quota is full: no space for tensor 'rows'; "
+    "free some space, or name a path on another file system"
+)
 FAILURES = {
     "full": (partial(system_error, errno.ENOSPC), FULL),
     "quota": (partial(system_error, errno.EDQUOT), FULL),
     "full within torch.save": (partial(within_torch_save, errno.ENOSPC), FULL),
     "hardware": (
         partial(system_error, errno.EIO),
-        "tensor 'rows' cannot be written: Input/output error",
+        "tensor 'rows' cannot be written: Input/output error; "
+        "the storage fails: check it, or name a path on another one",
     ),
     "torch.save": (
         partial(RuntimeError, "no reason\nat zip.cc"),

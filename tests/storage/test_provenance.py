@@ -96,7 +96,9 @@ def test_unreadable_record_is_reported(tmp_path: Path, content: bytes | None, re
 
 
 def test_unwritable_record_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"x\.json: cannot be written: No such file.*; free some"):
+    with pytest.raises(
+        ConfigError, match=r"x\.json: cannot be written: No such file.*; check that"
+    ):
         write_record(tmp_path / "missing" / "x.json", {}, error=ConfigError)
 
 

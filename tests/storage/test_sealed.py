@@ -132,7 +132,7 @@ def test_missing_file_is_reported(tmp_path: Path) -> None:
 
 
 def test_unwritable_directory_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"x\.json: cannot be written: No such file.*; free"):
+    with pytest.raises(CheckpointError, match=r"x\.json: cannot be written: No such file.*; check"):
         write_sealed(tmp_path / "missing" / "x.json", VALUES)
 
 

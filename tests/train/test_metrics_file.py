@@ -93,5 +93,5 @@ def test_full_disk_is_reported_with_remedy(tmp_path):
     file = MetricsFile(path, resumed_step=None)
     path.unlink()
     path.symlink_to("/dev/full")
-    with pytest.raises(ConfigError, match="No space left on device; free space"):
+    with pytest.raises(ConfigError, match="No space left on device; free some space"):
         file.log(1, {"loss": 1.0})

@@ -203,7 +203,7 @@ def _build(
 def _cache_errors(cache: Path) -> AbstractContextManager[None]:
     """Turns an `OSError` of writing the cache, but not of reading sources, into a `DataError`."""
     message = f"{cache} cannot be written"
-    remedy = "free space, or name a directory on another file system"
+    remedy = "name another directory"
     return DataError.on_os_error("data.cache", message, remedy)
 
 

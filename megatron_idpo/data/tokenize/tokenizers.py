@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_idpo.errors import DataError
+from megatron_idpo.errors import DataError, library_reason
 
 type Tokenizer = HfTokenizer | SentencePieceTokenizer
 """Either kind; picklable, for worker processes."""
@@ -217,12 +217,12 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            loaded = AutoTokenizer.from_pretrained(path)
+            loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # The exception depends on which file of the tokenizer is invalid.
         except Exception as error:
-            raise DataError.at(
-                path, f"no tokenizer can be loaded: {error}", "name a model's directory or hub name"
-            ) from error
+            message = f"no tokenizer can be loaded: {library_reason(error)}"
+            remedy = "name a model's directory or hub name"
+            raise DataError.at(path, message, remedy) from error
         if template is not None:
             loaded.chat_template = template
         tokenizer = HfTokenizer(loaded)
@@ -245,12 +245,13 @@ def read_template(value: str | None) -> str | None:
     """The template: a value with a brace is a template, any other names a file."""
     if value is None or "{" in value:
         return value
+    location, message = "data.chat_template", f"cannot read '{value}'"
+    remedy = "name a file with a Jinja template, or write the template"
     try:
-        return Path(value).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError.at(
-            "data.chat_template", f"cannot read '{value}': {error}", "a Jinja template or its file"
-        ) from None
+        with DataError.on_os_error(location, message, remedy):
+            return Path(value).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError.at(location, f"{message}: {error}", "save it as UTF-8") from None
 
 
 def _check_syntax(tokenizer: Tokenizer, location: str) -> None:

@@ -20,7 +20,7 @@ from megatron_idpo.config.evaluate import GenerateConfig
 from megatron_idpo.convert.hf_io.reader import download_model
 from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE, read_json_object
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
-from megatron_idpo.errors import ConfigError
+from megatron_idpo.errors import ConfigError, library_reason
 from megatron_idpo.evaluate.generate.engine import EngineName
 from megatron_idpo.evaluate.generate.prompts import PromptRecord
 from megatron_idpo.evaluate.models import EvalModel
@@ -154,10 +154,13 @@ def _text_config(directory: Path, location: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+        loaded = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        return loaded.get_text_config()
     # An unknown configuration can raise almost any type of exception.
     except Exception as error:
-        message = f"Transformers cannot read {directory / CONFIG_FILE}: {error}"
+        message = f"Transformers cannot read {directory / CONFIG_FILE}: {library_reason(error)}"
         raise ConfigError.at(location, message, "name a model of a known type") from error
 
 

@@ -43,6 +43,7 @@ class VllmEngine:
             model=str(task.model.directory),
             dtype=str(task.model.dtype).removeprefix("torch."),
             skip_tokenizer_init=True,
+            trust_remote_code=False,
             # The default, "auto", would add the model's own defaults, such as a top_k.
             generation_config="vllm",
             max_model_len=max(map(len, task.prompts)) + task.sampling.max_new_tokens,

@@ -57,10 +57,11 @@ class JudgeTemplate:
             ConfigError: it cannot be read or rendered.
         """
         file = files(__package__) / PACKAGED if path is None else Path(path)
+        remedy = "name a Jinja file, or leave it out for the packaged template"
         try:
-            text = file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            remedy = "name a Jinja file, or leave it out for the packaged template"
+            with ConfigError.on_os_error(LOCATION, f"cannot read {path}", remedy):
+                text = file.read_text("utf-8")
+        except UnicodeDecodeError as error:
             raise ConfigError.at(LOCATION, f"cannot read {path}: {error}", remedy) from None
         environment = SandboxedEnvironment(
             undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -30,7 +30,7 @@ type Order = Literal["ab", "ba", "both"]
 """Which answer was shown first; `both`: the verdict holds for both orders."""
 
 IDENTICAL = "identical answers"
-_DISK_REMEDY = "free space, or name a writable directory"
+_DISK_REMEDY = "name another directory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,11 +56,14 @@ def read_curves(path: Path) -> list[LayerCurves]:
     """
     models: dict[str, list[dict[str, str]]] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with (
+            DataError.on_os_error(str(path), "cannot be read", _REMEDY),
+            path.open(newline="", encoding="utf-8") as file,
+        ):
             for row in csv.DictReader(file):
                 models.setdefault(row.get("model") or "", []).append(row)
         curves = [_parse(model, rows) for model, rows in models.items()]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise DataError.at(str(path), f"cannot be read: {error}", _REMEDY) from None
     except (KeyError, ValueError, TypeError) as error:
         message = f"is not a table of layer curves ({type(error).__name__}: {error})"

@@ -122,8 +122,9 @@ def _read_records(path: Path, form: Format) -> list[Record]:
     remedy = f"write objects with the hub's fields {', '.join(form.fields)}"
     records = []
     try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        with DataError.on_os_error(str(path), "cannot be read", remedy):
+            lines = path.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
         raise DataError.at(str(path), f"cannot be read: {error}", "save it as UTF-8") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():

@@ -20,7 +20,7 @@ from typing import Any
 from packaging.version import Version
 
 from megatron_idpo.config.data import ModelConfig
-from megatron_idpo.errors import CheckpointError, ConfigError, DataError
+from megatron_idpo.errors import CheckpointError, ConfigError, DataError, library_reason
 from megatron_idpo.evaluate.lm_eval.items import Items, Record
 from megatron_idpo.evaluate.models import EvalModel
 
@@ -149,11 +149,12 @@ class LmEvalModel:
                     dtype=str(config.torch_dtype()).removeprefix("torch."),
                     device="cuda" if torch.cuda.is_available() else "cpu",
                     batch_size=batch_size,
+                    trust_remote_code=False,
                     peft=None if model.adapter is None else str(model.adapter),
                 )
         # Depending on the files, the libraries raise almost any type of exception.
         except Exception as error:
-            message = f"Transformers cannot load it: {type(error).__name__}: {error}"
+            message = f"Transformers cannot load it: {library_reason(error)}"
             remedy = (
                 "name a complete Hugging Face model, with its tokenizer; a torch_dist checkpoint "
                 "must be converted: megatron-idpo convert megatron-to-hf"

@@ -47,7 +47,11 @@ def bridge_import(source: Path, target: Path, *, dtype: torch.dtype | None) -> N
         CheckpointError: it failed; contains its message.
     """
     options = {} if dtype is None else {"torch_dtype": dtype}
-    _run(source, lambda bridge: bridge.import_ckpt(str(source), str(target), **options))
+
+    def convert(bridge: Any) -> None:
+        bridge.import_ckpt(str(source), str(target), trust_remote_code=False, **options)
+
+    _run(source, convert)
 
 
 def bridge_export(source: Path, hf_model: Path, target: Path) -> None:
@@ -65,7 +69,7 @@ def bridge_export(source: Path, hf_model: Path, target: Path) -> None:
     """
 
     def export(bridge: Any) -> None:
-        model = bridge.from_hf_pretrained(str(hf_model))
+        model = bridge.from_hf_pretrained(str(hf_model), trust_remote_code=False)
         model.export_ckpt(megatron_path=str(source), hf_path=str(target))
 
     _run(source, export)

@@ -64,7 +64,7 @@ class MetricsFile:
             append_bytes(self._path, line, fsync=False)
 
     def _write_errors(self) -> AbstractContextManager[None]:
-        remedy = "free space, or name a directory to write to"
+        remedy = "check that its directory exists"
         return ConfigError.on_os_error("training.output", f"cannot write {self._path}", remedy)
 
 

@@ -190,3 +190,12 @@ def test_invalid_sentencepiece_model_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match="not a sentencepiece model"):
         load_tokenizer(str(tmp_path / "x.model"))
+
+
+def test_templates_cannot_reach_python(text_tokenizer_path, tmp_path):
+    ran = tmp_path / "ran"
+    template = f"{{{{ cycler.__init__.__globals__.os.system('touch {ran}') }}}}"
+    tokenizer = load_tokenizer(text_tokenizer_path, template)
+    with pytest.raises(Exception, match="__init__"):
+        tokenizer.render([{"role": "user", "content": "x"}], add_generation_prompt=True)
+    assert not ran.exists()

@@ -22,7 +22,8 @@ class FakeAutoBridge:
         cls.calls.append(("import", hf_model_id, megatron_path, kwargs))
 
     @classmethod
-    def from_hf_pretrained(cls, path):
+    def from_hf_pretrained(cls, path, *, trust_remote_code):
+        assert not trust_remote_code
         if path == "broken":
             raise RuntimeError("no such architecture")
         cls.calls.append(("from_hf", path))
@@ -57,7 +58,7 @@ def test_import_passes_paths_and_dtype(installed, tmp_path):
     bridge.bridge_import(tmp_path / "hf", tmp_path / "mc", dtype=torch.bfloat16)
     kind, source, target, kwargs = installed[0]
     assert (kind, source, target) == ("import", str(tmp_path / "hf"), str(tmp_path / "mc"))
-    assert kwargs == {"torch_dtype": torch.bfloat16}
+    assert kwargs == {"torch_dtype": torch.bfloat16, "trust_remote_code": False}
 
 
 def test_export_reads_the_configuration_from_the_hf_model(installed, tmp_path):
