@@ -104,7 +104,7 @@ def test_classes_are_not_changed(tmp_path):
 def test_readers_of_tensors_use_it(tmp_path):
     put(tmp_path, Calls(os.system, "true"))
     with pytest.raises(CheckpointError, match="could run code"):
-        Reader(tmp_path).read_metadata()
+        Reader(tmp_path, None).read_metadata()
 
 
 INVALID = {
