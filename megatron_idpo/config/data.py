@@ -83,16 +83,16 @@ class SourceConfig(Section):
     """One file or dataset of preference pairs."""
 
     path: PathText
-    """A jsonl, json, parquet, csv or arrow file, a directory of them, or a hub name."""
+    """A jsonl, json, csv, tsv, parquet or arrow file, a directory or pattern, or a hub name."""
 
     weight: PositiveFloat = 1.0
     """How often each of its pairs is seen in an epoch: 0.5 takes half of them, 2 repeats them."""
 
-    split: Text = "train"
-    """The split of a hub dataset; a file has only `train`."""
+    split: Text | None = None
+    """The split to read. Null is `train` of a hub dataset; files of several splits need one."""
 
     subset: Text | None = None
-    """The configuration of a hub dataset that has several."""
+    """The configuration of a hub dataset, or of a clone of one, that has several."""
 
     format: Format | None = None
     """Replaces `data.format` for this source."""

@@ -3,17 +3,20 @@
 Row numbers start at 1: the line of a `.jsonl` or `.csv` file (where the record begins), the element
 of a `.json` list, the row of a table. JSON lines are not read by `datasets`, whose reader has no
 row numbers, turns missing fields into nulls and refuses or converts columns of mixed types. Every
-reader streams: memory does not grow with the file. `preferences.py` validates records.
+reader streams: memory does not grow with the file. `text_file.py` decompresses and decodes text
+files. `preferences.py` validates records.
 """
 
 import csv
-import gzip
 import io
 import json
+import logging
+import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,16 +28,24 @@ from megatron_idpo.data.sources.record import (
     needed_columns,
     rename_columns,
 )
+from megatron_idpo.data.sources.text_file import COMPRESSIONS, open_utf8
 from megatron_idpo.errors import DataError
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
-"""The supported files; `.jsonl`, `.json` and `.csv` also with `.gz` appended."""
+logger = logging.getLogger(__name__)
+
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
+"""The supported files, in any case; text also with a suffix of `COMPRESSIONS` appended."""
+
+SUPPORTED = f"{' '.join(SUFFIXES)}, and text also with {' '.join(COMPRESSIONS)}"
+"""The supported files, for messages."""
 
 type Content = bytes | Mapping[str, Any] | BadRecord
 """A JSON text, a parsed record, or why there is none."""
 
 type Rows = Iterator[tuple[int, Content]]
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _CHUNK_CHARS = 1 << 20
 _TABLE_ROWS = 256
 _WHITE = " \t\r\n"
@@ -67,12 +78,23 @@ class RawRow:
 
 
 def file_kind(path: Path) -> str:
-    """The suffix that selects the reader, without `.gz`; may be an unsupported one."""
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    """The suffix that selects the reader, without that of a compression; may be unsupported.
+
+    `.ndjson` is another name of `.jsonl`.
+    """
+    suffix = (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
+    return ".jsonl" if suffix == ".ndjson" else suffix
+
+
+def is_supported(path: Path) -> bool:
+    """Whether there is a reader for files of this name."""
+    return file_kind(path) in SUFFIXES
 
 
 def read_file(path: Path, columns: Columns = STANDARD_COLUMNS) -> Iterator[RawRow]:
     """The rows of one local file; the reader is selected by its suffix.
+
+    A file of 0 bytes, as an empty shard, has no rows; a warning names it.
 
     Args:
         path: of the file.
@@ -84,21 +106,47 @@ def read_file(path: Path, columns: Columns = STANDARD_COLUMNS) -> Iterator[RawRo
     readers: dict[str, Callable[[Path, Columns], Rows]] = {
         ".jsonl": _read_lines,
         ".json": _read_json,
-        ".csv": _read_csv,
+        ".csv": partial(_read_csv, delimiter=","),
+        ".tsv": partial(_read_csv, delimiter="\t"),
         ".parquet": _read_parquet,
         ".arrow": _read_arrow,
     }
-    reader = readers.get(file_kind(path))
+    kind = file_kind(path)
+    reader = readers.get(kind)
     if reader is None:
         message = f"cannot read a '{path.suffix}' file"
-        raise DataError.at(str(path), message, f"supported are {' '.join(SUFFIXES)}")
+        raise DataError.at(str(path), message, f"supported are {SUPPORTED}")
+    if kind not in TEXT_SUFFIXES and path.suffix.lower() in COMPRESSIONS:
+        message = f"cannot read a '{kind}' file that is compressed as a whole"
+        raise DataError.at(str(path), message, "decompress it")
     import pyarrow as pa
 
     try:
+        if _is_empty(path):
+            return
         for row, content in reader(path, columns):
             yield RawRow(row, content, columns)
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except UnicodeDecodeError as error:
+        message = f"not valid {error.encoding}: {error.reason}, so the rest cannot be read either"
+        raise DataError.at(str(path), message, "save it as UTF-8") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         raise DataError.at(str(path), f"the file cannot be read: {error}") from None
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file has no bytes.
+
+    Raises:
+        DataError: it is the pointer that Git leaves in place of a large file.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        message = "is a Git LFS pointer: the file itself was not downloaded"
+        raise DataError.at(str(path), message, "run `git lfs pull` in its directory")
+    if not start:
+        logger.warning("%s is empty (0 bytes): it has no rows", path)
+    return not start
 
 
 def read_dataset(dataset: Any, columns: Columns = STANDARD_COLUMNS) -> Iterator[RawRow]:
@@ -119,10 +167,6 @@ def _dataset_rows(dataset: Any, columns: Columns) -> Rows:
     yield from enumerate(map(_without_nulls, records), 1)
 
 
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
 def _parse(text: bytes) -> object:
     try:
         return json.loads(text.decode("utf-8"))
@@ -133,7 +177,7 @@ def _parse(text: bytes) -> object:
 
 
 def _read_lines(path: Path, _: Columns) -> Rows:
-    with _open(path) as file:
+    with open_utf8(path) as file:
         for row, line in enumerate(file, 1):
             text = line.removeprefix(b"\xef\xbb\xbf") if row == 1 else line
             if text.strip():
@@ -142,7 +186,7 @@ def _read_lines(path: Path, _: Columns) -> Rows:
 
 def _read_json(path: Path, columns: Columns) -> Rows:
     """A list of records; a file that begins with anything else is read as JSON lines."""
-    with _open(path) as file:
+    with open_utf8(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     return _read_list(path) if start.startswith(b"[") else _read_lines(path, columns)
 
@@ -154,7 +198,7 @@ def _read_list(path: Path) -> Rows:
     a bad row that may be skipped: the rest of the file would be lost with it.
     """
     decoder = json.JSONDecoder()
-    with _open(path) as raw:
+    with open_utf8(path) as raw:
         file = _text(raw)
         text, at, row = file.read(_CHUNK_CHARS).lstrip(_WHITE)[1:], 0, 0
         while True:
@@ -201,10 +245,10 @@ def _skip_white(text: str, at: int) -> int:
     return at
 
 
-def _read_csv(path: Path, _: Columns) -> Rows:
+def _read_csv(path: Path, _: Columns, *, delimiter: str) -> Rows:
     csv.field_size_limit(2**31 - 1)  # The module's limit is 128 KiB, less than a long prompt.
-    with _open(path) as raw:
-        reader = csv.reader(_text(raw, newline=""), strict=True)
+    with open_utf8(path) as raw:
+        reader = csv.reader(_text(raw, newline=""), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
             row = reader.line_num + 1
@@ -230,7 +274,7 @@ def _csv_record(header: list[str], fields: list[str], lines: str) -> dict[str, s
     if len(fields) != len(header):
         return BadRecord(
             f"{len(fields)} fields, but the header has {len(header)}{lines}",
-            "quote fields that contain commas or line breaks",
+            "quote fields that contain the separator or line breaks",
         )
     if any(map(_INVALID_UTF8.search, fields)):
         return BadRecord("invalid UTF-8")

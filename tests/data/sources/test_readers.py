@@ -1,8 +1,11 @@
 """Reading files: records with the row numbers that a user can look up."""
 
+import bz2
 import csv
 import gzip
+import io
 import json
+import lzma
 import struct
 from pathlib import Path
 from typing import Any
@@ -36,23 +39,34 @@ def rows_of(path: Path) -> list[tuple[int, Any]]:
     return rows
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes text in the encoding of the file's stem, compressed by its last suffix."""
+    encoding = path.name.split(".")[0]
+    content = text.encode(encoding if encoding.startswith("utf") else "utf-8")
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    if path.suffix.lower() == ".zst":
+        content = bytes(pa.compress(content, "zstd"))
+    path.write_bytes(compress.get(path.suffix.lower(), bytes)(content))
+
+
 def write(path: Path, records: list[dict[str, str]]) -> list[int]:
     """Writes records in the format of the suffix; returns the rows they are at."""
     table = pa.Table.from_pylist(records)
     rows = list(range(1, len(records) + 1))
-    match path.suffixes[0]:
-        case ".jsonl":
-            opener = gzip.open if path.suffix == ".gz" else open
-            with opener(path, "wt", encoding="utf-8") as file:
-                file.writelines(json.dumps(r, ensure_ascii=False) + "\n\n" for r in records)
+    match path.suffixes[0].lower():
+        case ".jsonl" | ".ndjson":
+            text = "".join(json.dumps(r, ensure_ascii=False) + "\n\n" for r in records)
+            write_text(path, text)
             return [2 * row - 1 for row in rows]
         case ".json":
-            path.write_text(json.dumps(records, indent=2), "utf-8")
-        case ".csv":
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(records[0]))
-                writer.writeheader()
-                writer.writerows(records)
+            write_text(path, json.dumps(records, indent=2))
+        case ".csv" | ".tsv":
+            file = io.StringIO()
+            dialect = csv.excel_tab if ".tsv" in path.name else csv.excel
+            writer = csv.DictWriter(file, list(records[0]), dialect=dialect)
+            writer.writeheader()
+            writer.writerows(records)
+            write_text(path, file.getvalue())
             return [2, 4, 5]  # The first record has a line break.
         case ".parquet":
             pq.write_table(table, path)
@@ -64,6 +78,8 @@ def write(path: Path, records: list[dict[str, str]]) -> list[int]:
 
 
 NAMES = ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet", "stream.arrow", "file.arrow"]
+NAMES += ["a.ndjson", "a.tsv", "A.JSONL", "A.Parquet", "a.jsonl.bz2", "a.csv.xz", "a.json.zst"]
+NAMES += ["a.JSONL.GZ", "utf-16.jsonl", "utf-16.json", "utf-16.csv.gz", "utf-32.tsv"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,7 +184,10 @@ def test_nulls_added_by_arrow_are_removed(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "a.parquet") == [(1, {"chosen": "c", "tools": tools})]
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.txt", "a.jsonl.gz"])
+DAMAGED = ["a.parquet", "a.arrow", "a.txt", "a.jsonl.gz", "a.jsonl.bz2", "a.csv.xz", "a.json.zst"]
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, "a.parquet.gz"])
 def test_damaged_or_unsupported_file_is_reported(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"nothing of the kind")
     with pytest.raises(DataError, match=r"cannot (be )?read"):
@@ -197,3 +216,22 @@ def test_damaged_table_is_refused(tmp_path: Path, kind: str, damage: str) -> Non
     path.write_bytes(content.replace(before, after))
     with pytest.raises(DataError, match=rf"{path.name}: the file cannot be read"):
         list(read_file(path))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_truncated_compressed_file_is_reported(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    write(path, RECORDS)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="the file cannot be read"):
+        list(read_file(path))
+
+
+def test_files_that_only_look_like_data_are_named(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    (tmp_path / "a.parquet").write_text(pointer)
+    with pytest.raises(DataError, match=r"is a Git LFS pointer: .*git lfs pull"):
+        list(read_file(tmp_path / "a.parquet"))
+    (tmp_path / "a.jsonl").write_bytes('{"a": "é"}'.encode("utf-16")[:-1])
+    with pytest.raises(DataError, match=r"not valid utf-16.*save it as UTF-8"):
+        list(read_file(tmp_path / "a.jsonl"))
