@@ -12,7 +12,7 @@ an adapter's origin or initialization are ignored.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_idpo.checkpoint.dtypes import check_floating, check_range
+from megatron_idpo.checkpoint.model_directory import copy_companions
 from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.convert.hf_io.reader import HfCheckpoint
 from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
@@ -68,7 +69,12 @@ _PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def save_peft(
-    adapters: Adapters, architecture: Architecture, directory: Path, base_model: str
+    adapters: Adapters,
+    architecture: Architecture,
+    directory: Path,
+    base_model: str,
+    *,
+    companions: Sequence[Path] = (),
 ) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`. Collective.
 
@@ -80,6 +86,7 @@ def save_peft(
         architecture: of the model.
         directory: appears only when it is complete; an existing adapter is replaced.
         base_model: where PEFT finds the base model, a directory or a name on the hub.
+        companions: generation config and tokenizer files to copy; used on rank 0.
 
     Raises:
         CheckpointError: on every rank; it cannot be written, and nothing is left behind.
@@ -90,6 +97,7 @@ def save_peft(
     config = peft_config(adapters.settings, base_model)
 
     def add_config(incomplete: Path) -> None:
+        copy_companions(companions, incomplete)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (incomplete / CONFIG_NAME).write_text(text, encoding="utf-8")
 

@@ -1,5 +1,7 @@
 """Export of a trained policy: a Hugging Face model, and a PEFT adapter."""
 
+import json
+import logging
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,15 +9,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.convert.hf_io.tokenizer_files import read_json_object
+from megatron_idpo.convert.hf_io.end_tokens import TOKENIZER_CONFIG_FILE, with_end_tokens
+from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE, read_json_object
 from megatron_idpo.convert.megatron_to_hf import export_hf
 from megatron_idpo.convert.model_source import ModelSource
-from megatron_idpo.data.tokenize.tokenizers import read_template
+from megatron_idpo.data.run_pairs import tokenizer_path
+from megatron_idpo.data.tokenize.answer_end import answer_end
+from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer, read_template
 from megatron_idpo.lora.adapters import merged_value
 from megatron_idpo.lora.peft import save_peft
-from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, raise_on_all_ranks
+from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, is_rank0, raise_on_all_ranks
 from megatron_idpo.train.policy import Policy
 from megatron_idpo.train.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 CHAT_TEMPLATE = "chat_template.jinja"
 """Transformers reads a tokenizer's chat template from this file first."""
@@ -60,10 +67,12 @@ def export_result(
             value=None if adapters is None else merged_value(adapters),
             checksums=True,
         )
-    lines = [f"model    {output.hf}"]
-    if adapters is not None and with_adapter:
-        save_peft(adapters, architecture, output.adapter, base_model=config.model.path)
-        lines.append(f"adapter  {output.adapter}")
+        lines = [f"model    {output.hf}"]
+        if adapters is not None and with_adapter:
+            # Its tokenizer and end tokens: those of the base model may be others.
+            kept = [file for file in companions if file.name != CONFIG_FILE]
+            save_peft(adapters, architecture, output.adapter, config.model.path, companions=kept)
+            lines.append(f"adapter  {output.adapter}")
     return [*lines, "try it:", broadcast_from_rank0(lambda: f"  {_command(output.hf)}")]
 
 
@@ -71,26 +80,66 @@ def has_chat_template(model: Path) -> bool:
     """Whether an exported model's tokenizer has a chat template."""
     if (model / CHAT_TEMPLATE).is_file():
         return True
-    settings = model / "tokenizer_config.json"
+    settings = model / TOKENIZER_CONFIG_FILE
     return settings.is_file() and "chat_template" in read_json_object(settings)
 
 
 @contextmanager
 def companions_of(config: RunConfig, source: ModelSource) -> Iterator[tuple[Path, ...]]:
-    """The base model's companion files, with the chat template of the training data. Collective.
+    """The base model's companion files, for a model that was trained on this data. Collective.
 
     Prompts must be formatted as in training, so a configured template replaces the base model's.
+    Answers must end as in training, so the end tokens of the training data are added to those of
+    the base model.
+
+    Raises:
+        CheckpointError, DataError: on every rank; a file or the tokenizer cannot be read.
     """
-    with raise_on_all_ranks("reading the chat template"):
-        text = read_template(config.data.chat_template)
-    if text is None:
-        yield source.companions
-        return
     with TemporaryDirectory() as directory:
-        path = Path(directory) / CHAT_TEMPLATE
-        path.write_text(text, encoding="utf-8")
-        kept = (file for file in source.companions if not file.name.startswith("chat_template"))
-        yield (*kept, path)
+        companions = source.companions
+        with raise_on_all_ranks("reading the chat template and the tokenizer"):
+            text = read_template(config.data.chat_template)
+            if is_rank0():  # copies the files
+                tokenizer = load_tokenizer(tokenizer_path(config.model), config.data.chat_template)
+                companions = _trained_companions(companions, Path(directory), tokenizer, text)
+        yield companions
+
+
+def _trained_companions(
+    files: tuple[Path, ...], directory: Path, tokenizer: Tokenizer, template: str | None
+) -> tuple[Path, ...]:
+    """The files with the end tokens of the training data, and with the configured template.
+
+    Args:
+        files: of the base model.
+        directory: for changed copies.
+        tokenizer: of the training data, with its template.
+        template: the configured one; None keeps the tokenizer's own.
+    """
+    end = answer_end(tokenizer)
+    if tokenizer.has_chat_template and end.turn_end is None:
+        logger.warning(
+            "the chat template ends answers with %r, which is not a token: no file of the exported "
+            "model can say where a chat answer ends; use a template whose end of turn is a token",
+            end.written,
+        )
+    if template is None:
+        return with_end_tokens(files, directory, end.tokens)
+    path = directory / CHAT_TEMPLATE
+    path.write_text(template, encoding="utf-8")
+    kept = [file for file in files if not file.name.startswith("chat_template")]
+    settings = next((file for file in kept if file.name == TOKENIZER_CONFIG_FILE), None)
+    fields = {} if settings is None else read_json_object(settings)
+    if settings is not None and "chat_template" in fields:
+        # Other programs than Transformers read it here first.
+        kept.remove(settings)
+        kept.append(directory / TOKENIZER_CONFIG_FILE)
+        text = json.dumps({**fields, "chat_template": template}, indent=2, ensure_ascii=False)
+        kept[-1].write_text(text + "\n", encoding="utf-8")
+    # The end of turn becomes the tokenizer's EOS, unless that changes the tokens of anything.
+    writes_eos = "eos_token" in template or bool(fields.get("add_eos_token"))
+    eos = end.turn_end_text if end.turn_end in tokenizer.special_ids and not writes_eos else None
+    return with_end_tokens((*kept, path), directory, end.tokens, eos)
 
 
 def _command(model: Path) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_idpo.convert.hf_io.tokenizer_files import read_json_object
 from megatron_idpo.errors import CheckpointError, DataError
 from megatron_idpo.train.export import CHAT_TEMPLATE, has_chat_template
 
@@ -14,7 +15,9 @@ from .tiny_run import LORA, assembled, exported, write_config
 
 pytestmark = pytest.mark.distributed
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<s>{% endfor %}"
+END_TOKENS = [2, 1]
+"""EOS of the model, and the end of turn of the template."""
 
 
 def export(file: str, fill: float, *, full_disk: bool = False) -> None:
@@ -52,7 +55,8 @@ def test_full_training_exports_no_adapter(tiny, workers, tmp_path):
 def test_adapters_are_merged_and_exported(tiny, workers, tmp_path):
     from safetensors.torch import load_file
 
-    file = write_config(tiny, tmp_path / "run", lora=LORA, layout={"pipeline": 2})
+    data = {"chat_template": TEMPLATE}
+    file = write_config(tiny, tmp_path / "run", data=data, lora=LORA, layout={"pipeline": 2})
     workers.run(export, 2, file, 0.5)
     base = load_file(tiny.model / "model.safetensors")
     merged = exported(tmp_path / "run")
@@ -65,6 +69,10 @@ def test_adapters_are_merged_and_exported(tiny, workers, tmp_path):
         torch.testing.assert_close(merged[name], base[name] + delta, rtol=0, atol=1e-6)
     settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tiny.model) and settings["r"] == 4
+    # Programs that load the base model find the template and the end tokens here.
+    assert (tmp_path / "run" / "adapter" / CHAT_TEMPLATE).read_text() == TEMPLATE
+    generation = read_json_object(tmp_path / "run" / "adapter" / "generation_config.json")
+    assert generation["eos_token_id"] == END_TOKENS
 
 
 def lost_template(file: str) -> str:
@@ -121,7 +129,8 @@ def test_chat_template_of_the_training_data_is_exported(tiny, workers, tmp_path,
     assert has_chat_template(model) and (model / CHAT_TEMPLATE).read_text() == TEMPLATE
     messages = [{"role": "user", "content": "hi"}]
     text = AutoTokenizer.from_pretrained(model).apply_chat_template(messages, tokenize=False)
-    assert text == "<user>hi"
+    assert text == "<user>hi<s>"
+    assert read_json_object(model / "generation_config.json")["eos_token_id"] == END_TOKENS
 
 
 def test_has_chat_template(tmp_path):

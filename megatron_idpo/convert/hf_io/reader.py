@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_idpo.convert.hf_io.end_tokens import GENERATION_CONFIG_FILE
 from megatron_idpo.convert.hf_io.safetensors_file import (
     TensorSpec,
     check_tensors,
@@ -32,7 +33,6 @@ from megatron_idpo.errors import CheckpointError, Problem
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

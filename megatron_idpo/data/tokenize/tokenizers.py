@@ -30,8 +30,10 @@ class HfTokenizer:
     Attributes:
         identity: sha256 over everything that affects the tokens of a text or a conversation.
         vocabulary_identity: sha256 over what affects the tokens of a text: all but the template.
+        encoding_identity: the same without the choice of EOS, which ends the texts of pairs only.
         template_identity: sha256 over the chat template.
         special_ids: ids of control tokens: BOS, EOS, end-of-turn and similar.
+        added_ids: ids of all tokens that were added to the vocabulary, control tokens or not.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -43,6 +45,7 @@ class HfTokenizer:
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
             token_id for token_id, token in added.items() if token.special
         }
+        self.added_ids = frozenset(added)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = _backend_json(backend) if backend else json.dumps(tokenizer.get_vocab())
         named = (type(tokenizer).__name__, vocabulary)
@@ -54,6 +57,8 @@ class HfTokenizer:
         }
         self.identity = _digest(*named, template, special)
         self.vocabulary_identity = _digest(*named, special)
+        special.pop("eos_token", None)
+        self.encoding_identity = _digest(*named, special)
         self.template_identity = _digest(template)
 
     def render(
@@ -118,11 +123,12 @@ class SentencePieceTokenizer:
         eos = eos.get("content") if isinstance(eos, dict) else eos
         if eos in self._control:
             self.eos_id = self._control[eos]
-        self.special_ids = frozenset(self._spelling)
+        self.special_ids = self.added_ids = frozenset(self._spelling)
         template = [self._template]
         settings = [self._control, self._add_bos, self.eos_id]
         self.identity = _sha256(model, template + settings)
         self.vocabulary_identity = _sha256(model, settings)
+        self.encoding_identity = _sha256(model, settings[:-1])
         self.template_identity = _sha256(b"", template)
 
     @classmethod

@@ -17,8 +17,9 @@ import torch
 
 from megatron_idpo.config.data import ModelConfig
 from megatron_idpo.config.evaluate import GenerateConfig
+from megatron_idpo.convert.hf_io.end_tokens import GENERATION_CONFIG_FILE, end_tokens
 from megatron_idpo.convert.hf_io.reader import download_model
-from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE, read_json_object
+from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import ConfigError, library_reason
 from megatron_idpo.evaluate.generate.engine import EngineName
@@ -48,8 +49,8 @@ class InspectedModel:
     """Maximum number of positions; None: unlimited."""
 
     vocab_size: int
-    eos_tokens: frozenset[int]
-    """Tokens that end an answer according to the generation config."""
+    end_tokens: tuple[int, ...]
+    """Tokens that end an answer according to the model's files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ def inspect_model(model: EvalModel, dtype: torch.dtype, engine: EngineName) -> I
         dtype,
         getattr(config, "max_position_embeddings", None),
         config.vocab_size,
-        _eos_tokens(directory, config),
+        _end_tokens(directory, model.adapter, config),
     )
 
 
@@ -141,7 +142,7 @@ def model_tokenizer(
     if config.tokenizer is not None or not has_own:
         return run_tokenizer
     own = load_tokenizer(str(model.directory))
-    is_same = own.vocabulary_identity == run_tokenizer.vocabulary_identity
+    is_same = own.encoding_identity == run_tokenizer.encoding_identity
     return run_tokenizer if is_same else own
 
 
@@ -164,15 +165,11 @@ def _text_config(directory: Path, location: str) -> Any:
         raise ConfigError.at(location, message, "name a model of a known type") from error
 
 
-def _eos_tokens(directory: Path, config: Any) -> frozenset[int]:
-    """EOS of the generation config, where chat models also list their end-of-turn token."""
-    eos = getattr(config, "eos_token_id", None)
-    path = directory / "generation_config.json"
-    if path.is_file():
-        eos = read_json_object(path).get("eos_token_id", eos)
-    if eos is None:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
+def _end_tokens(directory: Path, adapter: Path | None, config: Any) -> tuple[int, ...]:
+    """End tokens of the files: an adapter's generation config replaces that of its base model."""
+    if adapter is not None and (adapter / GENERATION_CONFIG_FILE).is_file():
+        return tuple(end_tokens(adapter))
+    return tuple(end_tokens(directory, getattr(config, "eos_token_id", None)))
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Token ids of prompts for one model, and the tokens that end its answers.
+"""Token ids of prompts for one model.
 
 Prompts are rendered and encoded as in training (`data/tokenize/chat.py`): messages through the chat
 template with the generation prompt, without further special tokens; text as it is, with the special
@@ -12,9 +12,6 @@ from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 from megatron_idpo.errors import DataError
 from megatron_idpo.evaluate.generate.prompts import PromptRecord
 
-_PROBE = "Yes, indeed."
-"""An answer that no chat template writes itself."""
-
 
 def prompt_tokens(records: Sequence[PromptRecord], tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of each prompt, ending where the answer starts.
@@ -23,23 +20,6 @@ def prompt_tokens(records: Sequence[PromptRecord], tokenizer: Tokenizer) -> list
         DataError: messages without a chat template, a template that fails, or an empty prompt.
     """
     return [_encode(record, tokenizer) for record in records]
-
-
-def stop_tokens(records: Sequence[PromptRecord], tokenizer: Tokenizer) -> set[int]:
-    """EOS, and the special token that the chat template writes after an answer.
-
-    The two differ in models that were trained with a template whose end-of-turn token is not EOS;
-    such a model never generates EOS.
-    """
-    stops = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
-    chat = next((record for record in records if not isinstance(record.prompt, str)), None)
-    if chat is not None:
-        text = _render(chat, tokenizer, answer=_PROBE)
-        _, _, after_answer = text.rpartition(_PROBE)
-        [tokens] = tokenizer.encode([after_answer if _PROBE in text else ""], special_tokens=False)
-        # Only the first one: those after it belong to the next turn.
-        stops |= set([token for token in tokens if token in tokenizer.special_ids][:1])
-    return stops
 
 
 def _encode(record: PromptRecord, tokenizer: Tokenizer) -> list[int]:
@@ -63,8 +43,8 @@ def _encode(record: PromptRecord, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
-def _render(record: PromptRecord, tokenizer: Tokenizer, answer: str | None = None) -> str:
-    """The conversation in the chat template, up to the answer or including one.
+def _render(record: PromptRecord, tokenizer: Tokenizer) -> str:
+    """The conversation in the chat template, up to the answer.
 
     Raises:
         DataError: there is no template, or it fails.
@@ -75,11 +55,9 @@ def _render(record: PromptRecord, tokenizer: Tokenizer, answer: str | None = Non
         raise DataError.at(record.location, message, remedy)
     assert not isinstance(record.prompt, str)
     messages: list[dict[str, Any]] = list(record.prompt)
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
     kwargs = {"tools": record.tools, **record.template_kwargs}
     try:
-        return tokenizer.render(messages, add_generation_prompt=answer is None, **kwargs)
+        return tokenizer.render(messages, add_generation_prompt=True, **kwargs)
     # A template is a program and can raise anything.
     except Exception as error:
         message = f"the chat template fails: {type(error).__name__}: {error}"

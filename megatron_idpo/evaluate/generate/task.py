@@ -19,7 +19,9 @@ from megatron_idpo import __version__
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.console.progress import show_progress
 from megatron_idpo.console.text import format_count
+from megatron_idpo.convert.hf_io.end_tokens import GENERATION_CONFIG_FILE
 from megatron_idpo.data.run_pairs import tokenizer_path
+from megatron_idpo.data.tokenize.answer_end import answer_end
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import ConfigError, DataError, Problem
 from megatron_idpo.evaluate.generate.answers import (
@@ -43,7 +45,7 @@ from megatron_idpo.evaluate.generate.models import (
     inspect_model,
     model_tokenizer,
 )
-from megatron_idpo.evaluate.generate.prompt_tokens import prompt_tokens, stop_tokens
+from megatron_idpo.evaluate.generate.prompt_tokens import prompt_tokens
 from megatron_idpo.evaluate.generate.prompts import PromptRecord, load_prompts
 from megatron_idpo.evaluate.models import OUTPUT, EvalModel, single_writer
 from megatron_idpo.storage.provenance import as_problems, diff, read_record, write_record
@@ -82,6 +84,7 @@ def generate(
         check_settings(task)
         if task.tokenizer is not tokenizer:
             logger.info("%s uses its own tokenizer and chat template", task.model.name)
+        _check_end_tokens(task)
     for task in tasks:
         with single_writer(task.path):
             check_settings(task)  # again: another process may have written in the meantime
@@ -105,7 +108,7 @@ def make_task(
     tokenizer = model_tokenizer(model, config.model, run_tokenizer)
     prompts = prompt_tokens(records, tokenizer)
     _check_lengths(model, records, prompts, config.generate.max_new_tokens)
-    stops = sorted(model.eos_tokens | stop_tokens(records, tokenizer))
+    stops = sorted(model.end_tokens)
     section = config.generate
     weights, adapter_weights = content_digests(model)
     settings = {
@@ -204,6 +207,27 @@ def _check_lengths(
     ]
     if problems:
         raise DataError.of(problems[:_MAX_LISTED])
+
+
+def _check_end_tokens(task: Task) -> None:
+    """Warns if the model's files do not name the token that ends its answers.
+
+    The token is not added: an exported model has to end answers where its files say.
+    """
+    end = answer_end(task.tokenizer)
+    is_chat = any(not isinstance(record.prompt, str) for record in task.records)
+    token = end.turn_end if is_chat else end.eos
+    if token is None or token in task.stop_tokens:
+        return
+    logger.warning(
+        "%s: %r (%d), which ends %s, is not an end token in the model's %s: answers may be cut off "
+        "at generate.max_new_tokens; if it was trained with it, add it to eos_token_id there",
+        task.model.name,
+        task.tokenizer.decode([token]),
+        token,
+        "answers in the chat template" if is_chat else "texts of its tokenizer",
+        GENERATION_CONFIG_FILE,
+    )
 
 
 def _generate_answers(task: Task) -> None:

@@ -73,7 +73,7 @@ class VllmEngine:
     def _tokens(self, output: Any) -> list[int]:
         """Token ids of an answer including its stop token, which vLLM may have removed."""
         tokens, stops = list(output.token_ids), self._task.stop_tokens
-        if output.finish_reason == "stop" and (not tokens or tokens[-1] not in stops):
+        if stops and output.finish_reason == "stop" and (not tokens or tokens[-1] not in stops):
             tokens.append(stops[0])
         return tokens
 

@@ -240,7 +240,7 @@ def _has_same_tokenizer(config: RunConfig, source: ModelSource) -> bool:
         return True
     section = config.model.model_copy(update={"path": str(source.directory)})
     one, other = (load_tokenizer(tokenizer_path(part)) for part in (config.model, section))
-    return one.vocabulary_identity == other.vocabulary_identity
+    return one.encoding_identity == other.encoding_identity
 
 
 @contextmanager

@@ -8,14 +8,18 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from megatron_idpo.errors import DataError, UserError
 from megatron_idpo.evaluate.generate.answers import answers_file, read_answers, settings_file
+from megatron_idpo.evaluate.generate.models import inspect_model
 from megatron_idpo.evaluate.generate.run import main
 from megatron_idpo.evaluate.generate.transformers_engine import TransformersEngine
+from megatron_idpo.evaluate.models import EvalModel
 
 from .tiny_answers import (
     CHATML,
+    EOS,
     QUESTIONS,
     TURN_END,
     answered,
@@ -86,6 +90,47 @@ def test_an_answer_ends_at_the_stop_token_and_has_no_special_tokens(
     assert (ended.answer_tokens, ended.is_complete) == (3, True)
     assert (cut.answer_tokens, cut.is_complete) == (6, False)
     assert len(ended.answer) == 2 and cut.answer.startswith(ended.answer)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "stops"),
+    [
+        ([EOS, TURN_END], [EOS], [EOS]),
+        ([EOS], [EOS, TURN_END], [EOS, TURN_END]),
+        (TURN_END, "missing", [TURN_END]),
+        (EOS, None, []),
+    ],
+)
+def test_answers_end_only_where_the_files_of_the_model_say(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, config: Any, generation: Any, stops: list[int]
+) -> None:
+    """The tokenizer's EOS and the template's end of turn would hide a fault of an export."""
+    model = write_model(tmp_path / "m", eos_token_id=config)
+    path = model / "generation_config.json"
+    if generation == "missing":
+        path.unlink()
+    else:
+        path.write_text(json.dumps({"eos_token_id": generation}))
+    with patch.object(TransformersEngine, "answer", lambda _, first, batch: [[76, 3, 9]] * 2):
+        main(write_config(tmp_path, model), ["generate.max_prompts=2"])
+    answers = read_answers(answers_file(tmp_path / "out", "one"))
+    settings = json.loads(settings_file(answers_file(tmp_path / "out", "one")).read_text())
+    assert settings["answers"]["stop_tokens"] == stops
+    assert answers[0].is_complete == (TURN_END in stops)
+    warning = "one: '<|im_end|>' (3), which ends answers in the chat template, is not an end token"
+    assert (warning in caplog.text) == (TURN_END not in stops)
+
+
+def test_an_adapter_brings_its_end_tokens(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", eos_token_id=EOS)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    one = EvalModel("one", str(model), adapter)
+    assert inspect_model(one, torch.float32, "vllm").end_tokens == (EOS,)
+    generation = {"eos_token_id": [EOS, TURN_END]}
+    (adapter / "generation_config.json").write_text(json.dumps(generation))
+    assert inspect_model(one, torch.float32, "vllm").end_tokens == (EOS, TURN_END)
 
 
 @pytest.fixture(scope="module")

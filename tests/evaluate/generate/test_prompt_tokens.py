@@ -1,4 +1,4 @@
-"""Tokens of prompts equal those of training; stop tokens."""
+"""Tokens of prompts equal those of training."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from megatron_idpo.data.tokenize.chat import TokenOptions
 from megatron_idpo.data.tokenize.dataset import load_pairs
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import DataError
-from megatron_idpo.evaluate.generate.prompt_tokens import prompt_tokens, stop_tokens
+from megatron_idpo.evaluate.generate.prompt_tokens import prompt_tokens
 from megatron_idpo.evaluate.generate.prompts import PromptRecord, source_prompts
 
-from .tiny_answers import CHATML, EOS, TURN_END, pair, user, write_records, write_tokenizer
+from .tiny_answers import CHATML, EOS, pair, user, write_records, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -92,23 +92,3 @@ def test_messages_need_a_template(directory: Path, tmp_path: Path) -> None:
     bare = load_tokenizer(str(tmp_path))
     with pytest.raises(DataError, match=r"p:1: .*no chat template; set data\.chat_template"):
         prompt_tokens([PromptRecord("p:1", user("x"))], bare)
-
-
-def test_the_end_of_turn_token_is_a_stop_token(tokenizer: Tokenizer) -> None:
-    chat, text = PromptRecord("p:1", user("x")), PromptRecord("p:2", "x")
-    assert stop_tokens([text, chat], tokenizer) == {EOS, TURN_END}
-    assert stop_tokens([text], tokenizer) == {EOS}
-
-
-@pytest.mark.parametrize(
-    ("template", "stops"),
-    [
-        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", {EOS}),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", {EOS}),  # no special token
-        # A token before the answer, or at the start of the next turn, does not end it.
-        ("{% for m in messages %}<|im_start|>{{ m.content }}</s><s>{% endfor %}", {EOS}),
-    ],
-)
-def test_stop_tokens_of_other_templates(directory: Path, template: str, stops: set[int]) -> None:
-    tokenizer = load_tokenizer(str(directory), template)
-    assert stop_tokens([PromptRecord("p:1", user("x"))], tokenizer) == stops

@@ -35,7 +35,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "bos_token_id": 0,
-    "eos_token_id": EOS,
+    "eos_token_id": [EOS, TURN_END],
 }
 QUESTIONS = ("Why?", "How do I ripen a pear?", "Who are you, and who am I?", "é?", "What is 2+2?")
 
