@@ -168,7 +168,7 @@ def build(
     for name, parameter in global_parameters(chunks):
         if tied and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"
-        parameter.data.copy_(cut(name, _weight(name, parameter), Cut.of(parameter)))
+        parameter.data.copy_(cut(name, whole_weight(name, parameter), Cut.of(parameter)))
         parameter.requires_grad_(not (frozen and name.startswith(HEAD)))
     return chunks
 
@@ -229,7 +229,7 @@ def cut(name: str, whole: Tensor, of: Cut) -> Tensor:
     return whole.chunk(of.size, of.dim)[of.rank]
 
 
-def _weight(name: str, parameter: Tensor) -> Tensor:
+def whole_weight(name: str, parameter: Tensor) -> Tensor:
     """The whole model's parameter of this name."""
     shape, of = list(parameter.shape), Cut.of(parameter)
     shape[of.dim] *= of.size

@@ -303,7 +303,7 @@ def train(case: Case) -> dict[str, Any]:
             model.zero_grad_buffer()
         outputs, log = run_step(dpo, models, batches, case)
         losses.append({layer: p.sum() for layer, p in tiny.by_layer(outputs, "loss_P").items()})
-        logs.append(_as_megatron_logs(log))
+        logs.append(log_means(log))
         if step == 0:
             gradients = tiny.gradients(chunks)
         optimizer.step()
@@ -351,7 +351,7 @@ def run_step(
     return outputs, log
 
 
-def _as_megatron_logs(log: list[dict[str, Tensor]]) -> dict[str, float]:
+def log_means(log: list[dict[str, Tensor]]) -> dict[str, float]:
     """As `megatron.training.training.train_step` reduces what the loss function returned."""
     from megatron.core import parallel_state
 

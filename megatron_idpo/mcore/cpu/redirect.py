@@ -152,12 +152,14 @@ def _is_cuda(device: object) -> bool:
 
 
 def _on_cpu[**P, R](original: Callable[P, R]) -> Callable[P, R]:
-    """Wraps `original` to replace a CUDA `device=` by the CPU."""
+    """Wraps `original` to replace a CUDA `device=` by the CPU and pinned memory by ordinary."""
 
     @functools.wraps(original)
     def redirected(*args: P.args, **kwargs: P.kwargs) -> R:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
+        # Only a CUDA driver can pin memory; rotary positions under context parallelism ask for it.
+        kwargs.pop("pin_memory", None)
         return original(*args, **kwargs)
 
     return redirected
