@@ -54,6 +54,8 @@ CLASSES: dict[str, dict[str, str]] = {
         "run/step-2/reference/*": REFUSED,
         "run/step-2/*": SAME,
         "run/curriculum.*": SAME,  # for people; written by each start
+        "run/curves.png": SAME,
+        "run/metrics.jsonl": SAME,
         "run/config.yaml": SAME,
         "run/.lock": SAME,
         "tokens/*.lock": SAME,
@@ -203,8 +205,10 @@ def check(workers: Any, run_: Stopped, root: Path, name: str, kind: str) -> str:
     [(code, printed)] = workers.run(attempt, 1, file)
     happened = REFUSED if code else SAME
     if code:
-        # Of two files that were exchanged, either may be named.
-        assert str(root / name if kind != "swap" else (root / name).parent) in printed, printed
+        # Of two files that were exchanged, either may be named; a record of another directory is
+        # reported with the directory, which may have been renamed.
+        named = root / name if kind not in ("swap", "other") else (root / name).parent
+        assert str(named) in printed, printed
         follow_remedy(printed, run_, root, name)
         [(code, printed)] = workers.run(attempt, 1, file)
     assert (code, what) == (0, what), printed

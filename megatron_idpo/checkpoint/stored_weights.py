@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_idpo.checkpoint.contents import contents_if_recorded
+from megatron_idpo.checkpoint.contents import Contents, contents_if_recorded
 from megatron_idpo.checkpoint.dcp_metadata import read_dcp_metadata
 from megatron_idpo.errors import CheckpointError
 
@@ -106,17 +106,18 @@ class ExpectedTensor:
     """Whether the layout pads the first dimension."""
 
 
-def check_trained_tensors(directory: Path, expected: Mapping[str, ExpectedTensor]) -> None:
+def check_trained_tensors(contents: Contents, expected: Mapping[str, ExpectedTensor]) -> None:
     """Checks that a training checkpoint holds exactly these tensors, in complete files.
 
     Args:
-        directory: the checkpoint.
+        contents: of the checkpoint.
         expected: by key.
 
     Raises:
         CheckpointError: there is no such checkpoint, a missing or truncated file, other tensors.
     """
-    stored = _stored_tensors(directory, ("",), "choose another checkpoint")
+    directory, remedy = contents.directory, "choose another checkpoint"
+    stored = _stored_tensors(directory, ("",), remedy, damage_remedy=contents.remedy)
     differences = _missing({key: tensor.shape for key, tensor in expected.items()}, stored)
     differences += [
         f"tensor {key!r} {difference}"
@@ -174,7 +175,11 @@ def _padded_sizes(vocab_size: int, num_kv_heads: int) -> set[int]:
 
 
 def _stored_tensors(
-    directory: Path, prefixes: tuple[str, ...], remedy: str
+    directory: Path,
+    prefixes: tuple[str, ...],
+    remedy: str,
+    *,
+    damage_remedy: str = "copy it here again",
 ) -> dict[str, TensorStorageMetadata]:
     """The tensors whose keys have one of the prefixes; their files exist and are long enough.
 
@@ -182,6 +187,7 @@ def _stored_tensors(
         directory: the checkpoint.
         prefixes: of the keys.
         remedy: if it is not such a checkpoint.
+        damage_remedy: if a file is missing or truncated.
     """
     path = directory / "metadata.json"  # which megatron-core writes last
     if not path.is_file():
@@ -197,18 +203,17 @@ def _stored_tensors(
         for key, value in metadata.state_dict_metadata.items()
         if key.startswith(prefixes) and isinstance(value, TensorStorageMetadata)
     }
-    _check_files(directory, metadata, tensors)
+    _check_files(directory, metadata, tensors, damage_remedy)
     return tensors
 
 
-def _check_files(directory: Path, metadata: Metadata, keys: Container[str]) -> None:
+def _check_files(directory: Path, metadata: Metadata, keys: Container[str], remedy: str) -> None:
     """Checks that every file is at least as long as the tensors in it require."""
     stops_by_file: dict[str, list[tuple[int, str]]] = {}
     for index, info in (metadata.storage_data or {}).items():
         if index.fqn in keys:
             stops = stops_by_file.setdefault(info.relative_path, [])
             stops.append((info.offset + info.length, index.fqn))
-    remedy = "copy it here again"
     for file, stops in stops_by_file.items():
         path = directory / file
         if not path.is_file():

@@ -72,7 +72,7 @@ def restore_state(
     chunks = list(_chunks_to_load(model_chunks, optimizer, with_moments=steps > 0))
     expected = _expected_tensors(model_chunks, with_moments=steps > 0)
     with raise_on_all_ranks("loading the checkpoint"):
-        check_trained_tensors(contents.directory, expected)
+        check_trained_tensors(contents, expected)
         with suppress_megatron_warnings():
             read_chunks(chunks, contents.directory, contents)
 
