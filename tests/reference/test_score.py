@@ -97,13 +97,7 @@ LAYOUTS: dict[str, tuple[int, Mapping[str, Any]]] = {
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("TP2", marks=pytest.mark.exhaustive),
-        pytest.param("PP2", marks=pytest.mark.exhaustive),
-        "DP2",
-        "TP2-PP2",
-    ],
+    "name", ["TP2", "PP2", "DP2", pytest.param("TP2-PP2", marks=pytest.mark.exhaustive)]
 )
 def test_every_layout_makes_the_same_cache(
     scored: Path, tiny: Files, workers: Any, tmp_path: Path, name: str

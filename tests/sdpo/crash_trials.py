@@ -25,6 +25,8 @@ import torch
 
 from megatron_idpo.cli.train import main as train
 
+from ..train.tiny_run import without_figures
+
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}
 """Audit events of the file system: https://docs.python.org/3/library/audit_events.html."""
 
@@ -60,7 +62,7 @@ def uninterrupted(config: Path, output: Path, calls: Path) -> None:
     """An uninterrupted run; writes its file system calls to a file."""
     paths: list[str] = []
     watch(output, paths.append)
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()), without_figures():
         code = train(config, [])
     calls.write_text(json.dumps(paths))
     assert code == 0, code
@@ -76,7 +78,7 @@ def killed(config: Path, output: Path, moment: int) -> None:
         remaining[0] -= 1
 
     watch(output, count)
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()), without_figures():
         train(config, [])
 
 
@@ -116,7 +118,12 @@ def main(config: Path, output: Path, answers: Path, which: str, trials: int) -> 
 
 
 def import_everything() -> None:
-    """Import before forking."""
+    """Import before forking, also what a run imports later."""
+    import accelerate  # noqa: F401
+    import pandas  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
     from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
     from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 

@@ -25,9 +25,9 @@ def files(output: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def output(finished: Any) -> Path:
-    """The output of a complete run of two steps; not to be changed."""
-    directory: Path = finished("full")[0]
+def output(first_step: Any, tmp_path: Path) -> Path:
+    """The output of a run whose first step is complete."""
+    directory: Path = first_step("full", tmp_path / "run")
     return directory
 
 
@@ -36,12 +36,12 @@ def test_run_without_sdpo_is_rejected_in_the_directory_of_an_sdpo_run(
 ) -> None:
     """Also in the directory of a step."""
     before = files(output)
-    for directory in (output, output / "step-2"):
+    for directory in (output, output / "step-1"):
         with pytest.raises(ConfigError, match="belongs to an sDPO run"):
             workers.run(run, 1, write_config(tiny, directory))
         directory.with_suffix(".yaml").unlink()
     with pytest.raises(ConfigError, match="belongs to an sDPO run"):
-        workers.run(run, 1, str(output / "step-2" / "config.yaml"))
+        workers.run(run, 1, str(output / "step-1" / "config.yaml"))
     assert files(output) == before
 
 
@@ -126,14 +126,12 @@ def test_resuming_a_step_with_another_reference_is_rejected_by_its_checkpoint(
 
 
 def test_resuming_a_step_with_another_reference_is_rejected_by_the_manifest(
-    tiny: Files, workers: Any, tmp_path: Path
+    tiny: Files, workers: Any, output: Path
 ) -> None:
     """As if step 1 had been trained again and the manifest edited."""
     from megatron_idpo.sdpo.manifest import read_manifest, write_manifest
 
-    output = tmp_path / "run"
-    workers.run(run, 1, stepped_config(tiny, output, "full", sdpo={"target": "first", "only": 1}))
-    file = stepped_config(tiny, output, "full", sdpo={"target": "first"})
+    file = stepped_config(tiny, output, "full")
     workers.run(run, 1, file, stop_after(2))
     assert states(output) == ["complete", "training"]
     manifest = read_manifest(output)

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_idpo.errors import CheckpointError, ConfigError, DataError
+from megatron_idpo.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, DataError
 from megatron_idpo.sdpo.curriculum import Curriculum, first_model_remedies, write_curriculum
 from megatron_idpo.sdpo.split import Easiness
 
+from ..train.run_hooks import stop_after
 from ..train.tiny_run import NUM_LAYERS
 from .stepped_run import (
     THREE_STEPS,
     Files,
+    Outcome,
     cached_logps,
     manifest_of,
     run,
@@ -27,6 +29,13 @@ pytestmark = pytest.mark.distributed
 
 SCORED = re.compile(r"reference log-probs: \d+ training pairs in")
 """Final line of a scoring pass."""
+
+
+def start_training(workers: Any, file: str) -> Outcome:
+    """A run that is stopped after two optimizer steps of step 1."""
+    [outcome] = workers.run(run, 1, file, stop_after(2))
+    assert outcome.code == EXIT_PREEMPTED, outcome.printed
+    return outcome
 
 
 def table(output: Path) -> Any:
@@ -49,9 +58,7 @@ def test_first_model_is_scored_once_at_the_layers_of_all_steps(
 ) -> None:
     """Step 1's reference is copied from these scores bitwise, without another pass."""
     output = tmp_path / "run"
-    file = stepped_config(tiny, output, steps=THREE_STEPS, sdpo={"only": 1})
-    [outcome] = workers.run(run, 1, file)
-    assert outcome.code == 0, outcome.printed
+    outcome = start_training(workers, stepped_config(tiny, output, steps=THREE_STEPS))
     first = cached_logps(output / "first_model")
     assert set(first) == {1, 2, 3, NUM_LAYERS}
     assert len(SCORED.findall(outcome.printed)) == 1
@@ -59,7 +66,6 @@ def test_first_model_is_scored_once_at_the_layers_of_all_steps(
     pairs = table(output).query("step == 1").pair.to_numpy()
     assert set(step_1) == {1, 3, NUM_LAYERS}
     assert all(np.array_equal(step_1[layer], first[layer][pairs]) for layer in step_1)
-    assert str(tiny.train) in (output / "curriculum.md").read_text()
 
 
 def test_sources_are_ordered_by_accuracy(tiny: Files, workers: Any, tmp_path: Path) -> None:
@@ -69,11 +75,10 @@ def test_sources_are_ordered_by_accuracy(tiny: Files, workers: Any, tmp_path: Pa
         output,
         steps=[{}, {}],
         data={"train": sources},
-        sdpo={"order": "easy_to_hard", "only": 1},
+        sdpo={"order": "easy_to_hard"},
         training={"global_batch_pairs": 4},
     )
-    [outcome] = workers.run(run, 1, file)
-    assert outcome.code == 0, outcome.printed
+    start_training(workers, file)
     final = cached_logps(output / "first_model")[NUM_LAYERS].numpy()
     is_right = final[:, 0] > final[:, 1]
     shares = {sources[0]: is_right[:16].mean(), sources[1]: is_right[16:].mean()}
@@ -86,15 +91,8 @@ def test_sources_are_ordered_by_accuracy(tiny: Files, workers: Any, tmp_path: Pa
 def test_pairs_are_ordered_by_margin(tiny: Files, workers: Any, tmp_path: Path) -> None:
     """Per token: every pair of step 1 is at least as easy as any of step 2."""
     output = tmp_path / "run"
-    sdpo = {
-        "order": "easy_to_hard",
-        "by": "pair",
-        "measure": "margin",
-        "length_normalised": True,
-        "only": 1,
-    }
-    [outcome] = workers.run(run, 1, stepped_config(tiny, output, sdpo=sdpo))
-    assert outcome.code == 0, outcome.printed
+    sdpo = {"order": "easy_to_hard", "by": "pair", "measure": "margin", "length_normalised": True}
+    start_training(workers, stepped_config(tiny, output, sdpo=sdpo))
     rows = table(output)
     margins = {step: rows[rows.step == step].first_model_margin for step in (1, 2)}
     assert len(margins[1]) == len(margins[2]) == 12
@@ -174,12 +172,10 @@ def test_remedies_do_not_name_reference_cache(remedy: str, expected: str) -> Non
 
 
 def test_scores_of_other_data_are_rejected_with_remedy(
-    tiny: Files, workers: Any, tmp_path: Path
+    tiny: Files, workers: Any, tmp_path: Path, first_step: Any
 ) -> None:
     """The remedy does not name `reference.cache`."""
-    output = tmp_path / "run"
-    file = stepped_config(tiny, output, sdpo={"only": 1})
-    assert workers.run(run, 1, file)[0].code == 0
+    output = first_step("merge", tmp_path / "run")
     (output / "manifest.json").unlink()
     longer = stepped_config(tiny, output, data={"max_length": 64}, sdpo={"only": 1})
     with pytest.raises(

@@ -62,11 +62,13 @@ def test_step_whose_end_fails_is_not_complete(
     "target", ["previous", pytest.param("first", marks=pytest.mark.exhaustive)]
 )
 def test_earlier_adapter_is_removed_if_it_belongs_to_another_model(
-    tiny: Files, workers: Any, tmp_path: Path, target: str
+    tiny: Files, workers: Any, tmp_path: Path, first_step: Any, target: str
 ) -> None:
     """The adapter of step 2 belongs to step 1's result, unless it starts from the first model."""
     output = tmp_path / "run"
-    file = stepped_config(tiny, output, sdpo={"target": target})
+    if target == "previous":
+        first_step("merge", output)
+    file = stepped_config(tiny, output, steps=EXPORTING, sdpo={"target": target})
     adapter = output / "adapter"
     adapter.mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):

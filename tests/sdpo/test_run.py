@@ -20,6 +20,7 @@ from ..train.tiny_run import NUM_LAYERS, relative_difference
 from .stepped_run import (
     EXPORTING,
     Files,
+    Outcome,
     cached_logps,
     exported,
     run,
@@ -78,6 +79,7 @@ def test_each_pair_is_in_one_step(tiny: Files, finished: Any) -> None:
     first, second = slice_of(output, 1), slice_of(output, 2)
     assert sorted([*first, *second]) == list(range(24)) and len(first) == 12
     assert first != list(range(12)), "pairs are shuffled"
+    assert str(tiny.train) in (output / "curriculum.md").read_text()
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == list(range(1, 9))
@@ -113,11 +115,15 @@ def test_steps_may_have_different_layouts(
         {"fraction": 0.5, "layout": {"tensor": 2, **more}},
         {"fraction": 0.5, "layout": {"pipeline": 2}},
     ]
-    outcomes = workers.run(run, 2, stepped_config(tiny, tmp_path / "run", kind, steps))
+    output = tmp_path / "run"
+    sdpo = {"keep_snapshots": "last", "keep_checkpoints": True}
+    outcomes = workers.run(run, 2, stepped_config(tiny, output, kind, steps, sdpo=sdpo))
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].printed
-    difference = relative_difference(exported(tmp_path / "run"), exported(finished(kind)[0]))
+    difference = relative_difference(exported(output), exported(finished(kind)[0]))
     assert difference <= LAYOUT_TOLERANCE
     assert start_checks(outcomes[0]) == 2
+    assert [path.name for path in (output / "snapshots").iterdir()] == ["step-2"]
+    assert all((output / f"step-{number}" / "checkpoints").is_dir() for number in (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -130,8 +136,9 @@ def test_target_first_starts_from_the_first_model(
     """Its reference is the result of step 1, so start and reference differ and are not checked."""
     output = tmp_path / "run"
     file = stepped_config(tiny, output, kind, sdpo={"target": "first"})
-    [outcome] = workers.run(run, 1, file)
+    [(outcome, models_in_memory)] = workers.run(run_counting_models, 1, file)
     assert outcome.code == 0, outcome.printed
+    assert models_in_memory == [1, 1], "the models of scoring and of step 1 must be freed"
     assert start_checks(outcome) == 1
     records = read_metrics(output / "step-2" / "metrics.jsonl")
     assert records[0]["eval_rewards/margins"] != 0.0
@@ -160,8 +167,8 @@ def test_live_reference_trains_the_same(
     assert relative_difference(exported(tmp_path / "run"), theirs) <= LAYOUT_TOLERANCE
 
 
-def models_alive(file: str) -> list[int]:
-    """Number of models in memory when each step starts, including garbage."""
+def run_counting_models(file: str) -> tuple[Outcome, list[int]]:
+    """A run, and the number of models in memory when each step starts, including garbage."""
     import gc
 
     from megatron.core.models.gpt import GPTModel
@@ -183,21 +190,19 @@ def models_alive(file: str) -> list[int]:
     gc.disable()
     try:
         with patch.object(loop, "train_steps", train_steps):
-            assert run(file).code == 0
+            outcome = run(file)
     finally:
         gc.enable()
-    return counts
+    return outcome, counts
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param("previous", marks=pytest.mark.exhaustive), "first"]
-)
-def test_one_model_is_in_memory_during_a_step(
-    tiny: Files, workers: Any, tmp_path: Path, target: str
-) -> None:
+@pytest.mark.exhaustive  # test_target_first_starts_from_the_first_model counts them, too
+def test_one_model_is_in_memory_during_a_step(tiny: Files, workers: Any, tmp_path: Path) -> None:
     """The model that scored its reference and the model of step 1 have been freed."""
-    file = stepped_config(tiny, tmp_path / "run", sdpo={"target": target})
-    assert workers.run(models_alive, 1, file) == [[1, 1]]
+    [(outcome, counts)] = workers.run(
+        run_counting_models, 1, stepped_config(tiny, tmp_path / "run")
+    )
+    assert outcome.code == 0 and counts == [1, 1]
 
 
 # ---- single steps, signals, errors --------------------------------------------------------------
@@ -267,15 +272,6 @@ def test_deleted_reference_cache_is_scored_again(
     [outcome] = workers.run(run, 1, file, CountSteps())
     assert outcome.code == 0 and outcome.found["steps"] == [3, 4]
     assert snapshots(output) == snapshots(finished("merge")[0])
-
-
-def test_keep_snapshots_last_deletes_older_ones(tiny: Files, workers: Any, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    sdpo = {"keep_snapshots": "last", "keep_checkpoints": True}
-    file = stepped_config(tiny, output, "full", sdpo=sdpo)
-    assert workers.run(run, 1, file)[0].code == 0
-    assert [path.name for path in (output / "snapshots").iterdir()] == ["step-2"]
-    assert all((output / f"step-{number}" / "checkpoints").is_dir() for number in (1, 2))
 
 
 @pytest.mark.parametrize("victim", ["manifest.json", "snapshot.json", "largest"])

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_idpo.errors import CheckpointError, ConfigError
+from megatron_idpo.errors import EXIT_PREEMPTED, CheckpointError, ConfigError
 
+from ..train.run_hooks import stop_after
 from ..train.tiny_run import NUM_LAYERS
 from .stepped_run import THREE_STEPS, Files, cached_logps, run, stepped_config
 
@@ -29,14 +30,14 @@ def test_training_reads_scores_of_another_layout(tiny: Files, workers: Any, tmp_
     """At the layers of all steps; `reference.cache` is not used."""
     output = tmp_path / "run"
     reference = {"cache": str(tmp_path / "caches")}
-    file = stepped_config(tiny, output, steps=THREE_STEPS, reference=reference, sdpo={"only": 1})
+    file = stepped_config(tiny, output, steps=THREE_STEPS, reference=reference)
     [(code, printed), _] = workers.run(score, 2, file, "layout.pipeline=2")
     assert code == 0 and f"{output / 'first_model'}" in printed
     before = (output / "first_model" / "reference.parquet").read_bytes()
     assert set(cached_logps(output / "first_model")) == {1, 2, 3, NUM_LAYERS}
     assert not (tmp_path / "caches").exists() and not (output / "reference").exists()
-    [outcome] = workers.run(run, 1, file)
-    assert outcome.code == 0 and "training pairs in" not in outcome.printed
+    [outcome] = workers.run(run, 1, file, stop_after(2))
+    assert outcome.code == EXIT_PREEMPTED and "training pairs in" not in outcome.printed
     assert (output / "first_model" / "reference.parquet").read_bytes() == before
 
 

@@ -68,8 +68,9 @@ def test_megatron_state_is_reset_after_a_call(workers):
         assert workers.run(start_megatron, 2, tensor) == [(torch.device("cpu"), 1)] * 2
 
 
-@pytest.mark.parametrize("failing_rank", [0, 1])
-@pytest.mark.parametrize("kind", [ValueError, ConfigError, SystemExit])
+@pytest.mark.parametrize(
+    ("failing_rank", "kind"), [(0, ValueError), (1, ConfigError), (1, SystemExit)]
+)
 def test_exception_is_raised_with_its_rank_and_traceback(workers, failing_rank, kind):
     before = workers.run(process_id, 2)
     with pytest.raises(kind, match="the reason") as raised:

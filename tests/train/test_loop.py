@@ -103,7 +103,8 @@ def finished(
                 training={"eval_every_steps": 4},
                 **TRAINED[trained],
             )
-            outcomes = workers.run(run, world_size, file, ReadTrained())
+            draw_figures = (trained, layout) == ("full", "one")
+            outcomes = workers.run(run, world_size, file, ReadTrained(), draw_figures=draw_figures)
             assert [outcome.code for outcome in outcomes] == [0] * world_size
             known[trained, layout] = FinishedRun(output, outcomes)
         return known[trained, layout]
@@ -172,9 +173,9 @@ def test_reference_at_the_final_layer_reaches_every_stage(tiny, workers, tmp_pat
     assert losses[0][0] != pytest.approx(0.693147, abs=0.01)
 
 
-@pytest.mark.parametrize("trained", TRAINED)
-def test_logged_steps_learning_rates_and_epochs(finished, trained):
-    records = finished(trained, "pipeline").records
+@pytest.mark.parametrize(("trained", "layout"), [("full", "pipeline"), ("lora", "tensor")])
+def test_logged_steps_learning_rates_and_epochs(finished, trained, layout):
+    records = finished(trained, layout).records
     assert [int(record["step"]) for record in records] == list(range(STEPS + 1))
     rising, falling = [0.0, 0.5], [0.5 * (1 + math_cos(n / 6)) for n in range(6)]
     lrs = [1e-2 * share for share in (*rising, *falling)]
@@ -239,6 +240,7 @@ def test_files_of_a_finished_run(finished):
         assert resolved.training.output == str(output) and resolved.objective.layers == LAYERS
         printed = finished(trained, "one").outcomes[0].printed
         assert "start check passed" in printed and str(output / "hf") in printed
+        assert (output / "curves.png").read_bytes().startswith(b"\x89PNG") == (trained == "full")
         assert str(output / "adapter") in printed or not more
 
 

@@ -1,5 +1,6 @@
 """Errors before and during a run: one message, and checkpoints stay usable."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,14 @@ def test_nan_after_the_last_step_is_neither_saved_nor_exported(
 
 
 def test_background_save_completes_after_an_error(tiny, workers, tmp_path):
-    file = write_config(tiny, tmp_path / "run", checkpoint={"every_steps": 2})
-    message = error_of(ConfigError, workers, 1, file, Break(step=3, save_s=1.0))
+    file = write_config(
+        tiny, tmp_path / "run", checkpoint={"every_steps": 2}, training={"max_steps": 4}
+    )
+    message = error_of(ConfigError, workers, 1, file, Break(step=3, save_s=0.5))
     assert message == "training.output: is full"
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
     (outcome,) = workers.run(run, 1, file, CountSteps())
-    assert outcome.found["steps"] == list(range(3, STEPS + 1))
+    assert outcome.found["steps"] == [3, 4]
 
 
 # ---- the start check ----------------------------------------------------------------------------
@@ -278,15 +281,22 @@ def test_learning_rate_length_and_layout_may_change(tiny, workers, two_steps):
     assert all(outcome.found["steps"] == [3] for outcome in outcomes)
 
 
+@pytest.fixture(scope="module")
+def four_steps(tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of a run that was stopped after 4 of 8 steps; not to be changed."""
+    output = tmp_path_factory.mktemp("four") / "run"
+    workers.run(run, 1, write_config(tiny, output), stop_after(4))
+    return output
+
+
 @pytest.mark.parametrize(("batch_pairs", "steps"), [(3, 8), (12, 2)])
 def test_resumed_run_with_another_batch_size_ends_with_the_data(
-    tiny, workers, tmp_path, batch_pairs, steps
+    tiny, workers, tmp_path, four_steps, batch_pairs, steps
 ):
     """24 of 48 pairs have been used after 4 steps of 6."""
-    output = tmp_path / "run"
-    workers.run(run, 1, write_config(tiny, output), stop_after(4))
-    file = write_config(tiny, output, training={"global_batch_pairs": batch_pairs})
-    (outcome,) = workers.run(run, 1, file, CountSteps())
+    output = shutil.copytree(four_steps, tmp_path / "run")
+    training = {"global_batch_pairs": batch_pairs, "export": False}
+    (outcome,) = workers.run(run, 1, write_config(tiny, output, training=training), CountSteps())
     assert outcome.code == 0
     assert outcome.found["steps"] == list(range(5, 5 + steps))
 

@@ -41,12 +41,9 @@ TENSOR = {"layout": {"tensor": 2}}
 SEQUENCE = {"layout": {"tensor": 2, "sequence_parallel": True}}
 PIPELINE = {"layout": {"pipeline": 2}}
 
-CASES = {
-    "full": Case(),
-    "lora": Case(DROPOUT),
-    "lora-pipeline": Case({**DROPOUT, **PIPELINE}, 2, signal.SIGUSR1, rank=1),
-}
+CASES = {"full": Case(), "lora-pipeline": Case({**DROPOUT, **PIPELINE}, 2, signal.SIGUSR1, rank=1)}
 MORE_CASES = {
+    "lora": Case(DROPOUT),
     "lora-tensor": Case({**DROPOUT, **TENSOR}, 2, rank=1),
     "lora-sequence": Case({**DROPOUT, **SEQUENCE}, 2),
     "lora-data": Case(DROPOUT, 2, rank=1),
@@ -56,14 +53,28 @@ MORE_CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, workers, tmp_path_factory):
+    """Outputs of uninterrupted runs; each is trained once and not to be changed."""
+    outputs = {}
+
+    def train(processes: int = 1, **sections: Any) -> Path:
+        key = repr((processes, sections))
+        if key not in outputs:
+            outputs[key] = tmp_path_factory.mktemp("whole") / "run"
+            workers.run(run, processes, write_config(tiny, outputs[key], **sections))
+        return outputs[key]
+
+    return train
+
+
 @pytest.mark.parametrize(
     "name", [*CASES, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE_CASES)]
 )
-def test_stopped_and_resumed_run_ends_bitwise_equal(tiny, workers, tmp_path, name):
+def test_stopped_and_resumed_run_ends_bitwise_equal(tiny, workers, tmp_path, uninterrupted, name):
     """The stopped run also evaluates, which must not change anything."""
     case = {**CASES, **MORE_CASES}[name]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    workers.run(run, case.processes, write_config(tiny, whole, **case.sections))
+    whole, parts = uninterrupted(case.processes, **case.sections), tmp_path / "parts"
     evaluated = {"data": {"eval": str(tiny.held_out)}, "training": {"eval_every_steps": 3}}
     file = write_config(tiny, parts, **case.sections, **evaluated)
 
@@ -85,12 +96,13 @@ def test_stopped_and_resumed_run_ends_bitwise_equal(tiny, workers, tmp_path, nam
 
 
 def test_complete_run_takes_no_step(tiny, workers, tmp_path):
-    file = write_config(tiny, tmp_path / "run", data={"eval": str(tiny.held_out)})
+    short = {"max_steps": 2}
+    file = write_config(tiny, tmp_path / "run", data={"eval": str(tiny.held_out)}, training=short)
     workers.run(run, 1, file)
     before = weights_bytes(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     (again,) = workers.run(run, 1, file, CountSteps())
     assert (again.code, again.found["steps"]) == (0, [])
-    assert "all 8 steps are complete" in again.printed
+    assert "all 2 steps are complete" in again.printed
     after = weights_bytes(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert after == before
 
@@ -127,17 +139,18 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
         ),
     ],
 )
-def test_run_resumes_in_another_layout(tiny, workers, tmp_path, trained, first, second):
+def test_run_resumes_in_another_layout(
+    tiny, workers, tmp_path, uninterrupted, trained, first, second
+):
     lora = {"lora": LORA} if trained == "lora" else {}
-    workers.run(run, 1, write_config(tiny, tmp_path / "whole", **lora))
+    whole = uninterrupted(**lora)
     for name, hooks, code in ((first, (stop_after(4),), EXIT_PREEMPTED), (second, (), 0)):
         layout, processes = LAYOUTS[name]
         file = write_config(tiny, tmp_path / "parts", layout=layout, **lora)
         outcomes = workers.run(run, processes, file, *hooks)
         assert [outcome.code for outcome in outcomes] == [code] * processes
-    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=TOLERANCE)
-    parts, whole = exported(tmp_path / "parts"), exported(tmp_path / "whole")
-    assert relative_difference(parts, whole) <= TOLERANCE
+    assert losses(tmp_path / "parts") == pytest.approx(losses(whole), abs=TOLERANCE)
+    assert relative_difference(exported(tmp_path / "parts"), exported(whole)) <= TOLERANCE
 
 
 # ---- killed -------------------------------------------------------------------------------------

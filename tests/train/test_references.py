@@ -31,9 +31,38 @@ def losses(output: Path) -> list[float]:
     return [record[name] for record in records for name in names if name in record]
 
 
-def config(tiny: Files, output: Path, **sections: Any) -> str:
+def config(tiny: Files, output: Path, *, max_steps: int | None = None, **sections: Any) -> str:
     held_out = {"eval": str(tiny.held_out)}
-    return write_config(tiny, output, data=held_out, training={"export": False}, **sections)
+    training = {"export": False, "max_steps": max_steps}
+    return write_config(tiny, output, data=held_out, training=training, **sections)
+
+
+@pytest.fixture(scope="module")
+def live(tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Losses of a run with a live reference; each is trained once."""
+    known: dict[tuple[str, str], list[float]] = {}
+
+    def train(trained: str, layout: str) -> list[float]:
+        if (trained, layout) not in known:
+            output = tmp_path_factory.mktemp("live") / "run"
+            train_with(tiny, workers, output, trained, layout)
+            known[trained, layout] = losses(output)
+        return known[trained, layout]
+
+    return train
+
+
+def train_with(
+    tiny: Files, workers: Any, output: Path, trained: str, layout: str, **sections: Any
+) -> list[Outcome]:
+    """A complete run in a layout."""
+    processes, section = LAYOUTS[layout]
+    if trained == "lora":
+        sections["lora"] = LORA
+    file = config(tiny, output, layout=section, **sections)
+    outcomes: list[Outcome] = workers.run(run, processes, file)
+    assert [outcome.code for outcome in outcomes] == [0] * processes, outcomes[0].printed
+    return outcomes
 
 
 @pytest.mark.distributed
@@ -48,32 +77,25 @@ def config(tiny: Files, output: Path, **sections: Any) -> str:
     ],
 )
 def test_cache_learns_the_same_as_a_live_reference(
-    tiny: Files, workers: Any, tmp_path: Path, trained: str, layout: str
+    tiny: Files, workers: Any, tmp_path: Path, live: Any, trained: str, layout: str
 ) -> None:
-    processes, section = LAYOUTS[layout]
-    sections: dict[str, Any] = {"layout": section}
-    if trained == "lora":
-        sections["lora"] = LORA
-    for name, reference in (("live", {}), ("cached", CACHE)):
-        file = config(tiny, tmp_path / name, **sections, **reference)
-        answers = workers.run(run, processes, file)
-        assert [answer.code for answer in answers] == [0] * processes, answers[0].printed
-    live, cached = losses(tmp_path / "live"), losses(tmp_path / "cached")
-    assert len(live) == STEPS + 2
-    assert cached == pytest.approx(live, abs=LOSS_TOLERANCE)
-    assert max(live) - min(live) > 0.1, "the loss must change"
-    cache = tmp_path / "cached" / "reference"
+    outcomes = train_with(tiny, workers, tmp_path / "run", trained, layout, **CACHE)
+    expected = live(trained, layout)
+    assert len(expected) == STEPS + 2
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert max(expected) - min(expected) > 0.1, "the loss must change"
+    cache = tmp_path / "run" / "reference"
     assert (cache / "reference.parquet").is_file() and (cache / "eval/fingerprint.json").is_file()
-    assert "start check passed" in answers[0].printed
+    assert "start check passed" in outcomes[0].printed
 
 
 @pytest.mark.distributed
-def test_offloaded_reference_equals_resident(tiny: Files, workers: Any, tmp_path: Path) -> None:
-    for source in ("resident", "offloaded"):
-        file = config(tiny, tmp_path / source, reference={"source": source})
-        [answer] = workers.run(run, 1, file)
-        assert answer.code == 0, answer.printed
-    assert losses(tmp_path / "offloaded") == losses(tmp_path / "resident")
+def test_offloaded_reference_equals_resident(
+    tiny: Files, workers: Any, tmp_path: Path, live: Any
+) -> None:
+    reference = {"source": "offloaded"}
+    train_with(tiny, workers, tmp_path / "run", "full", "single", reference=reference)
+    assert losses(tmp_path / "run") == live("full", "single")
 
 
 @pytest.mark.distributed
@@ -82,7 +104,7 @@ def test_cache_of_other_layers_is_rejected_before_weights_are_read(
 ) -> None:
     from .run_hooks import NoWeights
 
-    file = config(tiny, tmp_path / "run", **CACHE)
+    file = config(tiny, tmp_path / "run", max_steps=2, **CACHE)
     workers.run(run, 1, file)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     file = config(tiny, tmp_path / "run", **CACHE, objective={"layers": [2]})
@@ -96,14 +118,14 @@ def test_deleted_cache_is_computed_again_bitwise_on_resume(
     tiny: Files, workers: Any, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
     """By the policy at its start: the checkpoint is loaded after that."""
-    file = config(tiny, tmp_path / "run", **CACHE, **trained)
-    [stopped] = workers.run(run, 1, file, stop_after(3))
+    file = config(tiny, tmp_path / "run", max_steps=3, **CACHE, **trained)
+    [stopped] = workers.run(run, 1, file, stop_after(2))
     assert stopped.code == EXIT_PREEMPTED
     cache = tmp_path / "run" / "reference"
     shutil.move(cache / "reference.parquet", tmp_path / "table")
     (cache / "fingerprint.json").unlink()
     [finished] = workers.run(run, 1, file)
-    assert finished.code == 0 and "resuming from step 3" in finished.printed
+    assert finished.code == 0 and "resuming from step 2" in finished.printed
     assert (cache / "reference.parquet").read_bytes() == (tmp_path / "table").read_bytes()
 
 
@@ -130,7 +152,7 @@ def run_stopped_while_scoring(file: str) -> Outcome:
 
 @pytest.mark.distributed
 def test_signal_while_scoring_preempts_the_run(tiny: Files, workers: Any, tmp_path: Path) -> None:
-    file = config(tiny, tmp_path / "run", **CACHE)
+    file = config(tiny, tmp_path / "run", max_steps=2, **CACHE)
     [stopped] = workers.run(run_stopped_while_scoring, 1, file)
     assert stopped.code == EXIT_PREEMPTED
     assert "the same command resumes (exit code 75)" in stopped.printed

@@ -1,6 +1,6 @@
 """Plain DPO equals TRL's DPOTrainer in every step and layout.
 
-The same 64 pairs (some cut), 8 per step for 20 steps in our shuffled order over two and a half
+The same 32 pairs (some cut), 8 per step for 10 steps in our shuffled order over two and a half
 epochs, fp32, dropout 0, AdamW with warm-up, cosine decay and active clipping; LoRA from the same
 adapter, or full training. TRL pads, we pack rows and share prompts.
 """
@@ -20,6 +20,7 @@ from megatron_idpo.data.tokenize.dataset import PairDataset, load_pairs
 from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
 from megatron_idpo.train.metrics.file import Record, read_metrics
 
+from .tiny_run import without_figures
 from .trl_case import (
     BATCH_PAIRS,
     EPOCHS,
@@ -142,6 +143,7 @@ def _tokens(pairs: PairDataset, index: int) -> tuple[tuple[int, ...], ...]:
     [
         ("lora", "single"),
         ("lora", "pipeline"),
+        ("full", "single"),
         ("full", "tensor"),
         ("full", "data"),
         *(
@@ -150,7 +152,6 @@ def _tokens(pairs: PairDataset, index: int) -> tuple[tuple[int, ...], ...]:
                 ("lora", "tensor"),
                 ("lora", "sequence"),
                 ("lora", "data"),
-                ("full", "single"),
                 ("full", "sequence"),
                 ("full", "pipeline"),
             ]
@@ -179,7 +180,8 @@ def train(file: str) -> int:
     from megatron_idpo.cli.train import main
 
     torch.set_num_threads(1)
-    return main(Path(file), [])
+    with without_figures():
+        return main(Path(file), [])
 
 
 def _compare(ours: list[Record], theirs: TrlResult, clip_grad: float) -> None:

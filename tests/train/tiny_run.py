@@ -2,7 +2,8 @@
 
 24 pairs of random words, 6 per step, two epochs: 8 steps. One pair has a word whose token no other
 pair has. `run` trains as a configuration file says. Hooks (`run_hooks.py`) are sent to the workers
-and observe or disturb the run.
+and observe or disturb the run. Figures are not drawn unless a test asks: that takes longer than
+the training.
 """
 
 import json
@@ -13,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
 from megatron_idpo.config.load import load_config
+from megatron_idpo.storage.atomic import write_bytes
 from megatron_idpo.testing import write_tiny_hf_model
 
 NUM_LAYERS = 4
@@ -165,17 +168,33 @@ class Hook(Protocol):
         """Active within the block; may put results into `found`."""
 
 
-def run(file: str, *hooks: Hook) -> Outcome:
+def run(file: str, *hooks: Hook, draw_figures: bool = False) -> Outcome:
     """The verb `train`, on every rank."""
     from megatron_idpo.cli.main import console_logging
     from megatron_idpo.cli.train import main
 
     found: dict[str, Any] = {}
     with ExitStack() as stack, redirect_stdout(StringIO()) as printed, console_logging():
+        if not draw_figures:
+            stack.enter_context(without_figures())
         for hook in hooks:
             stack.enter_context(hook(found))
         code = main(Path(file), [])
     return Outcome(code, printed.getvalue(), found)
+
+
+@contextmanager
+def without_figures() -> Iterator[None]:
+    """Files of figures are written as usual, but empty."""
+
+    def save_charts(charts: Sequence[Any], path: Path, **_: Any) -> None:
+        write_bytes(path, b"", concurrent=True)
+
+    with (
+        patch("megatron_idpo.train.metrics.curves.save_charts", save_charts),
+        patch("megatron_idpo.sdpo.curriculum_figure.save_charts", save_charts),
+    ):
+        yield
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Inputs of TRL and of our runs: a model, its tokenizer, 64 conversations, 20 steps.
+"""Inputs of TRL and of our runs: a model, its tokenizer, 32 conversations, 10 steps.
 
 stories260K and human-labeled pairs from the shared directory if they exist; otherwise a random tiny
 Llama, a tokenizer trained here and random pairs.
@@ -18,9 +18,9 @@ SHARED = Path(__file__).parents[3] / "shared"
 STORIES = SHARED / "models" / "stories260K"
 LABELLED = SHARED / "data" / "hh_harmless_base_test.jsonl"
 
-NUM_PAIRS = 64
+NUM_PAIRS = 32
 BATCH_PAIRS = 8
-STEPS = 20
+STEPS = 10
 SEED = 3
 EPOCHS = -(-STEPS * BATCH_PAIRS // NUM_PAIRS)
 MAX_LENGTH = 160
@@ -43,10 +43,10 @@ class TrlCase:
     """With its tokenizer, which has no chat template."""
 
     records: Path
-    """64 pairs, for us."""
+    """32 pairs, for us."""
 
     ordered: Path
-    """The pairs of 20 steps in our order, for TRL."""
+    """The pairs of 10 steps in our order, for TRL."""
 
     num_layers: int
 

@@ -59,9 +59,11 @@ def run_trl(runs: list[TrlRun], directory: Path) -> list[TrlResult]:
     spec = directory / "spec.json"
     spec.write_text(json.dumps([asdict(run) for run in runs]))
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # One thread: with more, tiny operations wait for cores that other tests use.
+    threads = {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, __file__, str(spec)],
-        env={**os.environ, **offline},
+        env={**os.environ, **offline, **threads},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
