@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,18 @@ from tempfile import TemporaryDirectory
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.hf_io.end_tokens import TOKENIZER_CONFIG_FILE, with_end_tokens
-from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE, read_json_object
+from megatron_idpo.convert.hf_io.tokenizer_files import (
+    CONFIG_FILE,
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILES,
+    read_json_object,
+)
 from megatron_idpo.convert.megatron_to_hf import export_hf
 from megatron_idpo.convert.model_source import ModelSource
 from megatron_idpo.data.run_pairs import tokenizer_path
 from megatron_idpo.data.tokenize.answer_end import answer_end
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer, read_template
+from megatron_idpo.errors import CheckpointError
 from megatron_idpo.lora.adapters import merged_value
 from megatron_idpo.lora.peft import save_peft
 from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, is_rank0, raise_on_all_ranks
@@ -88,7 +95,8 @@ def has_chat_template(model: Path) -> bool:
 def companions_of(config: RunConfig, source: ModelSource) -> Iterator[tuple[Path, ...]]:
     """The base model's companion files, for a model that was trained on this data. Collective.
 
-    Prompts must be formatted as in training, so a configured template replaces the base model's.
+    A configured tokenizer replaces the base model's, which gives texts other tokens. Prompts must
+    be formatted as in training, so a configured template replaces the base model's too.
     Answers must end as in training, so the end tokens of the training data are added to those of
     the base model.
 
@@ -101,8 +109,44 @@ def companions_of(config: RunConfig, source: ModelSource) -> Iterator[tuple[Path
             text = read_template(config.data.chat_template)
             if is_rank0():  # copies the files
                 tokenizer = load_tokenizer(tokenizer_path(config.model), config.data.chat_template)
+                companions = _with_tokenizer(companions, config.model.tokenizer, Path(directory))
                 companions = _trained_companions(companions, Path(directory), tokenizer, text)
         yield companions
+
+
+def _with_tokenizer(
+    files: tuple[Path, ...], tokenizer: str | None, directory: Path
+) -> tuple[Path, ...]:
+    """The files with those of `model.tokenizer` instead of the base model's tokenizer.
+
+    Args:
+        files: of the base model.
+        tokenizer: a directory, a `.model` file or a hub name; None keeps the base model's.
+        directory: for a copy of a `.model` file under the name that Transformers looks for.
+
+    Raises:
+        CheckpointError: its files are not there any more.
+    """
+    if tokenizer is None:
+        return files
+    path = Path(tokenizer)
+    if path.is_file():
+        own = [directory / SENTENCEPIECE_FILE]
+        shutil.copyfile(path, own[0])
+        settings = path.with_name(TOKENIZER_CONFIG_FILE)  # `load_tokenizer` reads it too
+        own += [settings] if settings.is_file() else []
+    elif path.is_dir():
+        own = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        # Loading the tokenizer has downloaded them; an export does not need the network.
+        cached = [try_to_load_from_cache(tokenizer, name) for name in TOKENIZER_FILES]
+        own = [Path(file) for file in cached if isinstance(file, str)]
+    if not own:
+        message, remedy = "has no tokenizer files", "name the tokenizer that the run started with"
+        raise CheckpointError.at(f"model.tokenizer {tokenizer}", message, remedy)
+    return (*(file for file in files if file.name not in TOKENIZER_FILES), *own)
 
 
 def _trained_companions(

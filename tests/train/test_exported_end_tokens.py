@@ -12,7 +12,7 @@ from megatron_idpo.convert.hf_io.end_tokens import end_tokens
 from megatron_idpo.convert.hf_io.reader import HfCheckpoint
 from megatron_idpo.data.tokenize.tokenizers import load_tokenizer, read_template
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.train.export import _trained_companions
+from megatron_idpo.train.export import _trained_companions, _with_tokenizer
 
 EOS, TURN_END = 2, 1
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<s>\n{% endfor %}"
@@ -126,3 +126,30 @@ def test_a_template_without_an_end_token_is_reported(
 def test_an_invalid_end_token_is_reported(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="eos_token_id is 'x', not token ids"):
         export(tmp_path, tiny, Case(TEMPLATE, [], base_eos="x"))
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "hub"])
+def test_the_configured_tokenizer_is_exported(
+    kind: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base model's own tokenizer gives texts other tokens than those that were trained."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("tokenizer.model", "tokenizer_config.json", "README.md"):
+        (other / name).write_text(name)
+    if kind == "file":
+        (other / "tokenizer.model").rename(other / "sp.model")
+    path = {"directory": str(other), "file": str(other / "sp.model"), "hub": "owner/name"}[kind]
+
+    def cached(_: str, name: str) -> str | None:
+        return str(other / name) if (other / name).is_file() else None
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    base = HfCheckpoint(tiny.model).companions
+    files = {file.name: file for file in _with_tokenizer(base, path, tmp_path)}
+    models = {"config.json", "generation_config.json"}
+    assert files.keys() == models | {"tokenizer.model", "tokenizer_config.json"}
+    assert all(files[name].read_text() == name for name in files.keys() - models)
+    with pytest.raises(CheckpointError, match=r"model\.tokenizer .*gone: has no tokenizer files"):
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+        _with_tokenizer(base, str(tmp_path / "gone"), tmp_path)

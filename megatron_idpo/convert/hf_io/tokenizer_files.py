@@ -14,10 +14,12 @@ from megatron_idpo.storage.provenance import read_record
 
 CONFIG_FILE = "config.json"
 
+SENTENCEPIECE_FILE = "tokenizer.model"
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
+    SENTENCEPIECE_FILE,
     "tokenizer.model.v3",
     "tekken.json",
     "vocab.json",
