@@ -89,6 +89,10 @@ def test_directory_pattern_and_file_have_the_same_splits(tmp_path: Path) -> None
     with pytest.raises(DataError, match="no split 'train_prefs'; its files are test_prefs"):
         read(tmp_path / TEST_PREFS, split="train_prefs")
     assert read(tmp_path / TEST_PREFS) == [TEST_PREFS], "named itself"
+    shards = [f"other/data/{split}-00000-of-00001.jsonl" for split in ("prefs", "sft")]
+    write_files(tmp_path, shards)
+    for path in ("other", "other/data", "other/data/*"):
+        assert read(tmp_path / path, split="sft") == shards[1:]
 
 
 @pytest.mark.parametrize(
