@@ -13,7 +13,10 @@ PYTEST = $(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-r
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-sdpo test test-all check format clean
+# How long `make fuzz` runs.
+MINUTES ?= 10
+
+.PHONY: help setup quickstart quickstart-sdpo test test-all fuzz check format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +35,9 @@ test: setup ## all CPU tests except the exhaustive ones
 
 test-all: setup ## all CPU tests, including the full matrices
 	$(PYTEST) -m "not gpu" $(ARGS)
+
+fuzz: setup ## random configurations, records, templates, damage and kill points for MINUTES=10
+	$(PYTHON_IN_VENV) tools/fuzz.py --minutes $(MINUTES) $(ARGS)
 
 check: setup ## lint, formatting, strict types, house rules
 	$(PYTHON_IN_VENV) -m ruff check .
