@@ -50,6 +50,8 @@ IMPORTED = (
     "megatron_idpo.data.packing.rows",
     "megatron_idpo.lora.adapters",
     "megatron_idpo.plugin.attach",
+    "transformers.modeling_rope_utils",
+    "transformers.models.llama.configuration_llama",
 )
 """Modules that every rank needs, imported before the fork."""
 

@@ -1,4 +1,7 @@
-"""The output of the convert command: one line per conversion, none of megatron-core."""
+"""The convert command: one line per conversion; a kill leaves nothing that looks complete.
+
+Nothing of megatron-core is printed, by its import neither.
+"""
 
 import os
 import re
@@ -8,29 +11,81 @@ from pathlib import Path
 
 import pytest
 
+from megatron_idpo.storage import atomic
+
 pytestmark = pytest.mark.distributed
 
-BOTH = """
-import sys
+# One process imports everything, like a command that ends with an error, and forks a child for each
+# conversion. A killed one has written everything but the target's name.
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+import transformers.modeling_rope_utils
+from transformers import LlamaConfig
+from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
+redirect_cuda_to_cpu()  # as a script calls it; it imports most of megatron-core
 from megatron_idpo.cli.main import main
-hf, between, back = sys.argv[1:]
-sys.exit(main(["convert", "hf-to-megatron", hf, between]) or
-         main(["convert", "megatron-to-hf", between, back, "--dtype", "bf16"]))
+from megatron_idpo.storage import atomic
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def convert(*words, killed=False):
+    child = os.fork()
+    if child == 0:
+        if killed:
+            atomic.publish_directory = die
+        os._exit(main(["convert", *words]))
+    status = os.waitpid(child, 0)[1]
+    assert status == (signal.SIGKILL if killed else 0), f"{words}: {status}"
+    assert Path(words[2]).exists() != killed, f"{words}, killed: {killed}"
+
+hf, megatron, back, halved = sys.argv[1:]
+assert main(["convert", "hf-to-megatron", hf, megatron, "--tensor", "0"]) != 0
+for killed in (True, False):
+    convert("hf-to-megatron", hf, megatron, killed=killed)
+for killed in (True, False):
+    convert("megatron-to-hf", megatron, back, killed=killed)
+convert("megatron-to-hf", megatron, halved, "--dtype", "bf16")
 """
+
+
+@pytest.fixture(scope="module")
+def program(tiny_llama, tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The ended program and the directory with its results."""
+    root = tmp_path_factory.mktemp("convert")
+    targets = [root / name for name in ("megatron", "back", "halved")]
+    # Python warns of forks in a process with threads.
+    options = ["-W", "ignore::DeprecationWarning", "-c", PROGRAM]
+    command = [sys.executable, *options, *map(str, (tiny_llama, *targets))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return done, root
 
 
 def wrote(target: Path, size: str) -> str:
     return rf"wrote {target}: 39 tensors, {size}, in \d+\.\d s\n"
 
 
-def test_each_conversion_prints_one_line(tiny_llama, tmp_path):
-    between, back = tmp_path / "between", tmp_path / "back"
-    command = [sys.executable, "-c", BOTH, *map(str, (tiny_llama, between, back))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    there, again = wrote(between, r"0\.7 MB of float32"), wrote(back, r"0\.4 MB of bfloat16")
-    assert re.fullmatch(there + again, done.stdout), done.stdout
-    assert (back / "model.safetensors").is_file()
+def test_each_conversion_prints_one_line(program):
+    done, root = program
+    assert done.returncode == 0, done.stderr
+    expected = wrote(root / "megatron", r"0\.7 MB of float32")
+    expected += wrote(root / "back", r"0\.7 MB of float32")
+    expected += wrote(root / "halved", r"0\.4 MB of bfloat16")
+    assert re.fullmatch(expected, done.stdout), done.stdout
+    assert re.fullmatch(r"megatron-idpo: error: layout\.tensor: .*\n", done.stderr), done.stderr
+
+
+def test_killed_conversion_can_be_repeated(program, tiny_llama):
+    done, root = program
+    assert done.returncode == 0, done.stderr
+    leftovers = [len(atomic.leftovers(root / name)) for name in ("megatron", "back")]
+    assert leftovers == [1, 1]
+    visible = {path.name for path in root.iterdir() if not path.name.startswith(".")}
+    assert visible == {"megatron", "back", "halved"}
+    for path in tiny_llama.iterdir():
+        assert (root / "back" / path.name).read_bytes() == path.read_bytes()
 
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_idpo convert"

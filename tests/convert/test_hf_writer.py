@@ -4,9 +4,6 @@ import errno
 import json
 import os
 import resource
-import signal
-import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -192,30 +189,22 @@ def test_transformers_loads_the_export(tmp_path: Path) -> None:
     assert all(same_bits(loaded.state_dict()[name], tensor) for name, tensor in weights.items())
 
 
-WRITE_PART = """
-import json, sys, torch
-from megatron_idpo.convert.hf_io.writer import HfWriter
-from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
-rank = int(sys.argv[2])
-specs = [TensorSpec(f"layers.{i}.weight", (8, 4 + i), torch.bfloat16) for i in range(7)]
-writer = HfWriter(sys.argv[1], specs, token="t", max_shard_bytes=150)
-for spec in specs[rank::2]:
-    writer.write(spec.name, torch.full(spec.shape, rank + 0.5, dtype=spec.dtype))
-print(json.dumps(writer.flush()))
-"""
+def write_part(target: str) -> list[str]:
+    """On every rank: writes every second tensor; returns the names."""
+    rank = torch.distributed.get_rank()
+    specs = specs_of(weights_of(7))
+    writer = HfWriter(target, specs, token="t", max_shard_bytes=150)
+    for spec in specs[rank::2]:
+        writer.write(spec.name, torch.full(spec.shape, rank + 0.5, dtype=spec.dtype))
+    return list(writer.flush())
 
 
-def test_several_processes_write_the_same_files(tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_several_processes_write_the_same_files(workers: Any, tmp_path: Path) -> None:
     target = tmp_path / "out"
     with writer_of(target, weights_of(7), max_shard_bytes=150) as writer:
         writer.begin()
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", WRITE_PART, str(target), str(rank)], stdout=subprocess.PIPE
-            )
-            for rank in range(2)
-        ]
-        parts = [json.loads(process.communicate()[0]) for process in processes]
+        parts = workers.run(write_part, 2, str(target))
         assert not target.exists()
         writer.finish([name for part in parts for name in part])
     checkpoint = HfCheckpoint(target)
@@ -354,22 +343,13 @@ def test_file_size_limit_of_the_system_is_reported(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-KILLED = """
-import os, signal, sys, torch
-from megatron_idpo.convert.hf_io.writer import HfWriter
-from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
-writer = HfWriter(sys.argv[1], [TensorSpec(n, (9,), torch.float32) for n in "ab"], token="t")
-writer.begin()
-for name in "ab":
-    writer.write(name, torch.ones(9))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_killed_export_does_not_look_complete(tmp_path: Path) -> None:
+def test_unfinished_export_does_not_look_complete(tmp_path: Path) -> None:
+    """As a kill leaves it: every tensor is written, nothing is closed or deleted."""
     target = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(target)])
-    assert done.returncode == -signal.SIGKILL
+    unfinished = writer_of(target, weights_of(2))
+    unfinished.begin()
+    for name, tensor in weights_of(2).items():
+        unfinished.write(name, tensor)
     assert not target.exists()
     (left,) = atomic.leftovers(target)
     with pytest.raises(CheckpointError, match="not a safetensors file"):

@@ -33,7 +33,7 @@ def test_histograms_have_all_pairs_and_rows(tmp_path: Path, saved_figures: list[
 LENGTH = st.integers(1, 3) | st.integers(1, 2**20)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     lengths=st.lists(st.tuples(LENGTH, LENGTH, LENGTH), min_size=1, max_size=4),
     fill=st.lists(st.floats(0, 1), min_size=1, max_size=4),

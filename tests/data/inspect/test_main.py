@@ -165,7 +165,7 @@ def test_real_data(
 ) -> None:
     template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     source = SHARED / "data" / f"{name}.jsonl"
-    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)[:200]
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)[:60]
     (tmp_path / "some.jsonl").write_text("".join(lines), encoding="utf-8")
     overrides = [
         f"data.train={tmp_path / 'some.jsonl'}",

@@ -92,8 +92,8 @@ LAYOUTS = {
     "TP2-SP-PP2-VP2": Layout(tensor=2, pipeline=2, virtual_pipeline=2, sequence_parallel=True),
 }
 
-DEFAULT_LAYOUTS = ("TP1", "PP2-VP2", "TP2-SP-PP2-VP2")
-"""Without `make test-all`: no parallelism, pipeline only, and everything together."""
+DEFAULT_LAYOUTS = ("PP2-VP2", "TP2-SP")
+"""Without `make test-all`: each kind of parallelism in one layout."""
 
 SETTINGS = [(recompute, share) for recompute in RECOMPUTE for share in (True, False)]
 
@@ -319,6 +319,6 @@ HARMLESS = SHARED / "data" / "hh_harmless_base_test.jsonl"
 )
 def test_real_chats_with_real_weights(workers, tmp_path):
     with HARMLESS.open() as file:
-        records = [json.loads(line) for _, line in zip(range(12), file, strict=False)]
-    layout = Layout(tensor=2, pipeline=2, sequence_parallel=True, pipeline_layers=(2, 3))
+        records = [json.loads(line) for _, line in zip(range(4), file, strict=False)]
+    layout = Layout(pipeline=2, pipeline_layers=(2, 3))
     assert _check_chats(workers, layout, STORIES, str(STORIES), records, 256, tmp_path) >= 1

@@ -69,7 +69,12 @@ def evaluation_config(
 
 
 def likelihood(
-    file: str, overrides: Sequence[str] = (), *, stop_after: int | None = None, blind: bool = False
+    file: str,
+    overrides: Sequence[str] = (),
+    *,
+    stop_after: int | None = None,
+    blind: bool = False,
+    figures: bool = False,
 ) -> tuple[int, str]:
     """On every rank: the verb `likelihood` in small batches; its exit code and output.
 
@@ -78,6 +83,7 @@ def likelihood(
         overrides: of the configuration.
         stop_after: the last rank is asked to stop after so many pairs.
         blind: loading a model fails.
+        figures: draw them, which takes as long as everything else.
     """
     from megatron_idpo.cli.main import console_logging
     from megatron_idpo.evaluate.likelihood.main import main
@@ -92,6 +98,8 @@ def likelihood(
             stack.enter_context(
                 patch("megatron_idpo.evaluate.likelihood.run.frozen_model", side_effect=unread)
             )
+        if not figures:
+            stack.enter_context(patch("megatron_idpo.evaluate.likelihood.summary.save_charts"))
         stack.enter_context(console_logging())
         code = main(Path(file), list(overrides))
     return code, printed.getvalue()

@@ -273,7 +273,7 @@ CASES = {
 }
 
 
-SELECTED = ("ddp-overlap", "sequence", "interleaved", "recompute-block", "everything")
+SELECTED = ("sequence", "interleaved", "recompute-block", "everything")
 """Together they have every feature except what `tests/plugin` trains with our own code."""
 
 
