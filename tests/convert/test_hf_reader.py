@@ -320,7 +320,7 @@ for columns in (slice(0, 512), None):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
     """Anonymous memory: mapped files are page cache, which the kernel can take back."""
-    tensor_mb = 48
+    tensor_mb = 64
     weights = {f"t{i}": torch.ones(tensor_mb << 9, 1024, dtype=torch.bfloat16) for i in range(2)}
     save_file(weights, tmp_path / SINGLE_FILE)
     command = [sys.executable, "-c", READ_ALL, str(tmp_path)]
