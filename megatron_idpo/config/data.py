@@ -59,7 +59,7 @@ class ColumnsConfig(Section):
     """The worse answer."""
 
     system: Text | None = None
-    """Text of a system message, under `data.format: single_turn`; null is none."""
+    """The text of a chat's system message; null is `system`."""
 
     tools: Text | None = None
     """The tools of a chat."""

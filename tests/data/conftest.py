@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
+from tests.data.trained_record import RecordReader
 
 # A busy machine must not fail a property.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -83,6 +84,12 @@ def text_tokenizer(text_tokenizer_path: str) -> Tokenizer:
 def chat_tokenizer(text_tokenizer_path: str) -> Tokenizer:
     """The same tokenizer with the ChatML template."""
     return load_tokenizer(text_tokenizer_path, CHATML)
+
+
+@pytest.fixture(scope="session")
+def read(text_tokenizer_path: str) -> RecordReader:
+    """Reads and tokenizes one record; `RefusedError` if it is a bad row."""
+    return RecordReader(text_tokenizer_path)
 
 
 @pytest.fixture

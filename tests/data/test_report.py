@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 
-from megatron_idpo.data.report import DataReport
+from megatron_idpo.data.report import DataReport, Note
 
 
 def test_reports_add_up_and_round_trip_through_json() -> None:
@@ -25,9 +25,24 @@ def test_lines_leave_out_counts_of_zero() -> None:
         rows=9,
         truncated_pairs=1,
         skipped_rows=2,
-        moved_boundaries=3,
-        unterminated_pairs=4,
-        untemplated_pairs=5,
-        longer_answers=6,
+        notes={"left out": Note(count=3, part=0, row=1, detail="x")},
     ).lines()
-    assert [line.split()[0] for line in everything] == ["0", "1", "2", "3", "6", "4", "5"]
+    assert [line.split()[0] for line in everything] == ["0", "1", "2", "3"]
+
+
+def test_note_counts_pairs_and_names_the_first() -> None:
+    """A cached report has no file names; each source adds its own."""
+    cached = DataReport(rows=3, kept_pairs=3)
+    cached.note("prefill", 1, 7, "a" * 200)
+    cached.note("prefill", 0, 8, "b")
+    cached.note("unread: context", 0, 9, "'context' is 'c'")
+    cached = DataReport(**json.loads(json.dumps(asdict(cached))))
+    total = DataReport()
+    for name in ("first", "second"):
+        total.add(cached, lambda part, row, name=name: f"{name}{part}:{row}")
+    unread, prefill = total.warnings()
+    assert unread.startswith("2 pairs: a field is not read")
+    assert unread.endswith("; first: first0:9: 'context' is 'c'")
+    assert prefill.startswith("4 pairs: the prompt ends with the assistant")
+    assert prefill.endswith("; first: first1:7: " + "a" * 100)
+    assert cached.notes["prefill"].count == 2, "unchanged"

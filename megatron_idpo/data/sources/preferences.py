@@ -1,12 +1,12 @@
 """One record of a preference dataset, interpreted as TRL's DPOTrainer interprets it.
 
 A record becomes a `Preference`: prompt, chosen and rejected, all three text or all three messages.
-The accepted shapes are TRL's:
+The accepted shapes are TRL's, and those that `shapes.py` translates into them:
 
 * `prompt`, `chosen`, `rejected` as text, or as lists of chat messages, optionally with `tools` and
   `chat_template_kwargs`;
 * no `prompt`: the longest common prefix of chosen and rejected, in characters or in messages;
-* `prompt` as text with whole conversations that contain it (UltraFeedback-binarized);
+* a prompt that whole conversations in chosen and rejected contain (UltraFeedback-binarized);
 * Anthropic-HH transcripts (arXiv 2204.05862), "\n\nHuman: ... \n\nAssistant: ...": with a chat
   template they become messages, without one they stay text.
 
@@ -14,37 +14,39 @@ The format `single_turn`, which TRL lacks, turns a text prompt and text answers 
 chat. Most instruction datasets are written that way; as text they would be trained without the chat
 template that the model uses.
 
-Other columns are ignored. A record that is not a pair raises `BadRecord` with the reason: nothing
-is repaired by guessing.
+A record that is not a pair raises `BadRecord` with the reason: nothing is repaired by guessing.
+What is read in a way that may surprise, or not read although it looks like a part of the
+conversation, is noted in `Preference.notes`, which the data report counts.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from megatron_idpo.data.sources.messages import message_text, parse_messages
+from megatron_idpo.data.sources.notes import pair_notes
 from megatron_idpo.data.sources.record import (
+    PROMPT_LIKE,
     BadRecord,
     Message,
     check_prompt_name,
     has_prompt,
     type_name,
 )
+from megatron_idpo.data.sources.shapes import (
+    REQUIRED,
+    decode_text,
+    is_answer,
+    is_conversation_field,
+    looks_like_messages,
+)
 
 type Format = Literal["auto", "text", "chat", "hh", "single_turn"]
 """What the records are: `auto` decides for each record; the others reject other shapes."""
 
 type Answers = tuple[list[Message], list[Message]]
-
-_NEXT_ROLES = {
-    "": ("system", "developer", "user"),
-    "system": ("user",),
-    "developer": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -59,6 +61,8 @@ class Preference:
     rejected: str | list[Message]
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict, compare=False)
+    """Kind of note (`data/report.py`) -> what was found."""
 
     @property
     def is_chat(self) -> bool:
@@ -85,25 +89,27 @@ def parse_preference(
         raise BadRecord(f"the record is {type_name(record)}, not an object with fields")
     for name in ("chosen", "rejected"):
         if record.get(name) is None:
-            raise BadRecord(f"field '{name}' is missing", "chosen and rejected are always needed")
-    if record.get("system") is not None and format != "single_turn":
-        raise BadRecord(
-            "there is a separate system message",
-            "only the format 'single_turn' reads it: set it, or leave `system` out of columns",
-        )
-    prompt, chosen, rejected = (record.get(name) for name in ("prompt", "chosen", "rejected"))
-    if format == "hh" or (format == "auto" and has_template and _are_transcripts(record)):
+            remedy = "chosen and rejected are always needed; `columns` maps other names to them"
+            raise BadRecord(f"field '{name}' is missing", remedy)
+    fields = dict(record)
+    notes = _decode_messages(fields, format)
+    prompt, chosen, rejected = (fields.get(name) for name in REQUIRED)
+    if format == "hh" or (format == "auto" and has_template and _are_transcripts(fields)):
         prompt, (chosen, rejected) = None, _parse_transcripts(prompt, chosen, rejected)
-    elif format in ("auto", "single_turn") and isinstance(chosen, str) and not has_prompt(record):
-        check_prompt_name(record, alternative="; the format 'text' ignores it")
+    elif format != "text" and not has_prompt(fields) and is_answer(chosen):
+        check_prompt_name(fields, PROMPT_LIKE)
     if format == "single_turn":
-        system = record.get("system")
-        prompt, (chosen, rejected) = _single_turn(prompt, chosen, rejected, system)
+        prompt, (chosen, rejected) = _single_turn(prompt, chosen, rejected, fields)
+    prompt, chosen, rejected = _same_kind(prompt, chosen, rejected)
     _check_types(prompt, chosen, rejected, format)
     if isinstance(chosen, str):
         preference = _text_preference(prompt, chosen, rejected)
+        if format == "auto":
+            _check_text_fields(fields)
+            if has_template:
+                notes["untemplated"] = ""
     elif has_template:
-        preference = _chat_preference(prompt, chosen, rejected, record)
+        preference = _chat_preference(prompt, chosen, rejected, fields)
     else:
         message, remedy = "the record is chat messages", "give prompt, chosen and rejected as text"
         if format == "single_turn":
@@ -112,7 +118,12 @@ def parse_preference(
         raise BadRecord(message, f"set data.chat_template, or {remedy}")
     if preference.chosen == preference.rejected:
         raise BadRecord("chosen and rejected are the same")
-    return preference
+    if not preference.prompt and format != "text":
+        check_prompt_name(fields, tuple(filter(is_conversation_field, fields)))
+        if preference.is_chat:  # Transformers renders no empty conversation.
+            raise BadRecord("no message comes before the answers", "give the pair a prompt")
+    parts = (preference.prompt, preference.chosen, preference.rejected)
+    return replace(preference, notes={**notes, **pair_notes(*parts, fields)})
 
 
 def common_prefix_length(first: Sequence[Any], *others: Sequence[Any]) -> int:
@@ -140,6 +151,54 @@ def implicit_prompt_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> in
     return min(shared, max(limit, 0))
 
 
+def _decode_messages(fields: dict[str, Any], format: Format) -> dict[str, str]:
+    """Replace text of messages by the messages, and single messages by lists of one; in place.
+
+    An answer alone that looks like messages may be meant as text: both must.
+
+    Returns:
+        The notes.
+    """
+    notes: dict[str, str] = {}
+    like = [name for name in REQUIRED if looks_like_messages(fields.get(name))]
+    decoded = {name: decode_text(fields[name]) for name in like}
+    decoded = {name: value for name, value in decoded.items() if isinstance(value, list | dict)}
+    plain = [name for name in ("chosen", "rejected") if isinstance(fields[name], str)]
+    if not decoded.keys() >= set(plain):
+        if plain and set(like) >= set(plain) and format != "text":
+            raise BadRecord(
+                f"'{plain[0]}' looks like chat messages stored as text, but is not JSON",
+                "store lists, or set the format to 'text' to train on the text as it is",
+            )
+        decoded = {name: value for name, value in decoded.items() if name == "prompt"}
+    for name in like:
+        is_read = name in decoded and format not in ("text", "hh")
+        kind = "decoded" if is_read else "undecoded"
+        notes.setdefault(kind, f"'{name}' is {fields[name]:.40}")
+        if is_read:
+            fields[name] = decoded[name]
+    for name in REQUIRED:
+        if isinstance(fields.get(name), dict):
+            fields[name] = [fields[name]]
+    return notes
+
+
+def _same_kind(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Text next to messages as a message, where only one role is possible."""
+    if prompt == []:
+        prompt = None
+    if isinstance(prompt, list) and is_answer(chosen) and is_answer(rejected):
+        chosen, rejected = (
+            [{"role": "assistant", "content": part}] if isinstance(part, str) else part
+            for part in (chosen, rejected)
+        )
+    answers = (chosen, rejected)
+    if isinstance(prompt, str) and prompt.strip():
+        if not isinstance(chosen, str) and all(map(is_answer, answers)):
+            prompt = [{"role": "user", "content": prompt}]
+    return prompt, chosen, rejected
+
+
 def _text_preference(prompt: Any, chosen: str, rejected: Any) -> Preference:
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer.strip():
@@ -150,27 +209,45 @@ def _text_preference(prompt: Any, chosen: str, rejected: Any) -> Preference:
     return Preference(prompt, chosen, rejected)
 
 
+def _check_text_fields(fields: Mapping[str, Any]) -> None:
+    """Refuse what only a chat can express; the format 'text' confirms that it is not wanted."""
+    for name in ("system", "history", "tools"):
+        if fields.get(name):
+            raise BadRecord(
+                f"the record is text, but has a separate '{name}'",
+                "set the format to 'single_turn', which makes it a chat and reads it, or to "
+                "'text' to train without it",
+            )
+
+
 def _chat_preference(
-    prompt: Any, chosen: Any, rejected: Any, record: Mapping[str, Any]
+    prompt: Any, chosen: Any, rejected: Any, fields: Mapping[str, Any]
 ) -> Preference:
-    chosen_messages = _messages(chosen, "chosen")
-    rejected_messages = _messages(rejected, "rejected")
-    if prompt is None or isinstance(prompt, str):
-        shared = implicit_prompt_length(chosen_messages, rejected_messages)
-        prompt_messages = chosen_messages[:shared]
-        chosen_messages, rejected_messages = chosen_messages[shared:], rejected_messages[shared:]
-        if prompt and all(str(m.get("content")).strip() != prompt.strip() for m in prompt_messages):
+    answers = [parse_messages(chosen, "chosen"), parse_messages(rejected, "rejected")]
+    if isinstance(prompt, list):
+        before = parse_messages(prompt, "prompt")
+        size = len(before)
+        is_repeated = all(len(answer) > size and answer[:size] == before for answer in answers)
+        shared = size if is_repeated else 0
+    else:
+        shared = implicit_prompt_length(*answers)
+        before = answers[0][:shared]
+        if prompt and all(message_text(m).strip() != prompt.strip() for m in before):
             raise BadRecord(
                 "'prompt' is text, but chosen and rejected are messages that do not begin with it",
                 "give the prompt as messages, or whole conversations in chosen and rejected",
             )
-    else:
-        prompt_messages = _messages(prompt, "prompt")
-    _check_roles(prompt_messages, chosen_messages, "chosen")
-    _check_roles(prompt_messages, rejected_messages, "rejected")
-    tools = _parse_field(record, "tools", list)
-    kwargs = _parse_field(record, "chat_template_kwargs", dict)
-    return Preference(prompt_messages, chosen_messages, rejected_messages, tools, kwargs or {})
+    system = fields.get("system")
+    if not isinstance(system, str | None):
+        raise BadRecord(f"'system' is {type_name(system)}, not text")
+    if system and system.strip() and not (before and before[0]["role"] in ("system", "developer")):
+        before = [{"role": "system", "content": system}, *before]
+    first, second = (answer[shared:] for answer in answers)
+    _check_answer(first, "chosen")
+    _check_answer(second, "rejected")
+    tools = _parse_field(fields, "tools", list)
+    kwargs = _parse_field(fields, "chat_template_kwargs", dict)
+    return Preference(before, first, second, tools, kwargs or {})
 
 
 def _check_types(prompt: Any, chosen: Any, rejected: Any, format: Format) -> None:
@@ -190,67 +267,19 @@ def _check_types(prompt: Any, chosen: Any, rejected: Any, format: Format) -> Non
             )
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRecord("one of chosen and rejected is text, the other a list of messages")
-    if isinstance(prompt, list) and isinstance(chosen, str):
-        raise BadRecord(
-            "'prompt' is a list of messages, but chosen and rejected are text",
-            'give the answers as messages too: [{"role": "assistant", "content": ...}]',
-        )
 
 
-def _messages(value: list[Any], name: str) -> list[Message]:
-    """Messages with roles and text content, without the null fields that Arrow adds."""
-    if not value and name != "prompt":
-        raise BadRecord(f"empty answer: '{name}' has no messages")
-    return [_message(item, f"message {at} of '{name}'") for at, item in enumerate(value, 1)]
-
-
-def _message(item: Any, location: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise BadRecord(f"{location} is {type_name(item)}, not an object with role and content")
-    if "from" in item and "value" in item and "role" not in item:
-        raise BadRecord(f"{location} has 'from' and 'value'", "rename them to 'role' and 'content'")
-    message = {key: part for key, part in item.items() if part is not None}
-    role, content = message.get("role"), message.get("content")
-    if role not in _NEXT_ROLES or role == "":
-        allowed = ", ".join(filter(None, _NEXT_ROLES))
-        raise BadRecord(f"{location} has the role {role!r}", f"roles are {allowed}")
-    if isinstance(content, list):
-        message["content"] = content = "".join(_text_part(part, location) for part in content)
-    if content is None and message.get("tool_calls"):
-        return message
-    if not isinstance(content, str):
-        raise BadRecord(f"{location} has the content {type_name(content)}, not text")
-    return message
-
-
-def _text_part(part: Any, location: str) -> str:
-    text = part.get("text") if isinstance(part, Mapping) else None
-    if not isinstance(text, str):
-        raise BadRecord(f"{location} has a part that is not text", "only text can be trained on")
-    return text
-
-
-def _check_roles(prompt: list[Message], answer: list[Message], name: str) -> None:
-    """Check for [system] user assistant ..., with tools; answers begin and end as assistant."""
-    previous = ""
-    for at, message in enumerate([*prompt, *answer], 1):
-        role = message["role"]
-        allowed = _NEXT_ROLES[previous]
-        if at == len(prompt) + 1:
-            allowed = tuple(set(allowed) & {"assistant"})
-        if role not in allowed:
-            after = f"after '{previous}'" if previous else "first"
-            where = "the prompt" if at <= len(prompt) else f"'{name}'"
+def _check_answer(answer: list[Message], name: str) -> None:
+    """Check that the assistant begins and ends, and writes something in each of its turns."""
+    for message, verb in ((answer[0], "begins"), (answer[-1], "ends")):
+        if message["role"] != "assistant":
             raise BadRecord(
-                f"role out of order: '{role}' {after}, in {where}, message {at} of all",
-                "a prompt is [system,] user, assistant, user, ...; an answer begins as assistant",
+                f"'{name}' {verb} with the role '{message['role']}', not 'assistant'",
+                "an answer is the assistant's; turns that both answers share belong to the prompt",
             )
-        previous = role
-    if previous != "assistant":
-        raise BadRecord(f"role out of order: '{name}' ends with '{previous}', not 'assistant'")
     for message in answer:
-        content = message.get("content") or ""
-        if message["role"] == "assistant" and not content.strip() and not message.get("tool_calls"):
+        is_blank = not message_text(message).strip() and not message.get("tool_calls")
+        if message["role"] == "assistant" and is_blank:
             raise BadRecord(f"empty answer: '{name}' has an assistant message without text")
 
 
@@ -295,21 +324,29 @@ def _parse_transcripts(prompt: Any, chosen: Any, rejected: Any) -> Answers:
 
 
 def _single_turn(
-    prompt: Any, chosen: Any, rejected: Any, system: Any
+    prompt: Any, chosen: Any, rejected: Any, fields: Mapping[str, Any]
 ) -> tuple[list[Message], Answers]:
-    """The prompt as a user's message, after a system message if there is one, and the answers."""
+    """Earlier turns from Alpaca's `history`, the prompt as a user's message, and the answers."""
     if prompt is None:
         raise BadRecord("field 'prompt' is missing", "the format 'single_turn' requires it")
-    texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "system": system}
-    for name, value in texts.items():
-        if not isinstance(value, str) and not (name == "system" and value is None):
-            message = f"'{name}' is {type_name(value)}, not text"
-            raise BadRecord(message, "the format is 'single_turn', which reads text only")
+    for name, value in {"prompt": prompt, "chosen": chosen, "rejected": rejected}.items():
+        if not isinstance(value, str):
+            raise BadRecord(
+                f"'{name}' is {type_name(value)}, not text",
+                "the format is 'single_turn', which reads text only: set it to 'auto' or 'chat'",
+            )
     if not prompt.strip():
         raise BadRecord("'prompt' is empty")
-    before = [{"role": "system", "content": system}] if system and system.strip() else []
+    turns: list[Message] = []
+    for turn in _parse_field(fields, "history", list) or []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise BadRecord("'history' is not a list of [question, answer]", "correct or remove it")
+        turns += [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
     first, second = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-    return [*before, {"role": "user", "content": prompt}], (first, second)
+    return [*turns, {"role": "user", "content": prompt}], (first, second)
 
 
 def _parse_field(record: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -156,7 +156,7 @@ def read_dataset(dataset: Any, columns: Columns = STANDARD_COLUMNS) -> Iterator[
 
 
 def _dataset_rows(dataset: Any, columns: Columns) -> Rows:
-    names = needed_columns(columns, dataset.column_names)
+    names = needed_columns(columns, dataset.features.arrow_schema)
     if not names:  # Batches without columns would have no rows.
         yield from ((row, {}) for row in range(1, len(dataset) + 1))
     records = (
@@ -285,7 +285,7 @@ def _read_parquet(path: Path, columns: Columns) -> Rows:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        names = needed_columns(columns, file.schema_arrow.names)
+        names = needed_columns(columns, file.schema_arrow)
         batches = file.iter_batches(_TABLE_ROWS, columns=names)
         records = chain.from_iterable(_valid(batch).to_pylist() for batch in batches)
         yield from enumerate(map(_without_nulls, records), 1)

@@ -1,28 +1,35 @@
 """A raw record of a preference dataset: its fields, its column names, why it is not a pair.
 
-`rename_columns` gives records the field names below and drops all other columns, so that no other
-module needs a dataset's own column names. `preferences.py` decides what a record must contain.
+`rename_columns` gives records the field names below, so that no other module needs a dataset's own
+column names; `shapes.py` knows those of published shapes. Columns that are no part of the
+conversation are dropped. `preferences.py` decides what a record must contain.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_idpo.data.sources.shapes import (
+    ALPACA_FIELDS,
+    REQUIRED,
+    SHAPE_FIELDS,
+    is_conversation_field,
+    standard_fields,
+)
+
 type Message = dict[str, Any]
 """`role`, `content` and other fields that the template may read (`tool_calls`, `name`, ...)."""
 
 type Columns = Mapping[str, str]
-"""From our name, one of `FIELDS` or `system`, to the dataset's column: `{prompt: question}`."""
+"""From our name, one of `FIELDS`, to the dataset's column: `{prompt: question}`."""
 
 STANDARD_COLUMNS: Columns = {}
 """The columns have our names."""
 
-FIELDS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-"""The fields that are read; other columns are ignored. `system` is read only if mapped."""
+FIELDS = (*REQUIRED, "system", "history", "tools", "chat_template_kwargs")
+"""The fields that are read."""
 
 PROMPT_LIKE = ("question", "instruction", "query", "input")
 """Other datasets' names of the prompt; a record with one of these hardly has an implicit prompt."""
-
-_REQUIRED = ("prompt", "chosen", "rejected")
 
 
 class BadRecord(Exception):
@@ -39,12 +46,18 @@ class BadRecord(Exception):
         return self.reason
 
 
-def needed_columns(columns: Columns, present: Sequence[str]) -> list[str]:
-    """The columns of a table that are read; the others need not be decoded."""
-    needed = {*FIELDS, *columns.values()}
-    if "prompt" not in (*present, *columns):
-        needed |= set(PROMPT_LIKE)
-    return [name for name in present if name in needed]
+def needed_columns(columns: Columns, schema: Any) -> list[str]:
+    """The columns of a `pyarrow.Schema` that are read; the others need not be decoded.
+
+    Columns that only may belong to the conversation are left out if they are binary: images.
+    """
+    named = {*FIELDS, *columns.values()}
+
+    def is_needed(name: str, type_: str) -> bool:
+        may_belong = name in SHAPE_FIELDS or is_conversation_field(name)
+        return name in named or (may_belong and "binary" not in type_)
+
+    return [field.name for field in schema if is_needed(field.name, str(field.type))]
 
 
 def rename_columns(record: object, columns: Columns) -> object:
@@ -52,8 +65,11 @@ def rename_columns(record: object, columns: Columns) -> object:
 
     Args:
         record: with the dataset's names.
-        columns: our names of its columns. An unmapped field keeps its name, except for `system`,
-            which is read only if mapped.
+        columns: our names of its columns. An unmapped field keeps its name, unless the record has
+            one of the shapes in `shapes.py`.
+
+    Returns:
+        `FIELDS`, and the fields that look like a part of the conversation too.
 
     Raises:
         BadRecord: a mapped column of `prompt`, `chosen` or `rejected` is missing.
@@ -61,15 +77,24 @@ def rename_columns(record: object, columns: Columns) -> object:
     if not isinstance(record, Mapping):
         return record
     mapped = {*columns, *columns.values()}
-    own_names = FIELDS if has_prompt(record) else (*FIELDS, *PROMPT_LIKE)
-    fields = {name: record[name] for name in own_names if name in record and name not in mapped}
+    fields = {name: value for name, value in record.items() if name not in mapped}
     for name, column in columns.items():
         if record.get(column) is not None:
             fields[name] = record[column]
-        elif name in _REQUIRED:
+        elif name in REQUIRED:
             remedy = f"data's columns map {name} to it: correct the mapping or the record"
             raise BadRecord(f"field '{column}' is missing", remedy)
-    return fields
+    named = [column for column in columns.values() if column in ALPACA_FIELDS]
+    if named and named == [columns.get("prompt")]:
+        parts = [part for part in map(record.get, ALPACA_FIELDS) if isinstance(part, str)]
+        if len(parts) == len(ALPACA_FIELDS) and all(map(str.strip, parts)):
+            # Kept under their own names too, so that joining them is reported.
+            fields |= {"prompt": "\n".join(parts), **dict(zip(ALPACA_FIELDS, parts, strict=True))}
+    return {
+        name: value
+        for name, value in standard_fields(fields).items()
+        if name in FIELDS or (value is not None and is_conversation_field(name))
+    }
 
 
 def has_prompt(record: Mapping[str, Any], name: str = "prompt") -> bool:
@@ -78,24 +103,27 @@ def has_prompt(record: Mapping[str, Any], name: str = "prompt") -> bool:
     return bool(value.strip() if isinstance(value, str) else isinstance(value, list) and value)
 
 
-def check_prompt_name(record: Mapping[str, Any], *, alternative: str = "") -> None:
+def check_prompt_name(record: Mapping[str, Any], names: Sequence[str]) -> None:
     """Refuse a record without a prompt that has a field with another usual name for it.
 
     Args:
         record: without a prompt.
-        alternative: added to the remedy.
+        names: the usual names, or those that may be one.
 
     Raises:
         BadRecord: naming the fields.
     """
-    names = [name for name in PROMPT_LIKE if has_prompt(record, name)]
+    names = [name for name in names if name not in FIELDS and has_prompt(record, name)]
     if not names:
         return
     remedy = f"give the source `columns: {{prompt: {names[0]}}}`"
-    if len(names) > 1:
-        remedy = "write them into one column `prompt`"
+    if set(names) == set(ALPACA_FIELDS):
+        remedy += ", which joins both"
+    elif len(names) > 1:
+        remedy = "map the one that is the prompt with `columns`, or write them into one column"
     listed = " and ".join(f"'{name}'" for name in names)
-    raise BadRecord(f"there is no field 'prompt', but {listed}", remedy + alternative)
+    remedy += "; the format 'text' trains answers without a prompt"
+    raise BadRecord(f"there is no field 'prompt', but {listed}", remedy)
 
 
 def type_name(value: object) -> str:

@@ -24,18 +24,17 @@ from typing import Any, Literal
 
 from megatron_idpo.data.report import DataReport
 from megatron_idpo.data.sources.open import OpenSource
-from megatron_idpo.data.sources.preferences import Preference, parse_preference
+from megatron_idpo.data.sources.preferences import parse_preference
 from megatron_idpo.data.sources.readers import RawRow
 from megatron_idpo.data.sources.record import BadRecord
 from megatron_idpo.data.tokenize.chat import (
     DroppedPair,
-    PairText,
     TokenOptions,
     TokenPair,
     encode_pairs,
-    pair_text,
     truncate,
 )
+from megatron_idpo.data.tokenize.rendering import PairText, pair_text
 from megatron_idpo.data.tokenize.store import (
     COLUMNS,
     BadRow,
@@ -53,7 +52,7 @@ type OnBadRow = Literal["error", "skip"]
 type Rows = tuple[int, list[RawRow]]
 """The index of a part, and some of its rows."""
 
-_STORE_FORMAT = 3
+_STORE_FORMAT = 4
 """Incremented whenever the same rows would become other tokens, or the file format changes."""
 
 _BATCH_ROWS = 512
@@ -101,7 +100,7 @@ def tokenize_rows(tokenizer: Tokenizer, options: TokenOptions, rows: Rows) -> To
     """Tokenize some rows of one part; bad ones become `BadRow`s and never raise."""
     part, raw_rows = rows
     bad: list[BadRow] = []
-    parsed: list[tuple[RawRow, PairText, Preference]] = []
+    parsed: list[tuple[RawRow, PairText]] = []
     has_template = tokenizer.has_chat_template
     for raw in raw_rows:
         try:
@@ -112,11 +111,11 @@ def tokenize_rows(tokenizer: Tokenizer, options: TokenOptions, rows: Rows) -> To
         except BadRecord as error:
             bad.append(BadRow(part, raw.row, error.reason, error.remedy))
             continue
-        parsed.append((raw, text, preference))
+        parsed.append((raw, text))
     report = DataReport(rows=len(raw_rows))
     kept: list[tuple[int, TokenPair]] = []
-    encoded = encode_pairs([text for _, text, _ in parsed], tokenizer)
-    for (raw, _, preference), pair in zip(parsed, encoded, strict=True):
+    encoded = encode_pairs([text for _, text in parsed], tokenizer)
+    for (raw, _), pair in zip(parsed, encoded, strict=True):
         try:
             if isinstance(pair, BadRecord):
                 raise pair
@@ -128,11 +127,8 @@ def tokenize_rows(tokenizer: Tokenizer, options: TokenOptions, rows: Rows) -> To
             reason = truncated.reason
             report.dropped_pairs[reason] = report.dropped_pairs.get(reason, 0) + 1
             continue
-        if preference.is_chat:
-            longest = max(len(preference.chosen), len(preference.rejected))
-            report.longer_answers += longest > 1
-        elif has_template and options.format == "auto":
-            report.untemplated_pairs += 1
+        for kind, detail in truncated.notes.items():
+            report.note(kind, part, raw.row, detail)
         kept.append((raw.row, truncated))
     bad.sort(key=lambda row: row.row)
     report.skipped_rows = len(bad)
@@ -148,8 +144,6 @@ def _token_batch(
     pairs = [pair for _, pair in kept]
     report.kept_pairs = len(pairs)
     report.truncated_pairs = sum(pair.truncated for pair in pairs)
-    report.moved_boundaries = sum(pair.boundary_moved for pair in pairs)
-    report.unterminated_pairs = sum(pair.unterminated for pair in pairs)
     report.prompt_tokens = sum(len(pair.prompt) for pair in pairs)
     report.chosen_tokens = sum(len(pair.chosen) for pair in pairs)
     report.rejected_tokens = sum(len(pair.rejected) for pair in pairs)

@@ -1,11 +1,12 @@
-"""Tokenize a `Preference`: the prompt once, and the tokens that each answer adds to it.
+"""Tokenize a pair's text: the prompt once, and the tokens that each answer adds to it.
 
-Both conversations are rendered and encoded whole, as in TRL, so the tokens are those of the
-finished text. The prompt's tokens are the longest common prefix of the prompt encoded alone and of
-both sequences: usually the whole encoded prompt. If the tokenizer merges across the boundary (or
-the template writes the start of a turn differently once the turn is finished), the boundary moves
-back for both answers alike and is counted: no token of an answer is lost, both answers continue the
-same tokens, and the few tokens that moved are scored in both. TRL splits at the same position.
+Both conversations are rendered (`rendering.py`) and encoded whole, as in TRL, so the tokens are
+those of the finished text. The prompt's tokens are the longest common prefix of the prompt encoded
+alone and of both sequences: usually the whole encoded prompt. If the tokenizer merges across the
+boundary (or the template writes the start of a turn differently once the turn is finished), the
+boundary moves back for both answers alike and is counted: no token of an answer is lost, both
+answers continue the same tokens, and the few tokens that moved are scored in both. TRL splits at
+the same position.
 
 End of sequence: text gets the tokenizer's EOS unless it already ends with it; messages get exactly
 what the template writes, including what follows the end-of-turn token (ChatML's line break), which
@@ -18,8 +19,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_idpo.config.data import Format
-from megatron_idpo.data.sources.preferences import Preference, common_prefix_length
+from megatron_idpo.data.sources.preferences import common_prefix_length
 from megatron_idpo.data.sources.record import BadRecord
+from megatron_idpo.data.tokenize.rendering import PairText
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 
 type Truncation = Literal["keep_start", "drop", "error"]
@@ -49,13 +51,9 @@ class TokenPair:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    boundary_moved: bool = False
-    """The boundary is before the end of the prompt as it is encoded alone."""
-
-    unterminated: bool = False
-    """The template wrote no control token at the end of the chosen answer."""
-
     truncated: bool = False
+    notes: dict[str, str] = field(default_factory=dict)
+    """Kind of note (`data/report.py`) -> what was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,60 +61,6 @@ class DroppedPair:
     """A valid pair of which `max_length` leaves nothing to train on, and why."""
 
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PairText:
-    """The prompt, and both whole sequences, as text."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    is_chat: bool
-    boundary_moved: bool = False
-    """The prompt is shorter than the template renders it alone."""
-
-
-def pair_text(
-    preference: Preference, tokenizer: Tokenizer, template_kwargs: dict[str, Any] | None = None
-) -> PairText:
-    """Render messages with the chat template; text is concatenated.
-
-    Raises:
-        BadRecord: the template fails on this conversation, or writes the turns before the answer
-            differently once the answer is there; or the text is not valid Unicode.
-    """
-    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
-    if isinstance(prompt, str):
-        assert isinstance(chosen, str) and isinstance(rejected, str)
-        text = PairText(prompt, prompt + chosen, prompt + rejected, False)
-    else:
-        assert not isinstance(chosen, str) and not isinstance(rejected, str)
-        kwargs = {
-            "tools": preference.tools,
-            **(template_kwargs or {}),
-            **preference.template_kwargs,
-        }
-        opened = _render(tokenizer, prompt, True, kwargs)
-        whole = [
-            _render(tokenizer, [*prompt, *answer], False, kwargs) for answer in (chosen, rejected)
-        ]
-        shared = opened[: common_prefix_length(opened, *whole)]
-        if shared != opened:
-            # Only the generation prompt may differ. The finished turns, which the template writes
-            # the same with and without a generation prompt, must be in both sequences.
-            finished = _render(tokenizer, prompt, False, kwargs)
-            if len(shared) < common_prefix_length(opened, finished):
-                raise BadRecord(
-                    "the chat template writes the prompt differently before an answer",
-                    "some write a system message into the last turn: set data.chat_template",
-                )
-        text = PairText(shared, whole[0], whole[1], True, boundary_moved=shared != opened)
-    try:
-        (text.chosen + text.rejected).encode()
-    except UnicodeEncodeError:
-        raise BadRecord("the text has a lone surrogate, which is not a character") from None
-    return text
 
 
 def encode_pairs(texts: Sequence[PairText], tokenizer: Tokenizer) -> list[TokenPair | BadRecord]:
@@ -171,22 +115,6 @@ def truncate(
     return replace(pair, chosen=chosen, rejected=rejected, truncated=True)
 
 
-def _render(
-    tokenizer: Tokenizer,
-    messages: list[dict[str, Any]],
-    add_generation_prompt: bool,
-    kwargs: dict[str, Any],
-) -> str:
-    try:
-        return tokenizer.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
-    # A template is a program from the data or the model and can raise anything.
-    except Exception as error:
-        raise BadRecord(
-            f"the chat template fails: {type(error).__name__}: {error}",
-            "change the record, or set data.chat_template to one that can write it",
-        ) from None
-
-
 def _split(text: PairText, encoded: list[list[int]], tokenizer: Tokenizer) -> TokenPair:
     """Split both sequences at the end of the prompt that they share."""
     prompt, chosen, rejected = encoded
@@ -200,7 +128,9 @@ def _split(text: PairText, encoded: list[list[int]], tokenizer: Tokenizer) -> To
             prompt = prompt[:-1]
         chosen, rejected = (ids if ids[-1:] == [eos] else [*ids, eos] for ids in (chosen, rejected))
     shared = common_prefix_length(prompt, chosen, rejected)
-    boundary_moved = text.boundary_moved or shared < len(prompt)
+    notes = dict(text.notes)
+    if shared < len(prompt):
+        notes["tokens merged"] = ""
     if shared == 0 and prompt:
         prompt, chosen, rejected = _force_boundary(text, prompt, chosen, rejected, tokenizer)
         shared = len(prompt)
@@ -209,15 +139,23 @@ def _split(text: PairText, encoded: list[list[int]], tokenizer: Tokenizer) -> To
             "no token stands before the answers, so their first token cannot be predicted",
             "give every pair a prompt, or use a tokenizer that begins texts with BOS",
         )
-    pair = TokenPair(prompt[:shared], chosen[shared:], rejected[shared:], boundary_moved)
+    pair = TokenPair(prompt[:shared], chosen[shared:], rejected[shared:], notes=notes)
     for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if not answer:
-            raise BadRecord(f"empty answer: nothing of '{name}' is left after tokenizing")
+        if not any(_writes_text(token, tokenizer) for token in answer):
+            raise BadRecord(
+                f"empty answer: '{name}' becomes nothing but control tokens and white space",
+                "remove the record, or set data.chat_template to one that writes the answer",
+            )
     if pair.chosen == pair.rejected:
+        lost = notes.get("left out")
         raise BadRecord(
-            "chosen and rejected become the same tokens", "does the chat template write answers?"
+            "chosen and rejected become the same tokens"
+            + (f": the chat template does not write {lost}" if lost else ""),
+            "set data.chat_template to one that writes what differs, or remove the record",
         )
-    return replace(pair, unterminated=text.is_chat and is_unterminated(pair.chosen, tokenizer))
+    if text.is_chat and is_unterminated(pair.chosen, tokenizer):
+        notes["unterminated"] = ""
+    return pair
 
 
 def _force_boundary(
@@ -243,6 +181,11 @@ def is_unterminated(answer: list[int], tokenizer: Tokenizer) -> bool:
     for token in reversed(answer):
         if token in tokenizer.special_ids:
             return False
-        if tokenizer.decode([token]).strip():
+        if _writes_text(token, tokenizer):
             return True
     return True
+
+
+def _writes_text(token: int, tokenizer: Tokenizer) -> bool:
+    """Whether a token is neither a control token nor white space."""
+    return token not in tokenizer.special_ids and bool(tokenizer.decode([token]).strip())

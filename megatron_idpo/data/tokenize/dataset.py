@@ -88,8 +88,8 @@ class PairDataset:
     def report(self) -> DataReport:
         """Counts of the sources' rows, before weights and slices."""
         total = DataReport()
-        for store in self._stores:
-            total.add(store.report)
+        for source, store in zip(self.sources, self._stores, strict=True):
+            total.add(store.report, source.location)
         return total
 
     @property

@@ -12,7 +12,7 @@ text of prompt and answer (`chat.py`).
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -34,6 +34,8 @@ class HfTokenizer:
         template_identity: sha256 over the chat template.
         special_ids: ids of control tokens: BOS, EOS, end-of-turn and similar.
         added_ids: ids of all tokens that were added to the vocabulary, control tokens or not.
+        eos_text: how EOS is spelled; empty if there is none.
+        control_texts: matches how control tokens are spelled.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -46,6 +48,8 @@ class HfTokenizer:
             token_id for token_id, token in added.items() if token.special
         }
         self.added_ids = frozenset(added)
+        self.eos_text = str(tokenizer.eos_token or "")
+        self.control_texts = _any_of(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = _backend_json(backend) if backend else json.dumps(tokenizer.get_vocab())
         named = (type(tokenizer).__name__, vocabulary)
@@ -124,6 +128,8 @@ class SentencePieceTokenizer:
         if eos in self._control:
             self.eos_id = self._control[eos]
         self.special_ids = self.added_ids = frozenset(self._spelling)
+        self.eos_text = self._spelling.get(self.eos_id, "") if self.eos_id is not None else ""
+        self.control_texts = _any_of(self._control)
         template = [self._template]
         settings = [self._control, self._add_bos, self.eos_id]
         self.identity = _sha256(model, template + settings)
@@ -272,6 +278,10 @@ def _check_syntax(tokenizer: Tokenizer, location: str) -> None:
     # A template may refuse this conversation and still render those of the data.
     except Exception:
         return
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, filter(None, texts))) or "(?!)")
 
 
 def _backend_json(backend: Any) -> str:

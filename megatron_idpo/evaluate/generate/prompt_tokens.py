@@ -8,7 +8,10 @@ tokens that the tokenizer adds.
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_idpo.data.sources.record import BadRecord
+from megatron_idpo.data.tokenize.rendering import render
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer
+from megatron_idpo.data.tokenize.tool_arguments import fit_tool_arguments
 from megatron_idpo.errors import DataError
 from megatron_idpo.evaluate.generate.prompts import PromptRecord
 
@@ -56,10 +59,12 @@ def _render(record: PromptRecord, tokenizer: Tokenizer) -> str:
     assert not isinstance(record.prompt, str)
     messages: list[dict[str, Any]] = list(record.prompt)
     kwargs = {"tools": record.tools, **record.template_kwargs}
+
+    def write(messages: list[dict[str, Any]]) -> str:
+        return render(tokenizer, messages, add_generation_prompt=True, kwargs=kwargs)
+
     try:
-        return tokenizer.render(messages, add_generation_prompt=True, **kwargs)
-    # A template is a program and can raise anything.
-    except Exception as error:
-        message = f"the chat template fails: {type(error).__name__}: {error}"
-        remedy = "change the prompt, or set data.chat_template to a template that can render it"
-        raise DataError.at(record.location, message, remedy) from None
+        [fitted] = fit_tool_arguments([messages], write)
+        return write(fitted)
+    except BadRecord as error:
+        raise DataError.at(record.location, error.reason, error.remedy) from None

@@ -15,7 +15,7 @@ from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.data.run_pairs import load_run_pairs
 from megatron_idpo.data.sources.open import OpenSource, open_source
 from megatron_idpo.data.sources.preferences import Format, parse_preference
-from megatron_idpo.data.sources.record import BadRecord, check_prompt_name
+from megatron_idpo.data.sources.record import PROMPT_LIKE, BadRecord, check_prompt_name
 from megatron_idpo.errors import ConfigError, DataError, Problem
 from megatron_idpo.evaluate.generate.answers import Prompt
 
@@ -155,7 +155,7 @@ def _as_pair(record: object) -> object:
         return record
     prompt = record.get("prompt")
     if prompt is None:
-        check_prompt_name(record)
+        check_prompt_name(record, PROMPT_LIKE)
     if not prompt:
         reason = "field 'prompt' is missing" if prompt is None else "'prompt' is empty"
         raise BadRecord(reason, "give a prompt, or chosen and rejected that share one")

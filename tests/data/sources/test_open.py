@@ -86,8 +86,8 @@ def test_mapped_columns_in_every_file_format(tmp_path: Path, suffix: str) -> Non
         [part] = open_source(SourceConfig(path=str(path), columns=columns)).parts
         [raw] = part.read()
         read[name] = pickle.loads(pickle.dumps(raw)).record()
-    assert read["ours"] == {"question": "q", "chosen": "no answer"}
-    assert read["named"] == TEXT
+    assert read["ours"] == {"question": "q", "chosen": "no answer", "system": "s"}
+    assert read["named"] == {**TEXT, "system": "s"}
     assert read["all"] == {**TEXT, "system": "s"}
 
 

@@ -3,6 +3,7 @@
 import pickle
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from megatron_idpo.data.sources.record import (
@@ -19,20 +20,23 @@ from megatron_idpo.data.sources.record import (
 @pytest.mark.parametrize("name", PROMPT_LIKE)
 def test_prompt_under_another_name_is_reported(name: str) -> None:
     with pytest.raises(BadRecord, match=f"no field 'prompt', but '{name}'") as message:
-        check_prompt_name({"chosen": "a", name: "What?"})
+        check_prompt_name({"chosen": "a", name: "What?"}, PROMPT_LIKE)
     assert f"columns: {{prompt: {name}}}" in message.value.remedy
 
 
 def test_prompt_in_two_fields_is_reported() -> None:
     record = {"instruction": "Translate.", "input": "Good morning", "query": " "}
     with pytest.raises(BadRecord, match="but 'instruction' and 'input'") as message:
-        check_prompt_name(record, alternative="; or not")
-    assert message.value.remedy == "write them into one column `prompt`; or not"
+        check_prompt_name(record, PROMPT_LIKE)
+    assert "columns: {prompt: instruction}`, which joins both" in message.value.remedy
+    with pytest.raises(BadRecord, match="but 'question' and 'input'") as message:
+        check_prompt_name({"question": "q", "input": "i"}, PROMPT_LIKE)
+    assert "map the one that is the prompt" in message.value.remedy
 
 
 def test_messages_under_another_name_are_reported() -> None:
     with pytest.raises(BadRecord, match="but 'question'"):
-        check_prompt_name({"question": [{"role": "user", "content": "What?"}]})
+        check_prompt_name({"question": [{"role": "user", "content": "What?"}]}, PROMPT_LIKE)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def test_blank_prompt_counts_as_missing(prompt: Any, expected: bool) -> None:
 
 @pytest.mark.parametrize("value", ["", " ", None, 3, []])
 def test_blank_or_invalid_fields_are_not_taken_for_a_prompt(value: Any) -> None:
-    check_prompt_name({"chosen": "a", "question": value})
+    check_prompt_name({"chosen": "a", "question": value}, PROMPT_LIKE)
 
 
 def test_bad_record_can_be_pickled() -> None:
@@ -71,16 +75,10 @@ TEXT = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 
 def test_only_needed_fields_are_kept() -> None:
-    assert rename_columns({**TEXT, "system": "s", "score": 1, "tools": []}, {}) == {
-        **TEXT,
-        "tools": [],
-    }
-    assert rename_columns({**TEXT, "query": "x"}, {}) == TEXT
-    assert rename_columns({**TEXT, "prompt": "", "query": "x"}, {}) == {
-        **TEXT,
-        "prompt": "",
-        "query": "x",
-    }, "kept, so that it can be reported"
+    read = {**TEXT, "system": "s", "tools": []}
+    assert rename_columns({**read, "score": 1, "prompt_id": "x", "notes": "y"}, {}) == read
+    beside = {**TEXT, "query": "x"}
+    assert rename_columns(beside, {}) == beside, "kept, so that it can be reported"
     assert rename_columns({**TEXT, "query": "x"}, {"prompt": "query"}) == {**TEXT, "prompt": "x"}
     assert rename_columns(["not", "a", "record"], {"prompt": "query"}) == ["not", "a", "record"]
 
@@ -104,9 +102,13 @@ def test_missing_mapped_column_is_reported(record: dict[str, str | None]) -> Non
 
 
 def test_unneeded_columns_are_not_decoded() -> None:
-    present = ["id", "question", "best", "rejected", "embedding", "system"]
-    assert needed_columns({}, present) == ["question", "rejected"]
-    named = {"chosen": "best", "system": "system"}
-    assert needed_columns(named, present) == ["question", "best", "rejected", "system"]
-    assert needed_columns({"prompt": "id"}, present) == ["id", "rejected"]
-    assert needed_columns({}, ["prompt", "input"]) == ["prompt"], "`input` may be an image"
+    names = ["id", "question", "best", "rejected", "embedding", "system", "preferred_output"]
+    schema = pa.schema([(name, pa.string()) for name in names])
+    read = ["question", "rejected", "system", "preferred_output"]
+    assert needed_columns({}, schema) == read
+    assert needed_columns({"chosen": "best"}, schema) == [read[0], "best", *read[1:]]
+    assert needed_columns({"prompt": "id"}, schema) == ["id", *read]
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    schema = pa.schema({"prompt": pa.string(), "input": image})
+    assert needed_columns({}, schema) == ["prompt"]
+    assert needed_columns({"chosen": "input"}, schema) == ["prompt", "input"]

@@ -6,7 +6,8 @@ from transformers import AutoTokenizer
 
 from megatron_idpo.data.sources.preferences import Preference
 from megatron_idpo.data.tokenize.answer_end import answer_end
-from megatron_idpo.data.tokenize.chat import TokenPair, encode_pairs, pair_text
+from megatron_idpo.data.tokenize.chat import TokenPair, encode_pairs
+from megatron_idpo.data.tokenize.rendering import pair_text
 from megatron_idpo.data.tokenize.tokenizers import HfTokenizer, Tokenizer, load_tokenizer
 
 EOS, TURN_END = 1, 3

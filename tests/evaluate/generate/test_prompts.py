@@ -97,7 +97,7 @@ def test_tools_and_template_arguments_are_kept(tmp_path: Path) -> None:
         ({"question": "Why?"}, r"p\.jsonl:2: there is no field 'prompt', but 'question'"),
         ({"prompt": ""}, r"p\.jsonl:2: 'prompt' is empty"),
         ({"prompt": 3}, "'prompt' is 3, neither text nor"),
-        ({"prompt": [{"role": "assistant", "content": "x"}]}, "role out of order"),
+        ({"prompt": [{"role": "bot", "content": "x"}]}, "roles are"),
         ({"prompt": "x", "chosen": "y"}, "field 'rejected' is missing"),
         ("text", "not an object with fields"),
     ],
