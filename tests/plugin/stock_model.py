@@ -36,7 +36,6 @@ def packed_attention() -> type:
     megatron-core's own supports neither; Transformer Engine's needs a GPU.
     """
     from megatron.core import parallel_state
-    from torch.distributed.nn.functional import all_gather
 
     class PackedAttention(torch.nn.Module):
         def __init__(self, config: Any, **_: Any) -> None:
@@ -62,9 +61,7 @@ def packed_attention() -> type:
                 group = parallel_state.get_context_parallel_group()
                 rank = torch.distributed.get_rank(group)
                 own, order = own[rank], everything.argsort()
-                key, value = (
-                    torch.cat(all_gather(x.contiguous(), group=group))[order] for x in (key, value)
-                )
+                key, value = (_Gather.apply(x.contiguous(), group)[order] for x in (key, value))
             else:
                 own = torch.arange(total)
             sequence = torch.bucketize(torch.arange(total), torch.tensor(bounds), right=True)
@@ -77,6 +74,23 @@ def packed_attention() -> type:
             return out.permute(2, 0, 1, 3).flatten(2)
 
     return PackedAttention
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate the ranks' parts; over gloo torch's own backward needs rank 0 in the group."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        ctx.group, ctx.length = group, len(part)
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, part, group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        torch.distributed.all_reduce(grad, group=ctx.group)
+        return grad.split(ctx.length)[torch.distributed.get_rank(ctx.group)], None
 
 
 def _zigzag(bounds: Sequence[int], total: int, ranks: int) -> tuple[list[Tensor], Tensor]:
