@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from megatron_idpo.config.section import (
     Bool,
@@ -85,8 +85,9 @@ class SourceConfig(Section):
     path: PathText
     """A jsonl, json, csv, tsv, parquet or arrow file, a directory or pattern, or a hub name."""
 
-    weight: PositiveFloat = 1.0
-    """How often each of its pairs is seen in an epoch: 0.5 takes half of them, 2 repeats them."""
+    weight: Annotated[PositiveFloat, Field(le=1000)] = 1.0
+    """How often each of its pairs is seen in an epoch: 0.5 takes half of them, 2 repeats them;
+    at most 1000."""
 
     split: Text | None = None
     """The split to read. Null is `train` of a hub dataset; files of several splits need one."""
@@ -158,8 +159,8 @@ class DataConfig(Section):
     seed: Int = 0
     """Seed of the order of the pairs and of the choice of held-out pairs."""
 
-    num_workers: PositiveInt | None = None
-    """Processes that tokenize; null is one per core."""
+    num_workers: Annotated[PositiveInt, Field(le=1024)] | None = None
+    """Processes that tokenize, at most 1024; null is one per core."""
 
     cache: PathText | None = None
     """Directory for tokenized pairs; null is the cache of Hugging Face `datasets`."""

@@ -176,9 +176,9 @@ def _expert_problems(layout: Layout, model: ModelShape) -> Iterator[Problem]:
 def _split_problems(layout: Layout, num_layers: int) -> Iterator[Problem]:
     stages, location = layout.num_virtual_stages, "layout.pipeline_layers"
     few, extra = divmod(num_layers, stages)
-    example = f"such as {[few + (stage < extra) for stage in range(stages)]}"
-    if num_layers < stages:
-        example = f"but {num_layers} layers fill at most {num_layers} stages"
+    example = f"but {num_layers} layers fill at most {num_layers} stages"
+    if stages <= num_layers:  # there may be a billion stages: the list is not made then
+        example = f"such as {[few + (stage < extra) for stage in range(stages)]}"
     split = layout.pipeline_layers
     if split is None and extra:
         chunks = f"{layout.pipeline} stages × {layout.virtual_pipeline} chunks"

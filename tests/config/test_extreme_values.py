@@ -93,6 +93,8 @@ REFUSED = [
     ("training.seed", "1" + "0" * 25, "it should be at most 2147483647"),
     ("objective.beta", "1e308", "as a 32-bit number it would be infinite"),
     ("optimizer.lr", "1e-50", "as a 32-bit number it would be 0"),
+    ("data.num_workers", "2000000000", "less than or equal to 1024"),
+    ("data.train", "{path: a, weight: 1e9}", "less than or equal to 1000"),
     ("objective.layers", "[1e308]", "layer numbers or depth fractions"),
     ("objective.layers", "[.nan]", "layer numbers or depth fractions"),
     ("training.output", "n" * 300, "a name in a path has at most 255 bytes"),

@@ -130,3 +130,9 @@ def test_every_layer_is_in_exactly_one_chunk():
         chunks = product(range(layout.virtual_pipeline), range(layout.pipeline))
         layers = [n for chunk, rank in chunks for n in layout.layers(num_layers, rank, chunk)]
         assert layers == list(range(num_layers)), layout
+
+
+def test_a_billion_stages_are_refused_at_once():
+    """The list of an example split would fill the memory."""
+    [problem] = Layout(pipeline=2**31 - 1).problems_for(Shape())
+    assert "8 layers fill at most 8 stages" in problem.remedy

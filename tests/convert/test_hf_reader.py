@@ -214,7 +214,7 @@ def test_file_damaged_after_opening_is_refused(sharded: Path) -> None:
     [
         (["pytorch_model.bin"], "pickled weights .pytorch_model.bin.*save_pretrained"),
         (["consolidated.00.pth"], "pickled weights"),
-        ([], "has neither model.safetensors nor model.safetensors.index.json$"),
+        ([], "has neither model.safetensors nor model.safetensors.index.json; copy"),
         (["adapter_model.safetensors"], "has neither .*, only adapter_model.safetensors"),
     ],
 )

@@ -260,7 +260,8 @@ def _no_weights(directory: Path) -> CheckpointError:
         )
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     only = f", only {', '.join(others[:3])}" if others else ""
-    return CheckpointError.at(str(directory), f"has neither {SINGLE_FILE} nor {INDEX_FILE}{only}")
+    message = f"has neither {SINGLE_FILE} nor {INDEX_FILE}{only}"
+    return CheckpointError.at(str(directory), message, "copy the model here again, or name another")
 
 
 def download_model(name: str, location: str = "model.path") -> Path:
