@@ -19,8 +19,8 @@ from random import SystemRandom
 
 ROOT = Path(__file__).parents[1]
 DATABASE = ROOT / ".hypothesis" / "fuzz"
-FACTOR = 20
-"""Inputs of a round, in multiples of those in `make test`: a round takes a minute or two."""
+FACTOR = 5
+"""Inputs of a round, in multiples of those in `make test`: a round takes seconds to minutes."""
 
 _COUNT = re.compile(r"^fuzzed (.+): (.+?) (\d+)$", re.MULTILINE)
 
