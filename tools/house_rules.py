@@ -29,7 +29,7 @@ TIERS = (
     {"config"},
     {"objective", "mcore"},
     {"checkpoint", "convert", "data", "figures", "lora", "plugin", "reference"},
-    {"doctor", "evaluate", "plan", "sdpo", "train"},
+    {"doctor", "evaluate", "megatron_lm", "plan", "sdpo", "train"},
     {"testing"},
     {"cli"},
     {"__main__"},

@@ -66,6 +66,17 @@ def is_complete(directory: Path, required: Fingerprint) -> bool:
     return False
 
 
+def read_fingerprint(directory: Path) -> Fingerprint | None:
+    """The fingerprint of a complete cache; None if there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not (directory / FINGERPRINT).exists():
+        return None
+    return _read_fingerprint(directory)[0]
+
+
 def open_cache(directory: Path, required: Fingerprint) -> Logps:
     """Read the log-probabilities of a complete cache at the required layers: [P, L, 2].
 

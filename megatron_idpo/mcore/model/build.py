@@ -101,10 +101,10 @@ def transformer_config(
         **options.overrides,
     }
     # Despite its name, this makes megatron-core's MLP use the activation module in the layer's
-    # spec, here our SwiGLU. Off for experts: their spec has no such module, and with the flag set
-    # they would apply the activation without the gate.
-    is_dense = fields.get("num_moe_experts") is None
-    fields["use_te_activation_func"] = is_dense and not fields["bias_activation_fusion"]
+    # spec, here our SwiGLU. Off where the spec has no such module (experts, Transformer Engine's
+    # layers): with the flag set they would apply the activation without the gate.
+    has_module = fields.get("num_moe_experts") is None and fields["transformer_impl"] == "local"
+    fields["use_te_activation_func"] = has_module and not fields["bias_activation_fusion"]
     return TransformerConfig(**fields)
 
 

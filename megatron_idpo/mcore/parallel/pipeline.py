@@ -82,6 +82,7 @@ def run_schedule(
     *,
     row_tokens: int,
     training: bool,
+    micro_batch_size: int = 1,
 ) -> None:
     """Run one global batch through megatron-core's pipeline schedule.
 
@@ -91,8 +92,9 @@ def run_schedule(
         forward_step: called for every micro-batch and chunk.
         micro_batches: of this data-parallel rank, the same on every stage.
         model: this rank's chunks, in DDP or not.
-        row_tokens: positions of every micro-batch.
+        row_tokens: positions of every row.
         training: also run backward; if False, no graph is recorded.
+        micro_batch_size: rows of every micro-batch.
     """
     with torch.set_grad_enabled(training):
         get_forward_backward_func()(
@@ -102,6 +104,6 @@ def run_schedule(
             model=list(model),
             num_microbatches=len(micro_batches),
             seq_length=row_tokens,
-            micro_batch_size=1,
+            micro_batch_size=micro_batch_size,
             forward_only=not training,
         )

@@ -1,0 +1,1 @@
+"""Intermediate DPO in Megatron-LM's own training loop, `megatron.training.pretrain`."""
