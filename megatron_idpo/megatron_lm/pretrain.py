@@ -345,6 +345,11 @@ def _check_arguments(
             "--eval-iters",
             "needs eval_pairs; give them, or set --eval-iters 0",
         ),
+        (
+            not (args.use_megatron_fsdp or args.use_torch_fsdp2),
+            "--use-megatron-fsdp, --use-torch-fsdp2",
+            "are not supported by taps; use --use-distributed-optimizer",
+        ),
         (not args.full_validation, "--full-validation", "is not supported; set --eval-iters"),
         (
             args.ckpt_format == "torch_dist" or not (args.load or args.save),

@@ -47,6 +47,7 @@ from megatron_idpo.plugin.compatibility import (
     check_rows,
     check_settings,
     check_vocabulary,
+    check_wrappers,
 )
 from megatron_idpo.plugin.head import Head
 from megatron_idpo.plugin.layer_losses import LayerLosses
@@ -226,10 +227,12 @@ class AttachedDpo:
         `TransformerConfig.finalize_model_grads_func`. Collective.
 
         Raises:
-            ConfigError: a layer was not evaluated once per micro-batch; in the first step, on every
-                rank: the losses were averaged over another number of pairs than the step had, or
-                the copies of the head are not equal.
+            ConfigError: a layer was not evaluated once per micro-batch; in the first step: the model
+                is wrapped in FSDP, or, on every rank, the losses were averaged over another number
+                of pairs than the step had, or the copies of the head are not equal.
         """
+        if not self._is_checked and (problems := check_wrappers(model)):
+            raise ConfigError.of(problems)
         finalize_model_grads(model, *args, **kwargs)
         with self._losses.discarding_step_on_error():
             sums_by_layer = self._losses.outputs.finish_step(check_all_ranks=not self._is_checked)

@@ -28,6 +28,8 @@ MUST_BE_OFF = {
     "mtp_num_layers": "moves the final norm away from the output layer",
     "cpu_offloading": "is untested with taps",
     "fine_grained_activation_offloading": "is untested with taps",
+    "fp8": "is untested with taps",
+    "fp4": "is untested with taps",
     "use_mup": "scales logits after the output layer, which taps do not",
 }
 """Settings of `TransformerConfig` that must be off, with the reason."""
@@ -86,6 +88,26 @@ def check_chunks(chunks: object) -> list[Problem]:
             remedy = "give megatron-core's language model chunks"
         problems.append(Problem(f"chunks[{index}]", message, remedy))
     return problems
+
+
+def check_wrappers(model: Sequence[Any]) -> list[Problem]:
+    """Wrappers other than DDP, which are seen when the first step ends.
+
+    Megatron-FSDP and torch FSDP2 shard parameters, which the head reads outside its module's call.
+
+    Args:
+        model: the chunks as the schedule ran them.
+    """
+    for wrapped in model:
+        chunk = wrapped
+        while hasattr(chunk, "module"):
+            if (kind := type(chunk).__name__).endswith("FullyShardedDataParallel"):
+                remedy = "use DistributedDataParallel, with the distributed optimizer"
+                return [
+                    Problem("model", f"is wrapped in {kind}, which taps do not support", remedy)
+                ]
+            chunk = chunk.module
+    return []
 
 
 def check_rows(chunk: ModelChunk, packed_seq_params: object) -> list[Problem]:

@@ -17,6 +17,7 @@ from megatron_idpo.plugin.compatibility import (
     check_chunks,
     check_settings,
     check_vocabulary,
+    check_wrappers,
 )
 
 SIZES = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "add_bias_linear": False}
@@ -99,6 +100,17 @@ def test_what_is_not_wrong_is_not_refused(change):
 def test_chunks_must_be_a_non_empty_list(argument):
     (problem,) = check_chunks(argument)
     assert problem.location == "chunks" and "list" in problem.remedy
+
+
+@pytest.mark.parametrize("name", ["FullyShardedDataParallel", "TorchFullyShardedDataParallel"])
+def test_fsdp_is_reported_by_name_below_other_wrappers(name):
+    ddp, fsdp = (type(kind, (), {}) for kind in ("DistributedDataParallel", name))
+    chunk, wrapped, sharded = SimpleNamespace(), ddp(), fsdp()
+    wrapped.module = sharded.module = chunk
+    assert check_wrappers([wrapped]) == []
+    wrapped.module = sharded
+    (problem,) = check_wrappers([wrapped])
+    assert name in problem.message and "DistributedDataParallel" in problem.remedy
 
 
 def test_vocabulary_may_be_padded_but_not_exceed_the_output_layer():
