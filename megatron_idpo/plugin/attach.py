@@ -227,9 +227,9 @@ class AttachedDpo:
         `TransformerConfig.finalize_model_grads_func`. Collective.
 
         Raises:
-            ConfigError: a layer was not evaluated once per micro-batch; in the first step: the model
-                is wrapped in FSDP, or, on every rank, the losses were averaged over another number
-                of pairs than the step had, or the copies of the head are not equal.
+            ConfigError: a layer was not evaluated once per micro-batch; in the first step, on every
+                rank: the model is wrapped in FSDP, the losses were averaged over another number of
+                pairs than the step had, or the copies of the head are not equal.
         """
         if not self._is_checked and (problems := check_wrappers(model)):
             raise ConfigError.of(problems)
