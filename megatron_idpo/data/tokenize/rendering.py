@@ -202,8 +202,7 @@ def _missing(messages: list[Message], written: str, before: str = "") -> Iterato
             text = message.get(name)
             text = text.strip() if isinstance(text, str) else ""
             # Some templates encode texts (a tool's result) as JSON.
-            forms = (text, json.dumps(text, ensure_ascii=False)[1:-1])
-            if not any(map(is_written, forms)):
+            if not is_written(text) and not is_written(json.dumps(text, ensure_ascii=False)[1:-1]):
                 yield repr(_lost(text, written))
         for call in message.get("tool_calls") or ():
             called = called_function(call).get("name")

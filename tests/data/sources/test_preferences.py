@@ -13,7 +13,7 @@ from megatron_idpo.data.sources.preferences import (
     implicit_prompt_length,
     parse_preference,
 )
-from megatron_idpo.data.sources.record import BadRecord
+from megatron_idpo.data.sources.record import BadRecord, rename_columns
 
 
 def user(text: str) -> dict[str, str]:
@@ -182,26 +182,32 @@ def test_invalid_record_is_refused_with_its_reason(
     assert reason in f"{error.value.reason}; {error.value.remedy}"
 
 
+FIELDS = ("prompt", "chosen", "rejected", "tools", "system", "history", "messages", "conversations")
+FIELDS += ("input", "preferred_output", "non_preferred_output", "rejected_response", "question")
+KEYS = ("role", "content", "from", "value", "tool_calls", "function_call", "messages", "text")
+TEXTS = st.sampled_from(["user", "assistant", "gpt", "function_call", "{}", '[{"role": "', " "])
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | TEXTS,
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "user", "text"]), inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)
+        | inner.map(json.dumps)
     ),
     max_leaves=8,
 )
 
 
 @given(
-    st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "tools"]), JSON),
-    st.sampled_from(["auto", "text", "chat", "hh"]),
+    st.dictionaries(st.sampled_from(FIELDS), JSON),
+    st.sampled_from(["auto", "text", "chat", "hh", "single_turn"]),
     st.booleans(),
 )
 def test_any_json_is_a_pair_or_refused_with_a_reason(
     record: Any, format: Any, has_template: bool
 ) -> None:
     try:
-        preference = parse_preference(record, format=format, has_template=has_template)
+        renamed = rename_columns(record, {})
+        preference = parse_preference(renamed, format=format, has_template=has_template)
     except BadRecord as error:
         assert error.reason
     else:
