@@ -12,7 +12,8 @@ Three artefacts of the given size, in one process, from and to the page cache:
   that, the file is only read.
 
 Each is done with and without checksums (`storage/checksums.py` made to do nothing), alternating,
-`--rounds` times; the table has medians. The last table is the speed of the hash functions alone on
+`--rounds` times; the table has medians, of wall time and of CPU time, which other load on the
+machine affects less. The last table is the speed of the hash functions alone on
 data in memory, and of what was there before: the CRC-32 that Python's zipfile compares.
 """
 
@@ -168,11 +169,11 @@ def read_only(directory: Path) -> None:
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def seconds(job: Callable[[], object]) -> float:
-    """How long a call takes."""
-    start_s = time.perf_counter()
+def seconds(job: Callable[[], object]) -> tuple[float, float]:
+    """How long a call takes, in wall time and in CPU time of all threads."""
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     job()
-    return time.perf_counter() - start_s
+    return time.perf_counter() - start_s, time.process_time() - start_cpu_s
 
 
 def unchecked(job: Job) -> Job:
@@ -187,19 +188,20 @@ def unchecked(job: Job) -> Job:
 
 def medians(
     jobs: dict[str, tuple[Job, Job]], directories: tuple[Path, Path], rounds: int
-) -> dict[str, tuple[float, float]]:
-    """Seconds of each job with and without checksums, alternating; the first round is warm-up."""
-    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in jobs}
+) -> dict[str, list[float]]:
+    """Seconds of each job: wall time with and without checksums, then CPU time.
+
+    The two alternate, and the first round is warm-up.
+    """
+    taken: dict[str, list[list[float]]] = {name: [[], [], [], []] for name in jobs}
     for index in range(rounds + 1):
         for name, both in jobs.items():
             for which in (0, 1) if index % 2 else (1, 0):
-                took_s = seconds(partial(both[which], directories[which]))
+                wall_s, cpu_s = seconds(partial(both[which], directories[which]))
                 if index:
-                    taken[name][which].append(took_s)
-    return {
-        name: (statistics.median(checked), statistics.median(plain))
-        for name, (checked, plain) in taken.items()
-    }
+                    taken[name][which].append(wall_s)
+                    taken[name][2 + which].append(cpu_s)
+    return {name: [statistics.median(values) for values in four] for name, four in taken.items()}
 
 
 def hash_speeds(num_bytes: int) -> dict[str, float]:
@@ -208,7 +210,9 @@ def hash_speeds(num_bytes: int) -> dict[str, float]:
     blocks = [memoryview(data)[start : start + (1 << 20)] for start in range(0, len(data), 1 << 20)]
 
     def speed(update: Callable[[Any], object]) -> float:
-        return len(data) / 1e9 / min(seconds(lambda: list(map(update, blocks))) for _ in range(3))
+        return (
+            len(data) / 1e9 / min(seconds(lambda: list(map(update, blocks)))[1] for _ in range(5))
+        )
 
     return {
         "xxh3_128 (checksums)": speed(xxhash.xxh3_128().update),
@@ -237,8 +241,9 @@ def main() -> None:
         jobs["data set, identify"] = identify, read_only
         taken = medians(jobs, directories, options.rounds)
     rows = [
-        f"| {name} | {with_s:.2f} | {without_s:.2f} | {with_s - without_s:+.2f} |"
-        for name, (with_s, without_s) in taken.items()
+        f"| {name} | {wall_s:.2f} | {bare_s:.2f} | {cpu_s:.2f} | {bare_cpu_s:.2f} "
+        f"| {cpu_s - bare_cpu_s:+.2f} |"
+        for name, (wall_s, bare_s, cpu_s, bare_cpu_s) in taken.items()
     ]
     speeds = [f"| {name} | {speed:.1f} |" for name, speed in hash_speeds(num_bytes).items()]
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
@@ -248,7 +253,8 @@ def main() -> None:
             f"{date.today()}, {processor()}, {torch.get_num_threads()} threads; {libraries}; "
             f"commit {commit()}. {options.gigabytes:g} GB each, medians of {options.rounds}. What "
             "is measured, and how, stands in `benchmarks/verification_price.py`.\n",
-            "| | with, s | without, s | difference |\n|---|---|---|---|",
+            "| | with, s | without, s | CPU with, s | CPU without, s | difference |\n"
+            "|---|---|---|---|---|---|",
             *rows,
             "\n| hash function | GB/s |\n|---|---|",
             *speeds,
