@@ -40,7 +40,6 @@ CLASSES: dict[str, dict[str, str]] = {
         "run/metrics.jsonl": SAME,  # for people; damaged lines are dropped and reported
         "run/.lock": SAME,
         "tokens/*.lock": SAME,
-        "tokens/*/bad_rows.jsonl": SAME,  # empty here, and only read to report the rows
         "tokens/*/*": REFUSED,
     },
     "steps": {
@@ -59,7 +58,6 @@ CLASSES: dict[str, dict[str, str]] = {
         "run/config.yaml": SAME,
         "run/.lock": SAME,
         "tokens/*.lock": SAME,
-        "tokens/*/bad_rows.jsonl": SAME,
         "tokens/*/*": REFUSED,
     },
 }
@@ -205,10 +203,12 @@ def check(workers: Any, run_: Stopped, root: Path, name: str, kind: str) -> str:
     [(code, printed)] = workers.run(attempt, 1, file)
     happened = REFUSED if code else SAME
     if code:
-        # Of two files that were exchanged, either may be named; a record of another directory is
-        # reported with the directory, which may have been renamed.
-        named = root / name if kind not in ("swap", "other") else (root / name).parent
-        assert str(named) in printed, printed
+        # Of two files that were exchanged, either may be named. A record of another directory is
+        # reported with the directory, and a missing one also with the file that needs it.
+        is_named = str(root / name) in printed
+        if kind in ("swap", "delete", "other"):
+            is_named |= str((root / name).parent) in printed
+        assert is_named, printed
         follow_remedy(printed, run_, root, name)
         [(code, printed)] = workers.run(attempt, 1, file)
     assert (code, what) == (0, what), printed
@@ -218,7 +218,11 @@ def check(workers: Any, run_: Stopped, root: Path, name: str, kind: str) -> str:
 
 def follow_remedy(printed: str, run_: Stopped, root: Path, name: str) -> None:
     """Deletes what an error says, or puts the files back if it says so."""
-    if (found := re.search(rf"delete ({re.escape(str(root))}[^\s,;]*)", printed)) is None:
+    location = re.escape(str(root))
+    found = re.search(rf"delete ({location}[^\s,;]*)", printed)
+    if found is None and "delete it" in printed:
+        found = re.match(rf"({location}[^\s:]*): ", printed)
+    if found is None:
         assert "restore" in printed, printed
         copied = (root / name).parent
         shutil.rmtree(copied)

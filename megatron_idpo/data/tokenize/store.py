@@ -86,9 +86,10 @@ class PairStoreWriter:
         """Args: an existing, empty directory, and the name that it is going to have."""
         self._directory, self._name = directory, name
         self._files = ExitStack()
-        self._arrow, self._lengths, self._bad_rows = (
+        self._arrow = self._files.enter_context((directory / _PAIRS).open("wb"))
+        self._lengths, self._bad_rows = (
             self._files.enter_context(_CheckedFile(directory / file))
-            for file in (_PAIRS, _LENGTHS, _BAD_ROWS)
+            for file in (_LENGTHS, _BAD_ROWS)
         )
         schema = arrow_schema().serialize()
         self._arrow.write(schema)
@@ -108,7 +109,7 @@ class PairStoreWriter:
             self._bad_rows.write(f"{line}\n".encode())
         if not batch.pairs.num_rows:
             return
-        message, start = batch.pairs.serialize(), self._arrow.num_bytes
+        message, start = batch.pairs.serialize(), self._arrow.tell()
         self._arrow.write(message)
         self._batches.append((batch.pairs.num_rows, start, message.size, checksum(message)))
         columns = token_columns(batch.pairs)
@@ -131,6 +132,7 @@ class PairStoreWriter:
         """
         self._arrow.write(_END_OF_STREAM)
         self._frame.update(_END_OF_STREAM)
+        num_bytes = self._arrow.tell()
         self._files.close()
         meta = {
             "name": self._name,
@@ -138,7 +140,7 @@ class PairStoreWriter:
             "fingerprint": self._contents.hexdigest(),
             "highest_token": self._highest_token,
             "sizes_bytes": {
-                _PAIRS: self._arrow.num_bytes,
+                _PAIRS: num_bytes,
                 _LENGTHS: self._lengths.num_bytes,
                 _BAD_ROWS: self._bad_rows.num_bytes,
             },
@@ -173,8 +175,8 @@ class _CheckedFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def write(self, content: Any) -> None:
-        """Append bytes, or a `pyarrow.Buffer`."""
+    def write(self, content: bytes) -> None:
+        """Append the content."""
         self.num_bytes += self._file.write(content)
         self.checksum.update(content)
 
