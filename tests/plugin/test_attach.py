@@ -43,7 +43,8 @@ GRADIENT_RELATIVE = 1e-5
 WEIGHT_IN_LR = 5e-3
 """Weights after three Adam steps with eps 1e-4, in units of the learning rate."""
 
-CASES = [Case(**values) for values in covering_array(SPACE)]
+ARRAY = covering_array(SPACE)
+CASES = [Case(**values) for values in ARRAY]
 NORMAL = [
     Case(taps="none"),
     # DDP waits for the gradient of every trainable parameter; a norm that no tap reads has none.
@@ -71,8 +72,7 @@ NORMAL = [
         objective="hinge",
     ),
 ]
-"""Detects every fault that was put into the plugin so far (docs/decisions.md); layouts with stock
-models are in `test_stock_models.py`."""
+"""Which faults these and the cases of `test_stock_models.py` detect is in docs/decisions.md."""
 
 MORE = [
     Case(taps="none", tensor=2, pipeline=2, sequence_parallel=True, trained="adapters"),

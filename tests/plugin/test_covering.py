@@ -1,12 +1,11 @@
-"""The covering array covers small spaces and the plugin's; the size of the latter is printed."""
+"""The covering array covers small spaces and the plugin's; the sizes of the latter are printed."""
 
 from itertools import combinations, product
 
 import pytest
 
+from . import test_attach, test_stock_models, training_case
 from .covering import Rule, Space, cheap_cover, combinations_in, covering_array
-from .test_attach import ARRAY, QUICK
-from .training_case import SPACE
 
 BITS = {name: (0, 1) for name in "abcdef"}
 
@@ -58,13 +57,21 @@ def test_cheap_cover_has_all_combinations_and_prefers_cheap_cases():
     assert sum(cases[n]["a"] for n in selected) <= sum(cases[n]["a"] for n in by_size)
 
 
-def test_plugin_array_has_every_triple_and_the_quick_cases_every_pair(capsys):
-    triples = set(SPACE.combinations(3))
-    covered = {frozenset(some) for case in ARRAY for some in combinations(sorted(case.items()), 3)}
+@pytest.mark.parametrize(
+    ("space", "array"),
+    [(training_case.SPACE, test_attach.ARRAY), (test_stock_models.SPACE, test_stock_models.ARRAY)],
+    ids=["rows", "stock models"],
+)
+def test_plugin_arrays_have_every_triple(capsys, space, array):
+    triples = set(space.combinations(3))
+    covered = {frozenset(some) for case in array for some in combinations(sorted(case.items()), 3)}
     assert covered == triples
-    pairs = set().union(*(combinations_in(ARRAY[n], 2) for n in QUICK))
-    assert pairs == set(SPACE.combinations(2))
-    assert len(ARRAY) <= 400
+    assert len(array) <= 400
     with capsys.disabled():
-        summary = f"{len(ARRAY)} cases, {len(triples)} triples"
-        print(f"\ncovering array: {summary}; in `make test` {len(QUICK)} cases, {len(pairs)} pairs")
+        print(f"\ncovering array: {len(array)} cases, {len(triples)} triples")
+
+
+def test_normal_run_of_stock_models_has_every_pair():
+    array, quick = test_stock_models.ARRAY, test_stock_models.QUICK
+    pairs = set().union(*(combinations_in(array[n], 2) for n in quick))
+    assert pairs == set(test_stock_models.SPACE.combinations(2))
