@@ -12,13 +12,13 @@ import resource
 from megatron_idpo.errors import OS_REMEDIES, ConfigError, UserError, os_problem
 
 MIN_OPEN_FILES = 256
-"""A single-process run of a tiny model has about 60 files open, each data source and rank more."""
+"""A single-process run of a tiny model opens up to 117 at once, data sources and ranks add more."""
 
 GOOD_OPEN_FILES = 4096
 """What the soft limit is raised to, if the hard one allows it."""
 
 MIN_ADDRESS_SPACE_BYTES = 8 << 30
-"""torch and megatron-core on a CPU reserve 5 GB of addresses, most of which they never touch."""
+"""A run of a tiny model on a CPU reserves 5.5 GB of addresses, most of which it never touches."""
 
 _NO_MEMORY = re.compile(
     r"can'?t allocate memory|cannot allocate memory|failed to map segment|can't start new thread"
