@@ -17,14 +17,13 @@ module: processes that Megatron-Core's checkpoint writers start import it as the
 import contextlib
 import gc
 import os
-import pickle
 import select
 import signal
 import socket
 import sys
 import threading
 
-from megatron_idpo.testing.messages import MESSAGE_BYTES, SERVER_READY, Fork, Signal
+from megatron_idpo.testing.messages import MESSAGE_BYTES, SERVER_READY, Fork, Signal, loads
 
 
 def main(descriptor: int) -> None:
@@ -63,7 +62,7 @@ def _serve(requests: socket.socket) -> tuple[int, str] | None:
         message, descriptors, *_ = socket.recv_fds(requests, MESSAGE_BYTES, 2)
         if not message:
             break
-        request: Fork | Signal = pickle.loads(message)
+        request: Fork | Signal = loads(message)
         if isinstance(request, Signal):
             if request.pid in exits:
                 send = os.killpg if request.is_group else os.kill

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pickle
 import select
 import signal
 import socket
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megatron_idpo.testing.messages import MESSAGE_BYTES, SERVER_READY, Fork, Signal
+from megatron_idpo.testing.messages import MESSAGE_BYTES, SERVER_READY, Fork, Signal, dumps
 
 _SERVER = "megatron_idpo.testing.fork_server"
 
@@ -51,7 +50,7 @@ class ForkServer:
             self._is_ready = self._receive() == SERVER_READY
         read_end, write_end = os.pipe()
         try:
-            request = pickle.dumps(Fork(str(stacks)))
+            request = dumps(Fork(str(stacks)))
             socket.send_fds(self._socket, [request], [worker_end.fileno(), write_end])
             pid = int(self._receive())
         except OSError:
@@ -65,7 +64,7 @@ class ForkServer:
         """Send a signal; nothing happens if the worker or the server has ended."""
         # By the server, which also reaps: a pid that it still holds is no other process's.
         with contextlib.suppress(OSError):
-            self._socket.send(pickle.dumps(Signal(pid, number, is_group)))
+            self._socket.send(dumps(Signal(pid, number, is_group)))
 
     def close(self) -> None:
         """End the server; it kills the workers that are left."""

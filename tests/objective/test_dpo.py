@@ -119,7 +119,7 @@ def test_loss_of_equal_policy_and_reference(objective, expected):
 @given(
     st.floats(-1e6, 1e6),
     st.floats(0.01, 5),
-    st.floats(0, 0.49),
+    st.just(0.0) | st.floats(1e-6, 0.49),
     st.sampled_from(["sigmoid", "robust", "sigmoid_norm"]),
 )
 def test_label_smoothing_mixes_both_labels(difference, beta, smoothing, loss):

@@ -23,7 +23,7 @@ OTHER = "0" * 64
         ("layers", (2, 3, 4), "lacks layer 3"),
         ("norm", "none", "objective.norm was final, is now none"),
         ("dtype", "bf16", "model.dtype was fp32, is now bf16"),
-        ("format", 1, "the format was 3, is now 1"),
+        ("format", 1, "the format was 4, is now 1"),
     ],
 )
 def test_only_the_different_input_is_named(part: str, value: object, message: str) -> None:

@@ -55,7 +55,7 @@ def test_dropped_pairs_are_reported(trained, training, message):
 
 
 def test_text_without_chat_template_is_reported(trained):
-    message = "data: 24 pairs are text, trained without the chat template"
+    message = "data: 24 pairs: text is trained without the chat template"
     short = {"export": False}
     for data, is_reported in (
         ({"chat_template": TEMPLATE}, True),

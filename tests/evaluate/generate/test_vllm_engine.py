@@ -71,6 +71,7 @@ def test_model_options(fake: FakeVllm) -> None:
         "generation_config": "vllm",
         "max_model_len": 25,
         "seed": 3,
+        "trust_remote_code": False,
     }
 
 

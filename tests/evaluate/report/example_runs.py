@@ -27,7 +27,7 @@ STEPS, HELD_OUT, DEPTH = 40, 40, 4
 
 CONFIG = """\
 model: {path: some/model, dtype: bf16}
-data: {train: [{path: pairs.jsonl, weight: 1.0, split: train, subset: null}], row_tokens: 4096}
+data: {train: [{path: pairs.jsonl, weight: 1.0, split: null, subset: null}], row_tokens: 4096}
 objective: {loss: sigmoid, beta: 0.2, layers: [2], intermediate_weight: 0.1}
 lora: {rank: 8, alpha: 16.0, dropout: 0.05, targets: all-linear}
 layout: {tensor: 2, pipeline: 1}

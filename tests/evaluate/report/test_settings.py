@@ -7,7 +7,7 @@ from megatron_idpo.evaluate.report.facts import shown_settings
 
 BASE = {
     "model": {"path": "some/model", "dtype": "bf16"},
-    "data": {"train": [{"path": "p.jsonl", "weight": 1.0, "split": "train"}], "row_tokens": 4096},
+    "data": {"train": [{"path": "p.jsonl", "weight": 1.0, "split": None}], "row_tokens": 4096},
     "objective": {"beta": 0.2, "layers": [], "intermediate_weight": 0.0},
     "training": {"output": "runs/a", "global_batch_pairs": 32},
 }
@@ -53,7 +53,7 @@ def test_missing_field_equals_its_default() -> None:
 
 def test_sources_and_steps_show_non_default_fields() -> None:
     steps = [{"sources": [1], "fraction": None, "export": False}, {"sources": [2], "lr": 1e-4}]
-    sources = [{"path": "a.jsonl", "weight": 0.5, "split": "train"}, {"path": "b.jsonl"}]
+    sources = [{"path": "a.jsonl", "weight": 0.5, "split": None}, {"path": "b.jsonl"}]
     message = dict(non_default({"sdpo": {"steps": steps}, "data": {"train": sources}}))
     assert message["sdpo.steps"] == "sources 1; sources 2, lr 0.0001"
     assert message["data.train"] == "path a.jsonl, weight 0.5; b.jsonl"

@@ -193,6 +193,9 @@ def implementations() -> list[tuple[str, str]]:
     """
     from unittest.mock import patch
 
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
     from megatron_idpo.mcore.model import build, specs
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.parallel.groups import start_layout
@@ -204,13 +207,14 @@ def implementations() -> list[tuple[str, str]]:
     with (
         patch.object(build, "has_transformer_engine", lambda: True),
         patch.object(specs, "has_transformer_engine", lambda: True),
-        patch.object(specs, "LayerNormImpl", lambda **_: torch.nn.Identity()),
+        patch.object(specs, "_te_layer", lambda config: ModuleSpec(TransformerLayer)),
+        patch.object(specs, "LayerNormImpl", torch.nn.Identity),
     ):
         for transformer_engine in (True, False):
             options = build.ModelOptions(transformer_engine=transformer_engine)
             config = build.transformer_config(architecture, layout, options)
-            norm = type(specs.final_norm(config)).__name__
-            implementations.append((config.transformer_impl, norm))
+            norm = specs.block_spec(config, vp_stage=None).layer_norm
+            implementations.append((config.transformer_impl, norm.__name__))
     return implementations
 
 
