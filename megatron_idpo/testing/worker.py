@@ -129,5 +129,9 @@ def main(descriptor: int, stacks_path: str) -> None:
     # Of all threads: with `all_threads=False` nothing is written if the kernel delivers the signal
     # to a thread of gloo or OpenMP, which has no Python stack.
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    if hasattr(os, "SCHED_BATCH"):
+        # A rank that wakes another keeps its core until it waits itself. Small collectives among
+        # more ranks than cores take a quarter of the time (docs/decisions.md).
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with Connection(descriptor) as connection:
         serve(connection)
