@@ -45,7 +45,7 @@ def _counts(text: str) -> tuple[int, ...]:
 def _convert_by_bridge(arguments: argparse.Namespace) -> int:
     from megatron_idpo.checkpoint.dcp_metadata import FILE, read_dcp_metadata
     from megatron_idpo.checkpoint.dtypes import parse_dtype
-    from megatron_idpo.mcore.model.bridge import bridge_export, bridge_import
+    from megatron_idpo.mcore.model.bridge import bridge_export, bridge_import, directories_of
 
     own = [*_LAYOUT_FIELDS, "overwrite"]
     if arguments.direction == "megatron-to-hf":
@@ -61,9 +61,10 @@ def _convert_by_bridge(arguments: argparse.Namespace) -> int:
         remedy = "give the Hugging Face directory or hub name of the original model"
         raise ConfigError.at("--hf-model", "is required with --backend bridge", remedy)
     else:
-        for path in sorted(arguments.input.rglob(FILE)):
-            # Megatron-Bridge unpickles it without limits, so it is read with limits before.
-            read_dcp_metadata(path.parent)
+        for directory in directories_of(arguments.input):
+            if (directory / FILE).exists():
+                # Megatron-Bridge unpickles it without limits, so it is read with limits before.
+                read_dcp_metadata(directory)
         bridge_export(arguments.input, arguments.hf_model, arguments.output)
     return 0
 

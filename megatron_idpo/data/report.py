@@ -15,6 +15,10 @@ NOTES = {
     "long answer": "an answer has several messages, all scored",
     "joined": "the prompt is `instruction` and `input`, joined by a line break",
     "decoded": "chat messages are stored as text, and read as messages",
+    "nulls": (
+        "null fields in tool arguments, tools or chat_template_kwargs are left out: a table has "
+        "them for missing fields too (JSON text or JSON lines keep what is meant)"
+    ),
     "arguments": "tool arguments are converted to what the chat template writes correctly",
 }
 """Kind of note -> what it says about a pair. These are expected of some data."""

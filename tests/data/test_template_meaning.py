@@ -203,7 +203,7 @@ def test_every_kind_of_note_is_described() -> None:
     """The report has a line for each kind that these tests have seen."""
     seen = {"joined", "unread: x", "no prompt", "arguments", "decoded", "undecoded", "repeated"}
     seen |= {"control", "left out", "opening", "prefill", "untemplated", "unterminated"}
-    seen |= {"long answer", "tokens merged"}
+    seen |= {"long answer", "tokens merged", "nulls"}
     report = DataReport()
     for kind in seen:
         report.note(kind, 0, 1, "detail")

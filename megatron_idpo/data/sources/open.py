@@ -26,6 +26,7 @@ from megatron_idpo.data.sources.readers import (
 )
 from megatron_idpo.data.sources.record import Columns
 from megatron_idpo.data.sources.splits import DEFAULT_SPLIT, check_split, choose_files, is_data_name
+from megatron_idpo.data.sources.versions import only_version
 from megatron_idpo.errors import DataError
 
 _UNREADABLE_SUFFIXES = {".zip", ".tar", ".tgz", ".7z", ".lz4", ".br", ".feather", ".orc", ".avro"}
@@ -118,6 +119,9 @@ def _local(source: SourceConfig, paths: Sequence[Path]) -> tuple[Part, ...]:
         root = paths[0] if paths[0].is_dir() else paths[0].parent
         if len(paths) > 1:
             root = Path(os.path.commonpath([path.parent for path in paths]))
+        version = None if is_named else only_version(source.path, files)
+        if version is not None and version.is_relative_to(root):
+            root = version  # Its README and directories name the splits.
         files = choose_files(source, root, files)
     columns = _columns(source)
     return tuple(Part(str(file), partial(read_file, file, columns), (file,)) for file in files)

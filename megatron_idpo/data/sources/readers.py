@@ -14,7 +14,7 @@ import logging
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -34,7 +34,8 @@ from megatron_idpo.errors import DataError
 logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
+_TABLES = (".parquet", ".arrow")
+SUFFIXES = (*TEXT_SUFFIXES, *_TABLES)
 """The supported files, in any case; text also with a suffix of `COMPRESSIONS` appended."""
 
 SUPPORTED = f"{' '.join(SUFFIXES)}, and text also with {' '.join(COMPRESSIONS)}"
@@ -49,6 +50,9 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _CHUNK_CHARS = 1 << 20
 _TABLE_ROWS = 256
 _WHITE = " \t\r\n"
+_TOOL_FIELDS = ("arguments", "tools", "chat_template_kwargs")
+"""Fields whose content is the user's own, so that a null inside may have a meaning."""
+
 _INVALID_UTF8 = re.compile("[\udc80-\udcff]")
 """The surrogates that `surrogateescape` substitutes for bytes that are not UTF-8."""
 
@@ -64,6 +68,9 @@ class RawRow:
     columns: Columns = field(default_factory=dict)
     """The mapping of the record's columns."""
 
+    is_of_table: bool = False
+    """Whether its null fields may stand for missing ones."""
+
     def record(self) -> object:
         """The parsed record, with our field names and without other columns.
 
@@ -73,8 +80,20 @@ class RawRow:
         """
         if isinstance(self.content, BadRecord):
             raise self.content
-        content = _parse(self.content) if isinstance(self.content, bytes) else self.content
+        content: object = self.content
+        if isinstance(content, bytes):
+            content = _parse(content)
+        elif self.is_of_table:
+            content = _without_nulls(content)
         return rename_columns(content, self.columns)
+
+    def notes(self) -> dict[str, str]:
+        """What reading the row has changed: kind of note (`data/report.py`) -> what was found."""
+        if not self.is_of_table:
+            return {}
+        named = {self.columns.get(name, name) for name in _TOOL_FIELDS}
+        null = next(_nulls_in(self.content, {*_TOOL_FIELDS, *named}), None)
+        return {} if null is None else {"nulls": f"'{null}' is null"}
 
 
 def file_kind(path: Path) -> str:
@@ -125,7 +144,7 @@ def read_file(path: Path, columns: Columns = STANDARD_COLUMNS) -> Iterator[RawRo
         if _is_empty(path):
             return
         for row, content in reader(path, columns):
-            yield RawRow(row, content, columns)
+            yield RawRow(row, content, columns, is_of_table=kind in _TABLES)
     except UnicodeDecodeError as error:
         message = f"not valid {error.encoding}: {error.reason}, so the rest cannot be read either"
         raise DataError.at(str(path), message, "save it as UTF-8") from None
@@ -152,7 +171,7 @@ def _is_empty(path: Path) -> bool:
 def read_dataset(dataset: Any, columns: Columns = STANDARD_COLUMNS) -> Iterator[RawRow]:
     """The rows of a memory-mapped `datasets.Dataset`; only the needed columns are decoded."""
     for row, content in _dataset_rows(dataset, columns):
-        yield RawRow(row, content, columns)
+        yield RawRow(row, content, columns, is_of_table=True)
 
 
 def _dataset_rows(dataset: Any, columns: Columns) -> Rows:
@@ -164,7 +183,7 @@ def _dataset_rows(dataset: Any, columns: Columns) -> Rows:
         for batch in dataset.select_columns(names).with_format(None).iter(_TABLE_ROWS)
         for values in zip(*batch.values(), strict=True)
     )
-    yield from enumerate(map(_without_nulls, records), 1)
+    yield from enumerate(records, 1)
 
 
 def _parse(text: bytes) -> object:
@@ -287,8 +306,18 @@ def _read_parquet(path: Path, columns: Columns) -> Rows:
     with pq.ParquetFile(path) as file:
         names = needed_columns(columns, file.schema_arrow)
         batches = file.iter_batches(_TABLE_ROWS, columns=names)
-        records = chain.from_iterable(_valid(batch).to_pylist() for batch in batches)
-        yield from enumerate(map(_without_nulls, records), 1)
+        records = chain.from_iterable(map(_records, batches))
+        yield from enumerate(records, 1)
+
+
+def _records(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a record batch; maps become mappings like structs."""
+    import pyarrow as pa
+
+    try:
+        return _valid(batch).to_pylist(maps_as_pydicts="strict")  # type: ignore[no-any-return]
+    except KeyError as error:
+        raise pa.ArrowInvalid(f"a map has a key twice: {error}") from None
 
 
 def _valid(table: Any) -> Any:
@@ -313,7 +342,19 @@ def _read_arrow(path: Path, columns: Columns) -> Rows:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value without the null fields that Arrow adds to every struct that lacks a field."""
+    """The value without null fields: Arrow adds one to every struct that lacks a field."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _nulls_in(value: object, names: Container[str], *, is_inside: bool = False) -> Iterator[str]:
+    """The null fields inside fields with one of these names, at any depth."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            if part is None and is_inside:
+                yield name
+            yield from _nulls_in(part, names, is_inside=is_inside or name in names)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _nulls_in(part, names, is_inside=is_inside)

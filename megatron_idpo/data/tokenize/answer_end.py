@@ -5,6 +5,7 @@ message (`chat.py` trains what the template writes), often with another token th
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer
@@ -52,6 +53,28 @@ def answer_end(tokenizer: Tokenizer) -> AnswerEnd:
     turn_end = next((token for token in tokens if token in ids), None)
     spelling = "" if turn_end is None else tokenizer.decode([turn_end])
     return AnswerEnd(tokenizer.eos_id, turn_end, written, spelling)
+
+
+@lru_cache(maxsize=8)  # Asked for each record and token, and found by rendering.
+def chat_end(tokenizer: Tokenizer) -> AnswerEnd | None:
+    """`answer_end` of chat answers; None without a chat template."""
+    return answer_end(tokenizer) if tokenizer.has_chat_template else None
+
+
+@lru_cache(maxsize=8)
+def control_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The control tokens: special ones, and the end of turn, which need not be special."""
+    end = chat_end(tokenizer)
+    turn_end = None if end is None else end.turn_end
+    return tokenizer.special_ids if turn_end is None else tokenizer.special_ids | {turn_end}
+
+
+def find_control_text(text: str, tokenizer: Tokenizer) -> str | None:
+    """A control token that is spelled out in a text."""
+    if mark := tokenizer.control_texts.search(text):
+        return mark[0]
+    end = chat_end(tokenizer)
+    return end.turn_end_text if end and end.turn_end_text and end.turn_end_text in text else None
 
 
 def _after_answer(tokenizer: Tokenizer) -> str:

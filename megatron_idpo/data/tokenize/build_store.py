@@ -52,8 +52,9 @@ type OnBadRow = Literal["error", "skip"]
 type Rows = tuple[int, list[RawRow]]
 """The index of a part, and some of its rows."""
 
-_STORE_FORMAT = 4
-"""Incremented whenever the same rows would become other tokens, or the file format changes."""
+_STORE_FORMAT = 5
+"""Incremented whenever the same rows would become other tokens or notes, or the file format
+changes."""
 
 _BATCH_ROWS = 512
 _BATCHES_BEFORE_WORKERS = 6
@@ -127,7 +128,7 @@ def tokenize_rows(tokenizer: Tokenizer, options: TokenOptions, rows: Rows) -> To
             reason = truncated.reason
             report.dropped_pairs[reason] = report.dropped_pairs.get(reason, 0) + 1
             continue
-        for kind, detail in truncated.notes.items():
+        for kind, detail in {**raw.notes(), **truncated.notes}.items():
             report.note(kind, part, raw.row, detail)
         kept.append((raw.row, truncated))
     bad.sort(key=lambda row: row.row)

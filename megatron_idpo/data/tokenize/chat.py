@@ -21,6 +21,7 @@ from typing import Any, Literal
 from megatron_idpo.config.data import Format
 from megatron_idpo.data.sources.preferences import common_prefix_length
 from megatron_idpo.data.sources.record import BadRecord
+from megatron_idpo.data.tokenize.answer_end import control_ids
 from megatron_idpo.data.tokenize.rendering import PairText
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 
@@ -179,7 +180,7 @@ def _force_boundary(
 def is_unterminated(answer: list[int], tokenizer: Tokenizer) -> bool:
     """Whether an answer does not end with a control token; white space after it is ignored."""
     for token in reversed(answer):
-        if token in tokenizer.special_ids:
+        if token in control_ids(tokenizer):
             return False
         if _writes_text(token, tokenizer):
             return True
@@ -188,4 +189,4 @@ def is_unterminated(answer: list[int], tokenizer: Tokenizer) -> bool:
 
 def _writes_text(token: int, tokenizer: Tokenizer) -> bool:
     """Whether a token is neither a control token nor white space."""
-    return token not in tokenizer.special_ids and bool(tokenizer.decode([token]).strip())
+    return token not in control_ids(tokenizer) and bool(tokenizer.decode([token]).strip())

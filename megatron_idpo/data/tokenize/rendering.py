@@ -15,6 +15,7 @@ from typing import Any
 from megatron_idpo.data.sources.messages import message_text
 from megatron_idpo.data.sources.preferences import Preference, common_prefix_length
 from megatron_idpo.data.sources.record import BadRecord, Message
+from megatron_idpo.data.tokenize.answer_end import find_control_text
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 from megatron_idpo.data.tokenize.tool_arguments import (
     call_arguments,
@@ -95,8 +96,8 @@ def _plain_text(preference: Preference, tokenizer: Tokenizer) -> PairText:
     assert isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
     notes = dict(preference.notes)
     for part in (prompt, *(part.removesuffix(tokenizer.eos_text) for part in (chosen, rejected))):
-        if mark := tokenizer.control_texts.search(part):
-            notes.setdefault("control", repr(mark[0]))
+        if mark := find_control_text(part, tokenizer):
+            notes.setdefault("control", repr(mark))
             notes.pop("untemplated", None)  # A second template would be wrong.
     return PairText(prompt, prompt + chosen, prompt + rejected, False, notes)
 
@@ -153,8 +154,10 @@ def _chat_text(
 def _find_marks(conversations: list[list[Message]], tokenizer: Tokenizer) -> str | None:
     for message in chain.from_iterable(conversations):
         text = message_text(message)
-        if mark := tokenizer.control_texts.search(text) or TEMPLATE_MARKS.search(text):
-            return repr(mark[0])
+        if mark := find_control_text(text, tokenizer):
+            return repr(mark)
+        if start := TEMPLATE_MARKS.search(text):
+            return repr(start[0])
     return None
 
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_idpo.data.sources import readers
-from megatron_idpo.data.sources.readers import read_dataset, read_file
+from megatron_idpo.data.sources.readers import RawRow, read_dataset, read_file
 from megatron_idpo.data.sources.record import FIELDS, BadRecord
 from megatron_idpo.errors import DataError
 
@@ -182,6 +182,43 @@ def test_nulls_added_by_arrow_are_removed(tmp_path: Path) -> None:
         tmp_path / "a.parquet"
     )
     assert rows_of(tmp_path / "a.parquet") == [(1, {"chosen": "c", "tools": tools})]
+
+
+def calling(arguments: Any) -> dict[str, Any]:
+    """A record whose answer calls a tool."""
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    prompt = [{"role": "user", "content": "q", "tool_calls": None}]
+    return {"prompt": prompt, "chosen": [answer], "rejected": [{**answer, "content": "no"}]}
+
+
+def arguments_of(raw: RawRow) -> Any:
+    record: Any = raw.record()
+    return record["chosen"][0]["tool_calls"][0]["function"]["arguments"]
+
+
+def test_nulls_that_a_table_may_have_added_to_tool_arguments_are_noted(tmp_path: Path) -> None:
+    """JSON says whether a null is meant; a table has it for every field that another row has."""
+    given = [{"a": 1, "b": None}, {"a": 1, "b": 2}]
+    for name in ("a.parquet", "a.jsonl"):
+        write(tmp_path / name, [calling(arguments) for arguments in given])
+    table, lines = (list(read_file(tmp_path / name)) for name in ("a.parquet", "a.jsonl"))
+    assert [arguments_of(raw) for raw in table] == [{"a": 1}, {"a": 1, "b": 2}]
+    assert [raw.notes() for raw in table] == [{"nulls": "'b' is null"}, {}]
+    assert [arguments_of(raw) for raw in lines] == given
+    assert [raw.notes() for raw in lines] == [{}, {}]
+    mapped = RawRow(1, {"t": [{"x": None}], "y": None}, {"tools": "t"}, is_of_table=True)
+    assert mapped.notes() == {"nulls": "'x' is null"}
+
+
+def test_maps_of_a_table_are_objects(tmp_path: Path) -> None:
+    field = pa.map_(pa.string(), pa.string())
+    column = pa.array([[("a", "1"), ("b", "2")], [("a", "1"), ("a", "2")]], field)
+    pq.write_table(pa.table({"chosen": column.slice(0, 1)}), tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == [(1, {"chosen": {"a": "1", "b": "2"}})]
+    pq.write_table(pa.table({"chosen": column}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a map has a key twice"):
+        rows_of(tmp_path / "a.parquet")
 
 
 DAMAGED = ["a.parquet", "a.arrow", "a.txt", "a.jsonl.gz", "a.jsonl.bz2", "a.csv.xz", "a.json.zst"]

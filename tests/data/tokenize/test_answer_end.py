@@ -5,8 +5,9 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from megatron_idpo.data.sources.preferences import Preference
+from megatron_idpo.data.sources.record import BadRecord
 from megatron_idpo.data.tokenize.answer_end import answer_end
-from megatron_idpo.data.tokenize.chat import TokenPair, encode_pairs
+from megatron_idpo.data.tokenize.chat import TokenPair, encode_pairs, is_unterminated
 from megatron_idpo.data.tokenize.rendering import pair_text
 from megatron_idpo.data.tokenize.tokenizers import HfTokenizer, Tokenizer, load_tokenizer
 
@@ -57,3 +58,41 @@ def test_an_added_token_that_is_not_special_ends_answers(text_tokenizer_path: st
     tokenizer.add_tokens([AddedToken("<end>", special=False)])
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
     assert answer_end(HfTokenizer(tokenizer)).turn_end_text == "<end>"
+
+
+@pytest.fixture
+def added_end(text_tokenizer_path: str) -> Tokenizer:
+    """ChatML whose end of turn was added to the vocabulary without being marked as special."""
+    tokenizer = AutoTokenizer.from_pretrained(text_tokenizer_path)
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<end>", "<call>")])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    return HfTokenizer(tokenizer)
+
+
+def encoded(tokenizer: Tokenizer, chosen: str, prompt: str = "Why?") -> TokenPair | BadRecord:
+    answers = [[{"role": "assistant", "content": text}] for text in (chosen, "No.")]
+    text = pair_text(Preference([{"role": "user", "content": prompt}], *answers), tokenizer)
+    return encode_pairs([text], tokenizer)[0]
+
+
+def test_it_is_a_control_token_like_a_special_one(added_end: Tokenizer) -> None:
+    for chosen, prompt, notes in (
+        ("Yes.", "Why?", {}),
+        ("<call>", "Why?", {}),  # other added tokens are text
+        ("Yes.", "What is <end>?", {"control": "'<end>'"}),
+    ):
+        pair = encoded(added_end, chosen, prompt)
+        assert isinstance(pair, TokenPair) and pair.notes == notes
+    empty = encoded(added_end, "<end>")
+    assert isinstance(empty, BadRecord) and "nothing but control tokens" in empty.reason
+
+
+def test_other_added_tokens_do_not_end_answers(added_end: Tokenizer) -> None:
+    pair = encoded(added_end, "<call>")
+    assert isinstance(pair, TokenPair)
+    call = next(token for token in pair.chosen if added_end.decode([token]) == "<call>")
+    assert is_unterminated([call], added_end)
+    assert not is_unterminated(pair.chosen, added_end)

@@ -55,6 +55,13 @@ def test_valid_rows_are_kept_and_bad_rows_reported(
     assert (report.rows, report.kept_pairs, report.skipped_rows) == (7, 2, 5)
 
 
+def test_notes_of_reading_are_in_the_report(chat_tokenizer: Tokenizer) -> None:
+    record = {**GOOD[0], "tools": [{"name": "f", "strict": None}]}
+    rows = [RawRow(1, record), RawRow(2, record, is_of_table=True)]
+    report = tokenize_rows(chat_tokenizer, TokenOptions(format="text"), (0, rows)).report
+    assert (report.notes["nulls"].count, report.notes["nulls"].row) == (1, 2)
+
+
 def test_same_problem_in_many_rows_is_reported_once(
     write_jsonl: Callable[..., str], store_of: Callable[..., PairStore]
 ) -> None:

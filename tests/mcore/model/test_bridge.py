@@ -72,3 +72,65 @@ def test_export_reads_the_configuration_from_the_hf_model(installed, tmp_path):
 def test_a_failure_contains_the_librarys_message(installed, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no such architecture"):
         bridge.bridge_export(tmp_path, Path("broken"), tmp_path / "out")
+
+
+RUN_CONFIG = """\
+model:
+  _target_: megatron.bridge.models.llama.llama_provider.Llama3ModelProvider
+  params_dtype: &dtype {_target_: torch.bfloat16, _call_: false}
+  autocast_dtype: *dtype
+  activation_func: {_target_: torch.nn.functional.silu, _call_: false}
+  init_method: {_target_: torch.nn.init.normal_, _partial_: true, _args_: [], std: 0.02}
+  attention_backend:
+    {_target_: megatron.core.transformer.enums.AttnBackend, _call_: true, _args_: [5]}
+  generation_config:
+    _target_: transformers.generation.configuration_utils.GenerationConfig.from_dict
+    config_dict: {}
+optimizer: null
+"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A checkpoint of Megatron-Bridge in its layout, behind a link."""
+    step = tmp_path / "elsewhere"
+    step.mkdir()
+    (step / "run_config.yaml").write_text(RUN_CONFIG)
+    (tmp_path / "mc").mkdir()
+    (tmp_path / "mc" / "iter_0000001").symlink_to(step)
+    (step / "loop").symlink_to(step)
+    return tmp_path / "mc"
+
+
+def test_what_megatron_bridge_writes_is_exported(installed, checkpoint, tmp_path):
+    bridge.bridge_export(checkpoint, tmp_path / "hf", tmp_path / "out")
+    assert len(installed) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{_target_: os.system, command: touch x}", "calls 'os.system'"),
+        ("{_target_: torch.hub.load}", "calls 'torch.hub.load'"),
+        ("{_target_: torch.load, _partial_: yes}", "calls 'torch.load'"),
+        ("{_target_: megatron.core.dist_checkpointing.load}", "calls 'megatron.core"),
+        ("{_target_: builtins.eval, _call_: false}", "names 'builtins.eval'"),
+        ("{_target_: torch.utils.cpp_extension.load, _partial_: true}", "binds .* 'torch.utils"),
+        ("{_target_: torch.load, _partial_: true, _args_: [x]}", "binds arguments to 'torch.load'"),
+        ("{_target_: torch.hub.load, _call_: false}", "names 'torch.hub.load'"),
+        ("[{_target_: ['os', 'system']}]", "calls"),
+        ("'${oc.create:{_target_: os.system}}'", "interpolation"),
+        ("{<<: {_target_: megatron.core.X}}", "merge key"),
+        ('{"_tar\\x67et_": os.system}', "calls 'os.system'"),
+        ("!!python/object/apply:os.system [x]", "has the tag"),
+        ("{_target_: megatron.core.X, _target_: os.system}", "duplicate"),
+    ],
+)
+def test_a_run_config_that_names_other_code_is_refused(
+    installed, checkpoint, tmp_path, line, message
+):
+    path = checkpoint / "iter_0000001" / "run_config.yaml"
+    path.write_text(f"{RUN_CONFIG}peft: {line}\n")
+    with pytest.raises(CheckpointError, match=f"run_config.yaml.*{message}"):
+        bridge.bridge_export(checkpoint, tmp_path / "hf", tmp_path / "out")
+    assert installed == []
