@@ -1,6 +1,7 @@
 """The verb `convert`: its arguments and the choice of the converter."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_idpo.cli.arguments import add_choice
@@ -88,7 +89,21 @@ def convert(arguments: argparse.Namespace) -> int:
     fields = {name: getattr(arguments, name) for name in _LAYOUT_FIELDS}
     layout = Layout(**{name: value for name, value in fields.items() if value is not None})
     dtype, overwrite = arguments.dtype, arguments.overwrite
-    convert_weights(
-        arguments.input, arguments.output, dtype=dtype, layout=layout, overwrite=overwrite
-    )
+    try:
+        convert_weights(
+            arguments.input, arguments.output, dtype=dtype, layout=layout, overwrite=overwrite
+        )
+    except ConfigError as error:
+        raise _with_other_backend(error) from None
     return 0
+
+
+def _with_other_backend(error: ConfigError) -> ConfigError:
+    """The error; where a family is not supported, the remedy also names the other backend."""
+    problems = [
+        replace(problem, remedy=f"{problem.remedy}; `--backend bridge` may convert others")
+        if problem.location.endswith(": model_type")
+        else problem
+        for problem in error.problems
+    ]
+    return ConfigError.of(problems) if problems else error

@@ -148,8 +148,9 @@ def weights_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> 
     return sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
 
 
-LEGACY_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-"""Stored by old versions of Transformers, although it follows from the configuration."""
+LEGACY_TENSORS = (r".*rotary_emb\.inv_freq",)
+"""Stored by old versions of Transformers, although it follows from the configuration. New versions
+ignore these names too."""
 
 
 def expected_tensors(

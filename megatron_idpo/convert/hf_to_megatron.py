@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ def open_hf(source: Path) -> tuple[HfCheckpoint, Architecture]:
             tokenizer with more tokens than the vocabulary.
     """
     checkpoint = HfCheckpoint(source)
-    architecture = Architecture.from_hf(checkpoint.config, str(source / CONFIG_FILE))
+    architecture = read_architecture(checkpoint.config, source / CONFIG_FILE)
     stored = checkpoint.names()
     checkpoint.check(expected_tensors(architecture, stored), LEGACY_TENSORS)
     # Also if another dtype is requested: integer codes cannot be cast to any.
@@ -68,6 +69,18 @@ def open_hf(source: Path) -> tuple[HfCheckpoint, Architecture]:
     if architecture.tied_embeddings and _OUTPUT in stored and is_rank0():
         _check_tied(checkpoint)
     return checkpoint, architecture
+
+
+def read_architecture(config: Mapping[str, Any], path: Path) -> Architecture:
+    """The architecture of a parsed config.json; rank 0 logs keys that are not read.
+
+    Raises:
+        ConfigError: as `Architecture.from_hf`.
+    """
+    architecture = Architecture.from_hf(config, str(path))
+    if architecture.unread_keys and is_rank0():
+        logger.info("%s: %s", path, architecture.unread_note)
+    return architecture
 
 
 def hf_dtype(checkpoint: HfCheckpoint, architecture: Architecture) -> torch.dtype:

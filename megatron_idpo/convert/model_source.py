@@ -26,7 +26,7 @@ from megatron_idpo.convert.hf_io.tokenizer_files import (
     check_vocabulary,
     read_json_object,
 )
-from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
+from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf, read_architecture
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel
 from megatron_idpo.mcore.parallel.world import all_gather_objects, raise_on_all_ranks
@@ -116,7 +116,7 @@ def open_companions(checkpoint: Path) -> tuple[tuple[Path, ...], Architecture]:
     """
     companions = companion_files(checkpoint)
     path = checkpoint / COMPANIONS / CONFIG_FILE
-    architecture = Architecture.from_hf(read_json_object(path), str(path))
+    architecture = read_architecture(read_json_object(path), path)
     check_vocabulary(path.parent, architecture.vocab_size)
     return tuple(companions), architecture
 

@@ -86,6 +86,8 @@ def _model(path: str) -> "tuple[Architecture | None, Finding]":
         return None, Finding("model", State.BROKEN, str(error))
     message = f"{architecture.family}, {architecture.num_layers} layers, "
     message += f"{_num_parameters(architecture):,} parameters"
+    if architecture.unread_keys:
+        message += f"; config.json: {architecture.unread_note}"
     return architecture, Finding("model", State.OK, message)
 
 

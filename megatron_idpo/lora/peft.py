@@ -11,6 +11,7 @@ an adapter's origin or initialization are ignored.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from megatron_idpo.checkpoint.dtypes import check_floating, check_range
 from megatron_idpo.checkpoint.model_directory import copy_companions
-from megatron_idpo.config.lora import LoraConfig
+from megatron_idpo.config.lora import ALL_LINEAR, PROJECTIONS, LoraConfig
 from megatron_idpo.convert.hf_io.reader import HfCheckpoint
 from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
 from megatron_idpo.convert.hf_io.writer import HfWriter, write_together
@@ -43,7 +44,7 @@ _PEFT_ROOT = "base_model.model"
 """PEFT's wrapper, and the model in it."""
 
 _READ = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules"}
-_READ |= {"use_rslora", "init_lora_weights"}
+_READ |= {"use_rslora", "init_lora_weights", "exclude_modules"}
 
 _IGNORED = {
     "auto_mapping",
@@ -209,18 +210,59 @@ def read_peft_settings(directory: Path) -> LoraConfig:
     path = directory / CONFIG_NAME
     remedy = "name the directory that PEFT's save_pretrained wrote"
     config = read_record(path, error=CheckpointError, remedy=remedy)
-    if problems := _unsupported(config, str(path)):
+    problems = _unsupported(config, str(path))
+    targets = config.get("target_modules")
+    if not problems:
+        targets, problems = _without_excluded(config, path)
+    if problems:
         raise CheckpointError.of(problems)
     try:
         return LoraConfig(
             rank=config.get("r", 8),
             alpha=float(config.get("lora_alpha", 8)),
             dropout=float(config.get("lora_dropout", 0.0)),
-            targets=config["target_modules"],
+            targets=targets,
             rslora=bool(config.get("use_rslora", False)),
         )
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError.at(str(path), f"does not describe an adapter: {error}") from None
+
+
+def _without_excluded(config: dict[str, Any], path: Path) -> tuple[Any, list[Problem]]:
+    """`target_modules` without the projections that `exclude_modules` excludes in every layer.
+
+    Source: `peft.tuners.tuners_utils.check_target_module_exists`: a string is a regular expression
+    of the whole module name; an entry of a list is a name, or the end of one.
+    """
+    excluded, targets = config.get("exclude_modules"), config["target_modules"]
+    if not excluded:
+        return targets, []
+    pattern = excluded
+    if not isinstance(excluded, str):
+        pattern = rf"(?:.*\.)?(?:{'|'.join(re.escape(str(name)) for name in excluded)})"
+    try:
+        matches = re.compile(pattern).fullmatch
+    except re.error as error:
+        message = f"{excluded!r} is not a regular expression: {error}"
+        return targets, [Problem(f"{path}: exclude_modules", message, "correct it")]
+    kept, mixed = [], []
+    for target in PROJECTIONS if targets == ALL_LINEAR else targets:
+        hits = {matches(hf_module(layer, target)) is not None for layer in range(_num_layers(path))}
+        if len(hits) > 1:
+            mixed.append(target)
+        elif hits == {False}:
+            kept.append(target)
+    if mixed:
+        message = f"is {excluded!r}, which excludes {', '.join(mixed)} in some layers only"
+        remedy = "merge the adapter into its base model with PEFT"
+        return targets, [Problem(f"{path}: exclude_modules", message, remedy)]
+    return targets if len(kept) == len(targets) else kept, []
+
+
+def _num_layers(config_path: Path) -> int:
+    """One more than the last layer with an adapter."""
+    found = (re.search(r"\.layers\.(\d+)\.", name) for name in _open(config_path.parent).names())
+    return 1 + max((int(match[1]) for match in found if match), default=0)
 
 
 def check_same_adapter(saved: LoraConfig, current: LoraConfig, directory: Path) -> None:

@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     ),
     "another architecture": (
         lambda hf: change_config(hf, model_type="gpt2", architectures=["GPT2LMHeadModel"]),
-        r"hf/config\.json: .*gpt2.*llama, mistral, qwen2, qwen3; `--backend bridge`",
+        r"hf/config\.json: .*gpt2.*llama, mistral, qwen2, qwen3",
     ),
     "an unsupported field": (lambda hf: change_config(hf, hidden_act="gelu"), r"hidden_act"),
     "no configuration": (

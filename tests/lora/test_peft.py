@@ -122,7 +122,11 @@ def with_config(source: Path, target: Path, **fields: Any) -> Path:
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern: is {'q_proj': 3}"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern: is {'q_proj': 3}"),
         ({"layers_to_transform": [0]}, "layers_to_transform: is [0]"),
-        ({"exclude_modules": ["k_proj"]}, "exclude_modules: is ['k_proj']"),
+        (
+            {"exclude_modules": r".*\.0\..*k_proj"},
+            "which excludes k_proj in some layers only; merge",
+        ),
+        ({"exclude_modules": "("}, "exclude_modules: '(' is not a regular expression"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out: is True"),
         ({"layer_replication": [[0, 2]]}, "layer_replication: is [[0, 2]]"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices: is [1]"),
@@ -171,6 +175,8 @@ def test_all_unsupported_options_are_reported_at_once(peft_adapter, tmp_path):
             ]
         },
         {"target_modules": "all-linear"},
+        {"exclude_modules": ["lm_head"]},
+        {"exclude_modules": "lm_head|.*vision.*"},
     ],
 )
 def test_options_without_effect_on_the_output_are_accepted(fields, peft_adapter, tmp_path):

@@ -62,11 +62,13 @@ class HfCheckpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise _no_directory(self.directory)
+        # Tensors that the index lists in a shard that lacks them, with the shard.
+        self._absent: dict[str, Path] = {}
         path = self.directory / single_file
         if path.is_file():
             self._tensors = {name: (path, spec) for name, spec in read_specs(path).items()}
         elif (self.directory / INDEX_FILE).is_file():
-            self._tensors = _read_shards(self.directory)
+            self._tensors, self._absent = _read_shards(self.directory)
         else:
             raise _no_weights(self.directory)
 
@@ -128,19 +130,29 @@ class HfCheckpoint:
 
         Args:
             expected: name -> shape of every required tensor.
-            ignored: regular expressions; a tensor whose whole name matches one may also exist.
+            ignored: regular expressions; a tensor whose whole name matches one may also exist, or
+                only be listed in the index.
 
         Raises:
             CheckpointError: lists all missing, unexpected and wrong-shaped tensors.
         """
+
+        def is_ignored(name: str) -> bool:
+            return any(re.fullmatch(pattern, name) for pattern in ignored)
+
         problems = [
+            Problem(str(shard), f"tensor {name!r} is listed in {INDEX_FILE} but not in this file")
+            for name, shard in self._absent.items()
+            if not is_ignored(name)
+        ]
+        problems += [
             Problem(str(self.directory), f"tensor {name!r} of shape {shape} is missing")
             for name, shape in expected.items()
-            if name not in self._tensors
+            if name not in self._tensors and name not in self._absent
         ]
         for name, (path, spec) in sorted(self._tensors.items()):
             if name not in expected:
-                if not any(re.fullmatch(pattern, name) for pattern in ignored):
+                if not is_ignored(name):
                     message = f"unexpected tensor {name!r} {spec.shape}"
                     problems.append(Problem(str(path), message))
             elif spec.shape != tuple(expected[name]):
@@ -174,8 +186,11 @@ class HfCheckpoint:
         return self._tensors[name]
 
 
-def _read_shards(directory: Path) -> dict[str, tuple[Path, TensorSpec]]:
-    """The tensors of all shards; index and shard headers must agree."""
+def _read_shards(directory: Path) -> tuple[dict[str, tuple[Path, TensorSpec]], dict[str, Path]]:
+    """The tensors of all shards, and the shards of tensors that only the index lists.
+
+    Those may be harmless (see `HfCheckpoint.check`). Otherwise index and headers must agree.
+    """
     path = directory / INDEX_FILE
     listed = read_json_object(path).get("weight_map")
     if not isinstance(listed, dict) or not all(
@@ -184,6 +199,7 @@ def _read_shards(directory: Path) -> dict[str, tuple[Path, TensorSpec]]:
         raise CheckpointError.at(str(path), "weight_map does not map tensors to file names")
     problems: list[Problem] = []
     tensors: dict[str, tuple[Path, TensorSpec]] = {}
+    absent: dict[str, Path] = {}
     for file in sorted(set(listed.values())):
         shard = directory / file
         try:
@@ -199,13 +215,10 @@ def _read_shards(directory: Path) -> dict[str, tuple[Path, TensorSpec]]:
                 problems.append(Problem(str(shard), f"tensor {name!r} is not in {INDEX_FILE}"))
             else:
                 tensors[name] = (shard, spec)
-        missing = sorted(name for name in listed if listed[name] == file and name not in specs)
-        problems += [
-            Problem(str(shard), f"tensor {name!r} is listed in {INDEX_FILE} but not in this file")
-            for name in missing
-        ]
+        names = sorted(name for name in listed if listed[name] == file and name not in specs)
+        absent |= dict.fromkeys(names, shard)
     _raise_any(problems, directory)
-    return tensors
+    return tensors, absent
 
 
 def _unreadable_shard(shard: Path, listed: Mapping[str, str], error: CheckpointError) -> Problem:

@@ -51,6 +51,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def check_vocabulary(directory: Path, vocab_size: object) -> None:
     """Checks that the model has an embedding for every token id; it may have more.
 
+    One token may lie behind the embeddings: the padding token, which fine-tuning scripts of Llama 2
+    added without resizing the model. No text contains it, and batches are not padded here.
+
     Args:
         directory: of `config.json` and of the tokenizer files, if there are any.
         vocab_size: value in `config.json`.
@@ -62,7 +65,8 @@ def check_vocabulary(directory: Path, vocab_size: object) -> None:
     if not isinstance(vocab_size, int):
         path = str(directory / CONFIG_FILE)
         raise CheckpointError.at(path, f"vocab_size is {vocab_size!r}, not an integer")
-    token = max(_tokens(directory), default=None)  # by id, the first field
+    tokens = [token for token in _tokens(directory) if not _is_spare_padding(token, vocab_size)]
+    token = max(tokens, default=None)  # by id, the first field
     if token is not None and token.id >= vocab_size:
         raise CheckpointError.at(
             str(token.path),
@@ -70,6 +74,14 @@ def check_vocabulary(directory: Path, vocab_size: object) -> None:
             f"{vocab_size}: the model has no embedding for it",
             "use the model's own tokenizer, or resize the embeddings to it",
         )
+
+
+_PADDING_TEXTS = ("[PAD]", "<pad>", "<|pad|>")
+
+
+def _is_spare_padding(token: Token, vocab_size: int) -> bool:
+    """Whether this is a padding token behind the last embedding."""
+    return token.id == vocab_size and token.text in _PADDING_TEXTS
 
 
 def _tokens(directory: Path) -> Iterator[Token]:

@@ -6,7 +6,7 @@ else. Frequencies are computed in `rope/rotary.py`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -19,6 +19,7 @@ from megatron_idpo.mcore.model.hf_config import (
     field_problem,
     read_config,
 )
+from megatron_idpo.mcore.rope.hf_config import rope_parameter_names
 
 type RopeValue = float | bool | tuple[float, ...] | None
 
@@ -38,14 +39,13 @@ class RopeSettings:
     @classmethod
     def of(cls, rope_parameters: Mapping[str, Any]) -> Self:
         """From the dictionary of a standardized Transformers config."""
+        rope_type: str = rope_parameters["rope_type"]
         entries = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in rope_parameters.items()
-            if name not in ("rope_type", "type")
+            if name in rope_parameter_names(rope_type) - {"rope_type", "type"}
         }
-        return cls(
-            rope_type=rope_parameters["rope_type"], parameters=tuple(sorted(entries.items()))
-        )
+        return cls(rope_type=rope_type, parameters=tuple(sorted(entries.items())))
 
     def as_dict(self) -> dict[str, Any]:
         """The `rope_parameters` that Transformers expects."""
@@ -82,6 +82,7 @@ class Architecture(ModelShape):
         rope: Rotary settings.
         dtype: Dtype of the checkpoint's weights: float32, bfloat16 or float16.
         num_experts: 0: dense.
+        unread_keys: Keys of the config.json that Transformers never reads for this family.
     """
 
     hidden_size: int
@@ -94,6 +95,13 @@ class Architecture(ModelShape):
     windows: tuple[int | None, ...]
     rope: RopeSettings
     dtype: torch.dtype
+    unread_keys: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def unread_note(self) -> str:
+        """A line about `unread_keys`."""
+        keys = ", ".join(self.unread_keys)
+        return f"ignored, as Transformers' {self.family} code never reads it: {keys}"
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], location: str = CONFIG_JSON) -> Self:
@@ -111,7 +119,8 @@ class Architecture(ModelShape):
         """
         if not isinstance(config, Mapping):
             raise ConfigError.at(location, f"contains a {type(config).__name__}, not an object")
-        hf_config, problems = read_config(config)
+        reading = read_config(config)
+        hf_config, problems = reading.hf_config, reading.problems
         if hf_config is not None:
             problems += _head_problems(hf_config)
             problems += _rope_list_problems(hf_config, config)
@@ -136,6 +145,7 @@ class Architecture(ModelShape):
             windows=_windows(hf_config),
             rope=RopeSettings.of(hf_config.rope_parameters),
             dtype=checkpoint_dtype(config),
+            unread_keys=reading.unread,
         )
 
 

@@ -1,10 +1,10 @@
 """Checks every key of a Hugging Face config.json.
 
 A key is read (it shapes the model), harmless (it cannot affect a logit), allowed with certain
-values only (a bias that must be off, an activation that must be SiLU), or a problem. An unknown key
-is a problem too, because it may change the model's outputs. The keys that are read are then
-normalized by Transformers' own config class of the family, so that defaults of missing fields and
-old spellings (`rope_theta`, `rope_scaling`, `torch_dtype`) have the meaning they have there.
+values only (a bias that must be off, an activation that must be SiLU), never read by Transformers'
+code of the family (`unread_keys.py`; reported as a note), or a problem. The keys that are read are
+then normalized by Transformers' own config class of the family, so that defaults of missing fields
+and old spellings (`rope_theta`, `rope_scaling`, `torch_dtype`) have the meaning they have there.
 
 Rope parameters are checked in `rope/hf_config.py`; `architecture.py` checks the shape.
 
@@ -14,13 +14,16 @@ the model itself and not of a random subnetwork. `pad_token_id`: Transformers do
 row of the embedding.
 """
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_idpo.errors import Problem
-from megatron_idpo.mcore.rope.hf_config import ROPE_KEYS, is_number, rope_problems
+from megatron_idpo.mcore.model.unread_keys import is_unread
+from megatron_idpo.mcore.rope.hf_config import ROPE_KEYS, is_number, rope_problems, unread_rope_keys
 
 CONFIG_JSON = "config.json"
 
@@ -47,12 +50,13 @@ _WINDOW_KEYS = {
 }
 
 _OFF = (False, None)
+_DEQUANTIZE = "dequantize the checkpoint first"
 _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_bias": ((False,), "a bias on the attention's output projection is not supported"),
     "mlp_bias": ((False,), "biases in the MLP are not supported"),
     "hidden_act": (("silu", "swish"), "only the SiLU-gated MLP is supported"),
     "sliding_window": ((None,), "Transformers' model of this family has no sliding window"),
-    "quantization_config": ((None,), "dequantize the checkpoint first"),
+    "quantization_config": ((None,), "quantized weights are not supported; dequantize first"),
     "compression_config": ((None,), "decompress the checkpoint first"),
     "final_logit_softcapping": ((None,), "logit soft-capping is not supported"),
     "attn_logit_softcapping": ((None,), "logit soft-capping is not supported"),
@@ -92,34 +96,46 @@ _HARMLESS = frozenset(
 )
 
 
+_QUANTIZATION = re.compile(r"quant|compression_config|load_in_\d+bit", re.IGNORECASE)
+"""Names of keys that say that the weights are quantized, whichever library reads them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigReading:
+    """What a config.json says."""
+
+    hf_config: Any
+    """Transformers' config object of the family, with every default filled in and `rope_parameters`
+    standardized; None if a field it needs is itself a problem."""
+
+    problems: list[Problem]
+    """In the order of the file's keys."""
+
+    unread: tuple[str, ...] = ()
+    """Keys that Transformers' code of the family never reads."""
+
+
 def field_problem(key: str, message: str, remedy: str = "") -> Problem:
     """A problem with one field of config.json."""
     return Problem(f"{CONFIG_JSON}: {key}", message, remedy)
 
 
-def read_config(config: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+def read_config(config: Mapping[str, Any]) -> ConfigReading:
     """Checks every key and normalizes the read ones with Transformers' own config class.
 
     Args:
         config: A parsed config.json, in the old or the new format; it is not changed.
-
-    Returns:
-        Transformers' config object of the family, with every default filled in and
-        `rope_parameters` standardized, or None if a field it needs is itself a problem; and the
-        problems, in the order of the file's keys.
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        return None, [
-            field_problem(
-                "model_type",
-                f"{family!r} is not a supported family",
-                f"supported are {known}; `--backend bridge` may convert others",
-            )
-        ]
+        message = f"{family!r} is not a supported family"
+        remedy = f"supported are {', '.join(FAMILIES)}"
+        return ConfigReading(None, [field_problem("model_type", message, remedy)])
+    unread = [key for key in config if _is_ignored(key, config[key], family)]
     key_problems = {
-        key: problem for key in config if (problem := _key_problem(key, config, family)) is not None
+        key: problem
+        for key in config
+        if key not in unread and (problem := _key_problem(key, config, family)) is not None
     }
     problems = list(key_problems.values()) + _dtype_problems(config)
     rope = rope_problems(config, location=CONFIG_JSON)
@@ -134,7 +150,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
             family, {key: config[key] for key in config.keys() & kept}
         )
         problems += hf_problems
-    return hf_config, problems + rope
+    unread += [] if rope else unread_rope_keys(config)
+    return ConfigReading(hf_config, problems + rope, tuple(unread))
 
 
 def checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -158,6 +175,26 @@ def _transformers_config(family: str, fields: dict[str, Any]) -> tuple[Any, list
     return hf_config, []
 
 
+def _is_ignored(key: str, value: Any, family: str) -> bool:
+    """Whether a key is to be reported as unread: neither known here nor read by Transformers."""
+    names_quantization = _QUANTIZATION.search(key) is not None and bool(value)
+    is_neutral = key in _NEUTRAL and _is_accepted(key, value)
+    if names_quantization or is_neutral or _is_read_here(key, family):
+        return False
+    return is_unread(key, family)
+
+
+def _is_read_here(key: str, family: str) -> bool:
+    known = _SIZES | _WINDOW_KEYS[family] | _HARMLESS | ROPE_KEYS | _ALWAYS_CHECKED
+    return key in known
+
+
+def _is_accepted(key: str, value: Any) -> bool:
+    accepted, _ = _NEUTRAL[key]
+    # Compare the type too: 0 == False in Python, but Transformers accepts only one of them.
+    return any(type(value) is type(valid) and value == valid for valid in accepted)
+
+
 def _key_problem(key: str, config: Mapping[str, Any], family: str) -> Problem | None:
     """The problem with one key, regardless of the others."""
     value = config[key]
@@ -171,15 +208,17 @@ def _key_problem(key: str, config: Mapping[str, Any], family: str) -> Problem | 
     if key == "architectures":
         return _architectures_problem(value, FAMILIES[family])
     if key in _NEUTRAL:
-        accepted, reason = _NEUTRAL[key]
-        # Compare the type too: 0 == False in Python, but Transformers accepts only one of them.
-        if any(type(value) is type(valid) and value == valid for valid in accepted):
+        if _is_accepted(key, value):
             return None
-        return field_problem(key, f"{value!r} would change the outputs: {reason}")
+        return field_problem(key, f"{value!r} would change the outputs: {_NEUTRAL[key][1]}")
+    if _QUANTIZATION.search(key):
+        if not value:
+            return None
+        return field_problem(key, f"{value!r} says that the weights are quantized", _DEQUANTIZE)
     return field_problem(
         key,
-        f"{value!r}: unknown field for {family}, may change the outputs",
-        "remove it from config.json if it does not",
+        f"{value!r}: Transformers' {family} code reads this field, and it is not supported here",
+        "remove it from config.json if the model does not need it",
     )
 
 
@@ -218,6 +257,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """Checks of single values: whether one is valid, and the message if it is not."""
+
+_ALWAYS_CHECKED = frozenset(
+    {"model_type", "dtype", "torch_dtype", "architectures", *_CHECKS} - {"use_sliding_window"}
+)
 
 
 def _architectures_problem(value: Any, expected: str) -> Problem | None:

@@ -1,10 +1,10 @@
 """Checks the rope fields of a Hugging Face config.json, in old and new spelling.
 
-Transformers only warns about rope parameters that it does not read, and silently takes one of two
-contradictory values. Here both are problems, because the only symptom of a wrong rotary frequency
-is a slightly worse model. Exactly the parameters that Transformers' `ROPE_INIT_FUNCTIONS` read are
-accepted. Transformers' config class fills in defaults (`model/hf_config.py`), and its functions
-compute the frequencies (`rope/rotary.py`).
+Transformers silently takes one of two contradictory values. Here they are a problem, because the
+only symptom of a wrong rotary frequency is a slightly worse model. Exactly the parameters that
+Transformers' `ROPE_INIT_FUNCTIONS` read have a meaning; others, about which Transformers warns, are
+reported as a note (`unread_rope_keys`). Transformers' config class fills in defaults
+(`model/hf_config.py`), and its functions compute the frequencies (`rope/rotary.py`).
 """
 
 import math
@@ -74,8 +74,8 @@ def rope_problems(config: Mapping[str, Any], *, location: str) -> list[Problem]:
             continue
         where, value = f"{location}: {name}", config[name]
         if name == _ORIGINAL and name not in _OPTIONAL[rope_type]:
-            problems.append(_unread(where, value, rope_type))
-        elif name != _ORIGINAL and rope.get(name, value) != value:
+            continue  # `unread_rope_keys`
+        if name != _ORIGINAL and rope.get(name, value) != value:
             # Transformers would take the inner value. Two different original lengths are valid:
             # Transformers writes such files itself, and takes the outer one.
             message = f"{value!r} contradicts {key}.{name} = {rope[name]!r}"
@@ -83,6 +83,24 @@ def rope_problems(config: Mapping[str, Any], *, location: str) -> list[Problem]:
         else:
             problems += _value_problems(where, name, value, rope_type)
     return problems
+
+
+def unread_rope_keys(config: Mapping[str, Any]) -> list[str]:
+    """Rope fields that Transformers does not read with the file's rope type.
+
+    Args:
+        config: The whole parsed config.json; `rope_problems` found none.
+    """
+    key, rope, _ = _rope_dictionary(config, "")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    known = rope_parameter_names(rope_type)
+    unread = [f"{key}.{name}" for name in rope if name not in known]
+    return unread + ([_ORIGINAL] if _ORIGINAL in config and _ORIGINAL not in known else [])
+
+
+def rope_parameter_names(rope_type: str) -> frozenset[str]:
+    """The rope parameters that Transformers reads with a supported rope type."""
+    return _REQUIRED[rope_type] | _OPTIONAL[rope_type] | _EVERY_TYPE
 
 
 def _rope_dictionary(
@@ -146,9 +164,7 @@ def _field_problems(key: str, rope_type: str, rope: dict[str, Any], location: st
     ]
     for name, value in rope.items():
         where = f"{location}: {key}.{name}"
-        if name not in required | optional | _EVERY_TYPE:
-            problems.append(_unread(where, value, rope_type))
-        elif name not in ("type", "rope_type"):
+        if name in (required | optional | _EVERY_TYPE) - {"type", "rope_type"}:
             problems += _value_problems(where, name, value, rope_type)
     if not problems and rope_type == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -189,11 +205,6 @@ def _partial_problems(where: str, value: Any, rope_type: str) -> list[Problem]:
     # its forward fails on the shapes with any other type.
     message = f"{value!r}: Transformers' models of this family rotate whole heads"
     return [Problem(where, message, "remove it if the model was trained with whole heads rotated")]
-
-
-def _unread(where: str, value: Any, rope_type: str) -> Problem:
-    message = f"{value!r} is not read by rope type {rope_type!r}"
-    return Problem(where, message, "correct the type, or remove it: Transformers ignores it")
 
 
 def is_number(value: Any) -> bool:

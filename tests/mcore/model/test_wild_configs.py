@@ -1,0 +1,111 @@
+"""config.json files as they are published: none is refused for a key that changes nothing.
+
+`hf_configs/` are files from the hub, `wild_configs.json` has files with the source of each, and
+Transformers' own config classes add every key that they write.
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.model.hf_config import FAMILIES
+from megatron_idpo.testing import tiny_hf_config
+
+HERE = Path(__file__).parents[1]
+SOURCES: dict[str, dict[str, Any]] = json.loads((HERE / "wild_configs.json").read_text())
+WILD = {
+    **{path.stem: json.loads(path.read_text()) for path in sorted((HERE / "hf_configs").iterdir())},
+    **{
+        name: entry["config"]
+        for name, entry in SOURCES.items()
+        if entry["config"]["model_type"] in FAMILIES
+    },
+    **{f"{name} config class": CONFIG_MAPPING[name]().to_dict() for name in FAMILIES},
+}
+UNREAD_WORDS = {"internal_version", "move_model_to_device", "sequence_parallel_enabled"} | {
+    "selective_checkpoint_enabled",
+    "tf_legacy_loss",
+    "moe_frequency",
+    "use_flash_attention",
+    "pretraining_tp",
+}
+"""Keys of these files that no version of Transformers' models reads today."""
+
+
+def test_there_are_thirty_files_and_each_names_its_source() -> None:
+    assert len(WILD) >= 30
+    assert all(entry["source"].startswith("https://") for entry in SOURCES.values())
+
+
+@pytest.mark.parametrize("name", WILD)
+def test_published_config_is_accepted(name: str) -> None:
+    architecture = Architecture.from_hf(WILD[name])
+    assert set(architecture.unread_keys) <= UNREAD_WORDS
+    hf = CONFIG_MAPPING[WILD[name]["model_type"]](**copy.deepcopy(WILD[name]))
+    assert (architecture.num_layers, architecture.vocab_size) == (
+        hf.num_hidden_layers,
+        hf.vocab_size,
+    )
+
+
+WRONG: list[tuple[str, Any]] = [
+    ("hidden_act", "gelu"),
+    ("vocab_size", 0),
+    ("hidden_size", "64"),
+    ("num_hidden_layers", 1.5),
+    ("num_attention_heads", -1),
+    ("num_key_value_heads", 3),
+    ("intermediate_size", True),
+    ("max_position_embeddings", None),
+    ("rms_norm_eps", 0),
+    ("tie_word_embeddings", "no"),
+    ("rope_theta", "x"),
+    ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
+    ("dtype", "float8_e4m3fn"),
+    ("quantization_config", {"quant_method": "fp8"}),
+    ("architectures", ["LlamaForSequenceClassification"]),
+    ("per_layer_config", {"0": {"head_dim": 2}}),
+    ("model_type", "gpt2"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_value_of_a_key_that_changes_numbers_is_refused(
+    family: str, key: str, value: Any
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        Architecture.from_hf(tiny_hf_config(family) | {key: value})
+    assert key in str(error.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_never_reads_a_noted_key(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second reading: Transformers' model runs with keys that report every access."""
+    extra = dict.fromkeys(sorted(UNREAD_WORDS - {"pretraining_tp"}), math.nan)
+    extra["residual_multiplier"] = 0.5
+    config = tiny_hf_config(family, num_hidden_layers=2) | extra
+    noted = set(Architecture.from_hf(config).unread_keys)
+    assert {"residual_multiplier", "internal_version"} <= noted
+    accessed: set[str] = set()
+    config_class = CONFIG_MAPPING[family]
+    original = config_class.__getattribute__
+
+    def record(self: Any, name: str) -> Any:
+        accessed.add(name)
+        return original(self, name)
+
+    hf_config = config_class(**config)
+    monkeypatch.setattr(config_class, "__getattribute__", record)
+    model = AutoModelForCausalLM.from_config(hf_config)
+    model(torch.arange(5)[None], labels=torch.arange(5)[None]).loss.backward()
+    assert {"hidden_size", "rms_norm_eps"} <= accessed, "the recording does not work"
+    assert not noted & accessed
