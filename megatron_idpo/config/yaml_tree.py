@@ -177,7 +177,8 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
         if isinstance(error, _RefusedError):
             raise ConfigError.at(location, str(error.problem), str(error.note)) from None
         message = f"is not YAML: {_syntax(error)}"
-        raise ConfigError.at(location, message, "check quotes, colons and indentation") from error
+        remedy = _remedy(error, "check quotes, colons and indentation")
+        raise ConfigError.at(location, message, remedy) from error
     if values is not None:
         if not isinstance(values, dict):
             remedy = "write `model:`, `data:`, … at the top level"
@@ -334,7 +335,12 @@ def _reason(error: yaml.YAMLError, text: str) -> tuple[str, str]:
     """Message and remedy."""
     if isinstance(error, _RefusedError):
         return str(error.problem), str(error.note)
-    return f"{shown(text)} is not YAML: {_syntax(error)}", "quote it"
+    return f"{shown(text)} is not YAML: {_syntax(error)}", _remedy(error, "quote it")
+
+
+def _remedy(error: yaml.YAMLError, otherwise: str) -> str:
+    """YAML has no place for some control characters, quoted neither."""
+    return "remove that character" if isinstance(error, yaml.reader.ReaderError) else otherwise
 
 
 def _lost_part(text: str, node: yaml.Node) -> str:

@@ -54,7 +54,7 @@ UNREADABLE = {
     "a private tag": ("data: !mine x", "has the tag !mine; write the value without a tag"),
     "a tagged mapping": ("!!map {data: x}", "has the tag !!map"),
     "the tag of nothing": ("data: ! 12", "has the tag !;"),
-    "a NUL byte": (b"data: {train: a\0b}", "is not YAML: unacceptable character #x0000"),
+    "a NUL byte": (b"data: {train: a\0b}", "are not allowed; remove that character"),
     "a large file": ("# " + "x" * MAX_FILE_BYTES, "is larger than 262,144 bytes"),
     "many digits": ("data: {train: a, seed: " + "9" * 5000 + "}", "is a number of 5,000 digits"),
     "UTF-16": ("data: {train: a}".encode("utf-16"), "is not UTF-8"),

@@ -50,6 +50,8 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _CHUNK_CHARS = 1 << 20
 _TABLE_ROWS = 256
 _WHITE = " \t\r\n"
+_OTHER_KIND = "save it as parquet or as JSON lines"
+
 _TOOL_FIELDS = ("arguments", "tools", "chat_template_kwargs")
 """Fields whose content is the user's own, so that a null inside may have a meaning."""
 
@@ -337,7 +339,10 @@ def _read_arrow(path: Path, columns: Columns) -> Rows:
         mapped.seek(0)
         # Before `datasets` sees it: with invalid offsets it reads beyond the file, and crashes.
         table = _valid(open_table(mapped).read_all())
-    dataset = datasets.Dataset(table) if is_file else datasets.Dataset.from_file(str(path))
+    try:
+        dataset = datasets.Dataset(table) if is_file else datasets.Dataset.from_file(str(path))
+    except ValueError as error:  # `datasets` does not know all of Arrow's types
+        raise DataError.at(str(path), f"the file cannot be read: {error}", _OTHER_KIND) from None
     yield from _dataset_rows(dataset, columns)
 
 

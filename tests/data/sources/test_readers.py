@@ -71,10 +71,14 @@ def write(path: Path, records: list[dict[str, str]]) -> list[int]:
         case ".parquet":
             pq.write_table(table, path)
         case ".arrow":
-            sink = pa.ipc.new_stream if "stream" in path.name else pa.ipc.new_file
-            with pa.OSFile(str(path), "wb") as file, sink(file, table.schema) as writer:
-                writer.write_table(table)
+            write_arrow(path, table)
     return rows
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
+    sink = pa.ipc.new_stream if "stream" in path.name else pa.ipc.new_file
+    with pa.OSFile(str(path), "wb") as file, sink(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 NAMES = ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet", "stream.arrow", "file.arrow"]
@@ -216,6 +220,9 @@ def test_maps_of_a_table_are_objects(tmp_path: Path) -> None:
     column = pa.array([[("a", "1"), ("b", "2")], [("a", "1"), ("a", "2")]], field)
     pq.write_table(pa.table({"chosen": column.slice(0, 1)}), tmp_path / "a.parquet")
     assert rows_of(tmp_path / "a.parquet") == [(1, {"chosen": {"a": "1", "b": "2"}})]
+    write_arrow(tmp_path / "a.arrow", pa.table({"chosen": column}))
+    with pytest.raises(DataError, match=r"map<string, string> does not .*; save it as parquet"):
+        rows_of(tmp_path / "a.arrow")
     pq.write_table(pa.table({"chosen": column}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="a map has a key twice"):
         rows_of(tmp_path / "a.parquet")
