@@ -7,7 +7,7 @@ from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo_steps import step_config
 from megatron_idpo.convert.model_source import FrozenModel
 from megatron_idpo.errors import ConfigError, DataError, Problem
-from megatron_idpo.sdpo.manifest import FILE, read_manifest
+from megatron_idpo.sdpo.manifest import FILE, SNAPSHOTS, read_manifest
 from megatron_idpo.train.run_directory import RunDirectory
 from megatron_idpo.train.setup import check_against_model
 
@@ -29,8 +29,9 @@ def check_can_start(config: RunConfig, output: RunDirectory) -> None:
         remedy = "name another directory, or set checkpoint.resume to auto to resume"
         raise ConfigError.at("training.output", message, remedy)
     if not manifest:
-        # A run without sdpo has its results here.
-        for path in (output.checkpoints, output.hf):
+        # A run without sdpo has its results in the first two. Without its manifest, a run with
+        # snapshots would train all of its steps again.
+        for path in (output.checkpoints, output.hf, output.root / SNAPSHOTS):
             if path.exists():
                 message = f"has {path} but no {FILE}: of a run without sdpo, or the file is lost"
                 remedy = "name another directory, or restore the file"

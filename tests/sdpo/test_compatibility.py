@@ -1,6 +1,7 @@
 """Errors before the first model is scored or any file is written."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ def test_sdpo_run_is_rejected_in_the_directory_of_another_run(
     workers.run(run, 1, write_config(tiny, output, training={"max_steps": 2}))
     before = files(output)
     with pytest.raises(ConfigError, match=r"no manifest\.json: of a run without sdpo"):
+        workers.run(run, 1, stepped_config(tiny, output, "full"))
+    assert files(output) == before
+
+
+def test_lost_manifest_is_rejected(tiny: Files, workers: Any, output: Path) -> None:
+    """All steps would be trained again, without a message."""
+    (output / "manifest.json").unlink()
+    before = files(output)
+    with pytest.raises(ConfigError, match=r"snapshots but no manifest\.json.*restore the file"):
         workers.run(run, 1, stepped_config(tiny, output, "full"))
     assert files(output) == before
 
@@ -109,7 +119,7 @@ def test_step_with_too_few_pairs_is_reported_before_step_1(
 def test_resuming_a_step_with_another_reference_is_rejected_by_its_checkpoint(
     tiny: Files, workers: Any, tmp_path: Path, source: str
 ) -> None:
-    """Also without the manifest. The start is the first model in both cases."""
+    """Also without manifest and snapshots. The start is the first model in both cases."""
     output = tmp_path / "run"
     common: dict[str, Any] = {"reference": {"source": source}}
     steps = [dict(step) for step in TWO_STEPS]
@@ -120,6 +130,7 @@ def test_resuming_a_step_with_another_reference_is_rejected_by_its_checkpoint(
     workers.run(run, 1, file, stop_after(2))
     assert states(output) == ["complete", "training"]
     (output / "manifest.json").unlink()
+    shutil.rmtree(output / "snapshots")
     steps[0]["lr"] = 3e-3
     with pytest.raises(CheckpointError, match="the reference differs"):
         workers.run(run, 1, stepped_config(tiny, output, "full", steps, sdpo=sdpo, **common))

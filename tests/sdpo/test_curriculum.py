@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ def test_scores_of_other_data_are_rejected_with_remedy(
     """The remedy does not name `reference.cache`."""
     output = first_step("merge", tmp_path / "run")
     (output / "manifest.json").unlink()
+    shutil.rmtree(output / "snapshots")
     longer = stepped_config(tiny, output, data={"max_length": 64}, sdpo={"only": 1})
     with pytest.raises(
         CheckpointError, match="first_model: cache was made from other inputs"

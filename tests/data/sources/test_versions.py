@@ -9,7 +9,7 @@ from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.data.sources.open import open_source
 from megatron_idpo.errors import DataError
 
-OLD, NEW = "1" * 40, "2" * 40
+OLD, NEW = "2" * 40, "1" * 40
 TRAIN, TEST = "data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"
 INFO = "dataset_info.json"
 
