@@ -19,6 +19,7 @@ data in memory, and of what was there before: the CRC-32 that Python's zipfile c
 
 import argparse
 import hashlib
+import os
 import shutil
 import statistics
 import tempfile
@@ -251,8 +252,9 @@ def main() -> None:
         [
             "# What checksums cost\n",
             f"{date.today()}, {processor()}, {torch.get_num_threads()} threads; {libraries}; "
-            f"commit {commit()}. {options.gigabytes:g} GB each, medians of {options.rounds}. What "
-            "is measured, and how, stands in `benchmarks/verification_price.py`.\n",
+            f"commit {commit()}; load average {os.getloadavg()[0]:.1f}. {options.gigabytes:g} GB "
+            f"each, medians of {options.rounds}. What is measured, and how, stands in "
+            "`benchmarks/verification_price.py`.\n",
             "| | with, s | without, s | CPU with, s | CPU without, s | difference |\n"
             "|---|---|---|---|---|---|",
             *rows,

@@ -26,6 +26,9 @@ SHARD = b"first piece, second piece"
 PIECES = {"__0_0.distcp": {"0": checksum(SHARD[:11]), "13": checksum(SHARD[13:])}}
 STEP = "step-00000004"
 
+LOAD_S = 5.0
+"""Bound of loading the tiny training state once, on a busy machine."""
+
 
 def checkpoint(root: Path, *, is_state: bool = True) -> Path:
     """A directory with a shard of two pieces and one other file."""
@@ -135,6 +138,7 @@ def test_every_flipped_bit_of_a_training_state_is_refused(
     workers: Any, tmp_path: Path, count: int
 ) -> None:
     model = str(write_tiny_hf_model(tmp_path / "model", "llama", **tiny.SIZES))
-    (refused,) = workers.run(damage_bit_by_bit, 1, model, str(tmp_path / "checkpoints"), count)
+    arguments = (model, str(tmp_path / "checkpoints"), count)
+    (refused,) = workers.run(damage_bit_by_bit, 1, *arguments, timeout_s=LOAD_S * 5 * count)
     names = (".metadata", "__0_0.distcp", "checksums.json", "metadata.json", "progress.json")
     assert refused == dict.fromkeys(names, count)
