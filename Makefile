@@ -11,6 +11,8 @@ PYTEST = $(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-r
 
 # tools/setup.sh reads PYTHON and TORCH_INDEX_URL from the environment.
 export VENV
+# Without it every process of a test compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 # How long `make fuzz` runs.

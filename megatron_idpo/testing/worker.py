@@ -99,7 +99,9 @@ def _failure(error: BaseException) -> Outcome:
 def prepare() -> None:
     """Import what every worker needs, before it is forked; torch computes on one thread."""
     import torch
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401  # lazy modules
 
+    import megatron_idpo.mcore.cpu.gloo
     import megatron_idpo.mcore.model.build
     import megatron_idpo.mcore.parallel.groups
     import megatron_idpo.train.loop  # noqa: F401
@@ -121,6 +123,8 @@ def serve(connection: Connection) -> None:
 
 def main(descriptor: int, stacks_path: str) -> None:
     """Run a worker on an inherited pipe descriptor; SIGUSR1 dumps its stack to a file."""
+    from megatron_idpo.mcore.cpu.gloo import share_gloo_device
+
     # Child processes of the worker must not keep its pipe open.
     os.set_inheritable(descriptor, False)
     # Open until the process ends: faulthandler writes to the bare descriptor.
@@ -133,5 +137,6 @@ def main(descriptor: int, stacks_path: str) -> None:
         # A rank that wakes another keeps its core until it waits itself. Small collectives among
         # more ranks than cores take a quarter of the time (docs/decisions.md).
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    share_gloo_device()
     with Connection(descriptor) as connection:
         serve(connection)

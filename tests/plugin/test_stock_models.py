@@ -45,9 +45,18 @@ SPACE = Space(
 )
 ARRAY = covering_array(SPACE)
 CASES = [Case(**values) for values in ARRAY]
-# Processes cost most of a test's time.
-QUICK = cheap_cover(ARRAY, 2, lambda values: Case(**values).world_size ** 2)
+# Every value of every factor; processes cost most of a test's time.
+QUICK = cheap_cover(ARRAY, 1, lambda values: Case(**values).world_size ** 2)
 NORMAL = [
+    Case(
+        tensor=2,
+        sequence_parallel=True,
+        pipeline=2,
+        virtual=2,
+        recompute="block-1",
+        taps="middle",
+        batch="packed",
+    ),
     Case(kind="gpt2", pipeline=2),  # biases, learned positions, LayerNorm
     Case(tensor=2, recompute="distributed"),
     Case(context=2),
