@@ -48,9 +48,10 @@ def answer_end(tokenizer: Tokenizer) -> AnswerEnd:
     """The end of answers, from a conversation that the chat template renders."""
     written = _after_answer(tokenizer)
     [tokens] = tokenizer.encode([written], special_tokens=False)
-    # Only the first one: those after it belong to the next turn.
-    ids = tokenizer.special_ids | tokenizer.added_ids
-    turn_end = next((token for token in tokens if token in ids), None)
+    # Only the first one: those after it belong to the next turn. Some tokenizers have runs of white
+    # space as added tokens, which answers contain too.
+    added = (token for token in tokens if token in tokenizer.special_ids | tokenizer.added_ids)
+    turn_end = next((token for token in added if tokenizer.decode([token]).strip()), None)
     spelling = "" if turn_end is None else tokenizer.decode([turn_end])
     return AnswerEnd(tokenizer.eos_id, turn_end, written, spelling)
 

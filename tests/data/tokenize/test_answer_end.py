@@ -60,6 +60,16 @@ def test_an_added_token_that_is_not_special_ends_answers(text_tokenizer_path: st
     assert answer_end(HfTokenizer(tokenizer)).turn_end_text == "<end>"
 
 
+def test_white_space_that_was_added_does_not_end_answers(text_tokenizer_path: str) -> None:
+    """GPT-NeoX and Phi have tokens for runs of spaces; generation would stop at the first."""
+    tokenizer = AutoTokenizer.from_pretrained(text_tokenizer_path)
+    tokenizer.add_tokens([AddedToken("  ", special=False, normalized=False)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}  \n{% endfor %}"
+    assert answer_end(HfTokenizer(tokenizer)).turn_end is None
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}  \n</s>{% endfor %}"
+    assert answer_end(HfTokenizer(tokenizer)).turn_end == EOS
+
+
 @pytest.fixture
 def added_end(text_tokenizer_path: str) -> Tokenizer:
     """ChatML whose end of turn was added to the vocabulary without being marked as special."""
