@@ -210,12 +210,12 @@ def test_unusable_checkpoint_is_reported_on_one_line(
 
 
 def test_padding_of_the_vocabulary_is_removed(source, attempt_on, tmp_path):
-    """Megatron-LM pads to a multiple of 128 x TP: here from 250 to 256 rows."""
-    change_config(source, vocab_size=250)
+    """Megatron-LM pads to a multiple of 128 x TP: here from 249 to 256 rows."""
+    change_config(source, vocab_size=249)
     assert attempt_on("back", source, tmp_path / "out", Layout(tensor=2)) == [None] * 2
     exported = load_file(tmp_path / "out" / WEIGHTS)
     assert (
-        exported["model.embed_tokens.weight"].shape == exported["lm_head.weight"].shape == (250, 64)
+        exported["model.embed_tokens.weight"].shape == exported["lm_head.weight"].shape == (249, 64)
     )
 
 
