@@ -50,8 +50,8 @@ from megatron_idpo.plugin.compatibility import (
     check_wrappers,
 )
 from megatron_idpo.plugin.head import Head
-from megatron_idpo.plugin.layer_losses import LayerLosses
-from megatron_idpo.plugin.outputs import LayerOutput
+from megatron_idpo.plugin.layer_losses import LayerLosses, Returned
+from megatron_idpo.plugin.outputs import OTHER_TOKENS_REMEDY, LayerOutput
 from megatron_idpo.plugin.preference_batch import PreferenceBatch
 from megatron_idpo.plugin.shared_head import SharedHead
 from megatron_idpo.plugin.targets import Targets
@@ -66,7 +66,7 @@ def attach(
     use_norm: bool = True,
     pg_collection: Any = None,
 ) -> "AttachedDpo":
-    """Add intermediate DPO to this rank's model chunks. Collective over the world.
+    """Add intermediate DPO to this rank's model chunks. Collective over the model's ranks.
 
     Args:
         chunks: `GPTModel`s or `HybridModel`s as their owner built them, not yet wrapped in DDP.
@@ -78,14 +78,18 @@ def attach(
         vocab_size: tokens of the vocabulary, without padding rows.
         use_norm: read tapped layers through the final norm.
         pg_collection: megatron-core's `ProcessGroupCollection` of the model; None: the chunks' own.
+            The model may be on some ranks of the world only; the others call nothing.
 
     Raises:
         ConfigError: on every rank. Chunks that are wrapped or not language models; layers that do
-            not exist or are the final one; and, all at once, a second attach and settings of
-            megatron-core under which the gradient would be silently wrong.
+            not exist or are the final one; groups that are incomplete; and, all at once, a second
+            attach and settings of megatron-core under which the gradient would be silently wrong.
     """
     if problems := check_chunks(chunks):
         raise ConfigError.of(problems)
+    if pg_collection is None:
+        pg_collection = getattr(chunks[0], "pg_collection", None)
+    groups = ModelGroups.of(pg_collection)
     config = chunks[0].config
     taps = resolve_layers(layers, num_layers(chunks[0]))
     problems = [
@@ -94,11 +98,8 @@ def attach(
         *check_vocabulary(chunks, vocab_size),
     ]
     arguments = (taps, objective, vocab_size, use_norm)
-    if problems := check_all_ranks(problems, chunks, taps, arguments):
+    if problems := check_all_ranks(problems, chunks, taps, arguments, groups):
         raise ConfigError.of(problems)
-    if pg_collection is None:
-        pg_collection = getattr(chunks[0], "pg_collection", None)
-    groups = ModelGroups.of(pg_collection)
     return AttachedDpo(chunks, taps, objective, vocab_size, groups, use_norm=use_norm)
 
 
@@ -131,7 +132,7 @@ class AttachedDpo:
         own = [[layer for layer in layers_by_number(c) if layer in self.layers] for c in chunks]
         own_layers = [layer for of_chunk in own for layer in of_chunk]
         own_layers += [self.num_layers for chunk in chunks if chunk.post_process]
-        self._losses = LayerLosses(own_layers, scale_of, objective, groups)
+        self._losses = LayerLosses(own_layers, scale_of, objective, groups, self._config)
         self._is_checked = False
         self._gradient_sum_pending = False
         self._shared_head = SharedHead(
@@ -167,7 +168,7 @@ class AttachedDpo:
         _check_batch(batch)
         batch.check_vocabulary(self._vocab_size)
         context = self._groups.context
-        targets = batch.targets.on_context_rank(torch.distributed.get_rank(context), context.size())
+        targets = batch.targets.on_context_rank(self._groups.context_rank, context.size())
         carried = CarriedBatch.of(
             _Call(self, batch, targets), packed_seq_params, batch.targets.shape[1]
         )
@@ -194,7 +195,7 @@ class AttachedDpo:
         output: Tensor = model(*args, **kwargs, **self.model_kwargs(batch, own))
         return output
 
-    def loss(self, batch: PreferenceBatch, logps_2P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: PreferenceBatch, logps_2P: Tensor) -> Returned:
         """The final layer's term of the loss: megatron-core's `loss_func` on the last stage.
 
         Args:
@@ -204,7 +205,8 @@ class AttachedDpo:
         Returns:
             `(1 - w) * sum(L) * M * D / B` (`layer_losses.py`), and what Megatron's training loop
             logs, `{name: [sum, pairs]}` (`step_log.py`). Without gradients: 0, and the final
-            layer's values; nothing without a reference.
+            layer's values; nothing without a reference. With `calculate_per_token_loss`:
+            `(1 - w) * sum(L)`, the number of pairs, and the log.
 
         Raises:
             ConfigError: the output is not of this batch; in training, a micro-batch without the
@@ -215,10 +217,10 @@ class AttachedDpo:
             remedy = "merge AttachedDpo.model_kwargs(batch) of the same batch into the model's call"
             raise ConfigError.at("AttachedDpo.loss", message, remedy)
         with self._losses.discarding_step_on_error():
-            loss, log = self._losses.final_layer(batch, logps_2P)
+            returned = self._losses.final_layer(batch, logps_2P)
         if torch.is_grad_enabled():
             self._gradient_sum_pending = self._shared_head.has_trained_copies
-        return loss, log
+        return returned
 
     def finalize_model_grads(self, model: Sequence[Any], *args: Any, **kwargs: Any) -> None:
         """megatron-core's `finalize_model_grads`, then the sum over the copies of a trained head.
@@ -235,7 +237,8 @@ class AttachedDpo:
             raise ConfigError.of(problems)
         finalize_model_grads(model, *args, **kwargs)
         with self._losses.discarding_step_on_error():
-            sums_by_layer = self._losses.outputs.finish_step(check_all_ranks=not self._is_checked)
+            gather = None if self._is_checked else self._groups.gather
+            sums_by_layer = self._losses.outputs.finish_step(gather)
             if not self._is_checked:
                 self._shared_head.check_equal()
                 self._is_checked = True
@@ -313,8 +316,23 @@ class AttachedDpo:
             message = (
                 f"tokens of shape {tuple(tokens.shape)} for targets of {list(expected)} tokens"
             )
-            remedy = "pass the tokens that the targets were built from"
-            raise DataError.at(f"micro-batch {call.batch.index}", message, remedy)
+            raise DataError.at(f"micro-batch {call.batch.index}", message, OTHER_TOKENS_REMEDY)
+        if tokens is not None:
+            self._compare_tokens(call.batch, tokens)
+
+    def _compare_tokens(self, batch: PreferenceBatch, tokens_BS: Tensor) -> None:
+        """Check that the model gets the tokens that its batch was built from."""
+        groups = self._groups
+        count = batch.targets.count_mismatches(
+            tokens_BS, groups.context_rank, groups.context.size()
+        )
+        if count is None:
+            return
+        if count.device.type != "cpu":
+            self._losses.outputs.add_mismatches(count)  # reading it would wait for the GPU
+        elif count:
+            message = f"{int(count)} response tokens are not in the tokens of the model's call"
+            raise DataError.at(f"micro-batch {batch.index}", message, OTHER_TOKENS_REMEDY)
 
     def _on_tap(
         self, head: Head, layer: int, hidden_sBH: Tensor, call: "_Call", evaluates_now: bool

@@ -18,12 +18,11 @@ from megatron_idpo.mcore.model.chunk import (
     supports_rows,
 )
 from megatron_idpo.mcore.model.tap import is_tapped
-from megatron_idpo.mcore.parallel.world import all_gather_objects
+from megatron_idpo.mcore.parallel.groups import ModelGroups
 
 MUST_BE_OFF = {
     "overlap_moe_expert_parallel_comm": "runs parts of layers without calling them",
     "defer_embedding_wgrad_compute": "delays the output layer's gradient past the taps'",
-    "calculate_per_token_loss": "divides every gradient by a token count; the unit here is pairs",
     "fp32_residual_connection": "is untested with taps",
     "mtp_num_layers": "moves the final norm away from the output layer",
     "cpu_offloading": "is untested with taps",
@@ -33,6 +32,16 @@ MUST_BE_OFF = {
     "use_mup": "scales logits after the output layer, which taps do not",
 }
 """Settings of `TransformerConfig` that must be off, with the reason."""
+
+
+_COUNTED_IN_TOKENS = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "dsa_indexer_loss_coeff")
+"""Auxiliary losses that megatron-core multiplies by numbers of tokens under
+`calculate_per_token_loss`, because it expects its divisor to be one."""
+
+
+def _has_nonzero(config: Any, name: str) -> bool:
+    value = getattr(config, name, None)
+    return any(value) if isinstance(value, list) else bool(value)
 
 
 def check_settings(config: Any) -> list[Problem]:
@@ -45,6 +54,13 @@ def check_settings(config: Any) -> list[Problem]:
 
     for name, reason in MUST_BE_OFF.items():
         require(not getattr(config, name, None), name, reason, "switch it off")
+    counted = [name for name in _COUNTED_IN_TOKENS if _has_nonzero(config, name)]
+    require(
+        not (config.calculate_per_token_loss and counted),
+        "calculate_per_token_loss",
+        f"divides by the number of pairs, but {', '.join(counted)} counts tokens",
+        "switch it off, or set them to 0",
+    )
     for name in ("attention_dropout", "hidden_dropout"):
         rate = getattr(config, name)
         reason = f"is {rate}; policy and reference would differ at random"
@@ -161,14 +177,16 @@ def check_all_ranks(
     chunks: Sequence[ModelChunk],
     taps: Sequence[int],
     arguments: object,
+    groups: ModelGroups,
 ) -> list[Problem]:
-    """The problems of all ranks, and those that no single rank sees. Collective over the world.
+    """The problems of all ranks, and those that no single rank sees. Collective over the model.
 
     Args:
         problems: of this rank.
         chunks: of this rank.
         taps: tapped layers, counted from 1.
         arguments: must have the same `repr` on every rank.
+        groups: of the model.
     """
     last = [chunk for chunk in chunks if chunk.post_process]
     head = [
@@ -177,7 +195,7 @@ def check_all_ranks(
         for name, parameter in chunk.named_parameters()
         if name.startswith(("output_layer.", "embedding.", "decoder.final_"))
     ]
-    views = all_gather_objects(
+    views = groups.gather(
         _RankView(
             problems=list(problems),
             arguments=repr(arguments),

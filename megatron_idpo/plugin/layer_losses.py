@@ -7,11 +7,17 @@ divides gradients by D * C. So the final layer's loss of a micro-batch is
 `(1 - w) * sum(L) * M * D / B`. A tapped layer's loss does not pass through the schedule, so it has
 no M, but has to apply C and the loss scale itself: `w * share * sum(L) * D * C / B * grad_scale`.
 
+With `calculate_per_token_loss` neither the schedule nor DDP averages: gradients are summed and, at
+the end of the step, divided by the sum of the counts that the loss function returned. So both
+losses are `weight * sum(L)`, and the count is the number of pairs, on one context-parallel rank
+only.
+
     P  pairs; 2P answers
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +28,10 @@ from megatron_idpo.objective.dpo import Objective, layer_loss
 from megatron_idpo.plugin.outputs import LayerOutput, OutputRecorder
 from megatron_idpo.plugin.preference_batch import PreferenceBatch
 from megatron_idpo.plugin.step_log import StepLog
+
+Returned = tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, Tensor, dict[str, Tensor]]
+"""What megatron-core's schedule takes from a loss function: the loss, with
+`calculate_per_token_loss` the number that gradients are divided by, and the log."""
 
 
 class LayerLosses:
@@ -38,6 +48,7 @@ class LayerLosses:
         scales: Mapping[int, float],
         objective: Objective,
         groups: ModelGroups,
+        config: Any,
     ) -> None:
         """Nothing computed yet.
 
@@ -46,20 +57,20 @@ class LayerLosses:
             scales: the weight of each layer's loss in the combined loss, the final layer's too.
             objective: the loss of a layer.
             groups: of the model.
+            config: megatron-core's `TransformerConfig` of the model.
         """
         self._scales = dict(scales)
         self._final = max(scales)
         self._objective = objective
         self._groups = groups
+        self._config = config
         self.outputs = OutputRecorder(
             own_layers, self._final, objective, counts_pairs=groups.counts_pairs
         )
         self.log = StepLog(scales, groups)
 
-    def final_layer(
-        self, batch: PreferenceBatch, logps_2P: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the loss function returns to the schedule: the scaled loss, and the log's values.
+    def final_layer(self, batch: PreferenceBatch, logps_2P: Tensor) -> Returned:
+        """What the loss function returns to the schedule.
 
         Without gradients the loss is 0; without a reference the log is empty.
 
@@ -67,14 +78,19 @@ class LayerLosses:
             ConfigError: as for `evaluate`.
         """
         output, loss_P = self.evaluate(self._final, batch, logps_2P)
-        if loss_P is None:
-            return logps_2P.new_zeros(()), {}
-        if not torch.is_grad_enabled():
-            return logps_2P.new_zeros(()), self.log.final_layer(output.sums(self._objective))
-        # The schedule divides by M, which would make a pair's weight depend on how many
-        # micro-batches its batch was split into.
-        pairs = batch.global_pairs / (self._groups.data_size * batch.num_micro_batches)
-        return loss_P.sum() * (self._scales[self._final] / pairs), self.log.placeholder(logps_2P)
+        loss, log = logps_2P.new_zeros(()), {}
+        if loss_P is not None and torch.is_grad_enabled():
+            # The schedule divides by M, which would make a pair's weight depend on how many
+            # micro-batches its batch was split into.
+            pairs = batch.global_pairs / (self._groups.data_size * batch.num_micro_batches)
+            loss, log = self._scaled(self._final, loss_P, pairs), self.log.placeholder(logps_2P)
+        elif loss_P is not None:
+            log = self.log.final_layer(output.sums(self._objective))
+        if not self._config.calculate_per_token_loss:
+            return loss, log
+        # Context-parallel ranks have the same pairs, and megatron-core adds up their counts.
+        count = batch.num_pairs if self._groups.context_rank == 0 else 0
+        return loss, torch.full((), count, dtype=torch.int, device=loss.device), log
 
     def tapped_layer(self, layer: int, batch: PreferenceBatch, logps_2P: Tensor) -> Tensor:
         """The scaled loss of a tapped layer, without megatron-core's loss scale.
@@ -84,8 +100,15 @@ class LayerLosses:
         """
         _, loss_P = self.evaluate(layer, batch, logps_2P)
         assert loss_P is not None
-        pairs = batch.global_pairs / self._groups.data_and_context.size()
-        return loss_P.sum() * (self._scales[layer] / pairs)
+        return self._scaled(
+            layer, loss_P, batch.global_pairs / self._groups.data_and_context.size()
+        )
+
+    def _scaled(self, layer: int, loss_P: Tensor, num_pairs: float) -> Tensor:
+        """The sum of a layer's losses times its weight, over the pairs of the average."""
+        if self._config.calculate_per_token_loss:
+            num_pairs = 1.0
+        return loss_P.sum() * (self._scales[layer] / num_pairs)
 
     def evaluate(
         self, layer: int, batch: PreferenceBatch, logps_2P: Tensor

@@ -7,15 +7,15 @@ collects them.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_idpo.errors import ConfigError, Problem
-from megatron_idpo.mcore.parallel.world import all_gather_objects
 from megatron_idpo.objective.dpo import Objective, layer_metrics
 from megatron_idpo.plugin.preference_batch import PreferenceBatch
 
@@ -35,6 +35,9 @@ _RUN_ALL = (
     "AttachedDpo.model_kwargs in the call, and backward too unless under torch.no_grad; "
     "pass AttachedDpo.loss to the schedule as its loss function"
 )
+
+
+OTHER_TOKENS_REMEDY = "pass the tokens that the targets were built from"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,7 @@ class OutputRecorder:
         self._counts_pairs = counts_pairs
         self._step = _Totals()
         self._evaluation = _Totals()
+        self._mismatches: Tensor | None = None
         self._collectors: list[list[LayerOutput]] = []
 
     def record(self, output: LayerOutput, batch: PreferenceBatch, *, trains: bool) -> None:
@@ -161,23 +165,27 @@ class OutputRecorder:
     def discard_step(self) -> None:
         """Forget a step that failed."""
         self._step = _Totals()
+        self._mismatches = None
 
-    def finish_step(self, *, check_all_ranks: bool) -> dict[int, Tensor]:
+    def finish_step(self, gather: Callable[[Any], list[Any]] | None = None) -> dict[int, Tensor]:
         """The sums of the step's outputs by layer. The next output begins a new step.
 
         Args:
-            check_all_ranks: also compare the number of pairs over the world. Collective, and then
-                every rank raises.
+            gather: returns the values of all ranks of the model (`ModelGroups.gather`). Then the
+                number of pairs is compared as well, and every rank raises. Collective. None: only
+                this rank's outputs are checked.
 
         Raises:
-            ConfigError: a layer does not have exactly one output per micro-batch, or the losses
-                were averaged over another number of pairs than the step had.
+            ConfigError: a layer does not have exactly one output per micro-batch, the model was
+                called with other tokens than a batch's, or the losses were averaged over another
+                number of pairs than the step had.
         """
         step, self._step, self._evaluation = self._step, _Totals(), _Totals()
         problems = self._count_problems(step.counts, step.num_micro_batches)
-        if check_all_ranks:
+        problems += self._take_mismatches()
+        if gather is not None:
             pairs = step.trained_pairs if self._counts_pairs else 0
-            by_rank = all_gather_objects((problems, pairs, sorted(step.global_pairs)))
+            by_rank = gather((problems, pairs, sorted(step.global_pairs)))
             problems = list(dict.fromkeys(problem for rank in by_rank for problem in rank[0]))
             num_pairs = sum(pairs for _, pairs, _ in by_rank)
             stated = sorted({pairs for _, _, seen in by_rank for pairs in seen})
@@ -193,16 +201,39 @@ class OutputRecorder:
         return step.sums
 
     def take_evaluation(self) -> dict[int, Tensor]:
-        """The sums of outputs without a gradient, by layer, since the last step or call."""
+        """The sums of outputs without a gradient, by layer, since the last step or call.
+
+        Raises:
+            ConfigError: the model was called with other tokens than a batch's.
+        """
         evaluation, self._evaluation = self._evaluation, _Totals()
+        if problems := self._take_mismatches():
+            raise ConfigError.of(problems)
         return evaluation.sums
+
+    def add_mismatches(self, count: Tensor) -> None:
+        """Count response tokens that the model was not called with; read once per step.
+
+        Args:
+            count: int64 `[]` (`Targets.count_mismatches`); stays on its device.
+        """
+        self._mismatches = count if self._mismatches is None else self._mismatches + count
+
+    def _take_mismatches(self) -> list[Problem]:
+        """Reads the count, which waits for a GPU."""
+        mismatches, self._mismatches = self._mismatches, None
+        if mismatches is None or not (count := int(mismatches)):
+            return []
+        message = f"{count} response tokens are not in the tokens that the model was called with"
+        return [Problem("micro-batches", message, OTHER_TOKENS_REMEDY)]
 
     @contextmanager
     def collect(self, num_micro_batches: int | None) -> Iterator[list[LayerOutput]]:
         """All outputs that are recorded in the block.
 
         Raises:
-            ConfigError: at the end, if a layer does not have exactly one output per micro-batch.
+            ConfigError: at the end, if a layer does not have exactly one output per micro-batch, or
+                the model was called with other tokens than a batch's.
         """
         collected: list[LayerOutput] = []
         self._collectors.append(collected)
@@ -215,7 +246,7 @@ class OutputRecorder:
         for output in collected:
             counts.setdefault(output.layer, Counter())[output.micro_batch] += 1
         expected = set() if num_micro_batches is None else {num_micro_batches}
-        if problems := self._count_problems(counts, expected):
+        if problems := self._count_problems(counts, expected) + self._take_mismatches():
             raise ConfigError.of(problems)
 
     def _count_problems(

@@ -23,7 +23,6 @@ from megatron_idpo.mcore.model.chunk import ModelChunk, RestoreFn, final_norm
 from megatron_idpo.mcore.model.head_replica import REPLICA_NAME, HeadReplica, mark_shared_head
 from megatron_idpo.mcore.parallel.groups import ModelGroups
 from megatron_idpo.mcore.parallel.pipeline import StageGroup, stage_group
-from megatron_idpo.mcore.parallel.world import all_gather_objects
 from megatron_idpo.plugin.head import Head
 
 _INTEGER_BY_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -124,8 +123,8 @@ class _HeadState:
     norm: tuple[_NormParameter, ...]
 
     @classmethod
-    def gather(cls, chunks: Sequence[ModelChunk]) -> "_HeadState":
-        """Of the last stages, which agree. Collective over the world."""
+    def gather(cls, chunks: Sequence[ModelChunk], groups: ModelGroups) -> "_HeadState":
+        """Of the last stages, which agree. Collective over the model."""
         local = [
             cls(
                 _weight(chunk, None).requires_grad,
@@ -137,7 +136,7 @@ class _HeadState:
             for chunk in chunks
             if chunk.post_process
         ]
-        of_last_stages = [state for by_rank in all_gather_objects(local) for state in by_rank]
+        of_last_stages = [state for by_rank in groups.gather(local) for state in by_rank]
         assert len(set(of_last_stages)) == 1, f"last stages differ: {of_last_stages}"
         return of_last_stages[0]
 
@@ -157,7 +156,7 @@ class SharedHead:
         *,
         use_norm: bool,
     ) -> None:
-        """Add replicas to the chunks and fill them. Collective over the world.
+        """Add replicas to the chunks and fill them. Collective over the model.
 
         A replica is trainable where the owner's parameter is. A norm that no tap reads is frozen
         and not filled: with overlapped reduction, DDP waits for the gradient of every trainable
@@ -174,7 +173,7 @@ class SharedHead:
         self._use_norm = use_norm
         self._undo: list[RestoreFn] = []
         self.replicas: dict[int, HeadReplica] = {}
-        state = _HeadState.gather(chunks)
+        state = _HeadState.gather(chunks, groups)
         for index, (chunk, is_tapped) in enumerate(zip(chunks, tapped, strict=True)):
             if is_tapped and not chunk.post_process:
                 owns_weight = chunk.pre_process and chunk.share_embeddings_and_output_weights
@@ -190,7 +189,7 @@ class SharedHead:
         self._norms = {
             parameter.name: self._norm_copies(parameter.name) for parameter in state.norm
         }
-        # Creating a group is collective over the world: one for the weights, then one for norms.
+        # Creating a group is collective over its stages: one for the weights, then one for norms.
         tied = chunks[0].share_embeddings_and_output_weights
         self._connect([self._weights], 0 if tied else -1)
         self._connect(list(self._norms.values()), -1)
@@ -217,13 +216,13 @@ class SharedHead:
             copies.sum_gradients()
 
     def check_equal(self) -> None:
-        """Compare all copies of each parameter. Collective over the world; reads each copy once.
+        """Compare all copies of each parameter. Collective over the model; reads each copy once.
 
         Raises:
             ConfigError: on every rank, if they differ in value or in whether they train.
         """
         parameters, shard = self._all_copies(), self._groups.tensor_rank
-        digests_by_rank = all_gather_objects(
+        digests_by_rank = self._groups.gather(
             [copies.digests(shard) for copies in parameters.values()]
         )
         for column, name in enumerate(parameters):

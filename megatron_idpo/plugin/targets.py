@@ -11,7 +11,7 @@ cost nothing in the vocabulary projection.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class Targets:
     """Where packed sequences begin, and the end of the last one. Context parallelism splits each of
     them; None: it splits all S positions together."""
 
+    token_positions_N: Tensor | None = None
+    """int64: where the token itself is, indexed like `positions_N`. None: not known, so the model's
+    input is not compared with the targets."""
+
     @classmethod
     def from_mask(cls, tokens_BS: Tensor, response_mask_BS: Tensor) -> Self:
         """Targets of a padded batch; every row is a sequence.
@@ -76,6 +80,7 @@ class Targets:
             sequences_N=sequence_N,
             num_sequences=num_sequences,
             shape=(num_rows, tokens_BS.shape[1]),
+            token_positions_N=position_N * num_rows + sequence_N,
         )
 
     @classmethod
@@ -144,15 +149,18 @@ class Targets:
             num_sequences=num_sequences,
             shape=(1, len(tokens_S)),
             bounds=tuple(bounds),
+            token_positions_N=position_N,
         )
 
     def to(self, device: torch.device | str) -> Self:
         """These targets on another device."""
-        move = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("positions_N", "tokens_N", "sequences_N")
+        names = ("positions_N", "tokens_N", "sequences_N", "token_positions_N")
+        values: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device, non_blocking=True)
+            for name, value in values.items()
         }
-        return replace(self, **move)
+        return replace(self, **moved)
 
     def on_context_rank(self, rank: int, size: int) -> Self:
         """The targets that a context-parallel rank predicts, with positions in its hidden states.
@@ -166,6 +174,41 @@ class Targets:
         """
         if size == 1:
             return self
+        local_N, own_N = self._zigzag(self.positions_N, rank, size)
+        return replace(
+            self,
+            positions_N=local_N[own_N],
+            tokens_N=self.tokens_N[own_N],
+            sequences_N=self.sequences_N[own_N],
+            token_positions_N=None,
+        )
+
+    def count_mismatches(self, tokens_BS: Tensor, rank: int = 0, size: int = 1) -> Tensor | None:
+        """How many targets differ from the model's input: int64 `[]`. Does not wait for a GPU.
+
+        Args:
+            tokens_BS: what a context-parallel rank calls the model with, on the targets' device.
+            rank: of the context-parallel ranks.
+            size: their number.
+
+        Returns:
+            None if the targets do not know where their tokens are.
+        """
+        if self.token_positions_N is None:
+            return None
+        index_N, is_own_N = self._zigzag(self.token_positions_N, rank, size)
+        num_rows = self.shape[0]
+        differs_N = tokens_BS[index_N % num_rows, index_N // num_rows] != self.tokens_N
+        return (differs_N & is_own_N).sum()
+
+    def _zigzag(self, index_N: Tensor, rank: int, size: int) -> tuple[Tensor, Tensor]:
+        """Indices into a context-parallel rank's positions, and which of them it has.
+
+        Raises:
+            DataError: a sequence cannot be cut into equal parts.
+        """
+        if size == 1:
+            return index_N, torch.ones_like(index_N, dtype=torch.bool)
         num_rows, num_positions = self.shape
         bounds = self.bounds or (0, num_positions)
         lengths = [end - start for start, end in pairwise(bounds)]
@@ -173,8 +216,8 @@ class Targets:
             message = f"sequences of {sorted(set(lengths))} positions on {size} context ranks"
             remedy = f"pad each to a multiple of {2 * size} positions"
             raise DataError.at("targets", message, remedy)
-        starts = torch.tensor(bounds, device=self.positions_N.device)
-        position_N, row_N = self.positions_N // num_rows, self.positions_N % num_rows
+        starts = torch.tensor(bounds, device=index_N.device)
+        position_N, row_N = index_N // num_rows, index_N % num_rows
         segment_N = torch.searchsorted(starts, position_N, right=True) - 1
         start_N = starts[segment_N]
         part_tokens_N = (starts[segment_N + 1] - start_N) // (2 * size)
@@ -183,13 +226,7 @@ class Targets:
         # The rank's second part of a sequence comes after its first.
         offset_N = offset_N + torch.where(part_N == rank, 0, part_tokens_N)
         local_N = (start_N // size + offset_N) * num_rows + row_N
-        own_N = (part_N == rank) | (part_N == 2 * size - 1 - rank)
-        return replace(
-            self,
-            positions_N=local_N[own_N],
-            tokens_N=self.tokens_N[own_N],
-            sequences_N=self.sequences_N[own_N],
-        )
+        return local_N, (part_N == rank) | (part_N == 2 * size - 1 - rank)
 
     def sum_by_sequence(self, values_N: Tensor) -> Tensor:
         """Sum a value per target over each sequence: `[Q]`, connected to the graph at N = 0.
@@ -211,7 +248,9 @@ class Targets:
         Values are checked on a CPU only. On a GPU that would synchronize; there an index out of
         range is a device error.
         """
-        tensors = (self.positions_N, self.tokens_N, self.sequences_N)
+        tensors: tuple[Tensor, ...] = (self.positions_N, self.tokens_N, self.sequences_N)
+        if self.token_positions_N is not None:
+            tensors = (*tensors, self.token_positions_N)
         shapes = [tuple(tensor.shape) for tensor in tensors]
         if len(set(shapes)) > 1 or len(shapes[0]) != 1:
             return [f"positions, tokens and sequences have shapes {shapes}, not one [N]"]

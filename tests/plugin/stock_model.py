@@ -16,6 +16,7 @@ from torch import Tensor
 NUM_LAYERS, VOCAB, PADDED_VOCAB = 8, 51, 52
 MAX_POSITIONS, FFN_SIZE = 64, 48
 HEAD = ("embedding.", "output_layer.", "decoder.final_layernorm.")
+HEAD_OF_TIED = {"output_layer.weight": "embedding.word_embeddings.weight"}
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -122,6 +123,7 @@ def build(
     frozen: bool = False,
     packed: bool = False,
     num_layers: int = NUM_LAYERS,
+    pg_collection: Any = None,
     **overrides: Any,
 ) -> list[Any]:
     """This rank's chunks, in a running layout.
@@ -133,9 +135,9 @@ def build(
         frozen: whether embedding and head are.
         packed: use `packed_attention` instead of megatron-core's.
         num_layers: of the whole model.
+        pg_collection: the model's groups; None: megatron-core's own.
         **overrides: of `TransformerConfig`.
     """
-    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
@@ -165,26 +167,40 @@ def build(
     chunks = []
     for index in range(layout.virtual_pipeline):
         stage = index if layout.virtual_pipeline > 1 else None
-        ends = {"ignore_virtual": False, "vp_stage": stage}
+        is_first, is_last = _ends(stage, pg_collection)
         chunks.append(
             GPTModel(
                 config=config,
                 transformer_layer_spec=_spec(config, stage, packed=packed),
                 vocab_size=PADDED_VOCAB,
                 max_sequence_length=MAX_POSITIONS,
-                pre_process=parallel_state.is_pipeline_first_stage(**ends),
-                post_process=parallel_state.is_pipeline_last_stage(**ends),
+                pre_process=is_first,
+                post_process=is_last,
                 share_embeddings_and_output_weights=tied,
                 position_embedding_type=POSITIONS[kind],
                 vp_stage=stage,
+                pg_collection=pg_collection,
             )
         )
     for name, parameter in global_parameters(chunks):
-        if tied and name == "output_layer.weight":
-            name = "embedding.word_embeddings.weight"
+        name = HEAD_OF_TIED.get(name, name) if tied else name
         parameter.data.copy_(cut(name, whole_weight(name, parameter), Cut.of(parameter)))
         parameter.requires_grad_(not (frozen and name.startswith(HEAD)))
     return chunks
+
+
+def _ends(stage: int | None, pg_collection: Any) -> tuple[bool, bool]:
+    """Whether a chunk is the first of the model, and whether it is the last."""
+    from megatron.core import parallel_state
+
+    if pg_collection is not None:
+        pipeline = pg_collection.pp
+        return pipeline.rank() == 0, pipeline.rank() == pipeline.size() - 1
+    where = {"ignore_virtual": False, "vp_stage": stage}
+    return (
+        parallel_state.is_pipeline_first_stage(**where),
+        parallel_state.is_pipeline_last_stage(**where),
+    )
 
 
 def _spec(config: Any, stage: int | None, *, packed: bool) -> Any:

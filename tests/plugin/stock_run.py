@@ -70,6 +70,8 @@ class Case:
     tied: bool = False
     batch: str = "padded"
     kind: str = "llama"
+    per_token: bool = False
+    """megatron-core's `calculate_per_token_loss`."""
 
     def __str__(self) -> str:
         """The id of its test."""
@@ -78,6 +80,7 @@ class Case:
         words = [f"{letter}{size}" for letter, size in sizes if size > 1] or ["one"]
         words += ["SP"] if self.sequence_parallel else []
         words += ["tied"] if self.tied else []
+        words += ["per_token"] if self.per_token else []
         return "-".join([*words, self.batch, self.kind, self.taps, self.recompute, self.trained])
 
     @property
@@ -286,6 +289,7 @@ def train(case: Case) -> dict[str, Any]:
         frozen=case.trained == "frozen_head",
         packed=case.batch == "packed" or case.context > 1,
         context_parallel_size=case.context,
+        calculate_per_token_loss=case.per_token,
         **RECOMPUTE[case.recompute],
     )
     objective = Objective(beta=BETA, intermediate_weight=WEIGHT)

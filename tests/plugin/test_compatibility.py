@@ -64,6 +64,19 @@ def test_checked_names_exist_in_megatron_core():
     assert {"batch_p2p_comm", "virtual_pipeline_model_parallel_size"} <= known
 
 
+@pytest.mark.parametrize(
+    "coefficient",
+    [{"moe_aux_loss_coeff": 0.1}, {"moe_aux_loss_coeff": [0.0, 0.1]}, {"moe_z_loss_coeff": 1e-3}],
+    ids=str,
+)
+def test_auxiliary_losses_that_count_tokens_are_reported_with_losses_per_token(coefficient):
+    (problem,) = check_settings(config(calculate_per_token_loss=True, **coefficient))
+    assert problem.location == "TransformerConfig.calculate_per_token_loss"
+    assert next(iter(coefficient)) in problem.message and "set them to 0" in problem.remedy
+    assert check_settings(config(**coefficient)) == []
+    assert check_settings(config(calculate_per_token_loss=True)) == []
+
+
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("chunks", [None, 1, 2])
 @pytest.mark.parametrize("batched", [False, True])

@@ -5,7 +5,6 @@ import torch
 
 from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.objective.dpo import Objective
-from megatron_idpo.plugin import outputs as outputs_module
 from megatron_idpo.plugin.outputs import SUMMED, LayerOutput, OutputRecorder
 from megatron_idpo.plugin.preference_batch import PreferenceBatch
 from megatron_idpo.plugin.targets import Targets
@@ -42,13 +41,13 @@ def train(recorder, layers=(2, FINAL), indices=(0, 1), **fields):
 
 def test_a_step_ends_with_the_sums_of_every_layer(recorder):
     train(recorder)
-    sums = recorder.finish_step(check_all_ranks=False)
+    sums = recorder.finish_step()
     assert list(sums) == [2, FINAL]
     by_name = dict(zip((*SUMMED, "pairs"), sums[FINAL].tolist(), strict=True))
     assert by_name["loss"] == 1.0 and by_name["pairs"] == 2.0
     assert by_name["rewards/margins"] == 4.0 and by_name["rewards/accuracies"] == 2.0
     train(recorder)
-    assert torch.equal(recorder.finish_step(check_all_ranks=False)[2], sums[2]), "not added up"
+    assert torch.equal(recorder.finish_step()[2], sums[2]), "not added up"
 
 
 def test_evaluation_between_steps_is_kept_apart(recorder):
@@ -57,19 +56,19 @@ def test_evaluation_between_steps_is_kept_apart(recorder):
         recorder.record(output(FINAL, index, 2.0), batch(index), trains=False)
     train(recorder, indices=(1,))
     assert recorder.take_evaluation()[FINAL][0] == 6.0 and recorder.take_evaluation() == {}
-    assert recorder.finish_step(check_all_ranks=False)[FINAL][0] == 1.0
+    assert recorder.finish_step()[FINAL][0] == 1.0
 
 
 def test_a_step_drops_an_evaluation_that_was_not_taken(recorder):
     recorder.record(output(FINAL, 0, 2.0), batch(), trains=False)
     train(recorder)
-    recorder.finish_step(check_all_ranks=False)
+    recorder.finish_step()
     assert recorder.take_evaluation() == {}
 
 
 def test_outputs_are_collected_in_recording_order_and_only_on_request(recorder):
     train(recorder)
-    recorder.finish_step(check_all_ranks=False)
+    recorder.finish_step()
     outputs = [output(2, 0), output(2, 1), output(FINAL, 1), output(FINAL, 0)]
     with recorder.collect(2) as collected, recorder.collect(None) as inner:
         for recorded in outputs:
@@ -83,7 +82,7 @@ def test_stage_without_layers_has_no_outputs():
     recorder = OutputRecorder([], FINAL, OBJECTIVE, counts_pairs=False)
     with recorder.collect(7) as collected:
         pass
-    assert collected == [] and recorder.finish_step(check_all_ranks=False) == {}
+    assert collected == [] and recorder.finish_step() == {}
 
 
 @pytest.mark.parametrize("trains", [True, False])
@@ -93,14 +92,14 @@ def test_layer_without_outputs_is_an_error(recorder, trains):
             recorder.record(output(2, index, 0.5), batch(index), trains=trains)
     if trains:
         with pytest.raises(ConfigError, match="layer 4: has 0 outputs for 2"):
-            recorder.finish_step(check_all_ranks=False)
+            recorder.finish_step()
 
 
 def test_layers_of_a_rank_with_different_micro_batches_are_an_error(recorder):
     train(recorder, layers=(2,))
     train(recorder, layers=(FINAL,), indices=(2, 3))
     with pytest.raises(ConfigError, match="different micro-batches"):
-        recorder.finish_step(check_all_ranks=False)
+        recorder.finish_step()
 
 
 def test_more_outputs_than_micro_batches_are_an_error_until_the_step_is_discarded(recorder):
@@ -109,48 +108,58 @@ def test_more_outputs_than_micro_batches_are_an_error_until_the_step_is_discarde
         train(recorder)
     recorder.discard_step()
     train(recorder)
-    recorder.finish_step(check_all_ranks=False)
+    recorder.finish_step()
 
 
 def test_different_counts_in_one_step_are_an_error(recorder):
     train(recorder, layers=(2,), num_micro_batches=2)
     train(recorder, layers=(FINAL,), num_micro_batches=3)
     with pytest.raises(ConfigError, match="num_micro_batches: is 2 and 3 in one step"):
-        recorder.finish_step(check_all_ranks=False)
+        recorder.finish_step()
 
 
 @pytest.mark.parametrize("other_pairs", [0, 3])
-def test_pairs_are_counted_at_the_final_layer_over_all_ranks(recorder, monkeypatch, other_pairs):
-    monkeypatch.setattr(
-        outputs_module,
-        "all_gather_objects",
-        lambda local: [local, ([], other_pairs, local[2]), ([], 0, [])],
-    )
+def test_pairs_are_counted_at_the_final_layer_over_all_ranks(recorder, other_pairs):
+    def gather(local):
+        return [local, ([], other_pairs, local[2]), ([], 0, [])]
+
     train(recorder, global_pairs=2 + other_pairs)
-    recorder.finish_step(check_all_ranks=True)
+    recorder.finish_step(gather)
     train(recorder, global_pairs=1 + other_pairs)
     expected = f"is {1 + other_pairs}, but the step had {2 + other_pairs} pairs"
     with pytest.raises(ConfigError, match=expected):
-        recorder.finish_step(check_all_ranks=True)
+        recorder.finish_step(gather)
 
 
-def test_problem_of_another_rank_is_raised_here(recorder, monkeypatch):
+def test_problem_of_another_rank_is_raised_here(recorder):
     problem = Problem("layer 3", "is missing", "run it")
-    monkeypatch.setattr(
-        outputs_module, "all_gather_objects", lambda local: [local, ([problem], 0, [])]
-    )
     train(recorder)
     with pytest.raises(ConfigError, match="layer 3: is missing"):
-        recorder.finish_step(check_all_ranks=True)
+        recorder.finish_step(lambda local: [local, ([problem], 0, [])])
 
 
-def test_only_one_copy_of_a_rank_counts_pairs(monkeypatch):
+def test_only_one_copy_of_a_rank_counts_pairs():
     sent = []
-    monkeypatch.setattr(
-        outputs_module, "all_gather_objects", lambda local: sent.append(local[1]) or [([], 2, [2])]
-    )
     for counts_pairs in (True, False):
         recorder = OutputRecorder([FINAL], FINAL, OBJECTIVE, counts_pairs=counts_pairs)
         train(recorder, layers=(FINAL,))
-        recorder.finish_step(check_all_ranks=True)
+        recorder.finish_step(lambda local: sent.append(local[1]) or [([], 2, [2])])
     assert sent == [2, 0]
+
+
+def test_tokens_of_other_batches_are_counted_until_the_step_ends(recorder):
+    """As on a GPU, which would have to be waited for at each micro-batch."""
+
+    def collect():
+        with recorder.collect(0):
+            pass
+
+    for finish in (recorder.finish_step, recorder.take_evaluation, collect):
+        for counts in ((0, 0), (0, 2, 3), (0,)):
+            for count in counts:
+                recorder.add_mismatches(torch.tensor(count))
+            if not any(counts):
+                finish()
+                continue
+            with pytest.raises(ConfigError, match=r"5 response tokens are not in .*; pass the"):
+                finish()

@@ -99,6 +99,21 @@ def test_what_cannot_be_scored_is_reported(make, message):
     assert message in str(caught.value)
 
 
+# ---- comparison with the model's input -----------------------------------------------------------
+
+
+def test_targets_are_compared_with_the_tokens_of_the_call():
+    made = Targets.from_mask(TOKENS, MASK)
+    packed = Targets.from_packed(TOKENS.view(1, 12), [0, 6, 12], MASK.view(1, 12))
+    for own, tokens in ((made, TOKENS), (packed, TOKENS.view(1, 12))):
+        assert own.count_mismatches(tokens) == 0
+        assert own.count_mismatches(tokens + 1) == len(own.tokens_N)
+        changed = tokens.clone().flatten()
+        changed[[5, 0, 4]] += 1  # one response token and two of prompts and padding
+        assert own.count_mismatches(changed.view_as(tokens)) == 1
+    assert targets([0, 1], 2).count_mismatches(TOKENS) is None, "it does not know where they are"
+
+
 # ---- context parallelism -------------------------------------------------------------------------
 
 
@@ -114,6 +129,10 @@ def test_context_ranks_share_the_targets_in_zigzag_order(size):
         # As megatron-core's get_batch_on_this_cp_rank cuts a batch.
         parts = tokens.view(num_rows, 2 * size, -1)[:, [rank, 2 * size - 1 - rank]].flatten(1)
         own = whole.on_context_rank(rank, size)
+        changed = parts.clone()
+        changed[1, -1] += 1
+        assert whole.count_mismatches(parts, rank, size) == 0
+        assert whole.count_mismatches(changed, rank, size) == 1
         predicted_from = parts.t().flatten()[own.positions_N]
         assert torch.equal(predicted_from + 1, own.tokens_N), (
             "a token is predicted by the one before"

@@ -57,9 +57,10 @@ NORMAL = [
         taps="middle",
         batch="packed",
     ),
-    Case(kind="gpt2", pipeline=2),  # biases, learned positions, LayerNorm
+    Case(kind="gpt2", pipeline=2, per_token=True),  # biases, learned positions, LayerNorm
     Case(tensor=2, recompute="distributed"),
     Case(context=2),
+    Case(context=2, taps="middle", per_token=True),
 ]
 MORE = [
     Case(kind="gpt2", pipeline=2, virtual=2, tied=True, recompute="uniform-1"),
@@ -68,6 +69,9 @@ MORE = [
     Case(context=2, data=2, tied=True, taps="middle"),
     Case(context=2, tensor=2, sequence_parallel=True, batch="packed", trained="frozen_head"),
     Case(context=4, taps="last"),
+    Case(kind="gpt2", pipeline=2),
+    Case(context=2, pipeline=2, per_token=True, tied=True),
+    Case(data=2, pipeline=2, virtual=2, per_token=True, batch="packed"),
 ]
 PARAMETERS = [
     *(pytest.param(case, id=str(case)) for case in NORMAL),

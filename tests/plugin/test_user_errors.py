@@ -152,6 +152,8 @@ def counting() -> dict[str, str]:
 
 def calling() -> dict[str, str]:
     """Calling the model in a wrong way."""
+    from megatron_idpo import PreferenceBatch, Targets
+
     (chunk,) = chunks = tiny.start()
     dpo = attached(chunks)
     ((batch, inputs), (other_batch, _), *_) = tiny.micro_batches(tiny.references(LAYERS))
@@ -162,9 +164,15 @@ def calling() -> dict[str, str]:
     def call(model: Any = chunk, batch: Any = batch, **changes: Any) -> str:
         return message(lambda: dpo.forward(model, batch, **{**inputs, **changes}))
 
+    tokens_1T = inputs["input_ids"]
+    is_answer_1T = torch.arange(tiny.ROW_TOKENS)[None] % 12 > 8
+    halves = PreferenceBatch(Targets.from_packed(tokens_1T, [0, 12, 24], is_answer_1T))
+
     answers = {
         "beyond the vocabulary": call(batch=replace(batch, targets=unknown)),
         "tokens of another batch": call(input_ids=inputs["input_ids"][:, 1:]),
+        "labels of another batch": call(batch=halves, input_ids=tokens_1T.roll(1)),
+        "labels of this batch": call(batch=halves),
         "tokens without a batch": call(input_ids=inputs["input_ids"][0]),
         "no batch": call(batch=None),
         "the row as batch": call(batch=inputs["packed_seq_params"]),
@@ -214,6 +222,8 @@ EXPECTED_WHILE_TRAINING = {
 EXPECTED_OF_CALLS = {
     "beyond the vocabulary": ("DataError micro-batch 0: target tokens from", "vocabulary of 51"),
     "tokens of another batch": ("tokens of shape (1, 23) for targets of [1, 24]", "built from"),
+    "labels of another batch": ("response tokens are not in the tokens of", "built from"),
+    "labels of this batch": ("no error",),
     "tokens without a batch": ("tokens of shape (24,) for targets of [1, 24]", "built from"),
     "correct call": ("no error",),
     "no batch": ("is a NoneType, not a PreferenceBatch", "targets"),
@@ -254,7 +264,7 @@ def over_two_stages() -> dict[str, str]:
         return answer
 
     answers = {
-        "several": under(calculate_per_token_loss=True, attention_dropout=0.1),
+        "several": under(fp32_residual_connection=True, attention_dropout=0.1),
         "other arguments": message(lambda: attached(chunks, [1 + stage])),
         "other vocabularies": message(lambda: attached(chunks, vocab_size=tiny.VOCAB - stage)),
     }
@@ -293,7 +303,7 @@ def with_copies_that_differ() -> dict[str, str]:
 
 
 EXPECTED_OVER_STAGES = {
-    "several": ("2 problems", "calculate_per_token_loss", "attention_dropout: is 0.1", "to 0"),
+    "several": ("2 problems", "fp32_residual_connection", "attention_dropout: is 0.1", "to 0"),
     "other arguments": ("differ between ranks", "((1,), ", "((2,), ", "the same arguments"),
     "other vocabularies": ("differ between ranks", "the same arguments"),
     "second attach": ("are attached already", "detach() first"),

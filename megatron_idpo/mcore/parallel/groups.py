@@ -15,6 +15,8 @@ from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
 
 from megatron_idpo.config.layout import Layout
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore.parallel.world import all_gather_objects
 
 _STAGE_SEED_STRIDE = 100_000
 """Distance between the seeds of pipeline stages. megatron-core adds the tensor-parallel rank (plus
@@ -103,6 +105,22 @@ def data_parallel_size() -> int:
     return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
 
+_GROUPS = ("tp", "pp", "cp", "dp_cp")
+"""The names in a `ProcessGroupCollection` of the fields of `ModelGroups`, in their order."""
+
+
+def _process_wide_groups() -> dict[str, dist.ProcessGroup]:
+    """megatron-core's own groups by name; empty if there are none."""
+    if not parallel_state.is_initialized():
+        return {}
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "cp": parallel_state.get_context_parallel_group(),
+        "dp_cp": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class ModelGroups:
     """The process groups of a model, which need not be megatron-core's process-wide ones."""
@@ -115,21 +133,36 @@ class ModelGroups:
 
     @classmethod
     def of(cls, pg_collection: Any = None) -> Self:
-        """The groups of a `ProcessGroupCollection`; megatron-core's own where it has none."""
+        """The groups of a `ProcessGroupCollection`; megatron-core's process-wide ones without it.
 
-        def group(name: str, default: Any) -> dist.ProcessGroup:
-            own: dist.ProcessGroup | None = getattr(pg_collection, name, None)
-            return default() if own is None else own
+        Raises:
+            ConfigError: the collection has some groups that are not the process-wide ones, and
+                lacks others, which could only be guessed.
+        """
+        known = _process_wide_groups()
+        own: dict[str, Any] = {}
+        for name in _GROUPS:
+            given = getattr(pg_collection, name, None)
+            own[name] = known.get(name) if given is None else given
+        lacks = [name for name in _GROUPS if getattr(pg_collection, name, None) is None]
+        if lacks and any(group is not known.get(name) for name, group in own.items()):
+            message = f"lacks {', '.join(lacks)}, and has groups that are not megatron-core's own"
+            raise ConfigError.at("pg_collection", message, f"set its {', '.join(_GROUPS)}")
+        if missing := [name for name, group in own.items() if group is None]:
+            remedy = "give the model's pg_collection, or call initialize_model_parallel first"
+            raise ConfigError.at("pg_collection", f"lacks {', '.join(missing)}", remedy)
+        return cls(*own.values())
 
-        def data_and_context() -> Any:
-            return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    def gather[Value](self, value: Value) -> list[Value]:
+        """The value of every rank of the model, in the same order on each of them.
 
-        return cls(
-            tensor=group("tp", parallel_state.get_tensor_model_parallel_group),
-            pipeline=group("pp", parallel_state.get_pipeline_model_parallel_group),
-            context=group("cp", parallel_state.get_context_parallel_group),
-            data_and_context=group("dp_cp", data_and_context),
-        )
+        Collective over these ranks: an all-gather of a small object in each dimension. Other ranks
+        of the world do not take part.
+        """
+        values = [value]
+        for group in (self.tensor, self.pipeline, self.data_and_context):
+            values = [one for part in all_gather_objects(values, group) for one in part]
+        return values
 
     @property
     def tensor_rank(self) -> int:
@@ -147,14 +180,19 @@ class ModelGroups:
         return self.data_and_context.size() // self.context.size()
 
     @property
+    def context_rank(self) -> int:
+        """This rank's index among the context-parallel ranks."""
+        return dist.get_rank(self.context)
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this rank has the pipeline stage with the final layer."""
         return dist.get_rank(self.pipeline) == self.pipeline.size() - 1
 
     @property
     def counts_pairs(self) -> bool:
-        """Whether this rank adds its pairs to a count over the world: one rank of each copy."""
-        is_first_copy = self.tensor_rank == 0 and dist.get_rank(self.context) == 0
+        """Whether this rank adds its pairs to a count over the model: one rank of each copy."""
+        is_first_copy = self.tensor_rank == 0 and self.context_rank == 0
         return self.is_last_stage and is_first_copy
 
 

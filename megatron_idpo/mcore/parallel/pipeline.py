@@ -48,31 +48,28 @@ class StageGroup:
 def stage_group(
     pipeline_group: dist.ProcessGroup, *, is_member: bool, needs_group: bool
 ) -> StageGroup | None:
-    """Create a group of the member stages in every pipeline where a stage needs one.
+    """Create a group of the member stages of this rank's pipeline, if a stage needs one.
 
-    Collective over the world: an all-gather of a small object, then `new_group` calls.
+    Collective over the pipeline: an all-gather of a small object, then a `new_group` call of the
+    members. Other pipelines and other ranks of the world are not involved.
 
     Args:
         pipeline_group: this rank's pipeline.
-        is_member: whether this rank belongs to its pipeline's group.
-        needs_group: whether this rank will use it; without such a rank, the pipeline gets none.
+        is_member: whether this rank belongs to the group.
+        needs_group: whether this rank will use it.
 
     Returns:
-        The group of this rank's pipeline; None if it has none or this rank is not a member.
+        None if no stage needs the group or this rank is not a member.
     """
-    pipeline = tuple(dist.get_process_group_ranks(pipeline_group))
-    by_rank = all_gather_objects((pipeline, is_member, needs_group))
-    own_group: StageGroup | None = None
-    # new_group is collective over the world: every rank creates every group, also those of other
-    # pipelines, in the same (sorted) order. Otherwise the calls pair up wrongly, or hang.
-    for ranks in sorted({pipeline_ranks for pipeline_ranks, _, _ in by_rank}):
-        members = tuple(rank for rank in ranks if by_rank[rank][1])
-        if any(by_rank[rank][2] for rank in ranks):
-            group = dist.new_group(list(members))
-            # A non-member gets the integer GroupMember.NON_GROUP_MEMBER instead of a group.
-            if isinstance(group, dist.ProcessGroup):
-                own_group = StageGroup(group, members)
-    return own_group
+    ranks = dist.get_process_group_ranks(pipeline_group)
+    by_stage = all_gather_objects((is_member, needs_group), pipeline_group)
+    if not is_member or not any(needs for _, needs in by_stage):
+        return None
+    members = [rank for rank, (belongs, _) in zip(ranks, by_stage, strict=True) if belongs]
+    # Without local synchronization every rank of the world would have to create every group.
+    group = dist.new_group(members, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup), "this rank is a member"
+    return StageGroup(group, tuple(members))
 
 
 def run_schedule(

@@ -177,10 +177,15 @@ def broadcast_from_rank0[Value](compute: Callable[[], Value]) -> Value:
     return cast(Value, result[0])
 
 
-def all_gather_objects[Value](value: Value) -> list[Value]:
-    """Every rank's value, in rank order. Collective: an all-gather of one small object."""
-    values: list[Value | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+def all_gather_objects[Value](value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
+    """Every rank's value, in rank order. Collective: an all-gather of one small object.
+
+    Args:
+        value: this rank's.
+        group: of the ranks; None: the world.
+    """
+    values: list[Value | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return cast(list[Value], values)
 
 
