@@ -1,23 +1,30 @@
-"""A step of our model from Transformer Engine's layer spec; run in a separate process."""
+"""Models from Transformer Engine's layer spec against the local one; a rank, in its own process.
+
+transformer_engine_run.py RANK WORLD_SIZE RENDEZVOUS_FILE [MODE ...]
+"""
 
 # ruff: noqa: E402 - the stand-in has to be installed before megatron-core is imported
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "plugin")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import transformer_engine_stand_in
 
 transformer_engine_stand_in.install()
 
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-import tiny_megatron as tiny
 import torch
 from torch import Tensor
 
 from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
+from tests.plugin import stock_model as stock
+from tests.plugin import stock_run
+from tests.plugin import tiny_megatron as tiny
 
 LAYERS = (1, 3)
 FUSED = {
@@ -33,50 +40,118 @@ def local_name(name: str) -> str:
     return name
 
 
-def step(uses_te: bool) -> tuple[dict[str, Tensor], set[str]]:
-    """Gradients of one step, and the keys of a checkpoint."""
-    from megatron_idpo import Objective, attach
-    from megatron_idpo.config.layout import Layout
+@contextmanager
+def engine(is_used: bool) -> Any:
+    """Build our own models with Transformer Engine's layers, or without."""
     from megatron_idpo.mcore.model import build, specs
 
     with (
-        patch.object(build, "has_transformer_engine", lambda: uses_te),
-        patch.object(specs, "has_transformer_engine", lambda: uses_te),
+        patch.object(build, "has_transformer_engine", lambda: is_used),
+        patch.object(specs, "has_transformer_engine", lambda: is_used),
     ):
-        chunks = tiny.chunks_of(Layout())
-    for name, parameter in build.global_parameters(chunks):
+        yield
+
+
+def layout_of(world_size: int) -> Any:
+    from megatron_idpo.config.layout import Layout
+
+    return Layout(tensor=world_size, sequence_parallel=world_size > 1)
+
+
+def own_chunks(world_size: int, uses_te: bool) -> list[Any]:
+    from megatron_idpo.mcore.model.build import global_parameters
+
+    with engine(uses_te):
+        chunks = tiny.chunks_of(layout_of(world_size))
+    for name, parameter in global_parameters(chunks):
         parameter.data.copy_(tiny.weight_of(local_name(name), parameter, False))
     fused = [name for name, _ in chunks[0].named_parameters() if "layer_norm_weight" in name]
     assert len(fused) == (2 * tiny.NUM_LAYERS if uses_te else 0)
-    keys = {key for key in chunks[0].sharded_state_dict() if "_extra_state" not in key}
-    shards = [chunks[0].sharded_state_dict()[key] for key in keys]
+    return chunks
+
+
+def rows(world_size: int, uses_te: bool) -> dict[str, Tensor]:
+    """Gradients of a step of our own model with shared-prompt rows."""
+    from megatron_idpo import Objective, attach
+
+    chunks = own_chunks(world_size, uses_te)
     dpo = attach(chunks, layers=LAYERS, objective=Objective(), vocab_size=tiny.VOCAB)
     models = tiny.wrap(dpo, chunks)
     reference = tiny.references((*LAYERS, tiny.NUM_LAYERS))
     tiny.run(dpo, models, tiny.micro_batches(reference))
-    gradients = {local_name(name): grad for name, grad in tiny.gradients(chunks).items()}
-    return gradients, {getattr(shard, "key", "") for shard in shards}
+    return {local_name(name): gradient for name, gradient in tiny.gradients(chunks).items()}
 
 
-def main() -> None:
-    """Compare both specs; print the largest difference of a gradient."""
+def packed(world_size: int, uses_te: bool) -> dict[str, Tensor]:
+    """Gradients of a step of a stock model with packed sequences (`thd`)."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    from megatron_idpo import Objective, attach
+    from megatron_idpo.mcore.model.build import global_parameters
+
+    case = stock_run.Case(tensor=world_size, sequence_parallel=world_size > 1, batch="packed")
+    local_spec = stock._spec
+
+    def spec(config: Any, stage: int | None, *, packed: bool) -> Any:
+        if uses_te:
+            return get_gpt_layer_with_transformer_engine_spec()
+        return local_spec(config, stage, packed=packed)
+
+    with patch.object(stock, "_spec", spec):
+        chunks = stock.build(case.layout, num_layers=tiny.NUM_LAYERS, packed=True)
+    for name, parameter in global_parameters(chunks):
+        name = local_name(name)
+        whole = stock.whole_weight(name, parameter)
+        parameter.data.copy_(stock.cut(name, whole, stock.Cut.of(parameter)))
+    dpo = attach(chunks, layers=LAYERS, objective=Objective(), vocab_size=stock.VOCAB)
+    batches = stock_run.micro_batches((*LAYERS, tiny.NUM_LAYERS), case)
+    stock_run.run_step(dpo, tiny.wrap(dpo, chunks), batches, case)
+    return {local_name(name): gradient for name, gradient in tiny.gradients(chunks).items()}
+
+
+def loaded(world_size: int, uses_te: bool) -> dict[str, Tensor]:
+    """The weights that a model reads from a checkpoint of the other kind."""
+    from megatron_idpo.checkpoint.weights import load_weights, save_weights
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.model.build import global_parameters
+    from megatron_idpo.mcore.parallel.world import broadcast_from_rank0
+    from megatron_idpo.testing import tiny_hf_config
+
+    saved, read = own_chunks(world_size, not uses_te), own_chunks(world_size, uses_te)
+    architecture = Architecture.from_hf(tiny_hf_config("llama", **tiny.SIZES))
+    for _, parameter in global_parameters(read):
+        parameter.data.zero_()
+    with TemporaryDirectory() as own:
+        directory = Path(broadcast_from_rank0(lambda: own))
+        save_weights(saved, directory)
+        load_weights(read, directory, architecture)
+        torch.distributed.barrier()
+    return {local_name(name): parameter.data for name, parameter in global_parameters(read)}
+
+
+def main(rank: int, world_size: int, rendezvous: str, modes: list[str]) -> None:
+    """Compare both specs; print the largest relative difference of a tensor in each mode."""
     redirect_cuda_to_cpu()
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    from megatron_idpo.config.layout import Layout
     from megatron_idpo.mcore.parallel.groups import start_layout
 
     assert HAVE_TE
-    store: Any = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    start_layout(Layout())
-    (local, local_keys), (engine, engine_keys) = step(False), step(True)
-    assert engine.keys() == local.keys() and engine_keys == local_keys
-    difference = max(
-        float((engine[name] - grad).norm() / grad.norm()) for name, grad in local.items()
-    )
-    print(f"relative difference {difference:.3e}")
+    store = torch.distributed.FileStore(rendezvous, world_size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    start_layout(layout_of(world_size))
+    run = {"rows": rows, "packed": packed, "loaded": loaded}
+    for mode in modes:
+        local, te = run[mode](world_size, False), run[mode](world_size, True)
+        assert te.keys() == local.keys()
+        difference = max(
+            float((te[name] - tensor).norm() / tensor.norm()) for name, tensor in local.items()
+        )
+        print(f"{mode}: {difference:.3e}", flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    _, own_rank, ranks, path, *names = sys.argv
+    main(int(own_rank), int(ranks), path, names)
