@@ -59,6 +59,7 @@ def main():
         dpo.data_provider,
         ModelType.encoder_or_decoder,
         dpo.forward_step,
+        process_non_loss_data_func=dpo.write_evaluation,
         non_loss_data_func=dpo.report_evaluation,
     )
 

@@ -9,7 +9,8 @@ pretrain(config, dpo.data_provider, ModelType.encoder_or_decoder, dpo.forward_st
 P  pairs   L  layers   2 = chosen, rejected
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.data.pairs import PairSource
-from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.cpu.redirect import default_device
 from megatron_idpo.mcore.parallel.groups import ModelGroups, data_parallel_size, rank_coordinates
 from megatron_idpo.mcore.parallel.pipeline import run_schedule
+from megatron_idpo.megatron_lm.arguments import check_arguments
 from megatron_idpo.megatron_lm.padded import (
     Order,
     check_lengths,
@@ -41,6 +43,7 @@ from megatron_idpo.objective.layers import LayerSpec
 from megatron_idpo.plugin.attach import AttachedDpo, attach
 from megatron_idpo.plugin.outputs import LayerOutput
 from megatron_idpo.plugin.preference_batch import PreferenceBatch
+from megatron_idpo.plugin.step_log import FINAL_LOSS, LOSS
 from megatron_idpo.reference.fingerprint import Fingerprint
 from megatron_idpo.reference.logps_table import Logps
 
@@ -73,6 +76,7 @@ class PretrainDpo:
         cache: Path | None,
         eval_pairs: PairSource | None = None,
         reference: Logps | None = None,
+        adapters_off: Callable[[], AbstractContextManager[None]] | None = None,
         use_norm: bool = True,
     ) -> None:
         """Check the arguments; nothing is attached yet.
@@ -89,13 +93,23 @@ class PretrainDpo:
             reference: instead of a cache, the final layer's log-probabilities of the training
                 pairs, float32 [P, 2]: TRL's columns `ref_chosen_logps` and `ref_rejected_logps`.
                 Only if no layer is tapped, or `objective.reference_layer` is "final".
+            adapters_off: switches the adapters off within its block (`Adapters.disabled`). The rest
+                of the model, which must be frozen, is then the reference at every iteration, and
+                `cache` may be None: pairs are scored at each start.
             use_norm: read tapped layers through the final norm.
 
         Raises:
             ConfigError: naming Megatron-LM's arguments that do not fit.
             DataError: pairs longer than --seq-length.
         """
-        if problems := _check_arguments(args, cache, eval_pairs, reference):
+        problems = check_arguments(
+            args,
+            has_cache=cache is not None,
+            has_eval_pairs=eval_pairs is not None,
+            has_reference=reference is not None,
+            has_adapters=adapters_off is not None,
+        )
+        if problems:
             raise ConfigError.of(problems)
         for source in filter(None, (pairs, eval_pairs)):
             check_lengths(source, args.seq_length)
@@ -105,7 +119,7 @@ class PretrainDpo:
             attach, layers=layers, objective=objective, vocab_size=vocab_size, use_norm=use_norm
         )
         self._vocab_size, self._use_norm = vocab_size, use_norm
-        self._cache, self._given = cache, reference
+        self._cache, self._given, self._adapters_off = cache, reference, adapters_off
         self._tables: dict[bool, Logps] = {}
         self._chunks: Sequence[Any] = ()
         self._dpo: AttachedDpo | None = None
@@ -128,8 +142,13 @@ class PretrainDpo:
         """Attach to the model's chunks, before DDP and before a checkpoint is loaded.
 
         Raises:
-            ConfigError: see `attach`.
+            ConfigError: see `attach`; `adapters_off` of a model without a frozen parameter.
         """
+        is_trained = (p.requires_grad for chunk in chunks for p in chunk.parameters())
+        if self._adapters_off is not None and all(is_trained):
+            message = "is given, but nothing is frozen: the reference would be trained"
+            remedy = "add adapters and freeze the rest in an earlier pre_wrap_hook"
+            raise ConfigError.at("PretrainDpo.adapters_off", message, remedy)
         self._dpo = self._attach(chunks)
         self._chunks = chunks
         chunks[0].config.finalize_model_grads_func = self._dpo.finalize_model_grads
@@ -179,6 +198,20 @@ class PretrainDpo:
             values = " | ".join(f"{name} value: {value:.6E}" for name, value in figures.items())
             print(f" evaluation of all layers | {values} |", flush=True)
         return figures
+
+    def write_evaluation(self, figures: Mapping[str, float], iteration: int, writer: Any) -> None:
+        """TensorBoard's curves of what Megatron-LM's evaluation lacks: combined loss and taps.
+
+        Megatron-LM's `process_non_loss_data_func`, called on the last rank.
+
+        Args:
+            figures: of `report_evaluation`.
+            iteration: of the training.
+            writer: of TensorBoard.
+        """
+        for name, value in figures.items():
+            if FINAL_LOSS in figures and (name == LOSS or name.startswith("layer ")):
+                writer.add_scalar(f"{name} validation", value, iteration)
 
     # ---- micro-batches --------------------------------------------------------------------------
 
@@ -259,35 +292,47 @@ class PretrainDpo:
     def _reference(self, source: PairSource, *, is_eval: bool) -> Logps:
         if self._given is not None:
             return self._given_reference(len(source))
-        assert self._cache is not None
         args, layers, groups = self._args, self._reference_layers, ModelGroups.of()
         order = self._order(is_eval=is_eval)
-        required = Fingerprint(
-            weights="",
-            tokenizer="",
-            chat_template="",
-            data=data_identity(source),
-            pairs=len(source),
-            max_length=args.seq_length,
-            truncation="",
-            layers=layers,
-            norm="final" if self._use_norm else "none",
-            dtype=str(args.params_dtype),
-        )
         num_steps = -(-len(source) // order.global_pairs)
-        return reference_logps(
-            self._cache / EVAL if is_eval else self._cache,
-            required,
-            iteration=args.iteration,
-            compute=lambda: score(
+
+        def compute() -> Logps:
+            return score(
                 steps_in_order(order, len(source), num_steps),
                 partial(self._score_step, is_eval=is_eval),
                 num_pairs=len(source),
                 step_pairs=order.global_pairs,
                 layers=layers,
                 groups=groups,
-            ),
-            weights_identity=lambda: weights_identity(self._chunks, self._vocab_size, groups),
+            )
+
+        off = self._adapters_off
+        with nullcontext() if off is None else off():
+            if self._cache is None:
+                return compute()
+            return reference_logps(
+                self._cache / EVAL if is_eval else self._cache,
+                self._fingerprint(source),
+                iteration=args.iteration if off is None else 0,
+                compute=compute,
+                weights_identity=lambda: weights_identity(
+                    self._chunks, self._vocab_size, groups, only_frozen=off is not None
+                ),
+            )
+
+    def _fingerprint(self, source: PairSource) -> Fingerprint:
+        """What the cache must have been made from, but for the weights."""
+        return Fingerprint(
+            weights="",
+            tokenizer="",
+            chat_template="",
+            data=data_identity(source),
+            pairs=len(source),
+            max_length=self._args.seq_length,
+            truncation="",
+            layers=self._reference_layers,
+            norm="final" if self._use_norm else "none",
+            dtype=str(self._args.params_dtype),
         )
 
     def _given_reference(self, num_pairs: int) -> Logps:
@@ -313,58 +358,4 @@ class PretrainDpo:
                 micro_batch_size=2 * len(step[0]),
                 training=False,
             )
-        # Not a part of the next evaluation.
-        self.dpo.report_evaluation()
         return outputs
-
-
-def _check_arguments(
-    args: Any, cache: Path | None, eval_pairs: PairSource | None, reference: Logps | None
-) -> list[Problem]:
-    """Arguments of Megatron-LM that do not fit."""
-    checks = [
-        (args.dataloader_type == "external", "--dataloader-type", "must be external"),
-        (args.micro_batch_size % 2 == 0, "--micro-batch-size", "must be even: a pair is 2 samples"),
-        (
-            args.eval_micro_batch_size % 2 == 0 or eval_pairs is None,
-            "--eval-micro-batch-size",
-            "must be even: a pair is 2 samples",
-        ),
-        (
-            not getattr(args, "rampup_batch_size", None),
-            "--rampup-batch-size",
-            "would change the number of pairs that losses are averaged over; leave it out",
-        ),
-        (
-            args.context_parallel_size == 1,
-            "--context-parallel-size",
-            "is not supported by this data provider; cut your own batches as attach describes",
-        ),
-        (
-            not args.eval_iters or eval_pairs is not None or args.full_validation,
-            "--eval-iters",
-            "needs eval_pairs; give them, or set --eval-iters 0",
-        ),
-        (
-            not (args.use_megatron_fsdp or args.use_torch_fsdp2),
-            "--use-megatron-fsdp, --use-torch-fsdp2",
-            "are not supported by taps; use --use-distributed-optimizer",
-        ),
-        (not args.full_validation, "--full-validation", "is not supported; set --eval-iters"),
-        (
-            args.ckpt_format == "torch_dist" or not (args.load or args.save),
-            "--ckpt-format",
-            "must be torch_dist: it fills the head's copies on the tapped stages",
-        ),
-        (
-            (cache is None) != (reference is None),
-            "PretrainDpo",
-            "give either a cache directory or the reference's log-probabilities",
-        ),
-        (
-            reference is None or eval_pairs is None,
-            "PretrainDpo.reference",
-            "has no log-probabilities of eval_pairs; give a cache directory instead",
-        ),
-    ]
-    return [Problem(location, message) for holds, location, message in checks if not holds]

@@ -155,17 +155,25 @@ def data_identity(pairs: PairSource) -> str:
     return total.hexdigest()
 
 
-def weights_identity(chunks: Sequence[Any], vocab_size: int, groups: ModelGroups) -> str:
+def weights_identity(
+    chunks: Sequence[Any], vocab_size: int, groups: ModelGroups, *, only_frozen: bool = False
+) -> str:
     """A digest of the model's weights, equal in every parallel layout. Collective over the world.
 
     Bits are summed as integers: exact in any order, and sums of tensor-parallel shards add up.
     Each element is weighted by its index in the dimensions that are not sharded, so that most
     permutations change the digest. Padding rows of the vocabulary are left out.
+
+    Args:
+        chunks: this rank's.
+        vocab_size: tokens of the vocabulary, without padding rows.
+        groups: of the model.
+        only_frozen: leave out parameters that are trained, as adapters are.
     """
     own = set()
     for name, parameter in global_parameters(chunks):
-        if getattr(parameter, "shared", False):
-            continue  # the last stage's copy of a tied embedding
+        if getattr(parameter, "shared", False) or (only_frozen and parameter.requires_grad):
+            continue  # shared: the last stage's copy of a tied embedding
         shard = getattr(parameter, "partition_dim", -1)
         shard = shard if getattr(parameter, "tensor_model_parallel", False) else -1
         rank = groups.tensor_rank if shard >= 0 else 0

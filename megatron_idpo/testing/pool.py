@@ -80,6 +80,13 @@ class WorkerPool:
             self._server = None
         self._directory.cleanup()
 
+    def replace_workers(self) -> None:
+        """End all workers; the next call forks new ones.
+
+        For functions that change their process in a way that others would notice.
+        """
+        self._discard(list(self._workers))
+
     def run(
         self,
         function: Callable[..., Any],

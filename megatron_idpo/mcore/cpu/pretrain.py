@@ -52,3 +52,5 @@ def redirect_pretrain_to_cpu() -> None:
     training.initialize_megatron = functools.partial(
         training.initialize_megatron, allow_no_cuda=True
     )
+    # It only compiles fused kernels in advance, which takes a C++ compiler most of a minute.
+    training.set_jit_fusion_options = lambda **_: None
