@@ -5,25 +5,70 @@ What the values mean is computed in `objective/` and `reference/`.
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, Strict, WithJsonSchema
 
 from megatron_idpo.config.section import (
+    Bool,
     Fp32,
     NonNegativeFloat,
     PathText,
     PositiveFloat,
     Section,
     Weight,
+    suggest,
 )
 from megatron_idpo.errors import ConfigError, Problem
 
-SMOOTHED = ("sigmoid", "robust", "sigmoid_norm")
+LossName = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+]
+"""TRL's names; docs/losses.md has the formulas."""
+
+LOSSES: tuple[str, ...] = get_args(LossName)
+
+SMOOTHED = ("sigmoid", "robust", "sigmoid_norm", "exo_pair", "aot", "aot_unpaired")
 """Losses that label smoothing is defined for."""
 
-PER_TOKEN = ("ipo", "sigmoid_norm")
-"""Losses that compare means over a sequence's tokens; the others compare sums."""
+OF_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop", "sft")
+"""Losses that f-divergences are defined for: an f-divergence adds β log Z(x) to the reward of both
+answers, which cancels in their difference only. `sft` has no reward."""
+
+SORTED = ("aot", "aot_unpaired")
+"""Losses that compare sorted values of a whole global batch."""
+
+
+def _as_loss(value: Any) -> Any:
+    """A name, or a list of names as a tuple."""
+    names = tuple(value) if isinstance(value, list | tuple) else (value,)
+    unknown = [name for name in names if name not in LOSSES]
+    if unknown or not names:
+        raise ValueError(suggest(str(unknown[0] if unknown else ""), LOSSES, "values"))
+    if len(set(names)) < len(names):
+        raise ValueError("name each loss once; loss_weights has their weights")
+    return names if isinstance(value, list | tuple) else value
+
+
+Loss = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(_as_loss),
+    WithJsonSchema({"anyOf": [{"enum": [*LOSSES]}, {"type": "array", "items": {"type": "them"}}]}),
+]
 
 
 def _as_layers(value: Any) -> Any:
@@ -56,14 +101,34 @@ Layers = Annotated[
 class Objective(Section):
     """The loss: Eq. 1 to 3 and their variants (docs/how_it_works.md)."""
 
-    loss: Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm"] = "sigmoid"
-    """The function of policy and reference log-ratios, by TRL's names; `sigmoid` is DPO."""
+    loss: Loss = "sigmoid"
+    """The function of policy and reference log-ratios, by TRL's names (docs/losses.md); `sigmoid`
+    is DPO. A list is a weighted sum, as in MPO: `[sigmoid, bco_pair, sft]`."""
+
+    loss_weights: tuple[PositiveFloat, ...] | None = None
+    """One weight per loss of a list, not normalized; null weighs each by 1."""
 
     beta: PositiveFloat = 0.1
     """β: how strongly the policy is held to the reference (τ in IPO)."""
 
     label_smoothing: Annotated[float, Strict(), Field(ge=0, lt=0.5), Fp32] = 0.0
     """ε: the assumed share of pairs whose labels are swapped."""
+
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "reverse_kl"
+    )
+    """The divergence that holds the policy to the reference (f-DPO, arXiv 2309.16240); DPO's is
+    `reverse_kl`. For losses of the difference of two rewards."""
+
+    f_alpha: NonNegativeFloat = 0.5
+    """α of `alpha_divergence`; 1 is `reverse_kl`, and 0 is `forward_kl`."""
+
+    discopop_tau: PositiveFloat = 0.05
+    """τ of `discopop`: how sharply it changes from a logistic to an exponential loss."""
+
+    wpo: Bool = False
+    """Weigh every pair by the policy's probability of its answers (WPO, arXiv 2406.11827). Costs
+    one more product with the output layer at every layer that has a loss."""
 
     nll_weight: NonNegativeFloat = 0.0
     """Weight of the chosen answer's negative log-likelihood per token, at every layer."""
@@ -78,7 +143,53 @@ class Objective(Section):
     reference_layer: Literal["same", "final"] = "same"
     """Where the reference of an intermediate layer is read: at that layer, or at the final one."""
 
-    used_with: ClassVar = {"label_smoothing": ("loss", *SMOOTHED)}
+    used_with: ClassVar = {"f_alpha": ("f_divergence", "alpha_divergence")}
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The losses of the sum."""
+        return (self.loss,) if isinstance(self.loss, str) else self.loss
+
+    @property
+    def terms(self) -> tuple[tuple[str, float], ...]:
+        """Each loss with its weight."""
+        weights = self.loss_weights or (1.0,) * len(self.losses)
+        return tuple(zip(self.losses, weights, strict=True))
+
+    def uses(self, *losses: str) -> bool:
+        """Whether one of these losses is in the sum."""
+        return not set(losses).isdisjoint(self.losses)
+
+    def problems(self) -> Iterator[Problem]:
+        """Contradictions between the losses and their settings."""
+        weights = self.loss_weights
+        if weights is not None and len(weights) != len(self.losses):
+            message = f"{len(weights)} weights for {len(self.losses)} losses"
+            yield Problem("loss_weights", message, "give one weight per loss, or leave them out")
+        text = " and ".join(self.losses)
+        for field, losses in (("label_smoothing", SMOOTHED), ("discopop_tau", ("discopop",))):
+            if self._is_set(field) and not self.uses(*losses):
+                remedy = f"set loss to {' or '.join(losses)}, or leave it out"
+                yield Problem(field, f"has no effect: loss is {text}", remedy)
+        if self.uses("exo_pair") and not self.label_smoothing:
+            message = "is 0, whose logarithm is a term of exo_pair"
+            yield Problem("label_smoothing", message, "set it to 0.001, as its paper does")
+        yield from self._undefined()
+
+    def _undefined(self) -> Iterator[Problem]:
+        """Combinations that no paper defines; TRL refuses them, or fails."""
+        others = [name for name in self.losses if name not in OF_DIFFERENCE]
+        if others and self.f_divergence != "reverse_kl":
+            message = f"is {self.f_divergence}, which is not defined for {' and '.join(others)}: "
+            message += "its term β log Z(x) cancels in the difference of two rewards only"
+            remedy = f"use reverse_kl, or the losses {', '.join(OF_DIFFERENCE)}"
+            yield Problem("f_divergence", message, remedy)
+        if self.wpo and self.uses(*SORTED):
+            message = f"is true, but {' and '.join(SORTED)} compare values of different pairs"
+            yield Problem("wpo", message, "use another loss: terms there belong to no pair")
+        if self.wpo and self.uses("sft"):
+            message = "is true, but sft is a mean over tokens, not over pairs"
+            yield Problem("wpo", message, "remove sft from the losses, or use nll_weight")
 
     def layer_scales(self, num_layers: int) -> tuple[float, tuple[float, ...]]:
         """The factors of the layers' losses in Eq. 3: 1 − w, and w·α_l for every layer.
@@ -121,7 +232,8 @@ class ObjectiveConfig(Objective):
     }
 
     def problems(self) -> Iterator[Problem]:
-        """A weight of layers that do not exist; 0 is allowed."""
+        """Also a weight of layers that do not exist; 0 is allowed."""
+        yield from super().problems()
         if self.layers == () and self.intermediate_weight and self._is_set("intermediate_weight"):
             message = "has no effect: there are no intermediate layers"
             yield Problem("intermediate_weight", message, "name some in objective.layers")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.data.pairs import PairSource
-from megatron_idpo.errors import ConfigError
+from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.mcore.cpu.redirect import default_device
 from megatron_idpo.mcore.parallel.groups import ModelGroups, data_parallel_size, rank_coordinates
 from megatron_idpo.mcore.parallel.pipeline import run_schedule
@@ -99,7 +99,8 @@ class PretrainDpo:
             use_norm: read tapped layers through the final norm.
 
         Raises:
-            ConfigError: naming Megatron-LM's arguments that do not fit.
+            ConfigError: naming Megatron-LM's arguments that do not fit, or the loss `sft`, which is
+                a mean over the tokens of a global batch.
             DataError: pairs longer than --seq-length.
         """
         problems = check_arguments(
@@ -109,6 +110,12 @@ class PretrainDpo:
             has_reference=reference is not None,
             has_adapters=adapters_off is not None,
         )
+        if objective.uses("sft"):
+            message = (
+                "sft is a mean over the chosen tokens of a global batch, which are not counted"
+            )
+            remedy = "set Objective.nll_weight instead: a mean over the tokens of each answer"
+            problems.append(Problem("objective.loss", message, remedy))
         if problems:
             raise ConfigError.of(problems)
         for source in filter(None, (pairs, eval_pairs)):
@@ -249,7 +256,9 @@ class PretrainDpo:
         order, num_steps = self._order(is_eval=True), self._args.eval_iters
         while True:
             for step in steps_in_order(order, len(self._eval_pairs), num_steps):
-                yield from self._micro_batches(step, self._tables[True], is_eval=True)
+                yield from self._micro_batches(
+                    step, self._tables[True], is_eval=True, global_pairs=order.global_pairs
+                )
 
     def _micro_batches(
         self,

@@ -22,50 +22,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, relu
 
-from megatron_idpo.config.objective import PER_TOKEN, Objective
+from megatron_idpo.config.objective import Objective
+from megatron_idpo.objective.losses import PAIR_LOSSES, Pairs
 
 __all__ = ["Objective", "combine", "layer_loss", "layer_metrics", "loss_at_zero", "preference_loss"]
-
-
-def preference_loss(difference_P: Tensor, objective: Objective) -> Tensor:
-    """The loss of a pair as a function of Δ, Eq. 1 and its variants.
-
-    sigmoid         −(1−ε) log σ(βΔ) − ε log σ(−βΔ)                 DPO; ε > 0: cDPO (Mitchell 2023)
-    sigmoid_norm    the same, of means over tokens                  length-normalised DPO
-    robust          [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1 − 2ε)    arXiv 2403.00409
-    ipo             (Δ − 1/(2β))², of means over tokens             arXiv 2310.12036, Eq. 17
-    hinge           max(0, 1 − βΔ)                                  RSO, arXiv 2309.06657
-
-    Args:
-        difference_P: Δ; from sums or means over tokens, as the loss requires.
-        objective: loss, beta and label_smoothing.
-
-    Returns:
-        `[P]`, >= 0 except for `robust`, which is unbiased under swapped labels and may be negative.
-    """
-    beta, smoothing = objective.beta, objective.label_smoothing
-    if objective.loss == "ipo":
-        return (difference_P - 1 / (2 * beta)) ** 2
-    if objective.loss == "hinge":
-        return relu(1 - beta * difference_P)
-    # logsigmoid, not log(sigmoid): exact for large negative βΔ, where sigmoid underflows.
-    as_labeled_P = -(1 - smoothing) * logsigmoid(beta * difference_P)
-    if not smoothing:
-        return as_labeled_P
-    swapped_P = -smoothing * logsigmoid(-beta * difference_P)
-    if objective.loss == "robust":  # the swapped term is subtracted, so this can be negative
-        return (as_labeled_P - swapped_P) / (1 - 2 * smoothing)
-    return as_labeled_P + swapped_P
-
-
-def loss_at_zero(objective: Objective) -> float:
-    """`preference_loss` at Δ = 0, where policy and reference are equal: ln 2 for `sigmoid`.
-
-    Without the likelihood term (`nll_weight`), which `layer_metrics` reports separately.
-    """
-    return float(preference_loss(torch.zeros(1, dtype=torch.float64), objective))
 
 
 def layer_loss(
@@ -73,34 +34,87 @@ def layer_loss(
     reference_logps_2P: Tensor | None,
     lengths_2P: Tensor,
     objective: Objective,
+    *,
+    mean_chosen_tokens: float | None = None,
+    sharpened_logps_2P: Tensor | None = None,
 ) -> Tensor:
     """Eq. 1 at one layer, intermediate or final: the loss of each pair.
 
-    With `nll_weight` λ it is the preference loss plus −λ log π_l(w|x) / |w|: a mean over the tokens
-    of *this* answer (RPO: Pang et al. 2024, arXiv 2404.19733, Eq. 1). TRL's likelihood term is the
-    mean over all chosen tokens of a batch instead, so that a pair's loss depends on the other pairs
-    of the batch; with one pair per batch the two are equal.
+    With `nll_weight` λ it is the sum of the losses plus −λ log π_l(w|x) / |w|: a mean over the
+    tokens of *this* answer (RPO: Pang et al. 2024, arXiv 2404.19733, Eq. 1). The loss `sft` is the
+    mean over all chosen tokens of a batch instead, as TRL has it.
 
     Args:
-        policy_logps_2P: log π_l^θ(y|x) of each sequence, sums over its tokens, float, <= 0.
+        policy_logps_2P: log π_l^θ(y|x) of each answer, sums over its tokens, float, <= 0.
         reference_logps_2P: those of the reference, constant. None: no reference, all zeros.
-        lengths_2P: tokens of each sequence, >= 1; used by losses per token and the NLL.
+        lengths_2P: tokens of each answer, >= 1; used by losses per token and the NLL.
         objective: which loss.
+        mean_chosen_tokens: of the global batch, for `sft`. None: these pairs are the global batch.
+        sharpened_logps_2P: of the policy at half its temperature, for `wpo`.
 
     Returns:
         `[P]`, in the policy's dtype, with a gradient to the policy only.
     """
-    ratio_2P = _log_ratio(policy_logps_2P, reference_logps_2P)
-    if objective.loss in PER_TOKEN:
-        ratio_2P = ratio_2P / lengths_2P
-    # Chosen and rejected answers alternate along the first dimension.
-    loss_P = preference_loss(ratio_2P[0::2] - ratio_2P[1::2], objective)
+    loss_P = preference_loss(
+        policy_logps_2P,
+        reference_logps_2P,
+        lengths_2P,
+        objective,
+        mean_chosen_tokens=mean_chosen_tokens,
+    )
+    if objective.wpo:
+        assert sharpened_logps_2P is not None, "WPO needs them"
+        loss_P = loss_P * _pair_weights(policy_logps_2P, sharpened_logps_2P, lengths_2P)
     if objective.nll_weight:
         loss_P = loss_P + objective.nll_weight * _chosen_nll(policy_logps_2P, lengths_2P)
     return loss_P
 
 
+def preference_loss(
+    policy_logps_2P: Tensor,
+    reference_logps_2P: Tensor | None,
+    lengths_2P: Tensor,
+    objective: Objective,
+    *,
+    mean_chosen_tokens: float | None = None,
+    with_sft: bool = True,
+) -> Tensor:
+    """`layer_loss` without weights of pairs and without `nll_weight`.
+
+    Args:
+        policy_logps_2P: as for `layer_loss`.
+        reference_logps_2P: as for `layer_loss`.
+        lengths_2P: as for `layer_loss`.
+        objective: as for `layer_loss`.
+        mean_chosen_tokens: as for `layer_loss`.
+        with_sft: False leaves out `sft`, which does not compare policy and reference.
+    """
+    reference_2P = torch.zeros_like(policy_logps_2P)
+    if reference_logps_2P is not None:
+        assert reference_logps_2P.shape == policy_logps_2P.shape, "one reference value per answer"
+        reference_2P = reference_logps_2P.detach()
+    mean: float | Tensor = 1.0 if mean_chosen_tokens is None else mean_chosen_tokens
+    if mean_chosen_tokens is None and objective.uses("sft"):
+        mean = lengths_2P[0::2].mean(dtype=policy_logps_2P.dtype)
+    pairs = Pairs(policy_logps_2P, reference_2P, lengths_2P, mean)
+    loss_P = torch.zeros_like(policy_logps_2P[0::2])
+    for name, weight in objective.terms:
+        if name != "sft" or with_sft:
+            loss_P = loss_P + weight * PAIR_LOSSES[name](pairs, objective)
+    return loss_P
+
+
+def loss_at_zero(objective: Objective) -> float:
+    """`preference_loss` where policy and reference are equal: ln 2 for `sigmoid`.
+
+    Without the likelihood terms `sft` and `nll_weight`, and without the weights of `wpo`.
+    """
+    zeros_2P, ones_2P = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    return float(preference_loss(zeros_2P, None, ones_2P, objective, with_sft=False))
+
+
 def layer_metrics(
+    loss_P: Tensor,
     policy_logps_2P: Tensor,
     reference_logps_2P: Tensor | None,
     lengths_2P: Tensor,
@@ -108,10 +122,11 @@ def layer_metrics(
 ) -> dict[str, Tensor]:
     """Metrics of each pair at one layer, under TRL's names.
 
-    Rewards are β times log-ratios of whole sequences, also for losses per token, as in TRL. A
-    margin of exactly 0 counts as not accurate.
+    Rewards are β times log-ratios of whole answers, also for losses per token and other
+    f-divergences, as in TRL. A margin of exactly 0 counts as not accurate.
 
     Args:
+        loss_P: `layer_loss`.
         policy_logps_2P: as for `layer_loss`.
         reference_logps_2P: as for `layer_loss`.
         lengths_2P: as for `layer_loss`.
@@ -127,7 +142,7 @@ def layer_metrics(
         chosen_P, rejected_P = rewards_2P[0::2], rewards_2P[1::2]
         logps_2P = policy_logps_2P.detach()
         metrics = {
-            "loss": layer_loss(policy_logps_2P, reference_logps_2P, lengths_2P, objective),
+            "loss": loss_P.detach(),
             "rewards/chosen": chosen_P,
             "rewards/rejected": rejected_P,
             "rewards/margins": chosen_P - rejected_P,
@@ -167,10 +182,20 @@ def _log_ratio(policy_logps_2P: Tensor, reference_logps_2P: Tensor | None) -> Te
     """log π^θ − log π^ref of each sequence."""
     if reference_logps_2P is None:
         return policy_logps_2P
-    assert reference_logps_2P.shape == policy_logps_2P.shape, "one reference value per sequence"
     return policy_logps_2P - reference_logps_2P.detach()
 
 
 def _chosen_nll(policy_logps_2P: Tensor, lengths_2P: Tensor) -> Tensor:
     """−log π(w|x) per token of w, `[P]`."""
     return -policy_logps_2P[0::2] / lengths_2P[0::2]
+
+
+def _pair_weights(policy_2P: Tensor, sharpened_2P: Tensor, lengths_2P: Tensor) -> Tensor:
+    """WPO's weight of each pair: the product of its answers' weights, without gradient.
+
+    An answer's weight is the geometric mean of p_y / Σ_v p_v² over its tokens (WPO's alignment by
+    the expected probability of a sampled token). With q the policy at half the temperature,
+    q_v = p_v² / Σ p², so that log p_y − log Σ p² = log q_y − log p_y.
+    """
+    weight_2P = ((sharpened_2P - policy_2P).detach() / lengths_2P).exp()
+    return weight_2P[0::2] * weight_2P[1::2]

@@ -159,7 +159,8 @@ class AttachedDpo:
         """What a call of the model needs in addition, on every stage.
 
         A call with it returns, on the last stage, the log-probability of every answer, `[2P]`,
-        instead of logits. `labels` have no effect.
+        instead of logits. `labels` have no effect. With `Objective.wpo` and a reference it is
+        `[4P]`: followed by log-probabilities at half the temperature, for `loss`'s weights.
 
         Args:
             batch: of the call.
@@ -212,7 +213,8 @@ class AttachedDpo:
             ConfigError: the output is not of this batch; in training, a micro-batch without the
                 reference's log-probabilities or without counts.
         """
-        if logps_2P.shape != (2 * batch.num_pairs,):
+        num_values = 4 if self._losses.weighs_pairs(batch) else 2
+        if logps_2P.shape != (num_values * batch.num_pairs,):
             message = f"an output of shape {tuple(logps_2P.shape)} for {batch.num_pairs} pairs"
             remedy = "merge AttachedDpo.model_kwargs(batch) of the same batch into the model's call"
             raise ConfigError.at("AttachedDpo.loss", message, remedy)
@@ -343,19 +345,28 @@ class AttachedDpo:
             return evaluate_in_backward(hidden_sBH, partial(self._tapped_loss, head, layer, call))
         # Without gradients it is either an evaluation, or the first run of a checkpoint.
         if evaluates_now:
-            logps_Q = head.sequence_logps(hidden_sBH, call.targets, normed=False)
-            self._losses.evaluate(layer, call.batch, call.batch.by_answer(logps_Q))
+            logps_2P = self._read(head, hidden_sBH, call, normed=False)
+            self._losses.evaluate(layer, call.batch, logps_2P)
         return hidden_sBH
 
     def _read_final(self, head: Head, hidden_sBH: Tensor, call: "_Call") -> Tensor:
         # The decoder of the last chunk ends with the final norm.
-        logps_Q = head.sequence_logps(hidden_sBH, call.targets, normed=True)
-        return call.batch.by_answer(logps_Q)
+        return self._read(head, hidden_sBH, call, normed=True)
+
+    def _read(self, head: Head, hidden_sBH: Tensor, call: "_Call", *, normed: bool) -> Tensor:
+        """The log-probability of each answer `[2P]`; `[4P]` with the sharpened ones of WPO."""
+        logps_Q = head.sequence_logps(hidden_sBH, call.targets, normed=normed)
+        logps_2P = call.batch.by_answer(logps_Q)
+        if not self._losses.weighs_pairs(call.batch):
+            return logps_2P
+        with torch.no_grad():
+            sharpened_Q = head.sequence_logps(hidden_sBH, call.targets, normed=normed, sharpness=2)
+        return torch.cat([logps_2P, call.batch.by_answer(sharpened_Q)])
 
     def _tapped_loss(self, head: Head, layer: int, call: "_Call", hidden_sBH: Tensor) -> Tensor:
         with self._losses.discarding_step_on_error():
-            logps_Q = head.sequence_logps(hidden_sBH, call.targets, normed=False)
-            loss = self._losses.tapped_layer(layer, call.batch, call.batch.by_answer(logps_Q))
+            logps_2P = self._read(head, hidden_sBH, call, normed=False)
+            loss = self._losses.tapped_layer(layer, call.batch, logps_2P)
         self._gradient_sum_pending = self._shared_head.has_trained_copies
         # The schedule applies the loss scale (fp16) to the last stage's loss only.
         grad_scale = self._config.grad_scale_func

@@ -53,6 +53,7 @@ def run_batch(
             index=index,
             num_micro_batches=len(batch.rows),
             global_pairs=batch.num_pairs,
+            mean_chosen_tokens=batch.mean_chosen_tokens,
         )
         for index, row in enumerate(batch.rows)
     ]

@@ -55,7 +55,9 @@ class Head:
         if self.replica is not None:
             self.replica()
 
-    def sequence_logps(self, hidden_sBH: Tensor, targets: Targets, *, normed: bool) -> Tensor:
+    def sequence_logps(
+        self, hidden_sBH: Tensor, targets: Targets, *, normed: bool, sharpness: int = 1
+    ) -> Tensor:
         """Log-probability of every sequence, read at one layer.
 
         Collectives over the tensor-parallel group. With sequence parallelism: forward, an
@@ -68,6 +70,7 @@ class Head:
             hidden_sBH: the layer's output.
             targets: the tokens to score, of this rank's positions (`Targets.on_context_rank`).
             normed: the final norm has been applied already (the final layer).
+            sharpness: a power of 2 that logits are multiplied by, exact in every dtype.
 
         Returns:
             float32 `[Q]`.
@@ -90,8 +93,11 @@ class Head:
             hidden_NH = hidden_sBH.flatten(0, 1).index_select(0, targets.positions_N)
             hidden_NH = self.norm(hidden_NH) if apply_norm else hidden_NH
         weight_VH = self.weight()
+        hidden_NH = hidden_NH.to(weight_VH.dtype)
+        if sharpness != 1:
+            hidden_NH = hidden_NH * sharpness
         logps_N = vocab_parallel_logprobs(
-            hidden_NH.to(weight_VH.dtype),
+            hidden_NH,
             weight_VH,
             targets.tokens_N,
             group=self.group,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_idpo.config.objective import SORTED
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.parallel.groups import ModelGroups
 from megatron_idpo.objective.dpo import Objective, layer_loss
@@ -72,7 +73,8 @@ class LayerLosses:
     def final_layer(self, batch: PreferenceBatch, logps_2P: Tensor) -> Returned:
         """What the loss function returns to the schedule.
 
-        Without gradients the loss is 0; without a reference the log is empty.
+        The log-probabilities are as for `evaluate`. Without gradients the loss is 0; without a
+        reference the log is empty.
 
         Raises:
             ConfigError: as for `evaluate`.
@@ -95,6 +97,8 @@ class LayerLosses:
     def tapped_layer(self, layer: int, batch: PreferenceBatch, logps_2P: Tensor) -> Tensor:
         """The scaled loss of a tapped layer, without megatron-core's loss scale.
 
+        The log-probabilities are as for `evaluate`.
+
         Raises:
             ConfigError: as for `evaluate`.
         """
@@ -115,16 +119,33 @@ class LayerLosses:
     ) -> tuple[LayerOutput, Tensor | None]:
         """A layer's output, recorded, and each pair's loss `[P]`; None without a reference.
 
+        Args:
+            layer: the layer.
+            batch: of the output.
+            logps_2P: of its answers; `[4P]` with the sharpened ones (`weighs_pairs`).
+
         Raises:
             ConfigError: in training, a batch without the reference's log-probabilities or without
-                counts, or an output too many.
+                counts, or an output too many; a loss of the whole global batch of which the
+                micro-batch has a part, or whose number of tokens is missing.
         """
+        sharpened_2P = None
+        if self.weighs_pairs(batch):
+            logps_2P, sharpened_2P = logps_2P.chunk(2)
         reference_layer = layer if self._objective.reference_layer == "same" else self._final
         reference_2P = batch.reference_logps.get(reference_layer)
         loss_P = lengths_2P = None
         if reference_2P is not None or batch.reference_free:
+            self._check_whole_batch(batch)
             lengths_2P = batch.lengths()
-            loss_P = layer_loss(logps_2P, reference_2P, lengths_2P, self._objective)
+            loss_P = layer_loss(
+                logps_2P,
+                reference_2P,
+                lengths_2P,
+                self._objective,
+                mean_chosen_tokens=batch.mean_chosen_tokens or None,
+                sharpened_logps_2P=sharpened_2P,
+            )
         elif torch.is_grad_enabled():
             raise ConfigError.at(
                 f"micro-batch {batch.index}",
@@ -142,6 +163,29 @@ class LayerLosses:
         )
         self.outputs.record(output, batch, trains=torch.is_grad_enabled())
         return output, loss_P
+
+    def weighs_pairs(self, batch: PreferenceBatch) -> bool:
+        """Whether the losses of this batch need sharpened log-probabilities, for WPO's weights."""
+        return self._objective.wpo and bool(batch.reference_free or batch.reference_logps)
+
+    def _check_whole_batch(self, batch: PreferenceBatch) -> None:
+        """What losses need that are not sums over pairs."""
+        objective = self._objective
+        if objective.uses(*SORTED) and batch.num_pairs not in (0, batch.global_pairs):
+            message = (
+                f"{' and '.join(objective.losses)} compares sorted values of all "
+                f"{batch.global_pairs} pairs of a global batch, of which micro-batch {batch.index} "
+                f"has {batch.num_pairs}"
+            )
+            remedy = "give all of them to one micro-batch of one data-parallel rank "
+            remedy += "(PreferenceBatch.global_pairs), or use another loss"
+            raise ConfigError.at("objective.loss", message, remedy)
+        if objective.uses("sft") and batch.num_pairs and not batch.mean_chosen_tokens:
+            message = (
+                "sft is a mean over all chosen tokens of a global batch, whose number is missing"
+            )
+            remedy = "set PreferenceBatch.mean_chosen_tokens: chosen tokens per pair"
+            raise ConfigError.at("objective.loss", message, remedy)
 
     @contextmanager
     def discarding_step_on_error(self) -> Iterator[None]:

@@ -65,9 +65,9 @@ class LayerOutput:
     def sums(self, objective: Objective) -> Tensor:
         """Sum of each metric over the pairs, and the number of pairs: `[len(SUMMED) + 1]`."""
         assert self.loss_P is not None and self.lengths_2P is not None
-        metrics = layer_metrics(self.logps_2P, self.reference_logps_2P, self.lengths_2P, objective)
-        # The loss that was trained on, not its recomputation.
-        metrics["loss"] = self.loss_P
+        metrics = layer_metrics(
+            self.loss_P, self.logps_2P, self.reference_logps_2P, self.lengths_2P, objective
+        )
         pairs_P = torch.ones_like(self.loss_P)
         return torch.stack([*(metrics[name].sum() for name in SUMMED), pairs_P.sum()]).double()
 

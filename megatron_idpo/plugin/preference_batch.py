@@ -43,6 +43,9 @@ class PreferenceBatch:
     """Pairs of the global batch, over all data-parallel ranks: the losses are averaged over them.
     Required in training."""
 
+    mean_chosen_tokens: float = 0.0
+    """Tokens per chosen answer, over all pairs of the global batch. Required by the loss `sft`."""
+
     def __post_init__(self) -> None:
         """Check what can be checked without synchronizing a GPU.
 

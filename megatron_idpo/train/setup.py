@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_idpo.checkpoint.metadata import Progress, Record, check_same_run
 from megatron_idpo.checkpoint.retention import CheckpointInfo
 from megatron_idpo.checkpoint.store import Checkpoints
+from megatron_idpo.config.objective import SORTED
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.training import CheckpointConfig
 from megatron_idpo.convert.model_source import FrozenModel, open_model
-from megatron_idpo.data.packing.batches import TrainingBatches, check_pairs
+from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches, check_pairs
+from megatron_idpo.data.pairs import pair_tokens
 from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
+from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import CheckpointError, ConfigError, Problem
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
@@ -61,6 +66,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         rows = row_settings(config, world.size)
         for dataset in filter(None, (pairs.train, pairs.eval)):
             check_pairs(dataset, rows)
+            _check_one_row(dataset, rows, config)
         if config.lora is not None:
             check_adapter(config.lora)
     adapter = None if config.lora is None else config.lora.adapter
@@ -176,6 +182,27 @@ def check_against_model(config: RunConfig, architecture: Architecture, world_siz
         problems.append(Problem("model.dtype", message, "use bf16 or fp32"))
     if problems:
         raise ConfigError.of(problems)
+
+
+def _check_one_row(pairs: PairDataset, rows: RowSettings, config: RunConfig) -> None:
+    """Check that losses of sorted values get every global batch as one micro-batch.
+
+    Raises:
+        ConfigError: a batch may need several rows, or there are several data-parallel ranks.
+    """
+    if not config.objective.uses(*SORTED):
+        return
+    text, size = " and ".join(config.objective.losses), config.training.global_batch_pairs
+    message = f"is {text}, which compares all pairs of a global batch: they must be in one row"
+    if rows.data_size * rows.rows_multiple > 1:
+        remedy = "use a layout without data parallelism and interleaving, or another loss"
+        raise ConfigError.at("objective.loss", message, remedy)
+    tokens_P = pair_tokens(pairs.lengths_P3[:], share_prompt=rows.share_prompt)
+    needed_tokens = int(np.sort(tokens_P)[-size:].sum())
+    if needed_tokens > rows.row_tokens:
+        message += f" of data.row_tokens = {rows.row_tokens}"
+        remedy = f"set data.row_tokens to {needed_tokens}, lower training.global_batch_pairs"
+        raise ConfigError.at("objective.loss", message, f"{remedy}, or use another loss")
 
 
 def find_resume_checkpoint(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_idpo.config.objective import PER_TOKEN, Objective
+from megatron_idpo.config.objective import Objective
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.data.packing.batches import RowSettings, build_batch
 from megatron_idpo.data.pairs import stream_pairs
@@ -102,11 +102,11 @@ def _compare(
     by_layer: dict[int, tuple[float, float, int]] = {}
     for output in outputs:
         assert output.reference_logps_2P is not None and output.lengths_2P is not None
-        ratio_2P = output.logps_2P - output.reference_logps_2P
-        per_token_2P = ratio_2P / output.lengths_2P
-        compared_2P = per_token_2P if objective.loss in PER_TOKEN else ratio_2P
-        # Without the NLL term, which is not 0 at equal models.
-        loss_P = preference_loss(compared_2P[0::2] - compared_2P[1::2], objective)
+        per_token_2P = (output.logps_2P - output.reference_logps_2P) / output.lengths_2P
+        # Without likelihood terms, which do not compare policy and reference.
+        loss_P = preference_loss(
+            output.logps_2P, output.reference_logps_2P, output.lengths_2P, objective, with_sft=False
+        )
         total, largest, count = by_layer.get(output.layer, (0.0, 0.0, 0))
         difference = float(per_token_2P.abs().max()) if len(per_token_2P) else 0.0
         by_layer[output.layer] = (

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_idpo.config.objective import Objective, ObjectiveConfig
+from megatron_idpo.config.objective import LOSSES, Objective, ObjectiveConfig
 from megatron_idpo.errors import ConfigError
 
 from .helper import load, problems_of
@@ -56,6 +56,20 @@ INVALID: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         {"loss": "ipo", "label_smoothing": 0.1},
         ("objective.label_smoothing", "no effect: loss is ipo", "set loss to sigmoid or robust"),
     ),
+    ("objective", {"loss": ["sigmoid", "dpo"]}, ("objective.loss", "did you mean `ipo`")),
+    ("objective", {"loss": []}, ("objective.loss", "the values are sigmoid, ")),
+    ("objective", {"loss": ["ipo", "ipo"]}, ("objective.loss", "each loss once")),
+    ("objective", {"loss_weights": [1.0, 2.0]}, ("objective.loss_weights", "2 weights for 1 los")),
+    ("objective", {"loss": "exo_pair"}, ("objective.label_smoothing", "is 0", "set it to 0.001")),
+    ("objective", {"discopop_tau": 0.1}, ("objective.discopop_tau", "no effect: loss is sigmoid")),
+    ("objective", {"f_alpha": 0.2}, ("objective.f_alpha", "no effect: f_divergence is reverse")),
+    (
+        "objective",
+        {"loss": ["sigmoid", "bco_pair"], "f_divergence": "forward_kl"},
+        ("objective.f_divergence", "not defined for bco_pair", "cancels", "use reverse_kl"),
+    ),
+    ("objective", {"loss": "aot", "wpo": True}, ("objective.wpo", "values of different pairs")),
+    ("objective", {"loss": "sft", "wpo": True}, ("objective.wpo", "over tokens", "nll_weight")),
     (
         "objective",
         {"layers": [1], "intermediate_weight": 1.1},
@@ -167,5 +181,12 @@ def test_construction_reports_all_problems_together():
 def test_limits_of_valid_values():
     Objective(label_smoothing=0.4999, intermediate_weight=0.0, nll_weight=0.0, beta=1e-9)
     Objective(intermediate_weight=1.0, layer_weights=(), loss="robust", label_smoothing=0.1)
-    for loss in ("ipo", "hinge"):
-        Objective(loss=loss)
+    for loss in set(LOSSES) - {"exo_pair"}:
+        assert Objective(loss=loss).losses == (loss,)
+
+
+def test_a_list_of_losses_has_weights(tmp_path):
+    mpo = load(tmp_path, objective={"loss": ["sigmoid", "sft"], "loss_weights": [0.8, 1]})
+    assert mpo.objective.terms == (("sigmoid", 0.8), ("sft", 1.0))
+    assert Objective(loss=("sigmoid", "sft")).terms == (("sigmoid", 1.0), ("sft", 1.0))
+    assert mpo.objective.uses("aot", "sft") and not mpo.objective.uses("aot")

@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.objective.dpo import (
-    Objective,
-    combine,
-    layer_loss,
-    layer_metrics,
-    loss_at_zero,
-    preference_loss,
-)
+from megatron_idpo.objective.dpo import Objective, combine, layer_loss, layer_metrics, loss_at_zero
 
 POLICY_2P = torch.tensor([-10.0, -14.0, -6.0, -3.0], dtype=torch.float64)
 REFERENCE_2P = torch.tensor([-11.0, -12.0, -4.0, -5.0], dtype=torch.float64)
@@ -24,6 +17,7 @@ LENGTHS_2P = torch.tensor([4, 7, 2, 3])
 # Log-ratios 1, -2 | -2, 2: differences 3, -4; per token 1/4, -2/7 | -1, 2/3: 15/28, -5/3.
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}  # float64, a handful of operations
+LN2 = math.log(2)
 
 VARIANTS = [
     Objective(loss="sigmoid"),
@@ -32,6 +26,13 @@ VARIANTS = [
     Objective(loss="robust", label_smoothing=0.2),
     Objective(loss="ipo", beta=0.3),
     Objective(loss="hinge", beta=0.5),
+    Objective(loss=("exo_pair", "nca_pair", "bco_pair"), label_smoothing=0.1),
+    Objective(loss=("sppo_hard", "apo_zero", "apo_down"), loss_weights=(0.1, 2.0, 3.0)),
+    Objective(loss=("aot", "aot_unpaired", "discopop", "sft"), label_smoothing=0.2),
+    *(
+        Objective(f_divergence=divergence)
+        for divergence in ("forward_kl", "js_divergence", "alpha_divergence")
+    ),
 ]
 
 
@@ -83,7 +84,7 @@ def test_no_reference_equals_a_reference_of_zeros():
         torch.testing.assert_close(without, zeros, **TOLERANCE)
 
 
-@pytest.mark.parametrize("objective", VARIANTS, ids=lambda objective: objective.loss)
+@pytest.mark.parametrize("objective", VARIANTS, ids=str)
 def test_gradients(objective):
     policy_2P = POLICY_2P.clone().requires_grad_()
     assert gradcheck(
@@ -106,6 +107,10 @@ def test_the_reference_gets_no_gradient():
         (Objective(loss="sigmoid_norm", nll_weight=1.0), math.log(2)),
         (Objective(loss="hinge"), 1.0),
         (Objective(loss="ipo", beta=0.1), 25.0),
+        (Objective(loss="nca_pair"), 2 * math.log(2)),
+        (Objective(loss=("sppo_hard", "sigmoid"), beta=0.1, loss_weights=(0.1, 2.0)), 5 + 2 * LN2),
+        (Objective(loss=("apo_zero", "apo_down", "aot")), 2 + LN2),
+        (Objective(f_divergence="js_divergence"), LN2),
     ],
     ids=str,
 )
@@ -124,9 +129,11 @@ def test_loss_of_equal_policy_and_reference(objective, expected):
 )
 def test_label_smoothing_mixes_both_labels(difference, beta, smoothing, loss):
     """For robust: the mean over the assumed flips is the loss without smoothing."""
-    at = torch.tensor([difference, -difference], dtype=torch.float64)
-    plain = preference_loss(at, Objective(beta=beta))
-    smoothed = preference_loss(at, Objective(loss=loss, beta=beta, label_smoothing=smoothing))
+    policy_2P = torch.tensor([difference, 0.0, -difference, 0.0], dtype=torch.float64)
+    lengths_2P = torch.ones(4)
+    plain = layer_loss(policy_2P, None, lengths_2P, Objective(beta=beta))
+    objective = Objective(loss=loss, beta=beta, label_smoothing=smoothing)
+    smoothed = layer_loss(policy_2P, None, lengths_2P, objective)
     assert torch.isfinite(smoothed).all()
     expected = plain[0]
     if loss == "robust":
@@ -140,9 +147,10 @@ def test_label_smoothing_mixes_both_labels(difference, beta, smoothing, loss):
 def test_metrics_have_names_and_values_of_trl():
     objective = Objective(beta=0.5, nll_weight=0.2)
     policy_2P = POLICY_2P.clone().requires_grad_()
-    metrics = layer_metrics(policy_2P, REFERENCE_2P, LENGTHS_2P, objective)
+    loss_P = layer_loss(policy_2P, REFERENCE_2P, LENGTHS_2P, objective)
+    metrics = layer_metrics(loss_P, policy_2P, REFERENCE_2P, LENGTHS_2P, objective)
     expected = {
-        "loss": layer_loss(POLICY_2P, REFERENCE_2P, LENGTHS_2P, objective).tolist(),
+        "loss": loss_P.tolist(),
         "rewards/chosen": [0.5, -1.0],
         "rewards/rejected": [-1.0, 1.0],
         "rewards/margins": [1.5, -2.0],
@@ -153,13 +161,14 @@ def test_metrics_have_names_and_values_of_trl():
     }
     assert {name: values_P.tolist() for name, values_P in metrics.items()} == expected
     assert not any(values_P.requires_grad for values_P in metrics.values())
-    assert "nll_loss" not in layer_metrics(POLICY_2P, None, LENGTHS_2P, Objective())
+    assert "nll_loss" not in layer_metrics(loss_P, POLICY_2P, None, LENGTHS_2P, Objective())
 
 
 def test_rewards_are_sums_and_a_zero_margin_is_not_accurate():
-    metrics = layer_metrics(POLICY_2P, POLICY_2P, LENGTHS_2P, Objective(loss="ipo"))
+    objective, loss_P = Objective(loss="ipo", beta=0.5), torch.zeros(2)
+    metrics = layer_metrics(loss_P, POLICY_2P, POLICY_2P, LENGTHS_2P, objective)
     assert metrics["rewards/accuracies"].tolist() == [0.0, 0.0]
-    metrics = layer_metrics(POLICY_2P, REFERENCE_2P, LENGTHS_2P, Objective(loss="ipo", beta=0.5))
+    metrics = layer_metrics(loss_P, POLICY_2P, REFERENCE_2P, LENGTHS_2P, objective)
     assert metrics["rewards/margins"].tolist() == [1.5, -2.0]
 
 
@@ -168,6 +177,35 @@ def test_a_row_without_pairs():
     loss_P = layer_loss(none, None, none.detach(), Objective(nll_weight=1.0))
     assert loss_P.shape == (0,) and loss_P.requires_grad
     assert combine(loss_P, [loss_P], Objective()).shape == (0,)
+
+
+def test_discopop_is_finite_for_every_margin():
+    """TRL's product of an exponential and a sigmoid is NaN where a margin is below −88."""
+    policy_2P = torch.tensor([-500.0, 0.0, 500.0, 0.0], requires_grad=True)
+    loss_P = layer_loss(policy_2P, None, torch.ones(4), Objective(loss="discopop", beta=1.0))
+    loss_P.sum().backward()
+    assert loss_P.isfinite().all() and policy_2P.grad.isfinite().all()
+    assert loss_P[0].item() == pytest.approx(500.0)
+
+
+def test_the_loss_of_sorted_values_is_at_its_pair():
+    """A NaN is reported at the pair that has it."""
+    policy_2P = POLICY_2P.clone()
+    policy_2P[0] = math.nan
+    for loss in ("aot", "aot_unpaired"):
+        loss_P = layer_loss(policy_2P, REFERENCE_2P, LENGTHS_2P, Objective(loss=loss))
+        assert loss_P.isnan().tolist() == [True, False]
+
+
+def test_sft_is_a_mean_over_the_tokens_of_the_global_batch():
+    objective = Objective(loss="sft")
+    loss_P = layer_loss(POLICY_2P, None, LENGTHS_2P, objective)
+    assert float(loss_P.mean()) == pytest.approx(16 / 6)
+    parts = [
+        layer_loss(POLICY_2P[at], None, LENGTHS_2P[at], objective, mean_chosen_tokens=3.0)
+        for at in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(torch.cat(parts), loss_P, **TOLERANCE)
 
 
 FINAL_P = torch.tensor([1.0, 2.0])

@@ -212,4 +212,11 @@ def batch_of(rows: Sequence[Sequence[int]]) -> Any:
 
     tokenized = tokenized_pairs()
     built = tuple(Row.build([tokenized[n] for n in row], ROW_TOKENS, 0) for row in rows)
-    return Batch(rows=built, num_pairs=PAIRS, consumed_pairs=0, used_tokens=0, computed_tokens=0)
+    return Batch(
+        rows=built,
+        num_pairs=PAIRS,
+        consumed_pairs=0,
+        used_tokens=0,
+        chosen_tokens=0,
+        computed_tokens=0,
+    )

@@ -35,6 +35,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "hinge": {"loss": "hinge"},
     "robust": {"loss": "robust", "label_smoothing": 0.1},
 }
+LOSSES: dict[str, dict[str, Any]] = {
+    **{name: {"loss": name} for name in ("sigmoid", "sigmoid_norm", "hinge", "ipo", "nca_pair")},
+    **{name: {"loss": name} for name in ("bco_pair", "sppo_hard", "aot", "aot_unpaired")},
+    **{name: {"loss": name} for name in ("apo_zero", "apo_down", "discopop", "sft")},
+    **{name: {"loss": name, "label_smoothing": 0.1} for name in ("robust", "exo_pair")},
+    **{name: {"f_divergence": name} for name in ("forward_kl", "js_divergence")},
+    "alpha_divergence": {"f_divergence": "alpha_divergence", "f_alpha": 1.5},
+    "mpo": {"loss": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
+    "wpo": {"loss": ("ipo", "apo_zero"), "wpo": True, "nll_weight": 0.5},
+}
+"""The objectives of `test_losses.py`; not a factor of the covering array."""
+
 BETA, INTERMEDIATE_WEIGHT = 0.3, 0.4
 
 _DISTRIBUTED = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
@@ -163,7 +175,7 @@ class Case:
             "intermediate_weight": INTERMEDIATE_WEIGHT,
             "reference_layer": self.reference_layer,
             "layer_weights": weights if self.objective == "ipo" else None,
-            **OBJECTIVES[self.objective],
+            **(OBJECTIVES | LOSSES)[self.objective],
         }
 
 

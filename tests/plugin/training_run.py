@@ -59,11 +59,12 @@ def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]
     )
     wrapped, optimizer = _with_optimizer(chunks, dpo, case)
     losses, gradients = [], {}
-    for step, pairs in enumerate(batches_of_pairs()):
+    # One step for each reference.
+    for step, (pairs, reference) in enumerate(zip(batches_of_pairs(), references, strict=False)):
         optimizer.zero_grad()
         for chunk in wrapped:
             chunk.zero_grad_buffer()
-        losses.append(_run_step(dpo, wrapped, _rows(pairs, references[step], case)))
+        losses.append(_run_step(dpo, wrapped, _rows(pairs, reference, case)))
         _unscale(chunks, case.loss_scale)
         if step == 0:
             if case.sync.startswith("distributed"):
@@ -213,6 +214,7 @@ def _rows(pairs: list[Tokens], reference: dict[int, Tensor], case: Case) -> list
                 index=index,
                 num_micro_batches=len(local_rows),
                 global_pairs=PAIRS,
+                mean_chosen_tokens=sum(len(chosen) for _, chosen, _ in pairs) / PAIRS,
             )
         )
     return micro_batches

@@ -29,7 +29,9 @@ def row(*indices: int) -> Row:
 
 def test_cached_reference_returns_the_pairs_of_each_row() -> None:
     rows = (row(7, 2, 9), row(), row(0))
-    batch = Batch(rows=rows, num_pairs=4, consumed_pairs=4, used_tokens=0, computed_tokens=0)
+    batch = Batch(
+        rows=rows, num_pairs=4, consumed_pairs=4, used_tokens=0, chosen_tokens=0, computed_tokens=0
+    )
     by_row = CachedReference((2, 4), logps()).logps(batch)
     assert len(by_row) == 3
     for each, by_layer in zip(rows, by_row, strict=True):

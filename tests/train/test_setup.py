@@ -1,16 +1,19 @@
 """Checks of a configuration against the model, and against the checkpoint to resume from."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
 from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.data.run_pairs import row_settings
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.testing import tiny_hf_config
-from megatron_idpo.train.setup import _training_differences, check_against_model
+from megatron_idpo.train.setup import _check_one_row, _training_differences, check_against_model
 
 from .tiny_run import LORA, Files, write_config
 
@@ -64,6 +67,30 @@ def test_missing_logger_package_is_reported(config, monkeypatch):
 def test_all_problems_are_reported_at_once(config):
     reported = locations(config(model={"dtype": "fp16"}, objective={"layers": [9]}))
     assert set(reported) == {"model.dtype", "objective.layers"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "processes", "remedy"),
+    [
+        (
+            {"data": {"row_tokens": 90}},
+            1,
+            r"of data\.row_tokens = 90; set data\.row_tokens to 102,",
+        ),
+        ({}, 2, "must be in one row; use a layout without data parallelism"),
+        ({"layout": {"pipeline": 2, "virtual_pipeline": 2}}, 2, "and interleaving"),
+    ],
+)
+def test_sorted_losses_need_each_batch_in_one_row(config, sections, processes, remedy):
+    run = config(objective={"loss": ["sigmoid", "aot"]}, **sections)
+    # 2 pairs are in a batch; the longest two need 51 positions each.
+    run = run.model_copy(
+        update={"training": run.training.model_copy(update={"global_batch_pairs": 2})}
+    )
+    pairs = SimpleNamespace(lengths_P3=np.array([[17, 17, 17], [1, 2, 1], [17, 17, 17]]))
+    with pytest.raises(ConfigError, match=f"is sigmoid and aot, which compares all.*{remedy}"):
+        _check_one_row(pairs, row_settings(run, processes), run)
+    _check_one_row(pairs, row_settings(config(objective={"loss": "aot"}), 1), run)
 
 
 # ---- resuming -----------------------------------------------------------------------------------

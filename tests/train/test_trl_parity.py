@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from megatron_idpo.config.data import SourceConfig
+from megatron_idpo.config.objective import LOSSES
 from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches
 from megatron_idpo.data.tokenize.chat import TokenOptions
 from megatron_idpo.data.tokenize.dataset import PairDataset, load_pairs
 from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
+from megatron_idpo.objective.dpo import Objective, layer_loss
 from megatron_idpo.train.metrics.file import Record, read_metrics
 
 from .tiny_run import without_figures
@@ -32,10 +35,14 @@ from .trl_case import (
     TrlCase,
     make_case,
 )
+from .trl_losses import log_probabilities, loss_cases
 from .trl_reference import TrlResult, TrlRun, run_trl
 
 LOSS_TOLERANCE = 2e-5
 """Measured: at most 4e-6. fp32 rounding grows with the steps: Adam normalizes gradients."""
+
+LOSS_RELATIVE = 2e-6
+"""Of a loss and of its gradient, on the same log-probabilities: float32, a few operations."""
 
 METRIC_TOLERANCES = {
     "rewards/chosen": 5e-5,
@@ -70,6 +77,8 @@ class TrlRuns:
     case: TrlCase
     results: dict[str, TrlResult]
     adapter: Path
+    losses: list[dict[str, Any]]
+    """Of each case of `loss_cases`."""
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +104,9 @@ def trl(tmp_path_factory: pytest.TempPathFactory) -> TrlRuns:
         )
         for trained, lr in case.lrs.items()
     }
-    results = dict(zip(runs, run_trl(list(runs.values()), directory), strict=True))
-    return TrlRuns(case, results, directory / "lora" / "adapter")
+    results, losses = run_trl(list(runs.values()), directory)
+    results_by_name = dict(zip(runs, results, strict=True))
+    return TrlRuns(case, results_by_name, directory / "lora" / "adapter", losses)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +118,36 @@ def pairs(trl: TrlRuns, tmp_path_factory: pytest.TempPathFactory) -> PairDataset
         cache=tmp_path_factory.mktemp("tokens"),
         num_workers=1,
     )
+
+
+def test_every_loss_has_the_value_and_the_gradient_of_trl(trl: TrlRuns) -> None:
+    """On the same log-probabilities, whose gradient is the same for every token of an answer."""
+    assert {case["loss"] for case in loss_cases() if isinstance(case["loss"], str)} == set(LOSSES)
+    given = log_probabilities()
+    mask_ST, wrong = given["mask_ST"], {}
+    for fields, theirs in zip(loss_cases(), trl.losses, strict=True):
+        logps_S = given["logps_ST"].sum(1).requires_grad_()
+        loss_P = layer_loss(
+            _alternating(logps_S),
+            _alternating(given["reference_S"]),
+            _alternating(mask_ST.sum(1)),
+            Objective(**fields),
+            sharpened_logps_2P=_alternating(given["sharpened_ST"].sum(1)),
+        )
+        (gradient_S,) = torch.autograd.grad(loss_P.mean(), logps_S)
+        gradient_ST = torch.tensor(theirs["gradient"]) * mask_ST  # a model's padding is constant
+        differences = (
+            abs(loss_P.mean().item() / theirs["loss"] - 1),
+            float((gradient_S[:, None] * mask_ST - gradient_ST).norm() / gradient_ST.norm()),
+        )
+        if not max(differences) <= LOSS_RELATIVE:
+            wrong[str(fields)] = differences
+    assert not wrong
+
+
+def _alternating(values_S: Tensor) -> Tensor:
+    """From all chosen, then all rejected answers to pairs."""
+    return torch.stack(values_S.chunk(2), dim=1).flatten()
 
 
 def test_tokens_of_every_step_equal_trl(trl: TrlRuns, pairs: PairDataset) -> None:

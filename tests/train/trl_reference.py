@@ -1,8 +1,9 @@
 """TRL's DPOTrainer on given records, in a separate process: the reference of the parity tests.
 
 `python trl_reference.py SPEC.json` runs every run of the specification and writes its result
-next to it. The process is separate because TRL seeds every generator, sets up accelerate and
-patches Transformers' models; it runs all runs because importing TRL takes longer than they do.
+next to it, with TRL's losses on given log-probabilities (`trl_losses.py`). The process is separate
+because TRL seeds every generator, sets up accelerate and patches Transformers' models; it runs all
+runs because importing TRL takes longer than they do.
 
 Nothing from this package is imported, so that a bug here cannot be on both sides.
 """
@@ -54,8 +55,12 @@ class TrlResult:
     """Per pair met, the tokens of prompt, chosen and rejected that the model was given."""
 
 
-def run_trl(runs: list[TrlRun], directory: Path) -> list[TrlResult]:
-    """Run them one after the other in a new process, offline; its failure is an AssertionError."""
+def run_trl(runs: list[TrlRun], directory: Path) -> tuple[list[TrlResult], list[dict[str, Any]]]:
+    """Run them one after the other in a new process, offline; its failure is an AssertionError.
+
+    Returns:
+        The result of each run, and of each case of `trl_losses.losses_of_trl`.
+    """
     spec = directory / "spec.json"
     spec.write_text(json.dumps([asdict(run) for run in runs]))
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -72,8 +77,9 @@ def run_trl(runs: list[TrlRun], directory: Path) -> list[TrlResult]:
     assert done.returncode == 0, done.stderr
     results = json.loads(spec.with_suffix(".results").read_text())
     return [
-        TrlResult(result["logs"], [tuple(pair) for pair in result["pairs"]]) for result in results
-    ]
+        TrlResult(result["logs"], [tuple(pair) for pair in result["pairs"]])
+        for result in results["runs"]
+    ], results["losses"]
 
 
 def _train(run: TrlRun) -> TrlResult:
@@ -153,5 +159,8 @@ def _pairs_of(inputs: dict[str, Any]) -> list[tuple[list[int], list[int], list[i
 
 if __name__ == "__main__":
     spec_file = Path(sys.argv[1])
+    from trl_losses import losses_of_trl
+
     finished = [asdict(_train(TrlRun(**run))) for run in json.loads(spec_file.read_text())]
-    spec_file.with_suffix(".results").write_text(json.dumps(finished))
+    results = {"runs": finished, "losses": losses_of_trl()}
+    spec_file.with_suffix(".results").write_text(json.dumps(results))

@@ -47,6 +47,9 @@ class RowSettings:
     rows_multiple: int = 1
     """Rows on a rank are a multiple of this: the pipeline size under interleaving."""
 
+    fewest_rows: bool = False
+    """Never split a batch into more rows than it needs to have less padding."""
+
     data_size: int = 1
     data_rank: int = 0
 
@@ -77,8 +80,16 @@ class Batch:
     used_tokens: int
     """Positions that hold a token, over all data-parallel ranks."""
 
+    chosen_tokens: int
+    """Tokens of all chosen answers of the global batch."""
+
     computed_tokens: int
     """Positions in all rows of all data-parallel ranks, padding and empty rows included."""
+
+    @property
+    def mean_chosen_tokens(self) -> float:
+        """Tokens per chosen answer of the global batch."""
+        return self.chosen_tokens / self.num_pairs
 
     @property
     def row_tokens(self) -> int:
@@ -95,6 +106,7 @@ def plan_batch(lengths_B3: IntArray, settings: RowSettings) -> list[list[Planned
         share_prompt=settings.share_prompt,
         ranks=settings.data_size,
         multiple=settings.rows_multiple,
+        fewest_rows=settings.fewest_rows,
     )
     tokens_B = pair_tokens(lengths_B3, share_prompt=settings.share_prompt)
     trim_tokens = settings.trim_tokens if settings.trim_rows_separately else 0
@@ -111,7 +123,8 @@ def build_batch(
     pairs: PairSource, index_B: IntArray, settings: RowSettings, *, consumed_pairs: int
 ) -> Batch:
     """This rank's part of the global batch made of the pairs `index_B` of the collection."""
-    plan = plan_batch(pairs.lengths_P3[index_B], settings)
+    lengths_B3 = pairs.lengths_P3[index_B]
+    plan = plan_batch(lengths_B3, settings)
     rows = tuple(
         Row.build(
             [pairs[int(index_B[pair])] for pair in row.pairs],
@@ -126,6 +139,7 @@ def build_batch(
         num_pairs=len(index_B),
         consumed_pairs=consumed_pairs,
         used_tokens=sum(row.used_tokens for rank in plan for row in rank),
+        chosen_tokens=int(lengths_B3[:, 1].sum()),
         computed_tokens=sum(row.row_tokens for rank in plan for row in rank),
     )
 

@@ -181,8 +181,8 @@ def _sums(outputs: Sequence[LayerOutput], objective: Objective, names: Sequence[
     assert len(known) in (0, len(references)), "some micro-batches have no reference"
     logps_2P = torch.cat([output.logps_2P for output in outputs]).double()
     reference_2P = torch.cat(known).to(logps_2P) if known else None
-    metrics = layer_metrics(logps_2P, reference_2P, torch.cat(lengths).to(logps_2P), objective)
     # The float32 losses that were trained on, not their recomputation in float64.
-    metrics[LOSS] = torch.cat(losses)
+    loss_P, lengths_2P = torch.cat(losses), torch.cat(lengths).to(logps_2P)
+    metrics = layer_metrics(loss_P, logps_2P, reference_2P, lengths_2P, objective)
     metrics[_PAIRS] = torch.ones_like(metrics[LOSS])
     return torch.stack([metrics[name].double().sum() for name in names])
