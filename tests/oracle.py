@@ -43,13 +43,11 @@ def sequence_logps(
     layers: Iterable[int],
     norm: str = "final",
     sequences_per_forward: int | None = None,
-    sharpness: float = 1.0,
 ) -> dict[int, Tensor]:
     """log π_l(y|x) = Σ_t log softmax(lm_head(norm(h_l)))[y_t] over the response tokens, by layer.
 
     `norm` "none" leaves the final norm out at intermediate layers. `sequences_per_forward` 1 runs
     each sequence alone, more are padded on the right and masked; None pads all 2P together.
-    `sharpness` is the inverse temperature.
     """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval()")
@@ -67,7 +65,7 @@ def sequence_logps(
             for s, (x, y) in enumerate(group):
                 # Position t predicts token t + 1: the last prompt token predicts the first of y.
                 hidden_NH = hidden_STH[s, len(x) - 1 : len(x) + len(y) - 1]
-                logps_NV = torch.log_softmax(sharpness * model.lm_head(hidden_NH), dim=-1)
+                logps_NV = torch.log_softmax(model.lm_head(hidden_NH), dim=-1)
                 logps[layer].append(logps_NV[torch.arange(len(y)), torch.tensor(y)].sum())
     return {layer: torch.stack(logps_2P) for layer, logps_2P in logps.items()}
 

@@ -50,8 +50,20 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool) -> 
     """`CONFIG.yaml [section.field=value ...]`."""
     count, meaning = None if required else "?", "the configuration of the run"
     parser.add_argument("config", type=Path, nargs=count, metavar="CONFIG.yaml", help=meaning)
-    meaning = "replaces one field of the configuration, e.g. layout.tensor=2"
+    meaning = "replaces one field of the configuration, e.g. layout.tensor=2; --layout.tensor=2"
+    meaning += " has the same effect"
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help=meaning)
+
+
+def without_dashes(words: Sequence[str]) -> list[str]:
+    """`--section.field=value`, which W&B's sweeps pass, as `section.field=value`.
+
+    The program's own options have no dot in their name.
+    """
+    return [
+        word[2:] if word.startswith("--") and "." in word.partition("=")[0] else word
+        for word in words
+    ]
 
 
 def config_path(arguments: argparse.Namespace) -> Path | None:

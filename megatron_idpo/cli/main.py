@@ -27,6 +27,7 @@ from megatron_idpo.cli.arguments import (
     add_config_arguments,
     config_path,
     one_of,
+    without_dashes,
 )
 from megatron_idpo.cli.convert import add_convert_arguments, convert
 from megatron_idpo.cli.errors import (
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"no verb given; the verbs are {', '.join(VERBS)}")
         if not words[0].startswith("-"):
             one_of("verb", VERBS)(words[0])
-        arguments = parser.parse_args(words)
+        arguments = parser.parse_args(without_dashes(words))
         check_limits()
         # Before the verb's imports: megatron-core prints warnings while it is imported.
         with suppress_megatron_warnings(), console_logging():
@@ -117,9 +118,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron-idpo {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
-        verb.add_arguments(
-            verbs.add_parser(name, help=verb.summary, description=verb.summary, allow_abbrev=False)
+        inner = verbs.add_parser(
+            name,
+            help=verb.summary,
+            description=verb.summary,
+            epilog=f"example: megatron-idpo {verb.example}",
+            allow_abbrev=False,
         )
+        verb.add_arguments(inner)
     return parser
 
 
@@ -133,19 +139,25 @@ class Verb:
     summary: str
     """One line for `--help`."""
 
+    example: str
+    """A command line, without the program's name."""
+
     add_arguments: Callable[[argparse.ArgumentParser], None]
 
     run: Callable[[argparse.Namespace], int]
     """Imports what it needs and returns the exit code."""
 
 
-def _config_verb(function: str, summary: str, *, config_required: bool = True) -> Verb:
+def _config_verb(
+    function: str, summary: str, example: str, *, config_required: bool = True
+) -> Verb:
     """A verb of the usual form: `VERB CONFIG.yaml [section.field=value ...]`.
 
     Args:
         function: `module:name`, in this package, of `main(config_path, overrides) -> int`; it is
             imported when it runs.
         summary: one line for `--help`.
+        example: a command line.
         config_required: whether the path may not be None.
     """
 
@@ -155,7 +167,7 @@ def _config_verb(function: str, summary: str, *, config_required: bool = True) -
         main = getattr(importlib.import_module(f"megatron_idpo.{module}"), name)
         return int(main(path, arguments.overrides))
 
-    return Verb(summary, partial(add_config_arguments, required=config_required), run)
+    return Verb(summary, example, partial(add_config_arguments, required=config_required), run)
 
 
 def _add_sdpo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,46 +198,69 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 VERBS: dict[str, Verb] = {
-    "train": _config_verb(
-        "cli.train:main",
-        "Train with DPO or intermediate DPO; resume if interrupted; export the model.",
-    ),
-    "score": _config_verb(
-        "cli.train:score", "Compute the reference log-probabilities ahead of training."
-    ),
-    "convert": Verb(
-        "Convert weights between Hugging Face and Megatron-Core.", add_convert_arguments, convert
-    ),
-    "sdpo": Verb("Show the state of a stepwise DPO run.", _add_sdpo_arguments, _sdpo),
-    "likelihood": _config_verb(
-        "evaluate.likelihood.main:main",
-        "Measure preference accuracy at every layer of one or several models.",
-    ),
-    "advise": _config_verb(
-        "evaluate.likelihood.advise:main", "Suggest layers to tap from the likelihood curves."
-    ),
-    "generate": _config_verb(
-        "evaluate.generate.run:main", "Generate answers from one or several models."
-    ),
-    "judge": _config_verb(
-        "evaluate.judge.run:main", "Compare answers pairwise with a judge; report win rates."
-    ),
-    "h4": _config_verb(
-        "evaluate.lm_eval.run:main", "Evaluate on ARC, HellaSwag, MMLU and TruthfulQA with lm-eval."
-    ),
-    "report": Verb(
-        "Write runs and their evaluations as one self-contained HTML page.",
-        _add_report_arguments,
-        _report,
+    "doctor": _config_verb(
+        "doctor.main:main",
+        "Check this machine and its libraries, and whether a configuration can run.",
+        "doctor idpo.yaml",
+        config_required=False,
     ),
     "data": _config_verb(
         "data.inspect.main:main",
         "Show the data as the model sees it: lengths, packing, sample pairs.",
+        "data idpo.yaml data.max_length=2048",
     ),
-    "doctor": _config_verb(
-        "doctor.main:main",
-        "Check this machine and its libraries, and whether a configuration can run.",
-        config_required=False,
+    "score": _config_verb(
+        "cli.train:score",
+        "Compute the reference log-probabilities ahead of training.",
+        "score idpo.yaml objective.layers=all",
+    ),
+    "train": _config_verb(
+        "cli.train:main",
+        "Train with DPO or intermediate DPO; resume if interrupted; export the model.",
+        "train idpo.yaml optimizer.lr=1e-4 training.output=runs/second",
+    ),
+    "sdpo": Verb(
+        "Show the state of a stepwise DPO run.",
+        "sdpo status runs/idpo --check",
+        _add_sdpo_arguments,
+        _sdpo,
+    ),
+    "likelihood": _config_verb(
+        "evaluate.likelihood.main:main",
+        "Measure preference accuracy at every layer of one or several models.",
+        "likelihood idpo.yaml evaluate.models='{sft: base, dpo: runs/idpo/hf}'",
+    ),
+    "advise": _config_verb(
+        "evaluate.likelihood.advise:main",
+        "Suggest layers to tap from the likelihood curves.",
+        "advise idpo.yaml",
+    ),
+    "generate": _config_verb(
+        "evaluate.generate.run:main",
+        "Generate answers from one or several models.",
+        "generate idpo.yaml generate.prompts=prompts.jsonl",
+    ),
+    "judge": _config_verb(
+        "evaluate.judge.run:main",
+        "Compare answers pairwise with a judge; report win rates.",
+        "judge idpo.yaml judge.model=gpt-4o",
+    ),
+    "h4": _config_verb(
+        "evaluate.lm_eval.run:main",
+        "Evaluate on ARC, HellaSwag, MMLU and TruthfulQA with lm-eval.",
+        "h4 idpo.yaml h4.tasks='[arc_challenge]'",
+    ),
+    "report": Verb(
+        "Write runs and their evaluations as one self-contained HTML page.",
+        "report runs/idpo runs/second --output report.html",
+        _add_report_arguments,
+        _report,
+    ),
+    "convert": Verb(
+        "Convert weights between Hugging Face and Megatron-Core.",
+        "convert hf-to-megatron path/to/model megatron/",
+        add_convert_arguments,
+        convert,
     ),
 }
-"""Every verb by name, in the order of `--help`."""
+"""Every verb by name, in the order of the work, which is that of `--help`."""

@@ -101,6 +101,11 @@ class SourceConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()
     """Column names that differ from the standard ones in docs/data.md: `{prompt: question}`."""
 
+    @property
+    def has_columns(self) -> bool:
+        """Whether it names columns."""
+        return self.columns != ColumnsConfig()
+
 
 Sources = Annotated[
     tuple[Annotated[SourceConfig, FromPath], ...],
@@ -146,6 +151,9 @@ class DataConfig(Section):
     """Text, chat messages or Anthropic-HH transcripts; `auto` decides for each record.
     `single_turn`: text that becomes a chat: the prompt is the user's message, the answers are
     replies."""
+
+    columns: ColumnsConfig = ColumnsConfig()
+    """Column names, for every source without its own `columns`: `{prompt: question}`."""
 
     chat_template: TemplateText | None = None
     """A Jinja template or a file with one; null is the tokenizer's own."""

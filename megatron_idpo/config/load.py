@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_idpo.config.other_names import OTHER_NAMES
 from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.config.sdpo_steps import step_problems
 from megatron_idpo.config.section import describe_errors, section_class, suggest
@@ -59,7 +60,9 @@ def load_config(
             location = tree.location((name,)) if name in tree.removed else name
             problems.append(Problem(location, "the section is missing", remedy))
     for name in sorted((tree.values.keys() | tree.removed) - set(SECTIONS)):
-        remedy = suggest(name, SECTIONS, "sections")
+        remedy = OTHER_NAMES.get(name) or suggest(name, SECTIONS, "sections")
+        if (field_name := _fields_by_name().get(name)) is not None:
+            remedy = f"did you mean `{field_name}`?"
         problems.append(Problem(tree.location((name,)), "unknown section", remedy))
     # A value that could not be read is not reported again as one that is null.
     unread = {problem.location for problem in tree.problems}

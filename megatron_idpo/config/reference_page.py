@@ -22,11 +22,12 @@ _HEAD = """# Configuration
 One YAML file serves every verb: `megatron-idpo VERB CONFIG.yaml [section.field=value …]`. A verb
 reads the sections it needs and ignores the others, but the whole file is checked: unknown
 sections and fields, wrong types, fields without effect and impossible combinations are reported
-together, before anything is loaded. On the command line `section.field=value` sets a field,
-with the value in YAML, and `section=null` removes a section, which a message confirms. A key
-without a value, such as `lora=` with an unset shell variable, is an error. Scalars follow YAML 1.2:
-`1e-4` is a number, `true` and `false` are the only booleans. Tags are refused, and environment
-variables in values are not replaced. Numbers are limited to 32 bits.
+together, before anything is loaded. Names of TRL, PEFT and Transformers get a hint at ours. On the
+command line `section.field=value` or `--section.field=value` sets a field, with the value in YAML,
+and `section=null` removes a section, which a message confirms. A key without a value, such as
+`lora=` with an unset shell variable, is an error. Scalars follow YAML 1.2: `1e-4` is a number,
+`true` and `false` are the only booleans. Tags are refused, and environment variables in values are
+not replaced. Numbers are limited to 32 bits.
 """
 
 

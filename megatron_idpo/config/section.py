@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from megatron_idpo.config.other_names import OTHER_NAMES
 from megatron_idpo.config.yaml_tree import Keys, dotted, shown
 from megatron_idpo.errors import ConfigError, Problem
 
@@ -201,6 +202,8 @@ def _describe(
     """Message and remedy for one of pydantic's errors at the field `name` of `owner`."""
     kind, value = detail["type"], detail["input"]
     if kind == "extra_forbidden":
+        if name in OTHER_NAMES:
+            return "unknown field", OTHER_NAMES[name]
         if name in fields_elsewhere and not difflib.get_close_matches(name, owner.model_fields):
             return "unknown field", f"did you mean `{fields_elsewhere[name]}`?"
         return "unknown field", suggest(name, owner.model_fields, "fields")

@@ -149,6 +149,10 @@ def _load(
     *,
     list_suffix: str = "",
 ) -> PairDataset:
+    sources = [
+        source.model_copy(update={"columns": data.columns}) if not source.has_columns else source
+        for source in sources
+    ]
     bad_rows_file = None if data.bad_rows_file is None else Path(data.bad_rows_file)
     if bad_rows_file is not None:
         bad_rows_file = bad_rows_file.with_stem(bad_rows_file.stem + list_suffix)

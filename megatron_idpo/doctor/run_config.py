@@ -78,7 +78,11 @@ def _model(path: str) -> "tuple[Architecture | None, Finding]":
             return None, Finding("model", State.BROKEN, message, "", remedy)
         directory = _cached_snapshot(path)
     if directory is None:
-        message, remedy = f"{path} is not on this machine", f"download it: hf download {path}"
+        if (parent := Path(path).parent) != Path() and parent.is_dir():
+            message, remedy = f"no such directory: {path}", f"{parent} exists: check model.path"
+            return None, Finding("model", State.BROKEN, message, "", remedy)
+        message = f"{path} is neither a directory nor a downloaded model of the hub"
+        remedy = f"correct model.path, or, if it is a hub name: hf download {path}"
         return None, Finding("model", State.UNCHECKED, message, "", remedy)
     try:
         architecture = _read_architecture(directory)

@@ -115,12 +115,12 @@ def run_start_check(trainer: Trainer, report: Report) -> None:
     """Check that policy and reference agree before the first step, if they should."""
     if not is_start_check_due(trainer.config, starts_at_reference=trainer.starts_at_reference):
         return
-    difference = check_start(
+    difference, bound = check_start(
         trainer.train_step, trainer.pairs.train, trainer.rows, seed=trainer.config.data.seed
     )
     report.print(
         f"start check passed: policy equals reference within {trainer.config.model.dtype} "
-        f"rounding (max {difference:.1g} nats/token)"
+        f"rounding (max {difference:.1g} nats/token, bound {bound:g})"
     )
 
 

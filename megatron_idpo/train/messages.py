@@ -5,11 +5,16 @@ Every path that is printed exists at that time.
 
 from collections.abc import Sequence
 
+from megatron_idpo.console.text import format_count
 from megatron_idpo.errors import EXIT_PREEMPTED
 from megatron_idpo.reference.run_caches import cache_directory
 from megatron_idpo.train.logging.report import Report
 from megatron_idpo.train.metrics.curves import draw_curves
+from megatron_idpo.train.metrics.intervals import wilson_interval
 from megatron_idpo.train.trainer import Trainer
+
+_FEW_HELD_OUT = 20
+"""Below, the interval of an accuracy covers 0.3 to 0.7, and no layer or setting can be chosen."""
 
 
 def report_start(trainer: Trainer, report: Report) -> None:
@@ -21,6 +26,12 @@ def report_start(trainer: Trainer, report: Report) -> None:
         f"{len(pairs.train):,} pairs to train on, {held_out:,} held out; {trainer.total_steps:,} "
         f"steps of {config.training.global_batch_pairs} pairs{_dropped_pairs(trainer)}"
     )
+    if 0 < held_out < _FEW_HELD_OUT:
+        low, high = wilson_interval(0.5, held_out)
+        show(
+            f"only {format_count(held_out, 'held-out pair')}: an accuracy of 0.5 has the 95 % "
+            f"interval [{low:.2f}, {high:.2f}]; hold out more in data.eval or data.eval_fraction"
+        )
     for warning in pairs.train_report.warnings():
         show(f"data: {warning}")
     trained = "all weights"

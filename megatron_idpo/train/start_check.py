@@ -46,7 +46,7 @@ def is_start_check_due(config: RunConfig, *, starts_at_reference: bool) -> bool:
 
 def check_start(
     train_step: TrainStep, pairs: PairDataset, rows: RowSettings, *, seed: int
-) -> float:
+) -> tuple[float, float]:
     """Compare policy and reference on the first few pairs of the run. Collective.
 
     Args:
@@ -56,7 +56,8 @@ def check_start(
         seed: of their order.
 
     Returns:
-        The largest difference of a log-probability, in nats per token, over all compared layers.
+        The largest difference of a log-probability over all compared layers, and its bound, in nats
+        per token.
 
     Raises:
         TrainingError: on every rank; they differ by more than rounding at some layer.
@@ -92,7 +93,7 @@ def check_start(
             f"{loss_at_zero(objective):.6f}), but differ at {', '.join(bad_layers)}",
             "they are not the same model; if this is intended, set training.start_check to false",
         )
-    return max(differences.values())
+    return max(differences.values()), tolerance
 
 
 def _compare(

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_idpo.console.text import format_duration
+from megatron_idpo.figures.numbers import decimal
 from megatron_idpo.train.logging.line import format_metric, is_tied
 from megatron_idpo.train.metrics.file import STEP, Record, read_metrics
 from megatron_idpo.train.metrics.intervals import wilson_interval
@@ -132,7 +133,7 @@ def _accuracy_rows(label: str, records: Sequence[Record], prefix: str) -> list[t
         return []
     shares = (trend.first, trend.last, trend.best)
     starts_tied = untied[0] is not measured[0]
-    first, *others = (f"{share:.2f}" for share in shares)
+    first, *others = (decimal(share, ".2f") for share in shares)
     rows = [(label, "tied" if starts_tied else first, *others, f"{trend.best_step:,}")]
     pairs = next((record[EVAL_PAIRS] for record in measured if record.get(EVAL_PAIRS)), None)
     if prefix and pairs:

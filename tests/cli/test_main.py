@@ -1,6 +1,7 @@
 """The command line: verbs, errors, exit codes, log messages, several ranks."""
 
 import logging
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,8 @@ import pytest
 from megatron_idpo import __version__
 from megatron_idpo.cli import convert as cli_convert
 from megatron_idpo.cli import main as cli
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import SECTIONS
 from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +82,22 @@ def test_dtype_names_equal_those_of_the_converter() -> None:
     assert set(cli_convert.DTYPES) == set(DTYPES)
 
 
+def test_every_verb_has_an_example_that_is_valid(tmp_path: Path) -> None:
+    base = tmp_path / "idpo.yaml"
+    base.write_text("model: {path: m}\ndata: {train: t}\noptimizer: {lr: 1e-4}")
+    for name, verb in cli.VERBS.items():
+        arguments = cli.build_parser().parse_args(shlex.split(verb.example))
+        assert arguments.verb == name
+        if overrides := getattr(arguments, "overrides", None):
+            load_config(base, overrides, optional=SECTIONS)
+
+
+def test_overrides_may_begin_with_dashes(replace_function: Any) -> None:
+    doctor = replace_function("megatron_idpo.doctor.main", "main", Recorder(code=0))
+    cli.main(["doctor", "run.yaml", "--layout.tensor=2", "objective.layers=[3]"])
+    assert doctor.calls[0][0] == (Path("run.yaml"), ["layout.tensor=2", "objective.layers=[3]"])
+
+
 def test_doctor_with_and_without_a_config(replace_function: Any) -> None:
     doctor = replace_function("megatron_idpo.doctor.main", "main", Recorder(code=7))
     assert cli.main(["doctor"]) == 7
@@ -92,9 +111,9 @@ def test_doctor_with_and_without_a_config(replace_function: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "no verb given; the verbs are train, score, convert, sdpo, likelihood"),
+        ("", "no verb given; the verbs are doctor, data, score, train, sdpo"),
         ("covnert a b", "unknown verb 'covnert'; did you mean convert?"),
-        ("zzz", "unknown verb 'zzz'; known: train, score"),
+        ("zzz", "unknown verb 'zzz'; known: doctor, data"),
         ("convert hf-to-megatorn a b", "did you mean hf-to-megatron?"),
         ("convert hf-to-megatron a", "required: OUTPUT; see `megatron-idpo convert --help`"),
         ("convert hf-to-megatron a b --dtype bf61", "did you mean bf16?"),

@@ -118,6 +118,11 @@ def test_a_hub_model_is_not_downloaded(check, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     finding = check("model.path=organisation/model-that-is-not-there")["model"]
     assert finding.state is State.UNCHECKED and "hf download" in finding.remedy
+    # Not a hub name: the directory that should contain it is here.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    finding = check("model.path=runs/smollm2")["model"]
+    assert finding.state is State.BROKEN and "hf download" not in finding.remedy
 
 
 def test_data_and_output(check, tmp_path):

@@ -26,7 +26,7 @@ def test_histograms_have_all_pairs_and_rows(tmp_path: Path, saved_figures: list[
     assert labels == [f"{name}, median {m}" for name, m in zip(PARTS, medians, strict=True)]
     assert [int(np.sum(line.get_ydata())) for line in lengths_axes.lines] == [300] * 3
     assert sum(bar.get_height() for bar in fill_axes.patches) == 4
-    assert fill_axes.get_title("right") == "rows; line: 81.2 % overall"
+    assert fill_axes.get_title("right") == "rows; line: 81.3 % overall"
     assert fill_axes.lines[0].get_xdata()[0] == 81.25
 
 

@@ -5,6 +5,7 @@ whole batch and one call of `layer_loss` at each layer are compared with micro-b
 the scales, the values of the whole batch, and WPO's second read of the head.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,15 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return paths
 
 
-def _logps(model: Any, case: Case, sharpness: float = 1.0) -> dict[int, Tensor]:
-    layers = (*case.layers, NUM_LAYERS)
-    return oracle.sequence_logps(model, batches_of_pairs()[0], layers, sharpness=sharpness)
+def _logps(model: Any, case: Case) -> dict[int, Tensor]:
+    return oracle.sequence_logps(model, batches_of_pairs()[0], (*case.layers, NUM_LAYERS))
+
+
+def _at_half_temperature(model: Any) -> Any:
+    """A copy with twice the logits."""
+    sharpened = copy.deepcopy(model)
+    sharpened.lm_head.weight.data *= 2
+    return sharpened
 
 
 def _autograd(
@@ -64,7 +71,7 @@ def _autograd(
     objective = Objective(**case.objective_fields)
     lengths_2P = torch.tensor([len(y) for _, *both in batches_of_pairs()[0] for y in both])
     with torch.no_grad():
-        sharpened = _logps(policy, case, sharpness=2.0)
+        sharpened = _logps(_at_half_temperature(policy), case)
     losses = {
         layer: layer_loss(
             logps_2P, reference[layer], lengths_2P, objective, sharpened_logps_2P=sharpened[layer]

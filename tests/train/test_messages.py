@@ -35,8 +35,10 @@ def trained(tiny: Files, workers: Any, tmp_path_factory: pytest.TempPathFactory)
 
 def test_first_lines_describe_the_run(trained, tiny):
     outcome, _ = trained(lora=LORA, data={"eval": str(tiny.held_out)})
-    first, second = outcome.printed.splitlines()[:2]
+    first, few, second = outcome.printed.splitlines()[:3]
     assert first == f"24 pairs to train on, {HELD_OUT} held out; 2 steps of 6 pairs"
+    interval = "an accuracy of 0.5 has the 95 % interval [0.17, 0.83]; hold out more"
+    assert few.startswith(f"only {HELD_OUT} held-out pairs: {interval}")
     assert second.startswith("training LoRA rank 4 on q_proj, k_proj, v_proj, o_proj, gate_proj")
     assert second.endswith("intermediate layers: 1, 3 of 4")
 

@@ -73,7 +73,7 @@ def test_all_problems_are_reported_at_once(config):
     ("sections", "processes", "remedy"),
     [
         (
-            {"data": {"row_tokens": 90}},
+            {"data": {"row_tokens": 90, "max_length": 80}},
             1,
             r"of data\.row_tokens = 90; set data\.row_tokens to 102,",
         ),

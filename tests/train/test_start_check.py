@@ -47,6 +47,7 @@ def check(file: str, scale: float = 1.0) -> float | str:
         before = [p.clone() for chunk in trainer.policy.chunks for p in chunk.parameters()]
         try:
             result: Any = check_start(trainer.train_step, trainer.pairs.train, trainer.rows, seed=3)
+            result = result[0]
         except TrainingError as error:
             result = str(error)
         after = [p for chunk in trainer.policy.chunks for p in chunk.parameters()]

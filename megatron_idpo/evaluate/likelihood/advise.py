@@ -123,7 +123,19 @@ def format_best_layers(curves: Sequence[LayerCurves]) -> Iterator[str]:
             layers = ", ".join(str(advice.layer) for advice in best)
             yield f"{model.model}: suggested layers to tap: {layers}; {best[0].reason}"
         else:
-            yield f"{model.model}: no layer agrees with the final layer"
+            yield f"{model.model}: {_no_layer(ranked)}"
+
+
+def _no_layer(ranked: Sequence[Advice]) -> str:
+    """Why no layer is suggested."""
+    if any(advice.is_readable for advice in ranked):
+        return "no layer agrees with the final layer; do not tap, or train the layers first"
+    best = min(ranked, key=lambda advice: advice.nats)
+    return (
+        f"the head reads no layer below the final one better than chance (best: layer "
+        f"{best.layer}, {best.nats:.1f} nats per token, chance is {best.chance_nats:.1f}); a tap "
+        "would train the layer to be readable before it learns preferences"
+    )
 
 
 def advice_markdown(curves: Sequence[LayerCurves]) -> str:
@@ -134,8 +146,11 @@ def advice_markdown(curves: Sequence[LayerCurves]) -> str:
         "papers. The\nintermediate-DPO paper found layer 22 of 32 (depth 0.69) best of those that "
         "it tried."
     ]
-    for model in curves:
-        parts.append(f"\n## {model.model}: {model.format_sample}\n")
+    for model, verdict in zip(curves, format_best_layers(curves), strict=True):
+        parts.append(f"\n## {model.model}: {model.format_sample}\n\n{verdict}")
+        if all(advice.score == 0 for advice in rank_layers(model)):
+            continue  # a ranking of zeros
+        parts.append("")
         parts += [
             f"{rank}. layer {advice.layer} (depth {advice.depth:.2f}), score {advice.score:.3f}: "
             f"{advice.reason}"

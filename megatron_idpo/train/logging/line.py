@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from megatron_idpo.console.text import format_duration, format_number
+from megatron_idpo.figures.numbers import decimal
 from megatron_idpo.train.metrics.intervals import wilson_interval
 from megatron_idpo.train.metrics.names import (
     ACCURACY,
@@ -121,9 +122,9 @@ def format_accuracy(accuracy: float, margin: float | None, pairs: float | None) 
     if is_tied(accuracy, margin):
         return "tied"
     if not pairs:
-        return f"{accuracy:.2f}"
+        return decimal(accuracy, ".2f")
     low, high = wilson_interval(accuracy, pairs)
-    return f"{accuracy:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{decimal(accuracy, '.2f')} [{low:.2f}, {high:.2f}]"
 
 
 _ROUNDING = 1e-5

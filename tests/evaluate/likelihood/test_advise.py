@@ -88,9 +88,16 @@ def test_advice_lists_every_model() -> None:
     ]
     first, second = format_best_layers(several)
     assert first.startswith("dpo: suggested layers to tap: 1, 2;")
-    assert second == "odd: no layer agrees with the final layer"
+    assert second.startswith("odd: no layer agrees with the final layer")
     text = advice_markdown(several)
-    assert "## dpo" in text and "## odd" in text and text.count("\n1. layer") == 2
+    assert text.count("\n1. layer") == 1 and text.endswith(f"{second}\n")
+
+
+def test_layers_that_no_head_can_read_are_not_ranked() -> None:
+    unreadable = curves([0.5] * 4, [0.9, 0.9, 0.9, 1.0], nats=[15.0, 9.1, 5.4, 2.5])
+    (verdict,) = format_best_layers([unreadable])
+    assert "reads no layer" in verdict and "layer 3, 5.4 nats per token, chance is 5.0" in verdict
+    assert "1. layer" not in advice_markdown([unreadable])
 
 
 def test_verb_prints_the_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
