@@ -11,7 +11,7 @@ from megatron_idpo.config.yaml_tree import read_tree
 from megatron_idpo.errors import ConfigError
 
 REQUIRED = ("model", "data", "optimizer", "training")
-OPTIONAL = ("objective", "lora", "layout", "reference", "sdpo", "checkpoint", "logging")
+OPTIONAL = ("objective", "lora", "layout", "reference", "sdpo", "checkpoint", "export", "logging")
 
 SCORE_REQUIRED = ("model", "data")
 SCORE_OPTIONAL = ("objective", "lora", "layout", "training", "reference", "sdpo")

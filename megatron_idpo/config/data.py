@@ -41,9 +41,14 @@ class ModelConfig(Section):
 
     def torch_dtype(self) -> "torch.dtype":
         """`dtype` as torch names it."""
-        import torch
+        return torch_dtype(self.dtype)
 
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.dtype]
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """`bf16`, `fp16` or `fp32` as torch names it."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 class ColumnsConfig(Section):

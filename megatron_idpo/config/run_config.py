@@ -14,6 +14,7 @@ from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.config.section import Section
 from megatron_idpo.config.training import (
     CheckpointConfig,
+    ExportConfig,
     LoggingConfig,
     OptimizerConfig,
     TrainingConfig,
@@ -39,6 +40,7 @@ class RunConfig(Section):
     reference: ReferenceConfig = ReferenceConfig()
     sdpo: SdpoConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     generate: GenerateConfig = GenerateConfig()
@@ -57,6 +59,9 @@ class RunConfig(Section):
             yield from self._evaluation_problems()
         elif self.has("training") and self.checkpoint.keep_best:
             yield from self._best_checkpoint_problems()
+        if self.has("training") and not self.training.export and self.export != ExportConfig():
+            message = "has no effect: training.export is false"
+            yield Problem("export", message, "remove the section, or set training.export to true")
         if self.reference.source == "adapter_off" and not self.has("lora"):
             message, remedy = "is adapter_off, but there are no adapters", "add the section lora"
             yield Problem("reference.source", message, f"use cache, or {remedy}")

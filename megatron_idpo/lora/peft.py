@@ -86,7 +86,8 @@ def save_peft(
         adapters: of this rank's chunks.
         architecture: of the model.
         directory: appears only when it is complete; an existing adapter is replaced.
-        base_model: where PEFT finds the base model, a directory or a name on the hub.
+        base_model: where PEFT finds the base model: a directory or a name on the hub, written as
+            it is.
         companions: generation config and tokenizer files to copy; used on rank 0.
 
     Raises:
@@ -291,11 +292,8 @@ def peft_config(settings: LoraConfig, base_model: str) -> dict[str, Any]:
 
     Args:
         settings: of the adapter.
-        base_model: where PEFT finds the base model: a directory, which is written as an absolute
-            path, or a name on the hub.
+        base_model: where PEFT finds the base model: a directory or a name on the hub.
     """
-    if Path(base_model).is_dir():
-        base_model = str(Path(base_model).absolute())
     return {
         **_fields_that_must_match(settings),
         # PEFT declares an int, but computes with any number.

@@ -76,6 +76,7 @@ class StepFinalizer:
                 trainer.policy,
                 output,
                 with_adapter=self.is_on_first_model,
+                metrics=trainer.eval_values,
                 show_progress=trainer.world.is_first,
             )
             if not self.is_on_first_model:

@@ -149,7 +149,10 @@ def _write_tensors(
     source, adapters = policy.source, policy.adapters
     if carry:
         assert adapters is not None, "checked with the configuration"
+        # A snapshot stays in the run, which may be opened from another directory.
         base_model = config.model.path
+        if Path(base_model).is_dir():
+            base_model = str(Path(base_model).absolute())
         save_peft(adapters, source.architecture, incomplete / ADAPTER, base_model=base_model)
         return tensors_identity(whole_adapter_tensors(adapters)), policy.start.base_identity
     if adapters is not None:

@@ -4,11 +4,14 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Literal
 
+from megatron_idpo.config.data import torch_dtype
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.hf_io.end_tokens import TOKENIZER_CONFIG_FILE, with_end_tokens
 from megatron_idpo.convert.hf_io.tokenizer_files import (
@@ -26,6 +29,8 @@ from megatron_idpo.errors import CheckpointError
 from megatron_idpo.lora.adapters import merged_value
 from megatron_idpo.lora.peft import save_peft
 from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, is_rank0, raise_on_all_ranks
+from megatron_idpo.train.hub import push
+from megatron_idpo.train.model_card import CARD, adapter_repository, model_card, public_base_model
 from megatron_idpo.train.policy import Policy
 from megatron_idpo.train.run_directory import RunDirectory
 
@@ -41,9 +46,12 @@ def export_result(
     output: RunDirectory,
     *,
     with_adapter: bool = True,
+    metrics: Mapping[str, float] = MappingProxyType({}),
     show_progress: bool,
 ) -> list[str]:
     """Write `hf/`, with adapters merged in fp32, and with LoRA `adapter/`. Collective.
+
+    Each with a model card, and uploaded if configured.
 
     An earlier export of this run is replaced atomically.
 
@@ -53,22 +61,25 @@ def export_result(
         output: the run's directory.
         with_adapter: write the adapter too. False if its base is not the configured model: PEFT
             would apply it to the wrong weights.
+        metrics: of the last evaluation, for the card.
         show_progress: draw a progress bar.
 
     Returns:
         Lines that say where the results are and how to use them.
 
     Raises:
-        CheckpointError: on every rank; it cannot be written, and no incomplete export is left.
+        CheckpointError: on every rank; it cannot be written or uploaded. No incomplete export is
+            left, and a failed upload leaves the complete one.
     """
     architecture, adapters = policy.source.architecture, policy.adapters
-    with companions_of(config, policy.source) as companions:
+    dtype = torch_dtype(config.export.dtype or config.model.dtype)
+    with companions_of(config, policy.source) as companions, TemporaryDirectory() as cards:
         export_hf(
             policy.chunks,
             architecture,
-            companions,
+            (*companions, *_card(config, output.hf, "model", metrics, Path(cards))),
             output.hf,
-            dtype=config.model.torch_dtype(),
+            dtype=dtype,
             overwrite=True,
             show_progress=show_progress,
             value=None if adapters is None else merged_value(adapters),
@@ -78,9 +89,39 @@ def export_result(
         if adapters is not None and with_adapter:
             # Its tokenizer and end tokens: those of the base model may be others.
             kept = [file for file in companions if file.name != CONFIG_FILE]
-            save_peft(adapters, architecture, output.adapter, config.model.path, companions=kept)
+            kept += _card(config, output.adapter, "adapter", metrics, Path(cards))
+            base_model = _base_model(config, output.adapter)
+            save_peft(adapters, architecture, output.adapter, base_model, companions=kept)
             lines.append(f"adapter  {output.adapter}")
+    if (repository := config.export.push_to_hub) is not None:
+        uploads = {repository: output.hf}
+        if adapters is not None and with_adapter:
+            uploads[adapter_repository(repository)] = output.adapter
+        for name, directory in uploads.items():
+            push(name, directory, private=config.export.private)
+            lines.append(f"uploaded {name}")
     return [*lines, "try it:", broadcast_from_rank0(lambda: f"  {_command(output.hf)}")]
+
+
+def _base_model(config: RunConfig, directory: Path) -> str:
+    return public_base_model(config.model.path, config.export.base_model, directory)
+
+
+def _card(
+    config: RunConfig,
+    directory: Path,
+    kind: Literal["model", "adapter"],
+    metrics: Mapping[str, float],
+    parent: Path,
+) -> list[Path]:
+    """The model card of an export, as a companion file; on rank 0, which copies them."""
+    if not is_rank0():
+        return []
+    card = parent / kind / CARD
+    card.parent.mkdir()
+    text = model_card(config, _base_model(config, directory), kind, metrics)
+    card.write_text(text, encoding="utf-8")
+    return [card]
 
 
 def has_chat_template(model: Path) -> bool:

@@ -184,5 +184,9 @@ def export(trainer: Trainer, report: Report) -> Sequence[str]:
     if not trainer.config.training.export:
         return [f"state    {trainer.output.checkpoints}"]
     return export_result(
-        trainer.config, trainer.policy, trainer.output, show_progress=trainer.world.is_first
+        trainer.config,
+        trainer.policy,
+        trainer.output,
+        metrics=trainer.eval_values,
+        show_progress=trainer.world.is_first,
     )

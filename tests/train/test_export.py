@@ -68,11 +68,22 @@ def test_adapters_are_merged_and_exported(tiny, workers, tmp_path):
         delta = 2.0 * adapter[f"{location}.lora_B.weight"] @ adapter[f"{location}.lora_A.weight"]
         torch.testing.assert_close(merged[name], base[name] + delta, rtol=0, atol=1e-6)
     settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(tiny.model) and settings["r"] == 4
+    # Relative to the adapter: a path of this machine is not published.
+    base_model = tmp_path / "run" / "adapter" / settings["base_model_name_or_path"]
+    assert not settings["base_model_name_or_path"].startswith("/") and settings["r"] == 4
+    assert base_model.resolve() == tiny.model.resolve()
+    for directory in ("hf", "adapter"):
+        assert str(tiny.root) not in (tmp_path / "run" / directory / "README.md").read_text()
     # Programs that load the base model find the template and the end tokens here.
     assert (tmp_path / "run" / "adapter" / CHAT_TEMPLATE).read_text() == TEMPLATE
     generation = read_json_object(tmp_path / "run" / "adapter" / "generation_config.json")
     assert generation["eos_token_id"] == END_TOKENS
+
+
+def test_export_in_another_dtype(tiny, workers, tmp_path):
+    workers.run(export, 1, write_config(tiny, tmp_path / "run", export={"dtype": "bf16"}), 3.0)
+    assert {weight.dtype for weight in exported(tmp_path / "run").values()} == {torch.bfloat16}
+    assert read_json_object(tmp_path / "run" / "hf" / "config.json")["dtype"] == "bfloat16"
 
 
 def lost_template(file: str) -> str:

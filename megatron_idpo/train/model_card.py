@@ -1,0 +1,222 @@
+"""The model card of an export: `README.md` with metadata, as the Hugging Face hub reads it.
+
+It has what a reader needs to judge and to use the model, and nothing of the machine that trained
+it: no absolute paths, no names of local files.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from megatron_idpo import __version__
+from megatron_idpo.config.data import SourceConfig
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.figures.numbers import count, decimal
+from megatron_idpo.train.metrics.intervals import wilson_interval
+from megatron_idpo.train.metrics.names import ACCURACY, EVAL, EVAL_PAIRS, LOSS, MARGIN, layer_name
+
+CARD = "README.md"
+
+Kind = Literal["model", "adapter"]
+
+_HUB_CACHE = "models--"
+_LIBRARIES = ("torch", "megatron-core", "transformers", "peft")
+
+_CITATIONS = {
+    "dpo": """@inproceedings{rafailov2023direct,
+  title={Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
+  author={Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Ermon, Stefano and Manning, \
+Christopher D. and Finn, Chelsea},
+  booktitle={NeurIPS}, year={2023}, eprint={2305.18290}, archivePrefix={arXiv}}""",
+    "intermediate": """@misc{kojima2024intermediate,
+  title={Intermediate Direct Preference Optimization},
+  author={Kojima, Atsushi}, year={2024}, eprint={2408.02923}, archivePrefix={arXiv}}""",
+    "sdpo": """@misc{kim2024sdpo,
+  title={sDPO: Don't Use Your Data All at Once},
+  author={Kim, Dahyun and others}, year={2024}, eprint={2403.19270}, archivePrefix={arXiv}}""",
+}
+
+
+def public_base_model(path: str, configured: str | None, directory: Path) -> str:
+    """The base model's name, for files that are published.
+
+    Args:
+        path: `model.path`.
+        configured: `export.base_model`.
+        directory: of the export.
+
+    Returns:
+        The configured name; a hub name, also of a model in the hub's cache; or else the path
+        relative to `directory`. Never an absolute path.
+    """
+    if configured is not None or not Path(path).is_dir():
+        return configured or path
+    for part in Path(path).resolve().parts:
+        if part.startswith(_HUB_CACHE):
+            return part.removeprefix(_HUB_CACHE).replace("--", "/")
+    return os.path.relpath(Path(path).absolute(), directory.absolute())
+
+
+def model_card(config: RunConfig, base_model: str, kind: Kind, metrics: Mapping[str, float]) -> str:
+    """The text of `README.md`.
+
+    Args:
+        config: of the run.
+        base_model: `public_base_model`.
+        kind: the merged model, or the adapter.
+        metrics: of the last evaluation; empty if nothing was held out.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    is_on_hub = not base_model.startswith(".")
+    data = ModelCardData(
+        base_model=base_model if is_on_hub else None,
+        datasets=[name for name in _datasets(config) if name is not None] or None,
+        library_name="transformers" if kind == "model" else "peft",
+        license=config.export.license or _inherited_license(config.model.path),
+        pipeline_tag="text-generation",
+        tags=["dpo", "megatron-core", *(["intermediate-dpo"] if config.objective.layers else [])],
+    )
+    body = "\n\n".join(_sections(config, base_model, kind, metrics, has_license=bool(data.license)))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+
+
+def _sections(
+    config: RunConfig,
+    base_model: str,
+    kind: Kind,
+    metrics: Mapping[str, float],
+    *,
+    has_license: bool,
+) -> Iterator[str]:
+    name = config.export.push_to_hub or Path(config.training.output).name
+    method = "intermediate DPO" if config.objective.layers else "DPO"
+    yield f"# {name.rpartition('/')[2]}{' (LoRA adapter)' if kind == 'adapter' else ''}"
+    yield (
+        f"`{base_model}`, aligned with {method} by "
+        f"[megatron-idpo](https://pypi.org/project/megatron-idpo/) {__version__}."
+    )
+    yield f"## Use\n\n```python\n{_usage(config, base_model, kind)}\n```"
+    rows = "\n".join(f"| {label} | {value} |" for label, value in _settings(config))
+    yield f"## Training\n\n| setting | value |\n|---|---|\n{rows}"
+    yield "## Held-out pairs\n\n" + _results(metrics)
+    if not has_license:
+        yield (
+            "## License\n\nThe base model's license is not known here. Fill in `license` in the "
+            "metadata above."
+        )
+    citations = ["dpo", *(["intermediate"] if config.objective.layers else [])]
+    citations += ["sdpo"] if config.sdpo is not None else []
+    texts = "\n\n".join(_CITATIONS[citation] for citation in citations)
+    yield f"## Citation\n\n```bibtex\n{texts}\n```"
+    yield f"## Versions\n\n{', '.join(_versions())}"
+
+
+def _usage(config: RunConfig, base_model: str, kind: Kind) -> str:
+    name = config.export.push_to_hub or "path/to/this/directory"
+    if kind == "model":
+        return (
+            "from transformers import pipeline\n\n"
+            f'generate = pipeline("text-generation", "{name}")\n'
+            'messages = [{"role": "user", "content": "Why is the sky blue?"}]\n'
+            'print(generate(messages, max_new_tokens=200)[0]["generated_text"][-1]["content"])'
+        )
+    if config.export.push_to_hub:
+        name = adapter_repository(name)
+    base = base_model if not base_model.startswith(".") else "path/to/base/model"
+    return (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f'model = PeftModel.from_pretrained(base, "{name}")'
+    )
+
+
+def adapter_repository(name: str) -> str:
+    """The repository of the adapter, next to that of the merged model."""
+    return f"{name}-adapter"
+
+
+def _settings(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What was trained, and how."""
+    objective, optimizer, training = config.objective, config.optimizer, config.training
+    sources = [name or "local files" for name in _datasets(config)]
+    yield "data", ", ".join(dict.fromkeys(sources))
+    yield "loss", f"{' + '.join(objective.losses)}, β = {objective.beta:g}"
+    if objective.layers:
+        layers = objective.layers
+        text = ", ".join(map(str, layers)) if isinstance(layers, tuple) else str(layers)
+        yield "tapped layers", f"{text}, weight {objective.intermediate_weight:g}"
+    lora = config.lora
+    trained = "all weights"
+    if lora is not None:
+        trained = f"LoRA rank {lora.rank}, α = {lora.alpha:g}, dropout {lora.dropout:g}"
+        trained += f", {', '.join(lora.projections)}"
+    yield "trained", trained
+    yield "learning rate", f"{optimizer.lr:g}, {optimizer.schedule}"
+    steps = f", at most {training.max_steps} steps" if training.max_steps else ""
+    yield "batch", f"{training.global_batch_pairs} pairs, {training.epochs} epochs{steps}"
+    yield "maximum length", f"{config.data.max_length or 'unlimited'} tokens"
+    yield "precision", config.model.dtype
+
+
+def _results(metrics: Mapping[str, float]) -> str:
+    """Held-out figures with the accuracy's interval."""
+    pairs = metrics.get(EVAL_PAIRS, math.nan)
+    if not math.isfinite(pairs):
+        return "None were held out."
+    accuracy = metrics[f"{EVAL}{ACCURACY}"]
+    low, high = wilson_interval(accuracy, pairs)
+    rows = [
+        ("pairs", count(pairs)),
+        ("reward accuracy", f"{decimal(accuracy, '.2f')} (95 % interval {low:.2f} to {high:.2f})"),
+        ("reward margin", decimal(metrics[f"{EVAL}{MARGIN}"], "+.3f")),
+        ("loss", decimal(metrics[f"{EVAL}{LOSS}"], ".4f")),
+    ]
+    prefix, suffix = f"{EVAL}layer_", f"/{LOSS}"
+    layers = sorted(
+        int(name.removeprefix(prefix).removesuffix(suffix))
+        for name in metrics
+        if name.startswith(prefix) and name.endswith(suffix)
+    )
+    rows += [
+        (f"loss at layer {layer}", decimal(metrics[f"{EVAL}{layer_name(layer, LOSS)}"], ".4f"))
+        for layer in layers
+    ]
+    lines = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    return f"| measure | value |\n|---|---|\n{lines}"
+
+
+def _datasets(config: RunConfig) -> list[str | None]:
+    """The hub name of each source; None for local files, whose paths are private."""
+    sources: tuple[SourceConfig, ...] = config.data.train
+    return [None if _is_local(source.path) else source.path for source in sources]
+
+
+def _is_local(path: str) -> bool:
+    is_name = path.count("/") == 1 and not path.startswith((".", "/")) and not Path(path).suffix
+    return Path(path).exists() or any(letter in path for letter in "*?[") or not is_name
+
+
+def _inherited_license(model: str) -> str | None:
+    """Of the base model's own card, if it is on this machine."""
+    from huggingface_hub import ModelCard
+
+    card = Path(model) / CARD
+    if not card.is_file():
+        return None
+    try:
+        inherited = ModelCard(card.read_text(encoding="utf-8")).data.get("license")
+    except (ValueError, OSError):  # another file than a card
+        return None
+    return inherited if isinstance(inherited, str) else None
+
+
+def _versions() -> Iterator[str]:
+    for name in _LIBRARIES:
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue

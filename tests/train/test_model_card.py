@@ -1,0 +1,105 @@
+"""What is published: the card, names of base models, and uploads to a stand-in of the hub."""
+
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.errors import CheckpointError, ConfigError
+from megatron_idpo.train.hub import _push
+from megatron_idpo.train.model_card import model_card, public_base_model
+
+from .fake_hub import running_hub
+from .tiny_run import LORA, Files, write_config
+
+METRICS = {
+    "eval_loss": 0.61,
+    "eval_layer_3/loss": 0.64,
+    "eval_rewards/accuracies": 0.925,
+    "eval_rewards/margins": 0.25,
+    "eval_pairs": 40.0,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**sections: Any) -> RunConfig:
+        file = write_config(Files(tmp_path), tmp_path / "run", **sections)
+        return load_config(file, required=REQUIRED, optional=OPTIONAL)
+
+    return make
+
+
+def test_card_has_metadata_figures_and_no_path_of_this_machine(config, tmp_path):
+    run = config(
+        lora=LORA,
+        data={"train": ["org/preferences", str(tmp_path / "private.jsonl")]},
+        export={"base_model": "org/base", "license": "apache-2.0", "push_to_hub": "me/aligned"},
+    )
+    for kind, library in (("model", "transformers"), ("adapter", "peft")):
+        card = ModelCard(model_card(run, "org/base", kind, METRICS))
+        data = card.data.to_dict()
+        assert data["base_model"] == "org/base" and data["license"] == "apache-2.0"
+        assert data["datasets"] == ["org/preferences"] and data["library_name"] == library
+        assert "intermediate-dpo" in data["tags"]
+        for text in (
+            "| reward accuracy | 0.93 (95 % interval 0.80 to 0.97) |",
+            "| loss at layer 3 | 0.6400 |",
+            "| data | org/preferences, local files |",
+            "| trained | LoRA rank 4, α = 8, dropout 0, q_proj, ",
+            "2408.02923",
+            "me/aligned" if kind == "model" else '"me/aligned-adapter")',
+        ):
+            assert text in card.text
+        assert str(tmp_path) not in str(card)
+
+
+def test_card_of_unknown_license_and_without_held_out_pairs(config):
+    card = model_card(
+        config(objective={"layers": [], "intermediate_weight": 0.0}), "../../model", "model", {}
+    )
+    assert "None were held out." in card and "Fill in `license`" in card
+    assert "license:" not in card and "base_model:" not in card and "2408.02923" not in card
+
+
+def test_license_of_the_base_model_is_inherited(config, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
+    assert "\nlicense: mit\n" in model_card(config(), "../../model", "model", METRICS)
+
+
+def test_base_model_is_never_an_absolute_path(tmp_path):
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "abc"
+    for directory in (tmp_path / "base", snapshot):
+        directory.mkdir(parents=True)
+    target = tmp_path / "runs" / "one" / "adapter"
+    assert public_base_model(str(tmp_path / "base"), None, target) == "../../../base"
+    assert public_base_model(str(snapshot), None, target) == "org/name"
+    assert public_base_model("org/name", None, target) == "org/name"
+    assert public_base_model(str(tmp_path / "base"), "org/name", target) == "org/name"
+
+
+def test_export_settings_without_an_export_are_refused(config):
+    with pytest.raises(ConfigError, match=r"export \(.*has no effect: training.export is false"):
+        config(training={"export": False}, export={"dtype": "bf16"})
+    with pytest.raises(ConfigError, match=r"push_to_hub.*is name; write organization/name"):
+        config(export={"push_to_hub": "name"})
+
+
+def test_upload_to_a_stand_in_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Model\n")
+    monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
+    with running_hub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        _push("me/aligned", tmp_path, private=True)
+        assert hub.private == {"me/aligned": True}
+        assert hub.files["me/aligned"]["config.json"] == b"{}"
+        assert set(hub.files["me/aligned"]) == {"config.json", "README.md"}
+        hub.refuses = True
+        with pytest.raises(CheckpointError, match=r"cannot be uploaded: .*401.*; .*hf auth login"):
+            _push("me/aligned", tmp_path, private=True)
