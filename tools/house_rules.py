@@ -32,6 +32,7 @@ TIERS = (
     {"doctor", "evaluate", "megatron_lm", "plan", "sdpo", "train"},
     {"testing"},
     {"cli"},
+    {"api"},
     {"__main__"},
 )
 """Subpackages, lowest first. Imports go to the same tier or below; cycles are refused."""

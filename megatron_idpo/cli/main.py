@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from megatron_idpo import __version__
@@ -37,6 +36,8 @@ from megatron_idpo.cli.errors import (
     report_lost_peer,
     report_user_error,
 )
+from megatron_idpo.cli.init import add_init_arguments, init
+from megatron_idpo.cli.launch import add_processes_argument, launch
 from megatron_idpo.cli.limits import check_limits, limit_error
 from megatron_idpo.errors import ConfigError, UserError
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(without_dashes(words))
         check_limits()
         # Before the verb's imports: megatron-core prints warnings while it is imported.
+        if (processes := getattr(arguments, "processes", None)) is not None:
+            return launch(words, processes)
         with suppress_megatron_warnings(), console_logging():
             return VERBS[arguments.verb].run(arguments)
     except UserError as error:
@@ -149,7 +152,12 @@ class Verb:
 
 
 def _config_verb(
-    function: str, summary: str, example: str, *, config_required: bool = True
+    function: str,
+    summary: str,
+    example: str,
+    *,
+    config_required: bool = True,
+    is_distributed: bool = False,
 ) -> Verb:
     """A verb of the usual form: `VERB CONFIG.yaml [section.field=value ...]`.
 
@@ -159,7 +167,13 @@ def _config_verb(
         summary: one line for `--help`.
         example: a command line.
         config_required: whether the path may not be None.
+        is_distributed: whether it runs in several processes, which `--processes` starts.
     """
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add_config_arguments(parser, required=config_required)
+        if is_distributed:
+            add_processes_argument(parser)
 
     def run(arguments: argparse.Namespace) -> int:
         path = config_path(arguments)
@@ -167,7 +181,7 @@ def _config_verb(
         main = getattr(importlib.import_module(f"megatron_idpo.{module}"), name)
         return int(main(path, arguments.overrides))
 
-    return Verb(summary, example, partial(add_config_arguments, required=config_required), run)
+    return Verb(summary, example, add_arguments, run)
 
 
 def _add_sdpo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +212,12 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 VERBS: dict[str, Verb] = {
+    "init": Verb(
+        "Write a commented configuration to start from.",
+        "init lora idpo.yaml",
+        add_init_arguments,
+        init,
+    ),
     "doctor": _config_verb(
         "doctor.main:main",
         "Check this machine and its libraries, and whether a configuration can run.",
@@ -213,11 +233,13 @@ VERBS: dict[str, Verb] = {
         "cli.train:score",
         "Compute the reference log-probabilities ahead of training.",
         "score idpo.yaml objective.layers=all",
+        is_distributed=True,
     ),
     "train": _config_verb(
         "cli.train:main",
         "Train with DPO or intermediate DPO; resume if interrupted; export the model.",
-        "train idpo.yaml optimizer.lr=1e-4 training.output=runs/second",
+        "train idpo.yaml optimizer.lr=1e-4 --processes 2",
+        is_distributed=True,
     ),
     "sdpo": Verb(
         "Show the state of a stepwise DPO run.",
@@ -229,6 +251,7 @@ VERBS: dict[str, Verb] = {
         "evaluate.likelihood.main:main",
         "Measure preference accuracy at every layer of one or several models.",
         "likelihood idpo.yaml evaluate.models='{sft: base, dpo: runs/idpo/hf}'",
+        is_distributed=True,
     ),
     "advise": _config_verb(
         "evaluate.likelihood.advise:main",
@@ -239,6 +262,7 @@ VERBS: dict[str, Verb] = {
         "evaluate.generate.run:main",
         "Generate answers from one or several models.",
         "generate idpo.yaml generate.prompts=prompts.jsonl",
+        is_distributed=True,
     ),
     "judge": _config_verb(
         "evaluate.judge.run:main",

@@ -111,9 +111,9 @@ def test_doctor_with_and_without_a_config(replace_function: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "no verb given; the verbs are doctor, data, score, train, sdpo"),
+        ("", "no verb given; the verbs are init, doctor, data, score, train"),
         ("covnert a b", "unknown verb 'covnert'; did you mean convert?"),
-        ("zzz", "unknown verb 'zzz'; known: doctor, data"),
+        ("zzz", "unknown verb 'zzz'; known: init, doctor"),
         ("convert hf-to-megatorn a b", "did you mean hf-to-megatron?"),
         ("convert hf-to-megatron a", "required: OUTPUT; see `megatron-idpo convert --help`"),
         ("convert hf-to-megatron a b --dtype bf61", "did you mean bf16?"),
