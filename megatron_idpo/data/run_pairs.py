@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_idpo.config.data import DataConfig, ModelConfig, SourceConfig
-from megatron_idpo.config.objective import SORTED
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.data.packing.batches import RowSettings
 from megatron_idpo.data.pairs import PairSource
@@ -86,7 +85,6 @@ def row_settings(config: RunConfig, world_size: int, *, data_rank: int = 0) -> R
         # Pipeline stages exchange activations of one fixed shape per step.
         trim_rows_separately=layout.pipeline == 1,
         rows_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
-        fewest_rows=config.objective.uses(*SORTED),
         data_size=layout.data(world_size),
         data_rank=data_rank,
     )

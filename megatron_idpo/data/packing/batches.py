@@ -47,9 +47,6 @@ class RowSettings:
     rows_multiple: int = 1
     """Rows on a rank are a multiple of this: the pipeline size under interleaving."""
 
-    fewest_rows: bool = False
-    """Never split a batch into more rows than it needs to have less padding."""
-
     data_size: int = 1
     data_rank: int = 0
 
@@ -106,7 +103,6 @@ def plan_batch(lengths_B3: IntArray, settings: RowSettings) -> list[list[Planned
         share_prompt=settings.share_prompt,
         ranks=settings.data_size,
         multiple=settings.rows_multiple,
-        fewest_rows=settings.fewest_rows,
     )
     tokens_B = pair_tokens(lengths_B3, share_prompt=settings.share_prompt)
     trim_tokens = settings.trim_tokens if settings.trim_rows_separately else 0

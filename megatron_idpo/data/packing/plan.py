@@ -87,7 +87,6 @@ def plan_rows(
     share_prompt: bool = True,
     ranks: int = 1,
     multiple: int = 1,
-    fewest_rows: bool = False,
 ) -> Plan:
     """Pack the pairs of a global batch into the same number of equally long rows on every rank.
 
@@ -99,7 +98,6 @@ def plan_rows(
         share_prompt: whether a pair's prompt is stored once.
         ranks: data-parallel ranks.
         multiple: rows on a rank are a multiple of this (the pipeline size under interleaving).
-        fewest_rows: do not use more rows than needed, also where more have less padding.
     """
     tokens_B = pair_tokens(lengths_B3, share_prompt=share_prompt)
     visits_B = attention_visits(lengths_B3, share_prompt=share_prompt)
@@ -116,8 +114,7 @@ def plan_rows(
     )
     first = next(packing for packing in packings if packing)
     # Without trimming all rows have the same length, so the fewest rows are the cheapest.
-    num_larger = _LARGER_ROW_COUNTS if trim_tokens and not fewest_rows else 0
-    larger = islice(packings, num_larger)
+    larger = islice(packings, _LARGER_ROW_COUNTS if trim_tokens else 0)
     best = min([first, *filter(None, larger)], key=lambda packing: packing.cost_tokens)
     return Plan(_assign_to_ranks(best, visits_B, ranks), best.row_tokens)
 

@@ -177,6 +177,10 @@ def test_evaluation_uses_every_pair_once_in_order(ranks):
         assert len(steps) == len(of_ranks[0]) == 5
         assert [step[0].num_pairs for step in steps] == [5, 5, 5, 5, 3]
         assert [pair for step in steps for pair in pairs_of(step)] == list(range(23))
+        chosen_tokens = [batch.chosen_tokens for step in steps for batch in step]
+        expected = [pairs.lengths_P3[first : first + 5, 1].sum() for first in range(0, 23, 5)]
+        assert chosen_tokens == [count for count in expected for _ in range(ranks)]
+        assert steps[-1][0].mean_chosen_tokens == expected[-1] / 3
         assert all(len(batch.rows) == len(step[0].rows) for step in steps for batch in step)
 
 

@@ -181,3 +181,9 @@ def test_rows_are_full(medians, batch):
         used += int(pair_tokens(lengths_B3, share_prompt=True).sum())
         computed += ranks * len(plan.pairs[0]) * plan.row_tokens
     assert used / computed >= REQUIRED_FILL
+
+
+@given(lengths, st.sampled_from([0, 1, 8, 24, 100, 2000]))
+def test_pairs_that_fit_into_one_row_are_in_one_row(lengths_B3, trim):
+    """Losses of sorted values depend on it."""
+    assert len(plan_rows(lengths_B3, row_tokens=60 * 48, trim_tokens=trim).pairs[0]) == 1
