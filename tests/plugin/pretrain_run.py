@@ -30,8 +30,9 @@ TIMEOUT_S = 300.0
 STEPS = 200
 """Of the tests of memory."""
 
-MAX_GROWTH_BYTES = 4 << 20
-"""Of the resident size after the first steps."""
+MAX_GROWTH_BYTES = 8 << 20
+"""Of the resident size after the first steps. 0.7 to 3.5 MB were measured with constant numbers of
+tensors and of all Python objects: fragments of the heap."""
 
 MODEL = """
     --num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query-attention

@@ -62,16 +62,26 @@ def pipeline_of(ranks: list[int]) -> Any:
 
 
 def on_last_ranks_of_three() -> dict[str, Tensor]:
-    """Two stages on ranks 1 and 2. Rank 0 calls nothing."""
+    """Two stages on ranks 1 and 2. Rank 0 calls nothing of the plugin."""
+    import torch.distributed as dist
+
+    stock_run.start(ALONE)  # data parallelism over three ranks, which the model does not use
+    groups = pipeline_of([1, 2])
+    gradients = step_of_stage(groups) if dist.get_rank() else {}
+    # The ranks still agree on the names of groups that all of them create.
+    count = torch.ones(1)
+    dist.all_reduce(count, group=dist.new_group())
+    assert count == 3
+    return gradients
+
+
+def step_of_stage(groups: Any) -> dict[str, Tensor]:
+    """Gradients of a step on this stage."""
     import torch.distributed as dist
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    stock_run.start(ALONE)  # data parallelism over three ranks, which the model does not use
-    groups = pipeline_of([1, 2])
-    if dist.get_rank() == 0:
-        return {}
     chunks = stock.build(Layout(pipeline=2), num_layers=NUM_LAYERS, pg_collection=groups)
     dpo = attached(chunks, groups)
     config = chunks[0].config

@@ -77,6 +77,12 @@ def test_results_are_in_rank_order_and_workers_are_reused(workers):
     assert workers.run(process_id, 1) == [first[0][0]]
 
 
+def test_replaced_workers_are_other_processes(workers):
+    before = workers.run(process_id, 2)
+    workers.replace_workers()
+    assert not set(before) & set(workers.run(process_id, 2))
+
+
 def test_larger_world_starts_the_missing_workers(workers):
     workers.run(process_id, 1)
     assert len({*workers.run(process_id, 3)}) == 3
