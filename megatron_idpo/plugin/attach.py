@@ -78,7 +78,8 @@ def attach(
         vocab_size: tokens of the vocabulary, without padding rows.
         use_norm: read tapped layers through the final norm.
         pg_collection: megatron-core's `ProcessGroupCollection` of the model; None: the chunks' own.
-            The model may be on some ranks of the world only; the others call nothing.
+            The model may be on some ranks of the world only; the others call nothing. Groups with
+            other ranks are created before: torch pairs later ones by their number.
 
     Raises:
         ConfigError: on every rank. Chunks that are wrapped or not language models; layers that do

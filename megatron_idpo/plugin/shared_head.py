@@ -189,14 +189,14 @@ class SharedHead:
         self._norms = {
             parameter.name: self._norm_copies(parameter.name) for parameter in state.norm
         }
-        # Creating a group is collective over its stages: one for the weights, then one for norms.
+        # Creating a group is collective over the model: one for the weights, then one for norms.
         tied = chunks[0].share_embeddings_and_output_weights
         self._connect([self._weights], 0 if tied else -1)
         self._connect(list(self._norms.values()), -1)
 
     def _connect(self, parameters: Sequence[_Copies], source: int) -> None:
         stages = stage_group(
-            self._groups.pipeline,
+            self._groups,
             is_member=any(copies.all() for copies in parameters),
             needs_group=any(copies.replicas for copies in parameters),
         )

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_idpo.mcore.parallel.world import all_gather_objects
+from megatron_idpo.mcore.parallel.groups import ModelGroups
 
 ForwardStep = Callable[[Iterator[Any], Any], tuple[Any, Callable[[Any], Any]]]
 """megatron-core's `forward_step_func`: from an iterator of micro-batches and a model chunk to the
@@ -45,31 +45,34 @@ class StageGroup:
     """Global ranks, from the first stage to the last."""
 
 
-def stage_group(
-    pipeline_group: dist.ProcessGroup, *, is_member: bool, needs_group: bool
-) -> StageGroup | None:
-    """Create a group of the member stages of this rank's pipeline, if a stage needs one.
+def stage_group(groups: ModelGroups, *, is_member: bool, needs_group: bool) -> StageGroup | None:
+    """Create a group of the member stages in every pipeline where a stage needs one.
 
-    Collective over the pipeline: an all-gather of a small object, then a `new_group` call of the
-    members. Other pipelines and other ranks of the world are not involved.
+    Collective over the model: gathers of a small object, then `new_group` calls.
 
     Args:
-        pipeline_group: this rank's pipeline.
-        is_member: whether this rank belongs to the group.
-        needs_group: whether this rank will use it.
+        groups: of the model.
+        is_member: whether this rank belongs to its pipeline's group.
+        needs_group: whether this rank will use it; without such a rank, the pipeline gets none.
 
     Returns:
-        None if no stage needs the group or this rank is not a member.
+        The group of this rank's pipeline; None if it has none or this rank is not a member.
     """
-    ranks = dist.get_process_group_ranks(pipeline_group)
-    by_stage = all_gather_objects((is_member, needs_group), pipeline_group)
-    if not is_member or not any(needs for _, needs in by_stage):
-        return None
-    members = [rank for rank, (belongs, _) in zip(ranks, by_stage, strict=True) if belongs]
-    # Without local synchronization every rank of the world would have to create every group.
-    group = dist.new_group(members, use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup), "this rank is a member"
-    return StageGroup(group, tuple(members))
+    pipeline = tuple(dist.get_process_group_ranks(groups.pipeline))
+    gathered = groups.gather((dist.get_rank(), (pipeline, is_member, needs_group)))
+    by_rank = dict(gathered)
+    own_group: StageGroup | None = None
+    # torch names groups by their number, so all ranks of the model create every group, also those
+    # of other pipelines, in the same (sorted) order. Otherwise later groups pair up wrongly, or
+    # hang; local synchronization counts on members only.
+    for ranks in sorted({pipeline_ranks for pipeline_ranks, _, _ in by_rank.values()}):
+        members = tuple(rank for rank in ranks if by_rank[rank][1])
+        if any(by_rank[rank][2] for rank in ranks):
+            group = dist.new_group(list(members))
+            # A non-member gets the integer GroupMember.NON_GROUP_MEMBER instead of a group.
+            if isinstance(group, dist.ProcessGroup):
+                own_group = StageGroup(group, members)
+    return own_group
 
 
 def run_schedule(

@@ -39,8 +39,11 @@ def sum_over_stages(members: set[int], users: set[int]) -> tuple[tuple[int, ...]
 
     start_layout(Layout(tensor=2, pipeline=2))
     stage = rank_coordinates().pp_rank
-    pipeline = ModelGroups.of().pipeline
-    group = stage_group(pipeline, is_member=stage in members, needs_group=stage in users)
+    group = stage_group(ModelGroups.of(), is_member=stage in members, needs_group=stage in users)
+    # Every rank has counted as many groups, so later ones have the same names.
+    count = torch.ones(1)
+    dist.all_reduce(count, group=dist.new_group())
+    assert count == dist.get_world_size()
     if group is None:
         return None
     total = torch.tensor(float(dist.get_rank()))
