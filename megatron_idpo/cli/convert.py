@@ -8,7 +8,7 @@ from megatron_idpo.cli.arguments import add_choice
 from megatron_idpo.errors import ConfigError
 
 DTYPES = ("fp32", "bf16", "fp16")
-_LAYOUT_FIELDS = ("tensor", "pipeline", "virtual_pipeline", "pipeline_layers")
+_LAYOUT_FIELDS = ("tensor", "pipeline", "virtual_pipeline", "expert", "pipeline_layers")
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         ("tensor", "ranks that share every weight matrix"),
         ("pipeline", "pipeline stages"),
         ("virtual-pipeline", "model chunks per stage"),
+        ("expert", "ranks that share the experts"),
     ):
         split.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default: 1)")
     meaning = "layers of each virtual stage, if they do not divide evenly"

@@ -27,6 +27,7 @@ class ModelShape:
     ffn_hidden_size: int
     vocab_size: int
     num_experts: int = 0
+    """With experts, `ffn_hidden_size` is the width of one."""
 
 
 class Layout(Section):
@@ -45,7 +46,11 @@ class Layout(Section):
     """Processes that share a row's positions; only 1 so far."""
 
     expert: PositiveInt = 1
-    """Processes that share the experts of a mixture-of-experts model."""
+    """Processes that share the experts of a mixture-of-experts model, among the data-parallel (and
+    tensor-parallel) ones."""
+
+    expert_tensor: PositiveInt | None = None
+    """Processes that share the matrices of each expert; null: as `tensor`."""
 
     sequence_parallel: Bool = False
     """With `tensor` > 1: split norms and dropouts along the sequence, which saves activations."""
@@ -65,6 +70,16 @@ class Layout(Section):
     def model_ranks(self) -> int:
         """Ranks that one replica of the (dense) model needs."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def expert_model_ranks(self) -> int:
+        """Ranks that one replica of the experts needs."""
+        return (self.expert_tensor or self.tensor) * self.expert * self.pipeline
+
+    @property
+    def min_ranks(self) -> int:
+        """The smallest world in which one replica of the model and of its experts is complete."""
+        return math.lcm(self.model_ranks, self.expert_model_ranks)
 
     def data(self, world_size: int) -> int:
         """Data-parallel replicas in a world of this size."""
@@ -147,11 +162,11 @@ class Layout(Section):
 
 def _tensor_problems(layout: Layout, model: ModelShape) -> Iterator[Problem]:
     tensor, vocab, location = layout.tensor, model.vocab_size, "layout.tensor"
-    sizes = (model.num_heads, model.num_kv_heads, model.ffn_hidden_size)
-    remedy = f"set layout.tensor to one of {_divisors(math.gcd(*sizes))}"
-    for what, size in zip(
-        ("attention heads", "key-value heads", "MLP columns"), sizes, strict=True
-    ):
+    sizes = {"attention heads": model.num_heads, "key-value heads": model.num_kv_heads}
+    if not model.num_experts or layout.expert_tensor is None:
+        sizes["MLP columns"] = model.ffn_hidden_size
+    remedy = f"set layout.tensor to one of {_divisors(math.gcd(*sizes.values()))}"
+    for what, size in sizes.items():
         if size % tensor:
             yield Problem(location, f"{tensor} does not divide the {size} {what}", remedy)
     if vocab < tensor:
@@ -167,6 +182,13 @@ def _expert_problems(layout: Layout, model: ModelShape) -> Iterator[Problem]:
     elif experts % expert:
         message = f"{expert} does not divide the {experts} experts"
         yield Problem("layout.expert", message, f"use one of {_divisors(experts)}")
+    columns, expert_tensor = model.ffn_hidden_size, layout.expert_tensor
+    if expert_tensor is not None and not experts:
+        message = f"is {expert_tensor}, but this {model.family} model is dense"
+        yield Problem("layout.expert_tensor", message, "leave it out")
+    elif expert_tensor is not None and columns % expert_tensor:
+        message = f"{expert_tensor} does not divide the {columns} columns of an expert"
+        yield Problem("layout.expert_tensor", message, f"use one of {_divisors(columns)}")
     if experts and layout.tensor > 1 and not layout.sequence_parallel:
         message = "is false: megatron-core needs it to train experts under tensor parallelism"
         remedy = "set layout.sequence_parallel to true, or layout.tensor to 1"
@@ -200,10 +222,16 @@ def _world_problems(layout: Layout, world_size: int) -> Iterator[Problem]:
         product = f"tensor {layout.tensor} × pipeline {layout.pipeline} × context {layout.context}"
         message = f"{product} = {ranks} ranks do not divide the world of {world_size}"
         yield Problem("layout", message, f"start a multiple of {ranks} processes, or lower them")
-    elif (data := layout.data(world_size)) % expert:
+    elif layout.expert_tensor is None and (data := layout.data(world_size)) % expert:
         message = f"{expert} does not divide the {data} data-parallel ranks"
         remedy = f"use one of {_divisors(data)}, or start a multiple of {ranks * expert} processes"
         yield Problem("layout.expert", message, remedy)
+    elif world_size % (expert_ranks := layout.expert_model_ranks):
+        product = f"expert_tensor {layout.expert_tensor} × expert {expert}"
+        product += f" × pipeline {layout.pipeline}"
+        message = f"{product} = {expert_ranks} ranks do not divide the world of {world_size}"
+        remedy = f"start a multiple of {math.lcm(ranks, expert_ranks)} processes, or lower them"
+        yield Problem("layout.expert_tensor", message, remedy)
 
 
 def _divisors(size: int) -> str:

@@ -5,18 +5,22 @@ some of them: each projection gets its own adapter.
 """
 
 import math
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, Strict
 
+from megatron_idpo.config.layout import ModelShape
 from megatron_idpo.config.section import Bool, Fp32, PathText, PositiveFloat, PositiveInt, Section
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 """Every linear of a layer, in the order of the forward pass."""
 
+ATTENTION: tuple[Projection, ...] = PROJECTIONS[:4]
+
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
-"""PEFT's name for all of them."""
+"""PEFT's name for all of them. Experts are no linear modules in Transformers, so that in a mixture
+of experts these are the attention's."""
 
 
 def _as_targets(value: Any) -> Any:
@@ -47,7 +51,8 @@ class LoraConfig(Section):
     """Dropout before the adapters; off in evaluation and for the reference."""
 
     targets: LoraTargets = ALL_LINEAR
-    """Which projections get an adapter, by Hugging Face's names (`[q_proj, v_proj]`)."""
+    """Which projections get an adapter, by Hugging Face's names (`[q_proj, v_proj]`); with experts,
+    `all-linear` is the attention."""
 
     rslora: Bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
@@ -55,6 +60,12 @@ class LoraConfig(Section):
     adapter: PathText | None = None
     """A PEFT adapter directory to start from; null starts where the adapter changes nothing. The
     reference is the base model without it."""
+
+    def for_model(self, model: ModelShape) -> Self:
+        """These settings with the targets that `all-linear` means for a model."""
+        if self.targets == ALL_LINEAR and model.num_experts:
+            return self.model_copy(update={"targets": ATTENTION})
+        return self
 
     @property
     def projections(self) -> tuple[Projection, ...]:

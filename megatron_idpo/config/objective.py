@@ -226,6 +226,10 @@ class ObjectiveConfig(Objective):
     norm: Literal["final", "none"] = "final"
     """Whether intermediate layers are read through the final norm."""
 
+    router_aux_loss: NonNegativeFloat = 0.0
+    """Coefficient of the experts' load-balancing loss (docs/training.md), for a mixture of experts;
+    0 is off."""
+
     used_with: ClassVar = {
         **Objective.used_with,
         **dict.fromkeys(("layer_weights", "reference_layer", "norm"), ("layers",)),

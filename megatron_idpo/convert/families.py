@@ -1,8 +1,9 @@
 """The name table: which Hugging Face tensors make up which megatron-core parameter.
 
 Llama, Mistral, Qwen2 and Qwen3 use the same tensor names. They differ in which tensors exist
-(biases, q and k norms, an untied output layer), which the `Architecture` says. How a parameter is
-split and fused is in `convert/slicing.py`.
+(biases, q and k norms, an untied output layer), which the `Architecture` says. Mixtral and
+Qwen3-MoE have experts instead of the MLP, under two sets of names. How a parameter is split and
+fused is in `convert/slicing.py`.
 """
 
 import re
@@ -12,6 +13,7 @@ from math import prod
 
 import torch
 
+from megatron_idpo.convert.hf_io.reader import Part
 from megatron_idpo.convert.slicing import (
     ColumnsSplit,
     FusedGateUp,
@@ -25,7 +27,7 @@ from megatron_idpo.mcore.model.architecture import Architecture
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row of the table; `{layer}` is the layer number, counted from 0."""
+    """One row of the table; `{layer}` and `{expert}` are counted from 0."""
 
     hf_names: tuple[str, ...]
     hf_shapes: tuple[str, ...]
@@ -42,6 +44,8 @@ class Entry:
     """Name -> shape, in the order that `slicing` expects."""
 
     slicing: Slicing
+    is_expert: bool
+    """Whether it is a parameter of an expert, whose copies and shards are on other ranks."""
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -57,6 +61,7 @@ def _sizes(architecture: Architecture) -> dict[str, int]:
         "Q": architecture.num_heads * architecture.head_dim,
         "K": architecture.num_kv_heads * architecture.head_dim,
         "D": architecture.head_dim,
+        "E": architecture.num_experts,
     }
 
 
@@ -106,7 +111,30 @@ _ENGINE_LAYER_RULES = {
     "mlp.linear_fc1.layer_norm_weight": _MLP_NORM,
 }
 
+_MLP_SUFFIXES = ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
+_ROUTER = "mlp.router.weight"
+_EXPERT_PREFIX = "mlp.experts.local_experts.{expert}."
+
+
+def _expert_rules(parent: str, gate: str, up: str, down: str) -> dict[str, Rule]:
+    experts = f"{parent}.experts.{{expert}}."
+    return {
+        _ROUTER: _layer_rule(f"{parent}.gate.weight", "EH", Replicated()),
+        "linear_fc1.weight": _layer_rule(
+            f"{experts}{gate}.weight {experts}{up}.weight", "FH FH", FusedGateUp()
+        ),
+        "linear_fc2.weight": _layer_rule(f"{experts}{down}.weight", "HF", ColumnsSplit()),
+    }
+
+
+_EXPERT_RULES = {
+    "mixtral": _expert_rules("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": _expert_rules("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+"""By family: the router, and the parameters of an expert by their names within it."""
+
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT_NAME = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 
 
 def entry(megatron_name: str, architecture: Architecture) -> Entry:
@@ -116,23 +144,30 @@ def entry(megatron_name: str, architecture: Architecture) -> Entry:
     stage, which holds its own copy.
 
     Args:
-        megatron_name: with the global layer number, counted over all pipeline stages from 0.
+        megatron_name: with the global numbers of layer and expert, counted over all ranks from 0.
         architecture: of the model.
     """
     matched = _LAYER_NAME.fullmatch(megatron_name)
     layer = matched[1] if matched else ""
+    expert = _EXPERT_NAME.fullmatch(matched[2]) if matched else None
     if megatron_name == "output_layer.weight" and architecture.tied_embeddings:
         rule = _EMBEDDING
+    elif expert:
+        rule = _EXPERT_RULES[architecture.family][expert[2]]
+    elif matched and architecture.num_experts and matched[2] == _ROUTER:
+        rule = _EXPERT_RULES[architecture.family][_ROUTER]
     elif matched:
         rule = (_LAYER_RULES | _ENGINE_LAYER_RULES)[matched[2]]
     else:
         rule = _MODEL_RULES[megatron_name]
     sizes = _sizes(architecture)
     shapes = {
-        name.format(layer=layer): tuple(sizes[letter] for letter in letters)
+        name.format(layer=layer, expert=expert[1] if expert else ""): tuple(
+            sizes[letter] for letter in letters
+        )
         for name, letters in zip(rule.hf_names, rule.hf_shapes, strict=True)
     }
-    return Entry(shapes, rule.slicing)
+    return Entry(shapes, rule.slicing, is_expert=expert is not None)
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -141,6 +176,41 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     for name in _model_names(architecture):
         shapes |= entry(name, architecture).hf_shapes
     return shapes
+
+
+def fused_experts(
+    architecture: Architecture, stored: Collection[str]
+) -> dict[str, tuple[Part, int]]:
+    """The tensors of experts that a checkpoint stores fused, for `HfCheckpoint.split`.
+
+    Transformers keeps the experts of a layer in two tensors, `gate_up_proj [E, 2F, H]` and
+    `down_proj [E, H, F]`, and saves them apart; a state dict saved as it is has them fused.
+    """
+    experts, ffn, hidden = (_sizes(architecture)[letter] for letter in "EFH")
+    parts: dict[str, tuple[Part, int]] = {}
+    fused = {
+        name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    }
+    for layer in range(architecture.num_layers if fused else 0):
+        prefix = f"decoder.layers.{layer}.mlp."
+        source = f"model.layers.{layer}.mlp."
+        (router,) = entry(f"{prefix}router.weight", architecture).hf_names
+        if router not in stored and f"{source}gate.weight" in stored:
+            parts[router] = (Part(f"{source}gate.weight", (experts, hidden)), experts)
+        for expert in range(experts):
+            of_expert = f"{prefix}experts.local_experts.{expert}."
+            (gate, up), (down,) = (
+                entry(f"{of_expert}linear_fc{index}.weight", architecture).hf_names
+                for index in (1, 2)
+            )
+            both = f"{source}experts.gate_up_proj"
+            if both in fused:
+                shape = (experts, 2 * ffn, hidden)
+                parts[gate] = (Part(both, shape, expert), ffn)
+                parts[up] = (Part(both, shape, expert, first_row=ffn), ffn)
+            if (whole := f"{source}experts.down_proj") in fused:
+                parts[down] = (Part(whole, (experts, hidden, ffn), expert), hidden)
+    return parts
 
 
 def weights_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
@@ -174,11 +244,16 @@ def _model_names(architecture: Architecture) -> Iterator[str]:
         absent |= {"self_attention.linear_qkv.bias"}
     if not architecture.qk_norm:
         absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+    suffixes = [suffix for suffix in _LAYER_RULES if suffix not in absent]
+    if architecture.num_experts:
+        suffixes = [suffix for suffix in suffixes if suffix not in _MLP_SUFFIXES] + [_ROUTER]
+        for expert in range(architecture.num_experts):
+            prefix = _EXPERT_PREFIX.format(expert=expert)
+            suffixes += [f"{prefix}linear_fc1.weight", f"{prefix}linear_fc2.weight"]
     yield "embedding.word_embeddings.weight"
     for layer in range(architecture.num_layers):
-        for suffix in _LAYER_RULES:
-            if suffix not in absent:
-                yield f"decoder.layers.{layer}.{suffix}"
+        for suffix in suffixes:
+            yield f"decoder.layers.{layer}.{suffix}"
     yield "decoder.final_layernorm.weight"
     if not architecture.tied_embeddings:
         yield "output_layer.weight"

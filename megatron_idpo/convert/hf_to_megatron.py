@@ -23,6 +23,7 @@ from megatron_idpo.convert.families import (
     LEGACY_TENSORS,
     entry,
     expected_tensors,
+    fused_experts,
     hf_shapes,
     weights_bytes,
 )
@@ -61,6 +62,8 @@ def open_hf(source: Path) -> tuple[HfCheckpoint, Architecture]:
     """
     checkpoint = HfCheckpoint(source)
     architecture = read_architecture(checkpoint.config, source / CONFIG_FILE)
+    if architecture.num_experts:
+        checkpoint.split(fused_experts(architecture, checkpoint.names()))
     stored = checkpoint.names()
     checkpoint.check(expected_tensors(architecture, stored), LEGACY_TENSORS)
     # Also if another dtype is requested: integer codes cannot be cast to any.
@@ -113,7 +116,6 @@ def load_hf_weights(
         CheckpointError: a file is damaged, or a value too large for the model's dtype.
     """
     rank = rank_coordinates()
-    shard = Shard(rank.tp_rank, rank.tp_size)
     parameters = list(global_parameters(chunks))
     with raise_on_all_ranks("reading the weights"), torch.no_grad():
         checkpoint.verify(share=dist.get_rank(), shares=dist.get_world_size())
@@ -121,6 +123,7 @@ def load_hf_weights(
             parameters, "reading", total=len(parameters), unit="tensors", show=show_progress
         ):
             tensors = entry(name, architecture)
+            shard = Shard(*rank.tp(is_expert=tensors.is_expert))
             tensors.slicing.fill(parameter, checkpoint, tensors.hf_names, architecture, shard)
 
 

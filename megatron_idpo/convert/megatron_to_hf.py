@@ -49,25 +49,39 @@ def stored_value(parameter: torch.nn.Parameter) -> Tensor:
 
 
 def whole_tensors(
-    chunks: Sequence[GPTModel], architecture: Architecture, value: ParameterValue = stored_value
+    chunks: Sequence[GPTModel],
+    architecture: Architecture,
+    value: ParameterValue = stored_value,
+    *,
+    every_replica: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
     """This pipeline stage's whole tensors under Hugging Face names, one parameter at a time.
 
-    Collective over the tensor-parallel group: one gather to its first rank per split parameter;
-    forward only. The first rank yields the tensors. The others yield nothing, but must iterate to
-    the end too, or the first rank hangs in the next gather. A tied output layer is yielded by the
+    Collective over the tensor-parallel group of each parameter: one gather to its first rank per
+    split parameter; forward only. That rank yields the tensors. The others yield nothing, but must
+    iterate to the end too, or it hangs in the next gather. A tied output layer is yielded by the
     first stage, as the embedding. A yielded tensor may be a view of the parameter: clone it to keep
     it.
+
+    Args:
+        chunks: this rank's model chunks.
+        architecture: of the model.
+        value: what to yield of a parameter.
+        every_replica: False: of the copies of a parameter on data-parallel ranks, one is yielded.
+            With expert parallelism those of the experts are not all on the same rank.
     """
-    is_first = rank_coordinates().tp_rank == 0
+    rank = rank_coordinates()
     for name, parameter in global_parameters(chunks):
         if _is_tied_output(name, architecture):
             continue
         tensors = entry(name, architecture)
-        local = value(parameter)
+        is_expert = tensors.is_expert
+        if not every_replica and rank.replica(is_expert=is_expert) > 0:
+            continue
+        local, tp_rank = value(parameter), rank.tp(is_expert=is_expert)[0]
         is_replicated = isinstance(tensors.slicing, Replicated)
-        shards = [local] if is_replicated else gather_tensor_shards(local)
-        if is_first:
+        shards = [local] if is_replicated else gather_tensor_shards(local, is_expert=is_expert)
+        if tp_rank == 0:
             assert shards is not None
             merged = tensors.slicing.merge(shards, architecture)
             yield from zip(tensors.hf_names, merged, strict=True)
@@ -178,10 +192,8 @@ def _stage_tensors(
     dtype: torch.dtype,
     show_progress: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that this rank writes; none except on the first data-parallel replica."""
-    if rank_coordinates().dp_rank > 0:
-        return
-    tensors = whole_tensors(chunks, architecture, value)
+    """The tensors that this rank writes."""
+    tensors = whole_tensors(chunks, architecture, value, every_replica=False)
     total = sum(
         len(entry(name, architecture).hf_names)
         for name, _ in global_parameters(chunks)

@@ -29,7 +29,10 @@ Part = tuple[Tensor, slice, slice | None]
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Which part of a tensor-parallel parameter: part `rank` of `size` equal parts."""
+    """Which part of a tensor-parallel parameter: part `rank` of `size` equal parts.
+
+    The tensor parallelism of an expert's parameters may be another one than that of the rest.
+    """
 
     rank: int
     size: int

@@ -89,6 +89,8 @@ def _model(path: str) -> "tuple[Architecture | None, Finding]":
     except (UserError, ImportError, OSError) as error:
         return None, Finding("model", State.BROKEN, str(error))
     message = f"{architecture.family}, {architecture.num_layers} layers, "
+    if architecture.num_experts:
+        message += f"{architecture.experts_per_token} of {architecture.num_experts} experts, "
     message += f"{_num_parameters(architecture):,} parameters"
     if architecture.unread_keys:
         message += f"; config.json: {architecture.unread_note}"
@@ -109,7 +111,7 @@ def _cached_snapshot(name: str) -> Path | None:
 
 def _read_architecture(directory: Path) -> "Architecture":
     """The architecture of a checkpoint; also checks the headers of Hugging Face weights."""
-    from megatron_idpo.convert.families import LEGACY_TENSORS, expected_tensors
+    from megatron_idpo.convert.families import LEGACY_TENSORS, expected_tensors, fused_experts
     from megatron_idpo.convert.hf_io.reader import HfCheckpoint
     from megatron_idpo.convert.hf_io.tokenizer_files import read_json_object
     from megatron_idpo.mcore.model.architecture import Architecture
@@ -119,28 +121,34 @@ def _read_architecture(directory: Path) -> "Architecture":
     architecture = Architecture.from_hf(read_json_object(path), str(path))
     if not is_megatron:
         checkpoint = HfCheckpoint(directory)
+        if architecture.num_experts:
+            checkpoint.split(fused_experts(architecture, checkpoint.names()))
         checkpoint.check(expected_tensors(architecture, checkpoint.names()), LEGACY_TENSORS)
         checkpoint.check_vocabulary()
     return architecture
 
 
-def _num_parameters(architecture: "Architecture") -> int:
+def _num_parameters(architecture: "Architecture", *, experts: bool = False) -> int:
+    """Of the whole model, or of its experts."""
     from megatron_idpo.convert.families import hf_shapes
 
-    return sum(math.prod(shape) for shape in hf_shapes(architecture).values())
+    shapes = hf_shapes(architecture).items()
+    return sum(math.prod(shape) for name, shape in shapes if not experts or ".experts." in name)
 
 
 def _layout(layout: Layout, machine: Machine, world_size: int, *, is_launched: bool) -> Finding:
     """A layout that fits the model, compared to the processes and GPUs of the machine."""
     if not world_size:
-        needed, gpus = layout.model_ranks, len(machine.gpus)
+        needed, gpus = layout.min_ranks, len(machine.gpus)
         message = f"one model replica needs {needed} GPUs, this machine has {gpus}"
         remedy = f"run it on {-(-needed // gpus)} such machines, or lower layout.tensor or "
         return Finding("layout", State.BROKEN, message, "", f"{remedy}layout.pipeline")
-    message = (
-        f"tensor {layout.tensor} × pipeline {layout.pipeline} × data {layout.data(world_size)} "
-        f"on {world_size} {'process' if world_size == 1 else 'processes'}"
+    product = (
+        f"tensor {layout.tensor} × pipeline {layout.pipeline} × data {layout.data(world_size)}"
     )
+    if layout.expert > 1:
+        product += f", experts over {layout.expert},"
+    message = f"{product} on {world_size} {'process' if world_size == 1 else 'processes'}"
     if is_launched:
         return Finding("layout", State.OK, message)
     start = "" if world_size == 1 else f"start it with torchrun --nproc-per-node {world_size}"
@@ -157,7 +165,7 @@ def _world_size(layout: Layout, machine: Machine, environ: Mapping[str, str]) ->
     if "WORLD_SIZE" in environ:
         return int(environ["WORLD_SIZE"])
     gpus = len(machine.gpus)
-    return gpus - gpus % layout.model_ranks if gpus else layout.model_ranks
+    return gpus - gpus % layout.min_ranks if gpus else layout.min_ranks
 
 
 def _memory(
@@ -169,7 +177,9 @@ def _memory(
     data = layout.data(world_size) if world_size else 1
     if machine.gpus:
         # A lower bound: stages with the embedding or more layers than others hold more.
-        parameters /= layout.tensor * layout.pipeline
+        experts = _num_parameters(architecture, experts=True)
+        parameters = (parameters - experts) / (layout.tensor * layout.pipeline)
+        parameters += experts / layout.expert_model_ranks
         available, where = min(size for _, size in machine.gpus), "a GPU"
     else:
         # All processes share the memory of the machine.
@@ -181,6 +191,8 @@ def _memory(
     message = f"{format_size(weights)} in {dtype}; {where} has {format_size(available)}"
     consequence = f"training all weights with Adam takes {format_size(training)} plus activations"
     remedy = "raise layout.tensor or layout.pipeline"
+    if architecture.num_experts:
+        remedy = "raise layout.expert, layout.tensor or layout.pipeline"
     if weights > available:
         remedy = f"{remedy}, or use a smaller model"
         return Finding(name, State.BROKEN, message, "they do not fit", remedy)

@@ -59,6 +59,7 @@ def add_adapters(
         ConfigError: chunks that are wrapped, attached or already adapted, or that lack a target
             linear of megatron-core; all reasons at once.
     """
+    settings = settings.for_model(architecture)
     if problems := _check_chunks(chunks, settings):
         raise ConfigError.of(problems)
     return Adapters(chunks, architecture, settings, seed)

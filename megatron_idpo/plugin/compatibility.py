@@ -29,9 +29,15 @@ MUST_BE_OFF = {
     "fine_grained_activation_offloading": "is untested with taps",
     "fp8": "is untested with taps",
     "fp4": "is untested with taps",
+    "moe_expert_capacity_factor": "drops tokens, depending on the other pairs of a micro-batch",
+    "moe_input_jitter_eps": "routes at random; policy and reference would differ",
+    "moe_router_force_load_balancing": "routes at random; policy and reference would differ",
     "use_mup": "scales logits after the output layer, which taps do not",
 }
 """Settings of `TransformerConfig` that must be off, with the reason."""
+
+_INDEPENDENT_BALANCING = {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}
+"""Ways to balance experts by a loss, which does not change where a token goes."""
 
 
 _COUNTED_IN_TOKENS = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "dsa_indexer_loss_coeff")
@@ -72,6 +78,12 @@ def check_settings(config: Any) -> list[Problem]:
         f"{graphs} replays a layer without calling it, so its tap would not run",
         "set it to none",
     )
+    balancing = getattr(config, "moe_router_load_balancing_type", "none")
+    types = balancing if isinstance(balancing, list | tuple) else [balancing]
+    for name in set(types) - _INDEPENDENT_BALANCING if config.num_moe_experts else ():
+        reason = f"{name} routes a token depending on the other pairs of a micro-batch"
+        remedy = "set it to none, or to a type with a loss (aux_loss)"
+        require(False, "moe_router_load_balancing_type", reason, remedy)
     stages = config.pipeline_model_parallel_size
     is_interleaved = (config.virtual_pipeline_model_parallel_size or 1) > 1
     require(

@@ -52,12 +52,18 @@ def row_micro_batch(row: Row, device: torch.device, **fields: Any) -> RowMicroBa
     targets = Targets(
         positions_N, targets_N, sequences_N, 2 * row.num_pairs, shape=(1, len(row.tokens_T))
     )
+    group_weight = 0.0
+    if global_pairs := fields.get("global_pairs"):
+        # A pair is one group with a shared prompt, else two.
+        group_weight = row.num_pairs / (max(len(row.spans_G4), 1) * global_pairs)
     inputs = {
         "input_ids": tokens_T[None],
         "position_ids": position_ids_T[None],
         # The structure of the row defines the mask.
         "attention_mask": None,
         # The spans stay on the CPU, where kernels' launch arguments and masks are prepared.
-        "packed_seq_params": RowParams.of(position_ids_T, torch.from_numpy(row.spans_G4)),
+        "packed_seq_params": RowParams.of(
+            position_ids_T, torch.from_numpy(row.spans_G4), group_weight
+        ),
     }
     return RowMicroBatch(PreferenceBatch(targets, **fields), inputs)

@@ -38,7 +38,6 @@ from megatron_idpo.convert.model_source import FrozenModel, check_snapshot, file
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.lora.adapters import merge_in_place
 from megatron_idpo.lora.peft import save_peft, whole_adapter_tensors
-from megatron_idpo.mcore.parallel.groups import rank_coordinates
 from megatron_idpo.mcore.parallel.world import (
     all_gather_objects,
     broadcast_from_rank0,
@@ -129,15 +128,13 @@ def tensors_identity(tensors: Iterable[tuple[str, Tensor]]) -> str:
     its tensors, which may be collective over its model-parallel groups.
 
     Args:
-        tensors: whole tensors under global names, each from one rank of a replica. Only the first
-            data-parallel replica is read.
+        tensors: whole tensors under global names, each from one rank.
     """
     own: dict[str, str] = {}
-    if rank_coordinates().dp_rank == 0:
-        for name, tensor in tensors:
-            flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-            digest = hashlib.sha256(memoryview(flat.numpy())).hexdigest()
-            own[name] = f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n"
+    for name, tensor in tensors:
+        flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+        digest = hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+        own[name] = f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n"
     lines = {name: line for rank in all_gather_objects(own) for name, line in rank.items()}
     return hashlib.sha256("".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
 
@@ -164,7 +161,8 @@ def _write_tensors(
     ):
         if is_rank0():
             copy_companions(companions, incomplete / COMPANIONS)
-    return tensors_identity(whole_tensors(policy.chunks, source.architecture)), None
+    tensors = whole_tensors(policy.chunks, source.architecture, every_replica=False)
+    return tensors_identity(tensors), None
 
 
 def _file_sizes(directory: Path) -> dict[str, int]:

@@ -1,9 +1,9 @@
 """Hugging Face checkpoints of every supported family, small enough to test on a laptop.
 
 `tiny_hf_config` is a `config.json` as a dict, with the family's characteristic parts (grouped
-queries, Mistral's sliding window, Qwen's biases and q/k norms, tied embeddings on request) at a
-hidden size of 64. `write_tiny_hf_model` saves a randomly initialized model of it as Transformers
-does, in fp32 safetensors, without a tokenizer.
+queries, Mistral's sliding window, Qwen's biases and q/k norms, experts, tied embeddings on
+request) at a hidden size of 64. `write_tiny_hf_model` saves a randomly initialized model of it as
+Transformers does, in fp32 safetensors, without a tokenizer.
 """
 
 from pathlib import Path
@@ -49,6 +49,25 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
         # Not hidden_size / num_attention_heads: the head dimension is independent.
         "head_dim": 16,
         **_QWEN,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "head_dim": 8,
+        "sliding_window": None,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+    },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "sliding_window": None,
+        "use_sliding_window": False,
     },
 }
 

@@ -36,7 +36,8 @@ def report_start(trainer: Trainer, report: Report) -> None:
         show(f"data: {warning}")
     trained = "all weights"
     if config.lora is not None:
-        targets = ", ".join(config.lora.projections)
+        architecture = trainer.policy.source.architecture
+        targets = ", ".join(config.lora.for_model(architecture).projections)
         trained = f"LoRA rank {config.lora.rank} on {targets}"
     objective = f"plain DPO ({dpo.num_layers} layers, no taps)"
     if dpo.layers:

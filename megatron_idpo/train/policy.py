@@ -54,6 +54,7 @@ def build_policy(config: RunConfig, start: FrozenModel, *, show_progress: bool) 
         dtype=config.model.torch_dtype(),
         recompute=_recompute(config.training, architecture.num_layers),
         transformer_engine=lora is None,
+        router_aux_loss=config.objective.router_aux_loss,
     )
     chunks = build_model(architecture, config.layout, options)
     load_base(start.source, chunks, show_progress=show_progress)

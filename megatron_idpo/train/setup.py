@@ -68,7 +68,7 @@ def prepare(config: RunConfig, world: World) -> Prepared:
             check_pairs(dataset, rows)
             _check_one_row(dataset, rows, config)
         if config.lora is not None:
-            check_adapter(config.lora)
+            check_adapter(config.lora.for_model(source.architecture))
     adapter = None if config.lora is None else config.lora.adapter
     reference = FrozenModel.of(source)
     start = reference
@@ -176,6 +176,9 @@ def check_against_model(config: RunConfig, architecture: Architecture, world_siz
         config.objective.layer_scales(len(layers))
     except ConfigError as error:
         problems += error.problems
+    if config.objective.router_aux_loss and not architecture.num_experts:
+        message = f"has no effect: {architecture.family} models have no experts"
+        problems.append(Problem("objective.router_aux_loss", message, "leave it out"))
     problems += logger_problems(config.logging)
     if config.model.dtype == "fp16":
         message = "is fp16, which has not been tested in training"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from megatron_idpo.config.objective import Objective
 from megatron_idpo.data.packing.batches import Batch
+from megatron_idpo.mcore.model.experts import take_statistics
 from megatron_idpo.mcore.parallel.groups import seed_rng_for_step
 from megatron_idpo.mcore.parallel.world import StopFlag
 from megatron_idpo.plugin.batch_run import ReferenceLogps, run_batch
@@ -63,6 +64,7 @@ class TrainStep:
             work=BatchWork.of(batch.rows, self.policy.source.architecture.windows),
             stop_requested=self.stop_flag.stop_requested,
             peak_memory_bytes=float(peak_memory_bytes()),
+            router=take_statistics(self.policy.chunks, self.policy.dpo.num_layers),
         )
         # Losses are checked before the optimizer touches the weights. The norm is known after it.
         check_losses_finite(metrics, outputs, batch.rows, step, self.location)

@@ -20,8 +20,12 @@ def test_the_default_is_plain_dpo_of_all_weights(tmp_path):
     assert not config.has("lora") and config.has("objective")
 
 
-def test_the_section_is_an_objective_with_layers_and_norm():
-    assert set(ObjectiveConfig.model_fields) - set(Objective.model_fields) == {"layers", "norm"}
+def test_the_section_is_an_objective_with_more_fields():
+    assert set(ObjectiveConfig.model_fields) - set(Objective.model_fields) == {
+        "layers",
+        "norm",
+        "router_aux_loss",
+    }
     section = ObjectiveConfig(layers=(1, 2), layer_weights=(1.0, 3.0), intermediate_weight=0.4)
     assert isinstance(section, Objective)
     assert section.layer_scales(2) == (0.6, pytest.approx((0.1, 0.3)))

@@ -41,12 +41,16 @@ def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.convert.megatron_to_hf import whole_tensors
     from megatron_idpo.mcore.model.build import ModelOptions, build_model
+    from megatron_idpo.mcore.model.experts import take_statistics
     from megatron_idpo.mcore.parallel.groups import start_layout
     from megatron_idpo.plugin.attach import attach
 
     checkpoint, architecture = open_hf(Path(directory))
     start_layout(case.layout)
-    chunks = build_model(architecture, case.layout, ModelOptions(recompute=_recompute(case)))
+    options = ModelOptions(
+        recompute=_recompute(case), router_aux_loss=getattr(case, "router_aux_loss", 0.0)
+    )
+    chunks = build_model(architecture, case.layout, options)
     load_hf_weights(chunks, checkpoint, architecture)
     for name, parameter in (entry for chunk in chunks for entry in chunk.named_parameters()):
         parameter.requires_grad_(_is_trained(name, case.trained))
@@ -58,7 +62,7 @@ def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]
         use_norm=case.norm == "final",
     )
     wrapped, optimizer = _with_optimizer(chunks, dpo, case)
-    losses, gradients = [], {}
+    losses, gradients, router = [], {}, None
     # One step for each reference.
     for step, (pairs, reference) in enumerate(zip(batches_of_pairs(), references, strict=False)):
         optimizer.zero_grad()
@@ -67,6 +71,7 @@ def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]
         losses.append(_run_step(dpo, wrapped, _rows(pairs, reference, case)))
         _unscale(chunks, case.loss_scale)
         if step == 0:
+            router = take_statistics(chunks, NUM_LAYERS)
             if case.sync.startswith("distributed"):
                 _gather_gradients(wrapped)
             gradients = dict(whole_tensors(chunks, architecture, _gradient))
@@ -76,7 +81,7 @@ def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]
             # Wait for the all-gather of the last step's weights.
             chunk.disable_forward_pre_hook(param_sync=True)
     weights = {name: value.clone() for name, value in whole_tensors(chunks, architecture)}
-    return {"losses": losses, "gradients": gradients, "weights": weights}
+    return {"losses": losses, "gradients": gradients, "weights": weights, "router": router}
 
 
 def _recompute(case: Case) -> Any:
@@ -152,7 +157,10 @@ def _one_or_all(functions: list[Any]) -> Any:
 
 def _gather_gradients(wrapped: list[Any]) -> None:
     """All-gather whole gradients, which the distributed optimizer reduce-scattered."""
-    for group in (group for chunk in wrapped for group in chunk.bucket_groups):
+    groups = [
+        g for chunk in wrapped for g in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+    ]
+    for group in groups:
         ranks = group.intra_distributed_optimizer_instance_group
         for bucket in group.buckets:
             own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()

@@ -8,6 +8,7 @@ Pickled weights (`.bin`, `.pt`) are refused. `families` knows what the tensors m
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,22 @@ _DANGLING = "is a broken link, as an interrupted download leaves it"
 _MAX_REPORTED = 20  # problems of one checkpoint: a different model would have hundreds
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A matrix that is stored as a part of a larger tensor."""
+
+    source: str
+    """The name of that tensor."""
+
+    source_shape: tuple[int, ...]
+    """Its expected shape."""
+
+    index: int | None = None
+    """In the first of its three dimensions; None if it is the matrix itself."""
+
+    first_row: int = 0
+
+
 class HfCheckpoint:
     """Tensors, configuration and companion files of one checkpoint directory.
 
@@ -64,6 +81,7 @@ class HfCheckpoint:
             raise _no_directory(self.directory)
         # Tensors that the index lists in a shard that lacks them, with the shard.
         self._absent: dict[str, Path] = {}
+        self._parts: dict[str, tuple[Part, TensorSpec]] = {}
         path = self.directory / single_file
         if path.is_file():
             self._tensors = {name: (path, spec) for name, spec in read_specs(path).items()}
@@ -71,6 +89,27 @@ class HfCheckpoint:
             self._tensors, self._absent = _read_shards(self.directory)
         else:
             raise _no_weights(self.directory)
+
+    def split(self, parts: Mapping[str, tuple[Part, int]]) -> None:
+        """Have parts of stored tensors as tensors of the checkpoint, in place of these.
+
+        Args:
+            parts: by their names, with their numbers of rows.
+
+        Raises:
+            CheckpointError: a stored tensor does not have the expected shape.
+        """
+        problems = []
+        for name, (part, num_rows) in parts.items():
+            path, spec = self._tensor(part.source)
+            if spec.shape != part.source_shape:
+                message = f"tensor {part.source!r} has shape {spec.shape}"
+                problems.append(Problem(str(path), f"{message}, expected {part.source_shape}"))
+            self._parts[name] = (part, spec)
+            self._tensors[name] = (path, TensorSpec(name, (num_rows, spec.shape[-1]), spec.dtype))
+        for source in {part.source for part, _ in parts.values()} - parts.keys():
+            del self._tensors[source]
+        _raise_any(list(dict.fromkeys(problems)), self.directory)
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -102,13 +141,20 @@ class HfCheckpoint:
         path, spec = self._tensor(name)
         given = [cut for cut in (rows, columns) if cut is not None]
         assert all(cut.step in (None, 1) for cut in given) and len(given) <= len(spec.shape), name
-        index = (rows or slice(None), columns or slice(None))[: len(spec.shape)]
+        index: tuple[int | slice, ...] = (rows or slice(None), columns or slice(None))
+        index, source = index[: len(spec.shape)], name
+        if name in self._parts:
+            part, spec = self._parts[name]
+            cut, source = rows or slice(0, self.shape(name)[0]), part.source
+            moved = slice(cut.start + part.first_row, cut.stop + part.first_row)
+            leading = () if part.index is None else (part.index,)
+            index = (*leading, moved, columns or slice(None))
         with opened(path) as file:
-            if read_spec(path, file, name) != spec:
+            if read_spec(path, file, source) != spec:
                 raise CheckpointError.at(
-                    str(path), f"tensor {name!r} has changed since it was opened"
+                    str(path), f"tensor {source!r} has changed since it was opened"
                 )
-            view: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+            view: Tensor = file.get_slice(source)[index] if index else file.get_tensor(source)
             # A copy: the view would keep the whole file mapped.
             return view.clone(memory_format=torch.contiguous_format)
 

@@ -61,7 +61,7 @@ def inspect_data(config: RunConfig, console: Console) -> None:
     Raises:
         ConfigError, DataError: see `main`.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", config.layout.model_ranks))
+    world_size = int(os.environ.get("WORLD_SIZE", config.layout.min_ranks))
     config.layout.check(None, world_size)
     settings = row_settings(config, world_size)
     with console.status("reading and tokenizing (cached for the next run)"):

@@ -36,12 +36,14 @@ class RowParams(PackedSeqParams):
             answers continue from the prompt; arbitrary in padding.
         spans_G4: int32 `[G, 4]` on the CPU, since both attention backends read it on the host and
             reading from a GPU would synchronize. Groups are disjoint and ascending; G may be 0.
+        group_weight: what a group contributes to a mean over the global batch's pairs.
         derived: masks that the attention backends compute once per row and read in every layer,
             keyed by backend and window. It lives as long as the row.
     """
 
     position_ids_T: Tensor
     spans_G4: Tensor
+    group_weight: float = 0.0
     derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,17 +54,18 @@ class RowParams(PackedSeqParams):
         self._assert_consistent()
 
     @classmethod
-    def of(cls, position_ids_T: Tensor, spans_G4: Tensor) -> Self:
+    def of(cls, position_ids_T: Tensor, spans_G4: Tensor, group_weight: float = 0.0) -> Self:
         """A row from its arrays.
 
         Args:
             position_ids_T: int64 `[T]` on the device of the model.
             spans_G4: int32 `[G, 4]` on the CPU.
+            group_weight: what a group contributes to a mean over the global batch's pairs.
 
         Raises:
             AssertionError: If the arrays violate the invariants of the class.
         """
-        return cls(position_ids_T=position_ids_T, spans_G4=spans_G4)
+        return cls(position_ids_T=position_ids_T, spans_G4=spans_G4, group_weight=group_weight)
 
     @classmethod
     def plain(cls, num_tokens: int, device: torch.device | str = "cpu") -> Self:

@@ -27,6 +27,7 @@ from torch.jit import _builtins as torchscript_builtins
 from torch.utils import _device as torch_device_context
 
 from megatron_idpo.mcore.cpu import streams as cpu_streams
+from megatron_idpo.mcore.cpu.uneven import gather_uneven, reduce_scatter_uneven
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
 CPU = torch.device("cpu")
@@ -276,6 +277,13 @@ def _megatron_patches() -> Iterator[Patch]:
     yield Patch(random, "_set_cuda_rng_state", _set_rng_state, generator)
     splits = "checks Tensor.is_cuda, and would return tensors where lists of sizes are needed"
     yield Patch(dispatcher, "maybe_move_tensor_to_cpu", _moved_to_cpu, splits)
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    for name, uneven in (
+        ("_gather_along_first_dim", gather_uneven),
+        ("_reduce_scatter_along_first_dim", reduce_scatter_uneven),
+    ):
+        replacement = uneven(getattr(mappings, name))
+        yield Patch(mappings, name, replacement, "needs parts of different sizes, unlike gloo")
 
 
 def _moved_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -63,10 +63,10 @@ class Architecture(ModelShape):
     """A decoder-only language model with RMSNorm, a SiLU-gated MLP without biases and rope.
 
     Attributes:
-        family: "llama", "mistral", "qwen2" or "qwen3".
+        family: A key of `FAMILIES`.
         num_layers: Transformer layers.
         hidden_size: Width of the residual stream.
-        ffn_hidden_size: Width of the gated MLP, per branch.
+        ffn_hidden_size: Width of the gated MLP, or of each expert, per branch.
         num_heads: Query heads.
         num_kv_heads: Key-value heads; a divisor of `num_heads`.
         head_dim: Width of a head, even; `num_heads * head_dim` may differ from `hidden_size`.
@@ -81,7 +81,9 @@ class Architecture(ModelShape):
             None it sees all up to itself (Transformers' `masking_utils.sliding_window_overlay`).
         rope: Rotary settings.
         dtype: Dtype of the checkpoint's weights: float32, bfloat16 or float16.
-        num_experts: 0: dense.
+        num_experts: In every layer; 0: dense.
+        experts_per_token: Experts that compute each token; 0: dense.
+        renormalizes_experts: Whether the weights of a token's experts are scaled to a sum of 1.
         unread_keys: Keys of the config.json that Transformers never reads for this family.
     """
 
@@ -95,6 +97,8 @@ class Architecture(ModelShape):
     windows: tuple[int | None, ...]
     rope: RopeSettings
     dtype: torch.dtype
+    experts_per_token: int = 0
+    renormalizes_experts: bool = False
     unread_keys: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -123,6 +127,7 @@ class Architecture(ModelShape):
         hf_config, problems = reading.hf_config, reading.problems
         if hf_config is not None:
             problems += _head_problems(hf_config)
+            problems += _expert_problems(hf_config)
             problems += _rope_list_problems(hf_config, config)
             problems += _layer_type_problems(hf_config, config)
         if problems:
@@ -132,7 +137,9 @@ class Architecture(ModelShape):
             family=family,
             num_layers=hf_config.num_hidden_layers,
             hidden_size=hf_config.hidden_size,
-            ffn_hidden_size=hf_config.intermediate_size,
+            ffn_hidden_size=getattr(
+                hf_config, "moe_intermediate_size", hf_config.intermediate_size
+            ),
             num_heads=hf_config.num_attention_heads,
             num_kv_heads=hf_config.num_key_value_heads,
             head_dim=_head_dim(hf_config),
@@ -141,10 +148,14 @@ class Architecture(ModelShape):
             norm_eps=float(hf_config.rms_norm_eps),
             tied_embeddings=hf_config.tie_word_embeddings,
             qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
             windows=_windows(hf_config),
             rope=RopeSettings.of(hf_config.rope_parameters),
             dtype=checkpoint_dtype(config),
+            num_experts=getattr(hf_config, "num_local_experts", 0),
+            experts_per_token=getattr(hf_config, "num_experts_per_tok", 0),
+            # Mixtral always does, and has no field for it.
+            renormalizes_experts=getattr(hf_config, "norm_topk_prob", family == "mixtral"),
             unread_keys=reading.unread,
         )
 
@@ -164,12 +175,13 @@ def _head_dim(hf_config: Any) -> int:
 def _windows(hf_config: Any) -> tuple[int | None, ...]:
     """The window of each layer: all of Mistral's, Qwen's by `layer_types`, none of Llama's.
 
-    Transformers 5.23: `modeling_mistral.py` selects one mask by `sliding_window`;
-    `modeling_qwen2.py` and `modeling_qwen3.py` select one by `layer_types[layer]`.
+    Transformers 5.24: `modeling_mistral.py`, `modeling_mixtral.py` and `modeling_qwen3_moe.py`
+    select one mask by `sliding_window`; `modeling_qwen2.py` and `modeling_qwen3.py` select one by
+    `layer_types[layer]`.
     """
     window: int | None = getattr(hf_config, "sliding_window", None)
     num_layers: int = hf_config.num_hidden_layers
-    if hf_config.model_type in ("llama", "mistral"):
+    if hf_config.model_type not in ("qwen2", "qwen3"):
         return (window,) * num_layers
     kinds: list[str] = hf_config.layer_types
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -191,6 +203,16 @@ def _head_problems(hf_config: Any) -> list[Problem]:
     return problems
 
 
+def _expert_problems(hf_config: Any) -> list[Problem]:
+    """Checks that a token has no more experts than there are."""
+    experts = getattr(hf_config, "num_local_experts", 0)
+    per_token = getattr(hf_config, "num_experts_per_tok", 0)
+    if per_token <= experts:
+        return []
+    message = f"{per_token} of {experts} experts"
+    return [field_problem("num_experts_per_tok", message)]
+
+
 def _rope_list_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Problem]:
     """Checks that LongRoPE's lists have one entry per frequency."""
     head_dim, problems = _head_dim(hf_config), []
@@ -209,7 +231,7 @@ def _layer_type_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Prob
     """Checks that `layer_types` is consistent with what Transformers' model computes."""
     window = getattr(hf_config, "sliding_window", None)
     num_layers = hf_config.num_hidden_layers
-    if hf_config.model_type in ("llama", "mistral"):
+    if hf_config.model_type not in ("qwen2", "qwen3"):
         implied = "full_attention" if window is None else "sliding_attention"
         if config.get("layer_types") in (None, [implied] * num_layers):
             return []

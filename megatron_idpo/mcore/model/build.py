@@ -5,6 +5,7 @@ configuration. `build_model` builds this rank's chunks and replaces their rotary
 parameters are uninitialized: `convert/hf_to_megatron.py` or `checkpoint/weights.py` fills them all.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.mcore.lora.chunk import ADAPTERS_NAME
 from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.model.experts import first_expert
 from megatron_idpo.mcore.model.head_replica import REPLICA_NAME
 from megatron_idpo.mcore.model.specs import block_spec, has_transformer_engine
 from megatron_idpo.mcore.rope.rotary import RowRotary, attention_scale
@@ -73,6 +75,9 @@ class ModelOptions:
     """Build from Transformer Engine's modules where they work. Not with LoRA: Transformer Engine
     fuses norms with the linears that follow, and adapters need the output of the norm."""
 
+    router_aux_loss: float = 0.0
+    """Coefficient of the experts' load-balancing loss (`experts.py`); 0 is off."""
+
     overrides: dict[str, Any] = field(default_factory=dict)
     """Further `TransformerConfig` fields, applied last."""
 
@@ -97,6 +102,7 @@ def transformer_config(
         **_acceleration_fields(),
         "transformer_impl": "transformer_engine" if uses_te else "local",
         **layout_fields(layout, architecture.num_layers),
+        **_expert_fields(architecture, layout, options.router_aux_loss),
         **options.recompute.config_fields(),
         **options.overrides,
     }
@@ -153,10 +159,10 @@ def build_model(
 
 
 def global_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters, named with layer indices that count over the whole model, from 0.
+    """This rank's parameters, named with indices that count over the whole model, from 0.
 
-    In a chunk's own names each chunk starts at layer 0. Only parameters of the base model: head
-    replicas and LoRA adapters have other naming schemes and are skipped.
+    In a chunk's own names each chunk starts at layer 0, and each rank at expert 0. Only parameters
+    of the base model: head replicas and LoRA adapters have other naming schemes and are skipped.
     """
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -166,8 +172,20 @@ def global_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.n
             if prefix == "decoder" and rest[0] == "layers":
                 # `layer_number` counts from 1 over the whole model.
                 layer = chunk.decoder.layers[int(rest[1])].layer_number - 1
-                name = f"decoder.layers.{layer}.{rest[2]}"
+                name = f"decoder.layers.{layer}.{_global_expert(rest[2], chunk)}"
             yield name, parameter
+
+
+_EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
+
+
+def _global_expert(name: str, chunk: GPTModel) -> str:
+    """A name within a layer, with the index of the expert in the whole model."""
+    matched = _EXPERT.fullmatch(name)
+    if matched is None:
+        return name
+    expert = first_expert(chunk.config.num_moe_experts) + int(matched[2])
+    return f"{matched[1]}{expert}{matched[3]}"
 
 
 def _build_chunk(
@@ -204,6 +222,30 @@ def _shape_fields(architecture: Architecture) -> dict[str, Any]:
         "add_bias_linear": False,
         "gated_linear_unit": True,
         **_window_fields(architecture.windows),
+    }
+
+
+def _expert_fields(
+    architecture: Architecture, layout: Layout, router_aux_loss: float
+) -> dict[str, Any]:
+    """Experts that are computed one after another, without dropping a token."""
+    if not architecture.num_experts:
+        return {}
+    return {
+        "num_moe_experts": architecture.num_experts,
+        "moe_router_topk": architecture.experts_per_token,
+        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor or layout.tensor,
+        # Softmax over the chosen experts' logits equals rescaling the chosen probabilities.
+        "moe_router_pre_softmax": not architecture.renormalizes_experts,
+        # In 16 bits, ties between experts would be frequent, and the choice arbitrary.
+        "moe_router_dtype": "fp32",
+        # The loss is that of `experts.py`.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": router_aux_loss,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
     }
 
 

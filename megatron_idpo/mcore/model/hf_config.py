@@ -32,6 +32,8 @@ FAMILIES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 """`model_type` of each supported family, and the class of its checkpoints."""
 
@@ -47,6 +49,20 @@ _WINDOW_KEYS = {
     "mistral": frozenset({"sliding_window"}),
     "qwen2": frozenset({"sliding_window", "use_sliding_window", "max_window_layers"}),
     "qwen3": frozenset({"sliding_window", "use_sliding_window", "max_window_layers"}),
+    "mixtral": frozenset({"sliding_window"}),
+    "qwen3_moe": frozenset({"sliding_window", "use_sliding_window"}),
+}
+_EXPERT_SIZES = {
+    "mixtral": frozenset({"num_local_experts", "num_experts", "num_experts_per_tok"}),
+    "qwen3_moe": frozenset(
+        {"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"}
+    ),
+}
+"""Transformers takes `num_experts` and `num_local_experts` for the same field."""
+
+_EXPERT_KEYS = {
+    "mixtral": _EXPERT_SIZES["mixtral"],
+    "qwen3_moe": _EXPERT_SIZES["qwen3_moe"] | {"norm_topk_prob"},
 }
 
 _OFF = (False, None)
@@ -62,6 +78,9 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "attn_logit_softcapping": ((None,), "logit soft-capping is not supported"),
     "num_experts": ((None, 0), "this family is dense"),
     "num_local_experts": ((None, 0), "this family is dense"),
+    "decoder_sparse_step": ((1,), "layers without experts are not supported"),
+    "mlp_only_layers": (([], None), "layers without experts are not supported"),
+    "router_jitter_noise": ((0, 0.0), "a router with random noise is not supported"),
     "per_layer_config": ((None, {}), "layers that differ in shape are not supported"),
     "pruned_heads": ((None, {}), "pruned heads are not supported"),
     "rope_interleaved": (_OFF, "Transformers rotates halves; reorder the query and key weights"),
@@ -85,6 +104,8 @@ _HARMLESS = frozenset(
     "max_sequence_length keys_to_ignore_at_inference attn_implementation _attn_implementation "
     "_attn_implementation_autoset _attn_implementation_internal experts_implementation "
     "_experts_implementation_internal "
+    # The load-balancing loss of Transformers; here it is `objective.router_aux_loss`.
+    "output_router_logits router_aux_loss_coef "
     # Classification heads, absent from causal language models.
     "id2label label2id num_labels problem_type finetuning_task task_specific_params "
     # Generation settings, which older versions kept in this file; Transformers drops them too.
@@ -140,7 +161,8 @@ def read_config(config: Mapping[str, Any]) -> ConfigReading:
     problems = list(key_problems.values()) + _dtype_problems(config)
     rope = rope_problems(config, location=CONFIG_JSON)
     read = _SIZES | _WINDOW_KEYS[family] | {"rms_norm_eps", "tie_word_embeddings"}
-    if "qwen" in family:
+    read |= _EXPERT_KEYS.get(family, frozenset())
+    if family in ("qwen2", "qwen3"):
         read |= {"layer_types"}
     hf_config = None
     if not read & key_problems.keys():
@@ -186,7 +208,7 @@ def _is_ignored(key: str, value: Any, family: str) -> bool:
 
 def _is_read_here(key: str, family: str) -> bool:
     known = _SIZES | _WINDOW_KEYS[family] | _HARMLESS | ROPE_KEYS | _ALWAYS_CHECKED
-    return key in known
+    return key in known | _EXPERT_KEYS.get(family, frozenset())
 
 
 def _is_accepted(key: str, value: Any) -> bool:
@@ -200,7 +222,8 @@ def _key_problem(key: str, config: Mapping[str, Any], family: str) -> Problem | 
     value = config[key]
     if key in _HARMLESS or key in ROPE_KEYS or key in ("model_type", "dtype", "torch_dtype"):
         return None
-    if key in _SIZES or (key in _WINDOW_KEYS[family] and key != "use_sliding_window"):
+    sizes = _SIZES | _WINDOW_KEYS[family] | _EXPERT_SIZES.get(family, frozenset())
+    if key in sizes - {"use_sliding_window"}:
         return _size_problem(key, value)
     if key in _CHECKS and (key != "use_sliding_window" or key in _WINDOW_KEYS[family]):
         is_valid, message = _CHECKS[key]
@@ -245,6 +268,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rms_norm_eps": (lambda value: is_number(value) and value > 0, "is not a positive number"),
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "is not true or false"),
     "use_sliding_window": (lambda value: isinstance(value, bool), "is not true or false"),
+    "norm_topk_prob": (lambda value: isinstance(value, bool), "is not true or false"),
     "attention_dropout": (
         lambda value: value is None or (is_number(value) and 0 <= value < 1),
         "is not a probability below 1",
@@ -259,7 +283,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Checks of single values: whether one is valid, and the message if it is not."""
 
 _ALWAYS_CHECKED = frozenset(
-    {"model_type", "dtype", "torch_dtype", "architectures", *_CHECKS} - {"use_sliding_window"}
+    {"model_type", "dtype", "torch_dtype", "architectures", *_CHECKS}
+    - {"use_sliding_window", "norm_topk_prob"}
 )
 
 

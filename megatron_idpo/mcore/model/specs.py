@@ -31,10 +31,10 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_idpo.mcore.attention.row_attention import RowAttention
+from megatron_idpo.mcore.model.experts import RowMoELayer, RowRouter, RowTransformerLayer
 
 _SWIGLU_BLOCK_ELEMENTS = 1 << 17
 """Elements of one half of the input per backward block: 512 KiB in fp32, about a core's cache."""
@@ -155,6 +155,8 @@ def _te_layer(config: TransformerConfig) -> ModuleSpec:
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
     )
     attention = replace(submodules.self_attention.submodules, core_attention=RowAttention)
+    if _has_row_experts(config):
+        submodules = _with_row_experts(submodules)
     return _layer_spec(submodules, attention)
 
 
@@ -173,7 +175,21 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
         mlp = submodules.mlp
         mlp_submodules = replace(mlp.keywords["submodules"], activation_func=SwiGLU)
         submodules = replace(submodules, mlp=partial(mlp.func, submodules=mlp_submodules))
+    elif _has_row_experts(config):
+        submodules = _with_row_experts(submodules)
     return _layer_spec(submodules, attention)
+
+
+def _has_row_experts(config: TransformerConfig) -> bool:
+    """Not with a balancing of megatron-core's, which `ModelOptions.overrides` may switch on."""
+    is_balanced = config.moe_router_load_balancing_type != "none"
+    return config.num_moe_experts is not None and not is_balanced
+
+
+def _with_row_experts(submodules: Any) -> Any:
+    """The experts that the spec builds, behind our router and without padding."""
+    experts = replace(submodules.mlp.keywords["submodules"], router=RowRouter, shared_experts=None)
+    return replace(submodules, mlp=partial(RowMoELayer, submodules=experts))
 
 
 def _layer_spec(submodules: Any, attention: Any) -> ModuleSpec:
@@ -181,5 +197,5 @@ def _layer_spec(submodules: Any, attention: Any) -> ModuleSpec:
     # Nested specs are replaced, never edited in place: megatron-core returns shared instances.
     self_attention = replace(submodules.self_attention, submodules=attention)
     return ModuleSpec(
-        module=TransformerLayer, submodules=replace(submodules, self_attention=self_attention)
+        module=RowTransformerLayer, submodules=replace(submodules, self_attention=self_attention)
     )

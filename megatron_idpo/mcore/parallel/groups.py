@@ -49,6 +49,7 @@ def start_layout(layout: Layout, seed: int = 0) -> None:
         ),
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     model_parallel_cuda_manual_seed(seed + 100 * stage)
@@ -87,7 +88,28 @@ class RankCoordinates:
     tp_size: int
     pp_rank: int
     dp_rank: int
-    """Over data- and context-parallel ranks, which hold the same parameters."""
+    """Over data- and context-parallel ranks, which hold the same parameters (but for experts)."""
+
+    ep_rank: int = 0
+    """Among the ranks that share the experts."""
+
+    ep_size: int = 1
+    expert_tp_rank: int = 0
+    """Among the ranks that share the matrices of an expert."""
+
+    expert_tp_size: int = 1
+    expert_dp_rank: int = 0
+    """Among the ranks that hold the same experts."""
+
+    def tp(self, *, is_expert: bool) -> tuple[int, int]:
+        """Rank and size in the tensor parallelism of a parameter."""
+        if is_expert:
+            return self.expert_tp_rank, self.expert_tp_size
+        return self.tp_rank, self.tp_size
+
+    def replica(self, *, is_expert: bool) -> int:
+        """Index of this rank's copy of a parameter among the data-parallel ranks."""
+        return self.expert_dp_rank if is_expert else self.dp_rank
 
 
 def rank_coordinates() -> RankCoordinates:
@@ -97,6 +119,11 @@ def rank_coordinates() -> RankCoordinates:
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
     )
 
 
@@ -196,15 +223,19 @@ class ModelGroups:
         return self.is_last_stage and is_first_copy
 
 
-def gather_tensor_shards(shard: Tensor) -> list[Tensor] | None:
+def gather_tensor_shards(shard: Tensor, *, is_expert: bool = False) -> list[Tensor] | None:
     """The shards of all tensor-parallel ranks, on the first of them; None on the others.
 
     Collective over the tensor-parallel group: a gather forward; no gradient flows back.
 
     Args:
         shard: this rank's; same shape and dtype on every rank.
+        is_expert: of an expert's parameter, whose tensor-parallel group may be another one.
     """
-    group = parallel_state.get_tensor_model_parallel_group()
+    if is_expert:
+        group = parallel_state.get_expert_tensor_parallel_group()
+    else:
+        group = parallel_state.get_tensor_model_parallel_group()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if size == 1:
         return [shard]

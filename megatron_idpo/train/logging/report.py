@@ -172,7 +172,8 @@ def _meter(trainer: Trainer) -> Meter:
     architecture = policy.source.architecture
     adapter_weights = None
     if config.lora is not None:
-        adapter_weights = lora_weights(architecture, config.lora.rank, config.lora.projections)
+        targets = config.lora.for_model(architecture).projections
+        adapter_weights = lora_weights(architecture, config.lora.rank, targets)
     flops = ModelFlops(
         architecture=architecture,
         num_heads=len(policy.dpo.layers) + 1,

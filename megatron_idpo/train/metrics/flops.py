@@ -6,7 +6,8 @@ is taken from the rows: response tokens for the heads, and for attention the que
 the mask admits, from the lengths of each pair and the window of each layer. A shared prompt counts
 once.
 
-    P  weights of the layers' matrices    A  weights of the adapters    N  response tokens
+    P  weights of the layers' matrices that compute a token (its experts, not all of them)
+    A  weights of the adapters    N  response tokens
     S  query-key pairs over all layers    T  tokens    H  heads read, the final one included
 
     forward            2·P·T + 2·A·T + 4·heads·head_dim·S + H·2·N·hidden·V
@@ -107,7 +108,11 @@ class ModelFlops:
     def step(self, work: BatchWork) -> float:
         """FLOPs of a training step, including a live reference."""
         model = self.architecture
-        weights = model.num_layers * sum(ins * outs for ins, outs in _projections(model).values())
+        weights = model.num_layers * sum(
+            ins * outs * (max(model.experts_per_token, 1) if name in _MLP else 1)
+            for name, (ins, outs) in _projections(model).items()
+        )
+        weights += model.num_layers * model.num_experts * model.hidden_size  # the routers
         layers = 2.0 * weights * work.used_tokens
         attention = 4.0 * model.num_heads * model.head_dim * work.attended
         head = 2.0 * work.response_tokens * model.hidden_size * model.vocab_size
@@ -118,6 +123,9 @@ class ModelFlops:
         # of attention has four products for the forward's two, none of them with a weight.
         own = 2 * (layers + adapters + heads) + 3 * attention + trained
         return own + self.reference_forwards * (layers + attention + heads)
+
+
+_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def lora_weights(architecture: Architecture, rank: int, targets: Collection[str]) -> int:

@@ -23,6 +23,12 @@ EVAL = "eval_"
 EVAL_PAIRS = "eval_pairs"
 """Number of held-out pairs: the sample size of their metrics."""
 
+ROUTER_LOAD_MAX = "router/load_max"
+ROUTER_LOAD_MIN = "router/load_min"
+"""Tokens of the most and of the least used expert, relative to the mean; averaged over layers."""
+ROUTER_AUX_LOSS = "router/aux_loss"
+"""Load-balancing loss of a layer and pair, without its coefficient; 1 is balanced."""
+
 STEP_S = "throughput/step_s"
 TOKENS_PER_S = "throughput/tokens_per_s"
 PAIRS_PER_S = "throughput/pairs_per_s"

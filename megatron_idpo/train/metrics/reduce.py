@@ -9,6 +9,7 @@ and the memory peaks travel in the same all-reduce.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Self
 
 import torch
@@ -20,7 +21,16 @@ from megatron_idpo.mcore.parallel.groups import rank_coordinates
 from megatron_idpo.objective.dpo import Objective, layer_metrics
 from megatron_idpo.plugin.outputs import LayerOutput
 from megatron_idpo.train.metrics.flops import BatchWork
-from megatron_idpo.train.metrics.names import EVAL, EVAL_PAIRS, FINAL_LOSS, LOSS, layer_name
+from megatron_idpo.train.metrics.names import (
+    EVAL,
+    EVAL_PAIRS,
+    FINAL_LOSS,
+    LOSS,
+    ROUTER_AUX_LOSS,
+    ROUTER_LOAD_MAX,
+    ROUTER_LOAD_MIN,
+    layer_name,
+)
 
 _PAIRS = "pairs"
 _NAMES = (
@@ -57,6 +67,10 @@ class StepMetrics:
     peak_memory_bytes: float = 0.0
     """Highest peak of any rank."""
 
+    router: tuple[tuple[float, ...], ...] = ()
+    """By layer: the tokens of each expert, and the load-balancing loss summed over the pairs; empty
+    for a dense model."""
+
     def __add__(self, other: Self) -> "StepMetrics":
         """The metrics of both batches together."""
         assert self.scales == other.scales, "metrics of different runs"
@@ -71,6 +85,10 @@ class StepMetrics:
             work=self.work + other.work,
             stop_requested=self.stop_requested or other.stop_requested,
             peak_memory_bytes=max(self.peak_memory_bytes, other.peak_memory_bytes),
+            router=tuple(
+                tuple(map(float.__add__, own, others))
+                for own, others in zip(self.router, other.router, strict=True)
+            ),
         )
 
     def values(self) -> dict[str, float]:
@@ -88,6 +106,18 @@ class StepMetrics:
         values = {LOSS: combined, FINAL_LOSS: means[final].pop(LOSS), **means[final]}
         for layer in intermediate:
             values |= {layer_name(layer, name): value for name, value in means[layer].items()}
+        return {**values, **self._router_values()}
+
+    def _router_values(self) -> dict[str, float]:
+        """How evenly the experts are used; nothing for a dense model."""
+        loads = [
+            [count / fmean(counts) for count in counts] for *counts, _ in self.router if sum(counts)
+        ]
+        if not loads:
+            return {}
+        values = {ROUTER_LOAD_MAX: fmean(map(max, loads)), ROUTER_LOAD_MIN: fmean(map(min, loads))}
+        if losses := [loss / self.pairs for *_, loss in self.router if loss]:
+            values[ROUTER_AUX_LOSS] = fmean(losses)
         return values
 
     def evaluation_values(self) -> dict[str, float]:
@@ -113,6 +143,7 @@ def reduce_outputs(
     work: BatchWork | None = None,
     stop_requested: bool = False,
     peak_memory_bytes: float = 0.0,
+    router: Tensor | None = None,
 ) -> StepMetrics:
     """Reduce the outputs of all layers over a global batch. Collective: one all-reduce.
 
@@ -126,6 +157,7 @@ def reduce_outputs(
         work: in this rank's rows.
         stop_requested: whether this rank has received a stop signal.
         peak_memory_bytes: of this rank.
+        router: this rank's `mcore.model.experts.take_statistics`; None on all ranks if dense.
 
     Returns:
         The same on every rank.
@@ -150,16 +182,18 @@ def reduce_outputs(
     memory_W[dist.get_rank()] = peak_memory_bytes
     extra = [float(stop_requested), *(counts_work * value for value in own_work.values())]
     extra_sums = torch.tensor([*extra, *memory_W], dtype=torch.float64, device=layer_sums.device)
-    everything = torch.cat([layer_sums.flatten(), extra_sums])
+    routed = layer_sums.new_zeros(0, 0) if router is None else router
+    everything = torch.cat([layer_sums.flatten(), extra_sums, routed.flatten()])
     dist.all_reduce(everything)
 
-    sizes = [layer_sums.numel(), 1, len(own_work), world_size]
-    table, stops, work_sums, memory = everything.cpu().split(sizes)
+    sizes = [layer_sums.numel(), 1, len(own_work), world_size, routed.numel()]
+    table, stops, work_sums, memory, routed_sums = everything.cpu().split(sizes)
     rows = table.view(len(ordered), len(names)).tolist()
     pairs = {row[0] for row in rows}
     assert len(pairs) == 1, f"layers {ordered} have outputs of {[row[0] for row in rows]} pairs"
+    num_pairs = int(pairs.pop())
     return StepMetrics(
-        pairs=int(pairs.pop()),
+        pairs=num_pairs,
         sums={
             layer: dict(zip(names[1:], row[1:], strict=True))
             for layer, row in zip(ordered, rows, strict=True)
@@ -168,6 +202,9 @@ def reduce_outputs(
         work=BatchWork(**dict(zip(own_work, work_sums.tolist(), strict=True))),
         stop_requested=bool(stops > 0),
         peak_memory_bytes=float(memory.max()),
+        router=tuple(
+            (*counts, loss * num_pairs) for *counts, loss in routed_sums.view(routed.shape).tolist()
+        ),
     )
 
 

@@ -77,7 +77,7 @@ def _expected_fields(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "num_layers": hf.num_hidden_layers,
         "hidden_size": hf.hidden_size,
-        "ffn_hidden_size": hf.intermediate_size,
+        "ffn_hidden_size": getattr(hf, "moe_intermediate_size", hf.intermediate_size),
         "num_heads": hf.num_attention_heads,
         "num_kv_heads": hf.num_key_value_heads,
         "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
@@ -114,7 +114,8 @@ def test_missing_fields_get_transformers_defaults(name: str) -> None:
 def test_a_config_with_only_a_model_type(family: str) -> None:
     architecture = Architecture.from_hf({"model_type": family})
     assert architecture.dtype is torch.float32
-    assert architecture.windows == ((4096 if family == "mistral" else None),) * 32
+    num_layers = 24 if family == "qwen3_moe" else 32
+    assert architecture.windows == ((4096 if family == "mistral" else None),) * num_layers
 
 
 TINY: dict[str, Any] = {

@@ -87,6 +87,38 @@ def test_wrong_value_of_a_key_that_changes_numbers_is_refused(
     assert key in str(error.value)
 
 
+WRONG_EXPERTS: list[tuple[str, str, Any]] = [
+    ("mixtral", "num_local_experts", 0),
+    ("mixtral", "num_experts_per_tok", 5),
+    ("mixtral", "router_jitter_noise", 0.1),
+    ("qwen3_moe", "num_experts", "8"),
+    ("qwen3_moe", "num_experts_per_tok", 0),
+    ("qwen3_moe", "moe_intermediate_size", None),
+    ("qwen3_moe", "norm_topk_prob", "yes"),
+    ("qwen3_moe", "decoder_sparse_step", 2),
+    ("qwen3_moe", "mlp_only_layers", [0]),
+]
+
+
+@pytest.mark.parametrize(("family", "key", "value"), WRONG_EXPERTS)
+def test_wrong_value_of_a_key_of_experts_is_refused(family: str, key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        Architecture.from_hf(tiny_hf_config(family) | {key: value})
+    assert key in str(error.value)
+
+
+def test_experts_are_read_like_transformers() -> None:
+    mixtral = Architecture.from_hf(tiny_hf_config("mixtral"))
+    assert (mixtral.num_experts, mixtral.experts_per_token, mixtral.ffn_hidden_size) == (4, 2, 64)
+    assert mixtral.renormalizes_experts
+    qwen = tiny_hf_config("qwen3_moe", norm_topk_prob=False)
+    # Transformers 5 writes the number of experts under Mixtral's name.
+    qwen["num_local_experts"] = qwen.pop("num_experts")
+    architecture = Architecture.from_hf(qwen)
+    assert (architecture.num_experts, architecture.ffn_hidden_size) == (8, 32)
+    assert not architecture.renormalizes_experts
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_never_reads_a_noted_key(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second reading: Transformers' model runs with keys that report every access."""
