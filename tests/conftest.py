@@ -1,4 +1,4 @@
-"""A pool of CPU workers, shared by all tests so that each worker starts once."""
+"""Pools of workers, shared by all tests so that each worker starts once."""
 
 import gc
 import os
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_idpo.testing import WorkerPool
+from megatron_idpo.testing.phantom_gpu import why_not
 
 
 def pytest_configure() -> None:
@@ -41,4 +42,20 @@ def pytest_collection_finish() -> None:
 def workers() -> Iterator[WorkerPool]:
     """Worker processes for `workers.run(function, world_size, ...)`, started on demand."""
     with WorkerPool() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def has_phantom_gpu() -> None:
+    """Skips where the CUDA path cannot be executed; in CI that is a failure."""
+    if (reason := why_not()) is not None:
+        if os.environ.get("CI"):
+            pytest.fail(f"the CUDA path is not tested: {reason}")
+        pytest.skip(f"no phantom GPU: {reason}")
+
+
+@pytest.fixture(scope="session")
+def gpu_workers(has_phantom_gpu: None) -> Iterator[WorkerPool]:
+    """Like `workers`, on phantom GPUs: for tests that run on both devices."""
+    with WorkerPool(max_workers=2, device="phantom") as pool:
         yield pool

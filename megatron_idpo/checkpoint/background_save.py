@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.mcore.cpu.redirect import default_device
 
 _TIMEOUT = timedelta(hours=2)
 """For the slowest rank's disk; a rank that has died is detected immediately."""
@@ -21,9 +22,8 @@ class BackgroundWorker:
     """Runs one job at a time; all ranks start, poll and wait for the same jobs."""
 
     def __init__(self) -> None:
-        """Collective: creates two process groups over the CPU, for the jobs and for `poll`."""
+        """Collective: creates a process group over the CPU for the jobs."""
         self.group = _group_of_all_ranks()
-        self._poll_group = _group_of_all_ranks()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -48,16 +48,19 @@ class BackgroundWorker:
     def poll(self) -> bool:
         """Whether the job has ended on every rank. Collective while a job runs.
 
-        One all-reduce of one integer over the CPU.
+        One all-reduce of one integer over the default group.
 
         Raises:
             CheckpointError: on every rank, if the job failed.
         """
         if self._thread is None:
             return False
-        ended = torch.tensor(int(not self._thread.is_alive()))
+        # The job has its own group, so this one is free. A second group over the CPU would be as
+        # many sockets per process as there are ranks.
+        has_ended = int(not self._thread.is_alive())
+        ended = torch.full((), has_ended, dtype=torch.int32, device=default_device())
         # MIN: without it, ranks would disagree on whether the job has ended.
-        dist.all_reduce(ended, op=dist.ReduceOp.MIN, group=self._poll_group)
+        dist.all_reduce(ended, op=dist.ReduceOp.MIN)
         return bool(ended) and self.wait()
 
     def wait(self) -> bool:

@@ -169,7 +169,7 @@ class Checkpoints:
     def poll(self) -> CheckpointInfo | None:
         """The checkpoint that was completed since the last call, if any.
 
-        Cheap: while a save runs, one integer is reduced over the CPU; otherwise nothing.
+        Cheap: while a save runs, one integer is reduced; otherwise nothing.
 
         Raises:
             CheckpointError: on every rank; the checkpoint could not be written. Earlier checkpoints

@@ -66,12 +66,25 @@ def limit_error(error: BaseException) -> UserError | None:
     while cause is not None:
         if isinstance(cause, OSError) and (problem := os_problem(cause)):
             return ConfigError.of([problem])
+        if type(cause).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+            return _gpu_memory_error(cause)
         if isinstance(cause, MemoryError) or _NO_MEMORY.search(str(cause)):
             return _at_limit("memory", errno.ENOMEM, cause)
         if _NO_FILES.search(str(cause)):
             return _at_limit("open files", errno.EMFILE, cause)
         cause = cause.__cause__  # not the context: it may have been handled
     return None
+
+
+def _gpu_memory_error(error: BaseException) -> ConfigError:
+    """torch's message is a paragraph about its allocator; its first two sentences are the facts."""
+    first_line = str(error).strip().split("\n", 1)[0].removeprefix("CUDA out of memory. ")
+    facts = " ".join(re.split(r"(?<=\.) (?=[A-Z])", first_line)[:2]).rstrip(".")
+    return ConfigError.at(
+        "GPU memory",
+        f"is full: {facts[:_MAX_SHOWN]}",
+        "lower data.row_tokens, set training.recompute to full, or raise layout.tensor",
+    )
 
 
 def _at_limit(what: str, code: int, error: BaseException) -> ConfigError:

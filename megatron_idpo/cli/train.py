@@ -3,10 +3,12 @@
 The configuration is checked before torch and megatron-core are imported, which takes seconds.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.yaml_tree import read_tree
 from megatron_idpo.errors import ConfigError
 
@@ -25,6 +27,7 @@ def main(path: Path, overrides: Sequence[str]) -> int:
         UserError: on every rank.
     """
     config = load_config(path, overrides, required=REQUIRED, optional=OPTIONAL)
+    _order_kernels(config)
     if config.sdpo is not None:
         from megatron_idpo.sdpo.run import train_in_steps
 
@@ -32,6 +35,16 @@ def main(path: Path, overrides: Sequence[str]) -> int:
     from megatron_idpo.train.loop import train
 
     return train(config)
+
+
+def _order_kernels(config: RunConfig) -> None:
+    """Let GPUs start kernels in the order of the calls, where tensor parallelism relies on it.
+
+    megatron-core overlaps its collectives with products: a collective that was called first has to
+    start first. CUDA reads the variable when it starts; a value that is set already is kept.
+    """
+    if config.layout.tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def score(path: Path, overrides: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_idpo.config.data import DataConfig, ModelConfig, SourceConfig
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.data.packing.batches import RowSettings
+from megatron_idpo.data.packing.plan import coarse_trim_tokens
 from megatron_idpo.data.pairs import PairSource
 from megatron_idpo.data.report import DataReport
 from megatron_idpo.data.tokenize.chat import TokenOptions
@@ -81,13 +82,22 @@ def row_settings(config: RunConfig, world_size: int, *, data_rank: int = 0) -> R
         row_tokens=config.data.row_tokens,
         pad_token=0,
         share_prompt=config.data.share_prompt,
-        trim_tokens=config.data.trim_tokens,
+        trim_tokens=_trim_tokens(config.data),
         # Pipeline stages exchange activations of one fixed shape per step.
         trim_rows_separately=layout.pipeline == 1,
         rows_multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
         data_size=layout.data(world_size),
         data_rank=data_rank,
     )
+
+
+def _trim_tokens(data: DataConfig) -> int:
+    """The multiple to which rows are trimmed: on a GPU coarse, so that few lengths are compiled."""
+    from megatron_idpo.mcore.cpu.redirect import default_device
+
+    if default_device().type == "cpu":
+        return data.trim_tokens
+    return coarse_trim_tokens(data.row_tokens, data.trim_tokens)
 
 
 def check_tokens(pairs: RunPairs, vocab_size: int) -> None:

@@ -210,7 +210,7 @@ def _apex(probe: Probe, has_gpu: bool) -> Finding:
     if path is None and not has_gpu:
         return Finding(name, State.OK, "not installed", "not needed without a GPU")
     if path is None:
-        consequence = "Adam and gradient norms run unfused; results are the same"
+        consequence = "Adam and gradient norms take a few more kernels; results are the same"
         remedy = "optional: build it from github.com/NVIDIA/apex (PyPI's `apex` is unrelated)"
         return Finding(name, State.MISSING, "not installed", consequence, remedy)
     if not (path / "optimizers").is_dir():

@@ -10,6 +10,7 @@ import torch
 
 from megatron_idpo.data.packing.rows import Row
 from megatron_idpo.mcore.attention.row_params import RowParams
+from megatron_idpo.mcore.cpu.redirect import to_device
 from megatron_idpo.plugin.preference_batch import PreferenceBatch
 from megatron_idpo.plugin.targets import Targets
 
@@ -43,11 +44,8 @@ def row_micro_batch(row: Row, device: torch.device, **fields: Any) -> RowMicroBa
         row.target_tokens_N,
         row.target_sequences_N,
     )
-    together = torch.from_numpy(np.concatenate(arrays))
-    if device.type == "cuda":
-        together = together.pin_memory()
+    together = to_device(torch.from_numpy(np.concatenate(arrays)), device)
     sizes = [len(array) for array in arrays]
-    together = together.to(device, non_blocking=True)
     tokens_T, position_ids_T, positions_N, targets_N, sequences_N = together.split(sizes)
     targets = Targets(
         positions_N, targets_N, sequences_N, 2 * row.num_pairs, shape=(1, len(row.tokens_T))

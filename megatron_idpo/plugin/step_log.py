@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_idpo.mcore.cpu.redirect import default_device
+from megatron_idpo.mcore.cpu.redirect import default_device, to_device
 from megatron_idpo.mcore.parallel.groups import ModelGroups
 from megatron_idpo.plugin.outputs import SUMMED
 
@@ -112,7 +112,7 @@ class StepLog:
 
     def _values(self, sums_LM: Tensor) -> Tensor:
         """`[sum, number of pairs]` of every name."""
-        scales_L = torch.tensor(self._scales, dtype=torch.float64, device=sums_LM.device)
+        scales_L = to_device(torch.tensor(self._scales, dtype=torch.float64), sums_LM.device)
         taps_LM, final_M = sums_LM[:-1], sums_LM[-1]
         # Every layer has the same pairs.
         combined = (scales_L * sums_LM[:, 0]).sum()

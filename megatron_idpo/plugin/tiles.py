@@ -25,6 +25,9 @@ from torch import Tensor
 
 from megatron_idpo.plugin.vocab_softmax import PartialSoftmax
 
+_MIN_VOCAB = 2048
+"""Vocabulary rows of a tile on a GPU with a small cache: products stay large enough."""
+
 
 @dataclass(frozen=True, slots=True)
 class TileSizes:
@@ -45,12 +48,22 @@ class TileSizes:
     def default(cls, device: torch.device, *, frozen: bool) -> "TileSizes":
         """Sizes for a device, measured by `benchmarks/head.py`.
 
-        A CPU tile stays in the last-level cache. A GPU tile is 64 MiB of float32 logits, or 32 MiB
+        A CPU tile stays in the last-level cache. A GPU tile is as many float32 logits as fit into
+        the device's L2 cache (H100: 50 MB), with a power of two of vocabulary rows; fewer rows
         where the weight's gradient needs a float32 tile `[vocab, H]` as well.
         """
         if device.type == "cpu":
             return cls(tokens=512, vocab=2048)
-        return cls(tokens=1024, vocab=16384) if frozen else cls(tokens=2048, vocab=4096)
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        return cls.for_cache(cache_bytes, frozen=frozen)
+
+    @classmethod
+    def for_cache(cls, cache_bytes: int, *, frozen: bool) -> "TileSizes":
+        """Sizes for a GPU with a cache of so many bytes."""
+        tokens = 1024 if frozen else 2048
+        columns = max(cache_bytes // (4 * tokens), _MIN_VOCAB)  # float32
+        vocab = 1 << (columns.bit_length() - 1)
+        return cls(tokens, vocab)
 
 
 def slices(length: int, size: int) -> Iterator[slice]:

@@ -21,7 +21,7 @@ from megatron_idpo.convert.model_source import FrozenModel, load_base
 from megatron_idpo.data.packing.batches import Batch
 from megatron_idpo.lora.adapters import Adapters, add_adapters
 from megatron_idpo.lora.peft import load_peft, read_peft_settings
-from megatron_idpo.mcore.cpu.redirect import default_device
+from megatron_idpo.mcore.cpu.redirect import default_device, to_device
 from megatron_idpo.mcore.model.build import ModelOptions, build_model
 from megatron_idpo.mcore.parallel.pipeline import broadcast_from_last_stage
 from megatron_idpo.mcore.parallel.world import raise_on_all_ranks
@@ -83,12 +83,9 @@ class CachedReference:
         rows = [row.pair_index_P for row in batch.rows]
         logps_BL2 = self.logps_PL2[np.concatenate(rows)]
         logps_LB2 = torch.from_numpy(np.ascontiguousarray(logps_BL2.transpose(1, 0, 2)))
-        device = default_device()
-        if device.type == "cuda":
-            logps_LB2 = logps_LB2.pin_memory()
         # One copy to the device for the whole batch, then views per row: chosen and rejected of a
         # row's pairs alternate, as its sequences do.
-        flat_L2B = logps_LB2.flatten(1).to(device, non_blocking=True)
+        flat_L2B = to_device(logps_LB2.flatten(1), default_device())
         by_row = flat_L2B.split([2 * len(row) for row in rows], dim=1)
         return [dict(zip(self.layers, logps.unbind(0), strict=True)) for logps in by_row]
 

@@ -1,9 +1,9 @@
-"""Distributed tests on one machine: a pool of CPU workers, and tiny models to run on them.
+"""Distributed tests on one machine: a pool of workers, and tiny models to run on them.
 
 Shipped, so that users can test their own plugins with it. This module is the public API: the pool
 (`pool.py`), which runs worker processes (`worker.py`, forked by `fork_server.py`) and exchanges
-messages with them (`messages.py`), and the models (`tiny_models.py`). Importing it does not import
-torch.
+messages with them (`messages.py`), and the models (`tiny_models.py`). `phantom_gpu/` is a CUDA
+device without a GPU. Importing this module does not import torch.
 """
 
 from megatron_idpo.testing.pool import WorkerError, WorkerPool, run_distributed

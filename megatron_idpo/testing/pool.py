@@ -1,4 +1,4 @@
-"""A pool of CPU worker processes that run a function as the ranks of one job.
+"""A pool of worker processes that run a function as the ranks of one job.
 
 `WorkerPool.run(function, world_size, ...)` calls a module-level function on that many processes at
 once, each with torch.distributed initialized over gloo and Megatron-Core's CUDA calls redirected to
@@ -8,7 +8,8 @@ Importing torch and Megatron-Core takes seconds per process, a call on a running
 milliseconds. So one server process imports them (`fork_server.py`), workers are forked from it when
 a call first needs them, and kept.
 
-Not supported: GPUs (none are visible to workers), several machines. Rendezvous uses a file, so no
+Workers compute on the CPU, or on phantom GPUs (`phantom_gpu/`), so that a test can run on both. Not
+supported: real GPUs (none are visible to workers), several machines. Rendezvous uses a file, so no
 port has to be free.
 """
 
@@ -23,8 +24,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
+from megatron_idpo.testing import phantom_gpu
 from megatron_idpo.testing.messages import Call, FunctionReference, Outcome, dumps, loads
 from megatron_idpo.testing.processes import ForkServer
 
@@ -44,16 +46,23 @@ class WorkerError(RuntimeError):
 
 
 class WorkerPool:
-    """CPU worker processes that are started on demand, reused, and replaced when they break.
+    """Worker processes that are started on demand, reused, and replaced when they break.
 
     A context manager; `run` does the work. Not for use from several threads at once.
     """
 
-    def __init__(self, max_workers: int = 8) -> None:
-        """Create a pool of at most `max_workers` processes; none is started yet."""
+    def __init__(self, max_workers: int = 8, *, device: Literal["cpu", "phantom"] = "cpu") -> None:
+        """Create a pool of at most `max_workers` processes; none is started yet.
+
+        Args:
+            max_workers: at least 1.
+            device: `phantom` gives each worker a phantom GPU with arithmetic, within
+                `phantom_gpu.device.phantom()`; requires that `phantom_gpu.why_not()` is None.
+        """
         if max_workers < 1:
             raise ValueError(f"max_workers must be at least 1, not {max_workers}")
         self.max_workers = max_workers
+        self.device = device
         self._workers: list[WorkerProcess] = []
         self._server: ForkServer | None = None
         self._directory = tempfile.TemporaryDirectory(prefix="megatron-idpo-workers-")
@@ -100,8 +109,8 @@ class WorkerPool:
         Args:
             function: A module-level function; it is passed by name, its arguments and result are
                 pickled. It runs with torch.distributed initialized (gloo), RANK, WORLD_SIZE and
-                LOCAL_RANK set, and Megatron-Core's CUDA calls redirected to the CPU. Parallel
-                state that it leaves is destroyed afterwards.
+                LOCAL_RANK set, and Megatron-Core's CUDA calls redirected to the CPU or served by
+                a phantom GPU. Parallel state that it leaves is destroyed afterwards.
             world_size: Number of ranks, 1 to `max_workers`.
             *args: Positional arguments of `function`.
             timeout_s: Seconds until the call counts as hung, without the start of workers.
@@ -140,7 +149,7 @@ class WorkerPool:
         """The first `world_size` workers; starts those that are missing or have ended."""
         self._discard([worker for worker in self._workers if not worker.is_idle])
         if self._server is None:
-            self._server = ForkServer(_environment(), _START_TIMEOUT_S)
+            self._server = ForkServer(self._environment(), _START_TIMEOUT_S)
         while len(self._workers) < world_size:
             self._started += 1
             stacks = Path(self._directory.name) / f"stacks-{self._started}"
@@ -150,6 +159,11 @@ class WorkerPool:
                 raise WorkerError(str(error)) from None
             self._workers.append(worker)
         return self._workers[:world_size]
+
+    def _environment(self) -> dict[str, str]:
+        if self.device == "cpu":
+            return _cpu_environment()
+        return {**phantom_gpu.environment(gpus=self.max_workers), **_single_threaded()}
 
     def _discard(self, workers: Sequence["WorkerProcess"]) -> None:
         """Kill workers in an unknown state; the next call starts new ones."""
@@ -310,20 +324,27 @@ class WorkerProcess:
         self.process.wait()
 
 
-def _environment() -> dict[str, str]:
-    """The environment of a single-threaded CPU worker."""
+def _cpu_environment() -> dict[str, str]:
     search_path = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
-    environment = os.environ | {
+    return {
+        **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(search_path),
+        **_single_threaded(),
+    }
+
+
+def _single_threaded() -> dict[str, str]:
+    """Environment variables of every worker."""
+    variables = {
         # Megatron-Core warns without it with tensor and sequence parallelism.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(search_path),
         "TOKENIZERS_PARALLELISM": "false",
     }
     # By default gloo resolves the host name, which may not belong to a local interface.
     interfaces = {name for _, name in socket.if_nameindex()}
     loopback = next((name for name in ("lo", "lo0") if name in interfaces), None)
-    if loopback is not None:
-        environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    return environment
+    if loopback is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
+        variables["GLOO_SOCKET_IFNAME"] = loopback
+    return variables

@@ -19,8 +19,25 @@ import time
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from unittest.mock import patch
 
 from megatron_idpo.testing.messages import Call, Outcome, dumps, loads
+from megatron_idpo.testing.phantom_gpu.launch import ARITHMETIC
+
+
+@contextlib.contextmanager
+def _device(call: Call) -> Iterator[None]:
+    """The phantom GPU of this rank, in a pool of them; nothing on the CPU."""
+    if ARITHMETIC not in os.environ:
+        yield
+        return
+    import torch
+
+    from megatron_idpo.testing.phantom_gpu.device import phantom
+
+    with phantom():
+        torch.cuda.set_device(call.rank)
+        yield
 
 
 @contextlib.contextmanager
@@ -55,7 +72,7 @@ def _run(call: Call) -> Outcome:
     try:
         function = call.function.resolve()
         args, kwargs = loads(call.arguments)
-        with _process_group(call):
+        with _device(call), _process_group(call):
             try:
                 outcome = Outcome(result=dumps(function(*args, **kwargs)))
             except BaseException as error:
@@ -99,16 +116,38 @@ def _failure(error: BaseException) -> Outcome:
 def prepare() -> None:
     """Import what every worker needs, before it is forked; torch computes on one thread."""
     import torch
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401  # lazy modules
 
-    import megatron_idpo.mcore.cpu.gloo
-    import megatron_idpo.mcore.model.build
-    import megatron_idpo.mcore.parallel.groups
-    import megatron_idpo.train.loop  # noqa: F401
-    from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
+    from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
     torch.set_num_threads(1)
-    redirect_cuda_to_cpu()
+    with suppress_megatron_warnings(), _unasked_devices():
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401  # lazy
+
+        import megatron_idpo.mcore.cpu.gloo
+        import megatron_idpo.mcore.model.build
+        import megatron_idpo.mcore.parallel.groups
+        import megatron_idpo.train.loop
+        from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
+
+        if ARITHMETIC in os.environ:
+            import megatron_idpo.testing.phantom_gpu.device  # noqa: F401
+        else:
+            redirect_cuda_to_cpu()
+
+
+@contextlib.contextmanager
+def _unasked_devices() -> Iterator[None]:
+    """With phantom GPUs, answer imports that ask whether there are GPUs, within the block.
+
+    torch would ask the runtime, and then refuse to use CUDA in every forked process.
+    """
+    if ARITHMETIC not in os.environ:
+        yield
+        return
+    import torch
+
+    with patch.object(torch.cuda, "is_available", lambda: True):
+        yield
 
 
 def serve(connection: Connection) -> None:

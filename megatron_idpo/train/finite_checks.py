@@ -76,15 +76,18 @@ def check_weights_finite(chunks: Sequence[torch.nn.Module], step: int) -> None:
     Raises:
         TrainingError: on every rank, with a weight of the first rank that has one.
     """
-    bad_weight = next(
-        (
-            name
-            for chunk in chunks
-            for name, parameter in chunk.named_parameters()
-            if parameter.requires_grad and not bool(parameter.isfinite().all())
-        ),
-        None,
-    )
+    trained = {
+        name: parameter
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad
+    }
+    bad_weight = None
+    if trained:
+        # One flag for all, and one copy to the host: each copy waits for the GPU.
+        is_finite = torch.stack([parameter.isfinite().all() for parameter in trained.values()])
+        named = zip(trained, is_finite.tolist(), strict=True)
+        bad_weight = next((name for name, finite in named if not finite), None)
     if bad_weights := [name for name in all_gather_objects(bad_weight) if name is not None]:
         message = f"the update made {bad_weights[0]} NaN or infinite"
         raise TrainingError.at(f"step {step}", message, _REMEDY)

@@ -19,10 +19,16 @@ from megatron_idpo.mcore.parallel.world import (
     raise_on_all_ranks,
     running_layout,
 )
+from megatron_idpo.train.compile_ahead import compile_ahead
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.finite_checks import check_evaluation_finite
 from megatron_idpo.train.logging.report import Report, open_report
-from megatron_idpo.train.messages import report_finished, report_preempted, report_start
+from megatron_idpo.train.messages import (
+    report_compiled,
+    report_finished,
+    report_preempted,
+    report_start,
+)
 from megatron_idpo.train.run_directory import RunDirectory, check_not_stepped, open_run_directory
 from megatron_idpo.train.setup import Prepared, assemble, prepare
 from megatron_idpo.train.start_check import check_start, is_start_check_due
@@ -89,6 +95,8 @@ def train_prepared(
         trainer.write_config()
         with trainer.checkpoints, open_report(trainer) as report:
             report_start(trainer, report)
+            if not trainer.is_complete:
+                report_compiled(compile_ahead(trainer.policy, trainer.rows), report)
             if trainer.resumed_from is None:
                 run_start_check(trainer, report)
                 evaluate(trainer, report)

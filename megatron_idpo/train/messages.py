@@ -5,7 +5,7 @@ Every path that is printed exists at that time.
 
 from collections.abc import Sequence
 
-from megatron_idpo.console.text import format_count
+from megatron_idpo.console.text import format_count, format_duration
 from megatron_idpo.errors import EXIT_PREEMPTED
 from megatron_idpo.reference.run_caches import cache_directory
 from megatron_idpo.train.logging.report import Report
@@ -53,6 +53,14 @@ def report_start(trainer: Trainer, report: Report) -> None:
         show(f"resuming from step {trainer.step}: {trainer.resumed_from}")
     if trainer.is_complete:
         show(f"all {trainer.total_steps} steps are complete")
+
+
+def report_compiled(compiled: tuple[Sequence[int], float] | None, report: Report) -> None:
+    """Print what `compile_ahead` has done, if anything."""
+    if compiled is not None:
+        lengths, seconds = compiled
+        shown = ", ".join(map(str, lengths))
+        report.print(f"compiled for rows of {shown} tokens in {format_duration(seconds)}")
 
 
 def _dropped_pairs(trainer: Trainer) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from megatron_idpo.cli import limits
 from megatron_idpo.cli import main as cli
@@ -73,6 +74,15 @@ LIMITED = {
         "system: not enough memory (libx.so",
     ),
     "import": (ImportError("libx.so: Too many open files"), "system: not enough open files (libx"),
+    "GPU": (
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 "
+            "GiB of which 1.2 GiB is free. Process 1 has 77.9 GiB memory in use."
+        ),
+        "GPU memory: is full: Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB "
+        "of which 1.2 GiB is free; lower data.row_tokens, set training.recompute to full, or raise "
+        "layout.tensor",
+    ),
     "cause": (
         raised(RuntimeError("x"), OSError(errno.EMFILE, "no")),
         "system: Too many open files",

@@ -31,6 +31,15 @@ def test_empty_tile_is_rejected():
         TileSizes(tokens=0, vocab=8)
 
 
+@pytest.mark.parametrize("cache_mb", [6, 40, 50, 126])
+def test_logits_of_a_gpu_tile_fit_into_its_cache(cache_mb):
+    for frozen in (True, False):
+        tiles = TileSizes.for_cache(cache_mb << 20, frozen=frozen)
+        bytes_used = 4 * tiles.tokens * tiles.vocab
+        assert bytes_used <= max(cache_mb, 16) << 20
+        assert bytes_used > cache_mb << 18  # more than a quarter of it
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_products_of_narrow_operands_are_not_rounded(dtype):
     torch.manual_seed(0)

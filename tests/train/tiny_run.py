@@ -67,10 +67,10 @@ class Files:
         return self.root / "held_out.jsonl"
 
 
-def write_files(root: Path) -> Files:
-    """A model with its tokenizer, training pairs and held-out pairs."""
+def write_files(root: Path, **sizes: int) -> Files:
+    """A model with its tokenizer, training pairs and held-out pairs; `sizes` change `SIZES`."""
     files = Files(root)
-    write_tiny_hf_model(files.model, "llama", seed=2, **SIZES)
+    write_tiny_hf_model(files.model, "llama", seed=2, **{**SIZES, **sizes})
     records = _records(PAIRS + HELD_OUT)
     records[ODD_PAIR]["rejected"] += f" {ODD_WORD}"
     _write_tokenizer(files.model, [text for record in records for text in record.values()])

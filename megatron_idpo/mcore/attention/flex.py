@@ -23,9 +23,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_idpo.mcore.attention.row_params import Group, RowParams
+from megatron_idpo.mcore.cpu.redirect import to_device
 
 BLOCK = 128
 """FlexAttention's default block of queries and of keys."""
+
+MIN_HEAD_DIM = 16
+"""FlexAttention's kernels multiply tiles that are at least this wide."""
 
 
 def attend_row_flex(
@@ -80,22 +84,28 @@ def block_mask(row: RowParams, window: int | None) -> BlockMask:
         row: The structure.
         window: As in `attend_row_flex`.
     """
-    device = row.position_ids_T.device
     needed_IJ, full_IJ = _blocks(row, window)
     # FlexAttention keeps two lists: partial blocks, where it calls mask_mod, and full ones, where
-    # it does not. A block in both would be counted twice in the softmax.
-    kv_num_blocks, kv_indices = _block_lists(needed_IJ & ~full_IJ)
-    full_kv_num_blocks, full_kv_indices = _block_lists(full_IJ)
-    mask = BlockMask.from_kv_blocks(
-        kv_num_blocks,
-        kv_indices,
-        full_kv_num_blocks,
-        full_kv_indices,
-        BLOCK_SIZE=BLOCK,
-        mask_mod=_visible(row, window),
+    # it does not. A block in both would be counted twice in the softmax. The backward pass also
+    # reads them by key block.
+    partial_IJ = needed_IJ & ~full_IJ
+    lists = [_block_lists(blocks) for blocks in (partial_IJ, full_IJ, partial_IJ.T, full_IJ.T)]
+    arrays = [*_parts(row), *(array for pair in lists for array in pair)]
+    part_T, prompt_T, *blocks = _copied_together(arrays, row.position_ids_T.device)
+    kv_num, kv, full_kv_num, full_kv, q_num, q, full_q_num, full_q = (b[None, None] for b in blocks)
+    return BlockMask(
         seq_lengths=(row.row_tokens, row.row_tokens),
+        kv_num_blocks=kv_num,
+        kv_indices=kv,
+        full_kv_num_blocks=full_kv_num,
+        full_kv_indices=full_kv,
+        q_num_blocks=q_num,
+        q_indices=q,
+        full_q_num_blocks=full_q_num,
+        full_q_indices=full_q,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=_visible(row, window, part_T, prompt_T),
     )
-    return mask.to(device)
 
 
 @functools.cache
@@ -119,11 +129,22 @@ def _compiled_flex_attention(
     return torch.compile(attend, backend=backend, dynamic=False, fullgraph=True)
 
 
-def _visible(row: RowParams, window: int | None) -> Callable[[Any, Any, Any, Any], Any]:
-    """The `mask_mod`: whether the query at one position of the row sees the key at another.
+def _copied_together(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The int32 arrays on a device, in one copy that the host does not wait for."""
+    # Triton has faster kernels for addresses that are multiples of 16 bytes.
+    padded = [np.pad(array.ravel(), (0, -array.size % 4)) for array in arrays]
+    together = to_device(torch.from_numpy(np.concatenate(padded)), device)
+    tensors = together.split([array.size for array in padded])
+    return [
+        tensor[: array.size].view(array.shape)
+        for tensor, array in zip(tensors, arrays, strict=True)
+    ]
 
-    Each prompt and each answer is a *part* with a unique index. A query sees keys of the same part
-    and of its group's prompt, at distances from 0 to the window.
+
+def _parts(row: RowParams) -> tuple[np.ndarray, np.ndarray]:
+    """The part of each position, and the part that is its prompt; int32 `[T]` each.
+
+    Each prompt and each answer is a *part* with a unique index.
     """
     # Padding is part -1 with prompt -2: a padding query matches no prompt or answer, and the test
     # part >= 0 excludes padding keys.
@@ -132,16 +153,24 @@ def _visible(row: RowParams, window: int | None) -> Callable[[Any, Any, Any, Any
     for i, (b0, b1, b2, b3) in enumerate(row.groups):
         part_T[b0:b1], part_T[b1:b2], part_T[b2:b3] = 3 * i, 3 * i + 1, 3 * i + 2
         prompt_T[b0:b3] = 3 * i
+    return part_T, prompt_T
+
+
+def _visible(
+    row: RowParams, window: int | None, part_T: Tensor, prompt_T: Tensor
+) -> Callable[[Any, Any, Any, Any], Any]:
+    """The `mask_mod`: whether the query at one position of the row sees the key at another.
+
+    A query sees keys of the same part and of its group's prompt, at distances from 0 to the window.
+    """
     # Distances are differences of position ids, not of row positions: between a rejected answer and
     # its prompt lies the chosen answer.
     position_T = row.position_ids_T.to(torch.int32)
-    part_of_T = torch.from_numpy(part_T).to(position_T.device)
-    prompt_of_T = torch.from_numpy(prompt_T).to(position_T.device)
     max_distance = row.row_tokens if window is None else window
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        part = part_of_T[key]
-        same_sequence = (part == part_of_T[query]) | (part == prompt_of_T[query])
+        part = part_T[key]
+        same_sequence = (part == part_T[query]) | (part == prompt_T[query])
         distance = position_T[query] - position_T[key]
         return same_sequence & (part >= 0) & (distance >= 0) & (distance < max_distance)
 
@@ -203,10 +232,9 @@ def _blocks_of(start: int, end: int) -> tuple[slice, np.ndarray, np.ndarray]:
     )
 
 
-def _block_lists(blocks_IJ: np.ndarray) -> tuple[Tensor, Tensor]:
-    """FlexAttention's format: the number of key blocks per query block, `[1, 1, I]`, and their
-    indices, which come first in `[1, 1, I, J]`."""
+def _block_lists(blocks_IJ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """FlexAttention's format, int32: the number of key blocks per query block, `[I]`, and their
+    indices, which come first in `[I, J]`."""
     # False sorts before True, and a stable sort keeps the key blocks in ascending order.
     indices_IJ = np.argsort(~blocks_IJ, axis=1, kind="stable").astype(np.int32)
-    counts_I = blocks_IJ.sum(axis=1, dtype=np.int32)
-    return torch.from_numpy(counts_I)[None, None], torch.from_numpy(indices_IJ)[None, None]
+    return blocks_IJ.sum(axis=1, dtype=np.int32), indices_IJ

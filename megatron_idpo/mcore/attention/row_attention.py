@@ -5,7 +5,8 @@ this module replaces them in both layer specs. It has their constructor and forw
 parameters and no state: everything about a micro-batch arrives in its `RowParams`, so a recomputed
 forward pass sees the same row.
 
-The kernel depends on the device: FlexAttention on a GPU, SDPA on slices of each pair on a CPU. Both
+The kernel depends on the device: FlexAttention on a GPU, SDPA on slices of each pair on a CPU and
+for heads smaller than FlexAttention's smallest, which only models for tests have. Both
 support grouped-query heads and sliding windows. Dropout, context parallelism, attention masks and
 biases as arguments, attention sinks and query-key clipping are rejected.
 
@@ -24,7 +25,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_idpo.errors import ConfigError, Problem
-from megatron_idpo.mcore.attention.flex import attend_row_flex
+from megatron_idpo.mcore.attention.flex import MIN_HEAD_DIM, attend_row_flex
 from megatron_idpo.mcore.attention.row_params import RowParams
 from megatron_idpo.mcore.attention.sdpa import attend_causal, attend_row
 
@@ -140,7 +141,8 @@ class RowAttention(MegatronModule):
         if all(b0 == b3 for b0, _, _, b3 in row.groups):
             # A data-parallel rank may get an empty row; the kernels need at least one position.
             return _connected_zeros(query, key, value).flatten(2)
-        attend = attend_row_flex if query.is_cuda else attend_row
+        uses_flex = query.is_cuda and query.size(-1) >= MIN_HEAD_DIM
+        attend = attend_row_flex if uses_flex else attend_row
         return attend(query, key, value, row=row, scale=scale, window=window).flatten(2)
 
     def sharded_state_dict(

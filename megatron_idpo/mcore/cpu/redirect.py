@@ -105,6 +105,16 @@ def default_device() -> torch.device:
     return CPU
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a CPU tensor to a device without waiting for it: to a GPU out of pinned memory.
+
+    torch keeps the pinned memory until the copy has ended.
+    """
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def backend() -> str:
     """The torch.distributed backend for `default_device`: `"nccl"` or `"gloo"`."""
     return "nccl" if torch.cuda.is_available() else "gloo"

@@ -3,8 +3,10 @@
 T  positions   I  input features   O  output features   R  low-rank features
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -40,10 +42,11 @@ def add_low_rank(
 
 
 def dropout_linear(input_TI: Tensor, down_RI: Tensor, dropout: float) -> Tensor:
-    """`linear(dropout(input), down)`; saves the input and a mask of one byte per element.
+    """`linear(dropout(input), down)`; saves the input, and on a CPU a mask of one byte per element.
 
     All adapters of a linear save the same input; torch's dropout would save its output for each.
-    Draws from the current default generator.
+    Draws from the current default generator. On a GPU the backward pass draws the mask again, from
+    the generator's state, instead of keeping it: seven masks per layer, each as wide as the input.
     """
     return cast(Tensor, _DroppedLinear.apply(input_TI, down_RI, dropout))
 
@@ -100,20 +103,60 @@ class _AddLowRank(torch.autograd.Function):
 class _DroppedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input_TI: Tensor, down_RI: Tensor, dropout: float) -> Tensor:
+        ctx.dropout = dropout
+        ctx.mask_seed = _MaskSeed.now(input_TI.device) if input_TI.is_cuda else None
         dropped_TI, mask_TI = torch.native_dropout(input_TI, dropout, train=True)
-        ctx.save_for_backward(input_TI, mask_TI, down_RI)
-        ctx.scale = 1 / (1 - dropout)
+        kept = (mask_TI,) if ctx.mask_seed is None else ()
+        ctx.save_for_backward(input_TI, down_RI, *kept)
         return dropped_TI @ down_RI.t()
 
     @staticmethod
     def backward(ctx: Any, grad_TR: Tensor) -> tuple[Tensor | None, ...]:
-        input_TI, mask_TI, down_RI = ctx.saved_tensors
+        input_TI, down_RI, *kept = ctx.saved_tensors
+        scale = 1 / (1 - ctx.dropout)
         # The gradient of dropout is dropout with the same mask and scale. Applied to the input, it
         # also recomputes the dropped input, which is not saved.
+        if ctx.mask_seed is None:
+            (mask_TI,) = kept
+            dropped_TI = torch.ops.aten.native_dropout_backward(input_TI, mask_TI, scale)
+        else:
+            with ctx.mask_seed.drawing_again():
+                dropped_TI, mask_TI = torch.native_dropout(input_TI, ctx.dropout, train=True)
         grad_input_TI = None
         if ctx.needs_input_grad[0]:
             grad_input_TI = torch.ops.aten.native_dropout_backward(
-                grad_TR @ down_RI, mask_TI, ctx.scale
+                grad_TR @ down_RI, mask_TI, scale
             )
-        dropped_TI = torch.ops.aten.native_dropout_backward(input_TI, mask_TI, ctx.scale)
         return grad_input_TI, grad_TR.t() @ dropped_TI, None
+
+
+@dataclass(frozen=True, slots=True)
+class _MaskSeed:
+    """The state of a CUDA generator before it draws a mask: two numbers, which the host knows.
+
+    On a CPU the mask is kept instead: drawing is slow there, and the state is 5 kB.
+    """
+
+    generator: torch.Generator
+    seed: int
+    offset: int
+
+    @classmethod
+    def now(cls, device: torch.device) -> Self:
+        """Of the device's default generator, as it is now."""
+        generator = torch.cuda.default_generators[device.index]
+        return cls(generator, generator.initial_seed(), generator.get_offset())
+
+    @contextmanager
+    def drawing_again(self) -> Iterator[None]:
+        """The generator in this state within the block, and in its own state afterwards."""
+        seed, offset = self.generator.initial_seed(), self.generator.get_offset()
+        self._set(self.seed, self.offset)
+        try:
+            yield
+        finally:
+            self._set(seed, offset)
+
+    def _set(self, seed: int, offset: int) -> None:
+        self.generator.manual_seed(seed)
+        self.generator.set_offset(offset)

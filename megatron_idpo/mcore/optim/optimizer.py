@@ -16,6 +16,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
 from megatron_idpo.config.training import OptimizerConfig
+from megatron_idpo.mcore.optim.multi_tensor import use_foreach_operators
 from megatron_idpo.mcore.parallel.groups import data_parallel_size
 
 
@@ -90,7 +91,10 @@ def setup_ddp_and_optimizer(
         params_dtype=config.params_dtype,
         use_distributed_optimizer=distributed,
     )
-    optimizer = get_megatron_optimizer(adam, model, get_standard_config_overrides(adam))
+    use_foreach_operators()
+    optimizer = get_megatron_optimizer(
+        adam, model, get_standard_config_overrides(adam), use_gloo_process_groups=False
+    )
     for group in optimizer.param_groups:
         # `wd_mult` is 0 for norms and biases. megatron-core applies it in its own parameter
         # scheduler, which we do not use: our schedule sets the learning rate only.

@@ -50,6 +50,8 @@ def start_layout(layout: Layout, seed: int = 0) -> None:
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        # For megatron-core's own checkpoints, which are not used.
+        create_gloo_process_groups=False,
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     model_parallel_cuda_manual_seed(seed + 100 * stage)

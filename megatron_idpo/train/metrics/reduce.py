@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_idpo.mcore.cpu.redirect import default_device
+from megatron_idpo.mcore.cpu.redirect import default_device, to_device
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
 from megatron_idpo.objective.dpo import Objective, layer_metrics
 from megatron_idpo.plugin.outputs import LayerOutput
@@ -181,7 +181,8 @@ def reduce_outputs(
     memory_W = [0.0] * world_size
     memory_W[dist.get_rank()] = peak_memory_bytes
     extra = [float(stop_requested), *(counts_work * value for value in own_work.values())]
-    extra_sums = torch.tensor([*extra, *memory_W], dtype=torch.float64, device=layer_sums.device)
+    extra_sums = torch.tensor([*extra, *memory_W], dtype=torch.float64)
+    extra_sums = to_device(extra_sums, layer_sums.device)
     routed = layer_sums.new_zeros(0, 0) if router is None else router
     everything = torch.cat([layer_sums.flatten(), extra_sums, routed.flatten()])
     dist.all_reduce(everything)

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_idpo.data.packing import plan as plan_module
-from megatron_idpo.data.packing.plan import ROW_OVERHEAD_TOKENS, attention_visits, plan_rows
+from megatron_idpo.data.packing.plan import (
+    ROW_OVERHEAD_TOKENS,
+    attention_visits,
+    coarse_trim_tokens,
+    plan_rows,
+    row_lengths,
+    trimmed_length,
+)
 from megatron_idpo.data.pairs import pair_tokens
 
 ROW_TOKENS = 64
@@ -155,6 +162,18 @@ def test_long_pairs_are_in_different_rows():
     plan = plan_rows(lengths_B3, row_tokens=65_536, trim_tokens=128, ranks=2)
     assert [len(rank) for rank in plan.pairs] == [1, 1]
     assert all(min(row) < 2 for rank in plan.pairs for row in rank)
+
+
+@given(row_tokens=st.integers(1, 9000), trim_tokens=st.integers(0, 600))
+def test_few_row_lengths_on_a_gpu(row_tokens, trim_tokens):
+    coarse = coarse_trim_tokens(row_tokens, trim_tokens)
+    lengths = row_lengths(row_tokens, coarse)
+    assert len(lengths) <= 4 and lengths == sorted(set(lengths))
+    used = {1, row_tokens, row_tokens // 2 + 1, row_tokens // 4, row_tokens // 4 + 1} - {0}
+    for tokens in used:
+        assert trimmed_length(tokens, row_tokens=row_tokens, trim_tokens=coarse) in lengths
+    if trim_tokens:
+        assert all(length % trim_tokens == 0 for length in lengths[:-1])
 
 
 def test_attention_visits_are_causal():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_idpo.mcore.attention import flex
 from megatron_idpo.mcore.attention.sdpa import attend_row
@@ -105,6 +105,15 @@ def test_blocks_match_the_visible_pairs(structure, window):
         mask.mask_mod, 1, 1, tokens, tokens, device="cpu", BLOCK_SIZE=block
     )
     assert torch.equal(expected.to_dense(), mask.to_dense())
+
+
+def test_blocks_are_also_listed_by_key():
+    """For the backward pass: what FlexAttention derives from the lists by query."""
+    mask = flex.block_mask(make_row([(0, 300, 450, 700), (700, 800, 801, 950)], 1000), None)
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    derived = BlockMask.from_kv_blocks(*(getattr(mask, name) for name in names))
+    for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        assert torch.equal(getattr(mask, name), getattr(derived, name)), name
 
 
 def test_most_blocks_of_a_long_row_are_full_or_skipped():

@@ -1,0 +1,136 @@
+"""The phantom GPU itself, and the CUDA branches that no whole run takes."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_idpo.cli.limits import limit_error
+from megatron_idpo.testing.phantom_gpu.counters import Counts
+from tests.mcore.attention.rows import MIXED, ROW_TOKENS, make_row
+
+pytestmark = pytest.mark.distributed
+
+# ---- on workers ---------------------------------------------------------------------------------
+
+
+def budget_message(syncs: int) -> str:
+    from megatron_idpo.testing.phantom_gpu.device import BudgetExceeded, current_gpu
+
+    values = torch.arange(6.0, device="cuda").view(2, 3)
+    try:
+        with current_gpu().budget(syncs=syncs):
+            assert float((values @ values.t()).sum()) == 83.0
+            assert values[values > 3].tolist() == [4.0, 5.0]
+    except BudgetExceeded as error:
+        return str(error)
+    return ""
+
+
+def dropped_twice() -> tuple[Tensor, Tensor, list[int]]:
+    """Input after dropout in the forward pass, in the backward pass, and sizes that are kept."""
+    from megatron_idpo.mcore.lora.products import dropout_linear
+
+    torch.cuda.manual_seed(5)
+    torch.rand(3, device="cuda")  # the masks do not start at the seed
+    inputs = torch.ones(64, 32, device="cuda", requires_grad=True)
+    down = torch.eye(32, device="cuda", requires_grad=True)
+    dropped = dropout_linear(inputs, down, 0.25)
+    other = dropout_linear(inputs, down, 0.25)
+    assert not torch.equal(dropped, other)
+    kept = [tensor.numel() for tensor in dropped.grad_fn.saved_tensors]
+    (grad,) = torch.autograd.grad(dropped.sum(), inputs)
+    return dropped.detach().cpu(), grad.cpu(), kept
+
+
+def random_numbers_differ_by_state() -> bool:
+    torch.cuda.manual_seed(1)
+    first, second = (torch.rand(4, device="cuda") for _ in range(2))
+    torch.cuda.manual_seed(1)
+    return torch.equal(first, torch.rand(4, device="cuda")) and not torch.equal(first, second)
+
+
+def full_memory_message() -> str:
+    try:
+        torch.empty(1 << 40, device="cuda")
+    except torch.OutOfMemoryError as error:
+        return str(limit_error(error))
+    return ""
+
+
+def mask_copies() -> Counts:
+    """What a row's mask costs beyond its kernels."""
+    from megatron_idpo.mcore.attention import flex
+
+    row = make_row(MIXED, ROW_TOKENS, "cuda")
+    before = Counts.now()
+    flex.block_mask(row, None)
+    return Counts.now().since(before)
+
+
+def attended(head_dim: int, device: str) -> Tensor:
+    """Row attention and its gradients on a device."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_idpo.mcore.attention.row_attention import RowAttention
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=head_dim,
+        attention_dropout=0.0,
+    )
+    attention = RowAttention(config, 1, AttnMaskType.causal, "self")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(ROW_TOKENS, 1, heads, head_dim) for heads in (4, 2, 2)]
+    inputs = [
+        torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes
+    ]
+    output = attention(*inputs, None, packed_seq_params=make_row(MIXED, ROW_TOKENS, device))
+    grads = torch.autograd.grad(output.square().sum(), inputs)
+    return torch.cat([tensor.detach().flatten().cpu() for tensor in (output, *grads)])
+
+
+# ---- tests --------------------------------------------------------------------------------------
+
+
+def test_budget_names_the_lines_that_waited(gpu_workers: Any):
+    (message,) = gpu_workers.run(budget_message, 1, 0)
+    assert message.startswith("syncs: ") and "at most 0" in message
+    assert "test_device.py:" in message and "waited" in message
+
+
+def test_equal_states_draw_equal_numbers(gpu_workers: Any):
+    assert gpu_workers.run(random_numbers_differ_by_state, 1) == [True]
+
+
+def test_dropout_draws_its_mask_again_instead_of_keeping_it(gpu_workers: Any):
+    ((dropped, grad, kept),) = gpu_workers.run(dropped_twice, 1)
+    assert sorted(kept) == [32 * 32, 64 * 32]
+    assert torch.equal(dropped, grad)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    share = float((dropped == 0).float().mean())
+    assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / dropped.numel())
+
+
+def test_full_memory_is_one_line_with_what_to_change(gpu_workers: Any):
+    (message,) = gpu_workers.run(full_memory_message, 1)
+    assert message.startswith("GPU memory: is full: Tried to allocate") and "\n" not in message
+    assert all(name in message for name in ("row_tokens", "recompute", "layout.tensor"))
+
+
+def test_mask_is_one_copy_that_the_host_does_not_wait_for(gpu_workers: Any):
+    (counts,) = gpu_workers.run(mask_copies, 1)
+    assert (counts.to_device, counts.pageable, counts.syncs) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_attention_on_a_gpu_equals_attention_on_the_cpu(gpu_workers: Any, head_dim):
+    (ours,) = gpu_workers.run(attended, 1, head_dim, "cuda")
+    (theirs,) = gpu_workers.run(attended, 1, head_dim, "cpu")
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
