@@ -52,6 +52,21 @@ def random_numbers_differ_by_state() -> bool:
     return torch.equal(first, torch.rand(4, device="cuda")) and not torch.equal(first, second)
 
 
+def collective_of_a_cpu_tensor() -> str:
+    import torch.distributed as dist
+
+    total = torch.ones(2, device="cuda")
+    dist.all_reduce(total)
+    gathered: list[Any] = [None]
+    dist.all_gather_object(gathered, "an object")
+    assert total.tolist() == [1.0, 1.0] and gathered == ["an object"]
+    try:
+        dist.all_reduce(torch.ones(2))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def full_memory_message() -> str:
     try:
         torch.empty(1 << 40, device="cuda")
@@ -107,6 +122,11 @@ def test_budget_names_the_lines_that_waited(gpu_workers: Any):
 
 def test_equal_states_draw_equal_numbers(gpu_workers: Any):
     assert gpu_workers.run(random_numbers_differ_by_state, 1) == [True]
+
+
+def test_collective_of_a_cpu_tensor_fails_as_with_nccl(gpu_workers: Any):
+    (message,) = gpu_workers.run(collective_of_a_cpu_tensor, 1)
+    assert "NCCL takes CUDA tensors" in message
 
 
 def test_dropout_draws_its_mask_again_instead_of_keeping_it(gpu_workers: Any):

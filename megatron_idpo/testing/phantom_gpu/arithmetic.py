@@ -86,6 +86,8 @@ class HostArithmetic(TorchDispatchMode):
     ) -> Any:
         """Run one operator."""
         kwargs = kwargs or {}
+        if isinstance(func, OpOverload) and func.namespace == "c10d":
+            _check_on_gpu(func, args)
         is_computed = (
             isinstance(func, OpOverload)
             and func.namespace not in _NOT_COMPUTED
@@ -113,6 +115,15 @@ class HostArithmetic(TorchDispatchMode):
             if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
                 _copy(func, ours, theirs)
         return result
+
+
+def _check_on_gpu(func: OpOverload, args: Sequence[Any]) -> None:
+    """gloo takes CPU tensors, but NCCL, for which it stands in, does not."""
+    if "barrier" in func.name():  # its tensor has no meaning
+        return
+    for value in tree_leaves(args):
+        if isinstance(value, Tensor) and not value.is_cuda:
+            raise RuntimeError(f"{func}: no backend for device type cpu; NCCL takes CUDA tensors")
 
 
 def _is_on_gpu(value: Any) -> bool:

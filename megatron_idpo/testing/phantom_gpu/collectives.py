@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.utils._pytree import tree_map
 
 from megatron_idpo.testing.phantom_gpu.arithmetic import on_host
@@ -50,6 +51,10 @@ def gloo_for_nccl() -> Iterator[None]:
         stack.enter_context(patch.object(dist, "init_process_group", init_gloo))
         stack.enter_context(patch.object(dist, "new_group", new_gloo_group))
         stack.enter_context(patch.object(dist, "barrier", gloo_barrier))
+        # Objects travel in CUDA tensors, as over NCCL.
+        stack.enter_context(
+            patch.object(distributed_c10d, "_get_object_coll_device", lambda *_: "cuda")
+        )
         yield
 
 
