@@ -26,6 +26,7 @@ def gloo_for_nccl() -> Iterator[None]:
         warnings.simplefilter("ignore")  # the kernels of c10d are replaced on purpose
         _use_host_memory()
     init, new_group, barrier = dist.init_process_group, dist.new_group, dist.barrier
+    object_device, over_cpu = distributed_c10d._get_object_coll_device, set[Any]()
 
     def gloo(backend: str | None) -> str | None:
         return "gloo" if backend == "nccl" else backend
@@ -41,19 +42,26 @@ def gloo_for_nccl() -> Iterator[None]:
     def new_gloo_group(
         ranks: Any = None, timeout: Any = None, backend: str | None = None, *_: Any, **kwargs: Any
     ) -> Any:
-        return new_group(ranks, timeout=timeout, backend=gloo(backend), **kwargs)
+        group = new_group(ranks, timeout=timeout, backend=gloo(backend), **kwargs)
+        if backend == "gloo":
+            over_cpu.add(group)
+        return group
 
     def gloo_barrier(*args: Any, **kwargs: Any) -> Any:
         kwargs.pop("device_ids", None)
         return barrier(*args, **kwargs)
 
+    def device_of_objects(group: Any = None) -> str:
+        """Objects travel in CUDA tensors, as over NCCL, but not in groups that ask for gloo."""
+        device: str = object_device(group) if group in over_cpu else "cuda"
+        return device
+
     with ExitStack() as stack:
         stack.enter_context(patch.object(dist, "init_process_group", init_gloo))
         stack.enter_context(patch.object(dist, "new_group", new_gloo_group))
         stack.enter_context(patch.object(dist, "barrier", gloo_barrier))
-        # Objects travel in CUDA tensors, as over NCCL.
         stack.enter_context(
-            patch.object(distributed_c10d, "_get_object_coll_device", lambda *_: "cuda")
+            patch.object(distributed_c10d, "_get_object_coll_device", device_of_objects)
         )
         yield
 
