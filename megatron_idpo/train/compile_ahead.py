@@ -27,15 +27,17 @@ def compile_ahead(policy: Policy, rows: RowSettings) -> tuple[Sequence[int], flo
     Gradients are left in DDP's buffers, which a step zeroes first; weights do not change.
 
     Returns:
-        The lengths and the seconds that it took; None on a CPU or with torch.compile off, where
-        nothing is compiled.
+        The lengths and the seconds that it took; None on a CPU, where nothing is compiled.
     """
-    if default_device().type == "cpu" or torch._dynamo.config.disable:
+    if default_device().type == "cpu":
         return None
     start_s = time.perf_counter()
     lengths = row_lengths(rows.row_tokens, rows.trim_tokens)
     for row_tokens in lengths:
         batch = _smallest_batch(row_tokens, rows)
+        # As before a step: DDP learns from its first backward pass how often each gradient is
+        # added before it is complete, and waits for as many in every step.
+        policy.trainable.zero_grad_buffers()
         for training in (False, True):
             run_batch(
                 policy.dpo,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore.cpu.redirect import backend
 from megatron_idpo.mcore.parallel.world import all_gather_objects
 
 _STAGE_SEED_STRIDE = 100_000
@@ -50,8 +51,9 @@ def start_layout(layout: Layout, seed: int = 0) -> None:
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        # For megatron-core's own checkpoints, which are not used.
-        create_gloo_process_groups=False,
+        # For checkpoints of megatron-core, which a run does not write: on many GPUs each such group
+        # is as many sockets per process as it has ranks.
+        create_gloo_process_groups=backend() == "gloo",
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     model_parallel_cuda_manual_seed(seed + 100 * stage)
