@@ -56,9 +56,11 @@ def _smallest_batch(row_tokens: int, rows: RowSettings) -> Batch:
     token = np.zeros(1, np.int32)
     pair = Pair(prompt_tokens=token, chosen_tokens=token, rejected_tokens=token, index=0)
     row = Row.build([pair], row_tokens, rows.pad_token, share_prompt=rows.share_prompt)
+    num_pairs = rows.rows_multiple * rows.data_size
     return Batch(
         rows=(row,) * rows.rows_multiple,
-        num_pairs=rows.rows_multiple * rows.data_size,
+        num_pairs=num_pairs,
+        chosen_tokens=num_pairs,
         consumed_pairs=0,
         used_tokens=3,
         computed_tokens=row_tokens,
