@@ -65,13 +65,15 @@ class Result:
         """The trained model as Transformers loads it; `options` are of `from_pretrained`."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.model_directory, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            self.model_directory, trust_remote_code=False, **options
+        )
 
     def tokenizer(self) -> Any:
         """The trained model's tokenizer."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model_directory)
+        return AutoTokenizer.from_pretrained(self.model_directory, trust_remote_code=False)
 
 
 def train(config: Config, /, **overrides: Mapping[str, Any] | None) -> Result:
