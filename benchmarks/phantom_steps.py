@@ -1,0 +1,294 @@
+"""One step of large layouts on a phantom GPU without arithmetic: memory, launches, waits, CPU time.
+
+    python benchmarks/phantom_steps.py [ROW ...] [--save]
+
+No GPU takes part. torch's CUDA path runs with its real allocator and dispatcher on a stand-in whose
+kernels do nothing (`docs/cuda.md`), as one rank of torch's fake process group; FlexAttention is
+replaced by a function that keeps the same tensors. Measured in the second step of a process:
+
+* the allocator's peak, launches of kernels and of matrix products, and waits of the host: counted;
+* CPU seconds of the process: what the host needs to issue the step, on this machine's processor. A
+  real driver adds about 4 µs per launch, which is added in another column as an estimate.
+
+If the sum exceeds what the GPU needs for the same step, the step is bound by launches. GPU time is
+not measured here: it is estimated as FLOPs at 60 % of an H100's dense bf16 peak.
+
+Stubbed: weights are not read, checks between ranks and of results are skipped.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from megatron_idpo.testing.phantom_gpu import environment, run_python
+
+LAUNCH_S = 4e-6
+"""What a driver takes per launch. An estimate from the literature, not measured."""
+
+GPU_FLOPS = 0.6 * 989e12
+"""60 % of an H100's dense bf16 peak."""
+
+ROW_TOKENS = 4096
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "8b": {
+        **_LLAMA,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "70b": {
+        **_LLAMA,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One line of the table."""
+
+    model: str
+    rows: int
+    world: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    rank: int = 0
+    lora: bool = True
+    dropout: float = 0.05
+    recompute: str = "off"
+
+
+LAYOUTS = {
+    "8b-lora": Layout("8b", 4),
+    "8b-lora-no-dropout": Layout("8b", 4, dropout=0.0),
+    "8b-lora-recompute": Layout("8b", 4, recompute="full"),
+    "8b-full-dp64": Layout("8b", 2, world=64, lora=False),
+    "70b-lora-tp8": Layout("70b", 4, world=64, tensor=8),
+    "70b-full-tp8-pp4": Layout("70b", 8, world=64, tensor=8, pipeline=4, rank=32, lora=False),
+    "70b-lora-tp8-pp8": Layout("70b", 16, world=512, tensor=8, pipeline=8, rank=64),
+}
+
+
+_HEADER = """\
+| layout | peak GB | launches | waits | CPU s | CPU s + 4 µs per launch | GPU s (estimate) |
+|---|---|---|---|---|---|---|"""
+
+
+def main() -> None:
+    """Measure each layout in a process of its own, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("layouts", nargs="*", metavar="ROW", help=f"of {', '.join(LAYOUTS)}")
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    arguments = parser.parse_args()
+    names = arguments.layouts or list(LAYOUTS)
+    if arguments.in_process:
+        print(json.dumps(measure(LAYOUTS[names[0]])))
+        return
+    print(_HEADER)
+    lines = [_HEADER]
+    for name in names:
+        variables = environment(arithmetic="none") | {"PHANTOM_GPU_COPY_BYTES": str(1 << 20)}
+        ran = run_python(["-W", "ignore", __file__, name, "--in-process"], variables)
+        if ran.code:
+            raise SystemExit(ran.stderr)
+        lines.append(_line(name, json.loads(ran.stdout.splitlines()[-1])))
+        print(lines[-1], flush=True)
+    if arguments.save:
+        _save("\n".join(lines))
+
+
+def _line(name: str, measured: dict[str, float]) -> str:
+    launches = measured["launches"] + measured["gemms"]
+    issued_s = measured["cpu_s"] + launches * LAUNCH_S
+    peak_gb, gpu_s = measured["peak_bytes"] / 1e9, measured["flops"] / GPU_FLOPS
+    return (
+        f"| {name} | {peak_gb:.1f} | {launches:,.0f} | {measured['syncs']:.0f} "
+        f"| {measured['cpu_s']:.2f} | {issued_s:.2f} | {gpu_s:.2f} |"
+    )
+
+
+def _save(table: str) -> None:
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    revision = subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip()
+    path = Path(__file__).parent / "results" / f"phantom-steps_{date.today()}_stand-in.md"
+    path.write_text(
+        f"# One step of large layouts on a stand-in for a GPU\n\n"
+        f"`python benchmarks/phantom_steps.py --save`, {date.today()}, commit {revision}. No GPU: "
+        f"kernels do nothing (`docs/cuda.md`). CPU seconds on {platform.machine()}, shared with "
+        f"other work.\n\n{table}\n"
+    )
+
+
+def measure(layout: Layout) -> dict[str, float]:
+    """The second step of this layout, in a process on a phantom GPU."""
+    import torch
+
+    from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
+
+    with suppress_megatron_warnings():
+        from megatron_idpo.mcore.parallel.world import running_layout
+        from megatron_idpo.testing.phantom_gpu.counters import Counts
+        from megatron_idpo.testing.phantom_gpu.device import phantom
+
+        config = _config(layout)
+        with ExitStack() as stack:
+            stack.enter_context(phantom(world=(layout.rank, layout.world)))
+            stack.enter_context(running_layout(config.layout))
+            step = _train_step(layout, config, stack)
+            batch = _batch(layout)
+            step.train(batch, 1, lr=1e-4)
+            torch.cuda.reset_peak_memory_stats()
+            before, start_s = Counts.now(), time.process_time()
+            step.train(batch, 2, lr=1e-4)
+            cpu_s, used = time.process_time() - start_s, Counts.now().since(before)
+            peak = torch.cuda.max_memory_allocated()
+    return {**asdict(used), "cpu_s": cpu_s, "peak_bytes": peak, "flops": _flops(layout)}
+
+
+def _config(layout: Layout) -> Any:
+    from megatron_idpo.config.run_config import RunConfig
+
+    sections: dict[str, Any] = {
+        "model": {"path": "x", "dtype": "bf16"},
+        "data": {"train": "x.jsonl", "row_tokens": ROW_TOKENS, "max_length": 2048},
+        "objective": {"beta": 0.1, "layers": [0.69], "intermediate_weight": 0.1},
+        "layout": {
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "sequence_parallel": layout.tensor > 1,
+        },
+        "optimizer": {"lr": 1e-4},
+        "training": {"output": "x", "global_batch_pairs": 32, "recompute": layout.recompute},
+    }
+    if layout.lora:
+        sections["lora"] = {"rank": 16, "alpha": 16, "dropout": layout.dropout}
+    return RunConfig.model_validate(sections)
+
+
+def _train_step(layout: Layout, config: Any, stack: ExitStack) -> Any:
+    """A `TrainStep` on uninitialized weights, with what needs other ranks or results replaced."""
+    import torch
+    from megatron.core.optimizer import optimizer
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.plugin import attach, shared_head
+    from megatron_idpo.train import policy, step
+    from megatron_idpo.train.metrics.reduce import reduce_outputs
+
+    def put(owner: Any, name: str, value: Any) -> None:
+        stack.enter_context(patch.object(owner, name, value))
+
+    put(policy, "load_base", lambda *_, **__: None)
+    put(attach, "check_all_ranks", lambda problems, *_, **__: problems)
+    final_norm = shared_head._NormParameter("weight", torch.bfloat16, not layout.lora)
+    state = shared_head._HeadState(not layout.lora, (final_norm,))
+    put(shared_head._HeadState, "gather", lambda *_, **__: state)
+    put(step, "check_losses_finite", lambda *_: None)
+
+    def reduced(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return reduce_outputs(*args, **kwargs)
+        except AssertionError:  # the other ranks' sums are missing; all work is done
+            return SimpleNamespace()
+
+    def norm(*args: Any, **kwargs: Any) -> float:
+        get_grad_norm_fp32(*args, **kwargs)
+        return 1.0  # what was read is the root of any number
+
+    put(step, "reduce_outputs", reduced)
+    put(optimizer, "get_grad_norm_fp32", norm)
+    architecture = Architecture.from_hf(MODELS[layout.model])
+    start = SimpleNamespace(
+        source=SimpleNamespace(architecture=architecture),
+        adapter=None,
+        identity="x",
+        base_identity="x",
+    )
+    built = policy.build_policy(config, start, show_progress=False)  # type: ignore[arg-type]
+    built.dpo._is_checked = True  # the first step would compare pairs and heads between ranks
+    layers = range(1, architecture.num_layers + 1)
+
+    def logps(batch: Any) -> Any:
+        return [
+            {layer: torch.zeros(2 * row.num_pairs, device="cuda") for layer in layers}
+            for row in batch.rows
+        ]
+
+    reference: Any = SimpleNamespace(is_reference_free=False, logps=logps)
+    return step.TrainStep(built, reference, config.objective, 0, str)
+
+
+def _batch(layout: Layout) -> Any:
+    """Full rows of pairs with 1024 tokens."""
+    from megatron_idpo.data.packing.batches import Batch
+    from megatron_idpo.data.packing.rows import Row
+    from megatron_idpo.data.pairs import Pair
+
+    pairs_per_row = ROW_TOKENS // 1024
+
+    def pair(index: int) -> Pair:
+        tokens = np.arange(1, 385, dtype=np.int32)
+        return Pair(
+            index=index, prompt_tokens=tokens[:256], chosen_tokens=tokens, rejected_tokens=tokens
+        )
+
+    rows = tuple(
+        Row.build([pair(row * pairs_per_row + i) for i in range(pairs_per_row)], ROW_TOKENS, 0)
+        for row in range(layout.rows)
+    )
+    replicas = layout.world // (layout.tensor * layout.pipeline)
+    num_pairs = pairs_per_row * layout.rows * replicas
+    num_tokens = layout.rows * ROW_TOKENS * replicas
+    return Batch(
+        rows=rows,
+        num_pairs=num_pairs,
+        chosen_tokens=384 * num_pairs,
+        consumed_pairs=0,
+        used_tokens=num_tokens,
+        computed_tokens=num_tokens,
+    )
+
+
+def _flops(layout: Layout) -> float:
+    """Products of the weights on one GPU: 4 per weight and position with LoRA, 6 without."""
+    model = MODELS[layout.model]
+    hidden, heads = model["hidden_size"], model["num_attention_heads"]
+    kv = hidden * model["num_key_value_heads"] // heads
+    per_layer = hidden * (2 * hidden + 2 * kv + 3 * model["intermediate_size"])
+    weights = model["num_hidden_layers"] * per_layer / (layout.tensor * layout.pipeline)
+    per_weight = (4 if layout.lora else 6) + (2 if layout.recompute == "full" else 0)
+    return float(per_weight * weights * layout.rows * ROW_TOKENS)
+
+
+if __name__ == "__main__":
+    main()
