@@ -91,9 +91,8 @@ def balance_losses(model: Any, pairs: list[Tokens]) -> Tensor:
         by_layer = []
         for of_chosen, of_rejected in zip(first, second, strict=True):
             scores_NE = torch.cat([of_chosen, of_rejected[len(prompt) :]]).softmax(dim=-1)
-            tokens_E = torch.zeros(EXPERTS)
-            for token in scores_NE:
-                tokens_E[token.topk(TOPK).indices] += 1
+            chosen = scores_NE.topk(TOPK).indices.flatten()
+            tokens_E = torch.bincount(chosen, minlength=EXPERTS)
             size = EXPERTS / TOPK / len(scores_NE) ** 2
             by_layer.append(size * (tokens_E * scores_NE.sum(dim=0)).sum())
         by_pair.append(torch.stack(by_layer))
@@ -116,11 +115,13 @@ class Models:
         )
 
     def references(self, case: ExpertCase) -> list[dict[int, Tensor]]:
+        """Per step; with the load-balancing loss, whose truth is slow, there is one step."""
         layers = {*case.layers, NUM_LAYERS}
+        steps = 1 if case.router_aux_loss else STEPS
         with torch.no_grad():
             return [
                 oracle.sequence_logps(self.reference, pairs, layers, norm=case.norm)
-                for pairs in batches_of_pairs()
+                for pairs in batches_of_pairs()[:steps]
             ]
 
     def run(self, case: ExpertCase) -> dict[str, Any]:
@@ -147,11 +148,11 @@ class Models:
         run: dict[str, Any] = {"losses": []}
         layers = [*case.layers, NUM_LAYERS]
         references = self.references(case)
-        for step, pairs in enumerate(batches_of_pairs()):
+        for step, (pairs, reference) in enumerate(
+            zip(batches_of_pairs(), references, strict=False)
+        ):
             logps = oracle.sequence_logps(policy, pairs, layers, case.norm)
-            result = oracle.losses(
-                logps, references[step], pairs, case.layers, **case.objective_fields
-            )
+            result = oracle.losses(logps, reference, pairs, case.layers, **case.objective_fields)
             balance_L = balance_losses(policy, pairs)
             adam.zero_grad()
             (result.total + case.router_aux_loss * balance_L.sum()).backward()

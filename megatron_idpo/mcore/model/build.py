@@ -75,6 +75,9 @@ class ModelOptions:
     """Build from Transformer Engine's modules where they work. Not with LoRA: Transformer Engine
     fuses norms with the linears that follow, and adapters need the output of the norm."""
 
+    grouped_experts: bool = True
+    """Compute a rank's experts together (`grouped_experts.py`) instead of one after another."""
+
     router_aux_loss: float = 0.0
     """Coefficient of the experts' load-balancing loss (`experts.py`); 0 is off."""
 
@@ -152,10 +155,11 @@ def build_model(
         ConfigError: the layout does not fit this architecture.
     """
     layout.check(architecture, torch.distributed.get_world_size())
-    config = transformer_config(architecture, layout, options or ModelOptions())
+    options = options or ModelOptions()
+    config = transformer_config(architecture, layout, options)
     # Without interleaving the chunk's index is None.
     vp_stages = [None] if layout.virtual_pipeline == 1 else range(layout.virtual_pipeline)
-    return [_build_chunk(architecture, layout, config, vp_stage) for vp_stage in vp_stages]
+    return [_build_chunk(architecture, layout, config, options, vp_stage) for vp_stage in vp_stages]
 
 
 def global_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -189,11 +193,17 @@ def _global_expert(name: str, chunk: GPTModel) -> str:
 
 
 def _build_chunk(
-    architecture: Architecture, layout: Layout, config: TransformerConfig, vp_stage: int | None
+    architecture: Architecture,
+    layout: Layout,
+    config: TransformerConfig,
+    options: ModelOptions,
+    vp_stage: int | None,
 ) -> GPTModel:
     model = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, vp_stage=vp_stage),
+        transformer_layer_spec=block_spec(
+            config, vp_stage=vp_stage, grouped_experts=options.grouped_experts
+        ),
         vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

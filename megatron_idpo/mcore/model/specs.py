@@ -35,6 +35,7 @@ from torch import Tensor
 
 from megatron_idpo.mcore.attention.row_attention import RowAttention
 from megatron_idpo.mcore.model.experts import RowMoELayer, RowRouter, RowTransformerLayer
+from megatron_idpo.mcore.model.grouped_experts import GroupedExperts
 
 _SWIGLU_BLOCK_ELEMENTS = 1 << 17
 """Elements of one half of the input per backward block: 512 KiB in fp32, about a core's cache."""
@@ -123,15 +124,18 @@ class _SwiGLUFunction(torch.autograd.Function):
         return grad_fused_t12F
 
 
-def block_spec(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, *, vp_stage: int | None, grouped_experts: bool = False
+) -> TransformerBlockSubmodules:
     """The submodules of this rank's transformer block, one layer spec per layer it owns.
 
     Args:
         config: the model's megatron-core configuration; `transformer_impl` selects the modules.
         vp_stage: the model chunk on this rank, None without interleaving.
+        grouped_experts: compute experts together; not with Transformer Engine's linears.
     """
     uses_te = _uses_transformer_engine(config)
-    layer = _te_layer(config) if uses_te else _local_layer(config)
+    layer = _te_layer(config) if uses_te else _local_layer(config, grouped_experts)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
         layer_norm=LayerNormImpl if uses_te else RMSNorm,
@@ -160,7 +164,7 @@ def _te_layer(config: TransformerConfig) -> ModuleSpec:
     return _layer_spec(submodules, attention)
 
 
-def _local_layer(config: TransformerConfig) -> ModuleSpec:
+def _local_layer(config: TransformerConfig, grouped_experts: bool) -> ModuleSpec:
     submodules = get_gpt_layer_local_submodules(
         num_experts=config.num_moe_experts,
         qk_layernorm=config.qk_layernorm,
@@ -176,7 +180,7 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
         mlp_submodules = replace(mlp.keywords["submodules"], activation_func=SwiGLU)
         submodules = replace(submodules, mlp=partial(mlp.func, submodules=mlp_submodules))
     elif _has_row_experts(config):
-        submodules = _with_row_experts(submodules)
+        submodules = _with_row_experts(submodules, grouped=grouped_experts)
     return _layer_spec(submodules, attention)
 
 
@@ -186,10 +190,12 @@ def _has_row_experts(config: TransformerConfig) -> bool:
     return config.num_moe_experts is not None and not is_balanced
 
 
-def _with_row_experts(submodules: Any) -> Any:
+def _with_row_experts(submodules: Any, *, grouped: bool = False) -> Any:
     """The experts that the spec builds, behind our router and without padding."""
-    experts = replace(submodules.mlp.keywords["submodules"], router=RowRouter, shared_experts=None)
-    return replace(submodules, mlp=partial(RowMoELayer, submodules=experts))
+    layer = replace(submodules.mlp.keywords["submodules"], router=RowRouter, shared_experts=None)
+    if grouped:
+        layer = replace(layer, experts=partial(GroupedExperts, **layer.experts.keywords))
+    return replace(submodules, mlp=partial(RowMoELayer, submodules=layer))
 
 
 def _layer_spec(submodules: Any, attention: Any) -> ModuleSpec:
