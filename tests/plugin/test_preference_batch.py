@@ -26,7 +26,9 @@ def batch(**fields: Any) -> PreferenceBatch:
 
 def test_public_names_are_imported_on_first_use():
     for name in megatron_idpo.__all__:
-        assert getattr(megatron_idpo, name).__name__ == name
+        value = getattr(megatron_idpo, name)
+        # `train` is also a package, which can be called.
+        assert callable(value) and value.__name__.rpartition(".")[2] == name
     assert megatron_idpo.Targets is Targets
     with pytest.raises(AttributeError, match="no attribute 'MicroBatch'"):
         _ = megatron_idpo.MicroBatch

@@ -181,14 +181,14 @@ def _tokens(pairs: PairDataset, index: int) -> tuple[tuple[int, ...], ...]:
 @pytest.mark.parametrize(
     ("trained", "layout"),
     [
-        ("lora", "single"),
         ("lora", "pipeline"),
         ("full", "single"),
-        ("full", "tensor"),
         ("full", "data"),
         *(
             pytest.param(*case, marks=pytest.mark.exhaustive)
             for case in [
+                ("lora", "single"),
+                ("full", "tensor"),
                 ("lora", "tensor"),
                 ("lora", "sequence"),
                 ("lora", "data"),
