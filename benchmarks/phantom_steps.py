@@ -103,7 +103,7 @@ _HEADER = """\
 
 
 def main() -> None:
-    """Measure each layout in a process of its own, and print the table."""
+    """Measure each layout in a separate process, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("layouts", nargs="*", metavar="ROW", help=f"of {', '.join(LAYOUTS)}")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)

@@ -19,7 +19,7 @@ PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 ATTENTION: tuple[Projection, ...] = PROJECTIONS[:4]
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
-"""PEFT's name for all of them. Experts are no linear modules in Transformers, so that in a mixture
+"""PEFT's name for all of them. Experts are not linear modules in Transformers, so that in a mixture
 of experts these are the attention's."""
 
 

@@ -1,7 +1,7 @@
 """A raw record of a preference dataset: its fields, its column names, why it is not a pair.
 
 `rename_columns` gives records the field names below, so that no other module needs a dataset's own
-column names; `shapes.py` knows those of published shapes. Columns that are no part of the
+column names; `shapes.py` knows those of published shapes. Columns that are not part of the
 conversation are dropped. `preferences.py` decides what a record must contain.
 """
 

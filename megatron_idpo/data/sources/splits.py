@@ -156,7 +156,7 @@ def _shard_split(name: str) -> str | None:
     """The split in the name of a shard.
 
     In a directory `data` every shard names one, as in `datasets`. Elsewhere only those do that
-    begin with one of its keywords: the `pairs` of `pairs-00000-of-00002.jsonl` are no split there.
+    begin with one of its keywords: the `pairs` of `pairs-00000-of-00002.jsonl` name none.
     """
     from datasets.data_files import SPLIT_KEYWORDS
 

@@ -1,9 +1,9 @@
 """Directories in which Hugging Face libraries keep several versions of a dataset.
 
 The hub's cache has one directory per downloaded revision (`snapshots/REVISION`), and that of
-`datasets` one per prepared version, with results of `map` and `filter` next to it. Whoever names
-a directory above them means one of them: reading all would train rows twice, or rows that a filter
-has removed.
+`datasets` one per prepared version, with results of `map` and `filter` next to it. A directory
+above them stands for one of them: reading all would train rows twice, or rows that a filter has
+removed.
 """
 
 import re

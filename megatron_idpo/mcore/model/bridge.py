@@ -124,7 +124,7 @@ def check_run_configs(checkpoint: Path) -> None:
                 raise CheckpointError.of(tree.problems)
             for found in _unknown_names(tree.values):
                 message = f"{found}, which Megatron-Bridge does not write"
-                remedy = "export a checkpoint that Megatron-Bridge wrote and nobody has edited"
+                remedy = "export a checkpoint that Megatron-Bridge wrote, without edits"
                 raise CheckpointError.at(str(path), message, remedy)
 
 

@@ -230,7 +230,7 @@ def evaluate_in_backward(hidden: Tensor, evaluate: Evaluate) -> Tensor:
 
     Returns:
         The same values, not as a view: a stage's output is deallocated after it was sent, and
-        megatron-core asserts that it is no view, whose storage would stay.
+        megatron-core asserts that it is not a view, whose storage would stay.
     """
     assert hidden.requires_grad, "a tap on a tensor that needs no gradient never runs"
     tapped = _EvaluatedInBackward.apply(hidden, evaluate)

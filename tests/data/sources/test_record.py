@@ -77,8 +77,8 @@ TEXT = {"prompt": "q", "chosen": "a", "rejected": "b"}
 def test_only_needed_fields_are_kept() -> None:
     read = {**TEXT, "system": "s", "tools": []}
     assert rename_columns({**read, "score": 1, "prompt_id": "x", "notes": "y"}, {}) == read
-    beside = {**TEXT, "query": "x"}
-    assert rename_columns(beside, {}) == beside, "kept, so that it can be reported"
+    columns = {**TEXT, "query": "x"}
+    assert rename_columns(columns, {}) == columns, "kept, so that it can be reported"
     assert rename_columns({**TEXT, "query": "x"}, {"prompt": "query"}) == {**TEXT, "prompt": "x"}
     assert rename_columns(["not", "a", "record"], {"prompt": "query"}) == ["not", "a", "record"]
 
