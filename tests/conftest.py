@@ -3,8 +3,10 @@
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from megatron_idpo.testing import WorkerPool
 from megatron_idpo.testing.phantom_gpu import why_not
@@ -32,6 +34,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+class PhantomScheduling(LoadFileScheduling):
+    """`--dist loadfile`, with all tests on phantom GPUs in one process: each would start a pool."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/phantom_gpu" if "/phantom_gpu/" in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """Replaces the scheduler of `make test`."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    return PhantomScheduling(config, log)
+
+
 def pytest_collection_finish() -> None:
     """Exclude the tests and imported modules from garbage collection: it would visit them often."""
     gc.collect()
@@ -43,6 +59,10 @@ def workers() -> Iterator[WorkerPool]:
     """Worker processes for `workers.run(function, world_size, ...)`, started on demand."""
     with WorkerPool() as pool:
         yield pool
+        pids = [worker.process.pid for worker in pool._workers]
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 @pytest.fixture(scope="session")

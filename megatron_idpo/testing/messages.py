@@ -65,7 +65,7 @@ class FunctionReference:
 
 @dataclass(frozen=True)
 class Call:
-    """One rank's part of a `WorkerPool.run`."""
+    """One rank's part of a `WorkerPool.run` or `run_as_program`."""
 
     function: FunctionReference
     arguments: bytes
@@ -75,6 +75,9 @@ class Call:
     world_size: int
     store: str
     """The rendezvous file, a new one for every call."""
+
+    program_port: int | None
+    """Of the rendezvous that the function joins itself, as a program; None: the worker joins."""
 
     timeout_s: float
 

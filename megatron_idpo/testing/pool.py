@@ -28,6 +28,7 @@ from typing import Any, Literal, Self, cast
 
 from megatron_idpo.testing import phantom_gpu
 from megatron_idpo.testing.messages import Call, FunctionReference, Outcome, dumps, loads
+from megatron_idpo.testing.phantom_gpu.launch import free_port
 from megatron_idpo.testing.processes import ForkServer
 
 _START_TIMEOUT_S = 300.0
@@ -123,16 +124,54 @@ class WorkerPool:
             WorkerError: A rank hung (with its stack) or died (with its exit code).
             Exception: The exception of the first failing rank, with its traceback as a note.
         """
+        return self._call(function, world_size, (args, kwargs), timeout_s, is_program=False)
+
+    def run_as_program(
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        timeout_s: float = 120.0,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Call `function` as the main function of programs that torchrun starts.
+
+        Unlike in `run`, each rank is a new process, which ends after the call, and the function
+        joins the other ranks itself: torchrun's environment variables are set (with one rank there
+        are none, as for a plain program), but no process group exists. For functions that choose
+        their device (a phantom GPU within `phantom_gpu.device.phantom()`), change their process, or
+        fork: it has a single thread.
+
+        The arguments, the results and the errors are those of `run`.
+        """
+        # The workers of `run` are kept for later calls.
+        reused, self._workers = self._workers, []
+        try:
+            return self._call(function, world_size, (args, kwargs), timeout_s, is_program=True)
+        finally:
+            self.replace_workers()
+            self._workers = reused
+
+    def _call(
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        timeout_s: float,
+        *,
+        is_program: bool,
+    ) -> list[Any]:
         if not 1 <= world_size <= self.max_workers:
             raise ValueError(f"world_size must be 1 to {self.max_workers}, not {world_size}")
         reference = _reference(function)
-        arguments = dumps((args, kwargs))
+        pickled = dumps(arguments)
         try:
             workers = self._ready(world_size)
             self._calls += 1
             store = str(Path(self._directory.name) / f"rendezvous-{self._calls}")
+            port = free_port() if is_program else None
             for rank, worker in enumerate(workers):
-                call = Call(reference, arguments, rank, world_size, store, timeout_s)
+                call = Call(reference, pickled, rank, world_size, store, port, timeout_s)
                 worker.connection.send(call)
             outcomes, error = _collect(workers, timeout_s)
         except BaseException:

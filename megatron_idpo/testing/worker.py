@@ -12,6 +12,7 @@ is in `messages.py`.
 import contextlib
 import datetime
 import faulthandler
+import functools
 import gc
 import os
 import signal
@@ -27,8 +28,8 @@ from megatron_idpo.testing.phantom_gpu.launch import ARITHMETIC
 
 @contextlib.contextmanager
 def _device(call: Call) -> Iterator[None]:
-    """The phantom GPU of this rank, in a pool of them; nothing on the CPU."""
-    if ARITHMETIC not in os.environ:
+    """The phantom GPU of this rank, in a pool of them; nothing on the CPU, or for a program."""
+    if ARITHMETIC not in os.environ or call.program_port is not None:
         yield
         return
     import torch
@@ -47,8 +48,8 @@ def _process_group(call: Call) -> Iterator[None]:
 
     from megatron_idpo.mcore.parallel.groups import reset_megatron_state
 
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(call.rank)
-    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(call.world_size)
+    _share_gloo_device()
+    _set_ranks(call)
     torch.distributed.init_process_group(
         "gloo",
         store=torch.distributed.FileStore(call.store, call.world_size),
@@ -67,12 +68,35 @@ def _process_group(call: Call) -> Iterator[None]:
         gc.collect()
 
 
+@contextlib.contextmanager
+def _program(call: Call) -> Iterator[None]:
+    """torchrun's variables; the function joins the group and leaves it. One rank has none."""
+    if call.world_size > 1:
+        _set_ranks(call)
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(call.program_port)
+    yield
+
+
+def _set_ranks(call: Call) -> None:
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(call.rank)
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(call.world_size)
+
+
+@functools.cache
+def _share_gloo_device() -> None:
+    """Before the first group, and not earlier: a program may fork, and the device has a thread."""
+    from megatron_idpo.mcore.cpu.gloo import share_gloo_device
+
+    share_gloo_device()
+
+
 def _run(call: Call) -> Outcome:
     """Run one call; every exception becomes an outcome."""
     try:
         function = call.function.resolve()
         args, kwargs = loads(call.arguments)
-        with _device(call), _process_group(call):
+        group = _process_group(call) if call.program_port is None else _program(call)
+        with _device(call), group:
             try:
                 outcome = Outcome(result=dumps(function(*args, **kwargs)))
             except BaseException as error:
@@ -162,8 +186,6 @@ def serve(connection: Connection) -> None:
 
 def main(descriptor: int, stacks_path: str) -> None:
     """Run a worker on an inherited pipe descriptor; SIGUSR1 dumps its stack to a file."""
-    from megatron_idpo.mcore.cpu.gloo import share_gloo_device
-
     # Child processes of the worker must not keep its pipe open.
     os.set_inheritable(descriptor, False)
     # Open until the process ends: faulthandler writes to the bare descriptor.
@@ -176,6 +198,5 @@ def main(descriptor: int, stacks_path: str) -> None:
         # A rank that wakes another keeps its core until it waits itself. Small collectives among
         # more ranks than cores take a quarter of the time (docs/decisions.md).
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    share_gloo_device()
     with Connection(descriptor) as connection:
         serve(connection)

@@ -1,7 +1,6 @@
 """Ranks that are killed while they save a checkpoint; a new process inspects the result.
 
-Run as `python -m tests.checkpoint.crash_trials MODEL DIRECTORY MODE FIRST STRIDE TRIALS`; prints a
-line of JSON per trial, at most TRIALS. One process imports everything and forks the ranks, so that
+For `WorkerPool.run_as_program`: a process that has imported everything forks the ranks, so that
 many trials are possible.
 
 In step n every value of the state is n, so a checkpoint that mixes two steps is recognized.
@@ -28,7 +27,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 from megatron_idpo.storage import atomic
 
@@ -191,24 +189,21 @@ def anytime(model: str, root: Path, seed: int) -> dict[str, Any]:
     return {"ended": ended, "took_s": took_s, **looked_at(model, root, directory)}
 
 
-def main(model: str, root: Path, mode: str, first: int, stride: int, trials: int) -> None:
-    """Prints the result of every trial."""
-    redirect_cuda_to_cpu()
-    torch.set_num_threads(1)
-    with suppress_megatron_warnings():
-        for module in IMPORTED:
-            importlib.import_module(module)
+def crash_trials(
+    model: str, root: Path, mode: str, first: int, stride: int, trials: int
+) -> list[dict[str, Any]]:
+    """The result of every trial, at most `trials`."""
+    for module in IMPORTED:
+        importlib.import_module(module)
+    answers = []
     for index in range(first, first + trials * stride, stride):
         own = root / f"{mode}-{index}"
-        own.mkdir()
+        own.mkdir(parents=True)
         if mode == "anytime":
             answer = anytime(model, own, index)
         else:
             answer = trial(model, own, mode, index)
-        print(json.dumps(answer), flush=True)
+        answers.append(answer)
         if answer["ended"] == 0:
-            return
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))
+            break
+    return answers

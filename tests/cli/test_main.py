@@ -4,6 +4,7 @@ import logging
 import shlex
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -313,3 +314,16 @@ def test_options_without_effect_on_the_bridge_are_errors(
     words = f"convert megatron-to-hf in out --backend bridge --hf-model hf {option}"
     assert cli.main(words.split()) == 2
     assert option.split()[0] in capsys.readouterr().err
+
+
+def warn_as_megatron(path: Any, overrides: Any) -> int:
+    """Stands in for a verb that imports megatron-core."""
+    warnings.warn("Transformer Engine and Apex are not installed. Falling back", stacklevel=1)
+    return 0
+
+
+def test_warnings_of_a_verbs_imports_are_not_shown(replace_function: Any) -> None:
+    replace_function("megatron_idpo.doctor.main", "main", warn_as_megatron)
+    with warnings.catch_warnings(record=True) as shown:
+        assert cli.main(["doctor"]) == 0
+    assert shown == []

@@ -1,89 +1,110 @@
 """The convert command: one line per conversion; a kill leaves nothing that looks complete.
 
-Nothing of megatron-core is printed, by its import neither.
+Nothing of megatron-core is printed.
 """
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from megatron_idpo.cli.main import main
 from megatron_idpo.storage import atomic
 
 pytestmark = pytest.mark.distributed
 
-# One process imports everything, like a command that ends with an error, and forks a child for each
-# conversion. A killed one has written everything but the target's name.
-PROGRAM = """
-import os, signal, sys
-from pathlib import Path
-import transformers.modeling_rope_utils
-from transformers import LlamaConfig
-from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
-redirect_cuda_to_cpu()  # as a script calls it; it imports most of megatron-core
-from megatron_idpo.cli.main import main
-from megatron_idpo.storage import atomic
+TARGETS = ("megatron", "back", "halved")
 
-def die(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
 
-def convert(*words, killed=False):
+# ---- on a worker --------------------------------------------------------------------------------
+
+
+def conversions(hf: Path, root: Path) -> tuple[str, str]:
+    """stdout and stderr of an invalid command, then of conversions that are killed and repeated.
+
+    Each conversion is a fork. A killed one has written everything but the target's name.
+    """
+    megatron, back, halved = (root / name for name in TARGETS)
+    with (
+        captured(root.with_name("stdout"), 1) as stdout,
+        captured(root.with_name("stderr"), 2) as stderr,
+    ):
+        assert main(["convert", "hf-to-megatron", str(hf), str(megatron), "--tensor", "0"]) != 0
+        for is_killed in (True, False):
+            convert("hf-to-megatron", hf, megatron, is_killed=is_killed)
+        for is_killed in (True, False):
+            convert("megatron-to-hf", megatron, back, is_killed=is_killed)
+        convert("megatron-to-hf", megatron, halved, "--dtype", "bf16")
+    return stdout.read_text(), stderr.read_text()
+
+
+def convert(*words: object, is_killed: bool = False) -> None:
     child = os.fork()
     if child == 0:
-        if killed:
+        if is_killed:
             atomic.publish_directory = die
-        os._exit(main(["convert", *words]))
+        os._exit(main(["convert", *map(str, words)]))
     status = os.waitpid(child, 0)[1]
-    assert status == (signal.SIGKILL if killed else 0), f"{words}: {status}"
-    assert Path(words[2]).exists() != killed, f"{words}, killed: {killed}"
+    assert status == (signal.SIGKILL if is_killed else 0), f"{words}: {status}"
+    assert Path(str(words[2])).exists() != is_killed, f"{words}, killed: {is_killed}"
 
-hf, megatron, back, halved = sys.argv[1:]
-assert main(["convert", "hf-to-megatron", hf, megatron, "--tensor", "0"]) != 0
-for killed in (True, False):
-    convert("hf-to-megatron", hf, megatron, killed=killed)
-for killed in (True, False):
-    convert("megatron-to-hf", megatron, back, killed=killed)
-convert("megatron-to-hf", megatron, halved, "--dtype", "bf16")
-"""
+
+def die(*args: object, **kwargs: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def captured(path: Path, descriptor: int) -> Iterator[Path]:
+    """Everything written to a descriptor within the block is in a file, also that of forks."""
+    kept = os.dup(descriptor)
+    with path.open("w") as file:
+        os.dup2(file.fileno(), descriptor)
+    try:
+        yield path
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(kept, descriptor)
+        os.close(kept)
+
+
+# ---- tests --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def program(tiny_llama, tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The ended program and the directory with its results."""
-    root = tmp_path_factory.mktemp("convert")
-    targets = [root / name for name in ("megatron", "back", "halved")]
-    # Python warns of forks in a process with threads.
-    options = ["-W", "ignore::DeprecationWarning", "-c", PROGRAM]
-    command = [sys.executable, *options, *map(str, (tiny_llama, *targets))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    return done, root
+def converted(tiny_llama, workers, tmp_path_factory) -> tuple[Path, str, str]:
+    """The directory with all targets; stdout and stderr."""
+    root = tmp_path_factory.mktemp("convert") / "targets"
+    root.mkdir()
+    (printed,) = workers.run_as_program(conversions, 1, tiny_llama, root)
+    return root, *printed
 
 
 def wrote(target: Path, size: str) -> str:
     return rf"wrote {target}: 39 tensors, {size}, in \d+\.\d s\n"
 
 
-def test_each_conversion_prints_one_line(program):
-    done, root = program
-    assert done.returncode == 0, done.stderr
+def test_each_conversion_prints_one_line(converted):
+    root, stdout, stderr = converted
     expected = wrote(root / "megatron", r"0\.7 MB of float32")
     expected += wrote(root / "back", r"0\.7 MB of float32")
     expected += wrote(root / "halved", r"0\.4 MB of bfloat16")
-    assert re.fullmatch(expected, done.stdout), done.stdout
-    assert re.fullmatch(r"megatron-idpo: error: layout\.tensor: .*\n", done.stderr), done.stderr
+    assert re.fullmatch(expected, stdout), stdout
+    assert re.fullmatch(r"megatron-idpo: error: layout\.tensor: .*\n", stderr), stderr
 
 
-def test_killed_conversion_can_be_repeated(program, tiny_llama):
-    done, root = program
-    assert done.returncode == 0, done.stderr
+def test_killed_conversion_can_be_repeated(converted, tiny_llama):
+    root, *_ = converted
     leftovers = [len(atomic.leftovers(root / name)) for name in ("megatron", "back")]
     assert leftovers == [1, 1]
     visible = {path.name for path in root.iterdir() if not path.name.startswith(".")}
-    assert visible == {"megatron", "back", "halved"}
+    assert visible == {*TARGETS}
     for path in tiny_llama.iterdir():
         assert (root / "back" / path.name).read_bytes() == path.read_bytes()
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,9 @@ from hypothesis import strategies as st
 
 from megatron_idpo.storage import atomic
 from megatron_idpo.storage.sealed import read_sealed, write_sealed
+from megatron_idpo.testing import WorkerPool, write_tiny_hf_model
 
-from .budget import ROOT, count, inputs
+from .budget import count, inputs
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir"}
 
@@ -112,24 +112,15 @@ def test_old_or_new_content_after_kills(
 @inputs(1)
 @given(first=st.integers(0, 40))
 def test_a_checkpoint_is_old_or_new_after_a_kill(
-    tmp_path_factory: pytest.TempPathFactory, first: int
+    tmp_path_factory: pytest.TempPathFactory, workers: WorkerPool, first: int
 ) -> None:
-    from megatron_idpo.testing import write_tiny_hf_model
+    from tests.checkpoint.crash_trials import crash_trials
     from tests.plugin import tiny_megatron
 
     root = tmp_path_factory.mktemp("checkpoints")
     model = write_tiny_hf_model(root / "model", "llama", **tiny_megatron.SIZES)
-    words = [str(model), str(root / "trials"), "next", str(first), "7", "6"]
-    (root / "trials").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint.crash_trials", *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        trial = json.loads(line)
+    arguments = (str(model), root / "trials", "next", first, 7, 6)
+    (trials,) = workers.run_as_program(crash_trials, 1, *arguments, timeout_s=300)
+    for trial in trials:
         assert trial["values"] == [trial["step"]] and trial["step"] in (2, 3), trial
         count("kill points, checkpoint", f"step {trial['step']}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tests.train.tiny_run import LORA, Files, write_config, write_files
+from tests.train.tiny_run import LORA, Files, without_figures, write_config, write_files
 
 SIZES = {"num_hidden_layers": 2, "head_dim": 16}
 STEPS = 3
@@ -65,3 +65,16 @@ class CountGpu:
 
         with patch.object(TrainStep, "train", counted):
             yield
+
+
+def command_line(*words: str) -> tuple[int, int]:
+    """The command line as a program on phantom GPUs; its exit code and its matrix products."""
+    from megatron_idpo.testing.phantom_gpu.__main__ import main
+    from megatron_idpo.testing.phantom_gpu.counters import Counts
+
+    with patch("sys.argv", ["megatron-idpo", *words]), without_figures():
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0), Counts.now().gemms
+    raise AssertionError("the program has not ended")

@@ -3,6 +3,7 @@
 All runs are shared by the tests. The CPU path is compared with the oracle in `tests/train`.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_idpo.testing.phantom_gpu import run as run_command_line
+from megatron_idpo.testing.phantom_gpu import run_python
 from megatron_idpo.train.metrics.file import read_metrics
 from tests.train.run_hooks import stop_after
 from tests.train.tiny_run import Files, run
 
-from .cuda_runs import CountGpu, lora_config, score, write_cuda_files
+from .cuda_runs import CountGpu, command_line, lora_config, score, write_cuda_files
 
 pytestmark = pytest.mark.distributed
 
@@ -27,9 +29,9 @@ LOSS_TOLERANCE = 1e-6
 WEIGHT_TOLERANCE = 5e-6
 """Of adapter weights up to 0.5."""
 
+# Tensor and sequence parallelism: `test_command_line_trains_with_two_gpus`.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
-    "sequence": (2, {"tensor": 2, "sequence_parallel": True}),
     "pipeline": (2, {"pipeline": 2}),
     "data": (2, {}),
 }
@@ -124,13 +126,36 @@ def test_reference_scored_on_the_gpu_equals_the_cpu(files, gpu_workers, workers,
         assert ours[column] == pytest.approx(theirs[column], rel=1e-5)
 
 
-def test_command_line_trains_with_two_gpus(has_phantom_gpu, files, on_cpu, tmp_path):
-    """In processes of the command line, which join and choose their device themselves."""
-    layout = {"tensor": 2, "sequence_parallel": True}
-    ran = run_command_line(["train", lora_config(files, tmp_path / "run", layout=layout)], ranks=2)
+SEQUENCE_LAYOUT = {"tensor": 2, "sequence_parallel": True}
+
+
+def test_command_line_trains_with_two_gpus(files, gpu_workers, on_cpu, tmp_path):
+    """In programs that join and choose their device themselves."""
+    file = lora_config(files, tmp_path / "run", layout=SEQUENCE_LAYOUT)
+    ended = gpu_workers.run_as_program(command_line, 2, "train", file, timeout_s=300)
+    assert all(code == 0 and gemms > 0 for code, gemms in ended)
+    assert_equal(Finished(tmp_path / "run", {}), on_cpu)
+
+
+@pytest.mark.exhaustive  # each process imports everything
+def test_command_line_trains_with_two_gpus_in_new_processes(
+    has_phantom_gpu, files, on_cpu, tmp_path
+):
+    file = lora_config(files, tmp_path / "run", layout=SEQUENCE_LAYOUT)
+    ran = run_command_line(["train", file], ranks=2)
     assert ran.code == 0, ran.stderr
     assert_equal(Finished(tmp_path / "run", {}), on_cpu)
     assert all(counts.gemms > 0 for counts in ran.counts)
+
+
+def test_programs_on_several_gpus_are_started_as_by_torchrun(has_phantom_gpu):
+    program = (
+        "import os, sys; rank = os.environ['RANK']; print('rank', rank);"
+        "print(rank, os.environ['WORLD_SIZE'], os.environ['LOCAL_RANK'], file=sys.stderr);"
+        "sys.exit(3 * int(rank))"
+    )
+    ran = run_python(["-c", program], os.environ, ranks=2)
+    assert (ran.code, ran.stdout, ran.stderr) == (3, "rank 0\n", "0 2 0\n1 2 1\n")
 
 
 def test_a_step_waits_for_the_gpu_a_few_times_only(on_gpu):

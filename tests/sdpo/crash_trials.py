@@ -1,14 +1,13 @@
 """sDPO runs that kill themselves at a file system call and are started again.
 
-Run as `python -m tests.sdpo.crash_trials CONFIG OUTPUT ANSWERS WHICH TRIALS`. Modules are
-imported once and each start is a fork, so that starts are cheap. First an uninterrupted run counts
-its file system calls below its output. Between two of them nothing on the disk changes, so they
-cover all moments. Then, for each of TRIALS calls, a new run is killed there and started again until
-it ends. WHICH selects the calls: `all`, or `transitions` for those on the manifest and snapshots.
-Prints a line of JSON for the uninterrupted run and for each trial.
+For `WorkerPool.run_as_program`: modules are imported once and each start is a fork, so that starts
+are cheap. First an uninterrupted run counts its file system calls below its output. Between two of
+them nothing on the disk changes, so they cover all moments. Then, for each trial, a new run is
+killed at one of the calls and started again until it ends.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -20,8 +19,6 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_idpo.cli.train import main as train
 
@@ -96,14 +93,21 @@ def result(output: Path) -> dict[str, Any]:
     }
 
 
-def main(config: Path, output: Path, answers: Path, which: str, trials: int) -> None:
-    """Run all trials."""
-    torch.set_num_threads(1)
+def crash_trials(config: Path, output: Path, which: str, trials: int) -> list[dict[str, Any]]:
+    """Results of the uninterrupted run and of each trial.
+
+    Args:
+        config: of the run.
+        output: its output directory.
+        which: the calls at which runs are killed: `all`, or `transitions` for those on the manifest
+            and snapshots.
+        trials: how many of them.
+    """
     import_everything()
-    calls_file = answers / "calls.json"
+    calls_file = output.with_name("calls.json")
     ended = forked(uninterrupted, config, output, calls_file)
     calls: list[str] = json.loads(calls_file.read_text())
-    print(json.dumps({"ended": ended, "calls": len(calls), **result(output)}), flush=True)
+    results = [{"ended": ended, "calls": len(calls), **result(output)}]
     moments = [
         moment
         for moment, path in enumerate(calls)
@@ -114,24 +118,11 @@ def main(config: Path, output: Path, answers: Path, which: str, trials: int) -> 
         ended = forked(killed, config, output, moment)
         again = forked(killed, config, output, sys.maxsize)
         trial = {"moment": moment, "at": calls[moment], "ended": ended, "again": again}
-        print(json.dumps({**trial, **result(output)}), flush=True)
+        results.append({**trial, **result(output)})
+    return results
 
 
 def import_everything() -> None:
     """Import before forking, also what a run imports later."""
-    import accelerate  # noqa: F401
-    import pandas  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
-
-    from megatron_idpo.mcore.cpu.redirect import redirect_cuda_to_cpu
-    from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
-
-    redirect_cuda_to_cpu()
-    with suppress_megatron_warnings():
-        import megatron_idpo.sdpo.run
-        import megatron_idpo.train.loop  # noqa: F401
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+    for module in ("accelerate", "pandas", "pyarrow.parquet", "megatron_idpo.sdpo.run"):
+        importlib.import_module(module)

@@ -1,14 +1,14 @@
 """A run killed at any moment and started again ends with bitwise equal weights."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .crash_trials import crash_trials
 from .stepped_run import THREE_STEPS, TWO_STEPS, Files, stepped_config
+
+pytestmark = pytest.mark.distributed
 
 CHECKPOINTS = {"checkpoint": {"every_steps": 1}}
 TIMEOUT_S = 1800.0
@@ -25,7 +25,7 @@ TIMEOUT_S = 1800.0
     ],
 )
 def test_run_killed_at_a_file_system_call_ends_bitwise_equal(
-    tiny: Files, tmp_path: Path, kind: str, which: str, trials: int
+    tiny: Files, workers: Any, tmp_path: Path, kind: str, which: str, trials: int
 ) -> None:
     """With dropout, a checkpoint per optimizer step, and deletion of older snapshots.
 
@@ -40,7 +40,9 @@ def test_run_killed_at_a_file_system_call_ends_bitwise_equal(
         sections["lora"] = {"dropout": 0.1}
     output = tmp_path / "run"
     file = stepped_config(tiny, output, kind, steps, **sections)
-    whole, *results = crash_trials(file, output, tmp_path, which, trials)
+    ((whole, *results),) = workers.run_as_program(
+        crash_trials, 1, Path(file), output, which, trials, timeout_s=TIMEOUT_S
+    )
     assert whole["ended"] == 0 and whole["calls"] > 100
     assert len(set(whole["snapshots"])) == len(steps) and None not in whole["snapshots"]
     assert len(results) == trials
@@ -50,21 +52,3 @@ def test_run_killed_at_a_file_system_call_ends_bitwise_equal(
         for name in ("weights", "snapshots", "references"):
             assert trial[name] == whole[name], (name, trial)
         assert trial["leftovers"] == [], trial
-
-
-def crash_trials(
-    file: str, output: Path, answers: Path, which: str, trials: int
-) -> list[dict[str, Any]]:
-    """The uninterrupted run and every trial."""
-    module = "tests.sdpo.crash_trials"
-    command = [sys.executable, "-m", module, file, str(output), str(answers), which, str(trials)]
-    ended = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]

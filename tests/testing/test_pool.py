@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,41 @@ def test_replaced_workers_are_other_processes(workers):
     assert not set(before) & set(workers.run(process_id, 2))
 
 
+def run_program(num_ranks):
+    """Joins the other ranks; their sum of pids, and what it started with."""
+    import torch.distributed as dist
+
+    from megatron_idpo.mcore.parallel.world import distributed_world
+
+    start = (dist.is_initialized(), threading.active_count(), "RANK" in os.environ)
+    with distributed_world() as world:
+        assert world.size == num_ranks
+        pids = [None] * world.size
+        dist.all_gather_object(pids, os.getpid())
+    return world.rank, sum(pids), start
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_program_is_a_new_process_that_joins_the_others(workers, num_ranks):
+    reused = workers.run(process_id, 2)
+    first, second = (workers.run_as_program(run_program, num_ranks, num_ranks) for _ in range(2))
+    for result in (first, second):
+        assert [rank for rank, *_ in result] == list(range(num_ranks))
+        assert {start for *_, start in result} == {(False, 1, num_ranks > 1)}
+    assert first[0][1] != second[0][1]
+    assert workers.run(process_id, 2) == reused
+
+
+def test_error_of_a_program_is_raised(workers):
+    with pytest.raises(WorkerError, match=r"rank 1 of 2 died \(exit code 3\)"):
+        workers.run_as_program(exit_on_rank, 2, 1, 3)
+
+
+def exit_on_rank(rank, exit_code):
+    if os.environ["RANK"] == str(rank):
+        os._exit(exit_code)
+
+
 def test_larger_world_starts_the_missing_workers(workers):
     workers.run(process_id, 1)
     assert len({*workers.run(process_id, 3)}) == 3
@@ -132,6 +168,7 @@ def test_package_does_not_import_torch():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.exhaustive  # imports everything; `workers` checks the same when it is closed
 def test_run_distributed_ends_its_process():
     (pid,) = run_distributed(process_id, 1)
     with pytest.raises(ProcessLookupError):
@@ -145,11 +182,12 @@ def test_no_worker_outlives_a_killed_pool(tmp_path):
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_pool;"
         f"test_pool.run_distributed(test_pool.write_pid_and_hang, 2, {str(pids)!r})"
     )
-    pool = subprocess.Popen([sys.executable, "-c", program])
+    pool = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     while not (pids.exists() and len(pids.read_text().split()) == 2):
         assert pool.poll() is None
         time.sleep(0.05)
     pool.kill()
-    pool.wait()
+    _, stderr = pool.communicate()
     for pid in pids.read_text().split():
         wait_for_the_end(int(pid))
+    assert stderr == "", "importing megatron-core must print nothing"

@@ -183,6 +183,14 @@ def run_python(
         )
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def _joined(first: Path, rest: str | None, separator: str) -> str:
     return separator.join([str(first), *([rest] if rest else [])])
 
@@ -191,14 +199,11 @@ def _rendezvous(ranks: int) -> dict[str, str]:
     """torchrun's variables that all ranks share; none for a single process."""
     if ranks == 1:
         return {}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         # gloo looks the host name up, which may not belong to an interface of this machine.
         "GLOO_SOCKET_IFNAME": "lo",
     }
