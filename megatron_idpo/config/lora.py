@@ -5,12 +5,22 @@ some of them: each projection gets its own adapter.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, Strict
 
 from megatron_idpo.config.layout import ModelShape
-from megatron_idpo.config.section import Bool, Fp32, PathText, PositiveFloat, PositiveInt, Section
+from megatron_idpo.config.section import (
+    Bool,
+    Distinct,
+    Fp32,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from megatron_idpo.errors import Problem
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
@@ -18,9 +28,17 @@ PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
 ATTENTION: tuple[Projection, ...] = PROJECTIONS[:4]
 
+ExpertParameter = Literal["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EXPERT_PARAMETERS: tuple[ExpertParameter, ...] = get_args(ExpertParameter)
+"""The weights of a layer's experts, by their names in Transformers, in the order of the forward
+pass. Each is one tensor with all experts."""
+
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 """PEFT's name for all of them. Experts are not linear modules in Transformers, so that in a mixture
 of experts these are the attention's."""
+
+
+_TARGETS_REMEDY = f"give {ALL_LINEAR}, or a list of {', '.join(PROJECTIONS)}, each once"
 
 
 def _as_targets(value: Any) -> Any:
@@ -28,9 +46,9 @@ def _as_targets(value: Any) -> Any:
     if value == ALL_LINEAR:
         return value
     if isinstance(value, list | tuple) and all(name in PROJECTIONS for name in value):
-        if 0 < len(value) == len(set(value)):
+        if len(value) == len(set(value)):
             return tuple(value)
-    raise ValueError(f"give {ALL_LINEAR}, or a list of {', '.join(PROJECTIONS)}, each once")
+    raise ValueError(_TARGETS_REMEDY)
 
 
 LoraTargets = Annotated[
@@ -54,12 +72,25 @@ class LoraConfig(Section):
     """Which projections get an adapter, by Hugging Face's names (`[q_proj, v_proj]`); with experts,
     `all-linear` is the attention."""
 
+    target_parameters: Annotated[tuple[ExpertParameter, ...], Distinct] = ()
+    """Which weights of the experts get an adapter in each expert, as PEFT names them; one or both
+    of `mlp.experts.gate_up_proj` and `mlp.experts.down_proj`."""
+
     rslora: Bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
 
     adapter: PathText | None = None
     """A PEFT adapter directory to start from; null starts where the adapter changes nothing. The
     reference is the base model without it."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Settings that PEFT cannot express."""
+        if not self.targets and not self.target_parameters:
+            yield Problem("targets", "is ()", _TARGETS_REMEDY)
+        if self.target_parameters and self.dropout:
+            message = f"is {self.dropout:g} with lora.target_parameters"
+            remedy = "PEFT has no dropout for experts: set it to 0"
+            yield Problem("dropout", message, remedy)
 
     def for_model(self, model: ModelShape) -> Self:
         """These settings with the targets that `all-linear` means for a model."""
@@ -73,6 +104,16 @@ class LoraConfig(Section):
         if self.targets == ALL_LINEAR:
             return PROJECTIONS
         return tuple(name for name in PROJECTIONS if name in self.targets)
+
+    @property
+    def expert_parameters(self) -> tuple[ExpertParameter, ...]:
+        """The adapted weights of experts, in the order of `EXPERT_PARAMETERS`."""
+        return tuple(name for name in EXPERT_PARAMETERS if name in self.target_parameters)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything that gets an adapter, as PEFT names it."""
+        return (*self.projections, *self.expert_parameters)
 
     @property
     def scaling(self) -> float:

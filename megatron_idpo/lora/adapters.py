@@ -24,6 +24,7 @@ from megatron_idpo.convert.families import hf_shapes
 from megatron_idpo.convert.megatron_to_hf import ParameterValue
 from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.mcore.lora.chunk import (
+    EXPERT_TARGETS,
     AdapterTensor,
     ChunkAdapters,
     freeze,
@@ -86,7 +87,7 @@ class Adapters:
         self._restore: list[RestoreFn] = [freeze(chunk) for chunk in chunks]
         hyperparams = LoraHyperparams(settings.rank, settings.scaling, settings.dropout)
         self._by_chunk = [
-            insert_adapters(chunk, settings.projections, hyperparams) for chunk in chunks
+            insert_adapters(chunk, _targets(settings), hyperparams) for chunk in chunks
         ]
         for chunk in chunks:
             if chunk.pre_process:
@@ -138,8 +139,21 @@ class Adapters:
         self.chunks = []
 
 
+def _targets(settings: LoraConfig) -> list[str]:
+    """Projections, and targets in experts (`EXPERT_TARGETS`)."""
+    return [*settings.projections, *map(expert_target, settings.expert_parameters)]
+
+
+def expert_target(parameter: str) -> str:
+    """The name in `EXPERT_TARGETS` of one of PEFT's `target_parameters`."""
+    return parameter.removeprefix("mlp.")
+
+
 def weight_shape(projection: str, architecture: Architecture) -> tuple[int, int]:
-    """Output and input features of a projection in the whole model."""
+    """Output and input features of a projection, or of one expert, in the whole model."""
+    if projection in EXPERT_TARGETS:
+        ffn, hidden = architecture.ffn_hidden_size, architecture.hidden_size
+        return (2 * ffn, hidden) if projection.endswith("gate_up_proj") else (hidden, ffn)
     outputs, inputs = hf_shapes(architecture)[f"{hf_module(0, projection)}.weight"]
     return outputs, inputs
 
@@ -155,19 +169,41 @@ def initialize_a(
 ) -> None:
     """Fill this rank's part of an A with `kaiming_uniform_(a=sqrt(5))` over all its inputs.
 
-    Every rank draws the whole A on the CPU in fp32 with a generator seeded by the tensor's name, so
-    that the values depend on nothing but the seed and that name, in particular not on the layout.
+    Every rank draws the whole A on the CPU in fp32 with a generator seeded by the tensor's name (of
+    experts: one A for each), so that the values depend on nothing but the seed and that name, in
+    particular not on the layout.
     """
-    digest = hashlib.sha256(f"{seed} {tensor.name}".encode()).digest()
+    if not tensor.is_expert:
+        _draw(tensor.parameter, f"{seed} {tensor.name}", num_inputs, tensor.split_dim, coordinates)
+        return
+    assert tensor.first_expert is not None
+    for expert, down_rI in enumerate(tensor.parameter, tensor.first_expert):
+        # One dimension less than the experts of a layer together.
+        split_dim = None if tensor.split_dim is None else tensor.split_dim - 1
+        key = f"{seed} {tensor.name}.{expert}"
+        _draw(down_rI, key, num_inputs, split_dim, coordinates, is_expert=True)
+
+
+def _draw(
+    down_rI: Tensor,
+    key: str,
+    num_inputs: int,
+    split_dim: int | None,
+    coordinates: RankCoordinates,
+    *,
+    is_expert: bool = False,
+) -> None:
+    digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-    whole = torch.empty(len(tensor.parameter), num_inputs, device="cpu")
+    whole = torch.empty(len(down_rI), num_inputs, device="cpu")
     # Kaiming's bound, sqrt(6 / ((1 + a²) * fan_in)), for a = sqrt(5).
     whole.uniform_(-1 / math.sqrt(num_inputs), 1 / math.sqrt(num_inputs), generator=generator)
-    if tensor.split_dim is not None:
+    if split_dim is not None:
         # Row-parallel linears split the input features: dimension 1 of A.
-        whole = whole.chunk(coordinates.tp_size, 1)[coordinates.tp_rank]
+        tp_rank, tp_size = coordinates.tp(is_expert=is_expert)
+        whole = whole.chunk(tp_size, 1)[tp_rank]
     with torch.no_grad():
-        tensor.parameter.copy_(whole)
+        down_rI.copy_(whole)
 
 
 def merged_value(adapters: Adapters) -> ParameterValue:
@@ -178,14 +214,14 @@ def merged_value(adapters: Adapters) -> ParameterValue:
     are returned as they are.
     """
     by_weight = {
-        id(adapted.linear.weight): adapted
+        id(weight): merged
         for chunk_adapters in adapters.by_chunk
-        for _, _, adapted in chunk_adapters.linears()
+        for weight, merged in chunk_adapters.merged_weights()
     }
 
     def value(parameter: torch.nn.Parameter) -> Tensor:
-        adapted = by_weight.get(id(parameter))
-        return parameter.data if adapted is None else adapted.merged_weight()
+        merged = by_weight.get(id(parameter))
+        return parameter.data if merged is None else merged()
 
     return value
 
@@ -198,8 +234,8 @@ def merge_in_place(adapters: Adapters) -> None:
     """
     with torch.no_grad():
         for chunk_adapters in adapters.by_chunk:
-            for _, _, adapted in chunk_adapters.linears():
-                adapted.linear.weight.copy_(adapted.merged_weight())
+            for weight, merged in chunk_adapters.merged_weights():
+                weight.copy_(merged())
         for tensor in adapters.tensors():
             if tensor.side == "B":
                 tensor.parameter.zero_()
@@ -221,5 +257,5 @@ def _check_chunks(chunks: Sequence[GPTModel], settings: LoraConfig) -> list[Prob
             remedy = "add adapters first, then attach"
             problems.append(Problem(location, "is attached already", remedy))
         else:
-            problems += missing_linears(chunk, settings.projections)
+            problems += missing_linears(chunk, _targets(settings))
     return list(dict.fromkeys(problems))

@@ -24,13 +24,15 @@ from torch import Tensor
 
 from megatron_idpo.checkpoint.dtypes import check_floating, check_range
 from megatron_idpo.checkpoint.model_directory import copy_companions
-from megatron_idpo.config.lora import ALL_LINEAR, PROJECTIONS, LoraConfig
+from megatron_idpo.config.lora import ALL_LINEAR, EXPERT_PARAMETERS, PROJECTIONS, LoraConfig
 from megatron_idpo.convert.hf_io.reader import HfCheckpoint
 from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
 from megatron_idpo.convert.hf_io.writer import HfWriter, write_together
 from megatron_idpo.convert.slicing import Shard
 from megatron_idpo.errors import CheckpointError, ConfigError, Problem
-from megatron_idpo.lora.adapters import Adapters, hf_module, weight_shape
+from megatron_idpo.lora.adapters import Adapters, expert_target, hf_module, weight_shape
+from megatron_idpo.lora.expert_tensors import expert_module, gather_whole, read_experts
+from megatron_idpo.mcore.lora.chunk import AdapterTensor
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.parallel.groups import gather_tensor_shards, rank_coordinates
 from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, raise_on_all_ranks
@@ -44,7 +46,7 @@ _PEFT_ROOT = "base_model.model"
 """PEFT's wrapper, and the model in it."""
 
 _READ = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules"}
-_READ |= {"use_rslora", "init_lora_weights", "exclude_modules"}
+_READ |= {"use_rslora", "init_lora_weights", "exclude_modules", "target_parameters"}
 
 _IGNORED = {
     "auto_mapping",
@@ -139,50 +141,73 @@ def load_peft(adapters: Adapters, architecture: Architecture, directory: Path) -
         dtypes = {name: checkpoint.dtype(name) for name in checkpoint.names()}
         check_floating(str(directory), dtypes)
         for tensor in adapters.tensors():
-            name = peft_name(tensor.layer, tensor.projection, tensor.side)
-            slices = [
-                shard.of(size) if dim == tensor.split_dim else None
-                for dim, size in enumerate(checkpoint.shape(name))
-            ]
-            tensor.parameter.copy_(checkpoint.read(name, *slices))
+            name = tensor_name(tensor, adapters.settings)
+            if tensor.is_expert:
+                read_experts(tensor, checkpoint, name, coordinates)
+            else:
+                slices = [
+                    shard.of(size) if dim == tensor.split_dim else None
+                    for dim, size in enumerate(checkpoint.shape(name))
+                ]
+                tensor.parameter.copy_(checkpoint.read(name, *slices))
             check_range(str(directory), name, tensor.parameter, dtypes[name])
 
 
-def peft_name(layer: int, projection: str, side: str) -> str:
-    """Name of A or B in `adapter_model.safetensors`."""
-    return f"{_PEFT_ROOT}.{hf_module(layer, projection)}.lora_{side}.weight"
+def peft_name(module: str, side: str) -> str:
+    """Name of A or B of a module in `adapter_model.safetensors`."""
+    return f"{_PEFT_ROOT}.{module}.lora_{side}.weight"
+
+
+def tensor_name(tensor: AdapterTensor, settings: LoraConfig) -> str:
+    """Name of a whole tensor in `adapter_model.safetensors`."""
+    if tensor.is_expert:
+        module = expert_module(tensor.layer, tensor.projection, settings)
+    else:
+        module = hf_module(tensor.layer, tensor.projection)
+    return peft_name(module, tensor.side)
 
 
 def peft_shapes(settings: LoraConfig, architecture: Architecture) -> dict[str, tuple[int, int]]:
     """Shapes of an adapter's whole tensors by PEFT's names, in layer order.
 
-    A is `[rank, inputs]`, B is `[outputs, rank]`.
+    A is `[rank, inputs]`, B is `[outputs, rank]`; those of experts have the rank of all of them.
     """
     shapes = {}
     for layer in range(architecture.num_layers):
-        for target in settings.projections:
+        modules: list[tuple[str, str, int]] = []
+        for name in settings.projections:
+            modules.append((hf_module(layer, name), name, settings.rank))
+        for target in map(expert_target, settings.expert_parameters):
+            module = expert_module(layer, target, settings)
+            modules.append((module, target, settings.rank * architecture.num_experts))
+        for module, target, rank in modules:
             outputs, inputs = weight_shape(target, architecture)
-            shapes[peft_name(layer, target, "A")] = (settings.rank, inputs)
-            shapes[peft_name(layer, target, "B")] = (outputs, settings.rank)
+            shapes[peft_name(module, "A")] = (rank, inputs)
+            shapes[peft_name(module, "B")] = (outputs, rank)
     return shapes
 
 
 def whole_adapter_tensors(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
     """This stage's whole tensors under PEFT's names, one at a time, in the adapters' dtype.
 
-    Yields on the first replica's first tensor-parallel rank only. Collective over the first
-    replica's tensor-parallel groups: a gather for every split tensor.
+    Yields on the first rank of a replica's tensor-parallel (and, for experts, expert-parallel)
+    ranks only. Collective over these groups: a gather for every split tensor.
     """
     coordinates = rank_coordinates()
-    if coordinates.dp_rank > 0:
-        return
     for tensor in adapters.tensors():
-        local = tensor.parameter.detach()
-        shards = [local] if tensor.split_dim is None else gather_tensor_shards(local)
-        if coordinates.tp_rank == 0:
-            assert shards is not None
-            whole = local if tensor.split_dim is None else torch.cat(shards, tensor.split_dim)
-            yield peft_name(tensor.layer, tensor.projection, tensor.side), whole
+        if coordinates.replica(is_expert=tensor.is_expert) > 0:
+            continue
+        whole = gather_whole(tensor) if tensor.is_expert else _gather_projection(tensor)
+        if whole is not None:
+            yield tensor_name(tensor, adapters.settings), whole
+
+
+def _gather_projection(tensor: AdapterTensor) -> Tensor | None:
+    local = tensor.parameter.detach()
+    if tensor.split_dim is None:
+        return local if rank_coordinates().tp_rank == 0 else None
+    shards = gather_tensor_shards(local)
+    return None if shards is None else torch.cat(shards, tensor.split_dim)
 
 
 def _open(directory: Path) -> HfCheckpoint:
@@ -212,8 +237,8 @@ def read_peft_settings(directory: Path) -> LoraConfig:
     remedy = "name the directory that PEFT's save_pretrained wrote"
     config = read_record(path, error=CheckpointError, remedy=remedy)
     problems = _unsupported(config, str(path))
-    targets = config.get("target_modules")
-    if not problems:
+    targets = config.get("target_modules") or []
+    if not problems and targets:
         targets, problems = _without_excluded(config, path)
     if problems:
         raise CheckpointError.of(problems)
@@ -223,10 +248,24 @@ def read_peft_settings(directory: Path) -> LoraConfig:
             alpha=float(config.get("lora_alpha", 8)),
             dropout=float(config.get("lora_dropout", 0.0)),
             targets=targets,
+            target_parameters=_expert_parameters(config),
             rslora=bool(config.get("use_rslora", False)),
         )
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError.at(str(path), f"does not describe an adapter: {error}") from None
+
+
+def _expert_parameters(config: dict[str, Any]) -> list[str]:
+    """The weights of experts that `target_parameters` names.
+
+    Source: `peft.tuners.tuners_utils._inject_parameters`: an entry is a name, or the end of one.
+    """
+    targets = config.get("target_parameters") or []
+    return [
+        name
+        for name in EXPERT_PARAMETERS
+        if isinstance(targets, list) and any(f".{name}".endswith(f".{end}") for end in targets)
+    ]
 
 
 def _without_excluded(config: dict[str, Any], path: Path) -> tuple[Any, list[Problem]]:
@@ -284,6 +323,7 @@ def _fields_that_must_match(settings: LoraConfig) -> dict[str, Any]:
         "lora_alpha": settings.alpha,
         "use_rslora": settings.rslora,
         "target_modules": list(settings.projections),
+        "target_parameters": list(settings.expert_parameters) or None,
     }
 
 
@@ -318,14 +358,20 @@ def _unsupported(config: dict[str, Any], path: str) -> list[Problem]:
     def add(name: str, message: str, remedy: str = "") -> None:
         problems.append(Problem(f"{path}: {name}", message, remedy))
 
-    for name, supported in (("peft_type", ("LORA",)), ("task_type", (None, "CAUSAL_LM"))):
-        if config.get(name) not in supported:
-            add(name, f"is {config.get(name)!r}, only {supported[-1]} is supported")
+    for name, accepted in (("peft_type", ("LORA",)), ("task_type", (None, "CAUSAL_LM"))):
+        if config.get(name) not in accepted:
+            add(name, f"is {config.get(name)!r}, only {accepted[-1]} is supported")
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
         add("target_modules", f"is the pattern {targets!r}", "list the projections")
-    elif not isinstance(targets, str | list):
+    elif not isinstance(targets, str | list) and not (
+        targets is None and _expert_parameters(config)
+    ):
         add("target_modules", f"is {targets!r}", "list the projections")
+    parameters = config.get("target_parameters")
+    if parameters and len(_expert_parameters(config)) != len(parameters):
+        supported = " and ".join(EXPERT_PARAMETERS)
+        add("target_parameters", f"is {parameters!r}, only {supported} are supported")
     initialization = config.get("init_lora_weights")
     if initialization not in _PLAIN_INITIALIZATIONS:
         add(

@@ -37,7 +37,7 @@ def report_start(trainer: Trainer, report: Report) -> None:
     trained = "all weights"
     if config.lora is not None:
         architecture = trainer.policy.source.architecture
-        targets = ", ".join(config.lora.for_model(architecture).projections)
+        targets = ", ".join(config.lora.for_model(architecture).names)
         trained = f"LoRA rank {config.lora.rank} on {targets}"
     objective = f"plain DPO ({dpo.num_layers} layers, no taps)"
     if dpo.layers:

@@ -153,7 +153,7 @@ def _settings(config: RunConfig) -> Iterator[tuple[str, str]]:
     trained = "all weights"
     if lora is not None:
         trained = f"LoRA rank {lora.rank}, α = {lora.alpha:g}, dropout {lora.dropout:g}"
-        trained += f", {', '.join(lora.projections)}"
+        trained += f", {', '.join(lora.names)}"
     yield "trained", trained
     yield "learning rate", f"{optimizer.lr:g}, {optimizer.schedule}"
     steps = f", at most {training.max_steps} steps" if training.max_steps else ""

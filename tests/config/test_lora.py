@@ -37,6 +37,14 @@ def test_projections_are_in_the_order_of_the_forward_pass():
         ({"targets": 3}, "lora.targets: is 3; give all-linear, or a list of"),
         ({"targets": ()}, "lora.targets: is (); give all-linear, or a list of"),
         (
+            {"target_parameters": ("mlp.experts.gate_up_proj",), "dropout": 0.1},
+            "lora.dropout: is 0.1 with lora.target_parameters; PEFT has no dropout for experts",
+        ),
+        (
+            {"target_parameters": ("mlp.experts.w1",)},
+            "lora.target_parameters.0: is 'mlp.experts.w1'",
+        ),
+        (
             {"targets": ("q_proj", "q_proj")},
             "lora.targets: is ('q_proj', 'q_proj'); give all-linear",
         ),

@@ -59,6 +59,7 @@ def fresh_peft(base: Path, settings: str) -> Any:
         r=lora.rank,
         lora_alpha=int(lora.alpha),
         target_modules=list(lora.projections),
+        target_parameters=list(lora.expert_parameters) or None,
         use_rslora=lora.rslora,
         task_type="CAUSAL_LM",
         init_lora_weights=False,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.config.layout import Layout
-from megatron_idpo.config.lora import PROJECTIONS, LoraConfig
+from megatron_idpo.config.lora import ATTENTION, EXPERT_PARAMETERS, PROJECTIONS, LoraConfig
 
 NUM_SEQUENCES, SEQUENCE_TOKENS, STEPS = 4, 16, 2
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-4}
@@ -24,7 +24,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("llama", {"num_key_value_heads": 8}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen3-moe": ("qwen3_moe", {"num_experts": 4}),
 }
+EXPERT_MODELS = ("mixtral", "qwen3-moe")
 
 SETTINGS = {
     "all": LoraConfig(rank=4, alpha=12.0),
@@ -32,6 +35,13 @@ SETTINGS = {
     "q-v": LoraConfig(rank=3, alpha=3.0, targets=("q_proj", "v_proj")),
     "k-o-up": LoraConfig(rank=2, alpha=5.0, targets=("k_proj", "o_proj", "up_proj")),
     "gate-down": LoraConfig(rank=2, alpha=5.0, targets=("gate_proj", "down_proj")),
+    "experts": LoraConfig(
+        rank=4, alpha=12.0, targets=ATTENTION, target_parameters=EXPERT_PARAMETERS
+    ),
+    # Rank 3: fewer bytes than a grouped product needs.
+    "expert-down": LoraConfig(
+        rank=3, alpha=5.0, targets=(), target_parameters=("mlp.experts.down_proj",)
+    ),
 }
 assert SETTINGS["all"].projections == PROJECTIONS
 
@@ -61,7 +71,9 @@ class Case:
     def __str__(self) -> str:
         """The id of its test."""
         layout = self.layout
-        names = [f"TP{layout.tensor}", f"PP{layout.pipeline}"]
+        names = [f"EP{layout.expert}"] if layout.expert > 1 else []
+        names += [f"ETP{layout.expert_tensor}"] if layout.expert_tensor else []
+        names += [f"TP{layout.tensor}", f"PP{layout.pipeline}"]
         names += [f"VP{layout.virtual_pipeline}"] if layout.virtual_pipeline > 1 else []
         names += ["SP"] if layout.sequence_parallel else []
         names += [f"DP{self.data}", self.sync] if self.data > 1 else []

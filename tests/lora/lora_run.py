@@ -4,6 +4,7 @@ Whole tensors have PEFT's names.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,19 +57,22 @@ def whole(
     adapters: Any, value: Callable[[Any], Tensor] = lambda parameter: parameter.detach()
 ) -> dict[str, Tensor]:
     """This stage's tensors under PEFT's names, on its first rank; replicas must be equal."""
-    from megatron_idpo.lora.peft import peft_name
+    from megatron_idpo.lora.expert_tensors import gather_whole
+    from megatron_idpo.lora.peft import tensor_name
     from megatron_idpo.mcore.parallel.groups import gather_tensor_shards
 
     tensors = {}
     for adapter_tensor in adapters.tensors():
-        shards = gather_tensor_shards(value(adapter_tensor.parameter))
-        if shards is None:
-            continue
-        split_dim = adapter_tensor.split_dim
-        name = peft_name(adapter_tensor.layer, adapter_tensor.projection, adapter_tensor.side)
-        if split_dim is None:
+        local, split_dim = value(adapter_tensor.parameter), adapter_tensor.split_dim
+        name = tensor_name(adapter_tensor, adapters.settings)
+        shards = gather_tensor_shards(local, is_expert=adapter_tensor.is_expert)
+        if shards is not None and split_dim is None:
             assert all(torch.equal(shards[0], shard) for shard in shards), f"{name} differs"
-        tensors[name] = shards[0] if split_dim is None else torch.cat(shards, split_dim)
+        if adapter_tensor.is_expert:
+            experts = gather_whole(replace(adapter_tensor, parameter=local))
+            tensors |= {} if experts is None else {name: experts}
+        elif shards is not None:
+            tensors[name] = shards[0] if split_dim is None else torch.cat(shards, split_dim)
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 

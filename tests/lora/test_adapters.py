@@ -10,9 +10,20 @@ import torch
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.errors import ConfigError
+from megatron_idpo.lora.adapters import hf_module
 from megatron_idpo.lora.peft import peft_name
 
-from .lora_case import ADAM, CLIP, MODELS, NUM_SEQUENCES, SETTINGS, STEPS, Case, tokens
+from .lora_case import (
+    ADAM,
+    CLIP,
+    EXPERT_MODELS,
+    MODELS,
+    NUM_SEQUENCES,
+    SETTINGS,
+    STEPS,
+    Case,
+    tokens,
+)
 from .lora_run import adapted, logits_of, merged, train, whole
 
 pytestmark = pytest.mark.distributed
@@ -31,6 +42,8 @@ TP2_SP, TP4_SP = (Layout(tensor=size, sequence_parallel=True) for size in (2, 4)
 PP2, PP2_VP2 = Layout(pipeline=2), Layout(pipeline=2, virtual_pipeline=2)
 TP2_PP2 = Layout(tensor=2, pipeline=2)
 TP2_PP2_SP = Layout(tensor=2, pipeline=2, sequence_parallel=True)
+EP2_TP2_PP2 = Layout(expert=2, expert_tensor=1, tensor=2, pipeline=2, sequence_parallel=True)
+EP2_TP2 = Layout(expert=2, tensor=2, sequence_parallel=True)
 TP2_PP2_VP2_SP = Layout(tensor=2, pipeline=2, virtual_pipeline=2, sequence_parallel=True)
 
 CASES = [
@@ -43,6 +56,8 @@ CASES = [
     Case(layout=PP2_VP2, model="qwen2"),
     Case(data=2, sync="distributed", model="llama-tied"),
     Case(layout=TP2_SP, data=2, sync="overlap", model="qwen2"),
+    Case(layout=EP2_TP2_PP2, model="qwen3-moe", settings="expert-down", recompute="full"),
+    Case(layout=EP2_TP2, data=2, sync="overlap", model="mixtral", settings="experts"),
 ]
 EXHAUSTIVE = (
     [
@@ -50,8 +65,8 @@ EXHAUSTIVE = (
         for layout, (model, settings, recompute) in product(
             (TP1, TP2, TP2_SP, TP4, TP4_SP, PP2, PP2_VP2, TP2_PP2, TP2_PP2_SP, TP2_PP2_VP2_SP),
             [
-                *((model, "all", "off") for model in MODELS),
-                *(("qwen2", settings, "full") for settings in SETTINGS),
+                *((model, "all", "off") for model in MODELS if model not in EXPERT_MODELS),
+                *(("qwen2", name, "full") for name in SETTINGS if "expert" not in name),
             ],
         )
     ]
@@ -62,6 +77,27 @@ EXHAUSTIVE = (
             (TP1, TP2, TP2_SP, PP2, PP2_VP2, TP2_PP2_SP),
             ("plain", "overlap", "distributed"),
             ("off", "full"),
+        )
+    ]
+    + [
+        Case(
+            layout=layout, data=data, sync=sync, model=model, settings=settings, recompute=recompute
+        )
+        for (layout, data, sync), (model, settings, recompute) in product(
+            (
+                (TP1, 1, "plain"),
+                (TP2_SP, 1, "plain"),
+                (TP2_SP, 2, "distributed"),
+                (EP2_TP2_PP2, 2, "distributed"),
+                (Layout(expert=2, pipeline=2, virtual_pipeline=2), 2, "overlap"),
+                (EP2_TP2, 2, "overlap"),
+                (Layout(expert=4), 4, "distributed"),
+            ),
+            (
+                ("mixtral", "experts", "off"),
+                ("qwen3-moe", "experts", "full"),
+                ("qwen3-moe", "expert-down", "off"),
+            ),
         )
     ]
 )
@@ -115,7 +151,7 @@ def test_initialization_is_the_same_in_every_layout(workers, base_model):
         assert 0.9 * bound < tensor.abs().max() <= bound, name
         # Uniform: the variance is bound² / 3; at least 256 values.
         assert tensor.var() == pytest.approx(bound**2 / 3, rel=0.25), name
-    q, k = (a_tensors[peft_name(0, projection, "A")] for projection in ("q_proj", "k_proj"))
+    q, k = (a_tensors[peft_name(hf_module(0, name), "A")] for name in ("q_proj", "k_proj"))
     assert not torch.equal(q, k)
     seeded = merged(workers.run(fresh, 1, base, TP1, settings, 8))
     assert not any(torch.equal(a_tensors[name], seeded[name]) for name in a_tensors)
@@ -244,7 +280,7 @@ def rejection(base: str, mistake: str) -> str:
             "other linear",
             "gate_proj, up_proj need megatron-core's own linear_fc1, which layer 2 does not have",
         ),
-        ("experts", "down_proj are experts in this model; adapt the attention only"),
+        ("experts", "down_proj are experts in this model; name them in lora.target_parameters"),
         ("none", "chunks: is empty"),
     ],
 )

@@ -37,7 +37,12 @@ def export(base: str, adapter: str, layout: Layout, settings: str, target: str) 
 
 @pytest.mark.parametrize(
     ("layout", "model", "settings"),
-    [(TP1, "qwen2", "all"), (TP2_PP2_SP, "qwen3", "all"), (PP2_VP2, "llama-tied", "k-o-up")],
+    [
+        (TP1, "qwen2", "all"),
+        (TP2_PP2_SP, "qwen3", "all"),
+        (PP2_VP2, "llama-tied", "k-o-up"),
+        (TP2_PP2_SP, "qwen3-moe", "experts"),
+    ],
 )
 def test_merged_export_equals_the_adapted_model(
     layout, model, settings, workers, base_model, peft_adapter, peft_result, tmp_path

@@ -24,16 +24,21 @@ from .lora_run import adapted, merged, whole
 TP2, PP2_VP2 = Layout(tensor=2), Layout(pipeline=2, virtual_pipeline=2)
 TP2_PP2_SP = Layout(tensor=2, pipeline=2, sequence_parallel=True)
 
+EP2_TP2_PP2 = Layout(expert=2, expert_tensor=1, tensor=2, pipeline=2, sequence_parallel=True)
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-@pytest.mark.parametrize("model", ["qwen3", "llama-tied"])
-def test_names_and_shapes_equal_peft(model, peft_adapter):
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [("qwen3", "all"), ("llama-tied", "all"), ("qwen3-moe", "experts"), ("mixtral", "expert-down")],
+)
+def test_names_and_shapes_equal_peft(model, settings, peft_adapter):
     family, overrides = MODELS[model]
     architecture = Architecture.from_hf(tiny_hf_config(family, **overrides))
-    saved = load_file(peft_adapter(model) / WEIGHTS)
+    saved = load_file(peft_adapter(model, settings) / WEIGHTS)
     expected = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    assert peft_shapes(SETTINGS["all"], architecture) == expected
+    assert peft_shapes(SETTINGS[settings], architecture) == expected
 
 
 def test_weight_shape_uses_the_configured_head_dimension():
@@ -45,7 +50,7 @@ def test_weight_shape_uses_the_configured_head_dimension():
 
 def meaning(settings: LoraConfig) -> tuple[Any, ...]:
     """Everything but the notation of the targets, which PEFT stores as a set."""
-    return settings.rank, settings.alpha, settings.dropout, settings.rslora, settings.projections
+    return settings.rank, settings.alpha, settings.dropout, settings.rslora, settings.names
 
 
 def resave(base: str, adapter: str, settings: str, layout: Layout, target: str) -> None:
@@ -62,6 +67,7 @@ def resave(base: str, adapter: str, settings: str, layout: Layout, target: str) 
         (Layout(), 2, "qwen2", "all"),
         (TP2_PP2_SP, 1, "qwen3", "rslora"),
         (PP2_VP2, 1, "llama-tied", "gate-down"),
+        (EP2_TP2_PP2, 1, "mixtral", "experts"),
     ],
 )
 def test_round_trip_through_peft_files_is_bitwise_exact(
@@ -137,6 +143,7 @@ def with_config(source: Path, target: Path, **fields: Any) -> Path:
         ),
         ({"target_modules": ".*proj"}, "target_modules: is the pattern '.*proj'"),
         ({"target_modules": None}, "target_modules: is None"),
+        ({"target_parameters": ["mlp.gate.weight"]}, "['mlp.gate.weight'], only mlp.experts.gate"),
         ({"target_modules": ["lm_head"]}, "lora.targets: is ['lm_head']"),
         ({"peft_type": "LOHA"}, "peft_type: is 'LOHA', only LORA"),
         ({"task_type": "SEQ_CLS"}, "task_type: is 'SEQ_CLS', only CAUSAL_LM"),

@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from megatron_idpo.config.lora import EXPERT_PARAMETERS
 from megatron_idpo.errors import EXIT_PREEMPTED
+from megatron_idpo.lora.peft import WEIGHTS_NAME
 from megatron_idpo.testing import write_tiny_hf_model
 from megatron_idpo.train.metrics.file import read_metrics
 from tests.sdpo.stepped_run import states, stepped_config
@@ -17,6 +20,9 @@ pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-5
 """Between layouts, as in `test_loop.py`."""
+
+ADAPTER_TOLERANCE = 1e-4
+"""B is small at first, and Adam's steps are large relative to it."""
 
 EP2 = {"expert": 2}
 EP2_TP2 = {"expert": 2, "tensor": 2, "expert_tensor": 1, "sequence_parallel": True}
@@ -46,6 +52,32 @@ def test_run_resumes_in_another_expert_layout(experts, workers, tmp_path):
         assert values[0] == pytest.approx(values[1], rel=1e-4) and len(values[1]) == 8
     assert all(line["router/load_max"] >= 1 >= line["router/load_min"] for line in theirs)
     assert relative_difference(exported(tmp_path / "parts"), exported(whole)) <= TOLERANCE
+
+
+def test_adapters_of_experts_resume_in_another_layout(experts, workers, tmp_path):
+    """And PEFT's model with the adapter equals the merged model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    settings = {"lora": {**LORA, "target_parameters": list(EXPERT_PARAMETERS)}}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    workers.run(run, 1, write_config(experts, whole, **settings))
+    for layout, hooks, code in ((EP2, (stop_after(4),), EXIT_PREEMPTED), (EP2_TP2, (), 0)):
+        file = write_config(experts, parts, layout=layout, **settings)
+        outcomes = workers.run(run, 2, file, *hooks)
+        assert [outcome.code for outcome in outcomes] == [code] * 2, outcomes[0].printed
+    assert "o_proj, mlp.experts.gate_up_proj, mlp.experts.down_proj" in outcomes[0].printed
+    ours, theirs = (load_file(path / "adapter" / WEIGHTS_NAME) for path in (parts, whole))
+    assert relative_difference(ours, theirs) <= ADAPTER_TOLERANCE
+    base, merged = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (experts.model, parts / "hf")
+    )
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        before, after = base(tokens).logits, merged(tokens).logits
+        adapted = PeftModel.from_pretrained(base, parts / "adapter")(tokens).logits
+    assert (adapted - after).abs().max() <= 1e-4 < (after - before).abs().max() / 100
 
 
 @pytest.mark.exhaustive

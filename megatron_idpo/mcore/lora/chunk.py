@@ -5,8 +5,9 @@ parameter. The chunk's own modules keep their names, parameters and checkpoint k
 of its linears is replaced on the instance and restored by `remove_adapters`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megatron_idpo.errors import Problem
+from megatron_idpo.mcore.lora.experts import EXPERT_LINEARS, ExpertAdapters
 from megatron_idpo.mcore.lora.linear import (
     FusedRows,
     LinearAdapters,
@@ -22,6 +24,8 @@ from megatron_idpo.mcore.lora.linear import (
     ParallelLinear,
 )
 from megatron_idpo.mcore.model.chunk import RestoreFn
+from megatron_idpo.mcore.model.experts import first_expert
+from megatron_idpo.mcore.model.grouped_experts import GroupedExperts
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
 
 ADAPTERS_NAME = "lora"
@@ -35,10 +39,16 @@ FUSED = {
 }
 """The linears of a megatron-core layer, and the projections fused in each."""
 
+EXPERTS_NAME = "experts"
+"""The adapters of a layer's experts among those of its linears, and the prefix of their targets."""
+
+EXPERT_TARGETS = tuple(f"{EXPERTS_NAME}.{name}" for name in EXPERT_LINEARS.values())
+"""Targets in a layer's experts; each adapts the weights of all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterTensor:
-    """A or B of one projection, on this rank."""
+    """A or B of one projection, or of one target in all experts of a layer, on this rank."""
 
     layer: int
     """From 0, over the whole model."""
@@ -50,6 +60,14 @@ class AdapterTensor:
     parameter: torch.nn.Parameter
     split_dim: int | None
     """The dimension sharded over tensor-parallel ranks; None if the tensor is replicated."""
+
+    first_expert: int | None = None
+    """Of experts, which are dimension 0: the first one's index in the whole model."""
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether the tensor is of experts: its shards and copies are on other ranks."""
+        return self.first_expert is not None
 
     @property
     def name(self) -> str:
@@ -66,8 +84,8 @@ class ChunkAdapters(torch.nn.Module):
         """Allocate them: A uninitialised, B zero.
 
         Args:
-            chunk: the chunk they will belong to; each of its layers has all targets.
-            targets: projections in `FUSED`.
+            chunk: the chunk they will belong to; each of its layers has all projections.
+            targets: projections in `FUSED`, and `EXPERT_TARGETS`.
             hyperparams: rank, scale and dropout.
         """
         super().__init__()
@@ -84,6 +102,10 @@ class ChunkAdapters(torch.nn.Module):
                     assert linear is not None
                     rows = _fused_rows(name, linear)
                     adapters[name] = LinearAdapters(linear, rows, adapted, hyperparams)
+            experts, in_experts = layer_experts(layer), _in_experts(targets)
+            if experts is not None and in_experts:
+                names = [target.removeprefix(f"{EXPERTS_NAME}.") for target in in_experts]
+                adapters[EXPERTS_NAME] = ExpertAdapters(experts, names, hyperparams)
             self.layers.append(adapters)
 
     def linears(self) -> Iterator[tuple[int, str, LinearAdapters]]:
@@ -91,8 +113,25 @@ class ChunkAdapters(torch.nn.Module):
         for layer, adapters in zip(self.layer_indices, self.layers, strict=True):
             assert isinstance(adapters, torch.nn.ModuleDict)
             for name, linear_adapters in adapters.items():
-                assert isinstance(linear_adapters, LinearAdapters)
-                yield layer, name, linear_adapters
+                if isinstance(linear_adapters, LinearAdapters):
+                    yield layer, name, linear_adapters
+
+    def experts(self) -> Iterator[tuple[int, ExpertAdapters]]:
+        """Global layer index (from 0) and adapters of each layer's experts."""
+        for layer, adapters in zip(self.layer_indices, self.layers, strict=True):
+            assert isinstance(adapters, torch.nn.ModuleDict)
+            if EXPERTS_NAME in adapters:
+                of_layer = adapters[EXPERTS_NAME]
+                assert isinstance(of_layer, ExpertAdapters)
+                yield layer, of_layer
+
+    def merged_weights(self) -> Iterator[tuple[torch.nn.Parameter, Callable[[], Tensor]]]:
+        """Each adapted weight of this rank, and a function that computes it with its adapters."""
+        for _, _, adapted in self.linears():
+            yield adapted.linear.weight, adapted.merged_weight
+        for _, of_layer in self.experts():
+            for weight, target, expert in of_layer.merged_weights():
+                yield weight, partial(of_layer.merged_weight, target, expert)
 
     def tensors(self) -> Iterator[AdapterTensor]:
         """All A and B on this rank."""
@@ -101,6 +140,18 @@ class ChunkAdapters(torch.nn.Module):
             for name in adapters.targets:
                 yield AdapterTensor(layer, name, "A", adapters.down(name), split_down)
                 yield AdapterTensor(layer, name, "B", adapters.up(name), split_up)
+        for layer, of_layer in self.experts():
+            num_experts = of_layer.experts.config.num_moe_experts
+            for target in of_layer.targets:
+                for side, parameter in (("A", of_layer.down(target)), ("B", of_layer.up(target))):
+                    yield AdapterTensor(
+                        layer,
+                        f"{EXPERTS_NAME}.{target}",
+                        side,
+                        parameter,
+                        of_layer.split_dim(target, side),
+                        first_expert(num_experts),
+                    )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
@@ -116,11 +167,14 @@ class ChunkAdapters(torch.nn.Module):
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         state = {}
         for tensor in self.tensors():
-            dim = tensor.split_dim
-            offsets = [] if dim is None else [(dim, rank.tp_rank, rank.tp_size)]
+            dim, (tp_rank, tp_size) = tensor.split_dim, rank.tp(is_expert=tensor.is_expert)
+            offsets = [] if dim is None else [(dim, tp_rank, tp_size)]
+            if tensor.is_expert:
+                offsets.insert(0, (0, rank.ep_rank, rank.ep_size))
             # megatron-core saves the copy with an all-zero replica id. Tensor-parallel ranks hold
             # copies of a replicated tensor, but different shards of a split one.
-            replica_id = (0, rank.tp_rank if dim is None else 0, rank.dp_rank)
+            data_rank = rank.replica(is_expert=tensor.is_expert)
+            replica_id = (0, tp_rank if dim is None else 0, data_rank)
             state[f"{prefix}{names[id(tensor.parameter)]}"] = ShardedTensor.from_rank_offsets(
                 tensor.name, tensor.parameter, *offsets, replica_id=replica_id
             )
@@ -140,6 +194,11 @@ def layer_linear(layer: torch.nn.Module, name: str) -> ParallelLinear | None:
     return linear
 
 
+def layer_experts(layer: torch.nn.Module) -> Any:
+    """The experts of a layer; None if its MLP is dense."""
+    return getattr(layer.mlp, "experts", None)
+
+
 def has_adapters(chunk: GPTModel) -> bool:
     """Whether the chunk has adapters."""
     return hasattr(chunk, ADAPTERS_NAME)
@@ -154,13 +213,33 @@ def missing_linears(chunk: GPTModel, targets: Sequence[str]) -> list[Problem]:
         if not adapted or not lacking:
             continue
         if chunk.config.num_moe_experts and name in ("linear_fc1", "linear_fc2"):
-            message, remedy = "are experts in this model", "adapt the attention only"
+            message = "are experts in this model"
+            remedy = "name them in lora.target_parameters: mlp.experts.gate_up_proj"
         else:
             layer_number = lacking[0].layer_number
             message = f"need megatron-core's own {name}, which layer {layer_number} does not have"
             remedy = "build the model with ModelOptions(transformer_engine=False)"
         problems.append(Problem("lora.targets", f"{adapted} {message}", remedy))
+    if _in_experts(targets) and chunk.decoder.layers:
+        problems += _expert_problems(chunk)
     return problems
+
+
+def _in_experts(targets: Sequence[str]) -> list[str]:
+    return [target for target in targets if target in EXPERT_TARGETS]
+
+
+def _expert_problems(chunk: GPTModel) -> list[Problem]:
+    location = "lora.target_parameters"
+    if not chunk.config.num_moe_experts:
+        remedy = "leave it out and name the projections in lora.targets"
+        return [Problem(location, "names experts, but this model is dense", remedy)]
+    experts = [layer_experts(layer) for layer in chunk.decoder.layers]
+    if all(of_layer is None or isinstance(of_layer, GroupedExperts) for of_layer in experts):
+        return []
+    message = "needs experts that are computed together"
+    remedy = "build the model with ModelOptions(transformer_engine=False, grouped_experts=True)"
+    return [Problem(location, message, remedy)]
 
 
 def insert_adapters(
@@ -171,6 +250,8 @@ def insert_adapters(
     adapters = ChunkAdapters(chunk, targets, hyperparams)
     for _, _, linear_adapters in adapters.linears():
         _patch_linear(linear_adapters, adapters)
+    for _, of_layer in adapters.experts():
+        _patch_experts(of_layer, adapters)
     adapters.train(chunk.training)
     setattr(chunk, ADAPTERS_NAME, adapters)
     return adapters
@@ -178,8 +259,11 @@ def insert_adapters(
 
 def remove_adapters(chunk: GPTModel) -> None:
     """Undo `insert_adapters`."""
-    for _, _, linear_adapters in getattr(chunk, ADAPTERS_NAME).linears():
+    adapters: ChunkAdapters = getattr(chunk, ADAPTERS_NAME)
+    for _, _, linear_adapters in adapters.linears():
         del linear_adapters.linear.forward
+    for _, of_layer in adapters.experts():
+        of_layer.experts.add_adapters = None
     delattr(chunk, ADAPTERS_NAME)
 
 
@@ -212,6 +296,18 @@ def _patch_linear(adapters: LinearAdapters, chunk_adapters: ChunkAdapters) -> No
         return output_t1O, bias_O
 
     linear.forward = adapted_forward
+
+
+def _patch_experts(of_layer: ExpertAdapters, chunk_adapters: ChunkAdapters) -> None:
+    """Make the experts of a layer add their adapters' contributions."""
+
+    def add_adapters(linear: str, tokens_NI: Tensor, ends_E: Tensor, output_NO: Tensor) -> Tensor:
+        if not chunk_adapters.enabled:
+            return output_NO
+        adapted_NO: Tensor = of_layer(linear, tokens_NI, ends_E, output_NO)
+        return adapted_NO
+
+    of_layer.experts.add_adapters = add_adapters
 
 
 def _fused_rows(name: str, linear: ParallelLinear) -> FusedRows:

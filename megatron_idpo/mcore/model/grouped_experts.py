@@ -11,17 +11,20 @@ copied for the product and not kept.
     I  input features   O  output features   F  features of an expert on this rank   H  hidden size
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import grouped_mm, pad, silu
 
 
 class GroupedExperts(SequentialMLP):
     """`SequentialMLP` with grouped products; bias-free SwiGLU experts only."""
+
+    add_adapters: Callable[[str, Tensor, Tensor, Tensor], Tensor] | None = None
+    """Adds low-rank adapters: `ExpertAdapters.forward`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """See megatron-core's class."""
@@ -44,16 +47,26 @@ class GroupedExperts(SequentialMLP):
             tokens_per_expert: int `[E]`, their sum is N.
             permuted_probs: `[N]`, the weight of each token's expert.
         """
-        tokens_NH = permuted_local_hidden_states
-        if not len(tokens_NH):  # no expert of this rank was chosen
-            empty_NH, _ = super().forward(tokens_NH, tokens_per_expert, permuted_probs)
-            return empty_NH, None
+        tokens_NH, num_tokens = permuted_local_hidden_states, len(permuted_local_hidden_states)
         ends_E = tokens_per_expert.to(tokens_NH.device).cumsum(0).to(torch.int32)
-        fc1, fc2 = self._linears()
-        fused_N2F = _grouped_linear(tokens_NH, ends_E, fc1)
+        if not num_tokens:
+            # No expert of this rank was chosen. A token of zeros, which is dropped below, gives
+            # every parameter the gradient that DDP waits for.
+            tokens_NH, permuted_probs = pad(tokens_NH, (0, 0, 0, 1)), pad(permuted_probs, (0, 1))
+            ends_E = ends_E + 1
+        fused_N2F = self._grouped_linear("linear_fc1", tokens_NH, ends_E)
         gate_NF, up_NF = fused_N2F.chunk(2, dim=-1)
         weighted_NF = silu(gate_NF) * up_NF * permuted_probs[:, None]
-        return _grouped_linear(weighted_NF.to(fused_N2F.dtype), ends_E, fc2), None
+        output_NH = self._grouped_linear("linear_fc2", weighted_NF.to(fused_N2F.dtype), ends_E)
+        return output_NH[:num_tokens], None
+
+    def _grouped_linear(self, name: str, tokens_NI: Tensor, ends_E: Tensor) -> Tensor:
+        """One linear of each expert, with its adapters."""
+        linears = [getattr(expert, name) for expert in self.local_experts]
+        output_NO = _grouped_linear(tokens_NI, ends_E, linears)
+        if self.add_adapters is None:
+            return output_NO
+        return self.add_adapters(name, tokens_NI, ends_E, output_NO)
 
     def _linears(self) -> tuple[list[Any], list[Any]]:
         experts = list(self.local_experts)

@@ -240,6 +240,21 @@ def gather_tensor_shards(shard: Tensor, *, is_expert: bool = False) -> list[Tens
         group = parallel_state.get_expert_tensor_parallel_group()
     else:
         group = parallel_state.get_tensor_model_parallel_group()
+    return _gather(shard, group)
+
+
+def gather_experts(experts: Tensor) -> list[Tensor] | None:
+    """The experts of all expert-parallel ranks, on the first of them; None on the others.
+
+    Collective over the expert-parallel group: a gather forward; no gradient flows back.
+
+    Args:
+        experts: this rank's, stacked; same shape and dtype on every rank.
+    """
+    return _gather(experts, parallel_state.get_expert_model_parallel_group())
+
+
+def _gather(shard: Tensor, group: Any) -> list[Tensor] | None:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if size == 1:
         return [shard]

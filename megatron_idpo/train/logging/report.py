@@ -172,7 +172,7 @@ def _meter(trainer: Trainer) -> Meter:
     architecture = policy.source.architecture
     adapter_weights = None
     if config.lora is not None:
-        targets = config.lora.for_model(architecture).projections
+        targets = config.lora.for_model(architecture).names
         adapter_weights = lora_weights(architecture, config.lora.rank, targets)
     flops = ModelFlops(
         architecture=architecture,

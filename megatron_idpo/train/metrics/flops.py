@@ -23,6 +23,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_idpo.config.lora import EXPERT_PARAMETERS
 from megatron_idpo.data.packing.rows import Row
 from megatron_idpo.mcore.model.architecture import Architecture
 
@@ -100,7 +101,7 @@ class ModelFlops:
     """Layers with an output head: the tapped ones and the final one."""
 
     adapter_weights: int | None = None
-    """Weights of all adapters (`lora_weights`), which alone are trained; None: full training."""
+    """Weights of adapters per token (`lora_weights`), which alone are trained; None: all are."""
 
     reference_forwards: int = 0
     """Forward passes of the reference per step, without adapters: 1 for a live reference."""
@@ -129,9 +130,12 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def lora_weights(architecture: Architecture, rank: int, targets: Collection[str]) -> int:
-    """Weights of all LoRA adapters of a rank; targets are named as in Hugging Face."""
-    sizes = _projections(architecture)
-    return architecture.num_layers * rank * sum(sum(sizes[target]) for target in targets)
+    """Weights of the LoRA adapters of a rank that compute a token; targets have PEFT's names."""
+    sizes = {name: sum(size) for name, size in _projections(architecture).items()}
+    ffn, hidden = architecture.ffn_hidden_size, architecture.hidden_size
+    for name, features in zip(EXPERT_PARAMETERS, (hidden + 2 * ffn, ffn + hidden), strict=True):
+        sizes[name] = architecture.experts_per_token * features
+    return architecture.num_layers * rank * sum(sizes[target] for target in targets)
 
 
 def _projections(architecture: Architecture) -> dict[str, tuple[int, int]]:
