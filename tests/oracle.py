@@ -37,6 +37,13 @@ def head_input(hidden_states: Sequence[Tensor], layer: int, final_norm: Any, nor
     return hidden_STH if layer == final or norm == "none" else final_norm(hidden_STH)
 
 
+def head_output(model: Any, hidden_NH: Tensor) -> Tensor:
+    """The logits, [N, V]; Granite divides them, Gemma caps them (Transformers' modeling files)."""
+    logits_NV = model.lm_head(hidden_NH) / getattr(model.config, "logits_scaling", 1.0)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+
+
 def sequence_logps(
     model: Any,
     sequences: Sequence[Pair],
@@ -65,7 +72,7 @@ def sequence_logps(
             for s, (x, y) in enumerate(group):
                 # Position t predicts token t + 1: the last prompt token predicts the first of y.
                 hidden_NH = hidden_STH[s, len(x) - 1 : len(x) + len(y) - 1]
-                logps_NV = torch.log_softmax(model.lm_head(hidden_NH), dim=-1)
+                logps_NV = torch.log_softmax(head_output(model, hidden_NH), dim=-1)
                 logps[layer].append(logps_NV[torch.arange(len(y)), torch.tensor(y)].sum())
     return {layer: torch.stack(logps_2P) for layer, logps_2P in logps.items()}
 

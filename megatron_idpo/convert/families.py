@@ -1,9 +1,9 @@
 """The name table: which Hugging Face tensors make up which megatron-core parameter.
 
-Llama, Mistral, Qwen2 and Qwen3 use the same tensor names. They differ in which tensors exist
-(biases, q and k norms, an untied output layer), which the `Architecture` says. Mixtral and
-Qwen3-MoE have experts instead of the MLP, under two sets of names. How a parameter is split and
-fused is in `convert/slicing.py`.
+Most families use Llama's tensor names. They differ in which tensors exist (biases, norms, an untied
+output layer), which the `Architecture` says. `_FAMILY_RULES` has the names and the fused tensors of
+the others. Mixtral and Qwen3-MoE have experts instead of the MLP, under two sets of names. How a
+parameter is split and fused is in `convert/slicing.py`.
 """
 
 import re
@@ -21,6 +21,8 @@ from megatron_idpo.convert.slicing import (
     Replicated,
     Slicing,
     VocabSplit,
+    WholeGateUp,
+    WholeQKV,
 )
 from megatron_idpo.mcore.model.architecture import Architecture
 
@@ -61,6 +63,8 @@ def _sizes(architecture: Architecture) -> dict[str, int]:
         "Q": architecture.num_heads * architecture.head_dim,
         "K": architecture.num_kv_heads * architecture.head_dim,
         "D": architecture.head_dim,
+        "P": (architecture.num_heads + 2 * architecture.num_kv_heads) * architecture.head_dim,
+        "G": 2 * architecture.ffn_hidden_size,
         "E": architecture.num_experts,
     }
 
@@ -111,6 +115,57 @@ _ENGINE_LAYER_RULES = {
     "mlp.linear_fc1.layer_norm_weight": _MLP_NORM,
 }
 
+_POST_NORMS = ("self_attn_bda.norm.weight", "mlp_bda.norm.weight")
+
+
+def _norm_rules(
+    input_norm: str, attention_norm: str, mlp_norm: str, output_norm: str
+) -> dict[str, Rule]:
+    """The norms of a layer with post-norms, in the order of the forward pass; empty: none."""
+    suffixes = (
+        "input_layernorm.weight",
+        _POST_NORMS[0],
+        "pre_mlp_layernorm.weight",
+        _POST_NORMS[1],
+    )
+    names = (input_norm, attention_norm, mlp_norm, output_norm)
+    return {
+        suffix: _layer_rule(f"{name}_layernorm.weight", "H", Replicated())
+        for suffix, name in zip(suffixes, names, strict=True)
+        if name
+    }
+
+
+_GATE_UP = {"mlp.linear_fc1.weight": _layer_rule("mlp.gate_up_proj.weight", "GH", WholeGateUp())}
+_OLMO = _norm_rules("", "post_attention", "", "post_feedforward") | {
+    "self_attention.q_layernorm.weight": _layer_rule("self_attn.q_norm.weight", "Q", Replicated()),
+    "self_attention.k_layernorm.weight": _layer_rule("self_attn.k_norm.weight", "K", Replicated()),
+}
+_GEMMA = _norm_rules("input", "post_attention", "pre_feedforward", "post_feedforward")
+
+_FAMILY_RULES: dict[str, dict[str, Rule]] = {
+    "phi3": _GATE_UP
+    | {
+        "self_attention.linear_qkv.weight": _layer_rule(
+            "self_attn.qkv_proj.weight", "PH", WholeQKV()
+        )
+    },
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
+    "glm4": _GATE_UP | _norm_rules("input", "post_self_attn", "post_attention", "post_mlp"),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+}
+"""By family: the parameters of a layer whose tensors have other names or shapes than Llama's."""
+
+_QKV_PROJ: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+_GATE_UP_PROJ: dict[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj")}
+FUSED_MODULES: dict[str, dict[str, tuple[str, ...]]] = {
+    "phi3": _QKV_PROJ | _GATE_UP_PROJ,
+    "glm4": _GATE_UP_PROJ,
+}
+"""By family: Hugging Face's modules that fuse projections, in the order of their rows."""
+
 _MLP_SUFFIXES = ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
 _ROUTER = "mlp.router.weight"
 _EXPERT_PREFIX = "mlp.experts.local_experts.{expert}."
@@ -157,7 +212,8 @@ def entry(megatron_name: str, architecture: Architecture) -> Entry:
     elif matched and architecture.num_experts and matched[2] == _ROUTER:
         rule = _EXPERT_RULES[architecture.family][_ROUTER]
     elif matched:
-        rule = (_LAYER_RULES | _ENGINE_LAYER_RULES)[matched[2]]
+        rules = _LAYER_RULES | _ENGINE_LAYER_RULES | _FAMILY_RULES.get(architecture.family, {})
+        rule = rules[matched[2]]
     else:
         rule = _MODEL_RULES[megatron_name]
     sizes = _sizes(architecture)
@@ -244,7 +300,11 @@ def _model_names(architecture: Architecture) -> Iterator[str]:
         absent |= {"self_attention.linear_qkv.bias"}
     if not architecture.qk_norm:
         absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+    if not architecture.has_pre_norms:
+        absent |= {"input_layernorm.weight", "pre_mlp_layernorm.weight"}
     suffixes = [suffix for suffix in _LAYER_RULES if suffix not in absent]
+    if architecture.has_post_norms:
+        suffixes += _POST_NORMS
     if architecture.num_experts:
         suffixes = [suffix for suffix in suffixes if suffix not in _MLP_SUFFIXES] + [_ROUTER]
         for expert in range(architecture.num_experts):

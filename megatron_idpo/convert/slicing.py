@@ -10,6 +10,7 @@ are moved, never computed with, so a round trip is bitwise exact.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -58,6 +59,8 @@ class Slicing(ABC):
         """Reads this rank's shard into its parameter, casting to the parameter's dtype."""
         shapes = [source.shape(name) for name in hf_names]
         parts = self.parts(parameter, shapes, architecture, shard)
+        if len(hf_names) == 1:  # one tensor may have several parts
+            hf_names = list(hf_names) * len(parts)
         for name, (view, rows, columns) in zip(hf_names, parts, strict=True):
             _read(view, source, name, rows, columns)
 
@@ -65,7 +68,10 @@ class Slicing(ABC):
     def parts(
         self, parameter: Tensor, shapes: Shapes, architecture: Architecture, shard: Shard
     ) -> list[Part]:
-        """For each Hugging Face tensor: the view of the parameter that some of it belongs into."""
+        """For each Hugging Face tensor: the view of the parameter that some of it belongs into.
+
+        A single tensor may have several parts.
+        """
 
     @abstractmethod
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
@@ -173,6 +179,49 @@ class FusedQKV(Slicing):
         by_group = fused.unflatten(0, (num_groups, -1))
         q, k, v = by_group.split([queries, head_dim, head_dim], dim=1)
         return q, k, v
+
+
+class WholeGateUp(FusedGateUp):
+    """The same, where Hugging Face's tensor has all gate rows, then all up rows."""
+
+    def parts(
+        self, parameter: Tensor, shapes: Shapes, architecture: Architecture, shard: Shard
+    ) -> list[Part]:
+        """This rank's gate rows, then its up rows, of one tensor."""
+        ((num_rows, *columns),) = shapes
+        halves = [(num_rows // 2, *columns)] * 2
+        return _stacked(super().parts(parameter, halves, architecture, shard), [num_rows // 2] * 2)
+
+    def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
+        """The gate above the up projection."""
+        return [_joined(super().merge(shards, architecture))]
+
+
+class WholeQKV(FusedQKV):
+    """The same, where Hugging Face's tensor has all queries, then all keys, then all values."""
+
+    def parts(
+        self, parameter: Tensor, shapes: Shapes, architecture: Architecture, shard: Shard
+    ) -> list[Part]:
+        """This rank's groups of q, of k and of v, of one tensor."""
+        ((_, *columns),) = shapes
+        heads = (architecture.num_heads, architecture.num_kv_heads, architecture.num_kv_heads)
+        by_kind = [(count * architecture.head_dim, *columns) for count in heads]
+        parts = super().parts(parameter, by_kind, architecture, shard)
+        return _stacked(parts, [rows for rows, *_ in by_kind])
+
+    def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
+        """q above k above v."""
+        return [_joined(super().merge(shards, architecture))]
+
+
+def _stacked(parts: Sequence[Part], heights: Sequence[int]) -> list[Part]:
+    """Parts of tensors of these heights, as parts of one tensor with them below each other."""
+    starts = [0, *accumulate(heights)]
+    return [
+        (view, slice(start + rows.start, start + rows.stop), columns)
+        for (view, rows, columns), start in zip(parts, starts, strict=False)
+    ]
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from megatron_idpo.doctor.finding import Finding, State
+from megatron_idpo.mcore.model.families import FAMILIES
 
 IMPORT_TIMEOUT_S = 300
 """Importing megatron-core takes about 10 s on two busy cores."""
@@ -107,6 +108,7 @@ def check_libraries(probe: Probe, torch: Torch | None) -> list[Finding]:
         _transformer_engine(probe, has_gpu),
         _apex(probe, has_gpu),
         _flex_attention(probe, has_gpu),
+        Finding("model families", State.OK, ", ".join(FAMILIES)),
     ]
 
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.config.lora import LoraConfig
-from megatron_idpo.convert.families import hf_shapes
 from megatron_idpo.convert.megatron_to_hf import ParameterValue
 from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.lora.fused_modules import incomplete_modules
 from megatron_idpo.mcore.lora.chunk import (
     EXPERT_TARGETS,
     AdapterTensor,
@@ -61,7 +61,8 @@ def add_adapters(
             linear of megatron-core; all reasons at once.
     """
     settings = settings.for_model(architecture)
-    if problems := _check_chunks(chunks, settings):
+    problems = [*incomplete_modules(settings, architecture), *_check_chunks(chunks, settings)]
+    if problems:
         raise ConfigError.of(problems)
     return Adapters(chunks, architecture, settings, seed)
 
@@ -154,14 +155,13 @@ def weight_shape(projection: str, architecture: Architecture) -> tuple[int, int]
     if projection in EXPERT_TARGETS:
         ffn, hidden = architecture.ffn_hidden_size, architecture.hidden_size
         return (2 * ffn, hidden) if projection.endswith("gate_up_proj") else (hidden, ffn)
-    outputs, inputs = hf_shapes(architecture)[f"{hf_module(0, projection)}.weight"]
-    return outputs, inputs
+    return architecture.projection_shape(projection)
 
 
-def hf_module(layer: int, projection: str) -> str:
-    """Name of a projection's module in a Hugging Face model; layers count from 0."""
-    parent = "mlp" if projection in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    return f"model.layers.{layer}.{parent}.{projection}"
+def hf_module(layer: int, name: str) -> str:
+    """Name of a projection's (or a fused) module in a Hugging Face model; layers count from 0."""
+    is_mlp = name in ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+    return f"model.layers.{layer}.{'mlp' if is_mlp else 'self_attn'}.{name}"
 
 
 def initialize_a(

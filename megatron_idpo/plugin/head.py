@@ -8,7 +8,7 @@ chunk owns them or holds a replica. Every layer, the final one included, uses th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_idpo.errors import DataError
 from megatron_idpo.mcore.model.chunk import gather_positions
+from megatron_idpo.mcore.model.logit_map import LogitMap
 from megatron_idpo.plugin.logprobs import vocab_parallel_logprobs
 from megatron_idpo.plugin.targets import Targets
 
@@ -44,6 +45,9 @@ class Head:
     """Tokens of the whole vocabulary; rows beyond them are padding."""
 
     sequence_parallel: bool
+    logit_map: LogitMap = field(default_factory=LogitMap)
+    """What the model does with the product of hidden states and weight."""
+
     use_norm: bool = True
     """False reads tapped layers without the final norm (`norm: none`)."""
 
@@ -70,7 +74,7 @@ class Head:
             hidden_sBH: the layer's output.
             targets: the tokens to score, of this rank's positions (`Targets.on_context_rank`).
             normed: the final norm has been applied already (the final layer).
-            sharpness: a power of 2 that logits are multiplied by, exact in every dtype.
+            sharpness: a power of 2 that logits are multiplied by.
 
         Returns:
             float32 `[Q]`.
@@ -94,8 +98,6 @@ class Head:
             hidden_NH = self.norm(hidden_NH) if apply_norm else hidden_NH
         weight_VH = self.weight()
         hidden_NH = hidden_NH.to(weight_VH.dtype)
-        if sharpness != 1:
-            hidden_NH = hidden_NH * sharpness
         logps_N = vocab_parallel_logprobs(
             hidden_NH,
             weight_VH,
@@ -103,6 +105,7 @@ class Head:
             group=self.group,
             vocab_start=self.vocab_start,
             vocab_valid=self.vocab_size,
+            logit_map=self.logit_map.sharpened(sharpness),
             frozen=not weight_VH.requires_grad,
             # The gather's backward sums over the ranks; a second sum would scale gradients by TP.
             reduce_hidden_grad=not self.sequence_parallel,

@@ -16,6 +16,7 @@ multiplied, reduced to statistics and discarded.
   and is computed in the forward pass while a tile's logits exist: 4·N·H·V FLOPs, no recomputation,
   no weight gradient. Backward multiplies by the incoming gradient. The target is left out of the
   sum because W[y] − Σ_v p_v W[v] cancels where p_y is near 1: in bf16 it is off by percents there.
+  A map of the logits (`LogitMap`) multiplies each row of W by its derivative there.
 * *Trainable weight*: backward recomputes the logits: 8·N·H·V FLOPs. The weight's gradient is
   accumulated in float32, a tile of rows at a time.
 
@@ -35,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_idpo.mcore.model.logit_map import LogitMap
 from megatron_idpo.plugin.tiles import (
     Projection,
     TileSizes,
@@ -53,6 +55,8 @@ from megatron_idpo.plugin.vocab_softmax import (
     locate_columns,
 )
 
+_PLAIN = LogitMap()
+
 
 def vocab_parallel_logprobs(
     hidden_NH: Tensor,
@@ -61,12 +65,13 @@ def vocab_parallel_logprobs(
     *,
     vocab_start: int = 0,
     vocab_valid: int | None = None,
+    logit_map: LogitMap = _PLAIN,
     group: dist.ProcessGroup | None = None,
     frozen: bool | None = None,
     reduce_hidden_grad: bool = True,
     tiles: TileSizes | None = None,
 ) -> Tensor:
-    """log softmax(hidden @ weight.T)[target] over the whole vocabulary, for every target.
+    """log softmax(map(hidden @ weight.T))[target] over the whole vocabulary, for every target.
 
     Collectives over `group` (none if it is None or has one rank), also for `N = 0`: forward, one
     all-gather of three values per target; backward, one all-reduce of the hidden gradient, or none
@@ -80,6 +85,7 @@ def vocab_parallel_logprobs(
         vocab_start: token id of this rank's first row.
         vocab_valid: tokens of the whole vocabulary. Rows beyond it are padding: they do not enter
             the softmax and get no gradient. None: no rank has padding.
+        logit_map: from the product to the logits: a factor, a soft cap.
         group: the ranks that share the vocabulary.
         frozen: use the frozen-weight path; the weight gets no gradient even if it requires one.
             None: frozen exactly if the weight does not require a gradient.
@@ -102,6 +108,7 @@ def vocab_parallel_logprobs(
         start=vocab_start,
         num_rows=rows if vocab_valid is None else min(max(vocab_valid - vocab_start, 0), rows),
         tiles=tiles or TileSizes.default(hidden_NH.device, frozen=frozen),
+        logit_map=logit_map,
         group=group,
         reduce_hidden_grad=reduce_hidden_grad,
     )
@@ -165,7 +172,14 @@ def _finish_hidden_gradient(
         # W[y] is added in the accumulation dtype, not through a product with 16-bit operands.
         target_nH = weight_VH.index_select(0, index_N1[tokens, 0]).to(sum_NH.dtype)
         sum_nH = sum_NH[tokens].mul_(-share_N[tokens, None])
-        sum_nH.addcmul_(target_nH, own_N[tokens, None]).mul_(one_minus_p_N[tokens, None])
+        # The derivative of a map without a cap is the same for all rows of W: it comes last.
+        slope_n: Tensor | float = projection.logit_map.slope(softmax.target_N[tokens])
+        if isinstance(slope_n, Tensor):
+            sum_nH.addcmul_(target_nH, (own_N[tokens] * slope_n)[:, None])
+            sum_nH.mul_(one_minus_p_N[tokens, None])
+        else:
+            sum_nH.addcmul_(target_nH, own_N[tokens, None])
+            sum_nH.mul_(slope_n * one_minus_p_N[tokens, None])
 
 
 class _TrainableHead(torch.autograd.Function):
@@ -201,8 +215,11 @@ class _TrainableHead(torch.autograd.Function):
                 for tokens, hidden_nH, column_n in projection.token_tiles(
                     hidden_NH, targets_N, rows
                 ):
-                    logits_nv = tile_logits(hidden_nH, weight_vH, buffer)
+                    logits_nv = tile_logits(hidden_nH, weight_vH, buffer, projection.logit_map)
+                    slope_nv = projection.logit_map.slope(logits_nv)
                     softmax.to_logit_gradient(tokens, logits_nv, column_n, grad_N[tokens])
+                    if isinstance(slope_nv, Tensor) or slope_nv != 1.0:
+                        logits_nv.mul_(slope_nv)
                     grad_nv = matmul_operand(logits_nv, weight_VH.dtype)
                     if grad_NH is not None:
                         add_matmul(grad_NH[tokens], grad_nv, weight_vH)

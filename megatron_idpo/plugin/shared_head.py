@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.cpu.redirect import default_device
-from megatron_idpo.mcore.model.chunk import ModelChunk, RestoreFn, final_norm
+from megatron_idpo.mcore.model.chunk import ModelChunk, RestoreFn, final_norm, logit_map
 from megatron_idpo.mcore.model.head_replica import REPLICA_NAME, HeadReplica, mark_shared_head
 from megatron_idpo.mcore.parallel.groups import ModelGroups
 from megatron_idpo.mcore.parallel.pipeline import StageGroup, stage_group
@@ -257,6 +257,7 @@ class SharedHead:
             vocab_start=groups.tensor_rank * rows,
             vocab_size=vocab_size,
             sequence_parallel=chunk.config.sequence_parallel,
+            logit_map=logit_map(chunk),
             use_norm=self._use_norm,
             replica=replica,
         )

@@ -16,13 +16,14 @@ Every product here therefore returns its float32 accumulator:
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_idpo.mcore.model.logit_map import LogitMap
 from megatron_idpo.plugin.vocab_softmax import PartialSoftmax
 
 _MIN_VOCAB = 2048
@@ -138,6 +139,9 @@ class Projection:
     reduce_hidden_grad: bool
     """Whether backward sums the hidden gradient over `group`."""
 
+    logit_map: LogitMap = field(default_factory=LogitMap)
+    """From products to logits."""
+
     def sum_over_ranks(self, grad_NH: Tensor) -> Tensor:
         """All-reduce over `group`, in place, unless the caller reduces. Used in backward.
 
@@ -166,11 +170,17 @@ class Projection:
         return hidden_NH.new_empty(largest, dtype=accumulation_dtype(hidden_NH))
 
 
-def tile_logits(hidden_nH: Tensor, weight_vH: Tensor, buffer: Tensor) -> Tensor:
-    """`hidden @ weight.T`, `[n, v]`, in the memory of `buffer`; valid until the next call."""
+_PLAIN = LogitMap()
+
+
+def tile_logits(
+    hidden_nH: Tensor, weight_vH: Tensor, buffer: Tensor, logit_map: LogitMap = _PLAIN
+) -> Tensor:
+    """The logits `[n, v]`, in the memory of `buffer`; valid until the next call."""
     n, v = hidden_nH.shape[0], weight_vH.shape[0]
     logits_nv = buffer[: n * v].view(n, v)
     matmul(hidden_nH, weight_vH.t(), logits_nv)
+    logit_map.apply_(logits_nv)
     return logits_nv
 
 
@@ -189,7 +199,8 @@ def scan_shard(
         targets_N: tokens of the whole vocabulary.
         projection: this rank's part of the vocabulary and the tile sizes.
         weighted_rows_NH: zeros of the accumulation dtype; on return Σ_{v≠y} exp(z_v − maximum) ·
-            W[v] over this rank's rows, for another 2·N·H·V FLOPs. None: not computed.
+            W[v] over this rank's rows, for another 2·N·H·V FLOPs; each W[v] multiplied by the
+            derivative of a capped `logit_map` at z_v. None: not computed.
     """
     partial = PartialSoftmax.empty(
         targets_N.shape[0], accumulation_dtype(hidden_NH), hidden_NH.device
@@ -199,7 +210,10 @@ def scan_shard(
         # Vocabulary in the outer loop: the weight, the larger operand, is read once.
         for rows, weight_vH in projection.vocab_tiles(weight_VH):
             for tokens, hidden_nH, column_n in projection.token_tiles(hidden_NH, targets_N, rows):
-                logits_nv = tile_logits(hidden_nH, weight_vH, buffer)
+                logits_nv = tile_logits(hidden_nH, weight_vH, buffer, projection.logit_map)
+                slope_nv = None
+                if weighted_rows_NH is not None and projection.logit_map.cap is not None:
+                    slope_nv = projection.logit_map.slope(logits_nv)
                 # The buffer now holds exp(z − maximum) instead of logits, with 0 in the target's
                 # column, so that the product below sums over v≠y without a mask.
                 rescale_n = partial.update(tokens, logits_nv, column_n)
@@ -207,6 +221,8 @@ def scan_shard(
                     # Online softmax: sums of earlier tiles are relative to an older, smaller
                     # maximum. Rescaling them here means that no tile is multiplied twice.
                     weighted_rows_nH = weighted_rows_NH[tokens].mul_(rescale_n[:, None])
+                    if slope_nv is not None:
+                        logits_nv.mul_(slope_nv)
                     terms_nv = matmul_operand(logits_nv, weight_VH.dtype)
                     add_matmul(weighted_rows_nH, terms_nv, weight_vH)
     return partial

@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.model_source import FrozenModel, load_base
 from megatron_idpo.data.packing.batches import Batch
+from megatron_idpo.lora.adapter_config import read_peft_settings
 from megatron_idpo.lora.adapters import Adapters, add_adapters
-from megatron_idpo.lora.peft import load_peft, read_peft_settings
+from megatron_idpo.lora.peft import load_peft
 from megatron_idpo.mcore.cpu.redirect import default_device, to_device
 from megatron_idpo.mcore.model.build import ModelOptions, build_model
 from megatron_idpo.mcore.parallel.pipeline import broadcast_from_last_stage

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.lora.peft import CONFIG_NAME
+from megatron_idpo.lora.adapter_config import CONFIG_NAME
 from megatron_idpo.mcore.parallel.world import is_rank0, raise_on_all_ranks
 from megatron_idpo.reference.sources import Reference
 from megatron_idpo.sdpo.manifest import FIRST, snapshot_directory

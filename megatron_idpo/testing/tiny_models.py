@@ -34,6 +34,15 @@ _QWEN: dict[str, Any] = {
     "use_sliding_window": False,
 }
 
+_GEMMA: dict[str, Any] = {
+    "attention_bias": False,
+    "head_dim": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "pad_token_id": None,
+    "query_pre_attn_scalar": 24,
+}
+
 _BY_FAMILY: dict[str, dict[str, Any]] = {
     "llama": {
         "architectures": ["LlamaForCausalLM"],
@@ -69,6 +78,93 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "use_sliding_window": False,
     },
+    "smollm3": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "attention_bias": False,
+        "mlp_bias": False,
+        "no_rope_layers": [],
+        "pad_token_id": None,
+        "use_sliding_window": False,
+    },
+    "seed_oss": {
+        "architectures": ["SeedOssForCausalLM"],
+        "attention_bias": True,
+        "head_dim": 16,
+        "pad_token_id": None,
+        "residual_dropout": 0.0,
+    },
+    "granite": {
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": False,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.5,
+        "mlp_bias": False,
+        "residual_multiplier": 0.4,
+    },
+    "ministral3": {
+        "architectures": ["Ministral3ForCausalLM"],
+        "head_dim": 16,
+        "pad_token_id": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "embd_pdrop": 0.0,
+        "original_max_position_embeddings": 256,
+        "pad_token_id": None,
+        "resid_pdrop": 0.0,
+        "sliding_window": None,
+    },
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "pad_token_id": None},
+    "olmo3": {
+        "architectures": ["Olmo3ForCausalLM"],
+        "attention_bias": False,
+        "pad_token_id": None,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "sliding_window": 6,
+    },
+    "glm4": {
+        "architectures": ["Glm4ForCausalLM"],
+        "attention_bias": True,
+        "head_dim": 16,
+        "pad_token_id": None,
+        "partial_rotary_factor": 0.5,
+    },
+    "gemma": {
+        "architectures": ["GemmaForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "pad_token_id": None,
+    },
+    "gemma2": {
+        **_GEMMA,
+        "architectures": ["Gemma2ForCausalLM"],
+        # Small, so that they bend the scores and logits of a tiny model.
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+        "sliding_window": 6,
+    },
+    "gemma3_text": {
+        **_GEMMA,
+        "architectures": ["Gemma3ForCausalLM"],
+        "rope_local_base_freq": 100.0,
+        "sliding_window": 6,
+        "sliding_window_pattern": 2,
+    },
 }
 
 TINY_FAMILIES = tuple(_BY_FAMILY)
@@ -92,7 +188,11 @@ def tiny_hf_config(family: str, **overrides: Any) -> dict[str, Any]:
     """
     if family not in _BY_FAMILY:
         raise ValueError(f"no tiny model of {family!r}; choose one of {', '.join(_BY_FAMILY)}")
-    return {**_SHARED, **_BY_FAMILY[family], "model_type": family, "dtype": "float32", **overrides}
+    config = {**_SHARED, **_BY_FAMILY[family], "model_type": family, "dtype": "float32"}
+    if "no_rope_layers" in config:
+        layers = overrides.get("num_hidden_layers", config["num_hidden_layers"])
+        config["no_rope_layers"] = [(layer + 1) % 2 for layer in range(layers)]
+    return config | overrides
 
 
 def write_tiny_hf_model(

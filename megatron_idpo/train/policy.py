@@ -13,8 +13,9 @@ from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.training import TrainingConfig
 from megatron_idpo.convert.model_source import FrozenModel, ModelSource, load_base
+from megatron_idpo.lora.adapter_config import check_same_adapter, read_peft_settings
 from megatron_idpo.lora.adapters import Adapters, add_adapters
-from megatron_idpo.lora.peft import check_same_adapter, load_peft, read_peft_settings
+from megatron_idpo.lora.peft import load_peft
 from megatron_idpo.mcore.model.build import ModelOptions, Recompute, build_model
 from megatron_idpo.mcore.optim.optimizer import TrainableModel, setup_ddp_and_optimizer
 from megatron_idpo.plugin.attach import AttachedDpo, attach

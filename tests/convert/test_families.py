@@ -16,7 +16,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "odd": {"vocab_size": 509, "num_key_value_heads": 1, "intermediate_size": 36},
 }
-MODELS = [(family, name) for family in TINY_FAMILIES for name in OVERRIDES]
+MODELS = [
+    pytest.param(
+        family,
+        name,
+        marks=[] if name == "odd" or family in TINY_FAMILIES[:6] else [pytest.mark.exhaustive],
+    )
+    for family in TINY_FAMILIES
+    for name in OVERRIDES
+]
 
 
 def architecture_of(family: str, overrides: str) -> Architecture:

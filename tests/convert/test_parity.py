@@ -178,7 +178,7 @@ def _transformers_results(directory: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
+        directory, dtype=torch.float32, attn_implementation="eager", pad_token_id=None
     )
     tokens = _tokens(model.config.vocab_size)
     logits = model(tokens[:, :-1]).logits

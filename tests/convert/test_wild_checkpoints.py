@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from megatron_idpo.convert.hf_to_megatron import open_hf
 from megatron_idpo.convert.model_source import open_model
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.lora.peft import read_peft_settings
+from megatron_idpo.lora.adapter_config import read_peft_settings
 from megatron_idpo.testing import write_tiny_hf_model
 
 INV_FREQ = "model.layers.{}.self_attn.rotary_emb.inv_freq"

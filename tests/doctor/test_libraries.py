@@ -7,6 +7,7 @@ import pytest
 from megatron_idpo.doctor import libraries as doctor_libraries
 from megatron_idpo.doctor.finding import Report, State
 from megatron_idpo.doctor.libraries import Probe, Torch, check_libraries
+from megatron_idpo.mcore.model.families import FAMILIES
 
 CPU = Torch("2.14.1", "13.0", has_gpu=False, nccl_version="2.27.3", has_gloo=True)
 GPU = Torch("2.14.1", "13.0", has_gpu=True, nccl_version="2.27.3", has_gloo=True)
@@ -42,6 +43,10 @@ def test_optional_libraries_are_not_needed_on_a_cpu():
     assert not report.names(State.BROKEN)
     assert {finding.state for finding in report.findings} == {State.OK, State.NOTE}
     assert report["NCCL"].value.endswith("gloo")
+
+
+def test_model_families_are_listed():
+    assert libraries(CPU)["model families"].value.split(", ") == list(FAMILIES)
 
 
 def test_missing_libraries_on_a_gpu_have_consequence_and_remedy():

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.lora.adapter_config import peft_config, read_peft_settings
 from megatron_idpo.lora.adapters import weight_shape
-from megatron_idpo.lora.peft import peft_config, peft_shapes, read_peft_settings
+from megatron_idpo.lora.peft import peft_shapes
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.testing import tiny_hf_config
 
@@ -268,8 +269,9 @@ def test_missing_file_is_reported_by_name(
 
 
 def test_base_model_is_written_as_it_is_given():
+    architecture = Architecture.from_hf(tiny_hf_config("llama"))
     for base in ("../../models/base", "org/model"):
-        assert peft_config(SETTINGS["all"], base)["base_model_name_or_path"] == base
+        assert peft_config(SETTINGS["all"], architecture, base)["base_model_name_or_path"] == base
 
 
 def save_error(base: str, target: str) -> str:

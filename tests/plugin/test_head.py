@@ -100,6 +100,7 @@ def test_wider_residual_is_cast_to_the_weights_dtype(weight_VH):
 
     class Config:
         use_cpu_initialization, sequence_parallel, params_dtype = True, False, torch.float32
+        layernorm_zero_centered_gamma = False
 
     half_VH = weight_VH.detach().bfloat16()
     hidden_T1H = torch.randn(POSITIONS, 1, HIDDEN)

@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_idpo.mcore.model.logit_map import LogitMap
 from megatron_idpo.plugin.logprobs import vocab_parallel_logprobs
 from megatron_idpo.plugin.tiles import TileSizes
 
@@ -38,11 +39,11 @@ def inputs(num_tokens, vocab, hidden, dtype, spread=2.0):
     return hidden_NH, weight_VH, targets_N, torch.randn(num_tokens)
 
 
-def reference(hidden_NH, weight_VH, targets_N, grad_N):
+def reference(hidden_NH, weight_VH, targets_N, grad_N, formula=lambda logits: logits):
     """Log-probabilities and gradients of hidden states and weight, by autograd in float64."""
     hidden_NH = hidden_NH.detach().double().requires_grad_()
     weight_VH = weight_VH.detach().double().requires_grad_()
-    logits_NV = hidden_NH @ weight_VH.t()
+    logits_NV = formula(hidden_NH @ weight_VH.t())
     logps_N = logits_NV.log_softmax(1).gather(1, targets_N[:, None])[:, 0]
     logps_N.backward(grad_N.double())
     return logps_N.detach(), hidden_NH.grad, weight_VH.grad
@@ -73,6 +74,25 @@ def test_log_probabilities_and_gradients_equal_float64(dtype, frozen):
     assert got[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert got[1].dtype == dtype and (got[2] is None) == frozen
     check(got, reference(*tensors), dtype)
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize(
+    ("logit_map", "formula"),
+    [
+        (LogitMap(0.4), lambda x: 0.4 * x),
+        (LogitMap(0.5, cap=1.5), lambda x: 1.5 * torch.tanh(0.5 * x / 1.5)),
+        (LogitMap(0.5, 1.5).sharpened(2), lambda x: 3.0 * torch.tanh(0.5 * x / 1.5)),
+        (LogitMap(0.4).sharpened(2), lambda x: 0.8 * x),
+    ],
+    ids=["factor", "cap", "sharp-cap", "sharp-factor"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_mapped_logits_equal_float64(dtype, logit_map, formula, frozen):
+    torch.manual_seed(0)
+    tensors = inputs(23, 101, 48, dtype)
+    got = computed(*tensors, frozen=frozen, tiles=TileSizes(10, 32), logit_map=logit_map)
+    check(got, reference(*tensors, formula), dtype)
 
 
 @given(

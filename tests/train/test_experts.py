@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_idpo.config.lora import EXPERT_PARAMETERS
 from megatron_idpo.errors import EXIT_PREEMPTED
-from megatron_idpo.lora.peft import WEIGHTS_NAME
+from megatron_idpo.lora.adapter_config import WEIGHTS_NAME
 from megatron_idpo.testing import write_tiny_hf_model
 from megatron_idpo.train.metrics.file import read_metrics
 from tests.sdpo.stepped_run import states, stepped_config

@@ -38,7 +38,7 @@ from megatron_idpo.evaluate.likelihood.curves_file import (
 from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves, layer_curves, prompt_indices
 from megatron_idpo.evaluate.likelihood.summary import show_curves
 from megatron_idpo.evaluate.models import OUTPUT, EvalModel, check_writable
-from megatron_idpo.lora.peft import read_peft_settings
+from megatron_idpo.lora.adapter_config import read_peft_settings
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
 from megatron_idpo.mcore.parallel.world import (
     RunStopped,

@@ -40,6 +40,7 @@ def attend_row_flex(
     row: RowParams,
     scale: float,
     window: int | None,
+    cap: float | None = None,
     backend: str | None = "inductor",
 ) -> Tensor:
     """Attention within the row's groups, with the interface of `sdpa.attend_row`.
@@ -52,6 +53,7 @@ def attend_row_flex(
             `derived`, one per window.
         scale: Factor on the scores.
         window: A query sees keys at distances `0 <= q_pos - k_pos < window`; None sees all.
+        cap: c of `c tanh(score / c)` before the softmax; None: none.
         backend: Of torch.compile; None runs uncompiled. For tests.
 
     Returns:
@@ -70,11 +72,22 @@ def attend_row_flex(
         query_TBND.permute(1, 2, 0, 3),
         key_TBMD.permute(1, 2, 0, 3),
         value_TBMD.permute(1, 2, 0, 3),
+        score_mod=None if cap is None else _soft_cap(cap),
         block_mask=row.derived[mask_key],
         scale=scale,
         enable_gqa=query_TBND.size(2) != key_TBMD.size(2),
     )
     return output_BNTD.permute(2, 0, 1, 3)
+
+
+@functools.cache
+def _soft_cap(cap: float) -> Callable[..., Any]:
+    """The `score_mod` of a cap. Cached: another function would be compiled again."""
+
+    def capped(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return cap * torch.tanh(score / cap)
+
+    return capped
 
 
 def block_mask(row: RowParams, window: int | None) -> BlockMask:

@@ -15,6 +15,7 @@ Shape suffixes: `Q`/`K` query and key positions (both the row's T when there is 
 """
 
 import math
+from functools import partial
 from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -25,6 +26,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.mcore.attention.capped import attend_causal_capped, attend_row_capped
 from megatron_idpo.mcore.attention.flex import MIN_HEAD_DIM, attend_row_flex
 from megatron_idpo.mcore.attention.row_params import RowParams
 from megatron_idpo.mcore.attention.sdpa import attend_causal, attend_row
@@ -50,6 +52,9 @@ class RowAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        *,
+        score_cap: float | None = None,
+        local_scale: float | None = None,
     ) -> None:
         """Store the scale and this layer's window; nothing is allocated.
 
@@ -63,6 +68,8 @@ class RowAttention(MegatronModule):
             softmax_scale: Factor on the scores; None is `1 / sqrt(config.kv_channels)`.
             cp_comm_type: Unused, there is no context parallelism.
             pg_collection: Unused, the number of heads comes from the tensors.
+            score_cap: c of `c tanh(score / c)` before the softmax; None: none.
+            local_scale: Instead of `softmax_scale` in layers with a window.
 
         Raises:
             ConfigError: Lists everything that these kernels do not support.
@@ -83,6 +90,8 @@ class RowAttention(MegatronModule):
             # megatron-core counts the keys before the query; our window includes the query itself.
             keys_before = config.window_size[0]
             self.window = None if keys_before < 0 else keys_before + 1
+            self.softmax_scale = self.softmax_scale if local_scale is None else local_scale
+        self.score_cap = score_cap
 
     def forward(
         self,
@@ -125,8 +134,14 @@ class RowAttention(MegatronModule):
                 "attn_mask_type", f"is {attn_mask_type}", "RowAttention is causal; pass None"
             )
         scale, window = self.softmax_scale, self.window
+        cap = self.score_cap
         if packed_seq_params is None:
-            output_QBND = attend_causal(query, key, value, scale=scale, window=window)
+            if cap is None:
+                output_QBND = attend_causal(query, key, value, scale=scale, window=window)
+            else:
+                output_QBND = attend_causal_capped(
+                    query, key, value, scale=scale, window=window, cap=cap
+                )
             return output_QBND.flatten(2)
         if not isinstance(packed_seq_params, RowParams):
             raise ConfigError.at(
@@ -142,7 +157,9 @@ class RowAttention(MegatronModule):
             # A data-parallel rank may get an empty row; the kernels need at least one position.
             return _connected_zeros(query, key, value).flatten(2)
         uses_flex = query.is_cuda and query.size(-1) >= MIN_HEAD_DIM
-        attend = attend_row_flex if uses_flex else attend_row
+        attend = partial(attend_row_flex, cap=cap) if uses_flex else attend_row
+        if cap is not None and not uses_flex:
+            attend = partial(attend_row_capped, cap=cap)
         return attend(query, key, value, row=row, scale=scale, window=window).flatten(2)
 
     def sharded_state_dict(

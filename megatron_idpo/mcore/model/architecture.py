@@ -5,21 +5,22 @@ Reading reports every field that would change the model's outputs and cannot be 
 else. Frequencies are computed in `rope/rotary.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
 from megatron_idpo.config.layout import ModelShape
 from megatron_idpo.errors import ConfigError, Problem
+from megatron_idpo.mcore.model.families import FAMILIES
 from megatron_idpo.mcore.model.hf_config import (
     CONFIG_JSON,
     checkpoint_dtype,
     field_problem,
     read_config,
 )
-from megatron_idpo.mcore.rope.hf_config import rope_parameter_names
+from megatron_idpo.mcore.rope.hf_config import LAYER_TYPES, rope_parameter_names
 
 type RopeValue = float | bool | tuple[float, ...] | None
 
@@ -57,10 +58,17 @@ class RopeSettings:
         }
         return {"rope_type": self.rope_type, **entries}
 
+    def rotated(self, head_dim: int) -> int:
+        """Features of a head that are rotated: the first of them, an even number."""
+        factor = dict(self.parameters).get("partial_rotary_factor")
+        if not isinstance(factor, int | float) or self.rope_type == "proportional":
+            return head_dim
+        return int(head_dim * factor)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(ModelShape):
-    """A decoder-only language model with RMSNorm, a SiLU-gated MLP without biases and rope.
+    """A decoder-only language model with RMSNorm, a gated MLP without biases and rope.
 
     Attributes:
         family: A key of `FAMILIES`.
@@ -84,6 +92,23 @@ class Architecture(ModelShape):
         num_experts: In every layer; 0: dense.
         experts_per_token: Experts that compute each token; 0: dense.
         renormalizes_experts: Whether the weights of a token's experts are scaled to a sum of 1.
+        has_pre_norms: Whether attention and MLP read a normed residual stream.
+        has_post_norms: Whether the outputs of attention and MLP are normed before they are added.
+        zero_centered_norms: Whether the factor of a norm is 1 + weight.
+        whole_qk_norm: With `qk_norm`: one norm for the features of all heads.
+        gate: The activation in the MLP.
+        embedding_factor: Of the embedding's output.
+        rounds_embedding_factor: Whether it is rounded to the dtype of the weights.
+        residual_factor: Of the outputs of attention and MLP, before they are added.
+        score_factor: Of query-key products; None: `1 / sqrt(head_dim)`.
+        score_cap: c of `c tanh(score / c)` before the softmax; None: none.
+        logit_factor: Of the logits.
+        logit_cap: c of `c tanh(logit / c)`, after `logit_factor`; None: none.
+        unrotated_layers: Layers without rotary embedding, counted from 0.
+        local_rope: Rotary settings of the layers with a window; None: `rope`.
+        interleaved_rope: Whether features 2i and 2i + 1 rotate together, not i and i + half.
+        longest_sequence: The longest sequence, in tokens, of which every position has the same
+            factor on its queries; None: all have.
         unread_keys: Keys of the config.json that Transformers never reads for this family.
     """
 
@@ -99,6 +124,22 @@ class Architecture(ModelShape):
     dtype: torch.dtype
     experts_per_token: int = 0
     renormalizes_experts: bool = False
+    has_pre_norms: bool = True
+    has_post_norms: bool = False
+    zero_centered_norms: bool = False
+    whole_qk_norm: bool = False
+    gate: Literal["silu", "gelu_tanh"] = "silu"
+    embedding_factor: float = 1.0
+    rounds_embedding_factor: bool = False
+    residual_factor: float = 1.0
+    score_factor: float | None = None
+    score_cap: float | None = None
+    logit_factor: float = 1.0
+    logit_cap: float | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    local_rope: RopeSettings | None = None
+    interleaved_rope: bool = False
+    longest_sequence: int | None = None
     unread_keys: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -106,6 +147,20 @@ class Architecture(ModelShape):
         """A line about `unread_keys`."""
         keys = ", ".join(self.unread_keys)
         return f"ignored, as Transformers' {self.family} code never reads it: {keys}"
+
+    def projection_shape(self, projection: str) -> tuple[int, int]:
+        """Output and input features of a layer's linear, by its name in Llama (`q_proj`)."""
+        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (queries, hidden),
+            "k_proj": (keys, hidden),
+            "v_proj": (keys, hidden),
+            "o_proj": (hidden, queries),
+            "gate_proj": (ffn, hidden),
+            "up_proj": (ffn, hidden),
+            "down_proj": (hidden, ffn),
+        }[projection]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], location: str = CONFIG_JSON) -> Self:
@@ -133,6 +188,8 @@ class Architecture(ModelShape):
         if problems:
             raise ConfigError.of([_relocated(problem, location) for problem in problems])
         family = hf_config.model_type
+        rope, local_rope = _rope_settings(hf_config)
+        plain = {"qkv_bias": False, "qk_norm": False, "local_rope": local_rope}
         return cls(
             family=family,
             num_layers=hf_config.num_hidden_layers,
@@ -147,16 +204,15 @@ class Architecture(ModelShape):
             max_positions=hf_config.max_position_embeddings,
             norm_eps=float(hf_config.rms_norm_eps),
             tied_embeddings=hf_config.tie_word_embeddings,
-            qkv_bias=family == "qwen2",
-            qk_norm=family in ("qwen3", "qwen3_moe"),
             windows=_windows(hf_config),
-            rope=RopeSettings.of(hf_config.rope_parameters),
+            rope=rope,
             dtype=checkpoint_dtype(config),
             num_experts=getattr(hf_config, "num_local_experts", 0),
             experts_per_token=getattr(hf_config, "num_experts_per_tok", 0),
             # Mixtral always does, and has no field for it.
             renormalizes_experts=getattr(hf_config, "norm_topk_prob", family == "mixtral"),
             unread_keys=reading.unread,
+            **plain | FAMILIES[family].layers(hf_config),
         )
 
 
@@ -172,6 +228,15 @@ def _head_dim(hf_config: Any) -> int:
     return int(given or hf_config.hidden_size // hf_config.num_attention_heads)
 
 
+def _rope_settings(hf_config: Any) -> tuple[RopeSettings, RopeSettings | None]:
+    """Of all layers, or of those without and those with a window."""
+    if not FAMILIES[hf_config.model_type].rope_by_layer_type:
+        return RopeSettings.of(hf_config.rope_parameters), None
+    full, local = (RopeSettings.of(hf_config.rope_parameters[kind]) for kind in LAYER_TYPES)
+    has_windows = "sliding_attention" in hf_config.layer_types
+    return full, local if has_windows and local != full else None
+
+
 def _windows(hf_config: Any) -> tuple[int | None, ...]:
     """The window of each layer: all of Mistral's, Qwen's by `layer_types`, none of Llama's.
 
@@ -181,7 +246,7 @@ def _windows(hf_config: Any) -> tuple[int | None, ...]:
     """
     window: int | None = getattr(hf_config, "sliding_window", None)
     num_layers: int = hf_config.num_hidden_layers
-    if hf_config.model_type not in ("qwen2", "qwen3"):
+    if FAMILIES[hf_config.model_type].windows != "layer_types":
         return (window,) * num_layers
     kinds: list[str] = hf_config.layer_types
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -214,24 +279,38 @@ def _expert_problems(hf_config: Any) -> list[Problem]:
 
 
 def _rope_list_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Problem]:
-    """Checks that LongRoPE's lists have one entry per frequency."""
+    """Checks that an even number of features is rotated, and LongRoPE's lists have their size."""
     head_dim, problems = _head_dim(hf_config), []
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    for name in ("short_factor", "long_factor"):
-        entries = hf_config.rope_parameters.get(name)
-        if entries is not None and len(entries) != head_dim // 2:
-            message = (
-                f"{len(entries)} entries for {head_dim // 2} frequencies (head_dim {head_dim})"
+    for parameters in _rope_dictionaries(hf_config):
+        rotated = RopeSettings.of(parameters).rotated(head_dim)
+        if rotated < head_dim and (rotated % 2 or not rotated):
+            message = f"{parameters['partial_rotary_factor']} of {head_dim} features"
+            problems.append(
+                field_problem("partial_rotary_factor", f"{message} is not an even number")
             )
-            problems.append(field_problem(f"{key}.{name}", message))
+        for name in ("short_factor", "long_factor"):
+            entries = parameters.get(name)
+            if entries is not None and len(entries) != rotated // 2:
+                message = (
+                    f"{len(entries)} entries for {rotated // 2} frequencies (head_dim {head_dim})"
+                )
+                problems.append(field_problem(f"{key}.{name}", message))
     return problems
+
+
+def _rope_dictionaries(hf_config: Any) -> Iterator[dict[str, Any]]:
+    if FAMILIES[hf_config.model_type].rope_by_layer_type:
+        yield from (hf_config.rope_parameters[kind] for kind in LAYER_TYPES)
+    else:
+        yield hf_config.rope_parameters
 
 
 def _layer_type_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Problem]:
     """Checks that `layer_types` is consistent with what Transformers' model computes."""
     window = getattr(hf_config, "sliding_window", None)
     num_layers = hf_config.num_hidden_layers
-    if hf_config.model_type not in ("qwen2", "qwen3"):
+    if FAMILIES[hf_config.model_type].windows != "layer_types":
         implied = "full_attention" if window is None else "sliding_attention"
         if config.get("layer_types") in (None, [implied] * num_layers):
             return []
@@ -247,4 +326,8 @@ def _layer_type_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Prob
     if "sliding_attention" in kinds and window is None:
         message = "has 'sliding_attention' layers, but there is no window"
         return [field_problem("layer_types", message, "set use_sliding_window and sliding_window")]
+    rotations = getattr(hf_config, "no_rope_layers", None)
+    if rotations is not None and len(rotations) != num_layers:
+        message = f"{len(rotations)} entries for {num_layers} layers"
+        return [field_problem("no_rope_layers", message)]
     return []

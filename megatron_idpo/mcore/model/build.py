@@ -5,9 +5,11 @@ configuration. `build_model` builds this rank's chunks and replaces their rotary
 parameters are uninitialized: `convert/hf_to_megatron.py` or `checkpoint/weights.py` fills them all.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,8 +23,11 @@ from megatron_idpo.mcore.lora.chunk import ADAPTERS_NAME
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.experts import first_expert
 from megatron_idpo.mcore.model.head_replica import REPLICA_NAME
+from megatron_idpo.mcore.model.layer_variant import LayerVariant
+from megatron_idpo.mcore.model.logit_map import LogitMap
+from megatron_idpo.mcore.model.scaled_model import ScaledModel
 from megatron_idpo.mcore.model.specs import block_spec, has_transformer_engine
-from megatron_idpo.mcore.rope.rotary import RowRotary, attention_scale
+from megatron_idpo.mcore.rope.rotary import RowRotary, attention_scale, rotation_factor
 
 __all__ = [
     "GPTModel",
@@ -98,11 +103,11 @@ def transformer_config(
     architecture: Architecture, layout: Layout, options: ModelOptions
 ) -> TransformerConfig:
     """megatron-core's configuration for this architecture in this layout."""
-    uses_te = options.transformer_engine and has_transformer_engine()
+    uses_te = options.transformer_engine and has_transformer_engine() and _fits_te(architecture)
     fields = {
         **_shape_fields(architecture),
         **_numeric_fields(architecture, options.dtype),
-        **_acceleration_fields(),
+        **_acceleration_fields(architecture),
         "transformer_impl": "transformer_engine" if uses_te else "local",
         **layout_fields(layout, architecture.num_layers),
         **_expert_fields(architecture, layout, options.router_aux_loss),
@@ -113,8 +118,26 @@ def transformer_config(
     # spec, here our SwiGLU. Off where the spec has no such module (experts, Transformer Engine's
     # layers): with the flag set they would apply the activation without the gate.
     has_module = fields.get("num_moe_experts") is None and fields["transformer_impl"] == "local"
+    has_module = has_module and architecture.gate == "silu"
     fields["use_te_activation_func"] = has_module and not fields["bias_activation_fusion"]
-    return TransformerConfig(**fields)
+    config = TransformerConfig(**fields)
+    if (factor := rotation_factor(architecture)) != 1.0:
+        # megatron-core multiplies cos and sin by YaRN's concentration factor if its config has
+        # these fields: 1 + 0.1 * yarn_mscale * log(yarn_rotary_scaling_factor), here `factor`.
+        setattr(config, "yarn_rotary_scaling_factor", math.e)  # noqa: B010 - not a field of it
+        setattr(config, "yarn_mscale", 10 * (factor - 1))  # noqa: B010
+        setattr(config, "yarn_mscale_all_dim", 0.0)  # noqa: B010
+    return config
+
+
+def _fits_te(architecture: Architecture) -> bool:
+    """Whether Transformer Engine's layers have the norms and the activation of this model.
+
+    It fuses the norm before a linear into the linear.
+    """
+    has_plain_norms = architecture.has_pre_norms and not architecture.has_post_norms
+    has_plain_norms = has_plain_norms and not architecture.zero_centered_norms
+    return has_plain_norms and not architecture.whole_qk_norm and architecture.gate == "silu"
 
 
 def layout_fields(layout: Layout, num_layers: int) -> dict[str, Any]:
@@ -199,10 +222,18 @@ def _build_chunk(
     options: ModelOptions,
     vp_stage: int | None,
 ) -> GPTModel:
-    model = GPTModel(
+    embedding_factor = architecture.embedding_factor
+    if architecture.rounds_embedding_factor:
+        embedding_factor = torch.tensor(embedding_factor, dtype=options.dtype).item()
+    model = ScaledModel(
+        logit_map=LogitMap(architecture.logit_factor, architecture.logit_cap),
+        embedding_factor=embedding_factor,
         config=config,
         transformer_layer_spec=block_spec(
-            config, vp_stage=vp_stage, grouped_experts=options.grouped_experts
+            config,
+            vp_stage=vp_stage,
+            grouped_experts=options.grouped_experts,
+            variant=LayerVariant.of(architecture),
         ),
         vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
         max_sequence_length=architecture.max_positions,
@@ -219,6 +250,12 @@ def _build_chunk(
     return model
 
 
+_GATES = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+
+
 def _shape_fields(architecture: Architecture) -> dict[str, Any]:
     return {
         "num_layers": architecture.num_layers,
@@ -231,6 +268,8 @@ def _shape_fields(architecture: Architecture) -> dict[str, Any]:
         "qk_layernorm": architecture.qk_norm,
         "add_bias_linear": False,
         "gated_linear_unit": True,
+        "rotary_interleaved": architecture.interleaved_rope,
+        **_rotation_fields(architecture),
         **_window_fields(architecture.windows),
     }
 
@@ -259,6 +298,13 @@ def _expert_fields(
     }
 
 
+def _rotation_fields(architecture: Architecture) -> dict[str, Any]:
+    """Layers without rotary embedding; 1 skips it."""
+    if not (unrotated := architecture.unrotated_layers):
+        return {}
+    return {"no_rope_freq": [int(layer in unrotated) for layer in range(architecture.num_layers)]}
+
+
 def _window_fields(windows: tuple[int | None, ...]) -> dict[str, Any]:
     """Sliding windows in megatron-core's fields: one size, and which layers have it."""
     sizes = {window for window in windows if window is not None}
@@ -277,7 +323,8 @@ def _numeric_fields(architecture: Architecture, dtype: torch.dtype) -> dict[str,
     return {
         "normalization": "RMSNorm",
         "layernorm_epsilon": architecture.norm_eps,
-        "activation_func": torch.nn.functional.silu,
+        "layernorm_zero_centered_gamma": architecture.zero_centered_norms,
+        "activation_func": _GATES[architecture.gate],
         "softmax_scale": attention_scale(architecture),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -290,11 +337,12 @@ def _numeric_fields(architecture: Architecture, dtype: torch.dtype) -> dict[str,
     }
 
 
-def _acceleration_fields() -> dict[str, Any]:
+def _acceleration_fields(architecture: Architecture) -> dict[str, Any]:
     """Fusions: `torch.compile`d ones on a GPU only; none that need apex, which is optional."""
     on_gpu = torch.cuda.is_available()
     return {
-        "bias_activation_fusion": on_gpu,
+        # megatron-core's fused GELU has other coefficients than torch's.
+        "bias_activation_fusion": on_gpu and architecture.gate == "silu",
         "bias_dropout_fusion": on_gpu,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,

@@ -18,6 +18,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
 from megatron_idpo.mcore.attention.row_attention import RowAttention
+from megatron_idpo.mcore.model.logit_map import LogitMap
 from megatron_idpo.mcore.rope.rotary import RowRotary
 
 type ModelChunk = GPTModel | HybridModel
@@ -88,6 +89,12 @@ def new_final_norm(chunk: ModelChunk) -> torch.nn.Module:
         config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
     )
     return norm
+
+
+def logit_map(chunk: ModelChunk) -> LogitMap:
+    """What the model does with the output layer's product; the same on every stage."""
+    own: LogitMap = getattr(chunk, "logit_map", LogitMap())
+    return own
 
 
 def supports_rows(chunk: ModelChunk) -> bool:

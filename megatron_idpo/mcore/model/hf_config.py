@@ -22,20 +22,11 @@ from typing import Any
 import torch
 
 from megatron_idpo.errors import Problem
+from megatron_idpo.mcore.model.families import FAMILIES, MISSING, Accepted
 from megatron_idpo.mcore.model.unread_keys import is_unread
 from megatron_idpo.mcore.rope.hf_config import ROPE_KEYS, is_number, rope_problems, unread_rope_keys
 
 CONFIG_JSON = "config.json"
-
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
-"""`model_type` of each supported family, and the class of its checkpoints."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,30 +35,16 @@ _SIZES = frozenset(
     "num_key_value_heads head_dim max_position_embeddings".split()
 )
 _NULLABLE_SIZES = frozenset({"num_key_value_heads", "head_dim", "sliding_window"})
-_WINDOW_KEYS = {
-    "llama": frozenset(),
-    "mistral": frozenset({"sliding_window"}),
-    "qwen2": frozenset({"sliding_window", "use_sliding_window", "max_window_layers"}),
-    "qwen3": frozenset({"sliding_window", "use_sliding_window", "max_window_layers"}),
-    "mixtral": frozenset({"sliding_window"}),
-    "qwen3_moe": frozenset({"sliding_window", "use_sliding_window"}),
-}
-_EXPERT_SIZES = {
-    "mixtral": frozenset({"num_local_experts", "num_experts", "num_experts_per_tok"}),
-    "qwen3_moe": frozenset(
-        {"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"}
-    ),
-}
-"""Transformers takes `num_experts` and `num_local_experts` for the same field."""
-
-_EXPERT_KEYS = {
-    "mixtral": _EXPERT_SIZES["mixtral"],
-    "qwen3_moe": _EXPERT_SIZES["qwen3_moe"] | {"norm_topk_prob"},
-}
+FAMILY_SIZES = frozenset(
+    "sliding_window max_window_layers num_local_experts num_experts num_experts_per_tok "
+    "moe_intermediate_size no_rope_layer_interval sliding_window_pattern "
+    "_sliding_window_pattern".split()
+)
+"""Integers that some families read (`Family.reads`)."""
 
 _OFF = (False, None)
 _DEQUANTIZE = "dequantize the checkpoint first"
-_NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+_NEUTRAL: dict[str, Accepted] = {
     "attention_bias": ((False,), "a bias on the attention's output projection is not supported"),
     "mlp_bias": ((False,), "biases in the MLP are not supported"),
     "hidden_act": (("silu", "swish"), "only the SiLU-gated MLP is supported"),
@@ -150,6 +127,8 @@ def read_config(config: Mapping[str, Any]) -> ConfigReading:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         message = f"{family!r} is not a supported family"
+        if isinstance(family, str) and family in MISSING:
+            message += f": {MISSING[family]}"
         remedy = f"supported are {', '.join(FAMILIES)}"
         return ConfigReading(None, [field_problem("model_type", message, remedy)])
     unread = [key for key in config if _is_ignored(key, config[key], family)]
@@ -159,11 +138,8 @@ def read_config(config: Mapping[str, Any]) -> ConfigReading:
         if key not in unread and (problem := _key_problem(key, config, family)) is not None
     }
     problems = list(key_problems.values()) + _dtype_problems(config)
-    rope = rope_problems(config, location=CONFIG_JSON)
-    read = _SIZES | _WINDOW_KEYS[family] | {"rms_norm_eps", "tie_word_embeddings"}
-    read |= _EXPERT_KEYS.get(family, frozenset())
-    if family in ("qwen2", "qwen3"):
-        read |= {"layer_types"}
+    rope = rope_problems(config, location=CONFIG_JSON, family=FAMILIES[family])
+    read = _SIZES | FAMILIES[family].reads | {"rms_norm_eps", "tie_word_embeddings"}
     hf_config = None
     if not read & key_problems.keys():
         # Transformers may fail on invalid rope fields; leave them out to check the other ones.
@@ -172,7 +148,7 @@ def read_config(config: Mapping[str, Any]) -> ConfigReading:
             family, {key: config[key] for key in config.keys() & kept}
         )
         problems += hf_problems
-    unread += [] if rope else unread_rope_keys(config)
+    unread += [] if rope else unread_rope_keys(config, FAMILIES[family])
     return ConfigReading(hf_config, problems + rope, tuple(unread))
 
 
@@ -188,7 +164,10 @@ def _transformers_config(family: str, fields: dict[str, Any]) -> tuple[Any, list
 
     try:
         # A copy: Transformers modifies the rope dictionaries in place.
-        hf_config = CONFIG_MAPPING[family](**copy.deepcopy(fields))
+        # Special tokens are not read here; the class's own may lie beyond the vocabulary, about
+        # which it warns.
+        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+        hf_config = CONFIG_MAPPING[family](**copy.deepcopy(fields), **special)
         # Copies a top-level `original_max_position_embeddings` into the rope parameters.
         hf_config.standardize_rope_params()
     except Exception as error:  # its strict dataclass raises several types without a common base
@@ -200,40 +179,47 @@ def _transformers_config(family: str, fields: dict[str, Any]) -> tuple[Any, list
 def _is_ignored(key: str, value: Any, family: str) -> bool:
     """Whether a key is to be reported as unread: neither known here nor read by Transformers."""
     names_quantization = _QUANTIZATION.search(key) is not None and bool(value)
-    is_neutral = key in _NEUTRAL and _is_accepted(key, value)
+    accepted = _accepted(key, family)
+    is_neutral = accepted is not None and _is_accepted(value, accepted)
     if names_quantization or is_neutral or _is_read_here(key, family):
         return False
     return is_unread(key, family)
 
 
 def _is_read_here(key: str, family: str) -> bool:
-    known = _SIZES | _WINDOW_KEYS[family] | _HARMLESS | ROPE_KEYS | _ALWAYS_CHECKED
-    return key in known | _EXPERT_KEYS.get(family, frozenset())
+    known = _SIZES | _HARMLESS | ROPE_KEYS | _ALWAYS_CHECKED
+    return key in known or key in FAMILIES[family].reads or key in FAMILIES[family].accepts
 
 
-def _is_accepted(key: str, value: Any) -> bool:
-    accepted, _ = _NEUTRAL[key]
+def _accepted(key: str, family: str) -> Accepted | None:
+    """The only values of a key that do not change the outputs of this family."""
+    if key in FAMILIES[family].reads:
+        return None
+    return FAMILIES[family].accepts.get(key) or _NEUTRAL.get(key)
+
+
+def _is_accepted(value: Any, accepted: Accepted) -> bool:
     # Compare the type too: 0 == False in Python, but Transformers accepts only one of them.
-    return any(type(value) is type(valid) and value == valid for valid in accepted)
+    return any(type(value) is type(valid) and value == valid for valid in accepted[0])
 
 
 def _key_problem(key: str, config: Mapping[str, Any], family: str) -> Problem | None:
     """The problem with one key, regardless of the others."""
-    value = config[key]
+    value, reads = config[key], FAMILIES[family].reads
     if key in _HARMLESS or key in ROPE_KEYS or key in ("model_type", "dtype", "torch_dtype"):
         return None
-    sizes = _SIZES | _WINDOW_KEYS[family] | _EXPERT_SIZES.get(family, frozenset())
-    if key in sizes - {"use_sliding_window"}:
+    if key in _SIZES or (key in FAMILY_SIZES and key in reads):
         return _size_problem(key, value)
-    if key in _CHECKS and (key != "use_sliding_window" or key in _WINDOW_KEYS[family]):
-        is_valid, message = _CHECKS[key]
+    checks = _CHECKS | {name: check for name, check in FAMILY_CHECKS.items() if name in reads}
+    if key in checks:
+        is_valid, message = checks[key]
         return None if is_valid(value) else field_problem(key, f"{value!r} {message}")
     if key == "architectures":
-        return _architectures_problem(value, FAMILIES[family])
-    if key in _NEUTRAL:
-        if _is_accepted(key, value):
+        return _architectures_problem(value, FAMILIES[family].causal_lm)
+    if (accepted := _accepted(key, family)) is not None:
+        if _is_accepted(value, accepted):
             return None
-        return field_problem(key, f"{value!r} would change the outputs: {_NEUTRAL[key][1]}")
+        return field_problem(key, f"{value!r} would change the outputs: {accepted[1]}")
     if _QUANTIZATION.search(key):
         if not value:
             return None
@@ -264,15 +250,24 @@ def _has_no_custom_model(value: Any) -> bool:
     return value is None or all(str(name).startswith("AutoTokenizer") for name in classes)
 
 
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "rms_norm_eps": (lambda value: is_number(value) and value > 0, "is not a positive number"),
-    "tie_word_embeddings": (lambda value: isinstance(value, bool), "is not true or false"),
-    "use_sliding_window": (lambda value: isinstance(value, bool), "is not true or false"),
-    "norm_topk_prob": (lambda value: isinstance(value, bool), "is not true or false"),
-    "attention_dropout": (
-        lambda value: value is None or (is_number(value) and 0 <= value < 1),
-        "is not a probability below 1",
-    ),
+type _Check = tuple[Callable[[Any], bool], str]
+"""Whether a value is valid, and the message if it is not."""
+
+_BOOL: _Check = (lambda value: isinstance(value, bool), "is not true or false")
+_FACTOR: _Check = (lambda value: is_number(value) and value > 0, "is not a positive number")
+_DROPOUT: _Check = (
+    lambda value: value is None or (is_number(value) and 0 <= value < 1),
+    "is not a probability below 1",
+)
+_CAP: _Check = (
+    lambda value: value is None or (is_number(value) and value > 0),
+    "is neither null nor a positive number",
+)
+
+_CHECKS: dict[str, _Check] = {
+    "rms_norm_eps": _FACTOR,
+    "tie_word_embeddings": _BOOL,
+    "attention_dropout": _DROPOUT,
     "layer_types": (_is_layer_types, "is not a list of names"),
     "auto_map": (
         _has_no_custom_model,
@@ -280,12 +275,36 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "remove it if Transformers' own class of this family computes the same",
     ),
 }
-"""Checks of single values: whether one is valid, and the message if it is not."""
+"""Checks of single values."""
 
-_ALWAYS_CHECKED = frozenset(
-    {"model_type", "dtype", "torch_dtype", "architectures", *_CHECKS}
-    - {"use_sliding_window", "norm_topk_prob"}
-)
+FAMILY_CHECKS: dict[str, _Check] = {
+    "use_sliding_window": _BOOL,
+    "norm_topk_prob": _BOOL,
+    "attention_bias": _BOOL,
+    "residual_dropout": _DROPOUT,
+    "resid_pdrop": _DROPOUT,
+    "embd_pdrop": _DROPOUT,
+    "no_rope_layers": (
+        lambda value: (
+            value is None or (isinstance(value, list) and all(entry in (0, 1) for entry in value))
+        ),
+        "is not a list of 0 and 1",
+    ),
+    **dict.fromkeys(
+        ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+        _FACTOR,
+    ),
+    "query_pre_attn_scalar": _FACTOR,
+    "rope_local_base_freq": (
+        lambda value: is_number(value) and value > 1,
+        "is not a number above 1",
+    ),
+    "attn_logit_softcapping": _CAP,
+    "final_logit_softcapping": _CAP,
+}
+"""Those of keys that some families read (`Family.reads`)."""
+
+_ALWAYS_CHECKED = frozenset({"model_type", "dtype", "torch_dtype", "architectures", *_CHECKS})
 
 
 def _architectures_problem(value: Any, expected: str) -> Problem | None:

@@ -33,44 +33,13 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_idpo.mcore.attention.row_attention import RowAttention
-from megatron_idpo.mcore.model.experts import RowMoELayer, RowRouter, RowTransformerLayer
+from megatron_idpo.mcore.model.experts import RowMoELayer, RowRouter
 from megatron_idpo.mcore.model.grouped_experts import GroupedExperts
+from megatron_idpo.mcore.model.layer_variant import LayerVariant
+from megatron_idpo.mcore.model.norms import RMSNorm
 
 _SWIGLU_BLOCK_ELEMENTS = 1 << 17
 """Elements of one half of the input per backward block: 512 KiB in fp32, about a core's cache."""
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension; supports sequence parallelism.
-
-    Under sequence parallelism each tensor-parallel rank normalizes its own positions with a
-    replicated weight, so the weight's gradient is a partial sum. The parameter attribute
-    `sequence_parallel` makes megatron-core sum it over the tensor-parallel group
-    (`finalize_model_grads._allreduce_non_tensor_model_parallel_grads`).
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        """Build with megatron-core's norm signature (`LayerNormBuilder`).
-
-        Args:
-            config: gives `params_dtype` and `sequence_parallel`.
-            hidden_size: size of the normalized dimension (the head dimension for q and k norms).
-            eps: added to the mean square.
-        """
-        super().__init__()
-        self.eps = eps
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=device)
-        )
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - not a Tensor field
-
-    def forward(self, hidden_SBH: Tensor) -> Tensor:
-        """Normalize `hidden_SBH`, with any leading dimensions; same shape and dtype."""
-        return torch.nn.functional.rms_norm(
-            hidden_SBH, (hidden_SBH.shape[-1],), self.weight, self.eps
-        )
 
 
 class SwiGLU(torch.nn.Module):
@@ -124,8 +93,15 @@ class _SwiGLUFunction(torch.autograd.Function):
         return grad_fused_t12F
 
 
+_LLAMA = LayerVariant()
+
+
 def block_spec(
-    config: TransformerConfig, *, vp_stage: int | None, grouped_experts: bool = False
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None,
+    grouped_experts: bool = False,
+    variant: LayerVariant = _LLAMA,
 ) -> TransformerBlockSubmodules:
     """The submodules of this rank's transformer block, one layer spec per layer it owns.
 
@@ -133,9 +109,12 @@ def block_spec(
         config: the model's megatron-core configuration; `transformer_impl` selects the modules.
         vp_stage: the model chunk on this rank, None without interleaving.
         grouped_experts: compute experts together; not with Transformer Engine's linears.
+        variant: how the family's layers differ from Llama's.
     """
     uses_te = _uses_transformer_engine(config)
-    layer = _te_layer(config) if uses_te else _local_layer(config, grouped_experts)
+    layer = (
+        _te_layer(config, variant) if uses_te else _local_layer(config, grouped_experts, variant)
+    )
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
         layer_norm=LayerNormImpl if uses_te else RMSNorm,
@@ -154,25 +133,28 @@ def _uses_transformer_engine(config: TransformerConfig) -> bool:
     return has_transformer_engine() and config.transformer_impl == "transformer_engine"
 
 
-def _te_layer(config: TransformerConfig) -> ModuleSpec:
+def _te_layer(config: TransformerConfig, variant: LayerVariant) -> ModuleSpec:
     submodules = get_gpt_layer_with_transformer_engine_submodules(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
     )
-    attention = replace(submodules.self_attention.submodules, core_attention=RowAttention)
     if _has_row_experts(config):
         submodules = _with_row_experts(submodules)
-    return _layer_spec(submodules, attention)
+    attention = variant.attention(submodules.self_attention.submodules)
+    return variant.layer_spec(config, _with_attention(submodules, attention))
 
 
-def _local_layer(config: TransformerConfig, grouped_experts: bool) -> ModuleSpec:
+def _local_layer(
+    config: TransformerConfig, grouped_experts: bool, variant: LayerVariant
+) -> ModuleSpec:
     submodules = get_gpt_layer_local_submodules(
         num_experts=config.num_moe_experts,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
-    attention = replace(submodules.self_attention.submodules, core_attention=RowAttention)
+    attention = submodules.self_attention.submodules
     if config.qk_layernorm:
         attention = replace(attention, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    attention = variant.attention(attention)
     submodules = replace(submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
     if config.num_moe_experts is None:
         # Only used if `use_te_activation_func` is set, see `build.transformer_config`.
@@ -181,7 +163,7 @@ def _local_layer(config: TransformerConfig, grouped_experts: bool) -> ModuleSpec
         submodules = replace(submodules, mlp=partial(mlp.func, submodules=mlp_submodules))
     elif _has_row_experts(config):
         submodules = _with_row_experts(submodules, grouped=grouped_experts)
-    return _layer_spec(submodules, attention)
+    return variant.layer_spec(config, _with_attention(submodules, attention))
 
 
 def _has_row_experts(config: TransformerConfig) -> bool:
@@ -198,10 +180,8 @@ def _with_row_experts(submodules: Any, *, grouped: bool = False) -> Any:
     return replace(submodules, mlp=partial(RowMoELayer, submodules=layer))
 
 
-def _layer_spec(submodules: Any, attention: Any) -> ModuleSpec:
-    """A layer spec with `attention` as the submodules of its self-attention."""
+def _with_attention(submodules: Any, attention: Any) -> Any:
+    """A layer's submodules with `attention` as the submodules of its self-attention."""
     # Nested specs are replaced, never edited in place: megatron-core returns shared instances.
     self_attention = replace(submodules.self_attention, submodules=attention)
-    return ModuleSpec(
-        module=RowTransformerLayer, submodules=replace(submodules, self_attention=self_attention)
-    )
+    return replace(submodules, self_attention=self_attention)

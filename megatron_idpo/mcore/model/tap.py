@@ -10,7 +10,8 @@ A tapped layer returns an identity of its output, `evaluate_in_backward`. Under 
 layer runs twice; the identity that autograd differentiates is the one of the second run, and it is
 differentiated once. So nothing has to know whether a run is a recomputation.
 
-The `forward` of chunk, layers and output layer is replaced on the instances. No class is patched.
+The `forward` of chunk, layers and output layer, and the chunk's `_scale_logits`, are replaced on
+the instances. No class is patched.
 
     S  positions (s: this rank's shard under sequence parallelism)   B  batch   H  hidden size
     A  answers that the final layer scores
@@ -100,6 +101,8 @@ def install_taps(
         assert read_final is not None
         output_forward = partial(_output_forward, chunk.output_layer.forward, read_final, running)
         undo.append(_replace_forward(chunk.output_layer, output_forward))
+        scale_logits = partial(_scale_logits, chunk._scale_logits, running)
+        undo.append(_replace_method(chunk, "_scale_logits", scale_logits))
     undo.append(_replace_forward(chunk, _ChunkForward(chunk, running, on_call)))
 
     def restore() -> None:
@@ -115,13 +118,17 @@ def is_tapped(chunk: ModelChunk) -> bool:
 
 
 def _replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> RestoreFn:
-    replaced = vars(module).get("forward")
-    module.forward = forward
+    return _replace_method(module, "forward", forward)
+
+
+def _replace_method(module: torch.nn.Module, name: str, method: Callable[..., Any]) -> RestoreFn:
+    replaced = vars(module).get(name)
+    setattr(module, name, method)
 
     def restore() -> None:
-        del module.forward
+        delattr(module, name)
         if replaced is not None:
-            module.forward = replaced
+            setattr(module, name, replaced)
 
     return restore
 
@@ -187,6 +194,13 @@ def _output_forward(
         return forward(*args, **kwargs)
     hidden_sBH = args[0] if args else kwargs["input_"]
     return read_final(hidden_sBH, running[-1].batch).view(-1, 1, 1), None
+
+
+def _scale_logits(
+    scale: Callable[[Tensor], Tensor], running: list[CarriedBatch], logits: Tensor
+) -> Tensor:
+    """What megatron-core does with the output layer's result; log-probabilities are complete."""
+    return logits if running else scale(logits)
 
 
 Evaluate = Callable[[Tensor], Tensor]

@@ -8,10 +8,12 @@ reported as a note (`unread_rope_keys`). Transformers' config class fills in def
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron_idpo.errors import Problem
+from megatron_idpo.mcore.model.families import Family
 
 ROPE_KEYS = frozenset(
     "rope_theta rope_scaling rope_parameters partial_rotary_factor "
@@ -53,22 +55,33 @@ _REFUSED = {
 }
 
 
-def rope_problems(config: Mapping[str, Any], *, location: str) -> list[Problem]:
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""The two sets of parameters of a family with `rope_by_layer_type`."""
+
+_PLAIN = Family(causal_lm="")
+
+
+def rope_problems(
+    config: Mapping[str, Any], *, location: str, family: Family = _PLAIN
+) -> list[Problem]:
     """All problems with the rope fields of a config.json.
 
     Args:
         config: The whole parsed config.json.
         location: The file's name in the messages.
+        family: Of the model.
 
     Returns:
         The problems, each at its field; none if Transformers reads all rope fields of the file.
     """
+    if by_type := _by_layer_type(config, family):
+        return list(_by_type_problems(config, by_type, location, family))
     key, rope, problems = _rope_dictionary(config, location)
     problems += _type_problems(key, rope, location)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if problems:
         return problems
-    problems += _field_problems(key, rope_type, rope, location)
+    problems += _field_problems(key, rope_type, rope, location, family)
     for name in ("rope_theta", "partial_rotary_factor", _ORIGINAL):
         if name not in config or (name == "partial_rotary_factor" and config[name] is None):
             continue
@@ -81,19 +94,57 @@ def rope_problems(config: Mapping[str, Any], *, location: str) -> list[Problem]:
             message = f"{value!r} contradicts {key}.{name} = {rope[name]!r}"
             problems.append(Problem(where, message, "keep the correct one"))
         else:
-            problems += _value_problems(where, name, value, rope_type)
+            problems += _value_problems(where, name, value, rope_type, family)
     return problems
 
 
-def unread_rope_keys(config: Mapping[str, Any]) -> list[str]:
+def _by_layer_type(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The sets of parameters by layer type; empty if there is one set for all layers."""
+    rope = config.get("rope_parameters")
+    if not family.rope_by_layer_type or not isinstance(rope, Mapping):
+        return {}
+    return dict(rope) if any(isinstance(value, Mapping) for value in rope.values()) else {}
+
+
+def _by_type_problems(
+    config: Mapping[str, Any], by_type: dict[str, Any], location: str, family: Family
+) -> Iterator[Problem]:
+    where = f"{location}: rope_parameters"
+    for name, parameters in by_type.items():
+        if name not in LAYER_TYPES:
+            message = f"{name!r} is not one of {', '.join(LAYER_TYPES)}"
+            yield Problem(where, message)
+            continue
+        inner = rope_problems({"rope_parameters": parameters}, location=location, family=_PLAIN)
+        for problem in inner:
+            yield replace(problem, location=problem.location.replace(where, f"{where}.{name}"))
+    if config.get("rope_scaling"):
+        message = "is given in addition to rope_parameters by layer type"
+        yield Problem(f"{location}: rope_scaling", message, "keep the correct one")
+    for key, name in (("rope_theta", "full_attention"), ("rope_local_base_freq", LAYER_TYPES[1])):
+        parameters = by_type.get(name)
+        given = parameters.get("rope_theta") if isinstance(parameters, Mapping) else None
+        if key in config and config[key] != given:
+            message = f"{config[key]!r} contradicts rope_parameters.{name}.rope_theta = {given!r}"
+            yield Problem(f"{location}: {key}", message, "keep the correct one")
+
+
+def unread_rope_keys(config: Mapping[str, Any], family: Family = _PLAIN) -> list[str]:
     """Rope fields that Transformers does not read with the file's rope type.
 
     Args:
         config: The whole parsed config.json; `rope_problems` found none.
+        family: Of the model.
     """
+    if by_type := _by_layer_type(config, family):
+        return [
+            unread.replace("rope_parameters", f"rope_parameters.{name}", 1)
+            for name, parameters in by_type.items()
+            for unread in unread_rope_keys({"rope_parameters": parameters})
+        ]
     key, rope, _ = _rope_dictionary(config, "")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    known = rope_parameter_names(rope_type)
+    known = rope_parameter_names(rope_type) | family.rope_keys
     unread = [f"{key}.{name}" for name in rope if name not in known]
     return unread + ([_ORIGINAL] if _ORIGINAL in config and _ORIGINAL not in known else [])
 
@@ -156,7 +207,9 @@ def _type_problems(key: str, rope: dict[str, Any], location: str) -> list[Proble
     return []
 
 
-def _field_problems(key: str, rope_type: str, rope: dict[str, Any], location: str) -> list[Problem]:
+def _field_problems(
+    key: str, rope_type: str, rope: dict[str, Any], location: str, family: Family
+) -> list[Problem]:
     required, optional = _REQUIRED[rope_type], _OPTIONAL[rope_type]
     problems = [
         Problem(f"{location}: {key}.{name}", f"missing, rope type {rope_type!r} needs it")
@@ -165,7 +218,9 @@ def _field_problems(key: str, rope_type: str, rope: dict[str, Any], location: st
     for name, value in rope.items():
         where = f"{location}: {key}.{name}"
         if name in (required | optional | _EVERY_TYPE) - {"type", "rope_type"}:
-            problems += _value_problems(where, name, value, rope_type)
+            problems += _value_problems(where, name, value, rope_type, family)
+        elif name in family.rope_keys and not _is_positive(value):
+            problems.append(Problem(where, f"{value!r} is not a positive number"))
     if not problems and rope_type == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         if high <= low:
@@ -174,9 +229,11 @@ def _field_problems(key: str, rope_type: str, rope: dict[str, Any], location: st
     return problems
 
 
-def _value_problems(where: str, name: str, value: Any, rope_type: str) -> list[Problem]:
+def _value_problems(
+    where: str, name: str, value: Any, rope_type: str, family: Family
+) -> list[Problem]:
     if name == "partial_rotary_factor":
-        return _partial_problems(where, value, rope_type)
+        return _partial_problems(where, value, rope_type, family)
     # These two types treat null as absent; the others fail on it.
     nullable = rope_type in ("yarn", "longrope") and name in _NULLABLE
     if value is None and nullable:
@@ -195,8 +252,8 @@ def _value_problems(where: str, name: str, value: Any, rope_type: str) -> list[P
     return [] if valid else [Problem(where, f"{value!r} is not {kind}")]
 
 
-def _partial_problems(where: str, value: Any, rope_type: str) -> list[Problem]:
-    if rope_type == "proportional":
+def _partial_problems(where: str, value: Any, rope_type: str, family: Family) -> list[Problem]:
+    if rope_type == "proportional" or family.is_partly_rotated:
         valid = _is_positive(value) and value <= 1
         return [] if valid else [Problem(where, f"{value!r} is not in (0, 1]")]
     if _is_positive(value) and value == 1:

@@ -22,31 +22,35 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.mcore.model.architecture import Architecture, RopeSettings
 
 
-def inverse_frequencies(architecture: Architecture) -> tuple[Tensor, float]:
+def inverse_frequencies(
+    architecture: Architecture, rope: RopeSettings | None = None
+) -> tuple[Tensor, float]:
     """Transformers' rotary frequencies of a model.
 
     Source: `transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS`.
 
     Args:
         architecture: The model.
+        rope: Of some layers; None: `architecture.rope`.
 
     Returns:
         The frequencies, fp32 `[F]` on the CPU, in radians per position; and the attention factor
         that Transformers multiplies cos and sin by (1.0 for most types).
     """
-    from transformers import CONFIG_MAPPING
+    from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = architecture.rope.as_dict()
+    rope = rope or architecture.rope
+    parameters = rope.as_dict()
     if parameters["rope_type"] == "default":
         # The only type without an entry: each model class has its own copy. Linear scaling by 1
         # gives bitwise the same frequencies.
         parameters |= {"rope_type": "linear", "factor": 1.0}
-    # These are all the fields that the functions read.
-    hf_config = CONFIG_MAPPING[architecture.family](
+    # These are all the fields that the functions read, whatever the family.
+    hf_config = LlamaConfig(
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_heads,
         head_dim=architecture.head_dim,
@@ -56,22 +60,39 @@ def inverse_frequencies(architecture: Architecture) -> tuple[Tensor, float]:
     compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
     with torch.device("cpu"):  # the caller may have set another default device
         inv_freq_F, attention_factor = compute(hf_config, torch.device("cpu"))
-    assert inv_freq_F.shape == (architecture.head_dim // 2,), inv_freq_F.shape
+    assert inv_freq_F.shape == (rope.rotated(architecture.head_dim) // 2,), inv_freq_F.shape
     assert inv_freq_F.dtype == torch.float32, inv_freq_F.dtype
     return inv_freq_F, float(attention_factor)
 
 
-def attention_scale(architecture: Architecture) -> float:
+def attention_scale(architecture: Architecture, rope: RopeSettings | None = None) -> float:
     """The factor on query-key products before the softmax.
 
     Args:
         architecture: The model.
+        rope: Of some layers; None: `architecture.rope`.
 
     Returns:
-        `attention_factor² / sqrt(head_dim)`, for `TransformerConfig.softmax_scale`.
+        `attention_factor² / sqrt(head_dim)`, for `TransformerConfig.softmax_scale`; another factor
+        than `1 / sqrt(head_dim)` if the family has one. Without the attention factor if only a part
+        of each head is rotated (`rotation_factor`).
     """
-    _, attention_factor = inverse_frequencies(architecture)
-    return float(attention_factor**2 * architecture.head_dim**-0.5)
+    factor = architecture.score_factor or architecture.head_dim**-0.5
+    if rotation_factor(architecture) != 1.0:
+        return factor
+    _, attention_factor = inverse_frequencies(architecture, rope)
+    return float(attention_factor**2 * factor)
+
+
+def rotation_factor(architecture: Architecture) -> float:
+    """The factor on cos and sin, where `attention_scale` cannot contain it.
+
+    It is 1 unless a part of each head is not rotated, hence not multiplied by the factor.
+    """
+    rope = architecture.rope
+    if rope.rotated(architecture.head_dim) == architecture.head_dim:
+        return 1.0
+    return inverse_frequencies(architecture)[1]
 
 
 def max_sequence_length(architecture: Architecture) -> int | None:
@@ -85,10 +106,11 @@ def max_sequence_length(architecture: Architecture) -> int | None:
         architecture: The model.
 
     Returns:
-        LongRoPE's original length; None if frequencies do not depend on the length.
+        LongRoPE's original length; `Architecture.longest_sequence`; None if positions are treated
+        alike at any length.
     """
     if architecture.rope.rope_type != "longrope":
-        return None
+        return architecture.longest_sequence
     original = dict(architecture.rope.parameters)["original_max_position_embeddings"]
     assert isinstance(original, int), original
     return original
@@ -108,6 +130,11 @@ class RowRotary(torch.nn.Module):
         """See the class."""
         super().__init__()
         self.inv_freq_F, _ = inverse_frequencies(architecture)
+        self.local_inv_freq_F: Tensor | None = None
+        if architecture.local_rope is not None:
+            self.local_inv_freq_F, _ = inverse_frequencies(architecture, architecture.local_rope)
+        self.is_interleaved = architecture.interleaved_rope
+        self.rope_type = architecture.rope.rope_type
         self.max_sequence_length = max_sequence_length(architecture)
 
     def get_rotary_seq_len(
@@ -166,24 +193,37 @@ class RowRotary(torch.nn.Module):
             cp_group: None or a group of one rank.
 
         Returns:
-            fp32 `[T, 1, 1, head_dim]` on the device of the positions, without gradient.
+            fp32 `[T, 1, 1, rotated features]` on the device of the positions, without gradient;
+            `[T, 1, 2, ...]` if layers with a window have other frequencies, which are the second.
         """
         assert not packed_seq, "rows are sbhd, not thd"
         assert cp_group is None or cp_group.size() == 1, "context parallelism"
         if self.inv_freq_F.device != position_ids_T.device:
             # Moved once: a copy from the host in every forward pass would synchronize.
             self.inv_freq_F = self.inv_freq_F.to(position_ids_T.device)
-        angles_TF = position_ids_T[:, None].float() * self.inv_freq_F
+            if self.local_inv_freq_F is not None:
+                self.local_inv_freq_F = self.local_inv_freq_F.to(position_ids_T.device)
+        angles = self._angles(position_ids_T, self.inv_freq_F)
+        if self.local_inv_freq_F is None:
+            return angles
+        return torch.cat([angles, self._angles(position_ids_T, self.local_inv_freq_F)], dim=2)
+
+    def _angles(self, position_ids_T: Tensor, inv_freq_F: Tensor) -> Tensor:
+        angles_TF = position_ids_T[:, None].float() * inv_freq_F
+        if self.is_interleaved:
+            return angles_TF.repeat_interleave(2, dim=-1)[:, None, None, :]
         # Repeated, not interleaved: feature i rotates with feature i + F, as in Transformers.
         return torch.cat([angles_TF, angles_TF], dim=-1)[:, None, None, :]
 
     def _check_length(self, num_tokens: int) -> None:
         limit = self.max_sequence_length
         if limit is not None and num_tokens > limit:
+            reason = "queries are scaled by their position, which is not supported"
+            if self.rope_type == "longrope":
+                reason = "longrope changes its frequencies for the whole batch"
             raise ConfigError.at(
                 "config.json: rope_parameters.original_max_position_embeddings",
-                f"a sequence of {num_tokens} tokens is longer than {limit}, above which "
-                "longrope changes its frequencies for the whole batch",
+                f"a sequence of {num_tokens} tokens is longer than {limit}, above which {reason}",
                 f"set data.max_length to at most {limit}",
             )
 

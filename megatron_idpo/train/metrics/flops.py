@@ -18,12 +18,13 @@ once.
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idpo.config.lora import EXPERT_PARAMETERS
+from megatron_idpo.config.lora import EXPERT_PARAMETERS, PROJECTIONS
 from megatron_idpo.data.packing.rows import Row
 from megatron_idpo.mcore.model.architecture import Architecture
 
@@ -110,8 +111,9 @@ class ModelFlops:
         """FLOPs of a training step, including a live reference."""
         model = self.architecture
         weights = model.num_layers * sum(
-            ins * outs * (max(model.experts_per_token, 1) if name in _MLP else 1)
-            for name, (ins, outs) in _projections(model).items()
+            prod(model.projection_shape(name))
+            * (max(model.experts_per_token, 1) if name in _MLP else 1)
+            for name in PROJECTIONS
         )
         weights += model.num_layers * model.num_experts * model.hidden_size  # the routers
         layers = 2.0 * weights * work.used_tokens
@@ -131,24 +133,8 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 
 def lora_weights(architecture: Architecture, rank: int, targets: Collection[str]) -> int:
     """Weights of the LoRA adapters of a rank that compute a token; targets have PEFT's names."""
-    sizes = {name: sum(size) for name, size in _projections(architecture).items()}
+    sizes: dict[str, int] = {name: sum(architecture.projection_shape(name)) for name in PROJECTIONS}
     ffn, hidden = architecture.ffn_hidden_size, architecture.hidden_size
     for name, features in zip(EXPERT_PARAMETERS, (hidden + 2 * ffn, ffn + hidden), strict=True):
         sizes[name] = architecture.experts_per_token * features
     return architecture.num_layers * rank * sum(sizes[target] for target in targets)
-
-
-def _projections(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of each matrix of a layer."""
-    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
-    queries = architecture.num_heads * architecture.head_dim
-    keys = architecture.num_kv_heads * architecture.head_dim
-    return {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, ffn),
-        "up_proj": (hidden, ffn),
-        "down_proj": (ffn, hidden),
-    }

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_idpo.mcore.attention import flex
+from megatron_idpo.mcore.attention.capped import attend_row_capped
 from megatron_idpo.mcore.attention.sdpa import attend_row
 from megatron_idpo.mcore.cpu import redirect
 
@@ -46,6 +47,17 @@ def test_matches_sdpa_and_builds_one_mask_per_row(groups, window):
     assert len(row.derived) == 1
     expected = attend_row(*inputs, row=make_row(groups, ROW_TOKENS), scale=0.25, window=window)
     torch.testing.assert_close(actual, expected, **FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_capped_scores_match_the_cpu_backend(window):
+    row, inputs = make_row(MIXED, ROW_TOKENS), make_inputs(ROW_TOKENS)
+    settings = {"scale": 1.0, "window": window, "cap": 1.5}
+    actual = flex.attend_row_flex(*inputs, row=row, **settings, backend=None)
+    expected = attend_row_capped(*inputs, row=row, **settings)
+    torch.testing.assert_close(actual, expected, **FP32_TOLERANCE)
+    uncapped = attend_row(*inputs, row=row, scale=1.0, window=window)
+    assert (expected - uncapped).abs().max() > 0.1
 
 
 @pytest.mark.exhaustive

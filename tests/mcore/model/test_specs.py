@@ -207,7 +207,7 @@ def implementations() -> list[tuple[str, str]]:
     with (
         patch.object(build, "has_transformer_engine", lambda: True),
         patch.object(specs, "has_transformer_engine", lambda: True),
-        patch.object(specs, "_te_layer", lambda config: ModuleSpec(TransformerLayer)),
+        patch.object(specs, "_te_layer", lambda *arguments: ModuleSpec(TransformerLayer)),
         patch.object(specs, "LayerNormImpl", torch.nn.Identity),
     ):
         for transformer_engine in (True, False):

@@ -23,6 +23,7 @@ from megatron_idpo.mcore.rope.rotary import (
     inverse_frequencies,
     max_sequence_length,
 )
+from megatron_idpo.testing import tiny_hf_config
 
 # cos and sin are of order 1, computed by the same fp32 operations: at most one rounding apart.
 COS_SIN_TOLERANCE = 1e-7
@@ -251,6 +252,14 @@ def test_longrope_rejects_sequences_above_its_original_length() -> None:
 
 def test_other_rope_types_do_not_limit_the_sequence_length() -> None:
     assert max_sequence_length(Architecture.from_hf(_config("llama", TYPES["yarn"]))) is None
+
+
+def test_queries_that_grow_with_their_position_limit_the_sequence_length() -> None:
+    """Up to the limit Ministral 3 scales every query by 1."""
+    rotary = RowRotary(Architecture.from_hf(tiny_hf_config("ministral3")))
+    rotary.get_rotary_seq_len(None, _stage(None), torch.zeros(64, 1, 64), _settings())
+    with pytest.raises(ConfigError, match="65 tokens is longer than 64, above which queries"):
+        rotary.get_rotary_seq_len(None, _stage(None), torch.zeros(65, 1, 64), _settings())
 
 
 VALID_NUMBERS = st.sampled_from([1.5, 2, 2.5, 4, 16, 32.0])
