@@ -6,19 +6,26 @@ torchrun alone exits with 1 for every failure of its workers, kills them 30 s af
 if they are still saving, and ends at a SIGUSR1 while the workers continue. This script forwards
 both signals to the workers, waits until they have saved and exited with `EXIT_PREEMPTED`, and exits
 with the workers' code. Options, rendezvous and the handling of dead workers are torchrun's.
+
+With --max-restarts it starts the workers again only after a failure that a restart can help: not
+after a stop, and not after an error of the user.
 """
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import psutil
 from torch.distributed import DistNetworkError
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
+from torch.distributed.launcher import api as launcher
 from torch.distributed.run import main as torchrun
 
 from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
@@ -30,6 +37,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun in this process and return the workers' exit code."""
     forwarder = SignalForwarder()
+    launcher.LocalElasticAgent = agent_type(  # type: ignore[misc]
+        lambda: forwarder.stop_requested
+    )
     try:
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments])
     except ChildFailedError as error:
@@ -41,11 +51,36 @@ def main(arguments: Sequence[str]) -> int:
         return code
     except SignalException as error:
         return 128 + error.sigval
+    except RendezvousTimeoutError:
+        print(
+            "node.py: fewer machines than --nnodes requires have joined within join_timeout of "
+            f"--rdzv-conf; start it again when there are enough (exit code {EXIT_PREEMPTED})",
+            file=sys.stderr,
+        )
+        return EXIT_PREEMPTED
+    except RendezvousClosedError:
+        print("node.py: the other machines have ended this run", file=sys.stderr)
+        return EXIT_PEER_LOST
     except DistNetworkError as error:
         remedy = "check --master-addr, or choose another --master-port if another run uses this one"
         print(f"node.py: the rendezvous failed: {error}; {remedy}", file=sys.stderr)
         return 1
     return 0
+
+
+def agent_type(stop_requested: Callable[[], bool]) -> type[LocalElasticAgent]:
+    """torchrun's agent of a machine, which restarts only what a restart can help."""
+
+    class Agent(LocalElasticAgent):
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            result: RunResult = super()._monitor_workers(worker_group)
+            codes = [failure.exitcode for failure in result.failures.values()]
+            final = (EXIT_PREEMPTED, EXIT_USER_ERROR)
+            if codes and (stop_requested() or exit_code(codes, stopped=False) in final):
+                self._remaining_restarts = 0
+            return result
+
+    return Agent
 
 
 def exit_code(codes: Sequence[int], *, stopped: bool) -> int:

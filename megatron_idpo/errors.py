@@ -14,7 +14,8 @@ from typing import Self
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_LOST = 3
-"""Another process of the run has died; its own message says why, if it printed one."""
+"""Another process of the run has died, or does not answer; its own message says why, if it printed
+one."""
 EXIT_PREEMPTED = 75
 """Stopped by SIGTERM or SIGUSR1 after saving; the same command resumes. The value is BSD's
 EX_TEMPFAIL, "try again later"."""

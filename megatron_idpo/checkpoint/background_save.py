@@ -6,16 +6,13 @@ It ends on all ranks with the same outcome: success, or the error of the first r
 
 import threading
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.cpu.redirect import default_device
-
-_TIMEOUT = timedelta(hours=2)
-"""For the slowest rank's disk; a rank that has died is detected immediately."""
+from megatron_idpo.mcore.parallel.world import collective_timeout
 
 
 class BackgroundWorker:
@@ -95,6 +92,6 @@ class BackgroundWorker:
 
 
 def _group_of_all_ranks() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=collective_timeout())
     assert isinstance(group, dist.ProcessGroup)
     return group

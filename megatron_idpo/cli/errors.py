@@ -12,10 +12,13 @@ EXIT_INTERRUPTED = 130
 
 _LOST_PEER_MESSAGE = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|pair closure|gloo::|"
-    r"remote process exited|NCCL communicator was aborted|Heartbeat monitor timed out",
+    r"remote process exited|NCCL communicator was aborted|Heartbeat monitor timed out|"
+    r"Timed out waiting|Watchdog caught collective operation timeout",
     re.IGNORECASE,
 )
-"""Errors of gloo and NCCL in a collective when a peer process has died."""
+"""Errors of gloo and NCCL in a collective when a peer process has died or does not answer."""
+
+_TIMEOUT_MESSAGE = re.compile(r"Timed out waiting|operation timeout", re.IGNORECASE)
 
 
 def report_user_error(error: UserError) -> int:
@@ -31,12 +34,18 @@ def report_interrupted() -> int:
 
 
 def report_lost_peer(error: Exception) -> int:
-    """Print that another process of the run has died; returns the exit code."""
+    """Print that another process of the run is lost; returns the exit code."""
     first_line = str(error).strip().split("\n", 1)[0]
+    # The watchdog's note names the process.
+    lost = "; ".join([*getattr(error, "__notes__", ()), f"{type(error).__name__}: {first_line}"])
+    if _TIMEOUT_MESSAGE.search(first_line):
+        happened = "has not answered within training.timeout_s"
+    else:
+        happened = "has died"
     _print_once(
-        "error{rank}: another process of this run has died, so this one stops "
-        f"({type(error).__name__}: {first_line}); see its message above, or that of the kernel "
-        "(out of memory?); everything saved so far is complete"
+        f"error{{rank}}: another process of this run {happened}, so this one stops ({lost}); see "
+        "its message above, or that of the kernel (out of memory?); everything saved so far is "
+        "complete"
     )
     return EXIT_PEER_LOST
 

@@ -184,6 +184,18 @@ def _config_verb(
     return Verb(summary, example, add_arguments, run)
 
 
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser, required=False)
+    help_nodes = "under torchrun: also whether its machines work together"
+    parser.add_argument("--nodes", action="store_true", help=help_nodes)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from megatron_idpo.doctor.main import main as doctor
+
+    return doctor(config_path(arguments), arguments.overrides, nodes=arguments.nodes)
+
+
 def _add_sdpo_arguments(parser: argparse.ArgumentParser) -> None:
     help_action = "status: state, result and size of each step, and the next one"
     add_choice(parser, "action", ["status"], help=help_action)
@@ -218,11 +230,11 @@ VERBS: dict[str, Verb] = {
         add_init_arguments,
         init,
     ),
-    "doctor": _config_verb(
-        "doctor.main:main",
+    "doctor": Verb(
         "Check this machine and its libraries, and whether a configuration can run.",
         "doctor idpo.yaml",
-        config_required=False,
+        _add_doctor_arguments,
+        _doctor,
     ),
     "data": _config_verb(
         "data.inspect.main:main",

@@ -16,6 +16,12 @@ from megatron_idpo.config.section import (
 )
 from megatron_idpo.errors import Problem
 
+DEFAULT_TIMEOUT_S = 1800
+DEFAULT_HEARTBEAT_TIMEOUT_S = 40
+"""Survivors end within a minute: one interval between heartbeats and the time to end are added."""
+
+MIN_HEARTBEAT_TIMEOUT_S = 10
+
 
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
@@ -96,7 +102,23 @@ class TrainingConfig(Section):
     seed: Int = 0
     """Seed of dropout and of the initial values of adapters."""
 
+    timeout_s: PositiveInt = DEFAULT_TIMEOUT_S
+    """How long a process may wait for another one in a collective, in seconds, during background
+    saves too. Longer than the slowest thing that one process does while others wait: reading the
+    model, compiling, exporting."""
+
+    heartbeat_timeout_s: Int = DEFAULT_HEARTBEAT_TIMEOUT_S
+    """A process or machine that sends no heartbeat for so many seconds is lost: the others name it
+    and end. At least 10; 0 sends no heartbeats (for a debugger that stops all threads)."""
+
     used_with: ClassVar = {"recompute_layers": ("recompute", "full")}
+
+    def problems(self) -> Iterator[Problem]:
+        """A silence that a busy process reaches without being lost."""
+        if 0 < self.heartbeat_timeout_s < MIN_HEARTBEAT_TIMEOUT_S:
+            message = f"is {self.heartbeat_timeout_s}: a busy process may be silent for longer"
+            remedy = f"use {MIN_HEARTBEAT_TIMEOUT_S} or more, or 0 for no heartbeats"
+            yield Problem("heartbeat_timeout_s", message, remedy)
 
 
 class ExportConfig(Section):

@@ -2,17 +2,21 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.run_config import SECTIONS
 from megatron_idpo.doctor.finding import Finding, Report, State
 from megatron_idpo.doctor.libraries import Probe, Torch, check_libraries
 from megatron_idpo.doctor.machine import Machine, check_machine
+from megatron_idpo.doctor.nodes import check_nodes
 from megatron_idpo.doctor.run_config import check_config
-from megatron_idpo.errors import EXIT_USER_ERROR
+from megatron_idpo.errors import EXIT_USER_ERROR, UserError
 
 MARKS = {
     State.OK: ("✓", "green"),
@@ -56,6 +60,15 @@ def render(report: Report, console: Console) -> None:
     console.print(_summary(report))
 
 
+def _machines(config_path: str | Path | None, overrides: Sequence[str]) -> tuple[Finding, ...]:
+    config = None
+    if config_path is not None:
+        # Its problems are in the report already; then only what needs no configuration is checked.
+        with suppress(UserError):
+            config = load_config(Path(config_path), overrides, optional=SECTIONS)
+    return tuple(check_nodes(config))
+
+
 def _describe(finding: Finding) -> Text:
     text = Text(finding.value)
     if finding.consequence:
@@ -74,11 +87,20 @@ def _summary(report: Report) -> Text:
     return Text("Valid." if has_config else "megatron-idpo can run here.", "bold green")
 
 
-def main(config_path: str | Path | None = None, overrides: Sequence[str] = ()) -> int:
+def main(
+    config_path: str | Path | None = None, overrides: Sequence[str] = (), *, nodes: bool = False
+) -> int:
     """The verb. Returns 0 if it can run here, 2 if something is broken.
 
     Under torchrun every process runs the checks and the first one of each machine prints.
+
+    Args:
+        config_path: a configuration to check as well.
+        overrides: `section.field=value` for it.
+        nodes: also check that all machines work together; collective.
     """
     report = examine(config_path, overrides)
+    if nodes:
+        report = Report((*report.groups, ("Machines", _machines(config_path, overrides))))
     render(report, Console(quiet=os.environ.get("LOCAL_RANK", "0") != "0"))
     return EXIT_USER_ERROR if report.names(State.BROKEN) else 0

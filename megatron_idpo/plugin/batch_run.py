@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_idpo.data.packing.batches import Batch
 from megatron_idpo.mcore.cpu.redirect import default_device
 from megatron_idpo.mcore.parallel.pipeline import run_schedule
+from megatron_idpo.mcore.watchdog.activity import progressed
 from megatron_idpo.plugin.attach import AttachedDpo
 from megatron_idpo.plugin.outputs import LayerOutput
 from megatron_idpo.plugin.rows import row_micro_batch
@@ -59,6 +60,7 @@ def run_batch(
     ]
 
     def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Tensor, Any]:
+        progressed()
         preferences, inputs = next(iterator)
         return dpo.forward(chunk, preferences, **inputs), partial(dpo.loss, preferences)
 

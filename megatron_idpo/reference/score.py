@@ -32,6 +32,7 @@ from megatron_idpo.mcore.parallel.world import (
     is_rank0,
     raise_on_all_ranks,
 )
+from megatron_idpo.mcore.watchdog.activity import doing
 from megatron_idpo.reference.cache import CacheWriter
 from megatron_idpo.reference.fingerprint import Fingerprint
 from megatron_idpo.reference.logps_table import Logps
@@ -95,7 +96,8 @@ def score_pairs(source: Reference, part: CachePart, rows: RowSettings, stop_flag
         for batch in remaining:
             is_due = time.monotonic() - last_part_s >= PART_INTERVAL_S
             flags = (float(stop_flag.stop_requested), float(is_due))
-            logps_BL2, any_stop, is_due = _score_batch(source, batch, layers, flags)
+            with doing(part.description, is_timed=True):
+                logps_BL2, any_stop, is_due = _score_batch(source, batch, layers, flags)
             _check_finite(logps_BL2, layers, part.pairs, progress.completed)
             progress.advance(batch.num_pairs)
             # A signal during the last batch needs no stop: scoring is complete.

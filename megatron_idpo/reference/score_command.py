@@ -33,7 +33,7 @@ def score(config: RunConfig) -> int:
     Raises:
         UserError: on every rank; parts that were written before are kept.
     """
-    with catch_stop_signals() as stop_flag, distributed_world() as world:
+    with catch_stop_signals() as stop_flag, distributed_world(config) as world:
         with raise_on_all_ranks("reading the model"):
             source = open_model(config.model.path)
             _check(config, source.architecture, world.size)

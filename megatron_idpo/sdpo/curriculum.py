@@ -80,7 +80,7 @@ def score_for_steps(config: RunConfig) -> int:
     Raises:
         UserError: on every rank; parts that were written before still exist.
     """
-    with distributed_world(), first_model_remedies():
+    with distributed_world(config), first_model_remedies():
         with raise_on_all_ranks("opening the model"):
             num_layers = open_model(config.model.path).architecture.num_layers
             first_config = scoring_config(config, num_layers)

@@ -46,7 +46,11 @@ from megatron_idpo.sdpo.manifest import Manifest, StepRecord, snapshot_directory
 from megatron_idpo.sdpo.manifest_file import ManifestFile
 from megatron_idpo.sdpo.report import missing_exports, report_steps
 from megatron_idpo.sdpo.snapshot import open_snapshot
-from megatron_idpo.train.loop import preempted_before_training, train_prepared
+from megatron_idpo.train.loop import (
+    is_too_small_after_loss,
+    preempted_before_training,
+    train_prepared,
+)
 from megatron_idpo.train.run_directory import RunDirectory, open_run_directory
 from megatron_idpo.train.setup import Prepared, prepare
 
@@ -87,9 +91,11 @@ def train_in_steps(config: RunConfig) -> int:
     """
     with (
         catch_stop_signals() as stop_flag,
-        distributed_world() as world,
+        distributed_world(config) as world,
         open_run_directory(Path(config.training.output)) as output,
     ):
+        if is_too_small_after_loss(config, world):
+            return EXIT_PREEMPTED
         try:
             run = assemble_steps(config, world, output, stop_flag)
         except RunStopped:

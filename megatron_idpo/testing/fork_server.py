@@ -5,7 +5,8 @@ pages of the imported modules are shared. The pool's end is `processes.ForkServe
 in `messages.py`.
 
 The server ends when its socket is closed, also if the pool's process was killed, and kills its
-workers then: a worker that waits for another rank would not notice it.
+workers then: a worker that waits for another rank would not notice it. If the server is killed
+itself, or fails, Linux kills its workers.
 
 Only a single-threaded process may fork: threads do not exist in the child, but the locks they hold
 do. So the server imports without starting threads, and checks it.
@@ -15,6 +16,7 @@ module: processes that Megatron-Core's checkpoint writers start import it as the
 """
 
 import contextlib
+import ctypes
 import gc
 import os
 import select
@@ -24,6 +26,8 @@ import sys
 import threading
 
 from megatron_idpo.testing.messages import MESSAGE_BYTES, SERVER_READY, Fork, Signal, loads
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(descriptor: int) -> None:
@@ -69,7 +73,9 @@ def _serve(requests: socket.socket) -> tuple[int, str] | None:
                 send(request.pid, request.number)
             continue
         worker_end, exit_codes = descriptors
+        server = os.getpid()
         if (pid := os.fork()) == 0:
+            end_with_parent(server)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             # A session of its own, so that a signal can include its children.
@@ -84,6 +90,19 @@ def _serve(requests: socket.socket) -> tuple[int, str] | None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
     return None
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the system kill this process when its parent ends, however it ends. Linux only.
+
+    Args:
+        parent: its process id, taken before this process was forked. The thread that has forked it
+            must live as long as the parent, because the system means that thread.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # ended before the call
+            os._exit(1)
 
 
 def _report_ended(exits: dict[int, int]) -> None:

@@ -4,6 +4,7 @@ Every function here is collective: all ranks run it in the same order.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,11 +15,13 @@ from megatron_idpo.mcore.parallel.world import (
     RunStopped,
     StopFlag,
     World,
+    all_gather_objects,
     catch_stop_signals,
     distributed_world,
     raise_on_all_ranks,
     running_layout,
 )
+from megatron_idpo.mcore.watchdog.activity import doing
 from megatron_idpo.train.compile_ahead import compile_ahead
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.finite_checks import check_evaluation_finite
@@ -53,9 +56,11 @@ def train(config: RunConfig) -> int:
     """
     with (
         catch_stop_signals() as stop_flag,
-        distributed_world() as world,
+        distributed_world(config) as world,
         open_run_directory(Path(config.training.output)) as output,
     ):
+        if is_too_small_after_loss(config, world):
+            return EXIT_PREEMPTED
         with raise_on_all_ranks("checking the output directory"):
             check_not_stepped(output.root)
         prepared = prepare(config, world)
@@ -89,23 +94,46 @@ def train_prepared(
     """
     with running_layout(config.layout, config.training.seed):
         try:
-            trainer = assemble(config, world, output, prepared, stop_flag)
+            with doing("building the model and its reference"):
+                trainer = assemble(config, world, output, prepared, stop_flag)
         except RunStopped:
             return preempted_before_training(show=world.is_first)
         trainer.write_config()
         with trainer.checkpoints, open_report(trainer) as report:
             report_start(trainer, report)
             if not trainer.is_complete:
-                report_compiled(compile_ahead(trainer.policy, trainer.rows), report)
+                with doing("compiling"):
+                    compiled = compile_ahead(trainer.policy, trainer.rows)
+                report_compiled(compiled, report)
             if trainer.resumed_from is None:
                 run_start_check(trainer, report)
                 evaluate(trainer, report)
             if not train_steps(trainer, report):
                 report_preempted(trainer, report)
                 return EXIT_PREEMPTED
-            results = finalize(trainer, report)
+            with doing("exporting", step=trainer.step):
+                results = finalize(trainer, report)
         report_finished(trainer, report, results)
     return 0
+
+
+def is_too_small_after_loss(config: RunConfig, world: World) -> bool:
+    """Whether too few processes are left after an elastic restart; reports it. Collective.
+
+    In the first start it is an error of the configuration, which `prepare` raises.
+    """
+    # Counted by each machine for itself: one that joined later has not restarted.
+    restarts = max(all_gather_objects(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
+    problems = config.layout.problems_for(None, world.size)
+    if not (restarts and problems):
+        return False
+    if world.is_first:
+        logger.warning(
+            "%d processes are left after a loss, which is too few: %s. Ended, to be started again "
+            "with the full number (exit code %d); everything saved so far is complete",
+            *(world.size, "; ".join(map(str, problems)), EXIT_PREEMPTED),
+        )
+    return True
 
 
 def preempted_before_training(*, show: bool) -> int:
@@ -144,7 +172,8 @@ def train_steps(trainer: Trainer, report: Report) -> bool:
     for batch in trainer.batches:
         lr = trainer.learning_rate.at(trainer.step)
         try:
-            metrics, grad_norm = trainer.train_step.train(batch, trainer.step + 1, lr=lr)
+            with doing("training step", step=trainer.step + 1, is_timed=True):
+                metrics, grad_norm = trainer.train_step.train(batch, trainer.step + 1, lr=lr)
         except TrainingError as error:
             raise trainer.with_last_checkpoint(error) from error
         trainer.step += 1
@@ -163,11 +192,13 @@ def train_steps(trainer: Trainer, report: Report) -> bool:
         if trainer.is_due(trainer.config.training.eval_every_steps) or trainer.is_complete:
             evaluate(trainer, report)
         if trainer.is_due(trainer.config.checkpoint.every_steps) or is_last:
-            trainer.save()
+            with doing("saving", step=trainer.step):
+                trainer.save()
         if is_last:
             break
         report.meter.begin()
-    trainer.checkpoints.wait()
+    with doing("waiting for the last save", step=trainer.step):
+        trainer.checkpoints.wait()
     assert is_last, "the data ended before the last step"
     return trainer.is_complete
 
@@ -177,7 +208,10 @@ def evaluate(trainer: Trainer, report: Report) -> None:
     if trainer.evaluation is None:
         return
     start_s = time.perf_counter()
-    with report.evaluating(len(trainer.evaluation)) as advance:
+    with (
+        report.evaluating(len(trainer.evaluation)) as advance,
+        doing("evaluation", step=trainer.step, is_timed=True),
+    ):
         metrics = trainer.evaluation.run(advance)
     try:
         check_evaluation_finite(metrics, trainer.step)

@@ -55,6 +55,20 @@ def test_a_lost_peer_is_reported_with_the_first_line_of_the_error(rank_1_of_2, c
     assert "Connection closed by peer" in message and "more" not in message and "saved" in message
 
 
+def test_a_lost_peer_is_named_by_the_watchdogs_note(rank_1_of_2, capsys):
+    error = RuntimeError(LOST)
+    error.add_note("rank 3 (host b) is lost: its process has ended")
+    report_lost_peer(error)
+    assert "(rank 3 (host b) is lost: its process has ended; Runtime" in capsys.readouterr().err
+
+
+def test_a_timeout_is_not_reported_as_a_death(rank_1_of_2, capsys):
+    error = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 9000ms for recv operation")
+    assert is_lost_peer(error) and report_lost_peer(error) == EXIT_PEER_LOST
+    message = capsys.readouterr().err
+    assert "has not answered within training.timeout_s" in message and "has died" not in message
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -57,6 +57,10 @@ INVALID: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
         {"optimizer": {"warmup_steps": 5, "warmup_fraction": 0.1}},
         ("optimizer.warmup_fraction", "no effect", "warmup_steps is set", "keep one"),
     ),
+    (
+        {"training": {"heartbeat_timeout_s": 5}},
+        ("training.heartbeat_timeout_s", "is 5", "use 10 or more, or 0"),
+    ),
     ({"optimizer": {"warmup_steps": -1}}, ("optimizer.warmup_steps", "is -1")),
     (
         {"optimizer": {"schedule": "constant", "min_lr": 1e-5}},

@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from megatron_idpo.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 
@@ -65,6 +67,28 @@ TIMEOUT_S = 180.0
 )
 def test_exit_codes(codes: list[int], stopped: bool, code: int) -> None:
     assert node.exit_code(codes, stopped=stopped) == code
+
+
+@pytest.mark.parametrize(
+    ("codes", "stopped", "restarts"),
+    [
+        ([1], False, 2),
+        ([3, -signal.SIGKILL], False, 2),  # another machine is lost
+        ([75], False, 0),  # stopped, on another machine
+        ([-signal.SIGTERM], True, 0),
+        ([2, 3], False, 0),  # would fail again
+        ([], False, 2),  # running
+    ],
+)
+def test_workers_are_restarted_only_if_that_can_help(monkeypatch, codes, stopped, restarts) -> None:
+    failures = {rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)}
+    result = SimpleNamespace(failures=failures)
+    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda *_: result)
+    kind = node.agent_type(lambda: stopped)
+    agent = kind.__new__(kind)
+    agent._remaining_restarts = 2
+    assert agent._monitor_workers(None) is result
+    assert agent._remaining_restarts == restarts
 
 
 # ---- real processes -------------------------------------------------------------------------

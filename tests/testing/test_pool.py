@@ -175,7 +175,30 @@ def test_run_distributed_ends_its_process():
         os.kill(pid, 0)
 
 
-def test_no_worker_outlives_a_killed_pool(tmp_path):
+def test_a_child_ends_with_its_killed_parent():
+    """As a worker with the fork server, which here is a program that only forks."""
+    program = (
+        "import os, time; from megatron_idpo.testing.fork_server import end_with_parent\n"
+        "parent = os.getpid()\n"
+        "if (pid := os.fork()) == 0:\n"
+        "    end_with_parent(parent); os.write(1, b'ready '); time.sleep(99)\n"
+        "os.write(1, b'%d\\n' % pid); time.sleep(99)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    words = b""
+    while not (b"ready" in words and b"\n" in words):
+        words += os.read(parent.stdout.fileno(), 100)
+    parent.kill()
+    parent.wait()
+    wait_for_the_end(int(words.replace(b"ready ", b"")))
+
+
+@pytest.mark.parametrize(
+    "victim",
+    ["pool", pytest.param("server", marks=pytest.mark.exhaustive)],  # the test above
+)
+def test_no_worker_outlives_a_killed_pool(tmp_path, victim):
     """Not even one that hangs, and so never reads the end of its pipe."""
     pids = tmp_path / "pids"
     program = (
@@ -186,6 +209,11 @@ def test_no_worker_outlives_a_killed_pool(tmp_path):
     while not (pids.exists() and len(pids.read_text().split()) == 2):
         assert pool.poll() is None
         time.sleep(0.05)
+    if victim == "server":
+        server = Path(f"/proc/{pids.read_text().split()[0]}/stat").read_text().split()[3]
+        os.kill(int(server), signal.SIGKILL)
+        for pid in pids.read_text().split():
+            wait_for_the_end(int(pid))
     pool.kill()
     _, stderr = pool.communicate()
     for pid in pids.read_text().split():

@@ -20,7 +20,7 @@ _REPORT = "train.logging.report:Report"
 
 
 @contextmanager
-def _after(owner: str, name: str, call: Callable[..., None]) -> Iterator[None]:
+def after_call(owner: str, name: str, call: Callable[..., None]) -> Iterator[None]:
     """Call a function after each call of a function or method of the package.
 
     Args:
@@ -58,7 +58,7 @@ class Signal:
             if step == self.step and dist.get_rank() == self.rank:
                 os.kill(os.getpid(), self.number)
 
-        with _after(_REPORT, "step", send):
+        with after_call(_REPORT, "step", send):
             yield
 
 
@@ -76,7 +76,7 @@ class ReadTrained:
         def read(_: None, trainer: Any, report: Any, results: Any) -> None:
             found["logps"] = training_logps(trainer)
 
-        with _after("train.loop", "report_finished", read):
+        with after_call("train.loop", "report_finished", read):
             yield
 
 
@@ -126,7 +126,10 @@ class Spoil:
                 self._spoil(train_step.policy)
             return original(train_step, batch, step, **kwargs)
 
-        with _after("train.loop", "assemble", at_start), patch.object(TrainStep, "train", train):
+        with (
+            after_call("train.loop", "assemble", at_start),
+            patch.object(TrainStep, "train", train),
+        ):
             yield
 
     def _spoil(self, policy: Any) -> None:
@@ -152,7 +155,7 @@ class SpoilAfter(Spoil):
             if step == self.step:
                 self._spoil(train_step.policy)
 
-        with _after("train.step:TrainStep", "train", spoil):
+        with after_call("train.step:TrainStep", "train", spoil):
             yield
 
 
@@ -177,7 +180,7 @@ class Break:
             if step == self.step:
                 raise ConfigError.at("training.output", "is full")
 
-        with _after(_REPORT, "step", fail), patch.object(checkpoints, "write_chunks", slow):
+        with after_call(_REPORT, "step", fail), patch.object(checkpoints, "write_chunks", slow):
             yield
 
 
@@ -202,5 +205,5 @@ class CountSteps:
         def count(_: None, report: Any, step: int, *args: Any, **kwargs: Any) -> None:
             found["steps"].append(step)
 
-        with _after(_REPORT, "step", count):
+        with after_call(_REPORT, "step", count):
             yield

@@ -11,11 +11,14 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
+import threading
+import time
 import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, islice
@@ -45,6 +48,7 @@ from megatron_idpo.data.tokenize.store import (
 )
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer
 from megatron_idpo.errors import DataError, Problem
+from megatron_idpo.storage.atomic import discard_directory, incomplete_directory, leftovers
 from megatron_idpo.storage.lock import locked
 
 type OnBadRow = Literal["error", "skip"]
@@ -62,6 +66,9 @@ _BATCHES_BEFORE_WORKERS = 6
 
 _BATCHES_PER_WORKER = 3
 """Batches in flight: bounds memory while the reader is faster than the workers."""
+
+_ABANDONED_S = 24 * 3600.0
+"""A build on another machine that has written nothing for so long was killed."""
 
 _MAX_PROBLEMS = 10
 _MAX_LOCATIONS = 2
@@ -168,8 +175,9 @@ def _build(
         DataError: see `tokenized_store`.
     """
     cache = directory.parent
+    _clear_interrupted_builds(directory)
     # A unique name, although a lock is held: some file systems' locks do not reach other machines.
-    incomplete = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}")
+    incomplete = incomplete_directory(directory, f"{_host()}-{uuid.uuid4().hex}")
     batches = ordered_map(
         tokenize,
         _batch_rows(source),
@@ -193,6 +201,24 @@ def _build(
                 os.rename(incomplete, directory)
     finally:
         shutil.rmtree(incomplete, ignore_errors=True)
+
+
+def _clear_interrupted_builds(directory: Path) -> None:
+    """Delete what builds of this store have left that were killed. The lock is held.
+
+    No other process of this machine is building it. On another machine one may be, where locks do
+    not reach: it writes all the time, so what has not changed for a day is left over.
+    """
+    for path in leftovers(directory):
+        with suppress(OSError):  # deleted by another machine meanwhile
+            age_s = time.time() - max(file.stat().st_mtime for file in (path, *path.iterdir()))
+            if f"-{_host()}-" in path.name or age_s > _ABANDONED_S:
+                discard_directory(path)
+
+
+def _host() -> str:
+    """Name of this machine, for a file's name."""
+    return "".join(char if char.isalnum() else "_" for char in socket.gethostname())
 
 
 def _cache_errors(cache: Path) -> AbstractContextManager[None]:
@@ -285,7 +311,20 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
     global _worker_function
     # The processes already share the cores: one tokenizer thread each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_function = function
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, also if that was killed.
+
+    A worker waits for items in a pipe that the other workers have open too, so it would never read
+    its end.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_worker_function(item: Any) -> Any:

@@ -94,7 +94,7 @@ def likelihood(config: RunConfig, models: Sequence[EvalModel], output: Path) -> 
         UserError: on every rank; finished batches are saved.
     """
     directory = output / DIRECTORY
-    with catch_stop_signals() as stop_flag, distributed_world() as world:
+    with catch_stop_signals() as stop_flag, distributed_world(config) as world:
         with raise_on_all_ranks("opening the models"):
             reference = open_model(config.model.path)
             sources = [open_model(model.path) for model in models]

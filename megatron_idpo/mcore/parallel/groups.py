@@ -13,11 +13,13 @@ from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.cpu.redirect import backend
-from megatron_idpo.mcore.parallel.world import all_gather_objects
+from megatron_idpo.mcore.parallel.world import all_gather_objects, collective_timeout
+from megatron_idpo.mcore.watchdog.activity import set_stage
 
 _STAGE_SEED_STRIDE = 100_000
 """Distance between the seeds of pipeline stages. megatron-core adds the tensor-parallel rank (plus
@@ -41,6 +43,7 @@ def start_layout(layout: Layout, seed: int = 0) -> None:
     if parallel_state.is_initialized():
         raise RuntimeError("megatron-core already runs a layout here; call stop_layout() first")
     layout.check(None, dist.get_world_size())
+    timeout = collective_timeout() or default_pg_timeout
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -54,8 +57,11 @@ def start_layout(layout: Layout, seed: int = 0) -> None:
         # For checkpoints of megatron-core, which a run does not write: on many GPUs each such group
         # is as many sockets per process as it has ranks.
         create_gloo_process_groups=backend() == "gloo",
+        # Annotated as an integer, but only converted to a timedelta.
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
+    set_stage((stage, layout.pipeline))
     model_parallel_cuda_manual_seed(seed + 100 * stage)
 
 
@@ -64,6 +70,7 @@ def stop_layout() -> None:
 
     Does nothing if no layout is running.
     """
+    set_stage(None)
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
         get_cuda_rng_tracker().reset()

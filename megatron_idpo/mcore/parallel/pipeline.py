@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_idpo.mcore.parallel.groups import ModelGroups
+from megatron_idpo.mcore.parallel.world import collective_timeout
 
 ForwardStep = Callable[[Iterator[Any], Any], tuple[Any, Callable[[Any], Any]]]
 """megatron-core's `forward_step_func`: from an iterator of micro-batches and a model chunk to the
@@ -68,7 +69,7 @@ def stage_group(groups: ModelGroups, *, is_member: bool, needs_group: bool) -> S
     for ranks in sorted({pipeline_ranks for pipeline_ranks, _, _ in by_rank.values()}):
         members = tuple(rank for rank in ranks if by_rank[rank][1])
         if any(by_rank[rank][2] for rank in ranks):
-            group = dist.new_group(list(members))
+            group = dist.new_group(list(members), timeout=collective_timeout())
             # A non-member gets the integer GroupMember.NON_GROUP_MEMBER instead of a group.
             if isinstance(group, dist.ProcessGroup):
                 own_group = StageGroup(group, members)

@@ -22,9 +22,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_idpo.config.layout import Layout
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.training import DEFAULT_HEARTBEAT_TIMEOUT_S, DEFAULT_TIMEOUT_S
 from megatron_idpo.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
 from megatron_idpo.mcore.cpu.redirect import backend, default_device, redirect_cuda_to_cpu
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
+from megatron_idpo.mcore.watchdog.activity import doing
+from megatron_idpo.mcore.watchdog.watch import watching
 
 _RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torch needs in addition to `RANK` to find the other processes."""
@@ -53,45 +57,68 @@ class World:
         return self.rank == 0
 
 
+_timeout: timedelta | None = None
+"""Of the process groups within `distributed_world`."""
+
+
+def collective_timeout() -> timedelta | None:
+    """How long a collective may wait for a rank: for every new process group of a run.
+
+    torch gives a new group the backend's default, and not the timeout of the world. None outside of
+    `distributed_world`, and in a world that another program has created.
+    """
+    return _timeout
+
+
 @contextmanager
-def distributed_world(timeout_s: float = 1800.0) -> Iterator[World]:
+def distributed_world(config: RunConfig | None = None) -> Iterator[World]:
     """Join torchrun's world, or create one of this process alone; leave it at the end.
 
-    A process group that exists already (created by a test or an embedding script) is used and not
-    destroyed. Without a GPU, megatron-core's CUDA calls are redirected first; its warnings about
+    The processes exchange heartbeats meanwhile (`watchdog/watch.py`). A process group that exists
+    already (created by a test or an embedding script) is used and not destroyed, without
+    heartbeats. Without a GPU, megatron-core's CUDA calls are redirected first; its warnings about
     the installation are suppressed within the block (`mcore/megatron_warnings.py`).
 
     Args:
-        timeout_s: how long a collective may wait for a rank, in seconds.
+        config: of the run, for `training.timeout_s` and `training.heartbeat_timeout_s`; None, or
+            without that section: the defaults.
 
     Raises:
         ConfigError: the environment is incomplete, or there are more ranks here than GPUs.
     """
     has_gpu = not redirect_cuda_to_cpu()
-    with suppress_megatron_warnings(has_gpu=has_gpu), _process_group(timeout_s):
-        yield World(dist.get_rank(), dist.get_world_size())
+    timeout_s, heartbeat_timeout_s = DEFAULT_TIMEOUT_S, DEFAULT_HEARTBEAT_TIMEOUT_S
+    if config is not None and config.has("training"):
+        timeout_s = config.training.timeout_s
+        heartbeat_timeout_s = config.training.heartbeat_timeout_s
+    with suppress_megatron_warnings(has_gpu=has_gpu):
+        if dist.is_initialized():
+            yield World(dist.get_rank(), dist.get_world_size())
+            return
+        with _process_group(timedelta(seconds=timeout_s)), watching(timeout_s, heartbeat_timeout_s):
+            yield World(dist.get_rank(), dist.get_world_size())
 
 
 @contextmanager
-def _process_group(timeout_s: float) -> Iterator[None]:
-    """torch's default process group: the existing one, or one for this block."""
-    if dist.is_initialized():
-        yield
-        return
+def _process_group(timeout: timedelta) -> Iterator[None]:
+    """torch's default process group, for this block."""
+    global _timeout
     _check_environment()
     # Before the group exists: NCCL and new tensors use the device that is current here.
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
-        _rendezvous(timedelta(seconds=timeout_s))
+        _rendezvous(timeout)
     else:
         store = dist.HashStore()
         dist.init_process_group(
             backend(), store=store, rank=0, world_size=1, device_id=_nccl_device()
         )
+    _timeout = timeout
     try:
         yield
     finally:
+        _timeout = None
         dist.destroy_process_group()
 
 
@@ -168,12 +195,14 @@ def raise_on_all_ranks(step: str) -> Iterator[None]:
     """
     failure: UserError | None = None
     try:
-        yield
+        with doing(step):
+            yield
     except UserError as error:
         failure = error
     # As strings: an exception with its traceback and cause may not be picklable.
     reason = None if failure is None else (type(failure).__name__, str(failure))
-    reasons = all_gather_objects(reason)
+    with doing(f"waiting for the others after {step}"):
+        reasons = all_gather_objects(reason)
     if failure is not None:
         raise failure
     for rank, other in enumerate(reasons):

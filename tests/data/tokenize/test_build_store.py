@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +142,75 @@ def test_failed_build_leaves_no_files(
     with pytest.raises(DataError):
         store_of(write_jsonl([*GOOD, *BAD]))
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_killed_build_is_cleared_by_the_next_one(
+    write_jsonl: Callable[..., str],
+    store_of: Callable[..., PairStore],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of this machine at once; of another one only when it has not written for a day."""
+    path = write_jsonl(GOOD)
+
+    class Killed(BaseException):
+        pass
+
+    def leave_unfinished(host: str) -> Path:
+        """A build on a host that is killed before its end."""
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(build_store.socket, "gethostname", lambda: host)
+            patched.setattr(build_store, "_batch_rows", lambda _: raise_killed())
+            patched.setattr(build_store.shutil, "rmtree", lambda *_, **__: None)
+            store_of(path)
+        return next(path for path in (tmp_path / "cache").iterdir() if f"-{host}-" in path.name)
+
+    def raise_killed() -> Any:
+        raise Killed
+        yield
+
+    monkeypatch.setattr(build_store.socket, "gethostname", lambda: "here")
+    own, other, abandoned = map(leave_unfinished, ("here", "there", "elsewhere"))
+    for file in (abandoned, *abandoned.iterdir()):
+        os.utime(file, (1.0, 1.0))
+    assert own.is_dir() and other.is_dir() and abandoned.is_dir()
+    assert store_of(path).num_pairs == len(GOOD)
+    assert other.is_dir() and not own.exists() and not abandoned.exists()
+
+
+def write_pid_and_wait(directory: Path) -> None:
+    (directory / f"{os.getpid()}").touch()
+    time.sleep(100)
+
+
+def test_children_end_with_their_killed_parent(tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path; import test_build_store as test\n"
+        "if __name__ == '__main__':\n"
+        f"    items = iter([Path({str(tmp_path)!r})] * 9)\n"
+        "    list(test.ordered_map(test.write_pid_and_wait, items, num_workers=2, "
+        "first_in_process=0))\n"
+    )
+    (tmp_path / "parent.py").write_text(program)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")])
+    while len(children := [path.name for path in tmp_path.iterdir() if path.name.isdigit()]) < 2:
+        assert parent.poll() is None
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    killed_s = time.monotonic()
+    while any(is_running(int(child)) for child in children):
+        assert time.monotonic() - killed_s < 10.0
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""What heartbeats cost the busiest process: CPU time of rank 0 per interval, and memory.
+
+    python benchmarks/heartbeat.py [--ranks 8 512] [--per-machine 8]
+
+Rank 0 has real connections (socket pairs) to its children, which are in the same process and
+describe as many ranks as they would in such a run. Only rank 0's work is timed: receiving,
+decoding, counting silence, encoding and sending.
+"""
+
+import argparse
+import socket
+import time
+from dataclasses import asdict
+
+from megatron_idpo.config.training import DEFAULT_HEARTBEAT_TIMEOUT_S
+from megatron_idpo.mcore.watchdog.heartbeat import Heartbeat
+from megatron_idpo.mcore.watchdog.link import SocketLink
+from megatron_idpo.mcore.watchdog.monitor import Monitor, PeerState
+
+INTERVAL_S = DEFAULT_HEARTBEAT_TIMEOUT_S / 8
+ROUNDS = 200
+POLLS = 10
+
+
+def state(rank: int) -> PeerState:
+    """A typical state."""
+    return PeerState(rank, f"node-{rank // 8:03d}.cluster", "step 1234, training step", (1, 4))
+
+
+def measure(num_ranks: int, per_machine: int) -> tuple[int, float, float]:
+    """Number of connections of rank 0, its CPU time per interval in ms, its messages in kB."""
+    below = {rank: [state(rank)] for rank in range(1, per_machine)}
+    for first in range(per_machine, num_ranks, per_machine):
+        below[first] = [state(rank) for rank in range(first, first + per_machine)]
+    root = Heartbeat(lambda: state(0), "token", Monitor(8 * INTERVAL_S, INTERVAL_S))
+    children: list[SocketLink] = []
+    for rank in below:
+        ours, theirs = socket.socketpair()
+        children.append(SocketLink(theirs))
+        root.strangers.append(SocketLink(ours))
+        children[-1].send({"kind": "hello", "token": "token", "states": [asdict(state(rank))]})
+    root.receive()
+    beats = [
+        {"kind": "beat", "states": [asdict(one) for one in states]} for states in below.values()
+    ]
+    spent_s = 0.0
+    for index in range(ROUNDS):
+        for child, beat in zip(children, beats, strict=True):
+            child.receive()
+            child.send(beat)
+        start_s = time.thread_time()
+        for _ in range(POLLS):
+            root.receive()
+        root.beat(index * INTERVAL_S)
+        spent_s += time.thread_time() - start_s
+    assert root.monitor.loss is None
+    sent_kB = sum(len(str(beat)) for beat in beats) / 1e3
+    return len(children), spent_s / ROUNDS * 1e3, sent_kB
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--per-machine", type=int, default=8)
+    arguments = parser.parse_args()
+    print(
+        f"| ranks | connections of rank 0 | ms of CPU per {INTERVAL_S:g} s | share | kB received |"
+    )
+    print("|---|---|---|---|---|")
+    for num_ranks in arguments.ranks:
+        connections, spent_ms, kB = measure(num_ranks, arguments.per_machine)
+        share = spent_ms / 1e3 / INTERVAL_S
+        print(f"| {num_ranks} | {connections} | {spent_ms:.2f} | {share:.4%} | {kB:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Connections between neighbors in the tree of processes: JSON messages, one per line, over TCP.
+
+Nothing here blocks after the connection is made: a message to a process that does not read is kept
+up to a limit and then dropped, because the next heartbeat replaces it.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import psutil
+
+_MAX_UNSENT_BYTES = 1 << 20
+_MAX_MESSAGE_BYTES = 1 << 20
+"""A machine's heartbeat has about 100 bytes per process; longer is not one of ours."""
+
+_CONNECT_TIMEOUT_S = 5.0
+_CHUNK_BYTES = 1 << 16
+
+type Message = dict[str, Any]
+
+
+class Link(Protocol):
+    """A connection to a neighbor."""
+
+    is_closed: bool
+    """Whether the neighbor has closed it; what arrived before can still be received."""
+
+    def send(self, message: Message) -> None:
+        """Send without waiting; dropped if the neighbor does not read."""
+
+    def receive(self) -> list[Message]:
+        """The messages that have arrived, without waiting."""
+
+    def close(self) -> None:
+        """Close it; what was sent still arrives."""
+
+
+class SocketLink:
+    """A `Link` over a connected socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Takes over the socket."""
+        connection.setblocking(False)
+        self.socket = connection
+        self.is_closed = False
+        self._received = b""
+        self._unsent = b""
+
+    def send(self, message: Message) -> None:
+        """See `Link`."""
+        if len(self._unsent) < _MAX_UNSENT_BYTES:
+            self._unsent += json.dumps(message).encode() + b"\n"
+        while self._unsent and not self.is_closed:
+            try:
+                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+            except BlockingIOError:
+                return
+            except OSError:  # also received from, where a message of the end may be waiting
+                return
+
+    def receive(self) -> list[Message]:
+        """See `Link`."""
+        while not self.is_closed:
+            try:
+                chunk = self.socket.recv(_CHUNK_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:
+                chunk = b""
+            self._received += chunk
+            self.is_closed = not chunk or len(self._received) > _MAX_MESSAGE_BYTES
+        *lines, self._received = self._received.split(b"\n")
+        try:
+            messages = [json.loads(line) for line in lines]
+        except ValueError:
+            messages = [None]
+        if not all(isinstance(message, dict) for message in messages):
+            self.is_closed = True  # not one of our processes
+            return []
+        return messages
+
+    def close(self) -> None:
+        """See `Link`."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+        self.socket.close()
+
+
+def listen(num_children: int, *, is_local: bool) -> socket.socket:
+    """A socket on a free port for this number of children; it does not block.
+
+    Args:
+        num_children: that will connect, at once.
+        is_local: whether all of them run on this machine; others then cannot connect.
+    """
+    if is_local:
+        server = socket.create_server(("127.0.0.1", 0), backlog=num_children)
+    elif socket.has_dualstack_ipv6():
+        server = socket.create_server(
+            ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=num_children
+        )
+    else:
+        server = socket.create_server(("", 0), backlog=num_children)
+    server.setblocking(False)
+    return server
+
+
+def connect(addresses: Sequence[str], port: int) -> SocketLink | None:
+    """Connect to the first address that answers; None if none does."""
+    for address in addresses:
+        with suppress(OSError):
+            return SocketLink(socket.create_connection((address, port), _CONNECT_TIMEOUT_S))
+    return None
+
+
+def own_addresses() -> list[str]:
+    """Addresses under which other machines may reach this one, the likeliest first.
+
+    The one of the interface that gloo or NCCL is set to use; the one of the route to the first
+    machine; those of the host name.
+    """
+    addresses: list[str] = []
+    interfaces = psutil.net_if_addrs()
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        for name in os.environ.get(variable, "").split(","):
+            found = interfaces.get(name.strip().lstrip("="), ())
+            addresses += [entry.address for entry in found if entry.family == socket.AF_INET]
+    master, port = os.environ.get("MASTER_ADDR"), int(os.environ.get("MASTER_PORT", "1"))
+    with suppress(OSError):
+        for family, kind, _, _, target in socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind) as probe:
+                probe.connect(target)  # chooses a route; nothing is sent
+                addresses.append(probe.getsockname()[0])
+    with suppress(OSError):
+        addresses += socket.gethostbyname_ex(socket.gethostname())[2]
+    return list(dict.fromkeys(addresses))

@@ -1,0 +1,276 @@
+"""The watchdog of a process: what it prints and when it ends the process; its connections.
+
+Tests call `step` with their own clock; the thread runs in the last ones only.
+"""
+
+import os
+import signal
+import socket
+import threading
+from typing import Any
+
+import pytest
+
+from megatron_idpo.errors import EXIT_PEER_LOST, ConfigError
+from megatron_idpo.mcore.watchdog import activity
+from megatron_idpo.mcore.watchdog.activity import current_activity, doing, progressed
+from megatron_idpo.mcore.watchdog.heartbeat import Heartbeat
+from megatron_idpo.mcore.watchdog.link import SocketLink, connect, listen, own_addresses
+from megatron_idpo.mcore.watchdog.monitor import Monitor, PeerState
+from megatron_idpo.mcore.watchdog.watch import Watchdog
+from megatron_idpo.testing import WorkerError
+
+TIMEOUT_S, INTERVAL_S, STUCK_S = 40.0, 5.0, 1000.0
+OTHER = PeerState(1, "node-b", "step 7, training step", (1, 2))
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The time of activities, which a test moves."""
+    now_s = [0.0]
+    monkeypatch.setattr(activity, "monotonic", lambda: now_s[0])
+    progressed()
+    return now_s
+
+
+@pytest.fixture
+def ended() -> list[int]:
+    """Exit codes with which the watchdog has ended the process."""
+    return []
+
+
+@pytest.fixture
+def watchdog(clock, ended) -> Watchdog:
+    def describe() -> PeerState:
+        return PeerState(0, "node-a", str(current_activity()), (0, 2))
+
+    heartbeat = Heartbeat(describe, "token", Monitor(TIMEOUT_S, INTERVAL_S))
+    heartbeat.monitor.heard([OTHER])
+    return Watchdog(heartbeat, None, stuck_s=STUCK_S, end_process=ended.append)
+
+
+def run(watchdog: Watchdog, clock: list[float], seconds: float) -> None:
+    """Step as often as the thread does."""
+    end_s = clock[0] + seconds
+    while clock[0] < end_s:
+        clock[0] += watchdog._poll_s
+        watchdog.step(clock[0])
+
+
+def test_a_silent_process_is_named_and_ends_this_one_within_a_minute(watchdog, clock, ended, capfd):
+    with doing("training step", step=8, is_timed=True):
+        run(watchdog, clock, TIMEOUT_S - INTERVAL_S)
+        assert ended == []
+        run(watchdog, clock, 60.0 - clock[0])
+    assert ended[0] == EXIT_PEER_LOST
+    message = capfd.readouterr().err.splitlines()[0]
+    assert "error (rank 0): rank 1 (host node-b, pipeline stage 2 of 2) is lost: no hea" in message
+    assert "its last message: step 7, training step" in message
+    assert "This process was in step 8, training step (report, watch.py:" in message
+    assert "exit code 3" in message
+
+
+def test_a_stuck_main_thread_is_reported_with_its_stack(watchdog, clock, ended, capfd):
+    with doing("training step", step=8, is_timed=True):
+        while not ended:
+            watchdog._heartbeat.monitor.heard([OTHER])  # the other one only waits
+            run(watchdog, clock, INTERVAL_S)
+    assert STUCK_S <= clock[0] <= STUCK_S + 3 * INTERVAL_S
+    message = capfd.readouterr().err
+    assert "rank 0 (host node-a, pipeline stage 1 of 2) is lost: no progress for 100" in message
+    assert "in test_a_stuck_main_thread_is_reported_with_its_stack" in message
+    assert "run(watchdog, clock, INTERVAL_S)" in message, "source lines of the stack"
+
+
+@pytest.mark.parametrize("is_timed", [False, True])
+def test_long_work_is_not_stuck(watchdog, clock, ended, is_timed):
+    """Hours of exporting, compiling or reading; a step of many micro-batches."""
+    with doing("work", is_timed=is_timed):
+        for _ in range(200):
+            watchdog._heartbeat.monitor.heard([OTHER])
+            run(watchdog, clock, INTERVAL_S * 7)
+            if is_timed:
+                progressed()
+    assert ended == []
+
+
+def test_the_own_error_of_a_process_has_time_after_the_end_of_another(watchdog, clock, ended):
+    """A rank that fails is usually first noticed by the collective of the others."""
+    watchdog._heartbeat.monitor.ended(1, "it ended with ValueError")
+    run(watchdog, clock, 9.0)
+    assert ended == []
+    run(watchdog, clock, 2.0)
+    assert ended[0] == EXIT_PEER_LOST
+
+
+def test_an_error_of_a_collective_is_noted_with_the_lost_process(watchdog):
+    watchdog._heartbeat.monitor.ended(1, "its process has ended")
+    watchdog.step(0.0)
+    watchdog._thread = threading.Thread(target=lambda: None)
+    watchdog._thread.start()
+    error = RuntimeError("Connection closed by peer")
+    watchdog.stop(error)
+    (note,) = error.__notes__
+    assert note.startswith("rank 1 (host node-b, pipeline stage 2 of 2) is lost")
+
+
+def test_activities_nest_and_keep_the_step() -> None:
+    before = current_activity()
+    with doing("training step", step=3, is_timed=True):
+        with doing("writing the logs"):
+            assert str(current_activity()) == "step 3, writing the logs"
+            assert not current_activity().is_timed
+        assert str(current_activity()) == "step 3, training step" and current_activity().is_timed
+    with pytest.raises(ConfigError), doing("exporting"):
+        raise ConfigError("broken")
+    assert current_activity() == before
+
+
+# ---- connections ---------------------------------------------------------------------------------
+
+
+def linked() -> tuple[SocketLink, SocketLink]:
+    first, second = socket.socketpair()
+    return SocketLink(first), SocketLink(second)
+
+
+def test_messages_arrive_whole_and_in_order() -> None:
+    first, second = linked()
+    for index in range(3):
+        first.send({"kind": "beat", "index": index, "text": "x" * 5000})
+    first.close()
+    assert [message["index"] for message in second.receive()] == [0, 1, 2]
+    assert second.is_closed
+    second.close()
+
+
+def test_a_neighbor_that_does_not_read_blocks_nothing() -> None:
+    first, second = linked()
+    for index in range(3000):
+        first.send({"index": index, "text": "x" * 1000})
+    received: list[Any] = []
+    for _ in range(100):
+        received += second.receive()
+        first.send({"index": "last"})
+    assert [message["index"] for message in received[:50]] == list(range(50))
+    assert len(received) < 3000 and received[-1]["index"] == "last" and not first.is_closed
+    for link in (first, second):
+        link.close()
+
+
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"kind": 1\n', b"\xff\n"])
+def test_other_protocols_are_disconnected(sent: bytes) -> None:
+    stranger, accepted = socket.socketpair()
+    link = SocketLink(accepted)
+    stranger.sendall(sent)
+    assert link.receive() == [] and link.is_closed
+    link.close()
+    stranger.close()
+
+
+def test_the_first_address_that_answers_is_used() -> None:
+    with listen(2, is_local=True) as server:
+        port = server.getsockname()[1]
+        link = connect(["127.1.2.3", "127.0.0.1"], port)
+        assert link is not None and link.socket.getpeername()[0] == "127.0.0.1"
+        link.close()
+        assert connect(["127.1.2.3"], port) is None, "a local server has one address"
+
+
+def test_the_interface_of_gloo_comes_first(monkeypatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.9.9.9")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert own_addresses()[0].startswith("127.")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert own_addresses()[0] == "127.0.0.1"
+
+
+def join(port: int, timeouts: dict[str, int]) -> dict[str, Any]:
+    """Join a world as under torchrun, with a layout; timeouts of all groups, and the threads."""
+    from pathlib import Path
+
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_idpo.checkpoint.background_save import BackgroundWorker
+    from megatron_idpo.config.layout import Layout
+    from megatron_idpo.config.load import load_config
+    from megatron_idpo.mcore.parallel.groups import ModelGroups, start_layout, stop_layout
+    from megatron_idpo.mcore.parallel.pipeline import stage_group
+    from megatron_idpo.mcore.parallel.world import distributed_world
+
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    overrides = [f"training.{name}={value}" for name, value in timeouts.items()]
+    config = load_config(
+        Path(os.devnull), ["training.output=x", *overrides], required=("training",)
+    )
+    found: dict[str, Any] = {}
+
+    def timeout_s(group: Any) -> float:
+        return float(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+
+    with distributed_world(config):
+        start_layout(Layout(pipeline=2))
+        groups = ModelGroups.of()
+        stage = stage_group(groups, is_member=True, needs_group=True)
+        assert stage is not None
+        named = {
+            "world": dist.group.WORLD,
+            "pipeline": groups.pipeline,
+            "data": groups.data_and_context,
+            "embedding": parallel_state.get_embedding_group(),
+            "stages": stage.group,
+            "saver": BackgroundWorker().group,
+        }
+        found = {name: timeout_s(group) for name, group in named.items()}
+        found["threads"] = [thread.name for thread in threading.enumerate()].count("heartbeat")
+        found["stage"] = activity.current_stage()
+        stop_layout()
+    found["threads after"] = [thread.name for thread in threading.enumerate()].count("heartbeat")
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("heartbeat_timeout_s", [40, 0])
+def test_the_timeout_reaches_every_process_group(workers, heartbeat_timeout_s):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    timeouts = {"timeout_s": 123, "heartbeat_timeout_s": heartbeat_timeout_s}
+    for rank, found in enumerate(workers.run(join, 2, port, timeouts)):
+        assert found.pop("stage") == (rank, 2)
+        assert (found.pop("threads"), found.pop("threads after")) == (heartbeat_timeout_s // 40, 0)
+        assert set(found.values()) == {123.0}, found
+
+
+def stop_on_rank(stopped: int, directory: str) -> None:
+    """A rank stops (SIGSTOP) while the other one waits for it in a collective."""
+    import torch.distributed as dist
+
+    from megatron_idpo.mcore.watchdog.watch import watching
+
+    os.dup2(os.open(f"{directory}/{dist.get_rank()}", os.O_CREAT | os.O_WRONLY), 2)
+    with watching(1000.0, REAL_TIMEOUT_S), doing("training step", step=5, is_timed=True):
+        dist.barrier()
+        if dist.get_rank() == stopped:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.barrier()
+
+
+REAL_TIMEOUT_S = 2.0
+"""More than a worker waits for a core between two heartbeats."""
+
+
+@pytest.mark.distributed
+def test_a_stopped_process_ends_the_others_with_the_exit_code(workers, tmp_path):
+    with pytest.raises(WorkerError) as died:
+        workers.run(stop_on_rank, 3, 2, str(tmp_path), timeout_s=60.0)
+    assert all(f"rank {rank} of 3 died (exit code 3)" in str(died.value) for rank in (0, 1))
+    for rank in (0, 1):
+        message = (tmp_path / str(rank)).read_text()
+        assert message.startswith(f"megatron-idpo: error (rank {rank}): rank 2 (host ")
+        assert "is lost: no heartbeat for " in message and "step 5, training step" in message
+        assert "(barrier, distributed_c10d.py:" in message
