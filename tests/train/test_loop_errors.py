@@ -334,5 +334,5 @@ def test_a_layout_that_cannot_shrink_ends_for_the_scheduler(tiny, workers, tmp_p
     """After a loss; at the first start it is an error of the configuration."""
     file = write_config(tiny, tmp_path / "run", layout={"pipeline": 2})
     assert workers.run(run_restarted, 3, file, 1) == [EXIT_PREEMPTED] * 3
-    with pytest.raises(ConfigError, match=r"layout\.\w+: .*3"):
+    with pytest.raises(ConfigError, match="do not divide the world of 3"):
         workers.run(run_restarted, 3, file, 0)
