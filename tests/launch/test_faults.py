@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 
-EPOCHS = 60
+EPOCHS = 40
 HEARTBEAT_TIMEOUT_S = 10
 END_S = 20.0
 """Silence, the next heartbeat, the time to end, and that of `launch/node.py`."""

@@ -78,11 +78,7 @@ class Node:
 
     def launcher(self) -> list[int]:
         """Of `launch/node.py`, which gets the scheduler's signals."""
-        return [
-            pid
-            for pid in self.pids()
-            if not _is_rank(pid) and Path(f"/proc/{pid}/comm").read_text().startswith("python")
-        ]
+        return [pid for pid in self.pids() if _words(pid)[1:2] == [str(LAUNCH / "node.py")]]
 
     def signal(self, number: int, pids: Sequence[int] | None = None) -> None:
         """Send a signal to some processes here, by default to all."""
@@ -174,6 +170,13 @@ def _remove_abandoned() -> None:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+def _words(pid: int) -> list[str]:
+    """The command line of a process."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return []
 
 
 def _is_rank(pid: int) -> bool:
