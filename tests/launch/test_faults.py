@@ -97,7 +97,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture(scope="module")
 def undisturbed(files, workers, tmp_path_factory) -> Iterator[Path]:
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    workers.run(run, 2, config(files, output))
+    workers.run(run, 2, config(files, output), timeout_s=START_S)
     return output
 
 
@@ -137,7 +137,7 @@ def test_a_fault_ends_both_machines_and_loses_nothing(name, files, workers, undi
     assert re.search(fault.message, logs[0].read_text()), logs[0].read_text()
     assert "Traceback" not in logs[0].read_text()
     assert steps_logged(output) < 4 * EPOCHS, "the fault came after the last step"
-    workers.run(run, 2, file)
+    workers.run(run, 2, file, timeout_s=START_S)
     assert_same_weights(output, undisturbed)
 
 
@@ -180,6 +180,6 @@ def test_an_elastic_run_continues_on_the_machine_that_is_left(
     for saved in (output / "checkpoints").glob("step-*"):
         if int(saved.name.removeprefix("step-")) <= int(step):
             shutil.copytree(saved, by_hand / "checkpoints" / saved.name)
-    workers.run(run, 1, config(files, by_hand))
+    workers.run(run, 1, config(files, by_hand), timeout_s=START_S)
     assert_same_weights(output, by_hand)
     assert relative_difference(exported(output), exported(undisturbed)) < TOLERANCE

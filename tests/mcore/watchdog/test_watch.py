@@ -187,7 +187,7 @@ def test_the_interface_of_gloo_comes_first(monkeypatch) -> None:
     assert own_addresses()[0] == "127.0.0.1"
 
 
-def join(port: int, timeouts: dict[str, int]) -> dict[str, Any]:
+def join(timeouts: dict[str, int]) -> dict[str, Any]:
     """Join a world as under torchrun, with a layout; timeouts of all groups, and the threads."""
     from pathlib import Path
 
@@ -202,8 +202,6 @@ def join(port: int, timeouts: dict[str, int]) -> dict[str, Any]:
     from megatron_idpo.mcore.parallel.pipeline import stage_group
     from megatron_idpo.mcore.parallel.world import distributed_world
 
-    dist.destroy_process_group()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     overrides = [f"training.{name}={value}" for name, value in timeouts.items()]
     config = load_config(
         Path(os.devnull), ["training.output=x", *overrides], required=("training",)
@@ -237,10 +235,8 @@ def join(port: int, timeouts: dict[str, int]) -> dict[str, Any]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("heartbeat_timeout_s", [40, 0])
 def test_the_timeout_reaches_every_process_group(workers, heartbeat_timeout_s):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     timeouts = {"timeout_s": 123, "heartbeat_timeout_s": heartbeat_timeout_s}
-    for rank, found in enumerate(workers.run(join, 2, port, timeouts)):
+    for rank, found in enumerate(workers.run_as_program(join, 2, timeouts)):
         assert found.pop("stage") == (rank, 2)
         assert (found.pop("threads"), found.pop("threads after")) == (heartbeat_timeout_s // 40, 0)
         assert set(found.values()) == {123.0}, found
