@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 
+from megatron_idpo.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class Activity:
@@ -75,6 +77,11 @@ def doing(name: str, *, step: int | None = None, is_timed: bool = False) -> Iter
     progressed()
     try:
         yield
-    finally:
-        _current = before
-        progressed()
+    except Exception as error:
+        # A process that fails keeps its activity, for the report; an error of the user on one rank
+        # may be caught.
+        if isinstance(error, UserError):
+            _current = before
+        raise
+    _current = before
+    progressed()

@@ -114,8 +114,9 @@ def test_an_error_of_a_collective_is_noted_with_the_lost_process(watchdog):
     assert note.startswith("rank 1 (host node-b, pipeline stage 2 of 2) is lost")
 
 
-def test_activities_nest_and_keep_the_step() -> None:
+def test_activities_nest_and_keep_the_step(monkeypatch) -> None:
     before = current_activity()
+    monkeypatch.setattr(activity, "_current", before)  # restored after the test
     with doing("training step", step=3, is_timed=True):
         with doing("writing the logs"):
             assert str(current_activity()) == "step 3, writing the logs"
@@ -124,6 +125,9 @@ def test_activities_nest_and_keep_the_step() -> None:
     with pytest.raises(ConfigError), doing("exporting"):
         raise ConfigError("broken")
     assert current_activity() == before
+    with pytest.raises(RuntimeError), doing("exporting"):
+        raise RuntimeError("Connection closed by peer")
+    assert str(current_activity()) == "exporting", "for the report of this process"
 
 
 # ---- connections ---------------------------------------------------------------------------------
