@@ -40,6 +40,8 @@ GPU_FLOPS = 0.6 * 989e12
 """60 % of an H100's dense bf16 peak."""
 
 ROW_TOKENS = 4096
+LONG_ANSWER_TOKENS = 1024
+"""Of each answer of a pair that fills a longer row."""
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -80,10 +82,18 @@ class Layout:
     world: int = 1
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     rank: int = 0
     lora: bool = True
     dropout: float = 0.05
     recompute: str = "off"
+    row_tokens: int = ROW_TOKENS
+    """A longer row than `ROW_TOKENS` is one pair."""
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel ranks."""
+        return self.world // (self.tensor * self.pipeline * self.context)
 
 
 LAYOUTS = {
@@ -94,6 +104,23 @@ LAYOUTS = {
     "70b-lora-tp8": Layout("70b", 4, world=64, tensor=8),
     "70b-full-tp8-pp4": Layout("70b", 8, world=64, tensor=8, pipeline=4, rank=32, lora=False),
     "70b-lora-tp8-pp8": Layout("70b", 16, world=512, tensor=8, pipeline=8, rank=64),
+    **{
+        f"8b-lora-32k-cp{context}": Layout(
+            "8b", 1, world=context, context=context, recompute="full", row_tokens=32 << 10
+        )
+        for context in (1, 2, 4, 8)
+    },
+    "8b-lora-128k-cp8": Layout("8b", 1, world=8, context=8, recompute="full", row_tokens=128 << 10),
+    "8b-lora-128k-tp8": Layout("8b", 1, world=8, tensor=8, recompute="full", row_tokens=128 << 10),
+    "8b-lora-128k-tp2-cp4": Layout(
+        "8b", 1, world=8, tensor=2, context=4, recompute="full", row_tokens=128 << 10
+    ),
+    "8b-full-128k-tp8-cp8": Layout(
+        "8b", 1, world=64, tensor=8, context=8, recompute="full", row_tokens=128 << 10, lora=False
+    ),
+    "70b-lora-128k-tp8-cp8": Layout(
+        "70b", 1, world=64, tensor=8, context=8, recompute="full", row_tokens=128 << 10
+    ),
 }
 
 
@@ -179,11 +206,12 @@ def _config(layout: Layout) -> Any:
 
     sections: dict[str, Any] = {
         "model": {"path": "x", "dtype": "bf16"},
-        "data": {"train": "x.jsonl", "row_tokens": ROW_TOKENS, "max_length": 2048},
+        "data": {"train": "x.jsonl", "row_tokens": layout.row_tokens, "max_length": 2048},
         "objective": {"beta": 0.1, "layers": [0.69], "intermediate_weight": 0.1},
         "layout": {
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
+            "context": layout.context,
             "sequence_parallel": layout.tensor > 1,
         },
         "optimizer": {"lr": 1e-4},
@@ -249,30 +277,31 @@ def _train_step(layout: Layout, config: Any, stack: ExitStack) -> Any:
 
 
 def _batch(layout: Layout) -> Any:
-    """Full rows of pairs with 1024 tokens."""
+    """Full rows of pairs with 1024 tokens, or of one long pair."""
     from megatron_idpo.data.packing.batches import Batch
     from megatron_idpo.data.packing.rows import Row
     from megatron_idpo.data.pairs import Pair
 
-    pairs_per_row = ROW_TOKENS // 1024
+    is_long = layout.row_tokens > ROW_TOKENS
+    pairs_per_row, answer_tokens = (1, LONG_ANSWER_TOKENS) if is_long else (4, 384)
+    prompt_tokens = layout.row_tokens // pairs_per_row - 2 * answer_tokens
 
     def pair(index: int) -> Pair:
-        tokens = np.arange(1, 385, dtype=np.int32)
-        return Pair(
-            index=index, prompt_tokens=tokens[:256], chosen_tokens=tokens, rejected_tokens=tokens
-        )
+        prompt, answer = (np.ones(n, dtype=np.int32) for n in (prompt_tokens, answer_tokens))
+        return Pair(index=index, prompt_tokens=prompt, chosen_tokens=answer, rejected_tokens=answer)
 
     rows = tuple(
-        Row.build([pair(row * pairs_per_row + i) for i in range(pairs_per_row)], ROW_TOKENS, 0)
+        Row.build(
+            [pair(row * pairs_per_row + i) for i in range(pairs_per_row)], layout.row_tokens, 0
+        )
         for row in range(layout.rows)
     )
-    replicas = layout.world // (layout.tensor * layout.pipeline)
-    num_pairs = pairs_per_row * layout.rows * replicas
-    num_tokens = layout.rows * ROW_TOKENS * replicas
+    num_pairs = pairs_per_row * layout.rows * layout.replicas
+    num_tokens = layout.rows * layout.row_tokens * layout.replicas
     return Batch(
         rows=rows,
         num_pairs=num_pairs,
-        chosen_tokens=384 * num_pairs,
+        chosen_tokens=answer_tokens * num_pairs,
         consumed_pairs=0,
         used_tokens=num_tokens,
         computed_tokens=num_tokens,
@@ -280,14 +309,23 @@ def _batch(layout: Layout) -> Any:
 
 
 def _flops(layout: Layout) -> float:
-    """Products of the weights on one GPU: 4 per weight and position with LoRA, 6 without."""
+    """Products on one GPU: per weight and position 4 with LoRA and 6 without, and attention."""
     model = MODELS[layout.model]
     hidden, heads = model["hidden_size"], model["num_attention_heads"]
     kv = hidden * model["num_key_value_heads"] // heads
     per_layer = hidden * (2 * hidden + 2 * kv + 3 * model["intermediate_size"])
     weights = model["num_hidden_layers"] * per_layer / (layout.tensor * layout.pipeline)
     per_weight = (4 if layout.lora else 6) + (2 if layout.recompute == "full" else 0)
-    return float(per_weight * weights * layout.rows * ROW_TOKENS)
+    positions = layout.rows * layout.row_tokens / layout.context
+    products = per_weight * weights * positions
+    if layout.row_tokens > ROW_TOKENS:
+        # Two products forward and five backward for each visible pair of positions; two more each
+        # time that a layer or, with context parallelism, attention is recomputed.
+        repeated = (layout.recompute == "full") + (layout.context > 1)
+        layers = model["num_hidden_layers"] / (layout.tensor * layout.pipeline)
+        seen_keys = layout.row_tokens / 2
+        products += 2 * (7 + 2 * repeated) * hidden * layers * seen_keys * positions
+    return float(products)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ PATHS = sorted(EXAMPLES.rglob("*.y*ml"))
 
 GPUS_PER_NODE = 8  # launch/slurm.sh's default
 COMMAND = re.compile(r"^#  +((?:torchrun|sbatch|megatron-idpo|python) .*)$", re.M)
-WORLD = re.compile(r"^# (\d+) processes: TP (\d+) × PP (\d+) × DP (\d+)\.", re.M)
+WORLD = re.compile(r"^# (\d+) processes: TP (\d+) × PP (\d+) (?:× CP (\d+) )?× DP (\d+)\.", re.M)
 NOT_RUN = "Not run (no GPU available); sizes are calculated"
 
 LLAMA_70B = {
@@ -111,9 +111,9 @@ def test_the_header_of_an_example_has_a_valid_command(path: Path) -> None:
 def test_process_counts_of_the_header_are_correct(path: Path) -> None:
     layout = read(path).layout
     for counts in WORLD.findall(path.read_text()):
-        world, tensor, pipeline, data = map(int, counts)
-        assert (tensor, pipeline) == (layout.tensor, layout.pipeline)
-        assert world == tensor * pipeline * data
+        world, tensor, pipeline, context, data = (int(count or 1) for count in counts)
+        assert (tensor, pipeline, context) == (layout.tensor, layout.pipeline, layout.context)
+        assert world == tensor * pipeline * context * data
         assert {world_size(words) for words in commands(path)} == {world}
 
 
@@ -121,7 +121,7 @@ def test_process_counts_of_the_header_are_correct(path: Path) -> None:
 def test_examples_for_gpus_are_marked_as_not_run(path: Path) -> None:
     """They also state their number of processes, and have their own directory under runs/."""
     config, text = read(path), path.read_text()
-    if config.layout.tensor == config.layout.pipeline == 1 or path.stem.startswith("quickstart"):
+    if config.layout.model_ranks == 1 or path.stem.startswith("quickstart"):
         return
     assert NOT_RUN in text and len(WORLD.findall(text)) == 1
     assert config.training.output == f"runs/{path.stem}"

@@ -43,7 +43,7 @@ class Layout(Section):
     """Model chunks per stage; more than 1 interleaves them, for a smaller pipeline bubble."""
 
     context: PositiveInt = 1
-    """Processes that share a row's positions; only 1 so far."""
+    """Processes that share a row's positions, for long pairs (docs/long_context.md)."""
 
     expert: PositiveInt = 1
     """Processes that share the experts of a mixture-of-experts model, among the data-parallel (and
@@ -125,10 +125,6 @@ class Layout(Section):
             message = "is true with layout.tensor = 1: no ranks to split the sequence over"
             remedy = "set layout.tensor to 2 or more, or layout.sequence_parallel to false"
             yield Problem("sequence_parallel", message, remedy)
-        if self.context > 1:
-            message = f"is {self.context}, but the attention over packed rows cannot split a row"
-            remedy = "set layout.context to 1; layout.sequence_parallel also saves activations"
-            yield Problem("context", message, remedy)
 
     def problems_for(
         self, model: ModelShape | None = None, world_size: int | None = None
@@ -189,6 +185,12 @@ def _expert_problems(layout: Layout, model: ModelShape) -> Iterator[Problem]:
     elif expert_tensor is not None and columns % expert_tensor:
         message = f"{expert_tensor} does not divide the {columns} columns of an expert"
         yield Problem("layout.expert_tensor", message, f"use one of {_divisors(columns)}")
+    if experts and layout.context > 1:
+        message = (
+            f"is {layout.context}, but experts have not been tested with rows split over ranks"
+        )
+        remedy = "set layout.context to 1; layout.tensor with sequence_parallel also saves memory"
+        yield Problem("layout.context", message, remedy)
     if experts and layout.tensor > 1 and not layout.sequence_parallel:
         message = "is false: megatron-core needs it to train experts under tensor parallelism"
         remedy = "set layout.sequence_parallel to true, or layout.tensor to 1"

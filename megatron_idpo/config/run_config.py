@@ -53,8 +53,8 @@ class RunConfig(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Contradictions between sections; `Problem.location` is `section.field`."""
-        if self.has("data") and self.layout.sequence_parallel:
-            yield from self._sequence_parallel_problems()
+        if self.has("data"):
+            yield from self._row_length_problems()
         if self.has("data") and not self.data.holds_out:
             yield from self._evaluation_problems()
         elif self.has("training") and self.checkpoint.keep_best:
@@ -66,17 +66,25 @@ class RunConfig(Section):
             message, remedy = "is adapter_off, but there are no adapters", "add the section lora"
             yield Problem("reference.source", message, f"use cache, or {remedy}")
 
-    def _sequence_parallel_problems(self) -> Iterator[Problem]:
-        """Row lengths that sequence parallelism cannot split over the tensor-parallel ranks."""
-        tensor = self.layout.tensor
+    def _row_length_problems(self) -> Iterator[Problem]:
+        """Row lengths that context and sequence parallelism cannot split evenly over the ranks."""
+        tensor = self.layout.tensor if self.layout.sequence_parallel else 1
+        context = self.layout.context
+        parts, product = tensor * context, f"layout.tensor = {tensor}"
+        remedy = "turn off sequence parallelism"
+        if context > 1:
+            product, remedy = f"layout.context = {context}", "lower layout.context"
+            if tensor > 1:
+                product += f" × layout.tensor = {tensor}"
         lengths = {"row_tokens": self.data.row_tokens}
         if self.data.trim_tokens < self.data.row_tokens:  # otherwise rows are not trimmed
             lengths["trim_tokens"] = self.data.trim_tokens
         for name, tokens in lengths.items():
-            if tokens % tensor:
-                message = f"is {tokens}, which does not divide evenly over layout.tensor = {tensor}"
-                remedy = f"use {tokens + -tokens % tensor}, or turn off sequence parallelism"
-                yield Problem(f"data.{name}", message, remedy)
+            if tokens % parts:
+                message = f"is {tokens}, which does not divide evenly over {product}"
+                yield Problem(
+                    f"data.{name}", message, f"use {tokens + -tokens % parts}, or {remedy}"
+                )
 
     def _evaluation_problems(self) -> Iterator[Problem]:
         """Fields that need held-out pairs, where there are none."""

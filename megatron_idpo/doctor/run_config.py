@@ -25,7 +25,7 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 TRAINED_BYTES = {"fp32": 12, "bf16": 16, "fp16": 16}
 """Bytes per trained parameter in addition to its weight: an fp32 gradient, Adam's two fp32 moments
 and, for 16-bit weights, an fp32 main copy. The distributed optimizer shards all but the gradient
-over data-parallel ranks."""
+over data- and context-parallel ranks."""
 
 GRADIENT_BYTES = 4
 DATA_FILE = re.compile(r"\.(jsonl?|parquet|csv|arrow)(\.gz)?$")
@@ -142,10 +142,12 @@ def _layout(layout: Layout, machine: Machine, world_size: int, *, is_launched: b
         needed, gpus = layout.min_ranks, len(machine.gpus)
         message = f"one model replica needs {needed} GPUs, this machine has {gpus}"
         remedy = f"run it on {-(-needed // gpus)} such machines, or lower layout.tensor or "
-        return Finding("layout", State.BROKEN, message, "", f"{remedy}layout.pipeline")
-    product = (
-        f"tensor {layout.tensor} × pipeline {layout.pipeline} × data {layout.data(world_size)}"
-    )
+        remedy += "layout.pipeline" if layout.context == 1 else "layout.context"
+        return Finding("layout", State.BROKEN, message, "", remedy)
+    product = f"tensor {layout.tensor} × pipeline {layout.pipeline} × "
+    if layout.context > 1:
+        product += f"context {layout.context} × "
+    product += f"data {layout.data(world_size)}"
     if layout.expert > 1:
         product += f", experts over {layout.expert},"
     message = f"{product} on {world_size} {'process' if world_size == 1 else 'processes'}"
@@ -174,7 +176,8 @@ def _memory(
     """The memory of the weights, and of training all of them, compared to the machine's."""
     layout, dtype, name = config.layout, config.model.dtype, "weights"
     parameters: float = _num_parameters(architecture)
-    data = layout.data(world_size) if world_size else 1
+    # Context-parallel ranks have the same weights, like data-parallel ones.
+    copies = layout.context * (layout.data(world_size) if world_size else 1)
     if machine.gpus:
         # A lower bound: stages with the embedding or more layers than others hold more.
         experts = _num_parameters(architecture, experts=True)
@@ -183,11 +186,11 @@ def _memory(
         available, where = min(size for _, size in machine.gpus), "a GPU"
     else:
         # All processes share the memory of the machine.
-        parameters *= data
+        parameters *= copies
         available, where = machine.memory_bytes, "the machine, over all processes"
     weights = parameters * WEIGHT_BYTES[dtype]
     sharded = TRAINED_BYTES[dtype] - GRADIENT_BYTES
-    training = weights + parameters * (GRADIENT_BYTES + sharded / data)
+    training = weights + parameters * (GRADIENT_BYTES + sharded / copies)
     message = f"{format_size(weights)} in {dtype}; {where} has {format_size(available)}"
     consequence = f"training all weights with Adam takes {format_size(training)} plus activations"
     remedy = "raise layout.tensor or layout.pipeline"

@@ -156,6 +156,11 @@ class AttachedDpo:
 
     # ---- called by the training script ----------------------------------------------------------
 
+    @property
+    def context(self) -> tuple[int, int]:
+        """Index of this context-parallel rank, and their number."""
+        return self._groups.context_rank, self._groups.context.size()
+
     def model_kwargs(self, batch: PreferenceBatch, packed_seq_params: Any = None) -> dict[str, Any]:
         """What a call of the model needs in addition, on every stage.
 
@@ -169,8 +174,7 @@ class AttachedDpo:
         """
         _check_batch(batch)
         batch.check_vocabulary(self._vocab_size)
-        context = self._groups.context
-        targets = batch.targets.on_context_rank(self._groups.context_rank, context.size())
+        targets = batch.targets.on_context_rank(*self.context)
         carried = CarriedBatch.of(
             _Call(self, batch, targets), packed_seq_params, batch.targets.shape[1]
         )
@@ -325,10 +329,7 @@ class AttachedDpo:
 
     def _compare_tokens(self, batch: PreferenceBatch, tokens_BS: Tensor) -> None:
         """Check that the model gets the tokens that its batch was built from."""
-        groups = self._groups
-        count = batch.targets.count_mismatches(
-            tokens_BS, groups.context_rank, groups.context.size()
-        )
+        count = batch.targets.count_mismatches(tokens_BS, *self.context)
         if count is None:
             return
         if count.device.type != "cpu":

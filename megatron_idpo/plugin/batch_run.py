@@ -49,6 +49,7 @@ def run_batch(
         row_micro_batch(
             row,
             default_device(),
+            context=dpo.context,
             reference_logps={} if reference is None else reference[index],
             reference_free=reference_free,
             index=index,

@@ -11,7 +11,7 @@ cost nothing in the vocabulary projection.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class Targets:
     bounds: tuple[int, ...] | None = None
     """Where packed sequences begin, and the end of the last one. Context parallelism splits each of
     them; None: it splits all S positions together."""
+
+    dealt: "Targets | None" = None
+    """Under context parallelism, where a row's positions are dealt to the ranks instead of cut into
+    runs: the targets of this rank, with positions in its hidden states."""
 
     token_positions_N: Tensor | None = None
     """int64: where the token itself is, indexed like `positions_N`. None: not known, so the model's
@@ -160,6 +164,8 @@ class Targets:
             name: None if value is None else value.to(device, non_blocking=True)
             for name, value in values.items()
         }
+        if self.dealt is not None:
+            moved["dealt"] = self.dealt.to(device)
         return replace(self, **moved)
 
     def on_context_rank(self, rank: int, size: int) -> Self:
@@ -168,12 +174,15 @@ class Targets:
         megatron-core cuts a sequence into `2 * size` parts and gives rank r the parts r and
         `2 * size - 1 - r`, in this order: with a causal mask all ranks have equal work. A target
         belongs to the rank of the position that predicts it, so its token may be another rank's.
+        Rows may be dealt otherwise (`dealt`).
 
         Raises:
             DataError: a sequence cannot be cut into equal parts.
         """
         if size == 1:
             return self
+        if self.dealt is not None:
+            return cast(Self, self.dealt)
         local_N, own_N = self._zigzag(self.positions_N, rank, size)
         return replace(
             self,

@@ -127,8 +127,8 @@ def _score_batch(
     by_row = source.logps(batch)
     assert by_row is not None, "a live reference has log-probabilities"
     message = torch.zeros(batch.num_pairs * len(layers) * 3 + 2, device=default_device())
-    # Tensor-parallel ranks have the same values: only one of them may enter the sum.
-    if rank_coordinates().tp_rank == 0:
+    # Tensor- and context-parallel ranks have the same values: only one of them may enter the sum.
+    if rank_coordinates().counts_rows:
         first = batch.consumed_pairs - batch.num_pairs
         table_BL3 = message[:-2].view(batch.num_pairs, len(layers), 3)
         for row, logps in zip(batch.rows, by_row, strict=True):

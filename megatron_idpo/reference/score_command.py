@@ -53,7 +53,7 @@ def _score(
     is_complete = caches.are_complete()
     if not is_complete:
         chunks, dpo = frozen_model(config, model, show_progress=world.is_first)
-        rows = row_settings(config, world.size, data_rank=rank_coordinates().dp_rank)
+        rows = row_settings(config, world.size, data_rank=rank_coordinates().data_rank)
         is_complete = caches.score(Resident(dpo, chunks), rows, stop_flag)
     if world.is_first and is_complete:
         layers = ", ".join(map(str, caches.parts[0].fingerprint.layers))

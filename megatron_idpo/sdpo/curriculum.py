@@ -121,7 +121,7 @@ def _score(
     A separate function, so that no local keeps the model alive afterwards.
     """
     chunks, dpo = frozen_model(config, model, show_progress=world.is_first)
-    rows = row_settings(config, world.size, data_rank=rank_coordinates().dp_rank)
+    rows = row_settings(config, world.size, data_rank=rank_coordinates().data_rank)
     return caches.score(Resident(dpo, chunks), rows, stop_flag)
 
 

@@ -98,7 +98,7 @@ def assemble(
         RunStopped: on every rank; a signal came while the cache was computed.
     """
     pairs, training, stop_flag = prepared.pairs, config.training, stop_flag or StopFlag()
-    rows = row_settings(config, world.size, data_rank=rank_coordinates().dp_rank)
+    rows = row_settings(config, world.size, data_rank=rank_coordinates().data_rank)
     with raise_on_all_ranks("packing the data"):
         batches = TrainingBatches(
             pairs.train,

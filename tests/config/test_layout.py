@@ -33,7 +33,6 @@ class Shape:
             "to false",
         ),
         ({"sequence_parallel": True}, "layout.sequence_parallel", "layout.tensor to 2"),
-        ({"context": 2}, "layout.context", "layout.context to 1"),
         ({"pipeline": 2, "pipeline_layers": (8, 0)}, "layout.pipeline_layers.1", "greater than 0"),
     ],
 )
@@ -58,6 +57,8 @@ def test_contradicting_fields_are_rejected_on_construction(fields, location, rem
         (Layout(expert=3), Shape(num_experts=8), 3, ["layout.expert"], "1, 2, 4, 8"),
         (Layout(expert=4), Shape(num_experts=8), 2, ["layout.expert"], "multiple of 4"),
         (Layout(tensor=2), Shape(num_experts=8), 2, ["layout.sequence_parallel"], "to true"),
+        (Layout(context=2), Shape(num_experts=8), 2, ["layout.context"], "context to 1"),
+        (Layout(context=2), Shape(), 3, ["layout"], "multiple of 2"),
         (Layout(expert_tensor=1), Shape(), 1, ["layout.expert_tensor"], "leave it out"),
         (
             Layout(expert_tensor=3),

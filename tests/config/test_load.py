@@ -186,6 +186,11 @@ INVALID = [
         "data: {train: a, row_tokens: 4098}\nlayout: {tensor: 6, sequence_parallel: true}",
         ["data.trim_tokens", "is 128", "use 132"],
     ),
+    (
+        "data: {train: a, row_tokens: 4088}\n"
+        "layout: {tensor: 4, sequence_parallel: true, context: 4}",
+        ["data.row_tokens", "layout.context = 4 × layout.tensor = 4", "use 4096"],
+    ),
     ("model: {path: m}", ["data", "missing", "data.train"]),
     ("data: [", ["run.yaml:1:8", "not YAML"]),
     ("just words", ["run.yaml", "not a mapping"]),

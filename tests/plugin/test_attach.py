@@ -19,6 +19,7 @@ from tests import oracle
 
 from .covering import covering_array
 from .training_case import (
+    CONTEXT_SPACE,
     EPS,
     LR,
     NUM_LAYERS,
@@ -71,6 +72,16 @@ NORMAL = [
         recompute="selective",
         objective="hinge",
     ),
+    Case(context=2, pipeline=2, taps="three", recompute="uniform", rows="with_empty"),
+    Case(
+        context=2,
+        tensor=2,
+        sequence_parallel=True,
+        window=5,
+        trained="adapters",
+        recompute="selective",
+        sync="distributed",
+    ),
 ]
 """Which faults these and the cases of `test_stock_models.py` detect is in docs/decisions.md."""
 
@@ -78,6 +89,7 @@ MORE = [
     Case(taps="none", tensor=2, pipeline=2, sequence_parallel=True, trained="adapters"),
     Case(taps="none", pipeline=4, data=2, tied=True, sync="distributed"),
     *CASES,
+    *(Case(**values) for values in covering_array(CONTEXT_SPACE)),
 ]
 PARAMETERS = [pytest.param(case, id=str(case)) for case in NORMAL] + [
     pytest.param(case, id=str(case), marks=pytest.mark.exhaustive) for case in MORE
@@ -94,25 +106,28 @@ SIZES: dict[str, Any] = {
 }
 
 
+_MODELS = ("policy", "reference")
+
+
 class OracleRuns:
     """Trainings by the oracle, each computed once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._models: dict[bool, tuple[Any, Any]] = {}
+        self._models: dict[Any, tuple[Any, Any]] = {}
         self._references: dict[Any, list[dict[int, Tensor]]] = {}
         self._runs: dict[Any, dict[str, Any]] = {}
 
-    def directory(self, tied: bool) -> Path:
+    def directory(self, case: Case) -> Path:
         """The policy's checkpoint."""
-        self._models_of(tied)
-        return self._root / f"policy-{tied}"
+        self._models_of(case)
+        return self._root / f"policy-{case.tied}-{case.window}"
 
     def references(self, case: Case) -> list[dict[int, Tensor]]:
         """Per step and layer, the reference's log-probabilities."""
-        key = (case.tied, case.norm)
+        key = (case.tied, case.window, case.norm)
         if key not in self._references:
-            _, reference = self._models_of(case.tied)
+            _, reference = self._models_of(case)
             layers = range(1, NUM_LAYERS + 1)
             with torch.no_grad():
                 self._references[key] = [
@@ -125,10 +140,11 @@ class OracleRuns:
     def run(self, case: Case) -> dict[str, Any]:
         """Losses, gradients of the first step, weights after the last."""
         objective = case.objective_fields
-        key = (case.tied, case.trained, case.layers, case.norm, *objective.items())
+        model = (case.tied, case.window)
+        key = (model, case.trained, case.layers, case.norm, *objective.items())
         if key not in self._runs:
             self._runs[key] = oracle.train_steps(
-                *self._models_of(case.tied),
+                *self._models_of(case),
                 batches_of_pairs(),
                 case.layers,
                 optimizer="adam",
@@ -142,20 +158,25 @@ class OracleRuns:
             )
         return self._runs[key]
 
-    def _models_of(self, tied: bool) -> tuple[Any, Any]:
+    def _models_of(self, case: Case) -> tuple[Any, Any]:
         """Policy and reference."""
         from transformers import AutoModelForCausalLM
 
-        if tied not in self._models:
-            paths = [self._root / f"{name}-{tied}" for name in ("policy", "reference")]
+        key = (case.tied, case.window)
+        if key not in self._models:
+            family, window = "llama", {}
+            if case.window is not None:
+                family, window = "mistral", {"sliding_window": case.window}
+            sizes = {**SIZES, **window, "tie_word_embeddings": case.tied}
+            paths = [self._root / f"{name}-{case.tied}-{case.window}" for name in _MODELS]
             for seed, path in enumerate(paths, start=1):
-                write_tiny_hf_model(path, "llama", seed, tie_word_embeddings=tied, **SIZES)
+                write_tiny_hf_model(path, family, seed, **sizes)
             policy, reference = (
                 AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
                 for path in paths
             )
-            self._models[tied] = (policy, reference)
-        return self._models[tied]
+            self._models[key] = (policy, reference)
+        return self._models[key]
 
 
 @pytest.fixture(scope="session")
@@ -169,7 +190,7 @@ def oracle_runs(tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", PARAMETERS)
 def test_training_equals_the_oracle(case, workers, oracle_runs, record_property):
-    expected, directory = oracle_runs.run(case), str(oracle_runs.directory(case.tied))
+    expected, directory = oracle_runs.run(case), str(oracle_runs.directory(case))
     by_rank = workers.run(
         megatron_run, case.world_size, directory, case, oracle_runs.references(case)
     )
@@ -201,13 +222,13 @@ def _worst(differences: dict[str, Tensor]) -> tuple[float, str]:
 def _loss_differences(
     expected: dict[str, Any], by_rank: list[dict[str, Any]], case: Case
 ) -> dict[str, Tensor]:
-    """A layer's loss is the sum over data ranks; its tensor ranks all report the same."""
-    differences = {}
+    """A layer's loss is the sum over data ranks; the other ranks of a stage all report the same."""
+    differences, copies = {}, case.tensor * case.context
     for step, losses in enumerate(expected["losses"]):
         for layer, loss in losses.by_layer.items():
             of_layer = [r["losses"][step][layer] for r in by_rank if layer in r["losses"][step]]
-            assert len(of_layer) == case.data * case.tensor
-            mean = torch.stack(of_layer).sum() / case.tensor / PAIRS
+            assert len(of_layer) == case.data * copies
+            mean = torch.stack(of_layer).sum() / copies / PAIRS
             differences[f"step {step} layer {layer}"] = (mean - loss).abs()
     return differences
 

@@ -94,11 +94,37 @@ SPACE = Space(
 )
 
 
+CONTEXT_SPACE = Space(
+    {
+        "context": (2, 4),
+        "window": (None, 5),
+        "data": (1, 2),
+        **{
+            factor: SPACE.factors[factor]
+            for factor in ("tensor", "sequence_parallel", "recompute", "trained", "tied", "rows")
+        },
+        "pipeline": (1, 2),
+        "virtual": (1, 2),
+        "taps": ("none", "first", "last", "four"),
+        "sync": ("plain", "overlap", "distributed"),
+    },
+    [
+        Rule(("context", "tensor", "pipeline", "data"), lambda c, t, p, d: c * t * p * d <= 8),
+        Rule(("tensor", "sequence_parallel"), lambda t, split: not split or t > 1),
+        Rule(("pipeline", "virtual"), lambda p, v: v == 1 or p > 1),
+    ],
+)
+"""Rows that are split over context-parallel ranks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """How to run the training; every field is a factor of the covering array."""
 
     tensor: int = 1
+    context: int = 1
+    window: int | None = None
+    """Tokens of the sliding window of all layers."""
     pipeline: int = 1
     virtual: int = 1
     sequence_parallel: bool = False
@@ -119,6 +145,8 @@ class Case:
         """The id of its test."""
         sizes = [f"TP{self.tensor}", f"PP{self.pipeline}", f"VP{self.virtual}", f"DP{self.data}"]
         names = ["SP"] if self.sequence_parallel else []
+        sizes += [f"CP{self.context}"] if self.context > 1 else []
+        names += [f"window_{self.window}"] if self.window else []
         names += ["tied"] if self.tied else []
         names += [self.taps, self.recompute, self.trained, self.sync, self.rows, self.accumulation]
         names += [self.objective, f"norm_{self.norm}", f"ref_{self.reference_layer}"]
@@ -128,6 +156,7 @@ class Case:
     def layout(self) -> Layout:
         return Layout(
             tensor=self.tensor,
+            context=self.context,
             pipeline=self.pipeline,
             virtual_pipeline=self.virtual,
             sequence_parallel=self.sequence_parallel,
@@ -135,7 +164,7 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ def megatron_run(directory: str, case: Case, references: list[dict[int, Tensor]]
         optimizer.zero_grad()
         for chunk in wrapped:
             chunk.zero_grad_buffer()
-        losses.append(_run_step(dpo, wrapped, _rows(pairs, reference, case)))
+        losses.append(_run_step(dpo, wrapped, _rows(dpo, pairs, reference, case)))
         _unscale(chunks, case.loss_scale)
         if step == 0:
             router = take_statistics(chunks, NUM_LAYERS)
@@ -181,7 +181,7 @@ def _run_step(dpo: Any, wrapped: list[Any], rows: list[Any]) -> dict[int, Tensor
             data_iterator=[iter(rows) for _ in wrapped],
             model=wrapped,
             num_microbatches=len(rows),
-            seq_length=rows[0].inputs["input_ids"].numel(),
+            seq_length=rows[0].batch.targets.shape[1],
             micro_batch_size=1,
             forward_only=False,
         )
@@ -191,7 +191,7 @@ def _run_step(dpo: Any, wrapped: list[Any], rows: list[Any]) -> dict[int, Tensor
     return sums
 
 
-def _rows(pairs: list[Tokens], reference: dict[int, Tensor], case: Case) -> list[Any]:
+def _rows(dpo: Any, pairs: list[Tokens], reference: dict[int, Tensor], case: Case) -> list[Any]:
     """This data-parallel rank's rows of one global batch."""
     import numpy as np
     from megatron.core import parallel_state
@@ -218,6 +218,7 @@ def _rows(pairs: list[Tokens], reference: dict[int, Tensor], case: Case) -> list
             row_micro_batch(
                 row,
                 torch.device("cpu"),
+                context=dpo.context,
                 reference_logps={layer: logps[answers] for layer, logps in reference.items()},
                 index=index,
                 num_micro_batches=len(local_rows),

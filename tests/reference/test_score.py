@@ -91,13 +91,19 @@ LAYOUTS: dict[str, tuple[int, Mapping[str, Any]]] = {
     "TP2": (2, {"tensor": 2, "sequence_parallel": True}),
     "PP2": (2, {"pipeline": 2}),
     "DP2": (2, {}),
+    "CP2": (2, {"context": 2}),
+    "CP2-DP2": (4, {"context": 2}),
     "TP2-PP2": (4, {"tensor": 2, "pipeline": 2}),
 }
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "name", ["TP2", "PP2", "DP2", pytest.param("TP2-PP2", marks=pytest.mark.exhaustive)]
+    "name",
+    [
+        *("TP2", "PP2", "DP2", "CP2"),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("TP2-PP2", "CP2-DP2")),
+    ],
 )
 def test_every_layout_makes_the_same_cache(
     scored: Path, tiny: Files, workers: Any, tmp_path: Path, name: str

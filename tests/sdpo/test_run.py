@@ -105,12 +105,13 @@ def test_manifest_has_metrics_against_both_references(finished: Any) -> None:
         pytest.param("full", {}, marks=pytest.mark.exhaustive),
         pytest.param("carry", {}, marks=pytest.mark.exhaustive),
         pytest.param("merge", {"sequence_parallel": True}, marks=pytest.mark.exhaustive),
+        pytest.param("carry", {"tensor": 1, "context": 2}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_steps_may_have_different_layouts(
     tiny: Files, workers: Any, tmp_path: Path, finished: Any, kind: str, more: dict[str, Any]
 ) -> None:
-    """Step 1 on two tensor-parallel ranks and step 2 on two stages equal a run in one process."""
+    """Step 1 on two tensor- or context-parallel ranks, step 2 on two stages, equal one process."""
     steps = [
         {"fraction": 0.5, "layout": {"tensor": 2, **more}},
         {"fraction": 0.5, "layout": {"pipeline": 2}},

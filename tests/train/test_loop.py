@@ -58,9 +58,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "sequence": (2, {"tensor": 2, "sequence_parallel": True}),
     "pipeline": (2, {"pipeline": 2}),
     "data": (2, {}),
+    "context": (2, {"context": 2}),
     "interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "tensor-pipeline": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
     "pipeline-data": (4, {"pipeline": 2}),
+    "context-pipeline-data": (8, {"pipeline": 2, "context": 2}),
 }
 """Processes and the section `layout`."""
 
@@ -118,9 +120,13 @@ def finished(
         ("full", "sequence"),
         ("full", "pipeline"),
         ("lora", "tensor"),
+        ("lora", "context"),
         *(
             pytest.param(*case, marks=pytest.mark.exhaustive)
             for case in [
+                ("full", "context"),
+                ("full", "context-pipeline-data"),
+                ("lora", "context-pipeline-data"),
                 ("full", "data"),
                 ("full", "tensor"),
                 ("lora", "pipeline"),

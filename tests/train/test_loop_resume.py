@@ -40,6 +40,7 @@ class Case:
 TENSOR = {"layout": {"tensor": 2}}
 SEQUENCE = {"layout": {"tensor": 2, "sequence_parallel": True}}
 PIPELINE = {"layout": {"pipeline": 2}}
+CONTEXT = {"layout": {"context": 2}}
 
 CASES = {"full": Case(), "lora-pipeline": Case({**DROPOUT, **PIPELINE}, 2, signal.SIGUSR1, rank=1)}
 MORE_CASES = {
@@ -48,6 +49,7 @@ MORE_CASES = {
     "lora-sequence": Case({**DROPOUT, **SEQUENCE}, 2),
     "lora-data": Case(DROPOUT, 2, rank=1),
     "full-data": Case({}, 2),
+    "lora-context": Case({**DROPOUT, **CONTEXT}, 2),
     "full-pipeline-data": Case(PIPELINE, 4, rank=3),
     "bf16": Case({**DROPOUT, "model": {"dtype": "bf16"}}, 1),
 }
@@ -121,6 +123,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "sequence": ({"tensor": 2, "sequence_parallel": True}, 2),
     "pipeline": ({"pipeline": 2}, 2),
     "pipeline-data": ({"pipeline": 2}, 4),
+    "context": ({"context": 2}, 2),
+    "context-tensor": ({"context": 2, "tensor": 2}, 4),
 }
 
 
@@ -128,11 +132,15 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     ("trained", "first", "second"),
     [
         ("full", "pipeline", "sequence"),
+        ("full", "context", "one"),
         *(
             pytest.param(*case, marks=pytest.mark.exhaustive)
             for case in [
                 ("full", "one", "pipeline-data"),
                 ("full", "data", "one"),
+                ("full", "one", "context"),
+                ("lora", "context-tensor", "one"),
+                ("lora", "pipeline", "context"),
                 ("lora", "tensor", "pipeline"),
                 ("lora", "pipeline-data", "one"),
             ]

@@ -187,7 +187,7 @@ def _score(scoring: _Scoring, model: FrozenModel, name: str) -> tuple[str, Logps
             show_progress=scoring.world.is_first,
             plain_linears=scoring.use_plain_linears,
         )
-        rows = row_settings(config, scoring.world.size, data_rank=rank_coordinates().dp_rank)
+        rows = row_settings(config, scoring.world.size, data_rank=rank_coordinates().data_rank)
         is_complete = caches.score(Resident(dpo, chunks), rows, scoring.stop_flag)
         del chunks, dpo
         gc.collect()  # a model has reference cycles: without this, two models are in memory

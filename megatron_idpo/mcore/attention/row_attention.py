@@ -3,22 +3,27 @@
 Neither megatron-core's `DotProductAttention` nor Transformer Engine's supports shared prompts, so
 this module replaces them in both layer specs. It has their constructor and forward signature, no
 parameters and no state: everything about a micro-batch arrives in its `RowParams`, so a recomputed
-forward pass sees the same row.
+forward pass sees the same row. Under context parallelism a row is split over ranks
+(`context_parallel.py`).
 
 The kernel depends on the device: FlexAttention on a GPU, SDPA on slices of each pair on a CPU and
 for heads smaller than FlexAttention's smallest, which only models for tests have. Both
-support grouped-query heads and sliding windows. Dropout, context parallelism, attention masks and
-biases as arguments, attention sinks and query-key clipping are rejected.
+support grouped-query heads and sliding windows. Dropout, attention masks and biases as arguments,
+attention sinks and query-key clipping are rejected.
 
-Shape suffixes: `Q`/`K` query and key positions (both the row's T when there is a row), `B` batch
-(1 for a row), `N` query heads and `M` key-value heads of this tensor-parallel rank, `D` head size.
+Shape suffixes: `Q`/`K` query and key positions (both this rank's part of the row when there is a
+row), `B` batch (1 for a row), `N` query heads and `M` key-value heads of this tensor-parallel rank,
+`D` head size.
 """
 
 import math
 from functools import partial
 from typing import Any
 
+import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +32,7 @@ from torch import Tensor
 
 from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.mcore.attention.capped import attend_causal_capped, attend_row_capped
+from megatron_idpo.mcore.attention.context_parallel import attend_dealt_row
 from megatron_idpo.mcore.attention.flex import MIN_HEAD_DIM, attend_row_flex
 from megatron_idpo.mcore.attention.row_params import RowParams
 from megatron_idpo.mcore.attention.sdpa import attend_causal, attend_row
@@ -66,8 +72,9 @@ class RowAttention(MegatronModule):
             attention_type: "self".
             attention_dropout: Overrides `config.attention_dropout`; the result must be 0.
             softmax_scale: Factor on the scores; None is `1 / sqrt(config.kv_channels)`.
-            cp_comm_type: Unused, there is no context parallelism.
-            pg_collection: Unused, the number of heads comes from the tensors.
+            cp_comm_type: Unused: keys and values are all-gathered.
+            pg_collection: Its context-parallel group is used; None: megatron-core's process-wide
+                one. The number of heads comes from the tensors.
             score_cap: c of `c tanh(score / c)` before the softmax; None: none.
             local_scale: Instead of `softmax_scale` in layers with a window.
 
@@ -79,6 +86,12 @@ class RowAttention(MegatronModule):
         problems = _problems(config, dropout, attn_mask_type, attention_type)
         if problems:
             raise ConfigError.of(problems)
+        self._context_group: Any = None
+        if config.context_parallel_size > 1:
+            own = getattr(pg_collection, "cp", None)
+            self._context_group = (
+                parallel_state.get_context_parallel_group() if own is None else own
+            )
         self.layer_number = max(1, layer_number)
         self.softmax_scale = (
             1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
@@ -135,7 +148,7 @@ class RowAttention(MegatronModule):
             )
         scale, window = self.softmax_scale, self.window
         cap = self.score_cap
-        if packed_seq_params is None:
+        if packed_seq_params is None and self._context_group is None:
             if cap is None:
                 output_QBND = attend_causal(query, key, value, scale=scale, window=window)
             else:
@@ -150,17 +163,41 @@ class RowAttention(MegatronModule):
                 "describe the row with RowParams.of(position_ids, spans)",
             )
         row = packed_seq_params
-        assert query.shape[:2] == key.shape[:2] == (row.row_tokens, 1), (
-            f"query {tuple(query.shape)}, key {tuple(key.shape)}: not one row of {row.row_tokens}"
+        ranks = 1 if row.share is None else len(row.share.positions_RL)
+        if ranks != (1 if self._context_group is None else self._context_group.size()):
+            raise ConfigError.at(
+                "packed_seq_params",
+                f"is a row dealt to {ranks} ranks, but layout.context is another number",
+                "deal it with row_micro_batch(row, device, context=...)",
+            )
+        assert query.shape[:2] == key.shape[:2] == (row.own_tokens, 1), (
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}: not one row of {row.own_tokens}"
         )
         if all(b0 == b3 for b0, _, _, b3 in row.groups):
             # A data-parallel rank may get an empty row; the kernels need at least one position.
             return _connected_zeros(query, key, value).flatten(2)
         uses_flex = query.is_cuda and query.size(-1) >= MIN_HEAD_DIM
-        attend = partial(attend_row_flex, cap=cap) if uses_flex else attend_row
+        kernel = partial(attend_row_flex, cap=cap) if uses_flex else attend_row
         if cap is not None and not uses_flex:
-            attend = partial(attend_row_capped, cap=cap)
-        return attend(query, key, value, row=row, scale=scale, window=window).flatten(2)
+            kernel = partial(attend_row_capped, cap=cap)
+        attend = partial(kernel, row=row, scale=scale, window=window)
+        if row.share is None:
+            return attend(query, key, value).flatten(2)
+        return attend_dealt_row(
+            query,
+            key,
+            value,
+            share=row.share,
+            group=self._context_group,
+            attend=attend,
+            keep=self._is_recomputed_alone(),
+        ).flatten(2)
+
+    def _is_recomputed_alone(self) -> bool:
+        """Whether this is a recomputation in the backward pass, of no more than this layer."""
+        config = self.config
+        several_layers = config.recompute_method == "uniform" and config.recompute_num_layers > 1
+        return is_checkpointing() and torch.is_grad_enabled() and not several_layers
 
     def sharded_state_dict(
         self,
@@ -184,12 +221,6 @@ def _problems(
             "attention_dropout",
             f"is {dropout}, but attention over shared-prompt rows has no dropout",
             "set it to 0; LoRA and hidden dropout are available",
-        ),
-        (
-            config.context_parallel_size > 1,
-            "layout.context",
-            f"is {config.context_parallel_size}, but a row cannot be split over ranks",
-            "set it to 1 and use tensor parallelism with sequence_parallel for long rows",
         ),
         (
             softmax_type != "vanilla",

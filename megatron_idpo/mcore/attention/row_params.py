@@ -5,19 +5,62 @@ so it is still the right one under full and selective recomputation. `RowParams`
 attention, the rotary embedding and the taps need to know about their row. A row is one micro-batch:
 tokens `[1, T]`, hidden `[T, 1, H]`. Rows are built in `data/packing/rows.py`.
 
-Shape suffixes: `T` positions of the row, `G` groups in it.
+Under context parallelism a rank has some of the row's positions: tokens `[1, L]`, hidden
+`[L, 1, H]`. `ContextShare` says which; the structure is always the whole row's.
+
+Shape suffixes: `T` positions of the row, `L` of them on this rank, `R` context-parallel
+ranks, `G` groups in the row.
 """
 
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from numpy.typing import NDArray
 from torch import Tensor
 
 type Group = tuple[int, int, int, int]
 """Bounds `(b0, b1, b2, b3)` of one group, in row positions; see `RowParams`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ContextShare:
+    """Which positions of a row each context-parallel rank has (`data/packing/dealing.py`)."""
+
+    positions_RL: NDArray[np.int64]
+    """On the host: the positions of each rank, ascending."""
+
+    rank: int
+    """This rank."""
+
+    order_T: Tensor
+    """`positions_RL`, flattened, on the model's device."""
+
+    slots_T: Tensor
+    """int64, on the model's device: the inverse, where each position is in `order_T`."""
+
+    @classmethod
+    def of(
+        cls, positions_RL: NDArray[np.int64], rank: int, device: torch.device | str = "cpu"
+    ) -> Self:
+        """A share from the positions of each rank.
+
+        Args:
+            positions_RL: int64 `[R, L]`: every position of the row once, ascending for each rank.
+            rank: this rank.
+            device: of the model.
+        """
+        order_T = torch.from_numpy(positions_RL.ravel())
+        return cls(positions_RL, rank, order_T.to(device), order_T.argsort().to(device))
+
+    @property
+    def own_L(self) -> NDArray[np.int64]:
+        """The positions of this rank, ascending."""
+        own_L: NDArray[np.int64] = self.positions_RL[self.rank]
+        return own_L
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,6 +80,7 @@ class RowParams(PackedSeqParams):
         spans_G4: int32 `[G, 4]` on the CPU, since both attention backends read it on the host and
             reading from a GPU would synchronize. Groups are disjoint and ascending; G may be 0.
         group_weight: what a group contributes to a mean over the global batch's pairs.
+        share: under context parallelism, which positions this rank has; None: all.
         derived: masks that the attention backends compute once per row and read in every layer,
             keyed by backend and window. It lives as long as the row.
     """
@@ -44,6 +88,7 @@ class RowParams(PackedSeqParams):
     position_ids_T: Tensor
     spans_G4: Tensor
     group_weight: float = 0.0
+    share: ContextShare | None = None
     derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -54,18 +99,27 @@ class RowParams(PackedSeqParams):
         self._assert_consistent()
 
     @classmethod
-    def of(cls, position_ids_T: Tensor, spans_G4: Tensor, group_weight: float = 0.0) -> Self:
+    def of(
+        cls,
+        position_ids_T: Tensor,
+        spans_G4: Tensor,
+        group_weight: float = 0.0,
+        share: ContextShare | None = None,
+    ) -> Self:
         """A row from its arrays.
 
         Args:
             position_ids_T: int64 `[T]` on the device of the model.
             spans_G4: int32 `[G, 4]` on the CPU.
             group_weight: what a group contributes to a mean over the global batch's pairs.
+            share: under context parallelism, which positions this rank has.
 
         Raises:
             AssertionError: If the arrays violate the invariants of the class.
         """
-        return cls(position_ids_T=position_ids_T, spans_G4=spans_G4, group_weight=group_weight)
+        return cls(
+            position_ids_T=position_ids_T, spans_G4=spans_G4, group_weight=group_weight, share=share
+        )
 
     @classmethod
     def plain(cls, num_tokens: int, device: torch.device | str = "cpu") -> Self:
@@ -82,6 +136,24 @@ class RowParams(PackedSeqParams):
     def row_tokens(self) -> int:
         """T, the positions of the row, including padding."""
         return self.position_ids_T.numel()
+
+    @property
+    def own_tokens(self) -> int:
+        """L, the positions of the row that this rank has."""
+        return self.row_tokens if self.share is None else self.share.positions_RL.shape[1]
+
+    @cached_property
+    def own_positions_L(self) -> NDArray[np.int64]:
+        """This rank's positions of the row, ascending; int64 on the host."""
+        return np.arange(self.row_tokens) if self.share is None else self.share.own_L
+
+    @cached_property
+    def own_position_ids_L(self) -> Tensor:
+        """Position ids of this rank's positions, int64 `[L]` on the model's device."""
+        if self.share is None:
+            return self.position_ids_T
+        own_L = self.share.order_T.view(self.share.positions_RL.shape)[self.share.rank]
+        return self.position_ids_T.index_select(0, own_L)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

@@ -6,18 +6,25 @@ and an answer is one call per block of queries on *prompt + answer* with an expl
 depends on relative distances only, so it is a view of one small Toeplitz matrix per row and window,
 used for every group and layer. No mask of the row's size exists.
 
+Under context parallelism a rank has runs of a row's queries, and all its keys. Each run is such a
+call on the keys up to its end.
+
 On a CPU, half precision is computed in fp32. Torch's half-precision kernel generates machine code
 for each new shape and never frees it (5 to 6 MB on a processor with AMX). Nearly every pair has a
 new shape, so memory would grow with the number of pairs.
 
-Shape suffixes: `T` positions of the row, `Q`/`K` queries and keys of one call (queries are the last
-Q of the K positions), `B` batch, `N` query heads, `M` key-value heads (M divides N), `D` head size.
+Shape suffixes: `T` positions of the row, `L` of them on this rank, `Q`/`K` queries and keys of one
+call (queries are the last Q of the K positions), `B` batch, `N` query heads, `M` key-value heads (M
+divides N), `D` head size.
 """
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -26,6 +33,10 @@ from megatron_idpo.mcore.attention.row_params import RowParams
 QUERY_BLOCK = 256
 """Queries per masked call. Limits the mask's size; keys after a block's last query are skipped."""
 
+DEALT_QUERY_BLOCK = 64
+"""The same for rows that are dealt to ranks. These may have 100,000 positions, and the mask has as
+many columns."""
+
 
 class _DistanceMask:
     """Additive masks by relative distance, all of them views of one Toeplitz matrix.
@@ -33,10 +44,12 @@ class _DistanceMask:
     Row i, column j of the matrix is the mask at distance `before + i - j`.
     """
 
-    def __init__(self, max_keys: int, window: int | None, like: Tensor) -> None:
+    def __init__(
+        self, max_keys: int, window: int | None, like: Tensor, max_rows: int = QUERY_BLOCK
+    ) -> None:
         """For sequences of at most `max_keys` positions; dtype and device of `like`."""
         self.window = max_keys if window is None else min(window, max_keys)
-        self.rows = min(QUERY_BLOCK, max_keys)
+        self.rows = min(max_rows, max_keys)
         # The first query of a block sees at most `window - 1` keys before itself.
         self.before = self.window - 1
         self.dtype, self.device = like.dtype, like.device
@@ -75,7 +88,7 @@ def attend_row(
     """Attention within the row's groups.
 
     Args:
-        query_TBND: `[T, 1, N, D]`.
+        query_TBND: `[T, 1, N, D]`; `[L, 1, N, D]` of this rank's positions if the row is dealt.
         key_TBMD: `[T, 1, M, D]`.
         value_TBMD: `[T, 1, M, D]`.
         row: The structure. Masks are kept in its `derived`, one matrix per window.
@@ -83,15 +96,21 @@ def attend_row(
         window: A query sees keys at distances `0 <= q_pos - k_pos < window`; None sees all.
 
     Returns:
-        `[T, 1, N, D]`, contiguous; 0 where the row is padding.
+        In the shape of the queries, contiguous; 0 where the row is padding.
     """
     dtype = query_TBND.dtype
     query_TBND, key_TBMD, value_TBMD = _to_compute_dtype(query_TBND, key_TBMD, value_TBMD)
     mask_key = ("distance mask", window, query_TBND.dtype)
     if mask_key not in row.derived:
         max_keys = max(max(b2 - b0, b1 - b0 + b3 - b2) for b0, b1, b2, b3 in row.groups)
-        row.derived[mask_key] = _DistanceMask(max_keys, window, query_TBND)
+        max_rows = QUERY_BLOCK if row.share is None else DEALT_QUERY_BLOCK
+        row.derived[mask_key] = _DistanceMask(max_keys, window, query_TBND, max_rows)
     mask: _DistanceMask = row.derived[mask_key]
+    if row.share is not None:
+        outputs = list(
+            _attend_runs(query_TBND, key_TBMD, value_TBMD, row=row, mask=mask, scale=scale)
+        )
+        return torch.cat(outputs).to(dtype)
 
     # Lengths of gap, group, gap, ..., group, gap: together the whole row. `split`, not slices: its
     # backward is one concatenation, while the backward of each slice would allocate and add a
@@ -166,6 +185,50 @@ def _attend_group(
         yield _attend(rejected, keys, values, mask=mask, scale=scale)
 
 
+def _attend_runs(
+    query_LBND: Tensor,
+    key_TBMD: Tensor,
+    value_TBMD: Tensor,
+    *,
+    row: RowParams,
+    mask: _DistanceMask,
+    scale: float,
+) -> Iterator[Tensor]:
+    """The outputs of this rank's positions in their order, `[Q, 1, N, D]` each, L together."""
+    own_L, cuts, sequences = row.own_positions_L, [0], []
+    for b0, b1, b2, b3 in row.groups:
+        # Prompt and chosen answer are adjacent in the row: one causal sequence, no copy.
+        for start, end, skipped in ((b0, b2, 0), (b2, b3, b2 - b1)):
+            runs = list(_runs(own_L, start, end))
+            cuts += [cut for run in runs for cut in run]
+            sequences.append((b0, b1, start, end, skipped, runs))
+    pieces = iter(query_LBND.split(np.diff([*cuts, len(own_L)]).tolist()))
+    # This rank may have padding only. Its output needs a graph too: other ranks wait in backward.
+    # Sums over empty slices are 0 for any padding; `0 * query` would propagate NaN.
+    zero = query_LBND[:0].sum() + key_TBMD[:0].sum() + value_TBMD[:0].sum()
+    yield torch.zeros_like(next(pieces)) + zero
+    for b0, b1, start, end, skipped, runs in sequences:
+        if not runs:
+            continue
+        keys, values = key_TBMD[b0:end], value_TBMD[b0:end]
+        if skipped:
+            # One copy, without the chosen answer in between: index differences are distances.
+            keys, values = (torch.cat([x[b0:b1], x[start:end]]) for x in (key_TBMD, value_TBMD))
+        for _, last in runs:
+            num_keys = int(own_L[last - 1]) + 1 - b0 - skipped
+            keys_and_values = keys[:num_keys], values[:num_keys]
+            yield _attend(next(pieces), *keys_and_values, mask=mask, scale=scale)
+            yield torch.zeros_like(next(pieces))
+
+
+def _runs(own_L: NDArray[np.int64], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Where the runs of consecutive positions within `[start, end)` begin and end in `own_L`."""
+    first, last = np.searchsorted(own_L, (start, end)).tolist()
+    if first < last:
+        breaks = first + 1 + np.flatnonzero(np.diff(own_L[first:last]) != 1)
+        yield from pairwise([first, *breaks.tolist(), last])
+
+
 def _attend(
     query_QBND: Tensor, key_KBMD: Tensor, value_KBMD: Tensor, *, mask: _DistanceMask, scale: float
 ) -> Tensor:
@@ -175,7 +238,7 @@ def _attend(
         # A causal square without an effective window: the kernel needs no mask.
         return _sdpa(query_QBND, key_KBMD, value_KBMD, scale=scale, mask_QK=None)
     outputs, end = [], num_keys - num_queries
-    for block_QBND in query_QBND.split(QUERY_BLOCK):
+    for block_QBND in query_QBND.split(mask.rows):
         # `end` is the position of the block's first query. Keys from the earliest that this query
         # sees to the block's last query; the others are invisible to the whole block.
         start, end = max(0, end - mask.window + 1), end + block_QBND.size(0)

@@ -111,7 +111,7 @@ def transformer_config(
         "transformer_impl": "transformer_engine" if uses_te else "local",
         **layout_fields(layout, architecture.num_layers),
         **_expert_fields(architecture, layout, options.router_aux_loss),
-        **options.recompute.config_fields(),
+        **_recompute_fields(options.recompute, layout),
         **options.overrides,
     }
     # Despite its name, this makes megatron-core's MLP use the activation module in the layer's
@@ -254,6 +254,13 @@ _GATES = {
     "silu": torch.nn.functional.silu,
     "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
 }
+
+
+def _recompute_fields(recompute: Recompute, layout: Layout) -> dict[str, Any]:
+    if layout.context > 1 and recompute.granularity == "selective":
+        # Attention of dealt rows recomputes itself; megatron-core would do it a second time.
+        return {}
+    return recompute.config_fields()
 
 
 def _shape_fields(architecture: Architecture) -> dict[str, Any]:

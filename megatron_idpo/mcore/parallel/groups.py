@@ -101,6 +101,12 @@ class RankCoordinates:
     dp_rank: int
     """Over data- and context-parallel ranks, which hold the same parameters (but for experts)."""
 
+    data_rank: int = 0
+    """Over data-parallel ranks, which have different rows. Context-parallel ranks share theirs."""
+
+    context_rank: int = 0
+    """Among the ranks that share the positions of a row."""
+
     ep_rank: int = 0
     """Among the ranks that share the experts."""
 
@@ -118,6 +124,14 @@ class RankCoordinates:
             return self.expert_tp_rank, self.expert_tp_size
         return self.tp_rank, self.tp_size
 
+    @property
+    def counts_rows(self) -> bool:
+        """Whether this rank adds values of its rows to a sum over all ranks of a stage.
+
+        Tensor- and context-parallel ranks have the same rows and equal values.
+        """
+        return self.tp_rank == 0 and self.context_rank == 0
+
     def replica(self, *, is_expert: bool) -> int:
         """Index of this rank's copy of a parameter among the data-parallel ranks."""
         return self.expert_dp_rank if is_expert else self.dp_rank
@@ -130,6 +144,8 @@ def rank_coordinates() -> RankCoordinates:
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_tp_rank=parallel_state.get_expert_tensor_parallel_rank(),

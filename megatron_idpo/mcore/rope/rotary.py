@@ -160,18 +160,18 @@ class RowRotary(torch.nn.Module):
             inference_params: None.
 
         Returns:
-            Position ids, int64 `[T]`.
+            Position ids, int64 `[T]`; under context parallelism those of this rank's positions.
 
         Raises:
             ConfigError: A sequence is longer than `max_sequence_length`.
         """
         assert inference_context is None and inference_params is None, "inference engine"
-        assert transformer_config.context_parallel_size == 1, "context parallelism"
         if packed_seq_params is not None:
             assert hasattr(packed_seq_params, "position_ids_T"), type(packed_seq_params)
             self._check_length(_max_sequence_tokens(packed_seq_params.groups))
-            row_positions_T: Tensor = packed_seq_params.position_ids_T
-            return row_positions_T
+            own_positions_T: Tensor = packed_seq_params.own_position_ids_L
+            return own_positions_T
+        assert transformer_config.context_parallel_size == 1, "context parallelism without a row"
         received = getattr(transformer, "input_tensor", None)
         hidden: Tensor | None = transformer_input if received is None else received
         assert hidden is not None, "a stage without input"
@@ -190,14 +190,14 @@ class RowRotary(torch.nn.Module):
         Args:
             position_ids_T: int64 `[T]`, what `get_rotary_seq_len` returned.
             packed_seq: False; a row is not megatron-core's `thd` format.
-            cp_group: None or a group of one rank.
+            cp_group: None: `position_ids_T` are this rank's already.
 
         Returns:
             fp32 `[T, 1, 1, rotated features]` on the device of the positions, without gradient;
             `[T, 1, 2, ...]` if layers with a window have other frequencies, which are the second.
         """
         assert not packed_seq, "rows are sbhd, not thd"
-        assert cp_group is None or cp_group.size() == 1, "context parallelism"
+        assert cp_group is None, "rows have no process group"
         if self.inv_freq_F.device != position_ids_T.device:
             # Moved once: a copy from the host in every forward pass would synchronize.
             self.inv_freq_F = self.inv_freq_F.to(position_ids_T.device)

@@ -169,13 +169,13 @@ def reduce_outputs(
     rank, world_size = rank_coordinates(), dist.get_world_size()
 
     layer_sums = torch.zeros(len(ordered), len(names), dtype=torch.float64, device=default_device())
-    # Tensor-parallel ranks hold equal outputs: only the first of each stage adds them to the sum.
-    if rank.tp_rank == 0:
+    # Tensor- and context-parallel ranks hold equal outputs: one of each stage adds them to the sum.
+    if rank.counts_rows:
         for layer in {output.layer for output in outputs}:
             own = [output for output in outputs if output.layer == layer]
             layer_sums[ordered.index(layer)] = _sums(own, objective, names)
     # All model-parallel ranks of a replica hold the same rows: one of them counts the work.
-    counts_work = rank.tp_rank == 0 and rank.pp_rank == 0
+    counts_work = rank.counts_rows and rank.pp_rank == 0
     own_work = asdict(work or BatchWork())
     # A sum also yields the maximum if each rank writes to its own slot.
     memory_W = [0.0] * world_size

@@ -30,6 +30,7 @@ LAYOUTS = {
     "TP2 SP": {"tensor": 2, "sequence_parallel": True},
     "PP2": {"pipeline": 2},
     "DP2": {},
+    "CP2": {"context": 2},
 }
 SELECTED = ("TP2 SP", "DP2")
 """`tests/reference` scores in layouts with pipeline stages."""

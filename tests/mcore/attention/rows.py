@@ -3,7 +3,8 @@
 import torch
 from hypothesis import strategies as st
 
-from megatron_idpo.mcore.attention.row_params import RowParams
+from megatron_idpo.data.packing.dealing import deal_positions
+from megatron_idpo.mcore.attention.row_params import ContextShare, RowParams
 
 Groups = list[tuple[int, int, int, int]]
 
@@ -53,3 +54,14 @@ def row_structures(draw: st.DrawFn) -> tuple[Groups, int]:
         groups.append((bounds[0], bounds[1], bounds[2], bounds[3]))
         end = bounds[-1]
     return groups, end + draw(st.integers(1, 4))
+
+
+def dealt_rows(groups: Groups, tokens: int, ranks: int) -> list[RowParams]:
+    """The row as each context-parallel rank has it; its length is rounded up to the ranks."""
+    tokens += -tokens % ranks
+    whole = make_row(groups, tokens)
+    positions_RL = deal_positions(whole.spans_G4.numpy(), tokens, ranks)
+    return [
+        RowParams.of(whole.position_ids_T, whole.spans_G4, 0.0, ContextShare.of(positions_RL, rank))
+        for rank in range(ranks)
+    ]

@@ -17,7 +17,7 @@ from megatron_idpo.mcore.attention.capped import attend_row_capped
 from megatron_idpo.mcore.attention.sdpa import attend_row
 from megatron_idpo.mcore.cpu import redirect
 
-from .rows import MIXED, PLAIN, ROW_TOKENS, make_row, row_structures, visible_pairs
+from .rows import MIXED, PLAIN, ROW_TOKENS, dealt_rows, make_row, row_structures, visible_pairs
 
 # Two fp32 kernels that sum in different orders; values are of size 1.
 FP32_TOLERANCE = dict(rtol=0, atol=2e-6)
@@ -58,6 +58,18 @@ def test_capped_scores_match_the_cpu_backend(window):
     torch.testing.assert_close(actual, expected, **FP32_TOLERANCE)
     uncapped = attend_row(*inputs, row=row, scale=1.0, window=window)
     assert (expected - uncapped).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_dealt_rows_match_sdpa(window, ranks):
+    rows = dealt_rows(MIXED, ROW_TOKENS, ranks)
+    query, key, value = make_inputs(rows[0].row_tokens)
+    for row in rows:
+        inputs = (query[torch.from_numpy(row.share.own_L)], key, value)
+        expected = attend_row(*inputs, row=row, scale=0.25, window=window)
+        actual = flex.attend_row_flex(*inputs, row=row, scale=0.25, window=window, backend=None)
+        torch.testing.assert_close(actual, expected, **FP32_TOLERANCE)
 
 
 @pytest.mark.exhaustive
@@ -117,6 +129,27 @@ def test_blocks_match_the_visible_pairs(structure, window):
         mask.mask_mod, 1, 1, tokens, tokens, device="cpu", BLOCK_SIZE=block
     )
     assert torch.equal(expected.to_dense(), mask.to_dense())
+
+
+@settings(max_examples=40, deadline=None)
+@given(row_structures(), st.one_of(st.none(), st.integers(1, 12)), st.sampled_from([2, 3]))
+def test_blocks_of_a_dealt_row_match_the_visible_pairs(structure, window, ranks):
+    groups, tokens = structure
+    block = 4
+    for row in dealt_rows(groups, tokens, ranks):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flex, "BLOCK", block)
+            mask = flex.block_mask(row, window)
+        visible = visible_pairs(groups, row.row_tokens, window)[torch.from_numpy(row.share.own_L)]
+        query = torch.arange(row.own_tokens)[:, None]
+        key = torch.arange(row.row_tokens)[None, :]
+        assert torch.equal(mask.mask_mod(None, None, query, key), visible)
+        expected = create_block_mask(
+            mask.mask_mod, 1, 1, *visible.shape, device="cpu", BLOCK_SIZE=block
+        )
+        assert torch.equal(expected.to_dense(), mask.to_dense())
+        # FlexAttention derives the same full blocks, where the mask function is not called.
+        assert torch.equal(expected.full_kv_num_blocks, mask.full_kv_num_blocks)
 
 
 def test_blocks_are_also_listed_by_key():

@@ -16,7 +16,7 @@ from megatron_idpo.mcore.attention import sdpa
 from megatron_idpo.mcore.attention.row_attention import RowAttention
 from megatron_idpo.mcore.attention.row_params import RowParams
 
-from .rows import MIXED, PLAIN, ROW_TOKENS, make_row, row_structures, visible_pairs
+from .rows import MIXED, PLAIN, ROW_TOKENS, dealt_rows, make_row, row_structures, visible_pairs
 
 # Largest difference, relative to the largest value of the fp64 result, or to 1, the size of the
 # inputs, if that is larger (with one visible key dq is only rounding error). fp32: the kernels'
@@ -122,6 +122,32 @@ class TestRow:
         actual = row_results(make_row(MIXED, ROW_TOKENS), inputs, grad, window=window)
         expected = expected_results(inputs, grad, visible_pairs(MIXED, ROW_TOKENS, window))
         assert_close(actual, expected, FP32_TOLERANCE)
+
+    @pytest.mark.parametrize("window", [None, 3, 20])
+    @pytest.mark.parametrize("ranks", [2, 4, 8])
+    @pytest.mark.parametrize("query_block", [2, 64])
+    def test_ranks_of_a_dealt_row_match_dense_attention(
+        self, ranks, window, query_block, monkeypatch
+    ):
+        """Each with its own queries; the gradients of keys and values are summed over the ranks."""
+        monkeypatch.setattr(sdpa, "DEALT_QUERY_BLOCK", query_block)
+        rows = dealt_rows(MIXED, ROW_TOKENS, ranks)
+        tokens = rows[0].row_tokens
+        (query, key, value), grad = make_inputs(tokens)
+        total = [torch.zeros(*grad.shape), *(torch.zeros_like(x) for x in (query, key, value))]
+        for row in rows:
+            own = torch.from_numpy(row.share.own_L)
+
+            def attend(*inputs, row=row):
+                scale = HEAD_DIM**-0.5
+                return sdpa.attend_row(*inputs, row=row, scale=scale, window=window).flatten(2)
+
+            output, *grads = with_gradients(attend, [query[own], key, value], grad[own])
+            total[0][own], total[1][own] = output, grads[0]
+            total[2] += grads[1]
+            total[3] += grads[2]
+        visible = visible_pairs(MIXED, tokens, window)
+        assert_close(total, expected_results([query, key, value], grad, visible), FP32_TOLERANCE)
 
     def test_bf16_matches_dense_attention(self):
         inputs, grad = make_inputs(ROW_TOKENS, torch.bfloat16)
@@ -304,11 +330,10 @@ class TestConstruction:
 
     def test_all_problems_are_reported_together(self):
         config = make_config(attention_dropout=0.2)
-        config.context_parallel_size = 2
         config.qk_clip = True
         with pytest.raises(ConfigError) as error:
             RowAttention(config, 1, AttnMaskType.causal, "self")
-        for message in ("attention_dropout: is 0.2", "layout.context: is 2", "qk_clip"):
+        for message in ("attention_dropout: is 0.2", "qk_clip"):
             assert message in str(error.value)
 
     @pytest.mark.parametrize(
@@ -318,6 +343,7 @@ class TestConstruction:
             ("attention_bias", dict(attention_bias=torch.zeros(3, 3))),
             ("attn_mask_type", dict(attn_mask_type=AttnMaskType.no_mask)),
             ("packed_seq_params", dict(packed_seq_params=PackedSeqParams(qkv_format="thd"))),
+            ("packed_seq_params", dict(packed_seq_params=dealt_rows([(0, 1, 2, 3)], 4, 2)[0])),
         ],
     )
     def test_unsupported_forward_arguments_are_rejected(self, location, arguments):
