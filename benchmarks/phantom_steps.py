@@ -143,14 +143,20 @@ def main() -> None:
     print(_HEADER)
     lines = [_HEADER]
     for name in names:
-        variables = environment(arithmetic="none") | {"PHANTOM_GPU_COPY_BYTES": str(1 << 20)}
-        ran = run_python(["-W", "ignore", __file__, name, "--in-process"], variables)
-        if ran.code:
-            raise SystemExit(ran.stderr)
-        lines.append(_line(name, json.loads(ran.stdout.splitlines()[-1])))
+        lines.append(_line(name, measured(name)))
         print(lines[-1], flush=True)
     if arguments.save:
         _save("\n".join(lines))
+
+
+def measured(name: str) -> dict[str, float]:
+    """`measure` of one of `LAYOUTS`, in a process of its kind."""
+    variables = environment(arithmetic="none") | {"PHANTOM_GPU_COPY_BYTES": str(1 << 20)}
+    ran = run_python(["-W", "ignore", __file__, name, "--in-process"], variables)
+    if ran.code:
+        raise SystemExit(ran.stderr)
+    values: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
+    return values
 
 
 def _line(name: str, measured: dict[str, float]) -> str:
@@ -176,7 +182,10 @@ def _save(table: str) -> None:
 
 
 def measure(layout: Layout) -> dict[str, float]:
-    """The second step of this layout, in a process on a phantom GPU."""
+    """The second step of this layout, in a process on a phantom GPU.
+
+    `held_bytes` is what exists between steps: weights, gradients, the optimizer's state.
+    """
     import torch
 
     from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
@@ -193,12 +202,14 @@ def measure(layout: Layout) -> dict[str, float]:
             step = _train_step(layout, config, stack)
             batch = _batch(layout)
             step.train(batch, 1, lr=1e-4)
+            held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             before, start_s = Counts.now(), time.process_time()
             step.train(batch, 2, lr=1e-4)
             cpu_s, used = time.process_time() - start_s, Counts.now().since(before)
             peak = torch.cuda.max_memory_allocated()
-    return {**asdict(used), "cpu_s": cpu_s, "peak_bytes": peak, "flops": _flops(layout)}
+    measured = {"cpu_s": cpu_s, "peak_bytes": peak, "held_bytes": held, "flops": _flops(layout)}
+    return {**asdict(used), **measured}
 
 
 def _config(layout: Layout) -> Any:

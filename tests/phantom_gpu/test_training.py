@@ -34,6 +34,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "pipeline": (2, {"pipeline": 2}),
     "data": (2, {}),
+    "context": (2, {"context": 2}),
 }
 
 

@@ -1,0 +1,158 @@
+"""Rows of one long pair over context-parallel ranks: memory, and gradients equal to one rank's."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_idpo.objective.dpo import Objective
+from megatron_idpo.testing import write_tiny_hf_model
+
+pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
+"""Attention over 32,768 and 131,072 positions takes minutes on a CPU."""
+
+GRADIENT_RELATIVE = 1e-5
+"""As in `test_attach.py`."""
+
+LINEAR = 0.9
+"""Of the memory that one rank needs, divided by the ranks."""
+
+MAX_BYTES = 6e9
+"""Of both processes that train a pair of 131,072 tokens."""
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 131_072,
+}
+NARROW = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
+"""A model that is small enough for the longest pair."""
+
+
+def train_long_pair(
+    directory: str, context: int, row_tokens: int, answer_tokens: int
+) -> dict[str, Any]:
+    """Losses and gradients of one pair that fills a row, and the memory of the step."""
+    from megatron_idpo.config.layout import Layout
+    from megatron_idpo.config.training import OptimizerConfig
+    from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
+    from megatron_idpo.convert.megatron_to_hf import whole_tensors
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model
+    from megatron_idpo.mcore.optim.optimizer import setup_ddp_and_optimizer
+    from megatron_idpo.mcore.parallel.groups import start_layout
+    from megatron_idpo.plugin.attach import attach
+    from megatron_idpo.plugin.batch_run import run_batch
+
+    checkpoint, architecture = open_hf(Path(directory))
+    layout = Layout(context=context)
+    start_layout(layout)
+    chunks = build_model(architecture, layout, ModelOptions())
+    load_hf_weights(chunks, checkpoint, architecture)
+    dpo = attach(
+        chunks, layers=[1], objective=Objective(beta=0.1), vocab_size=architecture.vocab_size
+    )
+    settings = OptimizerConfig(lr=1e-3, distributed=False)  # else ranks keep parts of gradients
+    trainable = setup_ddp_and_optimizer(chunks, settings, dpo.finalize_model_grads)
+    trainable.zero_grad_buffers()
+    before_bytes = reset_peak()
+    outputs = run_batch(
+        dpo,
+        trainable.model,
+        long_pair(row_tokens, answer_tokens),
+        None,
+        training=True,
+        reference_free=True,
+    )
+    peak_bytes = status_bytes("VmHWM")
+    gradients = dict(whole_tensors(chunks, architecture, lambda p: p.main_grad.clone()))
+    trainable.step(1e-3)
+    return {
+        "losses": {output.layer: output.loss_P for output in outputs},
+        "gradients": gradients,
+        "step_bytes": peak_bytes - before_bytes,
+        "process_bytes": peak_bytes,
+    }
+
+
+def long_pair(row_tokens: int, answer_tokens: int) -> Any:
+    from megatron_idpo.data.packing.batches import Batch
+    from megatron_idpo.data.packing.rows import Row
+    from megatron_idpo.data.pairs import Pair
+
+    random = np.random.default_rng(3)
+    lengths = (row_tokens - 2 * answer_tokens, answer_tokens, answer_tokens)
+    parts = (random.integers(0, 99, size=n, dtype=np.int32) for n in lengths)
+    row = Row.build([Pair(0, *parts)], row_tokens, 0)
+    return Batch(
+        rows=(row,),
+        num_pairs=1,
+        consumed_pairs=1,
+        used_tokens=row_tokens,
+        chosen_tokens=answer_tokens,
+        computed_tokens=row_tokens,
+    )
+
+
+def reset_peak() -> int:
+    """Begin a new peak of this process's memory; returns what it uses now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_bytes("VmRSS")
+
+
+def status_bytes(name: str) -> int:
+    (kibibytes,) = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kibibytes) * 1024
+
+
+def write_model(path: Path, **sizes: Any) -> str:
+    write_tiny_hf_model(path, "llama", 1, **{**SIZES, **sizes})
+    return str(path)
+
+
+def test_memory_of_a_pair_of_32k_tokens_falls_with_the_ranks(workers, tmp_path, record_property):
+    directory, row_tokens = write_model(tmp_path / "model"), 32 << 10
+    # Keys and values of one layer: gathered, in row order, a copy without the chosen answer, and
+    # the gradients of all three.
+    gathered_bytes = 6 * 2 * row_tokens * SIZES["head_dim"] * 4
+    results = {
+        ranks: workers.run(train_long_pair, ranks, directory, ranks, row_tokens, 1024)
+        for ranks in (1, 2, 4, 8)
+    }
+    ((one,), *_) = results.values()
+    for ranks, by_rank in results.items():
+        record_property(f"CP{ranks} MB", [round(rank["step_bytes"] / 1e6) for rank in by_rank])
+        print(f"CP{ranks} MB", [round(rank["step_bytes"] / 1e6) for rank in by_rank])
+    for ranks, by_rank in results.items():
+        for rank in by_rank:
+            assert rank["losses"].keys() == {1, SIZES["num_hidden_layers"]}
+            for layer, loss in rank["losses"].items():
+                assert torch.allclose(loss, one["losses"][layer], rtol=GRADIENT_RELATIVE)
+        gradients = {n: g for rank in by_rank for n, g in rank["gradients"].items()}
+        assert worst_gradient(gradients, one["gradients"]) <= GRADIENT_RELATIVE
+        most = max(rank["step_bytes"] for rank in by_rank) - (ranks > 1) * gathered_bytes
+        assert one["step_bytes"] / (ranks * most) >= LINEAR, ranks
+
+
+def worst_gradient(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
+
+
+def test_a_pair_of_131072_tokens_trains_on_two_ranks(workers, tmp_path, record_property):
+    directory = write_model(tmp_path / "model", **NARROW)
+    ranks = workers.run(train_long_pair, 2, directory, 2, 131_072, 2048, timeout_s=1500)
+    total = sum(rank["process_bytes"] for rank in ranks)
+    record_property("GB", total / 1e9)
+    print("GB", total / 1e9, [rank["step_bytes"] / 1e9 for rank in ranks])
+    assert total <= MAX_BYTES
+    for rank in ranks:
+        assert all(loss.isfinite().all() for loss in rank["losses"].values())
+        assert all(gradient.isfinite().all() for gradient in rank["gradients"].values())
