@@ -40,6 +40,9 @@ GPU_FLOPS = 0.6 * 989e12
 """60 % of an H100's dense bf16 peak."""
 
 ROW_TOKENS = 4096
+LONG_ROW_TOKENS = 136 << 10
+"""A prompt with an answer of 128k tokens and another answer of 8k, as in `examples/*_128k.yaml`."""
+
 LONG_ANSWER_TOKENS = 1024
 """Of each answer of a pair that fills a longer row."""
 
@@ -96,6 +99,27 @@ class Layout:
         return self.world // (self.tensor * self.pipeline * self.context)
 
 
+def _long(
+    model: str,
+    row_tokens: int = LONG_ROW_TOKENS,
+    *,
+    tensor: int = 1,
+    context: int = 1,
+    lora: bool = True,
+) -> Layout:
+    """A step on one long pair, with layers recomputed."""
+    return Layout(
+        model,
+        1,
+        world=tensor * context,
+        tensor=tensor,
+        context=context,
+        lora=lora,
+        recompute="full",
+        row_tokens=row_tokens,
+    )
+
+
 LAYOUTS = {
     "8b-lora": Layout("8b", 4),
     "8b-lora-no-dropout": Layout("8b", 4, dropout=0.0),
@@ -104,23 +128,12 @@ LAYOUTS = {
     "70b-lora-tp8": Layout("70b", 4, world=64, tensor=8),
     "70b-full-tp8-pp4": Layout("70b", 8, world=64, tensor=8, pipeline=4, rank=32, lora=False),
     "70b-lora-tp8-pp8": Layout("70b", 16, world=512, tensor=8, pipeline=8, rank=64),
-    **{
-        f"8b-lora-32k-cp{context}": Layout(
-            "8b", 1, world=context, context=context, recompute="full", row_tokens=32 << 10
-        )
-        for context in (1, 2, 4, 8)
-    },
-    "8b-lora-128k-cp8": Layout("8b", 1, world=8, context=8, recompute="full", row_tokens=128 << 10),
-    "8b-lora-128k-tp8": Layout("8b", 1, world=8, tensor=8, recompute="full", row_tokens=128 << 10),
-    "8b-lora-128k-tp2-cp4": Layout(
-        "8b", 1, world=8, tensor=2, context=4, recompute="full", row_tokens=128 << 10
-    ),
-    "8b-full-128k-tp8-cp8": Layout(
-        "8b", 1, world=64, tensor=8, context=8, recompute="full", row_tokens=128 << 10, lora=False
-    ),
-    "70b-lora-128k-tp8-cp8": Layout(
-        "70b", 1, world=64, tensor=8, context=8, recompute="full", row_tokens=128 << 10
-    ),
+    **{f"8b-lora-32k-cp{n}": _long("8b", 32 << 10, context=n) for n in (1, 2, 4, 8)},
+    "8b-lora-128k-cp8": _long("8b", context=8),
+    "8b-lora-128k-tp8": _long("8b", tensor=8),
+    "8b-lora-128k-tp2-cp4": _long("8b", tensor=2, context=4),
+    "8b-full-128k-tp8-cp8": _long("8b", tensor=8, context=8, lora=False),
+    "70b-lora-128k-tp8-cp8": _long("70b", tensor=8, context=8),
 }
 
 

@@ -57,7 +57,7 @@ def check_config(
         findings.append(Finding("layout", State.BROKEN, "\n".join(map(str, problems))))
     else:
         is_launched = "WORLD_SIZE" in environ
-        findings.append(_layout(config.layout, machine, world_size, is_launched=is_launched))
+        findings.append(_layout(config, machine, world_size, is_launched=is_launched))
         if architecture is not None:
             findings.append(_memory(config, architecture, machine, world_size))
     if config.has("data"):
@@ -136,8 +136,9 @@ def _num_parameters(architecture: "Architecture", *, experts: bool = False) -> i
     return sum(math.prod(shape) for name, shape in shapes if not experts or ".experts." in name)
 
 
-def _layout(layout: Layout, machine: Machine, world_size: int, *, is_launched: bool) -> Finding:
+def _layout(config: RunConfig, machine: Machine, world_size: int, *, is_launched: bool) -> Finding:
     """A layout that fits the model, compared to the processes and GPUs of the machine."""
+    layout = config.layout
     if not world_size:
         needed, gpus = layout.min_ranks, len(machine.gpus)
         message = f"one model replica needs {needed} GPUs, this machine has {gpus}"
@@ -151,6 +152,8 @@ def _layout(layout: Layout, machine: Machine, world_size: int, *, is_launched: b
     if layout.expert > 1:
         product += f", experts over {layout.expert},"
     message = f"{product} on {world_size} {'process' if world_size == 1 else 'processes'}"
+    if layout.context > 1 and config.has("data"):
+        message += f", {config.data.row_tokens // layout.context:,} positions of a row on each"
     if is_launched:
         return Finding("layout", State.OK, message)
     start = "" if world_size == 1 else f"start it with torchrun --nproc-per-node {world_size}"

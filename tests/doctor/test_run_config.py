@@ -67,6 +67,8 @@ def test_layout_is_checked_against_model_and_machine(check):
     assert crowded.state is State.NOTE and "--nproc-per-node 4" in crowded.remedy
     assert check("layout.tensor=2", WORLD_SIZE="3")["layout"].state is State.BROKEN
     assert "data 2" in check("layout.tensor=2", WORLD_SIZE="4")["layout"].value
+    dealt = check("layout.context=2", WORLD_SIZE="4")["layout"].value
+    assert "context 2 × data 2 on 4 processes, 2,048 positions of a row on each" in dealt
 
 
 def test_layout_is_checked_against_the_gpus(check):

@@ -72,7 +72,7 @@ NORMAL = [
         recompute="selective",
         objective="hinge",
     ),
-    Case(context=2, pipeline=2, taps="three", recompute="uniform", rows="with_empty"),
+    Case(context=2, pipeline=2, tied=True, taps="three", recompute="uniform", rows="with_empty"),
     Case(
         context=2,
         tensor=2,

@@ -1,14 +1,23 @@
 """A row's positions are dealt to context-parallel ranks once each, with equal attention work."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_idpo.data.packing.dealing import block_tokens, deal_positions, keys_seen
+from megatron_idpo.data.packing.plan import plan_rows
+
+CHATS = Path(__file__).parents[3] / "examples" / "data" / "quickstart_train.jsonl"
 
 MAX_OVER_MEAN = 1.05
 """Attention of the rank with the most over the mean."""
+
+
+PARTS = ("prompt", "chosen", "rejected")
 
 
 def row_of(lengths, row_tokens):
@@ -47,6 +56,20 @@ def test_every_position_is_dealt_once_and_evenly(lengths, padding, ranks):
     seen_T = keys_seen(spans, row_tokens)
     work_R = seen_T[positions_RL].sum(1)
     assert work_R.max() - work_R.min() <= seen_T.reshape(-1, block).sum(1).max()
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("row_tokens", [2048, 4096, 16_384])
+def test_rows_of_real_chats_are_balanced(row_tokens, ranks):
+    records = map(json.loads, CHATS.read_text(encoding="utf-8").splitlines())
+    lengths_B3 = np.array(
+        [[len(record[part][0]["content"]) // 4 + 1 for part in PARTS] for record in records]
+    )
+    plan = plan_rows(lengths_B3, row_tokens=row_tokens, trim_tokens=128)
+    for pairs in plan.pairs[0]:
+        spans = row_of(lengths_B3[pairs], plan.row_tokens)
+        for window in (None, 512):
+            assert imbalance(spans, plan.row_tokens, ranks, window) <= MAX_OVER_MEAN
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
