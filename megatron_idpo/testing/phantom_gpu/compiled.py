@@ -46,7 +46,7 @@ def _traced_or_dense(*args: Any, **kwargs: Any) -> Any:
 
 
 def dense_attention(
-    query_BNTD: Tensor,
+    query_BNLD: Tensor,
     key_BMTD: Tensor,
     value_BMTD: Tensor,
     *,
@@ -56,22 +56,22 @@ def dense_attention(
 ) -> Tensor:
     """FlexAttention with all scores and the same mask function; the block lists are not used."""
     if enable_gqa:
-        repeats = query_BNTD.shape[1] // key_BMTD.shape[1]
+        repeats = query_BNLD.shape[1] // key_BMTD.shape[1]
         key_BMTD = key_BMTD.repeat_interleave(repeats, 1)
         value_BMTD = value_BMTD.repeat_interleave(repeats, 1)
-    scale = query_BNTD.shape[-1] ** -0.5 if scale is None else scale
-    scores_BNTT = query_BNTD.float() @ key_BMTD.float().transpose(-1, -2) * scale
+    scale = query_BNLD.shape[-1] ** -0.5 if scale is None else scale
+    scores_BNLT = query_BNLD.float() @ key_BMTD.float().transpose(-1, -2) * scale
     if block_mask is not None:
-        positions_T = torch.arange(query_BNTD.shape[2], device=query_BNTD.device)
-        first = torch.zeros((), dtype=torch.long, device=query_BNTD.device)
-        is_visible_TT = block_mask.mask_mod(first, first, positions_T[:, None], positions_T[None])
-        scores_BNTT = scores_BNTT.masked_fill(~is_visible_TT, float("-inf"))
+        query_L, key_T = (torch.arange(x.shape[2], device=x.device) for x in (query_BNLD, key_BMTD))
+        first = torch.zeros((), dtype=torch.long, device=query_BNLD.device)
+        is_visible_LT = block_mask.mask_mod(first, first, query_L[:, None], key_T[None])
+        scores_BNLT = scores_BNLT.masked_fill(~is_visible_LT, float("-inf"))
         # A query without keys has a softmax of NaN; FlexAttention's result is 0.
-        is_seeing_T1 = is_visible_TT.any(-1, keepdim=True)
-        weights_BNTT = scores_BNTT.softmax(-1).masked_fill(~is_seeing_T1, 0.0)
+        is_seeing_L1 = is_visible_LT.any(-1, keepdim=True)
+        weights_BNLT = scores_BNLT.softmax(-1).masked_fill(~is_seeing_L1, 0.0)
     else:
-        weights_BNTT = scores_BNTT.softmax(-1)
-    return weights_BNTT.to(value_BMTD.dtype) @ value_BMTD
+        weights_BNLT = scores_BNLT.softmax(-1)
+    return weights_BNLT.to(value_BMTD.dtype) @ value_BMTD
 
 
 def _twice(real_compile: Callable[..., Any]) -> Callable[..., Any]:
