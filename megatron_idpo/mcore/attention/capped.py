@@ -4,12 +4,13 @@
 group of the row after the other, and kept for the backward pass. FlexAttention caps them in its
 kernel (`flex.py`).
 
-Shape suffixes: `T` positions of the row, `Q`/`K` query and key positions, `B` batch, `N` query
-heads, `M` key-value heads (M divides N), `D` head size.
+Shape suffixes: `T` positions of the row, `L` of them on this rank (`row_params.py`), `Q`/`K` query
+and key positions, `B` batch, `N` query heads, `M` key-value heads (M divides N), `D` head size.
 """
 
 import itertools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ QUERY_BLOCK = 256
 
 
 def attend_row_capped(
-    query_TBND: Tensor,
+    query_LBND: Tensor,
     key_TBMD: Tensor,
     value_TBMD: Tensor,
     *,
@@ -32,22 +33,30 @@ def attend_row_capped(
     """Attention within the row's groups, with the interface of `sdpa.attend_row` and a cap.
 
     Returns:
-        `[T, 1, N, D]`; 0 where the row is padding.
+        `[L, 1, N, D]`; 0 where the row is padding.
     """
+    own_L = row.own_positions_L
+    bounds = [np.searchsorted(own_L, (start, stop)).tolist() for start, _, _, stop in row.groups]
     mask_key = ("visible keys", window)
     if mask_key not in row.derived:
         # It may be built in a scoring pass and used in training, where autograd rejects inference
         # tensors.
         with torch.inference_mode(False):
-            device = query_TBND.device
-            row.derived[mask_key] = [_visible(group, window, device) for group in row.groups]
+            row.derived[mask_key] = [
+                _visible(group, window, query_LBND.device)[own_L[first:last] - group[0]]
+                for group, (first, last) in zip(row.groups, bounds, strict=True)
+            ]
+    # A rank may have padding only. Its output needs a graph too: other ranks wait in backward.
+    zero = query_LBND[:0].sum() + key_TBMD[:0].sum() + value_TBMD[:0].sum()
     outputs, end = [], 0
-    for (start, _, _, stop), visible_QK in zip(row.groups, row.derived[mask_key], strict=True):
-        outputs.append(torch.zeros_like(query_TBND[end:start]))
-        parts = (tensor[start:stop] for tensor in (query_TBND, key_TBMD, value_TBMD))
+    for (start, _, _, stop), (first, last), visible_QK in zip(
+        row.groups, bounds, row.derived[mask_key], strict=True
+    ):
+        outputs.append(torch.zeros_like(query_LBND[end:first]))
+        parts = query_LBND[first:last], key_TBMD[start:stop], value_TBMD[start:stop]
         outputs.append(_attend(*parts, visible_QK=visible_QK, scale=scale, cap=cap))
-        end = stop
-    outputs.append(torch.zeros_like(query_TBND[end:]))
+        end = last
+    outputs.append(torch.zeros_like(query_LBND[end:]) + zero)
     return torch.cat(outputs)
 
 

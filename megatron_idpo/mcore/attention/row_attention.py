@@ -162,7 +162,10 @@ class RowAttention(MegatronModule):
                 f"is a {type(packed_seq_params).__name__}, not a RowParams",
                 "describe the row with RowParams.of(position_ids, spans)",
             )
-        row = packed_seq_params
+        return self._attend_row(query, key, value, packed_seq_params).flatten(2)
+
+    def _attend_row(self, query: Tensor, key: Tensor, value: Tensor, row: RowParams) -> Tensor:
+        """`[Q, 1, N, D]` of a row, or of this rank's part of it."""
         ranks = 1 if row.share is None else len(row.share.positions_RL)
         if ranks != (1 if self._context_group is None else self._context_group.size()):
             raise ConfigError.at(
@@ -175,14 +178,15 @@ class RowAttention(MegatronModule):
         )
         if all(b0 == b3 for b0, _, _, b3 in row.groups):
             # A data-parallel rank may get an empty row; the kernels need at least one position.
-            return _connected_zeros(query, key, value).flatten(2)
+            return _connected_zeros(query, key, value)
         uses_flex = query.is_cuda and query.size(-1) >= MIN_HEAD_DIM
+        cap = self.score_cap
         kernel = partial(attend_row_flex, cap=cap) if uses_flex else attend_row
         if cap is not None and not uses_flex:
             kernel = partial(attend_row_capped, cap=cap)
-        attend = partial(kernel, row=row, scale=scale, window=window)
+        attend = partial(kernel, row=row, scale=self.softmax_scale, window=self.window)
         if row.share is None:
-            return attend(query, key, value).flatten(2)
+            return attend(query, key, value)
         return attend_dealt_row(
             query,
             key,
@@ -191,7 +195,7 @@ class RowAttention(MegatronModule):
             group=self._context_group,
             attend=attend,
             keep=self._is_recomputed_alone(),
-        ).flatten(2)
+        )
 
     def _is_recomputed_alone(self) -> bool:
         """Whether this is a recomputation in the backward pass, of no more than this layer."""

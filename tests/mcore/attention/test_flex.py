@@ -70,6 +70,10 @@ def test_dealt_rows_match_sdpa(window, ranks):
         expected = attend_row(*inputs, row=row, scale=0.25, window=window)
         actual = flex.attend_row_flex(*inputs, row=row, scale=0.25, window=window, backend=None)
         torch.testing.assert_close(actual, expected, **FP32_TOLERANCE)
+        settings = {"scale": 1.0, "window": window, "cap": 1.5}
+        actual = flex.attend_row_flex(*inputs, row=row, **settings, backend=None)
+        expected = attend_row_capped(*inputs, row=row, **settings)
+        torch.testing.assert_close(actual, expected, **FP32_TOLERANCE)
 
 
 @pytest.mark.exhaustive
