@@ -50,6 +50,7 @@ def dense_attention(
     key_BMTD: Tensor,
     value_BMTD: Tensor,
     *,
+    score_mod: Callable[..., Tensor] | None = None,
     block_mask: Any = None,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -61,6 +62,8 @@ def dense_attention(
         value_BMTD = value_BMTD.repeat_interleave(repeats, 1)
     scale = query_BNLD.shape[-1] ** -0.5 if scale is None else scale
     scores_BNLT = query_BNLD.float() @ key_BMTD.float().transpose(-1, -2) * scale
+    if score_mod is not None:  # of ours, only the soft cap, which does not read the indices
+        scores_BNLT = score_mod(scores_BNLT, None, None, None, None)
     if block_mask is not None:
         query_L, key_T = (torch.arange(x.shape[2], device=x.device) for x in (query_BNLD, key_BMTD))
         first = torch.zeros((), dtype=torch.long, device=query_BNLD.device)
