@@ -26,7 +26,7 @@ MUST_BE_OFF = {
     "fp32_residual_connection": "is untested with taps",
     "mtp_num_layers": "moves the final norm away from the output layer",
     "cpu_offloading": "is untested with taps",
-    "fine_grained_activation_offloading": "is untested with taps",
+    "fine_grained_activation_offloading": "copies on a GPU's streams; is untested with taps",
     "fp8": "is untested with taps",
     "fp4": "is untested with taps",
     "moe_expert_capacity_factor": "drops tokens, depending on the other pairs of a micro-batch",
