@@ -140,7 +140,7 @@ def _data_files(source: SourceConfig, paths: Sequence[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
-        below = sorted(path.rglob("*")) if path.is_dir() else [path]
+        below = _files_below(path) if path.is_dir() else [path]
         root = path if path.is_dir() else path.parent
         files += [file for file in below if is_data_name(file.relative_to(root).as_posix())]
     files = [file for file in files if file.is_file()]
@@ -153,6 +153,18 @@ def _data_files(source: SourceConfig, paths: Sequence[Path]) -> list[Path]:
         kind = "directory" if Path(source.path).is_dir() else "pattern"
         raise DataError.at(source.path, f"the {kind} contains no data file", remedy)
     return supported
+
+
+def _files_below(directory: Path) -> list[Path]:
+    """All files below, also those in directories that are links; each directory once."""
+    found: list[Path] = []
+    seen = {os.path.realpath(directory)}
+    for current, directories, files in os.walk(directory, followlinks=True):
+        below = {os.path.realpath(Path(current, name)): name for name in directories}
+        directories[:] = [name for real, name in below.items() if real not in seen]
+        seen.update(below)
+        found += [Path(current, name) for name in files]
+    return sorted(found)
 
 
 def _saved(source: SourceConfig, path: Path) -> Part:

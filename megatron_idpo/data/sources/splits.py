@@ -1,11 +1,13 @@
 """Which files of a directory or of a pattern are read: those of one split.
 
 Splits are named as in `datasets`, so that a clone of a hub dataset has the splits of the dataset:
-by `configs` in its `README.md`, else by names such as `data/train_prefs-00000-of-00001.parquet`,
-else by the keywords of `datasets` (train, validation, test, ...) in directory names, else in file
-names. Files that name none are `train`.
+by `configs` in its `README.md`, else each file by its name as a shard
+(`data/train_prefs-00000-of-00001.parquet`), else by the keywords of `datasets` (train, validation,
+test, ...) in its directories' names and its own. `held_out` is one more keyword. Files that name
+none are `train` if no file names `train`; otherwise they are not read, as in `datasets`.
 
-One rule is stricter: where files name several splits, one must be chosen.
+Two rules are stricter: where files name several splits, one must be chosen, and a file that names
+two is refused.
 """
 
 import logging
@@ -31,7 +33,20 @@ README = "README.md"
 _SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 """`SPLIT_PATTERN_SHARDED` of `datasets`; a file name as `push_to_hub` writes it."""
 
+_NUMBERED = re.compile(r"(?P<name>.+)-(?P<at>\d{5})-of-(?P<count>\d{5})(?P<rest>[^/]*)")
+
 _SHARD_DIRECTORY = "data"
+
+_HELD_OUT = re.compile(r"(?<![a-z])(?:held|hold)[-_ ]?out(?![a-z])", re.I)
+_HELD_OUT_SPLIT = "held_out"
+"""Not a keyword of `datasets`, which leaves such files unread, or takes them for `train`."""
+
+_LIKE_HELD_OUT = re.compile(
+    r"(?<![a-z])(?:test|eval|valid|hold|held)(?!ated|ing)|(?<!la)(?<!con)(?<!pro)test(?![a-z])",
+    re.I,
+)
+"""`mytest`, `testset`, `evals`: not keywords, but hardly training data."""
+
 _MAX_LISTED = 6
 
 type Splits = dict[str, list[str]]
@@ -76,15 +91,36 @@ def choose_files(source: SourceConfig, root: Path, files: Sequence[Path]) -> lis
         chosen = {*splits[wanted]}
         _check_apart(source, wanted, splits)
     else:
-        # Files that are named exactly like the split, such as `train_prefs.jsonl`.
-        chosen = {name for name in names if Path(name).name.split(".")[0] == wanted}
+        # Files that are named exactly like the split, such as `train_prefs.jsonl`, unless their
+        # directory names another.
+        other = {name for split in splits if not wanted.startswith(split) for name in splits[split]}
+        chosen = {name for name in names if Path(name).name.split(".")[0] == wanted} - other
     if not chosen:
         raise _no_split(source.path, wanted, splits)
     listed = chosen.union(*splits.values())
     if unread := [name for name in names if name not in listed]:
         count = format_count(len(unread), "file")
         logger.warning("%s: %s without a split are not read: %s, ...", root, count, unread[0])
+    _warn_of_names(root, wanted, [name for name in names if name in chosen])
     return [file for name, file in names.items() if name in chosen]
+
+
+def _warn_of_names(root: Path, split: str, names: Sequence[str]) -> None:
+    """Warn of shards that are missing, and of training data with the name of held-out data."""
+    like = [name for name in names if _LIKE_HELD_OUT.search(Path(name).name)]
+    if split.startswith(DEFAULT_SPLIT) and like and len(like) < len(names):
+        message = "%s: %s is trained as '%s'; if it is not meant, name the files in `path`"
+        logger.warning(message, root, like[0], split)
+    present: dict[tuple[str, ...], set[int]] = {}
+    for name in names:
+        if shard := _NUMBERED.fullmatch(name):
+            key = shard["name"], shard["count"], shard["rest"]
+            present.setdefault(key, set()).add(int(shard["at"]))
+    for (name, count, rest), found in present.items():
+        if missing := sorted({*range(int(count))} - found):
+            first = f"{name}-{missing[0]:05}-of-{count}{rest}"
+            message = "%s: %d of %d shards are missing, the first is %s"
+            logger.warning(message, root, len(missing), int(count), first)
 
 
 def check_split(path: str, wanted: str | None, splits: Sequence[str]) -> str:
@@ -131,24 +167,35 @@ def _listed(splits: Splits) -> str:
 
 
 def _named_splits(root: str, names: Sequence[str]) -> Splits:
-    """Splits by the names of files; those that name none are `train`."""
+    """Splits by the names of files; a file whose directory contradicts it is in both splits."""
     from datasets import data_files
 
+    rules = [
+        {str(split): {*_matching(names, globs)} for split, globs in patterns.items()}
+        for patterns in (
+            data_files.DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME,
+            data_files.DEFAULT_PATTERNS_SPLIT_IN_FILENAME,
+        )
+    ]
     splits: Splits = {}
+    unnamed: list[str] = []
     for name in names:
-        if split := _shard_split(f"{root}/{name}"):
+        by_directory, by_file = (
+            [split for split, files in rule.items() if name in files] for rule in rules
+        )
+        # Shards name splits of any name, `held_out` too: only directories can contradict them.
+        shard = _shard_split(f"{root}/{name}")
+        where = name if shard is None else Path(name).parent.as_posix()
+        others = by_directory + ([_HELD_OUT_SPLIT] if _HELD_OUT.search(where) else [])
+        if shard is None:
+            found = list(dict.fromkeys(others + by_file))
+        else:  # The directory `train` does not contradict the shard `train_prefs`.
+            found = [shard, *(split for split in others if not shard.startswith(split))]
+        for split in found:
             splits.setdefault(split, []).append(name)
-    for patterns in (
-        data_files.DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME,
-        data_files.DEFAULT_PATTERNS_SPLIT_IN_FILENAME,
-    ):
-        if splits:
-            break
-        matches = {str(split): _matching(names, globs) for split, globs in patterns.items()}
-        splits = {split: files for split, files in matches.items() if files}
-    listed = {name for files in splits.values() for name in files}
-    if rest := [name for name in names if name not in listed]:
-        splits.setdefault(DEFAULT_SPLIT, []).extend(rest)
+        unnamed += [] if found else [name]
+    if unnamed and not any(split.startswith(DEFAULT_SPLIT) for split in splits):
+        splits[DEFAULT_SPLIT] = unnamed
     return splits
 
 

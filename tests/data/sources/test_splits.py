@@ -62,6 +62,22 @@ SPLITS = [
         id="named-like-the-split",
     ),
     pytest.param(["a.jsonl", "test.jsonl"], "train", ["a.jsonl"], id="no-name-is-train"),
+    pytest.param(["train/a.jsonl", "test.jsonl"], "train", ["train/a.jsonl"], id="mixed"),
+    pytest.param(["train/a.jsonl", "test.jsonl"], "test", ["test.jsonl"], id="mixed-test"),
+    pytest.param(
+        ["data/train-00000-of-00001.jsonl", "data/test.jsonl"],
+        "train",
+        ["data/train-00000-of-00001.jsonl"],
+        id="shard-and-file",
+    ),
+    pytest.param(
+        ["train-00000-of-00001.jsonl", "validation.jsonl"],
+        "validation",
+        ["validation.jsonl"],
+        id="shard-and-file-outside-data",
+    ),
+    pytest.param(["a_train.jsonl", "a_held_out.jsonl"], "train", ["a_train.jsonl"], id="examples"),
+    pytest.param(["a.jsonl", "holdout/b.jsonl"], "held_out", ["holdout/b.jsonl"], id="held-out"),
 ]
 
 
@@ -110,6 +126,9 @@ def test_files_of_one_split_need_no_choice(names: list[str], tmp_path: Path) -> 
         (CLONE, "train", "no split 'train'; its files are "),
         (["a.jsonl"], "train[:10%]", "slices or joins splits, which works for hub datasets only"),
         (["train.jsonl", "test-train.jsonl"], "train", "test-train.jsonl names two splits"),
+        (["train/test.jsonl", "a.jsonl"], "train", "train/test.jsonl names two splits"),
+        (["test/train-00000-of-00001.jsonl"], "train", "names two splits"),
+        (["held_out/train_prefs.jsonl"], "train_prefs", "no split 'train_prefs'"),
         (["a.jsonl", "b.zip"], None, r"b\.zip: cannot read a '\.zip' file; convert, unpack or"),
     ],
 )
@@ -119,6 +138,42 @@ def test_a_split_that_cannot_be_read_is_refused(
     write_files(tmp_path, names)
     with pytest.raises(DataError, match=message):
         read(tmp_path, split=split)
+
+
+def test_files_without_a_split_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    others = ["mytest.jsonl", "testset.jsonl"]
+    write_files(tmp_path / "one", ["train.jsonl", *others])
+    for split in (None, "train"):
+        assert read(tmp_path / "one", split=split) == ["train.jsonl"]
+    assert "2 files without a split are not read: mytest.jsonl" in caplog.text
+    write_files(tmp_path / "two", ["pairs.jsonl", "latest.jsonl", *others])
+    caplog.clear()
+    assert len(read(tmp_path / "two")) == 4
+    assert "mytest.jsonl is trained as 'train'; if it is not meant" in caplog.text
+    caplog.clear()
+    write_files(tmp_path / "three", ["pairs.jsonl", "latest.jsonl", "contest.jsonl"])
+    assert len(read(tmp_path / "three")) == 3 and not caplog.text
+
+
+def test_a_pattern_keeps_splits_apart(tmp_path: Path) -> None:
+    write_files(tmp_path, ["train/a.jsonl", "test.jsonl"])
+    with pytest.raises(DataError, match="several splits"):
+        read(tmp_path / "**" / "*.jsonl")
+    assert read(tmp_path / "**" / "*.jsonl", split="train") == ["train/a.jsonl"]
+
+
+def test_missing_shards_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_files(tmp_path, [f"data/train-0000{at}-of-00003.jsonl" for at in (0, 2)])
+    assert len(read(tmp_path)) == 2
+    assert "1 of 3 shards are missing, the first is data/train-00001-of-00003.jsonl" in caplog.text
+
+
+def test_linked_directories_are_read_once(tmp_path: Path) -> None:
+    write_files(tmp_path / "elsewhere", ["b.jsonl"])
+    write_files(tmp_path / "data", ["a.jsonl", "inside/c.jsonl"])
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data")
+    assert sorted(read(tmp_path / "data")) == ["a.jsonl", "b.jsonl", "inside/c.jsonl"]
 
 
 README = """---
