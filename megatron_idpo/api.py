@@ -62,9 +62,16 @@ class Result:
         return self.output / "adapter"
 
     def model(self, **options: Any) -> Any:
-        """The trained model as Transformers loads it; `options` are of `from_pretrained`."""
+        """The trained model as Transformers loads it; `options` are of `from_pretrained`.
+
+        Raises:
+            CheckpointError: a file of it is damaged or was changed.
+        """
         from transformers import AutoModelForCausalLM
 
+        from megatron_idpo.evaluate.hf_model import check_weights
+
+        check_weights(self.model_directory)
         return AutoModelForCausalLM.from_pretrained(
             self.model_directory, trust_remote_code=False, **options
         )

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
+_MAX_LISTED = 50
+"""Problems in one message: 30,000 bad values of one field are one mistake."""
+
 EXIT_USER_ERROR = 2
 EXIT_PEER_LOST = 3
 """Another process of the run has died, or does not answer; its own message says why, if it printed
@@ -50,7 +53,10 @@ class UserError(Exception):
     def of(cls, problems: Sequence[Problem]) -> Self:
         """An error with these problems: one line for one problem, a list for several."""
         assert problems, "an error needs a problem"
-        lines = [f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)]
+        listed = [f"  - {problem}" for problem in problems[:_MAX_LISTED]]
+        lines = [f"{len(problems)} problems:", *listed]
+        if len(problems) > _MAX_LISTED:
+            lines.append(f"  - and {len(problems) - _MAX_LISTED} more")
         error = cls(str(problems[0]) if len(problems) == 1 else "\n".join(lines))
         error.problems = tuple(problems)
         return error

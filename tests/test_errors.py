@@ -32,6 +32,12 @@ def test_one_problem_is_a_line_and_several_are_a_list(kind: type[UserError]) -> 
     assert str(kind.of([FIRST, SECOND])) == f"2 problems:\n  - {FIRST}\n  - {SECOND}"
 
 
+def test_a_message_lists_a_bounded_number_of_problems() -> None:
+    error = ConfigError.of([FIRST] * 30_000)
+    assert len(error.problems) == 30_000 and str(error).startswith("30000 problems:")
+    assert str(error).count("\n") == 51 and str(error).endswith("\n  - and 29950 more")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_creates_an_error_of_its_class(kind: type[UserError]) -> None:
     error = kind.at("pairs.jsonl:17", "is empty")

@@ -8,9 +8,10 @@ reported here and not as a wrong attribute somewhere else.
 
 import pickle
 from enum import Enum
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -63,6 +64,9 @@ _NEVER_WRITTEN = b"".join(
 """Instructions for other names and objects than those in the file."""
 
 _MAX_SHOWN = 100
+
+_MAX_TUPLE_DEPTH = 20
+"""DCP writes 3 levels. A tuple's hash recurses in C without a limit: 100,000 end in SIGSEGV."""
 
 
 class _ForbiddenError(pickle.UnpicklingError):
@@ -119,12 +123,29 @@ class _Unpickler(pickle._Unpickler):
         build: Any = pickle._Unpickler.dispatch[pickle.BUILD[0]]
         build(self)
 
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self._depths: dict[int, tuple[int, Any]] = {}
+
+    def _tuple(self, code: int) -> None:
+        build: Any = pickle._Unpickler.dispatch[code]
+        build(self)
+        made = getattr(self, "stack")[-1]  # noqa: B009 - not in typeshed
+        inner = (self._depths.get(id(part), (1, None))[0] for part in made if type(part) is tuple)
+        depth = 1 + max(inner, default=0)
+        if depth > _MAX_TUPLE_DEPTH:
+            raise pickle.UnpicklingError(f"tuples in more than {_MAX_TUPLE_DEPTH} levels")
+        if depth > 1:  # Kept, so that no other object gets its id.
+            self._depths[id(made)] = depth, made
+
     dispatch: ClassVar[dict[int, Any]] = {
         code: function
         for code, function in pickle._Unpickler.dispatch.items()
         if code not in _NEVER_WRITTEN
     }
     dispatch[pickle.BUILD[0]] = _build
+    for _code in b"".join((pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)):
+        dispatch[_code] = partial(_tuple, code=_code)
 
 
 def _layout(name: str) -> torch.layout:

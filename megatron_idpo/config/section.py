@@ -38,6 +38,10 @@ _MAX_INT = 2**31 - 1
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 """Of the normal 32-bit floats, in which losses and updates are computed."""
 
+_VARIABLE = re.compile(r"(?:^|/)\$|\$\{|\$[A-Za-z_]")
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux file systems
 
 
@@ -64,8 +68,12 @@ def _check_characters(value: str) -> str:
 
 
 def _check_path(value: str) -> str:
-    if value.startswith("$"):
+    if _VARIABLE.search(value):
         raise ValueError("environment variables are not replaced: write the path out")
+    if not value.strip() or _CONTROL.search(value):
+        raise ValueError("a path is not blank, and has no line breaks or control characters")
+    if value.startswith("~") and os.path.expanduser(value).startswith("~"):
+        raise ValueError("there is no such user: write the home directory out")
     if any(len(name.encode()) > _MAX_NAME_BYTES for name in value.split("/")):
         raise ValueError(f"a name in a path has at most {_MAX_NAME_BYTES} bytes")
     return value

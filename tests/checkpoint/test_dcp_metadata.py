@@ -133,6 +133,17 @@ INVALID = {
 }
 
 
+@pytest.mark.parametrize(
+    "nested",
+    [b")" + b"\x85" * 200_000, b"(" * 200_000 + b"t" * 200_000, b")" + b"K\1\x86" * 100_000],
+)
+def test_deeply_nested_tuples_are_damage(tmp_path, nested):
+    """Their hash, as keys, ended the process with SIGSEGV."""
+    (tmp_path / FILE).write_bytes(b"\x80\x04}" + nested + b"Ns.")
+    with pytest.raises(CheckpointError, match="tuples in more than 20 levels"):
+        read_dcp_metadata(tmp_path)
+
+
 @pytest.mark.parametrize("name", INVALID)
 def test_what_dcp_does_not_write_is_damage(tmp_path, name):
     put(tmp_path, INVALID[name])

@@ -1,5 +1,6 @@
 """Values that no library can represent, in every field: refused before anything is loaded."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -98,7 +99,14 @@ REFUSED = [
     ("objective.layers", "[1e308]", "layer numbers or depth fractions"),
     ("objective.layers", "[.nan]", "layer numbers or depth fractions"),
     ("training.output", "n" * 300, "a name in a path has at most 255 bytes"),
-    ("training.output", "$SCRATCH/run", "environment variables are not replaced"),
+    *(
+        ("training.output", path, "environment variables are not replaced")
+        for path in ("$SCRATCH/run", "runs/$X", "runs/a-${X}", "runs/a$X")
+    ),
+    ("training.output", "~no-such-user/x", "there is no such user"),
+    ("training.output", '" "', "a path is not blank"),
+    ("training.output", '"a\\nb"', "has no line breaks"),
+    ("data.train", '["a\\x1b[2J.jsonl"]', "control characters"),
 ]
 
 
@@ -107,6 +115,13 @@ def test_the_reason_is_named(path, field, value, message):
     with pytest.raises(ConfigError) as error:
         load_config(path, [f"{field}={value}"], optional=SECTIONS)
     assert message in str(error.value) and field in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["a b", "a$", "a$1", "~/x", "ü/漢　字", "a*[0-9]", "~/$/x"])
+def test_other_paths_are_accepted(path, value):
+    is_refused = value == "~/$/x"
+    with pytest.raises(ConfigError) if is_refused else nullcontext():
+        load_config(path, [f"training.output={value}"], optional=SECTIONS)
 
 
 def test_a_section_in_python_has_the_same_limits():

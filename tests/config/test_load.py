@@ -103,9 +103,7 @@ def test_a_leading_tilde_is_the_home_directory(write, monkeypatch):
         assert getattr(config.data, field) == expected["data"][field]
 
 
-@pytest.mark.parametrize(
-    "path", ["org/model", "./a/../b~", "a/~/b", "{{ x }}~/y", "~nobody-here/x"]
-)
+@pytest.mark.parametrize("path", ["org/model", "./a/../b~", "a/~/b", "{{ x }}~/y"])
 def test_other_paths_are_not_expanded(path):
     section = DataConfig(train=path, chat_template=path)
     assert section.train[0].path == path == section.chat_template
@@ -261,7 +259,9 @@ def test_an_empty_file_has_no_sections(write):
     assert "data: the section is missing" in problems_of(write(""), required=["data"])[0]
 
 
-PATHS = st.text(min_size=1, max_size=60).filter(lambda path: path[0] != "$" and "\0" not in path)
+PATHS = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=60).filter(
+    lambda path: path.strip() and path[0] != "~" and "$" not in path
+)
 VALUES = st.fixed_dictionaries(
     {"train": st.lists(PATHS, min_size=1, max_size=3)},
     optional={

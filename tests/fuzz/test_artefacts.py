@@ -1,5 +1,10 @@
-"""Damaged artefacts: refused with one line that names a file, or read with the original content."""
+"""Damaged artefacts: refused with one line that names a file, or read with the original content.
 
+Weights of other programs have no checksums. What is read of a damaged file is then compared with
+what plain code reads of the same bytes.
+"""
+
+import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -23,6 +27,7 @@ from megatron_idpo.checkpoint.dcp_metadata import read_dcp_metadata
 from megatron_idpo.checkpoint.dcp_planner import read_chunks
 from megatron_idpo.checkpoint.tensor_chunks import TensorChunk
 from megatron_idpo.convert.hf_io.reader import HfCheckpoint
+from megatron_idpo.convert.hf_io.safetensors_file import CHECKSUMS
 from megatron_idpo.data.report import DataReport
 from megatron_idpo.data.tokenize.store import (
     COLUMNS,
@@ -32,14 +37,17 @@ from megatron_idpo.data.tokenize.store import (
     arrow_schema,
 )
 from megatron_idpo.errors import UserError
-from megatron_idpo.reference.logps_table import encode_table, read_table, write_table
+from megatron_idpo.reference.cache import CacheWriter, open_cache
 from megatron_idpo.storage.sealed import read_sealed, write_sealed
 
+from ..convert.checked_file import write_checked
+from ..reference.tiny_cache import fingerprint, logps
 from .budget import count, inputs
 
 TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5)}
 PAIRS = [([1], [2, 3], [4]), ([5, 6], [7], [8, 9]), ([10], [11], [12])]
-LOGPS_PL2 = np.linspace(-9, 0, 80, dtype=np.float32).reshape(20, 2, 2)
+FINGERPRINT = fingerprint(pairs=20, layers=(2, 4))
+LOGPS_PL2 = logps(pairs=20)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Kind:
 
     write: Callable[[Path], None]
     read: Callable[[Path], Any]
+    second: Callable[[Path], Any] | None = None
+    """Plain code that reads the same from a damaged artefact; None: it has to be undamaged."""
 
 
 def _write_sealed(directory: Path) -> None:
@@ -103,11 +113,17 @@ def _read_pairs(directory: Path) -> Any:
 
 
 def _write_logps(directory: Path) -> None:
-    write_table(directory / "part-0.parquet", encode_table(LOGPS_PL2, (2, 4)))
+    writer = CacheWriter(directory, FINGERPRINT)
+    writer.add(LOGPS_PL2)
+    writer.finish()
 
 
 def _read_logps(directory: Path) -> Any:
-    return read_table(directory / "part-0.parquet", (2, 4)).shape
+    return open_cache(directory, FINGERPRINT).tobytes()
+
+
+def _write_export(directory: Path) -> None:
+    write_checked(directory / "model.safetensors", TENSORS)
 
 
 def _write_model(directory: Path) -> None:
@@ -115,11 +131,34 @@ def _write_model(directory: Path) -> None:
 
 
 def _read_model(directory: Path) -> Any:
-    """Only the header: files of other programs have no checksums."""
     checkpoint = HfCheckpoint(directory)
     checkpoint.verify()
     checkpoint.check({name: tuple(tensor.shape) for name, tensor in TENSORS.items()})
-    return {name: checkpoint.read(name).shape for name in TENSORS}
+    read = {name: checkpoint.read(name) for name in TENSORS}
+    return {name: (one.dtype, one.numpy().tobytes()) for name, one in read.items()}
+
+
+DTYPES = {"F32": torch.float32, "I32": torch.int32, "U32": torch.uint32}
+
+
+def _parse_model(directory: Path) -> Any:
+    """A file of weights by its documented layout: a length, a header in JSON, and the data."""
+    content = (directory / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    parsed = {}
+    for name in TENSORS:
+        first, last = header[name]["data_offsets"]
+        parsed[name] = DTYPES[header[name]["dtype"]], content[start + first : start + last]
+    return parsed
+
+
+def _parse_export(directory: Path) -> Any:
+    """The undamaged tensors, unless the name of the checksums itself is damaged."""
+    content = (directory / "model.safetensors").read_bytes()
+    if CHECKSUMS.encode() not in content:
+        return _parse_model(directory)
+    return {name: (one.dtype, one.numpy().tobytes()) for name, one in TENSORS.items()}
 
 
 KINDS = {
@@ -128,7 +167,8 @@ KINDS = {
     "list of tensors": Kind(_write_state, _read_list),
     "tokenized pairs": Kind(_write_pairs, _read_pairs),
     "log-probabilities": Kind(_write_logps, _read_logps),
-    "Hugging Face weights": Kind(_write_model, _read_model),
+    "exported weights": Kind(_write_export, _read_model, _parse_export),
+    "weights of others": Kind(_write_model, _read_model, _parse_model),
 }
 
 
@@ -189,7 +229,10 @@ def apply(damage: tuple[str, float, int], directory: Path, file: float) -> None:
 @example(name="training state", damage=[("flip", 0.5, 0)], file=0.0)
 @example(name="training state", damage=[("swap", 0.0, 1)], file=0.0)
 @example(name="tokenized pairs", damage=[("flip", 0.5, 0)], file=0.99)
-@example(name="Hugging Face weights", damage=[("zero", 0.0, 0)], file=0.0)
+@example(name="weights of others", damage=[("zero", 0.0, 0)], file=0.0)
+@example(name="weights of others", damage=[("flip", 0.99, 0)], file=0.0)
+@example(name="exported weights", damage=[("flip", 0.99, 0)], file=0.0)
+@example(name="log-probabilities", damage=[("flip", 0.5, 0)], file=0.99)
 @example(name="list of tensors", damage=[("cut", 0.9, 0)], file=0.0)
 def test_damage_is_refused_or_harmless(
     artefacts: dict[str, Path], scratch: Path, name: str, damage: list[Any], file: float
@@ -208,4 +251,4 @@ def test_damage_is_refused_or_harmless(
         assert error.problems[0].remedy, error
         return
     count(f"artefacts, {name}", "read")
-    assert read == kind.read(artefacts[name])
+    assert read == (kind.second(directory) if kind.second else kind.read(artefacts[name]))

@@ -128,12 +128,15 @@ class LmEvalModel:
         """Load the model.
 
         Raises:
-            CheckpointError: Transformers or PEFT cannot load it.
+            CheckpointError: Transformers or PEFT cannot load it, or exported weights were changed.
         """
+        # Imports transformers.
+        from megatron_idpo.evaluate.hf_model import check_weights, hide_loading_bar
+
+        for directory in filter(None, (Path(model.path), model.adapter)):
+            check_weights(directory)
         import torch
         from lm_eval.models.huggingface import HFLM
-
-        from megatron_idpo.evaluate.hf_model import hide_loading_bar  # imports transformers
 
         self._path, self._cut = model.path, _CutCounter()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
