@@ -15,6 +15,8 @@ NOTES = {
     "long answer": "an answer has several messages, all scored",
     "joined": "the prompt is `instruction` and `input`, joined by a line break",
     "decoded": "chat messages are stored as text, and read as messages",
+    "decoded tools": "descriptions of tools are stored as text, and read as objects",
+    "implicit": "there is no prompt: it is the beginning that chosen and rejected have in common",
     "nulls": (
         "null fields in tool arguments, tools or chat_template_kwargs are left out: a table has "
         "them for missing fields too (JSON text or JSON lines keep what is meant)"

@@ -34,13 +34,6 @@ _QWEN: dict[str, Any] = {
     "use_sliding_window": False,
 }
 
-_GLM: dict[str, Any] = {
-    "attention_bias": True,
-    "head_dim": 16,
-    "pad_token_id": None,
-    "partial_rotary_factor": 0.5,
-}
-
 _GEMMA: dict[str, Any] = {
     "attention_bias": False,
     "head_dim": 16,
@@ -143,13 +136,12 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
         },
         "sliding_window": 6,
     },
-    "glm": {**_GLM, "architectures": ["GlmForCausalLM"]},
-    "glm4": {**_GLM, "architectures": ["Glm4ForCausalLM"]},
-    "ernie4_5": {
-        "architectures": ["Ernie4_5ForCausalLM"],
+    "glm4": {
+        "architectures": ["Glm4ForCausalLM"],
+        "attention_bias": True,
         "head_dim": 16,
         "pad_token_id": None,
-        "use_bias": False,
+        "partial_rotary_factor": 0.5,
     },
     "gemma": {
         "architectures": ["GemmaForCausalLM"],

@@ -5,7 +5,6 @@ cases' numbers are those of public reports.
 """
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from tests.data.trained_record import (
     RecordReader,
     RefusedError,
     assistant,
-    calls,
     user,
 )
 
@@ -63,6 +61,17 @@ def test_system_field_of_a_chat_is_read_unless_the_chat_has_one(read: RecordRead
         {"messages": [user("Which cat?")]},
         {"history": "text"},
         {"functions": [{"name": "weather"}]},
+        {"context": 5},
+        {"context": {"doc": "abc"}},
+        {"context": "a"},
+        {"context": "cat"},
+        {"input": [3, 1, 2]},
+        {"history": [{"question": "q0", "answer": "a0"}]},
+        {"history": [{"user": "q0", "assistant": "a0"}]},
+        {"document": "A cat sat."},
+        {"passage": "A cat sat."},
+        {"source_context": "A cat sat."},
+        {"model_input": "A cat sat."},
     ],
 )
 def test_other_part_of_the_conversation_is_noted_if_it_is_not_read(
@@ -80,6 +89,8 @@ def test_other_part_of_the_conversation_is_noted_if_it_is_not_read(
         {"messages": [*CHAT["prompt"], *CHAT["chosen"]]},
         {"messages": json.dumps(CHAT["prompt"])},
         {"prompt_id": "7f1c", "question_type": "open", "context": " ", "score": 3, "source": "x y"},
+        {"num_messages": 4, "prompt_tokens": 3, "context": True, "question_difficulty": 2},
+        {"context": "cat", "prompt": [user("Context: cat\nthe cat")]},
     ],
 )
 def test_copy_or_description_of_the_conversation_is_not_noted(
@@ -102,6 +113,53 @@ def test_text_with_a_field_that_only_a_chat_has_is_refused(
     assert trained.notes.keys() == ({f"unread: {name}" for name in field} - {"unread: tools"})
 
 
+@pytest.mark.parametrize("value", [5, [3, 1, 2], {"a": 5}])
+def test_alpaca_input_that_is_not_text_is_noted(read: RecordReader, value: Any) -> None:
+    record = {"instruction": "Add 3 to", "input": value, "chosen": "le", "rejected": "la"}
+    trained = read(record, "single_turn", columns={"prompt": "instruction"})
+    assert trained.prompt == "<user>Add 3 to</><assistant>"
+    assert trained.notes.keys() == {"unread: input"}
+    assert read({"prompt": "Add", **record}, "single_turn").notes.keys() >= {"unread: input"}
+
+
+SHARED = {"chosen": "Sure, the cat", "rejected": "Sure, a dog"}
+
+
+@pytest.mark.parametrize("name", ["question", "request", "dialogue", "problem", "passage"])
+def test_prompt_under_another_name_is_refused_whatever_the_answers_share(
+    read: RecordReader, name: str
+) -> None:
+    """The beginning of the answers, `Sure,`, would be trained as the prompt."""
+    record = {name: "What is it?", **SHARED}
+    with pytest.raises(RefusedError, match=f"columns: {{prompt: {name}}}"):
+        read(record)
+    assert read(record, columns={"prompt": name}).prompt == "What is it?"
+    assert read(record, "text").notes.keys() == {"implicit", f"unread: {name}"}
+
+
+@pytest.mark.parametrize("name", ["task", "user", "post", "text", "human", "title"])
+@pytest.mark.parametrize("format", ["auto", "text"])
+def test_implicit_prompt_next_to_another_text_is_noted(
+    read: RecordReader, name: str, format: str
+) -> None:
+    trained = read({name: "Translate this please", "source": "x y", **SHARED}, format)
+    assert trained.notes == {
+        "implicit": "'Sure,'",
+        f"unread: {name}": f"'{name}' is 'Translate this please'",
+    }
+
+
+def test_implicit_prompts_are_read_as_before_and_counted(read: RecordReader) -> None:
+    whole = {"chosen": "Q: the cat\nA: oui", "rejected": "Q: the cat\nA: non"}
+    for more in ({}, {"question": "the cat"}, {"text": "Q: the cat"}, {"task": "translation"}):
+        trained = read({**whole, **more})
+        assert trained.prompt + trained.chosen == whole["chosen"]
+        assert whole["chosen"].removesuffix("oui").startswith(trained.prompt)
+        assert trained.notes == {"implicit": repr("Q: the cat\nA:")}
+    lists = {name: [*CHAT["prompt"], *answer] for name, answer in MESSAGES.items()}
+    assert read({**lists, "task": "two words"}).notes == {}
+
+
 @pytest.mark.parametrize("name", ["user_query", "Question", "input_text", "dialogue"])
 def test_prompt_under_an_unusual_name_is_refused_with_the_mapping(
     read: RecordReader, name: str
@@ -120,49 +178,14 @@ def test_answers_without_any_prompt_are_noted(read: RecordReader) -> None:
 
 
 @pytest.mark.parametrize(
-    "message",
-    [
-        {**calls(None), "tool_calls": json.dumps(calls(CITY)["tool_calls"])},
-        assistant(None, function_call={"name": "weather", "arguments": JSON_CITY}),
-        {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": CITY})},
-    ],
-)
-def test_tool_calls_in_other_forms_are_read(read: RecordReader, message: dict[str, Any]) -> None:
-    """As `datasets` stores them, OpenAI's former `function_call`, and LLaMA-Factory's."""
-    trained = read({**CHAT, "chosen": [message]}, template=ENCODES)
-    assert trained.chosen == f"[weather {JSON_CITY}]</>"
-
-
-@pytest.mark.parametrize("write", [json.dumps, str], ids=["json", "pandas"])
-@pytest.mark.parametrize("record", [CHAT, {**MESSAGES, "prompt": CHAT["prompt"]}])
-def test_messages_stored_as_text_are_read(
-    read: RecordReader, record: dict[str, Any], write: Callable[[Any], str]
-) -> None:
-    stored = {name: write(value) for name, value in record.items()}
-    trained = read(stored)
-    assert (trained.prompt, trained.chosen, trained.rejected) == ONE_TURN
-    assert trained.notes.keys() == {"decoded"}
-    assert read(stored, "text").notes.keys() >= {"undecoded"}
-    with pytest.raises(RefusedError, match="set it to 'auto'"):
-        read(stored, "single_turn")
-
-
-def test_text_that_only_resembles_stored_messages(read: RecordReader) -> None:
-    damaged = {name: json.dumps(value)[:-1] for name, value in MESSAGES.items()}
-    with pytest.raises(RefusedError, match=r"looks like chat messages .* not JSON"):
-        read({"prompt": "the cat", **damaged})
-    one = {**ANSWERS, "prompt": "As JSON?", "chosen": json.dumps(MESSAGES["chosen"])}
-    trained = read(one)
-    assert trained.chosen == one["chosen"] and trained.notes.keys() == {"undecoded"}
-
-
-@pytest.mark.parametrize(
     ("record", "format"),
     [
         ({"prompt": "Q: 2+2? A:", "chosen": "Q: 2+2? A: 4", "rejected": "Q: 2+2? A: 5"}, "text"),
         ({"prompt": "the cat", "chosen": "the cat: le", "rejected": "la"}, "single_turn"),
         ({"prompt": "the cat ", "chosen": " the cat: le", "rejected": "la"}, "auto"),
         ({**CHAT, "rejected": [assistant("the cat: la chat")]}, "chat"),
+        ({"prompt": "the cat", **ANSWERS, "chosen": "User: the cat\nAssistant: le"}, "single_turn"),
+        ({"prompt": "the\n\ncat", **ANSWERS, "chosen": "the\ncat: le"}, "single_turn"),
     ],
 )
 def test_prompt_repeated_in_an_answer_is_noted(
@@ -170,6 +193,30 @@ def test_prompt_repeated_in_an_answer_is_noted(
 ) -> None:
     """Case 05; trl#1582. It may be meant, so that it is not removed."""
     assert read(record, format).notes.keys() == {"repeated"}
+
+
+def test_prompt_quoted_in_an_answer_is_not_noted(read: RecordReader) -> None:
+    for answer in ("By the cat I mean le chat", "About the cat: yes"):
+        assert read({"prompt": "the cat", **ANSWERS, "chosen": answer}).notes == {}
+
+
+@pytest.mark.parametrize(
+    ("record", "remedy"),
+    [
+        ({"tools": {"a": 1}}, "write a list"),
+        ({"tools": ["x"]}, "write each tool as"),
+        ({"tools": "{"}, "correct or remove it"),
+        ({"system": ["s"]}, "write it as text"),
+        ({"chosen": [{"role": "tool", "content": {"a": 1}}]}, "as JSON text"),
+        ({"chosen": [assistant(None, tool_calls=[5])]}, "write each call as"),
+        ({"chosen": 5, "rejected": 6}, "write it as text, numbers too"),
+    ],
+)
+def test_refusal_has_a_remedy(read: RecordReader, record: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(RefusedError, match=f"; .*{remedy}"):
+        read({**CHAT, **record})
+    with pytest.raises(RefusedError, match="'history' is text, but not JSON; correct or remove it"):
+        read({"prompt": "q", **ANSWERS, "history": "text"}, "single_turn")
 
 
 def test_messages_of_the_prompt_repeated_in_both_answers_are_the_prompt(read: RecordReader) -> None:

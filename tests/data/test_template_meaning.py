@@ -89,13 +89,61 @@ def test_text_that_the_template_would_render_again_is_refused(read: RecordReader
     assert trained.notes.keys() == {"control"}
 
 
-@pytest.mark.parametrize(
-    "text", ["What is <|im_end|>?", "[INST] hi [/INST]", "<s>hi", "\n\nHuman: hi\n\nAssistant:"]
-)
+MARKED = ["a<|eot_id|>", "a<end_of_turn>", "a<|endoftext|>", "<｜User｜>hi", "[INST] hi [/INST]"]
+LABELED = ["USER: hi ASSISTANT:", "Human: hi\n\nAssistant:", "\n\nHuman: hi\n\nAssistant:"]
+
+
+@pytest.mark.parametrize("text", ["What is <|im_end|>?", "<s>hi", *MARKED, *LABELED])
 def test_control_tokens_and_other_templates_are_noted(read: RecordReader, text: str) -> None:
     for record, format in (({"prompt": text, **ANSWERS}, "single_turn"), (CHAT, "auto")):
         prompt = text if format == "single_turn" else [user(text)]
         assert read({**record, "prompt": prompt}, format).notes.keys() == {"control"}
+
+
+@pytest.mark.parametrize("mark", MARKED)
+def test_answers_and_text_rendered_for_another_model_are_noted(
+    read: RecordReader, mark: str
+) -> None:
+    assert read({**CHAT, "chosen": [assistant(mark)]}).notes.keys() == {"control"}
+    assert read({"prompt": "q", **ANSWERS, "chosen": mark}, "text").notes.keys() == {"control"}
+
+
+@pytest.mark.parametrize("text", [*LABELED, "a <| b |> c", "x <|> y", "a < b|c > d", "U: a\nA:"])
+def test_text_may_have_the_labels_of_a_base_model(read: RecordReader, text: str) -> None:
+    assert read({"prompt": text, **ANSWERS}, "text").notes == {}
+    if text not in LABELED:
+        assert read({"prompt": text, **ANSWERS}, "single_turn").notes == {}
+
+
+@pytest.mark.parametrize(
+    ("template", "calls_", "lost"),
+    [
+        (
+            "[{{ m.tool_calls[0].function.name }}]",
+            [CITY],
+            "the argument 'Örebro' of the tool 'weather'",
+        ),
+        (
+            "[weather {{ m.tool_calls[0].function.arguments | tojson }}]",
+            [CITY, {"city": "Oslo"}],
+            "a call of the tool 'weather'",
+        ),
+        (
+            "[weather {{ m.tool_calls[0].function.arguments | tojson }} weather]",
+            [CITY, {"days": 3}],
+            "the argument '3' of the tool 'weather'",
+        ),
+    ],
+    ids=["name-only", "first-of-two", "arguments-of-the-second"],
+)
+def test_part_of_a_tool_call_that_is_not_written_is_named(
+    read: RecordReader, template: str, calls_: list[Any], lost: str
+) -> None:
+    made = [call for arguments in calls_ for call in calls(arguments)["tool_calls"]]
+    written = "{% if m.tool_calls %}" + template + "{% endif %}"
+    record = {**CHAT, "chosen": [assistant(None, tool_calls=made)]}
+    assert read(record, template=chatml(TEXT + written)).notes == {"left out": lost}
+    assert read(record, template=ENCODES).notes == {}
 
 
 def test_remedy_for_untemplated_text_is_not_given_for_rendered_text(
@@ -203,7 +251,7 @@ def test_every_kind_of_note_is_described() -> None:
     """The report has a line for each kind that these tests have seen."""
     seen = {"joined", "unread: x", "no prompt", "arguments", "decoded", "undecoded", "repeated"}
     seen |= {"control", "left out", "opening", "prefill", "untemplated", "unterminated"}
-    seen |= {"long answer", "tokens merged", "nulls"}
+    seen |= {"long answer", "tokens merged", "nulls", "implicit", "decoded tools"}
     report = DataReport()
     for kind in seen:
         report.note(kind, 0, 1, "detail")

@@ -1,5 +1,7 @@
 """Records and chat templates: refused, or trained as a second, plain reading says, or noted."""
 
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jinja2
@@ -16,12 +18,23 @@ from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import DataError
 
 from ..data.conftest import CHATML, _byte_bpe
+from ..data.trained_record import CONCATENATES, ENCODES, WRITES_AS_IS
 from .budget import count, inputs
 
 ROLES = {"human": "user", "gpt": "assistant"}
 
+NEIGHBORS = ("context", "input", "document", "history")
+"""Fields of the conversation that a record may have in addition."""
+
 ALTERED = {"joined", "arguments", "left out", "prefill", "decoded"}
 """Notes that say what is trained instead; the other notes change nothing."""
+
+
+PAIR = {
+    "prompt": [{"role": "user", "content": "Ask me"}],
+    "chosen": [{"role": "assistant", "content": "Yes, gladly"}],
+    "rejected": [{"role": "assistant", "content": "No"}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +75,12 @@ def second_reading(record: Any, format: str) -> list[str]:
     if "conversations" in record:
         return [chatml([*system, *record["conversations"], answer]) for answer in answers]
     if format == "single_turn":
-        before = [*system, {"role": "user", "content": prompt}]
+        earlier = [
+            {"role": role, "content": text}
+            for turn in record.get("history") or []
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        before = [*system, *earlier, {"role": "user", "content": prompt}]
         return [chatml([*before, {"role": "assistant", "content": text}]) for text in answers]
     if format != "text" and prompt is None and all(_is_transcript(answer) for answer in answers):
         return [chatml(turns(answer)) for answer in answers]
@@ -84,6 +102,23 @@ def chatml(messages: list[dict[str, str]]) -> str:
             content = "".join(part["text"] for part in content)
         lines.append(f"<|im_start|>{role}\n{content}<|im_end|>\n")
     return "".join(lines)
+
+
+def unread_fields(record: dict[str, Any], trained: str) -> set[str]:
+    """Additional fields with a text or a number that is nowhere in what is trained."""
+    return {
+        name
+        for name in NEIGHBORS
+        if any(text.strip() not in trained for text in _texts(record.get(name)))
+    }
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        yield str(value)
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _is_transcript(text: Any) -> bool:
@@ -129,13 +164,18 @@ asked, replied = message("user"), message("assistant")
 dialogue = st.tuples(asked, replied, asked).map(list) | one(asked)
 said = message("human", "from", "value"), message("gpt", "from", "value")
 transcripts = st.builds("\n\nHuman: {}\n\nAssistant: {}".format, words, words)
+neighbors = {
+    **dict.fromkeys(("context", "document"), words | st.integers(100, 999)),
+    "input": words | st.integers(100, 999) | st.lists(st.integers(100, 999), max_size=2),
+    "history": st.lists(st.tuples(words, words).map(list), max_size=2),
+}
 junk = st.none() | st.integers() | st.booleans() | words | messages
 chat = {"prompt": dialogue, "chosen": one(replied), "rejected": one(replied)}
 records = (
-    st.fixed_dictionaries({"prompt": words, "chosen": words, "rejected": words})
-    | st.fixed_dictionaries({"chosen": words, "rejected": words})
+    st.fixed_dictionaries({"prompt": words, "chosen": words, "rejected": words}, optional=neighbors)
+    | st.fixed_dictionaries({"chosen": words, "rejected": words}, optional=neighbors)
     | st.fixed_dictionaries({"chosen": transcripts, "rejected": transcripts})
-    | st.fixed_dictionaries(chat, optional={"system": words, "label": junk})
+    | st.fixed_dictionaries(chat, optional={"system": words, "label": junk, **neighbors})
     | st.builds(
         lambda first, one, other: {"chosen": [first, one], "rejected": [first, other]},
         asked,
@@ -158,6 +198,8 @@ formats = st.sampled_from(["auto", "auto", "auto", "auto", "text", "chat", "hh",
 @given(record=records, format=formats)
 @example(record={"prompt": "a", "chosen": "a b", "rejected": "a c"}, format="auto")
 @example(record={"prompt": "q", "chosen": "", "rejected": "b"}, format="auto")
+@example(record={"prompt": "q", "chosen": "x", "rejected": "y", "input": 500}, format="text")
+@example(record={"chosen": "is a x", "rejected": "is a y", "context": "z"}, format="auto")
 @example(
     record={"prompt": "q", "chosen": "x", "rejected": "y", "system": "s"}, format="single_turn"
 )
@@ -173,6 +215,52 @@ def test_a_record_is_refused_or_trained_as_it_is_written(
     count("records", "noted" if notes else "accepted")
     if not notes & ALTERED:
         assert [chosen, rejected] == second_reading(record, format)
+    unread = unread_fields(record, chosen + rejected)
+    assert unread <= {note.removeprefix("unread: ") for note in notes}
+
+
+# ---- tool calls -----------------------------------------------------------------------------
+
+values = st.recursive(
+    words.filter(str.isprintable) | st.integers(-99, 99) | st.booleans() | st.none(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=2),
+    max_leaves=4,
+)
+arguments = st.dictionaries(st.sampled_from(["city", "días", "a b"]), values, max_size=2)
+forms = st.sampled_from([lambda value: value, json.dumps, lambda v: json.dumps(json.dumps(v))])
+
+
+@inputs(40)
+@given(
+    called=st.lists(arguments, min_size=1, max_size=2),
+    form=forms,
+    template=st.sampled_from([ENCODES, CONCATENATES, WRITES_AS_IS]),
+)
+@example(called=[{"city": "é"}], form=json.dumps, template=ENCODES)
+def test_tool_arguments_are_written_as_json_of_what_they_are(
+    tokenizer_path: str, called: list[Any], form: Callable[[Any], Any], template: str
+) -> None:
+    """Read back by the JSON module: content, not only form."""
+    calls = [{"function": {"name": "weather", "arguments": form(one)}} for one in called]
+    answer = {"role": "assistant", "content": None, "tool_calls": calls}
+    try:
+        text, _, notes = trained(
+            {**PAIR, "chosen": [answer]}, "auto", load_tokenizer(tokenizer_path, template)
+        )
+    except BadRecord as error:
+        count("tool calls", "refused")
+        assert "\n" not in str(error), error
+        return
+    count("tool calls", "noted" if notes else "accepted")
+    written = text.rsplit("<|im_start|>assistant\n", 1)[1].removesuffix("<|im_end|>\n")
+    for one in called:
+        assert written.startswith("[weather "), written
+        read, end = json.JSONDecoder().raw_decode(written, len("[weather "))
+        # A template that does not encode writes JSON text as it is, also text of text.
+        assert (json.loads(read) if isinstance(read, str) else read) == one
+        assert written[end] == "]"
+        written = written[end + 1 :]
+    assert not written
 
 
 # ---- templates ------------------------------------------------------------------------------
@@ -197,11 +285,6 @@ templates = st.sampled_from(USUAL) | st.builds(
     "{{% for m in messages %}}{}{{{{ m.content }}}}{}{{% endfor %}}{}".format,
     *[st.lists(st.sampled_from(PIECES), max_size=2).map("".join)] * 3,
 )
-PAIR = {
-    "prompt": [{"role": "user", "content": "Ask me"}],
-    "chosen": [{"role": "assistant", "content": "Yes, gladly"}],
-    "rejected": [{"role": "assistant", "content": "No"}],
-}
 
 
 def rendered(template: str, messages: list[dict[str, str]]) -> str:

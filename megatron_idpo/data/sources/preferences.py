@@ -19,14 +19,18 @@ What is read in a way that may surprise, or not read although it looks like a pa
 conversation, is noted in `Preference.notes`, which the data report counts.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from megatron_idpo.data.sources.messages import message_text, parse_messages
-from megatron_idpo.data.sources.notes import pair_notes
+from megatron_idpo.data.sources.messages import (
+    message_text,
+    parse_field,
+    parse_messages,
+    parse_tools,
+)
+from megatron_idpo.data.sources.notes import pair_notes, unread_text
 from megatron_idpo.data.sources.record import (
     PROMPT_LIKE,
     BadRecord,
@@ -37,10 +41,10 @@ from megatron_idpo.data.sources.record import (
 )
 from megatron_idpo.data.sources.shapes import (
     REQUIRED,
-    decode_text,
     is_answer,
     is_conversation_field,
     looks_like_messages,
+    stored_messages,
 )
 
 type Format = Literal["auto", "text", "chat", "hh", "single_turn"]
@@ -97,7 +101,7 @@ def parse_preference(
     if format == "hh" or (format == "auto" and has_template and _are_transcripts(fields)):
         prompt, (chosen, rejected) = None, _parse_transcripts(prompt, chosen, rejected)
     elif format != "text" and not has_prompt(fields) and is_answer(chosen):
-        check_prompt_name(fields, PROMPT_LIKE)
+        _check_prompt_names(fields, PROMPT_LIKE, format)
     if format == "single_turn":
         prompt, (chosen, rejected) = _single_turn(prompt, chosen, rejected, fields)
     prompt, chosen, rejected = _same_kind(prompt, chosen, rejected)
@@ -109,7 +113,7 @@ def parse_preference(
             if has_template:
                 notes["untemplated"] = ""
     elif has_template:
-        preference = _chat_preference(prompt, chosen, rejected, fields)
+        preference = _chat_preference(prompt, chosen, rejected, fields, notes)
     else:
         message, remedy = "the record is chat messages", "give prompt, chosen and rejected as text"
         if format == "single_turn":
@@ -118,12 +122,14 @@ def parse_preference(
         raise BadRecord(message, f"set data.chat_template, or {remedy}")
     if preference.chosen == preference.rejected:
         raise BadRecord("chosen and rejected are the same")
-    if not preference.prompt and format != "text":
-        check_prompt_name(fields, tuple(filter(is_conversation_field, fields)))
+    is_implicit = prompt is None and not preference.is_chat
+    if format != "text" and (is_implicit or not preference.prompt):
+        _check_prompt_names(fields, tuple(filter(is_conversation_field, fields)), format)
         if preference.is_chat:  # Transformers renders no empty conversation.
             raise BadRecord("no message comes before the answers", "give the pair a prompt")
     parts = (preference.prompt, preference.chosen, preference.rejected)
-    return replace(preference, notes={**notes, **pair_notes(*parts, fields)})
+    found = pair_notes(*parts, fields, is_implicit=is_implicit)
+    return replace(preference, notes={**notes, **found})
 
 
 def common_prefix_length(first: Sequence[Any], *others: Sequence[Any]) -> int:
@@ -151,6 +157,21 @@ def implicit_prompt_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> in
     return min(shared, max(limit, 0))
 
 
+def _check_prompt_names(fields: Mapping[str, Any], names: Sequence[str], format: Format) -> None:
+    """Refuse a record without a prompt that has a field with another name for it.
+
+    Fields whose text is in the implicit prompt are copies of it, and not meant.
+    """
+    answers = [fields[name] for name in ("chosen", "rejected")]
+    begun = ""
+    if format != "single_turn" and all(isinstance(answer, str) for answer in answers):
+        begun = answers[0][: implicit_prompt_length(*answers)]
+    if format == "auto" and all(map(is_transcript, answers)):
+        return  # Whole conversations.
+    unread = [name for name in names if unread_text(fields.get(name), [begun]) is not None]
+    check_prompt_name(fields, unread)
+
+
 def _decode_messages(fields: dict[str, Any], format: Format) -> dict[str, str]:
     """Replace text of messages by the messages, and single messages by lists of one; in place.
 
@@ -161,14 +182,15 @@ def _decode_messages(fields: dict[str, Any], format: Format) -> dict[str, str]:
     """
     notes: dict[str, str] = {}
     like = [name for name in REQUIRED if looks_like_messages(fields.get(name))]
-    decoded = {name: decode_text(fields[name]) for name in like}
-    decoded = {name: value for name, value in decoded.items() if isinstance(value, list | dict)}
+    stored = {name: stored_messages(fields[name]) for name in like}
+    decoded: dict[str, Any] = {name: value for name, value in stored.items() if value is not None}
     plain = [name for name in ("chosen", "rejected") if isinstance(fields[name], str)]
     if not decoded.keys() >= set(plain):
         if plain and set(like) >= set(plain) and format != "text":
             raise BadRecord(
-                f"'{plain[0]}' looks like chat messages stored as text, but is not JSON",
-                "store lists, or set the format to 'text' to train on the text as it is",
+                f"'{plain[0]}' looks like chat messages stored as text, but is not JSON of them",
+                'store lists of {"role": ..., "content": ...}, or set the format to \'text\' to '
+                "train on the text as it is",
             )
         decoded = {name: value for name, value in decoded.items() if name == "prompt"}
     for name in like:
@@ -221,7 +243,7 @@ def _check_text_fields(fields: Mapping[str, Any]) -> None:
 
 
 def _chat_preference(
-    prompt: Any, chosen: Any, rejected: Any, fields: Mapping[str, Any]
+    prompt: Any, chosen: Any, rejected: Any, fields: Mapping[str, Any], notes: dict[str, str]
 ) -> Preference:
     answers = [parse_messages(chosen, "chosen"), parse_messages(rejected, "rejected")]
     if isinstance(prompt, list):
@@ -239,14 +261,14 @@ def _chat_preference(
             )
     system = fields.get("system")
     if not isinstance(system, str | None):
-        raise BadRecord(f"'system' is {type_name(system)}, not text")
+        raise BadRecord(f"'system' is {type_name(system)}, not text", "write it as text")
     if system and system.strip() and not (before and before[0]["role"] in ("system", "developer")):
         before = [{"role": "system", "content": system}, *before]
     first, second = (answer[shared:] for answer in answers)
     _check_answer(first, "chosen")
     _check_answer(second, "rejected")
-    tools = _parse_field(fields, "tools", list)
-    kwargs = _parse_field(fields, "chat_template_kwargs", dict)
+    tools = parse_tools(fields, notes)
+    kwargs = parse_field(fields, "chat_template_kwargs", dict)
     return Preference(before, first, second, tools, kwargs or {})
 
 
@@ -254,7 +276,10 @@ def _check_types(prompt: Any, chosen: Any, rejected: Any, format: Format) -> Non
     """Check that all are text or all messages, except for a text prompt of whole conversations."""
     for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, str | list) and not (name == "prompt" and value is None):
-            raise BadRecord(f"'{name}' is {type_name(value)}, neither text nor a list of messages")
+            raise BadRecord(
+                f"'{name}' is {type_name(value)}, neither text nor a list of messages",
+                "write it as text, numbers too, or as messages; `columns` maps another column",
+            )
         if format == "text" and isinstance(value, list):
             raise BadRecord(
                 f"'{name}' is a list of messages where text is needed",
@@ -338,7 +363,7 @@ def _single_turn(
     if not prompt.strip():
         raise BadRecord("'prompt' is empty")
     turns: list[Message] = []
-    for turn in _parse_field(fields, "history", list) or []:
+    for turn in parse_field(fields, "history", list) or []:
         if not isinstance(turn, list) or len(turn) != 2:
             raise BadRecord("'history' is not a list of [question, answer]", "correct or remove it")
         turns += [
@@ -347,16 +372,3 @@ def _single_turn(
         ]
     first, second = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
     return [*turns, {"role": "user", "content": prompt}], (first, second)
-
-
-def _parse_field(record: Mapping[str, Any], name: str, kind: type) -> Any:
-    """`tools` or `chat_template_kwargs`: the value or, as TRL allows, its JSON text."""
-    value = record.get(name)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRecord(f"'{name}' is text, but not JSON") from None
-    if value is not None and not isinstance(value, kind):
-        raise BadRecord(f"'{name}' is {type_name(value)}, not a {kind.__name__}")
-    return value

@@ -9,12 +9,11 @@ files. `preferences.py` validates records.
 
 import csv
 import io
-import json
 import logging
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -25,7 +24,9 @@ from megatron_idpo.data.sources.record import (
     STANDARD_COLUMNS,
     BadRecord,
     Columns,
+    JsonDecoder,
     needed_columns,
+    parse_json,
     rename_columns,
 )
 from megatron_idpo.data.sources.text_file import COMPRESSIONS, open_utf8
@@ -84,7 +85,7 @@ class RawRow:
             raise self.content
         content: object = self.content
         if isinstance(content, bytes):
-            content = _parse(content)
+            content = parse_json(content)
         elif self.is_of_table:
             content = _without_nulls(content)
         return rename_columns(content, self.columns)
@@ -188,15 +189,6 @@ def _dataset_rows(dataset: Any, columns: Columns) -> Rows:
     yield from enumerate(records, 1)
 
 
-def _parse(text: bytes) -> object:
-    try:
-        return json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"invalid UTF-8 at byte {error.start + 1} of the row") from None
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"not JSON: {error}") from None
-
-
 def _read_lines(path: Path, _: Columns) -> Rows:
     with open_utf8(path) as file:
         for row, line in enumerate(file, 1):
@@ -218,14 +210,19 @@ def _read_list(path: Path) -> Rows:
     The start of the next element after an invalid one is unknown. It is therefore an error and not
     a bad row that may be skipped: the rest of the file would be lost with it.
     """
-    decoder = json.JSONDecoder()
+    decoder = JsonDecoder()
     with open_utf8(path) as raw:
         file = _text(raw)
         text, at, row = file.read(_CHUNK_CHARS).lstrip(_WHITE)[1:], 0, 0
         while True:
             at = _skip_white(text, at)
             if text[at : at + 1] == "]":
+                if text[at + 1 :].strip(_WHITE) or file.read().strip(_WHITE):
+                    message = "text follows the end of the list, and would not be read"
+                    remedy = "write one list, or one record per line into a .jsonl file"
+                    raise DataError.at(str(path), message, remedy)
                 return
+            decoder.doubled = []
             try:
                 record, end = decoder.raw_decode(text, at)
                 after = _skip_white(text, end)
@@ -243,13 +240,17 @@ def _read_list(path: Path) -> Rows:
                     "correct the file, or write one record per line into a .jsonl file",
                 ) from None
             row += 1
-            yield row, _element(record, text[at:end])
+            yield row, _element(record, text[at:end], decoder)
             at = after + (text[after] == ",")
 
 
-def _element(record: object, text: str) -> dict[str, Any] | BadRecord:
+def _element(record: object, text: str, decoder: JsonDecoder) -> dict[str, Any] | BadRecord:
     if _INVALID_UTF8.search(text):
         return BadRecord("invalid UTF-8")
+    try:
+        decoder.check()
+    except BadRecord as error:
+        return error
     if isinstance(record, dict):
         return record
     return BadRecord(f"the record is {record!r:.40}, not an object with fields")
@@ -282,8 +283,20 @@ def _read_csv(path: Path, _: Columns, *, delimiter: str) -> Rows:
                 continue
             if header is None:
                 header = fields
+                _check_columns(path, header)
             elif fields:
                 yield row, _csv_record(header, fields, _line_range(row, reader.line_num))
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    """Refuse a table that has a column twice: the last one would win.
+
+    Raises:
+        DataError: it does.
+    """
+    if doubled := [name for name in names if names.count(name) > 1]:
+        message = f"has the column '{doubled[0]}' twice"
+        raise DataError.at(str(path), message, "remove or rename one of the two")
 
 
 def _line_range(first: int, last: int) -> str:
@@ -306,6 +319,7 @@ def _read_parquet(path: Path, columns: Columns) -> Rows:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
+        _check_columns(path, file.schema_arrow.names)
         names = needed_columns(columns, file.schema_arrow)
         batches = file.iter_batches(_TABLE_ROWS, columns=names)
         records = chain.from_iterable(map(_records, batches))
@@ -339,6 +353,7 @@ def _read_arrow(path: Path, columns: Columns) -> Rows:
         mapped.seek(0)
         # Before `datasets` sees it: with invalid offsets it reads beyond the file, and crashes.
         table = _valid(open_table(mapped).read_all())
+        _check_columns(path, table.column_names)
     try:
         dataset = datasets.Dataset(table) if is_file else datasets.Dataset.from_file(str(path))
     except ValueError as error:  # `datasets` does not know all of Arrow's types

@@ -5,6 +5,7 @@ column names; `shapes.py` knows those of published shapes. Columns that are not 
 conversation are dropped. `preferences.py` decides what a record must contain.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron_idpo.data.sources.shapes import (
     ALPACA_FIELDS,
     REQUIRED,
     SHAPE_FIELDS,
+    is_about_it,
     is_conversation_field,
     standard_fields,
 )
@@ -46,15 +48,62 @@ class BadRecord(Exception):
         return self.reason
 
 
+class JsonDecoder(json.JSONDecoder):
+    """Decodes JSON, and keeps the names that an object has twice: the last value would win."""
+
+    def __init__(self) -> None:
+        """Nothing is decoded yet."""
+        self.doubled: list[str] = []
+        super().__init__(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.doubled += [name for name in made if names.count(name) > 1]
+        return made
+
+    def check(self) -> None:
+        """Check the record that was decoded last.
+
+        Raises:
+            BadRecord: it has a name twice.
+        """
+        if doubled := self.doubled:
+            self.doubled = []
+            raise BadRecord(f"the key '{doubled[0]}' occurs twice", "remove one of the two")
+
+
+def parse_json(text: bytes) -> object:
+    """The JSON value of a row.
+
+    Raises:
+        BadRecord: it is not UTF-8 or not JSON, or an object has a key twice.
+    """
+    decoder = JsonDecoder()
+    try:
+        record = decoder.decode(text.decode("utf-8"))
+        decoder.check()
+        return record
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"invalid UTF-8 at byte {error.start + 1} of the row") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"not JSON: {error}") from None
+
+
 def needed_columns(columns: Columns, schema: Any) -> list[str]:
     """The columns of a `pyarrow.Schema` that are read; the others need not be decoded.
 
-    Columns that only may belong to the conversation are left out if they are binary: images.
+    Columns that only may belong to the conversation are left out if they are binary: images. If
+    none can be the prompt, all texts may belong to it.
     """
     named = {*FIELDS, *columns.values()}
+    prompts = {columns.get("prompt", "prompt"), *SHAPE_FIELDS} - {"chosen", "rejected"}
+    is_implicit = not prompts & {*schema.names}
 
     def is_needed(name: str, type_: str) -> bool:
         may_belong = name in SHAPE_FIELDS or is_conversation_field(name)
+        may_belong |= is_implicit and "string" in type_ and not is_about_it(name)
         return name in named or (may_belong and "binary" not in type_)
 
     return [field.name for field in schema if is_needed(field.name, str(field.type))]
@@ -69,7 +118,8 @@ def rename_columns(record: object, columns: Columns) -> object:
             one of the shapes in `shapes.py`.
 
     Returns:
-        `FIELDS`, and the fields that look like a part of the conversation too.
+        `FIELDS`, and the fields that look like a part of the conversation too; without a prompt,
+        all texts.
 
     Raises:
         BadRecord: a mapped column of `prompt`, `chosen` or `rejected` is missing.
@@ -90,10 +140,15 @@ def rename_columns(record: object, columns: Columns) -> object:
         if len(parts) == len(ALPACA_FIELDS) and all(map(str.strip, parts)):
             # Kept under their own names too, so that joining them is reported.
             fields |= {"prompt": "\n".join(parts), **dict(zip(ALPACA_FIELDS, parts, strict=True))}
+    fields = standard_fields(fields)
+    # Without a prompt, any text may be it.
+    is_implicit = not has_prompt(fields)
     return {
         name: value
-        for name, value in standard_fields(fields).items()
-        if name in FIELDS or (value is not None and is_conversation_field(name))
+        for name, value in fields.items()
+        if name in FIELDS
+        or (value is not None and is_conversation_field(name))
+        or (is_implicit and isinstance(value, str))
     }
 
 

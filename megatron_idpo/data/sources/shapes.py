@@ -8,11 +8,23 @@ Fields that look like a part of the conversation but belong to no shape are kept
 import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 REQUIRED = ("prompt", "chosen", "rejected")
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLE_ALIASES = {
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+"""ShareGPT's and LLaMA-Factory's names; `function` is OpenAI's former name of a tool's result."""
+
 ANSWER_ROLES = ("assistant", "gpt", "function_call")
 """Roles of the first message of an answer, in OpenAI's and in ShareGPT's names."""
 
@@ -60,21 +72,32 @@ ALPACA_FIELDS = ("instruction", "input")
 
 _CONVERSATION = re.compile(
     r"prompt|question|query|instruction|input|messages|conversation|dialog|context|history|problem"
-    r"|^system|^functions$",
+    r"|document|passage|article|paragraph|request|utterance|(?:user|human)_(?:message|turn|text)"
+    r"|^system|^functions$|^turns$|^chat$",
     re.IGNORECASE,
 )
 _ABOUT_IT = re.compile(
-    r"(?:^|_)(?:ids?|hash|len|length|count|num|tokens|source|type|model|lang|language)(?:_|$)",
+    r"(?:^|_)(?:ids?|hash|len|length|count|num|tokens|source|type|model|lang|language|score|rating"
+    r"|index|idx|level|difficulty|label|category|name|version|quality|url|date|time)$"
+    r"|^(?:num|n|len|length|count|number|max|min|is|has|ids?|hash|tokens?|lang|language)_",
     re.IGNORECASE,
 )
 """`prompt_id` and the like describe a prompt and are none."""
 
-_LIKE_MESSAGES = re.compile(r"\s*(?:\[\s*)?\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+_ENCODED = re.compile(r"""\s*(?:["']\s*)?[\[{]""")
+_NAMES_IN_MESSAGES = re.compile(r"role|from|text|user|human")
+_DAMAGED_MESSAGES = re.compile(r"""\\*["'](?:role|from)\\*["']\s*:""")
+_MAX_ENCODINGS = 3
 
 
 def is_conversation_field(name: str) -> bool:
     """Whether a field's name says that it is a part of the conversation."""
-    return bool(_CONVERSATION.search(name)) and not _ABOUT_IT.search(name)
+    return bool(_CONVERSATION.search(name)) and not is_about_it(name)
+
+
+def is_about_it(name: str) -> bool:
+    """Whether a field's name says that it describes the conversation or the record."""
+    return bool(_ABOUT_IT.search(name))
 
 
 def standard_fields(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,16 +119,63 @@ def standard_fields(record: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def stored_messages(value: object) -> list[Any] | None:
+    """The chat messages that a text stands for; None if it does not stand for messages.
+
+    JSON text, or Python's as pandas writes it, encoded once or several times: a list of messages,
+    a single one, or an object with nothing but a list `messages` or `conversations`.
+    """
+    decoded = _decode_stored(value)
+    if isinstance(decoded, Mapping) and len(decoded) == 1:
+        decoded = decoded.get("messages", decoded.get("conversations", decoded))
+    listed = [decoded] if isinstance(decoded, Mapping) else decoded
+    return listed if isinstance(listed, list) and any(map(_is_message, listed)) else None
+
+
 def looks_like_messages(value: object) -> bool:
-    """Whether a value is the JSON text (or Python's, as pandas writes it) of chat messages."""
-    return isinstance(value, str) and bool(_LIKE_MESSAGES.match(value))
+    """Whether a text is chat messages, perhaps damaged, or in a form that is not read.
+
+    Such forms are pairs of role and text, and the parts of a message's content.
+    """
+    if stored_messages(value) is not None:
+        return True
+    decoded = _decode_stored(value)
+    if decoded is None:
+        is_encoded = isinstance(value, str) and _ENCODED.match(value)
+        return bool(is_encoded and _DAMAGED_MESSAGES.search(str(value)))
+    return isinstance(decoded, list) and any(
+        part[:1] and part[0] in (*ROLES, *ROLE_ALIASES) and len(part) == 2
+        if isinstance(part, list)
+        else isinstance(part, Mapping) and part.get("type") == "text" and "text" in part
+        for part in decoded
+    )
+
+
+def _decode_stored(value: object) -> Any:
+    if not isinstance(value, str) or not _ENCODED.match(value):
+        return None
+    if not _NAMES_IN_MESSAGES.search(value):
+        return None
+    decoded: Any = value
+    for _ in range(_MAX_ENCODINGS):
+        decoded = decode_text(decoded) if isinstance(decoded, str) else decoded
+    return decoded
+
+
+def _is_message(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    role = value.get("role", value.get("from"))
+    is_known = isinstance(role, str) and role in (*ROLES, *ROLE_ALIASES)
+    return is_known or value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"}
 
 
 def decode_text(value: str) -> Any:
     """What JSON text or the text of a Python literal stands for; None if it is neither."""
     for parse in (json.loads, ast.literal_eval):
         try:
-            return parse(value)
+            with warnings.catch_warnings(action="ignore"):  # invalid escapes of a literal
+                return parse(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return None

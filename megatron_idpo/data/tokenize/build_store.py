@@ -56,7 +56,7 @@ type OnBadRow = Literal["error", "skip"]
 type Rows = tuple[int, list[RawRow]]
 """The index of a part, and some of its rows."""
 
-_STORE_FORMAT = 5
+_STORE_FORMAT = 6
 """Incremented whenever the same rows would become other tokens or notes, or the file format
 changes."""
 

@@ -6,7 +6,7 @@ thoughts, tool calls, a system message. Its text is therefore searched for every
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from megatron_idpo.data.tokenize.tool_arguments import (
     call_arguments,
     called_function,
     fit_tool_arguments,
+    leaf_texts,
 )
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -29,11 +30,14 @@ THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _OPENING_CHARS = 64
 """A generation prompt may open with this much of an answer (`<think>`)."""
 
-TEMPLATE_MARKS = re.compile(
-    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|<\|assistant\|>"
-    r"|\[INST\]|### Instruction:|\n\nHuman:"
+TOKEN_MARKS = re.compile(
+    r"<\|[a-z][a-z0-9_]*\|>|<｜[^｜\n]{1,40}｜>|<(?:start|end)_of_turn>|\[/?INST\]"
 )
-"""What widespread chat templates write before a turn, also those of other models."""
+"""Control tokens of widespread chat templates, also those of other models."""
+
+_TURN_MARKS = re.compile(r"### Instruction:|\n\nHuman:")
+_TURN_PAIRS = (("\nHuman:", "\n\nAssistant:"), ("USER: ", "ASSISTANT:"))
+"""Words with which other templates begin turns, alone and in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,10 @@ def _plain_text(preference: Preference, tokenizer: Tokenizer) -> PairText:
     assert isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
     notes = dict(preference.notes)
     for part in (prompt, *(part.removesuffix(tokenizer.eos_text) for part in (chosen, rejected))):
-        if mark := find_control_text(part, tokenizer):
+        mark = find_control_text(part, tokenizer)
+        if mark is None and (other := TOKEN_MARKS.search(part)):
+            mark = other[0]
+        if mark:
             notes.setdefault("control", repr(mark))
             notes.pop("untemplated", None)  # A second template would be wrong.
     return PairText(prompt, prompt + chosen, prompt + rejected, False, notes)
@@ -156,8 +163,12 @@ def _find_marks(conversations: list[list[Message]], tokenizer: Tokenizer) -> str
         text = message_text(message)
         if mark := find_control_text(text, tokenizer):
             return repr(mark)
-        if start := TEMPLATE_MARKS.search(text):
+        if start := TOKEN_MARKS.search(text) or _TURN_MARKS.search(text):
             return repr(start[0])
+        for first, second in _TURN_PAIRS:
+            at = f"\n{text}".find(first)
+            if at >= 0 and text.find(second, at) >= 0:
+                return repr(first.strip())
     return None
 
 
@@ -207,10 +218,19 @@ def _missing(messages: list[Message], written: str, before: str = "") -> Iterato
             # Some templates encode texts (a tool's result) as JSON.
             if not is_written(text) and not is_written(json.dumps(text, ensure_ascii=False)[1:-1]):
                 yield repr(_lost(text, written))
-        for call in message.get("tool_calls") or ():
-            called = called_function(call).get("name")
-            if isinstance(called, str) and called not in written:
-                yield f"the call of the tool '{called}'"
+        yield from _missing_calls(message.get("tool_calls") or (), written)
+
+
+def _missing_calls(calls: Sequence[Message], written: str) -> Iterator[str]:
+    """Calls whose name is written too few times, and texts and numbers of their arguments."""
+    names = [called_function(call).get("name") for call in calls]
+    for call, name in zip(calls, names, strict=True):
+        if isinstance(name, str) and written.count(name) < names.count(name):
+            yield f"{'the call' if name not in written else 'a call'} of the tool '{name}'"
+        for text in leaf_texts(called_function(call).get("arguments")):
+            forms = (text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (True, False)))
+            if not any(form in written for form in forms):
+                yield f"the argument {text!r:.40} of the tool '{name}'"
 
 
 def _missing_tool(tools: list[Any] | None, written: str) -> str | None:

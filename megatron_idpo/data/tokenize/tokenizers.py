@@ -261,7 +261,8 @@ def read_template(value: str | None) -> str | None:
     remedy = "name a file with a Jinja template, or write the template"
     try:
         with DataError.on_os_error(location, message, remedy):
-            return Path(value).read_text("utf-8")
+            # A byte order mark would stand before every conversation.
+            return Path(value).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError.at(location, f"{message}: {error}", "save it as UTF-8") from None
 

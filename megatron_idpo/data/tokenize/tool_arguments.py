@@ -78,6 +78,18 @@ def call_arguments(messages: list[Message]) -> Iterator[Any]:
                 yield arguments
 
 
+def leaf_texts(arguments: Any) -> Iterator[str]:
+    """The texts and whole numbers in the values of arguments, stripped; JSON text is decoded."""
+    value = _decoded(arguments) if isinstance(arguments, str) else arguments
+    pending = [value]
+    while pending:
+        part = pending.pop(0)
+        if isinstance(part, dict | list):
+            pending[:0] = part.values() if isinstance(part, dict) else part
+        elif isinstance(part, str) or type(part) is int:
+            yield str(part).strip()
+
+
 def _converted(messages: list[Message], convert: Callable[[Any], Any]) -> list[Message]:
     def convert_call(call: Message) -> Message:
         function = called_function(call)

@@ -135,6 +135,8 @@ def test_json_list_is_read_with_any_window_size(
         ('[{"a": 1}, {"a": ]', r"a\.json:2: not JSON: Expecting value, so the rest"),
         ('[{"a": 1} {"a": 2}, {}]', r"a\.json:1: not JSON: no ',' or ']' after the element, so"),
         ('[{"a": 1}, {"a": 2}', r"a\.json:2: not JSON"),
+        ('[{"a": 1}]\n[{"a": 2}]', r"a\.json: text follows the end of the list.*; write one"),
+        ('[{"a": 1}]garbage', r"a\.json: text follows the end of the list"),
     ],
 )
 def test_truncated_json_list_is_an_error(text: str, message: str, tmp_path: Path) -> None:
@@ -279,3 +281,24 @@ def test_files_that_only_look_like_data_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes('{"a": "é"}'.encode("utf-16")[:-1])
     with pytest.raises(DataError, match=r"not valid utf-16.*save it as UTF-8"):
         list(read_file(tmp_path / "a.jsonl"))
+
+
+def test_a_column_or_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    """The last value would win."""
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected,chosen\nq,a,b,c\n")
+    columns = [pa.array([text]) for text in "qabc"]
+    table = pa.Table.from_arrays(columns, names=["prompt", "chosen", "rejected", "chosen"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    write_arrow(tmp_path / "stream.arrow", table)
+    for name in ("a.csv", "a.parquet", "stream.arrow"):
+        with pytest.raises(DataError, match=r"has the column 'chosen' twice; remove or rename"):
+            rows_of(tmp_path / name)
+    line = '{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}'
+    (tmp_path / "a.jsonl").write_text(f'{line}\n{{"a": {{"b": 1, "b": 2}}}}\n{{}}\n')
+    (tmp_path / "a.json").write_text(f"[{line}, {{}}]")
+    assert rows_of(tmp_path / "a.jsonl") == [
+        (1, "the key 'chosen' occurs twice"),
+        (2, "the key 'b' occurs twice"),
+        (3, {}),
+    ]
+    assert rows_of(tmp_path / "a.json") == [(1, "the key 'chosen' occurs twice"), (2, {})]

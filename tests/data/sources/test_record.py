@@ -101,6 +101,14 @@ def test_missing_mapped_column_is_reported(record: dict[str, str | None]) -> Non
     assert rename_columns(TEXT, {"system": "query", "tools": "functions"}) == TEXT
 
 
+def test_without_a_prompt_all_texts_are_kept() -> None:
+    """Any of them may be the prompt, so that it can be reported."""
+    schema = pa.schema([(name, pa.string()) for name in ("id", "chosen", "rejected", "post")])
+    assert needed_columns({}, schema) == ["chosen", "rejected", "post"]
+    record = {"chosen": "a", "rejected": "b", "post": "x", "likes": 3}
+    assert rename_columns(record, {}) == {"chosen": "a", "rejected": "b", "post": "x"}
+
+
 def test_unneeded_columns_are_not_decoded() -> None:
     names = ["id", "question", "best", "rejected", "embedding", "system", "preferred_output"]
     schema = pa.schema([(name, pa.string()) for name in names])

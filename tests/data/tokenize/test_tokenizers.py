@@ -89,6 +89,17 @@ def test_invalid_tokenizer_or_template_is_reported(
     assert message in str(error.value)
 
 
+def test_byte_order_mark_of_a_template_file_is_not_written(
+    text_tokenizer_path: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages[0].content }}", "utf-8-sig")
+    tokenizer = load_tokenizer(text_tokenizer_path, str(file))
+    assert (
+        tokenizer.render([{"role": "user", "content": "hi"}], add_generation_prompt=False) == "hi"
+    )
+
+
 def test_template_that_fails_on_the_check_is_accepted(text_tokenizer_path: str) -> None:
     for template in ("{{ 1 / (messages | length - 1) }}", "{{ raise_exception('no') }}"):
         assert load_tokenizer(text_tokenizer_path, template).has_chat_template
