@@ -13,7 +13,7 @@ replaced by a function that keeps the same tensors. Measured in the second step 
 If the sum exceeds what the GPU needs for the same step, the step is bound by launches. GPU time is
 not measured here: it is estimated as FLOPs at 60 % of an H100's dense bf16 peak.
 
-Stubbed: weights are not read, checks between ranks and of results are skipped.
+`megatron_idpo.testing.random_step` says what is replaced.
 """
 
 import argparse
@@ -25,9 +25,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 
@@ -204,15 +202,18 @@ def measure(layout: Layout) -> dict[str, float]:
     from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
     with suppress_megatron_warnings():
+        from megatron_idpo.mcore.model.architecture import Architecture
         from megatron_idpo.mcore.parallel.world import running_layout
         from megatron_idpo.testing.phantom_gpu.counters import Counts
         from megatron_idpo.testing.phantom_gpu.device import phantom
+        from megatron_idpo.testing.random_step import random_step
 
         config = _config(layout)
         with ExitStack() as stack:
             stack.enter_context(phantom(world=(layout.rank, layout.world)))
             stack.enter_context(running_layout(config.layout))
-            step = _train_step(layout, config, stack)
+            architecture = Architecture.from_hf(MODELS[layout.model])
+            step = stack.enter_context(random_step(config, architecture, is_alone=True))
             batch = _batch(layout)
             step.train(batch, 1, lr=1e-4)
             held = torch.cuda.memory_allocated()
@@ -244,60 +245,6 @@ def _config(layout: Layout) -> Any:
     if layout.lora:
         sections["lora"] = {"rank": 16, "alpha": 16, "dropout": layout.dropout}
     return RunConfig.model_validate(sections)
-
-
-def _train_step(layout: Layout, config: Any, stack: ExitStack) -> Any:
-    """A `TrainStep` on uninitialized weights, with what needs other ranks or results replaced."""
-    import torch
-    from megatron.core.optimizer import optimizer
-    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
-
-    from megatron_idpo.mcore.model.architecture import Architecture
-    from megatron_idpo.plugin import attach, shared_head
-    from megatron_idpo.train import policy, step
-    from megatron_idpo.train.metrics.reduce import reduce_outputs
-
-    def put(owner: Any, name: str, value: Any) -> None:
-        stack.enter_context(patch.object(owner, name, value))
-
-    put(policy, "load_base", lambda *_, **__: None)
-    put(attach, "check_all_ranks", lambda problems, *_, **__: problems)
-    final_norm = shared_head._NormParameter("weight", torch.bfloat16, not layout.lora)
-    state = shared_head._HeadState(not layout.lora, (final_norm,))
-    put(shared_head._HeadState, "gather", lambda *_, **__: state)
-    put(step, "check_losses_finite", lambda *_: None)
-
-    def reduced(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return reduce_outputs(*args, **kwargs)
-        except AssertionError:  # the other ranks' sums are missing; all work is done
-            return SimpleNamespace()
-
-    def norm(*args: Any, **kwargs: Any) -> float:
-        get_grad_norm_fp32(*args, **kwargs)
-        return 1.0  # what was read is the root of any number
-
-    put(step, "reduce_outputs", reduced)
-    put(optimizer, "get_grad_norm_fp32", norm)
-    architecture = Architecture.from_hf(MODELS[layout.model])
-    start = SimpleNamespace(
-        source=SimpleNamespace(architecture=architecture),
-        adapter=None,
-        identity="x",
-        base_identity="x",
-    )
-    built = policy.build_policy(config, start, show_progress=False)  # type: ignore[arg-type]
-    built.dpo._is_checked = True  # the first step would compare pairs and heads between ranks
-    layers = range(1, architecture.num_layers + 1)
-
-    def logps(batch: Any) -> Any:
-        return [
-            {layer: torch.zeros(2 * row.num_pairs, device="cuda") for layer in layers}
-            for row in batch.rows
-        ]
-
-    reference: Any = SimpleNamespace(is_reference_free=False, logps=logps)
-    return step.TrainStep(built, reference, config.objective, 0, str)
 
 
 def _batch(layout: Layout) -> Any:

@@ -39,6 +39,7 @@ from megatron_idpo.cli.errors import (
 from megatron_idpo.cli.init import add_init_arguments, init
 from megatron_idpo.cli.launch import add_processes_argument, launch
 from megatron_idpo.cli.limits import check_limits, limit_error
+from megatron_idpo.cli.plan import add_plan_arguments, plan
 from megatron_idpo.errors import ConfigError, UserError
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
@@ -235,6 +236,12 @@ VERBS: dict[str, Verb] = {
         "doctor idpo.yaml",
         _add_doctor_arguments,
         _doctor,
+    ),
+    "plan": Verb(
+        "Plan memory and time of a run before it is started; find layouts that fit.",
+        "plan idpo.yaml --gpus 8 --device h100",
+        add_plan_arguments,
+        plan,
     ),
     "data": _config_verb(
         "data.inspect.main:main",

@@ -15,7 +15,7 @@ from megatron_idpo.doctor.finding import Finding, Report, State
 from megatron_idpo.doctor.libraries import Probe, Torch, check_libraries
 from megatron_idpo.doctor.machine import Machine, check_machine
 from megatron_idpo.doctor.nodes import check_nodes
-from megatron_idpo.doctor.run_config import check_config
+from megatron_idpo.doctor.run_config import PLAN, check_config
 from megatron_idpo.errors import EXIT_USER_ERROR, UserError
 
 MARKS = {
@@ -82,7 +82,12 @@ def _summary(report: Report) -> Text:
     if broken := report.names(State.BROKEN):
         return Text(f"Cannot run yet. Fix: {', '.join(broken)}.", "bold red")
     if unchecked := report.names(State.UNCHECKED):
-        return Text(f"Valid. Not checked: {', '.join(unchecked)} (not on this machine).", "bold")
+        summary = f"Valid. Not checked: {', '.join(unchecked)} (not on this machine)."
+        planned = [finding for finding in report.findings if finding.name == PLAN]
+        if planned and "model" in unchecked:
+            reasons = [planned[0].value, planned[0].consequence]
+            summary = f"{summary} {', '.join(filter(None, reasons))}."
+        return Text(summary, "bold")
     has_config = any(title == "Configuration" for title, _ in report.groups)
     return Text("Valid." if has_config else "megatron-idpo can run here.", "bold green")
 

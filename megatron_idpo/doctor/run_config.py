@@ -1,13 +1,15 @@
 """Whether a configuration can run on this machine: its model, layout, memory, data and output.
 
-Only headers and config.json are read: no weights, no network. Memory is a lower bound: the weights
-and, for training all of them, the state of Adam. Activations are not estimated.
+Only headers and config.json are read: no weights, no network. Memory on GPUs, or of a model that is
+not here, is planned (`plan/`). On a CPU it is a lower bound: the weights and, for training all of
+them, the state of Adam.
 """
 
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,11 @@ from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.doctor.finding import Finding, State
 from megatron_idpo.doctor.machine import Machine, format_size, nearest_existing
-from megatron_idpo.errors import UserError
+from megatron_idpo.errors import ConfigError, UserError
+from megatron_idpo.plan.devices import DEVICES, Device
+from megatron_idpo.plan.models import find_model
+from megatron_idpo.plan.plan import Plan
+from megatron_idpo.plan.run_sizes import Assumptions, RunSizes
 
 if TYPE_CHECKING:
     from megatron_idpo.mcore.model.architecture import Architecture
@@ -28,6 +34,9 @@ and, for 16-bit weights, an fp32 main copy. The distributed optimizer shards all
 over data- and context-parallel ranks."""
 
 GRADIENT_BYTES = 4
+PLAN = "plan"
+"""The name of the finding about planned memory, which the summary repeats."""
+
 DATA_FILE = re.compile(r"\.(jsonl?|parquet|csv|arrow)(\.gz)?$")
 
 
@@ -47,9 +56,10 @@ def check_config(
     except UserError as error:
         return [Finding("configuration", State.BROKEN, str(error))]
     findings = [Finding("configuration", State.OK, f"{path} is valid")]
-    architecture = None
+    architecture, is_elsewhere = None, False
     if config.has("model"):
         architecture, finding = _model(config.model.path)
+        is_elsewhere = finding.state is State.UNCHECKED
         findings.append(finding)
     world_size = _world_size(config.layout, machine, environ)
     problems = config.layout.problems_for(architecture, world_size or None)
@@ -60,6 +70,8 @@ def check_config(
         findings.append(_layout(config, machine, world_size, is_launched=is_launched))
         if architecture is not None:
             findings.append(_memory(config, architecture, machine, world_size))
+        if is_elsewhere or (machine.gpus and architecture is not None):
+            findings += _plan(config, machine, world_size)
     if config.has("data"):
         sources = (*config.data.train, *(config.data.eval or ()))
         findings.append(_data([source.path for source in sources]))
@@ -206,6 +218,36 @@ def _memory(
         consequence = f"{consequence}, which does not fit"
         return Finding(name, State.NOTE, message, consequence, f"use LoRA, or {remedy}")
     return Finding(name, State.OK, message, consequence)
+
+
+def _plan(config: RunConfig, machine: Machine, world_size: int) -> list[Finding]:
+    """The memory of a GPU; nothing without the sections or the sizes that it depends on."""
+    if not all(config.has(section) for section in ("model", "data", "optimizer", "training")):
+        return []
+    try:
+        model = find_model(config.model.path)
+        run = RunSizes.of(config, model.sizes, world_size, Assumptions())
+    except ConfigError:
+        return []
+    plan = Plan.of(run, _device(machine))
+    name = plan.device.name.removesuffix(" 80 GB").removesuffix(" SXM")
+    message = f"{model.sizes.parameters / 1e9:.1f} B parameters, "
+    message += f"{plan.largest.total / 1e9:.0f} GB per GPU on {world_size} × {name}"
+    if plan.fits:
+        return [Finding(PLAN, State.OK, message)]
+    consequence = f"does not fit into {plan.device.memory_bytes / 1e9:.0f} GB"
+    remedy = f"megatron-idpo plan CONFIG.yaml --gpus {world_size} --search"
+    return [Finding(PLAN, State.NOTE, message, consequence, remedy)]
+
+
+def _device(machine: Machine) -> Device:
+    """The smallest GPU of this machine; without any, an H100."""
+    if not machine.gpus:
+        return DEVICES["h100"]
+    name, size = min(machine.gpus, key=lambda gpu: gpu[1])
+    known = [device for key, device in DEVICES.items() if key.upper() in name]
+    device = known[0] if known else DEVICES["h100"]
+    return replace(device, name=name.removeprefix("NVIDIA "), memory_bytes=size)
 
 
 def _data(paths: Sequence[str]) -> Finding:

@@ -34,6 +34,9 @@ def test_unchecked_findings_are_named_in_the_summary():
     )
     text = printed(Report((("Configuration", findings),)))
     assert "Valid. Not checked: model, data (not on this machine)." in text
+    planned = Finding("plan", State.NOTE, "70.6 B parameters, 600 GB per GPU", "does not fit")
+    text = " ".join(printed(Report((("Configuration", (*findings, planned)),))).split())
+    assert text.endswith("machine). 70.6 B parameters, 600 GB per GPU, does not fit.")
 
 
 @pytest.mark.parametrize(("state", "code"), [(State.OK, 0), (State.MISSING, 0), (State.BROKEN, 2)])

@@ -127,6 +127,24 @@ def test_a_hub_model_is_not_downloaded(check, tmp_path, monkeypatch):
     assert finding.state is State.BROKEN and "hf download" not in finding.remedy
 
 
+def test_memory_of_a_known_model_that_is_not_here_is_planned(check):
+    layout = ("layout.tensor=8", "layout.sequence_parallel=true", "optimizer.lr=1e-4")
+    large = ("model.path=meta-llama/Llama-3.1-70B-Instruct", "model.dtype=bf16", *layout)
+    adapters = check(*large, "lora.rank=16", WORLD_SIZE="64")
+    assert adapters["plan"].value == "70.6 B parameters, 34 GB per GPU on 64 × H100"
+    assert adapters["model"].state is State.UNCHECKED
+    everything = check(*large, WORLD_SIZE="8")["plan"]
+    assert everything.state is State.NOTE and "does not fit into 85 GB" in everything.consequence
+    assert "--gpus 8 --search" in everything.remedy
+
+
+def test_memory_on_the_gpus_of_this_machine_is_planned(check):
+    fields = ("optimizer.lr=1e-4", "lora.rank=4")
+    assert check(*fields, machine=machine_with(1))["plan"].state is State.OK
+    tight = check(*fields, machine=machine_with(1, GIB // 2))["plan"]
+    assert tight.state is State.NOTE and "does not fit into 1 GB" in tight.consequence
+
+
 def test_data_and_output(check, tmp_path):
     assert check("data.train=[nowhere.jsonl, some/hub-name]")["data"].state is State.BROKEN
     assert check("data.train=some/hub-name")["data"].state is State.UNCHECKED

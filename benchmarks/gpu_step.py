@@ -1,0 +1,153 @@
+"""One training step on a GPU with random weights: planned against measured peak, tokens/s, MFU.
+
+    python benchmarks/gpu_step.py CASE [--steps 5]
+
+Prints a line of JSON. The model has the sizes of a real one; weights are random, so that nothing is
+downloaded. Rows are full pairs of 1024 positions. The first step compiles; then `--steps` steps are
+timed, and the median counts. On a phantom GPU the numbers mean nothing: it is the rehearsal of
+`make gpu` (`tools/gpu.py`).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
+from megatron_idpo.plan.devices import DEVICES
+from megatron_idpo.plan.models import ModelSizes
+from megatron_idpo.plan.plan import Plan
+from megatron_idpo.plan.run_sizes import Assumptions, RunSizes
+
+_LLAMA = {
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+
+
+def _sizes(layers: int, hidden: int, heads: int, keys: int, ffn: int, **more: Any) -> Any:
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    fields = dict(zip(names, (layers, hidden, heads, keys), strict=True))
+    return {**_LLAMA, **fields, "intermediate_size": ffn, **more}
+
+
+MODELS = {
+    "tiny": _sizes(2, 64, 4, 2, 128, vocab_size=512),
+    "1b": _sizes(16, 2048, 32, 8, 8192),
+    "3b": _sizes(28, 3072, 24, 8, 8192),
+    "8b": _sizes(32, 4096, 32, 8, 14336),
+}
+"""The shapes of Llama 3.1 and 3.2, with untied embeddings."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table."""
+
+    model: str
+    rows: int = 4
+    layers: tuple[float, ...] = ()
+    lora: bool = True
+    recompute: str = "off"
+    row_tokens: int = 4096
+    dtype: str = "bf16"
+
+
+CASES = {
+    "tiny": Case("tiny", 2, (1,), row_tokens=256, dtype="fp32"),
+    "8b-lora-tap": Case("8b", layers=(0.69,)),
+    "8b-lora": Case("8b"),
+    "1b-full-tap": Case("1b", layers=(0.69,), lora=False),
+    "1b-lora-tap": Case("1b", layers=(0.69,)),
+    "1b-lora": Case("1b"),
+    "3b-lora-tap-recompute": Case("3b", layers=(0.69,), recompute="full"),
+}
+
+
+def main() -> None:
+    """Measure one case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--steps", type=int, default=5)
+    arguments = parser.parse_args()
+    with suppress_megatron_warnings():
+        print(json.dumps(measure(CASES[arguments.case], arguments.steps)))
+
+
+def measure(case: Case, steps: int) -> dict[str, Any]:
+    """Peak, seconds and what was planned."""
+    import torch
+
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.mcore.parallel.world import distributed_world, running_layout
+    from megatron_idpo.testing.random_step import full_batch, random_step
+
+    config, hf_config = _config(case), MODELS[case.model]
+    with ExitStack() as stack:
+        stack.enter_context(distributed_world())
+        stack.enter_context(running_layout(config.layout))
+        stepper = random_step(config, Architecture.from_hf(hf_config), is_alone=False)
+        train_step = stack.enter_context(stepper)
+        batch = full_batch(case.row_tokens, case.rows, 1)
+        seconds = []
+        for step in range(1, steps + 2):
+            torch.cuda.synchronize()
+            start_s = time.perf_counter()
+            train_step.train(batch, step, lr=1e-6)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start_s)
+        peak_bytes = torch.cuda.max_memory_allocated()
+        reserved_bytes = torch.cuda.max_memory_reserved()
+    step_s = statistics.median(seconds[1:])
+    plan = _plan(case, config, hf_config, torch.cuda.get_device_name())
+    flops = plan.time.mfu * plan.time.step * plan.device.peak_flops
+    return {
+        "device": torch.cuda.get_device_name(),
+        "peak_bytes": peak_bytes,
+        "reserved_bytes": reserved_bytes,
+        "planned_bytes": round(plan.largest.allocated),
+        "first_step_s": seconds[0],
+        "step_s": step_s,
+        "estimated_step_s": plan.time.step,
+        "tokens_per_s": case.rows * case.row_tokens / step_s,
+        "mfu": flops / step_s / plan.device.peak_flops,
+    }
+
+
+def _config(case: Case) -> RunConfig:
+    sections: dict[str, Any] = {
+        "model": {"path": "x", "dtype": case.dtype},
+        "data": {"train": "x", "row_tokens": case.row_tokens, "max_length": case.row_tokens},
+        "objective": {"layers": list(case.layers)},
+        "optimizer": {"lr": 1e-6},
+        "training": {"output": "x", "global_batch_pairs": case.rows, "recompute": case.recompute},
+    }
+    if case.lora:
+        sections["lora"] = {"rank": 16, "dropout": 0.05}
+    return RunConfig.model_validate(sections)
+
+
+def _plan(case: Case, config: RunConfig, hf_config: dict[str, Any], name: str) -> Plan:
+    """Of the same rows: as many pairs as rows, each as long as one."""
+    known = [device for key, device in DEVICES.items() if key.upper() in name]
+    sizes = ModelSizes.from_hf(hf_config, case.model)
+    run = RunSizes.of(config, sizes, 1, Assumptions(pair_tokens=case.row_tokens))
+    # Attention is that of shorter pairs.
+    plan = Plan.of(run, known[0] if known else DEVICES["h100"])
+    pairs = max(case.row_tokens // 1024, 1) * case.rows
+    assumed = replace(run.assumed, pair_tokens=min(case.row_tokens, 1024))
+    filled = Plan.of(replace(run, global_batch_pairs=pairs, assumed=assumed), plan.device)
+    return replace(plan, time=filled.time)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""`ModelSizes`: what a plan needs to know about a model, from its config.json or a table.
+
+The file is read without torch and Transformers, so that a plan takes a second. It is checked when
+the model is loaded (`mcore/model/hf_config.py`); here only the sizes are read.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_idpo.config.layout import ModelShape
+from megatron_idpo.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes(ModelShape):
+    """Sizes of a decoder with RMSNorm, a SiLU-gated MLP without biases and rope.
+
+    `mcore.model.architecture.Architecture` has these attributes too.
+    """
+
+    hidden_size: int
+    head_dim: int
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    experts_per_token: int = 0
+    """0: dense."""
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], location: str) -> Self:
+        """From a parsed config.json.
+
+        Raises:
+            ConfigError: a size is missing.
+        """
+        family = str(config.get("model_type"))
+        names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+        ffn = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+        missing = [name for name in (*names, ffn) if not isinstance(config.get(name), int)]
+        if missing:
+            remedy = "give the directory of a Hugging Face model"
+            raise ConfigError.at(location, f"has no {', '.join(missing)}", remedy)
+        heads = config["num_attention_heads"]
+        experts = config.get("num_local_experts") or config.get("num_experts") or 0
+        return cls(
+            family=family,
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            ffn_hidden_size=config[ffn],
+            vocab_size=config["vocab_size"],
+            num_experts=experts,
+            experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
+            hidden_size=config["hidden_size"],
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
+        )
+
+    @property
+    def query_width(self) -> int:
+        """Features of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Features of all key heads, and of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each matrix of a layer, or of one of its experts."""
+        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        return {
+            "q_proj": (hidden, self.query_width),
+            "k_proj": (hidden, self.key_width),
+            "v_proj": (hidden, self.key_width),
+            "o_proj": (self.query_width, hidden),
+            "gate_proj": (hidden, ffn),
+            "up_proj": (hidden, ffn),
+            "down_proj": (ffn, hidden),
+        }
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of a layer's four attention matrices."""
+        return 2 * self.hidden_size * (self.query_width + self.key_width)
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of a layer's MLP, or of one expert."""
+        return 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        layer = self.attention_weights + 2 * self.hidden_size
+        layer += (self.query_width + 2 * self.key_width) * self.qkv_bias
+        layer += 2 * self.head_dim * self.qk_norm
+        layer += self.mlp_weights * max(self.num_experts, 1) + self.num_experts * self.hidden_size
+        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+
+def _sizes(
+    family: str, layers: int, hidden: int, heads: tuple[int, int], ffn: int, vocab: int, **more: Any
+) -> ModelSizes:
+    """A line of the table; `heads` are those of queries and of keys."""
+    config = {
+        "model_type": family,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+        **more,
+    }
+    return ModelSizes.from_hf(config, "plan.models")
+
+
+KNOWN: tuple[tuple[str, ModelSizes], ...] = (
+    # Each: a pattern of the last part of model.path, and sizes from the model's config.json.
+    (r"llama-?3(\.1)?-8b", _sizes("llama", 32, 4096, (32, 8), 14336, 128256)),
+    (r"llama-?3(\.[13])?-70b", _sizes("llama", 80, 8192, (64, 8), 28672, 128256)),
+    (r"mistral-7b.*v0\.3", _sizes("mistral", 32, 4096, (32, 8), 14336, 32768)),
+    (r"mistral-7b|zephyr-7b", _sizes("mistral", 32, 4096, (32, 8), 14336, 32000)),
+    (r"solar-10\.7b", _sizes("llama", 48, 4096, (32, 8), 14336, 32000)),
+    (r"qwen2\.5-7b", _sizes("qwen2", 28, 3584, (28, 4), 18944, 152064)),
+    (r"qwen2\.5-72b", _sizes("qwen2", 80, 8192, (64, 8), 29568, 152064)),
+    (r"qwen3-8b", _sizes("qwen3", 36, 4096, (32, 8), 12288, 151936, head_dim=128)),
+    (
+        r"mixtral-8x7b",
+        _sizes(
+            "mixtral", 32, 4096, (32, 8), 14336, 32000, num_local_experts=8, num_experts_per_tok=2
+        ),
+    ),
+    (
+        r"qwen3-30b-a3b",
+        _sizes(
+            "qwen3_moe",
+            48,
+            2048,
+            (32, 4),
+            6144,
+            151936,
+            head_dim=128,
+            moe_intermediate_size=768,
+            num_experts=128,
+            num_experts_per_tok=8,
+        ),
+    ),
+    (r"smollm2(-135m)?", _sizes("llama", 30, 576, (9, 3), 1536, 49152, tie_word_embeddings=True)),
+)
+"""Models that the examples name, and a few others; first match wins."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFound:
+    """A model's sizes and where they come from."""
+
+    sizes: ModelSizes
+    source: str
+    """A file, or `table of known models`."""
+
+    is_here: bool
+    """Whether a file on this machine was read."""
+
+
+def find_model(path: str) -> ModelFound:
+    """The sizes of `model.path`: a directory, a model in the hub's cache, or a known name.
+
+    Raises:
+        ConfigError: it is none of them, or its config.json cannot be read.
+    """
+    for file in _config_files(path):
+        if file.is_file():
+            try:
+                config = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ConfigError.at(str(file), f"cannot be read: {error}", "repair it") from None
+            return ModelFound(ModelSizes.from_hf(config, str(file)), str(file), is_here=True)
+    name = Path(path).name.lower()
+    for pattern, sizes in KNOWN:
+        if re.match(rf"(meta-)?{pattern}(?![\w.])", name):
+            return ModelFound(sizes, "table of known models", is_here=False)
+    message = f"{path} is not on this machine, and its sizes are not known"
+    remedy = f"download its config.json: hf download {path} config.json"
+    raise ConfigError.at("model.path", message, remedy)
+
+
+def _config_files(path: str) -> list[Path]:
+    directory = Path(path).expanduser()
+    files = [directory / "config.json", directory / "huggingface" / "config.json"]
+    if directory.is_dir() or len(Path(path).parts) != 2 or path.startswith((".", "~", "/")):
+        return files
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:
+        return files
+    return [*files, Path(cached)] if isinstance(cached, str) else files

@@ -1,0 +1,164 @@
+"""`RunSizes`: everything that memory and time of a run depend on.
+
+Made from a configuration and the model's sizes. What a configuration does not determine is assumed
+and named in `Assumptions`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_idpo.config.layout import Layout
+from megatron_idpo.config.lora import LoraConfig
+from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.objective.layers import resolve_layers
+from megatron_idpo.plan.models import ModelSizes
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assumptions:
+    """What depends on the data, which a plan does not read."""
+
+    pair_tokens: int = 800
+    """Positions of a pair whose prompt is shared, on average; UltraFeedback's are about this
+    long. At most three times `data.max_length` is possible."""
+
+    scored_share: float = 0.75
+    """Response tokens among a row's positions. Each of them is read by every head."""
+
+    pairs: int | None = None
+    """Pairs of the data set; None: not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSizes:
+    """A run in a world of some size."""
+
+    model: ModelSizes
+    layout: Layout
+    world_size: int
+    dtype: str
+    lora: LoraConfig | None
+    taps: tuple[int, ...]
+    """Layers with a loss, from 1, without the final one."""
+
+    recompute: str
+    recompute_layers: int | None
+    row_tokens: int
+    global_batch_pairs: int
+    epochs: int
+    reference: str
+    shards_optimizer: bool
+    assumed: Assumptions
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, model: ModelSizes, world_size: int, assumed: Assumptions
+    ) -> "RunSizes":
+        """From a configuration.
+
+        Raises:
+            ConfigError: the layout does not fit the model or the world, or a tapped layer does not
+                exist.
+        """
+        config.layout.check(model, world_size)
+        longest = config.data.row_tokens
+        if config.data.max_length is not None:
+            longest = min(longest, 3 * config.data.max_length)
+        return cls(
+            model=model,
+            layout=config.layout,
+            world_size=world_size,
+            dtype=config.model.dtype,
+            lora=None if config.lora is None else config.lora.for_model(model),
+            taps=tuple(sorted(resolve_layers(config.objective.layers, model.num_layers))),
+            recompute=config.training.recompute,
+            recompute_layers=config.training.recompute_layers,
+            row_tokens=config.data.row_tokens,
+            global_batch_pairs=config.training.global_batch_pairs,
+            epochs=config.training.epochs,
+            reference=config.reference.source,
+            shards_optimizer=config.optimizer.distributed,
+            assumed=replace(assumed, pair_tokens=min(assumed.pair_tokens, longest)),
+        )
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return BYTES[self.dtype]
+
+    @property
+    def data(self) -> int:
+        """Replicas of the model."""
+        return self.layout.data(self.world_size)
+
+    @property
+    def optimizer_shards(self) -> int:
+        """Ranks over which the optimizer state of dense weights is sharded."""
+        shards = self.world_size // (self.layout.tensor * self.layout.pipeline)
+        return shards if self.shards_optimizer else 1
+
+    @property
+    def expert_tensor(self) -> int:
+        """Ranks that share the matrices of an expert."""
+        return self.layout.expert_tensor or self.layout.tensor
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks over which the optimizer state of experts is sharded."""
+        ranks = self.expert_tensor * self.layout.expert * self.layout.pipeline
+        return self.world_size // ranks if self.shards_optimizer else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step on one replica, which are its micro-batches."""
+        pairs = -(-self.global_batch_pairs // self.data)
+        rows = max(1, math.ceil(pairs * self.assumed.pair_tokens / self.row_tokens))
+        # Interleaving needs a multiple of the stages: empty rows are added.
+        stages = self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
+        return -(-rows // stages) * stages
+
+    @property
+    def positions(self) -> int:
+        """Positions of a row on one rank, before tensor parallelism."""
+        return self.row_tokens // self.layout.context
+
+    @property
+    def sharded_positions(self) -> int:
+        """Positions of a row between the linears: fewer with sequence parallelism."""
+        shards = self.layout.tensor if self.layout.sequence_parallel else 1
+        return self.positions // shards
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens of a full row that each head reads, on one rank."""
+        return int(self.positions * self.assumed.scored_share)
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the vocabulary on one rank."""
+        return -(-self.model.vocab_size // self.layout.tensor)
+
+    def chunks(self, stage: int) -> Iterator[tuple[int, range]]:
+        """Each chunk of a stage and its layers, counted from 1."""
+        for chunk in range(self.layout.virtual_pipeline):
+            layers = self.layout.layers(self.model.num_layers, stage, chunk)
+            yield chunk, range(layers.start + 1, layers.stop + 1)
+
+    def taps_in(self, layers: range) -> tuple[int, ...]:
+        """Tapped layers among these."""
+        return tuple(tap for tap in self.taps if tap in layers)
+
+    def recomputed(self, layers: range) -> int:
+        """How many layers of a chunk keep nothing but their input."""
+        if self.recompute != "full":
+            return 0
+        if self.recompute_layers is None:
+            return len(layers)
+        return min(self.recompute_layers, len(layers))
+
+    def adapts(self, *projections: str) -> bool:
+        """Whether one of these projections has an adapter; in full training all are trained."""
+        return self.lora is None or bool(set(projections) & set(self.lora.projections))

@@ -1,0 +1,226 @@
+"""Run what only a GPU can prove, the most valuable first, within a time limit: `make gpu`.
+
+    python tools/gpu.py [--budget-s 540] [--phantom] [--only NAME ...]
+
+Each step is a program with a time limit. Its result is a file in `runs/gpu/COMMIT`: a second
+call continues where the first one stopped, and runs failed steps again. The summary is written
+to `benchmarks/results/gpu_DATE_DEVICE.md` after every step.
+
+`--phantom` rehearses it on a machine without a GPU (`docs/cuda.md`), with tiny models: all programs
+run to their end, and their times mean nothing.
+"""
+
+import argparse
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BUDGET_S = 540.0
+OUTPUT_LINES = 40
+"""Of a step, kept in its result."""
+
+HEAD_SIZE = "8192x4096x151936"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One program."""
+
+    name: str
+    words: tuple[str, ...]
+    """Arguments of the interpreter."""
+
+    expected_s: float
+    """It is started only if that much time is left."""
+
+    rehearsed: tuple[str, ...] | None = None
+    """Instead, on a phantom GPU; None: the step is not rehearsed."""
+
+
+def _step_of(case: str, expected_s: float) -> Step:
+    words = ("benchmarks/gpu_step.py", case)
+    return Step(case, words, expected_s)
+
+
+_GPU_TESTS = (
+    "tests/plugin/test_logprobs.py",
+    "tests/mcore/attention/test_gpu.py",
+    "tests/train/test_gpu_equals_cpu.py",
+)
+_HEAD = ("benchmarks/head.py", "--device", "cuda", "--dtypes", "bf16", "--sizes")
+
+STEPS = (
+    Step(
+        "tests",
+        ("-m", "pytest", "-q", "-m", "gpu", *_GPU_TESTS),
+        60,
+        ("-m", "pytest", "-q", "-m", "gpu", *_GPU_TESTS),
+    ),
+    _step_of("8b-lora-tap", 60),
+    Step("head", (*_HEAD, HEAD_SIZE, "--resident", HEAD_SIZE), 40, (*_HEAD, "64x32x512")),
+    _step_of("1b-full-tap", 40),
+    _step_of("8b-lora", 40),
+    _step_of("1b-lora-tap", 30),
+    _step_of("1b-lora", 30),
+    _step_of("3b-lora-tap-recompute", 30),
+    Step("tiny", ("benchmarks/gpu_step.py", "tiny"), 20, ("benchmarks/gpu_step.py", "tiny")),
+)
+"""The most valuable first: correctness, then memory and speed at 8B with a tap, then the head."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the steps that have no result yet; returns 1 if one failed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--inside"]:
+        return _inside_phantom(words[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--budget-s", type=float, default=float(os.environ.get("BUDGET_S", BUDGET_S))
+    )
+    parser.add_argument("--phantom", action="store_true", help="rehearse without a GPU")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these steps")
+    parser.add_argument("--output", type=Path, help="instead of runs/gpu/COMMIT")
+    arguments = parser.parse_args(words)
+    device = "phantom" if arguments.phantom else _device()
+    if device is None:
+        print("no GPU: torch.cuda.is_available() is false; --phantom rehearses", file=sys.stderr)
+        return 2
+    steps = [step for step in STEPS if not arguments.only or step.name in arguments.only]
+    if arguments.phantom:
+        steps = [
+            Step(step.name, step.rehearsed, step.expected_s) for step in steps if step.rehearsed
+        ]
+    name = _commit() + ("-phantom" if arguments.phantom else "")
+    output = arguments.output or ROOT / "runs" / "gpu" / name
+    results = run_steps(steps, output, arguments.budget_s, _environment(phantom=arguments.phantom))
+    summary = summarize(results, device)
+    print(summary)
+    if not arguments.phantom:
+        slug = re.sub(r"\W+", "-", device).strip("-")
+        (RESULTS / f"gpu_{date.today()}_{slug}.md").write_text(summary)
+    return int(any(result["code"] for result in results.values()))
+
+
+def run_steps(
+    steps: Sequence[Step], output: Path, budget_s: float, environment: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Run the steps without a successful result, as long as there is time.
+
+    Args:
+        steps: in order.
+        output: directory of the results, `NAME.json`.
+        budget_s: for all of them.
+        environment: of the programs.
+
+    Returns:
+        The results of all steps that have one, by name.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + budget_s
+    for step in steps:
+        file = output / f"{step.name}.json"
+        if file.exists() and json.loads(file.read_text())["code"] == 0:
+            print(f"{step.name}: done before", flush=True)
+            continue
+        left_s = deadline - time.monotonic()
+        if left_s < step.expected_s:
+            print(f"{step.name}: {step.expected_s:.0f} s needed, {left_s:.0f} left", flush=True)
+            continue
+        result = _run(step, left_s, environment)
+        # Renamed, so that a stop does not leave half a file.
+        temporary = file.with_suffix(".part")
+        temporary.write_text(json.dumps(result, indent=1))
+        temporary.replace(file)
+        print(f"{step.name}: code {result['code']}, {result['wall_s']:.0f} s", flush=True)
+    files = {step.name: output / f"{step.name}.json" for step in steps}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def _run(step: Step, limit_s: float, environment: dict[str, str]) -> dict[str, Any]:
+    inside = [str(Path(__file__)), "--inside"] if "PHANTOM_ARITHMETIC" in environment else []
+    command = [sys.executable, "-W", "ignore", *inside, *step.words]
+    start_s = time.monotonic()
+    try:
+        ran = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True,
+            timeout=limit_s, check=False,
+        )  # fmt: skip
+        code, text = ran.returncode, ran.stdout + ran.stderr * bool(ran.returncode)
+    except subprocess.TimeoutExpired as error:
+        code, text = 124, (error.stdout or b"").decode(errors="replace") + "\nstopped: no time left"
+    lines = text.strip().splitlines()[-OUTPUT_LINES:]
+    found = [line for line in lines if line.startswith("{")]
+    measured = json.loads(found[-1]) if found and not code else None
+    wall_s = time.monotonic() - start_s
+    return {"code": code, "wall_s": wall_s, "measured": measured, "output": lines}
+
+
+def summarize(results: dict[str, dict[str, Any]], device: str) -> str:
+    """The results as Markdown."""
+    lines = [f"# `make gpu` on {device}", "", f"{date.today()}, commit {_commit()}.", ""]
+    steps = {name: result["measured"] for name, result in results.items() if result["measured"]}
+    if steps:
+        lines += ["| case | peak GB | planned GB | step s | estimate s | tokens/s | MFU |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for name, one in steps.items():
+            peak, planned = one["peak_bytes"] / 1e9, one["planned_bytes"] / 1e9
+            lines.append(
+                f"| {name} | {peak:.2f} | {planned:.2f} | {one['step_s']:.3f} "
+                f"| {one['estimated_step_s']:.3f} | {one['tokens_per_s']:,.0f} | {one['mfu']:.1%} |"
+            )
+    for name, result in results.items():
+        if result["code"] or not result["measured"]:
+            lines += ["", f"## {name}: code {result['code']}, {result['wall_s']:.0f} s", "", "```"]
+            lines += [*result["output"], "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _environment(*, phantom: bool) -> dict[str, str]:
+    if not phantom:
+        return {**os.environ, "PYTHONPATH": str(ROOT)}
+    from megatron_idpo.testing.phantom_gpu import environment
+
+    return environment(arithmetic="eager")
+
+
+def _inside_phantom(words: list[str]) -> int:
+    """Run a program, as the interpreter would, on the phantom GPU of this process."""
+    from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
+
+    with suppress_megatron_warnings():
+        from megatron_idpo.testing.phantom_gpu.device import phantom
+
+    with phantom():
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    return 0
+
+
+def _device() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
