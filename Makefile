@@ -17,8 +17,10 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 # How long `make fuzz` runs.
 MINUTES ?= 10
+# Seconds that `make gpu` may take.
+BUDGET_S ?= 540
 
-.PHONY: help setup quickstart quickstart-sdpo test test-all fuzz check format clean
+.PHONY: help setup quickstart quickstart-sdpo test test-all fuzz gpu check format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +42,9 @@ test-all: setup ## all CPU tests, including the full matrices
 
 fuzz: setup ## random configurations, records, templates, damage and kill points for MINUTES=10
 	$(PYTHON_IN_VENV) tools/fuzz.py --minutes $(MINUTES) $(ARGS)
+
+gpu: setup ## what only a GPU can prove, the most valuable first, within BUDGET_S=540; again to continue
+	$(PYTHON_IN_VENV) tools/gpu.py --budget-s $(BUDGET_S) $(ARGS)
 
 check: setup ## lint, formatting, strict types, house rules
 	$(PYTHON_IN_VENV) -m ruff check .

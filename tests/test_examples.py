@@ -13,6 +13,10 @@ from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.objective.layers import resolve_layers
+from megatron_idpo.plan.devices import DEVICES
+from megatron_idpo.plan.models import find_model
+from megatron_idpo.plan.plan import Plan
+from megatron_idpo.plan.run_sizes import Assumptions, RunSizes
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -125,6 +129,31 @@ def test_examples_for_gpus_are_marked_as_not_run(path: Path) -> None:
         return
     assert NOT_RUN in text and len(WORLD.findall(text)) == 1
     assert config.training.output == f"runs/{path.stem}"
+
+
+def planned_memory(config: RunConfig, gpus: int) -> str:
+    """The sentence about memory that the comment of an example has."""
+    sizes = find_model(config.model.path).sizes
+    plan = Plan.of(RunSizes.of(config, sizes, gpus, Assumptions()), DEVICES["h100"])
+    largest = plan.largest
+    where = f"a GPU of stage {largest.stage}" if config.layout.pipeline > 1 else "each GPU"
+    amounts = {
+        "weights": largest.weights + largest.adapters + largest.head_copies,
+        "gradients and optimizer": largest.gradients + largest.optimizer,
+        "activations": largest.activations + largest.temporaries,
+    }
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in amounts.items())
+    total = f"Planned, not measured: {largest.total / 1e9:.1f} GB on {where}"
+    return f"{total} ({parts}, and margins; docs/plan.md)."
+
+
+@each_example
+def test_memory_in_comments_equals_the_plan(path: Path) -> None:
+    if NOT_RUN not in (text := path.read_text()):
+        return
+    comment = " ".join(line.removeprefix("#").strip() for line in text.splitlines())
+    sentences = {planned_memory(read(path), world_size(words)) for words in commands(path)}
+    assert all(sentence in comment for sentence in sentences), sentences
 
 
 LAYERS = re.compile(r"\blayers?:? (\d+)(?: and (\d+))? of (\d+)")

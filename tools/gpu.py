@@ -85,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["--inside"]:
         return _inside_phantom(words[1:])
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--budget-s", type=float, default=float(os.environ.get("BUDGET_S", BUDGET_S))
-    )
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="for all steps")
     parser.add_argument("--phantom", action="store_true", help="rehearse without a GPU")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these steps")
     parser.add_argument("--output", type=Path, help="instead of runs/gpu/COMMIT")

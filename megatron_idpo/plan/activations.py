@@ -44,6 +44,8 @@ def layer_bytes(run: RunSizes) -> float:
     keys = run.positions * model.key_width // tensor
     heads = (model.num_heads + model.num_kv_heads) // tensor
     elements = hidden * (2 + run.adapts("q_proj", "k_proj", "v_proj"))
+    if model.has_pre_norms and model.has_post_norms:
+        elements += 2 * hidden  # the inputs of both
     elements += (queries + 2 * keys) + (queries + keys) + queries
     elements += 4 * run.positions * model.head_dim
     statistics = run.positions * model.num_heads // tensor + 2 * run.sharded_positions
@@ -55,6 +57,8 @@ def layer_bytes(run: RunSizes) -> float:
         features = model.ffn_hidden_size // run.expert_tensor
         elements += 2 * hidden + tokens * (5 * features + model.hidden_size)
         statistics += 3 * run.sharded_positions * model.num_experts
+        if run.lora is not None:
+            elements += 2 * tokens * run.lora.rank * len(run.lora.expert_parameters)
     else:
         features = run.positions * model.ffn_hidden_size // tensor
         elements += hidden * run.adapts("gate_proj", "up_proj")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
+from megatron_idpo.config.lora import EXPERT_PARAMETERS
 from megatron_idpo.plan import activations
 from megatron_idpo.plan.devices import Device
 from megatron_idpo.plan.run_sizes import RunSizes
@@ -26,6 +27,7 @@ class Weights:
     dense: float
     experts: float
     adapters: float
+    expert_adapters: float
     head_copies: float
     """Of the output weight and the final norm, for taps on a stage without them."""
 
@@ -37,9 +39,9 @@ class Weights:
         model, tensor = run.model, run.layout.tensor
         chunks = [layers for _, layers in run.chunks(stage)]
         num_layers = sum(map(len, chunks))
-        layer = model.attention_weights / tensor + 2 * model.hidden_size
+        layer = model.attention_weights / tensor + model.norms * model.hidden_size
         layer += (model.query_width + 2 * model.key_width) / tensor * model.qkv_bias
-        layer += 2 * model.head_dim * model.qk_norm
+        layer += model.qk_norm_weights
         experts = 0.0
         if model.num_experts:
             layer += model.num_experts * model.hidden_size
@@ -64,6 +66,7 @@ class Weights:
             dense=dense,
             experts=num_layers * experts,
             adapters=num_layers * _adapter_weights(run),
+            expert_adapters=num_layers * _expert_adapter_weights(run),
             head_copies=min(copies, once) if run.lora else copies,
             trained_copies=0.0 if run.lora else copies,
         )
@@ -79,6 +82,16 @@ def _adapter_weights(run: RunSizes) -> float:
         split, whole = (ins, outs) if name in ("o_proj", "down_proj") else (outs, ins)
         total += run.lora.rank * (split / tensor + whole)
     return total
+
+
+def _expert_adapter_weights(run: RunSizes) -> float:
+    """Of one layer's experts on one rank; gate and up projection share an A."""
+    if run.lora is None:
+        return 0.0
+    experts = run.model.num_experts // run.layout.expert
+    hidden, features = run.model.hidden_size, run.model.ffn_hidden_size / run.expert_tensor
+    sizes = dict(zip(EXPERT_PARAMETERS, (hidden + 2 * features, features + hidden), strict=True))
+    return experts * run.lora.rank * sum(sizes[name] for name in run.lora.expert_parameters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +160,7 @@ def stage_memory(run: RunSizes, stage: int, device: Device) -> StageMemory:
     weights, width = Weights.of(run, stage), run.width
     chunks = [layers for _, layers in run.chunks(stage)]
     trained = weights.adapters if run.lora else weights.dense + weights.trained_copies
-    trained_experts = 0.0 if run.lora else weights.experts
+    trained_experts = weights.expert_adapters if run.lora else weights.experts
     # Elements of the optimizer's shards; dense weights and experts are updated one after another.
     dense_shard = trained / run.optimizer_shards
     expert_shard = trained_experts / run.expert_shards
@@ -160,7 +173,7 @@ def stage_memory(run: RunSizes, stage: int, device: Device) -> StageMemory:
         taps=tuple(tap for layers in chunks for tap in run.taps_in(layers)),
         rows_in_flight=tuple(activations.rows_in_flight(run, stage)),
         weights=(weights.dense + weights.experts) * width,
-        adapters=weights.adapters * width,
+        adapters=(weights.adapters + weights.expert_adapters) * width,
         head_copies=weights.head_copies * width,
         gradients=(trained + trained_experts) * GRADIENT_BYTES,
         optimizer=(dense_shard + expert_shard) * state,

@@ -14,12 +14,42 @@ from typing import Any, Self
 from megatron_idpo.config.layout import ModelShape
 from megatron_idpo.errors import ConfigError
 
+_LLAMA_LIKE = (
+    *("llama", "mistral", "mixtral", "ministral3", "smollm3", "phi3"),
+    *("granite", "seed_oss", "gemma"),
+)
+_POST = {"has_post_norms": True}
+_OLMO = {"has_pre_norms": False, "has_post_norms": True, "qk_norm": True}
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    **{family: {} for family in _LLAMA_LIKE},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "qwen3_moe": {"qk_norm": True},
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
+    "glm4": _POST,
+    "gemma2": _POST,
+    "gemma3_text": {**_POST, "qk_norm": True},
+}
+"""Families of `mcore.model.families`, and what distinguishes their layers' sizes from Llama's."""
+
+HEAD_DIM = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128, "seed_oss": 128}
+HEAD_DIM |= {"glm4": 128}
+TIED = {"gemma", "gemma2", "gemma3_text", "smollm3"}
+"""What Transformers takes where a file says nothing."""
+
+
+def _attention_bias(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    if family not in ("glm4", "seed_oss"):
+        return {}
+    return {"qkv_bias": bool(config.get("attention_bias", family == "seed_oss"))}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes(ModelShape):
-    """Sizes of a decoder with RMSNorm, a SiLU-gated MLP without biases and rope.
+    """Sizes of a decoder with RMSNorm, a gated MLP without biases and rope.
 
-    `mcore.model.architecture.Architecture` has these attributes too.
+    `mcore.model.architecture.Architecture` has these attributes too, and explains them.
     """
 
     hidden_size: int
@@ -27,6 +57,8 @@ class ModelSizes(ModelShape):
     tied_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    has_pre_norms: bool = True
+    has_post_norms: bool = False
     experts_per_token: int = 0
     """0: dense."""
 
@@ -35,9 +67,12 @@ class ModelSizes(ModelShape):
         """From a parsed config.json.
 
         Raises:
-            ConfigError: a size is missing.
+            ConfigError: a size is missing, or the family is not supported.
         """
         family = str(config.get("model_type"))
+        if family not in FAMILY_FIELDS:
+            remedy = f"use a model of {', '.join(FAMILY_FIELDS)}"
+            raise ConfigError.at(location, f"model_type {family!r} is not supported", remedy)
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
         ffn = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
         missing = [name for name in (*names, ffn) if not isinstance(config.get(name), int)]
@@ -56,10 +91,9 @@ class ModelSizes(ModelShape):
             num_experts=experts,
             experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
             hidden_size=config["hidden_size"],
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family in ("qwen3", "qwen3_moe"),
+            head_dim=config.get("head_dim") or HEAD_DIM.get(family, config["hidden_size"] // heads),
+            tied_embeddings=bool(config.get("tie_word_embeddings", family in TIED)),
+            **FAMILY_FIELDS[family] | _attention_bias(family, config),
         )
 
     @property
@@ -97,11 +131,22 @@ class ModelSizes(ModelShape):
         return 3 * self.hidden_size * self.ffn_hidden_size
 
     @property
+    def qk_norm_weights(self) -> int:
+        """Weights of the norms of queries and keys: OLMo norms all heads together."""
+        is_whole = self.family in ("olmo2", "olmo3")
+        widths = self.query_width + self.key_width if is_whole else 2 * self.head_dim
+        return widths * self.qk_norm
+
+    @property
+    def norms(self) -> int:
+        """Norms of a layer, apart from those of queries and keys."""
+        return 2 * (self.has_pre_norms + self.has_post_norms)
+
+    @property
     def parameters(self) -> int:
         """Of the whole model."""
-        layer = self.attention_weights + 2 * self.hidden_size
-        layer += (self.query_width + 2 * self.key_width) * self.qkv_bias
-        layer += 2 * self.head_dim * self.qk_norm
+        layer = self.attention_weights + self.norms * self.hidden_size
+        layer += (self.query_width + 2 * self.key_width) * self.qkv_bias + self.qk_norm_weights
         layer += self.mlp_weights * max(self.num_experts, 1) + self.num_experts * self.hidden_size
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
         return self.num_layers * layer + embeddings + self.hidden_size

@@ -10,6 +10,7 @@ backward pass of the last row.
 
 from dataclasses import dataclass, replace
 
+from megatron_idpo.config.lora import EXPERT_PARAMETERS
 from megatron_idpo.plan.activations import expert_tokens, layer_bytes
 from megatron_idpo.plan.devices import Device
 from megatron_idpo.plan.memory import Weights
@@ -166,7 +167,8 @@ def model_flops(run: RunSizes) -> float:
     adapters = 0.0
     if run.lora is not None:
         sizes = (sum(model.projections[name]) for name in run.lora.projections)
-        adapters = 2.0 * model.num_layers * run.lora.rank * sum(sizes) * tokens
+        features = sum(sizes) + model.experts_per_token * _expert_adapter_features(run)
+        adapters = 2.0 * model.num_layers * run.lora.rank * features * tokens
     trained = adapters if run.lora else layers + heads
     total = 2 * (layers + adapters + heads) + 3 * attention + trained
     is_live = run.reference in ("adapter_off", "resident", "offloaded")
@@ -200,7 +202,17 @@ def _layer_flops(run: RunSizes) -> tuple[float, float]:
     if run.lora is not None:
         sizes = (sum(model.projections[name]) for name in run.lora.projections)
         adapters = 2 * run.positions * run.lora.rank * sum(sizes) / tensor
+        adapters += 2 * expert_tokens(run) * run.lora.rank * _expert_adapter_features(run)
     return forward, adapters
+
+
+def _expert_adapter_features(run: RunSizes) -> float:
+    """Inputs and outputs of an expert's adapters."""
+    if run.lora is None:
+        return 0.0
+    hidden, ffn = run.model.hidden_size, run.model.ffn_hidden_size
+    sizes = dict(zip(EXPERT_PARAMETERS, (hidden + 2 * ffn, ffn + hidden), strict=True))
+    return sum(sizes[name] for name in run.lora.expert_parameters)
 
 
 def _attended(run: RunSizes) -> float:
@@ -252,7 +264,7 @@ def _after_backward(run: RunSizes, device: Device, row_s: float) -> tuple[float,
     replicas = run.data * run.layout.context
     for stage in range(run.layout.pipeline):
         weights = Weights.of(run, stage)
-        trained = weights.adapters
+        trained = weights.adapters + weights.expert_adapters
         if run.lora is None:
             trained = weights.dense + weights.experts + weights.trained_copies
         share = (replicas - 1) / replicas

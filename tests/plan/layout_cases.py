@@ -216,8 +216,12 @@ def _random_case(rng: random.Random, name: str) -> LayoutCase:
     training: dict[str, Any] = {"recompute": "full" if mode == "some" else mode}
     if mode == "some":
         training["recompute_layers"] = rng.randint(1, layers // (stages * chunks))
+    has_expert_adapters = "expert" in layout and rng.random() < 0.5
     targets = rng.choice(["all-linear", ["q_proj", "v_proj"]])
-    lora = {"rank": rng.choice([8, 64]), "dropout": rng.choice([0.0, 0.1]), "targets": targets}
+    lora: dict[str, Any] = {"rank": rng.choice([8, 64]), "targets": targets}
+    lora["dropout"] = rng.choice([0.0, 0.1])
+    if has_expert_adapters:
+        lora |= {"dropout": 0.0, "target_parameters": ["mlp.experts.gate_up_proj"]}
     return LayoutCase(
         name,
         llama(layers, hidden, heads, keys, ffn, **more),

@@ -5,19 +5,32 @@ import math
 from pathlib import Path
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from megatron_idpo.convert.families import hf_shapes
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.model.architecture import Architecture
-from megatron_idpo.plan.models import ModelSizes, find_model
+from megatron_idpo.mcore.model.families import FAMILIES
+from megatron_idpo.plan.models import FAMILY_FIELDS, ModelSizes, find_model
 
 from .layout_cases import HF_CONFIGS, MIXTRAL, QWEN3_MOE, llama
 
 FILES = sorted(HF_CONFIGS.glob("*.json"))
 EXPERTS = [llama(2, 64, 4, 2, 96, **MIXTRAL), llama(2, 64, 4, 2, 96, **QWEN3_MOE)]
 
+DENSE = [
+    CONFIG_MAPPING[family](num_hidden_layers=4).to_dict()
+    for family in FAMILIES
+    if family not in ("mixtral", "qwen3_moe", "ministral3")
+]
+"""Transformers' defaults of each family; Ministral's have rope scaling that is refused."""
 
-@pytest.mark.parametrize("config", [*(json.loads(f.read_text()) for f in FILES), *EXPERTS])
+
+@pytest.mark.parametrize(
+    "config",
+    [*(json.loads(f.read_text()) for f in FILES), *EXPERTS, *DENSE],
+    ids=lambda config: config["model_type"],
+)
 def test_sizes_and_parameters_equal_those_of_the_checked_architecture(config):
     sizes, architecture = ModelSizes.from_hf(config, "config.json"), Architecture.from_hf(config)
     for name in ModelSizes.__dataclass_fields__:
@@ -63,3 +76,12 @@ def test_a_config_without_sizes_is_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
     with pytest.raises(ConfigError, match="has no num_hidden_layers"):
         find_model(str(tmp_path))
+
+
+def test_families_are_those_that_can_be_trained():
+    assert set(FAMILY_FIELDS) == set(FAMILIES)
+
+
+def test_other_families_are_refused():
+    with pytest.raises(ConfigError, match="'falcon' is not supported"):
+        ModelSizes.from_hf({"model_type": "falcon"}, "config.json")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_idpo.config.lora import EXPERT_PARAMETERS
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.plan.devices import DEVICES
 from megatron_idpo.plan.step_time import attended_pairs, model_flops, row_time, step_time
@@ -31,7 +32,11 @@ def test_model_flops_equal_those_of_the_training_log(lora, experts):
     )  # fmt: skip
     adapters = None
     if run.lora is not None:
-        adapters = lora_weights(architecture, 2, run.lora.projections)
+        if experts:
+            targets = {"target_parameters": EXPERT_PARAMETERS}
+            run = replace(run, lora=run.lora.model_copy(update=targets))
+        assert run.lora is not None
+        adapters = lora_weights(architecture, 2, run.lora.names)
     logged = ModelFlops(architecture=architecture, num_heads=2, adapter_weights=adapters)
     assert model_flops(run) == pytest.approx(logged.step(work))
     live = replace(logged, reference_forwards=1)

@@ -1,0 +1,70 @@
+"""`make gpu`: order, time limits, resuming, and a rehearsal on a phantom GPU."""
+
+import json
+import os
+from pathlib import Path
+
+import gpu
+import pytest
+
+MEASURED = {
+    "peak_bytes": 41e9,
+    "planned_bytes": 40e9,
+    "step_s": 0.5,
+    "estimated_step_s": 0.4,
+    "tokens_per_s": 32768.0,
+    "mfu": 0.42,
+}
+
+
+def step(name: str, program: str, expected_s: float = 1.0) -> gpu.Step:
+    return gpu.Step(name, ("-c", program), expected_s)
+
+
+def run(steps: list[gpu.Step], output: Path, budget_s: float = 60.0) -> dict[str, dict]:
+    return gpu.run_steps(steps, output, budget_s, dict(os.environ))
+
+
+def test_a_finished_step_is_not_run_again_and_a_failed_one_is(tmp_path: Path):
+    note = f"open({str(tmp_path / 'ran')!r}, 'a').write"
+    good, bad = step("good", f"{note}('g')"), step("bad", f"{note}('b'); raise SystemExit(3)")
+    first = run([good, bad], tmp_path / "out")
+    assert [first[name]["code"] for name in ("good", "bad")] == [0, 3]
+    run([good, bad], tmp_path / "out")
+    assert (tmp_path / "ran").read_text() == "gbb"
+
+
+def test_a_step_that_needs_more_time_than_is_left_is_not_started(tmp_path: Path):
+    results = run([step("long", "", 100.0), step("short", "", 1.0)], tmp_path, 30.0)
+    assert list(results) == ["short"]
+
+
+def test_a_step_ends_with_the_budget(tmp_path: Path):
+    results = run([step("hangs", "print('begun', flush=True); input()", 0.1)], tmp_path, 1.0)
+    # Without a terminal `input` fails at once instead: both end.
+    assert results["hangs"]["code"] != 0
+
+
+def test_the_summary_has_measured_against_planned(tmp_path: Path):
+    results = run([step("8b", f"print({json.dumps(json.dumps(MEASURED))})")], tmp_path)
+    summary = gpu.summarize(results, "NVIDIA H100")
+    assert "| 8b | 41.00 | 40.00 | 0.500 | 0.400 | 32,768 | 42.0% |" in summary
+
+
+def test_steps_are_unique_and_their_programs_exist():
+    assert len({one.name for one in gpu.STEPS}) == len(gpu.STEPS)
+    for one in gpu.STEPS:
+        for words in filter(None, (one.words, one.rehearsed)):
+            files = [word for word in words if word.endswith(".py")]
+            assert files and all((gpu.ROOT / file).is_file() for file in files)
+
+
+# Three programs that import torch, one of them with two runs: a minute and more.
+@pytest.mark.exhaustive
+def test_everything_can_be_rehearsed_on_a_phantom_gpu(has_phantom_gpu: None, tmp_path: Path):
+    code = gpu.main(["--phantom", "--output", str(tmp_path), "--budget-s", "900"])
+    results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert code == 0, results
+    assert set(results) == {one.name for one in gpu.STEPS if one.rehearsed}
+    assert results["tiny"]["measured"]["peak_bytes"] > 0
+    assert "passed" in results["tests"]["output"][-1]
