@@ -151,6 +151,8 @@ def planned_memory(config: RunConfig, gpus: int) -> str:
 def test_memory_in_comments_equals_the_plan(path: Path) -> None:
     if NOT_RUN not in (text := path.read_text()):
         return
+    if read(path).layout.context > 1 and "Planned, not measured" not in text:
+        return
     comment = " ".join(line.removeprefix("#").strip() for line in text.splitlines())
     sentences = {planned_memory(read(path), world_size(words)) for words in commands(path)}
     assert all(sentence in comment for sentence in sentences), sentences

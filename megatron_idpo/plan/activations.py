@@ -38,7 +38,7 @@ _EXPERT_TEMPORARIES = 6
 
 def layer_bytes(run: RunSizes) -> float:
     """What one layer keeps of one row, without recomputation."""
-    model, layout, tensor = run.model, run.layout, run.layout.tensor
+    model, tensor = run.model, run.layout.tensor
     hidden = run.sharded_positions * model.hidden_size
     queries = run.positions * model.query_width // tensor
     keys = run.positions * model.key_width // tensor
@@ -65,9 +65,14 @@ def layer_bytes(run: RunSizes) -> float:
         elements += features * (2 + run.adapts("down_proj"))
     if run.lora is not None:
         elements += run.positions * run.lora.rank * len(run.lora.projections)
-    # Gathered keys and values of the other context-parallel ranks' positions.
-    elements += 2 * keys * (layout.context - 1)
     return elements * run.width + statistics * FLOAT32
+
+
+def gathered_bytes(run: RunSizes) -> float:
+    """Keys and values of the whole row, of one layer: context-parallel ranks gather them."""
+    if run.layout.context == 1:
+        return 0.0
+    return 2 * run.row_tokens * run.model.key_width // run.layout.tensor * run.width
 
 
 def expert_tokens(run: RunSizes) -> int:

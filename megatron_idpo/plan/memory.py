@@ -118,6 +118,9 @@ class StageMemory:
     temporaries: float
     """Of the backward pass: of a layer, or of a head. May be negative: less is kept then."""
 
+    gathered: float
+    """Keys and values of the whole row, under context parallelism."""
+
     update: float
     """Temporaries of the optimizer, when activations are free."""
 
@@ -142,7 +145,8 @@ class StageMemory:
     @property
     def step(self) -> float:
         """Allocated within a step, at its peak."""
-        return max(self.activations + self.temporaries, self.update, self.reference_pass)
+        backward = self.activations + self.temporaries + self.gathered
+        return max(backward, self.update, self.reference_pass)
 
     @property
     def allocated(self) -> float:
@@ -180,6 +184,7 @@ def stage_memory(run: RunSizes, stage: int, device: Device) -> StageMemory:
         reference=copy if run.reference == "resident" else 0.0,
         activations=kept,
         temporaries=temporaries,
+        gathered=activations.gathered_bytes(run),
         update=MAIN_BYTES * max(dense_shard, expert_shard),
         reference_pass=copy if run.reference == "offloaded" else 0.0,
         cublas=device.cublas_bytes,

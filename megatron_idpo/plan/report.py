@@ -30,6 +30,7 @@ _NAMES = {
     "reference": "reference",
     "activations": "activations",
     "temporaries": "temporaries of backward",
+    "gathered": "gathered keys and values",
     "cublas": "cuBLAS workspace",
     "context": "CUDA context, process",
     "nccl": "NCCL buffers",
@@ -150,7 +151,7 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _beyond_backward(stage: StageMemory, field: str) -> float:
-    backward = stage.activations + stage.temporaries
+    backward = stage.activations + stage.temporaries + stage.gathered
     largest = max(("update", "reference_pass"), key=lambda name: getattr(stage, name))
     return max(getattr(stage, field) - backward, 0.0) if field == largest else 0.0
 
