@@ -16,7 +16,7 @@ from megatron_idpo.errors import ConfigError
 
 _LLAMA_LIKE = (
     *("llama", "mistral", "mixtral", "ministral3", "smollm3", "phi3"),
-    *("granite", "seed_oss", "gemma"),
+    *("granite", "seed_oss", "gemma", "glm", "ernie4_5"),
 )
 _POST = {"has_post_norms": True}
 _OLMO = {"has_pre_norms": False, "has_post_norms": True, "qk_norm": True}
@@ -34,13 +34,13 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
 """Families of `mcore.model.families`, and what distinguishes their layers' sizes from Llama's."""
 
 HEAD_DIM = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128, "seed_oss": 128}
-HEAD_DIM |= {"glm4": 128}
-TIED = {"gemma", "gemma2", "gemma3_text", "smollm3"}
+HEAD_DIM |= {"glm": 128, "glm4": 128, "ernie4_5": 128}
+TIED = {"gemma", "gemma2", "gemma3_text", "smollm3", "ernie4_5"}
 """What Transformers takes where a file says nothing."""
 
 
 def _attention_bias(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    if family not in ("glm4", "seed_oss"):
+    if family not in ("glm", "glm4", "seed_oss"):
         return {}
     return {"qkv_bias": bool(config.get("attention_bias", family == "seed_oss"))}
 

@@ -20,7 +20,7 @@ EXPERTS = [llama(2, 64, 4, 2, 96, **MIXTRAL), llama(2, 64, 4, 2, 96, **QWEN3_MOE
 
 DENSE = [
     CONFIG_MAPPING[family](num_hidden_layers=4).to_dict()
-    for family in FAMILIES
+    for family in FAMILY_FIELDS
     if family not in ("mixtral", "qwen3_moe", "ministral3")
 ]
 """Transformers' defaults of each family; Ministral's have rope scaling that is refused."""
@@ -79,7 +79,7 @@ def test_a_config_without_sizes_is_refused(tmp_path: Path):
 
 
 def test_families_are_those_that_can_be_trained():
-    assert set(FAMILY_FIELDS) == set(FAMILIES)
+    assert set(FAMILY_FIELDS) <= set(FAMILIES)
 
 
 def test_other_families_are_refused():
