@@ -29,6 +29,10 @@ class ModelShape:
     num_experts: int = 0
     """With experts, `ffn_hidden_size` is the width of one."""
 
+    dense_ffn_hidden_size: int = 0
+    shared_ffn_hidden_size: int = 0
+    """With experts: widths of the MLP of layers without them, and of the expert for all tokens."""
+
 
 class Layout(Section):
     """How the model is split over processes; data parallelism is what is left."""
@@ -161,6 +165,8 @@ def _tensor_problems(layout: Layout, model: ModelShape) -> Iterator[Problem]:
     sizes = {"attention heads": model.num_heads, "key-value heads": model.num_kv_heads}
     if not model.num_experts or layout.expert_tensor is None:
         sizes["MLP columns"] = model.ffn_hidden_size
+    sizes["MLP columns of layers without experts"] = model.dense_ffn_hidden_size
+    sizes["columns of the shared expert"] = model.shared_ffn_hidden_size
     remedy = f"set layout.tensor to one of {_divisors(math.gcd(*sizes.values()))}"
     for what, size in sizes.items():
         if size % tensor:

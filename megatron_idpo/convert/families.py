@@ -2,8 +2,9 @@
 
 Most families use Llama's tensor names. They differ in which tensors exist (biases, norms, an untied
 output layer), which the `Architecture` says. `_FAMILY_RULES` has the names and the fused tensors of
-the others. Mixtral and Qwen3-MoE have experts instead of the MLP, under two sets of names. How a
-parameter is split and fused is in `convert/slicing.py`.
+the others. Mixtral, Qwen2-MoE and Qwen3-MoE have experts instead of the MLP, under two sets of
+names; Qwen2-MoE also one for all tokens. How a parameter is split and fused is in
+`convert/slicing.py`.
 """
 
 import re
@@ -55,11 +56,14 @@ class Entry:
         return tuple(self.hf_shapes)
 
 
-def _sizes(architecture: Architecture) -> dict[str, int]:
+def _sizes(architecture: Architecture, *, dense: bool = False) -> dict[str, int]:
+    """The sizes by letter; `dense`: in a layer without experts."""
     return {
+        "1": 1,
+        "S": architecture.shared_ffn_hidden_size,
         "V": architecture.vocab_size,
         "H": architecture.hidden_size,
-        "F": architecture.ffn_hidden_size,
+        "F": (dense and architecture.dense_ffn_hidden_size) or architecture.ffn_hidden_size,
         "Q": architecture.num_heads * architecture.head_dim,
         "K": architecture.num_kv_heads * architecture.head_dim,
         "D": architecture.head_dim,
@@ -182,8 +186,23 @@ def _expert_rules(parent: str, gate: str, up: str, down: str) -> dict[str, Rule]
     }
 
 
+_SHARED_RULES = {
+    "mlp.shared_experts.linear_fc1.weight": _layer_rule(
+        "mlp.shared_expert.gate_proj.weight mlp.shared_expert.up_proj.weight",
+        "SH SH",
+        FusedGateUp(),
+    ),
+    "mlp.shared_experts.linear_fc2.weight": _layer_rule(
+        "mlp.shared_expert.down_proj.weight", "HS", ColumnsSplit()
+    ),
+    "mlp.shared_experts.gate_weight": _layer_rule(
+        "mlp.shared_expert_gate.weight", "1H", Replicated()
+    ),
+}
+
 _EXPERT_RULES = {
     "mixtral": _expert_rules("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen2_moe": _expert_rules("mlp", "gate_proj", "up_proj", "down_proj"),
     "qwen3_moe": _expert_rules("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 """By family: the router, and the parameters of an expert by their names within it."""
@@ -212,11 +231,11 @@ def entry(megatron_name: str, architecture: Architecture) -> Entry:
     elif matched and architecture.num_experts and matched[2] == _ROUTER:
         rule = _EXPERT_RULES[architecture.family][_ROUTER]
     elif matched:
-        rules = _LAYER_RULES | _ENGINE_LAYER_RULES | _FAMILY_RULES.get(architecture.family, {})
-        rule = rules[matched[2]]
+        rules = _LAYER_RULES | _ENGINE_LAYER_RULES | _SHARED_RULES
+        rule = (rules | _FAMILY_RULES.get(architecture.family, {}))[matched[2]]
     else:
         rule = _MODEL_RULES[megatron_name]
-    sizes = _sizes(architecture)
+    sizes = _sizes(architecture, dense=bool(layer) and not architecture.has_experts(int(layer)))
     shapes = {
         name.format(layer=layer, expert=expert[1] if expert else ""): tuple(
             sizes[letter] for letter in letters
@@ -247,7 +266,7 @@ def fused_experts(
     fused = {
         name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))
     }
-    for layer in range(architecture.num_layers if fused else 0):
+    for layer in filter(architecture.has_experts, range(architecture.num_layers if fused else 0)):
         prefix = f"decoder.layers.{layer}.mlp."
         source = f"model.layers.{layer}.mlp."
         (router,) = entry(f"{prefix}router.weight", architecture).hf_names
@@ -302,17 +321,18 @@ def _model_names(architecture: Architecture) -> Iterator[str]:
         absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
     if not architecture.has_pre_norms:
         absent |= {"input_layernorm.weight", "pre_mlp_layernorm.weight"}
-    suffixes = [suffix for suffix in _LAYER_RULES if suffix not in absent]
+    dense = [suffix for suffix in _LAYER_RULES if suffix not in absent]
     if architecture.has_post_norms:
-        suffixes += _POST_NORMS
-    if architecture.num_experts:
-        suffixes = [suffix for suffix in suffixes if suffix not in _MLP_SUFFIXES] + [_ROUTER]
-        for expert in range(architecture.num_experts):
-            prefix = _EXPERT_PREFIX.format(expert=expert)
-            suffixes += [f"{prefix}linear_fc1.weight", f"{prefix}linear_fc2.weight"]
+        dense += _POST_NORMS
+    sparse = [suffix for suffix in dense if suffix not in _MLP_SUFFIXES] + [_ROUTER]
+    for expert in range(architecture.num_experts):
+        prefix = _EXPERT_PREFIX.format(expert=expert)
+        sparse += [f"{prefix}linear_fc1.weight", f"{prefix}linear_fc2.weight"]
+    if architecture.shared_ffn_hidden_size:
+        sparse += _SHARED_RULES
     yield "embedding.word_embeddings.weight"
     for layer in range(architecture.num_layers):
-        for suffix in suffixes:
+        for suffix in sparse if architecture.has_experts(layer) else dense:
             yield f"decoder.layers.{layer}.{suffix}"
     yield "decoder.final_layernorm.weight"
     if not architecture.tied_embeddings:

@@ -190,22 +190,29 @@ def _memory(
 ) -> Finding:
     """The memory of the weights, and of training all of them, compared to the machine's."""
     layout, dtype, name = config.layout, config.model.dtype, "weights"
-    parameters: float = _num_parameters(architecture)
+    experts = _num_parameters(architecture, experts=True)
+    # Parameters and the ranks that one copy is split over; each rank has as much of every copy.
     # Context-parallel ranks have the same weights, like data-parallel ones.
-    copies = layout.context * (layout.data(world_size) if world_size else 1)
+    groups = (
+        (_num_parameters(architecture) - experts, layout.tensor * layout.pipeline),
+        (experts, layout.expert_model_ranks),
+    )
+    num_ranks = world_size or layout.min_ranks
     if machine.gpus:
         # A lower bound: stages with the embedding or more layers than others hold more.
-        experts = _num_parameters(architecture, experts=True)
-        parameters = (parameters - experts) / (layout.tensor * layout.pipeline)
-        parameters += experts / layout.expert_model_ranks
+        held_by = 1
         available, where = min(size for _, size in machine.gpus), "a GPU"
     else:
         # All processes share the memory of the machine.
-        parameters *= copies
+        held_by = num_ranks
         available, where = machine.memory_bytes, "the machine, over all processes"
-    weights = parameters * WEIGHT_BYTES[dtype]
     sharded = TRAINED_BYTES[dtype] - GRADIENT_BYTES
-    training = weights + parameters * (GRADIENT_BYTES + sharded / copies)
+    weights = training = 0.0
+    for parameters, ranks in groups:
+        held = parameters / ranks * held_by
+        weights += held * WEIGHT_BYTES[dtype]
+        optimizer = sharded / (num_ranks // ranks)
+        training += held * (WEIGHT_BYTES[dtype] + GRADIENT_BYTES + optimizer)
     message = f"{format_size(weights)} in {dtype}; {where} has {format_size(available)}"
     consequence = f"training all weights with Adam takes {format_size(training)} plus activations"
     remedy = "raise layout.tensor or layout.pipeline"

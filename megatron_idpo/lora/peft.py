@@ -195,7 +195,8 @@ def _shapes(
             name = hf_module(layer, module.name)
             shapes[peft_name(name, "A")] = (rank, sizes[0][1])
             shapes[peft_name(name, "B")] = (sum(rows for rows, _ in sizes), rank)
-        for target in map(expert_target, settings.expert_parameters):
+        in_experts = settings.expert_parameters if architecture.has_experts(layer) else ()
+        for target in map(expert_target, in_experts):
             name = expert_module(layer, target, settings)
             outputs, inputs = weight_shape(target, architecture)
             expert_ranks = settings.rank * architecture.num_experts

@@ -67,6 +67,18 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "intermediate_size": 64,
     },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "norm_topk_prob": False,
+        # Between the layers with experts, a dense one.
+        "mlp_only_layers": [1],
+        "decoder_sparse_step": 1,
+        **_QWEN,
+    },
     "qwen3_moe": {
         "architectures": ["Qwen3MoeForCausalLM"],
         "attention_bias": False,

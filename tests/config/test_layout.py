@@ -20,6 +20,8 @@ class Shape:
     ffn_hidden_size: int = 128
     vocab_size: int = 512
     num_experts: int = 0
+    dense_ffn_hidden_size: int = 0
+    shared_ffn_hidden_size: int = 0
 
 
 @pytest.mark.parametrize(

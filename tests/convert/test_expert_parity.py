@@ -34,9 +34,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-window": ("mixtral", {"sliding_window": 5}),
     "qwen3-moe": ("qwen3_moe", {}),
     "qwen3-moe-plain-weights": ("qwen3_moe", {"norm_topk_prob": False, "num_experts_per_tok": 3}),
+    "qwen3-moe-every-second": ("qwen3_moe", {"decoder_sparse_step": 2}),
+    # A shared expert, and a dense layer.
+    "qwen2-moe": ("qwen2_moe", {}),
 }
 NAMES = {
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen2_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
     "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 
@@ -87,9 +91,9 @@ def _cases() -> dict[str, Case]:
 
 CASES = _cases()
 IN_MAKE_TEST = {
-    "EP1-TP1-PP1": "qwen3-moe-plain-weights",
-    "EP2-TP2-PP1-ETP1": "mixtral-window",
-    "EP2-TP1-PP2": "qwen3-moe",
+    "EP1-TP1-PP1": "mixtral-window",
+    "EP2-TP2-PP1-ETP1": "qwen2-moe",
+    "EP2-TP1-PP2": "qwen3-moe-every-second",
 }
 """With them every dimension is split, and both shardings of an expert."""
 
@@ -163,6 +167,7 @@ def there_and_back(hf: str, megatron: str, back: str, first: Layout, second: Lay
 
 
 ROUND_TRIPS = {
+    "EP2-PP2 to TP2": ("qwen2-moe", Layout(expert=2, pipeline=2), Layout(tensor=2), 4),
     "EP2 to TP2-PP2": ("mixtral", Layout(expert=2), Layout(tensor=2, pipeline=2), 4),
     "EP4-TP2-ETP1 to EP2-PP2": (
         "qwen3-moe",

@@ -106,6 +106,30 @@ def test_weights_are_checked_against_memory(check, model):
     assert check("model.dtype=bf16", machine=tight)["weights"].state is State.NOTE
 
 
+def test_a_mixture_of_experts(check, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("experts")
+    write_tiny_hf_model(directory, "qwen2_moe")
+    where, layout = f"model.path={directory}", ("layout.expert=2", "layout.pipeline=2")
+    on_cpu = check(where, *layout)
+    assert f"2 of 4 experts, {parameters(directory):,} parameters" in on_cpu["model"].value
+    assert "data 2, experts over 2, on 4 processes" in on_cpu["layout"].value
+    divided = check(where, "layout.expert=3", WORLD_SIZE="3")["layout"]
+    assert divided.state is State.BROKEN and "3 does not divide the 4 experts" in divided.value
+    # Each process has a quarter of the experts, and half of the rest.
+    experts = 3 * 4 * 3 * 32 * 64
+    held = 4 * (experts // 4 + (parameters(directory) - experts) // 2)
+    fits = check(where, *layout, machine=machine_with(4, memory_bytes=held))["weights"]
+    assert fits.state is State.NOTE and "layout.expert" in fits.remedy
+    short = check(where, *layout, machine=machine_with(4, memory_bytes=held - 1))["weights"]
+    assert short.state is State.BROKEN
+    # All processes together have the experts once, and the rest twice.
+    together = 2 * parameters(directory) - experts
+    laptop = Machine(cores=2, memory_bytes=4 * together - 1, free_memory_bytes=GIB)
+    assert check(where, *layout, machine=laptop)["weights"].state is State.BROKEN
+    laptop = Machine(cores=2, memory_bytes=4 * together, free_memory_bytes=GIB)
+    assert check(where, *layout, machine=laptop)["weights"].state is State.NOTE
+
+
 def test_missing_or_unsupported_models(check, tmp_path):
     assert "not a directory" in check("model.path=/no/such/model")["model"].value
     (tmp_path / "empty").mkdir()

@@ -26,8 +26,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "mixtral": ("mixtral", {}),
     "qwen3-moe": ("qwen3_moe", {"num_experts": 4}),
+    "qwen2-moe": ("qwen2_moe", {}),
 }
-EXPERT_MODELS = ("mixtral", "qwen3-moe")
+EXPERT_MODELS = ("mixtral", "qwen3-moe", "qwen2-moe")
 
 SETTINGS = {
     "all": LoraConfig(rank=4, alpha=12.0),

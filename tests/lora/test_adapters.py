@@ -56,7 +56,7 @@ CASES = [
     Case(layout=PP2_VP2, model="qwen2"),
     Case(data=2, sync="distributed", model="llama-tied"),
     Case(layout=TP2_SP, data=2, sync="overlap", model="qwen2"),
-    Case(layout=EP2_TP2_PP2, model="qwen3-moe", settings="expert-down", recompute="full"),
+    Case(layout=EP2_TP2_PP2, model="qwen2-moe", settings="expert-down", recompute="full"),
     Case(layout=EP2_TP2, data=2, sync="overlap", model="mixtral", settings="experts"),
 ]
 EXHAUSTIVE = (
@@ -97,6 +97,7 @@ EXHAUSTIVE = (
                 ("mixtral", "experts", "off"),
                 ("qwen3-moe", "experts", "full"),
                 ("qwen3-moe", "expert-down", "off"),
+                ("qwen2-moe", "experts", "off"),
             ),
         )
     ]

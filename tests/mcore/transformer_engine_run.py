@@ -14,6 +14,7 @@ import transformer_engine_stand_in
 transformer_engine_stand_in.install()
 
 from contextlib import contextmanager
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +28,10 @@ from tests.plugin import stock_run
 from tests.plugin import tiny_megatron as tiny
 
 LAYERS = (1, 3)
+DENSE, EXPERTS = "llama", "qwen2_moe"
+"""Families; the second has a shared expert, and a dense layer between the others."""
+
+FIELDS: dict[str, dict[str, Any]] = {DENSE: {}, EXPERTS: {"qkv_bias": False}}
 FUSED = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -58,23 +63,28 @@ def layout_of(world_size: int) -> Any:
     return Layout(tensor=world_size, sequence_parallel=world_size > 1)
 
 
-def own_chunks(world_size: int, uses_te: bool) -> list[Any]:
+def own_chunks(world_size: int, uses_te: bool, family: str = DENSE) -> list[Any]:
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+
     from megatron_idpo.mcore.model.build import global_parameters
 
     with engine(uses_te):
-        chunks = tiny.chunks_of(layout_of(world_size))
+        chunks = tiny.chunks_of(layout_of(world_size), family=family, fields=FIELDS[family])
     for name, parameter in global_parameters(chunks):
         parameter.data.copy_(tiny.weight_of(local_name(name), parameter, False))
     fused = [name for name, _ in chunks[0].named_parameters() if "layer_norm_weight" in name]
-    assert len(fused) == (2 * tiny.NUM_LAYERS if uses_te else 0)
+    grouped = [module for module in chunks[0].modules() if isinstance(module, TEGroupedMLP)]
+    num_dense = tiny.NUM_LAYERS if family == DENSE else 1
+    assert len(fused) == (tiny.NUM_LAYERS + num_dense if uses_te else 0)
+    assert len(grouped) == (tiny.NUM_LAYERS - num_dense if uses_te else 0)
     return chunks
 
 
-def rows(world_size: int, uses_te: bool) -> dict[str, Tensor]:
+def rows(world_size: int, uses_te: bool, family: str = DENSE) -> dict[str, Tensor]:
     """Gradients of a step of our own model with shared-prompt rows."""
     from megatron_idpo import Objective, attach
 
-    chunks = own_chunks(world_size, uses_te)
+    chunks = own_chunks(world_size, uses_te, family)
     dpo = attach(chunks, layers=LAYERS, objective=Objective(), vocab_size=tiny.VOCAB)
     models = tiny.wrap(dpo, chunks)
     reference = tiny.references((*LAYERS, tiny.NUM_LAYERS))
@@ -109,7 +119,7 @@ def packed(world_size: int, uses_te: bool) -> dict[str, Tensor]:
     return {local_name(name): gradient for name, gradient in tiny.gradients(chunks).items()}
 
 
-def loaded(world_size: int, uses_te: bool) -> dict[str, Tensor]:
+def loaded(world_size: int, uses_te: bool, family: str = DENSE) -> dict[str, Tensor]:
     """The weights that a model reads from a checkpoint of the other kind."""
     from megatron_idpo.checkpoint.weights import load_weights, save_weights
     from megatron_idpo.mcore.model.architecture import Architecture
@@ -117,8 +127,8 @@ def loaded(world_size: int, uses_te: bool) -> dict[str, Tensor]:
     from megatron_idpo.mcore.parallel.world import broadcast_from_rank0
     from megatron_idpo.testing import tiny_hf_config
 
-    saved, read = own_chunks(world_size, not uses_te), own_chunks(world_size, uses_te)
-    architecture = Architecture.from_hf(tiny_hf_config("llama", **tiny.SIZES))
+    saved, read = (own_chunks(world_size, te, family) for te in (not uses_te, uses_te))
+    architecture = Architecture.from_hf(tiny_hf_config(family, **tiny.SIZES, **FIELDS[family]))
     for _, parameter in global_parameters(read):
         parameter.data.zero_()
     with TemporaryDirectory() as own:
@@ -141,6 +151,7 @@ def main(rank: int, world_size: int, rendezvous: str, modes: list[str]) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     start_layout(layout_of(world_size))
     run = {"rows": rows, "packed": packed, "loaded": loaded}
+    run |= {f"experts {name}": partial(run[name], family=EXPERTS) for name in ("rows", "loaded")}
     for mode in modes:
         local, te = run[mode](world_size, False), run[mode](world_size, True)
         assert te.keys() == local.keys()

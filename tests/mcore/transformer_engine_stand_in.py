@@ -2,7 +2,7 @@
 
 `install()` before megatron-core is imported; then megatron-core takes it for Transformer Engine.
 Signatures are closed: an argument that megatron-core adds fails instead of being ignored. Dense
-layers and attention without context parallelism; no FP8, experts, or biases.
+layers, experts, and attention without context parallelism; no FP8 or biases.
 
     S  positions   B  batch   N  heads   D  head size   T  packed positions
 """
@@ -86,6 +86,49 @@ class Linear(_TeModule):
             after = getattr(mappings, f"{names[self.sequence_parallel]}_region")
             out = after(out, group=self.tp_group)
         return (out, None) if self.return_bias else out
+
+
+class GroupedLinear(_TeModule):
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: Any = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Any = None,
+        rng_tracker_name: str | None = None,
+        init_method: Any = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        device: Any = "cpu",
+        ub_overlap_rs: bool = False,
+        ub_overlap_ag: bool = False,
+        ub_name: str | None = None,
+        delay_wgrad_compute: bool = False,
+        save_original_input: bool = False,
+    ) -> None:
+        super().__init__()
+        assert not (bias or return_bias or fuse_wgrad_accumulation or delay_wgrad_compute)
+        assert tp_size == 1, "megatron-core splits experts itself"
+        self.num_gemms, self.use_bias, self.tp_size = num_gemms, bias, tp_size
+        self.in_features, self.out_features = in_features, out_features
+        self.fp8_meta = {"fp8_checkpoint": False}
+        self.fp8 = self.fp8_calibration = False
+        for index in range(num_gemms):
+            weight = torch.zeros(out_features, in_features, dtype=params_dtype, device=device)
+            parameter = torch.nn.Parameter(weight)
+            parameter.tensor_model_parallel, parameter.partition_dim = True, 0
+            self.register_parameter(f"weight{index}", parameter)
+
+    def forward(self, inp: Tensor, m_splits: list[int], is_first_microbatch: Any = None) -> Tensor:
+        parts = inp.split(list(m_splits))
+        weights = (getattr(self, f"weight{index}") for index in range(self.num_gemms))
+        return torch.cat([F.linear(*both) for both in zip(parts, weights, strict=True)])
 
 
 class LayerNormLinear(Linear):
@@ -236,9 +279,9 @@ def install() -> None:
     """Make `import transformer_engine` find this module's classes."""
     absent = {name: type(name, (_Absent,), {}) for name in _ABSENT.split()}
     recipes = {name: type(name, (_Absent,), {}) for name in _RECIPES.split()}
-    layers = {kind.__name__: kind for kind in (Linear, LayerNormLinear, RMSNorm)}
+    layers = {kind.__name__: kind for kind in (Linear, LayerNormLinear, GroupedLinear, RMSNorm)}
     layers |= {"DotProductAttention": DotProductAttention}
-    layers |= {name: absent[name] for name in ("LayerNorm", "GroupedLinear")}
+    layers |= {"LayerNorm": absent["LayerNorm"]}
     fp8 = {"fp8_autocast": _fp8_off, "fp8_model_init": _fp8_off}
     contents: dict[str, dict[str, Any]] = {
         "": {"__version__": VERSION},

@@ -216,7 +216,9 @@ def _spec(config: Any, stage: int | None, *, packed: bool) -> Any:
 
     from megatron_idpo.mcore.model.specs import RMSNorm
 
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization=config.normalization
+    )
     submodules = spec.submodules
     if packed:
         attention = replace(submodules.self_attention.submodules, core_attention=packed_attention())

@@ -55,6 +55,8 @@ def chunks_of(
     tied: bool = False,
     frozen_head: bool = False,
     dtype: torch.dtype = torch.float32,
+    family: str = "llama",
+    fields: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> list[Any]:
     """Build this rank's chunks in a running layout."""
@@ -62,7 +64,9 @@ def chunks_of(
     from megatron_idpo.mcore.model.build import ModelOptions, build_model, global_parameters
     from megatron_idpo.testing import tiny_hf_config
 
-    architecture = Architecture.from_hf(tiny_hf_config("llama", tie_word_embeddings=tied, **SIZES))
+    architecture = Architecture.from_hf(
+        tiny_hf_config(family, tie_word_embeddings=tied, **SIZES, **fields or {})
+    )
     chunks = build_model(architecture, layout, ModelOptions(dtype=dtype, overrides=overrides))
     for name, parameter in global_parameters(chunks):
         parameter.data.copy_(weight_of(name, parameter, tied))

@@ -24,7 +24,6 @@ from megatron_idpo.mcore.lora.linear import (
     ParallelLinear,
 )
 from megatron_idpo.mcore.model.chunk import RestoreFn
-from megatron_idpo.mcore.model.experts import first_expert
 from megatron_idpo.mcore.model.grouped_experts import GroupedExperts
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
 
@@ -102,10 +101,10 @@ class ChunkAdapters(torch.nn.Module):
                     assert linear is not None
                     rows = _fused_rows(name, linear)
                     adapters[name] = LinearAdapters(linear, rows, adapted, hyperparams)
-            experts, in_experts = layer_experts(layer), _in_experts(targets)
-            if experts is not None and in_experts:
+            in_experts = _in_experts(targets)
+            if in_experts and layer_experts(layer) is not None:
                 names = [target.removeprefix(f"{EXPERTS_NAME}.") for target in in_experts]
-                adapters[EXPERTS_NAME] = ExpertAdapters(experts, names, hyperparams)
+                adapters[EXPERTS_NAME] = ExpertAdapters(layer.mlp, names, hyperparams)
             self.layers.append(adapters)
 
     def linears(self) -> Iterator[tuple[int, str, LinearAdapters]]:
@@ -141,7 +140,6 @@ class ChunkAdapters(torch.nn.Module):
                 yield AdapterTensor(layer, name, "A", adapters.down(name), split_down)
                 yield AdapterTensor(layer, name, "B", adapters.up(name), split_up)
         for layer, of_layer in self.experts():
-            num_experts = of_layer.experts.config.num_moe_experts
             for target in of_layer.targets:
                 for side, parameter in (("A", of_layer.down(target)), ("B", of_layer.up(target))):
                     yield AdapterTensor(
@@ -150,7 +148,7 @@ class ChunkAdapters(torch.nn.Module):
                         side,
                         parameter,
                         of_layer.split_dim(target, side),
-                        first_expert(num_experts),
+                        of_layer.first_expert,
                     )
 
     def sharded_state_dict(

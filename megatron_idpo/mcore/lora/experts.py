@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
@@ -42,12 +43,12 @@ class ExpertAdapters(torch.nn.Module):
     """A and B of all experts of this rank, stacked."""
 
     def __init__(
-        self, experts: GroupedExperts, targets: Sequence[str], hyperparams: LoraHyperparams
+        self, layer: MoELayer, targets: Sequence[str], hyperparams: LoraHyperparams
     ) -> None:
         """Allocate A (uninitialized) and B (zeros) for each target.
 
         Args:
-            experts: the adapted layer; it does not become a submodule.
+            layer: with `GroupedExperts`; it does not become a submodule.
             targets: names in `EXPERT_LINEARS`.
             hyperparams: rank and scale; PEFT has no dropout for experts.
         """
@@ -55,15 +56,17 @@ class ExpertAdapters(torch.nn.Module):
         assert not hyperparams.dropout
         self.targets = tuple(name for name in EXPERT_LINEARS.values() if name in targets)
         self.hyperparams = hyperparams
-        self._tensor_group: torch.distributed.ProcessGroup = experts.tp_group
+        self.first_expert: int = layer.local_expert_indices[0]
+        """This rank's first expert, counted over the whole model."""
         # In a list, so that the frozen weights are not parameters of this module.
-        self._experts = [experts]
+        self._experts: list[GroupedExperts] = [layer.experts]
+        self._tensor_group: torch.distributed.ProcessGroup = self.experts.tp_group
         for name in self.targets:
             self._allocate(name, self.weights(name)[0])
 
     @property
     def experts(self) -> GroupedExperts:
-        """The adapted layer."""
+        """The adapted experts."""
         return self._experts[0]
 
     def weights(self, target: str) -> list[torch.nn.Parameter]:

@@ -89,8 +89,12 @@ class Architecture(ModelShape):
             None it sees all up to itself (Transformers' `masking_utils.sliding_window_overlay`).
         rope: Rotary settings.
         dtype: Dtype of the checkpoint's weights: float32, bfloat16 or float16.
-        num_experts: In every layer; 0: dense.
+        num_experts: In each layer but `dense_layers`; 0: there are none.
         experts_per_token: Experts that compute each token; 0: dense.
+        dense_layers: Layers of a mixture of experts that have an MLP instead, counted from 0.
+        dense_ffn_hidden_size: Width of their gated MLP, per branch; 0: no such layers.
+        shared_ffn_hidden_size: Width of the expert that computes every token, with a sigmoid gate
+            for its output; 0: none.
         renormalizes_experts: Whether the weights of a token's experts are scaled to a sum of 1.
         has_pre_norms: Whether attention and MLP read a normed residual stream.
         has_post_norms: Whether the outputs of attention and MLP are normed before they are added.
@@ -123,6 +127,7 @@ class Architecture(ModelShape):
     rope: RopeSettings
     dtype: torch.dtype
     experts_per_token: int = 0
+    dense_layers: tuple[int, ...] = ()
     renormalizes_experts: bool = False
     has_pre_norms: bool = True
     has_post_norms: bool = False
@@ -141,6 +146,10 @@ class Architecture(ModelShape):
     interleaved_rope: bool = False
     longest_sequence: int | None = None
     unread_keys: tuple[str, ...] = field(default=(), compare=False)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
     @property
     def unread_note(self) -> str:
@@ -207,7 +216,7 @@ class Architecture(ModelShape):
             windows=_windows(hf_config),
             rope=rope,
             dtype=checkpoint_dtype(config),
-            num_experts=getattr(hf_config, "num_local_experts", 0),
+            num_experts=_num_experts(hf_config),
             experts_per_token=getattr(hf_config, "num_experts_per_tok", 0),
             # Mixtral always does, and has no field for it.
             renormalizes_experts=getattr(hf_config, "norm_topk_prob", family == "mixtral"),
@@ -235,6 +244,12 @@ def _rope_settings(hf_config: Any) -> tuple[RopeSettings, RopeSettings | None]:
     full, local = (RopeSettings.of(hf_config.rope_parameters[kind]) for kind in LAYER_TYPES)
     has_windows = "sliding_attention" in hf_config.layer_types
     return full, local if has_windows and local != full else None
+
+
+def _num_experts(hf_config: Any) -> int:
+    """Qwen2-MoE's class has another name for it than Mixtral's and Qwen3-MoE's."""
+    names = ("num_local_experts", "num_experts")
+    return int(next((getattr(hf_config, name) for name in names if hasattr(hf_config, name)), 0))
 
 
 def _windows(hf_config: Any) -> tuple[int | None, ...]:
@@ -269,13 +284,19 @@ def _head_problems(hf_config: Any) -> list[Problem]:
 
 
 def _expert_problems(hf_config: Any) -> list[Problem]:
-    """Checks that a token has no more experts than there are."""
-    experts = getattr(hf_config, "num_local_experts", 0)
+    """Checks that a token has no more experts than there are, and that a layer has experts."""
+    experts = _num_experts(hf_config)
     per_token = getattr(hf_config, "num_experts_per_tok", 0)
-    if per_token <= experts:
-        return []
-    message = f"{per_token} of {experts} experts"
-    return [field_problem("num_experts_per_tok", message)]
+    problems = []
+    if per_token > experts:
+        message = f"{per_token} of {experts} experts"
+        problems.append(field_problem("num_experts_per_tok", message))
+    dense_layers = FAMILIES[hf_config.model_type].layers(hf_config).get("dense_layers", ())
+    if len(dense_layers) == hf_config.num_hidden_layers:
+        name = "mlp_only_layers" if hf_config.mlp_only_layers else "decoder_sparse_step"
+        message = f"{getattr(hf_config, name)}: no layer has experts"
+        problems.append(field_problem(name, message, "convert it as a dense model"))
+    return problems
 
 
 def _rope_list_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Problem]:
@@ -323,7 +344,7 @@ def _layer_type_problems(hf_config: Any, config: Mapping[str, Any]) -> list[Prob
     if len(hf_config.layer_types) != num_layers:
         message = f"{len(hf_config.layer_types)} entries for {num_layers} layers"
         return [field_problem("layer_types", message)]
-    if "sliding_attention" in kinds and window is None:
+    if "sliding_attention" in kinds and not window:
         message = "has 'sliding_attention' layers, but there is no window"
         return [field_problem("layer_types", message, "set use_sliding_window and sliding_window")]
     rotations = getattr(hf_config, "no_rope_layers", None)

@@ -16,12 +16,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.mcore.lora.chunk import ADAPTERS_NAME
 from megatron_idpo.mcore.model.architecture import Architecture
-from megatron_idpo.mcore.model.experts import first_expert
 from megatron_idpo.mcore.model.head_replica import REPLICA_NAME
 from megatron_idpo.mcore.model.layer_variant import LayerVariant
 from megatron_idpo.mcore.model.logit_map import LogitMap
@@ -81,7 +81,8 @@ class ModelOptions:
     fuses norms with the linears that follow, and adapters need the output of the norm."""
 
     grouped_experts: bool = True
-    """Compute a rank's experts together (`grouped_experts.py`) instead of one after another."""
+    """Compute a rank's experts together, by Transformer Engine's `TEGroupedMLP` where that is used,
+    else by `grouped_experts.py`; False: one after another."""
 
     router_aux_loss: float = 0.0
     """Coefficient of the experts' load-balancing loss (`experts.py`); 0 is off."""
@@ -110,7 +111,9 @@ def transformer_config(
         **_acceleration_fields(architecture),
         "transformer_impl": "transformer_engine" if uses_te else "local",
         **layout_fields(layout, architecture.num_layers),
-        **_expert_fields(architecture, layout, options.router_aux_loss),
+        **_expert_fields(architecture, layout, options),
+        # Transformer Engine has grouped products; without it, `grouped_experts.py` has.
+        "moe_grouped_gemm": uses_te and options.grouped_experts and architecture.num_experts > 0,
         **_recompute_fields(options.recompute, layout),
         **options.overrides,
     }
@@ -198,21 +201,26 @@ def global_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.n
                 continue
             if prefix == "decoder" and rest[0] == "layers":
                 # `layer_number` counts from 1 over the whole model.
-                layer = chunk.decoder.layers[int(rest[1])].layer_number - 1
-                name = f"decoder.layers.{layer}.{_global_expert(rest[2], chunk)}"
+                layer = chunk.decoder.layers[int(rest[1])]
+                suffix = _global_expert(rest[2], layer.mlp)
+                name = f"decoder.layers.{layer.layer_number - 1}.{suffix}"
             yield name, parameter
 
 
-_EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
+_EXPERTS = (
+    re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<name>.*)"),
+    # `TEGroupedMLP`
+    re.compile(r"mlp\.experts\.(?P<name>linear_fc[12]\.weight)(?P<expert>\d+)"),
+)
 
 
-def _global_expert(name: str, chunk: GPTModel) -> str:
-    """A name within a layer, with the index of the expert in the whole model."""
-    matched = _EXPERT.fullmatch(name)
+def _global_expert(name: str, mlp: Any) -> str:
+    """A name within a layer; of an expert: under its index in the whole model."""
+    matched = next(filter(None, (pattern.fullmatch(name) for pattern in _EXPERTS)), None)
     if matched is None:
         return name
-    expert = first_expert(chunk.config.num_moe_experts) + int(matched[2])
-    return f"{matched[1]}{expert}{matched[3]}"
+    expert = mlp.local_expert_indices[int(matched["expert"])]
+    return f"mlp.experts.local_experts.{expert}.{matched['name']}"
 
 
 def _build_chunk(
@@ -244,6 +252,10 @@ def _build_chunk(
         position_embedding_type="rope",
         vp_stage=vp_stage,
     )
+    for module in model.modules():
+        if isinstance(module, SharedExpertMLP):
+            # megatron-core creates this parameter on the CPU.
+            module.gate_weight.data = module.gate_weight.data.to(module.linear_fc1.weight.device)
     # megatron-core's own rotary embedding supports neither packed rows, whose positions restart,
     # nor all of Transformers' frequency scalings.
     model.rotary_pos_emb = RowRotary(architecture)
@@ -267,7 +279,7 @@ def _shape_fields(architecture: Architecture) -> dict[str, Any]:
     return {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "ffn_hidden_size": architecture.dense_ffn_hidden_size or architecture.ffn_hidden_size,
         "num_attention_heads": architecture.num_heads,
         "num_query_groups": architecture.num_kv_heads,
         "kv_channels": architecture.head_dim,
@@ -282,12 +294,21 @@ def _shape_fields(architecture: Architecture) -> dict[str, Any]:
 
 
 def _expert_fields(
-    architecture: Architecture, layout: Layout, router_aux_loss: float
+    architecture: Architecture, layout: Layout, options: ModelOptions
 ) -> dict[str, Any]:
-    """Experts that are computed one after another, without dropping a token."""
+    """Experts, without dropping a token."""
     if not architecture.num_experts:
         return {}
+    fields: dict[str, Any] = {}
+    if architecture.dense_layers:
+        # With a list, megatron-core does not stack the layers in checkpoints: their keys differ.
+        layers = range(architecture.num_layers)
+        fields["moe_layer_freq"] = [int(architecture.has_experts(layer)) for layer in layers]
+    if architecture.shared_ffn_hidden_size:
+        fields["moe_shared_expert_intermediate_size"] = architecture.shared_ffn_hidden_size
+        fields["moe_shared_expert_gate"] = True
     return {
+        **fields,
         "num_moe_experts": architecture.num_experts,
         "moe_router_topk": architecture.experts_per_token,
         "moe_ffn_hidden_size": architecture.ffn_hidden_size,
@@ -299,9 +320,8 @@ def _expert_fields(
         "moe_router_dtype": "fp32",
         # The loss is that of `experts.py`.
         "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": router_aux_loss,
+        "moe_aux_loss_coeff": options.router_aux_loss,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": False,
     }
 
 

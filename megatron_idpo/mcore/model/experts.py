@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -94,7 +93,7 @@ class RoutedTokens:
 
 
 class RowMoELayer(MoELayer):
-    """megatron-core's layer of experts without padding, token dropping or shared experts."""
+    """megatron-core's layer of experts without padding and token dropping."""
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Any = None
@@ -102,14 +101,15 @@ class RowMoELayer(MoELayer):
         """Route, compute and combine.
 
         Collective over the expert-parallel and the expert-tensor-parallel group: an all-to-all of
-        tokens to their experts and one back, forward and backward.
+        tokens to their experts and one back, forward and backward. A shared expert is tensor-
+        parallel like an MLP.
 
         Args:
             hidden_states: `[S, B, H]`.
             intermediate_tensors: not used.
             padding_mask: the row (`RowTransformerLayer`); without one every position is routed.
         """
-        assert intermediate_tensors is None and not self.use_shared_expert
+        assert intermediate_tensors is None
         flat_NH = hidden_states.reshape(-1, hidden_states.shape[-1])
         routed = None
         if isinstance(padding_mask, RowParams):
@@ -128,7 +128,11 @@ class RowMoELayer(MoELayer):
                 hidden_states.numel() // output_NH.shape[-1], output_NH.shape[-1]
             )
             output_NH = whole.index_copy(0, routed.position_N, output_NH)
-        return output_NH.view(hidden_states.shape), None
+        output_SBH = output_NH.view(hidden_states.shape)
+        if self.use_shared_expert:
+            # Position by position, also of padding, which nothing reads.
+            output_SBH = output_SBH + self.shared_experts(hidden_states)
+        return output_SBH, None
 
 
 class RowRouter(TopKRouter):
@@ -231,25 +235,19 @@ def take_statistics(chunks: Sequence[torch.nn.Module], num_layers: int) -> Tenso
     """What the routers of this rank have counted since the last call, float64 `[layers, E + 1]`.
 
     The tokens of each expert, and the layer's load-balancing loss; zero for layers of other
-    stages. Its sum over all ranks is the whole model's. None for a dense model.
+    stages and for those without experts. Its sum over all ranks is the whole model's. None for a
+    dense model.
     """
-    own = routers(chunks)
-    if not own:
+    config: Any = chunks[0].config
+    num_experts: int | None = config.num_moe_experts
+    if num_experts is None:
         return None
-    table = None
-    for layer, router in own.items():
-        if table is None:
-            width = router.num_experts + 1
-            table = torch.zeros(num_layers, width, dtype=torch.float64, device=router.weight.device)
+    device = next(chunks[0].parameters()).device
+    table = torch.zeros(num_layers, num_experts + 1, dtype=torch.float64, device=device)
+    for layer, router in routers(chunks).items():
         if router.num_tokens_E is not None:
             table[layer - 1, :-1] = router.num_tokens_E
         if router.balance_loss is not None:
             table[layer - 1, -1] = router.balance_loss
         router.reset_statistics()
     return table
-
-
-def first_expert(num_experts: int) -> int:
-    """The first expert of this rank, counted over the whole model."""
-    size = parallel_state.get_expert_model_parallel_world_size()
-    return int(parallel_state.get_expert_model_parallel_rank() * (num_experts // size))

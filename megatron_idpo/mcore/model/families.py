@@ -51,9 +51,30 @@ _LAYER_TYPES = frozenset({"layer_types"})
 _EXPERTS = frozenset({"num_local_experts", "num_experts", "num_experts_per_tok"})
 """Transformers takes `num_experts` and `num_local_experts` for the same field."""
 
+_SPARSE = frozenset(
+    {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
+)
 _SCALARS = frozenset(
     "embedding_multiplier residual_multiplier attention_multiplier logits_scaling".split()
 )
+
+
+def _sparse(hf_config: Any) -> dict[str, Any]:
+    """Transformers 5.24: `Qwen2MoeDecoderLayer` and `Qwen3MoeDecoderLayer`."""
+    only, step = hf_config.mlp_only_layers, hf_config.decoder_sparse_step
+    layers = range(hf_config.num_hidden_layers)
+    dense = tuple(layer for layer in layers if layer in only or (layer + 1) % step)
+    return {
+        "dense_layers": dense,
+        "dense_ffn_hidden_size": hf_config.intermediate_size if dense else 0,
+    }
+
+
+def _qwen2_moe(hf_config: Any) -> dict[str, Any]:
+    return _sparse(hf_config) | {
+        "qkv_bias": hf_config.qkv_bias,
+        "shared_ffn_hidden_size": hf_config.shared_expert_intermediate_size,
+    }
 
 
 def _granite(hf_config: Any) -> dict[str, Any]:
@@ -131,12 +152,20 @@ FAMILIES: dict[str, Family] = {
         layers=lambda hf_config: {"qk_norm": True},
     ),
     "mixtral": Family(causal_lm="MixtralForCausalLM", reads=_WINDOW | _EXPERTS, windows="all"),
+    "qwen2_moe": Family(
+        causal_lm="Qwen2MoeForCausalLM",
+        reads=_QWEN_WINDOWS
+        | _LAYER_TYPES
+        | _SPARSE
+        | {"num_experts", "num_experts_per_tok", "shared_expert_intermediate_size", "qkv_bias"},
+        windows="layer_types",
+        layers=_qwen2_moe,
+    ),
     "qwen3_moe": Family(
         causal_lm="Qwen3MoeForCausalLM",
-        reads=_EXPERTS
-        | {"sliding_window", "use_sliding_window", "moe_intermediate_size", "norm_topk_prob"},
+        reads=_EXPERTS | _SPARSE | {"sliding_window", "use_sliding_window"},
         windows="all",
-        layers=lambda hf_config: {"qk_norm": True},
+        layers=lambda hf_config: {"qk_norm": True, **_sparse(hf_config)},
     ),
     "ministral3": Family(
         causal_lm="Ministral3ForCausalLM",
@@ -217,13 +246,15 @@ FAMILIES: dict[str, Family] = {
 MISSING: dict[str, str] = {
     "gpt_oss": "attention sinks, biases of the attention's output and of experts, clamped SwiGLU "
     "and MXFP4 weights are not implemented",
-    "deepseek_v2": "multi-head latent attention (values narrower than keys) and shared experts are "
-    "not implemented",
-    "deepseek_v3": "multi-head latent attention (values narrower than keys), shared experts and a "
-    "sigmoid router with groups are not implemented",
-    "glm4_moe": "shared experts and a sigmoid router with groups are not implemented",
+    "deepseek_v2": "multi-head latent attention (values narrower than keys) and shared experts "
+    "without a gate are not implemented",
+    "deepseek_v3": "multi-head latent attention (values narrower than keys), shared experts "
+    "without a gate and a sigmoid router with groups are not implemented",
+    "glm4_moe": "shared experts without a gate and a sigmoid router with groups are not "
+    "implemented",
     "falcon": "attention and MLP in parallel, and LayerNorm, are not implemented",
-    "llama4_text": "chunked attention and experts of some layers only are not implemented",
+    "llama4_text": "chunked attention and a router that scales the inputs of experts are not "
+    "implemented",
     "llama4": "images and chunked attention are not implemented",
     "qwen3_5_text": "linear attention is not implemented",
     "gemma3": "images are not implemented; extract the text model, whose model_type is gemma3_text",

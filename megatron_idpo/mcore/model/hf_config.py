@@ -37,8 +37,8 @@ _SIZES = frozenset(
 _NULLABLE_SIZES = frozenset({"num_key_value_heads", "head_dim", "sliding_window"})
 FAMILY_SIZES = frozenset(
     "sliding_window max_window_layers num_local_experts num_experts num_experts_per_tok "
-    "moe_intermediate_size no_rope_layer_interval sliding_window_pattern "
-    "_sliding_window_pattern".split()
+    "moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step "
+    "no_rope_layer_interval sliding_window_pattern _sliding_window_pattern".split()
 )
 """Integers that some families read (`Family.reads`)."""
 
@@ -55,8 +55,6 @@ _NEUTRAL: dict[str, Accepted] = {
     "attn_logit_softcapping": ((None,), "logit soft-capping is not supported"),
     "num_experts": ((None, 0), "this family is dense"),
     "num_local_experts": ((None, 0), "this family is dense"),
-    "decoder_sparse_step": ((1,), "layers without experts are not supported"),
-    "mlp_only_layers": (([], None), "layers without experts are not supported"),
     "router_jitter_noise": ((0, 0.0), "a router with random noise is not supported"),
     "per_layer_config": ((None, {}), "layers that differ in shape are not supported"),
     "pruned_heads": ((None, {}), "pruned heads are not supported"),
@@ -209,7 +207,9 @@ def _key_problem(key: str, config: Mapping[str, Any], family: str) -> Problem | 
     if key in _HARMLESS or key in ROPE_KEYS or key in ("model_type", "dtype", "torch_dtype"):
         return None
     if key in _SIZES or (key in FAMILY_SIZES and key in reads):
-        return _size_problem(key, value)
+        # Qwen2-MoE's class writes 0 for a window that is off.
+        may_be_0 = key == "max_window_layers" or (key, family) == ("sliding_window", "qwen2_moe")
+        return _size_problem(key, value, 0 if may_be_0 else 1)
     checks = _CHECKS | {name: check for name, check in FAMILY_CHECKS.items() if name in reads}
     if key in checks:
         is_valid, message = checks[key]
@@ -231,10 +231,9 @@ def _key_problem(key: str, config: Mapping[str, Any], family: str) -> Problem | 
     )
 
 
-def _size_problem(key: str, value: Any) -> Problem | None:
+def _size_problem(key: str, value: Any, minimum: int) -> Problem | None:
     if value is None and key in _NULLABLE_SIZES:
         return None
-    minimum = 0 if key == "max_window_layers" else 1
     if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
         return None
     return field_problem(key, f"{value!r} is not an integer of at least {minimum}")
@@ -243,6 +242,11 @@ def _size_problem(key: str, value: Any) -> Problem | None:
 def _is_layer_types(value: Any) -> bool:
     is_list_of_names = isinstance(value, list) and all(isinstance(kind, str) for kind in value)
     return value is None or is_list_of_names
+
+
+def _is_list_of_layers(value: Any) -> bool:
+    is_list = isinstance(value, list)
+    return value is None or (is_list and all(type(layer) is int and layer >= 0 for layer in value))
 
 
 def _has_no_custom_model(value: Any) -> bool:
@@ -280,6 +284,8 @@ _CHECKS: dict[str, _Check] = {
 FAMILY_CHECKS: dict[str, _Check] = {
     "use_sliding_window": _BOOL,
     "norm_topk_prob": _BOOL,
+    "qkv_bias": _BOOL,
+    "mlp_only_layers": (_is_list_of_layers, "is not a list of layers, which count from 0"),
     "attention_bias": _BOOL,
     "residual_dropout": _DROPOUT,
     "resid_pdrop": _DROPOUT,

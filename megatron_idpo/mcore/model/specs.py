@@ -31,6 +31,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_idpo.mcore.model.experts import RowMoELayer, RowRouter
@@ -108,17 +109,30 @@ def block_spec(
     Args:
         config: the model's megatron-core configuration; `transformer_impl` selects the modules.
         vp_stage: the model chunk on this rank, None without interleaving.
-        grouped_experts: compute experts together; not with Transformer Engine's linears.
+        grouped_experts: compute experts together; with Transformer Engine, `moe_grouped_gemm` does.
         variant: how the family's layers differ from Llama's.
     """
     uses_te = _uses_transformer_engine(config)
-    layer = (
-        _te_layer(config, variant) if uses_te else _local_layer(config, grouped_experts, variant)
-    )
+
+    def layer(num_experts: int | None) -> ModuleSpec:
+        if uses_te:
+            return _te_layer(config, variant, num_experts)
+        return _local_layer(config, variant, num_experts, grouped=grouped_experts)
+
+    experts = layer(config.num_moe_experts)
+    kinds = [layer(None) if 0 in _layers_with_experts(config) else experts, experts]
+    first = get_transformer_layer_offset(config, vp_stage)
+    own = range(first, first + get_num_layers_to_build(config, vp_stage))
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
+        layer_specs=[kinds[_layers_with_experts(config)[index]] for index in own],
         layer_norm=LayerNormImpl if uses_te else RMSNorm,
     )
+
+
+def _layers_with_experts(config: TransformerConfig) -> list[int]:
+    """1 for each layer of the model with experts, 0 for others."""
+    pattern = config.moe_layer_freq
+    return pattern if isinstance(pattern, list) else [1] * config.num_layers
 
 
 def has_transformer_engine() -> bool:
@@ -133,21 +147,25 @@ def _uses_transformer_engine(config: TransformerConfig) -> bool:
     return has_transformer_engine() and config.transformer_impl == "transformer_engine"
 
 
-def _te_layer(config: TransformerConfig, variant: LayerVariant) -> ModuleSpec:
+def _te_layer(
+    config: TransformerConfig, variant: LayerVariant, num_experts: int | None
+) -> ModuleSpec:
     submodules = get_gpt_layer_with_transformer_engine_submodules(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+        num_experts=num_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
     )
-    if _has_row_experts(config):
+    if num_experts is not None and _has_row_experts(config):
         submodules = _with_row_experts(submodules)
     attention = variant.attention(submodules.self_attention.submodules)
     return variant.layer_spec(config, _with_attention(submodules, attention))
 
 
 def _local_layer(
-    config: TransformerConfig, grouped_experts: bool, variant: LayerVariant
+    config: TransformerConfig, variant: LayerVariant, num_experts: int | None, *, grouped: bool
 ) -> ModuleSpec:
     submodules = get_gpt_layer_local_submodules(
-        num_experts=config.num_moe_experts,
+        num_experts=num_experts,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
@@ -156,25 +174,29 @@ def _local_layer(
         attention = replace(attention, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
     attention = variant.attention(attention)
     submodules = replace(submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
-    if config.num_moe_experts is None:
+    if num_experts is None:
         # Only used if `use_te_activation_func` is set, see `build.transformer_config`.
         mlp = submodules.mlp
         mlp_submodules = replace(mlp.keywords["submodules"], activation_func=SwiGLU)
         submodules = replace(submodules, mlp=partial(mlp.func, submodules=mlp_submodules))
-    elif _has_row_experts(config):
-        submodules = _with_row_experts(submodules, grouped=grouped_experts)
+    else:
+        # As in Transformer Engine's layers, which do not fuse this norm with experts.
+        keys = dict(submodules.sharded_state_dict_keys_map)
+        del keys["pre_mlp_layernorm."]
+        submodules = replace(submodules, sharded_state_dict_keys_map=keys)
+        if _has_row_experts(config):
+            submodules = _with_row_experts(submodules, grouped=grouped)
     return variant.layer_spec(config, _with_attention(submodules, attention))
 
 
 def _has_row_experts(config: TransformerConfig) -> bool:
     """Not with a balancing of megatron-core's, which `ModelOptions.overrides` may switch on."""
-    is_balanced = config.moe_router_load_balancing_type != "none"
-    return config.num_moe_experts is not None and not is_balanced
+    return bool(config.moe_router_load_balancing_type == "none")
 
 
 def _with_row_experts(submodules: Any, *, grouped: bool = False) -> Any:
     """The experts that the spec builds, behind our router and without padding."""
-    layer = replace(submodules.mlp.keywords["submodules"], router=RowRouter, shared_experts=None)
+    layer = replace(submodules.mlp.keywords["submodules"], router=RowRouter)
     if grouped:
         layer = replace(layer, experts=partial(GroupedExperts, **layer.experts.keywords))
     return replace(submodules, mlp=partial(RowMoELayer, submodules=layer))

@@ -110,13 +110,7 @@ class ModelFlops:
     def step(self, work: BatchWork) -> float:
         """FLOPs of a training step, including a live reference."""
         model = self.architecture
-        weights = model.num_layers * sum(
-            prod(model.projection_shape(name))
-            * (max(model.experts_per_token, 1) if name in _MLP else 1)
-            for name in PROJECTIONS
-        )
-        weights += model.num_layers * model.num_experts * model.hidden_size  # the routers
-        layers = 2.0 * weights * work.used_tokens
+        layers = 2.0 * _weights(model) * work.used_tokens
         attention = 4.0 * model.num_heads * model.head_dim * work.attended
         head = 2.0 * work.response_tokens * model.hidden_size * model.vocab_size
         heads = self.num_heads * head
@@ -131,10 +125,29 @@ class ModelFlops:
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
+def _weights(model: Architecture) -> int:
+    """Weights of the layers that compute a token."""
+    sizes: dict[str, int] = {name: prod(model.projection_shape(name)) for name in PROJECTIONS}
+    mlp = sum(sizes.pop(name) for name in _MLP)
+    total = model.num_layers * sum(sizes.values())
+    if not model.num_experts:
+        return total + model.num_layers * mlp
+    router = model.num_experts * model.hidden_size
+    shared, gate = 3 * model.hidden_size * model.shared_ffn_hidden_size, model.hidden_size
+    of_experts = model.experts_per_token * mlp + router + (shared and shared + gate)
+    dense = 3 * model.hidden_size * model.dense_ffn_hidden_size
+    num_dense = len(model.dense_layers)
+    return total + (model.num_layers - num_dense) * of_experts + num_dense * dense
+
+
 def lora_weights(architecture: Architecture, rank: int, targets: Collection[str]) -> int:
     """Weights of the LoRA adapters of a rank that compute a token; targets have PEFT's names."""
     sizes: dict[str, int] = {name: sum(architecture.projection_shape(name)) for name in PROJECTIONS}
     ffn, hidden = architecture.ffn_hidden_size, architecture.hidden_size
     for name, features in zip(EXPERT_PARAMETERS, (hidden + 2 * ffn, ffn + hidden), strict=True):
         sizes[name] = architecture.experts_per_token * features
-    return architecture.num_layers * rank * sum(sizes[target] for target in targets)
+    with_experts = architecture.num_layers - len(architecture.dense_layers)
+    return rank * sum(
+        sizes[target] * (with_experts if target in EXPERT_PARAMETERS else architecture.num_layers)
+        for target in targets
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 RUN = Path(__file__).parents[1] / "transformer_engine_run.py"
+EXPERTS = ["experts rows", "experts loaded"]
 RELATIVE = 1e-5
 """fp32 sums in another order."""
 
@@ -17,10 +18,10 @@ TIMEOUT_S = 600  # about 8 s on an idle machine
 @pytest.mark.parametrize(
     ("world_size", "modes"),
     [
-        (1, ["rows"]),
+        (1, ["rows", *EXPERTS]),
         # Two processes, models of two kinds, checkpoints.
         pytest.param(1, ["packed", "loaded"], marks=pytest.mark.exhaustive),
-        pytest.param(2, ["rows", "packed", "loaded"], marks=pytest.mark.exhaustive),
+        pytest.param(2, ["rows", "packed", "loaded", *EXPERTS], marks=pytest.mark.exhaustive),
     ],
     ids=["one", "one-all", "tensor-and-sequence-parallel"],
 )

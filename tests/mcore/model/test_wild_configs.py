@@ -100,8 +100,13 @@ WRONG_EXPERTS: list[tuple[str, str, Any]] = [
     ("qwen3_moe", "num_experts_per_tok", 0),
     ("qwen3_moe", "moe_intermediate_size", None),
     ("qwen3_moe", "norm_topk_prob", "yes"),
-    ("qwen3_moe", "decoder_sparse_step", 2),
-    ("qwen3_moe", "mlp_only_layers", [0]),
+    ("qwen3_moe", "decoder_sparse_step", 0),
+    ("qwen3_moe", "decoder_sparse_step", 5),
+    ("qwen3_moe", "mlp_only_layers", ["0"]),
+    ("qwen3_moe", "mlp_only_layers", [0, 1, 2, 3]),
+    ("qwen2_moe", "shared_expert_intermediate_size", 0),
+    ("qwen2_moe", "qkv_bias", "no"),
+    ("qwen2_moe", "num_experts", None),
 ]
 
 
@@ -122,6 +127,26 @@ def test_experts_are_read_like_transformers() -> None:
     architecture = Architecture.from_hf(qwen)
     assert (architecture.num_experts, architecture.ffn_hidden_size) == (8, 32)
     assert not architecture.renormalizes_experts
+
+
+def test_layers_without_experts_are_those_of_transformers() -> None:
+    for family, fields in (
+        ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3, 9]}),
+        ("qwen2_moe", {"mlp_only_layers": None, "decoder_sparse_step": 3, "qkv_bias": False}),
+        ("qwen2_moe", {}),
+    ):
+        config = tiny_hf_config(family, **fields)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config))
+        is_dense = [not hasattr(layer.mlp, "experts") for layer in model.model.layers]
+        architecture = Architecture.from_hf(config)
+        layers = range(architecture.num_layers)
+        assert [not architecture.has_experts(layer) for layer in layers] == is_dense
+        assert architecture.dense_ffn_hidden_size == 128
+        assert architecture.shared_ffn_hidden_size == config.get(
+            "shared_expert_intermediate_size", 0
+        )
+        bias = model.model.layers[0].self_attn.q_proj.bias
+        assert architecture.qkv_bias == (bias is not None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
