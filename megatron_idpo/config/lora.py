@@ -76,6 +76,10 @@ class LoraConfig(Section):
     """Which weights of the experts get an adapter in each expert, as PEFT names them; one or both
     of `mlp.experts.gate_up_proj` and `mlp.experts.down_proj`."""
 
+    gate_up_rank: PositiveInt | None = None
+    """Rank of `mlp.experts.gate_up_proj`, with the scale of the others; null: `rank`. PEFT takes
+    twice the rank if its `target_modules` name gate and up projections of experts."""
+
     rslora: Bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
 
@@ -87,6 +91,13 @@ class LoraConfig(Section):
         """Settings that PEFT cannot express."""
         if not self.targets and not self.target_parameters:
             yield Problem("targets", "is ()", _TARGETS_REMEDY)
+        if self.gate_up_rank is not None and EXPERT_PARAMETERS[0] not in self.target_parameters:
+            message = f"is {self.gate_up_rank}"
+            remedy = f"add {EXPERT_PARAMETERS[0]} to lora.target_parameters, or leave it out"
+            yield Problem("gate_up_rank", message, remedy)
+        if self.gate_up_rank is not None and self.rslora:
+            message = f"is {self.gate_up_rank} with lora.rslora, whose scale depends on the rank"
+            yield Problem("gate_up_rank", message, "leave one of them out")
         if self.target_parameters and self.dropout:
             message = f"is {self.dropout:g} with lora.target_parameters"
             remedy = "PEFT has no dropout for experts: set it to 0"
@@ -109,6 +120,10 @@ class LoraConfig(Section):
     def expert_parameters(self) -> tuple[ExpertParameter, ...]:
         """The adapted weights of experts, in the order of `EXPERT_PARAMETERS`."""
         return tuple(name for name in EXPERT_PARAMETERS if name in self.target_parameters)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of one of `names`."""
+        return (self.gate_up_rank or self.rank) if name == EXPERT_PARAMETERS[0] else self.rank
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -94,6 +94,7 @@ def read_peft_settings(directory: Path) -> LoraConfig:
             dropout=float(config.get("lora_dropout", 0.0)),
             targets=all_projections(targets),
             target_parameters=_expert_parameters(config),
+            gate_up_rank=_gate_up_rank(config),
             rslora=bool(config.get("use_rslora", False)),
         )
     except (ConfigError, TypeError, ValueError) as error:
@@ -111,6 +112,30 @@ def _expert_parameters(config: dict[str, Any]) -> list[str]:
         for name in EXPERT_PARAMETERS
         if isinstance(targets, list) and any(f".{name}".endswith(f".{end}") for end in targets)
     ]
+
+
+_GATE_UP = r".*\.gate_up_proj"
+"""PEFT's own pattern, if `target_modules` named the gate and up projections of experts."""
+
+
+def _gate_up_pattern(settings: LoraConfig, value: float) -> dict[str, Any]:
+    """`rank_pattern` or `alpha_pattern`, given the rank or alpha of the other targets."""
+    if settings.gate_up_rank in (None, settings.rank):
+        return {}
+    scaled = value * settings.gate_up_rank / settings.rank
+    return {_GATE_UP: int(scaled) if float(scaled).is_integer() else scaled}
+
+
+def _gate_up_rank(config: dict[str, Any]) -> int | None:
+    """The rank of `gate_up_proj`, if the patterns say only that, with an unchanged scale."""
+    ranks, alphas = config.get("rank_pattern"), config.get("alpha_pattern")
+    if not (isinstance(ranks, dict) and isinstance(alphas, dict)) or config.get("use_rslora"):
+        return None
+    if ranks.keys() != {_GATE_UP} or alphas.keys() != {_GATE_UP}:
+        return None
+    rank, alpha = ranks[_GATE_UP], alphas[_GATE_UP]
+    is_same_scale = alpha * config.get("r", 8) == rank * config.get("lora_alpha", 8)
+    return rank if isinstance(rank, int) and is_same_scale else None
 
 
 def _without_excluded(config: dict[str, Any], path: Path) -> tuple[Any, list[Problem]]:
@@ -176,6 +201,7 @@ def _fields_that_must_match(settings: LoraConfig) -> dict[str, Any]:
         "use_rslora": settings.rslora,
         "target_modules": list(settings.projections),
         "target_parameters": list(settings.expert_parameters) or None,
+        "rank_pattern": _gate_up_pattern(settings, settings.rank),
     }
 
 
@@ -197,6 +223,7 @@ def peft_config(
         # PEFT declares an int, but computes with any number.
         "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
         "lora_dropout": settings.dropout,
+        "alpha_pattern": _gate_up_pattern(settings, settings.alpha),
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -239,6 +266,7 @@ def _unsupported(config: dict[str, Any], path: str) -> list[Problem]:
         )
     for name, value in sorted(config.items()):
         is_off = not value or value == _NEUTRAL_VALUES.get(name)
+        is_off |= name in ("rank_pattern", "alpha_pattern") and _gate_up_rank(config) is not None
         if name not in _READ | _IGNORED and not is_off:
             remedy = "merge the adapter into its base model with PEFT"
             add(name, f"is {value!r}, which is not supported", remedy)

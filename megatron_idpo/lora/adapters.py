@@ -86,7 +86,9 @@ class Adapters:
         """The adapted chunks."""
         # Freeze first: the adapters inserted after it stay trainable.
         self._restore: list[RestoreFn] = [freeze(chunk) for chunk in chunks]
-        hyperparams = LoraHyperparams(settings.rank, settings.scaling, settings.dropout)
+        hyperparams = LoraHyperparams(
+            settings.rank, settings.scaling, settings.dropout, settings.gate_up_rank or 0
+        )
         self._by_chunk = [
             insert_adapters(chunk, _targets(settings), hyperparams) for chunk in chunks
         ]

@@ -196,10 +196,11 @@ def _shapes(
             shapes[peft_name(name, "A")] = (rank, sizes[0][1])
             shapes[peft_name(name, "B")] = (sum(rows for rows, _ in sizes), rank)
         in_experts = settings.expert_parameters if architecture.has_experts(layer) else ()
-        for target in map(expert_target, in_experts):
+        for parameter in in_experts:
+            target = expert_target(parameter)
             name = expert_module(layer, target, settings)
             outputs, inputs = weight_shape(target, architecture)
-            expert_ranks = settings.rank * architecture.num_experts
+            expert_ranks = settings.rank_of(parameter) * architecture.num_experts
             shapes[peft_name(name, "A")] = (expert_ranks, inputs)
             shapes[peft_name(name, "B")] = (outputs, expert_ranks)
     return shapes

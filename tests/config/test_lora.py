@@ -41,6 +41,10 @@ def test_projections_are_in_the_order_of_the_forward_pass():
             "lora.dropout: is 0.1 with lora.target_parameters; PEFT has no dropout for experts",
         ),
         (
+            {"gate_up_rank": 8},
+            "lora.gate_up_rank: is 8; add mlp.experts.gate_up_proj to lora.target",
+        ),
+        (
             {"target_parameters": ("mlp.experts.w1",)},
             "lora.target_parameters.0: is 'mlp.experts.w1'",
         ),

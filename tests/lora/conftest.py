@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_idpo.config.lora import PROJECTIONS
 from megatron_idpo.testing import write_tiny_hf_model
 
-from .lora_case import ADAM, CLIP, MODELS, SETTINGS, STEPS, tokens
+from .lora_case import ADAM, AS_MODULES, CLIP, MODELS, SETTINGS, STEPS, tokens
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +59,8 @@ def fresh_peft(base: Path, settings: str) -> Any:
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=int(lora.alpha),
-        target_modules=list(lora.projections),
-        target_parameters=list(lora.expert_parameters) or None,
+        target_modules=list(PROJECTIONS if settings in AS_MODULES else lora.projections),
+        target_parameters=None if settings in AS_MODULES else list(lora.expert_parameters) or None,
         use_rslora=lora.rslora,
         task_type="CAUSAL_LM",
         init_lora_weights=False,

@@ -39,11 +39,16 @@ SETTINGS = {
     "experts": LoraConfig(
         rank=4, alpha=12.0, targets=ATTENTION, target_parameters=EXPERT_PARAMETERS
     ),
+    # What PEFT makes of projections of experts named as modules (`AS_MODULES`).
+    "expert-modules": LoraConfig(
+        rank=2, alpha=6.0, targets=ATTENTION, target_parameters=EXPERT_PARAMETERS, gate_up_rank=4
+    ),
     # Rank 3: fewer bytes than a grouped product needs.
     "expert-down": LoraConfig(
         rank=3, alpha=5.0, targets=(), target_parameters=("mlp.experts.down_proj",)
     ),
 }
+AS_MODULES = ("expert-modules",)
 assert SETTINGS["all"].projections == PROJECTIONS
 
 SYNCS: dict[str, tuple[str, ...]] = {

@@ -32,7 +32,13 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 @pytest.mark.parametrize(
     ("model", "settings"),
-    [("qwen3", "all"), ("llama-tied", "all"), ("qwen3-moe", "experts"), ("mixtral", "expert-down")],
+    [
+        ("qwen3", "all"),
+        ("llama-tied", "all"),
+        ("qwen3-moe", "experts"),
+        ("mixtral", "expert-down"),
+        ("qwen3-moe", "expert-modules"),
+    ],
 )
 def test_names_and_shapes_equal_peft(model, settings, peft_adapter):
     family, overrides = MODELS[model]
@@ -51,7 +57,8 @@ def test_weight_shape_uses_the_configured_head_dimension():
 
 def meaning(settings: LoraConfig) -> tuple[Any, ...]:
     """Everything but the notation of the targets, which PEFT stores as a set."""
-    return settings.rank, settings.alpha, settings.dropout, settings.rslora, settings.names
+    ranks = {name: settings.rank_of(name) for name in settings.names}
+    return settings.rank, settings.alpha, settings.dropout, settings.rslora, ranks
 
 
 def resave(base: str, adapter: str, settings: str, layout: Layout, target: str) -> None:
@@ -69,6 +76,7 @@ def resave(base: str, adapter: str, settings: str, layout: Layout, target: str) 
         (TP2_PP2_SP, 1, "qwen3", "rslora"),
         (PP2_VP2, 1, "llama-tied", "gate-down"),
         (EP2_TP2_PP2, 1, "mixtral", "experts"),
+        (EP2_TP2_PP2, 1, "qwen3-moe", "expert-modules"),
     ],
 )
 def test_round_trip_through_peft_files_is_bitwise_exact(
@@ -111,6 +119,9 @@ def test_loading_casts_to_the_adapters_dtype(workers, base_model, peft_adapter):
     assert all(torch.equal(loaded[name], tensor.bfloat16()) for name, tensor in original.items())
 
 
+GATE_UP = r".*\.gate_up_proj"
+
+
 def with_config(source: Path, target: Path, **fields: Any) -> Path:
     """A copy of an adapter with some fields of its configuration changed."""
     shutil.copytree(source, target)
@@ -128,6 +139,10 @@ def with_config(source: Path, target: Path, **fields: Any) -> Path:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: is ['lm_head']"),
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern: is {'q_proj': 3}"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern: is {'q_proj': 3}"),
+        (
+            {"rank_pattern": {GATE_UP: 8}, "alpha_pattern": {GATE_UP: 12}},
+            "gate_up_proj': 12}, which is not supported",
+        ),
         ({"layers_to_transform": [0]}, "layers_to_transform: is [0]"),
         (
             {"exclude_modules": r".*\.0\..*k_proj"},

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from megatron_idpo.config.lora import EXPERT_PARAMETERS
 from megatron_idpo.data.packing.rows import Row
 from megatron_idpo.data.pairs import Pair
 from megatron_idpo.mcore.model.architecture import Architecture
+from megatron_idpo.testing import tiny_hf_config
 from megatron_idpo.train.metrics.flops import BatchWork, ModelFlops, attended_keys, lora_weights
 
 CONFIG = LlamaConfig(
@@ -35,9 +37,10 @@ WHOLE_ROW = BatchWork(
 )  # fmt: skip
 
 
-def torch_flops(trained: bool) -> tuple[int, int]:
+def torch_flops(trained: bool, model: Any = None) -> tuple[int, int]:
     """Torch's count of a forward pass, and of forward and backward, with weights trained or not."""
-    model: Any = LlamaForCausalLM._from_config(CONFIG, attn_implementation="eager")
+    if model is None:
+        model = LlamaForCausalLM._from_config(CONFIG, attn_implementation="eager")
     model.requires_grad_(trained)
     embedded = model.get_input_embeddings()(torch.arange(TOKENS)[None]).detach().requires_grad_()
     totals = []
@@ -68,6 +71,23 @@ def test_frozen_weights_have_no_weight_gradient_flops():
     assert with_reference.step(WHOLE_ROW) == pytest.approx(step + forward, rel=ROTARY_SHARE)
 
 
+def test_flops_of_experts_equal_torch():
+    """A shared expert, and a dense layer between the others."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Qwen2MoeConfig(**tiny_hf_config("qwen2_moe", **sizes))
+    model = Qwen2MoeForCausalLM._from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
+    _, step = torch_flops(True, model)
+    architecture = Architecture.from_hf(config.to_dict())
+    assert architecture.dense_layers == (1,) and architecture.shared_ffn_hidden_size
+    flops = ModelFlops(architecture=architecture, num_heads=1)
+    assert flops.step(WHOLE_ROW) == pytest.approx(step, rel=ROTARY_SHARE)
+    weights = {name: lora_weights(architecture, {name: 3}) for name in EXPERT_PARAMETERS}
+    # Two layers, two experts per token: inputs and outputs of each.
+    assert list(weights.values()) == [2 * 2 * 3 * (32 + 2 * 32), 2 * 2 * 3 * (32 + 32)]
+
+
 def test_flops_of_adapters_and_heads():
     plain = ModelFlops(architecture=ARCHITECTURE, num_heads=1, adapter_weights=0)
     adapters = replace(plain, adapter_weights=100)
@@ -84,7 +104,7 @@ def test_adapter_weights_equal_peft():
     for targets in (LINEAR, ("q_proj", "v_proj")):
         adapted = get_peft_model(model, LoraConfig(r=5, target_modules=list(targets)))
         expected = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-        assert lora_weights(ARCHITECTURE, 5, targets) == expected
+        assert lora_weights(ARCHITECTURE, dict.fromkeys(targets, 5)) == expected
         model = adapted.unload()
 
 

@@ -109,7 +109,7 @@ class ExpertAdapters(torch.nn.Module):
         if up_EOr.dim() > 3:
             up_EOr = up_EOr.flatten(1, 2)
         # Zeros in further low-rank features change nothing.
-        missing = -self.hyperparams.rank % (_ALIGNED_BYTES // down_ErI.element_size())
+        missing = -down_ErI.shape[1] % (_ALIGNED_BYTES // down_ErI.element_size())
         if missing:
             down_ErI, up_EOr = pad(down_ErI, (0, 0, 0, missing)), pad(up_EOr, (0, missing))
         low_Nr = grouped_mm(tokens_NI, down_ErI.transpose(1, 2), offs=ends_E)
@@ -139,7 +139,9 @@ class ExpertAdapters(torch.nn.Module):
     def _allocate(self, target: str, weight_OI: Tensor) -> None:
         num_experts, rank = len(self.experts.local_experts), self.hyperparams.rank
         outputs, inputs = weight_OI.shape
-        rows = (2, outputs // 2) if target == "gate_up_proj" else (outputs,)
+        rows: tuple[int, ...] = (outputs,)
+        if target == "gate_up_proj":
+            rows, rank = (2, outputs // 2), self.hyperparams.gate_up_rank or rank
         tensors = {
             "A": weight_OI.new_empty(num_experts, rank, inputs),
             "B": weight_OI.new_zeros(num_experts, *rows, rank),

@@ -81,6 +81,8 @@ class LoraHyperparams:
     rank: int
     scaling: float
     dropout: float
+    gate_up_rank: int = 0
+    """Of the experts' `gate_up_proj`, if it is not `rank`."""
 
 
 class LinearAdapters(torch.nn.Module):

@@ -172,8 +172,9 @@ def _meter(trainer: Trainer) -> Meter:
     architecture = policy.source.architecture
     adapter_weights = None
     if config.lora is not None:
-        targets = config.lora.for_model(architecture).names
-        adapter_weights = lora_weights(architecture, config.lora.rank, targets)
+        lora = config.lora.for_model(architecture)
+        ranks = {name: lora.rank_of(name) for name in lora.names}
+        adapter_weights = lora_weights(architecture, ranks)
     flops = ModelFlops(
         architecture=architecture,
         num_heads=len(policy.dpo.layers) + 1,

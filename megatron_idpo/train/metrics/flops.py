@@ -16,7 +16,7 @@ once.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Self
@@ -140,14 +140,16 @@ def _weights(model: Architecture) -> int:
     return total + (model.num_layers - num_dense) * of_experts + num_dense * dense
 
 
-def lora_weights(architecture: Architecture, rank: int, targets: Collection[str]) -> int:
-    """Weights of the LoRA adapters of a rank that compute a token; targets have PEFT's names."""
+def lora_weights(architecture: Architecture, ranks: Mapping[str, int]) -> int:
+    """Weights of LoRA adapters that compute a token, by the ranks of targets with PEFT's names."""
     sizes: dict[str, int] = {name: sum(architecture.projection_shape(name)) for name in PROJECTIONS}
     ffn, hidden = architecture.ffn_hidden_size, architecture.hidden_size
     for name, features in zip(EXPERT_PARAMETERS, (hidden + 2 * ffn, ffn + hidden), strict=True):
         sizes[name] = architecture.experts_per_token * features
     with_experts = architecture.num_layers - len(architecture.dense_layers)
-    return rank * sum(
-        sizes[target] * (with_experts if target in EXPERT_PARAMETERS else architecture.num_layers)
-        for target in targets
+    return sum(
+        rank
+        * sizes[name]
+        * (with_experts if name in EXPERT_PARAMETERS else architecture.num_layers)
+        for name, rank in ranks.items()
     )
