@@ -149,7 +149,13 @@ def test_layers_without_experts_are_those_of_transformers() -> None:
         assert architecture.qkv_bias == (bias is not None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if number < 7 else [pytest.mark.exhaustive])
+        for number, family in enumerate(FAMILIES)
+    ],
+)
 def test_transformers_never_reads_a_noted_key(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second reading: Transformers' model runs with keys that report every access."""
     extra = dict.fromkeys(sorted(UNREAD_WORDS - READ_BY_SOME), math.nan)
