@@ -76,4 +76,5 @@ LAYOUTS = {
     "PP2": Layout(pipeline=2),
     "TP2-PP2": Layout(tensor=2, pipeline=2),
     "TP2-PP2-SP": Layout(tensor=2, pipeline=2, sequence_parallel=True),
+    "CP2": Layout(context=2),
 }
