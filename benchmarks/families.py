@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from megatron_idpo.cli.main import main as megatron_idpo
+from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
 BASE: dict[str, Any] = {
     "vocab_size": 320,
@@ -130,7 +131,7 @@ def run(root: Path, model_type: str, fields: Mapping[str, Any]) -> str:
     model, output = root / "model", root / "output"
     write_model(model, model_type, fields)
     records = [
-        {"prompt": f"{n} and {n}?", "chosen": f" {2 * n}", "rejected": f" {n}"} for n in range(4)
+        {"prompt": f"{n} and {n}?", "chosen": f" {2 * n}", "rejected": f" {n}"} for n in range(1, 5)
     ]
     (root / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     config: dict[str, Any] = {
@@ -187,7 +188,8 @@ def main() -> int:
     # Imported once, for all forked processes.
     import transformers
 
-    from megatron_idpo.train import loop
+    with suppress_megatron_warnings():
+        from megatron_idpo.train import loop
 
     assert transformers and loop
     results = {}
