@@ -156,6 +156,7 @@ _FAMILY_RULES: dict[str, dict[str, Rule]] = {
     },
     "olmo2": _OLMO,
     "olmo3": _OLMO,
+    "glm": _GATE_UP,
     "glm4": _GATE_UP | _norm_rules("input", "post_self_attn", "post_attention", "post_mlp"),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
@@ -166,6 +167,7 @@ _QKV_PROJ: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_pro
 _GATE_UP_PROJ: dict[str, tuple[str, ...]] = {"gate_up_proj": ("gate_proj", "up_proj")}
 FUSED_MODULES: dict[str, dict[str, tuple[str, ...]]] = {
     "phi3": _QKV_PROJ | _GATE_UP_PROJ,
+    "glm": _GATE_UP_PROJ,
     "glm4": _GATE_UP_PROJ,
 }
 """By family: Hugging Face's modules that fuse projections, in the order of their rows."""

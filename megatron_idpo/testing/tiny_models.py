@@ -34,6 +34,13 @@ _QWEN: dict[str, Any] = {
     "use_sliding_window": False,
 }
 
+_GLM: dict[str, Any] = {
+    "attention_bias": True,
+    "head_dim": 16,
+    "pad_token_id": None,
+    "partial_rotary_factor": 0.5,
+}
+
 _GEMMA: dict[str, Any] = {
     "attention_bias": False,
     "head_dim": 16,
@@ -148,12 +155,13 @@ _BY_FAMILY: dict[str, dict[str, Any]] = {
         },
         "sliding_window": 6,
     },
-    "glm4": {
-        "architectures": ["Glm4ForCausalLM"],
-        "attention_bias": True,
+    "glm": {**_GLM, "architectures": ["GlmForCausalLM"]},
+    "glm4": {**_GLM, "architectures": ["Glm4ForCausalLM"]},
+    "ernie4_5": {
+        "architectures": ["Ernie4_5ForCausalLM"],
         "head_dim": 16,
         "pad_token_id": None,
-        "partial_rotary_factor": 0.5,
+        "use_bias": False,
     },
     "gemma": {
         "architectures": ["GemmaForCausalLM"],

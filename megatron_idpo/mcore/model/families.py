@@ -102,8 +102,8 @@ def _olmo(hf_config: Any) -> dict[str, Any]:
     return {"has_pre_norms": False, "has_post_norms": True, "qk_norm": True, "whole_qk_norm": True}
 
 
-def _glm4(hf_config: Any) -> dict[str, Any]:
-    return {"qkv_bias": hf_config.attention_bias, "has_post_norms": True, "interleaved_rope": True}
+def _glm(hf_config: Any) -> dict[str, Any]:
+    return {"qkv_bias": hf_config.attention_bias, "interleaved_rope": True}
 
 
 def _gemma(hf_config: Any) -> dict[str, Any]:
@@ -207,11 +207,22 @@ FAMILIES: dict[str, Family] = {
         rope_by_layer_type=True,
         layers=_olmo,
     ),
+    "glm": Family(
+        causal_lm="GlmForCausalLM",
+        reads=frozenset({"attention_bias"}),
+        is_partly_rotated=True,
+        layers=_glm,
+    ),
     "glm4": Family(
         causal_lm="Glm4ForCausalLM",
         reads=frozenset({"attention_bias"}),
         is_partly_rotated=True,
-        layers=_glm4,
+        layers=lambda hf_config: _glm(hf_config) | {"has_post_norms": True},
+    ),
+    "ernie4_5": Family(
+        causal_lm="Ernie4_5ForCausalLM",
+        accepts={"use_bias": ((False, None), "biases are not supported")},
+        layers=lambda hf_config: {"interleaved_rope": True},
     ),
     "gemma": Family(
         causal_lm="GemmaForCausalLM",
