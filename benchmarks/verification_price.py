@@ -11,15 +11,19 @@ Three artefacts of the given size, in one process, from and to the page cache:
 * **data set**: a file of records. A run identifies it by its sha256 each time it starts; without
   that, the file is only read.
 
-Each is done with and without checksums (`storage/checksums.py` made to do nothing), alternating,
-`--rounds` times; the table has medians, of wall time and of CPU time, which other load on the
-machine affects less. The last table is the speed of the hash functions alone on
+Each is done with and without checksums (`storage/checksums.py` made to do nothing), `--rounds`
+times, as often in one order as in the other. The table has medians of wall time and of CPU time,
+which other load on the machine affects less. Hashing takes user time only. System time is separate,
+because that of writing varies between two runs by more than hashing takes: the system finds and
+clears pages for the file, and writes back those of the run before. The price is the median over
+rounds of the difference within a round. The last table is the speed of the hash functions alone on
 data in memory, and of what was there before: the CRC-32 that Python's zipfile compares.
 """
 
 import argparse
 import hashlib
 import os
+import resource
 import shutil
 import statistics
 import tempfile
@@ -170,11 +174,12 @@ def read_only(directory: Path) -> None:
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def seconds(job: Callable[[], object]) -> tuple[float, float]:
-    """How long a call takes, in wall time and in CPU time of all threads."""
-    start_s, start_cpu_s = time.perf_counter(), time.process_time()
+def seconds(job: Callable[[], object]) -> tuple[float, float, float]:
+    """How long a call takes: wall time, user and system time of all threads."""
+    start_s, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     job()
-    return time.perf_counter() - start_s, time.process_time() - start_cpu_s
+    wall_s, after = time.perf_counter() - start_s, resource.getrusage(resource.RUSAGE_SELF)
+    return wall_s, after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
 
 
 def unchecked(job: Job) -> Job:
@@ -190,19 +195,23 @@ def unchecked(job: Job) -> Job:
 def medians(
     jobs: dict[str, tuple[Job, Job]], directories: tuple[Path, Path], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each job: wall time with and without checksums, then CPU time.
+    """Seconds of each job with and without checksums: wall, user and system time, and the price.
 
-    The two alternate, and the first round is warm-up.
+    The first round is warm-up. Then each order comes first as often as the other.
     """
-    taken: dict[str, list[list[float]]] = {name: [[], [], [], []] for name in jobs}
+    taken: dict[str, list[list[float]]] = {name: [] for name in jobs}
     for index in range(rounds + 1):
         for name, both in jobs.items():
+            pair: dict[int, tuple[float, ...]] = {}
             for which in (0, 1) if index % 2 else (1, 0):
-                wall_s, cpu_s = seconds(partial(both[which], directories[which]))
-                if index:
-                    taken[name][which].append(wall_s)
-                    taken[name][2 + which].append(cpu_s)
-    return {name: [statistics.median(values) for values in four] for name, four in taken.items()}
+                pair[which] = seconds(partial(both[which], directories[which]))
+            times = [value for one in zip(pair[0], pair[1], strict=True) for value in one]
+            prices = [times[at] - times[at + 1] for at in (2, 4)]
+            taken[name] += [[*times, *prices]] if index else []
+    return {
+        name: [statistics.median(column) for column in zip(*rows, strict=True)]
+        for name, rows in taken.items()
+    }
 
 
 def hash_speeds(num_bytes: int) -> dict[str, float]:
@@ -211,9 +220,8 @@ def hash_speeds(num_bytes: int) -> dict[str, float]:
     blocks = [memoryview(data)[start : start + (1 << 20)] for start in range(0, len(data), 1 << 20)]
 
     def speed(update: Callable[[Any], object]) -> float:
-        return (
-            len(data) / 1e9 / min(seconds(lambda: list(map(update, blocks)))[1] for _ in range(5))
-        )
+        cpu_s = min(sum(seconds(lambda: list(map(update, blocks)))[1:]) for _ in range(5))
+        return len(data) / 1e9 / cpu_s
 
     return {
         "xxh3_128 (checksums)": speed(xxhash.xxh3_128().update),
@@ -228,9 +236,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--directory", type=Path, help="on the disk to measure; needs 6 x the size")
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
+    if options.rounds % 2:
+        parser.error("--rounds has to be even: with and without take turns to come first")
     num_bytes = int(options.gigabytes * 1e9)
     with distributed_world(), tempfile.TemporaryDirectory(dir=options.directory) as name:
         directories = Path(name, "with"), Path(name, "without")
@@ -242,9 +252,9 @@ def main() -> None:
         jobs["data set, identify"] = identify, read_only
         taken = medians(jobs, directories, options.rounds)
     rows = [
-        f"| {name} | {wall_s:.2f} | {bare_s:.2f} | {cpu_s:.2f} | {bare_cpu_s:.2f} "
-        f"| {cpu_s - bare_cpu_s:+.2f} |"
-        for name, (wall_s, bare_s, cpu_s, bare_cpu_s) in taken.items()
+        f"| {name} | {' | '.join(f'{value:.2f}' for value in values[:6])} "
+        f"| {values[6]:+.2f} | {values[7]:+.2f} |"
+        for name, values in taken.items()
     ]
     speeds = [f"| {name} | {speed:.1f} |" for name, speed in hash_speeds(num_bytes).items()]
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
@@ -255,8 +265,8 @@ def main() -> None:
             f"commit {commit()}; load average {os.getloadavg()[0]:.1f}. {options.gigabytes:g} GB "
             f"each, medians of {options.rounds}. What is measured, and how, stands in "
             "`benchmarks/verification_price.py`.\n",
-            "| | with, s | without, s | CPU with, s | CPU without, s | difference |\n"
-            "|---|---|---|---|---|---|",
+            "| | wall with, s | without | user with, s | without | system with, s | without "
+            "| price, user | price, system |\n|---|---|---|---|---|---|---|---|---|",
             *rows,
             "\n| hash function | GB/s |\n|---|---|",
             *speeds,
