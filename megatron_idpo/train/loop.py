@@ -99,7 +99,7 @@ def train_prepared(
         except RunStopped:
             return preempted_before_training(show=world.is_first)
         trainer.write_config()
-        with trainer.checkpoints, open_report(trainer) as report:
+        with doing("training"), trainer.checkpoints, open_report(trainer) as report:
             report_start(trainer, report)
             if not trainer.is_complete:
                 with doing("compiling"):
