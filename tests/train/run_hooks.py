@@ -207,3 +207,24 @@ class CountSteps:
 
         with after_call(_REPORT, "step", count):
             yield
+
+
+@dataclass(frozen=True)
+class ReadActivities:
+    """`activities`: what heartbeats announce in micro-batches and reports; True if timed."""
+
+    @contextmanager
+    def __call__(self, found: dict[str, Any]) -> Iterator[None]:
+        from megatron_idpo.mcore.watchdog.activity import current_activity
+
+        announced = found["activities"] = []
+
+        def read(*_: Any, **__: Any) -> None:
+            activity = current_activity()
+            announced.append((str(activity), activity.is_timed))
+
+        with (
+            after_call("plugin.batch_run", "progressed", read),
+            after_call("train.logging.report:Report", "step", read),
+        ):
+            yield

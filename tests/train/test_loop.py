@@ -19,7 +19,7 @@ from megatron_idpo.data.run_pairs import load_run_pairs
 from megatron_idpo.train.metrics.file import Record, read_metrics
 from tests import oracle
 
-from .run_hooks import ReadTrained
+from .run_hooks import ReadActivities, ReadTrained
 from .tiny_run import (
     BATCH_PAIRS,
     HELD_OUT,
@@ -357,3 +357,14 @@ def _same_losses(done: FinishedRun, theirs: list[oracle.Losses]) -> None:
         expected = [float(losses.by_layer[layer]) for losses in theirs]
         assert done.steps(name) == pytest.approx(expected, abs=TOLERANCE), name
     assert max(done.steps("loss")) - min(done.steps("loss")) > 0.003, "the loss must change"
+
+
+def test_heartbeats_announce_each_step_and_micro_batch(tiny, workers, tmp_path):
+    """A process that announces nothing new for `training.timeout_s` within a step is stuck."""
+    settings = {"max_steps": 2, "start_check": False, "export": False}
+    file = write_config(tiny, tmp_path / "run", training=settings)
+    (outcome,) = workers.run(run, 1, file, ReadActivities())
+    announced = outcome.found["activities"]
+    for step in (1, 2):
+        assert announced.count((f"step {step}, training step", True)) >= 2, announced
+    assert announced.count(("training", False)) == 2, announced
