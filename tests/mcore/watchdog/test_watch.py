@@ -260,7 +260,7 @@ def stop_on_rank(stopped: int, directory: str) -> None:
         dist.barrier()
 
 
-REAL_TIMEOUT_S = 2.0
+REAL_TIMEOUT_S = 4.0
 """More than a worker waits for a core between two heartbeats."""
 
 
