@@ -58,7 +58,8 @@ def layer_bytes(run: RunSizes) -> float:
         elements += 2 * hidden + tokens * (5 * features + model.hidden_size)
         statistics += 3 * run.sharded_positions * model.num_experts
         if run.lora is not None:
-            elements += 2 * tokens * run.lora.rank * len(run.lora.expert_parameters)
+            ranks = map(run.lora.rank_of, run.lora.expert_parameters)
+            elements += 2 * tokens * sum(ranks)
     else:
         features = run.positions * model.ffn_hidden_size // tensor
         elements += hidden * run.adapts("gate_proj", "up_proj")

@@ -91,7 +91,8 @@ def _expert_adapter_weights(run: RunSizes) -> float:
     experts = run.model.num_experts // run.layout.expert
     hidden, features = run.model.hidden_size, run.model.ffn_hidden_size / run.expert_tensor
     sizes = dict(zip(EXPERT_PARAMETERS, (hidden + 2 * features, features + hidden), strict=True))
-    return experts * run.lora.rank * sum(sizes[name] for name in run.lora.expert_parameters)
+    lora = run.lora
+    return experts * sum(lora.rank_of(name) * sizes[name] for name in lora.expert_parameters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

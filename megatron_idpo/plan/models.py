@@ -81,6 +81,11 @@ class ModelSizes(ModelShape):
             raise ConfigError.at(location, f"has no {', '.join(missing)}", remedy)
         heads = config["num_attention_heads"]
         experts = config.get("num_local_experts") or config.get("num_experts") or 0
+        is_mixed = config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
+        if experts and is_mixed:
+            message = "has layers without experts, which are not estimated"
+            remedy = "plan with a copy of the file without mlp_only_layers and decoder_sparse_step"
+            raise ConfigError.at(location, message, remedy)
         return cls(
             family=family,
             num_layers=config["num_hidden_layers"],

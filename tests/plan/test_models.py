@@ -82,6 +82,13 @@ def test_families_are_those_that_can_be_trained():
     assert set(FAMILY_FIELDS) <= set(FAMILIES)
 
 
+def test_layers_without_experts_are_refused():
+    for fields in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):
+        config = llama(2, 64, 4, 2, 96, **QWEN3_MOE, **fields)
+        with pytest.raises(ConfigError, match="has layers without experts"):
+            ModelSizes.from_hf(config, "config.json")
+
+
 def test_other_families_are_refused():
     with pytest.raises(ConfigError, match="'falcon' is not supported"):
         ModelSizes.from_hf({"model_type": "falcon"}, "config.json")
