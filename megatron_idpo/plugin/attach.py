@@ -14,14 +14,13 @@ P  pairs   Q  sequences
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_idpo.errors import ConfigError, DataError
+from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.model.build import finalize_model_grads
 from megatron_idpo.mcore.model.chunk import (
     ModelChunk,
@@ -40,21 +39,21 @@ from megatron_idpo.mcore.model.tap import (
 from megatron_idpo.mcore.parallel.groups import ModelGroups
 from megatron_idpo.objective.dpo import Objective
 from megatron_idpo.objective.layers import LayerSpec, resolve_layers
+from megatron_idpo.plugin.calls import Call, CallChecks
 from megatron_idpo.plugin.compatibility import (
     check_all_ranks,
     check_chunks,
+    check_logits,
     check_not_attached,
-    check_rows,
     check_settings,
     check_vocabulary,
     check_wrappers,
 )
 from megatron_idpo.plugin.head import Head
 from megatron_idpo.plugin.layer_losses import LayerLosses, Returned
-from megatron_idpo.plugin.outputs import OTHER_TOKENS_REMEDY, LayerOutput
+from megatron_idpo.plugin.outputs import LayerOutput
 from megatron_idpo.plugin.preference_batch import PreferenceBatch
 from megatron_idpo.plugin.shared_head import SharedHead
-from megatron_idpo.plugin.targets import Targets
 
 
 def attach(
@@ -84,7 +83,8 @@ def attach(
     Raises:
         ConfigError: on every rank. Chunks that are wrapped or not language models; layers that do
             not exist or are the final one; groups that are incomplete; and, all at once, a second
-            attach and settings of megatron-core under which the gradient would be silently wrong.
+            attach, an output layer that changes logits, and settings of megatron-core under which
+            the gradient would be silently wrong.
     """
     if problems := check_chunks(chunks):
         raise ConfigError.of(problems)
@@ -96,6 +96,7 @@ def attach(
     problems = [
         *check_not_attached(chunks),
         *check_settings(config),
+        *check_logits(chunks),
         *check_vocabulary(chunks, vocab_size),
     ]
     arguments = (taps, objective, vocab_size, use_norm)
@@ -134,6 +135,7 @@ class AttachedDpo:
         own_layers = [layer for of_chunk in own for layer in of_chunk]
         own_layers += [self.num_layers for chunk in chunks if chunk.post_process]
         self._losses = LayerLosses(own_layers, scale_of, objective, groups, self._config)
+        self._calls = CallChecks(self, groups, self._losses.outputs)
         self._is_checked = False
         self._gradient_sum_pending = False
         self._shared_head = SharedHead(
@@ -172,11 +174,15 @@ class AttachedDpo:
             batch: of the call.
             packed_seq_params: the caller's own, for Megatron's `thd` format or shared-prompt rows.
         """
-        _check_batch(batch)
+        if not isinstance(batch, PreferenceBatch):
+            message = f"is a {type(batch).__name__}, not a PreferenceBatch"
+            raise ConfigError.at("batch", message, "build one from the micro-batch's targets")
+        if not self._chunks:
+            raise ConfigError.at("AttachedDpo.model_kwargs", "was detached", "attach again")
         batch.check_vocabulary(self._vocab_size)
         targets = batch.targets.on_context_rank(*self.context)
         carried = CarriedBatch.of(
-            _Call(self, batch, targets), packed_seq_params, batch.targets.shape[1]
+            Call(self, batch, targets), packed_seq_params, batch.targets.shape[1]
         )
         return {"packed_seq_params": carried}
 
@@ -215,14 +221,15 @@ class AttachedDpo:
             `(1 - w) * sum(L)`, the number of pairs, and the log.
 
         Raises:
-            ConfigError: the output is not of this batch; in training, a micro-batch without the
-                reference's log-probabilities or without counts.
+            ConfigError: the output is not of this batch, or was changed; in training, a micro-batch
+                without the reference's log-probabilities or without counts.
         """
         num_values = 4 if self._losses.weighs_pairs(batch) else 2
         if logps_2P.shape != (num_values * batch.num_pairs,):
             message = f"an output of shape {tuple(logps_2P.shape)} for {batch.num_pairs} pairs"
             remedy = "merge AttachedDpo.model_kwargs(batch) of the same batch into the model's call"
             raise ConfigError.at("AttachedDpo.loss", message, remedy)
+        self._calls.check_result(logps_2P, batch)
         with self._losses.discarding_step_on_error():
             returned = self._losses.final_layer(batch, logps_2P)
         if torch.is_grad_enabled():
@@ -246,6 +253,7 @@ class AttachedDpo:
         with self._losses.discarding_step_on_error():
             gather = None if self._is_checked else self._groups.gather
             sums_by_layer = self._losses.outputs.finish_step(gather)
+            self._calls.forget_results()
             if not self._is_checked:
                 self._shared_head.check_equal()
                 self._is_checked = True
@@ -254,6 +262,15 @@ class AttachedDpo:
         self._shared_head.sum_gradients()
         self._gradient_sum_pending = False
         self._losses.log.fill(sums_by_layer)
+
+    def discard_step(self) -> None:
+        """Forget a step that did not reach `finalize_model_grads`, before the next one begins.
+
+        For scripts that catch an exception in a step and continue.
+        """
+        self._losses.discard_step()
+        self._calls.forget_results()
+        self._gradient_sum_pending = False
 
     def report_evaluation(self, *args: Any) -> dict[str, float]:
         """Means of all layers over the pairs that were evaluated since the last training step.
@@ -309,41 +326,22 @@ class AttachedDpo:
     # ---- within the model's call ----------------------------------------------------------------
 
     def _on_call(
-        self, chunk: ModelChunk, call: "_Call", packed_seq_params: Any, tokens: Tensor | None
+        self, chunk: ModelChunk, call: Call, packed_seq_params: Any, tokens: Tensor | None
     ) -> None:
-        """Check a call before it runs. Later stages may get no tokens."""
-        if call.owner is not self:
-            message = "has the batch of another attached model"
-            raise ConfigError.at("packed_seq_params", message, "use this model's model_kwargs")
-        if problems := check_rows(chunk, packed_seq_params):
-            raise ConfigError.of(problems)
-        num_rows, num_positions = call.targets.shape
-        expected = (num_rows, num_positions // self._groups.context.size())
-        if tokens is not None and tuple(tokens.shape) != expected:
-            message = (
-                f"tokens of shape {tuple(tokens.shape)} for targets of {list(expected)} tokens"
-            )
-            raise DataError.at(f"micro-batch {call.batch.index}", message, OTHER_TOKENS_REMEDY)
-        if tokens is not None:
-            self._compare_tokens(call.batch, tokens)
-
-    def _compare_tokens(self, batch: PreferenceBatch, tokens_BS: Tensor) -> None:
-        """Check that the model gets the tokens that its batch was built from."""
-        count = batch.targets.count_mismatches(tokens_BS, *self.context)
-        if count is None:
-            return
-        if count.device.type != "cpu":
-            self._losses.outputs.add_mismatches(count)  # reading it would wait for the GPU
-        elif count:
-            message = f"{int(count)} response tokens are not in the tokens of the model's call"
-            raise DataError.at(f"micro-batch {batch.index}", message, OTHER_TOKENS_REMEDY)
+        self._calls.begin(chunk, call, packed_seq_params, tokens)
+        if torch.is_grad_enabled() and not self._is_checked:
+            self._losses.outputs.add_call(id(chunk), call.batch.targets)
 
     def _on_tap(
-        self, head: Head, layer: int, hidden_sBH: Tensor, call: "_Call", evaluates_now: bool
+        self, head: Head, layer: int, hidden_sBH: Tensor, call: Call, evaluates_now: bool
     ) -> Tensor:
         """Called whenever a tapped layer runs, also for a recomputation."""
-        head.enter()
+        head.enter(evaluates_now=evaluates_now)
         if torch.is_grad_enabled():
+            if not hidden_sBH.requires_grad:
+                message = "needs no gradient, so its tap would have none: all below it is frozen"
+                remedy = "call decoder_input.requires_grad_() before the model's call"
+                raise ConfigError.at(f"layer {layer}", message, remedy)
             return evaluate_in_backward(hidden_sBH, partial(self._tapped_loss, head, layer, call))
         # Without gradients it is either an evaluation, or the first run of a checkpoint.
         if evaluates_now:
@@ -351,11 +349,13 @@ class AttachedDpo:
             self._losses.evaluate(layer, call.batch, logps_2P)
         return hidden_sBH
 
-    def _read_final(self, head: Head, hidden_sBH: Tensor, call: "_Call") -> Tensor:
+    def _read_final(self, head: Head, hidden_sBH: Tensor, call: Call) -> Tensor:
         # The decoder of the last chunk ends with the final norm.
-        return self._read(head, hidden_sBH, call, normed=True)
+        logps_2P = self._read(head, hidden_sBH, call, normed=True)
+        self._calls.remember(logps_2P, call.batch)
+        return logps_2P
 
-    def _read(self, head: Head, hidden_sBH: Tensor, call: "_Call", *, normed: bool) -> Tensor:
+    def _read(self, head: Head, hidden_sBH: Tensor, call: Call, *, normed: bool) -> Tensor:
         """The log-probability of each answer `[2P]`; `[4P]` with the sharpened ones of WPO."""
         logps_Q = head.sequence_logps(hidden_sBH, call.targets, normed=normed)
         logps_2P = call.batch.by_answer(logps_Q)
@@ -365,7 +365,7 @@ class AttachedDpo:
             sharpened_Q = head.sequence_logps(hidden_sBH, call.targets, normed=normed, sharpness=2)
         return torch.cat([logps_2P, call.batch.by_answer(sharpened_Q)])
 
-    def _tapped_loss(self, head: Head, layer: int, call: "_Call", hidden_sBH: Tensor) -> Tensor:
+    def _tapped_loss(self, head: Head, layer: int, call: Call, hidden_sBH: Tensor) -> Tensor:
         with self._losses.discarding_step_on_error():
             logps_2P = self._read(head, hidden_sBH, call, normed=False)
             loss = self._losses.tapped_layer(layer, call.batch, logps_2P)
@@ -381,19 +381,3 @@ class AttachedDpo:
         if not any(chunk is attached for attached in self._chunks):
             message = f"this {type(chunk).__name__} is not attached, or was detached"
             raise ConfigError.at("AttachedDpo.forward", message, "attach to it")
-
-
-def _check_batch(batch: object) -> None:
-    if not isinstance(batch, PreferenceBatch):
-        message = f"is a {type(batch).__name__}, not a PreferenceBatch"
-        raise ConfigError.at("batch", message, "build one from the micro-batch's targets")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Call:
-    """What travels through one model in one call."""
-
-    owner: AttachedDpo
-    batch: PreferenceBatch
-    targets: Targets
-    """Of this context-parallel rank's positions."""

@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
 from megatron_idpo.errors import Problem
 from megatron_idpo.mcore.attention.row_params import RowParams
 from megatron_idpo.mcore.model.chunk import (
     ModelChunk,
     is_language_model,
     layers_by_number,
+    logit_changes,
     num_layers,
     supports_rows,
 )
@@ -30,8 +34,11 @@ MUST_BE_OFF = {
     "fp8": "is untested with taps",
     "fp4": "is untested with taps",
     "moe_expert_capacity_factor": "drops tokens, depending on the other pairs of a micro-batch",
+    "moe_expert_rank_capacity_factor": "drops tokens, depending on the other pairs of a rank",
     "moe_input_jitter_eps": "routes at random; policy and reference would differ",
     "moe_router_force_load_balancing": "routes at random; policy and reference would differ",
+    "moe_router_force_biased": "routes at random; policy and reference would differ",
+    "hybrid_context_parallel": "is untested with taps",
     "use_mup": "scales logits after the output layer, which taps do not",
 }
 """Settings of `TransformerConfig` that must be off, with the reason."""
@@ -118,10 +125,44 @@ def check_chunks(chunks: object) -> list[Problem]:
     return problems
 
 
+def check_logits(chunks: Sequence[ModelChunk]) -> list[Problem]:
+    """Last stages that do something to logits which their taps would not do.
+
+    Args:
+        chunks: language models.
+    """
+    remedy = "attach a model whose logits are the product of hidden states and the output weight"
+    return [
+        Problem(f"chunks[{index}]", message, remedy)
+        for index, chunk in enumerate(chunks)
+        if chunk.post_process and not is_tapped(chunk)
+        for message in logit_changes(chunk)
+    ]
+
+
+def check_sharding(chunk: ModelChunk) -> list[Problem]:
+    """Parameters that torch FSDP2 or Megatron-FSDP shards, which is seen when the model runs.
+
+    The head reads parameters outside their module's call, where they are not whole.
+
+    Args:
+        chunk: of the call, below its wrappers.
+    """
+    kinds = {
+        "torch FSDP2": any(isinstance(module, FSDPModule) for module in chunk.modules())
+        or any(isinstance(parameter, DTensor) for parameter in chunk.parameters()),
+        "Megatron-FSDP": any(hasattr(p, "__fsdp_param__") for p in chunk.parameters()),
+    }
+    remedy = "use DistributedDataParallel, with the distributed optimizer"
+    return [
+        Problem("model", f"is sharded by {kind}, which taps do not support", remedy)
+        for kind, is_used in kinds.items()
+        if is_used
+    ][:1]
+
+
 def check_wrappers(model: Sequence[Any]) -> list[Problem]:
     """Wrappers other than DDP, which are seen when the first step ends.
-
-    Megatron-FSDP and torch FSDP2 shard parameters, which the head reads outside its module's call.
 
     Args:
         model: the chunks as the schedule ran them.

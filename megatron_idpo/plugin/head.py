@@ -54,10 +54,21 @@ class Head:
     replica: Callable[[], None] | None = None
     """The chunk's replica, if it has one; calling it runs the module's pre-hooks."""
 
-    def enter(self) -> None:
-        """Let DDP wait for a replica's parameters, in the forward pass before they are used."""
+    owner: torch.nn.Module | None = None
+    """The module of the weight, in a chunk without a replica; its forward comes after the taps."""
+
+    def enter(self, *, evaluates_now: bool) -> None:
+        """Let DDP wait for the weight, in the forward pass before it is used.
+
+        Args:
+            evaluates_now: whether it is used now. Otherwise it is in the backward pass, when the
+                owner has run.
+        """
         if self.replica is not None:
             self.replica()
+        elif self.owner is not None and evaluates_now:
+            for hook in self.owner._forward_pre_hooks.values():
+                hook(self.owner, ())
 
     def sequence_logps(
         self, hidden_sBH: Tensor, targets: Targets, *, normed: bool, sharpness: int = 1

@@ -66,7 +66,12 @@ class LayerLosses:
         self._groups = groups
         self._config = config
         self.outputs = OutputRecorder(
-            own_layers, self._final, objective, counts_pairs=groups.counts_pairs
+            own_layers,
+            self._final,
+            objective,
+            counts_pairs=groups.counts_pairs,
+            has_all_pairs=groups.data_size == 1,
+            batch_groups=groups.batch_groups,
         )
         self.log = StepLog(scales, groups)
 
@@ -193,6 +198,10 @@ class LayerLosses:
         try:
             yield
         except BaseException:
-            self.outputs.discard_step()
-            self.log.discard()
+            self.discard_step()
             raise
+
+    def discard_step(self) -> None:
+        """Forget the current step."""
+        self.outputs.discard_step()
+        self.log.discard()

@@ -2,8 +2,8 @@
 
 A training script that leaves out a chunk, mixes up its micro-batches or miscounts pairs gets wrong
 gradients without an error from megatron-core. `OutputRecorder` counts every output and compares the
-counts when the step's gradients are finished. It keeps sums, and outputs only while the script
-collects them.
+counts when the step's gradients are finished (`step_checks.py`). It keeps sums, and outputs only
+while the script collects them.
 """
 
 from collections import Counter
@@ -18,6 +18,8 @@ from torch import Tensor
 from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.objective.dpo import Objective, layer_metrics
 from megatron_idpo.plugin.preference_batch import PreferenceBatch
+from megatron_idpo.plugin.step_checks import StepView, check_over_ranks, check_stated_pairs
+from megatron_idpo.plugin.targets import Targets
 
 SUMMED = (
     "loss",
@@ -85,6 +87,8 @@ class _Totals:
     num_micro_batches: set[int] = field(default_factory=set)
     global_pairs: set[int] = field(default_factory=set)
     trained_pairs: int = 0
+    calls: dict[int, list[int | Tensor]] = field(default_factory=dict)
+    """By index of the chunk: a digest of the micro-batch of each call."""
 
     def add(self, output: LayerOutput, objective: Objective) -> None:
         self.counts.setdefault(output.layer, Counter())[output.micro_batch] += 1
@@ -98,7 +102,14 @@ class OutputRecorder:
     """The outputs of one rank's layers in the current step, and since the last one."""
 
     def __init__(
-        self, layers: Sequence[int], final: int, objective: Objective, *, counts_pairs: bool
+        self,
+        layers: Sequence[int],
+        final: int,
+        objective: Objective,
+        *,
+        counts_pairs: bool,
+        has_all_pairs: bool = False,
+        batch_groups: Sequence[Sequence[int]] = (),
     ) -> None:
         """Nothing recorded yet.
 
@@ -108,11 +119,15 @@ class OutputRecorder:
             objective: of the metrics.
             counts_pairs: whether this rank adds the final layer's pairs to the global count, so
                 that no pair counts twice.
+            has_all_pairs: whether there is one data-parallel rank.
+            batch_groups: `ModelGroups.batch_groups`.
         """
         self._layers = list(layers)
         self._final = final
         self._objective = objective
         self._counts_pairs = counts_pairs
+        self._has_all_pairs = has_all_pairs
+        self._batch_groups = tuple(tuple(group) for group in batch_groups)
         self._step = _Totals()
         self._evaluation = _Totals()
         self._mismatches: Tensor | None = None
@@ -159,8 +174,14 @@ class OutputRecorder:
                 f"has more than {batch.num_micro_batches} outputs since gradients were finished",
                 "set TransformerConfig.finalize_model_grads_func to "
                 "AttachedDpo.finalize_model_grads, and PreferenceBatch.num_micro_batches to the "
-                "schedule's num_microbatches",
+                "schedule's num_microbatches; if they are, an earlier step was not finished: call "
+                "AttachedDpo.discard_step where an exception ends a step, and evaluate under "
+                "torch.no_grad",
             )
+
+    def add_call(self, chunk: int, targets: Targets) -> None:
+        """Record that a chunk is called in training, with the micro-batch of these targets."""
+        self._step.calls.setdefault(chunk, []).append(targets.current_digest())
 
     def discard_step(self) -> None:
         """Forget a step that failed."""
@@ -171,31 +192,33 @@ class OutputRecorder:
         """The sums of the step's outputs by layer. The next output begins a new step.
 
         Args:
-            gather: returns the values of all ranks of the model (`ModelGroups.gather`). Then the
-                number of pairs is compared as well, and every rank raises. Collective. None: only
-                this rank's outputs are checked.
+            gather: returns the values of all ranks of the model (`ModelGroups.gather`). Then their
+                micro-batches and number of pairs are compared as well, and every rank raises.
+                Collective. None: only this rank's outputs are checked, which shows a wrong number
+                of pairs if there is one data-parallel rank.
 
         Raises:
             ConfigError: a layer does not have exactly one output per micro-batch, the model was
-                called with other tokens than a batch's, or the losses were averaged over another
-                number of pairs than the step had.
+                called with other tokens than a batch's, ranks of one data-parallel rank got
+                different micro-batches, or the losses were averaged over another number of pairs
+                than the step had.
         """
         step, self._step, self._evaluation = self._step, _Totals(), _Totals()
         problems = self._count_problems(step.counts, step.num_micro_batches)
         problems += self._take_mismatches()
+        if not problems and self._final in self._layers:
+            problems += check_stated_pairs(
+                step.global_pairs, step.trained_pairs, has_all_pairs=self._has_all_pairs
+            )
         if gather is not None:
-            pairs = step.trained_pairs if self._counts_pairs else 0
-            by_rank = gather((problems, pairs, sorted(step.global_pairs)))
-            problems = list(dict.fromkeys(problem for rank in by_rank for problem in rank[0]))
-            num_pairs = sum(pairs for _, pairs, _ in by_rank)
-            stated = sorted({pairs for _, _, seen in by_rank for pairs in seen})
-            if not problems and stated != [num_pairs]:
-                message = (
-                    f"is {' and '.join(map(str, stated)) or 'not set'}, "
-                    f"but the step had {num_pairs} pairs"
-                )
-                remedy = "count the pairs of all micro-batches of all data-parallel ranks"
-                problems.append(Problem("PreferenceBatch.global_pairs", message, remedy))
+            view = StepView(
+                problems=problems,
+                pairs=step.trained_pairs if self._counts_pairs else 0,
+                stated_pairs=sorted(step.global_pairs),
+                batch_groups=self._batch_groups,
+                calls=[[int(one) for one in calls] for calls in step.calls.values()],
+            )
+            problems = check_over_ranks(gather(view))
         if problems:
             raise ConfigError.of(problems)
         return step.sums

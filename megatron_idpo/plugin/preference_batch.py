@@ -115,6 +115,9 @@ class PreferenceBatch:
         least, most = int(pairs_P2.min()), int(pairs_P2.max())
         if least < 0 or most >= num_sequences:
             return [f"pairs name sequences {least} to {most} of {num_sequences}"]
+        if len(same := (pairs_P2[:, 0] == pairs_P2[:, 1]).nonzero()):
+            pair = int(same[0])
+            return [f"pair {pair} has sequence {int(pairs_P2[pair, 0])} twice"]
         return []
 
     def _validate_reference(self) -> list[str]:
@@ -129,4 +132,6 @@ class PreferenceBatch:
             # Sums over many tokens: 16 bits would round them to whole units.
             if logps_2P.dtype not in (torch.float32, torch.float64):
                 messages.append(f"reference_logps[{layer}] is {logps_2P.dtype}, not float32")
+            if logps_2P.device.type == "cpu" and not bool(logps_2P.isfinite().all()):
+                messages.append(f"reference_logps[{layer}] has NaN or inf")
         return messages

@@ -17,7 +17,7 @@ from megatron_idpo.data.packing.rows import Row
 from megatron_idpo.mcore.attention.row_params import ContextShare, RowParams
 from megatron_idpo.mcore.cpu.redirect import to_device
 from megatron_idpo.plugin.preference_batch import PreferenceBatch
-from megatron_idpo.plugin.targets import Targets
+from megatron_idpo.plugin.targets import Targets, digest_of
 
 
 class RowMicroBatch(NamedTuple):
@@ -63,7 +63,9 @@ def row_micro_batch(
     if ranks > 1:
         own = _as_targets(row, tensors[3:6])
         share = ContextShare(positions_RL, rank, order_T=tensors[6], slots_T=tensors[7])
-    whole = replace(_as_targets(row, tensors[:3]), dealt=own)
+    # On the host: reading it from a GPU would wait.
+    digest = int(digest_of(*(torch.from_numpy(array_N) for array_N in targets)))
+    whole = replace(_as_targets(row, tensors[:3]), dealt=own, digest=digest)
     params = RowParams.of(position_ids_T, torch.from_numpy(row.spans_G4), group_weight, share)
     inputs = {
         "input_ids": tokens_L[None],

@@ -120,6 +120,7 @@ class _HeadState:
     """What the last stage knows about the head, and stages with copies need."""
 
     weight_trains: bool
+    weight_dtype: torch.dtype
     norm: tuple[_NormParameter, ...]
 
     @classmethod
@@ -128,6 +129,7 @@ class _HeadState:
         local = [
             cls(
                 _weight(chunk, None).requires_grad,
+                _weight(chunk, None).dtype,
                 tuple(
                     _NormParameter(name, parameter.dtype, parameter.requires_grad)
                     for name, parameter in final_norm(chunk).named_parameters()
@@ -177,7 +179,9 @@ class SharedHead:
         for index, (chunk, is_tapped) in enumerate(zip(chunks, tapped, strict=True)):
             if is_tapped and not chunk.post_process:
                 owns_weight = chunk.pre_process and chunk.share_embeddings_and_output_weights
-                replica = HeadReplica(chunk, groups, with_weight=not owns_weight)
+                replica = HeadReplica(
+                    chunk, groups, with_weight=not owns_weight, dtype=state.weight_dtype
+                )
                 replica.set_trainable(weight=state.weight_trains, norm=False)
                 for parameter in state.norm if use_norm else ():
                     copy = replica.norm.get_parameter(parameter.name)
@@ -260,6 +264,8 @@ class SharedHead:
             logit_map=logit_map(chunk),
             use_norm=self._use_norm,
             replica=replica,
+            # A tied embedding has run before any layer.
+            owner=chunk.output_layer if replica is None else None,
         )
 
     def remove(self) -> None:

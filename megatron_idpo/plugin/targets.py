@@ -54,6 +54,9 @@ class Targets:
     """int64: where the token itself is, indexed like `positions_N`. None: not known, so the model's
     input is not compared with the targets."""
 
+    digest: int | None = None
+    """`digest_of` these targets, if they were built on a CPU; kept by `to`."""
+
     @classmethod
     def from_mask(cls, tokens_BS: Tensor, response_mask_BS: Tensor) -> Self:
         """Targets of a padded batch; every row is a sequence.
@@ -85,7 +88,7 @@ class Targets:
             num_sequences=num_sequences,
             shape=(num_rows, tokens_BS.shape[1]),
             token_positions_N=position_N * num_rows + sequence_N,
-        )
+        )._with_digest()
 
     @classmethod
     def from_lengths(
@@ -129,8 +132,8 @@ class Targets:
             response_mask_1S: bool, of the shape of `tokens_1S`: which tokens are scored.
 
         Raises:
-            DataError: the shapes do not fit, a sequence begins with a response token, or one before
-                the last response token has none.
+            DataError: the shapes do not fit, a sequence begins with a response token, one before
+                the last response token has none, or a response token is in no sequence.
         """
         location = "Targets.from_packed"
         tokens_S, mask_S = tokens_1S.flatten(), response_mask_1S.flatten().bool()
@@ -141,6 +144,10 @@ class Targets:
             remedy = "give tokens and mask of one length, and ascending bounds from 0 within it"
             raise DataError.at(location, message, remedy)
         (position_N,) = mask_S.nonzero(as_tuple=True)
+        if len(position_N) and (last := int(position_N[-1])) >= bounds[-1]:
+            message = f"a response token at {last}, but the last sequence ends at {bounds[-1]}"
+            remedy = "mask padding, or give bounds that include every answer"
+            raise DataError.at(location, message, remedy)
         starts = torch.tensor(bounds, device=tokens_S.device)
         sequence_N = torch.searchsorted(starts, position_N, right=True) - 1
         _check_first(location, sequence_N[position_N == starts[sequence_N]])
@@ -154,7 +161,19 @@ class Targets:
             shape=(1, len(tokens_S)),
             bounds=tuple(bounds),
             token_positions_N=position_N,
-        )
+        )._with_digest()
+
+    def _with_digest(self) -> Self:
+        if self.tokens_N.device.type != "cpu":
+            return self  # reading it would wait for the device
+        digest = digest_of(self.positions_N, self.tokens_N, self.sequences_N)
+        return replace(self, digest=int(digest))
+
+    def current_digest(self) -> int | Tensor:
+        """`digest`, or its computation, `[]`, which does not wait for a GPU."""
+        if self.digest is not None:
+            return self.digest
+        return digest_of(self.positions_N, self.tokens_N, self.sequences_N)
 
     def to(self, device: torch.device | str) -> Self:
         """These targets on another device."""
@@ -283,6 +302,14 @@ class Targets:
         if not messages and len(self.sequences_N.unique()) < self.num_sequences:
             messages.append("a sequence has no target")
         return messages
+
+
+def digest_of(positions_N: Tensor, tokens_N: Tensor, sequences_N: Tensor) -> Tensor:
+    """A number, int64 `[]`, that differs between micro-batches: ranks compare it, not tokens."""
+    # Wraps around, the same on every device. Squares: a sum of products would not see how tokens
+    # are assigned to positions.
+    mixed_N = (tokens_N * 1_000_003 + positions_N) * 1_000_033 + sequences_N
+    return (mixed_N * mixed_N).sum()
 
 
 def _check_first(location: str, sequences: Tensor) -> None:

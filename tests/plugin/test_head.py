@@ -122,6 +122,18 @@ def test_weight_is_looked_up_at_each_use(norm, weight_VH):
 
 def test_enter_calls_the_replica_as_a_module(norm, weight_VH):
     entered = []
-    head(norm, weight_VH, replica=lambda: entered.append(1)).enter()
-    assert entered == [1]
-    head(norm, weight_VH).enter()
+    replica = head(norm, weight_VH, replica=lambda: entered.append(1))
+    for evaluates_now in (False, True):
+        replica.enter(evaluates_now=evaluates_now)
+    assert entered == [1, 1]
+    head(norm, weight_VH).enter(evaluates_now=True)
+
+
+def test_enter_waits_for_the_owners_weight_before_an_evaluation(norm, weight_VH):
+    """As DDP's hooks do; in training the owner runs before the backward pass uses its weight."""
+    owner, waited = torch.nn.Linear(1, 1), []
+    owner.register_forward_pre_hook(lambda module, *_: waited.append(module))
+    head(norm, weight_VH, owner=owner).enter(evaluates_now=False)
+    assert waited == []
+    head(norm, weight_VH, owner=owner).enter(evaluates_now=True)
+    assert waited == [owner]

@@ -7,6 +7,7 @@ from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.objective.dpo import Objective
 from megatron_idpo.plugin.outputs import SUMMED, LayerOutput, OutputRecorder
 from megatron_idpo.plugin.preference_batch import PreferenceBatch
+from megatron_idpo.plugin.step_checks import StepView, check_over_ranks
 from megatron_idpo.plugin.targets import Targets
 
 FINAL = 4
@@ -118,24 +119,54 @@ def test_different_counts_in_one_step_are_an_error(recorder):
         recorder.finish_step()
 
 
+def view(**fields):
+    """What another rank contributes."""
+    return StepView(**{"problems": [], "pairs": 0, "stated_pairs": [], "calls": [], **fields})
+
+
 @pytest.mark.parametrize("other_pairs", [0, 3])
 def test_pairs_are_counted_at_the_final_layer_over_all_ranks(recorder, other_pairs):
-    def gather(local):
-        return [local, ([], other_pairs, local[2]), ([], 0, [])]
+    def gather(own):
+        return [own, view(pairs=other_pairs, stated_pairs=own.stated_pairs), view()]
 
     train(recorder, global_pairs=2 + other_pairs)
     recorder.finish_step(gather)
-    train(recorder, global_pairs=1 + other_pairs)
-    expected = f"is {1 + other_pairs}, but the step had {2 + other_pairs} pairs"
+    train(recorder, global_pairs=2 + other_pairs + 1)
+    expected = f"is {3 + other_pairs}, but the step had {2 + other_pairs} pairs"
     with pytest.raises(ConfigError, match=expected):
         recorder.finish_step(gather)
+
+
+@pytest.mark.parametrize(
+    ("has_all_pairs", "stated", "message"),
+    [
+        (True, (4,), "is 4, but the step had 2 pairs;"),
+        (True, (1,), "is 1, but the step had 2 pairs;"),
+        (True, (2, 3), "is 2 and 3, but the step had 2 pairs;"),
+        (False, (2, 3), "is 2 and 3, but the step had 2 pairs on one rank alone"),
+        (False, (1,), "is 1, but the step had 2 pairs on one rank alone"),
+        (False, (4,), None),
+    ],
+)
+def test_pairs_are_counted_in_every_step_where_one_rank_can(has_all_pairs, stated, message):
+    recorder = OutputRecorder(
+        [FINAL], FINAL, OBJECTIVE, counts_pairs=True, has_all_pairs=has_all_pairs
+    )
+    for index in range(2):
+        fields = {"global_pairs": stated[index % len(stated)]}
+        recorder.record(output(FINAL, index, 0.5), batch(index, **fields), trains=True)
+    if message is None:
+        recorder.finish_step()
+        return
+    with pytest.raises(ConfigError, match=message):
+        recorder.finish_step()
 
 
 def test_problem_of_another_rank_is_raised_here(recorder):
     problem = Problem("layer 3", "is missing", "run it")
     train(recorder)
     with pytest.raises(ConfigError, match="layer 3: is missing"):
-        recorder.finish_step(lambda local: [local, ([problem], 0, [])])
+        recorder.finish_step(lambda own: [own, view(problems=[problem])])
 
 
 def test_only_one_copy_of_a_rank_counts_pairs():
@@ -143,8 +174,37 @@ def test_only_one_copy_of_a_rank_counts_pairs():
     for counts_pairs in (True, False):
         recorder = OutputRecorder([FINAL], FINAL, OBJECTIVE, counts_pairs=counts_pairs)
         train(recorder, layers=(FINAL,))
-        recorder.finish_step(lambda local: sent.append(local[1]) or [([], 2, [2])])
+        recorder.finish_step(
+            lambda own: sent.append(own.pairs) or [view(pairs=2, stated_pairs=[2])]
+        )
     assert sent == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ({"stage": [5, 6], "copy": [5, 6]}, None),
+        ({"stage": [6, 5]}, "first at index 0 of the step; give all pipeline stages"),
+        ({"stage": [5, 7]}, "first at index 1 of the step"),
+        ({"stage": [5]}, "one got more of them"),
+        ({"copy": [5, 7]}, "first at index 1 of the step"),
+        ({"other pairs": [7, 8]}, None),
+        ({"stage": []}, None),
+    ],
+    ids=str,
+)
+def test_ranks_that_need_the_same_micro_batches_are_compared(calls, message):
+    """A pipeline stage or tensor-parallel rank, and a context-parallel one of another name."""
+    groups = {"stage": [(0,), (-1, 2)], "copy": [(1,), (-1, 0)], "other pairs": [(2,), (-1, 9)]}
+    views = [view(pairs=2, stated_pairs=[2], calls=[[5, 6]], batch_groups=[(0,), (-1, 0)])]
+    views += [view(calls=[own], batch_groups=groups[name]) for name, own in calls.items()]
+    problems = [str(problem) for problem in check_over_ranks(views)]
+    assert problems == [] if message is None else message in problems[0]
+
+
+def test_stage_without_outputs_anywhere_names_the_other_model():
+    (problem,) = check_over_ranks([view(), view()])
+    assert "recorded no output" in problem.message and "of the model that runs" in problem.remedy
 
 
 def test_tokens_of_other_batches_are_counted_until_the_step_ends(recorder):

@@ -93,6 +93,10 @@ def test_batch_without_response_tokens_has_no_pairs():
         ),
         (lambda: Targets.from_packed(TOKENS[0], [0, 7], MASK[0]), "bounds [0, 7]"),
         (lambda: Targets.from_packed(TOKENS[0], [3, 6], MASK[0]), "bounds [3, 6]"),
+        (
+            lambda: Targets.from_packed(TOKENS[0], [0, 5], MASK[0]),
+            "a response token at 5, but the last sequence ends at 5",
+        ),
     ],
 )
 def test_what_cannot_be_scored_is_reported(make, message):
@@ -114,6 +118,21 @@ def test_targets_are_compared_with_the_tokens_of_the_call():
         changed[[5, 0, 4]] += 1  # one response token and two of prompts and padding
         assert own.count_mismatches(changed.view_as(tokens)) == 1
     assert targets([0, 1], 2).count_mismatches(TOKENS) is None, "it does not know where they are"
+
+
+def test_digest_differs_between_micro_batches_and_is_kept_on_a_gpu():
+    made = Targets.from_mask(TOKENS, MASK)
+    others = [
+        Targets.from_mask(TOKENS + 1, MASK),
+        Targets.from_mask(TOKENS.flip(0), MASK),
+        Targets.from_mask(TOKENS, MASK.flip(0)),
+        Targets.from_packed(TOKENS.view(1, 12), [0, 6, 12], MASK.view(1, 12)),
+    ]
+    digests = [one.digest for one in (made, *others)]
+    assert None not in digests and len(set(digests)) == len(digests)
+    assert made.to("meta").digest == made.digest == Targets.from_mask(TOKENS, MASK).digest
+    unknown = replace(made, digest=None)
+    assert int(unknown.current_digest()) == made.digest
 
 
 # ---- context parallelism -------------------------------------------------------------------------
@@ -245,12 +264,19 @@ def test_invalid_targets_are_reported(name):
         (torch.tensor([[0, 2]]), "pairs name sequences 0 to 2 of 2"),
         (torch.tensor([0, 1]), "of shape (2,), not int64 [P, 2]"),
         (torch.tensor([[0.0, 1.0]]), "pairs are torch.float32"),
+        (torch.tensor([[0, 1], [1, 1]]), "pair 1 has sequence 1 twice"),
     ],
 )
 def test_invalid_pairs_are_reported(pairs, message):
     with pytest.raises(DataError) as caught:
         batch(pairs=pairs)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_reference_log_probabilities_must_be_finite(value):
+    with pytest.raises(DataError, match=r"reference_logps\[4\] has NaN or inf"):
+        batch(reference_logps={4: torch.tensor([-1.0, value])})
 
 
 def test_reference_free_excludes_reference_log_probabilities():

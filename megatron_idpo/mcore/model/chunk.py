@@ -97,6 +97,35 @@ def logit_map(chunk: ModelChunk) -> LogitMap:
     return own
 
 
+_OWN_CODE = ("megatron.core.", "megatron_idpo.")
+"""Where methods come from whose treatment of logits the taps share."""
+
+
+def logit_changes(chunk: ModelChunk) -> list[str]:
+    """What a last stage does between the final norm and the logits besides the projection.
+
+    As far as it can be seen without running it. Hooks and subclasses that change what megatron-core
+    returns are seen in the result.
+    """
+    layer = chunk.output_layer
+    if not isinstance(layer, tensor_parallel.ColumnParallelLinear):
+        kind = type(layer).__name__
+        return [f"has a {kind} as output layer, which taps do not run: they use its weight"]
+    methods = {
+        type(layer).__name__: layer.forward,
+        f"{type(chunk).__name__}._postprocess": getattr(chunk, "_postprocess", None),
+        f"{type(chunk).__name__}._scale_logits": getattr(chunk, "_scale_logits", None),
+    }
+    changed_by = [
+        name
+        for name, method in methods.items()
+        if method is not None and not str(getattr(method, "__module__", "")).startswith(_OWN_CODE)
+    ]
+    changed_by += [] if layer.bias is None else ["a bias"]
+    changed_by += ["hooks of the output layer"] if layer._forward_pre_hooks else []
+    return [f"{name} may change logits, which taps do not" for name in changed_by]
+
+
 def supports_rows(chunk: ModelChunk) -> bool:
     """Whether attention and rotary embedding read the structure of shared-prompt rows."""
     attentions = [

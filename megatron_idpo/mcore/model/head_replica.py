@@ -38,13 +38,21 @@ class HeadReplica(torch.nn.Module):
         norm: copy of the final norm.
     """
 
-    def __init__(self, chunk: ModelChunk, groups: ModelGroups, *, with_weight: bool) -> None:
+    def __init__(
+        self,
+        chunk: ModelChunk,
+        groups: ModelGroups,
+        *,
+        with_weight: bool,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Allocate the copy, uninitialized: the plugin fills it from the owner.
 
         Args:
-            chunk: the chunk it will belong to; gives sizes, dtype and device.
+            chunk: the chunk it will belong to; gives sizes and device.
             groups: of the model.
             with_weight: False if the chunk's own embedding is the output weight.
+            dtype: of the output weight; None: `config.params_dtype`, which it need not have.
         """
         super().__init__()
         config, device = chunk.config, parameter_device([chunk])
@@ -60,7 +68,9 @@ class HeadReplica(torch.nn.Module):
         if with_weight:
             rows = chunk.vocab_size // groups.tensor_size
             self.weight = torch.nn.Parameter(
-                torch.empty(rows, config.hidden_size, dtype=config.params_dtype, device=device)
+                torch.empty(
+                    rows, config.hidden_size, dtype=dtype or config.params_dtype, device=device
+                )
             )
             # The attributes that the owner's weight has. ColumnParallelLinear sets these, so that
             # the gradient norm counts every tensor-parallel shard:

@@ -20,6 +20,7 @@ the instances. No class is patched.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, Self
 
 import torch
@@ -27,6 +28,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.model.chunk import ModelChunk, RestoreFn, layers_by_number
 
 _ARGUMENT = "packed_seq_params"
@@ -138,7 +140,10 @@ class _ChunkForward:
 
     def __init__(self, chunk: ModelChunk, running: list[CarriedBatch], on_call: OnCall) -> None:
         self._forward = chunk.forward
-        self._returns_logps = chunk.post_process
+        self._chunk = chunk
+        self._output_layer = chunk.output_layer if chunk.post_process else None
+        parameters = list(signature(chunk.forward).parameters)
+        self._labels_at = parameters.index("labels") if "labels" in parameters else None
         self._running = running
         self._on_call = on_call
 
@@ -148,10 +153,17 @@ class _ChunkForward:
             return self._forward(*args, **kwargs)
         tokens = args[0] if args else kwargs.get("input_ids")
         self._on_call(carried.batch, carried.original, tokens)
+        if self._output_layer is not None and self._chunk.output_layer is not self._output_layer:
+            kind = type(self._chunk.output_layer).__name__
+            message = f"was replaced by a {kind} after attach, which taps do not run"
+            remedy = "leave the output layer out of the modules to adapt"
+            raise ConfigError.at("output_layer", message, remedy)
         carried.evaluates_now = not torch.is_grad_enabled()
         # With labels the model would compute a cross-entropy of what we return instead of logits.
         if kwargs.get("labels") is not None:
             kwargs = {**kwargs, "labels": None}
+        if self._labels_at is not None and len(args) > self._labels_at:
+            args = (*args[: self._labels_at], None, *args[self._labels_at + 1 :])
         # The output layer gets no `packed_seq_params`. It runs within this call, and only here:
         # megatron-core does not recompute it.
         self._running.append(carried)
@@ -159,7 +171,7 @@ class _ChunkForward:
             output = self._forward(*args, **kwargs)
         finally:
             self._running.pop()
-        return output.reshape(-1) if self._returns_logps else output
+        return output if self._output_layer is None else output.reshape(-1)
 
 
 def _layer_forward(

@@ -239,6 +239,16 @@ class ModelGroups:
         return dist.get_rank(self.context)
 
     @property
+    def batch_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Names of groups of ranks that get the same micro-batches: two ranks do if one is equal.
+
+        The first is common to the tensor- and pipeline-parallel ranks of a data- and
+        context-parallel one, the second to context-parallel ranks.
+        """
+        context_ranks = dist.get_process_group_ranks(self.context)
+        return ((dist.get_rank(self.data_and_context),), (-1, *context_ranks))
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this rank has the pipeline stage with the final layer."""
         return dist.get_rank(self.pipeline) == self.pipeline.size() - 1
