@@ -174,9 +174,7 @@ class AttachedDpo:
             batch: of the call.
             packed_seq_params: the caller's own, for Megatron's `thd` format or shared-prompt rows.
         """
-        if not isinstance(batch, PreferenceBatch):
-            message = f"is a {type(batch).__name__}, not a PreferenceBatch"
-            raise ConfigError.at("batch", message, "build one from the micro-batch's targets")
+        _check_batch(batch)
         if not self._chunks:
             raise ConfigError.at("AttachedDpo.model_kwargs", "was detached", "attach again")
         batch.check_vocabulary(self._vocab_size)
@@ -229,8 +227,8 @@ class AttachedDpo:
             message = f"an output of shape {tuple(logps_2P.shape)} for {batch.num_pairs} pairs"
             remedy = "merge AttachedDpo.model_kwargs(batch) of the same batch into the model's call"
             raise ConfigError.at("AttachedDpo.loss", message, remedy)
-        self._calls.check_result(logps_2P, batch)
         with self._losses.discarding_step_on_error():
+            self._calls.check_result(logps_2P, batch)
             returned = self._losses.final_layer(batch, logps_2P)
         if torch.is_grad_enabled():
             self._gradient_sum_pending = self._shared_head.has_trained_copies
@@ -381,3 +379,9 @@ class AttachedDpo:
         if not any(chunk is attached for attached in self._chunks):
             message = f"this {type(chunk).__name__} is not attached, or was detached"
             raise ConfigError.at("AttachedDpo.forward", message, "attach to it")
+
+
+def _check_batch(batch: object) -> None:
+    if not isinstance(batch, PreferenceBatch):
+        message = f"is a {type(batch).__name__}, not a PreferenceBatch"
+        raise ConfigError.at("batch", message, "build one from the micro-batch's targets")
