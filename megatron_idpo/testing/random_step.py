@@ -96,8 +96,9 @@ def random_step(
     optimizer, dispatcher = resolve_name(_OPTIMIZER), resolve_name(_DISPATCHER)
     gradient_norm, synchronize = optimizer.get_grad_norm_fp32, getattr(dispatcher, _SYNCHRONIZE)
     is_trained = config.lora is None
-    final_norm = shared_head._NormParameter("weight", config.model.torch_dtype(), is_trained)
-    state = shared_head._HeadState(is_trained, (final_norm,))
+    dtype = config.model.torch_dtype()
+    final_norm = shared_head._NormParameter("weight", dtype, is_trained)
+    state = shared_head._HeadState(is_trained, dtype, (final_norm,))
 
     def reduced(*args: Any, **kwargs: Any) -> Any:
         try:
