@@ -233,7 +233,7 @@ EXPECTED_OF_CALLS = {
     "unattached chunk": ("this ScaledModel is not attached", "attach to it"),
     "batch of another model": ("has the batch of another attached model", "this model's"),
     "row without row attention": ("is a shared-prompt row", "--attention-backend local"),
-    "detached": ("this GPTModel is not attached, or was detached", "attach to it"),
+    "detached": ("this ScaledModel is not attached, or was detached", "attach to it"),
 }
 
 
