@@ -72,7 +72,7 @@ class LayoutCase:
     def config(self) -> dict[str, Any]:
         """The sections of a configuration; a batch that fills the rows."""
         layout = {"sequence_parallel": self.layout.get("tensor", 1) > 1, **self.layout}
-        ranks = layout.get("tensor", 1) * layout.get("pipeline", 1)
+        ranks = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
         pairs = self.rows * (self.world_size // ranks)
         sections: dict[str, Any] = {
             "model": {"path": "x", "dtype": self.dtype},
@@ -142,6 +142,22 @@ def example_cases() -> list[LayoutCase]:
         LayoutCase("llama3_70b", llama_70b, 32, rows=4, layout={"tensor": 8}, lora=LORA),
         LayoutCase("idpo_mistral_7b", mistral, 8, rows=2, layout={"tensor": 2}, lora=LORA),
     ]
+    for name, model, size in (("8b", llama_8b, 8), ("70b", llama_70b, 64)):
+        split = {"tensor": size // 8, "context": 8}
+        cases.append(
+            LayoutCase(
+                f"llama3_{name}_128k",
+                model,
+                size,
+                0,
+                1,
+                split,
+                LORA,
+                (0.69,),
+                recomputed,
+                136 << 10,
+            )
+        )
     for stage in range(4):
         four = {"pipeline": 4}
         cases += [
