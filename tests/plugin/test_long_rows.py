@@ -1,4 +1,7 @@
-"""Rows of one long pair over context-parallel ranks: memory, and gradients equal to one rank's."""
+"""A pair of 131,072 tokens trains on two context-parallel ranks of a CPU.
+
+Memory over the ranks is measured in `tests/phantom_gpu/test_long_rows.py`.
+"""
 
 import re
 from pathlib import Path
@@ -6,36 +9,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from megatron_idpo.objective.dpo import Objective
 from megatron_idpo.testing import write_tiny_hf_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
-"""Attention over 32,768 and 131,072 positions takes minutes on a CPU."""
-
-GRADIENT_RELATIVE = 1e-5
-"""As in `test_attach.py`."""
-
-LINEAR = 0.9
-"""Of the memory that one rank needs, divided by the ranks."""
+"""Attention over 131,072 positions takes minutes on a CPU."""
 
 MAX_BYTES = 6e9
 """Of both processes that train a pair of 131,072 tokens."""
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
-    "num_hidden_layers": 4,
-    "hidden_size": 128,
-    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "head_dim": 8,
     "max_position_embeddings": 131_072,
 }
-NARROW = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
-"""A model that is small enough for the longest pair."""
 
 
 def train_long_pair(
@@ -113,42 +106,11 @@ def status_bytes(name: str) -> int:
     return int(kibibytes) * 1024
 
 
-def write_model(path: Path, **sizes: Any) -> str:
-    write_tiny_hf_model(path, "llama", 1, **{**SIZES, **sizes})
-    return str(path)
-
-
-def test_memory_of_a_pair_of_32k_tokens_falls_with_the_ranks(workers, tmp_path, record_property):
-    directory, row_tokens = write_model(tmp_path / "model"), 32 << 10
-    # Keys and values of one layer: gathered, in row order, a copy without the chosen answer, and
-    # the gradients of all three.
-    gathered_bytes = 6 * 2 * row_tokens * SIZES["head_dim"] * 4
-    results = {
-        ranks: workers.run(train_long_pair, ranks, directory, ranks, row_tokens, 1024)
-        for ranks in (1, 2, 4, 8)
-    }
-    ((one,), *_) = results.values()
-    for ranks, by_rank in results.items():
-        record_property(f"CP{ranks} MB", [round(rank["step_bytes"] / 1e6) for rank in by_rank])
-        print(f"CP{ranks} MB", [round(rank["step_bytes"] / 1e6) for rank in by_rank])
-    for ranks, by_rank in results.items():
-        for rank in by_rank:
-            assert rank["losses"].keys() == {1, SIZES["num_hidden_layers"]}
-            for layer, loss in rank["losses"].items():
-                assert torch.allclose(loss, one["losses"][layer], rtol=GRADIENT_RELATIVE)
-        gradients = {n: g for rank in by_rank for n, g in rank["gradients"].items()}
-        assert worst_gradient(gradients, one["gradients"]) <= GRADIENT_RELATIVE
-        most = max(rank["step_bytes"] for rank in by_rank) - (ranks > 1) * gathered_bytes
-        assert one["step_bytes"] / (ranks * most) >= LINEAR, ranks
-
-
-def worst_gradient(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
-
-
 def test_a_pair_of_131072_tokens_trains_on_two_ranks(workers, tmp_path, record_property):
-    directory = write_model(tmp_path / "model", **NARROW)
-    ranks = workers.run(train_long_pair, 2, directory, 2, 131_072, 2048, timeout_s=1500)
+    directory = str(tmp_path / "model")
+    write_tiny_hf_model(tmp_path / "model", "llama", 1, **SIZES)
+    # Two long answers: half of the attention of a prompt of this length.
+    ranks = workers.run(train_long_pair, 2, directory, 2, 131_072, 64_000, timeout_s=1500)
     total = sum(rank["process_bytes"] for rank in ranks)
     record_property("GB", total / 1e9)
     print("GB", total / 1e9, [rank["step_bytes"] / 1e9 for rank in ranks])
