@@ -84,8 +84,17 @@ def second_reading(record: Any, format: str) -> list[str]:
         return [chatml([*before, {"role": "assistant", "content": text}]) for text in answers]
     if format != "text" and prompt is None and all(_is_transcript(answer) for answer in answers):
         return [chatml(turns(answer)) for answer in answers]
+    if isinstance(prompt, list) and prompt:
+        answers = [
+            [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+            for answer in answers
+        ]
     if all(isinstance(answer, list) for answer in answers):
         before = prompt if isinstance(prompt, list) else []
+        if isinstance(prompt, str) and prompt.strip() and not before:
+            first = [answer[0].get("role") or answer[0].get("from") for answer in answers]
+            if set(first) <= {"assistant", "gpt"}:
+                before = [{"role": "user", "content": prompt}]
         whole = [[*before, *answer] for answer in answers]
         has_system = whole[0][0].get("role") == "system"
         return [chatml(messages if has_system else [*system, *messages]) for messages in whole]
@@ -199,6 +208,10 @@ formats = st.sampled_from(["auto", "auto", "auto", "auto", "text", "chat", "hh",
 @example(record={"prompt": "a", "chosen": "a b", "rejected": "a c"}, format="auto")
 @example(record={"prompt": "q", "chosen": "", "rejected": "b"}, format="auto")
 @example(record={"prompt": "q", "chosen": "x", "rejected": "y", "input": 500}, format="text")
+@example(
+    record={"prompt": [{"role": "user", "content": "a"}], "chosen": "a", "rejected": "b"},
+    format="auto",
+)
 @example(record={"chosen": "is a x", "rejected": "is a y", "context": "z"}, format="auto")
 @example(
     record={"prompt": "q", "chosen": "x", "rejected": "y", "system": "s"}, format="single_turn"
