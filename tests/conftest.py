@@ -59,6 +59,8 @@ def workers() -> Iterator[WorkerPool]:
     """Worker processes for `workers.run(function, world_size, ...)`, started on demand."""
     with WorkerPool() as pool:
         yield pool
+        # Closing ends a worker as any program; the others are killed, which takes no time.
+        pool._discard(pool._workers[1:])
         pids = [worker.process.pid for worker in pool._workers]
     for pid in pids:
         with pytest.raises(ProcessLookupError):

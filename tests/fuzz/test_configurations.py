@@ -144,7 +144,7 @@ def alias_bomb(levels: int) -> str:
     )
 
 
-@inputs(150)
+@inputs(75)
 @given(text=texts(), overrides=overrides)
 @example(text=json.dumps(REQUIRED), overrides=["loar=null"])
 @example(text=json.dumps(REQUIRED), overrides=["trainig="])

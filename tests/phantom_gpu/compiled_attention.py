@@ -1,8 +1,9 @@
-"""Row attention, compiled for the phantom GPU: `compiled_attention.py HEAD_DIM DTYPE WITH_GRAD`.
+"""Row attention, compiled for the phantom GPU, compared with the CPU path.
 
-Prints the largest difference to the CPU path, relative to the largest value.
+As a program, `compiled_attention.py HEAD_DIM DTYPE WITH_GRAD` prints the difference.
 """
 
+import os
 import sys
 
 import torch
@@ -10,14 +11,24 @@ import torch
 from megatron_idpo.mcore.attention.flex import attend_row_flex
 from megatron_idpo.mcore.attention.sdpa import attend_row
 from megatron_idpo.testing.phantom_gpu.device import phantom
+from megatron_idpo.testing.phantom_gpu.launch import ARITHMETIC
 from tests.mcore.attention.rows import make_row
 
 GROUPS, ROW_TOKENS = [(0, 100, 150, 210), (210, 230, 240, 250)], 256
 
 
-def main() -> None:
-    head_dim, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
-    with_grad = sys.argv[3] == "True"
+def compiled_difference(cache: str, head_dim: int, dtype: str, with_grad: bool) -> float:
+    """`difference` in a program that was forked from a server which does not compile."""
+    import torch._dynamo.config
+
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+    os.environ |= {ARITHMETIC: "compiled", "TORCHDYNAMO_DISABLE": "0"}
+    torch._dynamo.config.disable = False
+    return difference(head_dim, getattr(torch, dtype), with_grad)
+
+
+def difference(head_dim: int, dtype: torch.dtype, with_grad: bool) -> float:
+    """The largest of outputs and gradients, relative to the largest value."""
     shapes = [(ROW_TOKENS, 1, heads, head_dim) for heads in (4, 2, 2)]
     generator = torch.Generator().manual_seed(0)
     host = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -34,8 +45,8 @@ def main() -> None:
     differences = [
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True)
     ]
-    print(max(differences))
+    return max(differences)
 
 
 if __name__ == "__main__":
-    main()
+    print(difference(int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3] == "True"))

@@ -85,7 +85,10 @@ def covering_array(space: Space) -> list[Case]:
             missing_nnn[a, b, c] = True
     cases = []
     while missing_nnn.any():
-        candidates = [_candidate(space, values, missing_nnn, rng) for _ in range(_CANDIDATES)]
+        triples = np.argwhere(missing_nnn)
+        candidates = [
+            _candidate(space, values, missing_nnn, triples, rng) for _ in range(_CANDIDATES)
+        ]
         best = max(candidates, key=lambda chosen: missing_nnn[np.ix_(chosen, chosen, chosen)].sum())
         missing_nnn[np.ix_(best, best, best)] = False
         cases.append({name: dict(values[n] for n in best)[name] for name in space.factors})
@@ -99,10 +102,9 @@ def permutations_of(indices: Iterable[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def _candidate(
-    space: Space, values: list[tuple[str, Any]], missing_nnn: Any, rng: random.Random
+    space: Space, values: list[tuple[str, Any]], missing_nnn: Any, triples: Any, rng: random.Random
 ) -> list[int]:
     """A case around a missing triple; each other factor takes the value that adds most triples."""
-    triples = np.argwhere(missing_nnn)
     chosen = [int(n) for n in triples[rng.randrange(len(triples))]]
     case = dict(values[n] for n in chosen)
     rest = [name for name in space.factors if name not in case]

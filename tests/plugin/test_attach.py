@@ -1,8 +1,8 @@
 """Intermediate DPO on megatron-core's schedules equals the oracle, in every layout.
 
-Each case trains three steps with megatron-core's own schedule, gradient reduction and optimizer and
+Each case trains two steps with megatron-core's own schedule, gradient reduction and optimizer and
 is compared with `tests/oracle.py`: every layer's loss in every step, all gradients of the first
-step, all weights after the third. The reference is another model, so that no margin is zero.
+step, all weights after the second. The reference is another model, so that no margin is zero.
 
 The exhaustive cases are a covering array with every feasible combination of three settings.
 """
@@ -42,7 +42,7 @@ GRADIENT_RELATIVE = 1e-5
 """|difference| / |gradient| per tensor (Frobenius)."""
 
 WEIGHT_IN_LR = 5e-3
-"""Weights after three Adam steps with eps 1e-4, in units of the learning rate."""
+"""Weights after two Adam steps with eps 1e-4, in units of the learning rate."""
 
 ARRAY = covering_array(SPACE)
 CASES = [Case(**values) for values in ARRAY]

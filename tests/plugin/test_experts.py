@@ -51,14 +51,8 @@ class ExpertCase(Case):
 
     @property
     def layout(self) -> Layout:
-        return Layout(
-            tensor=self.tensor,
-            pipeline=self.pipeline,
-            virtual_pipeline=self.virtual,
-            sequence_parallel=self.sequence_parallel,
-            expert=self.expert,
-            expert_tensor=self.expert_tensor,
-        )
+        experts = {"expert": self.expert, "expert_tensor": self.expert_tensor}
+        return super().layout.model_copy(update=experts)
 
 
 NORMAL = [

@@ -1,8 +1,8 @@
 """Stock models with their own attention, padded and packed batches: equal to plain autograd.
 
-Each case trains three steps with megatron-core's schedule, DDP and optimizer, several turns and
+Each case trains two steps with megatron-core's schedule, DDP and optimizer, several turns and
 padding on both sides, and is compared with one graph per sequence on one rank (`stock_run.oracle`):
-every layer's loss in every step, all gradients of the first step, all weights after the third, and
+every layer's loss in every step, all gradients of the first step, all weights after the second, and
 what Megatron's training loop would log.
 """
 
@@ -22,7 +22,7 @@ GRADIENT_RELATIVE = 1e-5
 """|difference| / |gradient| per tensor: fp32 sums in another order."""
 
 UPDATE_RELATIVE = 1e-4
-"""|difference| / |change in three steps| per tensor: the weights are 100 times larger than their
+"""|difference| / |change in two steps| per tensor: the weights are 100 times larger than their
 changes, so that is what fp32 keeps of them."""
 
 SPACE = Space(
