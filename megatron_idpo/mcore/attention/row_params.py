@@ -97,6 +97,8 @@ class RowParams(PackedSeqParams):
         self.qkv_format = "sbhd"
         self.max_seqlen_q = self.max_seqlen_kv = self.position_ids_T.numel()
         self._assert_consistent()
+        # Computed now: `CarriedBatch` copies the fields of a row, not its properties.
+        _ = self.own_position_ids_L
 
     @classmethod
     def of(
