@@ -167,8 +167,9 @@ def model_flops(run: RunSizes) -> float:
     adapters = 0.0
     if run.lora is not None:
         sizes = (sum(model.projections[name]) for name in run.lora.projections)
-        features = sum(sizes) + model.experts_per_token * _expert_adapter_features(run)
-        adapters = 2.0 * model.num_layers * run.lora.rank * features * tokens
+        weights = run.lora.rank * sum(sizes)
+        weights += model.experts_per_token * _expert_adapter_weights(run)
+        adapters = 2.0 * model.num_layers * weights * tokens
     trained = adapters if run.lora else layers + heads
     total = 2 * (layers + adapters + heads) + 3 * attention + trained
     is_live = run.reference in ("adapter_off", "resident", "offloaded")
@@ -202,17 +203,18 @@ def _layer_flops(run: RunSizes) -> tuple[float, float]:
     if run.lora is not None:
         sizes = (sum(model.projections[name]) for name in run.lora.projections)
         adapters = 2 * run.positions * run.lora.rank * sum(sizes) / tensor
-        adapters += 2 * expert_tokens(run) * run.lora.rank * _expert_adapter_features(run)
+        adapters += 2 * expert_tokens(run) * _expert_adapter_weights(run)
     return forward, adapters
 
 
-def _expert_adapter_features(run: RunSizes) -> float:
-    """Inputs and outputs of an expert's adapters."""
+def _expert_adapter_weights(run: RunSizes) -> float:
+    """Ranks times inputs and outputs of an expert's adapters."""
     if run.lora is None:
         return 0.0
     hidden, ffn = run.model.hidden_size, run.model.ffn_hidden_size
     sizes = dict(zip(EXPERT_PARAMETERS, (hidden + 2 * ffn, ffn + hidden), strict=True))
-    return sum(sizes[name] for name in run.lora.expert_parameters)
+    rank_of = run.lora.rank_of
+    return sum(rank_of(name) * sizes[name] for name in run.lora.expert_parameters)
 
 
 def _attended(run: RunSizes) -> float:
