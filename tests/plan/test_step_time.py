@@ -37,7 +37,7 @@ def test_model_flops_equal_those_of_the_training_log(lora, experts):
             run = replace(run, lora=run.lora.model_copy(update=targets))
         assert run.lora is not None
         ranks = {name: run.lora.rank_of(name) for name in run.lora.names}
-            adapters = lora_weights(architecture, ranks)
+        adapters = lora_weights(architecture, ranks)
     logged = ModelFlops(architecture=architecture, num_heads=2, adapter_weights=adapters)
     assert model_flops(run) == pytest.approx(logged.step(work))
     live = replace(logged, reference_forwards=1)
