@@ -79,9 +79,6 @@ class ModelSizes(ModelShape):
         if missing:
             remedy = "give the directory of a Hugging Face model"
             raise ConfigError.at(location, f"has no {', '.join(missing)}", remedy)
-        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-            message = "some layers have no experts, which a plan does not calculate"
-            raise ConfigError.at(location, message, "plan a model with experts in every layer")
         heads = config["num_attention_heads"]
         experts = config.get("num_local_experts") or config.get("num_experts") or 0
         is_mixed = config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
