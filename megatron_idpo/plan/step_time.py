@@ -167,7 +167,7 @@ def model_flops(run: RunSizes) -> float:
     adapters = 0.0
     if run.lora is not None:
         sizes = (sum(model.projections[name]) for name in run.lora.projections)
-        weights = run.lora.rank * sum(sizes)
+        weights: float = run.lora.rank * sum(sizes)
         weights += model.experts_per_token * _expert_adapter_weights(run)
         adapters = 2.0 * model.num_layers * weights * tokens
     trained = adapters if run.lora else layers + heads
