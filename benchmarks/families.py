@@ -160,7 +160,9 @@ def _compare(base: Path, exported: Path) -> str:
     tokens = torch.arange(3, 20)[None]
     with torch.no_grad():
         logits = [
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
+            AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, trust_remote_code=False
+            )(tokens).logits
             for path in (base, exported)
         ]
     if not all(one.isfinite().all() for one in logits):

@@ -183,9 +183,8 @@ def _transformer_engine(probe: Probe, has_gpu: bool) -> Finding:
     if probe.module_path("transformer_engine") is None:
         if not has_gpu:
             return Finding(name, State.OK, "not installed", "not needed without a GPU")
-        consequence = "norms and activations run unfused, experts run one after another, and there "
-        consequence += "is no FP8, no overlap of tensor-parallel communication and no varlen "
-        consequence += "kernel for share_prompt: false"
+        consequence = "norms and activations run unfused, and there is no FP8, no overlap of "
+        consequence += "tensor-parallel communication and no varlen kernel for share_prompt: false"
         remedy = f"{install} (280 MB; compiling it takes about 20 minutes on 2 cores)"
         return Finding(name, State.MISSING, "not installed", consequence, remedy)
     version = probe.version("transformer-engine") or "of unknown version"

@@ -78,8 +78,8 @@ def save_peft(
         CheckpointError: on every rank; it cannot be written, and nothing is left behind.
     """
     shapes = peft_shapes(adapters.settings, architecture)
-    # From rank 0: a later stage may own no layer, and every rank needs the same dtype.
-    dtype = broadcast_from_rank0(lambda: next(adapters.parameters())[1].dtype)
+    # Of the config: a stage may have no adapted layer, and every rank needs the same dtype.
+    dtype: torch.dtype = adapters.chunks[0].config.params_dtype
     config = peft_config(adapters.settings, architecture, base_model)
 
     def add_config(incomplete: Path) -> None:

@@ -33,6 +33,9 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
 }
 """Families of `mcore.model.families`, and what distinguishes their layers' sizes from Llama's."""
 
+NOT_ESTIMATED = {"qwen2_moe": "shared experts"}
+"""Families that can be trained, but not planned, and why."""
+
 HEAD_DIM = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128, "seed_oss": 128}
 HEAD_DIM |= {"glm": 128, "glm4": 128, "ernie4_5": 128}
 TIED = {"gemma", "gemma2", "gemma3_text", "smollm3", "ernie4_5"}
@@ -42,7 +45,7 @@ TIED = {"gemma", "gemma2", "gemma3_text", "smollm3", "ernie4_5"}
 def _attention_bias(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if family not in ("glm", "glm4", "seed_oss"):
         return {}
-    return {"qkv_bias": bool(config.get("attention_bias", family == "seed_oss"))}
+    return {"qkv_bias": bool(config.get("attention_bias", True))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,9 @@ class ModelSizes(ModelShape):
             ConfigError: a size is missing, or the family is not supported.
         """
         family = str(config.get("model_type"))
+        if family in NOT_ESTIMATED:
+            message = f"model_type {family!r}: {NOT_ESTIMATED[family]} are not estimated by plan"
+            raise ConfigError.at(location, message, "measure one step instead")
         if family not in FAMILY_FIELDS:
             remedy = f"use a model of {', '.join(FAMILY_FIELDS)}"
             raise ConfigError.at(location, f"model_type {family!r} is not supported", remedy)

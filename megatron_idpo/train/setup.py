@@ -26,6 +26,7 @@ from megatron_idpo.errors import CheckpointError, ConfigError, Problem
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
 from megatron_idpo.mcore.parallel.world import StopFlag, World, raise_on_all_ranks
+from megatron_idpo.mcore.rope.rotary import max_sequence_length
 from megatron_idpo.objective.layers import resolve_layers
 from megatron_idpo.storage.provenance import as_problems, diff
 from megatron_idpo.train.evaluation import Evaluation
@@ -180,6 +181,13 @@ def check_against_model(config: RunConfig, architecture: Architecture, world_siz
         message = f"has no effect: {architecture.family} models have no experts"
         problems.append(Problem("objective.router_aux_loss", message, "leave it out"))
     problems += logger_problems(config.logging)
+    longest_tokens = config.data.max_length or config.data.row_tokens
+    limit_tokens = max_sequence_length(architecture)
+    if limit_tokens is not None and longest_tokens > limit_tokens:
+        message = f"allows {longest_tokens} tokens, but this {architecture.family} model changes "
+        message += f"its rotary embedding above {limit_tokens} (original_max_position_embeddings)"
+        remedy = f"set data.max_length to at most {limit_tokens}"
+        problems.append(Problem("data.max_length", message, remedy))
     if config.model.dtype == "fp16":
         message = "is fp16, which has not been tested in training"
         problems.append(Problem("model.dtype", message, "use bf16 or fp32"))

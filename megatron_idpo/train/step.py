@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from megatron_idpo.config.objective import Objective
 from megatron_idpo.data.packing.batches import Batch
-from megatron_idpo.mcore.model.experts import take_statistics
+from megatron_idpo.mcore.model.experts import reset_statistics, take_statistics
 from megatron_idpo.mcore.parallel.groups import seed_rng_for_step
 from megatron_idpo.mcore.parallel.world import StopFlag
 from megatron_idpo.plugin.batch_run import ReferenceLogps, run_batch
@@ -53,6 +53,8 @@ class TrainStep:
         # must not touch the gradient buffers of this step.
         reference_logps = self.reference.logps(batch)
         self.policy.trainable.zero_grad_buffers()
+        # Compiling ahead has run the model too, and its routers have counted.
+        reset_statistics(self.policy.chunks)
         outputs = self._run(batch, reference_logps, training=True)
         # The stop flag and the memory peak are read after the backward pass: a signal that arrives
         # during the step stops the run at its end, on all ranks at once.

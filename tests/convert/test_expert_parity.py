@@ -218,12 +218,21 @@ def test_fused_experts_are_read_like_separate_ones(model, model_directory, tmp_p
             assert torch.equal(fused.read(name, *cuts), separate.read(name, *cuts)), name
 
 
-def test_fused_experts_of_another_size_are_refused(model_directory, tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 128, 32), r"gate_up_proj' has shape \(4, 128, 32\), expected"),
+        (None, r"experts\.0\.w1\.weight' is stored twice: alone, and in .*gate_up_proj'"),
+    ],
+)
+def test_fused_experts_that_do_not_fit_are_refused(shape, message, model_directory, tmp_path):
     from megatron_idpo.convert.hf_to_megatron import open_hf
 
     shutil.copytree(model_directory("mixtral"), tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
-    weights["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(4, 128, 32)
+    width, hidden = weights["model.layers.0.block_sparse_moe.experts.0.w1.weight"].shape
+    shape = shape or (4, 2 * width, hidden)
+    weights["model.layers.0.mlp.experts.gate_up_proj"] = torch.zeros(shape)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"gate_up_proj' has shape \(4, 128, 32\), expected"):
+    with pytest.raises(CheckpointError, match=message):
         open_hf(tmp_path)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.lora import LoraConfig
 
-from ..convert.test_parity import Case, megatron_results
+from ..convert.test_parity import Case, _batches, _run, megatron_results
 from ..convert.test_roundtrip import there_and_back
 from ..data.packing.packed_answers import Run, packed_answers
 from ..plugin import tiny_megatron as tiny
@@ -102,8 +102,16 @@ def _gradient(parameter: Any) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient
 
 
-def _resave_adapter(directory: str, layout: Layout, adapter: str, scratch: Path) -> None:
-    """Load PEFT's adapter, save it, load that, save it again; export the merged model."""
+def _resave_adapter(
+    directory: str, layout: Layout, adapter: str, scratch: Path
+) -> dict[int, Tensor]:
+    """Load PEFT's adapter, save it, load that, save it again; export the merged model.
+
+    Returns:
+        The adapted model's logits, as `test_parity._run`; its backward pass has run too.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
     from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
     from megatron_idpo.convert.megatron_to_hf import export_hf
     from megatron_idpo.lora.adapters import add_adapters, merged_value
@@ -130,3 +138,6 @@ def _resave_adapter(directory: str, layout: Layout, adapter: str, scratch: Path)
         dtype=torch.float32,
         value=merged_value(adapters),
     )
+    settings = DistributedDataParallelConfig()
+    wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    return _run(wrapped, _batches(architecture.vocab_size), architecture.vocab_size)

@@ -23,8 +23,13 @@ from megatron_idpo.mcore.model.families import FAMILIES, MISSING
 from megatron_idpo.testing import tiny_hf_config, write_tiny_hf_model
 from tests import oracle
 
+from ..convert.test_parity import (
+    NUM_SEQUENCES,
+    _assert_same_logits_and_gradients,
+    _tokens,
+    _transformers_results,
+)
 from ..convert.test_parity import Case as ParityCase
-from ..convert.test_parity import _assert_same_logits_and_gradients, _transformers_results
 from ..convert.test_roundtrip import assert_same_tensors, tensors
 from ..data.packing.packed_answers import Run, single_answer
 from ..plugin import tiny_megatron as tiny
@@ -106,13 +111,16 @@ class Expected:
             frozen_head=case.frozen_head,
         )
         self.adapter = root / "adapter"
-        self.adapted_logits = self._adapt(model)
+        self.adapted_logits, self.adapted_parity = self._adapt(model)
 
     def tokens(self) -> torch.Tensor:
         return torch.arange(30).view(2, 15)
 
-    def _adapt(self, model: Any) -> torch.Tensor:
-        """Save an adapter with random A and B; return the adapted model's logits."""
+    def _adapt(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Save an adapter with random A and B; the adapted model's logits, twice.
+
+        Of `tokens()`, and of the tokens that the parity test uses.
+        """
         from peft import LoraConfig, get_peft_model
 
         fused = FUSED_MODULES.get(self.case.family, {})
@@ -131,8 +139,8 @@ class Expected:
                 if "lora_" in name:
                     parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
             adapted.save_pretrained(self.adapter)
-            logits: torch.Tensor = adapted(self.tokens()).logits
-        return logits
+            parity = _tokens(model.config.vocab_size)[:, :-1]
+            return adapted(self.tokens()).logits, adapted(parity).logits
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +182,11 @@ def test_family_equals_transformers(name, layout_name, workers, expected, tmp_pa
     check_rows(truth, [rank["rows"][0] for rank in by_rank])
     assert_same_tensors(tmp_path / "back", tensors(truth.directory))
     check_adapter(truth, tmp_path)
+    shards = {key: value for rank in by_rank for key, value in rank["adapter"].items()}
+    for number in range(NUM_SEQUENCES):
+        parts = [shards[number * 100 + rank] for rank in range(layout.tensor)]
+        logits = torch.cat(parts, dim=-1)[0, :, : truth.adapted_parity.shape[-1]]
+        assert (logits - truth.adapted_parity[number]).abs().max() <= MERGED_ABSOLUTE
 
 
 def check_rows(truth: Expected, by_rank: list[Any]) -> None:

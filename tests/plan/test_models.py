@@ -11,7 +11,7 @@ from megatron_idpo.convert.families import hf_shapes
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.families import FAMILIES
-from megatron_idpo.plan.models import FAMILY_FIELDS, ModelSizes, find_model
+from megatron_idpo.plan.models import FAMILY_FIELDS, NOT_ESTIMATED, ModelSizes, find_model
 
 from .layout_cases import HF_CONFIGS, MIXTRAL, QWEN3_MOE, llama
 
@@ -51,7 +51,8 @@ def test_sizes_and_parameters_equal_those_of_the_checked_architecture(config):
         ("runs/smollm2", "smollm2-135m"),
     ],
 )
-def test_known_models_have_the_sizes_of_their_config(path, file):
+def test_known_models_have_the_sizes_of_their_config(path, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a checkout may have the model of the quickstart
     config = json.loads((HF_CONFIGS / f"{file}.json").read_text())
     found = find_model(path)
     assert not found.is_here
@@ -79,7 +80,12 @@ def test_a_config_without_sizes_is_refused(tmp_path: Path):
 
 
 def test_families_are_those_that_can_be_trained():
-    assert set(FAMILY_FIELDS) <= set(FAMILIES)
+    assert FAMILY_FIELDS.keys() | NOT_ESTIMATED.keys() == FAMILIES.keys()
+
+
+def test_families_that_are_not_estimated_are_refused_with_the_reason():
+    with pytest.raises(ConfigError, match="shared experts are not estimated"):
+        ModelSizes.from_hf({"model_type": "qwen2_moe"}, "config.json")
 
 
 def test_layers_without_experts_are_refused():

@@ -6,6 +6,7 @@ Transformers' router logits, one sequence after another: it knows neither rows n
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,25 @@ from .test_attach import (
 from .training_case import EPS, LR, NUM_LAYERS, STEPS, Case, Tokens, batches_of_pairs
 from .training_run import megatron_run
 
-FAMILY, EXPERTS, TOPK = "qwen2_moe", 8, 2
+EXPERTS, TOPK = 8, 2
 DENSE = [0, 1]
-"""Layers without experts: the whole first of two pipeline stages."""
+"""Layers without experts: the whole first of two pipeline stages. Mixtral has experts in all."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "moe_intermediate_size": 16,
+        "num_experts": EXPERTS,
+        "shared_expert_intermediate_size": 24,
+        "mlp_only_layers": DENSE,
+    },
+    "qwen3_moe": {
+        "moe_intermediate_size": 16,
+        "num_experts": EXPERTS,
+        "mlp_only_layers": DENSE,
+        "decoder_sparse_step": 1,
+    },
+    "mixtral": {"num_local_experts": EXPERTS, "intermediate_size": 16},
+}
 
 BALANCE_RELATIVE = 1e-5
 """fp32 sums of probabilities in another order."""
@@ -44,10 +61,16 @@ class ExpertCase(Case):
     expert: int = 1
     expert_tensor: int | None = None
     router_aux_loss: float = 0.0
+    family: str = "qwen2_moe"
+
+    @property
+    def dense(self) -> list[int]:
+        """Layers without experts, from 0."""
+        return FAMILIES[self.family].get("mlp_only_layers", [])
 
     def __str__(self) -> str:
         name = f"EP{self.expert}-ETP{self.expert_tensor or self.tensor}-{super().__str__()}"
-        return f"{name}-aux{self.router_aux_loss:g}"
+        return f"{self.family}-{name}-aux{self.router_aux_loss:g}"
 
     @property
     def layout(self) -> Layout:
@@ -71,6 +94,14 @@ MORE = [
     ExpertCase(pipeline=2, data=2, expert=2, virtual=2, router_aux_loss=0.1, sync="overlap"),
     ExpertCase(data=4, expert=2, sync="distributed_aligned", accumulation="few"),
     ExpertCase(data=4, expert=4, recompute="selective", objective="ipo"),
+    *(
+        ExpertCase(family=family, **fields)
+        for family in ("qwen3_moe", "mixtral")
+        for fields in (
+            {"data": 2, "expert": 2, "rows": "with_empty", "router_aux_loss": 0.1},
+            {**TP2, "expert": 2, "expert_tensor": 1, "pipeline": 2, "recompute": "block"},
+        )
+    ),
 ]
 PARAMETERS = [pytest.param(case, id=str(case)) for case in NORMAL] + [
     pytest.param(case, id=str(case), marks=pytest.mark.exhaustive) for case in MORE
@@ -99,14 +130,14 @@ def balance_losses(model: Any, pairs: list[Tokens]) -> Tensor:
 class Models:
     """Policy and reference, and trainings by the oracle."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, family: str) -> None:
         from transformers import AutoModelForCausalLM
 
+        self.family = family
         self.directories = [root / name for name in ("policy", "reference")]
-        sizes = {**SIZES, "moe_intermediate_size": 16, "num_experts": EXPERTS}
-        sizes |= {"shared_expert_intermediate_size": 24, "mlp_only_layers": DENSE}
+        sizes = {**SIZES, **FAMILIES[family]}
         for seed, path in enumerate(self.directories, start=1):
-            write_tiny_hf_model(path, FAMILY, seed, num_experts_per_tok=TOPK, **sizes)
+            write_tiny_hf_model(path, family, seed, num_experts_per_tok=TOPK, **sizes)
         self.policy, self.reference = (
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
             for path in self.directories
@@ -137,7 +168,7 @@ class Models:
         else:
             run = self._run_with_balance(case)
         for kind in ("gradients", "weights"):
-            run[kind] = stored_names(run[kind], FAMILY)
+            run[kind] = stored_names(run[kind], self.family)
         return run
 
     def _run_with_balance(self, case: ExpertCase) -> dict[str, Any]:
@@ -164,16 +195,17 @@ class Models:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models_of(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Models(tmp_path_factory.mktemp("experts"))
+    yield cache(lambda family: Models(tmp_path_factory.mktemp(family), family))
     torch.set_num_threads(threads)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", PARAMETERS)
-def test_training_equals_the_oracle(case, workers, models):
+def test_training_equals_the_oracle(case, workers, models_of):
+    models = models_of(case.family)
     expected = models.run(case)
     by_rank = workers.run(
         megatron_run, case.world_size, str(models.directories[0]), case, models.references(case)
@@ -198,10 +230,10 @@ def _check_statistics(
     """Every token of the pairs is counted once, padding never; the logged loss is the true one."""
     table = sum(answer["router"] for answer in by_rank)
     num_tokens = sum(len(part) for pair in batches_of_pairs()[0] for part in pair)
-    per_layer = [0 if layer in DENSE else TOPK * num_tokens for layer in range(NUM_LAYERS)]
+    per_layer = [0 if layer in case.dense else TOPK * num_tokens for layer in range(NUM_LAYERS)]
     assert table[:, :-1].sum(dim=1).tolist() == per_layer
     if case.router_aux_loss:
-        balance_L, ours_L = expected["balance"].double(), table[len(DENSE) :, -1]
+        balance_L, ours_L = expected["balance"].double(), table[len(case.dense) :, -1]
         assert ((ours_L - balance_L).abs() / balance_L).max() <= BALANCE_RELATIVE
     else:
         assert not table[:, -1].any()

@@ -42,6 +42,20 @@ def after_call(owner: str, name: str, call: Callable[..., None]) -> Iterator[Non
         yield
 
 
+@contextmanager
+def compiled_ahead(found: dict[str, Any]) -> Iterator[None]:
+    """The passes that compile attention on a GPU before the first step run on the CPU as well."""
+    import torch
+
+    from megatron_idpo.train import compile_ahead
+
+    with (
+        patch.object(compile_ahead, "default_device", lambda: torch.device("cuda")),
+        patch.object(torch.cuda, "synchronize"),
+    ):
+        yield
+
+
 @dataclass(frozen=True)
 class Signal:
     """A rank receives a signal while it reports a step; the run stops at the end of the next."""

@@ -1,5 +1,6 @@
 """Checks of a configuration against the model, and against the checkpoint to resume from."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,6 +43,14 @@ def test_valid_configurations_pass(config):
     check_against_model(config(), LLAMA, 1)
     check_against_model(config(layout={"tensor": 2, "pipeline": 2}), LLAMA, 8)
     check_against_model(config(objective={"layers": "all"}), LLAMA, 1)
+
+
+def test_sequences_that_the_rotary_embedding_does_not_allow_are_refused_at_the_start(config):
+    limited = replace(LLAMA, longest_sequence=12)
+    check_against_model(config(data={"max_length": 12}), limited, 1)
+    for data in ({"max_length": 13}, {"max_length": None}):
+        with pytest.raises(ConfigError, match="set data\\.max_length to at most 12"):
+            check_against_model(config(data=data), limited, 1)
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,15 @@ class HfCheckpoint:
             parts: by their names, with their numbers of rows.
 
         Raises:
-            CheckpointError: a stored tensor does not have the expected shape.
+            CheckpointError: a stored tensor does not have the expected shape, or a part is stored
+                as a tensor of its own as well.
         """
         problems = []
         for name, (part, num_rows) in parts.items():
             path, spec = self._tensor(part.source)
+            if name != part.source and name in self._tensors:
+                message = f"tensor {name!r} is stored twice: alone, and in {part.source!r}"
+                problems.append(Problem(str(path), message, "remove one of them"))
             if spec.shape != part.source_shape:
                 message = f"tensor {part.source!r} has shape {spec.shape}"
                 problems.append(Problem(str(path), f"{message}, expected {part.source_shape}"))

@@ -291,6 +291,10 @@ def _expert_problems(hf_config: Any) -> list[Problem]:
     if per_token > experts:
         message = f"{per_token} of {experts} experts"
         problems.append(field_problem("num_experts_per_tok", message))
+    if per_token == 1 and getattr(hf_config, "norm_topk_prob", True):
+        # megatron-core refuses it: the router would have no gradient.
+        message = "1 with weights of experts scaled to a sum of 1: every weight is 1"
+        problems.append(field_problem("num_experts_per_tok", message))
     dense_layers = FAMILIES[hf_config.model_type].layers(hf_config).get("dense_layers", ())
     if len(dense_layers) == hf_config.num_hidden_layers:
         name = "mlp_only_layers" if hf_config.mlp_only_layers else "decoder_sparse_step"

@@ -231,6 +231,12 @@ def routers(chunks: Sequence[torch.nn.Module]) -> dict[int, RowRouter]:
     return {int(router.layer_number): router for router in found if isinstance(router, RowRouter)}
 
 
+def reset_statistics(chunks: Sequence[torch.nn.Module]) -> None:
+    """Forget what the routers of this rank have counted in passes that are no part of a step."""
+    for router in routers(chunks).values():
+        router.reset_statistics()
+
+
 def take_statistics(chunks: Sequence[torch.nn.Module], num_layers: int) -> Tensor | None:
     """What the routers of this rank have counted since the last call, float64 `[layers, E + 1]`.
 

@@ -74,8 +74,8 @@ def attention_scale(architecture: Architecture, rope: RopeSettings | None = None
 
     Returns:
         `attention_factor² / sqrt(head_dim)`, for `TransformerConfig.softmax_scale`; another factor
-        than `1 / sqrt(head_dim)` if the family has one. Without the attention factor if only a part
-        of each head is rotated (`rotation_factor`).
+        than `1 / sqrt(head_dim)` if the family has one. Without the attention factor if cos and sin
+        have it (`rotation_factor`).
     """
     factor = architecture.score_factor or architecture.head_dim**-0.5
     if rotation_factor(architecture) != 1.0:
@@ -87,10 +87,11 @@ def attention_scale(architecture: Architecture, rope: RopeSettings | None = None
 def rotation_factor(architecture: Architecture) -> float:
     """The factor on cos and sin, where `attention_scale` cannot contain it.
 
-    It is 1 unless a part of each head is not rotated, hence not multiplied by the factor.
+    It is 1 unless a part of each head or some layers are not rotated, hence not multiplied by the
+    factor.
     """
-    rope = architecture.rope
-    if rope.rotated(architecture.head_dim) == architecture.head_dim:
+    is_whole_head = architecture.rope.rotated(architecture.head_dim) == architecture.head_dim
+    if is_whole_head and not architecture.unrotated_layers:
         return 1.0
     return inverse_frequencies(architecture)[1]
 

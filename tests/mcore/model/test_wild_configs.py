@@ -95,6 +95,7 @@ def test_wrong_value_of_a_key_that_changes_numbers_is_refused(
 WRONG_EXPERTS: list[tuple[str, str, Any]] = [
     ("mixtral", "num_local_experts", 0),
     ("mixtral", "num_experts_per_tok", 5),
+    ("mixtral", "num_experts_per_tok", 1),
     ("mixtral", "router_jitter_noise", 0.1),
     ("qwen3_moe", "num_experts", "8"),
     ("qwen3_moe", "num_experts_per_tok", 0),
