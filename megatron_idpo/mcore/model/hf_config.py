@@ -216,6 +216,8 @@ def _key_problem(key: str, config: Mapping[str, Any], family: str) -> Problem | 
         return None if is_valid(value) else field_problem(key, f"{value!r} {message}")
     if key == "architectures":
         return _architectures_problem(value, FAMILIES[family].causal_lm)
+    if key == "auto_map":
+        return _auto_map_problem(value, FAMILIES[family].causal_lm)
     if (accepted := _accepted(key, family)) is not None:
         if _is_accepted(value, accepted):
             return None
@@ -249,11 +251,6 @@ def _is_list_of_layers(value: Any) -> bool:
     return value is None or (is_list and all(type(layer) is int and layer >= 0 for layer in value))
 
 
-def _has_no_custom_model(value: Any) -> bool:
-    classes = list(value) if isinstance(value, Mapping) else [value]
-    return value is None or all(str(name).startswith("AutoTokenizer") for name in classes)
-
-
 type _Check = tuple[Callable[[Any], bool], str]
 """Whether a value is valid, and the message if it is not."""
 
@@ -273,11 +270,6 @@ _CHECKS: dict[str, _Check] = {
     "tie_word_embeddings": _BOOL,
     "attention_dropout": _DROPOUT,
     "layer_types": (_is_layer_types, "is not a list of names"),
-    "auto_map": (
-        _has_no_custom_model,
-        "selects custom model code, which cannot be converted; "
-        "remove it if Transformers' own class of this family computes the same",
-    ),
 }
 """Checks of single values."""
 
@@ -310,7 +302,9 @@ FAMILY_CHECKS: dict[str, _Check] = {
 }
 """Those of keys that some families read (`Family.reads`)."""
 
-_ALWAYS_CHECKED = frozenset({"model_type", "dtype", "torch_dtype", "architectures", *_CHECKS})
+_ALWAYS_CHECKED = frozenset(
+    {"model_type", "dtype", "torch_dtype", "architectures", "auto_map", *_CHECKS}
+)
 
 
 def _architectures_problem(value: Any, expected: str) -> Problem | None:
@@ -320,6 +314,27 @@ def _architectures_problem(value: Any, expected: str) -> Problem | None:
         "architectures",
         f"{value!r} is not [{expected!r}], the language model of this model_type",
         "only causal language models can be converted",
+    )
+
+
+def _auto_map_problem(value: Any, expected: str) -> Problem | None:
+    """Custom code for tokenizers is not run; for models it may be Transformers' class of old.
+
+    Phi-3's files name `modeling_phi3.Phi3ForCausalLM`, which Transformers has since taken over and
+    prefers.
+    """
+    classes = value if isinstance(value, Mapping) else {"": value}
+    family = expected.removesuffix("ForCausalLM")
+    is_own = all(
+        str(auto).startswith("AutoTokenizer") or str(name).rpartition(".")[2].startswith(family)
+        for auto, name in classes.items()
+    )
+    if value is None or is_own:
+        return None
+    return field_problem(
+        "auto_map",
+        f"{value!r} selects custom model code, which cannot be converted",
+        f"remove it if Transformers' own {expected} computes the same",
     )
 
 

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.rope.hf_config import rope_problems
+from megatron_idpo.testing import tiny_hf_config
 
 REAL: dict[str, dict[str, Any]] = {
     path.stem: json.loads(path.read_text())
@@ -147,6 +148,14 @@ def test_all_problems_are_reported_together() -> None:
 @pytest.mark.parametrize("config", [None, [], "llama", {}])
 def test_an_object_that_is_not_a_config_is_rejected(config: Any) -> None:
     assert "config.json" in _rejection(config)
+
+
+def test_model_code_that_transformers_has_taken_over_is_accepted() -> None:
+    phi, modeling = tiny_hf_config("phi3"), "modeling_phi3.Phi3ForCausalLM"
+    own = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": modeling}
+    assert Architecture.from_hf(phi | {"auto_map": own}) == Architecture.from_hf(phi)
+    for other in ({"AutoModelForCausalLM": "modeling_phi3.MyForCausalLM"}, ["AutoModel"], 3):
+        assert "auto_map" in _rejection(phi | {"auto_map": other})
 
 
 def test_fields_that_affect_only_training_are_accepted() -> None:
