@@ -25,7 +25,6 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -39,10 +38,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from result_file import ROOT, commit, processor, save_result
 from trl_case import Case, Measured
 from trl_data import choose_records, write_adapter
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = {
     "alpaca": ("alpaca_eval_gpt4.jsonl", 512),
     "finegrained": ("finegrained_qa_feedback_dev.jsonl", 1024),
@@ -252,26 +251,6 @@ def _steps(measured: Measured) -> str:
     return ", ".join(f"{end - begin:.1f}" for begin, end in pairwise(ends_s))
 
 
-def processor() -> str:
-    """The processor's model name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def commit() -> str:
-    """The measured commit; with `+` if files differ from it."""
-    message = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return message.stdout.strip() or "unknown"
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -330,10 +309,7 @@ def main() -> None:
     text = report(compared, options)
     print(text)
     if options.save:
-        hardware = "-".join("".join(c if c.isalnum() else " " for c in processor()).split())
-        results = ROOT / "benchmarks" / "results"
-        results.mkdir(exist_ok=True)
-        (results / f"compare-trl_{date.today()}_{hardware}.md").write_text(text)
+        save_result("compare-trl", text)
 
 
 if __name__ == "__main__":

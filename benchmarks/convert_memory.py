@@ -18,7 +18,6 @@ The output is also written to `benchmarks/results/`.
 import argparse
 import json
 import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -33,6 +32,7 @@ from typing import Any
 
 import psutil
 import torch
+from result_file import ROOT, processor, save_result
 
 from megatron_idpo.convert.families import hf_shapes, weights_bytes
 from megatron_idpo.convert.hf_io.reader import HfCheckpoint
@@ -40,7 +40,6 @@ from megatron_idpo.convert.hf_io.safetensors_file import TensorSpec
 from megatron_idpo.convert.hf_io.writer import HfWriter
 from megatron_idpo.mcore.model.architecture import Architecture
 
-ROOT = Path(__file__).resolve().parent.parent
 ALLOWED_BYTES = 10**9
 """In addition to the weights; torch and megatron-core alone take about 0.75 GB."""
 
@@ -226,14 +225,6 @@ def report(model_bytes: int, measured: Sequence[Measured]) -> str:
     return "\n".join([*lines, ""])
 
 
-def processor() -> str:
-    """The processor's model name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def main() -> int:
     """Measure, print and save; return 1 if a process took too much memory."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -247,10 +238,7 @@ def main() -> int:
         shutil.rmtree(directory)
     text = report(model_bytes, measured)
     print(text)
-    hardware = "-".join("".join(c if c.isalnum() else " " for c in processor()).split())
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    (results / f"convert-memory_{date.today()}_{hardware}.md").write_text(text)
+    save_result("convert-memory", text)
     too_much = [one.what for one in measured if one.extra_bytes > ALLOWED_BYTES]
     for what in too_much:
         print(f"more than {ALLOWED_BYTES / 1e9:.0f} GB beyond the model: {what}", file=sys.stderr)

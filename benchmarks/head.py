@@ -21,7 +21,6 @@ which rounds every logit.
 
 import argparse
 import gc
-import platform
 import statistics
 import sys
 import time
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import processor, save_result
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -261,13 +261,8 @@ def time_table(options: argparse.Namespace) -> list[str]:
 
 
 def machine() -> str:
-    """The processor's name without spaces."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().replace(" ", "-")
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return "-".join(line.split(":")[1].split()[:2])
-    return platform.machine()
+    """The GPU's name, or the processor's."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 def main() -> None:
@@ -296,9 +291,7 @@ def main() -> None:
     print("\n".join(lines), flush=True)
     lines += time_table(options)
     if options.save:
-        results = Path(__file__).parent / "results"
-        results.mkdir(exist_ok=True)
-        (results / f"head_{date.today()}_{machine()}.md").write_text("\n".join(lines))
+        save_result("head", "\n".join(lines), machine())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ Then it streams a million random pairs and prints the memory in use. Pairs are t
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
@@ -36,12 +35,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+from result_file import ROOT, processor, save_result
 
 from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches
 from megatron_idpo.data.packing.plan import VISITS_PER_TOKEN, attention_visits, plan_rows
 from megatron_idpo.data.pairs import Pair, pair_tokens, stream_pairs
 
-ROOT = Path(__file__).resolve().parent.parent
 TRL_BATCH_PAIRS = 4
 REQUIRED_FILL = 0.97
 BYTES_PER_TOKEN = 4
@@ -279,14 +278,6 @@ def report_stream(num_pairs: int, row_tokens: int) -> list[str]:
     ]
 
 
-def processor() -> str:
-    """The processor's model name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def command() -> str:
     """The command line of this run, with paths reduced to names."""
     words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
@@ -335,10 +326,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if options.save:
-        hardware = "-".join("".join(c if c.isalnum() else " " for c in processor()).split())
-        results = ROOT / "benchmarks" / "results"
-        results.mkdir(exist_ok=True)
-        (results / f"packing_{date.today()}_{hardware}.md").write_text(text)
+        save_result("packing", text)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,10 @@ not measured here: it is estimated as FLOPs at 60 % of an H100's dense bf16 peak
 import argparse
 import json
 import platform
-import subprocess
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,14 +179,16 @@ def _line(name: str, measured: dict[str, float]) -> str:
 
 
 def _save(table: str) -> None:
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    revision = subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip()
-    path = Path(__file__).parent / "results" / f"phantom-steps_{date.today()}_stand-in.md"
-    path.write_text(
+    # Here, because a test imports this script as a module, without its directory.
+    from result_file import commit, save_result
+
+    save_result(
+        "phantom-steps",
         f"# One step of large layouts on a stand-in for a GPU\n\n"
-        f"`python benchmarks/phantom_steps.py --save`, {date.today()}, commit {revision}. No GPU: "
+        f"`python benchmarks/phantom_steps.py --save`, {date.today()}, commit {commit()}. No GPU: "
         f"kernels do nothing (`docs/cuda.md`). CPU seconds on {platform.machine()}, shared with "
-        f"other work.\n\n{table}\n"
+        f"other work.\n\n{table}\n",
+        "stand-in",
     )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from compare_trl import commit, processor
+from result_file import ROOT, commit, processor, save_result
 
 from megatron_idpo.data.sources import preferences
 from megatron_idpo.data.sources.readers import RawRow, read_file
@@ -30,7 +30,6 @@ from megatron_idpo.data.tokenize.build_store import tokenize_rows
 from megatron_idpo.data.tokenize.chat import TokenOptions
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH_ROWS = 512
 
 CHECKS: tuple[tuple[Any, str, Any], ...] = (
@@ -119,9 +118,7 @@ def main() -> None:
     )
     print(text)
     if options.save:
-        hardware = "-".join("".join(c if c.isalnum() else " " for c in processor()).split())
-        file = ROOT / "benchmarks" / "results" / f"record-checks_{date.today()}_{hardware}.md"
-        file.write_text(text + "\n")
+        save_result("record-checks", text)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_trl import LIBRARIES, commit, processor
+from compare_trl import LIBRARIES
+from result_file import commit, processor, save_result
 from torch import Tensor
 from trl_case import Clock
 from trl_data import choose_records
@@ -48,7 +49,6 @@ from megatron_idpo.train.setup import assemble, prepare
 from megatron_idpo.train.step import TrainStep
 from megatron_idpo.train.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH_PAIRS = 8
 KINDS = ("none", "cache", "sft")
 TIMED = ("none", "cache", "adapter_off")
@@ -277,9 +277,7 @@ def main() -> None:
     text = report(steps, peaks, options)
     print(text)
     if options.save:
-        hardware = "-".join("".join(c if c.isalnum() else " " for c in processor()).split())
-        target = ROOT / "benchmarks" / "results" / f"reference-cost_{date.today()}_{hardware}.md"
-        target.write_text(text)
+        save_result("reference-cost", text)
 
 
 if __name__ == "__main__":

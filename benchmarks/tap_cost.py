@@ -32,17 +32,16 @@ are not counted.
 """
 
 import argparse
-import platform
 import shlex
 import sys
 from datetime import date
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from result_file import processor, save_result
 from tap_runs import PAIR, Sizes, memory_case, time_case
 
 from megatron_idpo.testing import WorkerPool
@@ -168,14 +167,6 @@ def memory_table(pool: WorkerPool, sizes: Sizes, stages: int) -> list[str]:
     return [*lines, ""]
 
 
-def machine() -> str:
-    """The processor's name without spaces."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return "-".join(line.split(":")[1].split()[:2])
-    return platform.machine()
-
-
 def main() -> None:
     """Print the report; save it on request."""
     parser = argparse.ArgumentParser(
@@ -196,8 +187,8 @@ def main() -> None:
         "",
         f"    python benchmarks/tap_cost.py {shlex.join(sys.argv[1:])}",
         "",
-        f"{date.today()}, {machine()}, torch {torch.__version__}. How it is measured stands in the "
-        "script.",
+        f"{date.today()}, {processor()}, torch {torch.__version__}. How it is measured stands in "
+        "the script.",
     ]
     with WorkerPool(max_workers=options.stages) as pool:
         lines += ["", *time_table(pool, sizes, options.repeats)]
@@ -205,10 +196,7 @@ def main() -> None:
         memory = memory_table(pool, sizes._replace(vocab=options.memory_vocab), options.stages)
         print("\n".join(memory))
     if options.save:
-        results = Path(__file__).parent / "results"
-        results.mkdir(exist_ok=True)
-        text = "\n".join([*lines, *memory])
-        (results / f"tap-cost_{date.today()}_{machine()}.md").write_text(text)
+        save_result("tap-cost", "\n".join([*lines, *memory]))
 
 
 if __name__ == "__main__":

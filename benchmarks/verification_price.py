@@ -43,7 +43,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 import xxhash
-from compare_trl import commit, processor
+from result_file import commit, processor, save_result
 
 from megatron_idpo.checkpoint.contents import Contents, read_contents, write_contents
 from megatron_idpo.checkpoint.dcp_planner import read_chunks, write_chunks
@@ -56,7 +56,6 @@ from megatron_idpo.data.tokenize.store import COLUMNS, PairStore, PairStoreWrite
 from megatron_idpo.mcore.parallel.world import distributed_world
 from megatron_idpo.storage.checksums import Checksum
 
-ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("xxhash", "torch", "pyarrow", "megatron-core")
 TENSOR_BYTES = 16 << 20
 BATCH_PAIRS = 512
@@ -274,9 +273,7 @@ def main() -> None:
     )
     print(text)
     if options.save:
-        hardware = "-".join("".join(c if c.isalnum() else " " for c in processor()).split())
-        file = ROOT / "benchmarks" / "results" / f"verification-price_{date.today()}_{hardware}.md"
-        file.write_text(text + "\n")
+        save_result("verification-price", text)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ _RUN_ALL = (
     "pass AttachedDpo.loss to the schedule as its loss function"
 )
 
-
 OTHER_TOKENS_REMEDY = "pass the tokens that the targets were built from"
 
 
@@ -94,8 +93,8 @@ class _Totals:
         self.counts.setdefault(output.layer, Counter())[output.micro_batch] += 1
         if output.loss_P is not None:
             sums = output.sums(objective)
-            known = self.sums.get(output.layer)
-            self.sums[output.layer] = sums if known is None else known + sums
+            previous = self.sums.get(output.layer)
+            self.sums[output.layer] = sums if previous is None else previous + sums
 
 
 class OutputRecorder:

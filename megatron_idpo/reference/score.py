@@ -126,23 +126,24 @@ def _score_batch(
     """
     by_row = source.logps(batch)
     assert by_row is not None, "a live reference has log-probabilities"
-    message = torch.zeros(batch.num_pairs * len(layers) * 3 + 2, device=default_device())
+    # Values and counts of the pairs, then the two flags, in one all-reduce.
+    reduced = torch.zeros(batch.num_pairs * len(layers) * 3 + 2, device=default_device())
     # Tensor- and context-parallel ranks have the same values: only one of them may enter the sum.
     if rank_coordinates().counts_rows:
         first = batch.consumed_pairs - batch.num_pairs
-        table_BL3 = message[:-2].view(batch.num_pairs, len(layers), 3)
+        table_BL3 = reduced[:-2].view(batch.num_pairs, len(layers), 3)
         for row, logps in zip(batch.rows, by_row, strict=True):
-            at_P = torch.from_numpy(row.pair_index_P - first).to(message.device)
+            at_P = torch.from_numpy(row.pair_index_P - first).to(reduced.device)
             for layer, logps_2P in logps.items():
                 # With `reference_layer: final` other stages have a copy of the final layer, which
                 # must not enter the sum again.
                 if layer != layers[-1] or is_last_stage():
                     table_BL3[at_P, layers.index(layer), :2] = logps_2P.view(-1, 2)
                     table_BL3[at_P, layers.index(layer), 2] = 1.0
-    message[-2] = flags[0]
-    message[-1] = flags[1] if is_rank0() else 0.0
-    dist.all_reduce(message)
-    values = message.cpu().numpy()
+    reduced[-2] = flags[0]
+    reduced[-1] = flags[1] if is_rank0() else 0.0
+    dist.all_reduce(reduced)
+    values = reduced.cpu().numpy()
     sums_BL3 = values[:-2].reshape(batch.num_pairs, len(layers), 3)
     # The sum is right only if exactly one rank contributed to each pair and layer.
     assert (sums_BL3[..., 2] == 1.0).all(), "each pair and layer comes from one rank"

@@ -80,7 +80,7 @@ def score_for_steps(config: RunConfig) -> int:
     Raises:
         UserError: on every rank; parts that were written before still exist.
     """
-    with distributed_world(config), first_model_remedies():
+    with distributed_world(config), remedies_without_cache():
         with raise_on_all_ranks("opening the model"):
             num_layers = open_model(config.model.path).architecture.num_layers
             first_config = scoring_config(config, num_layers)
@@ -101,7 +101,7 @@ def score_first_model(
     first_config = scoring_config(config, model.source.architecture.num_layers)
     with raise_on_all_ranks("finding the first model's scores"):
         caches = RunCaches.of(first_config, pairs, model)
-    with first_model_remedies():
+    with remedies_without_cache():
         if caches.are_complete():
             return caches
         with running_layout(config.layout):
@@ -126,7 +126,7 @@ def _score(
 
 
 @contextmanager
-def first_model_remedies() -> Iterator[None]:
+def remedies_without_cache() -> Iterator[None]:
     """Remove `reference.cache` from remedies: the first model's cache has a fixed directory.
 
     Raises:

@@ -9,7 +9,6 @@ from megatron_idpo.console.text import format_count, format_duration
 from megatron_idpo.errors import EXIT_PREEMPTED
 from megatron_idpo.reference.run_caches import cache_directory
 from megatron_idpo.train.logging.report import Report
-from megatron_idpo.train.metrics.curves import draw_curves
 from megatron_idpo.train.metrics.intervals import wilson_interval
 from megatron_idpo.train.trainer import Trainer
 
@@ -83,6 +82,9 @@ def report_finished(trainer: Trainer, report: Report, results: Sequence[str]) ->
     """Draw the curves and print the summary and where the results are, on the first rank."""
     if not trainer.world.is_first:
         return
+    # Only rank 0 draws: importing matplotlib takes most of a second on a core.
+    from megatron_idpo.train.metrics.curves import draw_curves
+
     output = trainer.output
     draw_curves(output.metrics, output.curves)
     report.summary(output.metrics)

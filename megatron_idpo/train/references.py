@@ -47,7 +47,7 @@ def find_caches(config: RunConfig, model: FrozenModel, pairs: RunPairs) -> RunCa
     return caches
 
 
-def resolve_references(
+def prepare_references(
     config: RunConfig,
     policy: Policy,
     model: FrozenModel,

@@ -32,7 +32,7 @@ from megatron_idpo.storage.provenance import as_problems, diff
 from megatron_idpo.train.evaluation import Evaluation
 from megatron_idpo.train.logging.loggers import logger_problems
 from megatron_idpo.train.policy import build_policy, check_adapter
-from megatron_idpo.train.references import find_caches, resolve_references
+from megatron_idpo.train.references import find_caches, prepare_references
 from megatron_idpo.train.run_directory import RunDirectory
 from megatron_idpo.train.schedule import LearningRate
 from megatron_idpo.train.step import TrainStep
@@ -118,7 +118,7 @@ def assemble(
     learning_rate = _learning_rate(config, steps_taken + batches.remaining_batches)
     caches = find_caches(config, prepared.reference, pairs)
     policy = build_policy(config, prepared.start, show_progress=world.is_first)
-    reference, eval_reference = resolve_references(
+    reference, eval_reference = prepare_references(
         config, policy, prepared.reference, caches, rows, stop_flag
     )
     train_step = TrainStep(

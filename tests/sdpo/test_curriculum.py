@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_idpo.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, DataError
-from megatron_idpo.sdpo.curriculum import Curriculum, first_model_remedies, write_curriculum
+from megatron_idpo.sdpo.curriculum import Curriculum, remedies_without_cache, write_curriculum
 from megatron_idpo.sdpo.split import Easiness
 
 from ..train.run_hooks import stop_after
@@ -167,7 +167,7 @@ def test_table_has_a_row_per_pair_and_step(tmp_path: Path) -> None:
     ],
 )
 def test_remedies_do_not_name_reference_cache(remedy: str, expected: str) -> None:
-    with pytest.raises(CheckpointError) as raised, first_model_remedies():
+    with pytest.raises(CheckpointError) as raised, remedies_without_cache():
         raise CheckpointError.at("first_model", "is another's", remedy)
     assert str(raised.value) == f"first_model: is another's; {expected}"
 
