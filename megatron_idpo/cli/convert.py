@@ -88,6 +88,8 @@ def convert(arguments: argparse.Namespace) -> int:
     else:
         from megatron_idpo.convert.megatron_to_hf import convert as convert_weights
     fields = {name: getattr(arguments, name) for name in _LAYOUT_FIELDS}
+    # Stored weights do not depend on it; layouts with experts require it.
+    fields["sequence_parallel"] = (arguments.tensor or 1) > 1
     layout = Layout(**{name: value for name, value in fields.items() if value is not None})
     dtype, overwrite = arguments.dtype, arguments.overwrite
     try:

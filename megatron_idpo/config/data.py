@@ -142,7 +142,8 @@ class DataConfig(Section):
     """Rows are trimmed to a multiple of this; on a GPU, where attention is compiled for each
     length, to at most four lengths that are multiples of it. With `layout.pipeline` > 1, where
     stages send rows to each other, all rows of a step get the length of the fullest one. 0 keeps
-    `row_tokens`. With `layout.sequence_parallel` it must be a multiple of `layout.tensor`."""
+    `row_tokens`. Both must be multiples of `layout.context`, with `layout.sequence_parallel` of
+    `layout.context` times `layout.tensor`."""
 
     max_length: PositiveInt | None = 1024
     """Tokens of prompt and answer, above which `truncation` applies; null is no limit."""

@@ -87,8 +87,8 @@ class TrainingConfig(Section):
     """Steps between evaluations of the held-out pairs; null: only before and after training."""
 
     recompute: Literal["off", "selective", "full"] = "off"
-    """Activations to recompute in the backward pass: none, those of core attention, or those of
-    whole layers."""
+    """Activations to recompute in the backward pass: none, those of core attention (which
+    saves nothing: fused attention stores no scores), or those of whole layers."""
 
     recompute_layers: PositiveInt | None = None
     """With `recompute: full`: only the first N layers of each chunk; null is all layers."""

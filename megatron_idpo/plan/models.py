@@ -185,7 +185,10 @@ KNOWN: tuple[tuple[str, ModelSizes], ...] = (
     (r"llama-?3(\.1)?-8b", _sizes("llama", 32, 4096, (32, 8), 14336, 128256)),
     (r"llama-?3(\.[13])?-70b", _sizes("llama", 80, 8192, (64, 8), 28672, 128256)),
     (r"mistral-7b.*v0\.3", _sizes("mistral", 32, 4096, (32, 8), 14336, 32768)),
-    (r"mistral-7b|zephyr-7b", _sizes("mistral", 32, 4096, (32, 8), 14336, 32000)),
+    (
+        r"(?:mistral-7b|zephyr-7b-(?:alpha|beta)|zephyr-7b-sft)",
+        _sizes("mistral", 32, 4096, (32, 8), 14336, 32000),
+    ),
     (r"solar-10\.7b", _sizes("llama", 48, 4096, (32, 8), 14336, 32000)),
     (r"qwen2\.5-7b", _sizes("qwen2", 28, 3584, (28, 4), 18944, 152064)),
     (r"qwen2\.5-72b", _sizes("qwen2", 80, 8192, (64, 8), 29568, 152064)),
@@ -211,7 +214,10 @@ KNOWN: tuple[tuple[str, ModelSizes], ...] = (
             num_experts_per_tok=8,
         ),
     ),
-    (r"smollm2(-135m)?", _sizes("llama", 30, 576, (9, 3), 1536, 49152, tie_word_embeddings=True)),
+    (
+        r"smollm2(-135m(-instruct)?)?$",
+        _sizes("llama", 30, 576, (9, 3), 1536, 49152, tie_word_embeddings=True),
+    ),
 )
 """Models that the examples name, and a few others; first match wins."""
 

@@ -21,7 +21,7 @@ BATCHES, SEQUENCES, POSITIONS = 4, 4, 24
 
 PAIRS = BATCHES * SEQUENCES // 2
 BETA, WEIGHT = 0.3, 0.4
-STEPS, LR, MOMENTUM = 2, 0.02, 0.9
+STEPS, LR, MOMENTUM = 3, 0.02, 0.9
 CONTEXT_MULTIPLE = 4
 """Packed sequences are padded to a multiple of this, so that context parallelism can cut them."""
 

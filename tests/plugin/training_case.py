@@ -13,7 +13,7 @@ from megatron_idpo.config.layout import Layout
 from .covering import Rule, Space
 
 NUM_LAYERS, VOCAB = 8, 99
-STEPS, LR, EPS = 2, 1e-2, 1e-4
+STEPS, LR, EPS = 3, 1e-2, 1e-4
 
 PAIRS = 18
 """Pairs of a global batch: more than it ever has rows."""

@@ -76,7 +76,7 @@ class SocketLink:
         *lines, self._received = self._received.split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter if it is deeply nested
             messages = [None]
         if not all(isinstance(message, dict) for message in messages):
             self.is_closed = True  # not one of our processes

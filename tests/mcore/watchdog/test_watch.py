@@ -162,7 +162,16 @@ def test_a_neighbor_that_does_not_read_blocks_nothing() -> None:
         link.close()
 
 
-@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"kind": 1\n', b"\xff\n"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"[1]\n",
+        b'{"kind": 1\n',
+        b"\xff\n",
+        pytest.param(b"[" * 5000 + b"\n", id="nested"),
+    ],
+)
 def test_other_protocols_are_disconnected(sent: bytes) -> None:
     stranger, accepted = socket.socketpair()
     link = SocketLink(accepted)
