@@ -51,7 +51,7 @@ class Layout(Section):
 
     expert: PositiveInt = 1
     """Processes that share the experts of a mixture-of-experts model, among the data-parallel (and
-    tensor-parallel) ones."""
+    context- and tensor-parallel) ones."""
 
     expert_tensor: PositiveInt | None = None
     """Processes that share the matrices of each expert; null: as `tensor`."""
@@ -191,12 +191,6 @@ def _expert_problems(layout: Layout, model: ModelShape) -> Iterator[Problem]:
     elif expert_tensor is not None and columns % expert_tensor:
         message = f"{expert_tensor} does not divide the {columns} columns of an expert"
         yield Problem("layout.expert_tensor", message, f"use one of {_divisors(columns)}")
-    if experts and layout.context > 1:
-        message = (
-            f"is {layout.context}, but experts have not been tested with rows split over ranks"
-        )
-        remedy = "set layout.context to 1; layout.tensor with sequence_parallel also saves memory"
-        yield Problem("layout.context", message, remedy)
     if experts and layout.tensor > 1 and not layout.sequence_parallel:
         message = "is false: megatron-core needs it to train experts under tensor parallelism"
         remedy = "set layout.sequence_parallel to true, or layout.tensor to 1"
@@ -230,9 +224,14 @@ def _world_problems(layout: Layout, world_size: int) -> Iterator[Problem]:
         product = f"tensor {layout.tensor} × pipeline {layout.pipeline} × context {layout.context}"
         message = f"{product} = {ranks} ranks do not divide the world of {world_size}"
         yield Problem("layout", message, f"start a multiple of {ranks} processes, or lower them")
-    elif layout.expert_tensor is None and (data := layout.data(world_size)) % expert:
-        message = f"{expert} does not divide the {data} data-parallel ranks"
-        remedy = f"use one of {_divisors(data)}, or start a multiple of {ranks * expert} processes"
+    elif (
+        layout.expert_tensor is None
+        and (replicas := layout.data(world_size) * layout.context) % expert
+    ):
+        kinds = "data-parallel" if layout.context == 1 else "data- and context-parallel"
+        message = f"{expert} does not divide the {replicas} {kinds} ranks"
+        remedy = f"use one of {_divisors(replicas)}, or start a multiple of "
+        remedy += f"{math.lcm(ranks, layout.expert_model_ranks)} processes"
         yield Problem("layout.expert", message, remedy)
     elif world_size % (expert_ranks := layout.expert_model_ranks):
         product = f"expert_tensor {layout.expert_tensor} × expert {expert}"

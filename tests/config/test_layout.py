@@ -59,7 +59,7 @@ def test_contradicting_fields_are_rejected_on_construction(fields, location, rem
         (Layout(expert=3), Shape(num_experts=8), 3, ["layout.expert"], "1, 2, 4, 8"),
         (Layout(expert=4), Shape(num_experts=8), 2, ["layout.expert"], "multiple of 4"),
         (Layout(tensor=2), Shape(num_experts=8), 2, ["layout.sequence_parallel"], "to true"),
-        (Layout(context=2), Shape(num_experts=8), 2, ["layout.context"], "context to 1"),
+        (Layout(context=2, expert=4), Shape(num_experts=8), 2, ["layout.expert"], "multiple of 4"),
         (Layout(context=2), Shape(), 3, ["layout"], "multiple of 2"),
         (Layout(expert_tensor=1), Shape(), 1, ["layout.expert_tensor"], "leave it out"),
         (
@@ -101,6 +101,7 @@ def test_layouts_that_do_not_fit_model_or_world(layout, shape, world_size, locat
         (Layout(pipeline=2, batch_p2p_comm=True), Shape(), 2),
         (Layout(pipeline=3, pipeline_layers=(2, 3, 3)), Shape(), 3),
         (Layout(tensor=2, sequence_parallel=True, expert=2), Shape(num_experts=4), 8),
+        (Layout(context=2, expert=2), Shape(num_experts=4), 2),
         (
             Layout(tensor=2, sequence_parallel=True, expert=2, expert_tensor=1),
             Shape(num_experts=4, ffn_hidden_size=33),

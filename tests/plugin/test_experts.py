@@ -83,6 +83,7 @@ NORMAL = [
     ExpertCase(
         tensor=2, sequence_parallel=True, expert=2, expert_tensor=1, pipeline=2, recompute="block"
     ),
+    ExpertCase(context=2, expert=2, rows="with_empty", router_aux_loss=0.1),
 ]
 TP2 = {"tensor": 2, "sequence_parallel": True}
 MORE = [
@@ -94,12 +95,18 @@ MORE = [
     ExpertCase(pipeline=2, data=2, expert=2, virtual=2, router_aux_loss=0.1, sync="overlap"),
     ExpertCase(data=4, expert=2, sync="distributed_aligned", accumulation="few"),
     ExpertCase(data=4, expert=4, recompute="selective", objective="ipo"),
+    ExpertCase(context=2),
+    ExpertCase(context=4, router_aux_loss=0.1, recompute="uniform"),
+    ExpertCase(context=2, expert=2, pipeline=2, recompute="block"),
+    ExpertCase(**TP2, context=2, expert=2, router_aux_loss=0.1, rows="with_empty"),
+    ExpertCase(context=2, data=2, expert=4, router_aux_loss=0.1, sync="distributed"),
     *(
         ExpertCase(family=family, **fields)
         for family in ("qwen3_moe", "mixtral")
         for fields in (
             {"data": 2, "expert": 2, "rows": "with_empty", "router_aux_loss": 0.1},
             {**TP2, "expert": 2, "expert_tensor": 1, "pipeline": 2, "recompute": "block"},
+            {"context": 2, "expert": 2, "recompute": "selective"},
         )
     ),
 ]

@@ -1,6 +1,8 @@
-"""A pair of 131,072 tokens trains on two context-parallel ranks of a CPU.
+"""Long pairs on context-parallel ranks of a CPU: one of 8,192 tokens equals one rank, and one of
+131,072 tokens trains.
 
-Memory over the ranks is measured in `tests/phantom_gpu/test_long_rows.py`.
+Dealt blocks have 128 positions here, those of other tests up to 4. Memory over the ranks is
+measured in `tests/phantom_gpu/test_long_rows.py`.
 """
 
 import re
@@ -9,12 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_idpo.data.packing.dealing import MAX_BLOCK_TOKENS, block_tokens
 from megatron_idpo.objective.dpo import Objective
 from megatron_idpo.testing import write_tiny_hf_model
 
-pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
-"""Attention over 131,072 positions takes minutes on a CPU."""
+pytestmark = pytest.mark.distributed
+
+BETA = 0.01
+"""A log-probability of -5,000 in fp32 has a unit in the last place of 5e-4: with beta 0.1 it would
+be 1e-4 of the loss."""
+
+TOLERANCE = 1e-5
+"""Relative, of losses and of each gradient (Frobenius): fp32 sums in another order."""
 
 MAX_BYTES = 6e9
 """Of both processes that train a pair of 131,072 tokens."""
@@ -51,11 +61,12 @@ def train_long_pair(
     chunks = build_model(architecture, layout, ModelOptions())
     load_hf_weights(chunks, checkpoint, architecture)
     dpo = attach(
-        chunks, layers=[1], objective=Objective(beta=0.1), vocab_size=architecture.vocab_size
+        chunks, layers=[1], objective=Objective(beta=BETA), vocab_size=architecture.vocab_size
     )
     settings = OptimizerConfig(lr=1e-3, distributed=False)  # else ranks keep parts of gradients
     trainable = setup_ddp_and_optimizer(chunks, settings, dpo.finalize_model_grads)
     trainable.zero_grad_buffers()
+    weights = {name: value.clone() for name, value in whole_tensors(chunks, architecture)}
     before_bytes = reset_peak()
     outputs = run_batch(
         dpo,
@@ -65,12 +76,13 @@ def train_long_pair(
         training=True,
         reference_free=True,
     )
-    peak_bytes = status_bytes("VmHWM")
     gradients = dict(whole_tensors(chunks, architecture, lambda p: p.main_grad.clone()))
     trainable.step(1e-3)
+    peak_bytes = status_bytes("VmHWM")
     return {
         "losses": {output.layer: output.loss_P for output in outputs},
         "gradients": gradients,
+        "changes": {n: w - weights[n] for n, w in whole_tensors(chunks, architecture)},
         "step_bytes": peak_bytes - before_bytes,
         "process_bytes": peak_bytes,
     }
@@ -106,6 +118,39 @@ def status_bytes(name: str) -> int:
     return int(kibibytes) * 1024
 
 
+def check_trained(ranks: list[dict[str, Any]]) -> None:
+    """All ranks have the same losses, gradients and weights, and every weight is trained."""
+    first = ranks[0]
+    assert sorted(first["losses"]) == [1, 2]
+    for rank in ranks:
+        for kind in ("losses", "gradients", "changes"):
+            assert rank[kind].keys() == first[kind].keys()
+            for name, value in rank[kind].items():
+                assert value.isfinite().all(), (kind, name)
+                assert value.abs().max() > 0, (kind, name)
+                assert torch.equal(value, first[kind][name]), (kind, name)
+
+
+@pytest.mark.parametrize("context", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_a_pair_of_8192_tokens_trains_as_on_one_rank(workers, tmp_path, record_property, context):
+    directory = str(tmp_path / "model")
+    write_tiny_hf_model(tmp_path / "model", "llama", 1, **SIZES)
+    (one,) = workers.run(train_long_pair, 1, directory, 1, 8192, 1024)
+    check_trained([one])
+    assert block_tokens(8192 // context) == MAX_BLOCK_TOKENS
+    ranks = workers.run(train_long_pair, context, directory, context, 8192, 1024)
+    check_trained(ranks)
+    for kind in ("losses", "gradients"):
+        worst = max(
+            float((ranks[0][kind][name] - value).norm() / value.norm())
+            for name, value in one[kind].items()
+        )
+        record_property(kind, worst)
+        print(f"CP{context} {kind}", worst)
+        assert worst <= TOLERANCE, kind
+
+
+@pytest.mark.exhaustive  # attention over so many positions takes minutes on a CPU
 def test_a_pair_of_131072_tokens_trains_on_two_ranks(workers, tmp_path, record_property):
     directory = str(tmp_path / "model")
     write_tiny_hf_model(tmp_path / "model", "llama", 1, **SIZES)
@@ -115,6 +160,4 @@ def test_a_pair_of_131072_tokens_trains_on_two_ranks(workers, tmp_path, record_p
     record_property("GB", total / 1e9)
     print("GB", total / 1e9, [rank["step_bytes"] / 1e9 for rank in ranks])
     assert total <= MAX_BYTES
-    for rank in ranks:
-        assert all(loss.isfinite().all() for loss in rank["losses"].values())
-        assert all(gradient.isfinite().all() for gradient in rank["gradients"].values())
+    check_trained(ranks)

@@ -1,6 +1,7 @@
-"""Whole runs: equal in every layout, equal to the oracle, and their exports.
+"""Whole runs: equal in every layout, and their exports.
 
-Resuming is tested in `test_loop_resume.py`, errors in `test_loop_errors.py`.
+Equality with the oracle is tested in `test_loop_oracle.py`, resuming in `test_loop_resume.py`,
+errors in `test_loop_errors.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +15,6 @@ from torch import Tensor
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
 from megatron_idpo.config.load import load_config
-from megatron_idpo.data.pairs import stream_pairs
-from megatron_idpo.data.run_pairs import load_run_pairs
 from megatron_idpo.train.metrics.file import Record, read_metrics
 from tests import oracle
 
@@ -43,9 +42,6 @@ TOLERANCE = 1e-5
 """Of losses (about 0.7), norms (about 1), and of weights in units of a tensor's root mean square:
 fp32; Adam with eps 1e-4 does not amplify its rounding. Measured: 2e-6."""
 
-ORACLE_TOLERANCE = 1e-4
-"""Of weights in the same units; the oracle rounds gradients differently. Measured: 4e-5."""
-
 LOGP_TOLERANCE = 1e-4
 """Of log-probabilities of about -100, between Transformers' kernels and ours."""
 
@@ -63,8 +59,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor-pipeline": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
     "pipeline-data": (4, {"pipeline": 2}),
     "context-pipeline-data": (8, {"pipeline": 2, "context": 2}),
+    "context-4": (4, {"context": 4}),
+    "context-sequence": (4, {"context": 2, "tensor": 2, "sequence_parallel": True}),
 }
 """Processes and the section `layout`."""
+
+RECOMPUTED = {"context-sequence"}
+"""Layouts of long rows, which recompute all layers, as `examples/llama3_70b_128k.yaml` does."""
+
+
+def recompute_in(layout: str) -> str:
+    """`training.recompute`."""
+    return "full" if layout in RECOMPUTED else "off"
+
 
 TRAINED: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora": LORA}}
 
@@ -102,7 +109,7 @@ def finished(
                 layout=section,
                 optimizer={"clip_grad": CLIP},
                 data={"eval": str(tiny.held_out)},
-                training={"eval_every_steps": 4},
+                training={"eval_every_steps": 4, "recompute": recompute_in(layout)},
                 **TRAINED[trained],
             )
             draw_figures = (trained, layout) == ("full", "one")
@@ -120,10 +127,12 @@ def finished(
         ("full", "sequence"),
         ("full", "pipeline"),
         ("lora", "tensor"),
-        ("lora", "context"),
+        ("lora", "context-sequence"),
         *(
             pytest.param(*case, marks=pytest.mark.exhaustive)
             for case in [
+                ("lora", "context"),
+                ("full", "context-sequence"),
                 ("full", "context"),
                 ("full", "context-pipeline-data"),
                 ("lora", "context-pipeline-data"),
@@ -277,86 +286,6 @@ def _same_logps(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor]) -> Non
     for layer, ours_2P in ours.items():
         difference = float((ours_2P - theirs[layer]).abs().max())
         assert difference <= LOGP_TOLERANCE, (layer, difference)
-
-
-# ---- against the oracle -------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pairs(tiny: Files, tmp_path_factory: pytest.TempPathFactory) -> list[oracle.Pair]:
-    """Tokens of all pairs, in the order of the data."""
-    file = write_config(tiny, tmp_path_factory.mktemp("pairs") / "run")
-    config = load_config(file, required=REQUIRED, optional=OPTIONAL)
-    return [
-        (pair.prompt_tokens.tolist(), pair.chosen_tokens.tolist(), pair.rejected_tokens.tolist())
-        for pair in load_run_pairs(config).train
-    ]
-
-
-STEPWISE = {"optimizer": {"schedule": "constant", "warmup_steps": 0, "clip_grad": 0.0}}
-ORACLES = {"beta": 0.3, "intermediate_weight": 0.4, "optimizer": "adam", "lr": 1e-2, "eps": 1e-4}
-ORACLE_STEPS = 3
-
-
-def oracle_batches(pairs: list[oracle.Pair]) -> list[list[oracle.Pair]]:
-    """The pairs of the first steps."""
-    order = stream_pairs(0, ORACLE_STEPS * BATCH_PAIRS, num_pairs=PAIRS, seed=3)
-    return [[pairs[n] for n in order[first:][:BATCH_PAIRS]] for first in range(0, 18, BATCH_PAIRS)]
-
-
-def test_full_training_equals_the_oracle(tiny, workers, tmp_path, pairs):
-    training = {"max_steps": ORACLE_STEPS}
-    file = write_config(tiny, tmp_path / "run", training=training, **STEPWISE)
-    workers.run(run, 1, file)
-    theirs = oracle.train_steps(
-        _hf(tiny.model), "initial", oracle_batches(pairs), LAYERS, steps=ORACLE_STEPS, **ORACLES
-    )
-    _same_losses(FinishedRun(tmp_path / "run", []), theirs["losses"])
-    assert relative_difference(exported(tmp_path / "run"), theirs["weights"]) <= ORACLE_TOLERANCE
-
-
-def test_lora_training_equals_the_oracle_with_peft(tiny, workers, tmp_path, pairs):
-    """Both start from a new adapter of PEFT."""
-    from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file
-
-    settings = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(6)
-        model = get_peft_model(_hf(tiny.model), settings)
-    model.save_pretrained(tmp_path / "fresh")
-    lora = {**LORA, "adapter": str(tmp_path / "fresh")}
-    training = {"max_steps": ORACLE_STEPS}
-    file = write_config(tiny, tmp_path / "run", lora=lora, training=training, **STEPWISE)
-    workers.run(run, 1, file)
-    theirs = oracle.train_steps(
-        model.get_base_model(),
-        "initial",
-        oracle_batches(pairs),
-        LAYERS,
-        steps=ORACLE_STEPS,
-        trainable="lora_",
-        **ORACLES,
-    )
-    _same_losses(FinishedRun(tmp_path / "run", []), theirs["losses"])
-    adapters = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    expected = {
-        f"base_model.model.{name.replace('.default', '')}": weight
-        for name, weight in theirs["weights"].items()
-        if "lora_" in name
-    }
-    assert relative_difference(adapters, expected) <= ORACLE_TOLERANCE
-
-
-def _same_losses(done: FinishedRun, theirs: list[oracle.Losses]) -> None:
-    assert [float(losses.total) for losses in theirs] == pytest.approx(
-        done.steps("loss"), abs=TOLERANCE
-    )
-    for layer in (*LAYERS, NUM_LAYERS):
-        name = "final_loss" if layer == NUM_LAYERS else f"layer_{layer}/loss"
-        expected = [float(losses.by_layer[layer]) for losses in theirs]
-        assert done.steps(name) == pytest.approx(expected, abs=TOLERANCE), name
-    assert max(done.steps("loss")) - min(done.steps("loss")) > 0.003, "the loss must change"
 
 
 def test_heartbeats_announce_each_step_and_micro_batch(tiny, workers, tmp_path):

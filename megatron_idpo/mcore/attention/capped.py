@@ -12,6 +12,7 @@ import itertools
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_idpo.mcore.attention.row_params import Group, RowParams
@@ -43,7 +44,7 @@ def attend_row_capped(
         # tensors.
         with torch.inference_mode(False):
             row.derived[mask_key] = [
-                _visible(group, window, query_LBND.device)[own_L[first:last] - group[0]]
+                _visible(group, window, own_L[first:last] - group[0], query_LBND.device)
                 for group, (first, last) in zip(row.groups, bounds, strict=True)
             ]
     # A rank may have padding only. Its output needs a graph too: other ranks wait in backward.
@@ -72,25 +73,33 @@ def attend_causal_capped(
     """Plain causal attention with a cap; the queries are the last Q of the K positions."""
     num_queries, num_keys = query_QBND.size(0), key_KBMD.size(0)
     whole = (0, num_keys, num_keys, num_keys)
-    visible_QK = _visible(whole, window, query_QBND.device)[num_keys - num_queries :]
+    last_Q = np.arange(num_keys - num_queries, num_keys)
+    visible_QK = _visible(whole, window, last_Q, query_QBND.device)
     return _attend(query_QBND, key_KBMD, value_KBMD, visible_QK=visible_QK, scale=scale, cap=cap)
 
 
-def _visible(group: Group, window: int | None, device: torch.device) -> Tensor:
-    """Which keys of a group each of its queries sees: bool, square."""
+def _visible(
+    group: Group, window: int | None, query_Q: NDArray[np.int64], device: torch.device
+) -> Tensor:
+    """Which keys of a group some of its queries see: bool `[Q, K]`.
+
+    `query_Q` counts from the group's first position. Without context parallelism Q is K: a model
+    with a cap is for short rows on a CPU.
+    """
     prompt, chosen, rejected = (end - start for start, end in itertools.pairwise(group))
-    part_Q = torch.repeat_interleave(
+    part_K = torch.repeat_interleave(
         torch.arange(3, device=device), torch.tensor([prompt, chosen, rejected], device=device)
     )
     # Both answers continue the positions of the prompt.
-    position_Q = torch.cat(
+    position_K = torch.cat(
         [
             torch.arange(prompt + chosen, device=device),
             torch.arange(prompt, prompt + rejected, device=device),
         ]
     )
-    distance_QK = position_Q[:, None] - position_Q
-    same_QK = (part_Q[:, None] == part_Q) | (part_Q == 0)
+    own_Q = torch.from_numpy(query_Q).to(device)
+    distance_QK = position_K[own_Q, None] - position_K
+    same_QK = (part_K[own_Q, None] == part_K) | (part_K == 0)
     visible_QK = same_QK & (distance_QK >= 0)
     return visible_QK if window is None else visible_QK & (distance_QK < window)
 

@@ -101,9 +101,11 @@ class _AttendDealtRow(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         share, group = ctx.share, ctx.group
-        inputs = [query.detach(), _gather_row(key, share, group), _gather_row(value, share, group)]
-        for tensor in inputs:
-            tensor.requires_grad_()
+        inputs = [
+            query.detach().requires_grad_(),
+            _gather_row(key, share, group).requires_grad_(),
+            _gather_row(value, share, group).requires_grad_(),
+        ]
         with torch.enable_grad():
             output = ctx.attend(*inputs)
         grads = list(torch.autograd.grad(output, inputs, grad_output))

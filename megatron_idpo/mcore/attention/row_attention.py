@@ -37,6 +37,7 @@ from megatron_idpo.mcore.attention.flex import MIN_HEAD_DIM, attend_row_flex
 from megatron_idpo.mcore.attention.row_params import RowParams
 from megatron_idpo.mcore.attention.sdpa import attend_causal, attend_row
 
+_DEAL_REMEDY = "deal it with row_micro_batch(row, device, context=dpo.context)"
 _CAUSAL = (None, AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
@@ -132,7 +133,8 @@ class RowAttention(MegatronModule):
             `[Q, B, N * D]` in the dtype of `value`. Padding positions are 0 and carry no gradient.
 
         Raises:
-            ConfigError: For a mask, a bias, another mask type or another packed format.
+            ConfigError: For a mask, a bias, another mask type or another packed format, or a row
+                that is dealt to another number of ranks or for another rank.
         """
         if attention_mask is not None or attention_bias is not None:
             raise ConfigError.at(
@@ -171,7 +173,14 @@ class RowAttention(MegatronModule):
             raise ConfigError.at(
                 "packed_seq_params",
                 f"is a row dealt to {ranks} ranks, but layout.context is another number",
-                "deal it with row_micro_batch(row, device, context=...)",
+                _DEAL_REMEDY,
+            )
+        if row.share is not None and row.share.rank != self._context_group.rank():
+            raise ConfigError.at(
+                "packed_seq_params",
+                f"has the positions of context-parallel rank {row.share.rank}, but this is rank "
+                f"{self._context_group.rank()}",
+                _DEAL_REMEDY,
             )
         assert query.shape[:2] == key.shape[:2] == (row.own_tokens, 1), (
             f"query {tuple(query.shape)}, key {tuple(key.shape)}: not one row of {row.own_tokens}"

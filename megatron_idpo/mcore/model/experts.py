@@ -69,14 +69,19 @@ class RoutedTokens:
 
     @classmethod
     def of(cls, row: RowParams, device: torch.device, rank: int, size: int) -> "RoutedTokens":
-        """Those of part `rank` of `size` equal parts of the row. Computed once per row."""
+        """Those of part `rank` of `size` equal parts of this rank's positions of the row.
+
+        Context-parallel ranks have different positions; sequence parallelism splits them further.
+        Computed once per row.
+        """
         key = ("routed tokens", rank, size)
         if key not in row.derived:
-            part = row.row_tokens // size
+            part = row.own_tokens // size
             group_T = torch.full((row.row_tokens,), -1)
             for group, (start, _, _, stop) in enumerate(row.groups):
                 group_T[start:stop] = group
-            group_S = group_T[rank * part : (rank + 1) * part]
+            own_S = row.own_positions_L[rank * part : (rank + 1) * part]
+            group_S = group_T[torch.from_numpy(own_S)]
             (position_N,) = (group_S >= 0).nonzero(as_tuple=True)
             is_placeholder = not len(position_N)
             if is_placeholder:
@@ -156,8 +161,8 @@ class RowRouter(TopKRouter):
     def forward(self, input: Tensor, padding_mask: Any = None) -> tuple[Tensor, Tensor]:
         """Weights and choice of the experts of each token, `[N, E]` each.
 
-        Collective over the tensor-parallel group, with sequence parallelism and the loss switched
-        on: an all-reduce of counts, forward only.
+        Collective with the loss switched on, over the context-parallel group, with sequence
+        parallelism over tensor- and context-parallel ranks: an all-reduce of counts, forward only.
 
         Args:
             input: `[N, 1, H]`.
@@ -183,14 +188,17 @@ class RowRouter(TopKRouter):
     def _balance_loss(
         self, scores_NE: Tensor, is_chosen_NE: Tensor, routed: RoutedTokens
     ) -> Tensor:
-        """This rank's part of the loss: its sum over the tensor-parallel ranks is the row's."""
+        """This rank's part of the loss: its sum over tensor- and context-parallel ranks."""
         shape = (routed.num_groups, scores_NE.shape[1])
         chosen_NE = is_chosen_NE.float()
         if routed.is_placeholder:
             chosen_NE, scores_NE = 0 * chosen_NE, 0 * scores_NE
         chosen_GE = scores_NE.new_zeros(shape).index_add(0, routed.group_N, chosen_NE)
-        if self.config.sequence_parallel and self.tp_group.size() > 1:
-            torch.distributed.all_reduce(chosen_GE, group=self.tp_group)
+        # The ranks that share the positions of a row. Its groups, and so this collective, are the
+        # same on all of them.
+        sharing = self.tp_cp_group if self.config.sequence_parallel else self.cp_group
+        if sharing.size() > 1:
+            torch.distributed.all_reduce(chosen_GE, group=sharing)
         scores_GE = scores_NE.new_zeros(shape).index_add(0, routed.group_N, scores_NE)
         # K n: each token has K experts. An empty group has none, and a loss of 0.
         assignments_G = chosen_GE.sum(dim=1).clamp(min=1)
@@ -202,7 +210,7 @@ class RowRouter(TopKRouter):
         return loss
 
     def _scaled(self, loss: Tensor) -> Tensor:
-        """The loss for the backward pass: DDP divides gradients by the data-parallel ranks."""
+        """The loss for the backward pass: DDP divides by data- and context-parallel ranks."""
         assert not self.config.calculate_per_token_loss, "DDP would not divide by the ranks"
         data_ranks = self.tp_dp_cp_group.size() // self.tp_group.size()
         loss = loss * (self.config.moe_aux_loss_coeff * data_ranks)

@@ -303,14 +303,15 @@ def seed_rng_for_step(seed: int, step: int) -> None:
     The seed is a function of (seed, step, rank), so there is no generator state to save: a resumed
     run draws the numbers of an uninterrupted one, and an evaluation between two steps changes
     nothing. Tensor-parallel ranks share torch's default generator and differ in the tracker's
-    (dropout masks of replicated activations must agree, those of sharded ones must differ); stages
-    and data-parallel ranks differ in both.
+    (dropout masks of replicated activations must agree, those of sharded ones must differ); stages,
+    data-parallel and context-parallel ranks, which have different positions, differ in both.
 
     Args:
         seed: of the run.
         step: of the optimizer, any integer.
     """
     rank = rank_coordinates()
+    # `dp_rank` counts data- and context-parallel ranks together.
     # A hash instead of a sum: seed 1 at step 2 must not draw like seed 2 at step 1.
     key = f"{seed}/{step}/{rank.dp_rank}".encode()
     step_seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest())

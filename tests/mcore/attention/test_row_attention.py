@@ -350,3 +350,26 @@ class TestConstruction:
         inputs, _ = make_inputs(3)
         with pytest.raises(ConfigError, match=location):
             make_attention()(*inputs, **{"attention_mask": None, **arguments})
+
+
+@pytest.mark.distributed
+def test_a_row_dealt_for_another_rank_is_rejected(workers):
+    """Attention would take this rank's keys for those of the other one's positions."""
+    first, second = workers.run(attend_as_the_other_rank, 2)
+    assert "positions of context-parallel rank 1, but this is rank 0" in first
+    assert "positions of context-parallel rank 0, but this is rank 1" in second
+    assert "context=dpo.context" in first
+
+
+def attend_as_the_other_rank():
+    from megatron_idpo.config.layout import Layout
+    from megatron_idpo.mcore.parallel.groups import start_layout
+
+    start_layout(Layout(context=2))
+    row = dealt_rows([(0, 1, 2, 3)], 4, 2)[1 - torch.distributed.get_rank()]
+    inputs, _ = make_inputs(2)
+    try:
+        make_attention(context_parallel_size=2)(*inputs, None, packed_seq_params=row)
+    except ConfigError as error:
+        return str(error)
+    return "accepted"

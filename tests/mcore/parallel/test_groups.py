@@ -234,6 +234,14 @@ def test_tensor_ranks_share_only_torchs_generator(workers):
     assert all_different(one[0], one[1], other[1])
 
 
+def test_context_ranks_draw_differently(workers):
+    """They have different positions, hence different dropout masks; tensor ranks of each agree."""
+    ranks = workers.run(draws, 4, Layout(tensor=2, context=2), (7, 1))
+    (one,), (same_part,), (other_part,), (_,) = ranks
+    assert one[0] == same_part[0] != other_part[0]
+    assert all_different(*(tracked for ((_, tracked),) in ranks), one[0], other_part[0])
+
+
 def test_stages_and_data_ranks_draw_differently_in_all_steps(workers):
     """No stage draws in one step what another stage draws in another step."""
     steps = [(0, step) for step in range(20)]
