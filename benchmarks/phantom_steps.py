@@ -1,10 +1,12 @@
 """One step of large layouts on a phantom GPU without arithmetic: memory, launches, waits, CPU time.
 
-    python benchmarks/phantom_steps.py [ROW ...] [--save]
+    python benchmarks/phantom_steps.py [ROW ...] [--compiled] [--save]
 
 No GPU takes part. torch's CUDA path runs with its real allocator and dispatcher on a stand-in whose
 kernels do nothing (`docs/cuda.md`), as one rank of torch's fake process group; FlexAttention is
-replaced by a function that keeps the same tensors. Measured in the second step of a process:
+replaced by a function that keeps the same tensors. Nothing is compiled, which needs more memory and
+launches than a run; with `--compiled` everything but FlexAttention is. Measured in the third step
+of a process:
 
 * the allocator's peak, launches of kernels and of matrix products, and waits of the host: counted;
 * CPU seconds of the process: what the host needs to issue the step, on this machine's processor. A
@@ -20,10 +22,12 @@ import argparse
 import json
 import platform
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -143,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("layouts", nargs="*", metavar="ROW", help=f"of {', '.join(LAYOUTS)}")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--compiled", action="store_true", help="compile what a run compiles")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     arguments = parser.parse_args()
     names = arguments.layouts or list(LAYOUTS)
@@ -152,15 +157,17 @@ def main() -> None:
     print(_HEADER)
     lines = [_HEADER]
     for name in names:
-        lines.append(_line(name, measured(name)))
+        lines.append(_line(name, measured(name, is_compiled=arguments.compiled)))
         print(lines[-1], flush=True)
     if arguments.save:
-        _save("\n".join(lines))
+        _save("\n".join(lines), " --compiled" if arguments.compiled else "")
 
 
-def measured(name: str) -> dict[str, float]:
+def measured(name: str, *, is_compiled: bool = False) -> dict[str, float]:
     """`measure` of one of `LAYOUTS`, in a process of its kind."""
     variables = environment(arithmetic="none") | {"PHANTOM_GPU_COPY_BYTES": str(1 << 20)}
+    if is_compiled:
+        variables |= {"TORCHDYNAMO_DISABLE": "0"}
     ran = run_python(["-W", "ignore", __file__, name, "--in-process"], variables)
     if ran.code:
         raise SystemExit(ran.stderr)
@@ -178,22 +185,31 @@ def _line(name: str, measured: dict[str, float]) -> str:
     )
 
 
-def _save(table: str) -> None:
+def _save(table: str, option: str) -> None:
     # Here, because a test imports this script as a module, without its directory.
     from result_file import commit, save_result
 
     save_result(
-        "phantom-steps",
+        f"phantom-steps{option.replace(' --', '-')}",
         f"# One step of large layouts on a stand-in for a GPU\n\n"
-        f"`python benchmarks/phantom_steps.py --save`, {date.today()}, commit {commit()}. No GPU: "
-        f"kernels do nothing (`docs/cuda.md`). CPU seconds on {platform.machine()}, shared with "
-        f"other work.\n\n{table}\n",
+        f"`python benchmarks/phantom_steps.py{option} --save`, {date.today()}, commit "
+        f"{commit()}. No GPU: kernels do nothing (`docs/cuda.md`). CPU seconds on "
+        f"{platform.machine()}, shared with other work.\n\n{table}\n",
         "stand-in",
     )
 
 
+@contextmanager
+def uncompiled_attention() -> Iterator[None]:
+    """The stand-in for FlexAttention is not compiled, within the block."""
+    from megatron_idpo.mcore.attention import flex
+
+    with patch.object(flex, "_compiled_flex_attention", lambda *_: vars(flex)["flex_attention"]):
+        yield
+
+
 def measure(layout: Layout) -> dict[str, float]:
-    """The second step of this layout, in a process on a phantom GPU.
+    """The last step of this layout, in a process on a phantom GPU.
 
     `held_bytes` is what exists between steps: weights, gradients, the optimizer's state.
     """
@@ -212,14 +228,16 @@ def measure(layout: Layout) -> dict[str, float]:
         with ExitStack() as stack:
             stack.enter_context(phantom(world=(layout.rank, layout.world)))
             stack.enter_context(running_layout(config.layout))
+            stack.enter_context(uncompiled_attention())
             architecture = Architecture.from_hf(MODELS[layout.model])
             step = stack.enter_context(random_step(config, architecture, is_alone=True))
             batch = _batch(layout)
-            step.train(batch, 1, lr=1e-4)
+            for index in (1, 2):  # the first compiles
+                step.train(batch, index, lr=1e-4)
             held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             before, start_s = Counts.now(), time.process_time()
-            step.train(batch, 2, lr=1e-4)
+            step.train(batch, 3, lr=1e-4)
             cpu_s, used = time.process_time() - start_s, Counts.now().since(before)
             peak = torch.cuda.max_memory_allocated()
     measured = {"cpu_s": cpu_s, "peak_bytes": peak, "held_bytes": held, "flops": _flops(layout)}

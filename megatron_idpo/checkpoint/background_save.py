@@ -4,6 +4,7 @@ The job's collectives use their own process group, so they cannot be matched wit
 It ends on all ranks with the same outcome: success, or the error of the first rank that failed.
 """
 
+import os
 import threading
 from collections.abc import Callable
 
@@ -91,7 +92,20 @@ class BackgroundWorker:
             self._error = own_error or error
 
 
+_LAZY = "TORCH_GLOO_LAZY_INIT"
+"""Environment: gloo groups that are created meanwhile connect two ranks when they first exchange
+something. Else every pair is connected at once, 511 sockets in each of 512 processes. The plans of
+a save go to rank 0 and back, which needs connections to it and to a few neighbours."""
+
+
 def _group_of_all_ranks() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=collective_timeout())
+    before = os.environ.get(_LAZY)
+    os.environ[_LAZY] = "1"
+    try:
+        group = dist.new_group(backend="gloo", timeout=collective_timeout())
+    finally:
+        del os.environ[_LAZY]
+        if before is not None:
+            os.environ[_LAZY] = before
     assert isinstance(group, dist.ProcessGroup)
     return group

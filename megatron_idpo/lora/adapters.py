@@ -142,6 +142,11 @@ class Adapters:
         self.chunks = []
 
 
+def adapts_experts(*adapters: LoraConfig | None) -> bool:
+    """Whether any of them adapts experts, which Transformer Engine's layers do not support."""
+    return any(adapter is not None and adapter.target_parameters for adapter in adapters)
+
+
 def _targets(settings: LoraConfig) -> list[str]:
     """Projections, and targets in experts (`EXPERT_TARGETS`)."""
     return [*settings.projections, *map(expert_target, settings.expert_parameters)]

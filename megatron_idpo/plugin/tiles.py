@@ -160,9 +160,10 @@ class Projection:
         self, hidden_NH: Tensor, targets_N: Tensor, rows: slice
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """For each tile of targets: which, `[n, H]` as an operand, their columns in tile `rows`."""
+        column_N = targets_N - (self.start + rows.start)
         for tokens in slices(targets_N.shape[0], self.tiles.tokens):
             hidden_nH = matmul_operand(hidden_NH[tokens], hidden_NH.dtype)
-            yield tokens, hidden_nH, targets_N[tokens] - (self.start + rows.start)
+            yield tokens, hidden_nH, column_N[tokens]
 
     def buffer(self, hidden_NH: Tensor) -> Tensor:
         """Memory for the largest tile of logits, reused for every tile."""

@@ -60,10 +60,7 @@ class PartialSoftmax:
             `[n]`: the factor for sums over earlier tiles, which are relative to the old maximum.
         """
         before = (self.maximum_N[tokens], self.sum_N[tokens], self.target_N[tokens])
-        after = _for_device(_update, logits_nv)(logits_nv, column_n, *before)
-        for old_n, new_n in zip(before, after[:3], strict=True):
-            old_n.copy_(new_n)
-        rescale_n: Tensor = after[3]
+        rescale_n: Tensor = _for_device(_update, logits_nv)(logits_nv, column_n, *before)
         return rescale_n
 
 
@@ -143,20 +140,21 @@ def locate_columns(column_n: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def _update(
     logits_nv: Tensor, column_n: Tensor, maximum_n: Tensor, sum_n: Tensor, target_n: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Maximum, sum and target after this tile, and the factor for earlier sums."""
+) -> Tensor:
+    """Maximum, sum and target after this tile, in place; returns the factor for earlier sums."""
     # Take the target's logit out: −inf there becomes exp(−inf) = 0 below, in the sum over the
     # others as well as in the product with the weights. Rows without the target get their own
     # value written back.
     inside_n, index_n1 = locate_columns(column_n, logits_nv.shape[1])
     value_n1 = logits_nv.gather(1, index_n1)
     logits_nv.scatter_(1, index_n1, value_n1.masked_fill(inside_n[:, None], -torch.inf))
-    target_n = torch.where(inside_n, value_n1[:, 0], target_n)
+    target_n.copy_(torch.where(inside_n, value_n1[:, 0], target_n))
     new_maximum_n = torch.maximum(maximum_n, logits_nv.amax(1))
     logits_nv.sub_(new_maximum_n[:, None]).exp_()
     rescale_n = (maximum_n - new_maximum_n).exp()
-    new_sum_n = sum_n * rescale_n + logits_nv.sum(1)
-    return new_maximum_n, new_sum_n, target_n, rescale_n
+    sum_n.copy_(sum_n * rescale_n + logits_nv.sum(1))
+    maximum_n.copy_(new_maximum_n)
+    return rescale_n
 
 
 def _to_logit_gradient(

@@ -20,7 +20,7 @@ from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.model_source import FrozenModel, load_base
 from megatron_idpo.data.packing.batches import Batch
 from megatron_idpo.lora.adapter_config import read_peft_settings
-from megatron_idpo.lora.adapters import Adapters, add_adapters
+from megatron_idpo.lora.adapters import Adapters, adapts_experts, add_adapters
 from megatron_idpo.lora.peft import load_peft
 from megatron_idpo.mcore.cpu.redirect import default_device, to_device
 from megatron_idpo.mcore.model.build import ModelOptions, build_model
@@ -184,24 +184,27 @@ def frozen_model(
         config: of the run.
         model: the weights.
         show_progress: while they are loaded.
-        plain_linears: do not use Transformer Engine's, for the rounding of a model with adapters.
+        plain_linears: do not use Transformer Engine's, for the rounding of a model whose experts
+            have adapters.
 
     Raises:
         UserError: on every rank.
     """
-    architecture = model.source.architecture
+    architecture, settings = model.source.architecture, None
+    if model.adapter is not None:
+        with raise_on_all_ranks("reading the adapter's settings"):
+            settings = read_peft_settings(model.adapter)
+    of_run = config.lora if config.has("lora") else None
     options = ModelOptions(
         dtype=config.model.torch_dtype(),
         # The same modules as the policy's, for the same rounding.
-        transformer_engine=not (plain_linears or config.has("lora") or model.adapter is not None),
+        transformer_engine=not (plain_linears or adapts_experts(of_run, settings)),
     )
     chunks = build_model(architecture, config.layout, options)
     load_base(model.source, chunks, show_progress=show_progress)
-    if model.adapter is not None:
+    if model.adapter is not None and settings is not None:
         # Not merged: the weights round as they did while the adapter was trained. Dropout is off
         # in a reference.
-        with raise_on_all_ranks("reading the adapter's settings"):
-            settings = read_peft_settings(model.adapter)
         load_peft(add_adapters(chunks, architecture, settings), architecture, model.adapter)
     for chunk in chunks:
         chunk.requires_grad_(False)

@@ -1,13 +1,21 @@
 """Background jobs: all ranks see the same outcome, and no rank waits for a failed one."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from megatron_idpo.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed
+
+LAZY = "TORCH_GLOO_LAZY_INIT"
 
 
 def in_order() -> list[bool]:
@@ -101,3 +109,40 @@ def test_internal_error_keeps_its_type_on_its_rank(workers):
     first, second = workers.run(failing, 2, "wait", ZeroDivisionError)
     assert second == ["ZeroDivisionError: no space", "True"]
     assert first == ["CheckpointError: no space", "True"]
+
+
+def laziness_of_groups() -> tuple[str | None, str | None]:
+    """The variable while the group is created, and afterwards."""
+    import torch.distributed as dist
+
+    from megatron_idpo.checkpoint.background_save import BackgroundWorker
+
+    found: list[str | None] = []
+    create = dist.new_group
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        found.append(os.environ.get(LAZY))
+        return create(*args, **kwargs)
+
+    with patch.object(dist, "new_group", recorded):
+        BackgroundWorker()
+    return found[0], os.environ.get(LAZY)
+
+
+def test_group_connects_lazily(workers):
+    assert workers.run(laziness_of_groups, 1) == [("1", None)]
+
+
+@pytest.mark.exhaustive  # a process that imports everything
+def test_ranks_connect_to_the_first_and_to_few_others(tmp_path):
+    ranks = 16
+    script = Path(__file__).with_name("lazy_connections.py")
+    ran = subprocess.run(
+        [sys.executable, script, str(ranks), tmp_path / "rendezvous"],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *others, first = sorted(map(int, ran.stdout.split()))
+    assert first >= ranks - 1 and max(others) <= 8

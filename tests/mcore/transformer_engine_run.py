@@ -119,6 +119,32 @@ def packed(world_size: int, uses_te: bool) -> dict[str, Tensor]:
     return {local_name(name): gradient for name, gradient in tiny.gradients(chunks).items()}
 
 
+def lora(world_size: int, uses_te: bool) -> dict[str, Tensor]:
+    """Adapters' gradients in a step, and the losses without adapters."""
+    from megatron_idpo import Objective, attach
+    from megatron_idpo.config.lora import LoraConfig
+    from megatron_idpo.lora.adapters import add_adapters
+    from megatron_idpo.mcore.model.architecture import Architecture
+    from megatron_idpo.testing import tiny_hf_config
+
+    chunks = own_chunks(world_size, uses_te)
+    architecture = Architecture.from_hf(tiny_hf_config(DENSE, **tiny.SIZES))
+    adapters = add_adapters(chunks, architecture, LoraConfig(rank=4, alpha=12.0))
+    for index, tensor in enumerate(adapters.tensors()):
+        if tensor.side == "B":  # they are 0
+            tensor.parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
+    dpo = attach(chunks, layers=LAYERS, objective=Objective(), vocab_size=tiny.VOCAB)
+    models = tiny.wrap(dpo, chunks)
+    batches = tiny.micro_batches(tiny.references((*LAYERS, tiny.NUM_LAYERS)))
+    tiny.run(dpo, models, batches)
+    result = {tensor.name: tensor.parameter.main_grad.clone() for tensor in adapters.tensors()}
+    with adapters.disabled():
+        outputs = tiny.run(dpo, models, batches, forward_only=True)
+    for layer, logps in tiny.by_layer(outputs, "logps_2P").items():
+        result[f"layer {layer} without adapters"] = logps
+    return result
+
+
 def loaded(world_size: int, uses_te: bool, family: str = DENSE) -> dict[str, Tensor]:
     """The weights that a model reads from a checkpoint of the other kind."""
     from megatron_idpo.checkpoint.weights import load_weights, save_weights
@@ -150,7 +176,7 @@ def main(rank: int, world_size: int, rendezvous: str, modes: list[str]) -> None:
     store = torch.distributed.FileStore(rendezvous, world_size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     start_layout(layout_of(world_size))
-    run = {"rows": rows, "packed": packed, "loaded": loaded}
+    run = {"rows": rows, "packed": packed, "lora": lora, "loaded": loaded}
     run |= {f"experts {name}": partial(run[name], family=EXPERTS) for name in ("rows", "loaded")}
     for mode in modes:
         local, te = run[mode](world_size, False), run[mode](world_size, True)

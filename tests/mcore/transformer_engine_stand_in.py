@@ -2,7 +2,8 @@
 
 `install()` before megatron-core is imported; then megatron-core takes it for Transformer Engine.
 Signatures are closed: an argument that megatron-core adds fails instead of being ignored. Dense
-layers, experts, and attention without context parallelism; no FP8 or biases.
+layers, experts, and attention without context parallelism; no FP8, and no biases of row-parallel
+linears.
 
     S  positions   B  batch   N  heads   D  head size   T  packed positions
 """
@@ -58,7 +59,8 @@ class Linear(_TeModule):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        assert not (bias or fuse_wgrad_accumulation or delay_wgrad_compute)
+        assert not (fuse_wgrad_accumulation or delay_wgrad_compute)
+        assert not bias or (parallel_mode == "column" and not return_bias)
         self.tp_group, self.tp_size, self.parallel_mode = tp_group, tp_size, parallel_mode
         self.sequence_parallel = sequence_parallel and tp_size > 1
         self.return_bias, self.use_bias = return_bias, bias
@@ -70,6 +72,12 @@ class Linear(_TeModule):
         self.weight.tensor_model_parallel = parallel_mode is not None
         self.weight.partition_dim = int(parallel_mode == "row")
         self.weight.partition_stride = 1
+        self.bias = None
+        if bias:
+            zeros = torch.zeros(shape[0], dtype=params_dtype, device=device)
+            self.bias = torch.nn.Parameter(zeros)
+            self.bias.tensor_model_parallel, self.bias.partition_dim = True, 0
+            self.bias.partition_stride = 1
 
     def forward(
         self, inp: Tensor, is_first_microbatch: Any = None, fp8_output: bool = False
@@ -80,7 +88,7 @@ class Linear(_TeModule):
             names = ("copy_to_tensor_model_parallel", "gather_from_sequence_parallel")
             before = getattr(mappings, f"{names[self.sequence_parallel]}_region")
             inp = before(inp, group=self.tp_group)
-        out = F.linear(inp, self.weight)
+        out = F.linear(inp, self.weight, self.bias)
         if self.tp_size > 1 and self.parallel_mode == "row":
             names = ("reduce_from_tensor_model_parallel", "reduce_scatter_to_sequence_parallel")
             after = getattr(mappings, f"{names[self.sequence_parallel]}_region")
@@ -145,8 +153,7 @@ class LayerNormLinear(Linear):
     ) -> None:
         super().__init__(in_features, out_features, **linear)
         assert normalization == "RMSNorm" and not zero_centered_gamma
-        assert not return_layernorm_output
-        self.eps = eps
+        self.return_layernorm_output, self.eps = return_layernorm_output, eps
         ones = torch.ones(in_features, dtype=self.weight.dtype, device=self.weight.device)
         self.layer_norm_weight = torch.nn.Parameter(ones)
         self.layer_norm_weight.sequence_parallel = linear.get("sequence_parallel", False)
@@ -155,7 +162,10 @@ class LayerNormLinear(Linear):
         self, inp: Tensor, is_first_microbatch: Any = None, fp8_output: bool = False
     ) -> Any:
         normed = F.rms_norm(inp, inp.shape[-1:], self.layer_norm_weight, self.eps)
-        return super().forward(normed)
+        out = super().forward(normed)
+        if not self.return_layernorm_output:
+            return out
+        return (*out, normed) if self.return_bias else (out, normed)
 
 
 class RMSNorm(torch.nn.Module):

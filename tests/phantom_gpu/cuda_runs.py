@@ -67,8 +67,13 @@ class CountGpu:
             yield
 
 
-def command_line(*words: str) -> tuple[int, int]:
-    """The command line as a program on phantom GPUs; its exit code and its matrix products."""
+def command_line(*words: str) -> tuple[int, int, list[int]]:
+    """The command line as a program on phantom GPUs.
+
+    Returns its exit code, its matrix products, and the devices on which it has allocated memory.
+    """
+    import torch
+
     from megatron_idpo.testing.phantom_gpu.__main__ import main
     from megatron_idpo.testing.phantom_gpu.counters import Counts
 
@@ -76,5 +81,7 @@ def command_line(*words: str) -> tuple[int, int]:
         try:
             main()
         except SystemExit as ended:
-            return int(ended.code or 0), Counts.now().gemms
+            devices = range(torch.cuda.device_count())
+            used = [device for device in devices if torch.cuda.max_memory_allocated(device)]
+            return int(ended.code or 0), Counts.now().gemms, used
     raise AssertionError("the program has not ended")

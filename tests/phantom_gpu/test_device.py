@@ -1,6 +1,7 @@
 """The phantom GPU itself, and the CUDA branches that no whole run takes."""
 
 import math
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -37,12 +38,13 @@ def dropped_twice() -> tuple[Tensor, Tensor, list[int]]:
     torch.rand(3, device="cuda")  # the masks do not start at the seed
     inputs = torch.ones(64, 32, device="cuda", requires_grad=True)
     down = torch.eye(32, device="cuda", requires_grad=True)
-    dropped = dropout_linear(inputs, down, 0.25)
-    other = dropout_linear(inputs, down, 0.25)
-    assert not torch.equal(dropped, other)
-    kept = [tensor.numel() for tensor in dropped.grad_fn.saved_tensors]
+    dropped = dropout_linear(inputs, [down, down], 0.25)
+    first, second = dropped.chunk(2, dim=1)
+    other = dropout_linear(inputs, [down], 0.25)
+    assert not any(torch.equal(one, two) for one, two in combinations((first, second, other), 2))
+    kept = {tensor.data_ptr(): tensor.numel() for tensor in dropped.grad_fn.saved_tensors}
     (grad,) = torch.autograd.grad(dropped.sum(), inputs)
-    return dropped.detach().cpu(), grad.cpu(), kept
+    return (first + second).detach().cpu(), grad.cpu(), list(kept.values())
 
 
 def random_numbers_differ_by_state() -> bool:
@@ -131,11 +133,12 @@ def test_collective_of_a_cpu_tensor_fails_as_with_nccl(gpu_workers: Any):
 
 def test_dropout_draws_its_mask_again_instead_of_keeping_it(gpu_workers: Any):
     ((dropped, grad, kept),) = gpu_workers.run(dropped_twice, 1)
-    assert sorted(kept) == [32 * 32, 64 * 32]
+    assert sorted(kept) == [2 * 32 * 32, 64 * 32]  # both matrices and the input, no mask
     assert torch.equal(dropped, grad)
-    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75, 2 / 0.75])
+    # Both masks drop an element with probability 0.25².
     share = float((dropped == 0).float().mean())
-    assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / dropped.numel())
+    assert abs(share - 0.0625) < 5 * math.sqrt(0.0625 * 0.9375 / dropped.numel())
 
 
 def test_full_memory_is_one_line_with_what_to_change(gpu_workers: Any):

@@ -134,7 +134,8 @@ def test_command_line_trains_with_two_gpus(files, gpu_workers, on_cpu, tmp_path)
     """In programs that join and choose their device themselves."""
     file = lora_config(files, tmp_path / "run", layout=SEQUENCE_LAYOUT)
     ended = gpu_workers.run_as_program(command_line, 2, "train", file, timeout_s=300)
-    assert all(code == 0 and gemms > 0 for code, gemms in ended)
+    assert all(code == 0 and gemms > 0 for code, gemms, _ in ended)
+    assert [devices for *_, devices in ended] == [[0], [1]]
     assert_equal(Finished(tmp_path / "run", {}), on_cpu)
 
 

@@ -39,6 +39,7 @@ from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves, layer_cu
 from megatron_idpo.evaluate.likelihood.summary import show_curves
 from megatron_idpo.evaluate.models import OUTPUT, EvalModel, check_writable
 from megatron_idpo.lora.adapter_config import read_peft_settings
+from megatron_idpo.lora.adapters import adapts_experts
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
 from megatron_idpo.mcore.parallel.world import (
     RunStopped,
@@ -75,8 +76,8 @@ class _Scoring:
     directory: Path
     stop_flag: StopFlag
     use_plain_linears: bool
-    """Whether any model has an adapter. All models then use the same kernels, so that equal weights
-    round equally."""
+    """Whether any model has adapters of experts. All models then use the same kernels, so that
+    equal weights round equally."""
 
 
 def likelihood(config: RunConfig, models: Sequence[EvalModel], output: Path) -> int:
@@ -104,9 +105,10 @@ def likelihood(config: RunConfig, models: Sequence[EvalModel], output: Path) -> 
         with raise_on_all_ranks("reading the data"):
             pairs = load_run_pairs(config)
             check_tokens(pairs, reference.architecture.vocab_size)
-        has_adapters = any(model.adapter is not None for model in models)
+        with raise_on_all_ranks("reading the adapters' settings"):
+            adapters = [read_peft_settings(model.adapter) for model in models if model.adapter]
         full = _with_all_layers(config, reference.architecture.num_layers)
-        scoring = _Scoring(full, world, pairs, directory, stop_flag, has_adapters)
+        scoring = _Scoring(full, world, pairs, directory, stop_flag, adapts_experts(*adapters))
         frozen = {REFERENCE: FrozenModel.of(reference)}
         for model, source in zip(models, sources, strict=True):
             plain = FrozenModel.of(source)

@@ -12,17 +12,12 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
 from megatron_idpo.errors import Problem
+from megatron_idpo.mcore.lora.base_linear import ParallelLinear, forward_with_input, is_adaptable
 from megatron_idpo.mcore.lora.experts import EXPERT_LINEARS, ExpertAdapters
-from megatron_idpo.mcore.lora.linear import (
-    FusedRows,
-    LinearAdapters,
-    LoraHyperparams,
-    ParallelLinear,
-)
+from megatron_idpo.mcore.lora.linear import FusedRows, LinearAdapters, LoraHyperparams
 from megatron_idpo.mcore.model.chunk import RestoreFn
 from megatron_idpo.mcore.model.grouped_experts import GroupedExperts
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
@@ -180,16 +175,10 @@ class ChunkAdapters(torch.nn.Module):
 
 
 def layer_linear(layer: torch.nn.Module, name: str) -> ParallelLinear | None:
-    """One of the linears in `FUSED`; None if it is not a plain megatron-core linear.
-
-    That is so for Transformer Engine's, some of which do not expose the norm's output, A's input;
-    and for experts.
-    """
+    """One of the linears in `FUSED`; None if it cannot have an adapter, or is of experts."""
     parent = getattr(layer, "self_attention" if name in ("linear_qkv", "linear_proj") else "mlp")
     linear = getattr(parent, name, None)
-    if not isinstance(linear, ColumnParallelLinear | RowParallelLinear) or linear.is_expert:
-        return None
-    return linear
+    return linear if is_adaptable(linear) else None
 
 
 def layer_experts(layer: torch.nn.Module) -> Any:
@@ -215,8 +204,8 @@ def missing_linears(chunk: GPTModel, targets: Sequence[str]) -> list[Problem]:
             remedy = "name them in lora.target_parameters: mlp.experts.gate_up_proj"
         else:
             layer_number = lacking[0].layer_number
-            message = f"need megatron-core's own {name}, which layer {layer_number} does not have"
-            remedy = "build the model with ModelOptions(transformer_engine=False)"
+            message = f"need a parallel {name} of megatron-core, which layer {layer_number} lacks"
+            remedy = "build the model with build_model(), or name other targets"
         problems.append(Problem("lora.targets", f"{adapted} {message}", remedy))
     if _in_experts(targets) and chunk.decoder.layers:
         problems += _expert_problems(chunk)
@@ -281,17 +270,16 @@ def freeze(chunk: GPTModel) -> RestoreFn:
 def _patch_linear(adapters: LinearAdapters, chunk_adapters: ChunkAdapters) -> None:
     """Make a linear's `forward` add its adapters' contribution."""
     linear = adapters.linear
-    base_forward = linear.forward
+    base_forward, with_input = linear.forward, forward_with_input(linear)
 
-    def adapted_forward(
-        input_t1I: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        output_t1O, bias_O = base_forward(input_t1I, *args, **kwargs)
-        if chunk_adapters.enabled:
-            # Through the module's __call__: with `overlap_param_gather`, DDP's pre-hooks wait there
-            # for the all-gather of the adapters' parameters.
-            output_t1O = adapters(input_t1I, output_t1O)
-        return output_t1O, bias_O
+    def adapted_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if not chunk_adapters.enabled:
+            unadapted: tuple[Tensor, Tensor | None] = base_forward(*args, **kwargs)
+            return unadapted
+        input_t1I, output_t1O, bias_O = with_input(*args, **kwargs)
+        # Through the module's __call__: with `overlap_param_gather`, DDP's pre-hooks wait there
+        # for the all-gather of the adapters' parameters.
+        return adapters(input_t1I, output_t1O), bias_O
 
     linear.forward = adapted_forward
 

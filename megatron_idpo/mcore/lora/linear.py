@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
@@ -37,10 +36,14 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_idpo.mcore.lora.products import WHOLE, Part, add_low_rank, dropout_linear
-
-type ParallelLinear = Any
-"""A `ColumnParallelLinear` or a `RowParallelLinear`; megatron-core is not typed."""
+from megatron_idpo.mcore.lora.base_linear import COLUMN, ParallelLinear
+from megatron_idpo.mcore.lora.products import (
+    WHOLE,
+    Part,
+    add_low_rank,
+    block_diagonal,
+    dropout_linear,
+)
 
 _MAX_PARTS = 12
 """Maximum number of products per linear to add the B's; beyond it, one product with zeros."""
@@ -111,7 +114,7 @@ class LinearAdapters(torch.nn.Module):
         self.targets = tuple(targets)
         self.rows = rows
         self.hyperparams = hyperparams
-        self.is_column_parallel = isinstance(linear, ColumnParallelLinear)
+        self.is_column_parallel = isinstance(linear, COLUMN)
         self._tensor_group: torch.distributed.ProcessGroup = linear.tp_group
         self._is_parallel = linear.tp_group.size() > 1
         self._is_sequence_parallel = self._is_parallel and bool(linear.sequence_parallel)
@@ -158,19 +161,8 @@ class LinearAdapters(torch.nn.Module):
         """All B's with rows in the fused order, `[O, R]`: block-diagonal within each group."""
         if len(self.rows.group_rows) == 1:
             return self.up(self.targets[0])
-        rank, width = self.hyperparams.rank, self.hyperparams.rank * len(self.targets)
-        blocks = []
-        for name, rows in self.rows.group_rows.items():
-            if name in self.targets:
-                # This projection's r columns of R; zeros left and right of them.
-                first = self.targets.index(name) * rank
-                by_group = self.up(name).unflatten(0, (self.rows.groups, rows))
-                block = torch.nn.functional.pad(by_group, (first, width - first - rank))
-            else:
-                block = self.up(self.targets[0]).new_zeros(self.rows.groups, rows, width)
-            blocks.append(block)
-        # [groups, rows of q, k and v, R]: the projections follow one another within each group.
-        return torch.cat(blocks, dim=1).flatten(0, 1)
+        blocks = [(self.rows.slices(name)[0], self.up(name)) for name in self.targets]
+        return block_diagonal(blocks, self.rows.groups, sum(self.rows.group_rows.values()))
 
     def fused_down(self) -> Tensor:
         """All A's concatenated, `[R, I]`."""
@@ -202,10 +194,9 @@ class LinearAdapters(torch.nn.Module):
         """All A's products with the input, `[t, R]`; each target has a separate dropout mask."""
         if not (self.training and self.hyperparams.dropout):
             return torch.nn.functional.linear(input_tI, self.fused_down())
+        downs = [self.down(name) for name in self.targets]
         with self._mask_generator():
-            dropout = self.hyperparams.dropout
-            parts = [dropout_linear(input_tI, self.down(name), dropout) for name in self.targets]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            return dropout_linear(input_tI, downs, self.hyperparams.dropout)
 
     def _mask_generator(self) -> Any:
         """A context with the generator for dropout masks.
@@ -242,9 +233,12 @@ class LinearAdapters(torch.nn.Module):
     def _product_parts(self) -> tuple[Part, ...]:
         """The products to add to the output: one per target and group of rows.
 
-        If there are many small ones, a single product with `fused_up` is faster despite its zeros.
+        If there are many small ones, a single product with `fused_up` is faster despite its zeros;
+        on a GPU, if there is more than one per target.
         """
         if len(self.rows.group_rows) == 1:
+            return WHOLE
+        if self.rows.groups > 1 and self.linear.weight.is_cuda:
             return WHOLE
         parts = []
         for index, name in enumerate(self.targets):

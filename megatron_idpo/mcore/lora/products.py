@@ -41,14 +41,67 @@ def add_low_rank(
     return cast(Tensor, _AddLowRank.apply(output_T1O, low_rank_TR, scaling, parts, *ups))
 
 
-def dropout_linear(input_TI: Tensor, down_RI: Tensor, dropout: float) -> Tensor:
-    """`linear(dropout(input), down)`; saves the input, and on a CPU a mask of one byte per element.
+def _product_into(out_Or: Tensor, grad_TO: Tensor, low_Tr: Tensor, scaling: float) -> None:
+    """`out = scaling * grad.T @ low`."""
+    if out_Or.is_cuda:
+        out_Or.addmm_(grad_TO.t(), low_Tr, beta=0, alpha=scaling)
+    else:
+        # Transposed: a CPU's wide products are up to three times as fast as tall ones.
+        out_Or.copy_((low_Tr.t() @ grad_TO).mul_(scaling).t())
 
-    All adapters of a linear save the same input; torch's dropout would save its output for each.
-    Draws from the current default generator. On a GPU the backward pass draws the mask again, from
-    the generator's state, instead of keeping it: seven masks per layer, each as wide as the input.
+
+def dropout_linear(input_TI: Tensor, downs: Sequence[Tensor], dropout: float) -> Tensor:
+    """`linear(dropout(input), down)` for each A matrix `[r, I]`, each with its own mask.
+
+    One kernel for all masks and one batched product, which reads all dropped inputs at once. Saves
+    the input, and on a CPU the masks, one byte per element; torch's dropout would save its output
+    for each. Draws from the current default generator. On a GPU the backward pass draws the masks
+    again, from the generator's state, instead of keeping them: seven per layer, each as wide as the
+    input.
+
+    Returns:
+        `[T, P r]`, the products with the matrices one after another.
     """
-    return cast(Tensor, _DroppedLinear.apply(input_TI, down_RI, dropout))
+    return cast(Tensor, _DroppedLinear.apply(input_TI, dropout, *downs))
+
+
+def block_diagonal(blocks: Sequence[tuple[slice, Tensor]], groups: int, group_rows: int) -> Tensor:
+    """B matrices in one, with zeros elsewhere.
+
+    Args:
+        blocks: the rows of a matrix in the first group, and the matrix `[groups rows, r]`, which
+            has the columns after those of the matrices before it.
+        groups: equal groups of rows, each with rows of every matrix.
+        group_rows: rows of a group.
+
+    Returns:
+        `[groups group_rows, R]`, R the sum of the ranks.
+    """
+    rows, ups = zip(*blocks, strict=True)
+    return cast(Tensor, _BlockDiagonal.apply(groups, group_rows, rows, *ups))
+
+
+class _BlockDiagonal(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, groups: int, group_rows: int, rows: Sequence[slice], *ups: Tensor
+    ) -> Tensor:
+        ctx.groups, ctx.rows, ctx.ranks = groups, rows, [up.shape[1] for up in ups]
+        whole = ups[0].new_zeros(groups, group_rows, sum(ctx.ranks))
+        for part, up in zip(_parts_of(whole, ctx), ups, strict=True):
+            part.copy_(up.unflatten(0, (groups, -1)))
+        return whole.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parts = _parts_of(grad.unflatten(0, (ctx.groups, -1)), ctx)
+        return None, None, None, *(part.flatten(0, 1) for part in parts)
+
+
+def _parts_of(whole: Tensor, ctx: Any) -> list[Tensor]:
+    """Each matrix's part of `[groups, group_rows, R]`."""
+    columns = whole.split(ctx.ranks, dim=2)
+    return [part[:, rows] for rows, part in zip(ctx.rows, columns, strict=True)]
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -82,52 +135,67 @@ class _AddLowRank(torch.autograd.Function):
         low_rank_TR, *ups = ctx.saved_tensors
         grad_TO = grad_T1O.reshape(-1, grad_T1O.shape[-1])
         low_ranks = low_rank_TR.split([up.shape[1] for up in ups], dim=1)
-        grad_lows: list[Tensor | None] = [None] * len(ups)
-        grad_up_ts = [up.new_empty(up.shape[::-1]) for up in ups]
+        grad_low_TR = torch.empty_like(low_rank_TR)
+        grad_lows = grad_low_TR.split([up.shape[1] for up in ups], dim=1)
+        grad_ups = [torch.empty_like(up) for up in ups]
+        started: set[int] = set()
         for features, index, rows in ctx.parts:
-            grad, up, grad_low = grad_TO[:, features], ups[index][rows], grad_lows[index]
+            grad, up = grad_TO[:, features], ups[index][rows]
             # Several parts may use the same columns of the low-rank input: their gradients add up.
-            # Each row of B is in one part only, so its gradient is assigned.
-            grad_lows[index] = grad @ up if grad_low is None else grad_low.addmm_(grad, up)
-            # Transposed, because BLAS is faster for wide products than for tall ones.
-            grad_up_ts[index][:, rows] = low_ranks[index].t() @ grad
-        present = [grad_low for grad_low in grad_lows if grad_low is not None]
-        grad_low_TR = torch.cat(present, dim=1) if len(present) > 1 else present[0]
-        # Scale the small gradients, not the [T, O] one. Into the output it is passed unchanged.
-        if ctx.scaling != 1.0:
-            for grad in (grad_low_TR, *grad_up_ts):
-                grad.mul_(ctx.scaling)
-        return grad_T1O, grad_low_TR, None, None, *(grad.t() for grad in grad_up_ts)
+            # Each row of B is in one part only, so its gradient is assigned. The scale is part of
+            # the small products; into the output the gradient is passed unchanged.
+            grad_lows[index].addmm_(grad, up, beta=int(index in started), alpha=ctx.scaling)
+            _product_into(grad_ups[index][rows], grad, low_ranks[index], ctx.scaling)
+            started.add(index)
+        return grad_T1O, grad_low_TR, None, None, *grad_ups
 
 
 class _DroppedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input_TI: Tensor, down_RI: Tensor, dropout: float) -> Tensor:
+    def forward(ctx: Any, input_TI: Tensor, dropout: float, *downs: Tensor) -> Tensor:
         ctx.dropout = dropout
         ctx.mask_seed = _MaskSeed.now(input_TI.device) if input_TI.is_cuda else None
-        dropped_TI, mask_TI = torch.native_dropout(input_TI, dropout, train=True)
-        kept = (mask_TI,) if ctx.mask_seed is None else ()
-        ctx.save_for_backward(input_TI, down_RI, *kept)
-        return dropped_TI @ down_RI.t()
+        dropped_PTI, mask_PTI = _dropped(input_TI, len(downs), dropout)
+        kept = (mask_PTI,) if ctx.mask_seed is None else ()
+        down_PrI = downs[0][None] if len(downs) == 1 else torch.stack(downs)
+        ctx.save_for_backward(input_TI, down_PrI, *kept)
+        low_TPr = input_TI.new_empty(len(input_TI), len(downs), len(downs[0]))
+        torch.bmm(dropped_PTI, down_PrI.mT, out=low_TPr.transpose(0, 1))
+        return low_TPr.flatten(1)
 
     @staticmethod
     def backward(ctx: Any, grad_TR: Tensor) -> tuple[Tensor | None, ...]:
-        input_TI, down_RI, *kept = ctx.saved_tensors
-        scale = 1 / (1 - ctx.dropout)
+        input_TI, down_PrI, *kept = ctx.saved_tensors
         # The gradient of dropout is dropout with the same mask and scale. Applied to the input, it
         # also recomputes the dropped input, which is not saved.
         if ctx.mask_seed is None:
-            (mask_TI,) = kept
-            dropped_TI = torch.ops.aten.native_dropout_backward(input_TI, mask_TI, scale)
+            (mask_PTI,) = kept
+            scale = 1 / (1 - ctx.dropout)
+            dropped_PTI = torch.ops.aten.native_dropout_backward(input_TI[None], mask_PTI, scale)
         else:
             with ctx.mask_seed.drawing_again():
-                dropped_TI, mask_TI = torch.native_dropout(input_TI, ctx.dropout, train=True)
+                dropped_PTI, mask_PTI = _dropped(input_TI, len(down_PrI), ctx.dropout)
+        grad_PTr = grad_TR.unflatten(1, (len(down_PrI), -1)).transpose(0, 1)
+        grad_downs = torch.bmm(grad_PTr.mT, dropped_PTI).unbind()
+        del dropped_PTI
         grad_input_TI = None
         if ctx.needs_input_grad[0]:
-            grad_input_TI = torch.ops.aten.native_dropout_backward(
-                grad_TR @ down_RI, mask_TI, scale
-            )
-        return grad_input_TI, grad_TR.t() @ dropped_TI, None
+            grad_input_TI = _dropped_sum(grad_PTr @ down_PrI, mask_PTI, ctx.dropout)
+        return grad_input_TI, None, *grad_downs
+
+
+def _dropped(input_TI: Tensor, copies: int, dropout: float) -> tuple[Tensor, Tensor]:
+    """`[P, T, I]` each: the input after dropout, and the masks."""
+    repeated_PTI = input_TI.expand(copies, *input_TI.shape)
+    dropped_PTI, mask_PTI = torch.native_dropout(repeated_PTI, dropout, train=True)
+    return dropped_PTI, mask_PTI
+
+
+def _dropped_sum(grad_PTI: Tensor, mask_PTI: Tensor, dropout: float) -> Tensor:
+    """The input's gradient `[T, I]` from those of the dropped inputs."""
+    scale = 1 / (1 - dropout)
+    masked_PTI: Tensor = torch.ops.aten.native_dropout_backward(grad_PTI, mask_PTI, scale)
+    return masked_PTI[0] if len(masked_PTI) == 1 else masked_PTI.sum(0)
 
 
 @dataclass(frozen=True, slots=True)

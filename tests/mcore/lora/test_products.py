@@ -85,21 +85,26 @@ def test_adapters_get_gradients_if_the_output_needs_none():
 
 
 @pytest.mark.parametrize("needs_gradient", [True, False])
-def test_dropout_linear_matches_autograd(needs_gradient):
+@pytest.mark.parametrize("num_downs", [1, 3])
+def test_dropout_linear_matches_autograd(needs_gradient, num_downs):
     inputs = random_tensor(TOKENS, INPUTS).detach().requires_grad_(needs_gradient)
-    down = random_tensor(RANK, INPUTS, seed=1)
+    downs = [random_tensor(RANK, INPUTS, seed=1 + n) for n in range(num_downs)]
     torch.default_generator.manual_seed(3)
-    mask = torch.native_dropout(torch.ones(TOKENS, INPUTS).double(), 0.4, True)[0]
-    assert 0 < (mask == 0).sum() < mask.numel()
-    expected = (inputs * mask) @ down.t()
+    masks = torch.native_dropout(torch.ones(num_downs, TOKENS, INPUTS).double(), 0.4, True)[0]
+    assert all(0 < (mask == 0).sum() < mask.numel() for mask in masks)
+    assert num_downs == 1 or not torch.equal(masks[0], masks[1])
+    parts = [(inputs * mask) @ down.t() for mask, down in zip(masks, downs, strict=True)]
+    expected = torch.cat(parts, dim=1)
     expected.square().sum().backward()
-    input_grad, down_grad = inputs.grad, down.grad
-    inputs.grad = down.grad = None
+    input_grad, down_grads = inputs.grad, [down.grad for down in downs]
+    for tensor in (inputs, *downs):
+        tensor.grad = None
     torch.default_generator.manual_seed(3)
-    actual = dropout_linear(inputs, down, 0.4)
+    actual = dropout_linear(inputs, downs, 0.4)
     assert (actual - expected).abs().max() <= ABSOLUTE
     actual.square().sum().backward()
-    assert (down.grad - down_grad).abs().max() <= ABSOLUTE
+    for down, down_grad in zip(downs, down_grads, strict=True):
+        assert (down.grad - down_grad).abs().max() <= ABSOLUTE
     assert (inputs.grad is None) == (not needs_gradient)
     if needs_gradient:
         assert (inputs.grad - input_grad).abs().max() <= ABSOLUTE
@@ -125,7 +130,7 @@ def test_memory_kept_for_the_backward_pass_is_minimal():
     )
     downs_bytes = sum(down.nbytes for down in downs)
     results: list[Tensor] = []  # kept alive, so that no memory is reused
-    with_masks = kept_bytes(lambda: results.extend(dropout_linear(inputs, d, 0.4) for d in downs))
+    with_masks = kept_bytes(lambda: results.append(dropout_linear(inputs, downs, 0.4)))
     assert with_masks == inputs.nbytes + 3 * inputs.numel() + downs_bytes
     output, low_rank, up = (
         random_tensor(TOKENS, OUTPUTS),

@@ -18,15 +18,17 @@ TIMEOUT_S = 600  # about 8 s on an idle machine
 @pytest.mark.parametrize(
     ("world_size", "modes"),
     [
-        (1, ["rows", *EXPERTS]),
+        (1, ["rows", "lora", *EXPERTS]),
         # Two processes, models of two kinds, checkpoints.
         pytest.param(1, ["packed", "loaded"], marks=pytest.mark.exhaustive),
-        pytest.param(2, ["rows", "packed", "loaded", *EXPERTS], marks=pytest.mark.exhaustive),
+        pytest.param(
+            2, ["rows", "packed", "lora", "loaded", *EXPERTS], marks=pytest.mark.exhaustive
+        ),
     ],
     ids=["one", "one-all", "tensor-and-sequence-parallel"],
 )
 def test_transformer_engine_layers_equal_local_layers(tmp_path, world_size, modes):
-    """Gradients of rows and of packed sequences, and weights from the other kind's checkpoint."""
+    """Gradients of rows, of packed sequences and of adapters, and weights from a checkpoint."""
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
