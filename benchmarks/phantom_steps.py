@@ -90,6 +90,8 @@ class Layout:
     lora: bool = True
     dropout: float = 0.05
     recompute: str = "off"
+    offload: bool = False
+    """Layer inputs in the host's memory (`training.offload_activations`)."""
     row_tokens: int = ROW_TOKENS
     """A longer row than `ROW_TOKENS` is one pair."""
 
@@ -106,6 +108,7 @@ def _long(
     tensor: int = 1,
     context: int = 1,
     lora: bool = True,
+    offload: bool = False,
 ) -> Layout:
     """A step on one long pair, with layers recomputed."""
     return Layout(
@@ -116,6 +119,7 @@ def _long(
         context=context,
         lora=lora,
         recompute="full",
+        offload=offload,
         row_tokens=row_tokens,
     )
 
@@ -130,6 +134,8 @@ LAYOUTS = {
     "70b-lora-tp8-pp8": Layout("70b", 16, world=512, tensor=8, pipeline=8, rank=64),
     **{f"8b-lora-32k-cp{n}": _long("8b", 32 << 10, context=n) for n in (1, 2, 4, 8)},
     "8b-lora-128k-cp8": _long("8b", context=8),
+    "8b-lora-32k-cp1-offload": _long("8b", 32 << 10, offload=True),
+    "8b-lora-128k-cp8-offload": _long("8b", context=8, offload=True),
     "8b-lora-128k-tp8": _long("8b", tensor=8),
     "8b-lora-128k-tp2-cp4": _long("8b", tensor=2, context=4),
     "8b-full-128k-tp8-cp8": _long("8b", tensor=8, context=8, lora=False),
@@ -258,7 +264,12 @@ def _config(layout: Layout) -> Any:
             "sequence_parallel": layout.tensor > 1,
         },
         "optimizer": {"lr": 1e-4},
-        "training": {"output": "x", "global_batch_pairs": 32, "recompute": layout.recompute},
+        "training": {
+            "output": "x",
+            "global_batch_pairs": 32,
+            "recompute": layout.recompute,
+            "offload_activations": layout.offload,
+        },
     }
     if layout.lora:
         sections["lora"] = {"rank": 16, "alpha": 16, "dropout": layout.dropout}

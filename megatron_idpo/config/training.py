@@ -93,6 +93,10 @@ class TrainingConfig(Section):
     recompute_layers: PositiveInt | None = None
     """With `recompute: full`: only the first N layers of each chunk; null is all layers."""
 
+    offload_activations: Bool = False
+    """With `recompute: full`: keep the inputs of the layers in the host's memory until the backward
+    pass (docs/long_context.md)."""
+
     start_check: Bool = True
     """Before the first step, check that policy equals reference at every layer (loss ln 2)."""
 
@@ -111,7 +115,10 @@ class TrainingConfig(Section):
     """A process or machine that sends no heartbeat for so many seconds is lost: the others name it
     and end. At least 10; 0 sends no heartbeats (for a debugger that stops all threads)."""
 
-    used_with: ClassVar = {"recompute_layers": ("recompute", "full")}
+    used_with: ClassVar = {
+        "recompute_layers": ("recompute", "full"),
+        "offload_activations": ("recompute", "full"),
+    }
 
     def problems(self) -> Iterator[Problem]:
         """A silence that a busy process reaches without being lost."""

@@ -17,6 +17,7 @@ from megatron_idpo.lora.adapter_config import check_same_adapter, read_peft_sett
 from megatron_idpo.lora.adapters import Adapters, adapts_experts, add_adapters
 from megatron_idpo.lora.peft import load_peft
 from megatron_idpo.mcore.model.build import ModelOptions, Recompute, build_model
+from megatron_idpo.mcore.model.host_offload import offload_layer_inputs
 from megatron_idpo.mcore.optim.optimizer import TrainableModel, setup_ddp_and_optimizer
 from megatron_idpo.plugin.attach import AttachedDpo, attach
 
@@ -58,6 +59,8 @@ def build_policy(config: RunConfig, start: FrozenModel, *, show_progress: bool) 
         router_aux_loss=config.objective.router_aux_loss,
     )
     chunks = build_model(architecture, config.layout, options)
+    if config.training.offload_activations:
+        offload_layer_inputs(chunks)
     load_base(start.source, chunks, show_progress=show_progress)
     adapters = None
     if lora is not None:

@@ -16,9 +16,12 @@ from .compiled_attention import compiled_difference
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
 """bf16 rounds the softmax weights and every stored result."""
 
-SIZES = [(128, "bfloat16", False)]
-SIZES += [(head_dim, "bfloat16", True) for head_dim in (64, 80, 96, 128, 256)]
-SIZES += [(64, "float32", True)]
+SIZES = [(128, "bfloat16", False, 1)]
+SIZES += [(head_dim, "bfloat16", True, 1) for head_dim in (64, 80, 96, 128, 256)]
+SIZES += [(64, "float32", True, 1)]
+SIZES += [(128, "bfloat16", True, 4)]
+"""Head size, dtype, with gradients, context-parallel ranks: of 256 positions, one has 64 queries,
+fewer than a block."""
 
 
 @pytest.mark.distributed
@@ -31,11 +34,14 @@ def test_attention_is_compiled_for_the_gpu(gpu_workers: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("head_dim", "dtype", "with_grad"), SIZES)
-def test_every_size_is_compiled_for_the_gpu(has_phantom_gpu, tmp_path, head_dim, dtype, with_grad):
+@pytest.mark.parametrize(("head_dim", "dtype", "with_grad", "ranks"), SIZES)
+def test_every_size_is_compiled_for_the_gpu(
+    has_phantom_gpu, tmp_path, head_dim, dtype, with_grad, ranks
+):
     script = str(Path(__file__).with_name("compiled_attention.py"))
     variables = environment(arithmetic="compiled", cache=tmp_path)
-    ran = run_python(["-W", "ignore", script, str(head_dim), dtype, str(with_grad)], variables)
+    words = [str(word) for word in (head_dim, dtype, with_grad, ranks)]
+    ran = run_python(["-W", "ignore", script, *words], variables)
     assert ran.code == 0, ran.stderr
     assert float(ran.stdout) < TOLERANCES[dtype]
     assert len(kernels(tmp_path)) >= (2 if with_grad else 1)

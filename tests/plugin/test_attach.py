@@ -1,8 +1,8 @@
 """Intermediate DPO on megatron-core's schedules equals the oracle, in every layout.
 
-Each case trains two steps with megatron-core's own schedule, gradient reduction and optimizer and
+Each case trains three steps with megatron-core's own schedule, gradient reduction and optimizer and
 is compared with `tests/oracle.py`: every layer's loss in every step, all gradients of the first
-step, all weights after the second. The reference is another model, so that no margin is zero.
+step, all weights after the last. The reference is another model, so that no margin is zero.
 
 The exhaustive cases are a covering array with every feasible combination of three settings.
 """
@@ -35,14 +35,14 @@ from .training_case import (
 )
 from .training_run import megatron_run
 
-LOSS_ABSOLUTE = 2e-5
+LOSS_RELATIVE = 1e-5
 """fp32 sums in another order, through 8 layers and a log-softmax."""
 
 GRADIENT_RELATIVE = 1e-5
 """|difference| / |gradient| per tensor (Frobenius)."""
 
 WEIGHT_IN_LR = 5e-3
-"""Weights after two Adam steps with eps 1e-4, in units of the learning rate."""
+"""Weights after three Adam steps with eps 1e-4, in units of the learning rate."""
 
 ARRAY = covering_array(SPACE)
 CASES = [Case(**values) for values in ARRAY]
@@ -208,7 +208,7 @@ def test_training_equals_the_oracle(case, workers, oracle_runs, record_property)
     }
     for quantity, (difference, _) in worst.items():
         record_property(quantity, difference)
-    assert worst["loss"][0] <= LOSS_ABSOLUTE, worst
+    assert worst["loss"][0] <= LOSS_RELATIVE, worst
     assert worst["gradient"][0] <= GRADIENT_RELATIVE, worst
     assert worst["weight in lr"][0] <= WEIGHT_IN_LR, worst
 
@@ -229,7 +229,7 @@ def _loss_differences(
             of_layer = [r["losses"][step][layer] for r in by_rank if layer in r["losses"][step]]
             assert len(of_layer) == case.data * copies
             mean = torch.stack(of_layer).sum() / copies / PAIRS
-            differences[f"step {step} layer {layer}"] = (mean - loss).abs()
+            differences[f"step {step} layer {layer}"] = ((mean - loss) / loss).abs()
     return differences
 
 

@@ -18,7 +18,7 @@ from megatron_idpo.objective.dpo import Objective, layer_loss
 from megatron_idpo.testing import write_tiny_hf_model
 from tests import oracle
 
-from .test_attach import GRADIENT_RELATIVE, LOSS_ABSOLUTE, SIZES
+from .test_attach import GRADIENT_RELATIVE, LOSS_RELATIVE, SIZES
 from .training_case import LOSSES, NUM_LAYERS, PAIRS, Case, batches_of_pairs
 from .training_run import megatron_run
 
@@ -108,7 +108,7 @@ def test_gradients_are_those_of_the_whole_batch(case, workers, directories):
         assert (ours[name] - gradient).norm() <= GRADIENT_RELATIVE * gradient.norm(), name
     for layer, loss in losses.items():
         (sums, *_) = [rank["losses"][0][layer] for rank in by_rank if layer in rank["losses"][0]]
-        assert abs(sums / PAIRS - loss) <= LOSS_ABSOLUTE * max(1.0, float(loss)), layer
+        assert abs(sums / PAIRS - loss) <= LOSS_RELATIVE * abs(loss), layer
 
 
 @pytest.mark.distributed

@@ -64,13 +64,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Processes and the section `layout`."""
 
-RECOMPUTED = {"context-sequence"}
-"""Layouts of long rows, which recompute all layers, as `examples/llama3_70b_128k.yaml` does."""
+RECOMPUTED = {"context-sequence", "context-pipeline-data"}
+"""Layouts of long rows: layers are recomputed, and their inputs are kept in the host's memory."""
 
 
-def recompute_in(layout: str) -> str:
-    """`training.recompute`."""
-    return "full" if layout in RECOMPUTED else "off"
+def recompute_in(layout: str) -> dict[str, Any]:
+    """Fields of `training`."""
+    return {"recompute": "full", "offload_activations": True} if layout in RECOMPUTED else {}
 
 
 TRAINED: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora": LORA}}
@@ -109,7 +109,7 @@ def finished(
                 layout=section,
                 optimizer={"clip_grad": CLIP},
                 data={"eval": str(tiny.held_out)},
-                training={"eval_every_steps": 4, "recompute": recompute_in(layout)},
+                training={"eval_every_steps": 4, **recompute_in(layout)},
                 **TRAINED[trained],
             )
             draw_figures = (trained, layout) == ("full", "one")

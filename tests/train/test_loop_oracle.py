@@ -97,7 +97,7 @@ def test_lora_training_equals_the_oracle_with_peft(
         model={"path": str(directory)},
         layout=section,
         lora=lora,
-        training={"max_steps": ORACLE_STEPS, "recompute": recompute_in(layout)},
+        training={"max_steps": ORACLE_STEPS, **recompute_in(layout)},
         **STEPWISE,
     )
     workers.run(run, world_size, file)

@@ -56,12 +56,10 @@ def row_structures(draw: st.DrawFn) -> tuple[Groups, int]:
     return groups, end + draw(st.integers(1, 4))
 
 
-def dealt_rows(groups: Groups, tokens: int, ranks: int) -> list[RowParams]:
+def dealt_rows(groups: Groups, tokens: int, ranks: int, device: str = "cpu") -> list[RowParams]:
     """The row as each context-parallel rank has it; its length is rounded up to the ranks."""
     tokens += -tokens % ranks
-    whole = make_row(groups, tokens)
+    whole = make_row(groups, tokens, device)
     positions_RL = deal_positions(whole.spans_G4.numpy(), tokens, ranks)
-    return [
-        RowParams.of(whole.position_ids_T, whole.spans_G4, 0.0, ContextShare.of(positions_RL, rank))
-        for rank in range(ranks)
-    ]
+    shares = (ContextShare.of(positions_RL, rank, device) for rank in range(ranks))
+    return [RowParams.of(whole.position_ids_T, whole.spans_G4, 0.0, share) for share in shares]
