@@ -2,11 +2,14 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_idpo.errors import ConfigError
+
+_OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.\w+)*=")
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +67,19 @@ def without_dashes(words: Sequence[str]) -> list[str]:
         word[2:] if word.startswith("--") and "." in word.partition("=")[0] else word
         for word in words
     ]
+
+
+def overrides_first(words: Sequence[str]) -> list[str]:
+    """Overrides after options moved to the configuration file, where argparse accepts them.
+
+    `plan run.yaml --gpus 8 layout.tensor=2` has the order in which one thinks of it.
+    """
+    file = next((at for at, word in enumerate(words) if word.endswith((".yaml", ".yml"))), None)
+    if file is None:
+        return list(words)
+    late = [word for word in words[file + 1 :] if _OVERRIDE.match(word)]
+    rest = [word for word in words[file + 1 :] if not _OVERRIDE.match(word)]
+    return [*words[: file + 1], *late, *rest]
 
 
 def config_path(arguments: argparse.Namespace) -> Path | None:

@@ -26,6 +26,7 @@ from megatron_idpo.cli.arguments import (
     add_config_arguments,
     config_path,
     one_of,
+    overrides_first,
     without_dashes,
 )
 from megatron_idpo.cli.convert import add_convert_arguments, convert
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"no verb given; the verbs are {', '.join(VERBS)}")
         if not words[0].startswith("-"):
             one_of("verb", VERBS)(words[0])
-        arguments = parser.parse_args(without_dashes(words))
+        arguments = parser.parse_args(overrides_first(without_dashes(words)))
         check_limits()
         # Before the verb's imports: megatron-core prints warnings while it is imported.
         if (processes := getattr(arguments, "processes", None)) is not None:

@@ -20,6 +20,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     meaning = "positions of a pair, its prompt counted once (`megatron-idpo data` shows the mean)"
     parser.add_argument("--pair-tokens", type=int, metavar="N", help=meaning)
     parser.add_argument("--pairs", type=int, metavar="N", help="training pairs of the data set")
+    meaning = "share of the memory that advice and --search leave free (default: 0.06)"
+    parser.add_argument("--headroom", type=float, metavar="SHARE", help=meaning)
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -42,5 +44,6 @@ def plan(arguments: argparse.Namespace) -> int:
         device_name=arguments.device,
         as_json=arguments.json,
         searches=arguments.search,
+        headroom=arguments.headroom,
         assumed=assumed,
     )

@@ -19,7 +19,7 @@ from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.doctor.finding import Finding, State
 from megatron_idpo.doctor.machine import Machine, format_size, nearest_existing
 from megatron_idpo.errors import ConfigError, UserError
-from megatron_idpo.plan.devices import DEVICES, Device
+from megatron_idpo.plan.devices import DEVICES, Device, device_of
 from megatron_idpo.plan.models import find_model
 from megatron_idpo.plan.plan import Plan
 from megatron_idpo.plan.run_sizes import Assumptions, RunSizes
@@ -252,8 +252,7 @@ def _device(machine: Machine) -> Device:
     if not machine.gpus:
         return DEVICES["h100"]
     name, size = min(machine.gpus, key=lambda gpu: gpu[1])
-    known = [device for key, device in DEVICES.items() if key.upper() in name]
-    device = known[0] if known else DEVICES["h100"]
+    device = device_of(name) or DEVICES["h100"]
     return replace(device, name=name.removeprefix("NVIDIA "), memory_bytes=size)
 
 

@@ -9,6 +9,8 @@ positions (t of them between the linears, fewer under sequence parallelism):
     rotated query and key        T·(Q+K)   and cos and sin, 4·T·D
     attention                    T·Q       and a float32 log-sum-exp per head
     MLP                          T·2F      and T·F if the last linear is trained or adapted
+    MLP with gelu                T·2F      more: both factors of the product
+    expert for all tokens        T·2S      T·S if it is trained, and 2·t·H
     experts instead of an MLP    N·(5F+H)  and 2·t·H, for N tokens of this rank's experts
 
 Q, K and F are divided by the tensor-parallel ranks. `recompute: selective` keeps as much: fused
@@ -16,6 +18,7 @@ attention stores no scores. Temporaries of an activation's backward pass are cou
 allocates them uncompiled; compiled, they are 2·T·F fewer.
 
     H  hidden size   Q  features of query heads   K  of key heads   D  of a head   F  of the MLP
+    S  of the expert for all tokens
 """
 
 from collections.abc import Iterator
@@ -60,10 +63,15 @@ def layer_bytes(run: RunSizes) -> float:
         if run.lora is not None:
             ranks = map(run.lora.rank_of, run.lora.expert_parameters)
             elements += 2 * tokens * sum(ranks)
+        if model.shared_ffn_hidden_size:
+            # The expert for all tokens has no adapters; its gate keeps its output.
+            features = run.positions * model.shared_ffn_hidden_size // tensor
+            elements += 2 * hidden + features * (2 + (run.lora is None))
     else:
         features = run.positions * model.ffn_hidden_size // tensor
         elements += hidden * run.adapts("gate_proj", "up_proj")
         elements += features * (2 + run.adapts("down_proj"))
+        elements += features * 2 * model.uses_gelu  # megatron-core fuses SiLU only
     if run.lora is not None:
         elements += run.positions * run.lora.rank * len(run.lora.projections)
     return elements * run.width + statistics * FLOAT32
@@ -101,7 +109,8 @@ def layer_temporaries(run: RunSizes) -> float:
         gradient = 2 * experts * model.hidden_size * model.ffn_hidden_size / run.expert_tensor
         gradient += received - 3 * features
     # Tokens are copied four times on their way to the experts and back.
-    return hidden + max(_EXPERT_TEMPORARIES * features, gradient, 4 * received)
+    # By the activation's backward pass one copy has been freed.
+    return hidden + max(_EXPERT_TEMPORARIES * features - received, gradient, 4 * received)
 
 
 def head_temporaries(run: RunSizes, *, is_tap: bool) -> float:
@@ -141,12 +150,12 @@ def rows_in_flight(run: RunSizes, stage: int) -> list[int]:
     """How many rows each chunk of a stage keeps at once, in megatron-core's schedules."""
     stages, chunks = run.layout.pipeline, run.layout.virtual_pipeline
     if chunks == 1:
-        return [min(run.rows, stages - stage)]
+        return [min(run.most_rows, stages - stage)]
     # Interleaved: groups of `stages` rows run through one chunk after another, until the backward
     # passes begin.
     begun = (stages - stage - 1) * 2 + (chunks - 1) * stages + 1
     counts = [0] * chunks
-    for unit in range(min(begun, run.rows * chunks)):
+    for unit in range(min(begun, run.most_rows * chunks)):
         counts[unit // stages % chunks] += 1
     return counts
 
@@ -187,6 +196,8 @@ def _above_kept(run: RunSizes, layers: range, kept: float) -> Iterator[float]:
         yield layer_temporaries(run) + waiting - tail + hidden
     if recomputed:
         freed = (len(layers) - recomputed) * layer + tail
+        if run.model.num_experts:  # the second norm's tensors, by the experts' backward pass
+            freed += 3 * hidden
         yield layer + layer_temporaries(run) + waiting + hidden - freed
     for tap in run.taps_in(layers):
         below = tap - layers.start + 1

@@ -11,6 +11,10 @@ from megatron_idpo.errors import ConfigError
 
 GIB = 1 << 30
 
+HEADROOM = 0.06
+"""Share of the memory that advice leaves free, for what is not known without a GPU: NCCL's buffers
+for NVLink SHARP, libraries that a cluster adds. `--headroom` changes it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
@@ -30,7 +34,12 @@ class Device:
     network_bytes_per_s: float
     """Of one device to other nodes, in one direction."""
 
+    host_bytes_per_s: float = 25e9
+    """From the host's memory: half of PCIe 5, since both directions and other GPUs share it."""
+
     per_node: int = 8
+    is_gpu: bool = True
+    headroom: float = HEADROOM
     context_bytes: float = 0.6e9
     """CUDA's context with the kernels of torch, cuBLAS and NCCL: outside torch's allocator. A
     margin."""
@@ -42,6 +51,11 @@ class Device:
     """Buffers of one communicator: a margin. NCCL takes 4 MiB and more per channel and peer."""
 
     source: str
+
+    @property
+    def usable_bytes(self) -> float:
+        """What an advised layout may take."""
+        return self.memory_bytes * (1 - self.headroom)
 
 
 DEVICES = {
@@ -79,6 +93,7 @@ DEVICES = {
         memory_bytes_per_s=2.039e12,
         link_bytes_per_s=300e9,
         network_bytes_per_s=25e9,
+        host_bytes_per_s=12e9,
         source="NVIDIA A100 data sheet; NVLink 3 600 GB/s both ways; one 200 Gb/s port per GPU",
     ),
 }
@@ -108,8 +123,16 @@ def find_device(name: str, processes: int) -> Device:
         link_bytes_per_s=2e9,
         network_bytes_per_s=1e9,
         per_node=processes,
+        is_gpu=False,
+        headroom=0.0,
         context_bytes=0.4e9,  # the process with torch and megatron-core imported
         cublas_bytes=0.0,
         nccl_bytes=0.0,
         source="memory and cores of this machine; other values are orders of magnitude",
     )
+
+
+def device_of(gpu_name: str) -> Device | None:
+    """The device that torch reports by this name; None if it is another one, such as a GH200."""
+    words = gpu_name.upper().replace("-", " ").split()
+    return next((device for key, device in DEVICES.items() if key.upper() in words), None)

@@ -45,6 +45,7 @@ class Weights:
         experts = 0.0
         if model.num_experts:
             layer += model.num_experts * model.hidden_size
+            layer += model.shared_weights / tensor
             experts = model.mlp_weights * model.num_experts / run.layout.expert
             experts /= run.expert_tensor
         else:
@@ -187,7 +188,7 @@ def stage_memory(run: RunSizes, stage: int, device: Device) -> StageMemory:
         temporaries=temporaries,
         gathered=activations.gathered_bytes(run),
         update=MAIN_BYTES * max(dense_shard, expert_shard),
-        reference_pass=copy if run.reference == "offloaded" else 0.0,
+        reference_pass=_reference_pass(run, copy),
         cublas=device.cublas_bytes,
         context=device.context_bytes,
         nccl=device.nccl_bytes * _communicators(run),
@@ -196,11 +197,30 @@ def stage_memory(run: RunSizes, stage: int, device: Device) -> StageMemory:
     return replace(memory, fragmentation=FRAGMENTATION * (memory.held + memory.step))
 
 
+def _reference_pass(run: RunSizes, copy: float) -> float:
+    """A copied reference and its forward pass, which keeps nothing beyond one layer or head."""
+    if run.reference != "offloaded":
+        return 0.0
+    layer = activations.layer_bytes(run) + activations.layer_temporaries(run)
+    return copy + max(layer, activations.head_temporaries(run, is_tap=False))
+
+
 def _communicators(run: RunSizes) -> int:
-    """Groups of several ranks that a rank communicates in."""
+    """Groups of several ranks that megatron-core creates and a rank communicates in."""
     layout = run.layout
-    sizes = (layout.tensor, layout.pipeline, layout.context, run.data, layout.expert)
-    return sum(size > 1 for size in sizes)
+    expert_ranks = run.expert_tensor * layout.expert * layout.pipeline
+    sizes = {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "context": layout.context,
+        "gradients": run.data * layout.context,
+        "gradient norm": layout.tensor * layout.pipeline,
+        "world": run.world_size,
+    }
+    if run.model.num_experts:
+        sizes["experts"] = layout.expert
+        sizes["expert gradients"] = run.world_size // expert_ranks
+    return sum(size > 1 for size in sizes.values())
 
 
 def run_memory(run: RunSizes, device: Device) -> list[StageMemory]:

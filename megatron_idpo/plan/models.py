@@ -24,6 +24,7 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     **{family: {} for family in _LLAMA_LIKE},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
+    "qwen2_moe": {"qkv_bias": True},
     "qwen3_moe": {"qk_norm": True},
     "olmo2": _OLMO,
     "olmo3": _OLMO,
@@ -33,8 +34,8 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
 }
 """Families of `mcore.model.families`, and what distinguishes their layers' sizes from Llama's."""
 
-NOT_ESTIMATED = {"qwen2_moe": "shared experts"}
-"""Families that can be trained, but not planned, and why."""
+_GELU = ("gemma", "gemma2", "gemma3_text")
+_WHOLE_QK_NORM = ("olmo2", "olmo3")
 
 HEAD_DIM = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128, "seed_oss": 128}
 HEAD_DIM |= {"glm": 128, "glm4": 128, "ernie4_5": 128}
@@ -43,6 +44,8 @@ TIED = {"gemma", "gemma2", "gemma3_text", "smollm3", "ernie4_5"}
 
 
 def _attention_bias(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    if family == "qwen2_moe":
+        return {"qkv_bias": bool(config.get("qkv_bias", True))}
     if family not in ("glm", "glm4", "seed_oss"):
         return {}
     return {"qkv_bias": bool(config.get("attention_bias", True))}
@@ -73,14 +76,12 @@ class ModelSizes(ModelShape):
             ConfigError: a size is missing, or the family is not supported.
         """
         family = str(config.get("model_type"))
-        if family in NOT_ESTIMATED:
-            message = f"model_type {family!r}: {NOT_ESTIMATED[family]} are not estimated by plan"
-            raise ConfigError.at(location, message, "measure one step instead")
         if family not in FAMILY_FIELDS:
             remedy = f"use a model of {', '.join(FAMILY_FIELDS)}"
             raise ConfigError.at(location, f"model_type {family!r} is not supported", remedy)
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
-        ffn = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+        ffn = "moe_intermediate_size" if family.endswith("_moe") else "intermediate_size"
+        names += ["shared_expert_intermediate_size"] * (family == "qwen2_moe")
         missing = [name for name in (*names, ffn) if not isinstance(config.get(name), int)]
         if missing:
             remedy = "give the directory of a Hugging Face model"
@@ -101,6 +102,7 @@ class ModelSizes(ModelShape):
             vocab_size=config["vocab_size"],
             num_experts=experts,
             experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
+            shared_ffn_hidden_size=config.get("shared_expert_intermediate_size") or 0,
             hidden_size=config["hidden_size"],
             head_dim=config.get("head_dim") or HEAD_DIM.get(family, config["hidden_size"] // heads),
             tied_embeddings=bool(config.get("tie_word_embeddings", family in TIED)),
@@ -142,10 +144,25 @@ class ModelSizes(ModelShape):
         return 3 * self.hidden_size * self.ffn_hidden_size
 
     @property
+    def shared_weights(self) -> int:
+        """Weights of a layer's expert for all tokens, and of its gate."""
+        shared = self.shared_ffn_hidden_size
+        return self.hidden_size * (3 * shared + 1) if shared else 0
+
+    @property
+    def uses_gelu(self) -> bool:
+        """Whether the MLP has a gated GELU instead of a SiLU."""
+        return self.family in _GELU
+
+    @property
+    def whole_qk_norm(self) -> bool:
+        """Whether the features of all heads are normed together."""
+        return self.family in _WHOLE_QK_NORM
+
+    @property
     def qk_norm_weights(self) -> int:
         """Weights of the norms of queries and keys: OLMo norms all heads together."""
-        is_whole = self.family in ("olmo2", "olmo3")
-        widths = self.query_width + self.key_width if is_whole else 2 * self.head_dim
+        widths = self.query_width + self.key_width if self.whole_qk_norm else 2 * self.head_dim
         return widths * self.qk_norm
 
     @property
@@ -159,6 +176,7 @@ class ModelSizes(ModelShape):
         layer = self.attention_weights + self.norms * self.hidden_size
         layer += (self.query_width + 2 * self.key_width) * self.qkv_bias + self.qk_norm_weights
         layer += self.mlp_weights * max(self.num_experts, 1) + self.num_experts * self.hidden_size
+        layer += self.shared_weights
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
         return self.num_layers * layer + embeddings + self.hidden_size
 
@@ -181,20 +199,20 @@ def _sizes(
 
 
 KNOWN: tuple[tuple[str, ModelSizes], ...] = (
-    # Each: a pattern of the last part of model.path, and sizes from the model's config.json.
-    (r"llama-?3(\.1)?-8b", _sizes("llama", 32, 4096, (32, 8), 14336, 128256)),
-    (r"llama-?3(\.[13])?-70b", _sizes("llama", 80, 8192, (64, 8), 28672, 128256)),
-    (r"mistral-7b.*v0\.3", _sizes("mistral", 32, 4096, (32, 8), 14336, 32768)),
+    # Each: names, lower case, without the suffixes below, and sizes from the model's config.json.
+    (r"(?:meta-)?llama-?3(?:\.1)?-8b", _sizes("llama", 32, 4096, (32, 8), 14336, 128256)),
+    (r"(?:meta-)?llama-?3(?:\.[13])?-70b", _sizes("llama", 80, 8192, (64, 8), 28672, 128256)),
+    (r"mistral-7b(?:-instruct)?-v0\.3", _sizes("mistral", 32, 4096, (32, 8), 14336, 32768)),
     (
-        r"(?:mistral-7b|zephyr-7b-(?:alpha|beta)|zephyr-7b-sft)",
+        r"mistral-7b(?:(?:-instruct)?-v0\.[12])?|zephyr-7b(?:-sft)?",
         _sizes("mistral", 32, 4096, (32, 8), 14336, 32000),
     ),
-    (r"solar-10\.7b", _sizes("llama", 48, 4096, (32, 8), 14336, 32000)),
+    (r"solar-10\.7b(?:-instruct)?-v1\.0", _sizes("llama", 48, 4096, (32, 8), 14336, 32000)),
     (r"qwen2\.5-7b", _sizes("qwen2", 28, 3584, (28, 4), 18944, 152064)),
     (r"qwen2\.5-72b", _sizes("qwen2", 80, 8192, (64, 8), 29568, 152064)),
     (r"qwen3-8b", _sizes("qwen3", 36, 4096, (32, 8), 12288, 151936, head_dim=128)),
     (
-        r"mixtral-8x7b",
+        r"mixtral-8x7b(?:-instruct)?-v0\.1",
         _sizes(
             "mixtral", 32, 4096, (32, 8), 14336, 32000, num_local_experts=8, num_experts_per_tok=2
         ),
@@ -214,12 +232,12 @@ KNOWN: tuple[tuple[str, ModelSizes], ...] = (
             num_experts_per_tok=8,
         ),
     ),
-    (
-        r"smollm2(-135m(-instruct)?)?$",
-        _sizes("llama", 30, 576, (9, 3), 1536, 49152, tie_word_embeddings=True),
-    ),
+    (r"smollm2(?:-135m)?", _sizes("llama", 30, 576, (9, 3), 1536, 49152, tie_word_embeddings=True)),
 )
-"""Models that the examples name, and a few others; first match wins."""
+"""Models that the examples name, and a few others."""
+
+_SUFFIXES = r"(?:-(?:instruct|chat|it|base|hf|alpha|beta|full|25\d\d))*"
+"""What may follow a name without changing the sizes. Anything else may be another model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +267,7 @@ def find_model(path: str) -> ModelFound:
             return ModelFound(ModelSizes.from_hf(config, str(file)), str(file), is_here=True)
     name = Path(path).name.lower()
     for pattern, sizes in KNOWN:
-        if re.match(rf"(meta-)?{pattern}(?![\w.])", name):
+        if re.fullmatch(rf"(?:{pattern}){_SUFFIXES}", name):
             return ModelFound(sizes, "table of known models", is_here=False)
     message = f"{path} is not on this machine, and its sizes are not known"
     remedy = f"download its config.json: hf download {path} config.json"

@@ -1,9 +1,9 @@
 """`Plan`: memory and time of one run on one kind of device, with what is advised."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_idpo.plan.choices import Choice, balanced_split, cheapest_recompute, fits
+from megatron_idpo.plan.choices import Choice, advised, fits
 from megatron_idpo.plan.devices import Device
 from megatron_idpo.plan.memory import StageMemory, run_memory
 from megatron_idpo.plan.run_sizes import RunSizes
@@ -31,31 +31,57 @@ class Plan:
         return fits(list(self.memory), self.device)
 
     @property
+    def is_tight(self) -> bool:
+        """Whether less than the device's headroom is left."""
+        return self.largest.total > self.device.usable_bytes
+
+    @property
     def largest(self) -> StageMemory:
         """The stage that needs the most memory."""
         return max(self.memory, key=lambda stage: stage.total)
 
     @property
+    def cache_s(self) -> float:
+        """Seconds for the reference's log-probabilities before the first step; 0 without a cache
+        or if the number of pairs is not known."""
+        pairs = self.run.assumed.pairs
+        if pairs is None or self.run.reference != "cache":
+            return 0.0
+        return self.time.forward * pairs / self.run.global_batch_pairs
+
+    @property
     def days(self) -> float | None:
-        """Of training; None if the number of pairs is not known."""
+        """Of the run, with the reference's cache; None if the number of pairs is not known."""
         pairs = self.run.assumed.pairs
         if pairs is None:
             return None
-        return pairs * self.run.epochs / self.time.pairs_per_s / 86400
+        return (pairs * self.run.epochs / self.time.pairs_per_s + self.cache_s) / 86400
 
     def advice(self) -> list[Choice]:
-        """Settings that are better than the configuration's."""
-        choices = [cheapest_recompute(self.run, self.device), balanced_split(self.run, self.device)]
-        has = {(self.run.recompute, self.run.recompute_layers)}
-        return [
-            choice
-            for choice in choices
-            if choice is not None
-            and (
-                choice.run.layout != self.run.layout
-                or (choice.run.recompute, choice.run.recompute_layers) not in has
+        """Settings that are better than the configuration's, to be changed together."""
+        return advised(self.run, self.device)
+
+    def warnings(self) -> list[str]:
+        """What fits, but is probably not what is wanted."""
+        run, lines = self.run, []
+        pairs = run.global_batch_pairs
+        if run.data > pairs:
+            message = f"training.global_batch_pairs={pairs}: {run.data - pairs} of {run.data} "
+            message += "replicas of the model have no pair in a step"
+            lines.append(f"{message}; use fewer GPUs or larger batches")
+        elif pairs % run.data:
+            message = f"training.global_batch_pairs={pairs} is not a multiple of the {run.data}"
+            lines.append(
+                f"{message} replicas: some have a pair more than others and are waited for"
             )
-        ]
+        if self.fits and self.is_tight:
+            share = self.largest.total / self.device.memory_bytes
+            lines.append(
+                f"{share:.0%} of the memory is planned: the margins have never been measured"
+            )
+        if self.device.name.startswith("B200"):
+            lines.append("time assumes 65 % of the peak, which is rarely reached on a B200")
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: bytes, seconds."""
@@ -70,23 +96,37 @@ class Plan:
                 "components_bytes": {
                     name: round(size) for name, size in stage.components().items()
                 },
+                "row_s": row.total,
             }
-            for stage in self.memory
+            for stage, row in zip(self.memory, time.stages, strict=True)
         ]
         advice = [{"setting": one.setting, "reason": one.reason} for one in self.advice()]
+        limit, share = time.limit
         return {
             "gpus": run.world_size,
             "device": self.device.name,
             "parameters": run.model.parameters,
             "layout": run.layout.model_dump(mode="json") | {"data": run.data},
+            "recompute": {"mode": run.recompute, "layers": run.recompute_layers},
             "stages": stages,
             "fits": self.fits,
+            "is_tight": self.is_tight,
             "device_bytes": round(self.device.memory_bytes),
             "time_is": LABEL,
             "step_s": time.step,
+            "parts_s": time.parts(),
+            "slowest_stage": time.slowest,
+            "imbalance": time.imbalance,
+            "limit": limit,
+            "limit_share": share,
             "rows_per_step": time.rows,
+            "row_tokens": time.work.row_tokens,
+            "used_share": time.work.used_share,
             "mfu": time.mfu,
             "pairs_per_s": time.pairs_per_s,
+            "reference_cache_s": self.cache_s,
             "days": self.days,
+            "assumed": asdict(run.assumed),
+            "warnings": self.warnings(),
             "advice": advice,
         }

@@ -1,6 +1,7 @@
 """A plan as text for a terminal."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich import box
 from rich.console import Console
@@ -12,9 +13,9 @@ from megatron_idpo.plan.devices import Device
 from megatron_idpo.plan.memory import FRAGMENTATION, StageMemory
 from megatron_idpo.plan.models import ModelFound
 from megatron_idpo.plan.plan import Plan
-from megatron_idpo.plan.run_sizes import RunSizes
+from megatron_idpo.plan.run_sizes import LONGEST, TYPICAL_PAIR_TOKENS, RunSizes
 from megatron_idpo.plan.search import Found
-from megatron_idpo.plan.step_time import LABEL, StepTime
+from megatron_idpo.plan.step_time import LABEL, step_time
 
 MAX_COLUMNS = 8
 """Stages that fit next to each other."""
@@ -48,8 +49,9 @@ def print_plan(plan: Plan, model: ModelFound, console: Console) -> None:
     """The whole plan."""
     _print(console, _heading(plan.run, plan.device, model))
     console.print(_memory_table(plan))
-    _print(console, [_verdict(plan), "", *_time_lines(plan), "", *_advice_lines(plan)])
-    _print(console, _assumptions(plan.run))
+    warnings = [f"Warning: {line}." for line in plan.warnings()]
+    _print(console, [_verdict(plan), *warnings, "", *_time_lines(plan), "", *_advice_lines(plan)])
+    _print(console, [*_other_lengths(plan), *_assumptions(plan.run)])
 
 
 def print_search(
@@ -64,20 +66,28 @@ def print_search(
     for rank, one in enumerate(found[:MAX_FOUND], start=1):
         time = one.plan.time
         table.add_row(
-            str(rank),
-            f"{time.step:.2f}",
-            format_gb(one.plan.largest.total),
+            f"{rank}{'*' if one.is_in_file else ''}",
+            format_step(time.step),
+            format_gb(one.plan.largest.total) + "!" * one.plan.is_tight,
             f"{time.mfu:.0%}",
             f"{time.pairs_per_s:.1f}",
             Text(one.limit),
-            Text("\n".join(one.settings)),
+            Text("\n".join(one.settings) or "as in the file"),
         )
     console.print(table)
     others = f"{len(found)} layouts fit" + (f", {MAX_FOUND} shown" * (len(found) > MAX_FOUND))
     lines = [
-        f"{others}. GB: the largest stage, of {format_gb(device.memory_bytes)}. Time: {LABEL}."
+        f"{others}. GB: the largest stage, of {format_gb(device.memory_bytes)}; !: less than "
+        f"{device.headroom:.0%} free. *: the file's layout. Settings are added to the file's; "
+        "layout=... replaces its section.",
+        f"Time: {LABEL}.",
     ]
     _print(console, lines + _assumptions(run))
+
+
+def format_step(seconds: float) -> str:
+    """`0.174`, `12.3`: three digits."""
+    return f"{seconds:.3f}" if seconds < 10 else f"{seconds:.1f}"
 
 
 def does_not_fit(plan: Plan) -> str:
@@ -158,6 +168,8 @@ def _beyond_backward(stage: StageMemory, field: str) -> float:
 
 def _verdict(plan: Plan) -> str:
     available = format_gb(plan.device.memory_bytes)
+    if plan.fits and plan.is_tight:
+        return f"Fits, but tightly: {format_gb(plan.largest.total)} of {available} GB."
     if plan.fits:
         return f"Fits: {format_gb(plan.largest.total)} of {available} GB."
     return f"Does not fit: {does_not_fit(plan)}."
@@ -165,8 +177,12 @@ def _verdict(plan: Plan) -> str:
 
 def _time_lines(plan: Plan) -> list[str]:
     time = plan.time
-    lines = [f"Step: {time.step:.2f} s ({LABEL}), {time.rows} rows per replica"]
-    lines += [f"  {seconds:8.3f} s  {name}" for name, seconds in _parts(time) if seconds > 5e-4]
+    rows = f"{time.rows} rows per replica, {time.work.row_tokens:,} positions each, "
+    rows += f"{time.work.used_share:.0%} of them used"
+    lines = [f"Step: {format_step(time.step)} s ({LABEL}), {rows}"]
+    lines += [
+        f"  {seconds:8.3f} s  {name}" for name, seconds in time.parts().items() if seconds > 5e-4
+    ]
     row = time.stages[time.slowest]
     if row.host > row.gpu:
         lines.append(
@@ -179,23 +195,16 @@ def _time_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _parts(time: StepTime) -> list[tuple[str, float]]:
-    """Parts of a step on the slowest stage; they add up to it."""
-    row, rows = time.stages[time.slowest], time.rows
+def _other_lengths(plan: Plan) -> list[str]:
+    """The step with typical pairs, where the longest possible ones are assumed."""
+    run = plan.run
+    if run.assumed.origin != LONGEST:
+        return []
+    assumed = replace(run.assumed, pair_tokens=TYPICAL_PAIR_TOKENS)
+    time = step_time(replace(run, assumed=assumed), plan.device)
     return [
-        ("matrix products", row.products * rows),
-        ("recomputation", row.recompute * rows),
-        ("attention", row.attention * rows),
-        ("head and taps", row.heads * rows),
-        ("elementwise kernels", row.elementwise * rows),
-        ("tensor-parallel traffic", row.tensor_traffic * rows),
-        ("expert traffic", row.expert_traffic * rows),
-        ("pipeline traffic", row.pipeline_traffic * rows),
-        ("waiting for the host", max(row.host - row.gpu, 0.0) * rows),
-        ("pipeline bubble", time.bubble),
-        ("data-parallel traffic", time.data_traffic),
-        ("optimizer", time.update),
-        ("reference", time.reference),
+        f"With {TYPICAL_PAIR_TOKENS} positions per pair a step would take "
+        f"{format_step(time.step)} s, {time.pairs_per_s:.1f} pairs/s: give --pair-tokens."
     ]
 
 
@@ -204,19 +213,34 @@ def _duration(plan: Plan) -> str:
         return ""
     pairs = plan.run.assumed.pairs * plan.run.epochs
     days = f" = {plan.days:.1f} days" if plan.days > 0.1 else ""
-    return f"; {pairs:,} pairs in {format_duration(plan.days * 86400)}{days}"
+    text = f"; {pairs:,} pairs in {format_duration(plan.days * 86400)}{days}"
+    if plan.cache_s:
+        text += f", {format_duration(plan.cache_s)} of it for the reference before the first step"
+    return text
 
 
 def _advice_lines(plan: Plan) -> list[str]:
     advice = plan.advice()
-    if not advice:
-        return ["No better recomputation or pipeline split is known.", ""]
-    return ["Advice", *(f"  {one.setting}: {one.reason}" for one in advice), ""]
+    if advice:
+        together = " (together)" if len(advice) > 1 else ""
+        return [f"Advice{together}", *(f"  {one.setting}: {one.reason}" for one in advice), ""]
+    run = plan.run
+    reasons = []
+    if run.recompute == "off":
+        reasons.append("recomputation is off")
+    elif plan.fits:
+        reasons.append("no fewer recomputed layers fit")
+    if run.layout.pipeline > 1:
+        reasons.append("no other split or number of chunks makes the step 0.5 % shorter")
+    if not reasons:
+        return []
+    return [f"No advice: {', '.join(reasons)}. `--search` compares other layouts.", ""]
 
 
 def _assumptions(run: RunSizes) -> list[str]:
     assumed = run.assumed
-    text = f"Assumed: {assumed.pair_tokens} positions per pair (--pair-tokens), "
+    origin = assumed.origin or "--pair-tokens"
+    text = f"Assumed: {assumed.pair_tokens:,} positions per pair ({origin}), "
     text += f"{assumed.scored_share:.0%} of them scored; memory is that of full rows."
     return [text]
 

@@ -4,7 +4,6 @@ Made from a configuration and the model's sizes. What a configuration does not d
 and named in `Assumptions`.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,16 @@ from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.objective.layers import resolve_layers
 from megatron_idpo.plan.models import ModelSizes
 
+TYPICAL_PAIR_TOKENS = 800
+"""UltraFeedback's pairs are about this long."""
+
+MAX_TYPICAL_TOKENS = 8192
+"""Above this `data.max_length` the data is not typical: pairs are assumed to be as long as allowed
+until `--pair-tokens` says how long they are."""
+
+LONGEST = "data.max_length"
+"""`Assumptions.origin` of pairs that are assumed to be as long as possible."""
+
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -21,9 +30,12 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 class Assumptions:
     """What depends on the data, which a plan does not read."""
 
-    pair_tokens: int = 800
-    """Positions of a pair whose prompt is shared, on average; UltraFeedback's are about this
-    long. At most three times `data.max_length` is possible."""
+    pair_tokens: int = 0
+    """Positions of a pair whose prompt is shared, on average; 0: not known. At most three times
+    `data.max_length` is possible."""
+
+    origin: str = ""
+    """Where `pair_tokens` comes from, if not from the user."""
 
     scored_share: float = 0.75
     """Response tokens among a row's positions. Each of them is read by every head."""
@@ -47,11 +59,17 @@ class RunSizes:
     recompute: str
     recompute_layers: int | None
     row_tokens: int
+    trim_tokens: int
+    longest_pair_tokens: int
+    """Positions of the longest pair that `data.max_length` allows."""
+
     global_batch_pairs: int
     epochs: int
     reference: str
     shards_optimizer: bool
     assumed: Assumptions
+    used_share: float = 1.0
+    """Of a row's positions, those that hold a token: less in `step_rows.StepRows.of`."""
 
     @classmethod
     def of(
@@ -77,11 +95,13 @@ class RunSizes:
             recompute=config.training.recompute,
             recompute_layers=config.training.recompute_layers,
             row_tokens=config.data.row_tokens,
+            trim_tokens=config.data.trim_tokens,
+            longest_pair_tokens=longest,
             global_batch_pairs=config.training.global_batch_pairs,
             epochs=config.training.epochs,
             reference=config.reference.source,
             shards_optimizer=config.optimizer.distributed,
-            assumed=replace(assumed, pair_tokens=min(assumed.pair_tokens, longest)),
+            assumed=_with_pair_tokens(assumed, config.data.max_length, longest),
         )
 
     @property
@@ -112,13 +132,21 @@ class RunSizes:
         return self.world_size // ranks if self.shards_optimizer else 1
 
     @property
-    def rows(self) -> int:
-        """Rows of a step on one replica, which are its micro-batches."""
+    def most_rows(self) -> int:
+        """Rows of a step on one replica if all its pairs are as long as possible.
+
+        Memory has to suffice for such a step; time is that of an average one (`step_rows`).
+        """
         pairs = -(-self.global_batch_pairs // self.data)
-        rows = max(1, math.ceil(pairs * self.assumed.pair_tokens / self.row_tokens))
+        rows = -(-pairs // max(self.row_tokens // self.longest_pair_tokens, 1))
         # Interleaving needs a multiple of the stages: empty rows are added.
         stages = self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
         return -(-rows // stages) * stages
+
+    @property
+    def has_live_reference(self) -> bool:
+        """Whether every step computes the reference's log-probabilities."""
+        return self.reference in ("adapter_off", "resident", "offloaded")
 
     @property
     def positions(self) -> int:
@@ -133,8 +161,8 @@ class RunSizes:
 
     @property
     def scored_tokens(self) -> int:
-        """Tokens of a full row that each head reads, on one rank."""
-        return int(self.positions * self.assumed.scored_share)
+        """Tokens of a row that each head reads, on one rank."""
+        return int(self.positions * self.used_share * self.assumed.scored_share)
 
     @property
     def vocab_rows(self) -> int:
@@ -162,3 +190,14 @@ class RunSizes:
     def adapts(self, *projections: str) -> bool:
         """Whether one of these projections has an adapter; in full training all are trained."""
         return self.lora is None or bool(set(projections) & set(self.lora.projections))
+
+
+def _with_pair_tokens(assumed: Assumptions, max_length: int | None, longest: int) -> Assumptions:
+    """With a length of pairs, at most the longest that is possible."""
+    if assumed.pair_tokens:
+        return replace(assumed, pair_tokens=min(assumed.pair_tokens, longest))
+    if (max_length or longest) > MAX_TYPICAL_TOKENS:
+        tokens = min(max_length or longest, longest)
+        return replace(assumed, pair_tokens=tokens, origin=LONGEST)
+    tokens = min(TYPICAL_PAIR_TOKENS, longest)
+    return replace(assumed, pair_tokens=tokens, origin="the default; --pair-tokens")

@@ -4,18 +4,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_idpo.config.layout import Layout
-from megatron_idpo.config.lora import LoraConfig
-from megatron_idpo.plan.choices import balanced_split, cheapest_recompute
-from megatron_idpo.plan.devices import DEVICES, Device
+from megatron_idpo.plan.choices import balanced_split, cheapest_recompute, chunk_counts, peak_bytes
+from megatron_idpo.plan.devices import Device
 from megatron_idpo.plan.plan import Plan
 from megatron_idpo.plan.run_sizes import RunSizes
-from megatron_idpo.plan.step_time import StepTime
-
-MAX_GPUS = 4096
-"""How far the search for enough GPUs goes."""
+from megatron_idpo.plan.step_rows import step_rows
+from megatron_idpo.plan.step_time import step_time
 
 MAX_PIPELINE = 16
-VIRTUAL_PIPELINES = (1, 2, 4)
+
+LONG_ROW_TOKENS = 32768
+"""Rows are split over context-parallel ranks from here on: a rank's part of a shorter one is too
+small for the kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,95 +24,125 @@ class Found:
 
     plan: Plan
     settings: tuple[str, ...]
-    """Overrides of the configuration."""
+    """Overrides that turn the file's settings into these."""
 
-    limit: str
-    """What the step waits for most, besides the products."""
+    is_in_file: bool
+    """Whether it is the configuration's layout."""
+
+    @property
+    def limit(self) -> str:
+        """What the step waits for most, besides the products."""
+        name, share = self.plan.time.limit
+        return name if name.startswith("host") else f"{name}, {share:.0%} of the step"
 
 
 def search(run: RunSizes, device: Device) -> list[Found]:
-    """All layouts that fit, the fastest first.
+    """All layouts that fit, the fastest first; of each number of chunks per stage only the best.
 
-    Each with the cheapest recomputation that fits and a balanced split.
+    Each with the cheapest recomputation that fits and a balanced split. The configuration's layout
+    is always among them, if it fits.
     """
-    found = [one for layout in _layouts(run, device) if (one := _fitted(run, layout, device))]
-    return sorted(found, key=lambda one: one.plan.time.step)
+    best: dict[tuple[int, ...], Found] = {}
+    for layout in _layouts(run, device):
+        sizes = (layout.tensor, layout.pipeline, layout.context, layout.expert)
+        key = (*sizes, layout.expert_tensor or layout.tensor)
+        found = _fitted(run, layout, device)
+        if found and (key not in best or _step(found) < _step(best[key])):
+            best[key] = found
+    found_layouts = list(best.values())
+    if not run.layout.problems_for(run.model, run.world_size):
+        same = [one for one in found_layouts if one.is_in_file]
+        own = None if same else _fitted(run, run.layout, device)
+        found_layouts += [own] if own else []
+    return sorted(found_layouts, key=_step)
 
 
-def nearest_that_fits(run: RunSizes, device: Device) -> list[str]:
-    """What would fit where nothing does: each a change that is enough, as a sentence."""
-    nearest = []
-    gpus = run.world_size
-    while (gpus := gpus * 2) <= MAX_GPUS:
-        if found := search(replace(run, world_size=gpus), device):
-            nearest.append(f"{gpus} GPUs: {' '.join(found[0].settings)}")
-            break
-    if run.lora is None:
-        with_lora = replace(run, lora=LoraConfig().for_model(run.model))
-        if found := search(with_lora, device):
-            settings = " ".join(found[0].settings)
-            nearest.append(f"LoRA on these GPUs: add the section lora; {settings}")
-    for name, other in DEVICES.items():
-        if other.memory_bytes > device.memory_bytes and (found := search(run, other)):
-            nearest.append(f"{run.world_size} × {name}: {' '.join(found[0].settings)}")
-            break
-    shorter = run.row_tokens // 2
-    if shorter >= run.assumed.pair_tokens and (
-        found := search(replace(run, row_tokens=shorter), device)
-    ):
-        nearest.append(f"data.row_tokens={shorter} {' '.join(found[0].settings)}")
-    return nearest
+def fitted_here(run: RunSizes, device: Device) -> Found | None:
+    """The configuration's layout with the cheapest settings that fit; None if it does not fit."""
+    return _fitted(run, run.layout, device)
+
+
+def _step(found: Found) -> float:
+    return found.plan.time.step
 
 
 def _fitted(run: RunSizes, layout: Layout, device: Device) -> Found | None:
     """This layout with the cheapest settings that fit; None if it does not fit."""
-    candidate = replace(run, layout=layout)
-    split = balanced_split(candidate, device)
-    settings = [_setting(layout)]
-    if split is not None:
-        candidate = split.run
-        settings.append(split.setting)
-    recompute = cheapest_recompute(candidate, device)
-    if recompute is None:
+    uniform = replace(run, layout=layout)
+    split = balanced_split(uniform, device)
+    best: RunSizes | None = None
+    for candidate in (uniform, *([split.run] if split else [])):
+        recompute = cheapest_recompute(candidate, device)
+        if recompute is None:
+            continue
+        if best is None or _is_better(recompute.run, best, device):
+            best = recompute.run
+    if best is None:
         return None
-    if recompute.run.recompute != "off":
-        settings.append(recompute.setting)
-    plan = Plan.of(recompute.run, device)
-    return Found(plan, tuple(settings), _limit(plan.time))
+    settings = [] if best.layout == run.layout else [_setting(best.layout)]
+    if (best.recompute, best.recompute_layers) != (run.recompute, run.recompute_layers):
+        settings.append(f"training.recompute={best.recompute}")
+        if best.recompute_layers != run.recompute_layers:
+            layers = "null" if best.recompute_layers is None else best.recompute_layers
+            settings[-1] += f" training.recompute_layers={layers}"
+    return Found(Plan.of(best, device), tuple(settings), is_in_file=layout == run.layout)
+
+
+def _is_better(one: RunSizes, other: RunSizes, device: Device) -> bool:
+    """Faster, unless it is the only one that leaves no headroom."""
+    is_tight = [peak_bytes(run, device) > device.usable_bytes for run in (one, other)]
+    if is_tight[0] != is_tight[1]:
+        return is_tight[1]
+    return step_time(one, device).step < step_time(other, device).step
 
 
 def _layouts(run: RunSizes, device: Device) -> Iterator[Layout]:
     """Layouts of this world that fit the model and can be split into whole nodes."""
+    is_long = run.row_tokens >= LONG_ROW_TOKENS or run.layout.context > 1
+    experts = run.model.num_experts
     for tensor in _divisors(min(device.per_node, run.world_size)):
         for pipeline in _divisors(run.world_size // tensor):
             if pipeline > min(MAX_PIPELINE, run.model.num_layers):
                 continue
-            for chunks in VIRTUAL_PIPELINES if pipeline > 1 else (1,):
-                for expert in _divisors(run.model.num_experts or 1):
-                    layout = _layout(run, tensor, pipeline, chunks, expert)
-                    if layout is not None:
-                        yield layout
+            ranks = run.world_size // (tensor * pipeline)
+            contexts = _divisors(ranks) if is_long and not experts else [1]
+            for context in contexts:
+                for chunks in chunk_counts(run.model.num_layers, pipeline):
+                    for expert in _divisors(experts or 1):
+                        for expert_tensor in (None, 1) if experts and tensor > 1 else (None,):
+                            fields = {
+                                "tensor": tensor,
+                                "pipeline": pipeline,
+                                "virtual_pipeline": chunks,
+                                "context": context,
+                                "expert": expert,
+                                "expert_tensor": expert_tensor,
+                            }
+                            layout = _layout(run, fields)
+                            if layout is not None:
+                                yield layout
 
 
-def _layout(run: RunSizes, tensor: int, pipeline: int, chunks: int, expert: int) -> Layout | None:
+def _layout(run: RunSizes, fields: dict[str, int | None]) -> Layout | None:
     """A layout, or None if it does not fit the model, the world, the rows or the batch."""
-    few, more = divmod(run.model.num_layers, pipeline * chunks)
-    if not few or (more and chunks > 1) or run.row_tokens % tensor:
-        return None
+    tensor, pipeline = fields["tensor"] or 1, fields["pipeline"] or 1
+    few, more = divmod(run.model.num_layers, pipeline)
     split = [few + (stage < more) for stage in range(pipeline)] if more else None
-    fields = {
-        "tensor": tensor,
-        "pipeline": pipeline,
-        "virtual_pipeline": chunks,
-        "expert": expert,
-        "sequence_parallel": tensor > 1,
-        "pipeline_layers": split,
-    }
-    layout = Layout.model_validate(fields)
+    layout = Layout.model_validate(
+        {**fields, "sequence_parallel": tensor > 1, "pipeline_layers": split}
+    )
+    shards = layout.tensor * layout.context
+    if run.row_tokens % shards or (run.trim_tokens and run.trim_tokens % shards):
+        return None
     if layout.problems_for(run.model, run.world_size):
         return None
     # Every replica needs a pair.
-    return layout if layout.data(run.world_size) <= run.global_batch_pairs else None
+    if layout.data(run.world_size) > run.global_batch_pairs:
+        return None
+    # Interleaving with fewer rows than stages computes empty ones.
+    if layout.virtual_pipeline > 1 and step_rows(replace(run, layout=layout)).rows < pipeline:
+        return None
+    return layout
 
 
 def _divisors(number: int) -> list[int]:
@@ -120,33 +150,14 @@ def _divisors(number: int) -> list[int]:
 
 
 def _setting(layout: Layout) -> str:
-    """A layout as overrides, without fields that have their defaults."""
-    names = ("tensor", "pipeline", "virtual_pipeline", "expert", "sequence_parallel")
-    values = {name: getattr(layout, name) for name in names}
+    """A layout as one override, which replaces the file's whole section."""
     defaults = Layout().model_dump()
-    changed = {name: value for name, value in values.items() if value != defaults[name]}
-    words = [f"layout.{name}={str(value).lower()}" for name, value in changed.items()]
-    if layout.pipeline_layers is not None:
-        words.append(f"layout.pipeline_layers='[{','.join(map(str, layout.pipeline_layers))}]'")
-    return " ".join(words) or "layout.tensor=1"
-
-
-def _limit(time: StepTime) -> str:
-    """The largest part of a step besides matrix products."""
-    row = time.stages[time.slowest]
-    if row.host > row.gpu:
-        return "host: launching kernels takes longer than they run"
-    parts = {
-        "recomputation": row.recompute * time.rows,
-        "attention": row.attention * time.rows,
-        "heads": row.heads * time.rows,
-        "memory bandwidth": row.elementwise * time.rows,
-        "tensor-parallel traffic": row.tensor_traffic * time.rows,
-        "expert traffic": row.expert_traffic * time.rows,
-        "pipeline bubble": time.bubble,
-        "data-parallel traffic": time.data_traffic,
-        "optimizer": time.update,
-        "reference": time.reference,
+    changed = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in layout.model_dump().items()
+        if value != defaults[name]
     }
-    name = max(parts, key=lambda part: parts[part])
-    return f"{name}, {parts[name] / time.step:.0%} of the step"
+    if not changed:
+        return "layout=null"
+    fields = ", ".join(f"{name}: {str(value).lower()}" for name, value in changed.items())
+    return f"layout='{{{fields}}}'"

@@ -42,6 +42,8 @@ def small_run(
         recompute="off",
         recompute_layers=None,
         row_tokens=row_tokens,
+        trim_tokens=0,
+        longest_pair_tokens=row_tokens,
         global_batch_pairs=rows * chosen.data(world_size),
         epochs=1,
         reference="cache",

@@ -122,6 +122,14 @@ def test_rows_in_flight(layout, rows, counts):
     assert found == counts
 
 
+def test_memory_is_that_of_a_step_of_longest_pairs():
+    run = small_run({"pipeline": 4}, world_size=4, rows=8)
+    short = replace(run, assumed=replace(run.assumed, pair_tokens=8))
+    assert activations.rows_in_flight(short, 0) == [4]
+    # Where no pair is longer than a quarter of a row, eight fill two rows.
+    assert activations.rows_in_flight(replace(short, longest_pair_tokens=16), 0) == [2]
+
+
 def test_recomputed_layers_keep_their_input_only():
     run = small_run(row_tokens=4096)
     full = replace(run, recompute="full")
@@ -144,12 +152,15 @@ def test_copies_of_the_reference():
     run = small_run()
     assert memory(replace(run, reference="resident")).reference == 2 * 2536
     offloaded = memory(replace(run, reference="offloaded"))
-    assert (offloaded.reference, offloaded.reference_pass) == (0, 2 * 2536)
+    assert offloaded.reference == 0
+    # And a layer or a head of its forward pass.
+    assert offloaded.reference_pass > 2 * 2536
 
 
 def test_the_total_has_every_component_and_the_margins():
     found = memory(small_run({"pipeline": 2}, world_size=4))
-    margins = H100.context_bytes + 2 * H100.nccl_bytes + H100.cublas_bytes
+    # Pipeline, gradients, gradient norm, world.
+    margins = H100.context_bytes + 4 * H100.nccl_bytes + H100.cublas_bytes
     expected = (found.held + found.step) * 1.05 + margins
     assert found.total == pytest.approx(expected)
 

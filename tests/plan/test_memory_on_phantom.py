@@ -8,6 +8,7 @@ import pytest
 
 from megatron_idpo.testing.phantom_gpu import environment, run_python
 
+from .family_cases import family_cases
 from .layout_cases import FEW, LayoutCase, benchmark_cases, example_cases, random_cases
 
 SHARE, AMOUNT_BYTES = 0.05, 200e6
@@ -59,9 +60,12 @@ def test_components_of_a_few_layouts(has_phantom_gpu: None, tmp_path: Path) -> N
     assert differences(FEW, tmp_path) == []
 
 
+MORE = [*example_cases(), *benchmark_cases(), *random_cases(2129, 20), *family_cases()]
+
+
 # 30 s and more each: whole models.
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("cases", [example_cases(), benchmark_cases(), random_cases(21, 20)])
+@pytest.mark.parametrize("cases", [MORE[i : i + 5] for i in range(0, len(MORE), 5)])
 def test_components_of_more_layouts(
     has_phantom_gpu: None, tmp_path: Path, cases: list[LayoutCase]
 ) -> None:

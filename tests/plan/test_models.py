@@ -11,7 +11,7 @@ from megatron_idpo.convert.families import hf_shapes
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.families import FAMILIES
-from megatron_idpo.plan.models import FAMILY_FIELDS, NOT_ESTIMATED, ModelSizes, find_model
+from megatron_idpo.plan.models import FAMILY_FIELDS, ModelSizes, find_model
 
 from .layout_cases import HF_CONFIGS, MIXTRAL, QWEN3_MOE, llama
 
@@ -21,9 +21,9 @@ EXPERTS = [llama(2, 64, 4, 2, 96, **MIXTRAL), llama(2, 64, 4, 2, 96, **QWEN3_MOE
 DENSE = [
     CONFIG_MAPPING[family](num_hidden_layers=4).to_dict()
     for family in FAMILY_FIELDS
-    if family not in ("mixtral", "qwen3_moe", "ministral3")
+    if family not in ("mixtral", "qwen3_moe")
 ]
-"""Transformers' defaults of each family; Ministral's have rope scaling that is refused."""
+"""Transformers' defaults of each family."""
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,7 @@ def test_sizes_and_parameters_equal_those_of_the_checked_architecture(config):
         ("upstage/SOLAR-10.7B-Instruct-v1.0", "solar-10.7b"),
         ("Qwen/Qwen3-8B", "qwen3-8b"),
         ("runs/smollm2", "smollm2-135m"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"),
     ],
 )
 def test_known_models_have_the_sizes_of_their_config(path, file, tmp_path, monkeypatch):
@@ -67,7 +68,21 @@ def test_a_directory_is_preferred_to_the_table(tmp_path: Path):
     assert found.is_here and found.sizes.num_layers == 2
 
 
-@pytest.mark.parametrize("path", ["org/unknown-7b", "org/Llama-3.1-80B", "no/such/directory"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "org/unknown-7b",
+        "org/Llama-3.1-80B",
+        "no/such/directory",
+        # Names that begin like those of the table, of models with other sizes.
+        "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+        "HuggingFaceTB/SmolLM2-360M",
+        "HuggingFaceH4/zephyr-7b-gemma-v0.1",
+        "org/Llama-3-8B-pruned",
+        "mistralai/Mixtral-8x7B-v0.2",
+        "org/meta-mistral-7b-instruct-hf-v0.3",
+    ],
+)
 def test_unknown_models_are_refused_with_a_remedy(path):
     with pytest.raises(ConfigError, match="download its config"):
         find_model(path)
@@ -80,12 +95,14 @@ def test_a_config_without_sizes_is_refused(tmp_path: Path):
 
 
 def test_families_are_those_that_can_be_trained():
-    assert FAMILY_FIELDS.keys() | NOT_ESTIMATED.keys() == FAMILIES.keys()
+    assert FAMILY_FIELDS.keys() == FAMILIES.keys()
 
 
-def test_families_that_are_not_estimated_are_refused_with_the_reason():
-    with pytest.raises(ConfigError, match="shared experts are not estimated"):
-        ModelSizes.from_hf({"model_type": "qwen2_moe"}, "config.json")
+def test_what_a_file_leaves_out_is_what_transformers_takes():
+    for family in ("glm", "glm4", "qwen2_moe"):
+        config = CONFIG_MAPPING[family]().to_dict()
+        del config["qkv_bias" if family == "qwen2_moe" else "attention_bias"]
+        assert ModelSizes.from_hf(config, "x").qkv_bias == Architecture.from_hf(config).qkv_bias
 
 
 def test_layers_without_experts_are_refused():

@@ -1,8 +1,10 @@
 """The verb `plan`: output, refusals, search, advice."""
 
 import json
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from megatron_idpo.plan.choices import balanced_split, cheapest_recompute, fits
 from megatron_idpo.plan.devices import DEVICES
 from megatron_idpo.plan.memory import run_memory
 from megatron_idpo.plan.models import find_model
+from megatron_idpo.plan.nearest import nearest_that_fits
 from megatron_idpo.plan.plan import Plan
 from megatron_idpo.plan.run_sizes import Assumptions, RunSizes
-from megatron_idpo.plan.search import nearest_that_fits, search
+from megatron_idpo.plan.search import search
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 H100 = DEVICES["h100"]
@@ -63,7 +66,9 @@ def test_what_does_not_fit_is_refused_with_the_fastest_layout_that_does(capsys):
     overrides = ["layout.tensor=1", "layout.sequence_parallel=false", "data.row_tokens=8192"]
     assert main(["plan", path, *overrides, "--gpus", "8"]) == 2
     error = capsys.readouterr().err
-    assert "a GPU needs" in error and "layout.tensor=" in error
+    assert "a GPU needs" in error
+    assert "the same layout: training.recompute=full" in error  # the smaller change comes first
+    assert "the fastest layout: layout='{tensor: " in error
 
 
 def test_a_model_that_fits_in_no_layout_is_refused_with_the_nearest_that_do(capsys):
@@ -71,23 +76,19 @@ def test_a_model_that_fits_in_no_layout_is_refused_with_the_nearest_that_do(caps
     assert main(["plan", path, "--gpus", "8", "--search"]) == 2
     error = capsys.readouterr().err
     assert "no layout fits 8 × H100" in error
-    assert "GPUs: layout." in error and "LoRA on these GPUs" in error
+    assert "GPUs: layout=" in error and "LoRA on these GPUs" in error
+    assert "not supported: the optimizer's state on the host (53 GB per GPU" in error
 
 
 def test_what_is_named_as_the_nearest_fits():
-    run = run_of("llama3_70b_full", 32)
-    small = RunSizes.of(
-        load_config(EXAMPLES / "llama3_70b_full.yaml", ["layout=null"], optional=SECTIONS),
-        run.model, 8, Assumptions(),
-    )  # fmt: skip
+    small = run_of("llama3_70b_full", 8, "layout={tensor: 8, sequence_parallel: true}")
+    assert not search(small, H100)
     first = nearest_that_fits(small, H100)[0]
-    gpus = int(first.split()[0])
-    words = first.split(": ")[1].replace("'", "").split()
-    assert gpus > 8 and not search(small, H100)
-    config = load_config(EXAMPLES / "llama3_70b_full.yaml", ["layout=null"], optional=SECTIONS)
-    again = load_config(EXAMPLES / "llama3_70b_full.yaml", words, optional=SECTIONS)
-    assert config.layout != again.layout
-    assert Plan.of(RunSizes.of(again, run.model, gpus, Assumptions()), H100).fits
+    gpus, settings = first.split(" GPUs: ")
+    again = run_of("llama3_70b_full", int(gpus), *shlex.split(settings))
+    assert int(gpus) > 8 and again.layout != small.layout
+    assert Plan.of(again, H100).fits
+    assert not search(replace(small, world_size=int(gpus) - 8), H100)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,8 @@ def test_what_is_named_as_the_nearest_fits():
         (["--gpus", "0"], "--gpus: is 0"),
         (["--device", "h10", "--gpus", "8"], "did you mean h100"),
         (["--gpus", "12"], "do not divide the world of 12"),
+        (["--gpus", "12"], "this layout: --gpus 8 or 16"),
+        (["--gpus", "8", "--headroom", "2"], "--headroom: is 2.0"),
         (["model.path=org/unknown", "--gpus", "64"], "hf download org/unknown config.json"),
     ],
 )
@@ -118,29 +121,93 @@ def test_everything_that_a_search_finds_fits_and_is_sorted(example, gpus, overri
     assert found and all(one.plan.fits for one in found)
     steps = [one.plan.time.step for one in found]
     assert steps == sorted(steps)
-    # Its settings, as overrides, give the same plan.
-    words = [word.replace("'", "") for line in found[-1].settings for word in line.split()]
-    again = run_of(example, gpus, *overrides[1:], "layout=null", *words)
-    assert Plan.of(again, H100).largest.total == found[-1].plan.largest.total
+    # Its settings, as overrides of the file, give the same plan.
+    for one in (found[0], found[-1]):
+        words = [word for line in one.settings for word in shlex.split(line)]
+        again = Plan.of(run_of(example, gpus, *overrides, *words), H100)
+        assert again.largest.total == one.plan.largest.total
+        assert again.time.step == one.plan.time.step
+
+
+def test_a_search_names_changes_of_the_file_and_marks_its_layout():
+    run = run_of("llama3_8b_128k", 8)
+    found = search(run, H100)
+    (own,) = [one for one in found if one.is_in_file]
+    assert own.plan.run.layout == run.layout and own.plan.run.layout.context == 8
+    assert not any("layout" in line for line in own.settings)
+    # The file recomputes; a layout that needs none says so.
+    off = [one for one in found if one.plan.run.recompute == "off"]
+    assert all("training.recompute=off" in one.settings[-1] for one in off)
+    contexts = {one.plan.run.layout.context for one in found}
+    assert {1, 8} <= contexts
+
+
+def test_more_replicas_than_pairs_are_reported(capsys):
+    path = str(EXAMPLES / "llama3_70b.yaml")
+    plan = planned(capsys, path, "--gpus", "1024")
+    assert "64 of 128 replicas of the model have no pair" in plan["warnings"][0]
+    uneven = planned(capsys, path, "--gpus", "24")["warnings"]
+    assert "not a multiple of the 3 replicas" in uneven[0]
+
+
+def test_overrides_may_follow_options(capsys):
+    path = str(EXAMPLES / "llama3_8b.yaml")
+    plan = planned(capsys, path, "--gpus", "8", "layout={tensor: 4, sequence_parallel: true}")
+    assert plan["layout"]["tensor"] == 4
+
+
+def test_long_pairs_are_assumed_to_be_as_long_as_allowed(capsys):
+    path = str(EXAMPLES / "llama3_8b_128k.yaml")
+    plan = planned(capsys, path, "--gpus", "8")
+    assert plan["assumed"]["pair_tokens"] == 131072 and plan["days"] is None
+    given = planned(capsys, path, "--gpus", "8", "--pair-tokens", "800")
+    assert given["step_s"] < plan["step_s"] / 50
+    main(["plan", path, "--gpus", "8"])
+    assert "With 800 positions per pair" in capsys.readouterr().out
+
+
+def test_lengths_and_pairs_of_local_files_are_read(capsys, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(("x" * 3999 + "\n") * 7)
+    path = str(EXAMPLES / "llama3_8b.yaml")
+    assumed = planned(capsys, path, "--gpus", "8", f"data.train={file}")["assumed"]
+    assert (assumed["pair_tokens"], assumed["pairs"]) == (1000, 7)
+
+
+def test_advice_fits_and_leaves_headroom():
+    # The balanced split gives early stages, which keep most rows, more layers than fit.
+    run = run_of(
+        "llama3_8b", 8, "layout={pipeline: 4}", "data.row_tokens=12288",
+        "objective.layers=[0.5, 0.6, 0.69, 0.8]", "training.global_batch_pairs=512",
+    )  # fmt: skip
+    split = balanced_split(run, H100)
+    assert split is not None
+    small = replace(H100, memory_bytes=Plan.of(split.run, H100).largest.total - 1e9)
+    assert not Plan.of(split.run, small).fits
+    advice = Plan.of(run, small).advice()
+    assert all(Plan.of(advice[-1].run, small).largest.total <= small.usable_bytes for _ in advice)
+
+
+def test_what_fits_tightly_is_reported():
+    run = run_of("llama3_8b_full", 8)
+    total = Plan.of(run, H100).largest.total
+    tight = Plan.of(run, replace(H100, memory_bytes=total * 1.03))
+    assert tight.fits and tight.is_tight and "97% of the memory" in tight.warnings()[-1]
+    roomy = Plan.of(run, replace(H100, memory_bytes=total * 1.2))
+    assert not roomy.is_tight and not roomy.warnings()
 
 
 def test_the_cheapest_recomputation_fits_and_one_layer_less_does_not():
     run = run_of("llama3_8b_full", 8, "layout=null", "data.row_tokens=8192", "layout.tensor=2")
-    smaller = type(H100)(**{**H100_FIELDS, "memory_bytes": 60e9})
+    smaller = replace(H100, memory_bytes=60e9 / (1 - H100.headroom))
     choice = cheapest_recompute(run, smaller)
     assert choice is not None and choice.run.recompute_layers is not None
     layers = choice.run.recompute_layers
     assert 1 < layers < 32
-    less = RunSizes(**{**fields_of(choice.run), "recompute_layers": layers - 1})
-    assert fits(run_memory(choice.run, smaller), smaller)
-    assert not fits(run_memory(less, smaller), smaller)
-
-
-def fields_of(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}
-
-
-H100_FIELDS = fields_of(H100)
+    less = replace(choice.run, recompute_layers=layers - 1)
+    exact = replace(smaller, memory_bytes=60e9)
+    assert fits(run_memory(choice.run, exact), exact)
+    assert not fits(run_memory(less, exact), exact)
 
 
 def test_the_balanced_split_gives_stages_with_heads_fewer_layers():
@@ -151,4 +218,8 @@ def test_the_balanced_split_gives_stages_with_heads_fewer_layers():
     assert split is not None and sum(split) == 28
     assert split[3] < split[0]
     assert Plan.of(choice.run, H100).time.step < Plan.of(run, H100).time.step
-    assert choice in Plan.of(run, H100).advice()
+    (advice,) = Plan.of(run, H100).advice()  # interleaving is better still
+    assert Plan.of(advice.run, H100).time.step < Plan.of(choice.run, H100).time.step
+    by_hand = "layout={pipeline: 3, pipeline_layers: [10, 9, 9]}"
+    run = run_of("qwen2_5_7b", 6, by_hand, "objective.layers=[10, 12, 13]")
+    assert balanced_split(run, H100) in Plan.of(run, H100).advice()

@@ -7,11 +7,8 @@ N  heads of this tensor-parallel rank   D  head size   Q  features of all heads 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -48,9 +45,8 @@ class RMSNorm(torch.nn.Module):
         shape = (hidden_SBH.shape[-1],)
         if not self.is_zero_centered:
             return torch.nn.functional.rms_norm(hidden_SBH, shape, self.weight, self.eps)
-        # In fp32, like Transformers: 1 + weight in 16 bits would lose most digits of the weight.
-        normed = torch.nn.functional.rms_norm(hidden_SBH.float(), shape, None, self.eps)
-        return (normed * (1.0 + self.weight.float())).type_as(hidden_SBH)
+        # 1 + weight in 16 bits would lose most digits of the weight.
+        return _norm(hidden_SBH, self.weight, offset=1.0, num_features=shape[0], eps=self.eps)
 
 
 class _WholeProjectionNorm(torch.nn.Module):
@@ -76,20 +72,79 @@ class _WholeProjectionNorm(torch.nn.Module):
         Collective over the tensor-parallel group: forward, an all-reduce of the mean squares;
         backward, one of their gradients.
         """
-        heads = heads_SBND.float()
-        squares_SB11: Tensor = heads.square().sum(dim=(-2, -1), keepdim=True)
-        # The two regions together: an all-reduce forward, and one backward, since every rank's
-        # output depends on the sum.
-        squares_SB11 = copy_to_tensor_model_parallel_region(
-            reduce_from_tensor_model_parallel_region(squares_SB11)
-        )
-        num_features = self.weight.numel()
         rank = parallel_state.get_tensor_model_parallel_rank()
         size = parallel_state.get_tensor_model_parallel_world_size()
-        weight_ND = self.weight.chunk(size)[rank].view(heads.shape[-2:])
-        normed = heads * torch.rsqrt(squares_SB11 / num_features + self.eps)
-        scaled: Tensor = weight_ND.float() * normed
-        return scaled.type_as(heads_SBND)
+        weight_ND = self.weight.chunk(size)[rank].view(heads_SBND.shape[-2:])
+        group = parallel_state.get_tensor_model_parallel_group() if size > 1 else None
+        return _norm(
+            heads_SBND, weight_ND, num_features=self.weight.numel(), eps=self.eps, group=group
+        )
+
+
+def _norm(
+    features: Tensor,
+    weight: Tensor,
+    *,
+    num_features: int,
+    eps: float,
+    offset: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """`features * rstd * (weight + offset)` in fp32, like Transformers; keeps the 16-bit input.
+
+    Args:
+        features: normalized over its last dimensions, those of `weight`.
+        weight: `[H]` or `[N, D]`.
+        num_features: over all ranks of `group`.
+        eps: added to the mean square.
+        offset: of the weight.
+        group: ranks that share the features.
+    """
+    normed: Tensor = _Norm.apply(features, weight, num_features, eps, offset, group)
+    return normed
+
+
+class _Norm(torch.autograd.Function):
+    """Eager operations would keep two fp32 tensors, four times the bytes of a 16-bit input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        num_features: int,
+        eps: float,
+        offset: float,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        values = features.float()
+        squares = _sum_features(values * values, weight.dim(), group)
+        rstd = torch.rsqrt(squares / num_features + eps)
+        ctx.save_for_backward(features, weight, rstd)
+        ctx.num_features, ctx.offset, ctx.group = num_features, offset, group
+        return (values * rstd * (weight.float() + offset)).type_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, weight, rstd = ctx.saved_tensors
+        dims = weight.dim()
+        grad, normed = grad.float(), features.float() * rstd
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -dims - 1).sum(0).type_as(weight)
+        grad = grad * (weight.float() + ctx.offset)
+        # rstd depends on all features, hence on those of the other ranks.
+        along = _sum_features(grad * normed, dims, ctx.group) / ctx.num_features
+        grad_features = (rstd * (grad - normed * along)).type_as(features)
+        return grad_features, grad_weight, None, None, None, None
+
+
+def _sum_features(values: Tensor, dims: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over the last `dims` dimensions, which are kept as 1, and over the ranks of `group`."""
+    total = values.sum(dim=tuple(range(-dims, 0)), keepdim=True)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total
 
 
 class WholeQueryNorm(_WholeProjectionNorm):
