@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
-from megatron_idpo.plan.devices import DEVICES
+from megatron_idpo.plan.devices import DEVICES, device_of
 from megatron_idpo.plan.models import ModelSizes
 from megatron_idpo.plan.plan import Plan
 from megatron_idpo.plan.run_sizes import Assumptions, RunSizes
@@ -107,6 +107,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
             seconds.append(time.perf_counter() - start_s)
         peak_bytes = torch.cuda.max_memory_allocated()
         reserved_bytes = torch.cuda.max_memory_reserved()
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
     step_s = statistics.median(seconds[1:])
     plan = _plan(case, config, hf_config, torch.cuda.get_device_name())
     flops = plan.time.mfu * plan.time.step * plan.device.peak_flops
@@ -114,7 +115,9 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(),
         "peak_bytes": peak_bytes,
         "reserved_bytes": reserved_bytes,
+        "used_bytes": total_bytes - free_bytes,  # with the context, and other processes
         "planned_bytes": round(plan.largest.allocated),
+        "planned_total_bytes": round(plan.largest.total),
         "first_step_s": seconds[0],
         "step_s": step_s,
         "estimated_step_s": plan.time.step,
@@ -138,11 +141,10 @@ def _config(case: Case) -> RunConfig:
 
 def _plan(case: Case, config: RunConfig, hf_config: dict[str, Any], name: str) -> Plan:
     """Of the same rows: as many pairs as rows, each as long as one."""
-    known = [device for key, device in DEVICES.items() if key.upper() in name]
     sizes = ModelSizes.from_hf(hf_config, case.model)
     run = RunSizes.of(config, sizes, 1, Assumptions(pair_tokens=case.row_tokens))
     # Attention is that of shorter pairs.
-    plan = Plan.of(run, known[0] if known else DEVICES["h100"])
+    plan = Plan.of(run, device_of(name) or DEVICES["h100"])
     pairs = max(case.row_tokens // 1024, 1) * case.rows
     assumed = replace(run.assumed, pair_tokens=min(case.row_tokens, 1024))
     filled = Plan.of(replace(run, global_batch_pairs=pairs, assumed=assumed), plan.device)

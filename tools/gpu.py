@@ -2,9 +2,10 @@
 
     python tools/gpu.py [--budget-s 540] [--phantom] [--only NAME ...]
 
-Each step is a program with a time limit. Its result is a file in `runs/gpu/COMMIT`: a second
-call continues where the first one stopped, and runs failed steps again. The summary is written
-to `benchmarks/results/gpu_DATE_DEVICE.md` after every step.
+Each step is a program with a time limit of its expected duration times three, after which its
+process group is ended. Its result is a file in `runs/gpu/COMMIT`: a second call continues where
+the first one stopped, and runs failed steps again, after those that have not been run. The
+summary is written to `benchmarks/results/gpu_DATE_DEVICE.md` at the end.
 
 `--phantom` rehearses it on a machine without a GPU (`docs/cuda.md`), with tiny models: all programs
 run to their end, and their times mean nothing.
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +29,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BUDGET_S = 540.0
+LIMIT = 3
+"""Times the expected duration: a step that hangs does not take the time of the later ones."""
+
 OUTPUT_LINES = 40
 """Of a step, kept in its result."""
 
@@ -129,7 +134,8 @@ def run_steps(
     """
     output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + budget_s
-    for step in steps:
+    has_failed = {step.name: (output / f"{step.name}.json").exists() for step in steps}
+    for step in sorted(steps, key=lambda step: has_failed[step.name]):
         file = output / f"{step.name}.json"
         if file.exists() and json.loads(file.read_text())["code"] == 0:
             print(f"{step.name}: done before", flush=True)
@@ -138,7 +144,7 @@ def run_steps(
         if left_s < step.expected_s:
             print(f"{step.name}: {step.expected_s:.0f} s needed, {left_s:.0f} left", flush=True)
             continue
-        result = _run(step, left_s, environment)
+        result = _run(step, min(left_s, LIMIT * step.expected_s), environment)
         # Renamed, so that a stop does not leave half a file.
         temporary = file.with_suffix(".part")
         temporary.write_text(json.dumps(result, indent=1))
@@ -152,14 +158,18 @@ def _run(step: Step, limit_s: float, environment: dict[str, str]) -> dict[str, A
     inside = [str(Path(__file__)), "--inside"] if "PHANTOM_ARITHMETIC" in environment else []
     command = [sys.executable, "-W", "ignore", *inside, *step.words]
     start_s = time.monotonic()
+    # A group, so that processes which a test has started end with it and free the GPU.
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     try:
-        ran = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True,
-            timeout=limit_s, check=False,
-        )  # fmt: skip
-        code, text = ran.returncode, ran.stdout + ran.stderr * bool(ran.returncode)
-    except subprocess.TimeoutExpired as error:
-        code, text = 124, (error.stdout or b"").decode(errors="replace") + "\nstopped: no time left"
+        text, _ = process.communicate(timeout=limit_s)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        text, _ = process.communicate()
+        code, text = 124, f"{text}\nstopped after {limit_s:.0f} s"
     lines = text.strip().splitlines()[-OUTPUT_LINES:]
     found = [line for line in lines if line.startswith("{")]
     measured = json.loads(found[-1]) if found and not code else None
@@ -172,12 +182,13 @@ def summarize(results: dict[str, dict[str, Any]], device: str) -> str:
     lines = [f"# `make gpu` on {device}", "", f"{date.today()}, commit {_commit()}.", ""]
     steps = {name: result["measured"] for name, result in results.items() if result["measured"]}
     if steps:
-        lines += ["| case | peak GB | planned GB | step s | estimate s | tokens/s | MFU |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+        head = "| case | peak GB | planned GB | reserved GB | GPU used GB | planned total GB "
+        lines += [head + "| step s | estimate s | tokens/s | MFU |", "|---" * 10 + "|"]
         for name, one in steps.items():
-            peak, planned = one["peak_bytes"] / 1e9, one["planned_bytes"] / 1e9
+            names = ("peak", "planned", "reserved", "used", "planned_total")
+            sizes = " | ".join(f"{one[f'{each}_bytes'] / 1e9:.2f}" for each in names)
             lines.append(
-                f"| {name} | {peak:.2f} | {planned:.2f} | {one['step_s']:.3f} "
+                f"| {name} | {sizes} | {one['step_s']:.3f} "
                 f"| {one['estimated_step_s']:.3f} | {one['tokens_per_s']:,.0f} | {one['mfu']:.1%} |"
             )
     for name, result in results.items():

@@ -59,7 +59,8 @@ def not_supported(run: RunSizes) -> str | None:
     )
     gpus = run.world_size
     text = "not supported: the optimizer's state on the host "
-    text += f"({on_gpu / gpus:.0f} GB per GPU would stay, {on_host:,.0f} GB move to the host), a precision-aware optimizer "
+    text += f"({on_gpu / gpus:.0f} GB per GPU would stay, {on_host:,.0f} GB move to the host), "
+    text += "a precision-aware optimizer "
     return text + f"({compact / gpus:.0f} GB per GPU); both before activations"
 
 
