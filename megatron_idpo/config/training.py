@@ -86,9 +86,10 @@ class TrainingConfig(Section):
     eval_every_steps: PositiveInt | None = None
     """Steps between evaluations of the held-out pairs; null: only before and after training."""
 
-    recompute: Literal["off", "selective", "full"] = "off"
+    recompute: Literal["off", "selective", "full", "auto"] = "off"
     """Activations to recompute in the backward pass: none, those of core attention (which
-    saves nothing: fused attention stores no scores), or those of whole layers."""
+    saves nothing: fused attention stores no scores), or those of whole layers. `auto` recomputes
+    the fewest layers that fit into `memory_gb` by the figures of `plan`."""
 
     recompute_layers: PositiveInt | None = None
     """With `recompute: full`: only the first N layers of each chunk; null is all layers."""
@@ -96,6 +97,10 @@ class TrainingConfig(Section):
     offload_activations: Bool = False
     """With `recompute: full`: keep the inputs of the layers in the host's memory until the backward
     pass (docs/long_context.md)."""
+
+    memory_gb: PositiveFloat | None = None
+    """With `recompute: auto`: what a process may use, in GB (10⁹ bytes). Null is the memory of the
+    GPU; on a CPU it is required."""
 
     start_check: Bool = True
     """Before the first step, check that policy equals reference at every layer (loss ln 2)."""
@@ -118,6 +123,7 @@ class TrainingConfig(Section):
     used_with: ClassVar = {
         "recompute_layers": ("recompute", "full"),
         "offload_activations": ("recompute", "full"),
+        "memory_gb": ("recompute", "auto"),
     }
 
     def problems(self) -> Iterator[Problem]:

@@ -29,6 +29,9 @@ SAMPLED_LINES = 200
 BYTES_PER_TOKEN = 4
 """Of English text, JSON's keys and a prompt that is repeated included."""
 
+GB = 1e9
+"""Bytes of `training.memory_gb`."""
+
 WIDTH = 120
 """Columns of the output where it is not a terminal."""
 
@@ -68,6 +71,8 @@ def main(
     if world_size < 1:
         raise ConfigError.at("--gpus", f"is {world_size}", "give the number of GPUs of the run")
     device = find_device(device_name, world_size)
+    if config.training.memory_gb is not None:
+        device = replace(device, memory_bytes=config.training.memory_gb * GB)
     if headroom is not None:
         if not 0 <= headroom < 1:
             raise ConfigError.at("--headroom", f"is {headroom}", "give a share such as 0.06")

@@ -1,9 +1,9 @@
 """`Plan`: memory and time of one run on one kind of device, with what is advised."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_idpo.plan.choices import Choice, advised, fits
+from megatron_idpo.plan.choices import Choice, advised, cheapest_recompute, fits
 from megatron_idpo.plan.devices import Device
 from megatron_idpo.plan.memory import StageMemory, run_memory
 from megatron_idpo.plan.run_sizes import RunSizes
@@ -21,7 +21,10 @@ class Plan:
 
     @classmethod
     def of(cls, run: RunSizes, device: Device) -> "Plan":
-        """For a run whose layout fits its model."""
+        """For a run whose layout fits its model; `recompute: auto` is replaced by what fits."""
+        if run.recompute == "auto":
+            choice = cheapest_recompute(run, device)
+            run = replace(run, recompute="full") if choice is None else choice.run
         memory = tuple(run_memory(run, device))
         return cls(run=run, device=device, memory=memory, time=step_time(run, device))
 

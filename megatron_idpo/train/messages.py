@@ -42,6 +42,8 @@ def report_start(trainer: Trainer, report: Report) -> None:
     if dpo.layers:
         objective = f"intermediate layers: {', '.join(map(str, dpo.layers))} of {dpo.num_layers}"
     show(f"training {trained}; {objective}")
+    if trainer.recompute_message is not None:
+        show(trainer.recompute_message)
     if config.reference.source == "cache":
         show(f"reference log-probs: {cache_directory(config)}")
     if config.reference.source != "none" and not trainer.starts_at_reference:

@@ -90,6 +90,7 @@ def check_adapter(lora: LoraConfig) -> None:
 
 
 def _recompute(training: TrainingConfig, num_layers: int) -> Recompute:
+    assert training.recompute != "auto", "choose_recompute() replaces it"
     if training.recompute != "full":
         return Recompute(granularity=training.recompute)
     if training.recompute_layers is None:

@@ -32,6 +32,7 @@ from megatron_idpo.storage.provenance import as_problems, diff
 from megatron_idpo.train.evaluation import Evaluation
 from megatron_idpo.train.logging.loggers import logger_problems
 from megatron_idpo.train.policy import build_policy, check_adapter
+from megatron_idpo.train.recompute import choose_recompute
 from megatron_idpo.train.references import find_caches, prepare_references
 from megatron_idpo.train.run_directory import RunDirectory
 from megatron_idpo.train.schedule import LearningRate
@@ -110,11 +111,12 @@ def assemble(
         )
     checkpoints = _checkpoints(output, config.checkpoint)
     checkpoint = find_resume_checkpoint(checkpoints, config.checkpoint)
-    steps_taken = 0
+    steps_taken, saved_config = 0, None
     if checkpoint is not None:
         # Before weights are read: a checkpoint of another run is rejected within seconds.
-        _resume_data(checkpoint, config, batches, prepared)
+        saved_config = _resume_data(checkpoint, config, batches, prepared)
         steps_taken = checkpoint.step
+    config, recompute = choose_recompute(config, pairs.train, world.size, saved_config)
     learning_rate = _learning_rate(config, steps_taken + batches.remaining_batches)
     caches = find_caches(config, prepared.reference, pairs)
     policy = build_policy(config, prepared.start, show_progress=world.is_first)
@@ -124,15 +126,11 @@ def assemble(
     train_step = TrainStep(
         policy, reference, config.objective, training.seed, pairs.train.location, stop_flag
     )
-    evaluation = None
+    evaluation, size = None, training.global_batch_pairs
     with raise_on_all_ranks("packing the held-out data"):
         if pairs.eval is not None:
             evaluation = Evaluation(
-                train_step,
-                eval_reference,
-                pairs.eval,
-                rows,
-                global_batch_pairs=training.global_batch_pairs,
+                train_step, eval_reference, pairs.eval, rows, global_batch_pairs=size
             )
     trainer = Trainer(
         config=config,
@@ -146,6 +144,7 @@ def assemble(
         checkpoints=checkpoints,
         learning_rate=learning_rate,
         reference=prepared.reference,
+        recompute_message=recompute,
     )
     # After the references: they may be computed by the policy at its start.
     if checkpoint is not None:
@@ -273,8 +272,11 @@ def _training_differences(
 
 def _resume_data(
     checkpoint: CheckpointInfo, config: RunConfig, batches: TrainingBatches, prepared: Prepared
-) -> None:
+) -> Mapping[str, Any]:
     """Move the data to the checkpoint's position, if it belongs to this run. Collective.
+
+    Returns:
+        The configuration that the checkpoint was written with.
 
     Raises:
         CheckpointError: on every rank.
@@ -291,6 +293,7 @@ def _resume_data(
         )
         check_can_resume(saved, current, config, str(checkpoint.directory))
         batches.load_state_dict(saved.data)
+    return saved.config
 
 
 def _checkpoints(output: RunDirectory, settings: CheckpointConfig) -> Checkpoints:

@@ -41,6 +41,9 @@ class Trainer:
     resumed_from: Path | None = None
     """Directory of the checkpoint that this run resumed from."""
 
+    recompute_message: str | None = None
+    """What `training.recompute: auto` has chosen; `config` has the choice."""
+
     step: int = 0
     """Optimizer steps taken."""
 

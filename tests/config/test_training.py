@@ -78,6 +78,7 @@ INVALID: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
         {"training": {"recompute": "selective", "recompute_layers": 2}},
         ("training.recompute_layers", "no effect", "selective"),
     ),
+    ({"training": {"memory_gb": 8}}, ("training.memory_gb", "no effect", "set recompute to auto")),
     ({"training": {"global_batch_pairs": 0}}, ("training.global_batch_pairs", "is 0")),
     ({"training": {"batch_pairs": 8}}, ("training.batch_pairs", "`global_batch_pairs`")),
     (
@@ -146,6 +147,7 @@ def test_a_problem_has_location_value_and_remedy(tmp_path, sections, words):
         {"optimizer": {"schedule": "linear", "min_lr": 1e-5, "clip_grad": 0.0}},
         {"training": {"recompute": "full", "recompute_layers": 2}},
         {"training": {"recompute": "full"}},
+        {"training": {"recompute": "auto", "memory_gb": 8}},
         {"training": {"eval_every_steps": 10}, "data": {"eval_pairs": 5}},
         {"checkpoint": {"keep_best": 1, "best_metric": "eval_loss"},
          "training": {"eval_every_steps": 100}, "data": {"eval": "held"}},

@@ -98,13 +98,16 @@ def test_stopped_and_resumed_run_ends_bitwise_equal(tiny, workers, tmp_path, uni
 
 
 def test_complete_run_takes_no_step(tiny, workers, tmp_path):
-    short = {"max_steps": 2}
+    short = {"max_steps": 2, "recompute": "auto", "memory_gb": 100.0}
     file = write_config(tiny, tmp_path / "run", data={"eval": str(tiny.held_out)}, training=short)
-    workers.run(run, 1, file)
+    (first,) = workers.run(run, 1, file)
+    assert "recompute auto: off; planned peak 1." in first.printed
+    assert "everything fits without into 100.00 GB" in first.printed
     before = weights_bytes(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     (again,) = workers.run(run, 1, file, CountSteps())
     assert (again.code, again.found["steps"]) == (0, [])
     assert "all 2 steps are complete" in again.printed
+    assert "as in the checkpoint; limit 100.00 GB" in again.printed
     after = weights_bytes(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert after == before
 
