@@ -25,6 +25,7 @@ ADAPTER_TOLERANCE = 1e-4
 """B is small at first, and Adam's steps are large relative to it."""
 
 EP2 = {"expert": 2}
+EP2_CP2 = {"expert": 2, "context": 2}
 EP2_TP2 = {"expert": 2, "tensor": 2, "expert_tensor": 1, "sequence_parallel": True}
 EP2_PP2 = {"expert": 2, "pipeline": 2}
 CACHED = {"reference": {"source": "cache"}, "objective": {"router_aux_loss": 0.01}}
@@ -65,7 +66,7 @@ def test_adapters_of_experts_resume_in_another_layout(experts, workers, tmp_path
     settings = {"lora": {**LORA, "target_parameters": list(EXPERT_PARAMETERS)}}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     workers.run(run, 1, write_config(experts, whole, **settings))
-    for layout, hooks, code in ((EP2, (stop_after(4),), EXIT_PREEMPTED), (EP2_TP2, (), 0)):
+    for layout, hooks, code in ((EP2_CP2, (stop_after(4),), EXIT_PREEMPTED), (EP2_TP2, (), 0)):
         file = write_config(experts, parts, layout=layout, **settings)
         outcomes = workers.run(run, 2, file, *hooks)
         assert [outcome.code for outcome in outcomes] == [code] * 2, outcomes[0].printed
