@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from megatron_idpo.plugin.attach import AttachedDpo, attach
     from megatron_idpo.plugin.preference_batch import PreferenceBatch
     from megatron_idpo.plugin.targets import Targets
+    from megatron_idpo.train.callbacks import Callback
 
 __all__ = [
     "AttachedDpo",
+    "Callback",
     "Objective",
     "PreferenceBatch",
     "Result",
@@ -40,6 +42,7 @@ _API = ("Result", "generate", "judge", "likelihood", "score", "train")
 _MODULES = {
     **dict.fromkeys(_API, "megatron_idpo.api"),
     "RunConfig": "megatron_idpo.config.run_config",
+    "Callback": "megatron_idpo.train.callbacks",
     "AttachedDpo": "megatron_idpo.plugin.attach",
     "Objective": "megatron_idpo.config.objective",
     "PreferenceBatch": "megatron_idpo.plugin.preference_batch",

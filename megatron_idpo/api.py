@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +28,7 @@ from megatron_idpo.config.yaml_tree import read_tree, write_yaml
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 from megatron_idpo.storage.atomic import write_text
+from megatron_idpo.train.callbacks import Callback
 
 Config = str | Path | Mapping[str, Any] | RunConfig
 
@@ -83,11 +85,14 @@ class Result:
         return AutoTokenizer.from_pretrained(self.model_directory, trust_remote_code=False)
 
 
-def train(config: Config, /, **overrides: Mapping[str, Any] | None) -> Result:
+def train(
+    config: Config, /, *, callbacks: Sequence[Callback] = (), **overrides: Mapping[str, Any] | None
+) -> Result:
     """Train with DPO, intermediate DPO or stepwise DPO; resume if interrupted. Collective.
 
     Args:
         config: path, mapping or `RunConfig`.
+        callbacks: receive the events of the run, on every rank.
         **overrides: fields to replace, by section; None removes the section.
 
     Raises:
@@ -95,7 +100,8 @@ def train(config: Config, /, **overrides: Mapping[str, Any] | None) -> Result:
     """
     from megatron_idpo.cli.train import main
 
-    output, code = _run(main, config, overrides, "training.output")
+    train_main = partial(main, callbacks=callbacks)
+    output, code = _run(train_main, config, overrides, "training.output")
     return Result(output, is_complete=code == 0)
 
 

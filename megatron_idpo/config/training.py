@@ -120,6 +120,18 @@ class TrainingConfig(Section):
     """A process or machine that sends no heartbeat for so many seconds is lost: the others name it
     and end. At least 10; 0 sends no heartbeats (for a debugger that stops all threads)."""
 
+    profile: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step to trace with torch's profiler, as `[10, 12]`: a file for Perfetto per
+    process of the first data-parallel replica, in `OUTPUT/profile`."""
+
+    memory_snapshot: Bool = False
+    """Record the GPU allocator's last 100,000 events and write them to `OUTPUT/memory` when the run
+    ends, also when memory runs out: a file per process for https://pytorch.org/memory_viz."""
+
+    deterministic: Bool = False
+    """Use only GPU kernels that compute the same bits every time, at some cost of speed; a kernel
+    that cannot is an error. On a CPU all are deterministic anyway."""
+
     used_with: ClassVar = {
         "recompute_layers": ("recompute", "full"),
         "offload_activations": ("recompute", "full"),
@@ -127,11 +139,14 @@ class TrainingConfig(Section):
     }
 
     def problems(self) -> Iterator[Problem]:
-        """A silence that a busy process reaches without being lost."""
+        """A silence that a busy process reaches without being lost; steps in reverse."""
         if 0 < self.heartbeat_timeout_s < MIN_HEARTBEAT_TIMEOUT_S:
             message = f"is {self.heartbeat_timeout_s}: a busy process may be silent for longer"
             remedy = f"use {MIN_HEARTBEAT_TIMEOUT_S} or more, or 0 for no heartbeats"
             yield Problem("heartbeat_timeout_s", message, remedy)
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            message = f"is {list(self.profile)}: it ends before it begins"
+            yield Problem("profile", message, "give the first step, then the last one")
 
 
 class ExportConfig(Section):

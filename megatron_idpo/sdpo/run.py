@@ -13,6 +13,7 @@ step that is not complete in the manifest. Everything is collective.
 
 import gc
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,7 @@ from megatron_idpo.sdpo.manifest import Manifest, StepRecord, snapshot_directory
 from megatron_idpo.sdpo.manifest_file import ManifestFile
 from megatron_idpo.sdpo.report import missing_exports, report_steps
 from megatron_idpo.sdpo.snapshot import open_snapshot
+from megatron_idpo.train.callbacks import Callback
 from megatron_idpo.train.loop import (
     is_too_small_after_loss,
     preempted_before_training,
@@ -80,8 +82,12 @@ class SteppedRun:
         return _sdpo(self.config)
 
 
-def train_in_steps(config: RunConfig) -> int:
+def train_in_steps(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int:
     """Train all steps that are not complete, or only the step `sdpo.only`.
+
+    Args:
+        config: of the run.
+        callbacks: receive the events of each step's run.
 
     Returns:
         0 if they are complete; `EXIT_PREEMPTED` if a signal stopped one, after saving.
@@ -105,7 +111,7 @@ def train_in_steps(config: RunConfig) -> int:
             # A signal between steps: ranks must agree, or some would enter the next step.
             if any(all_gather_objects(stop_flag.stop_requested)):
                 return preempted_before_training(show=world.is_first)
-            if train_step(run, number, stop_flag) == EXIT_PREEMPTED:
+            if train_step(run, number, stop_flag, callbacks) == EXIT_PREEMPTED:
                 return EXIT_PREEMPTED
             # The models are in reference cycles: free their memory for the next step now.
             gc.collect()
@@ -166,7 +172,9 @@ def steps_to_train(run: SteppedRun) -> list[int]:
     ]
 
 
-def train_step(run: SteppedRun, number: int, stop_flag: StopFlag) -> int:
+def train_step(
+    run: SteppedRun, number: int, stop_flag: StopFlag, callbacks: Sequence[Callback]
+) -> int:
     """Train or resume one step and write its snapshot. Collective.
 
     Returns:
@@ -204,7 +212,11 @@ def train_step(run: SteppedRun, number: int, stop_flag: StopFlag) -> int:
     )
     prepared = Prepared(pairs, start, reference)
     with open_run_directory(Path(config.training.output)) as output:
-        return train_prepared(config, run.world, output, prepared, stop_flag, finalize=finalize)
+        return train_prepared(
+            *(config, run.world, output, prepared, stop_flag),
+            finalize=finalize,
+            callbacks=callbacks,
+        )
 
 
 def models_of_step(run: SteppedRun, number: int) -> tuple[FrozenModel, FrozenModel]:

@@ -22,6 +22,7 @@ from megatron_idpo.mcore.parallel.world import (
     running_layout,
 )
 from megatron_idpo.mcore.watchdog.activity import doing
+from megatron_idpo.train.callbacks import Callback
 from megatron_idpo.train.compile_ahead import compile_ahead
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.finite_checks import check_evaluation_finite
@@ -32,6 +33,7 @@ from megatron_idpo.train.messages import (
     report_preempted,
     report_start,
 )
+from megatron_idpo.train.recording import record
 from megatron_idpo.train.run_directory import RunDirectory, check_not_stepped, open_run_directory
 from megatron_idpo.train.setup import Prepared, assemble, prepare
 from megatron_idpo.train.start_check import check_start, is_start_check_due
@@ -45,8 +47,12 @@ Finalize = Callable[[Trainer, Report], Sequence[str]]
 Collective. Must be idempotent, because a run that has ended may be started again."""
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int:
     """Train as configured, from the start or from the newest checkpoint.
+
+    Args:
+        config: of the run.
+        callbacks: receive the events of the run.
 
     Returns:
         0 if the run is complete; `EXIT_PREEMPTED` if a signal stopped it, after saving.
@@ -64,7 +70,9 @@ def train(config: RunConfig) -> int:
         with raise_on_all_ranks("checking the output directory"):
             check_not_stepped(output.root)
         prepared = prepare(config, world)
-        return train_prepared(config, world, output, prepared, stop_flag, finalize=export)
+        return train_prepared(
+            *(config, world, output, prepared, stop_flag), finalize=export, callbacks=callbacks
+        )
 
 
 def train_prepared(
@@ -75,6 +83,7 @@ def train_prepared(
     stop_flag: StopFlag,
     *,
     finalize: Finalize,
+    callbacks: Sequence[Callback] = (),
 ) -> int:
     """Train on prepared data from a prepared start; a step of sDPO is such a run.
 
@@ -85,6 +94,7 @@ def train_prepared(
         prepared: data, start and reference.
         stop_flag: whether this process has received a stop signal.
         finalize: called after the last step.
+        callbacks: receive the events of the run.
 
     Returns:
         As `train`.
@@ -92,15 +102,23 @@ def train_prepared(
     Raises:
         UserError: as `train`.
     """
-    with running_layout(config.layout, config.training.seed):
+    with (
+        running_layout(config.layout, config.training.seed),
+        record(config.training, output.root) as recorders,
+    ):
         try:
             with doing("building the model and its reference"):
                 trainer = assemble(config, world, output, prepared, stop_flag)
         except RunStopped:
             return preempted_before_training(show=world.is_first)
         trainer.write_config()
-        with doing("training"), trainer.checkpoints, open_report(trainer) as report:
+        with (
+            doing("training"),
+            trainer.checkpoints,
+            open_report(trainer, (*recorders, *callbacks)) as report,
+        ):
             report_start(trainer, report)
+            report.start(trainer.output.root)
             if not trainer.is_complete:
                 with doing("compiling"):
                     compiled = compile_ahead(trainer.policy, trainer.rows)
@@ -108,7 +126,9 @@ def train_prepared(
             if trainer.resumed_from is None:
                 run_start_check(trainer, report)
                 evaluate(trainer, report)
-            if not train_steps(trainer, report):
+            is_complete = train_steps(trainer, report)
+            report.end(trainer.step, is_complete=is_complete)
+            if not is_complete:
                 report_preempted(trainer, report)
                 return EXIT_PREEMPTED
             with doing("exporting", step=trainer.step):
@@ -188,7 +208,7 @@ def train_steps(trainer: Trainer, report: Report) -> bool:
             is_last=is_last,
         )
         # Publishes a background save that has finished on all ranks; does not wait for one.
-        trainer.checkpoints.poll()
+        report.checkpoint(trainer.checkpoints.poll())
         if trainer.is_due(trainer.config.training.eval_every_steps) or trainer.is_complete:
             evaluate(trainer, report)
         if trainer.is_due(trainer.config.checkpoint.every_steps) or is_last:
@@ -198,7 +218,7 @@ def train_steps(trainer: Trainer, report: Report) -> bool:
             break
         report.meter.begin()
     with doing("waiting for the last save", step=trainer.step):
-        trainer.checkpoints.wait()
+        report.checkpoint(trainer.checkpoints.wait())
     assert is_last, "the data ended before the last step"
     return trainer.is_complete
 

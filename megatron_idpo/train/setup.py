@@ -33,6 +33,7 @@ from megatron_idpo.train.evaluation import Evaluation
 from megatron_idpo.train.logging.loggers import logger_problems
 from megatron_idpo.train.policy import build_policy, check_adapter
 from megatron_idpo.train.recompute import choose_recompute
+from megatron_idpo.train.recording import recording_problems
 from megatron_idpo.train.references import find_caches, prepare_references
 from megatron_idpo.train.run_directory import RunDirectory
 from megatron_idpo.train.schedule import LearningRate
@@ -179,7 +180,7 @@ def check_against_model(config: RunConfig, architecture: Architecture, world_siz
     if config.objective.router_aux_loss and not architecture.num_experts:
         message = f"has no effect: {architecture.family} models have no experts"
         problems.append(Problem("objective.router_aux_loss", message, "leave it out"))
-    problems += logger_problems(config.logging)
+    problems += [*logger_problems(config.logging), *recording_problems(config.training)]
     longest_tokens = config.data.max_length or config.data.row_tokens
     limit_tokens = max_sequence_length(architecture)
     if limit_tokens is not None and longest_tokens > limit_tokens:

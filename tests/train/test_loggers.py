@@ -30,7 +30,7 @@ def test_metrics_file_is_always_written(tmp_path):
     arguments: dict[str, Any] = {"resumed_step": None, "run_config": {}}
     with open_loggers(tmp_path, LoggingConfig(), **arguments) as opened:
         for logger in opened:
-            logger.log(1, {"loss": 0.5})
+            logger.on_log(1, {"loss": 0.5})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
     assert not (tmp_path / "tensorboard").exists()
 
@@ -119,7 +119,7 @@ def test_dashboard_names_are_grouped_as_by_transformers(name, shown):
 def write_events(directory: Path, resumed_step: int | None, values: dict[int, float]) -> None:
     logger = TensorBoardLogger(directory, resumed_step=resumed_step)
     for step, value in values.items():
-        logger.log(step, {"loss": value, "eval_loss": 1.0})
+        logger.on_log(step, {"loss": value, "eval_loss": 1.0})
     logger.close()
     logger.close()  # a second call does nothing
 
@@ -191,7 +191,7 @@ def open_wandb(output: Path, resumed_step: int | None = None, **settings: Any) -
 
 def test_wandb_gets_settings_and_values(runs, tmp_path):
     logger = open_wandb(tmp_path / "new", name="night", entity="team", mode="offline")
-    logger.log(10, {"loss": 0.5, "eval_rewards/margins": 1.0})
+    logger.on_log(10, {"loss": 0.5, "eval_rewards/margins": 1.0})
     logger.close()
     (run,) = runs
     names = ("project", "name", "entity", "mode", "config", "settings", "dir")

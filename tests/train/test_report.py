@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from megatron_idpo.console.progress import ProgressDisplay
+from megatron_idpo.train.callbacks import Callback
 from megatron_idpo.train.logging.report import Report
 from megatron_idpo.train.metrics.flops import BatchWork
 from megatron_idpo.train.metrics.reduce import StepMetrics
@@ -37,13 +38,13 @@ class FakeMeter:
     averages = take
 
 
-class FakeLogger:
+class FakeLogger(Callback):
     """Records what is logged."""
 
     def __init__(self) -> None:
         self.records: list[tuple[int, dict[str, float]]] = []
 
-    def log(self, step: int, values: Any) -> None:
+    def on_log(self, step: int, values: Any) -> None:
         self.records.append((step, dict(values)))
 
     @property

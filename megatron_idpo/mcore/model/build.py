@@ -116,6 +116,7 @@ def transformer_config(
         # Transformer Engine has grouped products; without it, `grouped_experts.py` has.
         "moe_grouped_gemm": uses_te and options.grouped_experts and architecture.num_experts > 0,
         **_recompute_fields(options.recompute, layout),
+        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
         **options.overrides,
     }
     # Despite its name, this makes megatron-core's MLP use the activation module in the layer's

@@ -9,11 +9,12 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_idpo.config.training import LoggingConfig, WandbConfig
 from megatron_idpo.errors import ConfigError, Problem
 from megatron_idpo.mcore.parallel.world import is_rank0
+from megatron_idpo.train.callbacks import Callback
 from megatron_idpo.train.metrics.file import MetricsFile
 from megatron_idpo.train.metrics.names import dashboard_name
 
@@ -22,14 +23,7 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 WANDB_ID_FILE = "wandb_run_id"
 
 
-class Logger(Protocol):
-    """Stores metrics."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Store the values of a step, named as in `metrics.names`."""
-
-
-class TensorBoardLogger:
+class TensorBoardLogger(Callback):
     """Writes event files, which TensorBoard can show during the run."""
 
     def __init__(self, directory: Path, *, resumed_step: int | None) -> None:
@@ -46,14 +40,14 @@ class TensorBoardLogger:
         self._writer = SummaryWriter(log_dir=str(directory), purge_step=purge_step)
         self.close = self._writer.close
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def on_log(self, step: int, values: Mapping[str, float]) -> None:
         """Write each value as a scalar and flush the file."""
         for name, value in values.items():
             self._writer.add_scalar(dashboard_name(name), value, step)
         self._writer.flush()
 
 
-class WandbLogger:
+class WandbLogger(Callback):
     """Logs to Weights & Biases; all starts of a run continue one W&B run.
 
     The W&B run id is stored next to the metrics. W&B does not accept a step twice, which a resumed
@@ -107,7 +101,7 @@ class WandbLogger:
         self._run.define_metric("*", step_metric="step")
         self.close = self._run.finish
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def on_log(self, step: int, values: Mapping[str, float]) -> None:
         """Send the values with their step."""
         named = {dashboard_name(name): value for name, value in values.items()}
         self._run.log({"step": step, **named})
@@ -134,7 +128,7 @@ def open_loggers(
     *,
     resumed_step: int | None,
     run_config: Mapping[str, Any],
-) -> Iterator[list[Logger]]:
+) -> Iterator[list[Callback]]:
     """The loggers of a run, open within the block; on ranks other than the first there are none.
 
     Args:
@@ -146,7 +140,7 @@ def open_loggers(
     Raises:
         ConfigError: `output` cannot be written to, or W&B cannot be used.
     """
-    loggers: list[Logger] = []
+    loggers: list[Callback] = []
     with ExitStack() as stack:
         if is_rank0():
             loggers.append(MetricsFile(output / METRICS_FILE, resumed_step=resumed_step))

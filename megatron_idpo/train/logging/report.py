@@ -10,10 +10,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_idpo.checkpoint.retention import CheckpointInfo
 from megatron_idpo.console.progress import ProgressDisplay
 from megatron_idpo.mcore.parallel.world import raise_on_all_ranks
+from megatron_idpo.train.callbacks import Callback
 from megatron_idpo.train.logging.line import evaluation_line, training_line
-from megatron_idpo.train.logging.loggers import Logger, open_loggers
+from megatron_idpo.train.logging.loggers import open_loggers
 from megatron_idpo.train.metrics.flops import ModelFlops, lora_weights
 from megatron_idpo.train.metrics.names import EPOCH, GRAD_NORM, LEARNING_RATE, LOSS, MARGIN, PEAK_GB
 from megatron_idpo.train.metrics.peak_flops import current_device_peak
@@ -25,15 +27,15 @@ from megatron_idpo.train.trainer import Trainer
 
 @dataclass
 class Report:
-    """Sends steps and evaluations to the console and to the loggers.
+    """Sends the events of a run to the console and to the callbacks, of which loggers are some.
 
     Metrics of steps are logged as means over all pairs since the previous record; gradient norm and
     learning rate are those of the last step.
     """
 
     display: ProgressDisplay
-    loggers: Sequence[Logger]
-    """Of this rank."""
+    loggers: Sequence[Callback]
+    """Of this rank; only the first has some."""
 
     meter: Meter
     total_steps: int
@@ -43,8 +45,11 @@ class Report:
     first_step: int = 0
     """Step that the run resumed from, or 0."""
 
+    callbacks: Sequence[Callback] = ()
+    """The caller's, on every rank."""
+
     on_all_ranks: Callable[[str], AbstractContextManager[None]] = raise_on_all_ranks
-    """Encloses what may fail on the first rank only."""
+    """Encloses what may fail on one rank only."""
 
     _since_record: StepMetrics | None = None
     _peak_bytes: float = 0.0
@@ -83,6 +88,9 @@ class Report:
         values = metrics.values()
         status = f"loss {values[LOSS]:.4f} margin {values[MARGIN]:+.3f}"
         self._training.update(step, status=status)
+        # Without the collective that the other events have: it would be one more per step.
+        for callback in self.callbacks:
+            callback.on_step(step, values)
         is_first = step == self.first_step + 1
         if not (is_first or step % self.every_steps == 0 or is_last):
             return
@@ -105,7 +113,27 @@ class Report:
         line = evaluation_line(step, self.total_steps, values, seconds=seconds, width=self._width)
         self.print(line, style="bold")
         self._log(step, values)
+        self._call("callbacks after an evaluation", lambda each: each.on_evaluation(step, values))
         return values
+
+    def start(self, output: Path) -> None:
+        """Before the first step of this start. Collective."""
+        first, total = self.first_step, self.total_steps
+        self._call(
+            "callbacks at the start",
+            lambda each: each.on_start(output, step=first, total_steps=total),
+        )
+
+    def checkpoint(self, info: CheckpointInfo | None) -> None:
+        """A checkpoint that has been completed, if there is one. Collective."""
+        if info is not None:
+            self._call(
+                "callbacks after a save", lambda each: each.on_checkpoint(info.step, info.directory)
+            )
+
+    def end(self, step: int, *, is_complete: bool) -> None:
+        """After the last step of this start. Collective."""
+        self._call("callbacks at the end", lambda each: each.on_end(step, is_complete=is_complete))
 
     @contextmanager
     def evaluating(self, num_batches: int) -> Iterator[Callable[[], None]]:
@@ -129,8 +157,14 @@ class Report:
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         with self.on_all_ranks("writing the logs"):
-            for logger in self.loggers:
-                logger.log(step, values)
+            for callback in (*self.loggers, *self.callbacks):
+                callback.on_log(step, values)
+
+    def _call(self, what: str, event: Callable[[Callback], None]) -> None:
+        if self.callbacks:
+            with self.on_all_ranks(what):
+                for callback in self.callbacks:
+                    event(callback)
 
     @property
     def _width(self) -> int | None:
@@ -139,8 +173,12 @@ class Report:
 
 
 @contextmanager
-def open_report(trainer: Trainer) -> Iterator[Report]:
+def open_report(trainer: Trainer, callbacks: Sequence[Callback]) -> Iterator[Report]:
     """A report of a run from its current step; its loggers are closed at the end. Collective.
+
+    Args:
+        trainer: of the run.
+        callbacks: the caller's.
 
     Raises:
         ConfigError: on every rank; a logger cannot be opened.
@@ -164,6 +202,7 @@ def open_report(trainer: Trainer) -> Iterator[Report]:
             total_steps=trainer.total_steps,
             every_steps=trainer.config.logging.every_steps,
             first_step=trainer.step,
+            callbacks=callbacks,
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_idpo.errors import ConfigError
 from megatron_idpo.storage.atomic import append_bytes, write_text
+from megatron_idpo.train.callbacks import Callback
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ type Record = dict[str, float]
 STEP = "step"
 
 
-class MetricsFile:
+class MetricsFile(Callback):
     """A logger that appends to a metrics file."""
 
     def __init__(self, path: Path, *, resumed_step: int | None) -> None:
@@ -51,7 +52,7 @@ class MetricsFile:
                     logger.warning("%s: dropped %d damaged lines", path, num_damaged)
             write_text(path, kept)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def on_log(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line.
 
         Raises:

@@ -51,10 +51,10 @@ def write_run(
         if step:
             speed = {"throughput/step_s": 2.0, "throughput/tokens_per_s": 1000.0}
             others = {"grad_norm": 1.0, "memory/peak_gb": 3.25, "epoch": done}
-            file.log(step, {**_quality("", layers, done * last_margin), **speed, **others})
+            file.on_log(step, {**_quality("", layers, done * last_margin), **speed, **others})
         if step % 20 == 0:
             held_out = _quality("eval_", layers, done * last_margin)
-            file.log(step, {**held_out, "eval_pairs": HELD_OUT})
+            file.on_log(step, {**held_out, "eval_pairs": HELD_OUT})
     return root
 
 
