@@ -192,6 +192,9 @@ def _above_kept(run: RunSizes, layers: range, kept: float) -> Iterator[float]:
         # Autograd keeps the head's gradient of a tied weight until that of the embedding is there.
         waiting = run.vocab_rows * run.model.hidden_size * run.width
         yield 2 * waiting - kept
+    elif layers.start == 1 and run.lora is None:
+        # Last of all, the embedding's gradient: as large as the embedding, if few rows are kept.
+        yield run.vocab_rows * run.model.hidden_size * run.width + hidden - kept
     if recomputed < len(layers):
         yield layer_temporaries(run) + waiting - tail + hidden
     if recomputed:
