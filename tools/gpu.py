@@ -219,6 +219,8 @@ def _inside_phantom(words: list[str]) -> int:
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = words
+            # As the interpreter does for a script: it imports its neighbors.
+            sys.path.insert(0, str(Path(words[0]).resolve().parent))
             runpy.run_path(words[0], run_name="__main__")
     return 0
 
