@@ -1,9 +1,9 @@
 """`--processes N`: workers by torchrun's API, one message for an error of the user."""
 
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,13 +43,19 @@ def test_under_torchrun_it_is_refused(monkeypatch, capsys):
     assert "leave it out under torchrun" in capsys.readouterr().err
 
 
+def command_line(words: list[str], printed: str) -> int:
+    """The exit code; what the program and its workers print goes to a file."""
+    with open(printed, "w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    return cli.main(words)
+
+
 @pytest.mark.distributed
-def test_an_error_of_the_user_is_one_message(tmp_path: Path):
+def test_an_error_of_the_user_is_one_message(workers: Any, tmp_path: Path):
     (tmp_path / "run.yaml").write_text(CONFIG)
-    command = [sys.executable, "-m", "megatron_idpo", "train", "run.yaml", "lr=1"]
-    done = subprocess.run(
-        [*command, "--processes", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == EXIT_USER_ERROR
-    (line,) = done.stderr.splitlines()
+    words = ["train", str(tmp_path / "run.yaml"), "lr=1", "--processes", "2"]
+    printed = tmp_path / "printed"
+    assert workers.run_as_program(command_line, 1, words, str(printed)) == [EXIT_USER_ERROR]
+    (line,) = printed.read_text().splitlines()
     assert re.match(r"megatron-idpo: error \(rank [01]\): lr \(command line\): unknown", line)

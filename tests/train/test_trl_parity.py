@@ -36,7 +36,7 @@ from .trl_case import (
     make_case,
 )
 from .trl_losses import log_probabilities, loss_cases
-from .trl_reference import TrlResult, TrlRun, run_trl
+from .trl_reference import TIMEOUT_S, TrlResult, TrlRun, run_trl
 
 LOSS_TOLERANCE = 2e-5
 """Measured: at most 4e-6. fp32 rounding grows with the steps: Adam normalizes gradients."""
@@ -82,7 +82,7 @@ class TrlRuns:
 
 
 @pytest.fixture(scope="module")
-def trl(tmp_path_factory: pytest.TempPathFactory) -> TrlRuns:
+def trl(workers: Any, tmp_path_factory: pytest.TempPathFactory) -> TrlRuns:
     directory = tmp_path_factory.mktemp("trl")
     case = make_case(directory)
     runs = {
@@ -104,7 +104,9 @@ def trl(tmp_path_factory: pytest.TempPathFactory) -> TrlRuns:
         )
         for trained, lr in case.lrs.items()
     }
-    results, losses = run_trl(list(runs.values()), directory)
+    ((results, losses),) = workers.run_as_program(
+        run_trl, 1, list(runs.values()), timeout_s=TIMEOUT_S
+    )
     results_by_name = dict(zip(runs, results, strict=True))
     return TrlRuns(case, results_by_name, directory / "lora" / "adapter", losses)
 

@@ -1,20 +1,17 @@
 """TRL's DPOTrainer on given records, in a separate process: the reference of the parity tests.
 
-`python trl_reference.py SPEC.json` runs every run of the specification and writes its result
-next to it, with TRL's losses on given log-probabilities (`trl_losses.py`). The process is separate
-because TRL seeds every generator, sets up accelerate and patches Transformers' models; it runs all
-runs because importing TRL takes longer than they do.
+The process is separate because TRL seeds every generator, sets up accelerate and patches
+Transformers' models; it is a fork of a worker, which has imported torch and Transformers. It runs
+all runs because importing TRL takes longer than they do.
 
-Nothing from this package is imported, so that a bug here cannot be on both sides.
+Nothing from this package is called, so that a bug here cannot be on both sides.
 """
 
-import json
 import os
-import subprocess
-import sys
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
+
+from .trl_losses import losses_of_trl
 
 TIMEOUT_S = 900.0
 """Half a minute of work, on a busy machine."""
@@ -55,31 +52,14 @@ class TrlResult:
     """Per pair met, the tokens of prompt, chosen and rejected that the model was given."""
 
 
-def run_trl(runs: list[TrlRun], directory: Path) -> tuple[list[TrlResult], list[dict[str, Any]]]:
-    """Run them one after the other in a new process, offline; its failure is an AssertionError.
+def run_trl(runs: list[TrlRun]) -> tuple[list[TrlResult], list[dict[str, Any]]]:
+    """Run them one after the other, offline; for `WorkerPool.run_as_program`.
 
     Returns:
         The result of each run, and of each case of `trl_losses.losses_of_trl`.
     """
-    spec = directory / "spec.json"
-    spec.write_text(json.dumps([asdict(run) for run in runs]))
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # One thread: with more, tiny operations wait for cores that other tests use.
-    threads = {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(spec)],
-        env={**os.environ, **offline, **threads},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(spec.with_suffix(".results").read_text())
-    return [
-        TrlResult(result["logs"], [tuple(pair) for pair in result["pairs"]])
-        for result in results["runs"]
-    ], results["losses"]
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return [_train(run) for run in runs], losses_of_trl()
 
 
 def _train(run: TrlRun) -> TrlResult:
@@ -155,12 +135,3 @@ def _pairs_of(inputs: dict[str, Any]) -> list[tuple[list[int], list[int], list[i
         assert prompt == same_prompt, "both sequences of a pair share the prompt"
         pairs.append((prompt, chosen, rejected))
     return pairs
-
-
-if __name__ == "__main__":
-    spec_file = Path(sys.argv[1])
-    from trl_losses import losses_of_trl
-
-    finished = [asdict(_train(TrlRun(**run))) for run in json.loads(spec_file.read_text())]
-    results = {"runs": finished, "losses": losses_of_trl()}
-    spec_file.with_suffix(".results").write_text(json.dumps(results))
