@@ -54,7 +54,9 @@ def test_missing_libraries_on_a_gpu_have_consequence_and_remedy():
     missing = {f.name for f in report.findings if f.state is State.MISSING}
     assert missing == {"Transformer Engine", "apex"}
     assert all(report[name].consequence and report[name].remedy for name in missing)
-    assert "FP8" in report["Transformer Engine"].consequence
+    assert "speed up norms" in report["Transformer Engine"].consequence
+    assert "speed up Adam" in report["apex"].consequence
+    assert "pip install apex" not in "".join(finding.remedy for finding in report.findings)
     assert not report.names(State.BROKEN)
 
 

@@ -47,6 +47,12 @@ def dropped_twice() -> tuple[Tensor, Tensor, list[int]]:
     return (first + second).detach().cpu(), grad.cpu(), list(kept.values())
 
 
+def copied_in_inference_mode() -> list[float]:
+    with torch.inference_mode():
+        values = torch.arange(6.0, device="cuda").view(2, 3)
+        return values.t().reshape(6).tolist() + values.t().contiguous().flatten().tolist()
+
+
 def random_numbers_differ_by_state() -> bool:
     torch.cuda.manual_seed(1)
     first, second = (torch.rand(4, device="cuda") for _ in range(2))
@@ -67,6 +73,17 @@ def collective_of_a_cpu_tensor() -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def polled_save() -> int:
+    """Polls until a job in the background has ended; each is a collective over NCCL."""
+    from megatron_idpo.checkpoint.background_save import BackgroundWorker
+
+    worker, polls = BackgroundWorker(), 1
+    worker.start(lambda: None)
+    while not worker.poll():
+        polls += 1
+    return polls
 
 
 def full_memory_message() -> str:
@@ -122,6 +139,10 @@ def test_budget_names_the_lines_that_waited(gpu_workers: Any):
     assert "test_device.py:" in message and "waited" in message
 
 
+def test_views_that_copy_are_computed_in_inference_mode(gpu_workers: Any):
+    assert gpu_workers.run(copied_in_inference_mode, 1) == [2 * [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]]
+
+
 def test_equal_states_draw_equal_numbers(gpu_workers: Any):
     assert gpu_workers.run(random_numbers_differ_by_state, 1) == [True]
 
@@ -129,6 +150,10 @@ def test_equal_states_draw_equal_numbers(gpu_workers: Any):
 def test_collective_of_a_cpu_tensor_fails_as_with_nccl(gpu_workers: Any):
     (message,) = gpu_workers.run(collective_of_a_cpu_tensor, 1)
     assert "NCCL takes CUDA tensors" in message
+
+
+def test_background_save_is_polled_on_the_gpu(gpu_workers: Any):
+    assert min(gpu_workers.run(polled_save, 2)) > 0
 
 
 def test_dropout_draws_its_mask_again_instead_of_keeping_it(gpu_workers: Any):

@@ -19,7 +19,7 @@ def share_gloo_device() -> None:
 
     def create(
         options: distributed_c10d._DistributedBackendOptions, _: object
-    ) -> distributed_c10d.C10DBackend:
+    ) -> ProcessGroupGloo:  # torch 2.11 has no name for the type of all backends
         own = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not in torch's stubs
         own._devices = [device]
         # Collectives of a group run one after another on one thread.

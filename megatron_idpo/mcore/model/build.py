@@ -28,7 +28,7 @@ from megatron_idpo.mcore.model.logit_map import LogitMap
 from megatron_idpo.mcore.model.scaled_model import ScaledModel
 from megatron_idpo.mcore.model.specs import block_spec, has_transformer_engine
 from megatron_idpo.mcore.rope.rotary import RowRotary, attention_scale, rotation_factor
-from megatron_idpo.mcore.rope.rotation import use_compiled_rotation
+from megatron_idpo.mcore.rope.rotation import use_short_rotation
 
 __all__ = [
     "GPTModel",
@@ -261,7 +261,7 @@ def _build_chunk(
     # megatron-core's own rotary embedding supports neither packed rows, whose positions restart,
     # nor all of Transformers' frequency scalings.
     model.rotary_pos_emb = RowRotary(architecture)
-    use_compiled_rotation()
+    use_short_rotation()
     return model
 
 

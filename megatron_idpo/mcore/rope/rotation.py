@@ -1,14 +1,13 @@
-"""Rotary embedding on a GPU with one kernel for queries and one for keys, forward and backward.
+"""Rotary embedding on a GPU with three kernels each for queries and keys, forward and backward.
 
 megatron-core's own rotation takes ten kernels for each, of which four compute cos and sin of the
-same angles in every layer. Transformer Engine's fused one is used where it is configured. On a CPU
-nothing changes.
+same angles in every layer. Not compiled: a call of a compiled function costs the host more than the
+two kernels that it saves. Transformer Engine's fused rotation is used where it is configured. On a
+CPU nothing changes.
 
     T  positions   B  batch   N  heads   D  head size   R  rotated features of a head
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 _OWN = attention.apply_rotary_pos_emb
 
 
-def use_compiled_rotation() -> None:
+def use_short_rotation() -> None:
     """Replace megatron-core's rotation in its attention, for the whole process. Idempotent."""
     attention.apply_rotary_pos_emb = rotate
 
@@ -83,12 +82,12 @@ class _Rotation(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(cos_T11R, sin_T11R)
         ctx.is_interleaved = is_interleaved
-        return _compiled(_rotated)(heads_TBND, cos_T11R, sin_T11R, is_interleaved, 1)
+        return _rotated(heads_TBND, cos_T11R, sin_T11R, is_interleaved, 1)
 
     @staticmethod
     def backward(ctx: Any, grad_TBND: Tensor) -> tuple[Tensor, None, None, None]:
         cos_T11R, sin_T11R = ctx.saved_tensors
-        grad = _compiled(_rotated)(grad_TBND, cos_T11R, sin_T11R, ctx.is_interleaved, -1)
+        grad = _rotated(grad_TBND, cos_T11R, sin_T11R, ctx.is_interleaved, -1)
         return grad, None, None, None
 
 
@@ -96,19 +95,16 @@ def _rotated(
     heads_TBND: Tensor, cos_T11R: Tensor, sin_T11R: Tensor, is_interleaved: bool, direction: int
 ) -> Tensor:
     """Heads rotated by the angles (`direction` 1) or back (-1); features after R as they are."""
-    width = cos_T11R.shape[-1]
-    rotated, rest = heads_TBND[..., :width], heads_TBND[..., width:]
+    size, width = heads_TBND.shape[-1], cos_T11R.shape[-1]
+    result = heads_TBND.new_empty(heads_TBND.shape)
+    old, new = heads_TBND[..., :width], result[..., :width]
+    # The two features of a pair: neighbours, or one in each half.
+    first, second = slice(0, width // 2), slice(width // 2, width)
     if is_interleaved:
-        pairs = rotated.unflatten(-1, (-1, 2))
-        turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
-    else:
-        first, second = rotated.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-    rotated = rotated * cos_T11R + turned * (sin_T11R * direction)
-    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
-
-
-@functools.cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiled on first use, for rows of any length."""
-    return torch.compile(function, dynamic=True)
+        first, second = slice(0, width, 2), slice(1, width, 2)
+    torch.mul(old, cos_T11R, out=new)
+    new[..., first].addcmul_(old[..., second], sin_T11R[..., first], value=-direction)
+    new[..., second].addcmul_(old[..., first], sin_T11R[..., second], value=direction)
+    if width < size:
+        result[..., width:].copy_(heads_TBND[..., width:])
+    return result

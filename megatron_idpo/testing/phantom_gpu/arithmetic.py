@@ -88,21 +88,23 @@ class HostArithmetic(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, OpOverload) and func.namespace == "c10d":
             _check_on_gpu(func, args)
-        is_computed = (
+        is_on_gpu = (
             isinstance(func, OpOverload)
             and func.namespace not in _NOT_COMPUTED
-            and not func.is_view
             and func.overloadpacket not in _ALLOCATIONS
             and any(_is_on_gpu(value) for value in tree_leaves((args, kwargs)))
         )
-        if not is_computed:
+        if not is_on_gpu:
             return func(*args, **kwargs)
         # In inference mode, operators that are made of others arrive as a whole. Their parts have
-        # to be computed one by one, because the next may depend on the values of the last.
+        # to be computed one by one, because the next may depend on the values of the last. Also of
+        # views: `reshape` and `contiguous` are views only if they need no copy.
         with self:
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
+        if func.is_view:
+            return func(*args, **kwargs)
         # Before the call: an operator may replace the storage of its arguments.
         host_args, host_kwargs = tree_map(on_host, (list(args), dict(kwargs)))
         host_kwargs.pop("pin_memory", None)
