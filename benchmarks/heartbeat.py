@@ -32,13 +32,13 @@ def measure(num_ranks: int, per_machine: int) -> tuple[int, float, float]:
     below = {rank: [state(rank)] for rank in range(1, per_machine)}
     for first in range(per_machine, num_ranks, per_machine):
         below[first] = [state(rank) for rank in range(first, first + per_machine)]
-    root = Heartbeat(lambda: state(0), "token", Monitor(8 * INTERVAL_S, INTERVAL_S))
+    root = Heartbeat(lambda: state(0), Monitor(8 * INTERVAL_S, INTERVAL_S))
     children: list[SocketLink] = []
     for rank in below:
         ours, theirs = socket.socketpair()
         children.append(SocketLink(theirs))
         root.strangers.append(SocketLink(ours))
-        children[-1].send({"kind": "hello", "token": "token", "states": [asdict(state(rank))]})
+        children[-1].send({"kind": "hello", "states": [asdict(state(rank))]})
     root.receive()
     beats = [
         {"kind": "beat", "states": [asdict(one) for one in states]} for states in below.values()

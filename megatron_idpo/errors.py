@@ -46,6 +46,9 @@ class Problem:
 class UserError(Exception):
     """Base class of errors that the user can fix."""
 
+    exit_code = EXIT_USER_ERROR
+    """Of the command line."""
+
     problems: tuple[Problem, ...] = ()
     """The problems, for callers that report them with their own locations."""
 
@@ -137,6 +140,12 @@ def os_problem(error: OSError) -> Problem | None:
 
 class ConfigError(UserError, ValueError):
     """The configuration, the command line or the parallel layout cannot work."""
+
+
+class OutputLockedError(ConfigError):
+    """A process that is probably lost still holds the output; the same command works later."""
+
+    exit_code = EXIT_PREEMPTED
 
 
 class DataError(UserError, ValueError):

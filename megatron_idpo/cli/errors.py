@@ -5,7 +5,7 @@ import re
 import sys
 import traceback
 
-from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, UserError
+from megatron_idpo.errors import EXIT_PEER_LOST, UserError
 
 EXIT_INTERRUPTED = 130
 """The exit code of shells for a program ended by Ctrl-C."""
@@ -24,7 +24,7 @@ _TIMEOUT_MESSAGE = re.compile(r"Timed out waiting|operation timeout", re.IGNOREC
 def report_user_error(error: UserError) -> int:
     """Print an error that the user can fix; returns the exit code."""
     _print_once(f"error{{rank}}: {error}")
-    return EXIT_USER_ERROR
+    return error.exit_code
 
 
 def report_interrupted() -> int:

@@ -6,13 +6,23 @@ would outlive a killed process and block the run that resumes. The caller report
 
 import fcntl
 import os
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_POLL_S = 1.0
+"""Between two attempts to take a lock that is waited for with a limit."""
 
 
 class LockHeldError(Exception):
     """Another process holds the lock."""
+
+    def __init__(self, holder: str) -> None:
+        """Args: who wrote the lock file last: `host a, process 12`; empty if that is not known."""
+        super().__init__(holder)
+        self.holder = holder
 
 
 @contextmanager
@@ -32,11 +42,54 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise LockHeldError from None
+            raise LockHeldError(os.pread(descriptor, 300, 0).decode(errors="replace")) from None
         try:
+            _write_holder(descriptor)
             yield
         finally:
             # Closing the descriptor does not release the lock while a forked child has it open.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
+
+
+def lock_within(
+    enter: Callable[[], object],
+    wait_s: Callable[[LockHeldError], float],
+    report: Callable[[str], None],
+) -> None:
+    """Take a lock, and wait for it for a limited time.
+
+    Args:
+        enter: takes the lock with `locked`.
+        wait_s: how long to wait, from the first failure.
+        report: called once, with the holder, if there is something to wait for.
+
+    Raises:
+        LockHeldError: another process holds it, and still does after that time.
+    """
+    until_s: float | None = None
+    while True:
+        try:
+            enter()
+            return
+        except LockHeldError as error:
+            if until_s is None:
+                limit_s = wait_s(error)
+                until_s = time.monotonic() + limit_s
+                if limit_s > 0:
+                    report(error.holder)
+            if time.monotonic() >= until_s:
+                raise
+        time.sleep(_POLL_S)
+
+
+def this_process() -> str:
+    """As a lock file names its holder: `host a, process 12`."""
+    return f"host {socket.gethostname()}, process {os.getpid()}"
+
+
+def _write_holder(descriptor: int) -> None:
+    """Name this process in the lock file, for the message of another one."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, this_process().encode(), 0)

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -33,7 +33,8 @@ def replace_function(
 def test_train_uses_file_and_overrides(tmp_path, monkeypatch):
     trained: list[RunConfig] = []
 
-    def train(config: RunConfig) -> int:
+    def train(config: RunConfig, callbacks: Sequence[object]) -> int:
+        assert not callbacks
         trained.append(config)
         return 75
 

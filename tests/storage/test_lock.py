@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
-from megatron_idpo.storage.lock import LockHeldError, locked
+from megatron_idpo.storage.lock import LockHeldError, lock_within, locked, this_process
 
 TIMEOUT_S = 10
 
@@ -39,6 +40,31 @@ def test_lock_is_exclusive_and_released(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), locked(file):
         _ = 1 / 0
     assert not held_elsewhere(file)
+
+
+def test_lock_is_waited_for_until_the_limit(tmp_path: Path) -> None:
+    file, now_s, reported = tmp_path / "lock", [0.0], list[str]()
+    holder, waiter = ExitStack(), ExitStack()
+    released_at_s = 5.0
+
+    def sleep(seconds: float) -> None:
+        now_s[0] += seconds
+        if now_s[0] >= released_at_s:
+            holder.close()
+
+    def wait(limit_s: float) -> None:
+        lock_within(lambda: waiter.enter_context(locked(file)), lambda _: limit_s, reported.append)
+
+    with patch("megatron_idpo.storage.lock.time") as clock, holder, waiter:
+        clock.monotonic.side_effect, clock.sleep.side_effect = lambda: now_s[0], sleep
+        holder.enter_context(locked(file))
+        for limit_s in (0.0, 4.0):
+            with pytest.raises(LockHeldError) as raised:
+                wait(limit_s)
+            assert raised.value.holder == this_process()
+        assert reported == [this_process()], "said once, and only if there is something to wait for"
+        wait(4.0)
+        assert 5.0 <= now_s[0] <= 8.0 and held_elsewhere(file)
 
 
 def test_lock_is_released_when_its_process_is_killed(tmp_path: Path) -> None:

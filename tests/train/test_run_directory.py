@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
-from megatron_idpo.errors import ConfigError
+from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError
 from megatron_idpo.train.run_directory import RunDirectory
 
 pytestmark = pytest.mark.distributed
@@ -36,6 +37,28 @@ def test_second_run_is_rejected(workers, tmp_path):
     assert f"training.output: {tmp_path / 'run'} is being written by another run" in message
     assert "name another directory" in message
     workers.run(open_directory, 2, tmp_path / "run")
+
+
+def exit_code_of_a_restart(root: Path) -> int:
+    """Of a run whose output is still held by a process of the run before."""
+    from megatron_idpo.train import run_directory
+
+    with (
+        patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"),
+        patch.object(run_directory, "_LOCK_WAIT_S", 0.01),
+        run_directory.open_run_directory(root),
+    ):
+        try:
+            with run_directory.open_run_directory(root):
+                return 0
+        except ConfigError as error:
+            assert "is being written by another run (host" in str(error)
+            return error.exit_code
+
+
+def test_output_held_by_a_lost_process_is_no_error_of_the_user(workers, tmp_path):
+    """A scheduler starts the run again, on every rank."""
+    assert workers.run(exit_code_of_a_restart, 2, tmp_path / "run") == [EXIT_PREEMPTED] * 2
 
 
 def test_directory_that_cannot_be_written_is_reported(workers, tmp_path, monkeypatch):

@@ -24,7 +24,14 @@ import torch.distributed as dist
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.training import DEFAULT_HEARTBEAT_TIMEOUT_S, DEFAULT_TIMEOUT_S
-from megatron_idpo.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
+from megatron_idpo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    OutputLockedError,
+    TrainingError,
+    UserError,
+)
 from megatron_idpo.mcore.cpu.redirect import backend, default_device, redirect_cuda_to_cpu
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 from megatron_idpo.mcore.watchdog.activity import doing
@@ -35,7 +42,14 @@ _RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _ERROR_TYPES = {
     kind.__name__: kind
-    for kind in (ConfigError, DataError, CheckpointError, TrainingError, UserError)
+    for kind in (
+        ConfigError,
+        DataError,
+        CheckpointError,
+        OutputLockedError,
+        TrainingError,
+        UserError,
+    )
 }
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

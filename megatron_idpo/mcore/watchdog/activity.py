@@ -12,7 +12,6 @@ A timed activity consists of short parts, each of which calls `progressed`; with
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import monotonic
 
 from megatron_idpo.errors import UserError
 
@@ -30,8 +29,11 @@ class Activity:
         return self.name if self.step is None else f"step {self.step}, {self.name}"
 
 
-_current = Activity("starting")
-_progress_s = monotonic()
+_FIRST = Activity("starting")
+_current = _FIRST
+_progress = 0
+"""Times that `progressed` was called."""
+
 _stage: tuple[int, int] | None = None
 
 
@@ -40,15 +42,43 @@ def current_activity() -> Activity:
     return _current
 
 
-def seconds_without_progress() -> float:
-    """Since the activity began or `progressed` was called."""
-    return monotonic() - _progress_s
+class IdleTimer:
+    """How long the main thread has made no progress, counted in ticks of another thread.
+
+    The clock runs on while a process is suspended; what a tick is longer than two intervals was
+    slept and does not count.
+    """
+
+    def __init__(self, interval_s: float) -> None:
+        """Args: time between two ticks."""
+        self.idle_s = 0.0
+        """Without progress, up to the last tick."""
+
+        self._longest_tick_s = 2 * interval_s
+        self._progress = _progress
+        self._last_tick_s: float | None = None
+
+    def tick(self, now_s: float) -> None:
+        """Count the time since the last tick."""
+        elapsed_s = 0.0 if self._last_tick_s is None else now_s - self._last_tick_s
+        self._last_tick_s = now_s
+        if self._progress != _progress:
+            self._progress, self.idle_s = _progress, 0.0
+        else:
+            self.idle_s += min(elapsed_s, self._longest_tick_s)
 
 
 def progressed() -> None:
-    """A part of the activity is done. Costs 0.1 microseconds."""
-    global _progress_s
-    _progress_s = monotonic()
+    """The activity has begun, or a part of it is done. Costs 0.1 microseconds."""
+    global _progress
+    _progress += 1
+
+
+def restart() -> None:
+    """Forget the activity of an earlier run in this process, which may have failed."""
+    global _current, _stage
+    _current, _stage = _FIRST, None
+    progressed()
 
 
 def set_stage(stage: tuple[int, int] | None) -> None:

@@ -2,17 +2,26 @@
 
 | message | meaning |
 |---|---|
-| `hello` | the first from a child: the run's token, which a stranger does not have |
+| `hello` | the first from a child, after the run's token (`link.py`): its state |
 | `beat` | states of the sender and of the processes below it |
-| `bye` | the sender has finished; with a reason: it ends because of an error |
+| `bye` | the sender has finished; with a reason: it ends because of an error, perhaps the user's |
 | `loss` | a process is lost; passed on to all other neighbors |
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from megatron_idpo.mcore.watchdog.link import Link, Message
-from megatron_idpo.mcore.watchdog.monitor import Loss, Monitor, PeerState
+from megatron_idpo.mcore.watchdog.monitor import (
+    ENDED_GRACE_S,
+    USER_ERROR_GRACE_S,
+    Loss,
+    Monitor,
+    PeerState,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -21,9 +30,6 @@ class Heartbeat:
 
     describe: Callable[[], PeerState]
     """The state of this process."""
-
-    token: str
-    """Of the run."""
 
     monitor: Monitor
     parent: Link | None = None
@@ -40,7 +46,7 @@ class Heartbeat:
         """Introduce this process to its parent."""
         if self.parent is not None and self.parent_state is not None:
             self.monitor.heard([self.parent_state])
-            self.parent.send({"kind": "hello", "token": self.token, **self._beat([])})
+            self.parent.send({"kind": "hello", **self._beat([])})
 
     def beat(self, now_s: float) -> None:
         """Send heartbeats, and count the silence of neighbors. Call `receive` first."""
@@ -57,10 +63,16 @@ class Heartbeat:
     def receive(self, links: Sequence[Link] | None = None) -> None:
         """Handle what has arrived on some links, by default on all."""
         for link in self.links() if links is None else links:
-            for message in link.receive():
-                self._handle(link, message)
-            if link.is_closed:
-                self._closed(link)
+            try:
+                for message in link.receive():
+                    self._handle(link, message)
+            except Exception:
+                # A message that is not ours costs this connection, not the heartbeats to others.
+                logger.exception("a connection for heartbeats is closed: it sent a wrong message")
+                self._drop(link)
+            else:
+                if link.is_closed:
+                    self._closed(link)
 
     def links(self) -> list[Link]:
         """All connections."""
@@ -72,10 +84,20 @@ class Heartbeat:
         if self.monitor.reported(loss):
             self._pass_on(loss, received_from=None)
 
-    def leave(self, reason: str = "") -> None:
-        """Close all connections. The others treat it as a loss if there is a reason."""
+    def states(self) -> list[PeerState]:
+        """Of this process and of all that it knows."""
+        return [self.describe(), *self.monitor.states()]
+
+    def leave(self, reason: str = "", *, is_user_error: bool = False) -> None:
+        """Close all connections. The others treat it as a loss if there is a reason.
+
+        Args:
+            reason: the error with which this process ends.
+            is_user_error: whether the others raise it too, and need time to clean up.
+        """
+        bye = {"kind": "bye", "reason": reason, "is_user_error": is_user_error}
         for link in self.links():
-            link.send({"kind": "bye", "reason": reason, "rank": self.describe().rank})
+            link.send({**bye, "rank": self.describe().rank})
             link.close()
         self.parent, self.children, self.strangers = None, {}, []
 
@@ -85,15 +107,16 @@ class Heartbeat:
     def _handle(self, link: Link, message: Message) -> None:
         kind = message.get("kind")
         if link in self.strangers:
-            if kind != "hello" or message.get("token") != self.token:
+            if kind != "hello":
                 link.is_closed = True
                 return
-            self.strangers.remove(link)
             self.children[message["states"][0]["rank"]] = link
+            self.strangers.remove(link)
         if kind in ("hello", "beat"):
             self.monitor.heard([PeerState.of(state) for state in message["states"]])
         elif kind == "bye" and message["reason"]:
-            self._ended(link, message["rank"], f"it ended with {message['reason']}")
+            grace_s = USER_ERROR_GRACE_S if message["is_user_error"] else ENDED_GRACE_S
+            self._ended(link, message["rank"], f"it ended with {message['reason']}", grace_s)
         elif kind == "bye":
             self.monitor.left(message["rank"])
         elif kind == "loss":
@@ -103,21 +126,33 @@ class Heartbeat:
 
     def _closed(self, link: Link) -> None:
         """The neighbor has gone; without a `bye`, its process has died."""
+        rank = self._forget(link)
+        if rank is not None:
+            self._ended(link, rank, "its process has ended", ENDED_GRACE_S)
+
+    def _drop(self, link: Link) -> None:
+        """Close a connection on which neither side loses the other."""
+        link.send({"kind": "bye", "reason": "", "rank": self.describe().rank})
+        rank = self._forget(link)
+        if rank is not None:
+            self.monitor.left(rank)
+
+    def _forget(self, link: Link) -> int | None:
+        """Close and remove a connection; the neighbor's rank, None for a stranger."""
         link.close()
         if link in self.strangers:
             self.strangers.remove(link)
-            return
+        if link is self.parent:
+            self.parent = None
+            return None if self.parent_state is None else self.parent_state.rank
         rank = next((rank for rank, child in self.children.items() if child is link), None)
         if rank is not None:
             del self.children[rank]
-        elif self.parent_state is not None:
-            self.parent, rank = None, self.parent_state.rank
-        if rank is not None:
-            self._ended(link, rank, "its process has ended")
+        return rank
 
-    def _ended(self, link: Link, rank: int, reason: str) -> None:
+    def _ended(self, link: Link, rank: int, reason: str, grace_s: float) -> None:
         had_loss = self.monitor.loss is not None
-        self.monitor.ended(rank, reason)
+        self.monitor.ended(rank, reason, grace_s)
         if self.monitor.loss is not None and not had_loss:
             self._pass_on(self.monitor.loss, received_from=link)
 

@@ -2,8 +2,12 @@
 
 Nothing here blocks after the connection is made: a message to a process that does not read is kept
 up to a limit and then dropped, because the next heartbeat replaces it.
+
+The first line of whoever connects is the token of the run, and not JSON: nothing that a stranger
+sends is decoded.
 """
 
+import hmac
 import json
 import os
 import socket
@@ -16,6 +20,9 @@ import psutil
 _MAX_UNSENT_BYTES = 1 << 20
 _MAX_MESSAGE_BYTES = 1 << 20
 """A machine's heartbeat has about 100 bytes per process; longer is not one of ours."""
+
+_MAX_STRANGER_BYTES = 4096
+"""A token has 32."""
 
 _CONNECT_TIMEOUT_S = 5.0
 _CHUNK_BYTES = 1 << 16
@@ -42,11 +49,17 @@ class Link(Protocol):
 class SocketLink:
     """A `Link` over a connected socket."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        """Takes over the socket."""
+    def __init__(self, connection: socket.socket, expected_token: str = "") -> None:
+        """Takes over the socket.
+
+        Args:
+            connection: to the neighbor.
+            expected_token: the first line that the neighbor must send; empty: none.
+        """
         connection.setblocking(False)
         self.socket = connection
         self.is_closed = False
+        self._expected_token = expected_token
         self._received = b""
         self._unsent = b""
 
@@ -66,13 +79,17 @@ class SocketLink:
         """See `Link`."""
         while not self.is_closed:
             try:
-                chunk = self.socket.recv(_CHUNK_BYTES)
+                size_bytes = _MAX_STRANGER_BYTES if self._expected_token else _CHUNK_BYTES
+                chunk = self.socket.recv(size_bytes)
             except BlockingIOError:
                 break
             except OSError:
                 chunk = b""
             self._received += chunk
             self.is_closed = not chunk or len(self._received) > _MAX_MESSAGE_BYTES
+            self._check_token()
+        if self._expected_token:
+            return []
         *lines, self._received = self._received.split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
@@ -87,7 +104,21 @@ class SocketLink:
         """See `Link`."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
+            # Closing with unread data resets the connection, and what was sent may be lost.
+            for _ in range(_MAX_MESSAGE_BYTES // _CHUNK_BYTES):
+                if not self.socket.recv(_CHUNK_BYTES):
+                    break
         self.socket.close()
+
+    def _check_token(self) -> None:
+        """Compare the first line, once it has arrived; close the connection of a stranger."""
+        if not self._expected_token:
+            return
+        line, end, rest = self._received.partition(b"\n")
+        if end and hmac.compare_digest(line, self._expected_token.encode()):
+            self._expected_token, self._received = "", rest
+        elif end or len(self._received) >= _MAX_STRANGER_BYTES:
+            self.is_closed = True
 
 
 def listen(num_children: int, *, is_local: bool) -> socket.socket:
@@ -109,11 +140,13 @@ def listen(num_children: int, *, is_local: bool) -> socket.socket:
     return server
 
 
-def connect(addresses: Sequence[str], port: int) -> SocketLink | None:
-    """Connect to the first address that answers; None if none does."""
+def connect(addresses: Sequence[str], port: int, token: str) -> SocketLink | None:
+    """Connect to the first address that answers, and send the token; None if none does."""
     for address in addresses:
         with suppress(OSError):
-            return SocketLink(socket.create_connection((address, port), _CONNECT_TIMEOUT_S))
+            connection = socket.create_connection((address, port), _CONNECT_TIMEOUT_S)
+            connection.sendall(f"{token}\n".encode())
+            return SocketLink(connection)
     return None
 
 

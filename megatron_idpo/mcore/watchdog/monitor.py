@@ -10,11 +10,15 @@ paused virtual machine), the time that it slept does not count.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 ENDED_GRACE_S = 10.0
 """For the own error of a process whose peer has ended: usually the same error, or a better one."""
+
+USER_ERROR_GRACE_S = 120.0
+"""After an error of the user, which all processes raise: rank 0 still uploads logs and deletes an
+incomplete export. Shorter than `training.timeout_s`, if it was raised on one process only."""
 
 SILENT_GRACE_S = 3.0
 """For passing the loss on before this process ends."""
@@ -33,6 +37,12 @@ class PeerState:
     stage: tuple[int, int] | None = None
     """Pipeline stage from 0, and number of stages."""
 
+    idle_s: float = 0.0
+    """Without progress of the main thread."""
+
+    is_timed: bool = False
+    """Whether the activity makes progress all the time (`activity.py`)."""
+
     def __str__(self) -> str:
         """`rank 3 (host b, pipeline stage 2 of 2)`."""
         stage = "" if self.stage is None else f", pipeline stage {self.stage[0] + 1} of "
@@ -49,7 +59,9 @@ class PeerState:
 class Loss:
     """A process that is lost, with those that only it can reach."""
 
-    peer: PeerState
+    peer: PeerState | None
+    """None: which one is not known."""
+
     reason: str
     """What is known: `no heartbeat for 41 s`."""
 
@@ -61,9 +73,11 @@ class Loss:
 
     def __str__(self) -> str:
         """One sentence without its period."""
+        if self.peer is None:
+            return self.reason
         message = f"{self.peer} is lost: {self.reason}; its last message: {self.peer.activity}"
         if self.others:
-            message += f" (ranks {_ranges(self.others)} can be reached only through it)"
+            message += f" (ranks {ranges(self.others)} can be reached only through it)"
         return message
 
     def message(self) -> dict[str, Any]:
@@ -73,7 +87,8 @@ class Loss:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
         """From a message."""
-        values["peer"] = PeerState.of(values["peer"])
+        peer = values["peer"]
+        values["peer"] = None if peer is None else PeerState.of(peer)
         return cls(**{**values, "others": tuple(values["others"])})
 
 
@@ -107,11 +122,11 @@ class Monitor:
         """A neighbor has finished its work: its silence is no loss."""
         self._neighbors.pop(rank, None)
 
-    def ended(self, rank: int, reason: str) -> None:
+    def ended(self, rank: int, reason: str, grace_s: float = ENDED_GRACE_S) -> None:
         """A neighbor has ended without finishing its work."""
         neighbor = self._neighbors.pop(rank, None)
         if neighbor is not None:
-            self._lose(neighbor, reason, ENDED_GRACE_S)
+            self._lose(neighbor, reason, grace_s)
 
     def reported(self, loss: Loss) -> bool:
         """A neighbor reports a loss; whether it is the first one that this process learns of."""
@@ -128,8 +143,17 @@ class Monitor:
             neighbor.silent_s += elapsed_s
             if neighbor.silent_s >= self.timeout_s:
                 del self._neighbors[rank]
-                reason = f"no heartbeat for {neighbor.silent_s:.0f} s (stopped, or its network "
-                self._lose(neighbor, f"{reason}or machine is down)", SILENT_GRACE_S)
+                reason = f"no heartbeat for {neighbor.silent_s:.0f} s (stopped, a library holds "
+                reason += "its GIL, or its network or machine is down)"
+                self._lose(neighbor, reason, SILENT_GRACE_S)
+
+    def states(self) -> list[PeerState]:
+        """Of all processes that this one knows, with the time since they were sent."""
+        return [
+            replace(state, idle_s=state.idle_s + neighbor.silent_s)
+            for neighbor in self._neighbors.values()
+            for state in (neighbor.state, *neighbor.below)
+        ]
 
     def below(self, child_ranks: Iterable[int]) -> list[PeerState]:
         """States of the children and of everything below them, for the parent."""
@@ -141,8 +165,8 @@ class Monitor:
         self.reported(Loss(neighbor.state, reason, others, grace_s))
 
 
-def _ranges(ranks: Sequence[int]) -> str:
-    """`1-3, 5`."""
+def ranges(ranks: Sequence[int]) -> str:
+    """Ranks as text: `1-3, 5`."""
     parts: list[list[int]] = []
     for rank in sorted(ranks):
         if parts and rank == parts[-1][-1] + 1:

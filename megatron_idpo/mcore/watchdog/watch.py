@@ -5,8 +5,8 @@ Python code can interrupt it, for `training.timeout_s`. The thread here notices 
 `training.heartbeat_timeout_s`, prints who is lost and ends the process with `EXIT_PEER_LOST`. Files
 appear complete or not at all (`storage/atomic.py`), so a process may end at any moment.
 
-It also notices when the main thread itself makes no progress for `training.timeout_s`, and prints
-its Python stack.
+It also notices when no process makes progress for almost `training.timeout_s` (`stuck.py`), and
+prints the Python stack of each; and when the launcher of this process was killed.
 
 Heartbeats need the GIL once per interval. A library that holds it for longer than
 `training.heartbeat_timeout_s` counts as lost.
@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import cast
 
@@ -30,13 +31,15 @@ import torch.distributed as dist
 
 from megatron_idpo.errors import EXIT_PEER_LOST, UserError
 from megatron_idpo.mcore.watchdog.activity import (
+    IdleTimer,
     current_activity,
     current_stage,
-    seconds_without_progress,
+    restart,
 )
 from megatron_idpo.mcore.watchdog.heartbeat import Heartbeat
 from megatron_idpo.mcore.watchdog.link import SocketLink, connect, listen, own_addresses
 from megatron_idpo.mcore.watchdog.monitor import SILENT_GRACE_S, Loss, Monitor, PeerState
+from megatron_idpo.mcore.watchdog.stuck import stuck_loss
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,15 @@ _BEATS_PER_TIMEOUT = 8
 
 _STUCK_FRACTION = 0.95
 """Of `training.timeout_s`: before the process groups give up, with an error that names less."""
+
+_STUCK_INTERVALS = 3.0
+"""Until the states of all processes have reached rank 0, and its decision all processes."""
+
+_PRINT_LIMIT_S = 5.0
+"""For the last message: standard error may be a pipe that no process reads, or on a hung NFS."""
+
+_MAX_STRANGERS = 256
+"""Connections without a token; the oldest is closed. Our own send theirs at once."""
 
 _POLLS_PER_BEAT = 10
 """How often messages are looked for. To wait for them wakes rank 0 of 512 for each of 70 others:
@@ -69,9 +81,15 @@ def watching(timeout_s: float, heartbeat_timeout_s: float) -> Iterator[None]:
     if dist.get_world_size() == 1 or heartbeat_timeout_s == 0:
         yield
         return
+    restart()
     interval_s = heartbeat_timeout_s / _BEATS_PER_TIMEOUT
-    heartbeat, server = _join_tree(Monitor(heartbeat_timeout_s, interval_s))
-    watchdog = Watchdog(heartbeat, server, stuck_s=_STUCK_FRACTION * timeout_s)
+    idle = IdleTimer(interval_s)
+    heartbeat, server, token = _join_tree(Monitor(heartbeat_timeout_s, interval_s), idle)
+    watchdog = Watchdog(
+        heartbeat, server, token, idle=idle, stuck_s=stuck_after_s(timeout_s, interval_s)
+    )
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        watchdog.launcher = os.getppid()
     watchdog.start()
     try:
         yield
@@ -81,6 +99,12 @@ def watching(timeout_s: float, heartbeat_timeout_s: float) -> Iterator[None]:
     watchdog.stop()
 
 
+def stuck_after_s(timeout_s: float, interval_s: float) -> float:
+    """Seconds without progress that are reported before collectives give up after `timeout_s`."""
+    reporting_s = _STUCK_INTERVALS * interval_s + SILENT_GRACE_S
+    return max(timeout_s - max((1 - _STUCK_FRACTION) * timeout_s, reporting_s), timeout_s / 2)
+
+
 class Watchdog:
     """The thread, and what it does when a process is lost."""
 
@@ -88,13 +112,20 @@ class Watchdog:
         self,
         heartbeat: Heartbeat,
         server: socket.socket | None,
+        token: str,
         *,
+        idle: IdleTimer,
         stuck_s: float,
         end_process: EndProcess = os._exit,
     ) -> None:
         """Args: what `watching` has set up; `end_process` is for tests."""
         self._heartbeat = heartbeat
         self._server = server
+        self._token = token
+        self._idle = idle
+        self.launcher: int | None = None
+        """Process that started this one, without which it ends; None: it may end."""
+
         self._stuck_s = stuck_s
         self._end_process = end_process
         self._next_beat_s = 0.0
@@ -121,14 +152,18 @@ class Watchdog:
             error.add_note(str(self._heartbeat.monitor.loss))
         self._stopping.set()
         self._thread.join()
-        self._heartbeat.leave("" if error is None else type(error).__name__)
+        is_user_error = isinstance(error, UserError)
+        reason = "" if error is None else type(error).__name__
+        self._heartbeat.leave(reason, is_user_error=is_user_error)
         if self._server is not None:
             self._server.close()
 
     def step(self, now_s: float) -> None:
         """Receive what has arrived, and do what is due at `now_s`."""
+        self._idle.tick(now_s)
         self._accept()
         self._heartbeat.receive()
+        self._check_launcher()
         if now_s >= self._next_beat_s:
             self._next_beat_s = now_s + self._heartbeat.monitor.interval_s
             self._check_progress()
@@ -140,15 +175,20 @@ class Watchdog:
             self._lost_since_s = now_s
             self._knows_loss.set()
         if now_s >= self._lost_since_s + loss.grace_s and not self._stopping.is_set():
+            # Ends the process even if printing blocks.
+            timer = threading.Timer(_PRINT_LIMIT_S, self._end_process, [EXIT_PEER_LOST])
+            timer.daemon = True
+            timer.start()
             _print(self.report(loss))
             self._end_process(EXIT_PEER_LOST)
+            timer.cancel()  # in a test
 
     def report(self, loss: Loss) -> str:
         """The message with which this process ends."""
         own = self._heartbeat.describe()
         frame = sys._current_frames().get(self._main_thread)
-        if seconds_without_progress() >= self._stuck_s / 2 and current_activity().is_timed:
-            where = "at:\n" + "".join(traceback.format_stack(frame))
+        if self._idle.idle_s >= self._stuck_s / 2:
+            where = f"at:\n{_stack(frame)}"
         else:
             where = f"{_innermost(frame)}; "
         return (
@@ -158,11 +198,22 @@ class Watchdog:
         )
 
     def _check_progress(self) -> None:
-        """Report this process as lost if its main thread is stuck."""
-        silent_s = seconds_without_progress()
-        if current_activity().is_timed and silent_s >= self._stuck_s:
-            reason = f"no progress for {silent_s:.0f} s (training.timeout_s)"
-            own = self._heartbeat.describe()
+        """Report a process that is stuck. Rank 0 knows the states of all, and decides."""
+        interval_s = self._heartbeat.monitor.interval_s
+        limit_s = self._stuck_s
+        states = self._heartbeat.states()
+        if self._heartbeat.parent is not None:
+            # For a parent that does not report it.
+            limit_s, states = limit_s + _STUCK_INTERVALS * interval_s, states[:1]
+        loss = stuck_loss(states, limit_s, margin_s=2 * interval_s)
+        if loss is not None:
+            self._heartbeat.lose(loss)
+
+    def _check_launcher(self) -> None:
+        """End with the launcher: a run that was killed must not keep its GPUs and its lock."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            reason = f"its launcher (process {self.launcher}) was killed"
+            own, self.launcher = self._heartbeat.describe(), None
             self._heartbeat.lose(Loss(own, reason, grace_s=SILENT_GRACE_S))
 
     def _run(self) -> None:
@@ -178,7 +229,10 @@ class Watchdog:
         """Accept the children that have connected."""
         with suppress(OSError):  # none is waiting, or one has gone
             while self._server is not None:
-                self._heartbeat.strangers.append(SocketLink(self._server.accept()[0]))
+                strangers = self._heartbeat.strangers
+                strangers.append(SocketLink(self._server.accept()[0], self._token))
+                if len(strangers) > _MAX_STRANGERS:
+                    strangers.pop(0).close()
 
 
 # ---- setting up ------------------------------------------------------------------------------
@@ -208,11 +262,11 @@ def parent_rank(machines: list[str], rank: int) -> int | None:
     return 0 if rank else None
 
 
-def _join_tree(monitor: Monitor) -> tuple[Heartbeat, socket.socket | None]:
+def _join_tree(monitor: Monitor, idle: IdleTimer) -> tuple[Heartbeat, socket.socket | None, str]:
     """Connect this process with its parent. Collective: two all-gathers of a small object."""
     host, rank = socket.gethostname(), dist.get_rank()
-    # Two agents of torchrun on one host are two machines.
-    machine = f"{os.environ.get('GROUP_RANK', '')}/{host}"
+    # Two agents of torchrun on one host are two machines; two machines may have one host name.
+    machine = f"{os.environ.get('GROUP_RANK', '')}/{host}/{_boot_id()}"
     own = _Member(rank, machine, host, secrets.token_hex(16), tuple(own_addresses()))
     members = _gather(own)
     machines = [member.machine for member in members]
@@ -224,21 +278,32 @@ def _join_tree(monitor: Monitor) -> tuple[Heartbeat, socket.socket | None]:
     if parent is not None:
         is_same_machine = machines[parent] == machine
         addresses = ("127.0.0.1",) if is_same_machine else members[parent].addresses
-        link = connect(addresses, ports[parent])
+        link = connect(addresses, ports[parent], members[0].token)
         if link is None:
             logger.warning(
                 "no heartbeats to rank %d: none of %s can be reached at port %d; a lost process "
                 "is noticed after training.timeout_s only (GLOO_SOCKET_IFNAME names the network)",
                 *(parent, ", ".join(addresses), ports[parent]),
             )
+
+    def describe() -> PeerState:
+        activity = current_activity()
+        return PeerState(
+            rank, host, str(activity), current_stage(), round(idle.idle_s, 1), activity.is_timed
+        )
+
     heartbeat = Heartbeat(
-        lambda: PeerState(rank, host, str(current_activity()), current_stage()),
-        members[0].token,
-        monitor,
-        link,
-        None if parent is None else PeerState(parent, members[parent].host),
+        describe, monitor, link, None if parent is None else PeerState(parent, members[parent].host)
     )
-    return heartbeat, server
+    return heartbeat, server, members[0].token
+
+
+def _boot_id() -> str:
+    """Differs between machines; empty where there is none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _gather[Value](value: Value) -> list[Value]:
@@ -256,6 +321,15 @@ def _innermost(frame: FrameType | None) -> str:
         return ""
     code = frame.f_code
     return f"({code.co_name}, {os.path.basename(code.co_filename)}:{frame.f_lineno})"
+
+
+def _stack(frame: FrameType | None) -> str:
+    """Without source lines: their files may be on the storage whose hang is the reason."""
+    frames = [] if frame is None else [one for one, _ in traceback.walk_stack(frame)]
+    return "".join(
+        f'  File "{one.f_code.co_filename}", line {one.f_lineno}, in {one.f_code.co_name}\n'
+        for one in reversed(frames)
+    )
 
 
 def _print(message: str) -> None:

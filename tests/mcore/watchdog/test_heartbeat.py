@@ -66,7 +66,6 @@ class Run:
             self.processes.append(
                 Heartbeat(
                     lambda rank=rank: self.state(rank),
-                    "token",
                     Monitor(TIMEOUT_S, INTERVAL_S),
                     link,
                     None if parent is None else PeerState(parent, machines[parent]),
@@ -219,11 +218,28 @@ def test_strangers_are_disconnected():
     link.send({"kind": "loss", "loss": loss.message()})
     run.exchange()
     assert run.losses() == {} and link.is_closed
-    link, accepted = connected()
-    run.processes[0].strangers.append(accepted)
-    link.send({"kind": "hello", "token": "guessed", "states": []})
-    run.exchange()
-    assert link.is_closed
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "bye"}, {"kind": "beat", "states": [{}]}])
+def test_a_wrong_message_costs_its_connection_and_not_the_heartbeats(wrong):
+    """As of a process with another version of the package; the rest of the tree is watched."""
+    run = Run("aabb")
+    run.processes[1].parent.send(wrong)
+    run.advance(2 * TIMEOUT_S)
+    assert run.losses() == {}
+    assert run.processes[1].parent is None and 1 not in run.processes[0].children
+    run.die(3)
+    run.advance(INTERVAL_S)
+    assert "rank 3 " in run.losses()[0]
+
+
+def test_an_error_of_the_user_leaves_time_to_clean_up():
+    """All processes raise it; rank 0 finishes its loggers while the others have ended."""
+    run = Run("ab")
+    run.processes[1].leave("ConfigError", is_user_error=True)
+    run.stopped.add(1)
+    run.advance(INTERVAL_S)
+    assert run.processes[0].monitor.loss.grace_s >= 60.0
 
 
 def test_512_ranks_are_at_most_70_connections_to_one_process():

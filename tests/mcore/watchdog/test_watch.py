@@ -3,6 +3,7 @@
 Tests call `step` with their own clock; the thread runs in the last ones only.
 """
 
+import json
 import os
 import signal
 import socket
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 
 from megatron_idpo.errors import EXIT_PEER_LOST, ConfigError
-from megatron_idpo.mcore.watchdog import activity
-from megatron_idpo.mcore.watchdog.activity import current_activity, doing, progressed
+from megatron_idpo.mcore.watchdog import activity, watch
+from megatron_idpo.mcore.watchdog.activity import IdleTimer, current_activity, doing, progressed
 from megatron_idpo.mcore.watchdog.heartbeat import Heartbeat
 from megatron_idpo.mcore.watchdog.link import SocketLink, connect, listen, own_addresses
-from megatron_idpo.mcore.watchdog.monitor import Monitor, PeerState
-from megatron_idpo.mcore.watchdog.watch import Watchdog
+from megatron_idpo.mcore.watchdog.monitor import Loss, Monitor, PeerState
+from megatron_idpo.mcore.watchdog.stuck import stuck_loss
+from megatron_idpo.mcore.watchdog.watch import Watchdog, stuck_after_s
 from megatron_idpo.testing import WorkerError
 
 TIMEOUT_S, INTERVAL_S, STUCK_S = 40.0, 5.0, 1000.0
@@ -25,12 +27,10 @@ OTHER = PeerState(1, "node-b", "step 7, training step", (1, 2))
 
 
 @pytest.fixture
-def clock(monkeypatch) -> list[float]:
-    """The time of activities, which a test moves."""
-    now_s = [0.0]
-    monkeypatch.setattr(activity, "monotonic", lambda: now_s[0])
+def clock() -> list[float]:
+    """The time of the thread, which a test moves."""
     progressed()
-    return now_s
+    return [0.0]
 
 
 @pytest.fixture
@@ -41,12 +41,16 @@ def ended() -> list[int]:
 
 @pytest.fixture
 def watchdog(clock, ended) -> Watchdog:
-    def describe() -> PeerState:
-        return PeerState(0, "node-a", str(current_activity()), (0, 2))
+    idle = IdleTimer(INTERVAL_S)
 
-    heartbeat = Heartbeat(describe, "token", Monitor(TIMEOUT_S, INTERVAL_S))
+    def describe() -> PeerState:
+        now = current_activity()
+        return PeerState(0, "node-a", str(now), (0, 2), idle.idle_s, now.is_timed)
+
+    heartbeat = Heartbeat(describe, Monitor(TIMEOUT_S, INTERVAL_S))
     heartbeat.monitor.heard([OTHER])
-    return Watchdog(heartbeat, None, stuck_s=STUCK_S, end_process=ended.append)
+    end = {"end_process": ended.append}
+    return Watchdog(heartbeat, None, "token", idle=idle, stuck_s=STUCK_S, **end)
 
 
 def run(watchdog: Watchdog, clock: list[float], seconds: float) -> None:
@@ -79,7 +83,76 @@ def test_a_stuck_main_thread_is_reported_with_its_stack(watchdog, clock, ended, 
     message = capfd.readouterr().err
     assert "rank 0 (host node-a, pipeline stage 1 of 2) is lost: no progress for 100" in message
     assert "in test_a_stuck_main_thread_is_reported_with_its_stack" in message
-    assert "run(watchdog, clock, INTERVAL_S)" in message, "source lines of the stack"
+
+
+def test_time_that_a_process_was_suspended_is_not_without_progress(watchdog, clock, ended):
+    """A scheduler suspends the job in the middle of a step, for hours."""
+    with doing("training step", step=8, is_timed=True):
+        for _ in range(5):
+            watchdog._heartbeat.monitor.heard([OTHER])
+            run(watchdog, clock, INTERVAL_S)
+            clock[0] += 7200.0
+            watchdog.step(clock[0])
+    assert ended == []
+
+
+def test_a_process_ends_with_its_launcher(watchdog, clock, ended, capfd, monkeypatch):
+    watchdog.launcher = os.getppid()
+    run(watchdog, clock, INTERVAL_S)
+    assert ended == []
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    run(watchdog, clock, INTERVAL_S)
+    assert ended[0] == EXIT_PEER_LOST
+    assert "its launcher (process " in capfd.readouterr().err
+
+
+def test_a_message_that_cannot_be_printed_does_not_keep_the_process(watchdog, monkeypatch):
+    """Standard error is a pipe that no process reads."""
+    is_ended = threading.Event()
+    monkeypatch.setattr(watch, "_PRINT_LIMIT_S", 0.0)
+    monkeypatch.setattr(watch, "_print", lambda _: is_ended.wait(60.0))
+    monkeypatch.setattr(watchdog, "_end_process", lambda _: is_ended.set())
+    watchdog._heartbeat.monitor.ended(1, "its process has ended", grace_s=0.0)
+    watchdog.step(0.0)
+    assert is_ended.is_set() and threading.active_count() < 50
+
+
+# ---- which process is stuck ----------------------------------------------------------------------
+
+
+def waiting(rank: int, activity: str = "step 8, training step", idle_s: float = 1001.0):
+    return PeerState(rank, "a", activity, None, idle_s, "training step" in activity)
+
+
+def test_the_stuck_process_is_named_and_not_one_that_waits_for_it():
+    waits = [waiting(rank) for rank in range(3)]
+    saves = waiting(3, "step 8, saving", 1001.0)
+    named = stuck_loss([*waits, saves], STUCK_S, 2 * INTERVAL_S)
+    assert named is not None and named.peer is saves and "ranks 0-2: step 8, tr" in str(named)
+    oldest = stuck_loss([*waits, waiting(3, idle_s=1050.0)], STUCK_S, 2 * INTERVAL_S)
+    assert oldest is not None and oldest.peer is not None and oldest.peer.rank == 3
+    unknown = stuck_loss(waits, STUCK_S, 2 * INTERVAL_S)
+    assert unknown is not None and unknown.peer is None
+    assert "not known: ranks 0-2: step 8, training step, 1001 s" in str(unknown)
+    assert Loss.of(unknown.message()) == unknown
+    assert stuck_loss([waiting(0, idle_s=999.0), saves], STUCK_S, 2 * INTERVAL_S) is None
+
+
+def test_a_process_that_waits_lets_rank_0_decide(watchdog, clock, ended):
+    parent, _ = linked()
+    watchdog._heartbeat.parent = parent
+    with doing("training step", step=8, is_timed=True):
+        while clock[0] < STUCK_S + 2 * INTERVAL_S:
+            watchdog._heartbeat.monitor.heard([OTHER])
+            run(watchdog, clock, INTERVAL_S)
+        assert watchdog._heartbeat.monitor.loss is None
+        run(watchdog, clock, 2 * INTERVAL_S)
+    assert watchdog._heartbeat.monitor.loss is not None, "rank 0 has not answered"
+
+
+@pytest.mark.parametrize("timeout_s", [60.0, 120.0, 1800.0])
+def test_being_stuck_is_reported_before_the_collectives_give_up(timeout_s):
+    assert timeout_s / 2 <= stuck_after_s(timeout_s, INTERVAL_S) <= timeout_s - 18.0
 
 
 @pytest.mark.parametrize("is_timed", [False, True])
@@ -181,13 +254,38 @@ def test_other_protocols_are_disconnected(sent: bytes) -> None:
     stranger.close()
 
 
+@pytest.mark.parametrize(
+    "sent", [b"wrong\n{}\n", b"token2\n{}\n", b"tok\n", b"x" * 5000, b"[" * 5000 + b"\n"]
+)
+def test_nothing_is_decoded_before_the_token(sent: bytes, monkeypatch) -> None:
+    stranger, accepted = socket.socketpair()
+    link = SocketLink(accepted, "token")
+    monkeypatch.setattr(json, "loads", None)
+    stranger.sendall(sent)
+    assert link.receive() == [] and link.is_closed and len(link._received) <= 4096
+    link.close()
+    stranger.close()
+
+
+def test_messages_follow_the_token_in_any_pieces() -> None:
+    neighbor, accepted = socket.socketpair()
+    link = SocketLink(accepted, "token")
+    for piece in (b"tok", b'en\n{"kind": "hello"}\n{"ki', b'nd": "beat"}\n'):
+        assert not link.is_closed
+        neighbor.sendall(piece)
+        received = link.receive()
+    assert received == [{"kind": "beat"}]
+    link.close()
+    neighbor.close()
+
+
 def test_the_first_address_that_answers_is_used() -> None:
     with listen(2, is_local=True) as server:
         port = server.getsockname()[1]
-        link = connect(["127.1.2.3", "127.0.0.1"], port)
+        link = connect(["127.1.2.3", "127.0.0.1"], port, "token")
         assert link is not None and link.socket.getpeername()[0] == "127.0.0.1"
         link.close()
-        assert connect(["127.1.2.3"], port) is None, "a local server has one address"
+        assert connect(["127.1.2.3"], port, "token") is None, "a local server has one address"
 
 
 def test_the_interface_of_gloo_comes_first(monkeypatch) -> None:
