@@ -6,8 +6,8 @@
     result.metrics[-1]["eval_rewards/accuracies"], result.model()
 
 A configuration is a path, a mapping of sections or a `RunConfig`; keyword arguments replace fields
-of a section, and None removes it. Where a file of pairs is expected, a list of records or a
-`datasets.Dataset` may stand. Everything else is as on the command line, errors too.
+of a section, and None removes it. Where a file of pairs or prompts is expected, a list of records
+or a `datasets.Dataset` may stand. Everything else is as on the command line, errors too.
 """
 
 import hashlib
@@ -216,12 +216,12 @@ def _words(overrides: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _store_records(sections: dict[str, Any], root: Path) -> None:
-    """Replace pairs in `data.train` and `data.eval` by files with them, in place."""
-    data = sections.get("data")
-    if not isinstance(data, dict):
-        return
-    for name in {"train", "eval"} & data.keys():
-        data[name] = _stored(data[name], root / _RECORDS)
+    """Replace pairs and prompts that are Python objects by files with them, in place."""
+    for section, names in {"data": {"train", "eval"}, "generate": {"prompts"}}.items():
+        fields = sections.get(section)
+        if isinstance(fields, dict):
+            for name in names & fields.keys():
+                fields[name] = _stored(fields[name], root / _RECORDS)
 
 
 def _stored(source: Any, directory: Path) -> Any:

@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -67,24 +70,88 @@ def test_public_names_are_lazy():
     assert all(getattr(megatron_idpo, name) is not None for name in megatron_idpo.__all__)
 
 
-def train(config: dict[str, Any]) -> dict[str, Any]:
+def published(result: Any, base: Path) -> dict[str, Any]:
+    """What others read of an export, from another directory."""
+    import torch
+    from peft import PeftModel
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    with TemporaryDirectory() as elsewhere, chdir(elsewhere):
+        model = AutoModelForCausalLM.from_pretrained(result.model_directory.resolve())
+        adapted = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base.resolve()), result.adapter_directory.resolve()
+        )
+        tokens_NT = torch.arange(3, 20)[None]
+        with torch.no_grad():
+            difference = (model(tokens_NT).logits - adapted(tokens_NT).logits).abs().max()
+    with safe_open(result.adapter_directory / "adapter_model.safetensors", framework="pt") as file:
+        modules = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in file.keys()}
+    settings = json.loads((result.adapter_directory / "adapter_config.json").read_text())
+    return {
+        "difference": float(difference),
+        "model": {path.name for path in result.model_directory.iterdir()},
+        "adapter": {path.name for path in result.adapter_directory.iterdir()},
+        "modules": modules,
+        "settings": settings,
+        "card": (result.adapter_directory / "README.md").read_text(),
+    }
+
+
+def use_every_verb(config: dict[str, Any], prompts: list[dict[str, str]]) -> dict[str, Any]:
+    """On a worker: from scoring to verdicts, all in one process, with Python objects as data."""
+    megatron_idpo.score(config, objective={"layers": [2]})
     result = megatron_idpo.train(config, objective={"layers": [2]}, training={"max_steps": 2})
-    model = result.model()
+    with patch("megatron_idpo.evaluate.likelihood.summary.save_charts"):
+        curves = megatron_idpo.likelihood(config, evaluate={"bootstrap_samples": 20})
+    settings = {"prompts": prompts, "max_new_tokens": 4, "temperature": 0.0}
+    answers = megatron_idpo.generate(config, generate=settings)
+    template = Path(config["training"]["output"]).with_name("short.jinja")
+    template.write_text("{% block user %}{{ answer_a }} or {{ answer_b }}{% endblock %}")
+    judge = {"kind": "language_model", "model": config["model"]["path"], "template": template}
+    verdicts = megatron_idpo.judge({"training": config["training"], "judge": judge})
     return {
         "is_complete": result.is_complete,
         "steps": [record["step"] for record in result.metrics],
-        "layers": model.config.num_hidden_layers,
+        "layers": result.model().config.num_hidden_layers,
         "has_adapter": result.adapter_directory.exists(),
         "vocabulary": len(result.tokenizer()),
+        "cache": (result.output / "reference" / "reference.parquet").exists(),
+        "curves": sorted(path.name for path in curves.iterdir()),
+        "answers": sorted(path.name for path in answers.rglob("*.jsonl")),
+        "published": published(result, Path(config["model"]["path"])),
+        "verdicts": [json.loads(path.read_text()) for path in verdicts.rglob("result.json")],
     }
 
 
 @pytest.mark.distributed
-def test_train_returns_metrics_and_the_model(tmp_path, workers):
+def test_every_verb_works_in_one_process(tmp_path, workers):
     files = write_files(tmp_path)
     records = [json.loads(line) for line in files.train.read_text().splitlines()]
     config = sections(tmp_path)
-    config["data"] |= {"train": records, "cache": str(tmp_path / "tokens")}
-    (result,) = workers.run(train, 1, {**config, "lora": {"rank": 2}})
+    cache = str(tmp_path / "tokens")
+    config["data"] |= {"train": records, "eval": records[:3], "cache": cache}
+    prompts = [{"prompt": record["prompt"]} for record in records[:2]]
+    (result,) = workers.run(use_every_verb, 1, {**config, "lora": {"rank": 2}}, prompts)
     assert result["is_complete"] and result["has_adapter"] and max(result["steps"]) == 2
     assert result["layers"] == SIZES["num_hidden_layers"] and result["vocabulary"] > 100
+    assert result["cache"] and "likelihood.csv" in result["curves"]
+    assert {"base.jsonl", "trained.jsonl"} <= set(result["answers"])
+    assert len(result["verdicts"]) == 1
+    check_what_vllm_reads(result["published"])
+
+
+def check_what_vllm_reads(published: dict[str, Any]) -> None:
+    """The files and fields of docs/training.md#publishing."""
+    assert published["difference"] < 1e-4
+    common = {"README.md", "layers.png", "tokenizer.json", "tokenizer_config.json"}
+    assert common | {"config.json", "model.safetensors"} <= published["model"]
+    assert common | {"adapter_config.json", "adapter_model.safetensors"} <= published["adapter"]
+    weights = [name for name in published["model"] if Path(name).suffix in (".safetensors", ".bin")]
+    assert weights == ["model.safetensors"], "vLLM reads every file with such a name"
+    settings = published["settings"]
+    assert settings["r"] == 2 and settings["lora_alpha"] and settings["bias"] == "none"
+    assert not settings.get("modules_to_save") and not settings.get("use_dora")
+    assert set(settings["target_modules"]) == published["modules"]
+    assert not Path(settings["base_model_name_or_path"]).is_absolute()
+    assert "(layers.png)" in published["card"]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import shtab
+
 from megatron_idpo.errors import ConfigError
 
 _OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.\w+)*=")
@@ -52,7 +54,10 @@ def add_choice(
 def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """`CONFIG.yaml [section.field=value ...]`."""
     count, meaning = None if required else "?", "the configuration of the run"
-    parser.add_argument("config", type=Path, nargs=count, metavar="CONFIG.yaml", help=meaning)
+    config = parser.add_argument(
+        "config", type=Path, nargs=count, metavar="CONFIG.yaml", help=meaning
+    )
+    config.complete = shtab.FILE  # type: ignore[attr-defined]
     meaning = "replaces one field of the configuration, e.g. layout.tensor=2; --layout.tensor=2"
     meaning += " has the same effect"
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help=meaning)

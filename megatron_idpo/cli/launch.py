@@ -1,19 +1,23 @@
 """`--processes N`: the verb in N processes on this machine, started by torchrun's own API.
 
 Every process runs `python -m megatron_idpo` as under torchrun. An error of the user is one message,
-printed by the worker; torchrun's report of the failed workers is left out.
+printed by the worker; torchrun's report of the failed workers is left out. SIGTERM and SIGUSR1 are
+forwarded, and Ctrl-C as SIGTERM: the workers save and exit. Ctrl-C again ends them at once.
 """
 
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from uuid import uuid4
 
-from megatron_idpo.errors import ConfigError
+from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError
 
 OPTION = "--processes"
+WORKER = ("-m", "megatron_idpo")
+"""Arguments of Python in each process."""
 
 
 def add_processes_argument(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +55,7 @@ def launch(words: Sequence[str], processes: int) -> int:
 
     Raises:
         ConfigError: this is a worker of torchrun already.
+        KeyboardInterrupt: Ctrl-C has ended the workers, and no worker has saved its work.
     """
     if "RANK" in os.environ:
         message, remedy = "torchrun has started this process", "leave it out under torchrun"
@@ -58,6 +63,8 @@ def launch(words: Sequence[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from megatron_idpo.cli.agent import STOP_SIGNALS, SignalForwarder, exit_code
 
     # The workers print their own errors; the agent would add its table of all workers.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -71,13 +78,19 @@ def launch(words: Sequence[str], processes: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        signals_to_handle="SIGHUP,SIGQUIT",
     )
-    worker = ["-m", "megatron_idpo", *without_option(words)]
-    try:
-        elastic_launch(config, sys.executable)(*worker)
-    except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        return int(first.exitcode)
-    except SignalException as error:
-        return 128 + int(error.sigval)
+    # In a terminal Ctrl-C reaches this process only: each worker has a separate session.
+    signals = {number: number for number in STOP_SIGNALS} | {signal.SIGINT: signal.SIGTERM}
+    with SignalForwarder(signals) as forwarder:
+        try:
+            elastic_launch(config, sys.executable)(*WORKER, *without_option(words))
+        except ChildFailedError as error:
+            failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+            codes = [failure.exitcode for failure in failures]
+            if signal.SIGINT in forwarder.received and EXIT_PREEMPTED not in codes:
+                raise KeyboardInterrupt from None
+            return exit_code(codes, stopped=forwarder.stop_requested)
+        except SignalException as error:
+            return 128 + int(error.sigval)
     return 0

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import shtab
+
 from megatron_idpo import __version__
 from megatron_idpo.cli.arguments import (
     Parser,
@@ -121,6 +123,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"megatron-idpo {__version__}")
+    shtab.add_argument_to(
+        parser, "--print-completion", help="print a script that completes verbs and options"
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
         inner = verbs.add_parser(

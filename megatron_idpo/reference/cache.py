@@ -7,11 +7,12 @@
       eval/                the same for the held-out pairs
 
 Scoring adds one part after another, each written atomically, so that a kill at any time costs only
-the pairs since the last part. A part's name has its first pair, and a checksum of the fingerprint
-and the content: a changed part, or one of another cache, is refused. At the end the parts are
-merged into one table; `fingerprint.json`, a sealed file, is written after it and marks it as
-complete. A cache is opened with the fingerprint that it must have; every difference is an error
-that names the input.
+the pairs since the last part. Pairs may be scored in another order than the dataset's. A part's
+name has the position of its first pair in that order, and a checksum of the fingerprint, the order
+and the content: a changed part, or one of another cache or order, is refused. At the end the parts
+are merged into one table, in the dataset's order; `fingerprint.json`, a sealed file, is written
+after it and marks it as complete. A cache is opened with the fingerprint that it must have; every
+difference is an error that names the input.
 
 One process writes a cache; every rank reads it. Nothing here is collective.
 
@@ -25,6 +26,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.reference.fingerprint import Fingerprint
@@ -117,12 +119,16 @@ def lock_cache(directory: Path) -> Iterator[None]:
 class CacheWriter:
     """Writes the cache of one set of pairs; on one process, which holds the lock."""
 
-    def __init__(self, directory: Path, fingerprint: Fingerprint) -> None:
+    def __init__(
+        self, directory: Path, fingerprint: Fingerprint, order_P: NDArray[np.int64] | None = None
+    ) -> None:
         """Continue after the existing parts.
 
         Args:
             directory: of the cache, or of its held-out pairs.
             fingerprint: of the cache.
+            order_P: the pairs in the order in which they are added, a permutation, int [P]; None
+                is the dataset's order.
 
         Raises:
             CheckpointError: existing parts were made from other inputs or are damaged; or it cannot
@@ -131,6 +137,7 @@ class CacheWriter:
         self._directory = directory
         self._parts = directory / _PARTS
         self._fingerprint = fingerprint
+        self._order_P = order_P
         self._done: list[Logps] = []
         self._pending: list[Logps] = []
         self.done_pairs = 0
@@ -182,7 +189,10 @@ class CacheWriter:
         self.write_part()
         assert self.done_pairs == self._fingerprint.pairs, (self.done_pairs, self._fingerprint)
         table = self._directory / TABLE
-        content = encode_table(np.concatenate(self._done), self._fingerprint.layers)
+        logps_PL2 = np.concatenate(self._done)
+        if self._order_P is not None:
+            logps_PL2 = logps_PL2[np.argsort(self._order_P)]
+        content = encode_table(logps_PL2, self._fingerprint.layers)
         write_table(table, content)
         # Last: the fingerprint marks the table as complete.
         self._write_fingerprint(self._directory, {_CHECKSUM: checksum(content)})
@@ -202,12 +212,14 @@ class CacheWriter:
         with CheckpointError.on_os_error(str(path), "cannot be read", remedy):
             content = path.read_bytes()
         if self._part_checksum(content) != name[2]:
-            message = f"{CHANGED}, or belongs to another cache"
+            message = f"{CHANGED}, or belongs to another cache or another data.seed"
             raise CheckpointError.at(str(path), message, remedy)
 
     def _part_checksum(self, content: Buffer) -> str:
         total = Checksum()
         total.update(seal_of(self._fingerprint.as_dict()).encode())
+        if self._order_P is not None:
+            total.update(self._order_P.tobytes())
         total.update(content)
         return total.text()
 

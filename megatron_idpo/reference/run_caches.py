@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.model_source import FrozenModel
 from megatron_idpo.data.packing.batches import RowSettings
+from megatron_idpo.data.pairs import stream_pairs
 from megatron_idpo.data.run_pairs import RunPairs
+from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.errors import CheckpointError, ConfigError
 from megatron_idpo.mcore.parallel.world import (
     StopFlag,
@@ -49,16 +51,22 @@ class RunCaches:
             ConfigError: the model does not have one of the layers, or no directory is configured.
         """
         directory = cache_directory(config)
-        sets = [("training pairs", directory, pairs.train)]
+        num_pairs = len(pairs.train)
+        order_P = stream_pairs(0, num_pairs, num_pairs=num_pairs, seed=config.data.seed)
+        sets: list[tuple[str, Path, PairDataset, NDArray[np.int64] | None]]
+        sets = [("training pairs", directory, pairs.train, order_P)]
         if pairs.eval is not None:
-            sets.append(("held-out pairs", directory / EVAL, pairs.eval))
+            sets.append(("held-out pairs", directory / EVAL, pairs.eval, None))
+        batch_pairs = config.training.global_batch_pairs if config.has("training") else None
         num_layers = model.source.architecture.num_layers
         parts = []
-        for unit, location, dataset in sets:
+        for unit, location, dataset, order in sets:
             required = fingerprint(
                 config, dataset, pairs.tokenizer, weights=model.identity, num_layers=num_layers
             )
-            parts.append(CachePart(dataset, location, required, unit))
+            parts.append(
+                CachePart(dataset, location, required, unit, order_P=order, batch_pairs=batch_pairs)
+            )
         return cls(directory, model, tuple(parts))
 
     def are_complete(self) -> bool:
@@ -120,7 +128,9 @@ class RunCaches:
                     assert own.fingerprint.weights == theirs.fingerprint.weights
                     required = replace(theirs.fingerprint, layers=own.fingerprint.layers)
                     logps_PL2 = open_cache(theirs.directory, required)[selected]
-                    writer = CacheWriter(own.directory, own.fingerprint)
+                    writer = CacheWriter(own.directory, own.fingerprint, own.order_P)
+                    if own.order_P is not None:
+                        logps_PL2 = logps_PL2[own.order_P]
                     writer.add(logps_PL2[writer.done_pairs :])
                     writer.finish()
 

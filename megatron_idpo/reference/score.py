@@ -1,4 +1,8 @@
-"""Score pairs: reference log-probabilities by forward passes in the run's layout, in data order.
+"""Score pairs: reference log-probabilities by forward passes in the run's layout.
+
+In bf16 a log-probability depends on the row that a pair is in: on its length, and on where the pair
+begins. Training pairs are therefore scored in the batches of the first epoch and held-out pairs in
+those of an evaluation, so that a run in the same layout reads them from equal rows.
 
 Every rank runs its rows of a batch; one all-reduce of a float32 table combines the values of all
 stages and data-parallel ranks. It carries two more values: whether a rank received a stop signal,
@@ -18,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from megatron_idpo.console.progress import show_progress
 from megatron_idpo.data.packing.batches import Batch, EvaluationBatches, RowSettings
@@ -59,6 +64,29 @@ class CachePart:
     description: str = "reference log-probs"
     """Of the progress."""
 
+    order_P: NDArray[np.int64] | None = None
+    """The pairs in the order in which they will be read; None is that of `pairs`."""
+
+    batch_pairs: int | None = None
+    """Pairs of the batches in which they will be read; None is `PAIRS_PER_RANK` of each rank."""
+
+    def batches(self, rows: RowSettings, first: int = 0) -> Iterable[Batch]:
+        """The batches to score, from a position in the order; `Row.pair_index_P` counts from it.
+
+        Raises:
+            DataError: a pair is longer than a row.
+        """
+        if first >= len(self.pairs):
+            return ()
+        order_P = np.arange(len(self.pairs)) if self.order_P is None else self.order_P
+        size = self.batch_pairs or PAIRS_PER_RANK * rows.data_size
+        return EvaluationBatches(self.pairs.select(order_P[first:]), rows, global_batch_pairs=size)
+
+    def location(self, position: int) -> str:
+        """File and line of the pair at a position in the order."""
+        index = position if self.order_P is None else int(self.order_P[position])
+        return self.pairs.location(index)
+
 
 def score_pairs(source: Reference, part: CachePart, rows: RowSettings, stop_flag: StopFlag) -> bool:
     """Compute a cache, or the rest of it. Collective; the first rank holds the cache's lock.
@@ -79,16 +107,11 @@ def score_pairs(source: Reference, part: CachePart, rows: RowSettings, stop_flag
     writer = None
     with raise_on_all_ranks("opening the reference cache"):
         if is_rank0():
-            writer = CacheWriter(part.directory, part.fingerprint)
+            writer = CacheWriter(part.directory, part.fingerprint, part.order_P)
     layers = part.fingerprint.layers
     first = broadcast_from_rank0(lambda: writer.done_pairs if writer else 0)
-    remaining: Iterable[Batch] = ()
-    if first < len(part.pairs):
-        with raise_on_all_ranks("packing the data"):
-            # `Row.pair_index_P` then counts from `first`.
-            pairs = part.pairs.select(np.arange(first, len(part.pairs)))
-            batch_pairs = PAIRS_PER_RANK * rows.data_size
-            remaining = EvaluationBatches(pairs, rows, global_batch_pairs=batch_pairs)
+    with raise_on_all_ranks("packing the data"):
+        remaining = part.batches(rows, first)
     last_part_s, is_stopping = time.monotonic(), False
     with show_progress(
         part.description, len(part.pairs), unit=part.unit, completed=first, show=is_rank0()
@@ -98,7 +121,7 @@ def score_pairs(source: Reference, part: CachePart, rows: RowSettings, stop_flag
             flags = (float(stop_flag.stop_requested), float(is_due))
             with doing(part.description, is_timed=True):
                 logps_BL2, any_stop, is_due = _score_batch(source, batch, layers, flags)
-            _check_finite(logps_BL2, layers, part.pairs, progress.completed)
+            _check_finite(logps_BL2, layers, part, progress.completed)
             progress.advance(batch.num_pairs)
             # A signal during the last batch needs no stop: scoring is complete.
             is_stopping = any_stop and progress.completed < len(part.pairs)
@@ -150,9 +173,7 @@ def _score_batch(
     return sums_BL3[..., :2], bool(values[-2] > 0), bool(values[-1] > 0)
 
 
-def _check_finite(
-    logps_BL2: Logps, layers: tuple[int, ...], pairs: PairDataset, first: int
-) -> None:
+def _check_finite(logps_BL2: Logps, layers: tuple[int, ...], part: CachePart, first: int) -> None:
     """Check that the reference has a finite value for every pair; the same on every rank."""
     invalid = np.argwhere(~np.isfinite(logps_BL2))
     if len(invalid):
@@ -162,4 +183,4 @@ def _check_finite(
             f"log-probability {logps_BL2[pair, layer, answer]} at layer {layers[layer]}"
         )
         remedy = "compute in fp32 (model.dtype), or check the pair and the model"
-        raise DataError.at(pairs.location(first + int(pair)), message, remedy)
+        raise DataError.at(part.location(first + int(pair)), message, remedy)

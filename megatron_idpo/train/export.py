@@ -30,7 +30,13 @@ from megatron_idpo.lora.adapters import merged_value
 from megatron_idpo.lora.peft import save_peft
 from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, is_rank0, raise_on_all_ranks
 from megatron_idpo.train.hub import push
-from megatron_idpo.train.model_card import CARD, adapter_repository, model_card, public_base_model
+from megatron_idpo.train.model_card import (
+    CARD,
+    PICTURE,
+    adapter_repository,
+    model_card,
+    public_base_model,
+)
 from megatron_idpo.train.policy import Policy
 from megatron_idpo.train.run_directory import RunDirectory
 
@@ -74,10 +80,11 @@ def export_result(
     architecture, adapters = policy.source.architecture, policy.adapters
     dtype = torch_dtype(config.export.dtype or config.model.dtype)
     with companions_of(config, policy.source) as companions, TemporaryDirectory() as cards:
+        picture = _draw_layers(output, Path(cards))
         export_hf(
             policy.chunks,
             architecture,
-            (*companions, *_card(config, output.hf, "model", metrics, Path(cards))),
+            (*companions, *_card(config, output.hf, "model", metrics, picture, Path(cards))),
             output.hf,
             dtype=dtype,
             overwrite=True,
@@ -89,7 +96,7 @@ def export_result(
         if adapters is not None and with_adapter:
             # Its tokenizer and end tokens: those of the base model may be others.
             kept = [file for file in companions if file.name != CONFIG_FILE]
-            kept += _card(config, output.adapter, "adapter", metrics, Path(cards))
+            kept += _card(config, output.adapter, "adapter", metrics, picture, Path(cards))
             base_model = _base_model(config, output.adapter)
             save_peft(adapters, architecture, output.adapter, base_model, companions=kept)
             lines.append(f"adapter  {output.adapter}")
@@ -112,16 +119,30 @@ def _card(
     directory: Path,
     kind: Literal["model", "adapter"],
     metrics: Mapping[str, float],
+    picture: Path | None,
     parent: Path,
 ) -> list[Path]:
-    """The model card of an export, as a companion file; on rank 0, which copies them."""
+    """The model card of an export with its picture, as companion files; on rank 0, which copies."""
     if not is_rank0():
         return []
     card = parent / kind / CARD
     card.parent.mkdir()
-    text = model_card(config, _base_model(config, directory), kind, metrics)
+    has_picture = picture is not None
+    base_model = _base_model(config, directory)
+    text = model_card(config, base_model, kind, metrics, has_picture=has_picture)
     card.write_text(text, encoding="utf-8")
-    return [card]
+    return [card] if picture is None else [card, picture]
+
+
+def _draw_layers(output: RunDirectory, directory: Path) -> Path | None:
+    """The curves of every layer, for the card; None on other ranks, and if nothing was logged."""
+    if not (is_rank0() and output.metrics.is_file() and output.metrics.stat().st_size):
+        return None
+    # Only rank 0 draws: importing matplotlib takes most of a second on a core.
+    from megatron_idpo.train.metrics.curves import LAYER_CHARTS, draw_curves
+
+    draw_curves(output.metrics, directory / PICTURE, pictured=LAYER_CHARTS)
+    return directory / PICTURE
 
 
 def has_chat_template(model: Path) -> bool:

@@ -172,7 +172,11 @@ def run_start_check(trainer: Trainer, report: Report) -> None:
     if not is_start_check_due(trainer.config, starts_at_reference=trainer.starts_at_reference):
         return
     difference, bound = check_start(
-        trainer.train_step, trainer.pairs.train, trainer.rows, seed=trainer.config.data.seed
+        trainer.train_step,
+        trainer.pairs.train,
+        trainer.rows,
+        seed=trainer.config.data.seed,
+        global_batch_pairs=trainer.config.training.global_batch_pairs,
     )
     report.print(
         f"start check passed: policy equals reference within {trainer.config.model.dtype} "

@@ -19,6 +19,8 @@ from megatron_idpo.train.metrics.intervals import wilson_interval
 from megatron_idpo.train.metrics.names import ACCURACY, EVAL, EVAL_PAIRS, LOSS, MARGIN, layer_name
 
 CARD = "README.md"
+PICTURE = "layers.png"
+"""Curves of every layer, next to the card."""
 
 Kind = Literal["model", "adapter"]
 
@@ -60,7 +62,14 @@ def public_base_model(path: str, configured: str | None, directory: Path) -> str
     return os.path.relpath(Path(path).absolute(), directory.absolute())
 
 
-def model_card(config: RunConfig, base_model: str, kind: Kind, metrics: Mapping[str, float]) -> str:
+def model_card(
+    config: RunConfig,
+    base_model: str,
+    kind: Kind,
+    metrics: Mapping[str, float],
+    *,
+    has_picture: bool = False,
+) -> str:
     """The text of `README.md`.
 
     Args:
@@ -68,6 +77,7 @@ def model_card(config: RunConfig, base_model: str, kind: Kind, metrics: Mapping[
         base_model: `public_base_model`.
         kind: the merged model, or the adapter.
         metrics: of the last evaluation; empty if nothing was held out.
+        has_picture: whether `PICTURE` is next to it.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -80,17 +90,16 @@ def model_card(config: RunConfig, base_model: str, kind: Kind, metrics: Mapping[
         pipeline_tag="text-generation",
         tags=["dpo", "megatron-core", *(["intermediate-dpo"] if config.objective.layers else [])],
     )
-    body = "\n\n".join(_sections(config, base_model, kind, metrics, has_license=bool(data.license)))
+    results = _results(metrics)
+    if has_picture:
+        results += f"\n\n![Loss, margin and accuracy of each layer during training]({PICTURE})"
+    sections = _sections(config, base_model, kind, results, has_license=bool(data.license))
+    body = "\n\n".join(sections)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
 
 def _sections(
-    config: RunConfig,
-    base_model: str,
-    kind: Kind,
-    metrics: Mapping[str, float],
-    *,
-    has_license: bool,
+    config: RunConfig, base_model: str, kind: Kind, results: str, *, has_license: bool
 ) -> Iterator[str]:
     name = config.export.push_to_hub or Path(config.training.output).name
     method = "intermediate DPO" if config.objective.layers else "DPO"
@@ -102,7 +111,7 @@ def _sections(
     yield f"## Use\n\n```python\n{_usage(config, base_model, kind)}\n```"
     rows = "\n".join(f"| {label} | {value} |" for label, value in _settings(config))
     yield f"## Training\n\n| setting | value |\n|---|---|\n{rows}"
-    yield "## Held-out pairs\n\n" + _results(metrics)
+    yield f"## Held-out pairs\n\n{results}"
     if not has_license:
         yield (
             "## License\n\nThe base model's license is not known here. Fill in `license` in the "

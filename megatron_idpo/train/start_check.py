@@ -4,10 +4,12 @@ If both start from the same weights and are read at the same layers, every log-p
 0 and every layer's loss is the objective's at 0 (ln 2 for `sigmoid`). With `reference_layer: final`
 this holds for the final layer only. If they differ (another base model under the adapter, a damaged
 copy of the head, dropout that is on), the run would learn the difference of two models instead of
-preferences. The check is one forward pass over a few pairs, with dropout off.
+preferences. The check is one forward pass over the first rows of the first batch, with dropout off:
+rows as in training, so that what rounds alike is equal.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,8 +25,6 @@ from megatron_idpo.plugin.batch_run import run_batch
 from megatron_idpo.plugin.outputs import LayerOutput
 from megatron_idpo.train.step import TrainStep
 
-PAIRS_PER_RANK = 2
-
 FP32_LOGP_TOLERANCE = 5e-5
 """fp32: of a sequence's log-probability, in nats per token. SmolLM2-135M, 16 pairs of up to 96
 tokens, packed with and without shared prompts: 5e-6 at most at any of four layers. The loss is not
@@ -34,9 +34,9 @@ BF16_LOGP_TOLERANCE = 0.02
 """bf16, live reference: the same kernels on the same rows, so the expected difference is 0."""
 
 CACHED_BF16_LOGP_TOLERANCE = 0.2
-"""bf16, cache, which may have been computed with other shapes or another layout. For the same 16
-pairs on a CPU, another packing gives the same bits. Without shared prompts hidden states differ in
-their last bits, and log-probabilities by 0.015 per token on average and 0.07 at most."""
+"""bf16, cache, which may have been computed in another layout or for other batches (of the same run
+it is exact). For the same 16 pairs on a CPU, with and without shared prompts, hidden states differ
+in their last bits, and log-probabilities by 0.015 per token on average and 0.07 at most."""
 
 
 def is_start_check_due(config: RunConfig, *, starts_at_reference: bool) -> bool:
@@ -45,15 +45,21 @@ def is_start_check_due(config: RunConfig, *, starts_at_reference: bool) -> bool:
 
 
 def check_start(
-    train_step: TrainStep, pairs: PairDataset, rows: RowSettings, *, seed: int
+    train_step: TrainStep,
+    pairs: PairDataset,
+    rows: RowSettings,
+    *,
+    seed: int,
+    global_batch_pairs: int,
 ) -> tuple[float, float]:
-    """Compare policy and reference on the first few pairs of the run. Collective.
+    """Compare policy and reference on a row of each rank of the first batch. Collective.
 
     Args:
         train_step: with policy and reference.
         pairs: to train on.
         rows: how pairs are packed.
         seed: of their order.
+        global_batch_pairs: of a training step.
 
     Returns:
         The largest difference of a log-probability over all compared layers, and its bound, in nats
@@ -63,9 +69,11 @@ def check_start(
         TrainingError: on every rank; they differ by more than rounding at some layer.
     """
     policy, objective = train_step.policy, train_step.objective
-    count = min(len(pairs), PAIRS_PER_RANK * rows.data_size)
+    count = min(len(pairs), global_batch_pairs)
     index_B = stream_pairs(0, count, num_pairs=len(pairs), seed=seed)
     batch = build_batch(pairs, index_B, rows, consumed_pairs=0)
+    # Rows by decreasing attention cost: the first is never empty while the rank has pairs.
+    batch = replace(batch, rows=batch.rows[: rows.rows_multiple])
     reference_logps = train_step.reference.logps(batch)
     outputs = run_batch(policy.dpo, policy.trainable.model, batch, reference_logps)
     if objective.reference_layer == "final":

@@ -328,3 +328,11 @@ def test_warnings_of_a_verbs_imports_are_not_shown(replace_function: Any) -> Non
     with warnings.catch_warnings(record=True) as shown:
         assert cli.main(["doctor"]) == 0
     assert shown == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_verbs_and_options(shell, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert "likelihood" in script and "--processes" in script

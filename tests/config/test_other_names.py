@@ -1,12 +1,13 @@
 """Names of TRL, PEFT and Transformers get a hint at our field."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from megatron_idpo.config.load import _fields_by_name, load_config
 from megatron_idpo.config.other_names import OTHER_NAMES
-from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.config.section import section_class
 from megatron_idpo.errors import ConfigError
 
@@ -78,3 +79,16 @@ def test_columns_of_all_sources(tmp_path):
     config = load(tmp_path, data={"train": "a.jsonl", "columns": {"prompt": "question"}})
     assert config.data.columns.prompt == "question"
     assert not config.data.train[0].has_columns
+
+
+def test_the_table_of_the_docs_shows_what_is_printed(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    section = page.partition("## Names of other libraries")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(.+?)` \| (.+) \|$", section, re.M)
+    assert len(rows) == 20
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {path: m}\nobjective: {layers: []}\n")
+    for override, answer in rows:
+        with pytest.raises(ConfigError) as raised:
+            load_config(file, [override], optional=SECTIONS)
+        assert f"(command line): {answer}" in str(raised.value)

@@ -197,6 +197,20 @@ def test_part_of_another_cache_is_refused(tmp_path: Path) -> None:
         CacheWriter(tmp_path / "one", fingerprint())
 
 
+def test_pairs_may_be_added_in_another_order(tmp_path: Path) -> None:
+    """After a kill too; the table has the dataset's order; a part of another order is refused."""
+    order_P, logps_PL2 = np.random.default_rng(1).permutation(10), logps()
+    writer = CacheWriter(tmp_path, fingerprint(), order_P)
+    writer.add(logps_PL2[order_P[:4]])
+    writer.write_part()
+    with pytest.raises(CheckpointError, match=r"another cache or another data\.seed"):
+        CacheWriter(tmp_path, fingerprint())
+    resumed = CacheWriter(tmp_path, fingerprint(), order_P)
+    resumed.add(logps_PL2[order_P[resumed.done_pairs :]])
+    resumed.finish()
+    np.testing.assert_array_equal(open_cache(tmp_path, fingerprint()), logps_PL2)
+
+
 def test_missing_cache_is_incomplete(tmp_path: Path) -> None:
     assert not is_complete(tmp_path / "none", fingerprint())
     with pytest.raises(CheckpointError, match="no complete cache"):

@@ -13,16 +13,23 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
 from megatron_idpo.cli.train import score as run_score
 from megatron_idpo.config.data import SourceConfig
+from megatron_idpo.config.load import load_config
+from megatron_idpo.convert.model_source import FrozenModel, open_model
+from megatron_idpo.data.packing.batches import EvaluationBatches, TrainingBatches
+from megatron_idpo.data.pairs import stream_pairs
+from megatron_idpo.data.run_pairs import load_run_pairs, row_settings
 from megatron_idpo.data.tokenize.chat import TokenOptions
 from megatron_idpo.data.tokenize.dataset import load_pairs
 from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
 from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError, DataError
 from megatron_idpo.reference.logps_table import read_table
+from megatron_idpo.reference.run_caches import RunCaches
 
-from ..train.tiny_run import HELD_OUT, NUM_LAYERS, PAIRS
-from .tiny_cache import BATCH_PAIRS, Files, score, score_config
+from ..train.tiny_run import BATCH_PAIRS, HELD_OUT, NUM_LAYERS, PAIRS
+from .tiny_cache import Files, score, score_config
 
 ALL = tuple(range(1, NUM_LAYERS + 1))
 
@@ -144,16 +151,15 @@ def test_signal_to_any_rank_stops_all_and_saves(
     """Every rank stops after the next batch with the exit code of a preempted run; it resumes in
     another layout."""
     file = score_config(tiny, tmp_path / "run", objective={"layers": "all"})
-    batch_pairs = 2 * BATCH_PAIRS
-    ranks = workers.run(score, 2, file, stop_after=batch_pairs)
+    ranks = workers.run(score, 2, file, stop_after=BATCH_PAIRS)
     assert [code for code, _ in ranks] == [EXIT_PREEMPTED] * 2
     assert "the same command resumes" in ranks[0][1]
     [part] = (tmp_path / "run" / "reference" / "parts").glob("*.parquet")
-    assert len(read_table(part, ALL)) == 2 * batch_pairs
+    assert len(read_table(part, ALL)) == 2 * BATCH_PAIRS
     assert not (tmp_path / "run" / "reference" / "fingerprint.json").exists()
     [(code, printed)] = workers.run(score, 1, file)
     assert code == 0
-    assert f"resuming after {2 * batch_pairs} of {PAIRS} training pairs" in printed
+    assert f"resuming after {2 * BATCH_PAIRS} of {PAIRS} training pairs" in printed
     assert_equal(tmp_path / "run", scored, LAYOUT_TOLERANCE)
 
 
@@ -162,11 +168,11 @@ import os, signal, sys
 from pathlib import Path
 from megatron_idpo.cli import train
 from megatron_idpo.reference import score
-score.PAIRS_PER_RANK, score.PART_INTERVAL_S = int(sys.argv[2]), 0.0
+score.PART_INTERVAL_S = 0.0
 original, calls = os.replace, []
 def replace(*args):
     calls.append(args)
-    if len(calls) == int(sys.argv[3]):
+    if len(calls) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     original(*args)
 os.replace = replace
@@ -181,7 +187,7 @@ def test_resume_after_sigkill_ends_with_the_same_bits(
 ) -> None:
     """SIGKILL when the third part is about to get its final name: two are kept."""
     file = score_config(tiny, tmp_path / "run", objective={"layers": "all"})
-    command = [sys.executable, "-c", KILLED, file, str(BATCH_PAIRS), "4"]
+    command = [sys.executable, "-c", KILLED, file, "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -203,6 +209,30 @@ def test_resume_in_the_same_layout_ends_with_the_same_bits(
     assert_equal(tmp_path / "run", scored, 0.0)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_pairs_are_scored_in_the_rows_in_which_they_are_read(
+    tiny: Files, tmp_path: Path, resumed: bool
+) -> None:
+    """In bf16 a log-probability depends on the row: the start check is exact only so."""
+    config = load_config(score_config(tiny, tmp_path / "run"), required=REQUIRED, optional=OPTIONAL)
+    pairs = load_run_pairs(config)
+    model = FrozenModel(open_model(config.model.path), "identity")
+    train, held_out = RunCaches.of(config, pairs, model).parts
+    rows, first = row_settings(config, 1), BATCH_PAIRS if resumed else 0
+    order_P = stream_pairs(0, PAIRS, num_pairs=PAIRS, seed=3)[first:]
+    read = TrainingBatches(pairs.train, rows, global_batch_pairs=BATCH_PAIRS, seed=3)
+    read.load_state_dict({**read.state_dict(), "consumed_pairs": first})
+    scored_rows = [row for batch in train.batches(rows, first) for row in batch.rows]
+    read_rows = [row for batch in read for row in batch.rows]
+    for scored_row, read_row in zip(scored_rows, read_rows, strict=True):
+        np.testing.assert_array_equal(scored_row.tokens_T, read_row.tokens_T)
+        np.testing.assert_array_equal(order_P[scored_row.pair_index_P], read_row.pair_index_P)
+    evaluated = EvaluationBatches(pairs.eval, rows, global_batch_pairs=BATCH_PAIRS)
+    (once,), (again,) = list(held_out.batches(rows)), list(evaluated)
+    for scored_row, read_row in zip(once.rows, again.rows, strict=True):
+        np.testing.assert_array_equal(scored_row.tokens_T, read_row.tokens_T)
+
+
 @pytest.mark.distributed
 def test_complete_cache_is_not_computed_again(scored: Path, tiny: Files, workers: Any) -> None:
     file = score_config(tiny, scored, objective={"layers": [2]})
@@ -213,7 +243,7 @@ def test_complete_cache_is_not_computed_again(scored: Path, tiny: Files, workers
 
 
 def score_with_nan(file: str) -> str:
-    """On every rank: one pair's log-probability is NaN at one layer; returns the error."""
+    """On every rank: the log-probability of the seventh pair is NaN at a layer; the error."""
     from unittest.mock import patch
 
     from megatron_idpo.reference.sources import Resident
@@ -241,8 +271,9 @@ def test_nan_is_reported_with_its_pair_on_every_rank(
     tiny: Files, workers: Any, tmp_path: Path
 ) -> None:
     file = score_config(tiny, tmp_path / "run", layout={"pipeline": 2}, objective={"layers": "all"})
+    seventh = stream_pairs(6, 1, num_pairs=PAIRS, seed=3)[0]
     for message in workers.run(score_with_nan, 2, file):
-        assert "train.jsonl:7" in message
+        assert f"train.jsonl:{seventh + 1}" in message
         assert "rejected answer the log-probability nan at layer 2" in message
 
 

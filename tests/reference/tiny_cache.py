@@ -20,7 +20,6 @@ from ..train.tiny_run import Files, write_config, write_files
 
 __all__ = ["Files", "fingerprint", "logps", "score", "score_config", "write_files"]
 
-BATCH_PAIRS = 4
 """Pairs of a scored batch in `score`: 24 pairs are several batches."""
 
 
@@ -60,7 +59,7 @@ def score_config(files: Files, output: Path, **sections: Any) -> str:
 
 
 def score(file: str, overrides: Sequence[str] = (), stop_after: int | None = None) -> Any:
-    """On every rank: the verb `score` in small batches.
+    """On every rank: the verb `score`.
 
     Args:
         file: a configuration.
@@ -74,12 +73,7 @@ def score(file: str, overrides: Sequence[str] = (), stop_after: int | None = Non
     from megatron_idpo.cli.train import score as run_score
 
     torch.set_num_threads(1)
-    with (
-        redirect_stdout(StringIO()) as printed,
-        console_logging(),
-        patch("megatron_idpo.reference.score.PAIRS_PER_RANK", BATCH_PAIRS),
-        stopping(stop_after),
-    ):
+    with redirect_stdout(StringIO()) as printed, console_logging(), stopping(stop_after):
         code = run_score(Path(file), list(overrides))
     return code, printed.getvalue()
 

@@ -143,10 +143,7 @@ def run_stopped_while_scoring(file: str) -> Outcome:
         advance(self, count, status=status)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with (
-        patch("megatron_idpo.reference.score.PAIRS_PER_RANK", 4),
-        patch.object(ProgressTask, "advance", advance_and_signal),
-    ):
+    with patch.object(ProgressTask, "advance", advance_and_signal):
         return run(file)
 
 

@@ -46,7 +46,13 @@ def check(file: str, scale: float = 1.0) -> float | str:
                 parameter.data.mul_(scale)
         before = [p.clone() for chunk in trainer.policy.chunks for p in chunk.parameters()]
         try:
-            result: Any = check_start(trainer.train_step, trainer.pairs.train, trainer.rows, seed=3)
+            result: Any = check_start(
+                trainer.train_step,
+                trainer.pairs.train,
+                trainer.rows,
+                seed=3,
+                global_batch_pairs=trainer.config.training.global_batch_pairs,
+            )
             result = result[0]
         except TrainingError as error:
             result = str(error)
@@ -62,12 +68,15 @@ def check(file: str, scale: float = 1.0) -> float | str:
         ({}, 1),
         ({"lora": {**LORA, "dropout": 0.5}, "layout": {"pipeline": 2}}, 2),
         pytest.param({"model": {"dtype": "bf16"}}, 2, marks=pytest.mark.exhaustive),
+        ({"model": {"dtype": "bf16"}, "reference": {"source": "cache"}}, 1),
     ],
 )
 def test_equal_models_pass(tiny, workers, tmp_path, sections, processes):
     file = write_config(tiny, tmp_path / "run", **sections)
     for difference in workers.run(check, processes, file):
         assert 0 <= difference <= FP32_LOGP_TOLERANCE
+        if "reference" in sections:  # a cache of this run: computed on the same rows
+            assert difference == 0
 
 
 @pytest.mark.distributed

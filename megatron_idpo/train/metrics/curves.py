@@ -36,13 +36,20 @@ _RUN_METRICS = {
 }
 
 
-def draw_curves(metrics_path: Path, target: Path, *, title: str = "") -> None:
+LAYER_CHARTS = (charts.LOSS, charts.MARGIN, charts.ACCURACY)
+"""What is known of every layer."""
+
+
+def draw_curves(
+    metrics_path: Path, target: Path, *, title: str = "", pictured: Sequence[str] = _PICTURED
+) -> None:
     """Write the training charts of a run as a PNG.
 
     Args:
         metrics_path: the run's metrics file.
         target: the file; its directory is created if needed.
         title: the run's name.
+        pictured: the quantities.
 
     Raises:
         ConfigError: the metrics cannot be read, or the PNG cannot be written.
@@ -50,7 +57,7 @@ def draw_curves(metrics_path: Path, target: Path, *, title: str = "") -> None:
     """
     records = read_metrics(metrics_path)
     lines = run_lines(records, names.layers_in(name for record in records for name in record))
-    drawn = charts.training_charts(lines, _PICTURED) if records else []
+    drawn = charts.training_charts(lines, pictured) if records else []
     if not drawn:
         raise DataError.at(str(metrics_path), "has no metrics to draw", "train at least one step")
     save_charts(

@@ -1,0 +1,202 @@
+"""What bf16 rounding leaves of "policy equals reference" before the first step.
+
+    python benchmarks/start_noise.py --model DIR --data FILE --train 32 --held-out 12 [--save]
+
+DPO with LoRA on a small real model in bf16, with a cached reference and a tap. Before the first
+step every log-ratio should be 0. Two caches of the same model are compared with the policy on the
+rows of the first epoch and of an evaluation:
+
+* **data order**: batches of 32 pairs in the order of the file, as caches were computed before;
+* **as read**: the batches of the first epoch and of an evaluation, as `reference/score.py` does.
+
+Reported are the largest and the mean difference of a log-probability per token, margin and
+accuracy.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from result_file import commit, processor, save_result
+
+from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.load import load_config
+from megatron_idpo.config.yaml_tree import write_yaml
+from megatron_idpo.data.packing.batches import Batch, EvaluationBatches, TrainingBatches
+from megatron_idpo.data.tokenize.dataset import PairDataset
+from megatron_idpo.mcore.parallel.world import distributed_world, running_layout
+from megatron_idpo.plugin.batch_run import run_batch
+from megatron_idpo.reference.run_caches import RunCaches
+from megatron_idpo.reference.sources import CachedReference
+from megatron_idpo.train.run_directory import open_run_directory
+from megatron_idpo.train.setup import assemble, prepare
+from megatron_idpo.train.trainer import Trainer
+
+DATA_ORDER_BATCH_PAIRS = 32
+BATCH_PAIRS = 4
+CHARACTERS_PER_TOKEN = 4
+BETA = 0.1
+TIE = 1e-6
+"""As in training: smaller differences of a log-probability count as ties."""
+
+Table = NDArray[np.float64]
+"""[P, L, 2]: by pair, layer, chosen and rejected."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Differences of policy and reference at one layer before the first step."""
+
+    largest: float
+    """Of a log-probability per token."""
+
+    mean: float
+    margin: float
+    accuracy: float
+
+
+def main() -> int:
+    """Measure one file of pairs; print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--train", type=int, default=32)
+    parser.add_argument("--held-out", type=int, default=12)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--layers", type=int, nargs="*", default=[21])
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        text = report(options, Path(directory))
+    print(text)
+    if options.save:
+        save_result(f"start-noise-{options.data.stem.split('_')[0]}", text)
+    return 0
+
+
+def report(options: argparse.Namespace, directory: Path) -> str:
+    """The text of the result."""
+    lines = [
+        f"# Differences before the first step, bf16: {options.data.stem}",
+        f"{date.today()}, {processor()}, {commit()}; {options.train} training and "
+        f"{options.held_out} held-out pairs of up to {options.max_length} tokens, "
+        f"{BATCH_PAIRS} per step",
+        "",
+        "| pairs | cache | layer | largest, nats/token | mean | margin | accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    with open_trainer(options, directory) as trainer:
+        layers = (*trainer.policy.dpo.layers, trainer.policy.dpo.num_layers)
+        for name, pairs, batches, cache in parts(trainer):
+            ordered = EvaluationBatches(
+                pairs, trainer.rows, global_batch_pairs=DATA_ORDER_BATCH_PAIRS
+            )
+            policy = scored(trainer, batches, layers, len(pairs))
+            caches = {
+                "data order": scored(trainer, ordered, layers, len(pairs)),
+                "as read": cache.astype(np.float64),
+            }
+            lengths_P2 = pairs.lengths_P3[np.arange(len(pairs))][:, 1:]
+            for kind, table in caches.items():
+                for at, layer in enumerate(layers):
+                    found = noise(policy[:, at], table[:, at], lengths_P2)
+                    lines.append(
+                        f"| {name} | {kind} | {layer} | {found.largest:.2g} | {found.mean:.2g} "
+                        f"| {found.margin:+.2g} | {found.accuracy:.2f} |"
+                    )
+    return "\n".join(lines)
+
+
+@contextmanager
+def open_trainer(options: argparse.Namespace, directory: Path) -> Iterator[Trainer]:
+    """A `Trainer` before its first step, with its caches computed."""
+    config = load_config(write_config(options, directory), required=REQUIRED, optional=OPTIONAL)
+    with distributed_world() as world, open_run_directory(Path(config.training.output)) as output:
+        prepared = prepare(config, world)
+        with running_layout(config.layout, config.training.seed):
+            yield assemble(config, world, output, prepared)
+
+
+def write_config(options: argparse.Namespace, directory: Path) -> Path:
+    """The first and the last pairs of the file that are short enough, and the configuration."""
+    records = [
+        line
+        for line in options.data.read_text(encoding="utf-8").splitlines()
+        if len(line) < CHARACTERS_PER_TOKEN * options.max_length
+    ]
+    for name, part in (("train", records[: options.train]), ("eval", records[-options.held_out :])):
+        (directory / f"{name}.jsonl").write_text("\n".join(part), encoding="utf-8")
+    config = {
+        "model": {"path": options.model, "dtype": "bf16"},
+        "data": {
+            "train": str(directory / "train.jsonl"),
+            "eval": str(directory / "eval.jsonl"),
+            "row_tokens": 2 * options.max_length,
+            "max_length": options.max_length,
+            "cache": str(directory / "tokens"),
+            "num_workers": 1,
+        },
+        "objective": {"beta": BETA, "layers": options.layers},
+        "lora": {"rank": 16, "alpha": 16.0},
+        "optimizer": {"lr": 5e-4},
+        "training": {"output": str(directory / "run"), "global_batch_pairs": BATCH_PAIRS},
+    }
+    file = directory / "run.yaml"
+    file.write_text(write_yaml(config))
+    return file
+
+
+def parts(trainer: Trainer) -> list[tuple[str, PairDataset, Iterable[Batch], NDArray[np.float32]]]:
+    """Name, pairs, batches as they are read, and the run's cache."""
+    config, pairs = trainer.config, trainer.pairs
+    opened = RunCaches.of(config, pairs, trainer.reference).open()
+    tables = [reference.logps_PL2 for reference in opened if isinstance(reference, CachedReference)]
+    assert pairs.eval is not None
+    training = TrainingBatches(
+        pairs.train, trainer.rows, global_batch_pairs=BATCH_PAIRS, seed=config.data.seed
+    )
+    held_out = EvaluationBatches(pairs.eval, trainer.rows, global_batch_pairs=BATCH_PAIRS)
+    return [
+        ("first epoch", pairs.train, training, tables[0]),
+        ("held out", pairs.eval, held_out, tables[1]),
+    ]
+
+
+def scored(
+    trainer: Trainer, batches: Iterable[Batch], layers: Sequence[int], num_pairs: int
+) -> Table:
+    """The policy's log-probabilities; NaN for pairs of a dropped batch."""
+    policy = trainer.policy
+    table_PL2 = np.full((num_pairs, len(layers), 2), np.nan)
+    for batch in batches:
+        for output in run_batch(policy.dpo, policy.trainable.model, batch, None):
+            index_P = batch.rows[output.micro_batch].pair_index_P
+            values = output.logps_2P.detach().float().cpu().numpy().reshape(-1, 2)
+            table_PL2[index_P, layers.index(output.layer)] = values
+    return table_PL2
+
+
+def noise(policy_P2: Table, reference_P2: Table, lengths_P2: NDArray[np.integer]) -> Noise:
+    """The differences at one layer."""
+    kept_P = np.isfinite(policy_P2).all(1)
+    ratio_P2 = (policy_P2 - reference_P2)[kept_P]
+    per_token = np.abs(ratio_P2) / lengths_P2[kept_P]
+    difference_P = ratio_P2[:, 0] - ratio_P2[:, 1]
+    wins_P = np.where(np.abs(difference_P) < TIE, 0.5, difference_P > 0)
+    return Noise(
+        float(per_token.max()),
+        float(per_token.mean()),
+        float(BETA * difference_P.mean()),
+        float(wins_P.mean()),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""torchrun's agent with exit codes for schedulers, and stop signals for the workers.
+
+torchrun alone exits with 1 for every failure of its workers, kills them 30 s after a SIGTERM even
+if they are still saving, and ends at a SIGUSR1 while the workers continue. `launch/node.py` and
+`--processes` use what is here.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+import psutil
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+from megatron_idpo.cli.errors import EXIT_INTERRUPTED
+from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that announce a stop: those that workers handle (`mcore/parallel/world.py`, which is not
+imported here, because that takes seconds). torchrun handles the others."""
+
+
+def agent_type(stop_requested: Callable[[], bool]) -> type[LocalElasticAgent]:
+    """torchrun's agent of a machine, which restarts only what a restart can help."""
+
+    class Agent(LocalElasticAgent):
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            result: RunResult = super()._monitor_workers(worker_group)
+            codes = [failure.exitcode for failure in result.failures.values()]
+            final = (EXIT_PREEMPTED, EXIT_USER_ERROR)
+            if codes and (stop_requested() or exit_code(codes, stopped=False) in final):
+                self._remaining_restarts = 0
+            return result
+
+    return Agent
+
+
+def exit_code(codes: Sequence[int], *, stopped: bool) -> int:
+    """The exit code of this machine: that of the first failure, except for less informative ones.
+
+    A user error is the most informative. A lost peer is less so, because the peer has its own code.
+    The least is the SIGTERM with which torchrun ends the other workers.
+
+    Args:
+        codes: exit codes of the failed workers in order of time, negative for a signal.
+        stopped: whether a stop was requested. A worker that the signal itself ended had not
+            installed its handlers, so it had nothing to save.
+    """
+    stop_codes = {EXIT_PREEMPTED, *(-number for number in STOP_SIGNALS if stopped)}
+    failed = [code for code in codes if code not in stop_codes]
+    if not failed:
+        return EXIT_PREEMPTED
+    priority = {EXIT_USER_ERROR: 0, EXIT_PEER_LOST: 2, -signal.SIGTERM: 3}
+    first = min(failed, key=lambda code: priority.get(code, 1))
+    return first if first > 0 else 128 - first
+
+
+class SignalForwarder:
+    """Forwards stop signals to the workers, within the block.
+
+    In a thread: Python runs signal handlers in the main thread between bytecodes, and that thread
+    may be inside a C++ call that waits for other machines.
+    """
+
+    def __init__(self, signals: Mapping[signal.Signals, signal.Signals] | None = None) -> None:
+        """Args: what the workers receive for each signal; None forwards `STOP_SIGNALS`."""
+        self.signals = signals or {number: number for number in STOP_SIGNALS}
+        self.received: list[signal.Signals] = []
+        """Every forwarded signal so far."""
+
+        self._pipe, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a signal has arrived."""
+        return bool(self.received)
+
+    def __enter__(self) -> Self:
+        """Install the handlers and start the thread."""
+        self._wakeup = signal.set_wakeup_fd(self._write_end)
+        self._previous = {number: signal.signal(number, lambda *_: None) for number in self.signals}
+        threading.Thread(target=self._forward, daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Restore the handlers; the thread ends."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write_end)
+
+    def _forward(self) -> None:
+        while data := os.read(self._pipe, 1):
+            if data[0] not in self.signals:
+                continue
+            number = signal.Signals(data[0])
+            # Ctrl-C once stops and saves; Ctrl-C again does not wait for that.
+            is_repeated = number == signal.SIGINT and number in self.received
+            self.received.append(number)
+            workers = psutil.Process().children()
+            if not workers:  # none started yet
+                os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)
+            for worker in workers:
+                with suppress(psutil.NoSuchProcess):
+                    worker.send_signal(signal.SIGKILL if is_repeated else self.signals[number])
+        os.close(self._pipe)
