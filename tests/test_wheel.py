@@ -77,6 +77,6 @@ def test_wheel_installs_and_trains_outside_a_checkout(wheel: Path, tmp_path: Pat
     assert (here / "quickstart_data" / "quickstart_train.jsonl").is_file()
     small = [f"model.path={files.model}", f"data.train={files.train}", "model.dtype=fp32"]
     small += ["data.row_tokens=128", "data.max_length=96", "training.global_batch_pairs=4"]
-    assert "can run" in run("doctor", "idpo.yaml", *small).lower()
+    assert "Valid." in run("doctor", "idpo.yaml", *small)
     run("train", "idpo.yaml", *small, "training.max_steps=2", "data.eval_fraction=0.2")
     assert (here / "runs" / "idpo" / "adapter" / "adapter_model.safetensors").is_file()
