@@ -83,6 +83,8 @@ class SignalForwarder:
 
     def __enter__(self) -> Self:
         """Install the handlers and start the thread."""
+        # Children that are there already are not workers.
+        self._others = {child.pid for child in psutil.Process().children()}
         self._wakeup = signal.set_wakeup_fd(self._write_end)
         self._previous = {number: signal.signal(number, lambda *_: None) for number in self.signals}
         threading.Thread(target=self._forward, daemon=True).start()
@@ -108,7 +110,8 @@ class SignalForwarder:
             # Ctrl-C once stops and saves; Ctrl-C again does not wait for that.
             is_repeated = number == signal.SIGINT and number in self.received
             self.received.append(number)
-            workers = psutil.Process().children()
+            children = psutil.Process().children()
+            workers = [child for child in children if child.pid not in self._others]
             if not workers:  # none started yet
                 os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)
             for worker in workers:
