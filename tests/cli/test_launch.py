@@ -118,7 +118,7 @@ def stopped(numbers: list[int], mode: str, directory: Path) -> tuple[int, bool]:
 def test_a_signal_stops_all_workers_after_a_save(
     workers: Any, numbers: list[int], mode: str, code: int, tmp_path: Path
 ):
-    """In a process of its own: the signal is forwarded to all of its children."""
+    """In a separate process, to which the signals are sent."""
     arguments = ([int(number) for number in numbers], mode, tmp_path)
     assert workers.run_as_program(stopped, 1, *arguments) == [(code, True)]
     assert len(list(tmp_path.glob("saved-*"))) == (2 if mode == "saves" else 0)

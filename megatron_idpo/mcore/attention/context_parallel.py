@@ -1,9 +1,9 @@
 """Attention of a row whose positions are dealt to context-parallel ranks.
 
-Each rank has the queries of its own positions. Keys and values of the whole row are all-gathered
+Each rank has the queries of its positions. Keys and values of the whole row are all-gathered
 for one layer at a time and put into row order; the gradients of both are reduce-scattered. Only
 this rank's shards are kept for the backward pass, which gathers again and recomputes attention, so
-that the memory of a layer is that of its own positions. It recomputes like megatron-core's
+that the memory of a layer is that of its positions. It recomputes like megatron-core's
 `selective` recomputation, which would do the same a second time (`mcore.model.build`). A layer that
 is itself being recomputed is differentiated next, and keeps what it gathered.
 

@@ -3,7 +3,7 @@
 Nothing here blocks after the connection is made: a message to a process that does not read is kept
 up to a limit and then dropped, because the next heartbeat replaces it.
 
-The first line of whoever connects is the token of the run, and not JSON: nothing that a stranger
+The first line of a connection is the token of the run, and not JSON: nothing that a stranger
 sends is decoded.
 """
 

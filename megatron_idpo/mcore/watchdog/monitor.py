@@ -119,7 +119,7 @@ class Monitor:
         self._neighbors[sender.rank] = _Neighbor(sender, tuple(below))
 
     def left(self, rank: int) -> None:
-        """A neighbor has finished its work: its silence is no loss."""
+        """A neighbor has finished its work: its silence is not a loss."""
         self._neighbors.pop(rank, None)
 
     def ended(self, rank: int, reason: str, grace_s: float = ENDED_GRACE_S) -> None:
