@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import gpu
@@ -10,6 +11,9 @@ import pytest
 MEASURED = {
     "peak_bytes": 41e9,
     "planned_bytes": 40e9,
+    "reserved_bytes": 43e9,
+    "used_bytes": 45e9,
+    "planned_total_bytes": 44e9,
     "step_s": 0.5,
     "estimated_step_s": 0.4,
     "tokens_per_s": 32768.0,
@@ -45,10 +49,32 @@ def test_a_step_ends_with_the_budget(tmp_path: Path):
     assert results["hangs"]["code"] != 0
 
 
+HANGS = """import subprocess, sys, pathlib
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path(sys.argv[1]).write_text(str(child.pid)); child.wait()"""
+
+
+def test_a_step_that_hangs_ends_with_its_children_and_runs_last_again(tmp_path, capsys):
+    pid = tmp_path / "pid"
+    hangs = gpu.Step("hangs", ("-c", HANGS, str(pid)), 1)
+    works = step("works", "print('{\"x\": 1}')")
+    results = run([hangs, works], tmp_path / "out")
+    assert results["hangs"]["code"] == 124 and results["works"]["measured"] == {"x": 1}
+    time.sleep(0.1)
+    state = Path(f"/proc/{pid.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+    (tmp_path / "out" / "works.json").unlink()
+    capsys.readouterr()
+    run([hangs, works], tmp_path / "out")
+    assert capsys.readouterr().out.splitlines()[0].startswith("works: code 0")
+
+
 def test_the_summary_has_measured_against_planned(tmp_path: Path):
     results = run([step("8b", f"print({json.dumps(json.dumps(MEASURED))})")], tmp_path)
     summary = gpu.summarize(results, "NVIDIA H100")
-    assert "| 8b | 41.00 | 40.00 | 0.500 | 0.400 | 32,768 | 42.0% |" in summary
+    assert (
+        "| 8b | 41.00 | 40.00 | 43.00 | 45.00 | 44.00 | 0.500 | 0.400 | 32,768 | 42.0% |" in summary
+    )
 
 
 def test_steps_are_unique_and_their_programs_exist():

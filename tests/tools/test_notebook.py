@@ -6,9 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from run_notebook import code_cells
 
 import megatron_idpo
 
@@ -18,8 +18,13 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "notebook.ipynb"
 
 
+def code_cells() -> list[dict[str, Any]]:
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
 def test_every_cell_was_executed_and_uses_public_names() -> None:
-    cells = list(code_cells(json.loads(NOTEBOOK.read_text(encoding="utf-8"))))
+    cells = code_cells()
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     shown = [output for cell in cells for output in cell["outputs"]]
     assert {output["output_type"] for output in shown} == {"stream", "execute_result"}
@@ -32,12 +37,16 @@ def test_every_cell_was_executed_and_uses_public_names() -> None:
 
 @pytest.mark.exhaustive  # a minute; tests/test_api.py calls the same functions
 def test_the_notebook_runs(tmp_path: Path) -> None:
+    """Its cells as one script, in an empty directory."""
     files = write_files(tmp_path / "files")
-    command = [sys.executable, str(ROOT / "tools" / "run_notebook.py"), str(NOTEBOOK)]
+    (tmp_path / "empty").mkdir()
+    script = tmp_path / "cells"
+    script.write_text("\n".join("".join(cell["source"]) for cell in code_cells()))
     environment = {**os.environ, "MODEL": str(files.model), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, "--output", str(tmp_path / "executed.ipynb")],
+        [sys.executable, str(script)],
         env=environment,
+        cwd=tmp_path / "empty",
         capture_output=True,
         text=True,
     )

@@ -13,7 +13,7 @@ from megatron_idpo.train.metrics.file import MetricsFile, read_metrics
 def write(path: Path, *steps: int, resumed_step: int | None = None, loss: float = 0.5) -> None:
     file = MetricsFile(path, resumed_step=resumed_step)
     for step in steps:
-        file.log(step, {"epoch": step / 10, "loss": loss})
+        file.on_log(step, {"epoch": step / 10, "loss": loss})
 
 
 def steps_in(path: Path) -> list[int]:
@@ -23,7 +23,7 @@ def steps_in(path: Path) -> list[int]:
 def test_line_is_an_object_with_its_step_first(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
     file = MetricsFile(path, resumed_step=None)
-    file.log(3, {"epoch": 0.25, "loss": 1 / 3})
+    file.on_log(3, {"epoch": 0.25, "loss": 1 / 3})
     # Seen by others at once, before the file is closed.
     assert path.read_text() == '{"step": 3, "epoch": 0.25, "loss": 0.3333333333333333}\n'
 
@@ -31,7 +31,7 @@ def test_line_is_an_object_with_its_step_first(tmp_path):
 def test_nan_and_infinity_are_written_as_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, resumed_step=None)
-    file.log(1, {"a": math.nan, "b": math.inf, "c": 1.0})
+    file.on_log(1, {"a": math.nan, "b": math.inf, "c": 1.0})
     assert json.loads(path.read_text()) == {"step": 1, "a": None, "b": None, "c": 1.0}
     (record,) = read_metrics(path)
     assert math.isnan(record["a"]) and math.isnan(record["b"]) and record["c"] == 1.0
@@ -71,9 +71,9 @@ def test_incomplete_line_is_skipped_and_removed(tmp_path, half):
 def test_lines_of_a_step_are_merged(tmp_path):
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, resumed_step=None)
-    file.log(2, {"loss": 1.0})
-    file.log(0, {"eval_loss": 3.0})
-    file.log(2, {"eval_loss": 2.0})
+    file.on_log(2, {"loss": 1.0})
+    file.on_log(0, {"eval_loss": 3.0})
+    file.on_log(2, {"eval_loss": 2.0})
     assert read_metrics(path) == [
         {"step": 0, "eval_loss": 3.0},
         {"step": 2, "loss": 1.0, "eval_loss": 2.0},
@@ -94,4 +94,4 @@ def test_full_disk_is_reported_with_remedy(tmp_path):
     path.unlink()
     path.symlink_to("/dev/full")
     with pytest.raises(ConfigError, match="No space left on device; free some space"):
-        file.log(1, {"loss": 1.0})
+        file.on_log(1, {"loss": 1.0})
