@@ -1,6 +1,7 @@
 """The verb `plan`: memory and time of a run before it is started."""
 
 import argparse
+import logging
 
 from megatron_idpo.cli.arguments import add_choice, add_config_arguments, config_path
 
@@ -35,6 +36,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
     path = config_path(arguments)
     assert path is not None
+    if arguments.json:  # `lora=null` is confirmed by a message, which would precede the JSON
+        logging.getLogger("megatron_idpo").setLevel(logging.WARNING)
     given = {"pair_tokens": arguments.pair_tokens, "pairs": arguments.pairs}
     assumed = Assumptions(**{name: value for name, value in given.items() if value is not None})
     return main(

@@ -103,10 +103,14 @@ def _sections(
 ) -> Iterator[str]:
     name = config.export.push_to_hub or Path(config.training.output).name
     method = "intermediate DPO" if config.objective.layers else "DPO"
+    method = f"stepwise {method}" if config.sdpo is not None else method
     yield f"# {name.rpartition('/')[2]}{' (LoRA adapter)' if kind == 'adapter' else ''}"
+    base = f"`{base_model}`"
+    if base_model.startswith("."):
+        base = f"a local directory, {base}; fill in the name that others know"
     yield (
-        f"`{base_model}`, aligned with {method} by "
-        f"[megatron-idpo](https://pypi.org/project/megatron-idpo/) {__version__}."
+        f"Aligned with {method} by [megatron-idpo](https://pypi.org/project/megatron-idpo/) "
+        f"{__version__}. Base model: {base}."
     )
     yield f"## Use\n\n```python\n{_usage(config, base_model, kind)}\n```"
     rows = "\n".join(f"| {label} | {value} |" for label, value in _settings(config))
@@ -156,7 +160,9 @@ def _settings(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "loss", f"{' + '.join(objective.losses)}, β = {objective.beta:g}"
     if objective.layers:
         layers = objective.layers
-        text = ", ".join(map(str, layers)) if isinstance(layers, tuple) else str(layers)
+        text = str(layers)
+        if isinstance(layers, tuple):
+            text = ", ".join(f"depth {at:g}" if isinstance(at, float) else str(at) for at in layers)
         yield "tapped layers", f"{text}, weight {objective.intermediate_weight:g}"
     lora = config.lora
     trained = "all weights"
@@ -166,7 +172,9 @@ def _settings(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "trained", trained
     yield "learning rate", f"{optimizer.lr:g}, {optimizer.schedule}"
     steps = f", at most {training.max_steps} steps" if training.max_steps else ""
-    yield "batch", f"{training.global_batch_pairs} pairs, {training.epochs} epochs{steps}"
+    epochs = f"{training.epochs} epoch{'s' if training.epochs > 1 else ''}"
+    yield "length", f"{epochs}{steps}, {training.global_batch_pairs} pairs per step"
+    yield "seeds", f"training {training.seed}, data {config.data.seed}"
     yield "maximum length", f"{config.data.max_length or 'unlimited'} tokens"
     yield "precision", config.model.dtype
 

@@ -65,6 +65,18 @@ def test_card_of_unknown_license_and_without_held_out_pairs(config):
     assert "license:" not in card and "base_model:" not in card and "2408.02923" not in card
 
 
+def test_card_names_depth_seeds_and_a_local_base_model(config):
+    card = model_card(
+        config(objective={"layers": [0.5, 3]}, training={"seed": 7, "epochs": 1}),
+        "../../model",
+        "model",
+        METRICS,
+    )
+    assert "| tapped layers | depth 0.5, 3, weight" in card
+    assert "1 epoch" in card and "1 epochs" not in card and "| seeds | training 7, data" in card
+    assert "a local directory, `../../model`; fill in the name" in card
+
+
 def test_license_of_the_base_model_is_inherited(config, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
