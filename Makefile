@@ -20,7 +20,7 @@ MINUTES ?= 10
 # Seconds that `make gpu` may take.
 BUDGET_S ?= 540
 
-.PHONY: help setup quickstart quickstart-sdpo test test-all fuzz gpu check format clean
+.PHONY: help setup quickstart quickstart-sdpo test test-all fuzz gpu check docs format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ check: setup ## lint, formatting, strict types, house rules
 	$(PYTHON_IN_VENV) -m ruff format --check .
 	$(PYTHON_IN_VENV) -m mypy
 	$(PYTHON_IN_VENV) tools/house_rules.py
+
+docs: ## build the documentation site into build/site; an environment apart, no torch
+	@tools/docs.sh $(ARGS)
 
 format: setup ## apply ruff's fixes and formatting
 	$(PYTHON_IN_VENV) -m ruff check --fix .
