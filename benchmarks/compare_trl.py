@@ -162,8 +162,8 @@ def _highest(measured: Sequence[Measured], name: str) -> int:
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def measure(case: Case, side: str, directory: Path) -> Measured:
-    """Run one side in a separate process."""
+def measure(case: Case, side: str, directory: Path, package: Path = ROOT) -> Measured:
+    """Run one side in a separate process, with the package of a checkout."""
     file = directory / "case.json"
     case.write(file)
     environment = {
@@ -172,9 +172,9 @@ def measure(case: Case, side: str, directory: Path) -> Measured:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(case.threads),
-        "PYTHONPATH": str(ROOT),  # this checkout, not an installed package
+        "PYTHONPATH": str(package),  # the checkout, not an installed package
     }
-    command = [sys.executable, __file__, "--side", side, "--case", str(file)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--side", side, "--case", str(file)]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )

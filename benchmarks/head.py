@@ -38,8 +38,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_idpo.mcore.matmul import onednn_bf16_matmul
 from megatron_idpo.plugin.logprobs import vocab_parallel_logprobs
-from megatron_idpo.plugin.tiles import TileSizes, onednn_bf16_matmul
+from megatron_idpo.plugin.tiles import TileSizes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MB = 1e6

@@ -149,7 +149,7 @@ def peak_bytes(kind: str, options: argparse.Namespace, directory: Path) -> int:
         for number, batch in enumerate(run.batches, start=1):
             step(batch, number)
             clock.step_done()
-    return clock.measured(losses=[], tokens=[], positions=0).peak_bytes
+    return clock.measured(losses=[], margins=[], tokens=[], positions=0).peak_bytes
 
 
 def _dpo_step(run: Trainer, batch: Batch, number: int) -> None:

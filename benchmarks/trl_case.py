@@ -1,4 +1,4 @@
-"""Input and output of both sides of `compare_trl.py`, and the clock that they share.
+"""Input and output of both sides of `compare_trl.py` and `bf16_learning.py`, and their clock.
 
 A side is a process: it reads a `Case`, trains, and answers with `Measured`. `Clock` takes times and
 peak memory alike on both sides.
@@ -44,6 +44,7 @@ class Case:
     """Intermediate layers; empty is plain DPO."""
 
     batch_pairs: int = 8
+    epochs: int = 1
     rank: int = 16
     lr: float = 5e-4
     threads: int = 2
@@ -67,6 +68,9 @@ class Measured:
 
     losses: list[float]
     """Loss of each step, averaged over its pairs."""
+
+    margins: list[float]
+    """Reward margin of each step, averaged over its pairs."""
 
     step_ends_s: list[float]
     """End of each step; the first one is warm-up."""
@@ -132,10 +136,13 @@ class Clock:
         self._ends_s.append(time.perf_counter())
         self._ends_cpu_s.append(time.process_time())
 
-    def measured(self, *, losses: list[float], tokens: list[str], positions: int) -> Measured:
+    def measured(
+        self, *, losses: list[float], margins: list[float], tokens: list[str], positions: int
+    ) -> Measured:
         """All measurements."""
         return Measured(
             losses=losses,
+            margins=margins,
             step_ends_s=self._ends_s,
             step_ends_cpu_s=self._ends_cpu_s,
             tokens=tokens,

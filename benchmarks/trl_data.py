@@ -1,4 +1,4 @@
-"""The common input of both sides of `compare_trl.py`: records and initial adapter."""
+"""The common input of both sides of a comparison with TRL: records and initial adapter."""
 
 from pathlib import Path
 
@@ -36,9 +36,9 @@ def choose_records(source: Path, target: Path, model: str, max_length: int, pair
     )
 
 
-def write_adapter(model: str, target: Path, rank: int) -> None:
+def write_adapter(model: str, target: Path, rank: int, seed: int = SEED) -> None:
     """Write a new PEFT adapter, from which both sides start."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     settings = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=list(TARGETS)
     )

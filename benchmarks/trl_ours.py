@@ -40,6 +40,7 @@ def train(case: Case) -> Measured:
     torch.set_num_threads(case.threads)
     clock = Clock()
     losses: list[float] = []
+    margins: list[float] = []
     tokens: list[str] = []
     positions = 0
     with tempfile.TemporaryDirectory() as output:
@@ -59,10 +60,12 @@ def train(case: Case) -> Measured:
                         batch, step + 1, lr=run.learning_rate.at(step)
                     )
                     clock.step_done()
-                    losses.append(metrics.values()["loss"])
+                    values = metrics.values()
+                    losses.append(values["loss"])
+                    margins.append(values["rewards/margins"])
                     tokens.append(digest(_pairs(batch)))
                     positions += batch.computed_tokens
-    return clock.measured(losses=losses, tokens=tokens, positions=positions)
+    return clock.measured(losses=losses, margins=margins, tokens=tokens, positions=positions)
 
 
 def _config(case: Case, output: str) -> dict[str, Any]:
@@ -99,6 +102,7 @@ def _config(case: Case, output: str) -> dict[str, Any]:
         "optimizer": {"lr": case.lr, "schedule": "constant"},
         "training": {
             "output": f"{output}/run",
+            "epochs": case.epochs,
             "global_batch_pairs": case.batch_pairs,
             "recompute": side["recompute"],
             "recompute_layers": side["recompute_layers"],

@@ -39,13 +39,15 @@ def train(case: Case) -> Measured:
         _load_adapter(trainer.model, case.adapter)
         trainer.data_collator = seen.watching(trainer.data_collator)
         trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in entries]
+    margins = [entry["rewards/margins"] for entry in entries] if not case.layers else []
     per_step = case.batch_pairs
     tokens = [
         digest(seen.pairs[first : first + per_step])
         for first in range(0, len(seen.pairs), per_step)
     ]
-    return clock.measured(losses=losses, tokens=tokens, positions=seen.positions)
+    return clock.measured(losses=losses, margins=margins, tokens=tokens, positions=seen.positions)
 
 
 def _trainer(case: Case, side: dict[str, Any], output: str, callbacks: list[Any]) -> Any:
@@ -69,7 +71,7 @@ def _trainer(case: Case, side: dict[str, Any], output: str, callbacks: list[Any]
             use_cpu=True,
             learning_rate=case.lr,
             lr_scheduler_type="constant",
-            num_train_epochs=1,
+            num_train_epochs=case.epochs,
             train_sampling_strategy="sequential",
             logging_steps=1,
             save_strategy="no",

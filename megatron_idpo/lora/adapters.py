@@ -4,7 +4,7 @@
     adapters = add_adapters(chunks, architecture, LoraConfig(rank=16, alpha=16.0))
     ...                                                # attach, DDP, optimizer, training
     with adapters.disabled():
-        ...                                            # the base model, bitwise
+        ...                                            # the base model
     export_hf(chunks, ..., value=merged_value(adapters))
 
 Only adapters are trained. Every other parameter is frozen, so megatron-core computes no weight
@@ -118,7 +118,11 @@ class Adapters:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the chunks compute the base model, bitwise."""
+        """Within the block the chunks compute the base model.
+
+        In fp32 and with Transformer Engine's layers bitwise; otherwise bitwise what adapters with
+        B = 0 give, by their kernels (`mcore/lora/frozen_linear.py`).
+        """
         before = [adapters.enabled for adapters in self._by_chunk]
         for adapters in self._by_chunk:
             adapters.enabled = False
@@ -142,9 +146,15 @@ class Adapters:
         self.chunks = []
 
 
-def adapts_experts(*adapters: LoraConfig | None) -> bool:
-    """Whether any of them adapts experts, which Transformer Engine's layers do not support."""
-    return any(adapter is not None and adapter.target_parameters for adapter in adapters)
+def needs_local_layers(dtype: torch.dtype, *adapters: LoraConfig | None) -> bool:
+    """Whether a model with such adapters, or one compared with it, needs megatron-core's layers.
+
+    Transformer Engine's support no adapters of experts, and return outputs that are already
+    rounded, where those in 16 bits hide small adapters.
+    """
+    present = [adapter for adapter in adapters if adapter is not None]
+    is_rounded = dtype.itemsize < torch.float32.itemsize and bool(present)
+    return is_rounded or any(adapter.target_parameters for adapter in present)
 
 
 def _targets(settings: LoraConfig) -> list[str]:

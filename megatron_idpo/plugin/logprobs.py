@@ -36,18 +36,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_idpo.mcore.model.logit_map import LogitMap
-from megatron_idpo.plugin.tiles import (
-    Projection,
-    TileSizes,
+from megatron_idpo.mcore.matmul import (
     accumulation_dtype,
     add_matmul,
     matmul_operand,
     onednn_bf16_matmul,
-    scan_shard,
     slices,
-    tile_logits,
 )
+from megatron_idpo.mcore.model.logit_map import LogitMap
+from megatron_idpo.plugin.tiles import Projection, TileSizes, scan_shard, tile_logits
 from megatron_idpo.plugin.vocab_softmax import (
     PartialSoftmax,
     TokenSoftmax,

@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.model_source import FrozenModel, load_base
 from megatron_idpo.data.packing.batches import Batch
 from megatron_idpo.lora.adapter_config import read_peft_settings
-from megatron_idpo.lora.adapters import Adapters, adapts_experts, add_adapters
+from megatron_idpo.lora.adapters import Adapters, add_adapters, needs_local_layers
 from megatron_idpo.lora.peft import load_peft
 from megatron_idpo.mcore.cpu.redirect import default_device, to_device
+from megatron_idpo.mcore.lora.chunk import round_once
 from megatron_idpo.mcore.model.build import ModelOptions, build_model
 from megatron_idpo.mcore.parallel.pipeline import broadcast_from_last_stage
 from megatron_idpo.mcore.parallel.world import raise_on_all_ranks
@@ -176,7 +178,11 @@ def _by_row(dpo: AttachedDpo, outputs: Sequence[LayerOutput], batch: Batch) -> R
 
 
 def frozen_model(
-    config: RunConfig, model: FrozenModel, *, show_progress: bool, plain_linears: bool = False
+    config: RunConfig,
+    model: FrozenModel,
+    *,
+    show_progress: bool,
+    compared: Sequence[LoraConfig] = (),
 ) -> tuple[Sequence["GPTModel"], AttachedDpo]:
     """Load a frozen model: this rank's chunks, and their taps. Collective, within a layout.
 
@@ -184,8 +190,8 @@ def frozen_model(
         config: of the run.
         model: the weights.
         show_progress: while they are loaded.
-        plain_linears: do not use Transformer Engine's, for the rounding of a model whose experts
-            have adapters.
+        compared: adapters of the models that it is compared with, in addition to those of the run;
+            the model then rounds as they do.
 
     Raises:
         UserError: on every rank.
@@ -195,12 +201,14 @@ def frozen_model(
         with raise_on_all_ranks("reading the adapter's settings"):
             settings = read_peft_settings(model.adapter)
     of_run = config.lora if config.has("lora") else None
-    options = ModelOptions(
-        dtype=config.model.torch_dtype(),
-        # The same modules as the policy's, for the same rounding.
-        transformer_engine=not (plain_linears or adapts_experts(of_run, settings)),
-    )
+    # The same modules and kernels as the policy's, for the same rounding.
+    dtype = config.model.torch_dtype()
+    needs_local = needs_local_layers(dtype, of_run, settings, *compared)
+    options = ModelOptions(dtype=dtype, transformer_engine=not needs_local)
     chunks = build_model(architecture, config.layout, options)
+    if needs_local:
+        for chunk in chunks:
+            round_once(chunk)
     load_base(model.source, chunks, show_progress=show_progress)
     if model.adapter is not None and settings is not None:
         # Not merged: the weights round as they did while the adapter was trained. Dropout is off

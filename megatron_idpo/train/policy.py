@@ -14,7 +14,7 @@ from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.training import TrainingConfig
 from megatron_idpo.convert.model_source import FrozenModel, ModelSource, load_base
 from megatron_idpo.lora.adapter_config import check_same_adapter, read_peft_settings
-from megatron_idpo.lora.adapters import Adapters, adapts_experts, add_adapters
+from megatron_idpo.lora.adapters import Adapters, add_adapters, needs_local_layers
 from megatron_idpo.lora.peft import load_peft
 from megatron_idpo.mcore.model.build import ModelOptions, Recompute, build_model
 from megatron_idpo.mcore.model.host_offload import offload_layer_inputs
@@ -52,10 +52,11 @@ def build_policy(config: RunConfig, start: FrozenModel, *, show_progress: bool) 
         UserError: on every rank.
     """
     architecture, lora = start.source.architecture, config.lora
+    dtype = config.model.torch_dtype()
     options = ModelOptions(
-        dtype=config.model.torch_dtype(),
+        dtype=dtype,
         recompute=_recompute(config.training, architecture.num_layers),
-        transformer_engine=not adapts_experts(lora),
+        transformer_engine=not needs_local_layers(dtype, lora),
         router_aux_loss=config.objective.router_aux_loss,
     )
     chunks = build_model(architecture, config.layout, options)

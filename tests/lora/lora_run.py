@@ -130,18 +130,39 @@ def _base_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
         yield name, parameter.detach()
 
 
-def _with_optimizer(chunks: list[Any], case: Case) -> tuple[list[Any], Any]:
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
+def gradients_in_bf16(base: str, adapter: str, case: Case) -> dict[str, Tensor]:
+    """This rank's part of the first gradients of a model in bf16."""
+    from megatron.core.distributed import finalize_model_grads
+
+    from megatron_idpo.mcore.model.build import Recompute
+
+    chunks, architecture, adapters = adapted(
+        base,
+        case.layout,
+        SETTINGS[case.settings],
+        adapter,
+        dtype=torch.bfloat16,
+        recompute=Recompute(granularity=case.recompute),  # type: ignore[arg-type]
     )
+    wrapped = _wrapped(chunks, grad_reduce_in_fp32=True)
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
+    _run(wrapped, architecture.vocab_size, step=0)
+    return whole(adapters, lambda parameter: parameter.main_grad)
+
+
+def _wrapped(chunks: list[Any], **fields: Any) -> list[Any]:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    settings = DistributedDataParallelConfig(bucket_size=2000, **fields)
+    return [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+
+
+def _with_optimizer(chunks: list[Any], case: Case) -> tuple[list[Any], Any]:
+    from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    config = chunks[0].config
-    flags = dict.fromkeys(SYNCS[case.sync], True)
-    settings = DistributedDataParallelConfig(bucket_size=2000, **flags)
-    wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
+    wrapped = _wrapped(chunks, **dict.fromkeys(SYNCS[case.sync], True))
+    config, settings = chunks[0].config, wrapped[0].ddp_config
     adam = OptimizerConfig(
         optimizer="adam",
         lr=ADAM["lr"],

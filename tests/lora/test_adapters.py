@@ -14,7 +14,7 @@ from megatron_idpo.lora.adapters import hf_module
 from megatron_idpo.lora.peft import peft_name
 
 from .lora_case import EXPERT_MODELS, MODELS, SETTINGS, Case, tokens
-from .lora_run import adapted, logits_of, merged, train, whole
+from .lora_run import adapted, gradients_in_bf16, logits_of, merged, train, whole
 from .peft_parity import assert_equals_peft
 
 pytestmark = pytest.mark.distributed
@@ -41,6 +41,7 @@ CASES = [
     Case(layout=EP2_TP2_PP2, model="qwen2-moe", settings="expert-down", recompute="full"),
     Case(layout=EP2_TP2, data=2, sync="overlap", model="mixtral", settings="experts"),
 ]
+BF16_CASES = [Case(layout=TP2, model="qwen2"), Case(layout=TP2_SP, model="qwen3", recompute="full")]
 EXHAUSTIVE = (
     [
         Case(layout=layout, model=model, settings=settings, recompute=recompute)
@@ -100,6 +101,22 @@ def test_training_equals_peft_in_every_layout(case, workers, base_model, peft_ad
     assert_equals_peft(by_rank, expected, case)
 
 
+BF16_GRADIENT_RELATIVE = 0.05
+"""|difference| / |gradient| of a model in bf16 with few features, against fp32. A gradient that
+lacks one of two ranks' parts is wrong by about 0.7, one that counts them twice by 1."""
+
+
+@pytest.mark.parametrize("case", BF16_CASES, ids=map(str, BF16_CASES))
+def test_gradients_in_bf16_are_those_of_fp32(case, workers, base_model, peft_adapter, peft_result):
+    base, adapter = base_model(case.model), peft_adapter(case.model, case.settings)
+    by_rank = workers.run(gradients_in_bf16, case.world_size, str(base), str(adapter), case)
+    expected, found = peft_result(case.model, case.settings)["gradients"], merged(by_rank)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm() / gradient.norm()
+        assert error <= BF16_GRADIENT_RELATIVE, f"{name}: {error:.3f}"
+
+
 def fresh(base: str, layout: Layout, settings: LoraConfig, seed: int) -> dict[str, torch.Tensor]:
     return whole(adapted(base, layout, settings, seed=seed)[2])
 
@@ -136,6 +153,33 @@ def test_initial_distribution_equals_peft(base_model):
             bound = parameter.shape[1] ** -0.5
             assert 0.9 * bound < parameter.abs().max() <= bound
             assert parameter.detach().var() == pytest.approx(bound**2 / 3, rel=0.25), name
+
+
+def logits_in_bf16(base: str) -> dict[str, torch.Tensor]:
+    """Logits of a policy before its first step, and of its references."""
+    from megatron_idpo.convert.hf_to_megatron import load_hf_weights, open_hf
+    from megatron_idpo.mcore.lora.chunk import round_once
+    from megatron_idpo.mcore.model.build import ModelOptions, build_model
+
+    options = {"dtype": torch.bfloat16}
+    (policy,), architecture, adapters = adapted(base, TP1, LoraConfig(rank=4), **options)
+    sequences = tokens(architecture.vocab_size, 0)[:, :-1]
+    logits = {"policy": logits_of(policy, sequences)}
+    with adapters.disabled():
+        logits["policy without adapters"] = logits_of(policy, sequences)
+    (resident,) = build_model(architecture, TP1, ModelOptions(dtype=torch.bfloat16))
+    round_once(resident)
+    load_hf_weights([resident], open_hf(Path(base))[0], architecture)
+    logits["resident reference"] = logits_of(resident, sequences)
+    adapters.remove()
+    assert not any("forward" in vars(module) for module in policy.modules())
+    return {name: tensor.detach() for name, tensor in logits.items()}
+
+
+def test_policy_and_references_in_bf16_are_bitwise_equal_at_the_start(workers, base_model):
+    (logits,) = workers.run(logits_in_bf16, 1, str(base_model("qwen2")))
+    policy = logits.pop("policy")
+    assert all(torch.equal(policy, reference) for reference in logits.values())
 
 
 def logits_by_state(base: str, adapter: str, layout: Layout, recompute: bool) -> dict[str, Any]:

@@ -47,6 +47,29 @@ def dropped_twice() -> tuple[Tensor, Tensor, list[int]]:
     return (first + second).detach().cpu(), grad.cpu(), list(kept.values())
 
 
+def rounded_once() -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """An exact sum, the output with adapters, the output of zeros; launches of each and without."""
+    from megatron_idpo.mcore.lora.frozen_linear import frozen_linear
+    from megatron_idpo.mcore.lora.products import WHOLE, LowRank
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((64, 32), (48, 32), (64, 4), (48, 4))
+    values = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    values[3] *= 2**-8
+    input_TI, weight_OI, low_TR, up_OR = (tensor.cuda() for tensor in values)
+    outputs, launches = [], []
+    for up in (up_OR, torch.zeros_like(up_OR), None):
+        low_rank = None if up is None else LowRank(low_TR, [up], 1.0, WHOLE)
+        before = Counts.now()
+        outputs.append(frozen_linear(input_TI, weight_OI, None, low_rank))
+        spent = Counts.now().since(before)
+        launches.append(spent.launches + spent.gemms)
+    assert torch.equal(outputs[1], outputs[2])
+    wide = [tensor.double() for tensor in values]
+    exact = wide[0] @ wide[1].t() + wide[2] @ wide[3].t()
+    return exact, outputs[0].cpu(), outputs[2].cpu(), launches
+
+
 def copied_in_inference_mode() -> list[float]:
     with torch.inference_mode():
         values = torch.arange(6.0, device="cuda").view(2, 3)
@@ -164,6 +187,15 @@ def test_dropout_draws_its_mask_again_instead_of_keeping_it(gpu_workers: Any):
     # Both masks drop an element with probability 0.25².
     share = float((dropped == 0).float().mean())
     assert abs(share - 0.0625) < 5 * math.sqrt(0.0625 * 0.9375 / dropped.numel())
+
+
+def test_adapters_are_added_before_rounding_at_no_launch(gpu_workers: Any):
+    ((exact, adapted, frozen, launches),) = gpu_workers.run(rounded_once, 1)
+    assert launches == [2, 2, 2]  # two products; or zeros, and one product
+    change = (adapted != frozen).float().mean()
+    # To the nearest of 8 bits; a sum with a rounded output would be off by up to twice as much.
+    error = (adapted.double() - exact).abs() / exact.abs().clamp(min=0.5)
+    assert error.max() <= 2**-8 * 1.02 and change > 0.1
 
 
 def test_full_memory_is_one_line_with_what_to_change(gpu_workers: Any):

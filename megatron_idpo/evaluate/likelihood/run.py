@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.model_source import FrozenModel, ModelSource, open_model
 from megatron_idpo.data.run_pairs import (
@@ -39,7 +40,6 @@ from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves, layer_cu
 from megatron_idpo.evaluate.likelihood.summary import show_curves
 from megatron_idpo.evaluate.models import OUTPUT, EvalModel, check_writable
 from megatron_idpo.lora.adapter_config import read_peft_settings
-from megatron_idpo.lora.adapters import adapts_experts
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
 from megatron_idpo.mcore.parallel.world import (
     RunStopped,
@@ -75,9 +75,8 @@ class _Scoring:
     pairs: RunPairs
     directory: Path
     stop_flag: StopFlag
-    use_plain_linears: bool
-    """Whether any model has adapters of experts. All models then use the same kernels, so that
-    equal weights round equally."""
+    adapters: Sequence[LoraConfig]
+    """Of all models, which use the same kernels, so that equal weights round equally."""
 
 
 def likelihood(config: RunConfig, models: Sequence[EvalModel], output: Path) -> int:
@@ -108,7 +107,7 @@ def likelihood(config: RunConfig, models: Sequence[EvalModel], output: Path) -> 
         with raise_on_all_ranks("reading the adapters' settings"):
             adapters = [read_peft_settings(model.adapter) for model in models if model.adapter]
         full = _with_all_layers(config, reference.architecture.num_layers)
-        scoring = _Scoring(full, world, pairs, directory, stop_flag, adapts_experts(*adapters))
+        scoring = _Scoring(full, world, pairs, directory, stop_flag, adapters)
         frozen = {REFERENCE: FrozenModel.of(reference)}
         for model, source in zip(models, sources, strict=True):
             plain = FrozenModel.of(source)
@@ -184,10 +183,7 @@ def _score(scoring: _Scoring, model: FrozenModel, name: str) -> tuple[str, Logps
         if any(all_gather_objects(scoring.stop_flag.stop_requested)):
             raise RunStopped
         chunks, dpo = frozen_model(
-            config,
-            model,
-            show_progress=scoring.world.is_first,
-            plain_linears=scoring.use_plain_linears,
+            config, model, show_progress=scoring.world.is_first, compared=scoring.adapters
         )
         rows = row_settings(config, scoring.world.size, data_rank=rank_coordinates().data_rank)
         is_complete = caches.score(Resident(dpo, chunks), rows, scoring.stop_flag)

@@ -15,9 +15,16 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_idpo.errors import Problem
-from megatron_idpo.mcore.lora.base_linear import ParallelLinear, forward_with_input, is_adaptable
+from megatron_idpo.mcore.lora.base_linear import (
+    ParallelLinear,
+    forward_with_input,
+    frozen_forward,
+    is_adaptable,
+    rounds_once,
+)
 from megatron_idpo.mcore.lora.experts import EXPERT_LINEARS, ExpertAdapters
 from megatron_idpo.mcore.lora.linear import FusedRows, LinearAdapters, LoraHyperparams
+from megatron_idpo.mcore.lora.products import LowRank, add_low_rank
 from megatron_idpo.mcore.model.chunk import RestoreFn
 from megatron_idpo.mcore.model.grouped_experts import GroupedExperts
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
@@ -235,6 +242,7 @@ def insert_adapters(
     """Add adapters to the chunk as a submodule and make its linears use them."""
     assert not has_adapters(chunk)
     adapters = ChunkAdapters(chunk, targets, hyperparams)
+    round_once(chunk)
     for _, _, linear_adapters in adapters.linears():
         _patch_linear(linear_adapters, adapters)
     for _, of_layer in adapters.experts():
@@ -244,11 +252,30 @@ def insert_adapters(
     return adapters
 
 
+def round_once(chunk: GPTModel) -> None:
+    """Compute frozen 16-bit linears by `frozen_forward`, as those with adapters are.
+
+    For equal rounding: of all linears of a model with adapters, and of a model that is compared
+    with it. `remove_adapters` undoes it.
+    """
+    for linear in _adaptable_linears(chunk):
+        if rounds_once(linear):
+            linear.forward = partial(frozen_forward, linear, low_rank=None)
+
+
+def _adaptable_linears(chunk: GPTModel) -> Iterator[ParallelLinear]:
+    """The linears in `FUSED` of all layers that can have adapters."""
+    for layer in chunk.decoder.layers:
+        for name in FUSED:
+            if (linear := layer_linear(layer, name)) is not None:
+                yield linear
+
+
 def remove_adapters(chunk: GPTModel) -> None:
     """Undo `insert_adapters`."""
     adapters: ChunkAdapters = getattr(chunk, ADAPTERS_NAME)
-    for _, _, linear_adapters in adapters.linears():
-        del linear_adapters.linear.forward
+    for linear in _adaptable_linears(chunk):
+        linear.__dict__.pop("forward", None)
     for _, of_layer in adapters.experts():
         of_layer.experts.add_adapters = None
     delattr(chunk, ADAPTERS_NAME)
@@ -270,18 +297,23 @@ def freeze(chunk: GPTModel) -> RestoreFn:
 def _patch_linear(adapters: LinearAdapters, chunk_adapters: ChunkAdapters) -> None:
     """Make a linear's `forward` add its adapters' contribution."""
     linear = adapters.linear
+
+    # The adapters are computed through the module's __call__: with `overlap_param_gather`, DDP's
+    # pre-hooks wait there for the all-gather of their parameters.
+    def forward_once(input_t1I: Tensor) -> tuple[Tensor, Tensor | None]:
+        low_rank: LowRank | None = adapters(input_t1I) if chunk_adapters.enabled else None
+        return frozen_forward(linear, input_t1I, low_rank)
+
     base_forward, with_input = linear.forward, forward_with_input(linear)
 
-    def adapted_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if not chunk_adapters.enabled:
             unadapted: tuple[Tensor, Tensor | None] = base_forward(*args, **kwargs)
             return unadapted
         input_t1I, output_t1O, bias_O = with_input(*args, **kwargs)
-        # Through the module's __call__: with `overlap_param_gather`, DDP's pre-hooks wait there
-        # for the all-gather of the adapters' parameters.
-        return adapters(input_t1I, output_t1O), bias_O
+        return add_low_rank(output_t1O, adapters(input_t1I)), bias_O
 
-    linear.forward = adapted_forward
+    linear.forward = forward_once if rounds_once(linear) else forward
 
 
 def _patch_experts(of_layer: ExpertAdapters, chunk_adapters: ChunkAdapters) -> None:

@@ -3,7 +3,7 @@
 megatron-core fuses q, k and v into `linear_qkv`, and gate and up into `linear_fc1`. Each projection
 still has a separate adapter, as in PEFT: `A [r, I]`, `B [O_p, r]` and a dropout mask. They are
 computed together: one product with all A's (without dropout), then the products with the B's, added
-in place to the fused linear's output.
+to the fused linear's output: in place in fp32, before it is rounded in 16 bits (`rounds_once`).
 
 Tensor-parallel ranks exchange the low-rank activation, of width R instead of I or O:
 
@@ -13,7 +13,10 @@ Tensor-parallel ranks exchange the low-rank activation, of width R instead of I 
         covers this rank's positions only; `finalize_model_grads` sums it (`sequence_parallel`).
     row-parallel (proj, fc2): A is sharded like the linear's columns, B is replicated. The low-rank
         activation is all-reduced; with sequence parallelism it is reduce-scattered along the
-        positions, and B's gradient covers this rank's positions only.
+        positions, and B's gradient covers this rank's positions only. If the linear rounds once,
+        each rank adds what its own columns contribute, before the linear's sum over ranks, and
+        there is no exchange. B's gradient then covers this rank's columns only and is all-reduced;
+        with sequence parallelism `finalize_model_grads` sums it too.
 
     T  row positions (t: this rank's under sequence parallelism)   I  input features of this rank
     O  output features of this rank   r  rank   R  r for each projection with an adapter
@@ -36,14 +39,8 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_idpo.mcore.lora.base_linear import COLUMN, ParallelLinear
-from megatron_idpo.mcore.lora.products import (
-    WHOLE,
-    Part,
-    add_low_rank,
-    block_diagonal,
-    dropout_linear,
-)
+from megatron_idpo.mcore.lora.base_linear import COLUMN, ParallelLinear, rounds_once
+from megatron_idpo.mcore.lora.products import WHOLE, LowRank, Part, block_diagonal, dropout_linear
 
 _MAX_PARTS = 12
 """Maximum number of products per linear to add the B's; beyond it, one product with zeros."""
@@ -118,6 +115,7 @@ class LinearAdapters(torch.nn.Module):
         self._tensor_group: torch.distributed.ProcessGroup = linear.tp_group
         self._is_parallel = linear.tp_group.size() > 1
         self._is_sequence_parallel = self._is_parallel and bool(linear.sequence_parallel)
+        self._adds_own_columns = rounds_once(linear) and not self.is_column_parallel
         # In a list, so that the frozen weights are not parameters of this module.
         self._linear = [linear]
         for name in self.targets:
@@ -141,21 +139,24 @@ class LinearAdapters(torch.nn.Module):
         assert isinstance(parameter, torch.nn.Parameter)
         return parameter
 
-    def forward(self, input_t1I: Tensor, output_t1O: Tensor) -> Tensor:
-        """Add the adapters' contribution to the linear's output, in place.
+    def forward(self, input_t1I: Tensor) -> LowRank:
+        """The adapters' part of the linear's output.
 
         Collective over the tensor-parallel group, forward or backward; see the module docstring.
 
         Args:
             input_t1I: the linear's input, this rank's shard of it.
-            output_t1O: the linear's output, not used by anything else yet.
         """
-        low_rank_tR = self._exchange(self._low_rank(input_t1I.flatten(0, 1)))
+        low_rank_TR = self._low_rank(input_t1I.flatten(0, 1))
         if self._parts == WHOLE:
             ups = [self.fused_up()]
         else:
             ups = [self.up(name) for name in self.targets]
-        return add_low_rank(output_t1O, low_rank_tR, ups, self.hyperparams.scaling, self._parts)
+        if not self._adds_own_columns:
+            low_rank_TR = self._exchange(low_rank_TR)
+        elif self._is_parallel and not self._is_sequence_parallel:
+            ups = [copy_to_tensor_model_parallel_region(up, group=self._tensor_group) for up in ups]
+        return LowRank(low_rank_TR, ups, self.hyperparams.scaling, self._parts)
 
     def fused_up(self) -> Tensor:
         """All B's with rows in the fused order, `[O, R]`: block-diagonal within each group."""

@@ -6,7 +6,7 @@ T  positions   I  input features   O  output features   R  low-rank features
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -18,27 +18,48 @@ WHOLE: tuple[Part, ...] = ((slice(None), 0, slice(None)),)
 """One matrix that contributes to all output features."""
 
 
-def add_low_rank(
-    output_T1O: Tensor,
-    low_rank_TR: Tensor,
-    ups: Sequence[Tensor],
-    scaling: float,
-    parts: Sequence[Part],
-) -> Tensor:
-    """`output[:, features] += scaling * low_rank[:, columns] @ up[rows].T` for each part, in place.
+class LowRank(NamedTuple):
+    """The adapters' part of a linear's output, before the product with the B's.
 
-    Args:
-        output_T1O: contiguous, with any leading shape of T elements; the output of a function that
-            does not save it for its own backward pass.
-        low_rank_TR: the columns for each matrix, concatenated; saved for the backward pass.
-        ups: B matrices `[O_p, r]`; saved too.
-        scaling: a factor.
-        parts: must not share output features, and must cover every row of every matrix.
-
-    Returns:
-        `output_T1O`, connected in the graph to the low-rank input and the matrices.
+    `output[:, features] += scaling * low_rank[:, columns] @ up[rows].T` for each part.
     """
-    return cast(Tensor, _AddLowRank.apply(output_T1O, low_rank_TR, scaling, parts, *ups))
+
+    low_rank_TR: Tensor
+    """The columns for each matrix, concatenated."""
+
+    ups: Sequence[Tensor]
+    """B matrices `[O_p, r]`."""
+
+    scaling: float
+    parts: Sequence[Part]
+    """Must not share output features, and must cover every row of every matrix."""
+
+    def add_to(self, output_TO: Tensor, *, beta: int = 1) -> None:
+        """Add the product to an output, in place; `beta=0` overwrites its adapted features."""
+        low_ranks = self._columns(self.low_rank_TR)
+        for features, index, rows in self.parts:
+            up_t = self.ups[index][rows].t()
+            output_TO[:, features].addmm_(low_ranks[index], up_t, beta=beta, alpha=self.scaling)
+
+    def gradients(self, grad_TO: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of `low_rank_TR` and of `ups` from that of the output."""
+        grad_low_TR = torch.empty_like(self.low_rank_TR)
+        low_ranks, grad_lows = self._columns(self.low_rank_TR), self._columns(grad_low_TR)
+        grad_ups = [torch.empty_like(up) for up in self.ups]
+        started: set[int] = set()
+        for features, index, rows in self.parts:
+            grad, up = grad_TO[:, features], self.ups[index][rows]
+            # Several parts may use the same columns of the low-rank input: their gradients add up.
+            # Each row of B is in one part only, so its gradient is assigned. The scale is part of
+            # the small products; into the output the gradient is passed unchanged.
+            grad_lows[index].addmm_(grad, up, beta=int(index in started), alpha=self.scaling)
+            _product_into(grad_ups[index][rows], grad, low_ranks[index], self.scaling)
+            started.add(index)
+        return grad_low_TR, grad_ups
+
+    def _columns(self, low_rank_TR: Tensor) -> Sequence[Tensor]:
+        columns: Sequence[Tensor] = low_rank_TR.split([up.shape[1] for up in self.ups], dim=1)
+        return columns
 
 
 def _product_into(out_Or: Tensor, grad_TO: Tensor, low_Tr: Tensor, scaling: float) -> None:
@@ -48,6 +69,21 @@ def _product_into(out_Or: Tensor, grad_TO: Tensor, low_Tr: Tensor, scaling: floa
     else:
         # Transposed: a CPU's wide products are up to three times as fast as tall ones.
         out_Or.copy_((low_Tr.t() @ grad_TO).mul_(scaling).t())
+
+
+def add_low_rank(output_T1O: Tensor, low_rank: LowRank) -> Tensor:
+    """Add the adapters' part to a linear's output, in place.
+
+    Args:
+        output_T1O: contiguous, with any leading shape of T elements; the output of a function that
+            does not save it for its own backward pass.
+        low_rank: its tensors are saved for the backward pass.
+
+    Returns:
+        `output_T1O`, connected in the graph to the low-rank input and the matrices.
+    """
+    low_rank_TR, ups, scaling, parts = low_rank
+    return cast(Tensor, _AddLowRank.apply(output_T1O, low_rank_TR, scaling, parts, *ups))
 
 
 def dropout_linear(input_TI: Tensor, downs: Sequence[Tensor], dropout: float) -> Tensor:
@@ -121,11 +157,8 @@ class _AddLowRank(torch.autograd.Function):
         parts: Sequence[Part],
         *ups: Tensor,
     ) -> Tensor:
-        flat_TO = output_T1O.view(-1, output_T1O.shape[-1])
-        low_ranks = low_rank_TR.split([up.shape[1] for up in ups], dim=1)
-        for features, index, rows in parts:
-            up_t = ups[index][rows].t()
-            flat_TO[:, features].addmm_(low_ranks[index], up_t, alpha=scaling)
+        low_rank = LowRank(low_rank_TR, ups, scaling, parts)
+        low_rank.add_to(output_T1O.view(-1, output_T1O.shape[-1]))
         ctx.save_for_backward(low_rank_TR, *ups)
         ctx.scaling, ctx.parts = scaling, parts
         return output_T1O
@@ -133,20 +166,9 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_T1O: Tensor) -> tuple[Tensor | None, ...]:
         low_rank_TR, *ups = ctx.saved_tensors
+        low_rank = LowRank(low_rank_TR, ups, ctx.scaling, ctx.parts)
         grad_TO = grad_T1O.reshape(-1, grad_T1O.shape[-1])
-        low_ranks = low_rank_TR.split([up.shape[1] for up in ups], dim=1)
-        grad_low_TR = torch.empty_like(low_rank_TR)
-        grad_lows = grad_low_TR.split([up.shape[1] for up in ups], dim=1)
-        grad_ups = [torch.empty_like(up) for up in ups]
-        started: set[int] = set()
-        for features, index, rows in ctx.parts:
-            grad, up = grad_TO[:, features], ups[index][rows]
-            # Several parts may use the same columns of the low-rank input: their gradients add up.
-            # Each row of B is in one part only, so its gradient is assigned. The scale is part of
-            # the small products; into the output the gradient is passed unchanged.
-            grad_lows[index].addmm_(grad, up, beta=int(index in started), alpha=ctx.scaling)
-            _product_into(grad_ups[index][rows], grad, low_ranks[index], ctx.scaling)
-            started.add(index)
+        grad_low_TR, grad_ups = low_rank.gradients(grad_TO)
         return grad_T1O, grad_low_TR, None, None, *grad_ups
 
 

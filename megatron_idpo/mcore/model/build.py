@@ -78,8 +78,8 @@ class ModelOptions:
     recompute: Recompute = field(default_factory=Recompute)
 
     transformer_engine: bool = True
-    """Build from Transformer Engine's modules where they work. Not with LoRA: Transformer Engine
-    fuses norms with the linears that follow, and adapters need the output of the norm."""
+    """Build from Transformer Engine's modules where they work. Not for adapters in 16 bits or of
+    experts: `lora.adapters.needs_local_layers`."""
 
     grouped_experts: bool = True
     """Compute a rank's experts together, by Transformer Engine's `TEGroupedMLP` where that is used,

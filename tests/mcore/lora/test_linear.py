@@ -105,6 +105,8 @@ def test_evaluation_has_no_dropout(workers):
 
 def products(model: dict[str, Any], targets: tuple[str, ...], dtype: torch.dtype) -> dict[str, Any]:
     """For each linear: the number of products, and the error against separate projections."""
+    from megatron_idpo.mcore.lora.products import add_low_rank
+
     layer, _ = build_layer(Layout(), model, rank=2, scaling=0.5, targets=targets, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     results = {}
@@ -114,7 +116,7 @@ def products(model: dict[str, Any], targets: tuple[str, ...], dtype: torch.dtype
         weight = adapters.linear.weight
         inputs = torch.randn(TOKENS, 1, weight.shape[1], generator=generator).to(dtype)
         output = torch.zeros(TOKENS, 1, weight.shape[0], dtype=dtype)
-        result = adapters(inputs, output)
+        result = add_low_rank(output, adapters(inputs))
         expected = torch.zeros(TOKENS, weight.shape[0], dtype=dtype)
         for target in adapters.targets:
             delta = 0.5 * inputs[:, 0] @ adapters.down(target).t() @ adapters.up(target).t()

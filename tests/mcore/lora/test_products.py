@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_idpo.mcore.lora.products import WHOLE, add_low_rank, dropout_linear
+from megatron_idpo.mcore.lora.products import WHOLE, LowRank, add_low_rank, dropout_linear
 
 # fp64: only rounding errors.
 ABSOLUTE = 1e-12
@@ -48,7 +48,7 @@ def test_sum_and_gradients_match_autograd(parts, heights, scaling):
     inputs = [output, low_rank, *ups]
     expected = autograd_sum(output, low_rank, ups, scaling, parts)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
-    actual = add_low_rank(output * 1, low_rank, ups, scaling, parts)
+    actual = add_low_rank(output * 1, LowRank(low_rank, ups, scaling, parts))
     assert (actual - expected).abs().max() <= ABSOLUTE
     gradients = torch.autograd.grad((actual * weights).sum(), inputs)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
@@ -70,7 +70,7 @@ def test_adds_in_place_to_an_output_that_autograd_treats_as_a_view():
     output = Identity.apply(random_tensor(TOKENS, 1, OUTPUTS) * 1)
     before = output.detach().clone()
     low_rank, up = random_tensor(TOKENS, RANK, seed=1), random_tensor(OUTPUTS, RANK, seed=2)
-    actual = add_low_rank(output, low_rank, [up], 1.0, WHOLE)
+    actual = add_low_rank(output, LowRank(low_rank, [up], 1.0, WHOLE))
     assert actual.data_ptr() == output.data_ptr()
     assert (actual - before - (low_rank @ up.t())[:, None]).abs().max() <= ABSOLUTE
     actual.sum().backward()
@@ -79,7 +79,8 @@ def test_adds_in_place_to_an_output_that_autograd_treats_as_a_view():
 
 def test_adapters_get_gradients_if_the_output_needs_none():
     low_rank, up = random_tensor(TOKENS, RANK, seed=1), random_tensor(OUTPUTS, RANK, seed=2)
-    actual = add_low_rank(torch.zeros(TOKENS, 1, OUTPUTS).double(), low_rank, [up], 1.0, WHOLE)
+    output = torch.zeros(TOKENS, 1, OUTPUTS).double()
+    actual = add_low_rank(output, LowRank(low_rank, [up], 1.0, WHOLE))
     actual.sum().backward()
     assert (up.grad - low_rank.sum(0)).abs().max() <= ABSOLUTE
 
@@ -138,5 +139,6 @@ def test_memory_kept_for_the_backward_pass_is_minimal():
         random_tensor(OUTPUTS, RANK),
     )
     copy = output * 1
-    adding = kept_bytes(lambda: results.append(add_low_rank(copy, low_rank, [up], 0.5, WHOLE)))
+    part = LowRank(low_rank, [up], 0.5, WHOLE)
+    adding = kept_bytes(lambda: results.append(add_low_rank(copy, part)))
     assert adding == low_rank.nbytes + up.nbytes
