@@ -3,6 +3,7 @@
 `make docs` itself checks every link and anchor of the site; the workflow in .github/ runs it.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import yaml
 from docs_site import REPOSITORY, ROOT, Document
 
+import megatron_idpo
+
+API = ROOT / "docs/api.md"
 PAGES = {"README.md": "index.md", "launch/README.md": "launch.md"}
 
 
@@ -44,6 +48,11 @@ def test_nothing_is_loaded_from_other_hosts() -> None:
     site = yaml.load((ROOT / "mkdocs.yml").read_text(), ConfigLoader)
     assert site["theme"]["font"] is False
     assert not any("//" in name for name in [*site["extra_css"], *site.get("extra_javascript", ())])
+
+
+def test_reference_has_every_public_name() -> None:
+    documented = set(re.findall(r"^::: megatron_idpo\..*?(\w+)$", API.read_text(), re.M))
+    assert set(megatron_idpo.__all__) <= documented
 
 
 @pytest.mark.parametrize(
