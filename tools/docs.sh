@@ -18,7 +18,8 @@ with open("pyproject.toml", "rb") as file:
     print("\n".join(tomllib.load(file)["project"]["optional-dependencies"]["docs"]))
 '
 
-if [[ ! -e "$DOCS_VENV/bin/python" ]]; then
+# Without the stamp an earlier start may have been interrupted; venv then repairs what is there.
+if [[ ! -e "$COMPLETE" || ! -x "$DOCS_VENV/bin/python" ]]; then
     python="$(tools/setup.sh --find-only)"
     "$python" -m venv "$DOCS_VENV"
 fi
