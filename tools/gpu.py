@@ -63,6 +63,7 @@ _TESTS = (
     *("-m", "pytest", "-q", "-m", "gpu"),
     "tests/plugin/test_logprobs.py",
     "tests/mcore/attention/test_gpu.py",
+    "tests/mcore/lora/test_frozen_linear.py",
     "tests/train/test_gpu_equals_cpu.py",
 )
 _HEAD = ("benchmarks/head.py", "--device", "cuda", "--dtypes", "bf16", "--sizes")

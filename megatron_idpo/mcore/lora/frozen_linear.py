@@ -87,8 +87,10 @@ class _FrozenLinear(torch.autograd.Function):
 
 def multiplies_in_16_bits(weight: Tensor) -> bool:
     """Whether the device of a weight multiplies its dtype without widening it."""
-    has_bf16 = torch.cpu._is_avx512_bf16_supported()  # get_capabilities() needs a newer torch
-    return weight.is_cuda or (weight.dtype == torch.bfloat16 and has_bf16)
+    if weight.is_cuda:
+        return True
+    # `torch.cpu.get_capabilities` is not in every torch that is supported.
+    return weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
 
 def _forward(

@@ -44,17 +44,19 @@ def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
-def product_case(parts: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, LowRank]:
+def product_case(
+    parts: Any, dtype: torch.dtype, inputs: int = INPUTS
+) -> tuple[Tensor, Tensor, LowRank]:
     """Input, weight and adapters that change the output by a fifth of a unit in its last place."""
     input_TI, weight_OI = (
-        random_tensor(*shape, seed=seed, dtype=dtype)
-        for seed, shape in enumerate([(TOKENS, INPUTS), (OUTPUTS, INPUTS)])
+        random_tensor(height, inputs, seed=seed, dtype=dtype)
+        for seed, height in enumerate((TOKENS, OUTPUTS))
     )
     num = len(parts) if parts != WHOLE else 1
     height = OUTPUTS if num == 1 else 32
     low_rank_TR = random_tensor(TOKENS, RANK * num, seed=2, dtype=dtype)
-    # |output| is 8 and |low_rank @ up| twice |up|, on average.
-    size = 0.2 * 8 * torch.finfo(dtype).eps
+    # |output| is 8 for 64 inputs and |low_rank @ up| twice |up|, on average.
+    size = 0.2 * inputs**0.5 * torch.finfo(dtype).eps
     ups = [random_tensor(height, RANK, seed=3 + n, dtype=dtype) * size for n in range(num)]
     return input_TI, weight_OI, LowRank(low_rank_TR, ups, 0.5, parts)
 
@@ -76,16 +78,38 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", [WHOLE, PARTS])
 @pytest.mark.usefixtures("products")
-def test_the_sum_is_rounded_once(parts, dtype):
-    input_TI, weight_OI, low_rank = product_case(parts, dtype)
-    delta_TO = exact_delta(low_rank)
+def test_the_sum_is_rounded_once_and_zeros_change_nothing(parts, dtype):
+    assert_rounded_once(*product_case(parts, dtype), "cpu")
+
+
+def assert_rounded_once(
+    input_TI: Tensor, weight_OI: Tensor, low_rank: LowRank, device: str
+) -> None:
+    """Compare with the exact sum; and zeros with no adapters, bitwise."""
+    dtype, delta_TO = weight_OI.dtype, exact_delta(low_rank)
     exact_TO = input_TI.double() @ weight_OI.double().t() + delta_TO
-    output_TO = frozen_linear(input_TI[:, None], weight_OI, None, low_rank)[:, 0]
+    input_T1I, weight_OI = input_TI[:, None].to(device), weight_OI.to(device)
+    ups = [up.to(device) for up in low_rank.ups]
+    low_rank = low_rank._replace(low_rank_TR=low_rank.low_rank_TR.to(device), ups=ups)
+    output_TO = frozen_linear(input_T1I, weight_OI, None, low_rank)[:, 0].cpu()
     # Products in 16 bits round the low-rank product first.
     first_TO = torch.finfo(dtype).eps / 2 * delta_TO.abs()
-    error_TO = (output_TO.double() - exact_TO).abs() - first_TO - FP32_SUM
+    sums = FP32_SUM * weight_OI.shape[1] / INPUTS
+    error_TO = (output_TO.double() - exact_TO).abs() - first_TO - sums
     assert output_TO.dtype == dtype
     assert (error_TO / last_place(exact_TO, dtype)).max() <= HALF_ULP
+    without = frozen_linear(input_T1I, weight_OI, None, None)
+    zeros = low_rank._replace(ups=[torch.zeros_like(up) for up in ups])
+    assert torch.equal(frozen_linear(input_T1I, weight_OI, None, zeros), without)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("inputs", [INPUTS, 8192])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [WHOLE, PARTS])
+def test_a_gpu_rounds_once(parts, dtype, inputs):
+    assert_rounded_once(*product_case(parts, dtype, inputs), "cuda")
 
 
 @pytest.mark.usefixtures("products")
@@ -96,14 +120,6 @@ def test_bias_is_added():
     difference_TO = frozen_linear(input_TI, weight_OI, bias_O, low_rank) - (without_TO + bias_O)
     # Rounded once or twice.
     assert (difference_TO.abs() <= last_place(without_TO.abs() + 4, torch.bfloat16)).all()
-
-
-@pytest.mark.usefixtures("products")
-def test_no_adapters_and_zero_adapters_are_bitwise_equal():
-    input_TI, weight_OI, low_rank = product_case(PARTS, torch.bfloat16)
-    zeros = low_rank._replace(ups=[torch.zeros_like(up) for up in low_rank.ups])
-    output_TO = frozen_linear(input_TI, weight_OI, None, None)
-    assert torch.equal(frozen_linear(input_TI, weight_OI, None, zeros), output_TO)
 
 
 @pytest.mark.parametrize("parts", [WHOLE, PARTS])
