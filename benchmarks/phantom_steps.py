@@ -1,6 +1,6 @@
 """One step of large layouts on a phantom GPU without arithmetic: memory, launches, waits, CPU time.
 
-    python benchmarks/phantom_steps.py [ROW ...] [--compiled] [--save]
+    python benchmarks/phantom_steps.py [ROW ...] [--before CHECKOUT] [--compiled] [--save]
 
 No GPU takes part. torch's CUDA path runs with its real allocator and dispatcher on a stand-in whose
 kernels do nothing (`docs/cuda.md`), as one rank of torch's fake process group; FlexAttention is
@@ -15,17 +15,28 @@ of a process:
 If the sum exceeds what the GPU needs for the same step, the step is bound by launches. GPU time is
 not measured here: it is estimated as FLOPs at 60 % of an H100's dense bf16 peak.
 
+With `--before`, each row is measured in turn in another checkout, by that checkout's script, and the
+smaller CPU time of `REPEATS` processes counts. The commit before the work on the CUDA path has no
+phantom GPU. There it is added:
+
+    git worktree add --detach before dad67b0
+    cd before
+    git checkout 685d6f5 -- megatron_idpo/testing/phantom_gpu benchmarks/phantom_steps.py
+    sed -i /chosen_tokens=384/d benchmarks/phantom_steps.py  # a field that its batches lack
+
 `megatron_idpo.testing.random_step` says what is replaced.
 """
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -38,6 +49,9 @@ LAUNCH_S = 4e-6
 
 GPU_FLOPS = 0.6 * 989e12
 """60 % of an H100's dense bf16 peak."""
+
+REPEATS = 2
+"""Processes of a row and checkout in a comparison, for their CPU time; counts are equal in all."""
 
 ROW_TOKENS = 4096
 LONG_ROW_TOKENS = 136 << 10
@@ -153,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("layouts", nargs="*", metavar="ROW", help=f"of {', '.join(LAYOUTS)}")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--before", metavar="CHECKOUT", help="compare with the code in it")
     parser.add_argument("--compiled", action="store_true", help="compile what a run compiles")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     arguments = parser.parse_args()
@@ -163,18 +178,40 @@ def main() -> None:
     print(_HEADER)
     lines = [_HEADER]
     for name in names:
-        lines.append(_line(name, measured(name, is_compiled=arguments.compiled)))
-        print(lines[-1], flush=True)
+        for line in _lines(name, arguments.before, is_compiled=arguments.compiled):
+            lines.append(line)
+            print(line, flush=True)
     if arguments.save:
-        _save("\n".join(lines), " --compiled" if arguments.compiled else "")
+        option = " --compiled" if arguments.compiled else ""
+        _save("\n".join(lines), option, arguments.before)
 
 
-def measured(name: str, *, is_compiled: bool = False) -> dict[str, float]:
-    """`measure` of one of `LAYOUTS`, in a process of its kind."""
+def _lines(name: str, before: str | None, *, is_compiled: bool) -> Iterator[str]:
+    """The lines of one row."""
+    if before is None:
+        yield _line(name, measured(name, is_compiled=is_compiled))
+        return
+    checkouts = {f"{name}, before": Path(before).resolve(), name: None}
+    runs: dict[str, list[dict[str, float]]] = {label: [] for label in checkouts}
+    for _ in range(REPEATS):  # in turn: both meet the same load of the machine
+        for label, checkout in checkouts.items():
+            runs[label].append(measured(name, is_compiled=is_compiled, checkout=checkout))
+    for label, measurements in runs.items():
+        yield _line(label, min(measurements, key=lambda values: values["cpu_s"]))
+
+
+def measured(
+    name: str, *, is_compiled: bool = False, checkout: Path | None = None
+) -> dict[str, float]:
+    """`measure` of one of `LAYOUTS`, in a process of its kind; of another checkout's script."""
     variables = environment(arithmetic="none") | {"PHANTOM_GPU_COPY_BYTES": str(1 << 20)}
     if is_compiled:
         variables |= {"TORCHDYNAMO_DISABLE": "0"}
-    ran = run_python(["-W", "ignore", __file__, name, "--in-process"], variables)
+    script = Path(__file__)
+    if checkout is not None:
+        script = checkout / "benchmarks" / script.name
+        variables["PYTHONPATH"] = f"{checkout}{os.pathsep}{variables['PYTHONPATH']}"
+    ran = run_python(["-W", "ignore", str(script), name, "--in-process"], variables)
     if ran.code:
         raise SystemExit(ran.stderr)
     values: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
@@ -191,7 +228,7 @@ def _line(name: str, measured: dict[str, float]) -> str:
     )
 
 
-def _save(table: str, option: str) -> None:
+def _save(table: str, option: str, before: str | None) -> None:
     # Here, because a test imports this script as a module, without its directory.
     from result_file import commit, save_result
 
@@ -199,7 +236,8 @@ def _save(table: str, option: str) -> None:
         f"phantom-steps{option.replace(' --', '-')}",
         f"# One step of large layouts on a stand-in for a GPU\n\n"
         f"`python benchmarks/phantom_steps.py{option} --save`, {date.today()}, commit "
-        f"{commit()}. No GPU: kernels do nothing (`docs/cuda.md`). CPU seconds on "
+        f"{commit()}{'' if before is None else f', before: {commit(Path(before))}'}. "
+        f"No GPU: kernels do nothing (`docs/cuda.md`). CPU seconds on "
         f"{platform.machine()}, shared with other work.\n\n{table}\n",
         "stand-in",
     )

@@ -17,11 +17,11 @@ def processor() -> str:
     return platform.machine()
 
 
-def commit() -> str:
-    """The measured commit; with `+` if files differ from it."""
+def commit(checkout: Path = ROOT) -> str:
+    """The measured commit of a checkout; with `+` if files differ from it."""
     message = subprocess.run(
         ["git", "describe", "--always", "--dirty=+"],
-        cwd=ROOT,
+        cwd=checkout,
         capture_output=True,
         text=True,
         check=False,
