@@ -132,6 +132,7 @@ def train_prepared(
                 report_preempted(trainer, report)
                 return EXIT_PREEMPTED
             with doing("exporting", step=trainer.step):
+                trainer.policy.trainable.gather_weights()
                 results = finalize(trainer, report)
         report_finished(trainer, report, results)
     return 0

@@ -2,7 +2,8 @@
 
 Gradients are reduced in fp32, and 16-bit parameters have fp32 main copies. With several
 data-parallel ranks the reduction overlaps with the backward pass, and the optimizer state is
-sharded over them (ZeRO-1) if the configuration says so.
+sharded over them (ZeRO-1) if the configuration says so. The updated weights of a whole model are
+then gathered during the next forward pass, whichever it is: a step's or an evaluation's.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ class TrainableModel:
         """Clip the gradient, update the weights, and return the gradient norm before clipping.
 
         Collective: the norm is summed over the model-parallel ranks; with a distributed optimizer
-        the updated weights are all-gathered over the data-parallel ranks.
+        the updated weights are all-gathered over the data-parallel ranks, here or in the next
+        forward pass (`gather_weights`).
 
         Args:
             lr: learning rate of this step.
@@ -53,6 +55,16 @@ class TrainableModel:
             group["lr"] = lr
         _, grad_norm, _ = self.optimizer.step()
         return float(grad_norm)
+
+    def gather_weights(self) -> None:
+        """Complete the weights after a step, for code that reads them without a forward pass.
+
+        Collective over the data-parallel ranks, where the next forward pass would gather them.
+        """
+        for chunk in self.model:
+            if chunk.ddp_config.overlap_param_gather:
+                with torch.no_grad():
+                    chunk.start_param_sync(force_sync=True)
 
 
 def setup_ddp_and_optimizer(
@@ -68,9 +80,13 @@ def setup_ddp_and_optimizer(
     """
     config, has_replicas = chunks[0].config, data_parallel_size() > 1
     distributed = settings.distributed and has_replicas
+    # Adapters are gathered in milliseconds, less than the hooks of all modules cost the host.
+    matrices = [p for chunk in chunks for p in chunk.parameters() if p.dim() > 1]
+    overlap_param_gather = distributed and all(matrix.requires_grad for matrix in matrices)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=has_replicas,
+        overlap_param_gather=overlap_param_gather,
         use_distributed_optimizer=distributed,
     )
     # Buckets only in the first chunk, as in Megatron-LM's `wrap_with_ddp`: with interleaving, the
@@ -90,6 +106,7 @@ def setup_ddp_and_optimizer(
         bf16=config.params_dtype == torch.bfloat16,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=distributed,
+        overlap_param_gather=overlap_param_gather,
     )
     use_foreach_operators()
     optimizer = get_megatron_optimizer(

@@ -129,13 +129,16 @@ def trained(layout: Layout, distributed: bool) -> dict[str, Any]:
         trainable.zero_grad_buffers()
         tiny.run(dpo, trainable.model, rows)
         norms.append(trainable.step(LR))
+    pending = {name: p.detach().clone() for name, p in global_parameters(chunks)}
+    trainable.gather_weights()
     state = sum(
         moments["exp_avg"].numel()
         for optimizer in trainable.optimizer.chained_optimizers
         for moments in optimizer.optimizer.state.values()
     )
     weights = {name: p.detach().clone() for name, p in global_parameters(chunks)}
-    return {"weights": weights, "norms": norms, "state": state}
+    gathered = sum(not torch.equal(weight, pending[name]) for name, weight in weights.items())
+    return {"weights": weights, "norms": norms, "state": state, "gathered": gathered}
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,8 @@ def test_every_layout_takes_the_same_steps_and_shards_the_state(
         states = [rank["state"] for rank in ranks]
         assert sum(states) == single["state"] * (1 if distributed else processes)
         assert max(states) < single["state"] or not distributed
+        # The next forward pass would have gathered the others' part of the weights.
+        assert all((rank["gathered"] > 0) == distributed for rank in ranks)
 
 
 def norms_of_bad_gradients() -> list[float]:
