@@ -26,6 +26,8 @@ _WARNINGS = (
     # torch's collectives, likewise.
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
     "`torch.distributed.all_gather_into_tensor` is deprecated",
+    # The copy of the head is gathered when a tap needs it, before later layers.
+    "The next bucket's parameter all-gather operation has already been dispatched",
 )
 """Regular expressions that match the start of a warning."""
 
