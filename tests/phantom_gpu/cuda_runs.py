@@ -46,16 +46,20 @@ def score(file: str) -> int:
 
 @dataclass(frozen=True)
 class CountGpu:
-    """`steps`: for each step, the device's counters and the lines that waited for it."""
+    """`steps`: for each step, the device's counters and the lines that waited for it.
+
+    `copies`: the counters of each copy of the training state for a save.
+    """
 
     @contextmanager
     def __call__(self, found: dict[str, Any]) -> Iterator[None]:
+        from megatron_idpo.checkpoint import store
         from megatron_idpo.testing.phantom_gpu.counters import Counts
         from megatron_idpo.testing.phantom_gpu.device import current_gpu
         from megatron_idpo.train.step import TrainStep
 
-        train, gpu = TrainStep.train, current_gpu()
-        found["steps"] = []
+        train, copy_state, gpu = TrainStep.train, store.copy_state, current_gpu()
+        found["steps"], found["copies"] = [], []
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             before, waits = Counts.now(), gpu.waits.copy()
@@ -63,7 +67,16 @@ class CountGpu:
             found["steps"].append((Counts.now().since(before), dict(gpu.waits - waits)))
             return result
 
-        with patch.object(TrainStep, "train", counted):
+        def counted_copy(*args: Any) -> Any:
+            before = Counts.now()
+            result = copy_state(*args)
+            found["copies"].append(Counts.now().since(before))
+            return result
+
+        with (
+            patch.object(TrainStep, "train", counted),
+            patch.object(store, "copy_state", counted_copy),
+        ):
             yield
 
 

@@ -1,8 +1,12 @@
 """Verbs and layouts that `test_training.py` leaves out, on phantom GPUs against the CPU path.
 
-Virtual stages, experts over two ranks, sDPO, likelihood, generation, and exported weights.
+Virtual stages, experts over two ranks, sDPO, likelihood, generation, exported weights, and what a
+run records about itself.
 """
 
+import gzip
+import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import torch
 
 from megatron_idpo.evaluate.likelihood.curves_file import read_curves
 from megatron_idpo.testing import write_tiny_hf_model
+from megatron_idpo.testing.phantom_gpu import run as run_command_line
 from tests.evaluate.generate import tiny_answers
 from tests.evaluate.likelihood.tiny_evaluation import Models, evaluation_config, likelihood
 from tests.sdpo.stepped_run import stepped_config
@@ -111,3 +116,19 @@ def test_generated_answers(gpu_workers, workers, tmp_path):
         assert code == 0
         written.append(content)
     assert written[0] == written[1]
+
+
+def test_recorded_run(has_phantom_gpu, tiny, workers, tmp_path):
+    """Deterministic kernels, a trace of steps, and the allocator's history."""
+    training = {"deterministic": True, "profile": [2, 2]}
+    (on_cpu,) = workers.run(run, 1, write_config(tiny, tmp_path / "cpu", training=training))
+    assert on_cpu.code == 0, on_cpu.printed
+    output = tmp_path / "gpu"
+    file = write_config(tiny, output, training={**training, "memory_snapshot": True})
+    ran = run_command_line(["train", file])
+    assert ran.code == 0, ran.stderr
+    assert_same_weights(output, tmp_path / "cpu")
+    with gzip.open(output / "profile" / "rank0.trace.json.gz") as trace:
+        assert any(event.get("name") == "aten::mm" for event in json.load(trace)["traceEvents"])
+    snapshot = pickle.loads((output / "memory" / "rank0.pickle").read_bytes())
+    assert any(event["action"] == "alloc" for event in snapshot["device_traces"][0])
