@@ -1,7 +1,6 @@
 """CUDA branches that are broken on purpose: the test of the normal run that finds each of them.
 
-Each case changes one line in a copy of the repository and runs that test there. docs/cuda.md has the
-table.
+Each case changes one line in a copy of the repository and runs that test there.
 """
 
 import os
