@@ -81,20 +81,16 @@ class CountGpu:
 
 
 def command_line(*words: str) -> tuple[int, int, list[int]]:
-    """The command line as a program on phantom GPUs, under torch's check of streams.
-
-    A kernel that uses memory which another stream writes, without waiting for it, is an error.
+    """The command line as a program on phantom GPUs.
 
     Returns its exit code, its matrix products, and the devices on which it has allocated memory.
     """
     import torch
-    from torch.cuda._sanitizer import CUDASanitizerDispatchMode
 
     from megatron_idpo.testing.phantom_gpu.__main__ import main
     from megatron_idpo.testing.phantom_gpu.counters import Counts
 
-    argv = patch("sys.argv", ["megatron-idpo", *words])
-    with argv, without_figures(), CUDASanitizerDispatchMode():
+    with patch("sys.argv", ["megatron-idpo", *words]), without_figures():
         try:
             main()
         except SystemExit as ended:

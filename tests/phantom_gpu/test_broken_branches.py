@@ -71,8 +71,8 @@ BROKEN = {
         "return tensor.to(device, non_blocking=True)",
         "with torch.cuda.stream(torch.cuda.Stream()):\n"
         "        return tensor.to(device, non_blocking=True)",
-        TWO_GPUS,
-        "CUDASanitizer",
+        f"{DEVICE}masks_are_used_on_the_stream_that_copies_them",
+        "CUDASanitizerErrors",
     ),
     "every rank on the first GPU": Broken(
         "mcore/parallel/world.py",

@@ -153,6 +153,23 @@ def attended(head_dim: int, device: str) -> Tensor:
     return torch.cat([tensor.detach().flatten().cpu() for tensor in (output, *grads)])
 
 
+def attended_under_sanitizer() -> bool:
+    """Row attention under torch's check of streams; whether it finds a race made on purpose."""
+    from torch.cuda._sanitizer import CUDASanitizerDispatchMode, CUDASanitizerErrors
+
+    from megatron_idpo.testing.phantom_gpu.device import phantom
+
+    with phantom(), CUDASanitizerDispatchMode():
+        attended(16, "cuda")
+        written = torch.arange(4.0, device="cuda").square()
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                written.sum()
+        except CUDASanitizerErrors:
+            return True
+    return False
+
+
 # ---- tests --------------------------------------------------------------------------------------
 
 
@@ -207,6 +224,11 @@ def test_full_memory_is_one_line_with_what_to_change(gpu_workers: Any):
 def test_mask_is_one_copy_that_the_host_does_not_wait_for(gpu_workers: Any):
     (counts,) = gpu_workers.run(mask_copies, 1)
     assert (counts.to_device, counts.pageable, counts.syncs) == (1, 0, 0)
+
+
+def test_masks_are_used_on_the_stream_that_copies_them(gpu_workers: Any):
+    """In a program: the sanitizer's callbacks stay in the process."""
+    assert gpu_workers.run_as_program(attended_under_sanitizer, 1) == [True]
 
 
 @pytest.mark.parametrize("head_dim", [8, 16])
