@@ -71,7 +71,7 @@ def prepare_axes(axes: Axes) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(QUIET)
     axes.tick_params(labelsize=FONT_SIZE, colors=QUIET, length=3)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=6)
     axes.grid(axis="y", color=GRID, linewidth=1)
     axes.set_axisbelow(True)
 
@@ -140,7 +140,7 @@ def save_charts(
         axes.set_visible(False)
     if legend:
         figure.legend(
-            handles=[Line2D([], [], markersize=5, **style.line()) for _, style in legend],
+            handles=[Line2D([], [], **style.line(marked=False)) for _, style in legend],
             labels=[label.replace("$", r"\$") for label, _ in legend],
             title=footnote,
             title_fontproperties={"size": SMALL},

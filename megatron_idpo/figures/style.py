@@ -2,7 +2,8 @@
 
 A figure is drawn in the colors of a light page. Each color has a CSS variable and a second value
 for dark pages: `chart.py` replaces colors by variables where a figure becomes part of a page.
-Series also differ in dashes and markers, so that they can be distinguished without color.
+Color and dashes are those of a series (a model, a run, a layer), so that series can be distinguished
+without color. Width and markers are those of what was measured: points on held-out pairs have dots.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,16 @@ _SERIES = (
 )
 """Okabe and Ito's colors, on light and on dark pages, adjusted to a contrast of 3:1."""
 
-_DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2.5), (1.5, 2), (8, 2.5, 1.5, 2.5), (3, 1.5))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_DASHES: tuple[tuple[float, ...], ...] = (
+    (),
+    (6, 2.5),
+    (1.5, 2),
+    (8, 2.5, 1.5, 2.5),
+    (3, 1.5),
+    (12, 3),
+    (8, 2, 1.5, 2, 1.5, 2),
+)
+_MARKER = "o"
 
 NUM_LAYER_COLORS = 32
 
@@ -59,26 +68,20 @@ class Style:
     dashes: tuple[float, ...]
     """Lengths of dashes and gaps in points; empty for a solid line."""
 
-    marker: str
-
     def line(self, *, marked: bool = True) -> dict[str, Any]:
         """Color, dashes and marker as arguments of matplotlib's `plot`."""
         linestyle = (0, self.dashes) if self.dashes else "-"
-        marker = self.marker if marked else ""
+        marker = _MARKER if marked else ""
         return {"color": self.color, "linestyle": linestyle, "marker": marker}
 
 
-FINAL = Style(INK, (), "o")
+FINAL = Style(INK, ())
 """The final layer, where the figure shows layers of one run."""
 
 
 def series_style(index: int) -> Style:
     """Style of the series with this index, from 0; cyclic, with a different period per property."""
-    return Style(
-        _SERIES[index % len(_SERIES)][0],
-        _DASHES[index % len(_DASHES)],
-        _MARKERS[index % len(_MARKERS)],
-    )
+    return Style(_SERIES[index % len(_SERIES)][0], _DASHES[index % len(_DASHES)])
 
 
 def sequential_colors(count: int) -> list[str]:
@@ -91,10 +94,9 @@ def sequential_colors(count: int) -> list[str]:
 def layer_styles(layers: Sequence[int]) -> dict[int, Style]:
     """Styles of intermediate layers from early to late; none equals `FINAL`."""
     colors = sequential_colors(len(layers))
-    # The first dashes and the first marker are those of `FINAL`.
-    dashes, markers = _DASHES[1:], _MARKERS[1:]
+    dashes = _DASHES[1:]  # the first are those of `FINAL`
     return {
-        layer: Style(color, dashes[index % len(dashes)], markers[index % len(markers)])
+        layer: Style(color, dashes[index % len(dashes)])
         for index, (layer, color) in enumerate(zip(layers, colors, strict=True))
     }
 
@@ -110,22 +112,11 @@ def css_color(color: str) -> str:
     return f"var(--{VARIABLES[color]})"
 
 
-_MARKER_SHAPES = {
-    "o": '<circle cx="17" cy="6" r="3.4"/>',
-    "s": '<rect x="14" y="3" width="6" height="6"/>',
-    "^": '<path d="M17 2l4 7h-8z"/>',
-    "D": '<path d="M17 2l4 4-4 4-4-4z"/>',
-    "v": '<path d="M17 10l4-7h-8z"/>',
-    "P": '<path d="M15.8 2.5h2.4v2.3h2.3v2.4h-2.3v2.3h-2.4v-2.3h-2.3v-2.4h2.3z"/>',
-}
-
-
 def key_svg(style: Style) -> str:
-    """A legend key as `<svg>`: a short line with the marker."""
+    """A legend key as `<svg>`: a short line."""
     dashes = f' stroke-dasharray="{" ".join(map(str, style.dashes))}"' if style.dashes else ""
     return (
         '<svg class="key" viewBox="0 0 34 12" aria-hidden="true" '
         f'style="color: {css_color(style.color)}">'
-        f'<path d="M1 6h32" fill="none" stroke="currentColor" stroke-width="2"{dashes}/>'
-        f'<g fill="currentColor">{_MARKER_SHAPES[style.marker]}</g></svg>'
+        f'<path d="M1 6h32" fill="none" stroke="currentColor" stroke-width="2"{dashes}/></svg>'
     )

@@ -59,7 +59,7 @@ def smoothing_note(lines: Sequence[TrainingLine]) -> str:
     window = max((line.training[LOSS].window for line in lines), default=1)
     mean = f", running means of {window:,} logged steps" if window > 1 else ""
     has_held_out = any(len(line.held_out[LOSS]) for line in lines)
-    return f"Thin: training{mean}." + (" With markers: held-out pairs." if has_held_out else "")
+    return f"Thin: training{mean}." + (" Thick, with dots: held-out pairs." if has_held_out else "")
 
 
 def _lines_with(lines: Sequence[TrainingLine], name: str) -> list[TrainingLine]:

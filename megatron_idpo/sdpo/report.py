@@ -44,7 +44,7 @@ def report_steps(output: RunDirectory, manifest: Manifest, *, show: bool) -> Non
         draw_curriculum(manifest, root / PLOT)
         _write(output.metrics, metrics_of_all_steps(root, manifest))
         if output.metrics.stat().st_size:
-            draw_curves(output.metrics, output.curves)
+            draw_curves(output.metrics, output.curves, title=output.name)
     if show:
         console = Console(highlight=False)
         console.print(terminal_table(manifest))
@@ -145,7 +145,7 @@ def _draw_missing_curves(root: Path, manifest: Manifest) -> None:
         output = RunDirectory(root / step_name(number))
         has_metrics = output.metrics.is_file() and output.metrics.stat().st_size
         if has_metrics and not output.curves.exists():
-            draw_curves(output.metrics, output.curves)
+            draw_curves(output.metrics, output.curves, title=output.name)
 
 
 def _write(path: Path, text: str) -> None:

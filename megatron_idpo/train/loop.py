@@ -37,6 +37,7 @@ from megatron_idpo.train.recording import record
 from megatron_idpo.train.run_directory import RunDirectory, check_not_stepped, open_run_directory
 from megatron_idpo.train.setup import Prepared, assemble, prepare
 from megatron_idpo.train.start_check import check_start, is_start_check_due
+from megatron_idpo.train.starts import this_start, write_start
 from megatron_idpo.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ def train_prepared(
         except RunStopped:
             return preempted_before_training(show=world.is_first)
         trainer.write_config()
+        _record_start(trainer)
         with (
             doing("training"),
             trainer.checkpoints,
@@ -136,6 +138,18 @@ def train_prepared(
                 results = finalize(trainer, report)
         report_finished(trainer, report, results)
     return 0
+
+
+def _record_start(trainer: Trainer) -> None:
+    """Append to the run's record of starts, unless all steps are complete. Collective."""
+    with raise_on_all_ranks("recording the start"):
+        if trainer.world.is_first and not trainer.is_complete:
+            start = this_start(
+                step=trainer.step,
+                total_steps=trainer.total_steps,
+                processes=trainer.world.size,
+            )
+            write_start(trainer.output.root, start)
 
 
 def is_too_small_after_loss(config: RunConfig, world: World) -> bool:

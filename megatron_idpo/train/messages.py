@@ -88,7 +88,7 @@ def report_finished(trainer: Trainer, report: Report, results: Sequence[str]) ->
     from megatron_idpo.train.metrics.curves import draw_curves
 
     output = trainer.output
-    draw_curves(output.metrics, output.curves)
+    draw_curves(output.metrics, output.curves, title=output.name)
     report.summary(output.metrics)
     for line in (f"curves   {output.curves}", f"metrics  {output.metrics}", *results):
         report.print(line)

@@ -5,6 +5,7 @@ OUTPUT/
   metrics.jsonl    one line per logged step          curves.png     plot of the metrics
   hf/              trained model for Transformers    adapter/       trained adapter for PEFT
   reference/       log-probabilities of the reference, computed before the first step
+  starts.jsonl     time, machine, versions and command of each start
 """
 
 import logging
@@ -41,6 +42,13 @@ class RunDirectory:
         self.checkpoints = root / "checkpoints"
         self.hf = root / "hf"
         self.adapter = root / "adapter"
+
+    @property
+    def name(self) -> str:
+        """For titles: the directory's name; of a step of sDPO after the run's: `sdpo/step-1`."""
+        root = self.root.resolve()
+        is_step = root.name.startswith("step-") and (root.parent / MANIFEST).is_file()
+        return f"{root.parent.name}/{root.name}" if is_step else root.name
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration atomically.

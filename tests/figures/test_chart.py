@@ -87,9 +87,9 @@ def test_colors_have_contrast_3_to_1(dark: bool, background: str) -> None:
 def test_series_differ_without_color() -> None:
     layers = list(layer_styles(range(1, 7)).values())
     for styles in ([series_style(index) for index in range(6)], layers):
-        assert len({(style.dashes, style.marker) for style in styles}) == 6
+        assert len({style.dashes for style in styles}) == 6
         assert len({style.color for style in styles}) == 6
-    assert (FINAL.dashes, FINAL.marker) not in {(style.dashes, style.marker) for style in layers}
+    assert FINAL.dashes not in {style.dashes for style in layers}
 
 
 def test_sequential_colors_are_distinct() -> None:
@@ -124,9 +124,9 @@ def test_missing_glyphs_do_not_warn() -> None:
     chart_svg(CHART, "one")
 
 
-def test_legend_key_has_dashes_and_marker() -> None:
-    key = key_svg(Style(INK, (6, 2.5), "s"))
-    assert "var(--ink)" in key and 'stroke-dasharray="6 2.5"' in key and "<rect" in key
+def test_legend_key_has_color_and_dashes() -> None:
+    key = key_svg(Style(INK, (6, 2.5)))
+    assert "var(--ink)" in key and 'stroke-dasharray="6 2.5"' in key
     ElementTree.fromstring(key)
 
 

@@ -39,7 +39,7 @@ def test_result_panels_show_both_references(tmp_path: Path, saved_figures: list[
     _, _, accuracy, margin = figure.axes
     titles = [axes.get_title("left") for axes in figure.axes]
     assert titles == ["Pairs", "First model", "Reward accuracy", "Reward margin"]
-    own, first = (line for line in margin.lines if line.get_marker() in "os")
+    own, first = (line for line in margin.lines if line.get_marker() == "o")
     assert [list(line.get_ydata()) for line in (own, first)] == [[0.125, 0.25], [0.25, 0.5]]
     assert [round(float(x)) for x in own.get_xdata()] == [1, 2]
     assert own.get_color() != first.get_color()

@@ -76,7 +76,7 @@ def test_panels_have_a_line_per_layer_and_kind(tmp_path: Path, saved_figures: li
     (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["layer 15", "layer 22", "final layer"]
-    assert legend.get_title().get_text() == "Thin: training. With markers: held-out pairs."
+    assert legend.get_title().get_text() == "Thin: training. Thick, with dots: held-out pairs."
 
 
 def test_plain_dpo_without_held_out_pairs(tmp_path: Path, saved_figures: list[Figure]) -> None:

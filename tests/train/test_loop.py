@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
 from megatron_idpo.config.load import load_config
 from megatron_idpo.train.metrics.file import Record, read_metrics
+from megatron_idpo.train.starts import read_starts
 from tests import oracle
 
 from .run_hooks import ReadActivities, ReadTrained
@@ -249,7 +250,10 @@ def test_files_of_a_finished_run(finished):
     for trained, more in (("full", set()), ("lora", {"adapter"})):
         output = finished(trained, "one").output
         names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
-        assert names == {"checkpoints", "config.yaml", "curves.png", "hf", "metrics.jsonl"} | more
+        files = {"config.yaml", "curves.png", "metrics.jsonl", "starts.jsonl"}
+        assert names == files | {"checkpoints", "hf"} | more
+        (start,) = read_starts(output)
+        assert (start.step, start.total_steps, start.processes) == (0, 8, 1)
         assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000008"]
         resolved = load_config(output / "config.yaml", required=REQUIRED, optional=OPTIONAL)
         assert resolved.training.output == str(output) and resolved.objective.layers == LAYERS

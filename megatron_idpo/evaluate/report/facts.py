@@ -19,6 +19,7 @@ from megatron_idpo.train.logging.line import is_tied
 from megatron_idpo.train.metrics import names
 from megatron_idpo.train.metrics.file import STEP, Record
 from megatron_idpo.train.metrics.intervals import wilson_interval
+from megatron_idpo.train.starts import Start
 
 type Facts = dict[str, Cell]
 """Name -> value, with a note in small print."""
@@ -36,11 +37,15 @@ _HELD_OUT = (f"{names.EVAL}{names.ACCURACY}", f"{names.EVAL}{names.MARGIN}")
 
 
 def result_facts(run: RunInputs) -> Facts:
-    """Held-out accuracy and margin before and after training, time, speed, memory."""
+    """Held-out accuracy and margin before and after training."""
+    return _held_out_facts(run) | _first_model_facts(run)
+
+
+def cost_facts(run: RunInputs) -> Facts:
+    """Time, speed and memory of training."""
     speed = speed_facts(run.records)
     shown = ("Time of steps", "Tokens per second", "Peak memory")
-    facts = _held_out_facts(run) | _first_model_facts(run)
-    return facts | {name: speed[name] for name in shown if name in speed}
+    return {name: speed[name] for name in shown if name in speed}
 
 
 def _held_out_facts(run: RunInputs) -> Facts:
@@ -101,7 +106,7 @@ def speed_facts(records: Sequence[Record]) -> Facts:
     weighted = [(r, n * r[names.STEP_S]) for r, n in zip(timed, steps, strict=True)]
     if weighted:
         total = duration(sum(seconds for _, seconds in weighted))
-        facts["Time of steps"] = Cell(total, "without evaluations and checkpoints")
+        facts["Time of steps"] = Cell(total, "optimizer steps only")
     steady = [(r, seconds) for r, seconds in weighted if r[STEP] > _WARMUP_STEPS] or weighted
     for name, (title, text, note) in _SPEED.items():
         known = [(r[name], s) for r, s in steady if math.isfinite(r.get(name, math.nan))]
@@ -110,7 +115,7 @@ def speed_facts(records: Sequence[Record]) -> Facts:
             facts[title] = Cell(text(float(np.average(values, weights=seconds))), note)
     peaks = [record[names.PEAK_GB] for record in records if names.PEAK_GB in record]
     if known_peaks := list(filter(math.isfinite, peaks)):
-        facts["Peak memory"] = Cell(f"{max(known_peaks):.1f} GB", "of the fullest rank")
+        facts["Peak memory"] = Cell(f"{max(known_peaks):.1f} GB", "fullest rank")
     return facts
 
 
@@ -200,6 +205,59 @@ def _objective_fact(run: RunInputs, objective: Mapping[str, Any]) -> Cell:
 def _short_path(path: str) -> str:
     """The last part of a path; hub names as they are."""
     return path if path.count("/") <= 1 else Path(path).name
+
+
+# ---- how it was run ----------------------------------------------------------------------------
+
+
+def record_facts(run: RunInputs) -> Facts:
+    """When, on what, with which command, versions and commit; of the last start, if several."""
+    if not run.starts:
+        return {}
+    last = run.starts[-1]
+    others = {
+        "Device": [start.device for start in run.starts],
+        "Commit": [start.commit or "" for start in run.starts],
+        "Versions": [_versions(start) for start in run.starts],
+        "Command": [start.command for start in run.starts],
+    }
+    facts = {
+        "Started": _started_fact(run.starts),
+        "Processes": Cell(count(last.processes)),
+    }
+    for name, values in others.items():
+        earlier = "; ".join(value for value in dict.fromkeys(values) if value != values[-1])
+        facts[name] = Cell(values[-1], f"earlier: {earlier}" if earlier else "")
+    return {name: fact for name, fact in facts.items() if fact.value}
+
+
+def record_line(run: RunInputs) -> str:
+    """`2026-11-29 10:45 UTC · 2 processes on NVIDIA H200 · commit b3e764c`, of the last start."""
+    if not run.starts:
+        return ""
+    last = run.starts[-1]
+    on = f"{count(last.processes)} {'process' if last.processes == 1 else 'processes'} on "
+    package = f"megatron-idpo {last.versions.get('megatron-idpo', '')}".strip()
+    parts = [_readable(last.time), on + last.device, package]
+    return " · ".join([*parts, f"commit {last.commit}"] if last.commit else parts)
+
+
+def _started_fact(starts: Sequence[Start]) -> Cell:
+    """The first start; the number of later ones in the note."""
+    resumed = len([start for start in starts if start.step])
+    note = f"resumed {resumed} {'time' if resumed == 1 else 'times'}" if resumed else ""
+    if resumed:
+        note += f", last {_readable(starts[-1].time)} after step {starts[-1].step:,}"
+    return Cell(_readable(starts[0].time), note)
+
+
+def _readable(time: str) -> str:
+    """`2026-11-29 10:45 UTC`."""
+    return f"{time[:16].replace('T', ' ')} UTC"
+
+
+def _versions(start: Start) -> str:
+    return ", ".join(f"{name} {number}" for name, number in start.versions.items())
 
 
 # ---- settings ---------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from megatron_idpo.sdpo.manifest import Manifest, read_manifest
 from megatron_idpo.storage.provenance import file_digest, read_record
 from megatron_idpo.train.metrics.file import STEP, Record, read_metrics
 from megatron_idpo.train.metrics.names import ACCURACY, EVAL_PAIRS, layers_in
+from megatron_idpo.train.starts import Start, read_starts
 
 METRICS = "metrics.jsonl"
 _REMEDY = "name the training.output of a run, or the directory of an evaluation"
@@ -101,6 +102,9 @@ class RunInputs:
     manifest: Manifest | None
     """Of an sDPO run."""
 
+    starts: Sequence[Start]
+    """By time; empty for an evaluation alone."""
+
     model: Mapping[str, Any]
     """`config.json` of the exported model; empty if there is none."""
 
@@ -170,6 +174,7 @@ def _read_run(root: Path, label: str) -> RunInputs:
         records=records,
         layers=layers_in({name for record in records for name in record}),
         manifest=read_manifest(root),
+        starts=read_starts(root),
         model=_read_optional(root / RESULT / "config.json"),
         evaluation=_find_evaluation(root, config),
     )

@@ -15,11 +15,12 @@ from rich.console import Console
 
 from megatron_idpo import __version__
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.report.facts import result_facts, run_facts
+from megatron_idpo.evaluate.report.facts import cost_facts, record_line, result_facts, run_facts
 from megatron_idpo.evaluate.report.inputs import RunInputs, read_runs
 from megatron_idpo.evaluate.report.samples import clip
 from megatron_idpo.evaluate.report.sections import all_sections, missing
 from megatron_idpo.evaluate.report.tables import Table, facts_table
+from megatron_idpo.evaluate.report.verdict import verdict
 from megatron_idpo.figures.chart import chart_svg
 from megatron_idpo.figures.style import color_variables, key_svg
 from megatron_idpo.storage.atomic import write_bytes
@@ -69,9 +70,10 @@ def render(runs: Sequence[RunInputs]) -> str:
     environment.filters["svg"] = lambda chart, prefix: Markup(chart_svg(chart, prefix))
     environment.filters["clip"] = clip
     results = {run.label: result_facts(run) for run in runs}
+    costs = {run.label: cost_facts(run) for run in runs}
     trained = {run.label: run_facts(run) for run in runs}
     # Of several runs one table: all results come before what was trained.
-    rows = [*facts_table(results).rows, *facts_table(trained).rows]
+    rows = [row for facts in (results, costs, trained) for row in facts_table(facts).rows]
     page = environment.get_template(TEMPLATE).render(
         styles=Markup(files(PACKAGE).joinpath(STYLES).read_text("utf-8")),
         light=Markup(color_variables(dark=False)),
@@ -79,7 +81,10 @@ def render(runs: Sequence[RunInputs]) -> str:
         version=__version__,
         title=", ".join(run.label for run in runs),
         runs=runs,
+        record=record_line(runs[0]) if len(runs) == 1 else "",
+        verdict=verdict(runs),
         results=results[runs[0].label],
+        costs=costs[runs[0].label],
         trained=trained[runs[0].label],
         overview=Table(["", *results], rows, is_text=True),
         sections=all_sections(runs),

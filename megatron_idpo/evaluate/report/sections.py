@@ -10,7 +10,7 @@ import numpy as np
 from megatron_idpo.config.yaml_tree import write_yaml
 from megatron_idpo.evaluate.models import RUN_FILE
 from megatron_idpo.evaluate.report import tables
-from megatron_idpo.evaluate.report.facts import format_value, shown_settings, speed_facts
+from megatron_idpo.evaluate.report.facts import format_value, record_facts, shown_settings, speed_facts
 from megatron_idpo.evaluate.report.inputs import RunInputs, comparisons, merge_models
 from megatron_idpo.evaluate.report.samples import Sample, answer_sets, select_samples
 from megatron_idpo.evaluate.report.tables import Cell, Table
@@ -62,6 +62,7 @@ def all_sections(runs: Sequence[RunInputs]) -> list[Section]:
         answers_section(runs),
         h4_section(runs),
         speed_section(runs),
+        record_section(runs),
         configuration_section(runs),
     ]
     return [section for section in sections if section is not None]
@@ -223,6 +224,14 @@ def speed_section(runs: Sequence[RunInputs]) -> Section | None:
         charts=charts.training_charts(lines, (charts.TOKENS_PER_S, charts.PEAK_GB)),
         tables=[tables.facts_table(facts)],
     )
+
+
+def record_section(runs: Sequence[RunInputs]) -> Section | None:
+    """When and where each run was started, with which command, versions and commit."""
+    facts = {run.label: facts for run in runs if (facts := record_facts(run))}
+    if not facts:
+        return None
+    return Section("record", "Record", tables=[tables.facts_table(facts)])
 
 
 def configuration_section(runs: Sequence[RunInputs]) -> Section | None:

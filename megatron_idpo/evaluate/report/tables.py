@@ -41,12 +41,13 @@ class Table:
 
 
 def facts_table(facts: Mapping[str, Mapping[str, Cell]]) -> Table:
-    """Facts of several runs side by side, by the runs' labels."""
+    """Facts of runs side by side, under the runs' labels if there are several."""
     titles = dict.fromkeys(title for of_run in facts.values() for title in of_run)
     rows = [
         (title, [of_run.get(title, Cell(UNKNOWN)) for of_run in facts.values()]) for title in titles
     ]
-    return Table(["", *facts], rows, is_text=True)
+    heads = list(facts) if len(facts) > 1 else [""]
+    return Table(["", *heads], rows, is_text=True)
 
 
 def layers_table(runs: Sequence[RunInputs]) -> Table:

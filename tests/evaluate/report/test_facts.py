@@ -4,15 +4,24 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.evaluate.report.facts import duration, result_facts, run_facts, speed_facts
+from megatron_idpo.evaluate.report.facts import (
+    cost_facts,
+    duration,
+    record_facts,
+    record_line,
+    result_facts,
+    run_facts,
+    speed_facts,
+)
 from megatron_idpo.evaluate.report.inputs import RunInputs, read_runs
+from megatron_idpo.train.starts import Start, write_start
 from tests.sdpo.tiny_manifest import manifest
 
 from .example_runs import CONFIG, write_likelihood, write_run, write_steps
 
 
 def by_name(found: RunInputs) -> dict[str, tuple[str, str]]:
-    facts = result_facts(found) | run_facts(found)
+    facts = result_facts(found) | cost_facts(found) | run_facts(found)
     return {name: (cell.value, cell.note) for name, cell in facts.items()}
 
 
@@ -105,3 +114,44 @@ def test_single_step_has_a_speed() -> None:
 )
 def test_duration_has_the_unit_of_its_size(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def start(hour: int, step: int, **others: str) -> Start:
+    values = {"command": "megatron-idpo train a.yaml", "device": "NVIDIA H200", "commit": "abc1234"}
+    versions = {"megatron-idpo": "0.1.0", "torch": "2.14.1"}
+    return Start(
+        time=f"2026-11-29T{hour:02}:05:30+00:00",
+        step=step,
+        total_steps=40,
+        processes=8,
+        versions=versions,
+        **{**values, **others},
+    )
+
+
+def test_record_of_a_resumed_run(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run")
+    for one in (start(9, 0), start(10, 20, device="NVIDIA H100"), start(11, 30)):
+        write_start(root, one)
+    facts = {name: (cell.value, cell.note) for name, cell in record_facts(run_of(root)).items()}
+    last = "resumed 2 times, last 2026-11-29 11:05 UTC after step 30"
+    assert facts == {
+        "Started": ("2026-11-29 09:05 UTC", last),
+        "Processes": ("8", ""),
+        "Device": ("NVIDIA H200", "earlier: NVIDIA H100"),
+        "Commit": ("abc1234", ""),
+        "Versions": ("megatron-idpo 0.1.0, torch 2.14.1", ""),
+        "Command": ("megatron-idpo train a.yaml", ""),
+    }
+    line = "2026-11-29 11:05 UTC · 8 processes on NVIDIA H200 · megatron-idpo 0.1.0 · commit abc1234"
+    assert record_line(run_of(root)) == line
+
+
+def test_run_without_a_record(tmp_path: Path) -> None:
+    run = run_of(write_run(tmp_path / "run"))
+    assert record_facts(run) == {} and record_line(run) == ""
+
+
+def run_of(root: Path) -> RunInputs:
+    (run,) = read_runs([root])
+    return run
