@@ -1,15 +1,17 @@
 """A paper's table, end to end, on any model: measured values next to published ones.
 
     .venv/bin/python tools/paper_table.py intermediate-dpo|sdpo --output DIR
-        [--model PATH] [--data FILE [--data FILE]] [--held-out FILE] [--processes N] [--dry-run]
-        [section.field=value ...]
+        [--model PATH] [--data FILE [--data FILE]] [--held-out FILE] [--processes N]
+        [--device KIND] [--dry-run] [section.field=value ...]
 
-Writes a configuration for each run and one for the evaluation into `DIR/configs`, and runs the
-verbs of the package on them, each in a separate process, after printing its command. Verbs resume
-interrupted work, and so does this script. examples/paper/README.md explains the options.
+Writes a configuration for each run and one for the evaluation into `DIR/configs`, prints what the
+training needs, and runs the verbs of the package, each in a separate process, after printing its
+command. By default all of it fits one GPU. After an interruption the same line continues: finished
+commands are skipped, the interrupted one resumes. examples/paper/README.md explains the options.
 """
 
 import argparse
+import hashlib
 import json
 import shlex
 import subprocess
@@ -19,11 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import paper_cost
+
 from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import EVALUATION, SECTIONS
 from megatron_idpo.config.yaml_tree import read_tree, write_yaml
 from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError, Problem, UserError
 from megatron_idpo.evaluate.paper_figures import INTERMEDIATE_PAPER, PAPER_DEPTH, PAPER_WINS
+from megatron_idpo.storage.atomic import write_json
 from megatron_idpo.train.metrics.intervals import wilson_interval
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -35,6 +40,13 @@ PROMPTS: Final = 40
 """Judged prompts of the intermediate-DPO paper."""
 
 HELD_OUT: Final = 0.05
+PROGRESS: Final = "progress.json"
+"""Finished commands, in the output directory."""
+
+RESULTS: Final = {name: name for name in ("judge", "likelihood", "h4")}
+RESULTS.update(train="hf", generate="answers")
+"""Verb -> what it leaves in its output directory."""
+
 NOTHING: Final = "–"
 
 
@@ -109,7 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="PATH", help="instead of the paper's")
     parser.add_argument("--data", action="append", metavar="FILE", help="pairs; of sdpo one a step")
     parser.add_argument("--held-out", metavar="FILE", help="held-out pairs")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that train")
+    parser.add_argument("--processes", type=int, metavar="N", help="that train")
+    devices = ", ".join((*paper_cost.DEVICE_NAMES, paper_cost.THIS_MACHINE))
+    parser.add_argument(
+        "--device", default=paper_cost.THIS_MACHINE, help=f"of the estimate: {devices}"
+    )
     parser.add_argument("--random-split", action="store_true", help="sdpo: a third run")
     parser.add_argument("--dry-run", action="store_true", help="run nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -127,15 +143,39 @@ def paper_table(options: argparse.Namespace) -> int:
     _check(options)
     configs = {run.name: _write(run, options) for run in runs}
     evaluation = _write_evaluation(runs, configs, options)
+    processes = _processes(configs, options)
     has_judge = load_config(evaluation, optional=SECTIONS).judge is not None
     print(f"configurations: {options.output / 'configs'}")
-    for command in commands(table, runs, configs, evaluation, options, has_judge=has_judge):
-        print(f"\n  {shlex.join(command)}", flush=True)
-        if not options.dry_run and (code := _run(command)):
-            return code
+    _print_cost(configs, processes, options)
+    steps = commands(table, runs, configs, evaluation, options.output, processes)
+    steps = [step for step in steps if has_judge or step.verb != "judge"]
+    if code := _run_all(steps, options):
+        return code
     if not options.dry_run and options.table == "intermediate-dpo":
         print("\n" + "\n".join(wins_table(options.output / "evaluation", has_judge=has_judge)))
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command, and what it leaves."""
+
+    verb: str
+    words: tuple[str, ...]
+    config: Path | None = None
+    result: Path | None = None
+    """None: it is always run again."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the command and its configuration."""
+        content = b"" if self.config is None else self.config.read_bytes()
+        return hashlib.sha256(shlex.join(self.words).encode() + content).hexdigest()
+
+    def is_finished(self, finished: Sequence[str]) -> bool:
+        """Whether it has ended well with the same configuration, and its result exists."""
+        has_result = self.result is not None and self.result.exists()
+        return has_result and self.fingerprint in finished
 
 
 def commands(
@@ -143,26 +183,50 @@ def commands(
     runs: Sequence[Run],
     configs: dict[str, Path],
     evaluation: Path,
-    options: argparse.Namespace,
-    *,
-    has_judge: bool,
-) -> list[list[str]]:
+    output: Path,
+    processes: int,
+) -> list[Step]:
     """All commands in order."""
-    several = _program(options.processes)
-    steps = [[*several, "train", str(configs[run.name])] for run in runs]
+    several = () if processes == 1 else ("--processes", str(processes))
+    directory = output / "evaluation"
+    steps = []
+    for run in runs:
+        config, result = configs[run.name], output / run.name / RESULTS["train"]
+        words = _program("train", str(config), *several)
+        steps.append(Step("train", words, config, result))
     for verb in table.verbs:
-        if verb != "judge" or has_judge:
-            program = several if verb == "likelihood" else _program(1)
-            steps.append([*program, verb, str(evaluation)])
-    outputs = [str(options.output / run.name) for run in runs]
-    page = ["--output", str(options.output / "report.html")]
-    directory = str(options.output / "evaluation")
-    return [*steps, [*_program(1), "report", *outputs, directory, *page]]
+        words = _program(verb, str(evaluation), *(several if verb == "likelihood" else ()))
+        steps.append(Step(verb, words, evaluation, directory / RESULTS[verb]))
+    outputs = [str(output / run.name) for run in runs]
+    page = ["--output", str(output / "report.html")]
+    words = _program("report", *outputs, str(directory), *page)
+    return [*steps, Step("report", words)]
 
 
-def _program(processes: int) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "megatron_idpo"]
+def _program(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "megatron_idpo", *arguments)
+
+
+def _run_all(steps: Sequence[Step], options: argparse.Namespace) -> int:
+    """Run what has not finished yet; returns 0, or the exit code of a failed command."""
+    file = options.output / PROGRESS
+    finished = json.loads(file.read_text("utf-8")) if file.is_file() else []
+    has_trained = False
+    for step in steps:
+        print(f"\n  {shlex.join(step.words)}", flush=True)
+        # Evaluations of a model that was trained again find out by themselves what they keep.
+        is_current = step.verb == "train" or not has_trained
+        if is_current and step.is_finished(finished):
+            print("  finished before", flush=True)
+        elif not options.dry_run:
+            if code := _run(step.words):
+                message = f"\npaper_table: `{step.verb}` ended with exit code {code}; "
+                print(f"{message}the same line continues here", file=sys.stderr)
+                return code
+            has_trained |= step.verb == "train"
+            finished.append(step.fingerprint)
+            write_json(file, finished)
+    return 0
 
 
 def _run(command: Sequence[str]) -> int:
@@ -173,6 +237,36 @@ def _run(command: Sequence[str]) -> int:
     except KeyboardInterrupt:
         process.wait()  # the signal reached it as well: it may be saving
         raise
+
+
+def _processes(configs: dict[str, Path], options: argparse.Namespace) -> int:
+    """As given, or as many as one replica of the model needs.
+
+    Raises:
+        ConfigError: a layout does not divide them.
+    """
+    layouts = [load_config(path, optional=SECTIONS).layout for path in configs.values()]
+    if options.processes is None:
+        return max(layout.min_ranks for layout in layouts)
+    for layout in layouts:
+        layout.check(None, options.processes)
+    return int(options.processes)
+
+
+def _print_cost(configs: dict[str, Path], processes: int, options: argparse.Namespace) -> None:
+    """Print the estimate.
+
+    Raises:
+        ConfigError: the disk has not enough space.
+    """
+    try:
+        costs = paper_cost.estimate(configs, processes, options.device)
+    except ConfigError as error:
+        print(f"no estimate: {error}")
+        return
+    print("\n" + "\n".join(paper_cost.report(costs)))
+    if not options.dry_run:
+        paper_cost.check_disk(costs, options.output)
 
 
 # ---- configurations -------------------------------------------------------------------------
@@ -207,8 +301,11 @@ def _check(options: argparse.Namespace) -> None:
 def _option_overrides(run: Run, options: argparse.Namespace) -> list[str]:
     """Overrides of a paper's configuration by the options."""
     overrides = [_set("training.output", str(options.output / run.name))]
+    paper_ranks = load_config(run.config, optional=SECTIONS).layout.min_ranks
+    if options.model or (options.processes or 1) % paper_ranks:
+        overrides.append("layout=null")  # every process has the whole model
     if options.model:
-        overrides += [_set("model.path", options.model), "layout=null", *run.scaled]
+        overrides += [_set("model.path", options.model), *run.scaled]
     if options.data:
         overrides += [_set("data.train", options.data), _set("data.eval", options.held_out)]
     if options.data and not options.held_out:

@@ -2,8 +2,8 @@
 
 A figure is drawn in the colors of a light page. Each color has a CSS variable and a second value
 for dark pages: `chart.py` replaces colors by variables where a figure becomes part of a page.
-Color and dashes are those of a series (a model, a run, a layer), so that series can be distinguished
-without color. Width and markers are those of what was measured: points on held-out pairs have dots.
+Color and dashes are those of a series (a model, a run, a layer), so that series differ
+without color. Width and dots are those of what was measured: held-out pairs are thick with dots.
 """
 
 from collections.abc import Mapping, Sequence

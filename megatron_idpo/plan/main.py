@@ -22,8 +22,12 @@ from megatron_idpo.plan.search import search
 
 REQUIRED = ("model", "data", "optimizer", "training")
 
-KNOWN_PAIRS = {"trl-lib/ultrafeedback_binarized": 62135, "HuggingFaceH4/orca_dpo_pairs": 12359}
-"""Training pairs of data sets that the examples name."""
+KNOWN_PAIRS = {
+    "trl-lib/ultrafeedback_binarized": 62135,
+    "HuggingFaceH4/orca_dpo_pairs": 12359,
+    "allenai/ultrafeedback_binarized_cleaned": 60000,
+}
+"""Training pairs of data sets that the examples name; of the last one rounded, from the sDPO paper."""
 
 SAMPLED_LINES = 200
 BYTES_PER_TOKEN = 4
@@ -77,7 +81,7 @@ def main(
         if not 0 <= headroom < 1:
             raise ConfigError.at("--headroom", f"is {headroom}", "give a share such as 0.06")
         device = replace(device, headroom=headroom)
-    assumed = _with_data(config, assumed or Assumptions())
+    assumed = with_data(config, assumed or Assumptions())
     console = Console() if Console().is_terminal else Console(width=WIDTH)
     if searches:
         return _search(config, model, world_size, device, assumed, console if not as_json else None)
@@ -148,8 +152,8 @@ def _other_worlds(layout: Layout, world_size: int) -> str:
     return f"\nthis layout: --gpus {numbers}; `--search` finds others"
 
 
-def _with_data(config: RunConfig, assumed: Assumptions) -> Assumptions:
-    """With number and length of the training pairs, where local files or a table have them."""
+def with_data(config: RunConfig, assumed: Assumptions) -> Assumptions:
+    """What is assumed, with number and length of the pairs where files or a table have them."""
     files = [_local_jsonl(source.path) for source in config.data.train]
     if not assumed.pair_tokens and None not in files:
         tokens = _mean_tokens([file for file in files if file])

@@ -145,9 +145,7 @@ def _record_start(trainer: Trainer) -> None:
     with raise_on_all_ranks("recording the start"):
         if trainer.world.is_first and not trainer.is_complete:
             start = this_start(
-                step=trainer.step,
-                total_steps=trainer.total_steps,
-                processes=trainer.world.size,
+                step=trainer.step, total_steps=trainer.total_steps, processes=trainer.world.size
             )
             write_start(trainer.output.root, start)
 

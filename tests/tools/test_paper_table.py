@@ -3,9 +3,12 @@
 import importlib
 import json
 import shlex
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import paper_cost
 import paper_table
 import pytest
 
@@ -97,15 +100,70 @@ def test_other_model_gets_a_relative_depth_and_no_layout(
     assert id5.data.train[0].path == "pairs.jsonl" and id5.data.eval_fraction == 0.05
 
 
-def test_training_and_likelihood_run_under_torchrun(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "processes", "pipeline"),
+    [
+        ((), 1, 1),
+        (("--processes", "8"), 8, 4),  # the layout of the paper's configuration
+        (("--processes", "3"), 3, 1),  # which it does not divide: three replicas
+        (("layout.pipeline=2",), 2, 2),
+        (("--processes", "4", "layout.pipeline=2"), 4, 2),
+    ],
+)
+def test_processes_and_layout_fit_each_other(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    processes: int,
+    pipeline: int,
 ) -> None:
-    words = ("sdpo", "--output", str(tmp_path), "--processes", "8", "layout.pipeline=2")
-    assert paper_table.main([*words, "--dry-run"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
-    several = ["--nproc-per-node=8" in line for line in lines]
-    assert several == [True, True, False, False]
-    assert load_config(tmp_path / "configs/sdpo.yaml", optional=SECTIONS).layout.pipeline == 2
+    commands = dry_run(capsys, "sdpo", "--output", str(tmp_path), *words)
+    option = ["--processes", str(processes)] if processes > 1 else []
+    assert [command[2:] for command in commands[:2]] == [option, option]
+    assert [command[0] for command in commands] == ["train", "train", "h4", "report"]
+    layout = load_config(tmp_path / "configs/sdpo.yaml", optional=SECTIONS).layout
+    assert layout.pipeline == pipeline
+    layout.check(None, processes)
+
+
+@pytest.mark.parametrize("table", ["intermediate-dpo", "sdpo"])
+def test_table_fits_one_gpu_by_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], table: str
+) -> None:
+    words = (table, "--output", str(tmp_path), "--device", "h100", "--dry-run")
+    assert paper_table.main(words) == 0
+    text = capsys.readouterr().out
+    assert "1 × H100 SXM 80 GB: " in text and "does not fit" not in text
+    assert "GB of disk" in text and "not measured" in text and " ? " not in text
+
+
+def test_disk_of_sdpo_has_the_snapshots_of_all_steps(tmp_path: Path) -> None:
+    options = ("--output", str(tmp_path), "--device", "h100", "--dry-run")
+    assert paper_table.main(["sdpo", *options]) == 0
+    configs = {name: tmp_path / "configs" / f"{name}.yaml" for name in ("dpo", "sdpo")}
+    dpo, sdpo = paper_cost.estimate(configs, 1, "h100")
+    weights = 2 * dpo.plan.run.model.parameters
+    assert sdpo.disk_bytes - dpo.disk_bytes == pytest.approx(2 * weights)
+    assert weights < dpo.disk_bytes < 1.5 * weights  # adapters and their optimizer are small
+
+
+def test_full_disk_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        paper_cost.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(20e9))
+    )
+    monkeypatch.setattr(paper_table, "_run", lambda command: pytest.fail("ran"))
+    assert paper_table.main(["sdpo", "--output", str(tmp_path), "--device", "h100"]) == 2
+    message = capsys.readouterr().err
+    assert "--output: needs about" in message and "20 GB are free" in message
+
+
+def test_unknown_model_has_no_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        paper_table.main(["intermediate-dpo", *SMALL, "--output", str(tmp_path), "--dry-run"]) == 0
+    )
+    assert "no estimate: model.path: models/tiny is not on this machine" in capsys.readouterr().out
 
 
 def test_sdpo_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +213,43 @@ def test_failed_command_stops_the_script(
     monkeypatch.setattr(paper_table, "_run", run)
     assert paper_table.main(["intermediate-dpo", *SMALL, "--output", str(tmp_path)]) == 7
     assert started == ["train", "train", "generate"]
+    assert "ended with exit code 7; the same line continues" in capsys.readouterr().err
+
+
+def test_interrupted_table_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished commands are skipped while their result exists and their configuration is equal."""
+    started: list[str] = []
+    fails = {"id5"}
+
+    def run(command: list[str]) -> int:
+        verb, config = command[3], Path(command[4])
+        started.append(config.stem if verb == "train" else verb)
+        if started[-1] in fails:
+            return 7
+        result = tmp_path / config.stem / "hf"
+        if verb != "report":
+            result = tmp_path / "evaluation" / verb if verb != "train" else result
+            result.mkdir(parents=True, exist_ok=True)
+        return 0
+
+    monkeypatch.setattr(paper_table, "_run", run)
+    monkeypatch.setitem(paper_table.RESULTS, "generate", "generate")
+
+    def again(*words: str) -> list[str]:
+        started.clear()
+        paper_table.main(["intermediate-dpo", *SMALL, "--output", str(tmp_path), *words])
+        return list(started)
+
+    assert again() == ["dpo", "id5"]
+    fails.clear()
+    assert again() == ["id5", "generate", "likelihood", "report"]
+    assert "finished before" in capsys.readouterr().out
+    assert again() == ["report"]
+    assert again("optimizer.lr=1.0e-3") == ["dpo", "id5", "generate", "likelihood", "report"]
+    shutil.rmtree(tmp_path / "id5")
+    assert again("optimizer.lr=1.0e-3") == ["id5", "generate", "likelihood", "report"]
 
 
 def result(**figures: Any) -> str:

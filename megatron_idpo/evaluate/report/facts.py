@@ -221,10 +221,7 @@ def record_facts(run: RunInputs) -> Facts:
         "Versions": [_versions(start) for start in run.starts],
         "Command": [start.command for start in run.starts],
     }
-    facts = {
-        "Started": _started_fact(run.starts),
-        "Processes": Cell(count(last.processes)),
-    }
+    facts = {"Started": _started_fact(run.starts), "Processes": Cell(count(last.processes))}
     for name, values in others.items():
         earlier = "; ".join(value for value in dict.fromkeys(values) if value != values[-1])
         facts[name] = Cell(values[-1], f"earlier: {earlier}" if earlier else "")

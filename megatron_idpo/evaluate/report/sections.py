@@ -10,7 +10,12 @@ import numpy as np
 from megatron_idpo.config.yaml_tree import write_yaml
 from megatron_idpo.evaluate.models import RUN_FILE
 from megatron_idpo.evaluate.report import tables
-from megatron_idpo.evaluate.report.facts import format_value, record_facts, shown_settings, speed_facts
+from megatron_idpo.evaluate.report.facts import (
+    format_value,
+    record_facts,
+    shown_settings,
+    speed_facts,
+)
 from megatron_idpo.evaluate.report.inputs import RunInputs, comparisons, merge_models
 from megatron_idpo.evaluate.report.samples import Sample, answer_sets, select_samples
 from megatron_idpo.evaluate.report.tables import Cell, Table

@@ -143,7 +143,9 @@ def test_record_of_a_resumed_run(tmp_path: Path) -> None:
         "Versions": ("megatron-idpo 0.1.0, torch 2.14.1", ""),
         "Command": ("megatron-idpo train a.yaml", ""),
     }
-    line = "2026-11-29 11:05 UTC · 8 processes on NVIDIA H200 · megatron-idpo 0.1.0 · commit abc1234"
+    line = (
+        "2026-11-29 11:05 UTC · 8 processes on NVIDIA H200 · megatron-idpo 0.1.0 · commit abc1234"
+    )
     assert record_line(run_of(root)) == line
 
 

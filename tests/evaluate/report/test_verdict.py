@@ -50,7 +50,9 @@ def test_incomplete_and_diverged_runs(tmp_path: Path) -> None:
 
 def test_run_that_learned_nothing(tmp_path: Path) -> None:
     root = add(write_run(tmp_path / "run"), accuracy=0.0, margin=0.0, eval_pairs=40)
-    assert of(root) == ["After 41 steps policy and reference still rate the held-out pairs equally."]
+    assert of(root) == [
+        "After 41 steps policy and reference still rate the held-out pairs equally."
+    ]
 
 
 def test_run_without_held_out_pairs(tmp_path: Path) -> None:
