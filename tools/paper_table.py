@@ -43,8 +43,9 @@ HELD_OUT: Final = 0.05
 PROGRESS: Final = "progress.json"
 """Finished commands, in the output directory."""
 
-RESULTS: Final = {name: name for name in ("judge", "likelihood", "h4")}
-RESULTS.update(train="hf", generate="answers")
+RESULTS: Final = {"train": "hf", "generate": "answers"} | {
+    name: name for name in ("judge", "likelihood", "h4")
+}
 """Verb -> what it leaves in its output directory."""
 
 NOTHING: Final = "–"
