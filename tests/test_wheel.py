@@ -72,7 +72,7 @@ def test_wheel_installs_and_trains_outside_a_checkout(wheel: Path, tmp_path: Pat
     where = [sys.executable, "-c", "import megatron_idpo; print(megatron_idpo.__file__)"]
     found = subprocess.check_output(where, cwd=here, env=environment, text=True)
     assert found.startswith(str(target))
-    assert "idpo.yaml: set model.path" in run("init", "lora", "idpo.yaml")
+    assert "wrote idpo.yaml; set model.path" in run("init", "lora", "idpo.yaml")
     run("init", "quickstart", "quickstart.yaml")
     assert (here / "quickstart_data" / "quickstart_train.jsonl").is_file()
     small = [f"model.path={files.model}", f"data.train={files.train}", "model.dtype=fp32"]

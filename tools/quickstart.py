@@ -164,10 +164,9 @@ def smollm2_command(config: RunConfig) -> list[str]:
 
 
 def training_command(overrides: Sequence[str], path: Path = CONFIG) -> list[str]:
-    """`torchrun` by its module: the installed script breaks when a checkout is moved."""
-    launcher = [python(), "-m", "torch.distributed.run", "--standalone"]
+    """Trains with the command line; by its module, which a moved checkout has too."""
     train = ["-m", "megatron_idpo", "train", str(path), *overrides]
-    return [*launcher, f"--nproc-per-node={PROCESSES}", *train]
+    return [python(), *train, "--processes", str(PROCESSES)]
 
 
 def ask_command(config: RunConfig, output: "RunDirectory") -> list[str]:

@@ -86,8 +86,8 @@ def init(arguments: argparse.Namespace) -> int:
             raise ConfigError.at(str(file), message, f"name another: {other}FILE") from None
         if kind == "quickstart":
             _copy_data(files("megatron_idpo") / "examples" / "data", data_directory(file))
-    next_step = "set model.path and data.train, then: "
-    print(f"{file}: {'' if kind == 'quickstart' else next_step}megatron-idpo doctor {file}")
+    next_step = "next" if kind == "quickstart" else "set model.path and data.train, then"
+    print(f"wrote {file}; {next_step}: megatron-idpo doctor {file}")
     return 0
 
 

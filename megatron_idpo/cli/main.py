@@ -46,6 +46,8 @@ from megatron_idpo.cli.plan import add_plan_arguments, plan
 from megatron_idpo.errors import ConfigError, UserError
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 
+_FIRST_STEPS = "begin with `megatron-idpo init`, or see `megatron-idpo --help`"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = build_parser()
         if not words:
-            raise ConfigError(f"no verb given; the verbs are {', '.join(VERBS)}")
+            raise ConfigError(f"no verb given; {_FIRST_STEPS}")
         if not words[0].startswith("-"):
             one_of("verb", VERBS)(words[0])
         arguments = parser.parse_args(overrides_first(without_dashes(words)))

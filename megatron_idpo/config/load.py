@@ -79,8 +79,10 @@ def load_config(
 
 
 def _log_removed(tree: Tree) -> None:
+    """A null in a file may be an accident; on the command line it is what was asked for."""
     for name in sorted(tree.removed - tree.values.keys()):
-        _LOG.info("%s: is null, so the section is left out", tree.location((name,)))
+        if tree.origins.get((name,)) != COMMAND_LINE:
+            _LOG.info("%s: null, so this section is left out", tree.location((name,)))
 
 
 def _unused_overrides(tree: Tree, used: set[str]) -> list[Problem]:

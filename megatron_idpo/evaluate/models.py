@@ -94,10 +94,15 @@ def _exported_model(location: str, path: str) -> str:
     is_run = (directory / RUN_FILE).is_file() and not (directory / "config.json").is_file()
     if (directory / RESULT).is_dir():
         return str(directory / RESULT)
-    if is_run or location == "training.output":
+    if is_run or location == "training.output" or _is_empty(directory):
         message = f"{path} has no {RESULT}/: the run has not finished"
         raise ConfigError.at(location, message, "finish it with `train`, or name a model directory")
     return path
+
+
+def _is_empty(directory: Path) -> bool:
+    """Whether it is a directory without files: that of a run which stopped at an error at once."""
+    return directory.is_dir() and all(one.name.startswith(".") for one in directory.iterdir())
 
 
 def write_result(path: Path, text: str) -> None:

@@ -27,7 +27,7 @@ KNOWN_PAIRS = {
     "HuggingFaceH4/orca_dpo_pairs": 12359,
     "allenai/ultrafeedback_binarized_cleaned": 60000,
 }
-"""Training pairs of data sets that the examples name; of the last one rounded, from the sDPO paper."""
+"""Training pairs of data sets that the examples name; the last number is the sDPO paper's."""
 
 SAMPLED_LINES = 200
 BYTES_PER_TOKEN = 4

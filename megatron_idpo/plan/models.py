@@ -269,6 +269,9 @@ def find_model(path: str) -> ModelFound:
     for pattern, sizes in KNOWN:
         if re.fullmatch(rf"(?:{pattern}){_SUFFIXES}", name):
             return ModelFound(sizes, "table of known models", is_here=False)
+    if len(Path(path).parts) > 2 or path.startswith((".", "~", "/")):
+        remedy = "name a model directory, or a hub model such as organization/model"
+        raise ConfigError.at("model.path", f"{path} is not a directory", remedy)
     message = f"{path} is not on this machine, and its sizes are not known"
     remedy = f"download its config.json: hf download {path} config.json"
     raise ConfigError.at("model.path", message, remedy)

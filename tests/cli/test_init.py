@@ -16,7 +16,7 @@ def test_every_template_is_valid(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init", kind, f"{kind}.yaml"]) == 0
     is_ready = kind == "quickstart"
-    shown = f"{kind}.yaml: {'megatron-idpo doctor' if is_ready else 'set model.path'}"
+    shown = f"wrote {kind}.yaml; {'next: megatron-idpo' if is_ready else 'set model.path'}"
     assert capsys.readouterr().out.startswith(shown)
     config = load_config(tmp_path / f"{kind}.yaml", required=REQUIRED, optional=OPTIONAL)
     assert config.has("sdpo") == (kind == "sdpo") and config.has("lora") == (kind != "full")

@@ -113,7 +113,7 @@ def test_doctor_with_and_without_a_config(replace_function: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "no verb given; the verbs are init, doctor, plan, data, score, train"),
+        ("", "no verb given; begin with `megatron-idpo init`, or see `megatron-idpo --help`"),
         ("covnert a b", "unknown verb 'covnert'; did you mean convert?"),
         ("zzz", "unknown verb 'zzz'; known: init, doctor"),
         ("convert hf-to-megatorn a b", "did you mean hf-to-megatron?"),

@@ -54,9 +54,10 @@ def test_the_default_is_the_run_before_and_after_training(tmp_path: Path) -> Non
     assert evaluation_output(run_config) == run / "evaluation"
 
 
-def test_an_unfinished_run_is_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["config.yaml", ".lock"])
+def test_an_unfinished_run_is_reported(tmp_path: Path, file: str) -> None:
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "config.yaml").write_text("")
+    (tmp_path / "one" / file).write_text("")
     message = r"evaluate\.models\.a: .* has no hf/: the run has not finished"
     with pytest.raises(ConfigError, match=message):
         eval_models(config(tmp_path, f"evaluate: {{models: {{a: {tmp_path}/one}}}}"))

@@ -257,7 +257,7 @@ def test_printed_commands_of_an_sdpo_run_are_valid() -> None:
         quickstart.snapshot_command(output),
     ):
         cli.build_parser().parse_args(command[command.index("megatron_idpo") + 1 :])
-    config = load_config(ROOT / train[-1], optional=SECTIONS)
+    config = load_config(ROOT / train[train.index("train") + 1], optional=SECTIONS)
     assert config.layout.pipeline == quickstart.PROCESSES
     assert Path(config.training.output) == output.root
 

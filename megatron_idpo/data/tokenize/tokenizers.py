@@ -20,6 +20,8 @@ from typing import Any
 
 from megatron_idpo.errors import DataError, library_reason
 
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
 type Tokenizer = HfTokenizer | SentencePieceTokenizer
 """Either kind; picklable, for worker processes."""
 
@@ -228,6 +230,9 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
     else:
         from transformers import AutoTokenizer
 
+        if not (Path(path).is_dir() or _HUB_NAME.fullmatch(path)):
+            remedy = "name a model directory, or a hub model such as organization/model"
+            raise DataError.at(path, "is not a directory", remedy)
         try:
             loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # The exception depends on which file of the tokenizer is invalid.

@@ -64,7 +64,11 @@ def main(path: Path, overrides: Sequence[str]) -> int:
     config = load_config(path, overrides, required=REQUIRED, optional=OPTIONAL)
     settings = config.judge
     if settings is None:
-        raise ConfigError.at("judge", "is missing", "add it; judge.model names the judge")
+        raise ConfigError.at(
+            "judge",
+            "is missing",
+            "add it, for example `judge: {model: gpt-4o-mini}`; docs/evaluation.md",
+        )
     comparisons = load_comparisons(config, evaluation_output(config))
     template = None if settings.kind == "reward" else JudgeTemplate.load(settings.template)
     # A reward model scores each answer on its own, so the order does not matter.

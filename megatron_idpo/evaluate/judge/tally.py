@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from megatron_idpo.evaluate.judge.verdicts import Order, Verdict
+from megatron_idpo.figures.numbers import percent
 from megatron_idpo.train.metrics.intervals import sign_test, wilson_interval
 
 SIGNIFICANCE = 0.05
@@ -116,7 +117,7 @@ class Tally:
         unjudged = f", {self.unjudged} more unjudged" if self.unjudged else ""
         warning = "" if self.is_enough else "; unreliable, because too many prompts are unjudged"
         return (
-            f"{a} against {b}: {rate * 100:.1f} % [{low * 100:.1f}, {high * 100:.1f}] of "
+            f"{a} against {b}: {percent(rate, 1)} [{low * 100:.1f}, {high * 100:.1f}] of "
             f"{self.judged} prompts ({self.wins} won, {self.losses} lost, {self.ties} "
             f"tied{unjudged}); {conclusion} (sign test {p_text}){warning}"
         )

@@ -167,6 +167,9 @@ def main(path: Path, overrides: Sequence[str]) -> int:
     """
     config = load_config(path, overrides, required=(), optional=("training", "evaluate"))
     directory = evaluation_output(config) / DIRECTORY
+    if not directory.exists():
+        remedy = f"first run: megatron-idpo likelihood {path}"
+        raise DataError.at(str(directory), "does not exist", remedy)
     settings, curves = read_settings(directory), read_curves(directory / FILE)
     configured, models = list(config.evaluate.models), [model.model for model in curves]
     if configured and configured != models:

@@ -136,7 +136,10 @@ def test_mixture_held_out_pairs_and_no_sharing(
         ("data.truncation=error", "more than max_length 90; set data.max_length to"),
         ("training.global_batch_pairs=31", "one batch needs 31 pairs, the run has 1 x 30"),
         ("data.format=chat", "the format is 'chat'"),
-        ("model.path=/nowhere/at/all", "no tokenizer can be loaded"),
+        (
+            "model.path=/nowhere/at/all",
+            "/nowhere/at/all: is not a directory; name a model directory",
+        ),
         ("objective.beta=1", "objective"),
     ],
 )

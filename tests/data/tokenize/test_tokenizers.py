@@ -75,7 +75,11 @@ def test_truncation_in_tokenizer_json_is_ignored(text_tokenizer_path: str, tmp_p
 @pytest.mark.parametrize(
     ("path", "template", "message"),
     [
-        ("no/such/place/anywhere", None, "no tokenizer can be loaded"),
+        (
+            "no/such/place/anywhere",
+            None,
+            "no/such/place/anywhere: is not a directory; name a model",
+        ),
         ("missing.model", None, "missing.model: no such file"),
         (None, "{% for %}", "data.chat_template: the chat template has a syntax error in line 1"),
         (None, "missing.jinja", "cannot read 'missing.jinja'"),

@@ -103,7 +103,7 @@ def test_layers_that_no_head_can_read_are_not_ranked() -> None:
 def test_verb_prints_the_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"evaluate: {{output: {tmp_path / 'out'}}}\n")
-    with pytest.raises(DataError, match="run `likelihood` again"):
+    with pytest.raises(DataError, match=rf"first run: megatron-idpo likelihood {file}"):
         main(file, [])
     directory = tmp_path / "out" / "likelihood"
     write_curves(
