@@ -44,7 +44,7 @@ def result_facts(run: RunInputs) -> Facts:
 def cost_facts(run: RunInputs) -> Facts:
     """Time, speed and memory of training."""
     speed = speed_facts(run.records)
-    shown = ("Time of steps", "Tokens per second", "Peak memory")
+    shown = ("Time of steps", "Tokens/s", "Peak memory")
     return {name: speed[name] for name in shown if name in speed}
 
 
@@ -131,8 +131,8 @@ def duration(seconds: float) -> str:
 
 _SPEED = {
     names.STEP_S: ("A step", duration, ""),
-    names.TOKENS_PER_S: ("Tokens per second", format_number, "all devices"),
-    names.PAIRS_PER_S: ("Pairs per second", format_number, ""),
+    names.TOKENS_PER_S: ("Tokens/s", format_number, "all devices"),
+    names.PAIRS_PER_S: ("Pairs/s", format_number, ""),
     names.ROW_FILL: ("Rows filled", lambda share: percent(share, 1), ""),
     names.TFLOPS: ("Operations per device", lambda tera: f"{tera:.3g} TFLOP/s", ""),
     names.MFU: ("Model FLOP utilization", lambda share: percent(share, 1), ""),

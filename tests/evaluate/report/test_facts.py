@@ -31,7 +31,7 @@ def test_facts_of_a_run(tmp_path: Path) -> None:
     assert facts["Held-out accuracy"] == ("tied → 75 %", "95 % interval 60 to 86 %, 40 pairs")
     assert facts["Held-out margin"][0] == "0 → +1.000"
     assert facts["Time of steps"][0] == "1:20 min"
-    assert facts["Tokens per second"][0] == "1.0k"
+    assert facts["Tokens/s"][0] == "1.0k"
     assert facts["Peak memory"][0] == "3.2 GB"
     assert facts["Model"] == ("some/model", "llama, 4 layers, bf16")
     assert facts["Pairs"] == ("pairs.jsonl", "40 steps; epoch 1")
@@ -61,7 +61,7 @@ def test_run_without_training_steps_has_no_speed(tmp_path: Path) -> None:
     (root / "metrics.jsonl").write_text(lines[0])
     facts = by_name(read_runs([root])[0])
     assert facts["Held-out accuracy"] == ("tied", "")
-    assert "Time of steps" not in facts and "Tokens per second" not in facts
+    assert "Time of steps" not in facts and "Tokens/s" not in facts
 
 
 def test_facts_of_an_sdpo_run(tmp_path: Path) -> None:
@@ -89,14 +89,14 @@ def test_speed_is_weighted_by_time_without_the_first_steps() -> None:
     assert {name: cell.value for name, cell in speed_facts(records).items()} == {
         "Time of steps": "1:20 min",
         "A step": "7 s",
-        "Tokens per second": "300",
+        "Tokens/s": "300",
         "Peak memory": "13.0 GB",
     }
 
 
 def test_single_step_has_a_speed() -> None:
     facts = speed_facts([{"step": 1, "throughput/step_s": 2.0, "throughput/tokens_per_s": 7.0}])
-    assert facts["Tokens per second"].value == "7.00"
+    assert facts["Tokens/s"].value == "7.00"
 
 
 @pytest.mark.parametrize(
