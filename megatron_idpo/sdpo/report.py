@@ -14,6 +14,7 @@ from rich.console import Console
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo_steps import step_name
 from megatron_idpo.errors import CheckpointError
+from megatron_idpo.figures.numbers import decimal
 from megatron_idpo.mcore.parallel.world import is_rank0, raise_on_all_ranks
 from megatron_idpo.sdpo.curriculum_figure import draw_curriculum
 from megatron_idpo.sdpo.manifest import Manifest, snapshot_directory
@@ -61,7 +62,7 @@ def curriculum_markdown(manifest: Manifest) -> str:
     ]
     accuracy = [
         "first model's accuracy",
-        *(f"{manifest.accuracy[source]:.3f}" for source in sources),
+        *(decimal(manifest.accuracy[source]) for source in sources),
     ]
     return "\n".join(
         [

@@ -15,6 +15,7 @@ from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
 from megatron_idpo.evaluate.models import OUTPUT, write_result
 from megatron_idpo.figures.chart import save_charts, series_legend
 from megatron_idpo.figures.evaluation import MAIN_QUANTITIES, layer_charts
+from megatron_idpo.figures.numbers import decimal
 
 FIGURES = ("likelihood.png", "likelihood.svg")
 
@@ -72,6 +73,6 @@ def likelihood_table(curves: Sequence[LayerCurves]) -> Table:
 
 def _format(model: LayerCurves, name: str, index: int) -> Text:
     """`0.631 [0.602, 0.660]`; without the interval where it is not known."""
-    form = "+.2f" if name == "margin" else ".3f"
-    value, low, high = (array_L[index] for array_L in model.estimates[name])
-    return Text(f"{value:{form}}" + ("" if isnan(low) else f" [{low:{form}}, {high:{form}}]"))
+    estimate = [float(array_L[index]) for array_L in model.estimates[name]]
+    value, low, high = (f"{x:+.2f}" if name == "margin" else decimal(x) for x in estimate)
+    return Text(value if isnan(estimate[1]) else f"{value} [{low}, {high}]")
