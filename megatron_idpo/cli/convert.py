@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_idpo.cli.arguments import add_choice
 from megatron_idpo.errors import ConfigError
+from megatron_idpo.storage.atomic import check_target
 
 DTYPES = ("fp32", "bf16", "fp16")
 _LAYOUT_FIELDS = ("tensor", "pipeline", "virtual_pipeline", "expert", "pipeline_layers")
@@ -81,6 +82,8 @@ def convert(arguments: argparse.Namespace) -> int:
         return _convert_by_bridge(arguments)
     if arguments.hf_model is not None:
         raise ConfigError.at("--hf-model", "has no effect without --backend bridge", "leave it out")
+    # The converter does it again; here it is before imports that take seconds.
+    check_target(arguments.output.absolute(), overwrite=arguments.overwrite)
     from megatron_idpo.config.layout import Layout
 
     if arguments.direction == "hf-to-megatron":

@@ -36,7 +36,7 @@ WARNINGS = {
         "the prompt ends with the assistant, and answers are new turns after it (to continue the "
         "turn, write its text into both answers instead)"
     ),
-    "repeated": "an answer begins with the whole prompt: remove it there, unless it is meant",
+    "repeated": "an answer begins with the whole prompt: remove it there, unless it is intended",
     "control": "the text contains a control token, or the start of a turn in some chat template",
     "left out": "the chat template does not write all of the text, so the model does not see it",
     "opening": (

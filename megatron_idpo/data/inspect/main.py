@@ -90,7 +90,7 @@ def inspect_data(config: RunConfig, console: Console) -> None:
     name = ", ".join(Path(source).name for source in pairs.source_names)
     title = f"{name}: {len(pairs):,} pairs"
     draw_data_lengths(path, pairs.lengths_P3, rows.fill_R, rows.fill, title=title)
-    console.print(Text(str(path)), soft_wrap=True)
+    console.print(Text(f"figure  {path}"), soft_wrap=True)
 
 
 def _print_sources(console: Console, run_pairs: RunPairs) -> None:

@@ -69,7 +69,7 @@ def test_output_and_figure(config: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert rows["row length"].endswith("positions, limit 256")
     assert rows["row fill"].endswith("% of the computed positions hold a token")
     assert rows["prompt sharing"].endswith("× fewer positions than with every prompt stored twice")
-    figure = Path(out.splitlines()[-1])
+    figure = Path(out.splitlines()[-1].removeprefix("figure  "))
     assert figure == config.parent / "out" / "data.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
 
