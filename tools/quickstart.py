@@ -189,6 +189,11 @@ def plain_dpo_command(output: "RunDirectory") -> list[str]:
     return training_command([*plain, f"training.output={output.root}-plain-dpo"])
 
 
+def report_command(output: "RunDirectory") -> list[str]:
+    """Writes the report page."""
+    return [python(), "-m", "megatron_idpo", "report", str(output.root)]
+
+
 def status_command(output: "RunDirectory", *options: str) -> list[str]:
     """Shows the state and metrics of each step."""
     return [python(), "-m", "megatron_idpo", "sdpo", "status", str(output.root), *options]
@@ -265,6 +270,7 @@ def next_steps(config: RunConfig, output: "RunDirectory") -> list[str]:
             NextStep("the model for Transformers, adapters merged", f"  {output.hf}", (output.hf,)),
             NextStep("the adapter for PEFT", f"  {output.adapter}", (output.adapter,)),
             NextStep("training curves", f"  {output.curves}", (output.curves, output.metrics)),
+            NextStep("a page with all results", shown(report_command(output)), (output.metrics,)),
             _ask_step(config, output),
             NextStep("the same training without intermediate layers", shown(plain), (CONFIG,)),
         ],

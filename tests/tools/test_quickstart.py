@@ -255,6 +255,7 @@ def test_printed_commands_of_an_sdpo_run_are_valid() -> None:
         quickstart.status_command(output),
         quickstart.status_command(output, "--check"),
         quickstart.snapshot_command(output),
+        quickstart.report_command(output),
     ):
         cli.build_parser().parse_args(command[command.index("megatron_idpo") + 1 :])
     config = load_config(ROOT / train[train.index("train") + 1], optional=SECTIONS)

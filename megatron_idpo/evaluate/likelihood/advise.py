@@ -148,14 +148,18 @@ def advice_markdown(curves: Sequence[LayerCurves]) -> str:
     ]
     for model, verdict in zip(curves, format_best_layers(curves), strict=True):
         parts.append(f"\n## {model.model}: {model.format_sample}\n\n{verdict}")
-        if all(advice.score == 0 for advice in rank_layers(model)):
-            continue  # a ranking of zeros
+        usable = [advice for advice in rank_layers(model) if advice.score > 0]
+        if not usable:
+            continue
         parts.append("")
         parts += [
             f"{rank}. layer {advice.layer} (depth {advice.depth:.2f}), score {advice.score:.3f}: "
             f"{advice.reason}"
-            for rank, advice in enumerate(rank_layers(model), start=1)
+            for rank, advice in enumerate(usable, start=1)
         ]
+        others = [advice for advice in rank_layers(model) if advice.score <= 0]
+        parts += ["\nNot ranked:\n"] if others else []
+        parts += [f"- layer {advice.layer}: {advice.reason}" for advice in others]
     return "\n".join(parts) + "\n"
 
 
