@@ -100,6 +100,13 @@ def test_layers_that_no_head_can_read_are_not_ranked() -> None:
     assert "1. layer" not in advice_markdown([unreadable])
 
 
+def test_layers_that_cannot_be_tapped_are_listed_apart() -> None:
+    mixed = curves([0.5, 0.52, 0.6, 0.7], [0.1, 0.6, 0.9, 1.0], nats=[9.0, 4.0, 3.0, 2.5])
+    ranking, _, others = advice_markdown([mixed]).partition("Not ranked:")
+    assert "1. layer 2" in ranking and "layer 1 " not in ranking
+    assert "- layer 1: not readable by the head" in others and "- layer 2" not in others
+
+
 def test_verb_prints_the_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"evaluate: {{output: {tmp_path / 'out'}}}\n")
