@@ -30,6 +30,9 @@ _WARMUP_STEPS = 2
 _OUTPUT = "training.output"
 """Differs between any two runs."""
 
+_LORA = ("rank", "alpha", "dropout", "targets")
+"""Shown also with their default."""
+
 _HELD_OUT = (f"{names.EVAL}{names.ACCURACY}", f"{names.EVAL}{names.MARGIN}")
 
 
@@ -157,8 +160,9 @@ def run_facts(run: RunInputs) -> Facts:
     if "objective" in run.config:
         facts["Objective"] = _objective_fact(run, run.config["objective"])
     if run.config:
-        lora = run.config.get("lora")
-        facts["Trained"] = Cell("LoRA", format_value(lora)) if lora else Cell("All weights")
+        lora = run.config.get("lora") or {}
+        shown = {name: lora[name] for name in _LORA if name in lora} | sections.get("lora", {})
+        facts["Trained"] = Cell("LoRA", format_value(shown)) if lora else Cell("All weights")
     if "layout" in sections:
         facts["Layout"] = Cell(format_value(sections["layout"]))
     if "optimizer" in sections:

@@ -155,12 +155,19 @@ def merge_models[T](
 
 
 def comparisons(runs: Sequence[RunInputs]) -> list[tuple[RunInputs, str, Comparison]]:
-    """All comparisons, each with a prefix that names its run if there are several runs."""
-    return [
-        (run, f"{run.label}: " if len(runs) > 1 else "", comparison)
-        for run in runs
-        for comparison in run.evaluation.comparisons
-    ]
+    """All comparisons, each with a prefix that names its run if there are several runs.
+
+    One that several runs share (those of one evaluation) occurs once, without a prefix.
+    """
+    every = [(run, one) for run in runs for one in run.evaluation.comparisons]
+    found: list[tuple[RunInputs, str, Comparison]] = []
+    for run, comparison in every:
+        if any(comparison == other for _, _, other in found):
+            continue
+        is_shared = [other for _, other in every].count(comparison) > 1
+        prefix = "" if is_shared or len(runs) == 1 else f"{run.label}: "
+        found.append((run, prefix, comparison))
+    return found
 
 
 def _read_run(root: Path, label: str) -> RunInputs:

@@ -15,7 +15,13 @@ from rich.console import Console
 
 from megatron_idpo import __version__
 from megatron_idpo.errors import ConfigError
-from megatron_idpo.evaluate.report.facts import cost_facts, record_line, result_facts, run_facts
+from megatron_idpo.evaluate.report.facts import (
+    Facts,
+    cost_facts,
+    record_line,
+    result_facts,
+    run_facts,
+)
 from megatron_idpo.evaluate.report.inputs import RunInputs, read_runs
 from megatron_idpo.evaluate.report.samples import clip
 from megatron_idpo.evaluate.report.sections import all_sections, missing
@@ -57,6 +63,22 @@ def main(runs: Sequence[Path], output: Path | None) -> int:
     return 0
 
 
+def overview(runs: Sequence[RunInputs]) -> tuple[Table, Facts]:
+    """Results of several runs in one table, and what differs in their training; what is equal."""
+    results, costs, trained = (
+        {run.label: facts_of(run) for run in runs}
+        for facts_of in (result_facts, cost_facts, run_facts)
+    )
+    common = {
+        name: fact
+        for name, fact in trained[runs[0].label].items()
+        if all(facts.get(name) == fact for facts in trained.values())
+    }
+    rows = [row for facts in (results, costs, trained) for row in facts_table(facts).rows]
+    rows = [row for row in rows if row[0] not in common]
+    return Table(["", *results], rows, is_text=True), common
+
+
 def render(runs: Sequence[RunInputs]) -> str:
     """The page as HTML."""
     environment = Environment(
@@ -69,11 +91,8 @@ def render(runs: Sequence[RunInputs]) -> str:
     environment.filters["key"] = lambda style: Markup(key_svg(style))
     environment.filters["svg"] = lambda chart, prefix: Markup(chart_svg(chart, prefix))
     environment.filters["clip"] = clip
-    results = {run.label: result_facts(run) for run in runs}
-    costs = {run.label: cost_facts(run) for run in runs}
-    trained = {run.label: run_facts(run) for run in runs}
-    # Of several runs one table: all results come before what was trained.
-    rows = [row for facts in (results, costs, trained) for row in facts_table(facts).rows]
+    # Next to runs, an evaluation alone has nothing to compare at the top.
+    shown = [run for run in runs if run.records or run.manifest] or list(runs)
     page = environment.get_template(TEMPLATE).render(
         styles=Markup(files(PACKAGE).joinpath(STYLES).read_text("utf-8")),
         light=Markup(color_variables(dark=False)),
@@ -81,12 +100,12 @@ def render(runs: Sequence[RunInputs]) -> str:
         version=__version__,
         title=", ".join(run.label for run in runs),
         runs=runs,
-        record=record_line(runs[0]) if len(runs) == 1 else "",
+        record=record_line(shown[0]) if len(shown) == 1 else "",
         verdict=verdict(runs),
-        results=results[runs[0].label],
-        costs=costs[runs[0].label],
-        trained=trained[runs[0].label],
-        overview=Table(["", *results], rows, is_text=True),
+        top=overview(shown) if len(shown) > 1 else None,
+        results=result_facts(shown[0]),
+        costs=cost_facts(shown[0]),
+        trained=run_facts(shown[0]),
         sections=all_sections(runs),
         missing=missing(runs),
     )

@@ -153,12 +153,21 @@ def layers_section(runs: Sequence[RunInputs]) -> Section | None:
             (f"Every layer of {label}", tables.all_layers_table(curves))
             for label, curves in models.items()
         ],
-        folded_text=[
-            (f"Which layers to tap{f': {run.label}' if len(runs) > 1 else ''}", advice)
-            for run in runs
-            if (advice := run.evaluation.advice)
-        ],
+        folded_text=_advice(runs),
     )
+
+
+def _advice(runs: Sequence[RunInputs]) -> list[tuple[str, str]]:
+    """Title and text of each advice; that of an evaluation which runs share once."""
+    labels: dict[str, list[str]] = {}
+    for run in runs:
+        if run.evaluation.advice:
+            labels.setdefault(run.evaluation.advice, []).append(run.label)
+    title = "Which layers to tap"
+    return [
+        (title if len(labels) == 1 else f"{title}: {', '.join(names)}", advice)
+        for advice, names in labels.items()
+    ]
 
 
 def wins_section(runs: Sequence[RunInputs]) -> Section | None:

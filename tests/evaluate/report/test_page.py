@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo.evaluate.report.inputs import read_runs
-from megatron_idpo.evaluate.report.main import render
+from megatron_idpo.evaluate.report.main import overview, render
 from tests.sdpo.tiny_manifest import manifest
 
-from .example_runs import write_answers, write_everything, write_likelihood, write_run, write_steps
+from .example_runs import (
+    write_answers,
+    write_comparison,
+    write_everything,
+    write_likelihood,
+    write_run,
+    write_steps,
+)
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "base", "source", "embed"}
 LARGEST = 1_500_000
@@ -90,6 +97,34 @@ def test_page_of_several_runs(compared: str) -> None:
     assert "night, steps, alone" in page.text
     assert "Curriculum of steps" in page.text
     assert "night · trained" in page.text and "alone · other" in page.text
+
+
+def test_comparison_of_runs_separates_what_is_equal(tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain", layers=())
+    config = (plain / "config.yaml").read_text().replace("layers: [2]", "layers: []")
+    (plain / "config.yaml").write_text(config)
+    runs = read_runs([write_run(tmp_path / "tapped"), plain])
+    table, common = overview(runs)
+    assert table.heads == ["", "tapped", "plain"]
+    assert "Objective" in dict(table.rows) and "Held-out accuracy" in dict(table.rows)
+    assert {"Model", "Pairs", "Trained", "Optimizer"} <= set(common)
+    assert not set(common) & set(dict(table.rows))
+    assert "The same in all runs" in render(runs)
+
+
+def test_shared_evaluation_is_shown_once(tmp_path: Path) -> None:
+    """Each of these runs names the same `evaluate.output`."""
+    shared = tmp_path / "shared"
+    write_likelihood(shared, {"a": 0.6, "b": 0.7})
+    write_comparison(shared, "a", "b", ["aa", "ab", "aa"])
+    roots = [write_run(tmp_path / name) for name in ("a", "b")]
+    for root in roots:
+        with (root / "config.yaml").open("a") as file:
+            file.write(f"evaluate: {{output: {shared}}}\n")
+    text = Page(render(read_runs([*roots, shared]))).text
+    # The verdict, and the summary under win rates.
+    assert text.count("a against b: preferred in") == 1 and text.count("(sign test p =") == 1
+    assert text.count("Which layers to tap") == 1 and "to tap: a" not in text
 
 
 @pytest.mark.parametrize("which", ["everything", "compared"])
