@@ -73,7 +73,6 @@ def test_a_directory_is_preferred_to_the_table(tmp_path: Path):
     [
         "org/unknown-7b",
         "org/Llama-3.1-80B",
-        "no/such/directory",
         # Names that begin like those of the table, of models with other sizes.
         "HuggingFaceTB/SmolLM2-1.7B-Instruct",
         "HuggingFaceTB/SmolLM2-360M",
@@ -85,6 +84,12 @@ def test_a_directory_is_preferred_to_the_table(tmp_path: Path):
 )
 def test_unknown_models_are_refused_with_a_remedy(path):
     with pytest.raises(ConfigError, match="download its config"):
+        find_model(path)
+
+
+@pytest.mark.parametrize("path", ["no/such/directory", "./model", "/model"])
+def test_a_path_that_is_no_hub_name_is_not_offered_for_download(path):
+    with pytest.raises(ConfigError, match=f"{path} is not a directory; name a model directory"):
         find_model(path)
 
 
