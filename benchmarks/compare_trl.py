@@ -1,8 +1,10 @@
 """DPO with LoRA on a small real model: TRL's DPOTrainer and this package, speed and peak memory.
 
     python benchmarks/compare_trl.py --model DIR --data DIR [--rounds 2] [--save]
+    python benchmarks/compare_trl.py --model DIR --data PAIRS.jsonl --max-length 1024 [--seed 1]
 
-The directory of `--data` contains `alpaca_eval_gpt4.jsonl` and `finegrained_qa_feedback_dev.jsonl`.
+A directory of `--data` contains `alpaca_eval_gpt4.jsonl` and `finegrained_qa_feedback_dev.jsonl`; a
+file has pairs of your own. `--seed` draws the pairs, which are otherwise spread over the file.
 The model is SmolLM2-135M (`tools/smollm2.py`). Both sides train the same adapter (rank 16 on all
 linears, dropout 0) from the same initial values, on the same 32 pairs in the same order, 8 pairs
 per optimizer step, in the same precision, with the reference computed in every step by disabling
@@ -18,7 +20,8 @@ the adapter. They alternate; each measurement is a separate process with `--thre
 
 TRL runs with 4 pairs per device, 2 accumulation steps and otherwise its defaults, which include
 gradient checkpointing (`--trl` selects variants: see `TRL_VARIANTS`). This package runs rows of at
-most `--row-tokens` positions, cut to a multiple of `--trim-tokens`.
+most `--row-tokens` positions, cut to a multiple of `--trim-tokens`. With `--ours auto` it
+recomputes what it must to stay within `--memory-gb`.
 """
 
 import argparse
@@ -48,6 +51,9 @@ DATA = {
 }
 """File and `max_length`."""
 
+FILE_MAX_LENGTH = 1024
+"""`max_length` of a file of your own."""
+
 BATCH_PAIRS = 8
 TRL_VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -66,6 +72,7 @@ OUR_VARIANTS: dict[str, dict[str, Any]] = {
     "8 of 30 layers": {"recompute": "full", "recompute_layers": 8},
     "15 of 30 layers": {"recompute": "full", "recompute_layers": 15},
     "full": {"recompute": "full"},
+    "auto": {"recompute": "auto"},
 }
 LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "megatron-core")
 TIMEOUT_S = 3 * 3600
@@ -193,7 +200,7 @@ def compare(title: str, case: Case, options: Any, directory: Path) -> Compared:
     """Run both sides alternately."""
     result = Compared(title, case)
     rows = {"row_tokens": options.row_tokens, "trim_tokens": options.trim_tokens}
-    ours = {**rows, **OUR_VARIANTS[options.ours]}
+    ours = {**rows, **OUR_VARIANTS[options.ours], "memory_gb": options.memory_gb}
     theirs = TRL_VARIANTS[options.trl]
     ordered = str(Path(case.records).with_suffix(".ordered.jsonl"))
     for _ in range(options.rounds):
@@ -226,8 +233,8 @@ def report(compared: Sequence[Compared], options: Any) -> str:
         f"{versions}; commit {commit()}. The script describes what is measured.",
         "",
         f"TRL: {options.trl}; ours: rows of at most {options.row_tokens} positions, cut to a "
-        f"multiple of {options.trim_tokens}, recompute {options.ours}; {options.rounds} round(s) "
-        "in turns.",
+        f"multiple of {options.trim_tokens}, recompute {options.ours}"
+        f"{_limit(options)}; {options.rounds} round(s) in turns.",
         "",
         f"| {' | '.join(HEADS)} |",
         "|---" * len(HEADS) + "|",
@@ -246,6 +253,10 @@ def report(compared: Sequence[Compared], options: Any) -> str:
     return "\n".join([*lines, ""])
 
 
+def _limit(options: argparse.Namespace) -> str:
+    return f" within {options.memory_gb} GB" if options.memory_gb else ""
+
+
 def _steps(measured: Measured) -> str:
     ends_s = measured.step_ends_s
     return ", ".join(f"{end - begin:.1f}" for begin, end in pairwise(ends_s))
@@ -259,7 +270,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="Hugging Face directory of SmolLM2-135M")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--sets", nargs="+", choices=DATA, default=list(DATA))
-    parser.add_argument("--max-length", type=int, help="instead of each set's own")
+    parser.add_argument("--max-length", type=int, help=f"a file's is {FILE_MAX_LENGTH}")
+    parser.add_argument("--seed", type=int, help="draw the pairs instead of spreading them")
     parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--layers", type=json.loads, nargs="+", default=[[]], metavar="[20,25]")
     parser.add_argument("--pairs", type=int, default=32, help=f"a multiple of {BATCH_PAIRS}")
@@ -269,10 +281,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl", choices=TRL_VARIANTS, default="default")
     parser.add_argument("--ours", choices=OUR_VARIANTS, default="off", help="recompute")
+    parser.add_argument("--memory-gb", type=float, help="the limit of --ours auto")
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _sets(options: argparse.Namespace) -> list[tuple[str, Path, int]]:
+    """Name, file and `max_length` of each set."""
+    if options.data.is_file():
+        return [(options.data.stem, options.data, FILE_MAX_LENGTH)]
+    return [(name, options.data / DATA[name][0], DATA[name][1]) for name in options.sets]
 
 
 def main() -> None:
@@ -286,11 +306,10 @@ def main() -> None:
         directory = Path(name)
         adapter = directory / "adapter"
         write_adapter(options.model, adapter, Case.rank)
-        for set_name in options.sets:
-            file, max_length = DATA[set_name]
-            max_length = options.max_length or max_length
+        for set_name, file, set_length in _sets(options):
+            max_length = options.max_length or set_length
             records = directory / f"{set_name}.jsonl"
-            choose_records(options.data / file, records, options.model, max_length, options.pairs)
+            choose_records(file, records, options.model, max_length, options.pairs, options.seed)
             for dtype in options.dtypes:
                 for layers in options.layers:
                     case = Case(

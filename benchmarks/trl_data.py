@@ -1,5 +1,6 @@
 """The common input of both sides of a comparison with TRL: records and initial adapter."""
 
+import random
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from megatron_idpo.data.tokenize.dataset import load_pairs
 from megatron_idpo.data.tokenize.tokenizers import load_tokenizer
 
 
-def choose_records(source: Path, target: Path, model: str, max_length: int, pairs: int) -> None:
-    """Write `pairs` records, spread evenly over the file, in the order of training.
+def choose_records(
+    source: Path, target: Path, model: str, max_length: int, pairs: int, seed: int | None = None
+) -> None:
+    """Write `pairs` records in the order of training, spread evenly over the file or drawn by seed.
 
     Only pairs that both sides keep: those whose prompt is not too long.
     """
@@ -28,7 +31,11 @@ def choose_records(source: Path, target: Path, model: str, max_length: int, pair
     )
     rows = [int(kept.location(index).rpartition(":")[2]) for index in range(len(kept))]
     lines = source.read_text().splitlines()
-    chosen = [lines[rows[number * len(rows) // pairs] - 1] for number in range(pairs)]
+    if seed is None:
+        chosen_rows = [rows[number * len(rows) // pairs] for number in range(pairs)]
+    else:
+        chosen_rows = random.Random(seed).sample(rows, pairs)
+    chosen = [lines[row - 1] for row in chosen_rows]
     target.write_text("".join(f"{line}\n" for line in chosen))
     order = stream_pairs(0, pairs, num_pairs=pairs, seed=SEED)
     target.with_suffix(".ordered.jsonl").write_text(

@@ -5,7 +5,8 @@ steps (logs, checkpoints) is left out on both sides.
 
 Settings in `Case.side`: `row_tokens` (positions of a micro-batch), `trim_tokens` (what rows are cut
 to a multiple of: every length compiles separate kernels) and `recompute` (`off`, or `full`:
-activations are computed again in the backward pass; of `recompute_layers`, where that is there).
+activations are computed again in the backward pass; of `recompute_layers`, where that is there; or
+`auto` within `memory_gb`).
 """
 
 import tempfile
@@ -74,6 +75,7 @@ def _config(case: Case, output: str) -> dict[str, Any]:
         "trim_tokens": 32,
         "recompute": "off",
         "recompute_layers": None,
+        "memory_gb": None,
         **case.side,
     }
     objective: dict[str, Any] = {"beta": BETA, "layers": list(case.layers)}
@@ -106,6 +108,7 @@ def _config(case: Case, output: str) -> dict[str, Any]:
             "global_batch_pairs": case.batch_pairs,
             "recompute": side["recompute"],
             "recompute_layers": side["recompute_layers"],
+            "memory_gb": side["memory_gb"],
         },
     }
 
