@@ -7,8 +7,9 @@ process group is ended. Its result is a file in `runs/gpu/COMMIT`: a second call
 the first one stopped, and runs failed steps again, after those that have not been run. The
 summary is written to `benchmarks/results/gpu_DATE_DEVICE.md` at the end.
 
-`--phantom` rehearses it on a machine without a GPU (`docs/cuda.md`), with tiny models: all programs
-run to their end, and their times mean nothing.
+`--phantom` rehearses it on a machine without a GPU (`docs/cuda.md`): all programs run to their end.
+Tests, head and `tiny` compute, in small sizes; the steps of 1B to 8B have their real shapes, whose
+memory counts, and compute nothing. Times mean nothing.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 BUDGET_S = 540.0
 LIMIT = 3
 """Times the expected duration: a step that hangs does not take the time of the later ones."""
+
+ARITHMETIC = "PHANTOM_ARITHMETIC"
+"""The variable of `megatron_idpo.testing.phantom_gpu`, which this process must not import."""
 
 OUTPUT_LINES = 40
 """Of a step, kept in its result."""
@@ -53,10 +57,13 @@ class Step:
     rehearsed: tuple[str, ...] | None = None
     """Instead, on a phantom GPU; None: the step is not rehearsed."""
 
+    arithmetic: str = "eager"
+    """Of the phantom GPU; `none` for shapes that no CPU computes."""
+
 
 def _step_of(case: str, expected_s: float) -> Step:
     words = ("benchmarks/gpu_step.py", case)
-    return Step(case, words, expected_s)
+    return Step(case, words, expected_s, (*words, "--steps", "1"), arithmetic="none")
 
 
 _TESTS = (
@@ -105,9 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     steps = [step for step in STEPS if not arguments.only or step.name in arguments.only]
     if arguments.phantom:
-        steps = [
-            Step(step.name, step.rehearsed, step.expected_s) for step in steps if step.rehearsed
-        ]
+        steps = [replace(step, words=step.rehearsed) for step in steps if step.rehearsed]
     name = _commit() + ("-phantom" if arguments.phantom else "")
     output = arguments.output or ROOT / "runs" / "gpu" / name
     results = run_steps(steps, output, arguments.budget_s, _environment(phantom=arguments.phantom))
@@ -156,7 +161,10 @@ def run_steps(
 
 
 def _run(step: Step, limit_s: float, environment: dict[str, str]) -> dict[str, Any]:
-    inside = [str(Path(__file__)), "--inside"] if "PHANTOM_ARITHMETIC" in environment else []
+    inside: list[str] = []
+    if ARITHMETIC in environment:
+        inside = [str(Path(__file__)), "--inside"]
+        environment = {**environment, ARITHMETIC: step.arithmetic}
     command = [sys.executable, "-W", "ignore", *inside, *step.words]
     start_s = time.monotonic()
     # A group, so that processes which a test has started end with it and free the GPU.
@@ -181,6 +189,8 @@ def _run(step: Step, limit_s: float, environment: dict[str, str]) -> dict[str, A
 def summarize(results: dict[str, dict[str, Any]], device: str) -> str:
     """The results as Markdown."""
     lines = [f"# `make gpu` on {device}", "", f"{date.today()}, commit {_commit()}.", ""]
+    if device == "phantom":
+        lines += ["A rehearsal: no GPU took part, so memory counts and times mean nothing.", ""]
     steps = {name: result["measured"] for name, result in results.items() if result["measured"]}
     if steps:
         head = "| case | peak GB | planned GB | reserved GB | GPU used GB | planned total GB "

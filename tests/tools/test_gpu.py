@@ -8,6 +8,9 @@ from pathlib import Path
 import gpu
 import pytest
 
+PLANNED_REL = 0.05
+"""What `plan` promises."""
+
 MEASURED = {
     "peak_bytes": 41e9,
     "planned_bytes": 40e9,
@@ -93,4 +96,7 @@ def test_everything_can_be_rehearsed_on_a_phantom_gpu(has_phantom_gpu: None, tmp
     assert code == 0, results
     assert set(results) == {one.name for one in gpu.STEPS if one.rehearsed}
     assert results["tiny"]["measured"]["peak_bytes"] > 0
+    for name in ("8b-lora-tap", "1b-full-tap", "3b-lora-tap-recompute"):
+        measured = results[name]["measured"]
+        assert measured["peak_bytes"] == pytest.approx(measured["planned_bytes"], rel=PLANNED_REL)
     assert "passed" in results["tests"]["output"][-1]
