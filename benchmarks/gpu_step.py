@@ -3,9 +3,9 @@
     python benchmarks/gpu_step.py CASE [--steps 5]
 
 Prints a line of JSON. The model has the sizes of a real one; weights are random, so that nothing is
-downloaded. Rows are full pairs of 1024 positions. The first step compiles; then `--steps` steps are
-timed, and the median counts. On a phantom GPU without arithmetic, in the rehearsal of `make gpu`
-(`tools/gpu.py`), memory is that of a GPU and times mean nothing.
+downloaded. Rows are full of pairs of 1024 positions. The first step compiles; then `--steps` steps
+are timed, and the median counts. On a phantom GPU without arithmetic, in the rehearsal of
+`make gpu` (`tools/gpu.py`), memory is that of a GPU and times mean nothing.
 """
 
 import argparse
@@ -50,6 +50,10 @@ MODELS = {
 """The shapes of Llama 3.1 and 3.2, with untied embeddings."""
 
 
+PAIR_TOKENS = 1024
+"""Positions of a pair in `random_step.full_batch`."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A row of the table."""
@@ -61,6 +65,11 @@ class Case:
     recompute: str = "off"
     row_tokens: int = 4096
     dtype: str = "bf16"
+
+    @property
+    def pairs(self) -> int:
+        """Of a step: as `random_step.full_batch` fills the rows."""
+        return max(self.row_tokens // PAIR_TOKENS, 1) * self.rows
 
 
 CASES = {
@@ -90,16 +99,18 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
 
     from megatron_idpo.mcore.model.architecture import Architecture
     from megatron_idpo.mcore.parallel.world import distributed_world, running_layout
-    from megatron_idpo.testing.random_step import full_batch, random_step
+    from megatron_idpo.testing import random_step as random_weights
 
+    assert random_weights.PAIR_TOKENS == PAIR_TOKENS
     config, hf_config = _config(case), MODELS[case.model]
     with ExitStack() as stack:
         stack.enter_context(distributed_world())
         stack.enter_context(running_layout(config.layout))
         computes = os.environ.get("PHANTOM_ARITHMETIC") != "none"
-        stepper = random_step(config, Architecture.from_hf(hf_config), is_alone=not computes)
+        architecture = Architecture.from_hf(hf_config)
+        stepper = random_weights.random_step(config, architecture, is_alone=not computes)
         train_step = stack.enter_context(stepper)
-        batch = full_batch(case.row_tokens, case.rows, 1)
+        batch = random_weights.full_batch(case.row_tokens, case.rows, 1)
         seconds = []
         for step in range(1, steps + 2):
             torch.cuda.synchronize()
@@ -123,6 +134,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         "first_step_s": seconds[0],
         "step_s": step_s,
         "estimated_step_s": plan.time.step,
+        "pairs_per_s": case.pairs / step_s,
         "tokens_per_s": case.rows * case.row_tokens / step_s,
         "mfu": flops / step_s / plan.device.peak_flops,
     }
@@ -147,9 +159,8 @@ def _plan(case: Case, config: RunConfig, hf_config: dict[str, Any], name: str) -
     run = RunSizes.of(config, sizes, 1, Assumptions(pair_tokens=case.row_tokens))
     # Attention is that of shorter pairs.
     plan = Plan.of(run, device_of(name) or DEVICES["h100"])
-    pairs = max(case.row_tokens // 1024, 1) * case.rows
-    assumed = replace(run.assumed, pair_tokens=min(case.row_tokens, 1024))
-    filled = Plan.of(replace(run, global_batch_pairs=pairs, assumed=assumed), plan.device)
+    assumed = replace(run.assumed, pair_tokens=min(case.row_tokens, PAIR_TOKENS))
+    filled = Plan.of(replace(run, global_batch_pairs=case.pairs, assumed=assumed), plan.device)
     return replace(plan, time=filled.time)
 
 

@@ -39,6 +39,9 @@ ARITHMETIC = "PHANTOM_ARITHMETIC"
 OUTPUT_LINES = 40
 """Of a step, kept in its result."""
 
+TRL = "trl-"
+"""Before the name of a case: TRL's side of it."""
+
 HEAD_SIZE, TINY = "8192x4096x151936", "64x32x512"
 """Targets x hidden size x vocabulary."""
 
@@ -66,8 +69,13 @@ def _step_of(case: str, expected_s: float) -> Step:
     return Step(case, words, expected_s, (*words, "--steps", "1"), arithmetic="none")
 
 
+def _trl_step(case: str, expected_s: float) -> Step:
+    name = "benchmarks/gpu_trl.py"
+    return Step(f"{TRL}{case}", (name, case), expected_s, (name, "tiny", "--steps", "1"))
+
+
 _TESTS = (
-    *("-m", "pytest", "-q", "-m", "gpu"),
+    *("-m", "pytest", "-q", "-p", "no:warnings", "-m", "gpu"),
     "tests/plugin/test_logprobs.py",
     "tests/mcore/attention/test_gpu.py",
     "tests/mcore/lora/test_frozen_linear.py",
@@ -85,14 +93,21 @@ STEPS = (
         40,
         (*_HEAD, TINY, "--memory-size", TINY),
     ),
+    _trl_step("8b-lora-tap", 60),
     _step_of("1b-full-tap", 40),
     _step_of("8b-lora", 40),
     _step_of("1b-lora-tap", 30),
     _step_of("1b-lora", 30),
+    replace(_trl_step("1b-lora", 40), rehearsed=None),
     _step_of("3b-lora-tap-recompute", 30),
+    replace(_trl_step("8b-lora", 60), rehearsed=None),
+    replace(_trl_step("1b-lora-tap", 40), rehearsed=None),
     Step("tiny", ("benchmarks/gpu_step.py", "tiny"), 20, ("benchmarks/gpu_step.py", "tiny")),
 )
-"""The most valuable first: correctness, then memory and speed at 8B with a tap, then the head."""
+"""The most valuable first: correctness, memory and speed at 8B with a tap, the head, TRL's speed.
+
+All together take more than the default time: a second call continues.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,8 +205,9 @@ def summarize(results: dict[str, dict[str, Any]], device: str) -> str:
     """The results as Markdown."""
     lines = [f"# `make gpu` on {device}", "", f"{date.today()}, commit {_commit()}.", ""]
     if device == "phantom":
-        lines += ["A rehearsal: no GPU took part, so memory counts and times mean nothing.", ""]
-    steps = {name: result["measured"] for name, result in results.items() if result["measured"]}
+        lines += ["A rehearsal without a GPU: memory counts, times mean nothing.", ""]
+    measured = {name: result["measured"] for name, result in results.items() if result["measured"]}
+    steps = {name: one for name, one in measured.items() if "planned_bytes" in one}
     if steps:
         head = "| case | peak GB | planned GB | reserved GB | GPU used GB | planned total GB "
         lines += [head + "| step s | estimate s | tokens/s | MFU |", "|---" * 10 + "|"]
@@ -202,11 +218,31 @@ def summarize(results: dict[str, dict[str, Any]], device: str) -> str:
                 f"| {name} | {sizes} | {one['step_s']:.3f} "
                 f"| {one['estimated_step_s']:.3f} | {one['tokens_per_s']:,.0f} | {one['mfu']:.1%} |"
             )
+    if device != "phantom":  # which runs TRL in another size
+        lines += _against_trl(measured)
     for name, result in results.items():
         if result["code"] or not result["measured"]:
             lines += ["", f"## {name}: code {result['code']}, {result['wall_s']:.0f} s", "", "```"]
             lines += [*result["output"], "```"]
     return "\n".join(lines) + "\n"
+
+
+def _against_trl(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """Pairs per second and peak memory of the cases that TRL has run too."""
+    both = [name for name in measured if f"{TRL}{name}" in measured]
+    if not both:
+        return []
+    head = "| case | pairs/s | TRL, pairs/s | ratio | peak GB | TRL, peak GB | Liger |"
+    lines = ["", head, "|---" * 7 + "|"]
+    for name in both:
+        ours, theirs = measured[name], measured[f"{TRL}{name}"]
+        speeds = ours["pairs_per_s"], theirs["pairs_per_s"]
+        sizes = f"{ours['peak_bytes'] / 1e9:.2f} | {theirs['trl_peak_bytes'] / 1e9:.2f}"
+        lines.append(
+            f"| {name} | {speeds[0]:.2f} | {speeds[1]:.2f} | {speeds[0] / speeds[1]:.2f} "
+            f"| {sizes} | {'yes' if theirs['liger'] else 'no'} |"
+        )
+    return lines
 
 
 def _environment(*, phantom: bool) -> dict[str, str]:

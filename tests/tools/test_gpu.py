@@ -80,6 +80,15 @@ def test_the_summary_has_measured_against_planned(tmp_path: Path):
     )
 
 
+def test_the_summary_compares_with_trl(tmp_path: Path):
+    ours = {**MEASURED, "pairs_per_s": 30.0}
+    theirs = {"pairs_per_s": 12.0, "trl_peak_bytes": 60e9, "step_s": 1.0, "liger": False}
+    sides = {"8b": ours, "trl-8b": theirs}
+    steps = [step(name, f"print({json.dumps(json.dumps(one))})") for name, one in sides.items()]
+    summary = gpu.summarize(run(steps, tmp_path), "NVIDIA H100")
+    assert "| 8b | 30.00 | 12.00 | 2.50 | 41.00 | 60.00 | no |" in summary
+
+
 def test_steps_are_unique_and_their_programs_exist():
     assert len({one.name for one in gpu.STEPS}) == len(gpu.STEPS)
     for one in gpu.STEPS:
