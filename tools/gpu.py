@@ -75,7 +75,7 @@ def _trl_step(case: str, expected_s: float) -> Step:
 
 
 _TESTS = (
-    *("-m", "pytest", "-q", "-p", "no:warnings", "-m", "gpu"),
+    *("-m", "pytest", "-q", "--disable-warnings", "-m", "gpu"),
     "tests/plugin/test_logprobs.py",
     "tests/mcore/attention/test_gpu.py",
     "tests/mcore/lora/test_frozen_linear.py",
