@@ -60,6 +60,11 @@ def test_virtual_stages_train_and_export(tiny, gpu_workers, workers, tmp_path):
     train_on_both((gpu_workers, workers), 2, tiny, tmp_path, layout=layout)
 
 
+def test_all_weights_gathered_during_the_forward_pass(tiny, gpu_workers, workers, tmp_path):
+    """On two data-parallel ranks, with a sharded optimizer."""
+    train_on_both((gpu_workers, workers), 2, tiny, tmp_path)
+
+
 def test_experts_on_two_ranks_train_and_export(gpu_workers, workers, tmp_path):
     files = write_files(tmp_path, **CUDA_SIZES)
     write_tiny_hf_model(
