@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from typing import Any
 
 from pydantic import BaseModel
@@ -49,7 +50,8 @@ def config_reference() -> str:
         ("Models of `evaluate`", EvalModelConfig),
     ):
         parts.append(_part(f"### {title}", section))
-    return "\n".join(parts)
+    # Docstrings name documents by their paths in the repository; the page is one of them.
+    return re.sub(r"\(docs/(\w+\.md)\)", r"([\1](\1))", "\n".join(parts))
 
 
 def _part(heading: str, section: type[BaseModel]) -> str:
