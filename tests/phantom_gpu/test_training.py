@@ -32,6 +32,9 @@ WEIGHT_TOLERANCE = 5e-6
 MAX_WAITS = 2
 """Of the host in a step: the sums for the log, and the gradient norm."""
 
+MAX_LAUNCHES = 840
+"""Kernels and products of a step: 812 with torch 2.14.1, not compiled."""
+
 # Tensor and sequence parallelism: `test_command_line_trains_with_two_gpus`.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -172,3 +175,8 @@ def test_copies_for_a_save_are_pinned_and_waited_for_once(on_gpu):
 def test_a_step_waits_for_the_gpu_a_few_times_only(on_gpu):
     for counts, waits in on_gpu("one").found["steps"][1:]:
         assert counts.syncs <= MAX_WAITS, waits
+
+
+def test_a_step_launches_few_kernels(on_gpu):
+    for counts, _ in on_gpu("one").found["steps"][1:]:
+        assert counts.launches + counts.gemms <= MAX_LAUNCHES
