@@ -17,13 +17,12 @@ truncated, and those longer than a row are left out. `--save` writes to `benchma
 
 import argparse
 from datetime import date
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from packing import Lengths, LengthsOnly, estimated_lengths, tokenized_lengths
-from result_file import ROOT, commit, processor, save_result
+from pair_lengths import Lengths, LengthsOnly, add_arguments, how_counted, lengths_of_files
+from result_file import commit, processor, report_result
 
 from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches
 from megatron_idpo.data.packing.dealing import block_tokens, deal_positions, keys_seen
@@ -99,19 +98,14 @@ def rows_of(lengths_P3: Lengths, row_tokens: int) -> list[Row]:
 def main() -> None:
     """Measure and print; save on request."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, help="chat preference files (jsonl)")
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--tokenizer", help="directory or hub name of a tokenizer")
-    kind.add_argument("--synthetic-lengths", action="store_true", help="one token per 4 bytes")
-    parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
+    add_arguments(parser)
     options = parser.parse_args()
-    counted = "one token per 4 bytes" if options.synthetic_lengths else Path(options.tokenizer).name
     lines = [
         "# Balance of context-parallel ranks",
         "",
         f"`benchmarks/balance.py`, {date.today()}, commit {commit()}, {processor()}; tokens: "
-        f"{counted}. Fullest rank over the mean, largest value of any row. The script describes "
-        "the columns.",
+        f"{how_counted(options)}. Fullest rank over the mean, largest value of any row. The script "
+        "describes the columns.",
         "",
         "## One pair that fills the row",
         "",
@@ -121,20 +115,12 @@ def main() -> None:
         pair = LengthsOnly(np.array([[row_tokens - 2 * answer, answer, answer]], np.int32))[0]
         name = f"{row_tokens:,}, answers of {answer:,}"
         lines += report_rows(name, [Row.build([pair], row_tokens, 0)])
-    for path in options.files or sorted((ROOT.parent / "shared" / "data").glob("*.jsonl")):
-        lengths_P3 = (
-            estimated_lengths(path)
-            if options.synthetic_lengths
-            else tokenized_lengths(path, options.tokenizer)
-        )
+    for name, lengths_P3 in lengths_of_files(options):
         medians = "/".join(str(int(median)) for median in np.median(lengths_P3, axis=0))
-        lines += ["", f"## {path.stem}: {len(lengths_P3):,} pairs, median {medians}", "", HEADER]
+        lines += ["", f"## {name}: {len(lengths_P3):,} pairs, median {medians}", "", HEADER]
         for row_tokens in ROWS_TOKENS:
             lines += report_rows(f"{row_tokens:,}", rows_of(lengths_P3, row_tokens))
-    text = "\n".join(lines)
-    print(text)
-    if options.save:
-        save_result("balance", text)
+    report_result("balance", "\n".join(lines), save=options.save)
 
 
 if __name__ == "__main__":

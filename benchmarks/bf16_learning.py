@@ -30,7 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from compare_trl import LIBRARIES, measure
-from result_file import ROOT, commit, processor, save_result
+from result_file import ROOT, commit, processor, report_result
 from trl_case import Case, Measured
 from trl_data import choose_records, write_adapter
 
@@ -191,9 +191,7 @@ def main() -> None:
     """Measure and print; save on request."""
     options = arguments()
     text = report(compare(options), options)
-    print(text)
-    if options.save:
-        save_result("bf16-learning", text)
+    report_result("bf16-learning", text, save=options.save)
 
 
 if __name__ == "__main__":

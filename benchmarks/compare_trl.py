@@ -41,7 +41,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from result_file import ROOT, commit, processor, save_result
+from result_file import ROOT, commit, processor, report_result
 from trl_case import Case, Measured
 from trl_data import choose_records, write_adapter
 
@@ -326,9 +326,7 @@ def main() -> None:
                     title = f"{set_name} at {max_length}, {dtype}{message}"
                     compared.append(compare(title, case, options, directory))
     text = report(compared, options)
-    print(text)
-    if options.save:
-        save_result("compare-trl", text)
+    report_result("compare-trl", text, save=options.save)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ Then it streams a million random pairs and prints the memory in use. Pairs are t
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -34,79 +33,18 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from numpy.typing import NDArray
-from result_file import ROOT, processor, save_result
+from pair_lengths import Lengths, LengthsOnly, add_arguments, how_counted, lengths_of_files
+from result_file import processor, report_result
 
 from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches
 from megatron_idpo.data.packing.plan import VISITS_PER_TOKEN, attention_visits, plan_rows
-from megatron_idpo.data.pairs import Pair, pair_tokens, stream_pairs
+from megatron_idpo.data.pairs import pair_tokens, stream_pairs
 
 TRL_BATCH_PAIRS = 4
 REQUIRED_FILL = 0.97
-BYTES_PER_TOKEN = 4
-TEMPLATE_TOKENS = 4  # Approximate tokens that a chat template adds to a message.
 BATCHES_PAIRS = (32, 64, 128, 256, 512)
 DATA_SIZES = (1, 8)
 RANDOM_MEDIANS = {"random, short": (122, 29, 37), "random, long prompts": (713, 101, 97)}
-Lengths = NDArray[np.int32]
-
-
-class LengthsOnly:
-    """Pairs of given lengths with one token id: packing does not read tokens."""
-
-    def __init__(self, lengths_P3: Lengths) -> None:
-        """Args: prompt, chosen and rejected lengths, int [P, 3]."""
-        self.lengths_P3 = lengths_P3
-
-    def __len__(self) -> int:
-        """The number of pairs."""
-        return len(self.lengths_P3)
-
-    def __getitem__(self, index: int, /) -> Pair:
-        """A pair with freshly made tokens, so that making them is timed too."""
-        prompt, chosen, rejected = self.lengths_P3[index]
-        return Pair(
-            index,
-            np.full(prompt, 7, np.int32),
-            np.full(chosen, 7, np.int32),
-            np.full(rejected, 7, np.int32),
-        )
-
-
-def tokenized_lengths(path: Path, tokenizer_path: str) -> Lengths:
-    """Prompt, chosen and rejected tokens of every record of a chat preference file."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False)
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = (
-            "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-        )
-    texts: list[str] = []
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        prompt = tokenizer.apply_chat_template(
-            record["prompt"], add_generation_prompt=True, tokenize=False
-        )
-        texts.append(prompt)
-        for answer in (record["chosen"], record["rejected"]):
-            whole = tokenizer.apply_chat_template(record["prompt"] + answer, tokenize=False)
-            texts.append(whole[len(prompt) :])
-    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    return np.array(counts, np.int32).reshape(-1, 3)
-
-
-def estimated_lengths(path: Path) -> Lengths:
-    """The same at `BYTES_PER_TOKEN`, with `TEMPLATE_TOKENS` for every message."""
-
-    def tokens(messages: list[dict[str, str]]) -> int:
-        num_bytes = sum(len(message["content"].encode()) for message in messages)
-        return -(-num_bytes // BYTES_PER_TOKEN) + TEMPLATE_TOKENS * len(messages)
-
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    fields = ("prompt", "chosen", "rejected")
-    return np.array([[tokens(record[field]) for field in fields] for record in records], np.int32)
 
 
 def made_up_lengths(num_pairs: int, medians: tuple[int, int, int]) -> Lengths:
@@ -287,46 +225,33 @@ def command() -> str:
 def main() -> None:
     """Measure and print; save on request."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, help="chat preference files (jsonl)")
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--tokenizer", help="directory or hub name of a tokenizer")
-    kind.add_argument("--synthetic-lengths", action="store_true", help="one token per 4 bytes")
+    add_arguments(parser)
     parser.add_argument("--row-tokens", type=int, default=4096)
     parser.add_argument("--trim-tokens", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--stream-pairs", type=int, default=1_000_000)
-    parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
     options = parser.parse_args()
 
-    counted = "one token per 4 bytes" if options.synthetic_lengths else Path(options.tokenizer).name
     lines = [
         "# Packing",
         "",
         f"    {command()}",
         "",
-        f"{date.today()}, {processor()}; tokens: {counted}; rows of at most {options.row_tokens}, "
-        f"max_length {options.max_length}. The script describes the columns.",
+        f"{date.today()}, {processor()}; tokens: {how_counted(options)}; rows of at most "
+        f"{options.row_tokens}, max_length {options.max_length}. The script describes the columns.",
         "",
     ]
-    files = options.files or sorted((ROOT.parent / "shared" / "data").glob("*.jsonl"))
-    for path in files:
-        lengths_P3 = (
-            estimated_lengths(path)
-            if options.synthetic_lengths
-            else tokenized_lengths(path, options.tokenizer)
-        )
+    files = list(lengths_of_files(options))
+    for name, lengths_P3 in files:
         kept_P3 = truncate(lengths_P3, options.max_length)
-        lines += report_file(path.stem, kept_P3, options.row_tokens, options.trim_tokens)
+        lines += report_file(name, kept_P3, options.row_tokens, options.trim_tokens)
     if not files:
         for name, medians in RANDOM_MEDIANS.items():
             kept_P3 = truncate(made_up_lengths(4000, medians), options.max_length)
             lines += report_file(name, kept_P3, options.row_tokens, options.trim_tokens)
     if options.stream_pairs:
         lines += report_stream(options.stream_pairs, options.row_tokens)
-    text = "\n".join(lines)
-    print(text)
-    if options.save:
-        save_result("packing", text)
+    report_result("packing", "\n".join(lines), save=options.save)
 
 
 if __name__ == "__main__":

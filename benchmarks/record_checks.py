@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from result_file import ROOT, commit, processor, save_result
+from result_file import ROOT, commit, processor, report_result
 
 from megatron_idpo.data.sources import preferences
 from megatron_idpo.data.sources.readers import RawRow, read_file
@@ -116,9 +116,7 @@ def main() -> None:
             *rows,
         ]
     )
-    print(text)
-    if options.save:
-        save_result("record-checks", text)
+    report_result("record-checks", text, save=options.save)
 
 
 if __name__ == "__main__":

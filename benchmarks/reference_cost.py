@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from compare_trl import LIBRARIES
-from result_file import commit, processor, save_result
+from result_file import commit, processor, report_result
 from torch import Tensor
 from trl_case import Clock
 from trl_data import choose_records
@@ -275,9 +275,7 @@ def main() -> None:
         message = in_a_process("time", Path(name))
     steps = {name: [Step(*each) for each in found] for name, found in message.items()}
     text = report(steps, peaks, options)
-    print(text)
-    if options.save:
-        save_result("reference-cost", text)
+    report_result("reference-cost", text, save=options.save)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,13 @@ def commit(checkout: Path = ROOT) -> str:
     return message.stdout.strip() or "unknown"
 
 
+def report_result(benchmark: str, text: str, *, save: bool) -> None:
+    """Print a report; with `save`, also `save_result`."""
+    print(text)
+    if save:
+        save_result(benchmark, text)
+
+
 def save_result(benchmark: str, text: str, hardware: str | None = None) -> None:
     """Write `results/BENCHMARK_DATE_HARDWARE.md`, which replaces the result of the same day.
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from result_file import commit, processor, save_result
+from result_file import commit, processor, report_result
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
 from megatron_idpo.config.load import load_config
@@ -79,10 +79,9 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         text = report(options, Path(directory))
-    print(text)
-    if options.save:
-        kind = "-emulated" if ISA in os.environ else ""
-        save_result(f"start-noise-{options.data.stem.split('_')[0]}{kind}", text)
+    kind = "-emulated" if ISA in os.environ else ""
+    name = f"start-noise-{options.data.stem.split('_')[0]}{kind}"
+    report_result(name, text, save=options.save)
     return 0
 
 

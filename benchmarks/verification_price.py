@@ -43,7 +43,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 import xxhash
-from result_file import commit, processor, save_result
+from result_file import commit, processor, report_result
 
 from megatron_idpo.checkpoint.contents import Contents, read_contents, write_contents
 from megatron_idpo.checkpoint.dcp_planner import read_chunks, write_chunks
@@ -271,9 +271,7 @@ def main() -> None:
             *speeds,
         ]
     )
-    print(text)
-    if options.save:
-        save_result("verification-price", text)
+    report_result("verification-price", text, save=options.save)
 
 
 if __name__ == "__main__":
