@@ -14,27 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, logsigmoid
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from tests.oracle import losses, pair_losses, sequence_logps, train_steps
+from tests.oracle import pair_losses, sequence_logps, train_steps
 
-LAYERS, BETA, WEIGHT = 4, 0.3, 0.4
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": None,
-}
-# Three pairs whose six sequences have different lengths; one response is a single token.
-LENGTHS = ((3, 4, 2), (6, 1, 5), (2, 7, 3))
+from .oracle_models import (
+    BETA,
+    LAYERS,
+    LENGTHS,
+    ROUNDING,
+    WEIGHT,
+    assert_gradients_equal,
+    gradients,
+    make_model,
+    make_pairs,
+    mean_losses,
+)
 
-ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
-"""float64 sums in another order, over a few thousand operations."""
 FP32_RELATIVE = 1e-5
 """Log-probabilities of some ten nats through four layers of fp32."""
 LN2_ATOL = 1e-6
@@ -43,91 +38,12 @@ DIFFERENCE_RELATIVE = 1e-6
 """Central differences of step 1e-5 have an error of about 1e-10 of the third derivative."""
 
 
-def make_model(*, tied=False, window=None, dtype=torch.float64, seed=0, **changes):
-    """A random model of 4 layers; `window` makes it a Mistral with that sliding window.
-
-    In float64 its norms are replaced: those of Transformers always compute in fp32.
-    """
-    torch.manual_seed(seed)
-    sizes = SIZES | {"tie_word_embeddings": tied} | changes
-    if window:
-        model = MistralForCausalLM(MistralConfig(sliding_window=window, **sizes))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**sizes))
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # all ones would hide a norm that is applied twice or not at all
-            torch.nn.init.uniform_(parameter, 0.5, 2.0)
-    if dtype == torch.float64:
-        norms = [n for n, module in model.named_modules() if type(module).__name__.endswith("Norm")]
-        for name in norms:
-            exact = torch.nn.RMSNorm(SIZES["hidden_size"], eps=model.config.rms_norm_eps)
-            exact.weight = model.get_submodule(name).weight
-            model.set_submodule(name, exact)
-    return model.to(dtype).eval()
-
-
-def make_pairs(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        tuple(torch.randint(48, (n,), generator=generator).tolist() for n in lengths)
-        for lengths in LENGTHS
-    ]
-
-
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def models(request):
-    """A policy and a reference that differ."""
-    return make_model(tied=request.param), make_model(tied=request.param, seed=1)
-
-
-@pytest.fixture
-def model(models):
-    return models[0]
-
-
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def stock(request):
-    """A model as Transformers creates it, in fp32."""
-    return make_model(tied=request.param, dtype=torch.float32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices are too small for several threads to help."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 PAIRS = make_pairs()
 ALL = range(1, LAYERS + 1)
 
 
-def mean_losses(policy, reference, pairs, layers, *, beta=BETA, weight=WEIGHT, **options):
-    read = [*layers, LAYERS]
-    with torch.no_grad():
-        reference_logps = reference and sequence_logps(reference, pairs, read)
-    policy_logps = sequence_logps(policy, pairs, read)
-    return losses(policy_logps, reference_logps, pairs, layers, beta, weight, **options)
-
-
-def gradients(model, loss):
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    grads = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-    return dict(zip(names, grads, strict=True))
-
-
-def assert_gradients_equal(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(
-            actual[name], gradient, **ROUNDING, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
 def test_oracle_is_short_and_imports_nothing_of_the_package():
-    source = (Path(__file__).parent / "oracle.py").read_text()
+    source = (Path(__file__).parents[1] / "oracle.py").read_text()
     assert len(source.splitlines()) <= 210
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE))
     assert imported <= {*sys.stdlib_module_names, "torch"}
@@ -307,81 +223,6 @@ def test_reference_of_the_final_layer_and_no_reference(models):
             torch.testing.assert_close(actual.by_layer[k], -logsigmoid(margins).mean(), **ROUNDING)
 
 
-BATCHES = [make_pairs(1), make_pairs(2)]  # the third step repeats the first batch
-STEPS = {"beta": BETA, "intermediate_weight": WEIGHT, "lr": 0.05}
-
-
-def by_hand(model, optimizer, lr, eps=1e-4):
-    """Three steps with the initial model as reference and the optimizer's update rule."""
-    policy, initial = copy.deepcopy(model), model
-    first = {n: torch.zeros_like(p) for n, p in policy.named_parameters()}
-    second = {n: torch.zeros_like(p) for n, p in policy.named_parameters()}
-    totals = []
-    for step, batch in enumerate([*BATCHES, BATCHES[0]], start=1):
-        loss = mean_losses(policy, initial, batch, [1, 3]).total
-        totals.append(loss.detach())
-        grads = gradients(policy, loss)
-        for name, parameter in policy.named_parameters():
-            g = grads[name]
-            first[name] = 0.9 * first[name] + 0.1 * g
-            second[name] = 0.999 * second[name] + 0.001 * g * g
-            m, v = first[name] / (1 - 0.9**step), second[name] / (1 - 0.999**step)
-            parameter.data -= lr * (g if optimizer == "sgd" else m / (v.sqrt() + eps))
-    return totals, dict(policy.named_parameters())
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_three_steps_follow_the_optimizers_update_rule(model, optimizer):
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    run = train_steps(model, "initial", BATCHES, [1, 3], optimizer=optimizer, **STEPS)
-    totals, weights = by_hand(model, optimizer, STEPS["lr"])
-    torch.testing.assert_close([step.total for step in run["losses"]], totals, **ROUNDING)
-    assert run["losses"][1].total != pytest.approx(math.log(2), abs=1e-3)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(run["weights"][name], weights[name].detach(), **ROUNDING)
-        assert torch.equal(parameter, before[name])
-        assert not torch.equal(run["weights"][name], before[name])
-    again = train_steps(model, "initial", BATCHES, [1, 3], optimizer=optimizer, **STEPS)
-    for kind in ("gradients", "weights"):
-        assert all(torch.equal(run[kind][name], value) for name, value in again[kind].items())
-
-
-HEAD = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-
-
-@pytest.mark.parametrize(
-    ("options", "is_trained"),
-    [
-        ({"frozen_head": True}, lambda name: name not in HEAD),
-        ({"trainable": "norm", "frozen_head": True}, lambda name: "layernorm" in name),
-        ({"trainable": r"\.[qv]_proj\."}, lambda name: "q_proj" in name or "v_proj" in name),
-    ],
-)
-def test_only_selected_parameters_are_trained(model, options, is_trained):
-    full = train_steps(model, "initial", BATCHES, [1, 3], **STEPS)
-    run = train_steps(model, "initial", BATCHES, [1, 3], **STEPS, **options)
-    names = list(dict(model.named_parameters()))
-    assert set(run["weights"]) == set(names)
-    assert list(run["gradients"]) == [name for name in names if is_trained(name)]
-    for name, parameter in model.named_parameters():
-        assert torch.equal(run["weights"][name], parameter) is not is_trained(name), name
-    # Freezing a parameter does not change the gradients of others.
-    assert_gradients_equal(run["gradients"], {n: full["gradients"][n] for n in run["gradients"]})
-
-
-def test_tied_projection_is_one_parameter_with_the_summed_gradient():
-    model = make_model(tied=True)
-    untied = make_model(tied=False)
-    untied.load_state_dict(model.state_dict())
-    assert torch.equal(untied.lm_head.weight, untied.model.embed_tokens.weight)
-    other = make_model(tied=False, seed=1)
-    runs = [train_steps(m, other, BATCHES, [1, 3], **STEPS) for m in (model, untied)]
-    one, two = (run["gradients"] for run in runs)
-    assert "lm_head.weight" not in one
-    both = two["model.embed_tokens.weight"] + two["lm_head.weight"]
-    torch.testing.assert_close(one["model.embed_tokens.weight"], both, **ROUNDING)
-
-
 def test_invalid_arguments_are_rejected():
     model = make_model(dtype=torch.float32)
 
@@ -389,7 +230,7 @@ def test_invalid_arguments_are_rejected():
         with pytest.raises(ValueError, match=message):
             function(*arguments, **options)
 
-    rejected("pad_token_id", train_steps, make_model(pad_token_id=3), "initial", BATCHES, [1])
+    rejected("pad_token_id", train_steps, make_model(pad_token_id=3), "initial", [PAIRS], [1])
     rejected("eval", sequence_logps, copy.deepcopy(model).train(), PAIRS, [1])
     for layer in (0, LAYERS + 1):
         rejected("is not in 1", sequence_logps, model, PAIRS, [layer])
