@@ -141,6 +141,32 @@ def test_save_waits_for_the_previous_one(workers, model, tmp_path):
         assert remaining == [f"step-0000000{step}" for step in range(1, 6)]
 
 
+def content_when_named(model: str, root: str) -> tuple[list[str], list[str]]:
+    """The files of a checkpoint when it gets its name, and in the end."""
+    from megatron_idpo.checkpoint import store
+
+    training, seen = prepare(model, Setup()), []
+    publish = store.atomic.publish_directory
+
+    def published(directory: Path, target: Path, **options: bool) -> None:
+        seen.append(names(str(directory)))
+        publish(directory, target, **options)
+
+    checkpoints = store.Checkpoints(Path(root))
+    with mock.patch.object(store.atomic, "publish_directory", published):
+        checkpoints.save(training.chunks, training.optimizer, progress(1))
+        checkpoints.wait()
+    (when_named,) = seen
+    return when_named, names(f"{root}/step-00000001")
+
+
+def test_checkpoint_is_complete_when_it_gets_its_name(workers, model, tmp_path):
+    """A kill after the rename leaves it as it is, and a resume would take it."""
+    ((when_named, in_the_end),) = workers.run(content_when_named, 1, model, str(tmp_path))
+    assert when_named == in_the_end
+    assert {"progress.json", "metadata.json", "checksums.json"} < set(in_the_end)
+
+
 def next_run(model: str, root: str) -> list[str]:
     """The directory content when a new run starts; loads step 2 and saves it again."""
     from megatron_idpo.checkpoint.store import Checkpoints
