@@ -10,11 +10,10 @@ reward margin before each update:
 * **fp32** and **bf16**: this package.
 * **bf16 before**: the package of another checkout (`--before`).
 * **PEFT bf16**: TRL's trainer, with a model in bf16 and the adapters as PEFT makes them (fp32),
-  without gradient checkpointing.
+  without gradient checkpointing, scoring answers only.
 
 Every run is a process with one thread. CPU time and peak memory are those of the steps after the
-first (`trl_case.py`). `--results FILE` keeps finished runs, so that a stopped comparison resumes;
-with `--one` it ends after each run.
+first (`trl_case.py`). `--results FILE` keeps finished runs, so that a stopped comparison resumes.
 """
 
 import argparse
@@ -23,7 +22,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
@@ -47,43 +46,57 @@ RUNS: Mapping[str, tuple[str, str]] = {
 }
 """Side and dtype."""
 
-type Results = dict[str, list[Measured]]
+TRL = {"micro_pairs": PAIRS, "checkpointing": False, "compact": True}
+"""Its fastest settings here (`trl_theirs.py`)."""
+
+type Results = dict[str, dict[int, Measured]]
 """Of each run, by seed."""
 
 
 def compare(options: argparse.Namespace) -> Results:
-    """Run everything that `--results` does not have yet."""
-    results: Results = {name: [] for name in RUNS if name != "bf16 before" or options.before}
+    """Read finished runs, and run the others."""
+    results: Results = {name: {} for name in RUNS if name != "bf16 before" or options.before}
     for seed in options.seeds:
-        with tempfile.TemporaryDirectory() as name:
-            directory = Path(name)
-            adapter, records = directory / "adapter", directory / "pairs.jsonl"
-            write_adapter(options.model, adapter, Case.rank, seed)
-            _write_records(options, seed, records)
-            for run in results:
-                side, dtype = RUNS[run]
-                case = Case(
-                    model=options.model,
-                    records=str(records),
-                    adapter=str(adapter),
-                    max_length=options.max_length,
-                    dtype=dtype,
-                    batch_pairs=PAIRS,
-                    epochs=options.steps,
-                    lr=options.lr,
-                    threads=1,
-                    side={"micro_pairs": PAIRS, "checkpointing": False} if side == "trl" else {},
-                )
-                package = options.before if run == "bf16 before" else ROOT
-                measured = _stored(options.results, f"{run}, seed {seed}")
-                if measured is None:
-                    measured = measure(case, side, directory, package)
-                    _store(options.results, f"{run}, seed {seed}", measured)
-                    if options.one:
-                        raise SystemExit(f"finished {run}, seed {seed}")
-                print(f"{run}, seed {seed}: {_rounded(measured.margins)}", flush=True)
-                results[run].append(measured)
+        missing = []
+        for name, by_seed in results.items():
+            if (measured := _stored(options.results, name, seed)) is not None:
+                by_seed[seed] = measured
+            else:
+                missing.append(name)
+        if missing and not options.report_only:
+            for name, measured in _run(options, seed, missing):
+                _store(options.results, name, seed, measured)
+                results[name][seed] = measured
     return results
+
+
+def _run(
+    options: argparse.Namespace, seed: int, names: Sequence[str]
+) -> Iterator[tuple[str, Measured]]:
+    """Train a seed, one run after the other."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        adapter, records = directory / "adapter", directory / "pairs.jsonl"
+        write_adapter(options.model, adapter, Case.rank, seed)
+        _write_records(options, seed, records)
+        for run in names:
+            side, dtype = RUNS[run]
+            case = Case(
+                model=options.model,
+                records=str(records),
+                adapter=str(adapter),
+                max_length=options.max_length,
+                dtype=dtype,
+                batch_pairs=PAIRS,
+                epochs=options.steps,
+                lr=options.lr,
+                threads=1,
+                side=TRL if side == "trl" else {},
+            )
+            package = options.before if run == "bf16 before" else ROOT
+            measured = measure(case, side, directory, package)
+            print(f"{run}, seed {seed}: {_rounded(measured.margins)}", flush=True)
+            yield run, measured
 
 
 def _write_records(options: argparse.Namespace, seed: int, target: Path) -> None:
@@ -94,17 +107,17 @@ def _write_records(options: argparse.Namespace, seed: int, target: Path) -> None
     target.write_text("".join(lines[seed::SEEDS]))
 
 
-def _stored(file: Path | None, key: str) -> Measured | None:
+def _stored(file: Path | None, name: str, seed: int) -> Measured | None:
     if file is None or not file.exists():
         return None
-    found = json.loads(file.read_text()).get(key)
+    found = json.loads(file.read_text()).get(f"{name}, seed {seed}")
     return None if found is None else Measured(**found)
 
 
-def _store(file: Path | None, key: str, measured: Measured) -> None:
+def _store(file: Path | None, name: str, seed: int, measured: Measured) -> None:
     if file is not None:
         known = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps(known | {key: asdict(measured)}))
+        file.write_text(json.dumps(known | {f"{name}, seed {seed}": asdict(measured)}))
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
@@ -134,7 +147,7 @@ def report(results: Results, options: argparse.Namespace) -> str:
         f"|---|---|{'---|' * len(steps)}",
     ]
     for name, by_seed in results.items():
-        for seed, measured in zip(options.seeds, by_seed, strict=True):
+        for seed, measured in by_seed.items():
             margins = " | ".join(f"{measured.margins[step - 1]:.4f}" for step in steps)
             lines.append(f"| {name} | {seed} | {margins} |")
     lines += [
@@ -142,28 +155,26 @@ def report(results: Results, options: argparse.Namespace) -> str:
         "| run | margin / fp32's, step 2 | step 3 | step 4 | largest difference of a loss "
         "| CPU s per step | peak GB in training |",
         "|---|---|---|---|---|---|---|",
-        *(_line(name, by_seed, results["fp32"]) for name, by_seed in results.items()),
+        *(_line(name, runs, results["fp32"]) for name, runs in results.items() if runs),
         "",
         "The ratios and the CPU time are means over seeds, the others the largest of any seed.",
     ]
     return "\n".join(lines)
 
 
-def _line(name: str, by_seed: Sequence[Measured], fp32: Sequence[Measured]) -> str:
+def _line(name: str, by_seed: Mapping[int, Measured], fp32: Mapping[int, Measured]) -> str:
+    both = [(measured, fp32[seed]) for seed, measured in by_seed.items()]
     ratios = [
-        statistics.mean(
-            one.margins[step - 1] / other.margins[step - 1]
-            for one, other in zip(by_seed, fp32, strict=True)
-        )
+        statistics.mean(one.margins[step - 1] / other.margins[step - 1] for one, other in both)
         for step in (2, 3, 4)
     ]
     difference = max(
         abs(loss - other_loss)
-        for one, other in zip(by_seed, fp32, strict=True)
+        for one, other in both
         for loss, other_loss in zip(one.losses, other.losses, strict=True)
     )
-    step_s = statistics.mean(PAIRS / measured.pairs_per_cpu_s(PAIRS) for measured in by_seed)
-    peak = max(measured.train_peak_bytes for measured in by_seed) / 1e9
+    step_s = statistics.mean(PAIRS / measured.pairs_per_cpu_s(PAIRS) for measured, _ in both)
+    peak = max(measured.train_peak_bytes for measured, _ in both) / 1e9
     shown = " | ".join(f"{ratio:.2f}" for ratio in ratios)
     return f"| {name} | {shown} | {difference:.4f} | {step_s:.2f} | {peak:.2f} |"
 
@@ -177,7 +188,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="pairs as jsonl")
     parser.add_argument("--before", type=Path, help="another checkout of this repository")
     parser.add_argument("--results", type=Path, help="json file of finished runs")
-    parser.add_argument("--one", action="store_true", help="end after one run")
+    parser.add_argument("--report-only", action="store_true", help="of what --results has")
     seeds = range(SEEDS)
     parser.add_argument("--seeds", type=int, nargs="+", choices=seeds, default=list(seeds))
     parser.add_argument("--steps", type=int, default=20)
