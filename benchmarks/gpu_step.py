@@ -3,7 +3,8 @@
     python benchmarks/gpu_step.py CASE [--steps 5]
 
 Prints a line of JSON. The model has the sizes of a real one; weights are random, so that nothing is
-downloaded. Rows are full of pairs of 1024 positions. The first step compiles; then `--steps` steps
+downloaded. Rows are full of pairs of 1024 positions. With LoRA every step computes the reference,
+as in `gpu_trl.py`; without, the reference is a cache. The first step compiles; then `--steps` steps
 are timed, and the median counts. On a phantom GPU without arithmetic, in the rehearsal of
 `make gpu` (`tools/gpu.py`), memory is that of a GPU and times mean nothing.
 """
@@ -22,6 +23,7 @@ from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 from megatron_idpo.plan.devices import DEVICES, device_of
 from megatron_idpo.plan.models import ModelSizes
 from megatron_idpo.plan.plan import Plan
+from megatron_idpo.plan.row_time import row_time
 from megatron_idpo.plan.run_sizes import Assumptions, RunSizes
 
 _LLAMA = {
@@ -73,7 +75,8 @@ class Case:
 
 
 CASES = {
-    "tiny": Case("tiny", 2, (1,), row_tokens=256, dtype="fp32"),
+    "tiny": Case("tiny", 2, row_tokens=256, dtype="fp32"),
+    "tiny-tap": Case("tiny", 2, (1,), row_tokens=256, dtype="fp32"),
     "8b-lora-tap": Case("8b", layers=(0.69,)),
     "8b-lora": Case("8b"),
     "1b-full-tap": Case("1b", layers=(0.69,), lora=False),
@@ -133,7 +136,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         "planned_total_bytes": round(plan.largest.total),
         "first_step_s": seconds[0],
         "step_s": step_s,
-        "estimated_step_s": plan.time.step,
+        "estimated_step_s": _estimated_step_s(case, plan),
         "pairs_per_s": case.pairs / step_s,
         "tokens_per_s": case.rows * case.row_tokens / step_s,
         "mfu": flops / step_s / plan.device.peak_flops,
@@ -150,18 +153,27 @@ def _config(case: Case) -> RunConfig:
     }
     if case.lora:
         sections["lora"] = {"rank": 16, "dropout": 0.05}
+        sections["reference"] = {"source": "adapter_off"}
     return RunConfig.model_validate(sections)
 
 
 def _plan(case: Case, config: RunConfig, hf_config: dict[str, Any], name: str) -> Plan:
-    """Of the same rows: as many pairs as rows, each as long as one."""
+    """Its step has as many pairs as are run, whose attention is that of pairs."""
     sizes = ModelSizes.from_hf(hf_config, case.model)
-    run = RunSizes.of(config, sizes, 1, Assumptions(pair_tokens=case.row_tokens))
-    # Attention is that of shorter pairs.
-    plan = Plan.of(run, device_of(name) or DEVICES["h100"])
-    assumed = replace(run.assumed, pair_tokens=min(case.row_tokens, PAIR_TOKENS))
-    filled = Plan.of(replace(run, global_batch_pairs=case.pairs, assumed=assumed), plan.device)
-    return replace(plan, time=filled.time)
+    assumed = Assumptions(pair_tokens=min(case.row_tokens, PAIR_TOKENS))
+    run = replace(RunSizes.of(config, sizes, 1, assumed), global_batch_pairs=case.pairs)
+    device = device_of(name) or DEVICES["h100"]
+    # Memory is that of rows which are full.
+    longest = RunSizes.of(config, sizes, 1, Assumptions(pair_tokens=case.row_tokens))
+    return replace(Plan.of(run, device), memory=Plan.of(longest, device).memory)
+
+
+def _estimated_step_s(case: Case, plan: Plan) -> float:
+    """Of the rows that are run: `plan` expects pairs of different lengths, which fill rows less."""
+    step_s = row_time(plan.run, 0, plan.device).total * case.rows + plan.time.update
+    if plan.run.has_live_reference:
+        step_s += row_time(plan.run, 0, plan.device, is_forward=True).total * case.rows
+    return step_s
 
 
 if __name__ == "__main__":

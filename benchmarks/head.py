@@ -244,8 +244,9 @@ def time_table(options: argparse.Namespace) -> list[str]:
     lines = [
         f"## Time: {options.device}, {torch.get_num_threads()} CPU threads",
         "",
-        "| size | weight | products alone, s | head / products | head / products, fp32 results |",
-        "|---|---|---|---|---|",
+        "| size | weight | products alone, ms | head, ms | head / products "
+        "| head / products, fp32 results |",
+        "|---|---|---|---|---|---|",
     ]
     for size in options.sizes:
         for name in options.dtypes:
@@ -256,7 +257,8 @@ def time_table(options: argparse.Namespace) -> list[str]:
                 )
                 message = "" if unrounded is None else f"{unrounded:.2f}"
                 weight = "frozen" if frozen else "trainable"
-                lines.append(f"| {sizes} | {weight} | {bare_s:.2f} | {ratio:.2f} | {message} |")
+                times = f"{1e3 * bare_s:.1f} | {1e3 * bare_s * ratio:.1f}"
+                lines.append(f"| {sizes} | {weight} | {times} | {ratio:.2f} | {message} |")
                 print(lines[-1], flush=True)
     return [*lines, ""]
 

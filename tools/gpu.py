@@ -5,7 +5,7 @@
 Each step is a program with a time limit of its expected duration times three, after which its
 process group is ended. Its result is a file in `runs/gpu/COMMIT`: a second call continues where
 the first one stopped, and runs failed steps again, after those that have not been run. The
-summary is written to `benchmarks/results/gpu_DATE_DEVICE.md` at the end.
+summary is written to `benchmarks/results/gpu_DATE_DEVICE_COMMIT.md` at the end.
 
 `--phantom` rehearses it on a machine without a GPU (`docs/cuda.md`): all programs run to their end.
 Tests, head and `tiny` compute, in small sizes; the steps of 1B to 8B have their real shapes, whose
@@ -36,7 +36,7 @@ LIMIT = 3
 ARITHMETIC = "PHANTOM_ARITHMETIC"
 """The variable of `megatron_idpo.testing.phantom_gpu`, which this process must not import."""
 
-OUTPUT_LINES = 40
+OUTPUT_LINES = 60
 """Of a step, kept in its result."""
 
 TRL = "trl-"
@@ -84,8 +84,8 @@ _TESTS = (
 _HEAD = ("benchmarks/head.py", "--device", "cuda", "--dtypes", "bf16", "--sizes")
 
 STEPS = (
-    # On a phantom GPU attention is dense: long rows would take minutes.
-    Step("tests", _TESTS, 60, (*_TESTS, "-k", "not quadratic")),
+    _tests("tests-training", "tests/train/test_gpu_equals_cpu.py", 60),
+    _tests("tests-lora", "tests/mcore/lora/test_frozen_linear.py", 20),
     _step_of("8b-lora-tap", 60),
     Step(
         "head",
@@ -93,16 +93,19 @@ STEPS = (
         40,
         (*_HEAD, TINY, "--memory-size", TINY),
     ),
+    _tests("tests-head", "tests/plugin/test_logprobs.py", 60),
     _trl_step("8b-lora-tap", 60),
     _step_of("1b-full-tap", 40),
     _step_of("8b-lora", 40),
     _step_of("1b-lora-tap", 30),
     _step_of("1b-lora", 30),
-    replace(_trl_step("1b-lora", 40), rehearsed=None),
+    _trl_step("1b-lora", 40),
+    # Compiles for every case. On a phantom GPU it is dense: long rows would take minutes.
+    _tests("tests-attention", "tests/mcore/attention/test_gpu.py", 120, "-k", "not quadratic"),
     _step_of("3b-lora-tap-recompute", 30),
     replace(_trl_step("8b-lora", 60), rehearsed=None),
     replace(_trl_step("1b-lora-tap", 40), rehearsed=None),
-    Step("tiny", ("benchmarks/gpu_step.py", "tiny"), 20, ("benchmarks/gpu_step.py", "tiny")),
+    replace(_step_of("tiny-tap", 20), arithmetic="eager"),
 )
 """The most valuable first: correctness, memory and speed at 8B with a tap, the head, TRL's speed.
 
@@ -135,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(summary)
     if not arguments.phantom:
         slug = re.sub(r"\W+", "-", device).strip("-")
-        (RESULTS / f"gpu_{date.today()}_{slug}.md").write_text(summary)
+        (RESULTS / f"gpu_{date.today()}_{slug}_{_commit()}.md").write_text(summary)
     return int(any(result["code"] for result in results.values()))
 
 
@@ -151,7 +154,7 @@ def run_steps(
         environment: of the programs.
 
     Returns:
-        The results of all steps that have one, by name.
+        All results in the directory, by the name of their step.
     """
     output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + budget_s
@@ -171,8 +174,13 @@ def run_steps(
         temporary.write_text(json.dumps(result, indent=1))
         temporary.replace(file)
         print(f"{step.name}: code {result['code']}, {result['wall_s']:.0f} s", flush=True)
-    files = {step.name: output / f"{step.name}.json" for step in steps}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    files = sorted(output.glob("*.json"), key=_order)
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+def _order(file: Path) -> tuple[int, str]:
+    names = [step.name for step in STEPS]
+    return names.index(file.stem) if file.stem in names else len(names), file.stem
 
 
 def _run(step: Step, limit_s: float, environment: dict[str, str]) -> dict[str, Any]:
@@ -194,6 +202,9 @@ def _run(step: Step, limit_s: float, environment: dict[str, str]) -> dict[str, A
         os.killpg(process.pid, signal.SIGKILL)
         text, _ = process.communicate()
         code, text = 124, f"{text}\nstopped after {limit_s:.0f} s"
+    except BaseException:  # Ctrl-C: the group does not receive it, and would keep the GPU
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     lines = text.strip().splitlines()[-OUTPUT_LINES:]
     found = [line for line in lines if line.startswith("{")]
     measured = json.loads(found[-1]) if found and not code else None
@@ -220,6 +231,8 @@ def summarize(results: dict[str, dict[str, Any]], device: str) -> str:
             )
     if device != "phantom":  # which runs TRL in another size
         lines += _against_trl(measured)
+    if missing := [step.name for step in STEPS if step.name not in results]:
+        lines += ["", f"Not run: {', '.join(missing)}."]
     for name, result in results.items():
         if result["code"] or not result["measured"]:
             lines += ["", f"## {name}: code {result['code']}, {result['wall_s']:.0f} s", "", "```"]
@@ -279,7 +292,7 @@ def _device() -> str | None:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -39,6 +39,10 @@ from megatron_idpo.mcore.model.build import GPTModel
 from megatron_idpo.mcore.model.chunk import RestoreFn, enable_embedding_output_grad
 from megatron_idpo.mcore.model.tap import is_tapped
 from megatron_idpo.mcore.parallel.groups import RankCoordinates, rank_coordinates
+from megatron_idpo.mcore.parallel.world import all_gather_objects
+
+KEPT_SHARE = 0.95
+"""Where less than this `surviving_share` of a change remains, users are told."""
 
 
 def add_adapters(
@@ -223,12 +227,16 @@ def _draw(
         down_rI.copy_(whole)
 
 
-def merged_value(adapters: Adapters) -> ParameterValue:
+def merged_value(adapters: Adapters, dtype: torch.dtype | None = None) -> ParameterValue:
     """A function from a parameter of an adapted chunk to its value with the adapters merged.
 
-    `W + scaling * B A` of this rank's shard is computed in fp32 and cast once, to the parameter's
-    dtype. It changes nothing and allocates one parameter at a time. Parameters without adapters
-    are returned as they are.
+    `W + scaling * B A` of this rank's shard is computed in fp32 and rounded once. It changes
+    nothing and allocates one parameter at a time. Parameters without adapters are returned as they
+    are.
+
+    Args:
+        adapters: of the chunks.
+        dtype: of merged values; None: the parameter's.
     """
     by_weight = {
         id(weight): merged
@@ -238,9 +246,28 @@ def merged_value(adapters: Adapters) -> ParameterValue:
 
     def value(parameter: torch.nn.Parameter) -> Tensor:
         merged = by_weight.get(id(parameter))
-        return parameter.data if merged is None else merged()
+        return parameter.data if merged is None else merged().to(dtype or parameter.dtype)
 
     return value
+
+
+def surviving_share(adapters: Adapters, dtype: torch.dtype) -> float:
+    """How much of the adapters' change remains when merged weights are rounded. Collective.
+
+    A change below half a unit in a weight's last place is lost, since the weight itself is a
+    16-bit value. 1 if nothing is lost; for random signs of the losses it is the share of the
+    change of an output.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    for chunk_adapters in adapters.by_chunk:
+        for weight, merged in chunk_adapters.merged_weights():
+            merged_OI = merged()
+            change_OI = merged_OI - weight.detach().float()
+            remaining_OI = merged_OI.to(dtype).float().sub_(weight.detach().float())
+            sums[0] += torch.sum(remaining_OI.mul_(change_OI), dtype=torch.float64).cpu()
+            sums[1] += torch.sum(change_OI.square_(), dtype=torch.float64).cpu()
+    remaining, change = torch.stack(all_gather_objects(sums)).sum(0).tolist()
+    return remaining / change if change else 1.0
 
 
 def merge_in_place(adapters: Adapters) -> None:

@@ -51,6 +51,27 @@ def add_matmul(out_nm: Tensor, a_nk: Tensor, b_km: Tensor) -> None:
 
 
 @contextmanager
+def float32_reductions(like: Tensor) -> Iterator[None]:
+    """On a GPU, add the parts of a split 16-bit product in float32.
+
+    cuBLAS may otherwise add them in 16 bits, where few positions meet many features. This is a
+    setting of the whole process; it is restored on exit.
+    """
+    if not like.is_cuda:
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    name = "bf16" if like.dtype == torch.bfloat16 else "fp16"
+    attribute = f"allow_{name}_reduced_precision_reduction"
+    before = getattr(settings, attribute)
+    setattr(settings, attribute, False)
+    try:
+        yield
+    finally:
+        setattr(settings, attribute, before)
+
+
+@contextmanager
 def onednn_bf16_matmul(like: Tensor) -> Iterator[None]:
     """On a CPU, multiply widened bf16 operands in bf16 with float32 accumulation.
 

@@ -77,6 +77,27 @@ def layer_bytes(run: RunSizes) -> float:
     return elements * run.width + statistics * FLOAT32
 
 
+def dropout_mask_bytes(run: RunSizes, stage: int) -> float:
+    """Masks of the adapters' dropout for all rows in flight, on a CPU; a GPU draws them again.
+
+    One byte for each element of the input of each adapted projection
+    (`mcore/lora/products.py`, `dropout_linear`).
+    """
+    if run.lora is None or not run.lora.dropout:
+        return 0.0
+    model, tensor = run.model, run.layout.tensor
+    widths = dict.fromkeys(run.lora.projections, float(model.hidden_size))
+    widths["o_proj"] = model.query_width / tensor
+    widths["down_proj"] = model.ffn_hidden_size / tensor
+    layer = run.positions * sum(widths[name] for name in run.lora.projections)
+    total = 0.0
+    for count, (_, layers) in zip(rows_in_flight(run, stage), run.chunks(stage), strict=True):
+        recomputed = run.recomputed(layers)
+        # Of the recomputed layers, one at a time has its masks.
+        total += layer * (count * (len(layers) - recomputed) + min(recomputed, 1))
+    return total
+
+
 def gathered_bytes(run: RunSizes) -> float:
     """Keys and values of the whole row, of one layer: context-parallel ranks gather them."""
     if run.layout.context == 1:

@@ -172,6 +172,8 @@ def stage_memory(run: RunSizes, stage: int, device: Device) -> StageMemory:
     expert_shard = trained_experts / run.expert_shards
     state = MOMENTS_BYTES + (MAIN_BYTES if width < MAIN_BYTES else 0)
     kept, temporaries = activations.peak(run, stage)
+    if not device.is_gpu:
+        kept += activations.dropout_mask_bytes(run, stage)
     copy = (weights.dense + weights.experts + weights.head_copies) * width
     memory = StageMemory(
         stage=stage,

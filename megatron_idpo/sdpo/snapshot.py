@@ -13,6 +13,7 @@ their files, so the files' hashes only detect changes; they identify nothing.
 """
 
 import hashlib
+import logging
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
@@ -36,7 +37,7 @@ from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.megatron_to_hf import whole_tensors
 from megatron_idpo.convert.model_source import FrozenModel, check_snapshot, file_digests, open_model
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.lora.adapters import merge_in_place
+from megatron_idpo.lora.adapters import KEPT_SHARE, merge_in_place, surviving_share
 from megatron_idpo.lora.peft import save_peft, whole_adapter_tensors
 from megatron_idpo.mcore.parallel.world import (
     all_gather_objects,
@@ -46,6 +47,8 @@ from megatron_idpo.mcore.parallel.world import (
 )
 from megatron_idpo.train.export import companions_of
 from megatron_idpo.train.policy import Policy
+
+logger = logging.getLogger(__name__)
 
 _WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
@@ -153,6 +156,13 @@ def _write_tensors(
         save_peft(adapters, source.architecture, incomplete / ADAPTER, base_model=base_model)
         return tensors_identity(whole_adapter_tensors(adapters)), policy.start.base_identity
     if adapters is not None:
+        share = surviving_share(adapters, config.model.torch_dtype())
+        if share < KEPT_SHARE and is_rank0():
+            message = (
+                "merged weights have %.0f %% of the adapter's change: %s rounds the rest away; "
+            )
+            message += "sdpo.adapters: carry keeps all of it"
+            logger.warning(message, 100 * share, config.model.dtype)
         merge_in_place(adapters)
     save_weights(policy.chunks, incomplete, location=directory)
     with (

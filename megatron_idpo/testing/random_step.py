@@ -25,6 +25,7 @@ from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.optim.state import sharded_params
 from megatron_idpo.mcore.parallel.pipeline import StageGroup
 from megatron_idpo.plugin import attach, shared_head
+from megatron_idpo.reference.sources import AdapterOff
 from megatron_idpo.train import policy, step
 from megatron_idpo.train.metrics.reduce import reduce_outputs
 
@@ -85,13 +86,13 @@ def _storage_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
 def random_step(
     config: RunConfig, architecture: Architecture, *, is_alone: bool
 ) -> Iterator[step.TrainStep]:
-    """A `TrainStep` with a reference of zeros, within a running layout.
+    """A `TrainStep` within a running layout. Its reference is `adapter_off`, or else zeros.
 
     Args:
         config: of the run; its model and data are not read.
         architecture: the model's.
         is_alone: the other ranks of the world do not exist, or kernels compute nothing. Weights are
-            uninitialized then, else random.
+            uninitialized then, else random, and the reference is always zeros.
     """
     optimizer, dispatcher = resolve_name(_OPTIMIZER), resolve_name(_DISPATCHER)
     gradient_norm, synchronize = optimizer.get_grad_norm_fp32, getattr(dispatcher, _SYNCHRONIZE)
@@ -141,6 +142,8 @@ def random_step(
             ]
 
         reference: Any = SimpleNamespace(is_reference_free=False, logps=logps)
+        if config.reference.source == "adapter_off" and not is_alone:
+            reference = AdapterOff(built.dpo, built.trainable.model, built.adapters)
         yield step.TrainStep(built, reference, config.objective, 0, str)
 
 

@@ -11,6 +11,8 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Literal
 
+import torch
+
 from megatron_idpo.config.data import torch_dtype
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.convert.hf_io.end_tokens import TOKENIZER_CONFIG_FILE, with_end_tokens
@@ -26,7 +28,7 @@ from megatron_idpo.data.run_pairs import tokenizer_path
 from megatron_idpo.data.tokenize.answer_end import answer_end
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer, read_template
 from megatron_idpo.errors import CheckpointError
-from megatron_idpo.lora.adapters import merged_value
+from megatron_idpo.lora.adapters import KEPT_SHARE, merged_value, surviving_share
 from megatron_idpo.lora.peft import save_peft
 from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, is_rank0, raise_on_all_ranks
 from megatron_idpo.train.hub import push
@@ -89,10 +91,12 @@ def export_result(
             dtype=dtype,
             overwrite=True,
             show_progress=show_progress,
-            value=None if adapters is None else merged_value(adapters),
+            value=None if adapters is None else merged_value(adapters, dtype),
             checksums=True,
         )
         lines = [f"model    {output.hf}"]
+        if adapters is not None:
+            lines += _lost_in_merging(surviving_share(adapters, dtype), dtype)
         if adapters is not None and with_adapter:
             # Its tokenizer and end tokens: those of the base model may be others.
             kept = [file for file in companions if file.name != CONFIG_FILE]
@@ -108,6 +112,17 @@ def export_result(
             push(name, directory, private=config.export.private)
             lines.append(f"uploaded {name}")
     return [*lines, "try it:", broadcast_from_rank0(lambda: f"  {_command(output.hf)}")]
+
+
+def _lost_in_merging(share: float, dtype: torch.dtype) -> list[str]:
+    """A line, if rounding the merged weights loses a part of what the adapter learned."""
+    if share > KEPT_SHARE:
+        return []
+    name = str(dtype).removeprefix("torch.")
+    line = (
+        f"         with {share:.0%} of the adapter's change: merged weights are rounded to {name}; "
+    )
+    return [line + "export.dtype=fp32 and the adapter have all of it"]
 
 
 def _base_model(config: RunConfig, directory: Path) -> str:

@@ -4,6 +4,7 @@ They are built in this order: weights; adapters, which freeze the other weights;
 copy the final head; DDP and the optimizer, which collect the parameters that are trainable then.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,15 @@ from megatron_idpo.lora.adapters import Adapters, add_adapters, needs_local_laye
 from megatron_idpo.lora.peft import load_peft
 from megatron_idpo.mcore.model.build import ModelOptions, Recompute, build_model
 from megatron_idpo.mcore.model.host_offload import offload_layer_inputs
+from megatron_idpo.mcore.model.specs import has_transformer_engine
 from megatron_idpo.mcore.optim.optimizer import TrainableModel, setup_ddp_and_optimizer
+from megatron_idpo.mcore.parallel.world import is_rank0
 from megatron_idpo.plugin.attach import AttachedDpo, attach
 
 if TYPE_CHECKING:
     from megatron_idpo.mcore.model.build import GPTModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +58,13 @@ def build_policy(config: RunConfig, start: FrozenModel, *, show_progress: bool) 
     """
     architecture, lora = start.source.architecture, config.lora
     dtype = config.model.torch_dtype()
+    uses_local_layers = needs_local_layers(dtype, lora)
+    if uses_local_layers and has_transformer_engine() and is_rank0():
+        logger.info("megatron-core's layers instead of Transformer Engine's: see docs/lora.md")
     options = ModelOptions(
         dtype=dtype,
         recompute=_recompute(config.training, architecture.num_layers),
-        transformer_engine=not needs_local_layers(dtype, lora),
+        transformer_engine=not uses_local_layers,
         router_aux_loss=config.objective.router_aux_loss,
     )
     chunks = build_model(architecture, config.layout, options)

@@ -80,6 +80,13 @@ def test_the_summary_has_measured_against_planned(tmp_path: Path):
     )
 
 
+def test_the_summary_has_earlier_results_and_names_what_is_missing(tmp_path: Path):
+    run([step("head", "print('42 ms')")], tmp_path)
+    summary = gpu.summarize(run([step("8b-lora", "")], tmp_path), "NVIDIA H100")
+    assert "42 ms" in summary and "8b-lora: code 0" in summary
+    assert "Not run: tests-training, tests-lora, 8b-lora-tap," in summary
+
+
 def test_the_summary_compares_with_trl(tmp_path: Path):
     ours = {**MEASURED, "pairs_per_s": 30.0}
     theirs = {"pairs_per_s": 12.0, "trl_peak_bytes": 60e9, "step_s": 1.0, "liger": False}
@@ -104,8 +111,9 @@ def test_everything_can_be_rehearsed_on_a_phantom_gpu(has_phantom_gpu: None, tmp
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert code == 0, results
     assert set(results) == {one.name for one in gpu.STEPS if one.rehearsed}
-    assert results["tiny"]["measured"]["peak_bytes"] > 0
+    assert results["tiny-tap"]["measured"]["peak_bytes"] > 0
     for name in ("8b-lora-tap", "1b-full-tap", "3b-lora-tap-recompute"):
         measured = results[name]["measured"]
         assert measured["peak_bytes"] == pytest.approx(measured["planned_bytes"], rel=PLANNED_REL)
-    assert "passed" in results["tests"]["output"][-1]
+    for name in ("tests-training", "tests-lora", "tests-head", "tests-attention"):
+        assert "passed" in results[name]["output"][-1]

@@ -127,7 +127,7 @@ class ChunkAdapters(torch.nn.Module):
                 yield layer, of_layer
 
     def merged_weights(self) -> Iterator[tuple[torch.nn.Parameter, Callable[[], Tensor]]]:
-        """Each adapted weight of this rank, and a function that computes it with its adapters."""
+        """Each adapted weight of this rank, and what computes it with its adapters, in fp32."""
         for _, _, adapted in self.linears():
             yield adapted.linear.weight, adapted.merged_weight
         for _, of_layer in self.experts():

@@ -118,7 +118,7 @@ class ExpertAdapters(torch.nn.Module):
         return output_NO.add_(grouped_mm(scaled_Nr, up_EOr.transpose(1, 2), offs=ends_E))
 
     def merged_weight(self, target: str, expert: int) -> Tensor:
-        """This rank's shard of an expert's weight with the adapter merged, computed in fp32.
+        """This rank's shard of an expert's weight with the adapter merged, in fp32.
 
         Args:
             target: one of `targets`.
@@ -127,8 +127,7 @@ class ExpertAdapters(torch.nn.Module):
         weight_OI = self.weights(target)[expert].detach()
         up_Or = self.up(target)[expert].detach().float().view(len(weight_OI), -1)
         down_rI = self.down(target)[expert].detach().float()
-        merged_OI = torch.addmm(weight_OI.float(), up_Or, down_rI, alpha=self.hyperparams.scaling)
-        return merged_OI.to(weight_OI.dtype)
+        return torch.addmm(weight_OI.float(), up_Or, down_rI, alpha=self.hyperparams.scaling)
 
     def merged_weights(self) -> Iterator[tuple[torch.nn.Parameter, str, int]]:
         """Each adapted weight, with the arguments of `merged_weight`."""

@@ -23,7 +23,12 @@ import torch
 from torch import Tensor
 
 from megatron_idpo.mcore.lora.products import LowRank, Part
-from megatron_idpo.mcore.matmul import matmul_operand, onednn_bf16_matmul, slices
+from megatron_idpo.mcore.matmul import (
+    float32_reductions,
+    matmul_operand,
+    onednn_bf16_matmul,
+    slices,
+)
 
 _TILE_TOKENS = 512
 """Positions of a float32 product at a time; its output stays in a CPU's last-level cache."""
@@ -36,11 +41,13 @@ def frozen_linear(
 
     Args:
         input_T1I: with any leading shape of T elements; not saved for the backward pass.
-        weight_OI: 16 bits; gets no gradient.
-        bias_O: gets no gradient. Where products have 16 bits it is added to the rounded sum, as by
+        weight_OI: 16 bits, frozen.
+        bias_O: frozen. Where products have 16 bits it is added to the rounded sum, as by
             megatron-core.
         low_rank: saved for the backward pass; None without adapters.
     """
+    assert not weight_OI.requires_grad, "a trained weight would get no gradient"
+    assert bias_O is None or not bias_O.requires_grad, "a trained bias would get no gradient"
     low_rank_TR, ups, scaling, parts = low_rank or (None, (), 1.0, ())
     output = _FrozenLinear.apply(input_T1I, weight_OI, bias_O, scaling, parts, low_rank_TR, *ups)
     return cast(Tensor, output)
@@ -63,8 +70,10 @@ class _FrozenLinear(torch.autograd.Function):
         low_rank = None if low_rank_TR is None else LowRank(low_rank_TR, ups, scaling, parts)
         forward = _forward if multiplies_in_16_bits(weight_OI) else _forward_widened
         input_TI = input_T1I.reshape(-1, input_T1I.shape[-1])
-        output_TO = forward(input_TI, weight_OI, bias_O, low_rank)
-        return output_TO.view(*input_T1I.shape[:-1], -1)
+        # Not a view of it: consumers may change an output in place.
+        output_T1O = input_T1I.new_empty(*input_T1I.shape[:-1], len(weight_OI))
+        forward(output_T1O.view(-1, len(weight_OI)), input_TI, weight_OI, bias_O, low_rank)
+        return output_T1O
 
     @staticmethod
     def backward(ctx: Any, grad_T1O: Tensor) -> tuple[Tensor | None, ...]:
@@ -94,16 +103,21 @@ def multiplies_in_16_bits(weight: Tensor) -> bool:
 
 
 def _forward(
-    input_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None
-) -> Tensor:
-    output_TO = input_TI.new_empty(len(input_TI), len(weight_OI))
+    output_TO: Tensor,
+    input_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    low_rank: LowRank | None,
+) -> None:
     if low_rank is None or not _is_complete(low_rank, len(weight_OI)):
         # Also without adapters: a product that is not added to anything might be another kernel.
         output_TO.zero_()
     if low_rank is not None:
         low_rank.add_to(output_TO, beta=0)
-    output_TO.addmm_(input_TI, weight_OI.t())
-    return output_TO if bias_O is None else output_TO.add_(bias_O)
+    with float32_reductions(weight_OI):
+        output_TO.addmm_(input_TI, weight_OI.t())
+    if bias_O is not None:
+        output_TO.add_(bias_O)
 
 
 def _is_complete(low_rank: LowRank, num_features: int) -> bool:
@@ -113,9 +127,12 @@ def _is_complete(low_rank: LowRank, num_features: int) -> bool:
 
 
 def _forward_widened(
-    input_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None
-) -> Tensor:
-    output_TO = input_TI.new_empty(len(input_TI), len(weight_OI))
+    output_TO: Tensor,
+    input_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    low_rank: LowRank | None,
+) -> None:
     weight = matmul_operand(weight_OI, weight_OI.dtype)
     wide = None if low_rank is None else _widened(low_rank)
     with onednn_bf16_matmul(weight_OI):
@@ -126,7 +143,6 @@ def _forward_widened(
             if bias_O is not None:
                 tile.add_(bias_O)
             output_TO[tokens] = tile
-    return output_TO
 
 
 def _backward_widened(

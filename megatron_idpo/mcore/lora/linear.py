@@ -171,11 +171,10 @@ class LinearAdapters(torch.nn.Module):
         return torch.cat(downs) if len(downs) > 1 else downs[0]
 
     def merged_weight(self) -> Tensor:
-        """This rank's shard of the linear's weight with the adapters merged, computed in fp32."""
+        """This rank's shard of the linear's weight with the adapters merged, in fp32."""
         weight_OI = self.linear.weight.detach()
         up_OR, down_RI = self.fused_up().detach().float(), self.fused_down().detach().float()
-        merged_OI = torch.addmm(weight_OI.float(), up_OR, down_RI, alpha=self.hyperparams.scaling)
-        return merged_OI.to(weight_OI.dtype)
+        return torch.addmm(weight_OI.float(), up_OR, down_RI, alpha=self.hyperparams.scaling)
 
     def _allocate(self, weight_OI: Tensor, name: str) -> None:
         rank, rows = self.hyperparams.rank, self.rows.rows(name)
