@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_trl.py CASE [--steps 4]
 
-Prints a line of JSON. Model, LoRA settings, dropout, recompute, pairs per step and their lengths are
-those of the case; weights and tokens are random; the reference is computed in every step. TRL
-repeats the prompt for both answers: a pair has 1280 positions instead of 1024. Liger's kernels are
+Prints a line of JSON. Model, LoRA settings, dropout, recompute, pairs per step and their lengths
+are those of the case; weights and tokens are random; every step computes the reference. TRL repeats
+the prompt for both answers: a pair has 1280 positions instead of 1024. Liger's kernels are
 used where `liger_kernel` is installed. Taps are `IntermediateDpo` of `trl_theirs.py`, which needs
 an adapter. The first step warms up and is not counted.
 """

@@ -183,10 +183,8 @@ def _transformer_engine(probe: Probe, has_gpu: bool) -> Finding:
     if probe.module_path("transformer_engine") is None:
         if not has_gpu:
             return Finding(name, State.OK, "not installed", "not needed without a GPU")
-        consequence = (
-            "it would speed up norms, fused with the linears after them (with LoRA in fp32 "
-        )
-        consequence += "only), and Adam; results are the same"
+        consequence = "it would speed up norms, fused with the linears after them (with LoRA in "
+        consequence += "fp32 only), and Adam; results are the same"
         remedy = f"{install} (280 MB; compiling it takes about 20 minutes on 2 cores)"
         return Finding(name, State.MISSING, "not installed", consequence, remedy)
     version = probe.version("transformer-engine") or "of unknown version"

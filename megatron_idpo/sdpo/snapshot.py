@@ -158,10 +158,8 @@ def _write_tensors(
     if adapters is not None:
         share = surviving_share(adapters, config.model.torch_dtype())
         if share < KEPT_SHARE and is_rank0():
-            message = (
-                "merged weights have %.0f %% of the adapter's change: %s rounds the rest away; "
-            )
-            message += "sdpo.adapters: carry keeps all of it"
+            message = "merged weights have %.0f %% of the adapter's change: %s rounds the rest "
+            message += "away; sdpo.adapters: carry keeps all of it"
             logger.warning(message, 100 * share, config.model.dtype)
         merge_in_place(adapters)
     save_weights(policy.chunks, incomplete, location=directory)

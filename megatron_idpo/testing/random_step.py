@@ -143,6 +143,7 @@ def random_step(
 
         reference: Any = SimpleNamespace(is_reference_free=False, logps=logps)
         if config.reference.source == "adapter_off" and not is_alone:
+            assert built.adapters is not None
             reference = AdapterOff(built.dpo, built.trainable.model, built.adapters)
         yield step.TrainStep(built, reference, config.objective, 0, str)
 

@@ -120,9 +120,9 @@ def _lost_in_merging(share: float, dtype: torch.dtype) -> list[str]:
         return []
     name = str(dtype).removeprefix("torch.")
     line = (
-        f"         with {share:.0%} of the adapter's change: merged weights are rounded to {name}; "
+        f"         has {share:.0%} of the adapter's change: merged weights are rounded to {name};"
     )
-    return [line + "export.dtype=fp32 and the adapter have all of it"]
+    return [f"{line} export.dtype=fp32 and the adapter have all of it"]
 
 
 def _base_model(config: RunConfig, directory: Path) -> str:

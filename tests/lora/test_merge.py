@@ -61,6 +61,10 @@ def test_merged_export_equals_the_adapted_model(
     assert all(torch.equal(original[name], tensor) for name, tensor in unchanged.items())
 
 
+FP32_SHARE = 1e-3
+"""Rounding a thousandth of a change next to its weight in fp32."""
+
+
 def merged_in_16_bits(base: str, adapter: str) -> list[tuple[str, Any, Any]]:
     """For each adapted linear: its name, the merged weight and the exact sum."""
     from megatron_idpo.lora.adapters import merged_value
@@ -87,3 +91,30 @@ def test_bf16_weights_are_rounded_once(workers, base_model, peft_adapter):
         assert merged.dtype == torch.bfloat16
         half_ulp = exact.abs() * 2**-8
         assert ((merged.double() - exact).abs() <= half_ulp * 1.001 + 1e-7).all(), name
+
+
+def shares_by_size_of_change(base: str, adapter: str) -> list[tuple[float, float]]:
+    """What remains in bf16 and in fp32 of the adapters' change, and of a thousandth of it."""
+    from megatron_idpo.lora.adapters import surviving_share
+
+    _, _, adapters = adapted(base, TP1, SETTINGS["all"], adapter, dtype=torch.bfloat16)
+    shares = []
+    for factor in (1.0, 0.001):
+        with torch.no_grad():
+            for tensor in adapters.tensors():
+                if tensor.side == "B":
+                    tensor.parameter.mul_(factor)
+        shares.append(
+            (surviving_share(adapters, torch.bfloat16), surviving_share(adapters, torch.float32))
+        )
+    return shares
+
+
+def test_small_changes_are_lost_in_weights_of_16_bits(workers, base_model, peft_adapter):
+    arguments = (str(base_model("llama-tied")), str(peft_adapter("llama-tied")))
+    (((large, large_fp32), (small, small_fp32)),) = workers.run(
+        shares_by_size_of_change, 1, *arguments
+    )
+    assert large > 0.98 > 0.5 > small
+    assert large_fp32 == pytest.approx(1, abs=FP32_SHARE)
+    assert small_fp32 == pytest.approx(1, abs=FP32_SHARE)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_idpo.plan import activations
-from megatron_idpo.plan.devices import DEVICES
+from megatron_idpo.plan.devices import DEVICES, find_device
 from megatron_idpo.plan.memory import StageMemory, stage_memory
 from megatron_idpo.plan.run_sizes import RunSizes
 
@@ -105,6 +105,22 @@ def test_inputs_of_linears_without_adapters_are_not_kept():
     # The second norm's output and the last linear's input, and the low-rank products.
     fewer = 100 * (8 + 16 + 6 * 2)
     assert activations.layer_bytes(run) - activations.layer_bytes(only_v) == 2 * fewer
+
+
+def test_a_cpu_keeps_dropout_masks_of_layers_that_are_not_recomputed():
+    run = small_run(row_tokens=100, lora=True)
+    assert run.lora is not None
+    run = replace(run, lora=run.lora.model_copy(update={"dropout": 0.1}))
+    # A byte per position and input: q, k, v, gate, up 5·8; o 8; down 16.
+    layer = 100 * (5 * 8 + 8 + 16)
+    assert activations.dropout_mask_bytes(run, 0) == 4 * layer
+    three = replace(run, recompute="full", recompute_layers=3)
+    assert activations.dropout_mask_bytes(three, 0) == 2 * layer  # one of them at a time
+    without = replace(run, lora=run.lora.model_copy(update={"dropout": 0.0}))
+    cpu = find_device("cpu", 1)
+    for device, masks in ((cpu, 4 * layer), (H100, 0)):
+        kept = [stage_memory(each, 0, device).activations for each in (run, without)]
+        assert kept[0] - kept[1] == masks
 
 
 @pytest.mark.parametrize(
