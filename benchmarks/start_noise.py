@@ -43,7 +43,6 @@ from megatron_idpo.train.setup import assemble, prepare
 from megatron_idpo.train.trainer import Trainer
 
 DATA_ORDER_BATCH_PAIRS = 32
-BATCH_PAIRS = 4
 CHARACTERS_PER_TOKEN = 4
 BETA = 0.1
 ISA = "ONEDNN_MAX_CPU_ISA"
@@ -73,6 +72,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--train", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=8)
+    parser.add_argument("--batch-pairs", type=int, default=4, help="of a step")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--layers", type=int, nargs="*", default=[21])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
@@ -91,7 +91,7 @@ def report(options: argparse.Namespace, directory: Path) -> str:
         f"# Differences before the first step, bf16: {options.data.stem}",
         f"{date.today()}, {processor()}, {commit()}; {options.train} training and "
         f"{options.held_out} held-out pairs of up to {options.max_length} tokens, "
-        f"{BATCH_PAIRS} per step; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} "
+        f"{options.batch_pairs} per step; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} "
         f"{ISA}={os.environ.get(ISA, 'DEFAULT')}",
         "",
         "| pairs | cache | layer | largest, nats/token | mean | margin | accuracy |",
@@ -153,7 +153,7 @@ def write_config(options: argparse.Namespace, directory: Path) -> Path:
         "objective": {"beta": BETA, "layers": options.layers},
         "lora": {"rank": 16, "alpha": 16.0},
         "optimizer": {"lr": 5e-4},
-        "training": {"output": str(directory / "run"), "global_batch_pairs": BATCH_PAIRS},
+        "training": {"output": str(directory / "run"), "global_batch_pairs": options.batch_pairs},
     }
     file = directory / "run.yaml"
     file.write_text(write_yaml(config))
@@ -167,9 +167,14 @@ def parts(trainer: Trainer) -> list[tuple[str, PairDataset, Iterable[Batch], NDA
     tables = [reference.logps_PL2 for reference in opened if isinstance(reference, CachedReference)]
     assert pairs.eval is not None
     training = TrainingBatches(
-        pairs.train, trainer.rows, global_batch_pairs=BATCH_PAIRS, seed=config.data.seed
+        pairs.train,
+        trainer.rows,
+        global_batch_pairs=config.training.global_batch_pairs,
+        seed=config.data.seed,
     )
-    held_out = EvaluationBatches(pairs.eval, trainer.rows, global_batch_pairs=BATCH_PAIRS)
+    held_out = EvaluationBatches(
+        pairs.eval, trainer.rows, global_batch_pairs=config.training.global_batch_pairs
+    )
     return [
         ("first epoch", pairs.train, training, tables[0]),
         ("held out", pairs.eval, held_out, tables[1]),

@@ -168,7 +168,7 @@ def _layout(config: RunConfig, machine: Machine, world_size: int, *, is_launched
         message += f", {config.data.row_tokens // layout.context:,} positions of a row on each"
     if is_launched:
         return Finding("layout", State.OK, message)
-    start = "" if world_size == 1 else f"start it with torchrun --nproc-per-node {world_size}"
+    start = "" if world_size == 1 else f"start it with --processes {world_size}"
     consequence = ""
     if len(machine.gpus) > world_size:
         consequence = f"{len(machine.gpus) - world_size} GPUs would be idle"

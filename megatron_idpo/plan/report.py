@@ -137,7 +137,7 @@ def _shown(plan: Plan) -> list[StageMemory]:
 def _memory_table(plan: Plan) -> Table:
     stages = _shown(plan)
     table = _table()
-    table.add_column("GB on one GPU")
+    table.add_column("GB on one GPU" if plan.device.is_gpu else "GB in one process")
     has_stages = plan.run.layout.pipeline > 1
     for stage in stages:
         table.add_column(f"stage {stage.stage}" if has_stages else "", justify="right")

@@ -22,8 +22,9 @@ def report_start(trainer: Trainer, report: Report) -> None:
     show = report.print
     held_out = 0 if pairs.eval is None else len(pairs.eval)
     show(
-        f"{len(pairs.train):,} pairs to train on, {held_out:,} held out; {trainer.total_steps:,} "
-        f"steps of {config.training.global_batch_pairs} pairs{_dropped_pairs(trainer)}"
+        f"{len(pairs.train):,} pairs to train on, {held_out:,} held out; "
+        f"{format_count(trainer.total_steps, 'step')} of "
+        f"{format_count(config.training.global_batch_pairs, 'pair')}{_dropped_pairs(trainer)}"
     )
     if 0 < held_out < _FEW_HELD_OUT:
         low, high = wilson_interval(0.5, held_out)

@@ -64,7 +64,7 @@ def test_layout_is_checked_against_model_and_machine(check):
     report = check("layout.tensor=3", "layout.pipeline=3")
     assert report["layout"].value.count("layout.") > 2 and report.names(State.BROKEN) == ["layout"]
     crowded = check("layout.tensor=2", "layout.pipeline=2")["layout"]
-    assert crowded.state is State.NOTE and "--nproc-per-node 4" in crowded.remedy
+    assert crowded.state is State.NOTE and "--processes 4" in crowded.remedy
     assert check("layout.tensor=2", WORLD_SIZE="3")["layout"].state is State.BROKEN
     assert "data 2" in check("layout.tensor=2", WORLD_SIZE="4")["layout"].value
     dealt = check("layout.context=2", WORLD_SIZE="4")["layout"].value
