@@ -20,6 +20,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.run_config import RunConfig
@@ -35,6 +36,7 @@ from megatron_idpo.errors import (
 from megatron_idpo.mcore.cpu.redirect import backend, default_device, redirect_cuda_to_cpu
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 from megatron_idpo.mcore.watchdog.activity import doing
+from megatron_idpo.mcore.watchdog.joining import JoinLimit, announce, join_limit_s
 from megatron_idpo.mcore.watchdog.watch import watching
 
 _RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -109,7 +111,12 @@ def distributed_world(config: RunConfig | None = None) -> Iterator[World]:
         if dist.is_initialized():
             yield World(dist.get_rank(), dist.get_world_size())
             return
-        with _process_group(timedelta(seconds=timeout_s)), watching(timeout_s, heartbeat_timeout_s):
+        with (
+            JoinLimit(join_limit_s(timeout_s, heartbeat_timeout_s)) as limit,
+            _process_group(timedelta(seconds=timeout_s)),
+            watching(timeout_s, heartbeat_timeout_s),
+        ):
+            limit.joined()
             yield World(dist.get_rank(), dist.get_world_size())
 
 
@@ -139,7 +146,17 @@ def _process_group(timeout: timedelta) -> Iterator[None]:
 def _rendezvous(timeout: timedelta) -> None:
     """Connect to the other processes at the address in the environment."""
     try:
-        dist.init_process_group(backend(), timeout=timeout, device_id=_nccl_device())
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        announce(store, rank)
+        dist.init_process_group(
+            backend(),
+            store=dist.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=_nccl_device(),
+        )
     except dist.DistNetworkError as error:
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if "EADDRINUSE" in str(error):

@@ -53,7 +53,8 @@ _STUCK_INTERVALS = 3.0
 """Until the states of all processes have reached rank 0, and its decision all processes."""
 
 _PRINT_LIMIT_S = 5.0
-"""For the last message: standard error may be a pipe that no process reads, or on a hung NFS."""
+"""For the last message: standard error may be a pipe that no process reads, or on a hung NFS; what
+it says may be asked of a machine that is lost."""
 
 _MAX_STRANGERS = 256
 """Connections without a token; the oldest is closed. Our own send theirs at once."""
@@ -175,13 +176,7 @@ class Watchdog:
             self._lost_since_s = now_s
             self._knows_loss.set()
         if now_s >= self._lost_since_s + loss.grace_s and not self._stopping.is_set():
-            # Ends the process even if printing blocks.
-            timer = threading.Timer(_PRINT_LIMIT_S, self._end_process, [EXIT_PEER_LOST])
-            timer.daemon = True
-            timer.start()
-            _print(self.report(loss))
-            self._end_process(EXIT_PEER_LOST)
-            timer.cancel()  # in a test
+            end_with(lambda: self.report(loss), self._end_process)
 
     def report(self, loss: Loss) -> str:
         """The message with which this process ends."""
@@ -330,6 +325,16 @@ def _stack(frame: FrameType | None) -> str:
         f'  File "{one.f_code.co_filename}", line {one.f_lineno}, in {one.f_code.co_name}\n'
         for one in reversed(frames)
     )
+
+
+def end_with(message: Callable[[], str], end_process: EndProcess) -> None:
+    """Print a message and end this process with `EXIT_PEER_LOST`, even if printing blocks."""
+    timer = threading.Timer(_PRINT_LIMIT_S, end_process, [EXIT_PEER_LOST])
+    timer.daemon = True
+    timer.start()
+    _print(message())
+    end_process(EXIT_PEER_LOST)
+    timer.cancel()  # in a test
 
 
 def _print(message: str) -> None:
