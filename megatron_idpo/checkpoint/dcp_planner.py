@@ -44,6 +44,8 @@ from megatron_idpo.checkpoint.contents import Contents
 from megatron_idpo.checkpoint.dcp_io import Reader, Writer, first_failure, write_failure
 from megatron_idpo.checkpoint.dtypes import check_range
 from megatron_idpo.checkpoint.tensor_chunks import TensorChunk
+from megatron_idpo.mcore.parallel.replicas import Replicas
+from megatron_idpo.mcore.parallel.world import raise_on_all_ranks
 
 Ints = NDArray[np.int64]
 
@@ -89,12 +91,37 @@ def read_chunks(
     Raises:
         CheckpointError: a file is damaged, or a value too large for the dtype of its chunk.
     """
+    _load(_LoadPlanner([(chunk, None) for chunk in chunks], directory), directory, contents)
+
+
+def read_chunks_together(
+    chunks: Sequence[tuple[TensorChunk, Replicas | None]],
+    directory: Path,
+    contents: Contents | None = None,
+) -> None:
+    """Fills chunks of all ranks; a stored piece that replicas have in common is read by one of them.
+
+    Collective.
+
+    Args:
+        chunks: each with the ranks that read the same one, which list them in the same order; None:
+            this rank reads it alone.
+        directory: as for `read_chunks`.
+        contents: likewise.
+
+    Raises:
+        CheckpointError: on every rank; as `read_chunks`.
+    """
+    planner = _LoadPlanner(chunks, directory)
+    with raise_on_all_ranks("reading the checkpoint"):
+        _load(planner, directory, contents)
+    planner.exchange()
+
+
+def _load(planner: "_LoadPlanner", directory: Path, contents: Contents | None) -> None:
     try:
         torch_checkpoint.load(
-            {},
-            storage_reader=Reader(directory, contents),
-            planner=_LoadPlanner(chunks, directory),
-            no_dist=True,
+            {}, storage_reader=Reader(directory, contents), planner=planner, no_dist=True
         )
     except CheckpointException as failed:
         raise first_failure(failed) from failed
@@ -177,9 +204,14 @@ class _StoredChunks:
 class _LoadPlanner(LoadPlanner):
     """Plans one read item per overlap of a wanted chunk with a stored chunk."""
 
-    def __init__(self, chunks: Sequence[TensorChunk], directory: Path) -> None:
-        self._chunks = chunks
+    def __init__(
+        self, chunks: Sequence[tuple[TensorChunk, Replicas | None]], directory: Path
+    ) -> None:
+        self._chunks = [chunk for chunk, _ in chunks]
+        self._replicas = [replicas for _, replicas in chunks]
         self._directory = directory
+        self._shared: dict[Replicas, list[tuple[int, ReadItem]]] = {}
+        """The items of each group of replicas, with the rank of the group that reads it."""
 
     def set_up_planner(
         self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
@@ -189,8 +221,9 @@ class _LoadPlanner(LoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         stored: dict[str, _StoredChunks] = {}
-        items: list[ReadItem] = []
-        for index, chunk in enumerate(self._chunks):
+        own: list[ReadItem] = []
+        shared: dict[Replicas, list[ReadItem]] = {}
+        for index, (chunk, replicas) in enumerate(zip(self._chunks, self._replicas, strict=True)):
             if chunk.key not in stored:
                 entry = self._metadata.state_dict_metadata[chunk.key]
                 assert isinstance(entry, TensorStorageMetadata)
@@ -199,8 +232,25 @@ class _LoadPlanner(LoadPlanner):
             if sum(prod(item.lengths) for item in chunk_items) < chunk.tensor.numel():
                 assert chunk.padded, f"not all of {chunk.key} is in the checkpoint"
                 chunk.tensor.zero_()
-            items += chunk_items
-        return LoadPlan(items)
+            (own if replicas is None else shared.setdefault(replicas, [])).extend(chunk_items)
+        for replicas, items in shared.items():
+            self._shared[replicas] = self._with_readers(replicas, items)
+            own += [item for reader, item in self._shared[replicas] if reader == replicas.rank]
+        return LoadPlan(own)
+
+    def exchange(self) -> None:
+        """Fills the chunks that replicas share, after each has read its part. Collective."""
+        for replicas, items in self._shared.items():
+            replicas.exchange((reader, self.resolve_tensor(item)) for reader, item in items)
+
+    def _with_readers(
+        self, replicas: Replicas, items: Sequence[ReadItem]
+    ) -> list[tuple[int, ReadItem]]:
+        """Which of the replicas reads each item: a stored piece is read as a whole, by one."""
+        pieces = list(dict.fromkeys(item.storage_index for item in items))
+        sizes_bytes = [self._metadata.storage_data[piece].length for piece in pieces]
+        readers = dict(zip(pieces, replicas.readers(sizes_bytes), strict=True))
+        return [(readers[item.storage_index], item) for item in items]
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         return global_plan

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_idpo.checkpoint.contents import Contents
-from megatron_idpo.checkpoint.dcp_planner import read_chunks
+from megatron_idpo.checkpoint.dcp_planner import read_chunks_together
 from megatron_idpo.checkpoint.stored_weights import ExpectedTensor, check_trained_tensors
 from megatron_idpo.checkpoint.tensor_chunks import (
     Region,
@@ -32,6 +32,7 @@ from megatron_idpo.mcore.optim.state import (
     set_optimizer_step,
     sharded_params,
 )
+from megatron_idpo.mcore.parallel.replicas import Replicas, is_expert_parameter
 from megatron_idpo.mcore.parallel.world import all_gather_objects, raise_on_all_ranks
 
 _STATE_PREFIX = "optimizer."
@@ -73,8 +74,8 @@ def restore_state(
     expected = _expected_tensors(model_chunks, with_moments=steps > 0)
     with raise_on_all_ranks("loading the checkpoint"):
         check_trained_tensors(contents, expected)
-        with suppress_megatron_warnings():
-            read_chunks(chunks, contents.directory, contents)
+    with suppress_megatron_warnings():
+        read_chunks_together(chunks, contents.directory, contents)
 
 
 def total_steps(optimizer: Any) -> int:
@@ -100,15 +101,22 @@ def _chunks_to_save(model_chunks: Sequence[Any], optimizer: Any) -> Iterator[Ten
 
 def _chunks_to_load(
     model_chunks: Sequence[Any], optimizer: Any, *, with_moments: bool
-) -> Iterator[TensorChunk]:
-    """All of every trained weight, and this rank's ranges of the optimizer state."""
+) -> Iterator[tuple[TensorChunk, Replicas | None]]:
+    """All of every trained weight, and this rank's ranges of the optimizer state.
+
+    With the ranks that need the same values; None: no other rank does.
+    """
     regions = regions_by_parameter(model_chunks)
+    replicas = {is_expert: Replicas.running(is_expert=is_expert) for is_expert in (False, True)}
     for parameter, parameter_regions in regions.items():
         if parameter.requires_grad:
             for region in parameter_regions:
-                yield from tensor_chunks_of(region, parameter.detach().view(-1), 0)
+                for chunk in tensor_chunks_of(region, parameter.detach().view(-1), 0):
+                    yield chunk, replicas[is_expert_parameter(parameter)]
     for shard in sharded_params(optimizer):
-        yield from _state_chunks(shard, regions, with_moments=with_moments)
+        is_expert = is_expert_parameter(shard.parameter)
+        for chunk in _state_chunks(shard, regions, with_moments=with_moments):
+            yield chunk, None if shard.is_cut else replicas[is_expert]
 
 
 def _state_chunks(

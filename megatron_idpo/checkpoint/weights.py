@@ -15,16 +15,20 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factor
 
 from megatron_idpo.checkpoint.contents import contents_if_recorded, write_contents
 from megatron_idpo.checkpoint.dcp_io import DirectSave
-from megatron_idpo.checkpoint.dcp_planner import read_chunks
+from megatron_idpo.checkpoint.dcp_planner import read_chunks_together
 from megatron_idpo.checkpoint.stored_weights import check_same_model
 from megatron_idpo.checkpoint.tensor_chunks import TensorChunk, sharded_entries
 from megatron_idpo.mcore.lora.chunk import ADAPTERS_NAME
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel
+from megatron_idpo.mcore.parallel.replicas import Replicas
 from megatron_idpo.mcore.parallel.world import all_gather_objects, is_rank0, raise_on_all_ranks
 
 ShardedState = dict[str, Any]
+
+_EXPERTS = ".experts."
+"""In the keys of weights that are split over expert-parallel ranks; shared experts are not."""
 
 
 def sharded_weights(chunks: Sequence[GPTModel], *, extra_state: bool = False) -> ShardedState:
@@ -74,7 +78,7 @@ def save_weights(
 def load_weights(chunks: Sequence[GPTModel], directory: Path, architecture: Architecture) -> None:
     """Fills every parameter from a checkpoint of any layout, casting to the model's dtype.
 
-    Collective: one all-gather of objects; a failure on any rank is raised on all.
+    Collective: data-parallel ranks share the reading; a failure on any rank is raised on all.
 
     Args:
         chunks: this rank's model chunks.
@@ -92,5 +96,7 @@ def load_weights(chunks: Sequence[GPTModel], directory: Path, architecture: Arch
     with raise_on_all_ranks("loading the weights"):
         contents = contents_if_recorded(directory)
         check_same_model(directory, shapes, architecture.vocab_size, architecture.num_kv_heads)
-        with suppress_megatron_warnings():
-            read_chunks(tensor_chunks, directory, contents)
+    replicas = {is_expert: Replicas.running(is_expert=is_expert) for is_expert in (False, True)}
+    shared = [(chunk, replicas[_EXPERTS in chunk.key]) for chunk in tensor_chunks]
+    with suppress_megatron_warnings():
+        read_chunks_together(shared, directory, contents)

@@ -1,7 +1,7 @@
 """Hugging Face weights into a Megatron-Core model, or into a distributed checkpoint.
 
-`load_hf_weights` fills an existing model. Each rank reads only the slices that it owns, so no rank
-holds the whole model and ranks exchange nothing. `convert` loads in the same way and saves, so that
+`load_hf_weights` fills an existing model. Each rank reads only slices that it owns, so no rank holds
+the whole model, and data-parallel ranks, which own the same slices, share the reading. `convert` loads in the same way and saves, so that
 the checkpoint holds exactly the weights that training would start from.
 """
 
@@ -29,11 +29,12 @@ from megatron_idpo.convert.families import (
 )
 from megatron_idpo.convert.hf_io.reader import HfCheckpoint
 from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE
-from megatron_idpo.convert.slicing import Shard
+from megatron_idpo.convert.slicing import Block, Shard
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel, ModelOptions, build_model, global_parameters
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
+from megatron_idpo.mcore.parallel.replicas import Replicas
 from megatron_idpo.mcore.parallel.world import (
     distributed_world,
     is_rank0,
@@ -103,8 +104,8 @@ def load_hf_weights(
 ) -> None:
     """Fills every parameter of this rank from Hugging Face files, casting to the model's dtype.
 
-    Collective only to raise a failure of any rank on all. Reads this rank's slices, some rows of a
-    tensor at a time.
+    Collective: each data-parallel rank reads a part of their common slices, some rows of a tensor
+    at a time, and broadcasts it to the others. Layouts and dtypes do not change the bits.
 
     Args:
         chunks: this rank's model chunks (`build_model`).
@@ -115,16 +116,38 @@ def load_hf_weights(
     Raises:
         CheckpointError: a file is damaged, or a value too large for the model's dtype.
     """
-    rank = rank_coordinates()
-    parameters = list(global_parameters(chunks))
+    replicas = {is_expert: Replicas.running(is_expert=is_expert) for is_expert in (False, True)}
+    parts: dict[bool, list[tuple[int, Block]]] = {}
     with raise_on_all_ranks("reading the weights"), torch.no_grad():
         checkpoint.verify(share=dist.get_rank(), shares=dist.get_world_size())
-        for name, parameter in track(
-            parameters, "reading", total=len(parameters), unit="tensors", show=show_progress
-        ):
-            tensors = entry(name, architecture)
-            shard = Shard(*rank.tp(is_expert=tensors.is_expert))
-            tensors.slicing.fill(parameter, checkpoint, tensors.hf_names, architecture, shard)
+        for is_expert, blocks in _blocks(chunks, checkpoint, architecture).items():
+            readers = replicas[is_expert].readers([block.num_bytes for block in blocks])
+            parts[is_expert] = list(zip(readers, blocks, strict=True))
+        own = [
+            block
+            for is_expert, shared in parts.items()
+            for reader, block in shared
+            if reader == replicas[is_expert].rank
+        ]
+        for block in track(own, "reading", total=len(own), unit="blocks", show=show_progress):
+            block.read(checkpoint)
+    for is_expert, shared in parts.items():
+        replicas[is_expert].exchange((reader, block.target) for reader, block in shared)
+
+
+def _blocks(
+    chunks: Sequence[GPTModel], checkpoint: HfCheckpoint, architecture: Architecture
+) -> dict[bool, list[Block]]:
+    """What this rank's parameters consist of; those of experts separately."""
+    rank = rank_coordinates()
+    blocks: dict[bool, list[Block]] = {False: [], True: []}
+    for name, parameter in global_parameters(chunks):
+        tensors = entry(name, architecture)
+        shard = Shard(*rank.tp(is_expert=tensors.is_expert))
+        blocks[tensors.is_expert] += tensors.slicing.blocks(
+            parameter, checkpoint, tensors.hf_names, architecture, shard
+        )
+    return blocks
 
 
 def convert(

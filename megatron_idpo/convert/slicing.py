@@ -1,14 +1,14 @@
 """How Hugging Face tensors are split over tensor-parallel ranks and fused into parameters.
 
-One class per layout rule, with two directions that invert each other: `Slicing.fill` reads from the
-Hugging Face files only the bytes that this rank owns, `merge` joins the shards of all ranks. Values
-are moved, never computed with, so a round trip is bitwise exact.
+One class per layout rule, with two directions that invert each other: `Slicing.blocks` lists what of
+the Hugging Face files belongs into this rank's parameter, `merge` joins the shards of all ranks.
+Values are moved, never computed with, so a round trip is bitwise exact.
 
     V  vocabulary   R  rows of a tensor   r  this rank's share of rows or columns
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -45,24 +45,58 @@ class Shard:
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """One read: some rows of a Hugging Face tensor, or some of their columns."""
+
+    target: Tensor
+    """The view of a parameter that they belong into; not always contiguous."""
+
+    name: str
+    """Of the Hugging Face tensor."""
+
+    rows: slice
+    columns: slice | None
+    """None: all."""
+
+    @property
+    def num_bytes(self) -> int:
+        """In the parameter's dtype."""
+        return self.target.nbytes
+
+    def read(self, source: HfCheckpoint) -> None:
+        """Reads the values into the parameter, casting to its dtype.
+
+        Raises:
+            CheckpointError: the file is damaged, or a value too large for the dtype.
+        """
+        values = source.read(self.name, rows=self.rows, columns=self.columns)
+        self.target.copy_(values.view(self.target.shape))
+        check_range(str(source.directory), self.name, self.target, values.dtype)
+
+
 class Slicing(ABC):
     """One rule: how Hugging Face tensors become one parameter, and back."""
 
-    def fill(
+    def blocks(
         self,
         parameter: Tensor,
         source: HfCheckpoint,
         hf_names: Sequence[str],
         architecture: Architecture,
         shard: Shard,
-    ) -> None:
-        """Reads this rank's shard into its parameter, casting to the parameter's dtype."""
+    ) -> Iterator[Block]:
+        """The blocks that fill this rank's parameter, and zeroes what no block fills.
+
+        In blocks, so that loading a large vocabulary needs no second copy of it, and data-parallel
+        ranks can share the work.
+        """
         shapes = [source.shape(name) for name in hf_names]
         parts = self.parts(parameter, shapes, architecture, shard)
         if len(hf_names) == 1:  # one tensor may have several parts
             hf_names = list(hf_names) * len(parts)
         for name, (view, rows, columns) in zip(hf_names, parts, strict=True):
-            _read(view, source, name, rows, columns)
+            yield from _blocks(view, name, rows, columns)
 
     @abstractmethod
     def parts(
@@ -77,7 +111,7 @@ class Slicing(ABC):
     def merge(self, shards: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
         """The whole Hugging Face tensors, in the order of `hf_names`, from the shards of all ranks.
 
-        Inverse of `fill`.
+        Inverse of `blocks`.
         """
 
 
@@ -229,17 +263,12 @@ def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
 
 
-def _read(
-    target: Tensor, source: HfCheckpoint, name: str, rows: slice, columns: slice | None
-) -> None:
-    """Reads rows of a tensor, or some of their columns, into a view of a parameter.
-
-    In blocks, so that loading a large vocabulary needs no second copy of it.
+def _blocks(target: Tensor, name: str, rows: slice, columns: slice | None) -> Iterator[Block]:
+    """Rows of a tensor, or some of their columns, into a view of a parameter, in blocks.
 
     Args:
         target: as many elements as the rows have. Its first dimension splits the rows into runs of
             equal length (the query groups of `FusedQKV`).
-        source: where to read from.
         name: the Hugging Face tensor.
         rows: with start and stop.
         columns: None reads all.
@@ -250,9 +279,7 @@ def _read(
     assert run_rows * len(target) == rows.stop - rows.start, f"{rows} of {name}: {len(target)} runs"
     block_runs = max(_BLOCK_BYTES // target[0].nbytes, 1)
     start = rows.start
-    for block in target.split(block_runs):
-        stop = start + run_rows * len(block)
-        values = source.read(name, rows=slice(start, stop), columns=columns)
-        block.copy_(values.view(block.shape))
-        check_range(str(source.directory), name, block, values.dtype)
+    for view in target.split(block_runs):
+        stop = start + run_rows * len(view)
+        yield Block(view, name, slice(start, stop), columns)
         start = stop

@@ -43,6 +43,11 @@ class Source:
         return part.clone()
 
 
+def fill(rule: Slicing, parameter: Tensor, source: Any, names: list[str], *layout: Any) -> None:
+    for block in rule.blocks(parameter, source, names, *layout):
+        block.read(source)
+
+
 def numbered(*shape: int, start: int = 1) -> Tensor:
     size = int(torch.tensor(shape).prod())
     return torch.arange(start, start + size, dtype=torch.float32).view(shape)
@@ -59,7 +64,7 @@ def shards(
     """All ranks' parameters, NaN before they are filled, so that missing values are visible."""
     parameters = [torch.full(shape, torch.nan) for _ in range(size)]
     for rank, parameter in enumerate(parameters):
-        rule.fill(parameter, source, list(source.tensors), architecture, Shard(rank, size))
+        fill(rule, parameter, source, list(source.tensors), architecture, Shard(rank, size))
     return parameters
 
 
@@ -162,7 +167,7 @@ def test_rank_reads_only_its_rows_in_blocks(monkeypatch):
     source: Any = Source(one=numbered(64, 8))
     monkeypatch.setattr(slicing, "_BLOCK_BYTES", 10 * 8 * 4)
     parameter = torch.empty(32, 8)
-    VocabSplit().fill(parameter, source, ["one"], of(), Shard(1, 2))
+    fill(VocabSplit(), parameter, source, ["one"], of(), Shard(1, 2))
     assert torch.equal(parameter, source.tensors["one"][32:])
     assert source.reads == [80, 80, 80, 16]
 
@@ -170,7 +175,7 @@ def test_rank_reads_only_its_rows_in_blocks(monkeypatch):
 def test_values_are_cast_to_the_parameters_dtype():
     parameter = torch.empty(4, 3, dtype=torch.bfloat16)
     source: Any = Source(one=torch.randn(4, 3))
-    VocabSplit().fill(parameter, source, ["one"], of(), Shard(0, 1))
+    fill(VocabSplit(), parameter, source, ["one"], of(), Shard(0, 1))
     assert torch.equal(parameter, source.tensors["one"].bfloat16())
 
 
@@ -178,10 +183,10 @@ def test_sizes_that_do_not_divide_are_an_internal_error():
     with pytest.raises(AssertionError, match="7 over 2 ranks"):
         Shard(0, 2).of(7)
     with pytest.raises(AssertionError, match="3 rows of 8"):
-        VocabSplit().fill(torch.empty(3, 2), Source(one=numbered(8, 2)), ["one"], of(), Shard(0, 2))
+        fill(VocabSplit(), torch.empty(3, 2), Source(one=numbered(8, 2)), ["one"], of(), Shard(0, 2))
 
 
 def test_value_beyond_the_parameters_dtype_is_refused():
     source: Any = Source(one=torch.tensor([1.0, 1e5]))
     with pytest.raises(CheckpointError, match=r"^hf: tensor 'one' .* infinite in torch\.float16"):
-        Replicated().fill(torch.empty(2).half(), source, ["one"], of(), Shard(0, 1))
+        fill(Replicated(), torch.empty(2).half(), source, ["one"], of(), Shard(0, 1))
