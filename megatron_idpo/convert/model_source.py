@@ -20,7 +20,8 @@ from megatron_idpo.checkpoint.snapshot_metadata import (
     whole_snapshot,
 )
 from megatron_idpo.checkpoint.weights import load_weights
-from megatron_idpo.convert.hf_io.reader import HfCheckpoint, download_model
+from megatron_idpo.convert.hf_io.hub import download_model
+from megatron_idpo.convert.hf_io.reader import HfCheckpoint
 from megatron_idpo.convert.hf_io.tokenizer_files import (
     CONFIG_FILE,
     check_vocabulary,
@@ -85,11 +86,13 @@ class FrozenModel:
 
 
 def open_model(path: str) -> ModelSource:
-    """Opens a model. Call within `raise_on_all_ranks`; a hub model is downloaded if not cached.
+    """Opens a model. Call within `raise_on_all_ranks`.
+
+    In a run of several processes, `fetch_models` turns hub names into directories before.
 
     Args:
         path: a Hugging Face directory, a `torch_dist` checkpoint of this package (a snapshot of an
-            sDPO step is one), or a hub name.
+            sDPO step is one), or a hub name, which every caller looks up on the hub.
 
     Raises:
         UserError: there is no such model, or it cannot be used.

@@ -46,14 +46,18 @@ class RunPairs:
     """Of `data.eval`; None where held-out pairs come from `data.train`."""
 
 
-def load_run_pairs(config: RunConfig) -> RunPairs:
+def load_run_pairs(config: RunConfig, model_path: str | None = None) -> RunPairs:
     """Read and tokenize the sources of `config.data` with the tokenizer of `config.model`.
+
+    Args:
+        config: of the run.
+        model_path: the model's directory, if `config.model` has its name on the hub.
 
     Raises:
         DataError: see `load_tokenizer` and `load_pairs`; or holding out leaves no training pair.
     """
     data = config.data
-    tokenizer = load_tokenizer(tokenizer_path(config.model), data.chat_template)
+    tokenizer = load_tokenizer(tokenizer_path(config.model, model_path), data.chat_template)
     pairs = _load(data, data.train, tokenizer)
     if data.eval is not None:
         held_out = _load(data, data.eval, tokenizer, list_suffix=".eval")
@@ -115,12 +119,18 @@ def check_tokens(pairs: RunPairs, vocab_size: int) -> None:
             raise ConfigError.at("model.tokenizer", message, "use the model's own tokenizer")
 
 
-def tokenizer_path(model: ModelConfig) -> str:
-    """The configured tokenizer, or else the one in the model's or the checkpoint's directory."""
+def tokenizer_path(model: ModelConfig, model_path: str | None = None) -> str:
+    """The configured tokenizer, or else the one in the model's or the checkpoint's directory.
+
+    Args:
+        model: the section of the configuration.
+        model_path: the model's directory, if the configuration has its name on the hub.
+    """
     if model.tokenizer is not None:
         return model.tokenizer
-    inside = Path(model.path) / _CHECKPOINT_TOKENIZER
-    return str(inside) if inside.is_dir() else model.path
+    path = model_path or model.path
+    inside = Path(path) / _CHECKPOINT_TOKENIZER
+    return str(inside) if inside.is_dir() else path
 
 
 def hold_out(pairs: PairSource, num_pairs: int, *, seed: int) -> NDArray[np.bool_]:

@@ -3,6 +3,7 @@
 import logging
 
 from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.convert.hf_io.hub import fetch_models
 from megatron_idpo.convert.model_source import FrozenModel, ModelSource, open_model
 from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
 from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError
@@ -34,11 +35,12 @@ def score(config: RunConfig) -> int:
         UserError: on every rank; parts that were written before are kept.
     """
     with catch_stop_signals() as stop_flag, distributed_world(config) as world:
+        (model_path,) = fetch_models([config.model.path])
         with raise_on_all_ranks("reading the model"):
-            source = open_model(config.model.path)
+            source = open_model(model_path)
             _check(config, source.architecture, world.size)
         with raise_on_all_ranks("reading the data"):
-            pairs = load_run_pairs(config)
+            pairs = load_run_pairs(config, model_path)
             check_tokens(pairs, source.architecture.vocab_size)
         with running_layout(config.layout):
             return _score(config, world, source, pairs, stop_flag)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo_steps import step_config
+from megatron_idpo.convert.hf_io.hub import fetch_models
 from megatron_idpo.convert.model_source import FrozenModel, open_model
 from megatron_idpo.data.run_pairs import RunPairs, row_settings
 from megatron_idpo.data.tokenize.dataset import PairDataset
@@ -81,8 +82,9 @@ def score_for_steps(config: RunConfig) -> int:
         UserError: on every rank; parts that were written before still exist.
     """
     with distributed_world(config), remedies_without_cache():
+        (model_path,) = fetch_models([config.model.path])
         with raise_on_all_ranks("opening the model"):
-            num_layers = open_model(config.model.path).architecture.num_layers
+            num_layers = open_model(model_path).architecture.num_layers
             first_config = scoring_config(config, num_layers)
         return score(first_config)
 

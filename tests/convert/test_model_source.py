@@ -112,7 +112,7 @@ def test_hub_model_without_network_is_reported(monkeypatch):
 def test_hub_model_is_downloaded_without_pickles(monkeypatch, hf):
     asked = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], **options: object) -> str:
         asked.append((name, allow_patterns))
         return str(hf)
 

@@ -183,7 +183,9 @@ def test_sizes_that_do_not_divide_are_an_internal_error():
     with pytest.raises(AssertionError, match="7 over 2 ranks"):
         Shard(0, 2).of(7)
     with pytest.raises(AssertionError, match="3 rows of 8"):
-        fill(VocabSplit(), torch.empty(3, 2), Source(one=numbered(8, 2)), ["one"], of(), Shard(0, 2))
+        fill(
+            VocabSplit(), torch.empty(3, 2), Source(one=numbered(8, 2)), ["one"], of(), Shard(0, 2)
+        )
 
 
 def test_value_beyond_the_parameters_dtype_is_refused():

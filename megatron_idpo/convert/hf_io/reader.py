@@ -37,8 +37,6 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.model.v3", "*.txt", "*.jinja"]
 _DANGLING = "is a broken link, as an interrupted download leaves it"
 _MAX_REPORTED = 20  # problems of one checkpoint: a different model would have hundreds
 
@@ -325,23 +323,3 @@ def _no_weights(directory: Path) -> CheckpointError:
     only = f", only {', '.join(others[:3])}" if others else ""
     message = f"has neither {SINGLE_FILE} nor {INDEX_FILE}{only}"
     return CheckpointError.at(str(directory), message, "copy the model here again, or name another")
-
-
-def download_model(name: str, location: str = "model.path") -> Path:
-    """The directory of a hub model, downloaded if it is not in the cache.
-
-    Raises:
-        CheckpointError: at `location`; it is not on the hub, or the hub cannot be reached.
-    """
-    if not _HUB_MODEL.fullmatch(name):
-        remedy = "name a model directory, or a hub model such as organization/model"
-        raise CheckpointError.at(location, f"{name} is not a directory", remedy)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub's own errors, and those of four network libraries
-        reason = type(error).__name__
-        message = f"{name} is not a directory, and cannot be downloaded from the hub ({reason})"
-        remedy = f"check the name, or run this on a machine with network: hf download {name}"
-        raise CheckpointError.at(location, message, remedy) from error

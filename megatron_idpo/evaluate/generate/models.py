@@ -18,7 +18,7 @@ import torch
 from megatron_idpo.config.data import ModelConfig
 from megatron_idpo.config.evaluate import GenerateConfig
 from megatron_idpo.convert.hf_io.end_tokens import GENERATION_CONFIG_FILE, end_tokens
-from megatron_idpo.convert.hf_io.reader import download_model
+from megatron_idpo.convert.hf_io.hub import download_model
 from megatron_idpo.convert.hf_io.tokenizer_files import CONFIG_FILE
 from megatron_idpo.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_idpo.errors import ConfigError, library_reason

@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.convert.hf_io.hub import fetch_models
 from megatron_idpo.convert.model_source import FrozenModel, ModelSource, open_model
 from megatron_idpo.data.run_pairs import (
     RunPairs,
@@ -95,14 +96,14 @@ def likelihood(config: RunConfig, models: Sequence[EvalModel], output: Path) -> 
     """
     directory = output / DIRECTORY
     with catch_stop_signals() as stop_flag, distributed_world(config) as world:
+        paths = fetch_models([config.model.path, *(model.path for model in models)])
         with raise_on_all_ranks("opening the models"):
-            reference = open_model(config.model.path)
-            sources = [open_model(model.path) for model in models]
+            reference, *sources = map(open_model, paths)
             _check(config, world.size, reference, dict(zip(models, sources, strict=True)))
             if world.is_first:
                 check_writable(directory)
         with raise_on_all_ranks("reading the data"):
-            pairs = load_run_pairs(config)
+            pairs = load_run_pairs(config, paths[0])
             check_tokens(pairs, reference.architecture.vocab_size)
         with raise_on_all_ranks("reading the adapters' settings"):
             adapters = [read_peft_settings(model.adapter) for model in models if model.adapter]
