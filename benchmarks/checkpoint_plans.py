@@ -180,7 +180,6 @@ class Measured:
 
 def measure(case: Case, size: int) -> Measured:
     """All ranks' save plans, one after another; load plans of a sample."""
-    from megatron_idpo.checkpoint.dcp_metadata import read_dcp_metadata
     from megatron_idpo.checkpoint.dcp_planner import _LoadPlanner, _SavePlanner
 
     plans: list[SavePlan] = []
@@ -202,16 +201,7 @@ def measure(case: Case, size: int) -> Measured:
     plans, metadata = _SavePlanner([]).create_global_plan(received)
     global_s = time.perf_counter() - start_s
     written = [_place(plan, rank, metadata) for rank, plan in enumerate(plans)]
-    pieces: dict[str, dict[str, str]] = {}
-    for info in metadata.storage_data.values():
-        pieces.setdefault(info.relative_path, {})[str(info.offset)] = "0" * 32
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, ".metadata")
-        path.write_bytes(pickle.dumps(metadata))
-        metadata_bytes = path.stat().st_size
-        start_s = time.perf_counter()
-        read_dcp_metadata(Path(directory))
-        metadata_read_s = time.perf_counter() - start_s
+    metadata_bytes, metadata_read_s = _read_back(metadata)
     load_s, alone, together = [], [], []
     for loaded in loads[:: max(len(loads) // 8, 1)]:
         named = [(replace(c, key=f"{c.key}@0"), replicas) for c, replicas in loaded]
@@ -232,7 +222,7 @@ def measure(case: Case, size: int) -> Measured:
         gather_s=gather_s,
         global_plan_s=global_s,
         metadata_bytes=metadata_bytes,
-        checksums_bytes=len(json.dumps(pieces)),
+        checksums_bytes=_checksums_bytes(metadata),
         metadata_read_s=metadata_read_s,
         load_plan_s=max(load_s),
         opened_alone=max(files for files, _ in alone),
@@ -240,6 +230,25 @@ def measure(case: Case, size: int) -> Measured:
         read_alone_bytes=max(num_bytes for _, num_bytes in alone),
         read_bytes=max(num_bytes for _, num_bytes in together),
     )
+
+
+def _read_back(metadata: Metadata) -> tuple[int, float]:
+    """Size of `.metadata`, and the time to read it."""
+    from megatron_idpo.checkpoint.dcp_metadata import read_dcp_metadata
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, ".metadata")
+        path.write_bytes(pickle.dumps(metadata))
+        start_s = time.perf_counter()
+        read_dcp_metadata(Path(directory))
+        return path.stat().st_size, time.perf_counter() - start_s
+
+
+def _checksums_bytes(metadata: Metadata) -> int:
+    pieces: dict[str, dict[str, str]] = {}
+    for info in metadata.storage_data.values():
+        pieces.setdefault(info.relative_path, {})[str(info.offset)] = "0" * 32
+    return len(json.dumps(pieces))
 
 
 def _place(plan: SavePlan, rank: int, metadata: Metadata) -> int:

@@ -10,10 +10,15 @@
 #   DRY_RUN=1 SLURM_JOB_NODELIST='node[01-04]' launch/slurm.sh CONFIG.yaml
 #
 # Settings, all optional, from the environment:
-#   PYTHON=.venv/bin/python   the Python that has the package installed
+#   PYTHON=.venv/bin/python   the Python that has the package installed; in a container: python
 #   GPUS_PER_NODE=8           default: the GPUs that Slurm allocated on the first machine, or 8
 #   MASTER_PORT=29500         default: derived from the job id
 #   MAX_REQUEUES=100          how often a stopped run is queued again
+#   MAX_RESTARTS=3            how often a run that lost a process or a machine is queued again
+# In containers, which have the package installed and see this checkout under the same path:
+#   PYXIS_IMAGE=IMAGE         srun --container-image, with NVIDIA's pyxis and enroot
+#   APPTAINER_IMAGE=FILE.sif  apptainer exec --nv
+#   CONTAINER_MOUNTS=/data    more directories, comma-separated
 
 #SBATCH --job-name=idpo
 #SBATCH --nodes=1
@@ -29,7 +34,8 @@
 
 set -euo pipefail
 
-readonly EXIT_USER_ERROR=2 EXIT_PREEMPTED=75 # as in megatron_idpo/errors.py
+readonly EXIT_USER_ERROR=2 EXIT_PEER_LOST=3 EXIT_PREEMPTED=75 # as in megatron_idpo/errors.py
+readonly EXIT_INTERRUPTED=130                                  # Ctrl-C
 
 say() { printf 'slurm.sh: %s\n' "$*" >&2; }
 die() {
@@ -44,8 +50,27 @@ die() {
 cd "${SLURM_SUBMIT_DIR:-.}"
 [[ -f launch/node.py ]] || die "launch/node.py does not exist in $PWD: submit from the checkout"
 [[ -f "$1" ]] || die "$1 does not exist in $PWD"
-python="${PYTHON:-.venv/bin/python}"
-command -v "$python" >/dev/null || die "$python does not exist in $PWD: run make setup, or set PYTHON"
+mounts="$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+srun_options=() wrapper=()
+if [[ -n "${PYXIS_IMAGE:-}" ]]; then
+    pairs=()
+    for path in ${mounts//,/ }; do pairs+=("$path:$path"); done
+    joined="$(IFS=, && printf '%s' "${pairs[*]}")"
+    srun_options=(--container-image "$PYXIS_IMAGE" --container-mounts "$joined"
+        --container-workdir "$PWD")
+elif [[ -n "${APPTAINER_IMAGE:-}" ]]; then
+    [[ -e "$APPTAINER_IMAGE" ]] || die "APPTAINER_IMAGE: $APPTAINER_IMAGE does not exist in $PWD"
+    wrapper=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$APPTAINER_IMAGE")
+fi
+if [[ -n "${PYXIS_IMAGE:-}${APPTAINER_IMAGE:-}" ]]; then
+    python="${PYTHON:-python}"
+else
+    python="${PYTHON:-.venv/bin/python}"
+    command -v "$python" >/dev/null ||
+        die "$python does not exist in $PWD: run make setup, or set PYTHON"
+fi
+
+program=("${wrapper[@]}" "$python")
 
 listed="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 mapfile -t hosts <<<"$listed"
@@ -63,7 +88,7 @@ run=(
 
 if [[ "${DRY_RUN:-0}" != 0 ]]; then
     for rank in "${!hosts[@]}"; do
-        printf -v words ' %q' "$python" launch/node.py --node-rank "$rank" "${run[@]}"
+        printf -v words ' %q' "${program[@]}" launch/node.py --node-rank "$rank" "${run[@]}"
         printf '%s:%s\n' "${hosts[rank]}" "$words"
     done
     exit 0
@@ -75,8 +100,9 @@ fi
 code=0
 # shellcheck disable=SC2016 # expanded by the shell of each task
 srun --ntasks "${#hosts[@]}" --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit=0 --wait 120 \
-    bash -c 'exec "$0" launch/node.py --node-rank "$SLURM_NODEID" "$@"' "$python" "${run[@]}" ||
-    code=$?
+    "${srun_options[@]}" bash -c \
+    'exec "${@:2:$1}" launch/node.py --node-rank "$SLURM_NODEID" "${@:$1+2}"' task \
+    "${#program[@]}" "${program[@]}" "${run[@]}" || code=$?
 
 if ((code == EXIT_PREEMPTED)); then
     if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-100})); then
@@ -85,6 +111,20 @@ if ((code == EXIT_PREEMPTED)); then
         say "stopped and saved; job $SLURM_JOB_ID is queued again"
     else
         say "stopped and saved, but requeueing failed; submit it again to resume"
+    fi
+elif ((code == EXIT_PEER_LOST || (code > 128 && code != EXIT_INTERRUPTED))); then
+    # srun reports the largest code: that of a killed process hides the others' EXIT_PEER_LOST.
+    # Counted apart from preemptions, which are no reason to give up.
+    restarts="slurm-${SLURM_JOB_ID}.restarts"
+    count=0
+    [[ ! -f "$restarts" ]] || count="$(wc -l <"$restarts")"
+    if ((count >= ${MAX_RESTARTS:-3})); then
+        say "lost a process or a machine ($code); already restarted $count times, see $restarts"
+    elif printf '%s code %s\n' "$(date -u +%FT%TZ)" "$code" >>"$restarts" &&
+        scontrol requeue "$SLURM_JOB_ID"; then
+        say "lost a process or a machine ($code); job $SLURM_JOB_ID is queued again"
+    else
+        say "lost a process or a machine ($code); requeueing failed, submit it again to resume"
     fi
 fi
 exit "$code"

@@ -99,7 +99,7 @@ def read_chunks_together(
     directory: Path,
     contents: Contents | None = None,
 ) -> None:
-    """Fills chunks of all ranks; a stored piece that replicas have in common is read by one of them.
+    """Fills chunks of all ranks; replicas read a stored piece that they have in common once.
 
     Collective.
 

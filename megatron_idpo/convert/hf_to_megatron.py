@@ -1,8 +1,9 @@
 """Hugging Face weights into a Megatron-Core model, or into a distributed checkpoint.
 
-`load_hf_weights` fills an existing model. Each rank reads only slices that it owns, so no rank holds
-the whole model, and data-parallel ranks, which own the same slices, share the reading. `convert` loads in the same way and saves, so that
-the checkpoint holds exactly the weights that training would start from.
+`load_hf_weights` fills an existing model. Each rank reads only slices that it owns, so no rank
+holds the whole model, and data-parallel ranks, which own the same slices, share the reading.
+`convert` loads in the same way and saves, so that the checkpoint holds exactly the weights that
+training would start from.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """How Hugging Face tensors are split over tensor-parallel ranks and fused into parameters.
 
-One class per layout rule, with two directions that invert each other: `Slicing.blocks` lists what of
-the Hugging Face files belongs into this rank's parameter, `merge` joins the shards of all ranks.
+One class per layout rule, with two directions that invert each other: `Slicing.blocks` lists what
+of the Hugging Face files belongs into this rank's parameter, `merge` joins the shards of all ranks.
 Values are moved, never computed with, so a round trip is bitwise exact.
 
     V  vocabulary   R  rows of a tensor   r  this rank's share of rows or columns

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_idpo.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
+from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 from .commands import LAUNCH, ROOT, check_command
 
@@ -113,7 +113,6 @@ def test_run_starts_the_commands_of_the_dry_run(slurm: Slurm) -> None:
         ((EXIT_PREEMPTED, EXIT_PREEMPTED), 100, EXIT_PREEMPTED, False),
         ((EXIT_USER_ERROR, EXIT_USER_ERROR), 0, EXIT_USER_ERROR, False),
         ((1, 0), 0, 1, False),
-        ((EXIT_PREEMPTED, 137), 0, 137, False),
     ],
 )
 def test_only_a_stopped_and_saved_run_is_queued_again(
@@ -123,6 +122,75 @@ def test_only_a_stopped_and_saved_run_is_queued_again(
     process = slurm.sbatch(EXAMPLE, PYTHON=str(python), SLURM_RESTART_COUNT=str(restarts))
     assert (process.returncode, slurm.has_requeued()) == (code, requeues)
     assert ("saved" in process.stderr) == (code == EXIT_PREEMPTED)
+
+
+@pytest.mark.parametrize(
+    ("codes", "settings", "code", "requeues"),
+    [
+        ((EXIT_PEER_LOST, EXIT_PEER_LOST), {}, EXIT_PEER_LOST, 3),  # a cut cable
+        ((EXIT_PEER_LOST, 137), {}, 137, 3),  # a killed process
+        ((EXIT_PEER_LOST, 0), {"MAX_RESTARTS": "1"}, EXIT_PEER_LOST, 1),
+        ((EXIT_PEER_LOST, 0), {"MAX_RESTARTS": "0"}, EXIT_PEER_LOST, 0),
+        ((130, 130), {}, 130, 0),  # Ctrl-C
+    ],
+)
+def test_run_that_lost_a_process_is_queued_again_a_few_times(
+    slurm: Slurm, codes: tuple[int, int], settings: dict[str, str], code: int, requeues: int
+) -> None:
+    python = slurm.program("python_fake", f'c=({codes[0]} {codes[1]}); exit "${{c[SLURM_NODEID]}}"')
+    submitted_from = slurm.root / "checkout"  # where the count is kept, as is the log
+    submitted_from.mkdir()
+    for name in ("launch", "examples"):
+        (submitted_from / name).symlink_to(ROOT / name)
+    settings |= {"PYTHON": str(python), "SLURM_SUBMIT_DIR": str(submitted_from)}
+    messages = []
+    for restarts in range(5):  # preemptions count in SLURM_RESTART_COUNT too, and do not matter
+        process = slurm.sbatch(EXAMPLE, SLURM_RESTART_COUNT=str(restarts), **settings)
+        assert process.returncode == code
+        messages.append(process.stderr)
+    assert slurm.calls.read_text().count(f"scontrol requeue {JOB_ID}") == requeues
+    assert sum("is queued again" in message for message in messages) == requeues
+    if requeues:
+        assert f"already restarted {requeues} times" in messages[-1]
+
+
+CONTAINERS = {
+    "PYXIS_IMAGE": (
+        "registry#idpo:1",
+        f"--container-image registry#idpo:1 --container-mounts {ROOT}:{ROOT},/data:/data "
+        f"--container-workdir {ROOT}",
+        ["python"],
+    ),
+    "APPTAINER_IMAGE": (
+        "README.md",  # only has to exist
+        "",
+        f"apptainer exec --nv --bind {ROOT},/data --pwd {ROOT} README.md python".split(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_run_in_a_container(slurm: Slurm, kind: str) -> None:
+    image, srun_options, program = CONTAINERS[kind]
+    slurm.program(program[0], f'printf "%s\n" "$0 $*" >>{slurm.root}/started')
+    del slurm.env["PYTHON"]
+    settings = {kind: image, "CONTAINER_MOUNTS": "/data"}
+    printed = slurm.sbatch(EXAMPLE, DRY_RUN="1", **settings).stdout.splitlines()
+    for rank, line in enumerate(printed):
+        words = shlex.split(line.split(": ", 1)[1])
+        assert words[: len(program)] == program
+        check_command(words[len(program) - 1 :], nodes=2, rank=rank)
+    assert slurm.sbatch(EXAMPLE, **settings).returncode == 0
+    started = (slurm.root / "started").read_text().splitlines()
+    commands = (" ".join(shlex.split(line.split(": ", 1)[1])) for line in printed)
+    assert sorted(started) == sorted(f"{slurm.bin}/{command}" for command in commands)
+    (srun,) = (line for line in slurm.calls.read_text().splitlines() if line.startswith("srun"))
+    assert srun_options in srun
+
+
+def test_missing_image_is_reported(slurm: Slurm) -> None:
+    process = slurm.sbatch(EXAMPLE, APPTAINER_IMAGE="missing.sif")
+    assert process.returncode == EXIT_USER_ERROR and "missing.sif does not exist" in process.stderr
 
 
 def test_task_that_ends_does_not_kill_tasks_that_still_save(slurm: Slurm) -> None:

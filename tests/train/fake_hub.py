@@ -1,12 +1,20 @@
-"""A local stand-in of the hub's API: it creates repositories and stores what is committed."""
+"""A local stand-in of the hub's API: creates repositories, stores commits, serves files."""
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
+
+
+COMMIT = "0" * 40
+
+
+def _etag(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -17,6 +25,8 @@ class FakeHub(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         self.files: dict[str, dict[str, bytes]] = {}
         self.refuses = False
+        self.requests: list[str] = []
+        """Paths of what was read, in order."""
 
     @property
     def endpoint(self) -> str:
@@ -50,17 +60,47 @@ class _Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     value = line["value"]
                     self.server.files[name][value["path"]] = base64.b64decode(value["content"])
-            url = f"{self.server.endpoint}/{name}/commit/{'0' * 40}"
+            url = f"{self.server.endpoint}/{name}/commit/{COMMIT}"
             self._reply(
-                {"commitUrl": url, "commitOid": "0" * 40, "hookOutput": "", "success": True}
+                {"commitUrl": url, "commitOid": COMMIT, "hookOutput": "", "success": True}
             )
         else:
             self._reply({})
 
     def do_GET(self) -> None:
-        self._reply({"error": "not found"}, 404)
+        path = self.path.partition("?")[0]
+        self.server.requests.append(path)
+        owner, name, kind, _, file = [*path.removeprefix("/api/models/").split("/"), *[""] * 4][:5]
+        if kind not in ("tree", "revision"):
+            owner, name, kind, _, file = [*path.removeprefix("/").split("/"), *[""] * 4][:5]
+        files = self.server.files.get(f"{owner}/{name}")
+        if files is None:
+            self._reply({"error": "not found"}, 404)
+        elif kind == "tree":
+            entries = [
+                {"type": "file", "path": path, "size": len(content), "oid": _etag(content)}
+                for path, content in files.items()
+            ]
+            self._reply(entries)
+        elif kind == "resolve":
+            self._send_file(files[file])
+        else:
+            self._reply({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []})
 
-    def _reply(self, value: dict[str, Any], status: int = 200) -> None:
+    def do_HEAD(self) -> None:
+        _, owner, name, _, _, file = self.path.split("/")
+        self._send_file(self.server.files[f"{owner}/{name}"][file], is_head=True)
+
+    def _send_file(self, content: bytes, *, is_head: bool = False) -> None:
+        self.send_response(200)
+        self.send_header("ETag", _etag(content))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if not is_head:
+            self.wfile.write(content)
+
+    def _reply(self, value: Any, status: int = 200) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
