@@ -1,6 +1,7 @@
 """Prints the command of every pod of a manifest, or reports its inconsistencies.
 
     python launch/check_kubernetes.py launch/kubernetes.yaml
+    python launch/check_kubernetes.py launch/jobset.yaml
 
 The manifest repeats the number of machines three times, the GPUs twice and names four times.
 Kubernetes accepts a manifest in which they differ; the run then waits forever for a machine. This
@@ -11,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,13 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_USER_ERROR
     path = Path(arguments[0])
     objects = {value["kind"]: value for value in yaml.safe_load_all(path.read_text()) if value}
-    job, service = objects["Job"], objects["Service"]
-    inconsistencies = list(problems(job, service))
+    inconsistencies: list[str] = []
+    if "JobSet" in objects:
+        job, service = job_of_set(objects["JobSet"])
+        inconsistencies += problems_of_set(objects["JobSet"])
+    else:
+        job, service = objects["Job"], objects["Service"]
+    inconsistencies += problems(job, service)
     for problem in inconsistencies:
         print(f"{path}: {problem}", file=sys.stderr)
     if inconsistencies:
@@ -38,6 +45,46 @@ def main(arguments: Sequence[str]) -> int:
     for index in range(job["spec"]["completions"]):
         print(f"{job['metadata']['name']}-{index}: {shlex.join(command(job, index))}")
     return 0
+
+
+def job_of_set(job_set: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The Job and the Service that the operator creates from a JobSet with one Job."""
+    (replicated,) = job_set["spec"]["replicatedJobs"]
+    name, network = job_set["metadata"]["name"], job_set["spec"].get("network", {})
+    job = deepcopy(replicated["template"]) | {
+        "metadata": {"name": f"{name}-{replicated['name']}-0"}
+    }
+    subdomain = network.get("subdomain", name)
+    if network.get("enableDNSHostnames", True):
+        job["spec"]["template"]["spec"]["subdomain"] = subdomain
+    service = {
+        "metadata": {"name": subdomain},
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": network.get("publishNotReadyAddresses", True),
+            "selector": {JOB_LABEL: job["metadata"]["name"]},
+        },
+    }
+    return job, service
+
+
+def problems_of_set(job_set: dict[str, Any]) -> Iterator[str]:
+    """What prevents a JobSet from being restarted, or from ending after an error of the user."""
+    policy = job_set["spec"].get("failurePolicy", {})
+    if not policy.get("maxRestarts"):
+        yield "failurePolicy.maxRestarts is 0: a crash of one pod would end the run"
+    ends = [
+        rule
+        for rule in policy.get("rules", ())
+        if rule["action"] == "FailJobSet" and "PodFailurePolicy" in rule["onJobFailureReasons"]
+    ]
+    if not ends:
+        yield f"no rule ends the JobSet after exit code {EXIT_USER_ERROR} (PodFailurePolicy)"
+    (replicated,) = job_set["spec"]["replicatedJobs"]
+    if replicated.get("replicas", 1) != 1:
+        yield f"replicas is {replicated['replicas']}; expected 1: machines are completions"
+    if (limit := replicated["template"]["spec"].get("backoffLimit")) != 0:
+        yield f"backoffLimit is {limit}; expected 0: the JobSet restarts all pods together"
 
 
 def command(job: dict[str, Any], index: int) -> list[str]:
