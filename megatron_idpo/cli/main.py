@@ -195,14 +195,36 @@ def _config_verb(
 
 def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser, required=False)
-    help_nodes = "under torchrun: also whether its machines work together"
+    help_nodes = "also whether the machines of a run work together; under torchrun, or with:"
     parser.add_argument("--nodes", action="store_true", help=help_nodes)
+    number = "number of machines; starts the processes on this one, once all have come"
+    parser.add_argument("--nnodes", type=int, metavar="N", help=number)
+    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="of this machine")
+    parser.add_argument("--master-addr", metavar="HOST", help="the machine with rank 0")
+    parser.add_argument("--master-port", type=int, default=29500, metavar="PORT")
+    help_processes = "per machine (default 2)"
+    parser.add_argument("--nproc-per-node", type=int, default=2, metavar="N", help=help_processes)
+    help_wait = "seconds to wait for the machines (default 120)"
+    parser.add_argument("--wait", type=float, default=120.0, metavar="S", help=help_wait)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from megatron_idpo.doctor.main import main as doctor
+    from megatron_idpo.doctor.roll_call import Meeting
 
-    return doctor(config_path(arguments), arguments.overrides, nodes=arguments.nodes)
+    meeting = None
+    if arguments.nnodes is not None:
+        meeting = Meeting(
+            nnodes=arguments.nnodes,
+            node_rank=arguments.node_rank,
+            master_addr=arguments.master_addr or "localhost",
+            master_port=arguments.master_port,
+            nproc_per_node=arguments.nproc_per_node,
+            wait_s=arguments.wait,
+        )
+    return doctor(
+        config_path(arguments), arguments.overrides, nodes=arguments.nodes, meeting=meeting
+    )
 
 
 def _add_sdpo_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from megatron_idpo.doctor.finding import Finding, Report, State
 from megatron_idpo.doctor.libraries import Probe, Torch, check_libraries
 from megatron_idpo.doctor.machine import Machine, check_machine
 from megatron_idpo.doctor.nodes import check_nodes
+from megatron_idpo.doctor.roll_call import Meeting, meet, run_processes
 from megatron_idpo.doctor.run_config import PLAN, check_config
 from megatron_idpo.errors import EXIT_USER_ERROR, UserError
 
@@ -93,17 +94,29 @@ def _summary(report: Report) -> Text:
 
 
 def main(
-    config_path: str | Path | None = None, overrides: Sequence[str] = (), *, nodes: bool = False
+    config_path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    nodes: bool = False,
+    meeting: Meeting | None = None,
 ) -> int:
     """The verb. Returns 0 if it can run here, 2 if something is broken.
 
-    Under torchrun every process runs the checks and the first one of each machine prints.
+    In several processes, each runs the checks and the first one of each machine prints.
 
     Args:
         config_path: a configuration to check as well.
         overrides: `section.field=value` for it.
         nodes: also check that all machines work together; collective.
+        meeting: wait for all machines and start the processes for that; None: they are running.
     """
+    if meeting is not None and "RANK" not in os.environ:
+        finding, port = meet(meeting)
+        render(Report((("Machines", (finding,)),)), Console())
+        if finding.state is State.BROKEN:
+            return EXIT_USER_ERROR
+        path = () if config_path is None else (str(config_path),)
+        return run_processes(meeting, port, ["doctor", "--nodes", *path, *overrides])
     report = examine(config_path, overrides)
     if nodes:
         report = Report((*report.groups, ("Machines", _machines(config_path, overrides))))

@@ -1,7 +1,7 @@
-"""Whether the machines of a run can work together: `doctor --nodes`, started by torchrun on each.
+"""Whether the machines of a run can work together: `doctor --nodes`, in processes on each.
 
-Joins the processes as a run does, then compares versions, measures an all-reduce and looks whether
-`training.output` is the same directory everywhere.
+They are started by torchrun or by `roll_call.py`. Joins them as a run does, then compares versions,
+measures an all-reduce and looks whether `training.output` is the same directory everywhere.
 """
 
 import os
@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.doctor.finding import Finding, State
+from megatron_idpo.doctor.interfaces import check_interfaces, chosen_interfaces
 from megatron_idpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ _ALL_REDUCE_BYTES = 64 << 20
 """As a bucket of DDP."""
 
 _ROUNDS = 5
+_TIMEOUT_S = 120
+"""Of the processes' rendezvous and collectives: a wrong interface or a firewall is a hang."""
+
 _COMPARED = ("torch", "megatron-core", "transformers", "numpy")
 _NETWORK = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface to use"
 
@@ -37,14 +41,16 @@ def check_nodes(config: RunConfig | None) -> list[Finding]:
         config: the configuration, for `training`; None: nothing about directories.
     """
     if "RANK" not in os.environ:
-        remedy = "torchrun --nnodes 2 --nproc-per-node 2 ... -m megatron_idpo doctor --nodes CONFIG"
+        remedy = "megatron-idpo doctor --nodes --nnodes 2 --node-rank RANK --master-addr FIRST_HOST"
         message = "--nodes needs the processes of all machines"
         return [Finding("rendezvous", State.BROKEN, message, "", f"start on each: {remedy}")]
+    if broken := check_interfaces(os.environ):
+        return [broken]
     from megatron_idpo.mcore.parallel.world import distributed_world
 
     start_s = time.monotonic()
     try:
-        with distributed_world(config) as world:
+        with distributed_world(config, timeout_s=_TIMEOUT_S) as world:
             return list(_findings(config, world, time.monotonic() - start_s))
     except (UserError, RuntimeError) as error:
         return [Finding("rendezvous", State.BROKEN, str(error).split("\n", 1)[0], "", _NETWORK)]
@@ -58,6 +64,7 @@ def _findings(config: RunConfig | None, world: "World", joined_s: float) -> Iter
     machines = list(dict.fromkeys(hosts))
     processes = f"{world.size} processes on {len(machines)} machines ({', '.join(machines)})"
     yield Finding("rendezvous", State.OK, f"{processes}, joined in {joined_s:.1f} s")
+    interfaces = dict(zip(hosts, all_gather_objects(chosen_interfaces(os.environ)), strict=True))
     addresses = dict(zip(hosts, all_gather_objects((*own_addresses(), "none")[0]), strict=True))
     listed = ", ".join(f"{host} {address}" for host, address in addresses.items())
     is_local = any(address.startswith("127.") for address in addresses.values())
@@ -66,6 +73,8 @@ def _findings(config: RunConfig | None, world: "World", joined_s: float) -> Iter
         yield Finding("network", State.BROKEN, listed, consequence, _NETWORK)
     else:
         yield Finding("network", State.OK, listed, "", _NETWORK if len(machines) > 1 else "")
+    chosen = "; ".join(f"{host}: {line}" for host, line in interfaces.items())
+    yield Finding("network interfaces", State.OK, chosen)
     yield _versions(hosts)
     yield _all_reduce(world)
     if config is not None and config.has("training"):

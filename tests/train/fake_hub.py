@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
-
 COMMIT = "0" * 40
 
 
@@ -61,9 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
                     value = line["value"]
                     self.server.files[name][value["path"]] = base64.b64decode(value["content"])
             url = f"{self.server.endpoint}/{name}/commit/{COMMIT}"
-            self._reply(
-                {"commitUrl": url, "commitOid": COMMIT, "hookOutput": "", "success": True}
-            )
+            self._reply({"commitUrl": url, "commitOid": COMMIT, "hookOutput": "", "success": True})
         else:
             self._reply({})
 

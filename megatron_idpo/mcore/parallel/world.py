@@ -87,7 +87,9 @@ def collective_timeout() -> timedelta | None:
 
 
 @contextmanager
-def distributed_world(config: RunConfig | None = None) -> Iterator[World]:
+def distributed_world(
+    config: RunConfig | None = None, *, timeout_s: int | None = None
+) -> Iterator[World]:
     """Join torchrun's world, or create one of this process alone; leave it at the end.
 
     The processes exchange heartbeats meanwhile (`watchdog/watch.py`). A process group that exists
@@ -98,15 +100,17 @@ def distributed_world(config: RunConfig | None = None) -> Iterator[World]:
     Args:
         config: of the run, for `training.timeout_s` and `training.heartbeat_timeout_s`; None, or
             without that section: the defaults.
+        timeout_s: instead of the configuration's.
 
     Raises:
         ConfigError: the environment is incomplete, or there are more ranks here than GPUs.
     """
     has_gpu = not redirect_cuda_to_cpu()
-    timeout_s, heartbeat_timeout_s = DEFAULT_TIMEOUT_S, DEFAULT_HEARTBEAT_TIMEOUT_S
+    heartbeat_timeout_s = DEFAULT_HEARTBEAT_TIMEOUT_S
     if config is not None and config.has("training"):
-        timeout_s = config.training.timeout_s
+        timeout_s = timeout_s or config.training.timeout_s
         heartbeat_timeout_s = config.training.heartbeat_timeout_s
+    timeout_s = timeout_s or DEFAULT_TIMEOUT_S
     with suppress_megatron_warnings(has_gpu=has_gpu):
         if dist.is_initialized():
             yield World(dist.get_rank(), dist.get_world_size())
