@@ -57,7 +57,7 @@ def chosen_interfaces(environment: Mapping[str, str]) -> str:
 
 
 def _selected(value: str, here: Mapping[str, str]) -> dict[str, str]:
-    """The interfaces that a variable names: prefixes, after `=` whole names, after `^` all others."""
+    """The interfaces that a variable names: by prefix, after `=` by name, after `^` all others."""
     names = [name for name in value.lstrip("^=").split(",") if name]
     if not names:
         return {}

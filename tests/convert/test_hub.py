@@ -13,6 +13,7 @@ from tests.train.fake_hub import COMMIT, running_hub
 pytestmark = pytest.mark.distributed
 
 NAME = "some/model"
+URL = "{repo_id}/resolve/{revision}/{filename}"
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickle"}
 
 
@@ -26,6 +27,7 @@ def fetch(endpoint: str, caches: list[str], names: list[str]) -> list[str]:
     machine = dist.get_rank() // 2
     with (
         mock.patch.object(constants, "ENDPOINT", endpoint),
+        mock.patch.object(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{URL}"),
         mock.patch.object(constants, "HF_HUB_CACHE", caches[machine]),
         mock.patch.object(constants, "HF_HUB_OFFLINE", False),
         mock.patch("socket.gethostname", lambda: f"machine-{machine}"),
