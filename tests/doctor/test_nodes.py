@@ -64,4 +64,4 @@ def test_machines_with_other_files_and_libraries(workers, tmp_path):
 def test_a_single_process_is_explained(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     (finding,) = check_nodes(None)
-    assert finding.state is State.BROKEN and "torchrun" in finding.remedy
+    assert finding.state is State.BROKEN and "--nnodes 2" in finding.remedy
