@@ -98,20 +98,24 @@ class Reader(FileSystemReader):
     Everything is compared with its checksum before it is deserialized: torch compares nothing.
     """
 
-    def __init__(self, directory: Path, contents: Contents | None) -> None:
+    def __init__(
+        self, directory: Path, contents: Contents | None, metadata: Metadata | None = None
+    ) -> None:
         """Opens nothing yet.
 
         Args:
             directory: the checkpoint.
             contents: its checksums; without them, the CRC in the archives are compared.
+            metadata: its list of tensors; None reads it.
         """
         super().__init__(directory)
+        self._metadata = metadata
         self._contents = contents
         self._verified: set[MetadataIndex] = set()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The list of tensors; torch would unpickle it without limits."""
-        return read_dcp_metadata(Path(self.path))
+        return self._metadata or read_dcp_metadata(Path(self.path))
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fills everything in the plan.

@@ -91,13 +91,15 @@ def read_chunks(
     Raises:
         CheckpointError: a file is damaged, or a value too large for the dtype of its chunk.
     """
-    _load(_LoadPlanner([(chunk, None) for chunk in chunks], directory), directory, contents)
+    planner = _LoadPlanner([(chunk, None) for chunk in chunks], directory)
+    _load(planner, Reader(directory, contents))
 
 
 def read_chunks_together(
     chunks: Sequence[tuple[TensorChunk, Replicas | None]],
     directory: Path,
-    contents: Contents | None = None,
+    contents: Contents | None,
+    metadata: Metadata,
 ) -> None:
     """Fills chunks of all ranks; replicas read a stored piece that they have in common once.
 
@@ -108,21 +110,20 @@ def read_chunks_together(
             this rank reads it alone.
         directory: as for `read_chunks`.
         contents: likewise.
+        metadata: the checkpoint's list of tensors.
 
     Raises:
         CheckpointError: on every rank; as `read_chunks`.
     """
     planner = _LoadPlanner(chunks, directory)
     with raise_on_all_ranks("reading the checkpoint"):
-        _load(planner, directory, contents)
+        _load(planner, Reader(directory, contents, metadata))
     planner.exchange()
 
 
-def _load(planner: "_LoadPlanner", directory: Path, contents: Contents | None) -> None:
+def _load(planner: "_LoadPlanner", reader: Reader) -> None:
     try:
-        torch_checkpoint.load(
-            {}, storage_reader=Reader(directory, contents), planner=planner, no_dist=True
-        )
+        torch_checkpoint.load({}, storage_reader=reader, planner=planner, no_dist=True)
     except CheckpointException as failed:
         raise first_failure(failed) from failed
 

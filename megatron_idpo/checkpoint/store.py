@@ -16,13 +16,15 @@ The files are megatron-core's `torch_dist` files, a `progress.json` and a `check
 """
 
 import json
+import logging
+import time
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from megatron_idpo.checkpoint.background_save import BackgroundWorker
-from megatron_idpo.checkpoint.contents import read_contents, write_contents
+from megatron_idpo.checkpoint.contents import Contents, read_contents, write_contents
 from megatron_idpo.checkpoint.dcp_planner import write_chunks
 from megatron_idpo.checkpoint.metadata import FILE as PROGRESS
 from megatron_idpo.checkpoint.metadata import Progress, Record
@@ -44,8 +46,14 @@ from megatron_idpo.mcore.parallel.world import (
     broadcast_from_rank0,
     is_rank0,
     raise_on_all_ranks,
+    read_on_rank0,
 )
 from megatron_idpo.storage import atomic
+
+logger = logging.getLogger(__name__)
+
+_REPORTED_S = 1.0
+"""Shorter waits for an earlier save are not reported."""
 
 
 class Checkpoints:
@@ -147,7 +155,7 @@ class Checkpoints:
             CheckpointError: the directory cannot be written or its disk is full; an earlier save
                 failed.
         """
-        self.wait()
+        self._wait_for_earlier_save()
         if self._saved_step == progress.step:
             return
         chunks = copy_state(model_chunks, optimizer)
@@ -199,15 +207,31 @@ class Checkpoints:
             CheckpointError: on every rank; the checkpoint is of another model or trains other
                 tensors; a file is missing or has been changed, or is another checkpoint's.
         """
-        with raise_on_all_ranks("reading the checkpoint's progress"):
+
+        def read() -> tuple[Contents, Record]:
             contents = read_contents(info.directory, is_state=True)
             contents.check_files()
-            record = Record.read(info.directory)
+            return contents, Record.read(info.directory)
+
+        contents, record = read_on_rank0("reading the checkpoint's progress", read)
         restore_state(model_chunks, optimizer, contents, steps=record.optimizer_steps)
         if record.loss_scale is not None:
             set_loss_scaler_state(optimizer, record.loss_scale)
         self._saved_step = info.step
         return record.progress
+
+    def _wait_for_earlier_save(self) -> None:
+        start_s = time.monotonic()
+        if self.wait() is None or not is_rank0():
+            return
+        waited_s = time.monotonic() - start_s
+        if waited_s >= _REPORTED_S:
+            logger.warning(
+                "training waited %.0f s for the save of step %d to end before the next one; raise "
+                "checkpoint.every_steps, or use a faster disk",
+                waited_s,
+                self._saved_step,
+            )
 
     def _write(
         self, chunks: list[TensorChunk], record: Record, directory: Path, target: Path

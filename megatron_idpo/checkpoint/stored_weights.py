@@ -1,8 +1,8 @@
 """The tensors that a `torch_dist` checkpoint holds, checked before any of them is read.
 
-Only `metadata.json`, `.metadata` and the file sizes are read. That is enough to name a truncated or
-missing file and to recognize another model's checkpoint. megatron-core would start to read and fail
-in the middle, or load a part of another vocabulary.
+Only `metadata.json`, `.metadata` and the file sizes are read, by one rank for all. That is enough
+to name a truncated or missing file and to recognize another model's checkpoint. megatron-core would
+start to read and fail in the middle, or load a part of another vocabulary.
 """
 
 import json
@@ -29,6 +29,8 @@ _USUAL_MULTIPLES = tuple(1 << power for power in range(14))
 
 _MAX_TENSOR_PARALLEL = 64
 
+_NOT_A_CHECKPOINT = "name a directory that `convert hf-to-megatron` wrote"
+
 Shape = tuple[int, ...]
 
 
@@ -49,8 +51,10 @@ def stored_weights(directory: Path) -> dict[str, StoredWeight]:
         CheckpointError: there is no such checkpoint; a file is missing, truncated or was changed.
     """
     contents_if_recorded(directory)  # before anything is parsed
-    remedy = "name a directory that `convert hf-to-megatron` wrote"
-    tensors = _stored_tensors(directory, _MODEL_KEYS, remedy)
+    return _weights(_stored_tensors(directory, _MODEL_KEYS, _NOT_A_CHECKPOINT)[1])
+
+
+def _weights(tensors: Mapping[str, TensorStorageMetadata]) -> dict[str, StoredWeight]:
     return {
         key: StoredWeight(tuple(tensor.size), tensor.properties.dtype)
         for key, tensor in tensors.items()
@@ -59,8 +63,8 @@ def stored_weights(directory: Path) -> dict[str, StoredWeight]:
 
 def check_same_model(
     directory: Path, expected: Mapping[str, Shape], vocab_size: int, num_kv_heads: int = 1
-) -> None:
-    """Checks that the checkpoint holds exactly the weights of this model.
+) -> Metadata:
+    """Checks that the checkpoint holds exactly the weights of this model; returns its list.
 
     Args:
         directory: the checkpoint.
@@ -69,9 +73,11 @@ def check_same_model(
         num_kv_heads: of the model; its divisors are the possible tensor-parallel sizes.
 
     Raises:
-        CheckpointError: there is a difference; also everything that `stored_weights` raises.
+        CheckpointError: there is a difference; also what `stored_weights` raises, but for changed
+            small files.
     """
-    stored = stored_weights(directory)
+    metadata, tensors = _stored_tensors(directory, _MODEL_KEYS, _NOT_A_CHECKPOINT)
+    stored = _weights(tensors)
     sizes = _padded_sizes(vocab_size, num_kv_heads)
     differences = _missing(expected, stored)
     for key, weight in stored.items():
@@ -90,6 +96,7 @@ def check_same_model(
         differences,
         "put the matching config.json there",
     )
+    return metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +113,10 @@ class ExpectedTensor:
     """Whether the layout pads the first dimension."""
 
 
-def check_trained_tensors(contents: Contents, expected: Mapping[str, ExpectedTensor]) -> None:
-    """Checks that a training checkpoint holds exactly these tensors, in complete files.
+def check_trained_tensors(contents: Contents, expected: Mapping[str, ExpectedTensor]) -> Metadata:
+    """Checks that a training checkpoint holds exactly these tensors in complete files.
+
+    Returns its list of tensors.
 
     Args:
         contents: of the checkpoint.
@@ -117,7 +126,7 @@ def check_trained_tensors(contents: Contents, expected: Mapping[str, ExpectedTen
         CheckpointError: there is no such checkpoint, a missing or truncated file, other tensors.
     """
     directory, remedy = contents.directory, "choose another checkpoint"
-    stored = _stored_tensors(directory, ("",), remedy, damage_remedy=contents.remedy)
+    metadata, stored = _stored_tensors(directory, ("",), remedy, damage_remedy=contents.remedy)
     differences = _missing({key: tensor.shape for key, tensor in expected.items()}, stored)
     differences += [
         f"tensor {key!r} {difference}"
@@ -131,6 +140,7 @@ def check_trained_tensors(contents: Contents, expected: Mapping[str, ExpectedTen
         "resume with the model, LoRA settings and precision of that run, or name another output "
         "directory",
     )
+    return metadata
 
 
 def _difference(stored: TensorStorageMetadata, expected: ExpectedTensor | None) -> str:
@@ -180,8 +190,10 @@ def _stored_tensors(
     remedy: str,
     *,
     damage_remedy: str = "copy it here again",
-) -> dict[str, TensorStorageMetadata]:
-    """The tensors whose keys have one of the prefixes; their files exist and are long enough.
+) -> tuple[Metadata, dict[str, TensorStorageMetadata]]:
+    """The list of a checkpoint, and its tensors whose keys have one of the prefixes.
+
+    Their files exist and are long enough.
 
     Args:
         directory: the checkpoint.
@@ -204,7 +216,7 @@ def _stored_tensors(
         if key.startswith(prefixes) and isinstance(value, TensorStorageMetadata)
     }
     _check_files(directory, metadata, tensors, damage_remedy)
-    return tensors
+    return metadata, tensors
 
 
 def _check_files(directory: Path, metadata: Metadata, keys: Container[str], remedy: str) -> None:

@@ -33,7 +33,7 @@ from megatron_idpo.mcore.optim.state import (
     sharded_params,
 )
 from megatron_idpo.mcore.parallel.replicas import Replicas, is_expert_parameter
-from megatron_idpo.mcore.parallel.world import all_gather_objects, raise_on_all_ranks
+from megatron_idpo.mcore.parallel.world import all_gather_objects, read_on_rank0
 
 _STATE_PREFIX = "optimizer."
 
@@ -72,10 +72,11 @@ def restore_state(
     set_optimizer_step(optimizer, steps)
     chunks = list(_chunks_to_load(model_chunks, optimizer, with_moments=steps > 0))
     expected = _expected_tensors(model_chunks, with_moments=steps > 0)
-    with raise_on_all_ranks("loading the checkpoint"):
-        check_trained_tensors(contents, expected)
+    metadata = read_on_rank0(
+        "loading the checkpoint", lambda: check_trained_tensors(contents, expected)
+    )
     with suppress_megatron_warnings():
-        read_chunks_together(chunks, contents.directory, contents)
+        read_chunks_together(chunks, contents.directory, contents, metadata)
 
 
 def total_steps(optimizer: Any) -> int:
@@ -148,7 +149,11 @@ def _expected_tensors(
     model_chunks: Sequence[Any], *, with_moments: bool
 ) -> dict[str, ExpectedTensor]:
     """Name -> what a checkpoint of this run holds. Collective: one all-gather of objects."""
-    # Keyed by offset as well: a shard has copies on several ranks, which count once.
+    # Keyed by offset as well: a shard has copies on several ranks, which count once. The first of
+    # data-parallel replicas lists it; with hundreds of ranks, the gathered lists would be large.
+    is_listed = {
+        is_expert: Replicas.running(is_expert=is_expert).rank == 0 for is_expert in (False, True)
+    }
     local = {
         (f"{prefix}{region.sharded.key}", tuple(region.sharded.global_offset)): ExpectedTensor(
             tuple(region.sharded.global_shape),
@@ -156,7 +161,7 @@ def _expected_tensors(
             region.sharded.allow_shape_mismatch,
         )
         for parameter, regions in regions_by_parameter(model_chunks).items()
-        if parameter.requires_grad
+        if parameter.requires_grad and is_listed[is_expert_parameter(parameter)]
         for region in regions
         for prefix in _key_prefixes(parameter, with_moments=with_moments)
     }

@@ -23,7 +23,12 @@ from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.model.build import GPTModel
 from megatron_idpo.mcore.parallel.replicas import Replicas
-from megatron_idpo.mcore.parallel.world import all_gather_objects, is_rank0, raise_on_all_ranks
+from megatron_idpo.mcore.parallel.world import (
+    all_gather_objects,
+    is_rank0,
+    raise_on_all_ranks,
+    read_on_rank0,
+)
 
 ShardedState = dict[str, Any]
 
@@ -93,10 +98,14 @@ def load_weights(chunks: Sequence[GPTModel], directory: Path, architecture: Arch
     local = {chunk.key: chunk.global_shape for chunk in tensor_chunks}
     # A rank knows only its own pipeline stage's weights; the check needs those of the whole model.
     shapes = {key: shape for rank in all_gather_objects(local) for key, shape in rank.items()}
-    with raise_on_all_ranks("loading the weights"):
-        contents = contents_if_recorded(directory)
-        check_same_model(directory, shapes, architecture.vocab_size, architecture.num_kv_heads)
+    contents, metadata = read_on_rank0(
+        "loading the weights",
+        lambda: (
+            contents_if_recorded(directory),
+            check_same_model(directory, shapes, architecture.vocab_size, architecture.num_kv_heads),
+        ),
+    )
     replicas = {is_expert: Replicas.running(is_expert=is_expert) for is_expert in (False, True)}
     shared = [(chunk, replicas[_EXPERTS in chunk.key]) for chunk in tensor_chunks]
     with suppress_megatron_warnings():
-        read_chunks_together(shared, directory, contents)
+        read_chunks_together(shared, directory, contents, metadata)

@@ -253,6 +253,26 @@ def broadcast_from_rank0[Value](compute: Callable[[], Value]) -> Value:
     return cast(Value, result[0])
 
 
+def read_on_rank0[Value](step: str, read: Callable[[], Value]) -> Value:
+    """What `read` returns on rank 0, on every rank. Collective: an all-gather and a broadcast.
+
+    For small files that all ranks need: hundreds of them reading and parsing the same file take
+    longer, and load the file system.
+
+    Args:
+        step: what is read; the prefix of the message on other ranks.
+        read: its value can be pickled.
+
+    Raises:
+        UserError: on every rank, as `raise_on_all_ranks`.
+    """
+    values: list[Value] = []
+    with raise_on_all_ranks(step):
+        if dist.get_rank() == 0:
+            values.append(read())
+    return broadcast_from_rank0(lambda: values[0])
+
+
 def all_gather_objects[Value](value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     """Every rank's value, in rank order. Collective: an all-gather of one small object.
 
