@@ -1,6 +1,7 @@
 """launch/node.py: forwards signals to the workers and exits with their code."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 
 from megatron_idpo.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 
-from .commands import LAUNCH, ROOT, load_script
+from .commands import LAUNCH, ROOT, check_command, load_script
 from .test_slurm import Slurm
 
 node = load_script("node")
@@ -244,3 +245,25 @@ def test_signal_to_a_slurm_job_saves_and_requeues_it(tmp_path: Path) -> None:
     assert job.wait(TIMEOUT_S) == EXIT_PREEMPTED
     assert machines.saved() == ["saved-0", "saved-1"]
     assert slurm.has_requeued()
+
+
+def test_ssh_loop_of_the_readme_starts_the_command_of_every_machine(tmp_path: Path) -> None:
+    """With a stand-in for ssh that writes its arguments to a file."""
+    text = (LAUNCH / "README.md").read_text()
+    loop = next(part for part in text.split("```bash\n") if part.startswith("hosts=("))
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f'#!/bin/bash\nprintf "%s\\n" "$3" >{tmp_path}/"$2"\n')
+    ssh.chmod(0o755)
+    subprocess.run(
+        ["bash", "-c", loop.split("```")[0]],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        cwd=ROOT,
+        check=True,
+        timeout=60,
+    )
+    for rank, host in enumerate(("node1", "node2")):
+        directory, command = (tmp_path / host).read_text().split(" && ")
+        assert directory == f"cd {ROOT}"
+        words = shlex.split(command)
+        check_command(words, nodes=2, rank=rank)
+        assert words[words.index("--master-addr") + 1] == "node1"
