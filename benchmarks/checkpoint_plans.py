@@ -125,6 +125,7 @@ def stage_chunks(case: Case, stage: int, size: int) -> list[tuple[list[Any], lis
     architecture = Architecture.from_hf(case.config, "benchmark")
     data = size // (case.tensor * case.pipeline)
     rank = stage * case.tensor * data
+    no_group: Any = None
     results = []
     with FakeTensorMode(allow_non_fake_inputs=True), one_of(rank, size, layout):
         assert parallel_state.get_pipeline_model_parallel_rank() == stage
@@ -149,10 +150,10 @@ def stage_chunks(case: Case, stage: int, size: int) -> list[tuple[list[Any], lis
                         shards.append(
                             ShardedParam(parameter, part.start, part.end, main, inner, True)
                         )
-            running = lambda is_expert=False, index=index: Replicas(None, index, data)  # noqa: E731
+            replicas = Replicas(no_group, index, data)
             with (
                 mock.patch.object(training_state, "sharded_params", lambda _, s=shards: s),
-                mock.patch.object(Replicas, "running", running),
+                mock.patch.object(Replicas, "running", lambda is_expert, one=replicas: one),
             ):
                 saved = training_state._chunks_to_save(chunks, None)
                 loaded: list[Any] = []

@@ -73,11 +73,32 @@ def save_weights(
         CheckpointError: on every rank, if any of them could not write a file.
     """
     strategy = DirectSave(location or directory)
+    state = sharded_weights(chunks, extra_state=True)
+    _share_writing(state)
     with suppress_megatron_warnings():
-        dist_checkpointing.save(sharded_weights(chunks, extra_state=True), str(directory), strategy)
+        dist_checkpointing.save(state, str(directory), strategy)
     with raise_on_all_ranks("writing the checksums"):
         if is_rank0():
             write_contents(directory, strategy.pieces)
+
+
+def _share_writing(state: ShardedState) -> None:
+    """Makes each data-parallel rank the writer of a part of the tensors that all of them hold.
+
+    megatron-core writes the replica whose numbers are all 0; the last one counts data-parallel
+    ranks. Without this, one rank would write all weights of an 8B model on 512 GPUs.
+    """
+    for is_expert in (False, True):
+        replicas = Replicas.running(is_expert=is_expert)
+        tensors = [
+            entry for entry in sharded_entries(state) if (_EXPERTS in entry.key) == is_expert
+        ]
+        writers = replicas.readers([entry.data.nbytes for entry in tensors])
+        for entry, writer in zip(tensors, writers, strict=True):
+            assert isinstance(entry.replica_id, tuple), entry.key
+            *others, replica = entry.replica_id
+            assert replica == replicas.rank, f"{entry.key}: replica {entry.replica_id}"
+            entry.replica_id = (*others, (replica - writer) % replicas.size)
 
 
 def load_weights(chunks: Sequence[GPTModel], directory: Path, architecture: Architecture) -> None:

@@ -1,4 +1,4 @@
-"""Values that all data-parallel ranks need: each rank reads a part, then they exchange the parts.
+"""Values that all data-parallel ranks hold: each reads or writes a part; read parts are exchanged.
 
 If every rank read everything, 512 ranks with 8 GB of weights each would read 4 TB from the file
 system at once. Here every byte is read by one rank of each group of replicas. A failed read must
@@ -45,7 +45,7 @@ class Replicas:
         return cls(group, dist.get_rank(group), group.size())
 
     def readers(self, sizes_bytes: Sequence[int]) -> list[int]:
-        """Which rank of the group reads each part, so that all read about as much.
+        """Which rank of the group reads (or writes) each part, so that all do about as much.
 
         Args:
             sizes_bytes: of the parts, the same on all replicas.
