@@ -108,7 +108,6 @@ def stage_chunks(case: Case, stage: int, size: int) -> list[tuple[list[Any], lis
     Of tensor-parallel index 0.
     """
     from megatron.core import parallel_state
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     from megatron_idpo.checkpoint import training_state
     from megatron_idpo.config.layout import Layout
@@ -125,8 +124,6 @@ def stage_chunks(case: Case, stage: int, size: int) -> list[tuple[list[Any], lis
     architecture = Architecture.from_hf(case.config, "benchmark")
     data = size // (case.tensor * case.pipeline)
     rank = stage * case.tensor * data
-    no_group: Any = None
-    results = []
     with FakeTensorMode(allow_non_fake_inputs=True), one_of(rank, size, layout):
         assert parallel_state.get_pipeline_model_parallel_rank() == stage
         chunks = build_model(architecture, layout, ModelOptions(dtype=torch.bfloat16))
@@ -134,33 +131,57 @@ def stage_chunks(case: Case, stage: int, size: int) -> list[tuple[list[Any], lis
             add_adapters(chunks, architecture, LoraConfig(rank=case.lora_rank), 0)
         with mock.patch.object(optim, "get_megatron_optimizer", lambda *_, **__: _NoOptimizer()):
             model = optim.setup_ddp_and_optimizer(chunks, OptimizerConfig(lr=1e-6), lambda: None)
-        buffers = [buffer for chunk in model.model for buffer in chunk.buffers]
-        for index in range(data):
-            inner: Any = SimpleNamespace(state={})
-            shards = []
-            for buffer in buffers:
-                group = SimpleNamespace(rank=lambda index=index: index, size=lambda: data)
-                with mock.patch.object(buffer, "data_parallel_group", group):
-                    (ranges,) = DistributedOptimizer._build_gbuf_range_map(buffer).values()
-                for bucket in ranges:
-                    for parameter, one in bucket["param_map"].items():
-                        part = one["param"]
-                        main = torch.empty(part.end - part.start)
-                        inner.state[main] = {"exp_avg": main, "exp_avg_sq": main}
-                        shards.append(
-                            ShardedParam(parameter, part.start, part.end, main, inner, True)
-                        )
-            replicas = Replicas(no_group, index, data)
-            with (
-                mock.patch.object(training_state, "sharded_params", lambda _, s=shards: s),
-                mock.patch.object(Replicas, "running", lambda is_expert, one=replicas: one),
-            ):
-                saved = training_state._chunks_to_save(chunks, None)
-                loaded: list[Any] = []
-                if index % max(data // LOADED, 1) == 0:
-                    loaded += training_state._chunks_to_load(chunks, None, with_moments=True)
-                results.append(([c for c in saved if c.saved_here], loaded))
+        regions = training_state.regions_by_parameter(chunks)
+        parts = [_optimizer_parts(model.model, index, data) for index in range(data)]
+    # Operators on meta tensors are fast, on fake ones slow.
+    twins = {
+        parameter: torch.nn.Parameter(
+            torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"),
+            requires_grad=parameter.requires_grad,
+        )
+        for parameter in regions
+    }
+    by_twin = {
+        twins[parameter]: parameter_regions for parameter, parameter_regions in regions.items()
+    }
+    no_group: Any = None
+    results = []
+    for index in range(data):
+        inner: Any = SimpleNamespace(state={})
+        shards = []
+        for parameter, start, stop in parts[index]:
+            main = torch.empty(stop - start, device="meta")
+            inner.state[main] = {"exp_avg": main, "exp_avg_sq": main}
+            shards.append(ShardedParam(twins[parameter], start, stop, main, inner, is_cut=True))
+        replicas = Replicas(no_group, index, data)
+        with (
+            mock.patch.object(training_state, "sharded_params", lambda _, s=shards: s),
+            mock.patch.object(training_state, "regions_by_parameter", lambda _: by_twin),
+            mock.patch.object(Replicas, "running", lambda is_expert, one=replicas: one),
+        ):
+            saved = training_state._chunks_to_save((), None)
+            loaded: list[Any] = []
+            if index % max(data // LOADED, 1) == 0:
+                loaded += training_state._chunks_to_load((), None, with_moments=True)
+            results.append(([chunk for chunk in saved if chunk.saved_here], loaded))
     return results
+
+
+def _optimizer_parts(
+    model: Sequence[Any], index: int, size: int
+) -> list[tuple[torch.nn.Parameter, int, int]]:
+    """The ranges of parameters that the distributed optimizer of a data-parallel rank updates."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    parts = []
+    group = SimpleNamespace(rank=lambda: index, size=lambda: size)
+    for buffer in (buffer for chunk in model for buffer in chunk.buffers):
+        with mock.patch.object(buffer, "data_parallel_group", group):
+            (ranges,) = DistributedOptimizer._build_gbuf_range_map(buffer).values()
+        for bucket in ranges:
+            for parameter, one in bucket["param_map"].items():
+                parts.append((parameter, one["param"].start, one["param"].end))
+    return parts
 
 
 class _NoOptimizer:
