@@ -93,9 +93,10 @@ def _share_writing(state: ShardedState) -> None:
         tensors = [
             entry for entry in sharded_entries(state) if (_EXPERTS in entry.key) == is_expert
         ]
-        writers = replicas.readers([entry.data.nbytes for entry in tensors])
+        # Copies of a shared weight on other stages are not written.
+        sizes_bytes = [0 if any(entry.replica_id[:-1]) else entry.data.nbytes for entry in tensors]
+        writers = replicas.readers(sizes_bytes)
         for entry, writer in zip(tensors, writers, strict=True):
-            assert isinstance(entry.replica_id, tuple), entry.key
             *others, replica = entry.replica_id
             assert replica == replicas.rank, f"{entry.key}: replica {entry.replica_id}"
             entry.replica_id = (*others, (replica - writer) % replicas.size)
