@@ -110,6 +110,7 @@ def stage_chunks(case: Case, stage: int, size: int) -> list[tuple[list[Any], lis
     from megatron.core import parallel_state
 
     from megatron_idpo.checkpoint import training_state
+    from megatron_idpo.checkpoint.tensor_chunks import regions_by_parameter
     from megatron_idpo.config.layout import Layout
     from megatron_idpo.config.lora import LoraConfig
     from megatron_idpo.config.training import OptimizerConfig
@@ -131,7 +132,7 @@ def stage_chunks(case: Case, stage: int, size: int) -> list[tuple[list[Any], lis
             add_adapters(chunks, architecture, LoraConfig(rank=case.lora_rank), 0)
         with mock.patch.object(optim, "get_megatron_optimizer", lambda *_, **__: _NoOptimizer()):
             model = optim.setup_ddp_and_optimizer(chunks, OptimizerConfig(lr=1e-6), lambda: None)
-        regions = training_state.regions_by_parameter(chunks)
+        regions = regions_by_parameter(chunks)
         parts = [_optimizer_parts(model.model, index, data) for index in range(data)]
     # Operators on meta tensors are fast, on fake ones slow.
     twins = {
@@ -232,7 +233,9 @@ def measure(case: Case, size: int) -> Measured:
     global_s = time.perf_counter() - start_s
     written = [_place(plan, rank, metadata) for rank, plan in enumerate(plans)]
     metadata_bytes, metadata_read_s = _read_back(metadata)
-    load_s, alone, together = [], [], []
+    load_s: list[float] = []
+    alone: list[tuple[int, int]] = []
+    together: list[tuple[int, int]] = []
     for loaded in filter(None, loads):
         named = [(replace(c, key=f"{c.key}@0"), replicas) for c, replicas in loaded]
         for results, wanted in ((alone, [(c, None) for c, _ in named]), (together, named)):

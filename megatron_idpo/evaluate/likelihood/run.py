@@ -96,14 +96,14 @@ def likelihood(config: RunConfig, models: Sequence[EvalModel], output: Path) -> 
     """
     directory = output / DIRECTORY
     with catch_stop_signals() as stop_flag, distributed_world(config) as world:
-        paths = fetch_models([config.model.path, *(model.path for model in models)])
+        directories = fetch_models([config.model.path, *(model.path for model in models)])
         with raise_on_all_ranks("opening the models"):
-            reference, *sources = map(open_model, paths)
+            reference, *sources = map(open_model, directories)
             _check(config, world.size, reference, dict(zip(models, sources, strict=True)))
             if world.is_first:
                 check_writable(directory)
         with raise_on_all_ranks("reading the data"):
-            pairs = load_run_pairs(config, paths[0])
+            pairs = load_run_pairs(config, directories[0])
             check_tokens(pairs, reference.architecture.vocab_size)
         with raise_on_all_ranks("reading the adapters' settings"):
             adapters = [read_peft_settings(model.adapter) for model in models if model.adapter]
