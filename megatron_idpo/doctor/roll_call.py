@@ -69,25 +69,29 @@ def meet(meeting: Meeting) -> tuple[Finding, int]:
         )
     except (RuntimeError, OSError) as error:  # DistNetworkError and DistStoreError
         return _unreachable(address, meeting, error), 0
+    try:
+        return _join(store, meeting)
+    except RuntimeError as error:  # the first machine has ended
+        return _unreachable(address, meeting, error), 0
+
+
+def _join(store: "TCPStore", meeting: Meeting) -> tuple[Finding, int]:
     own = _key(meeting.node_rank)
     if store.add(f"{own}-count", 1) > 1:
         message = f"another process has come as --node-rank {meeting.node_rank}"
         remedy = "number the machines from 0, each once"
         return Finding(_NAME, State.BROKEN, message, "", remedy), 0
     store.set(own, socket.gethostname())
-    if is_first:
+    if meeting.node_rank == 0:
         result = _wait_for_all(store, meeting)
         store.set(_RESULT, json.dumps(result))
-        with suppress(RuntimeError):  # the others read the result before the store ends
-            keys = [f"{_key(rank)}-read" for rank in result["here"] if rank != "0"]
-            if keys:
-                store.wait(keys, timedelta(seconds=_ANSWER_S))
+        others = [f"{_key(rank)}-read" for rank in result["here"] if rank != "0"]
+        if others:
+            with suppress(RuntimeError):  # the others read the result before the store ends
+                store.wait(others, timedelta(seconds=_ANSWER_S))
     else:
-        try:
-            result = json.loads(store.get(_RESULT))
-            store.set(f"{own}-read", "")
-        except RuntimeError as error:
-            return _unreachable(address, meeting, error), 0
+        result = json.loads(store.get(_RESULT))
+        store.set(f"{own}-read", "")
     return _finding(result, meeting), int(result["port"])
 
 

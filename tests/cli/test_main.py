@@ -196,7 +196,7 @@ def test_other_entry_points(program: list[str], expected: str) -> None:
     assert shown.stdout.startswith(expected)
 
 
-def log_messages(path: Any, overrides: Any, *, nodes: bool) -> int:
+def log_messages(path: Any, overrides: Any, *, nodes: bool, meeting: object) -> int:
     """Stands in for a verb that logs."""
     logger = logging.getLogger("megatron_idpo.train.loop")
     logger.debug("a detail")
@@ -317,7 +317,7 @@ def test_options_without_effect_on_the_bridge_are_errors(
     assert option.split()[0] in capsys.readouterr().err
 
 
-def warn_as_megatron(path: Any, overrides: Any, *, nodes: bool) -> int:
+def warn_as_megatron(path: Any, overrides: Any, *, nodes: bool, meeting: object) -> int:
     """Stands in for a verb that imports megatron-core."""
     warnings.warn("Transformer Engine and Apex are not installed. Falling back", stacklevel=1)
     return 0
