@@ -132,13 +132,14 @@ def report(results: Results, options: argparse.Namespace) -> str:
     steps = [step for step in SHOWN if step <= options.steps]
     words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    before = f", before {commit(options.before)}" if options.before else ""
     lines = [
         "# LoRA in bf16 against fp32 and PEFT",
         "",
         f"    {shlex.join(['python', 'benchmarks/bf16_learning.py', *words])}",
         "",
-        f"{date.today()}, {processor()}, one thread per run; {versions}; commit {commit()}. "
-        f"{PAIRS} pairs of up to {options.max_length} tokens in every step, learning rate "
+        f"{date.today()}, {processor()}, one thread per run; {versions}; commit {commit()}{before}."
+        f" {PAIRS} pairs of up to {options.max_length} tokens in every step, learning rate "
         f"{options.lr:g}. The script describes what is measured.",
         "",
         "Reward margin before the update of a step (before step 1 all are 0), by seed:",
