@@ -12,13 +12,18 @@ With --max-restarts it starts the workers again only after a failure that a rest
 after a stop, and not after an error of the user.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousTimeoutError,
+)
 from torch.distributed.launcher import api as launcher
 from torch.distributed.run import main as torchrun
 
@@ -36,6 +41,10 @@ def _run(arguments: Sequence[str], forwarder: SignalForwarder) -> int:
     launcher.LocalElasticAgent = agent_type(  # type: ignore[misc]
         lambda: forwarder.stop_requested
     )
+    # torchrun 2.14 keeps the store of the first round and announces it in that round only: a
+    # machine that joins later waits for it for a minute, and all end. This way every round has its
+    # store.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments])
     except ChildFailedError as error:
@@ -56,6 +65,13 @@ def _run(arguments: Sequence[str], forwarder: SignalForwarder) -> int:
         return EXIT_PREEMPTED
     except RendezvousClosedError:
         print("node.py: the other machines have ended this run", file=sys.stderr)
+        return EXIT_PEER_LOST
+    except RendezvousError as error:
+        print(
+            f"node.py: the machine of --rdzv-endpoint is lost ({error}); start all again "
+            f"(exit code {EXIT_PEER_LOST})",
+            file=sys.stderr,
+        )
         return EXIT_PEER_LOST
     except DistNetworkError as error:
         remedy = "check --master-addr, or choose another --master-port if another run uses this one"

@@ -8,14 +8,21 @@ if they are still saving, and ends at a SIGUSR1 while the workers continue. `lau
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, cast
 
 import psutil
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousHandler
 
 from megatron_idpo.cli.errors import EXIT_INTERRUPTED
 from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
@@ -24,20 +31,80 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that announce a stop: those that workers handle (`mcore/parallel/world.py`, which is not
 imported here, because that takes seconds). torchrun handles the others."""
 
+_NEWS_S = 3.0
+"""Until each agent knows of a machine that wants to join: torchrun caches that for a second."""
+
+_POLL_S = 0.1
+
 
 def agent_type(stop_requested: Callable[[], bool]) -> type[LocalElasticAgent]:
     """torchrun's agent of a machine, which restarts only what a restart can help."""
 
     class Agent(LocalElasticAgent):
+        def __init__(self, spec: WorkerSpec, *arguments: Any, **options: Any) -> None:
+            spec.rdzv_handler = cast(RendezvousHandler, PatientRendezvous(spec.rdzv_handler))
+            super().__init__(spec, *arguments, **options)
+
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result: RunResult = super()._monitor_workers(worker_group)
             codes = [failure.exitcode for failure in result.failures.values()]
-            final = (EXIT_PREEMPTED, EXIT_USER_ERROR)
-            if codes and (stop_requested() or exit_code(codes, stopped=False) in final):
+            if not codes:
+                return result
+            code = exit_code(codes, stopped=False)
+            if code == EXIT_PREEMPTED and not stop_requested() and _is_growing(worker_group):
+                # torchrun restarts healthy workers when a machine is waiting, which costs no
+                # restart of --max-restarts.
+                return RunResult(state=WorkerState.HEALTHY)
+            if stop_requested() or code in (EXIT_PREEMPTED, EXIT_USER_ERROR):
                 self._remaining_restarts = 0
             return result
 
     return Agent
+
+
+class PatientRendezvous:
+    """A rendezvous whose host may end before the workers of this machine do.
+
+    After a stop its agent often ends first. torchrun's agent would end its own workers then, and
+    with another code. They end by themselves, with 75 or, if the host is lost, with 3.
+    """
+
+    def __init__(self, handler: RendezvousHandler) -> None:
+        """Args: torchrun's; everything else is left to it."""
+        self._handler = handler
+        self._is_lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Of torchrun's."""
+        return getattr(self._handler, name)
+
+    def num_nodes_waiting(self) -> int:
+        """Machines that want to join; none if the host has ended."""
+        if not self._is_lost:
+            try:
+                return self._handler.num_nodes_waiting()
+            except RendezvousError:
+                self._is_lost = True
+        return 0
+
+
+def _is_growing(worker_group: WorkerGroup) -> bool:
+    """Whether another machine wants to join.
+
+    Then agents send SIGTERM to their workers. The first one to notice the machine thereby stops
+    the workers of all others, which may look like the end of the run to an agent that has not.
+    """
+    handler = worker_group.spec.rdzv_handler
+    settings = getattr(handler, "settings", None)  # none in the static rendezvous
+    num_machines = worker_group.group_world_size or 0
+    if settings is None or num_machines >= settings.max_nodes:
+        return False
+    until_s = time.monotonic() + _NEWS_S
+    while handler.num_nodes_waiting() == 0:
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def exit_code(codes: Sequence[int], *, stopped: bool) -> int:

@@ -7,13 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
+from megatron_idpo.cli import agent
 from megatron_idpo.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 from .commands import LAUNCH, ROOT, check_command, load_script
@@ -28,6 +32,9 @@ from pathlib import Path
 
 mode, directory = sys.argv[1], Path(sys.argv[2])
 rank = int(os.environ["RANK"])
+if mode == "grows":  # a separate world for each size
+    directory /= os.environ["WORLD_SIZE"]
+    directory.mkdir(exist_ok=True)
 stop = directory / "stop"  # in place of the collective in which the ranks agree
 if mode not in ("no-handler", "fails"):
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -84,12 +91,57 @@ def test_exit_codes(codes: list[int], stopped: bool, code: int) -> None:
 def test_workers_are_restarted_only_if_that_can_help(monkeypatch, codes, stopped, restarts) -> None:
     failures = {rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)}
     result = SimpleNamespace(failures=failures)
+    machine = agent_with(result, monkeypatch, stopped=stopped)
+    assert machine._monitor_workers(group_of(3, waiting=[1])) is result
+    assert machine._remaining_restarts == restarts
+
+
+def agent_with(result: Any, monkeypatch: Any, *, stopped: bool) -> Any:
+    """An agent whose workers have this result, and that may restart them twice."""
     monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda *_: result)
     kind = node.agent_type(lambda: stopped)
-    agent = kind.__new__(kind)
-    agent._remaining_restarts = 2
-    assert agent._monitor_workers(None) is result
-    assert agent._remaining_restarts == restarts
+    created = kind.__new__(kind)
+    created._remaining_restarts = 2
+    return created
+
+
+def group_of(machines: int, waiting: Sequence[int | Exception]) -> Any:
+    """A run on some of at most 3 machines, and how many wait to join, asked again and again."""
+    answers = iter(waiting)
+
+    def num_nodes_waiting() -> int:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    handler = agent.PatientRendezvous(
+        SimpleNamespace(settings=SimpleNamespace(max_nodes=3), num_nodes_waiting=num_nodes_waiting)
+    )
+    return SimpleNamespace(spec=SimpleNamespace(rdzv_handler=handler), group_world_size=machines)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "restarts"),
+    [
+        ([0, 0, 1], True),  # the news is late
+        ([0, 0, 0, 0], False),  # stopped, on another machine
+        ([0, RendezvousConnectionError("its host has ended")], False),
+    ],
+)
+def test_workers_that_were_stopped_for_a_new_machine_are_restarted(
+    monkeypatch, waiting, restarts
+) -> None:
+    """Its agent has not noticed the machine yet, for which another agent stops all workers."""
+    clock = iter(range(10))
+    monkeypatch.setattr(agent.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(agent.time, "sleep", lambda _: None)
+    failures = {0: SimpleNamespace(exitcode=EXIT_PREEMPTED)}
+    result = RunResult(state=WorkerState.FAILED, failures=failures)
+    machine = agent_with(result, monkeypatch, stopped=False)
+    state = machine._monitor_workers(group_of(2, waiting)).state
+    assert state == (WorkerState.HEALTHY if restarts else WorkerState.FAILED)
+    assert machine._remaining_restarts == (2 if restarts else 0)
 
 
 # ---- real processes -------------------------------------------------------------------------
@@ -161,6 +213,23 @@ def test_signal_to_one_machine_stops_all_with_exit_code_75(machines: Machines) -
     second.send_signal(signal.SIGUSR1)
     assert (first.wait(TIMEOUT_S), second.wait(TIMEOUT_S)) == (EXIT_PREEMPTED, EXIT_PREEMPTED)
     assert machines.saved() == ["saved-0", "saved-1"]
+
+
+@pytest.mark.exhaustive  # the decision is in `test_workers_that_were_stopped_for_a_new_machine_...`
+def test_a_machine_that_joins_restarts_all_others(machines: Machines) -> None:
+    """Repeatedly: agents do not notice the new machine at the same moment."""
+    rendezvous = ("--nnodes", "1:4", "--max-restarts", "1", "--rdzv-backend", "c10d")
+    rendezvous += ("--rdzv-id", "test", "--rdzv-endpoint", f"127.0.0.1:{machines.port}")
+    rendezvous += ("--rdzv-conf", "last_call_timeout=1,is_host=")
+    for size in range(1, 5):
+        host = f"{rendezvous[-1]}{int(size == 1)}"
+        machines.start("grows", options=(*rendezvous[:-1], host))
+        ready = [machines.directory / str(size) / f"ready-{rank}" for rank in range(size)]
+        wait_for(lambda ready=ready: all(path.exists() for path in ready))
+        assert all(machine.poll() is None for machine in machines.started)
+    machines.started[1].send_signal(signal.SIGTERM)
+    codes = [machine.wait(TIMEOUT_S) for machine in machines.started]
+    assert codes == [EXIT_PREEMPTED] * 4
 
 
 def test_workers_may_save_longer_than_torchruns_shutdown_timeout(machines: Machines) -> None:
