@@ -44,9 +44,18 @@ class Node:
     interface: str
     address: str
 
-    def start(self, command: Sequence[str], log: Path, **env: str) -> subprocess.Popen[bytes]:
-        """Start a command here, under the host name `node-NAME`."""
-        set_name = 'hostname "$0"; exec "$@"'
+    def start(
+        self, command: Sequence[str], log: Path, *, before: str = ":", **env: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a command here, under the host name `node-NAME`.
+
+        Args:
+            command: its words.
+            log: what it prints is appended.
+            before: shell commands; what they mount exists on this machine only.
+            **env: more environment variables.
+        """
+        set_name = f'hostname "$0"; {before}; exec "$@"'
         # Processes of their own, which all end with this one.
         machine = ["setpriv", "--pdeathsig", "KILL", "unshare", "--uts", "--pid", "--fork"]
         machine += ["--kill-child", "--mount-proc"]
