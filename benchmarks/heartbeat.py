@@ -1,6 +1,6 @@
 """What heartbeats cost the busiest process: CPU time of rank 0 per interval, and memory.
 
-    python benchmarks/heartbeat.py [--ranks 8 512] [--per-machine 8]
+    python benchmarks/heartbeat.py [--ranks 8 512] [--per-machine 8] [--save]
 
 Rank 0 has real connections (socket pairs) to its children, which are in the same process and
 describe as many ranks as they would in such a run. Only rank 0's work is timed: receiving,
@@ -8,9 +8,13 @@ decoding, counting silence, encoding and sending.
 """
 
 import argparse
+import os
 import socket
 import time
 from dataclasses import asdict
+from datetime import date
+
+from result_file import commit, processor, save_result
 
 from megatron_idpo.config.training import DEFAULT_HEARTBEAT_TIMEOUT_S
 from megatron_idpo.mcore.watchdog.heartbeat import Heartbeat
@@ -59,19 +63,32 @@ def measure(num_ranks: int, per_machine: int) -> tuple[int, float, float]:
 
 
 def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print a table; with `--save` also into `benchmarks/results/`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--per-machine", type=int, default=8)
-    arguments = parser.parse_args()
-    print(
-        f"| ranks | connections of rank 0 | ms of CPU per {INTERVAL_S:g} s | share | kB received |"
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    text = "\n".join(
+        [
+            "# What heartbeats cost rank 0",
+            "",
+            f"{date.today()}, {processor()}, load average {os.getloadavg()[0]:.1f}; commit "
+            f"{commit()}; {options.per_machine} processes per machine, a heartbeat every "
+            f"{INTERVAL_S:g} s. What is measured stands in `benchmarks/heartbeat.py`.",
+            "",
+            f"| ranks | connections of rank 0 | ms of CPU per {INTERVAL_S:g} s | share of the time "
+            "| kB received |",
+            "|---|---|---|---|---|",
+        ]
     )
-    print("|---|---|---|---|---|")
-    for num_ranks in arguments.ranks:
-        connections, spent_ms, kB = measure(num_ranks, arguments.per_machine)
+    for num_ranks in options.ranks:
+        connections, spent_ms, kB = measure(num_ranks, options.per_machine)
         share = spent_ms / 1e3 / INTERVAL_S
-        print(f"| {num_ranks} | {connections} | {spent_ms:.2f} | {share:.4%} | {kB:.1f} |")
+        text += f"\n| {num_ranks} | {connections} | {spent_ms:.2f} | {share:.3%} | {kB:.1f} |"
+    print(text)
+    if options.save:
+        save_result("heartbeat", text)
 
 
 if __name__ == "__main__":
