@@ -1,4 +1,4 @@
-"""An elastic run on two machines: one joins, or the host of the rendezvous is lost."""
+"""An elastic run on two machines: one is lost, one joins, the host of the rendezvous is lost."""
 
 import re
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_idpo.errors import EXIT_PEER_LOST
-from tests.train.tiny_run import run
+from tests.train.tiny_run import exported, relative_difference, run
 
 from .two_node_runs import (
     START_S,
@@ -29,6 +29,10 @@ pytestmark = [
 ]
 
 
+TOLERANCE = 1e-5
+"""Between one and two data-parallel ranks, as in `tests/train/test_loop.py`."""
+
+
 def is_pending(number: int, pid: int) -> bool:
     """Whether a stopped process has received a signal."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -45,6 +49,21 @@ def resumed_by_hand(files, workers, output: Path, log: str, processes: int) -> P
             shutil.copytree(saved, by_hand / "checkpoints" / saved.name)
     workers.run(run, processes, config(files, by_hand), timeout_s=START_S)
     return by_hand
+
+
+def test_the_run_continues_on_the_machine_that_is_left(files, workers, undisturbed, tmp_path):
+    """As a run that is resumed by hand on one machine, from the same checkpoint."""
+    output, log = tmp_path / "run", tmp_path / "a.log"
+    file = config(files, output)
+    with two_nodes() as (first, second):
+        machine = first.start(elastic_command(first, file), log)
+        second.start(elastic_command(second, file), tmp_path / "b.log")
+        wait_for_steps(output, 15, [machine], log)
+        second.signal(signal.SIGKILL)
+        assert machine.wait(START_S) == 0, log.read_text()
+    by_hand = resumed_by_hand(files, workers, output, log.read_text(), 1)
+    assert_same_weights(output, by_hand)
+    assert relative_difference(exported(output), exported(undisturbed)) < TOLERANCE
 
 
 def test_a_machine_that_joins_is_used_from_the_next_step_on(files, workers, tmp_path):
