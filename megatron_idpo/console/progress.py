@@ -108,7 +108,8 @@ class ProgressTask:
     def summarize(self) -> str:
         """The final line; it names what an earlier run completed."""
         resumed = f" ({self._earlier:,} from an earlier run)" if self._earlier else ""
-        count = f"{self.completed:,} {self.unit}".rstrip()
+        unit = self.unit.removesuffix("s") if self.completed == 1 else self.unit
+        count = f"{self.completed:,} {unit}".rstrip()
         return f"{self.description}: {count}{resumed} in {format_duration(self.elapsed_s)}"
 
     def remove(self) -> None:

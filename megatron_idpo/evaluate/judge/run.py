@@ -132,7 +132,7 @@ def _load_judge(
     if settings.kind == "api":
         assert template is not None
         if importlib.util.find_spec("openai") is None:
-            remedy = "pip install 'megatron-idpo[judge]', or set judge.kind to a local judge"
+            remedy = "pip install 'openai>=1.60', or set judge.kind to a local judge"
             raise ConfigError.at("judge.kind", "is api, but openai is not installed", remedy)
         endpoint = Endpoint.of(settings)
         if endpoint.sends_key_in_plaintext:

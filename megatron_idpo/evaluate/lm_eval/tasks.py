@@ -27,7 +27,8 @@ from megatron_idpo.evaluate.models import EvalModel
 MIN_VERSION = "0.4.13"
 """Older versions look for local items on the hub."""
 
-INSTALL = "pip install 'megatron-idpo[eval]'"
+# The requirement of the extra `eval`: the extra itself can only be named once it is on PyPI.
+INSTALL = "pip install 'lm-eval[hf]>=0.4.13,<0.5'"
 SAME_FILE = "the items themselves, without the one asked"
 FIXED = "fixed, part of the task"
 _GROUP = "local"

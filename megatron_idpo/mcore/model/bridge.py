@@ -54,7 +54,7 @@ def bridge_problems() -> list[Problem]:
             )
         )
     for module, remedy in (
-        ("transformer_engine", "pip install 'megatron-idpo[te]'"),
+        ("transformer_engine", "pip install --no-build-isolation 'transformer-engine[pytorch]'"),
         ("megatron.bridge", "pip install --no-deps megatron-bridge"),
     ):
         if not _is_installed(module):

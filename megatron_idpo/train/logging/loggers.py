@@ -114,7 +114,7 @@ def logger_problems(settings: LoggingConfig) -> list[Problem]:
         Problem(
             f"logging.{package}",
             f"needs the package {package}, which is not installed",
-            f'pip install "megatron-idpo[{package}]", or leave logging.{package} out',
+            f"pip install {package}, or leave logging.{package} out",
         )
         for package, is_needed in needed.items()
         if is_needed and importlib.util.find_spec(package) is None

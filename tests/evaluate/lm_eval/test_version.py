@@ -13,7 +13,7 @@ def test_missing_or_old_lm_eval_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", none)
-    with pytest.raises(ConfigError, match=r"is not installed; pip install 'megatron-idpo\["):
+    with pytest.raises(ConfigError, match=r"is not installed; pip install 'lm-eval\["):
         lm_eval_version()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.9")
     with pytest.raises(ConfigError, match=r"is 0\.4\.9, needs at least 0\.4\.13"):
