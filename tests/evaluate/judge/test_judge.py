@@ -40,7 +40,7 @@ def test_counts_rate_and_verdicts_of_a_known_judge(
     assert scores["win_rate"] == 28.5 / 40 and scores["disagreed"] == 0
     assert (scores["input_tokens"], scores["output_tokens"]) == (8000, 800)
     assert scores["summary"] == (
-        "idpo against base: 71.2 % [55.9, 82.9] of 40 prompts (27 won, 10 lost, 3 tied); "
+        "idpo against base: 71.3 % [55.9, 82.9] of 40 prompts (27 won, 10 lost, 3 tied); "
         "evidence for idpo (sign test p = 0.00763)"
     )
     assert scores["summary"] in capsys.readouterr().out
