@@ -9,10 +9,11 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED
+from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
 from tests.train.tiny_run import run
 
 from .two_node_runs import (
@@ -37,6 +38,8 @@ pytestmark = [
 
 END_S = HEARTBEAT_TIMEOUT_S + 20.0
 """Silence, the next heartbeat, the time to end, and that of `launch/node.py`, on a busy machine."""
+
+FAKE_TIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,19 @@ FAULTS = {
     "machine stopped": Fault(
         lambda a, b: b.signal(signal.SIGSTOP), (EXIT_PEER_LOST, None), NO_HEARTBEAT.format(1, "b")
     ),
+    "first machine stopped": Fault(
+        lambda a, b: a.signal(signal.SIGSTOP),
+        (None, EXIT_PEER_LOST),
+        NO_HEARTBEAT.format(0, "a"),
+        reporter=1,
+    ),
     "preempted": Fault(
         lambda a, b: b.signal(signal.SIGTERM, b.launcher()),
+        (EXIT_PREEMPTED, EXIT_PREEMPTED),
+        "stopped by a signal",
+    ),
+    "both preempted": Fault(
+        lambda a, b: [node.signal(signal.SIGTERM, node.launcher()) for node in (a, b)],
         (EXIT_PREEMPTED, EXIT_PREEMPTED),
         "stopped by a signal",
     ),
@@ -121,5 +135,40 @@ def test_a_machine_may_join_late(files, undisturbed, tmp_path):
         started = start(nodes[:1], tmp_path, config(files, output))
         time.sleep(HEARTBEAT_TIMEOUT_S + 5)
         started += start(nodes[1:], tmp_path, config(files, output))
+        assert [machine.wait(START_S) for machine in started] == [0, 0]
+    assert_same_weights(output, undisturbed)
+
+
+@pytest.mark.parametrize("ahead", [1])
+def test_clocks_that_differ_change_nothing(ahead, files, undisturbed, tmp_path):
+    if not FAKE_TIME.exists():
+        pytest.skip("needs Debian's libfaketime")
+    output, date = tmp_path / "run", tmp_path / "date"
+    before = [":", ":"]
+    before[ahead] = f"export LD_PRELOAD={FAKE_TIME} FAKETIME=+1h; date +%s > {date}"
+    with two_nodes() as nodes:
+        started = []
+        for node, commands in zip(nodes, before, strict=True):
+            started += start([node], tmp_path, config(files, output), before=commands)
+        assert [machine.wait(START_S) for machine in started] == [0, 0]
+    difference_s = int(date.read_text()) - date.stat().st_mtime
+    assert difference_s == pytest.approx(3600.0, abs=60.0)
+    assert_same_weights(output, undisturbed)
+
+
+def test_a_full_cache_of_one_machine_ends_both_with_its_message(files, undisturbed, tmp_path):
+    output, cache = tmp_path / "run", tmp_path / "cache"
+    cache.mkdir()
+    file = config(files, output, cache=str(cache))
+    full = f"mount -t tmpfs -o size=8k tmpfs {cache}"
+    with two_nodes() as (first, second):
+        started = start([first], tmp_path, file)
+        started += start([second], tmp_path, file, before=full)
+        assert [machine.wait(START_S) for machine in started] == [EXIT_USER_ERROR] * 2
+        reports = "".join((tmp_path / f"{name}.log").read_text() for name in "ab")
+        assert "error (rank 1): data.cache: " in reports or "failed on rank 1: data" in reports
+        assert "No space left on device; free some space" in reports
+        assert "Traceback" not in reports
+        started = start((first, second), tmp_path, file)
         assert [machine.wait(START_S) for machine in started] == [0, 0]
     assert_same_weights(output, undisturbed)
