@@ -55,6 +55,11 @@ def report_start(trainer: Trainer, report: Report) -> None:
         show(f"resuming from step {trainer.step}: {trainer.resumed_from}")
     if trainer.is_complete:
         show(f"all {trainer.total_steps} steps are complete")
+    if trainer.ignored_settings:
+        changed = "; ".join(trainer.ignored_settings)
+        show(
+            f"no effect on a complete run: {changed}. To train again, name another training.output"
+        )
 
 
 def report_compiled(compiled: tuple[Sequence[int], float] | None, report: Report) -> None:

@@ -4,7 +4,7 @@
 output directory has a checkpoint, resumes from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,9 @@ def assemble(
         steps_taken = checkpoint.step
     config, recompute = choose_recompute(config, pairs.train, world.size, saved_config)
     learning_rate = _learning_rate(config, steps_taken + batches.remaining_batches)
+    ignored: Sequence[str] = ()
+    if saved_config is not None and steps_taken >= learning_rate.total_steps:
+        config, ignored = _as_trained(config, saved_config)
     caches = find_caches(config, prepared.reference, pairs)
     policy = build_policy(config, prepared.start, show_progress=world.is_first)
     reference, eval_reference = prepare_references(
@@ -148,6 +151,7 @@ def assemble(
         learning_rate=learning_rate,
         reference=prepared.reference,
         recompute_message=recompute,
+        ignored_settings=ignored,
     )
     # After the references: they may be computed by the policy at its start.
     if checkpoint is not None:
@@ -271,6 +275,29 @@ def _training_differences(
     if (before == "none") != (now == "none"):
         differences += diff({"reference.source": before}, {"reference.source": now})
     return as_problems(differences, location, remedy)
+
+
+def _as_trained(config: RunConfig, saved: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
+    """The configuration of a run that is complete, with the settings that it was trained with.
+
+    The run is exported again, and its configuration and model card describe it.
+
+    Returns:
+        It, and a line for each setting that was changed since and has no effect.
+    """
+    names = ("epochs", "max_steps", "global_batch_pairs", "seed")
+    before, now = (
+        {
+            "optimizer": sections["optimizer"],
+            "training": {name: sections["training"][name] for name in names},
+        }
+        for sections in (saved, config.model_dump(mode="json"))
+    )
+    as_trained = {
+        "optimizer": type(config.optimizer).model_validate(before["optimizer"]),
+        "training": config.training.model_copy(update=before["training"]),
+    }
+    return config.model_copy(update=as_trained), [str(each) for each in diff(before, now)]
 
 
 def _resume_data(

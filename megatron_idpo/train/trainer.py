@@ -1,6 +1,6 @@
 """A training run on this rank: its parts, its position, and how it saves and resumes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,9 @@ class Trainer:
 
     recompute_message: str | None = None
     """What `training.recompute: auto` has chosen; `config` has the choice."""
+
+    ignored_settings: Sequence[str] = ()
+    """Settings that were changed after the last step: a line for each."""
 
     step: int = 0
     """Optimizer steps taken."""

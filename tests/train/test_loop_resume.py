@@ -112,6 +112,19 @@ def test_complete_run_takes_no_step(tiny, workers, tmp_path):
     assert after == before
 
 
+def test_settings_changed_after_the_last_step_have_no_effect_and_are_not_recorded(
+    tiny, workers, tmp_path
+):
+    sections = {"training": {"max_steps": 2}, "optimizer": {"lr": 1e-3, "schedule": "constant"}}
+    workers.run(run, 1, write_config(tiny, tmp_path / "run", **sections))
+    record = (tmp_path / "run" / "config.yaml").read_text()
+    sections["optimizer"] = {"lr": 0.05, "schedule": "constant"}
+    (again,) = workers.run(run, 1, write_config(tiny, tmp_path / "run", **sections))
+    assert "optimizer.lr was 0.001, is now 0.05" in again.printed
+    assert (tmp_path / "run" / "config.yaml").read_text() == record
+    assert "learning rate | 0.001" in (tmp_path / "run" / "hf" / "README.md").read_text()
+
+
 def test_signal_in_the_last_step_does_not_stop_the_run(tiny, workers, tmp_path):
     file = write_config(tiny, tmp_path / "run", training={"max_steps": 2})
     (outcome,) = workers.run(run, 1, file, Signal(step=1), CountSteps())
