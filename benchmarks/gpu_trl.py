@@ -83,7 +83,9 @@ def _trainer(case: Case, pairs: int, steps: int, output: str) -> Any:
     is_bf16 = case.dtype == "bf16"
     torch.set_default_dtype(torch.bfloat16 if is_bf16 else torch.float32)
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**MODELS[case.model]))
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(**MODELS[case.model]), trust_remote_code=False
+        )
     torch.set_default_dtype(torch.float32)
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=16, lora_alpha=16, lora_dropout=0.05, target_modules=list(TARGETS)

@@ -46,6 +46,7 @@ CLASSES: dict[str, dict[str, str]] = {
         "run/reference/*": REFUSED,
         "run/config.yaml": SAME,  # for people; written by each start
         "run/metrics.jsonl": SAME,  # for people; damaged lines are dropped and reported
+        "run/starts.jsonl": SAME,  # for the report
         "run/.lock": SAME,
         "tokens/*.lock": SAME,
         "tokens/*/*": REFUSED,

@@ -71,6 +71,8 @@ def world_size(words: list[str]) -> int:
     def option(name: str, default: int) -> int:
         return int(words[words.index(name) + 1]) if name in words else default
 
+    if "--processes" in words:
+        return option("--processes", 1)
     nodes = option("--nodes" if words[0] == "sbatch" else "--nnodes", 1)
     per_node = GPUS_PER_NODE if words[0] == "sbatch" else option("--nproc-per-node", 1)
     return nodes * per_node

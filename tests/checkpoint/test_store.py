@@ -75,23 +75,28 @@ def change_state_during_save(model: str, root: str):
     return polled, all(map(torch.equal, expected, training.state()))
 
 
-def save_before_the_disk_is_ready(model: str, root: str) -> None:
-    """Saves twice in a row."""
+def save_before_the_disk_is_ready(model: str, root: str) -> list[str]:
+    """Saves twice in a row; returns what is logged."""
     from megatron_idpo.checkpoint import store
 
     training = prepare(model, Setup())
     training.step(1)
     checkpoints, gate = store.Checkpoints(Path(root)), threading.Event()
-    with blocked_writes(gate), mock.patch.object(store, "_REPORTED_S", 0.0):
+    with (
+        blocked_writes(gate),
+        mock.patch.object(store, "_REPORTED_S", 0.0),
+        mock.patch.object(store.logger, "warning") as warning,
+    ):
         checkpoints.save(training.chunks, training.optimizer, progress(1))
         gate.set()
         checkpoints.save(training.chunks, training.optimizer, progress(2))
     checkpoints.wait()
+    return [call.args[0] % call.args[1:] for call in warning.call_args_list]
 
 
-def test_wait_for_an_earlier_save_is_reported(workers, model, tmp_path, capfd):
-    workers.run(save_before_the_disk_is_ready, 1, model, str(tmp_path))
-    assert "waited 0 s for the save of step 1 to end" in capfd.readouterr().err
+def test_wait_for_an_earlier_save_is_reported(workers, model, tmp_path):
+    ((message,),) = workers.run(save_before_the_disk_is_ready, 1, model, str(tmp_path))
+    assert "waited 0 s for the save of step 1 to end" in message
 
 
 def test_state_may_change_while_a_save_runs(workers, model, tmp_path):

@@ -170,7 +170,8 @@ def logits_in_bf16(base: str) -> dict[str, torch.Tensor]:
     (resident,) = build_model(architecture, TP1, ModelOptions(dtype=torch.bfloat16))
     round_once(resident)
     load_hf_weights([resident], open_hf(Path(base))[0], architecture)
-    logits["resident reference"] = logits_of(resident, sequences)
+    with torch.no_grad():  # its weights are not marked as frozen
+        logits["resident reference"] = logits_of(resident, sequences)
     adapters.remove()
     assert not any("forward" in vars(module) for module in policy.modules())
     return {name: tensor.detach() for name, tensor in logits.items()}

@@ -46,8 +46,10 @@ def frozen_linear(
             megatron-core.
         low_rank: saved for the backward pass; None without adapters.
     """
-    assert not weight_OI.requires_grad, "a trained weight would get no gradient"
-    assert bias_O is None or not bias_O.requires_grad, "a trained bias would get no gradient"
+    if torch.is_grad_enabled():
+        assert not weight_OI.requires_grad, "a trained weight would get no gradient"
+        is_frozen = bias_O is None or not bias_O.requires_grad
+        assert is_frozen, "a trained bias would get no gradient"
     low_rank_TR, ups, scaling, parts = low_rank or (None, (), 1.0, ())
     output = _FrozenLinear.apply(input_T1I, weight_OI, bias_O, scaling, parts, low_rank_TR, *ups)
     return cast(Tensor, output)

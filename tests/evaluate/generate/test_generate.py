@@ -270,7 +270,7 @@ def test_a_torch_dist_checkpoint_must_be_converted(model: Path, tmp_path: Path) 
 
 def test_incomplete_models_are_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "has no config.json" in refusal(tmp_path, model, f"{tmp_path}/empty")
+    assert "has no hf/: the run has not finished" in refusal(tmp_path, model, f"{tmp_path}/empty")
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text('{"model_type": "no-such-thing"}')

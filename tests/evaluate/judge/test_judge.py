@@ -246,7 +246,7 @@ def test_missing_answers_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["judge=null"], r"judge: is missing.*judge\.model names the judge"),
+        (["judge=null"], "judge: is missing; add it, for example"),
         (
             ["judge.compare=[[idpo, dpo]]"],
             r"judge\.compare: unknown model dpo; the models are base, idpo",
