@@ -1,8 +1,8 @@
 """Time of an optimizer step: the slowest stage's rows, the bubble, reductions, the update.
 
 An estimate from sizes, not a measurement (`row_time`). Data-parallel reductions overlap with the
-backward pass of the last row, and gathers of updated weights, but not of adapters, with the forward
-pass of the next step's first row.
+backward pass of the last row. Gathers of updated weights overlap with the forward pass of the next
+step's first row without pipeline stages; gathers of adapters never do.
 """
 
 from dataclasses import dataclass
@@ -159,7 +159,9 @@ def _after_backward(run: RunSizes, device: Device, row_s: float) -> tuple[float,
             trained, experts = weights.dense + weights.trained_copies, weights.experts
         reduced, gathered = reduce_gradients_s(run, trained, experts, device)
         waited = max(reduced - row_s * 2 / 3, 0.0)
-        waited += gathered if run.lora is not None else max(gathered - row_s / 3, 0.0)
+        # As in `mcore.optim.optimizer`.
+        is_overlapped = run.lora is None and run.layout.pipeline == 1
+        waited += max(gathered - row_s / 3, 0.0) if is_overlapped else gathered
         updated = trained / run.optimizer_shards + experts / run.expert_shards
         update = updated * UPDATE_TRAFFIC_BYTES / (device.memory_bytes_per_s * BANDWIDTH)
         longest = max(longest, (waited, update), key=sum)

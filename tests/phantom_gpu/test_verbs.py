@@ -45,24 +45,24 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
 
 
 def train_on_both(
-    pools: tuple[Any, Any], ranks: int, files: Files, root: Path, **sections: Any
+    pools: tuple[Any, Any], ranks: tuple[int, int], files: Files, root: Path, **sections: Any
 ) -> None:
     """Full training with export, in a layout on phantom GPUs and on CPUs."""
-    for name, pool in zip(("gpu", "cpu"), pools, strict=True):
+    for name, pool, processes in zip(("gpu", "cpu"), pools, ranks, strict=True):
         file = write_config(files, root / name, **sections)
-        outcomes = pool.run(run, ranks, file, timeout_s=300)
-        assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].printed
+        outcomes = pool.run(run, processes, file, timeout_s=300)
+        assert [outcome.code for outcome in outcomes] == [0] * processes, outcomes[0].printed
     assert_same_weights(root / "gpu", root / "cpu")
 
 
 def test_virtual_stages_train_and_export(tiny, gpu_workers, workers, tmp_path):
     layout = {"pipeline": 2, "virtual_pipeline": 2}
-    train_on_both((gpu_workers, workers), 2, tiny, tmp_path, layout=layout)
+    train_on_both((gpu_workers, workers), (2, 2), tiny, tmp_path, layout=layout)
 
 
 def test_all_weights_gathered_during_the_forward_pass(tiny, gpu_workers, workers, tmp_path):
-    """On two data-parallel ranks, with a sharded optimizer."""
-    train_on_both((gpu_workers, workers), 2, tiny, tmp_path)
+    """On two data-parallel ranks, with a sharded optimizer; one CPU process gathers nothing."""
+    train_on_both((gpu_workers, workers), (2, 1), tiny, tmp_path)
 
 
 def test_experts_on_two_ranks_train_and_export(gpu_workers, workers, tmp_path):
@@ -72,7 +72,8 @@ def test_experts_on_two_ranks_train_and_export(gpu_workers, workers, tmp_path):
     )
     objective = {"router_aux_loss": 0.01}
     layout = {"expert": 2}
-    train_on_both((gpu_workers, workers), 2, files, tmp_path, layout=layout, objective=objective)
+    pools = (gpu_workers, workers)
+    train_on_both(pools, (2, 2), files, tmp_path, layout=layout, objective=objective)
 
 
 @pytest.mark.parametrize("kind", ["full", "merge", "carry"])

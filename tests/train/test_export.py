@@ -11,13 +11,17 @@ from megatron_idpo.convert.hf_io.tokenizer_files import read_json_object
 from megatron_idpo.errors import CheckpointError, DataError
 from megatron_idpo.train.export import CHAT_TEMPLATE, has_chat_template
 
-from .tiny_run import LORA, assembled, exported, write_config
+from .tiny_run import LORA, assembled, exported, relative_difference, run, write_config
 
 pytestmark = pytest.mark.distributed
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<s>{% endfor %}"
 END_TOKENS = [2, 1]
 """EOS of the model, and the end of turn of the template."""
+
+
+WEIGHT_TOLERANCE = 1e-5
+"""In units of a tensor's root mean square, as in `test_loop.py`; without the gather 0.2."""
 
 
 def export(file: str, fill: float, *, full_disk: bool = False) -> None:
@@ -50,6 +54,15 @@ def test_full_training_exports_no_adapter(tiny, workers, tmp_path):
     names = {path.name for path in (tmp_path / "run" / "hf").iterdir()}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_export_gathers_the_weights_of_the_last_step(tiny, workers, tmp_path):
+    """No forward pass follows it: there is no evaluation."""
+    for ranks in (1, 2):
+        file = write_config(tiny, tmp_path / f"{ranks}", training={"max_steps": 2})
+        assert [outcome.code for outcome in workers.run(run, ranks, file)] == [0] * ranks
+    difference = relative_difference(exported(tmp_path / "2"), exported(tmp_path / "1"))
+    assert difference <= WEIGHT_TOLERANCE
 
 
 def test_adapters_are_merged_and_exported(tiny, workers, tmp_path):

@@ -2,8 +2,8 @@
 
 Gradients are reduced in fp32, and 16-bit parameters have fp32 main copies. With several
 data-parallel ranks the reduction overlaps with the backward pass, and the optimizer state is
-sharded over them (ZeRO-1) if the configuration says so. The updated weights of a whole model are
-then gathered during the next forward pass, whichever it is: a step's or an evaluation's.
+sharded over them (ZeRO-1) if the configuration says so. Without pipeline stages, the updated weights
+of a whole model are then gathered during the next forward pass: a step's or an evaluation's.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,7 +82,11 @@ def setup_ddp_and_optimizer(
     distributed = settings.distributed and has_replicas
     # Adapters are gathered in milliseconds, less than the hooks of all modules cost the host.
     matrices = [p for chunk in chunks for p in chunk.parameters() if p.dim() > 1]
-    overlap_param_gather = distributed and all(matrix.requires_grad for matrix in matrices)
+    is_whole_model = all(matrix.requires_grad for matrix in matrices)
+    # A later stage would gather only when the first activation arrives, in a single bucket: the
+    # stages' gathers would follow one another. `step` gathers on all stages at once.
+    has_stages = config.pipeline_model_parallel_size > 1
+    overlap_param_gather = distributed and is_whole_model and not has_stages
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=has_replicas,
