@@ -2,8 +2,8 @@
 
 Gradients are reduced in fp32, and 16-bit parameters have fp32 main copies. With several
 data-parallel ranks the reduction overlaps with the backward pass, and the optimizer state is
-sharded over them (ZeRO-1) if the configuration says so. Without pipeline stages, the updated weights
-of a whole model are then gathered during the next forward pass: a step's or an evaluation's.
+sharded over them (ZeRO-1) if the configuration says so. Without pipeline stages, the updated
+weights of a whole model are gathered during the next forward pass: a step's or an evaluation's.
 """
 
 from collections.abc import Callable, Sequence
