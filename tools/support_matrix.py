@@ -80,7 +80,8 @@ Not in the table:
   takes padded and packed batches of other scripts; what it refuses there is in
   [how_it_works.md](how_it_works.md#what-is-refused).
 - Transformer Engine's layers are used where it is installed and the model's norms and activation
-  allow it ([cuda.md](cuda.md)). FP8, FP4, CUDA graphs, FSDP and multi-token prediction are refused.
+  allow it, with LoRA in fp32 only ([lora.md](lora.md#details), [versions.md](versions.md)). FP8,
+  FP4, CUDA graphs, FSDP and multi-token prediction are refused.
 - Model families and what each was tested with: [families.md](families.md).
 """
 

@@ -29,6 +29,9 @@ EXAMPLES = (
 )
 """Each is `examples/NAME.yaml`."""
 
+PLACEHOLDERS = {"model.path": "path/to/hf-model", "data.train": "pairs.jsonl"}
+"""What a file has where the user's own model and pairs belong."""
+
 DOCS = "https://github.com/megatron-idpo/megatron-idpo/blob/main/docs/"
 _DATA_FILES = ("quickstart_train.jsonl", "quickstart_held_out.jsonl", "README.md")
 
@@ -86,7 +89,9 @@ def init(arguments: argparse.Namespace) -> int:
             raise ConfigError.at(str(file), message, f"name another: {other}FILE") from None
         if kind == "quickstart":
             _copy_data(files("megatron_idpo") / "examples" / "data", data_directory(file))
-    next_step = "next" if kind == "quickstart" else "set model.path and data.train, then"
+    text = file.read_text(encoding="utf-8")
+    to_set = [field for field, placeholder in PLACEHOLDERS.items() if placeholder in text]
+    next_step = f"set {' and '.join(to_set)}, then" if to_set else "next"
     print(f"wrote {file}; {next_step}: megatron-idpo doctor {file}")
     return 0
 
