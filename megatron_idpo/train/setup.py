@@ -103,14 +103,11 @@ def assemble(
         RunStopped: on every rank; a signal came while the cache was computed.
     """
     pairs, training, stop_flag = prepared.pairs, config.training, stop_flag or StopFlag()
+    size, seed = training.global_batch_pairs, config.data.seed
     rows = row_settings(config, world.size, data_rank=rank_coordinates().data_rank)
     with raise_on_all_ranks("packing the data"):
         batches = TrainingBatches(
-            pairs.train,
-            rows,
-            global_batch_pairs=training.global_batch_pairs,
-            seed=config.data.seed,
-            epochs=training.epochs,
+            pairs.train, rows, global_batch_pairs=size, seed=seed, epochs=training.epochs
         )
     checkpoints = _checkpoints(output, config.checkpoint)
     checkpoint = find_resume_checkpoint(checkpoints, config.checkpoint)
@@ -132,7 +129,7 @@ def assemble(
     train_step = TrainStep(
         policy, reference, config.objective, training.seed, pairs.train.location, stop_flag
     )
-    evaluation, size = None, training.global_batch_pairs
+    evaluation = None
     with raise_on_all_ranks("packing the held-out data"):
         if pairs.eval is not None:
             evaluation = Evaluation(
