@@ -195,7 +195,7 @@ case "$*" in
         echo "Installing collected packages: a, b"
         test ! -e "$HOME/no-network" ;;
     --version) echo "Python 3.12.1" ;;
-    "-c import tomllib"*) echo "torch>=2.11" ;;
+    "-c import tomllib"*) echo "torch>=2.11.0a0" ;;
     "-E -c "*) echo "3 12 usable $0" ;;
 esac"""
 
@@ -294,6 +294,6 @@ def test_directory_that_is_not_an_environment_is_never_removed(checkout: Checkou
 def test_torch_index_url_is_used_for_torch_only(checkout: Checkout) -> None:
     assert checkout.set_up(TORCH_INDEX_URL="https://wheels.example/cpu").returncode == 0
     torch, rest = checkout.pip_calls()
-    assert "--index-url https://wheels.example/cpu torch>=2.11" in torch
+    assert "--index-url https://wheels.example/cpu torch>=2.11.0a0" in torch
     assert "wheels.example" not in rest
     assert rest.endswith("--editable .[dev,quickstart]")
