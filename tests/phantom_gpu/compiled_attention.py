@@ -32,7 +32,7 @@ def difference(head_dim: int, dtype: torch.dtype, with_grad: bool, ranks: int = 
 
     With several context-parallel `ranks`, of the first one's part of the row.
     """
-    shapes = [(ROW_TOKENS, 1, heads, head_dim) for heads in (4, 2, 2)]
+    shapes = [(ROW_TOKENS, 1, heads, head_dim) for heads in (8, 2, 2)]
     generator = torch.Generator().manual_seed(0)
     host = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     results = []

@@ -21,7 +21,7 @@ SIZES += [(head_dim, "bfloat16", True, 1) for head_dim in (64, 80, 96, 128, 256)
 SIZES += [(64, "float32", True, 1)]
 SIZES += [(128, "bfloat16", True, 4)]
 """Head size, dtype, with gradients, context-parallel ranks: of 256 positions, one has 64 queries,
-fewer than a block."""
+fewer than a block, times four query heads of a key-value head more than one."""
 
 
 @pytest.mark.distributed

@@ -30,6 +30,10 @@ from megatron_idpo.mcore.cpu.redirect import to_device
 BLOCK = 128
 """FlexAttention's default block of queries and of keys."""
 
+_KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+"""Below 128 queries torch takes its kernel for decoding, which does not compile if queries times the
+query heads of a key-value head exceed a block."""
+
 MIN_HEAD_DIM = 16
 """FlexAttention's kernels multiply tiles that are at least this wide."""
 
@@ -78,6 +82,7 @@ def attend_row_flex(
         block_mask=row.derived[mask_key],
         scale=scale,
         enable_gqa=query_LBND.size(2) != key_TBMD.size(2),
+        kernel_options=dict(_KERNEL_OPTIONS),
     )
     return output_BNLD.permute(2, 0, 1, 3)
 

@@ -54,6 +54,7 @@ def dense_attention(
     block_mask: Any = None,
     scale: float | None = None,
     enable_gqa: bool = False,
+    kernel_options: Any = None,
 ) -> Tensor:
     """FlexAttention with all scores and the same mask function; the block lists are not used."""
     if enable_gqa:
