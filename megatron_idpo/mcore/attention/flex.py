@@ -31,7 +31,7 @@ BLOCK = 128
 """FlexAttention's default block of queries and of keys."""
 
 _KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
-"""Below 128 queries torch takes its kernel for decoding, which does not compile if queries times the
+"""Below 128 queries torch takes its decoding kernel, which does not compile if queries times the
 query heads of a key-value head exceed a block."""
 
 MIN_HEAD_DIM = 16
