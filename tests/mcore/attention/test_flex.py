@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -137,6 +137,7 @@ def test_blocks_match_the_visible_pairs(structure, window):
 
 @settings(max_examples=40, deadline=None)
 @given(row_structures(), st.one_of(st.none(), st.integers(1, 12)), st.sampled_from([2, 3]))
+@example(([(0, 1, 1, 8), (8, 8, 8, 8), (8, 8, 8, 16)], 17), None, 2)
 def test_blocks_of_a_dealt_row_match_the_visible_pairs(structure, window, ranks):
     groups, tokens = structure
     block = 4
@@ -152,8 +153,11 @@ def test_blocks_of_a_dealt_row_match_the_visible_pairs(structure, window, ranks)
             mask.mask_mod, 1, 1, *visible.shape, device="cpu", BLOCK_SIZE=block
         )
         assert torch.equal(expected.to_dense(), mask.to_dense())
-        # FlexAttention derives the same full blocks, where the mask function is not called.
-        assert torch.equal(expected.full_kv_num_blocks, mask.full_kv_num_blocks)
+        # In full blocks the mask function is not called. FlexAttention derives the same ones, and
+        # more where an answer is empty: a block may then span a prompt and the answer after it.
+        assert (mask.full_kv_num_blocks <= expected.full_kv_num_blocks).all()
+        if all(begin < middle < end for _, begin, middle, end in groups):
+            assert torch.equal(expected.full_kv_num_blocks, mask.full_kv_num_blocks)
 
 
 def test_blocks_are_also_listed_by_key():
