@@ -6,8 +6,10 @@ network namespaces, whose commands are those of `launch/slurm.sh`.
 
 import re
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,6 +156,39 @@ def test_clocks_that_differ_change_nothing(ahead, files, undisturbed, tmp_path):
     difference_s = int(date.read_text()) - date.stat().st_mtime
     assert difference_s == pytest.approx(3600.0, abs=60.0)
     assert_same_weights(output, undisturbed)
+
+
+@contextmanager
+def small_disk(directory: Path, size: str) -> Iterator[None]:
+    """A file system of this size that both machines see."""
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
+    subprocess.run(mount, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def test_a_full_output_disk_ends_both_and_loses_nothing(files, undisturbed, tmp_path):
+    disk = tmp_path / "disk"
+    output = disk / "run"
+    with small_disk(disk, "2m"), two_nodes() as nodes:
+        file = config(files, output)
+        started = start(nodes, tmp_path, file)
+        codes = [machine.wait(START_S) for machine in started]
+        reports = "".join((tmp_path / f"{name}.log").read_text() for name in "ab")
+        assert codes == [EXIT_USER_ERROR] * 2, reports
+        assert re.search(r"needs [\d,]+ bytes of disk, [\d,]+ are free; free some", reports), (
+            reports
+        )
+        assert "Traceback" not in reports
+        assert 1 <= steps_logged(output) < STEPS
+        subprocess.run(["mount", "-o", "remount,size=500m", str(disk)], check=True)
+        started = start(nodes, tmp_path, file)
+        assert [machine.wait(START_S) for machine in started] == [0, 0]
+        assert "resuming from step" in (tmp_path / "a.log").read_text()
+        assert_same_weights(output, undisturbed)
 
 
 def test_a_full_cache_of_one_machine_ends_both_with_its_message(files, undisturbed, tmp_path):
