@@ -119,6 +119,9 @@ def exit_code(codes: Sequence[int], *, stopped: bool) -> int:
             installed its handlers, so it had nothing to save.
     """
     stop_codes = {EXIT_PREEMPTED, *(-number for number in STOP_SIGNALS if stopped)}
+    if EXIT_PREEMPTED in codes:
+        # All workers have saved; torchrun ended those that were slower to exit.
+        stop_codes.add(-signal.SIGTERM)
     failed = [code for code in codes if code not in stop_codes]
     if not failed:
         return EXIT_PREEMPTED
