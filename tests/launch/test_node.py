@@ -60,7 +60,7 @@ TIMEOUT_S = 180.0
         ([75], True, 75),
         ([75, 75], False, 75),  # another machine received the signal
         ([-signal.SIGTERM, 75], True, 75),
-        ([75, -signal.SIGTERM], False, 75),  # one worker received it; torchrun ended the slower ones
+        ([75, -signal.SIGTERM], False, 75),  # one worker received it; others were slower
         ([-signal.SIGUSR1], True, 75),
         ([-signal.SIGTERM], False, 143),  # a worker was killed
         ([-signal.SIGKILL], True, 137),  # killed while saving, or out of memory
