@@ -255,8 +255,8 @@ def surviving_share(adapters: Adapters, dtype: torch.dtype) -> float:
     """How much of the adapters' change remains when merged weights are rounded. Collective.
 
     A change below half a unit in a weight's last place is lost, since the weight itself is a
-    16-bit value. 1 if nothing is lost; for random signs of the losses it is the share of the
-    change of an output.
+    16-bit value. The share is the projection of the rounded change on the exact one: 1 if nothing
+    is lost.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     for chunk_adapters in adapters.by_chunk:

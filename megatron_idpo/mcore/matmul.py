@@ -63,8 +63,13 @@ def float32_reductions(like: Tensor) -> Iterator[None]:
     settings = torch.backends.cuda.matmul
     name = "bf16" if like.dtype == torch.bfloat16 else "fp16"
     attribute = f"allow_{name}_reduced_precision_reduction"
-    before = getattr(settings, attribute)
-    setattr(settings, attribute, False)
+    before: Any = getattr(settings, attribute)
+    inside: Any = False
+    # Where torch has it, a second flag is part of the same setting; it is kept.
+    if hasattr(settings, f"{attribute}_split_k"):
+        split_k = getattr(settings, f"{attribute}_split_k")
+        before, inside = (before, split_k), (False, split_k)
+    setattr(settings, attribute, inside)
     try:
         yield
     finally:
