@@ -1,10 +1,13 @@
 """Products without rounded results."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megatron_idpo.mcore.matmul import (
     add_matmul,
+    float32_reductions,
     matmul,
     matmul_operand,
     onednn_bf16_matmul,
@@ -44,3 +47,21 @@ def test_onednn_setting_is_restored_after_an_error():
     assert setting.fp32_precision == before
     with onednn_bf16_matmul(torch.zeros(1)):
         assert setting.fp32_precision == before
+
+
+@pytest.mark.parametrize("before", [True, False, (False, False)])
+def test_reductions_are_in_float32_within_the_block_only(before):
+    settings = torch.backends.cuda.matmul
+    name = "allow_bf16_reduced_precision_reduction"
+    flags = [flag for flag in (name, f"{name}_split_k") if hasattr(settings, flag)]
+    if isinstance(before, tuple) and len(flags) == 1:
+        pytest.skip("this torch has one flag")
+    setting = tuple(getattr(settings, flag) for flag in flags)
+    try:
+        setattr(settings, name, before)
+        start = [getattr(settings, flag) for flag in flags]
+        with float32_reductions(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)):
+            assert [getattr(settings, flag) for flag in flags] == [False, *start[1:]]
+        assert [getattr(settings, flag) for flag in flags] == start
+    finally:
+        setattr(settings, name, setting if len(flags) > 1 else setting[0])
