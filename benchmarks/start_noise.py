@@ -1,6 +1,8 @@
 """What bf16 rounding leaves of "policy equals reference" before the first step.
 
     python benchmarks/start_noise.py --model DIR --data FILE --train 16 --held-out 8 [--save]
+    python benchmarks/start_noise.py --model DIR --data FILE --train 80 --held-out 24 --steps 20 \
+        --noise 0.14 0.51 [--save]
 
 DPO with LoRA on a small real model in bf16, with a cached reference and a tap. Before the first
 step every log-ratio should be 0. Two caches of the same model are compared with the policy on the
@@ -13,6 +15,11 @@ Reported are the largest and the mean difference of a log-probability per token,
 accuracy. Whether products round differently in rows of another length depends on the processor and
 on threads: with native bf16 instructions they did not on an AMD EPYC. There oneDNN emulates bf16
 with ONEDNN_MAX_CPU_ISA=AVX512_CORE, and with OMP_NUM_THREADS=2 the rounding depends on lengths.
+
+`--steps` measures what such differences do to a run: it trains this many steps with the cache as it
+is (and once more with another seed of the adapters), and with normal noise added to every cached
+log-probability of a sequence, at each layer apart, for three seeds of the noise. The held-out pairs
+are then compared to the exact reference, and to the noisy one as the run itself would.
 """
 
 import argparse
@@ -21,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -37,7 +44,8 @@ from megatron_idpo.data.tokenize.dataset import PairDataset
 from megatron_idpo.mcore.parallel.world import distributed_world, running_layout
 from megatron_idpo.plugin.batch_run import run_batch
 from megatron_idpo.reference.run_caches import RunCaches
-from megatron_idpo.reference.sources import CachedReference
+from megatron_idpo.reference.sources import CachedReference, Reference
+from megatron_idpo.train.metrics.names import ACCURACY, LOSS, MARGIN
 from megatron_idpo.train.run_directory import open_run_directory
 from megatron_idpo.train.setup import assemble, prepare
 from megatron_idpo.train.trainer import Trainer
@@ -45,6 +53,7 @@ from megatron_idpo.train.trainer import Trainer
 DATA_ORDER_BATCH_PAIRS = 32
 CHARACTERS_PER_TOKEN = 4
 BETA = 0.1
+NOISE_SEEDS = (0, 1, 2)
 ISA = "ONEDNN_MAX_CPU_ISA"
 TIE = 1e-6
 """As in training: smaller differences of a log-probability count as ties."""
@@ -75,11 +84,15 @@ def main() -> int:
     parser.add_argument("--batch-pairs", type=int, default=4, help="of a step")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--layers", type=int, nargs="*", default=[21])
+    parser.add_argument("--steps", type=int, help="train this many steps, with and without noise")
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.51], metavar="NATS")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        text = report(options, Path(directory))
+        measure = report if options.steps is None else report_training
+        text = measure(options, Path(directory))
     kind = "-emulated" if ISA in os.environ else ""
+    kind += "" if options.steps is None else "-training"
     name = f"start-noise-{options.data.stem.split('_')[0]}{kind}"
     report_result(name, text, save=options.save)
     return 0
@@ -89,10 +102,7 @@ def report(options: argparse.Namespace, directory: Path) -> str:
     """The text of the result."""
     lines = [
         f"# Differences before the first step, bf16: {options.data.stem}",
-        f"{date.today()}, {processor()}, {commit()}; {options.train} training and "
-        f"{options.held_out} held-out pairs of up to {options.max_length} tokens, "
-        f"{options.batch_pairs} per step; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} "
-        f"{ISA}={os.environ.get(ISA, 'DEFAULT')}",
+        setting(options),
         "",
         "| pairs | cache | layer | largest, nats/token | mean | margin | accuracy |",
         "|---|---|---|---|---|---|---|",
@@ -119,10 +129,82 @@ def report(options: argparse.Namespace, directory: Path) -> str:
     return "\n".join(lines)
 
 
+def setting(options: argparse.Namespace) -> str:
+    """Date, machine, commit and sizes of a measurement."""
+    return (
+        f"{date.today()}, {processor()}, {commit()}; {options.train} training and "
+        f"{options.held_out} held-out pairs of up to {options.max_length} tokens, "
+        f"{options.batch_pairs} per step; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} "
+        f"{ISA}={os.environ.get(ISA, 'DEFAULT')}"
+    )
+
+
+def report_training(options: argparse.Namespace, directory: Path) -> str:
+    """The text of the result after `--steps` steps."""
+    lines = [
+        f"# {options.steps} steps with a noisy reference, bf16: {options.data.stem}",
+        setting(options),
+        "",
+        "| noise, nats | seed of the noise | seed of the run | mean training loss | held-out loss "
+        "| margin | accuracy | by the noisy reference: loss | margin | accuracy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    runs = [(0.0, 0, 0), (0.0, 0, 1)]
+    runs += [(nats, seed, 0) for nats in options.noise for seed in NOISE_SEEDS]
+    for nats, noise_seed, run_seed in runs:
+        with open_trainer(options, directory, seed=run_seed) as trainer:
+            cells = train_with_noise(trainer, options.steps, nats, noise_seed)
+        lines.append(f"| {nats:g} | {noise_seed if nats else ''} | {run_seed} | {cells} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def train_with_noise(trainer: Trainer, steps: int, nats: float, seed: int) -> str:
+    """Train; return the cells of a row.
+
+    Args:
+        trainer: before its first step.
+        steps: to train.
+        nats: standard deviation of the noise of a sequence's reference log-probability.
+        seed: of the noise.
+    """
+    exact, noisy = held_out_references(trainer, nats, seed)
+    rng = np.random.default_rng(seed)
+    train_step = replace(
+        trainer.train_step, reference=with_noise(trainer.train_step.reference, nats, rng)
+    )
+    losses = []
+    for step, batch in zip(range(steps), trainer.batches, strict=False):
+        metrics, _ = train_step.train(batch, step + 1, lr=trainer.learning_rate.at(step))
+        losses.append(metrics.values()[LOSS])
+    assert len(losses) == steps, "too few pairs: raise --train"
+    assert trainer.evaluation is not None
+    cells = [f"{np.mean(losses):.4f}"]
+    for reference in (exact, noisy):
+        values = trainer.evaluation.run(reference=reference).values()
+        cells += [f"{values[LOSS]:.4f}", f"{values[MARGIN]:+.3f}", f"{values[ACCURACY]:.2f}"]
+    return " | ".join(cells)
+
+
+def held_out_references(trainer: Trainer, nats: float, seed: int) -> tuple[Reference, Reference]:
+    """That of the held-out pairs, and the same with noise."""
+    _, exact = RunCaches.of(trainer.config, trainer.pairs, trainer.reference).open()
+    return exact, with_noise(exact, nats, np.random.default_rng(1000 + seed))
+
+
+def with_noise(reference: Reference, nats: float, rng: np.random.Generator) -> CachedReference:
+    """A cached reference with normal noise on every log-probability."""
+    assert isinstance(reference, CachedReference)
+    noise_PL2 = rng.normal(0.0, nats, reference.logps_PL2.shape)
+    return CachedReference(reference.layers, (reference.logps_PL2 + noise_PL2).astype(np.float32))
+
+
 @contextmanager
-def open_trainer(options: argparse.Namespace, directory: Path) -> Iterator[Trainer]:
+def open_trainer(options: argparse.Namespace, directory: Path, seed: int = 0) -> Iterator[Trainer]:
     """A `Trainer` before its first step, with its caches computed."""
-    config = load_config(write_config(options, directory), required=REQUIRED, optional=OPTIONAL)
+    overrides = [f"training.seed={seed}", f"reference.cache={directory / 'reference'}"]
+    path = write_config(options, directory)
+    config = load_config(path, overrides, required=REQUIRED, optional=OPTIONAL)
     with distributed_world() as world, open_run_directory(Path(config.training.output)) as output:
         prepared = prepare(config, world)
         with running_layout(config.layout, config.training.seed):
@@ -153,7 +235,11 @@ def write_config(options: argparse.Namespace, directory: Path) -> Path:
         "objective": {"beta": BETA, "layers": options.layers},
         "lora": {"rank": 16, "alpha": 16.0},
         "optimizer": {"lr": 5e-4},
-        "training": {"output": str(directory / "run"), "global_batch_pairs": options.batch_pairs},
+        "training": {
+            "output": str(directory / "run"),
+            "global_batch_pairs": options.batch_pairs,
+            "max_steps": options.steps,
+        },
     }
     file = directory / "run.yaml"
     file.write_text(write_yaml(config))
