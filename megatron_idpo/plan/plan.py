@@ -45,8 +45,8 @@ class Plan:
 
     @property
     def cache_s(self) -> float:
-        """Seconds for the reference's log-probabilities before the first step; 0 without a cache
-        or if the number of pairs is not known."""
+        """Seconds for the reference's log-probabilities of all pairs, before the first step; 0
+        without a cache or if the number of pairs is not known."""
         pairs = self.run.assumed.pairs
         if pairs is None or self.run.reference != "cache":
             return 0.0
@@ -55,10 +55,10 @@ class Plan:
     @property
     def days(self) -> float | None:
         """Of the run, with the reference's cache; None if the number of pairs is not known."""
-        pairs = self.run.assumed.pairs
+        pairs = self.run.trained_pairs
         if pairs is None:
             return None
-        return (pairs * self.run.epochs / self.time.pairs_per_s + self.cache_s) / 86400
+        return (pairs / self.time.pairs_per_s + self.cache_s) / 86400
 
     def advice(self) -> list[Choice]:
         """Settings that are better than the configuration's, to be changed together."""
@@ -127,6 +127,7 @@ class Plan:
             "used_share": time.work.used_share,
             "mfu": time.mfu,
             "pairs_per_s": time.pairs_per_s,
+            "trained_pairs": run.trained_pairs,
             "reference_cache_s": self.cache_s,
             "days": self.days,
             "assumed": asdict(run.assumed),

@@ -209,9 +209,9 @@ def _other_lengths(plan: Plan) -> list[str]:
 
 
 def _duration(plan: Plan) -> str:
-    if plan.days is None or plan.run.assumed.pairs is None:
+    pairs = plan.run.trained_pairs
+    if plan.days is None or pairs is None:
         return ""
-    pairs = plan.run.assumed.pairs * plan.run.epochs
     days = f" = {plan.days:.1f} days" if plan.days > 0.1 else ""
     text = f"; {pairs:,} pairs in {format_duration(plan.days * 86400)}{days}"
     if plan.cache_s:

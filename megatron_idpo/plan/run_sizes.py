@@ -44,6 +44,38 @@ class Assumptions:
     """Pairs of the data set; None: not known."""
 
 
+@dataclass(frozen=True, slots=True)
+class RunLength:
+    """How long a run, or one of its sDPO steps, trains."""
+
+    share: float
+    """Of all training pairs. Steps that get whole sources count as equally large."""
+
+    epochs: int
+    max_steps: int | None
+
+    @classmethod
+    def all_of(cls, config: RunConfig) -> "tuple[RunLength, ...]":
+        """Of each sDPO step, or of the run."""
+        training, sdpo = config.training, config.sdpo
+        if sdpo is None:
+            return (cls(1.0, training.epochs, training.max_steps),)
+        return tuple(
+            cls(
+                step.fraction or 1 / len(sdpo.steps),
+                step.epochs or training.epochs,
+                step.max_steps or training.max_steps,
+            )
+            for number, step in enumerate(sdpo.steps, start=1)
+            if sdpo.only in (None, number)
+        )
+
+    def trained_pairs(self, num_pairs: int, global_batch_pairs: int) -> int:
+        """Pairs of all its optimizer steps; a pair counts in every epoch."""
+        pairs = round(num_pairs * self.share * self.epochs)
+        return pairs if self.max_steps is None else min(pairs, self.max_steps * global_batch_pairs)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSizes:
     """A run in a world of some size."""
@@ -64,7 +96,9 @@ class RunSizes:
     """Positions of the longest pair that `data.max_length` allows."""
 
     global_batch_pairs: int
-    epochs: int
+    lengths: tuple[RunLength, ...]
+    """Of the steps of sDPO; of an ordinary run a single one."""
+
     reference: str
     shards_optimizer: bool
     assumed: Assumptions
@@ -98,11 +132,19 @@ class RunSizes:
             trim_tokens=config.data.trim_tokens,
             longest_pair_tokens=longest,
             global_batch_pairs=config.training.global_batch_pairs,
-            epochs=config.training.epochs,
+            lengths=RunLength.all_of(config),
             reference=config.reference.source,
             shards_optimizer=config.optimizer.distributed,
             assumed=_with_pair_tokens(assumed, config.data.max_length, longest),
         )
+
+    @property
+    def trained_pairs(self) -> int | None:
+        """Pairs of all optimizer steps; None if the number of the data's pairs is not known."""
+        if self.assumed.pairs is None:
+            return None
+        size = self.global_batch_pairs
+        return sum(length.trained_pairs(self.assumed.pairs, size) for length in self.lengths)
 
     @property
     def width(self) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.plan.models import ModelSizes
-from megatron_idpo.plan.run_sizes import Assumptions, RunSizes
+from megatron_idpo.plan.run_sizes import Assumptions, RunLength, RunSizes
 
 _MODEL: dict[str, Any] = {
     "family": "llama",
@@ -45,7 +45,7 @@ def small_run(
         trim_tokens=0,
         longest_pair_tokens=row_tokens,
         global_batch_pairs=rows * chosen.data(world_size),
-        epochs=1,
+        lengths=(RunLength(1.0, 1, None),),
         reference="cache",
         shards_optimizer=True,
         assumed=Assumptions(pair_tokens=row_tokens),

@@ -174,6 +174,39 @@ def test_lengths_and_pairs_of_local_files_are_read(capsys, tmp_path):
     assert (assumed["pair_tokens"], assumed["pairs"]) == (1000, 7)
 
 
+def test_max_steps_ends_the_run_but_not_the_reference(capsys):
+    path = str(EXAMPLES / "llama3_8b.yaml")
+    words = (path, "--gpus", "8", "--pairs", "10000", "training.global_batch_pairs=32")
+    whole = planned(capsys, *words)
+    short = planned(capsys, *words, "training.max_steps=50")
+    assert (whole["trained_pairs"], short["trained_pairs"]) == (10000, 50 * 32)
+    assert short["reference_cache_s"] == whole["reference_cache_s"] > 0
+    training_s = short["days"] * 86400 - short["reference_cache_s"]
+    assert training_s == pytest.approx(50 * short["step_s"])
+    longer = planned(capsys, *words, "training.max_steps=1000")
+    assert longer["days"] == whole["days"]  # the epoch ends first
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pairs"),
+    [
+        (["sdpo.steps=[{}, {}]"], 8000),
+        (["sdpo.steps=[{}, {}]", "training.max_steps=100"], 2 * 100 * 16),  # of each step
+        (["sdpo.steps=[{max_steps: 10}, {}]"], 10 * 16 + 4000),
+        (["sdpo.steps=[{fraction: 0.25, epochs: 3}, {fraction: 0.75}]"], 6000 + 6000),
+        (["sdpo.steps=[{}, {}]", "sdpo.only=2"], 4000),
+    ],
+)
+def test_length_of_sdpo_is_that_of_its_steps(overrides, pairs):
+    config = load_config(
+        EXAMPLES / "llama3_8b.yaml",
+        [*overrides, "training.global_batch_pairs=16", "checkpoint.keep_best=0"],
+        optional=SECTIONS,
+    )
+    model = find_model(config.model.path).sizes
+    assert RunSizes.of(config, model, 8, Assumptions(pairs=8000)).trained_pairs == pairs
+
+
 def test_advice_fits_and_leaves_headroom():
     # The balanced split gives early stages, which keep most rows, more layers than fit.
     run = run_of(

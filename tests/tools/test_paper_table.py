@@ -137,6 +137,16 @@ def test_table_fits_one_gpu_by_default(
     assert "GB of disk" in text and "not measured" in text and " ? " not in text
 
 
+def test_estimated_time_is_that_of_max_steps(tmp_path: Path) -> None:
+    words = ("sdpo", "--output", str(tmp_path), "--device", "h100", "--dry-run")
+    assert paper_table.main([*words, "training.max_steps=10", "reference.source=adapter_off"]) == 0
+    configs = {name: tmp_path / "configs" / f"{name}.yaml" for name in ("dpo", "sdpo")}
+    dpo, sdpo = (cost.plan for cost in paper_cost.estimate(configs, 1, "h100"))
+    assert dpo.days is not None and sdpo.days is not None
+    assert dpo.days * 86400 == pytest.approx(10 * dpo.time.step)
+    assert sdpo.days * 86400 == pytest.approx(2 * 10 * sdpo.time.step)  # of each step
+
+
 def test_disk_of_sdpo_has_the_snapshots_of_all_steps(tmp_path: Path) -> None:
     options = ("--output", str(tmp_path), "--device", "h100", "--dry-run")
     assert paper_table.main(["sdpo", *options]) == 0
