@@ -51,7 +51,7 @@ SKIPPED_DIRECTORIES = {"build", "dist", "runs", "__pycache__"}
 # Words that name nothing, or that a reader has to translate first. Names are searched too, with
 # underscores as spaces. docs/decisions.md and CHANGELOG.md quote old text and are not searched.
 UNPLAIN_WORDS = re.compile(
-    r"\b(?:told|tell|tells|telling|beside|whoever|whatever|nobody|in vain|mend(?:s|ed|ing)?"
+    r"\b(?:told|tell(?!\()|tells|telling|beside|whoever|whatever|nobody|in vain|mend(?:s|ed|ing)?"
     r"|wish(?:es|ed)?|(?<!there )(?:is|are) no(?! (?:more|longer|other|such|need|way|limit)\b)"
     r"|of (?:its|their) own|go(?:es|ing)? on|put down|two by two"
     r"|ha(?:s|ve) not(?! (?:been|yet|begun|run|\w+ed)\b)|rooms)\b",

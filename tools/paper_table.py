@@ -258,7 +258,7 @@ def _print_cost(configs: dict[str, Path], processes: int, options: argparse.Name
     """Print the estimate.
 
     Raises:
-        ConfigError: the disk has not enough space.
+        ConfigError: there is not enough space on the disk.
     """
     try:
         costs = paper_cost.estimate(configs, processes, options.device)

@@ -1,7 +1,7 @@
 """`.metadata`, the list of tensors of a `torch_dist` checkpoint, read without running code from it.
 
-The file is a pickle, and unpickling calls whatever the file names. torch's and megatron-core's own
-readers use `pickle.load`; this one knows only what torch.distributed.checkpoint (DCP) and
+The file is a pickle, and unpickling calls any function that the file names. The readers of torch
+and megatron-core use `pickle.load`; this one knows only what torch.distributed.checkpoint (DCP) and
 megatron-core's `dist_checkpointing` write, and checks what it has read, so that a damaged file is
 reported here and not as a wrong attribute somewhere else.
 """

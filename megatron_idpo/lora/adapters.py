@@ -42,7 +42,7 @@ from megatron_idpo.mcore.parallel.groups import RankCoordinates, rank_coordinate
 from megatron_idpo.mcore.parallel.world import all_gather_objects
 
 KEPT_SHARE = 0.95
-"""Where less than this `surviving_share` of a change remains, users are told."""
+"""Below this `surviving_share` of a change, an export and a snapshot report the loss."""
 
 
 def add_adapters(

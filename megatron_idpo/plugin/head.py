@@ -138,7 +138,7 @@ class Head:
 
 
 class _SumOverContext(torch.autograd.Function):
-    """The sum over context-parallel ranks; each rank's gradient is that of its own positions.
+    """The sum over context-parallel ranks; each rank's gradient is that of its positions.
 
     The loss is computed on every rank, from the same sums. Its gradient at a rank's part is the
     gradient at the sum: an all-reduce in backward would count it once per rank.

@@ -1,7 +1,7 @@
 """Checks of a step: the number of pairs, and that all ranks read the same micro-batches.
 
 The number of pairs that the losses are averaged over is the script's; a wrong one scales the
-gradient. And a tap's gradient flows into the graph of whatever micro-batch its stage has read at
+gradient. And a tap's gradient flows into the graph of the micro-batch that its stage has read at
 this position. megatron-core sees neither.
 """
 

@@ -78,7 +78,7 @@ def _serve(requests: socket.socket) -> tuple[int, str] | None:
             end_with_parent(server)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            # A session of its own, so that a signal can include its children.
+            # A separate session, so that a signal can include its children.
             os.setsid()
             for opened in (ended_read, ended_write, exit_codes, *exits.values()):
                 os.close(opened)

@@ -101,11 +101,11 @@ def test_missing_path_is_reported(tmp_path):
 def test_hub_model_without_network_is_reported(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError) as raised:
-        open_model("nobody/no-such-model")
+        open_model("no-such-owner/no-such-model")
     message = str(raised.value)
     assert (
         "cannot be downloaded from the hub" in message
-        and "hf download nobody/no-such-model" in message
+        and "hf download no-such-owner/no-such-model" in message
     )
 
 

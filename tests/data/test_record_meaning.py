@@ -126,7 +126,7 @@ SHARED = {"chosen": "Sure, the cat", "rejected": "Sure, a dog"}
 
 
 @pytest.mark.parametrize("name", ["question", "request", "dialogue", "problem", "passage"])
-def test_prompt_under_another_name_is_refused_whatever_the_answers_share(
+def test_prompt_under_another_name_is_refused_also_if_answers_share_a_beginning(
     read: RecordReader, name: str
 ) -> None:
     """The beginning of the answers, `Sure,`, would be trained as the prompt."""

@@ -20,7 +20,7 @@ from . import second_config_reader
 from .budget import count, inputs
 
 MAX_S = 2.0
-"""Process time of reading a configuration, whatever it holds."""
+"""Process time of reading any configuration."""
 
 REQUIRED = {"model": {"path": "m"}, "data": {"train": "a"}}
 NEEDED = {"model": "path", "data": "train", "optimizer": "lr", "training": "output"}

@@ -88,7 +88,7 @@ def test_unknown_models_are_refused_with_a_remedy(path):
 
 
 @pytest.mark.parametrize("path", ["no/such/directory", "./model", "/model"])
-def test_a_path_that_is_no_hub_name_is_not_offered_for_download(path):
+def test_a_path_that_cannot_be_a_hub_name_is_not_offered_for_download(path):
     with pytest.raises(ConfigError, match=f"{path} is not a directory; name a model directory"):
         find_model(path)
 

@@ -56,7 +56,7 @@ def exit_code_of_a_restart(root: Path) -> int:
             return error.exit_code
 
 
-def test_output_held_by_a_lost_process_is_no_error_of_the_user(workers, tmp_path):
+def test_output_held_by_a_lost_process_is_not_a_user_error(workers, tmp_path):
     """A scheduler starts the run again, on every rank."""
     assert workers.run(exit_code_of_a_restart, 2, tmp_path / "run") == [EXIT_PREEMPTED] * 2
 

@@ -95,8 +95,8 @@ class HfCheckpoint:
             parts: by their names, with their numbers of rows.
 
         Raises:
-            CheckpointError: a stored tensor does not have the expected shape, or a part is stored
-                as a tensor of its own as well.
+            CheckpointError: a stored tensor does not have the expected shape, or a part is
+                also stored as a separate tensor.
         """
         problems = []
         for name, (part, num_rows) in parts.items():

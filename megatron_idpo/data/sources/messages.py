@@ -122,7 +122,7 @@ def _message(item: Any, location: str) -> Message:
 
 
 def _convert_calls(message: Message, location: str) -> None:
-    """Tool calls as a list of objects, whatever holds them."""
+    """Tool calls as a list of objects, from text, an object or a list."""
     for name in ("tool_calls", "function_call"):
         calls = message.get(name)
         if isinstance(calls, str):

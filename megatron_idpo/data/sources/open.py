@@ -114,7 +114,7 @@ def _local(source: SourceConfig, paths: Sequence[Path]) -> tuple[Part, ...]:
     if saved:
         message = f"contains {saved[0]}, which `datasets` saved"
         raise DataError.at(source.path, message, "name each saved dataset as a source")
-    # A file that is named itself is read whatever its name says, unless a split is chosen too.
+    # A file that is named itself may have any name, unless a split is chosen too.
     if not is_named or source.split is not None or source.subset is not None:
         root = paths[0] if paths[0].is_dir() else paths[0].parent
         if len(paths) > 1:

@@ -240,7 +240,7 @@ def routers(chunks: Sequence[torch.nn.Module]) -> dict[int, RowRouter]:
 
 
 def reset_statistics(chunks: Sequence[torch.nn.Module]) -> None:
-    """Forget what the routers of this rank have counted in passes that are no part of a step."""
+    """Forget what the routers of this rank have counted in passes outside steps."""
     for router in routers(chunks).values():
         router.reset_statistics()
 

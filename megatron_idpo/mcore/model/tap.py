@@ -46,7 +46,8 @@ class CarriedBatch(PackedSeqParams):
     original: PackedSeqParams | None = None
     evaluates_now: bool = False
     """Whether there will be no backward pass, so that taps evaluate in the forward pass. Set by the
-    chunk's forward: the layers cannot tell it from the first run of a checkpoint."""
+    chunk's forward: the layers cannot distinguish it from the first run of a
+    checkpoint."""
 
     @classmethod
     def of(cls, batch: Any, original: PackedSeqParams | None, sequence_tokens: int) -> Self:

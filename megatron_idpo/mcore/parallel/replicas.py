@@ -64,7 +64,7 @@ class Replicas:
         """Fills every part on all replicas from the rank that has read it.
 
         Collective over the group: one broadcast per large part or bucket of small ones. Bits are
-        copied, whatever the dtype.
+        copied, for every dtype.
 
         Args:
             parts: reader and view of a parameter; the same parts in the same order on all replicas.

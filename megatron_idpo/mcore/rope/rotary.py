@@ -49,7 +49,7 @@ def inverse_frequencies(
         # The only type without an entry: each model class has its own copy. Linear scaling by 1
         # gives bitwise the same frequencies.
         parameters |= {"rope_type": "linear", "factor": 1.0}
-    # These are all the fields that the functions read, whatever the family.
+    # These are all the fields that the functions read, for every family.
     hf_config = LlamaConfig(
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_heads,

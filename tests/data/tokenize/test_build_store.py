@@ -150,7 +150,7 @@ def test_a_killed_build_is_cleared_by_the_next_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of this machine at once; of another one only when it has not written for a day."""
+    """Of this machine at once; of another one only after a day without a write."""
     path = write_jsonl(GOOD)
 
     class Killed(BaseException):

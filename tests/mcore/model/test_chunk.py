@@ -173,7 +173,7 @@ def passes_on() -> None:
 
 
 def last_layer_of_a_stage() -> None:
-    """The output that a stage sends is no view, and hooks of the output layer still run."""
+    """A stage sends an output that is not a view, and hooks of the output layer still run."""
     from megatron_idpo.mcore.model.chunk import layers_by_number
     from megatron_idpo.mcore.model.tap import evaluate_in_backward, is_tapped
     from megatron_idpo.mcore.parallel.groups import start_layout
