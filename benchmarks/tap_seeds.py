@@ -19,6 +19,7 @@ same command resumes. `--report-only` prints what there is.
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -68,7 +69,7 @@ def draw(studies: Sequence[Study], options: argparse.Namespace) -> None:
 
 def report(studies: Sequence[Study], options: argparse.Namespace) -> str:
     """The page that `--save` writes."""
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    words = [re.sub(r"[^=]*/", "", word) for word in sys.argv[1:]]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     lines = [
         "# When a tap helps: DPO against intermediate DPO over seeds",
