@@ -24,10 +24,9 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousError,
     RendezvousTimeoutError,
 )
-from torch.distributed.launcher import api as launcher
 from torch.distributed.run import main as torchrun
 
-from megatron_idpo.cli.agent import SignalForwarder, agent_type, exit_code
+from megatron_idpo.cli.agent import SignalForwarder, exit_code, use_agent
 from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 
@@ -38,9 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str], forwarder: SignalForwarder) -> int:
-    launcher.LocalElasticAgent = agent_type(  # type: ignore[misc]
-        lambda: forwarder.stop_requested
-    )
+    use_agent(lambda: forwarder.stop_requested)
     # torchrun 2.14 keeps the store of the first round and announces it in that round only: a
     # machine that joins later waits for it for a minute, and all end. This way every round has its
     # store.

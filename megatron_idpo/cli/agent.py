@@ -1,8 +1,9 @@
 """torchrun's agent with exit codes for schedulers, and stop signals for the workers.
 
 torchrun alone exits with 1 for every failure of its workers, kills them 30 s after a SIGTERM even
-if they are still saving, and ends at a SIGUSR1 while the workers continue. `launch/node.py` and
-`--processes` use what is here.
+if they are still saving, and ends at a SIGUSR1 while the workers continue. When one worker has
+failed, it ends the others, and reports them as failed too. `launch/node.py` and `--processes` use
+what is here.
 """
 
 import os
@@ -22,7 +23,9 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousHandler
+from torch.distributed.launcher import api as launcher
 
 from megatron_idpo.cli.errors import EXIT_INTERRUPTED
 from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
@@ -36,6 +39,18 @@ _NEWS_S = 3.0
 
 _POLL_S = 0.1
 
+_END_AFTER_LOSS_S = 10
+"""For the other workers to end after one has lost a peer: they know of the loss too. torchrun waits
+30 s, in which a lost worker, which is stopped or hangs, does not end."""
+
+_TORCHRUN_ENDED = (-signal.SIGTERM, -signal.SIGKILL)
+"""Exit codes of workers that torchrun ends."""
+
+
+def use_agent(stop_requested: Callable[[], bool]) -> None:
+    """Have torchrun start the workers of this machine with `agent_type`."""
+    launcher.LocalElasticAgent = agent_type(stop_requested)  # type: ignore[misc]
+
 
 def agent_type(stop_requested: Callable[[], bool]) -> type[LocalElasticAgent]:
     """torchrun's agent of a machine, which restarts only what a restart can help."""
@@ -45,8 +60,18 @@ def agent_type(stop_requested: Callable[[], bool]) -> type[LocalElasticAgent]:
             spec.rdzv_handler = cast(RendezvousHandler, PatientRendezvous(spec.rdzv_handler))
             super().__init__(spec, *arguments, **options)
 
+        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+            started: dict[int, Any] = super()._start_workers(worker_group)
+            self._ended = end_sooner(cast(SubprocessContext, self._pcontext))
+            return started
+
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result: RunResult = super()._monitor_workers(worker_group)
+            result.failures = {
+                rank: failure
+                for rank, failure in result.failures.items()
+                if failure.pid not in self._ended or failure.exitcode not in _TORCHRUN_ENDED
+            }
             codes = [failure.exitcode for failure in result.failures.values()]
             if not codes:
                 return result
@@ -60,6 +85,25 @@ def agent_type(stop_requested: Callable[[], bool]) -> type[LocalElasticAgent]:
             return result
 
     return Agent
+
+
+def end_sooner(workers: SubprocessContext) -> set[int]:
+    """Shorten the time that torchrun waits for the other workers when one has lost a peer.
+
+    Returns:
+        A set that gets the process ids of the workers that torchrun tells to end.
+    """
+    close, ended = workers.close, set[int]()
+
+    def close_sooner(death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        processes = [handler.proc for handler in workers.subprocess_handlers.values()]
+        ended.update(process.pid for process in processes if process.poll() is None)
+        if any(process.returncode == EXIT_PEER_LOST for process in processes):
+            timeout = min(timeout, _END_AFTER_LOSS_S)
+        close(death_sig, timeout)
+
+    workers.close = close_sooner  # type: ignore[method-assign]
+    return ended
 
 
 class PatientRendezvous:
@@ -111,21 +155,18 @@ def exit_code(codes: Sequence[int], *, stopped: bool) -> int:
     """The exit code of this machine: that of the first failure, except for less informative ones.
 
     A user error is the most informative. A lost peer is less so, because the peer has its own code.
-    The least is the SIGTERM with which torchrun ends the other workers.
 
     Args:
-        codes: exit codes of the failed workers in order of time, negative for a signal.
+        codes: exit codes of the failed workers in order of time, negative for a signal; without
+            those that torchrun has ended.
         stopped: whether a stop was requested. A worker that the signal itself ended had not
             installed its handlers, so it had nothing to save.
     """
     stop_codes = {EXIT_PREEMPTED, *(-number for number in STOP_SIGNALS if stopped)}
-    if EXIT_PREEMPTED in codes:
-        # All workers have saved; torchrun ended those that were slower to exit.
-        stop_codes.add(-signal.SIGTERM)
     failed = [code for code in codes if code not in stop_codes]
     if not failed:
         return EXIT_PREEMPTED
-    priority = {EXIT_USER_ERROR: 0, EXIT_PEER_LOST: 2, -signal.SIGTERM: 3}
+    priority = {EXIT_USER_ERROR: 0, EXIT_PEER_LOST: 2}
     first = min(failed, key=lambda code: priority.get(code, 1))
     return first if first > 0 else 128 - first
 

@@ -64,7 +64,7 @@ def launch(words: Sequence[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from megatron_idpo.cli.agent import STOP_SIGNALS, SignalForwarder, exit_code
+    from megatron_idpo.cli.agent import STOP_SIGNALS, SignalForwarder, exit_code, use_agent
 
     # The workers print their own errors; the agent would add its table of all workers.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -83,6 +83,7 @@ def launch(words: Sequence[str], processes: int) -> int:
     # In a terminal Ctrl-C reaches this process only: each worker has a separate session.
     signals = {number: number for number in STOP_SIGNALS} | {signal.SIGINT: signal.SIGTERM}
     with SignalForwarder(signals) as forwarder:
+        use_agent(lambda: forwarder.stop_requested)
         try:
             elastic_launch(config, sys.executable)(*WORKER, *without_option(words))
         except ChildFailedError as error:

@@ -60,7 +60,6 @@ TIMEOUT_S = 180.0
         ([75], True, 75),
         ([75, 75], False, 75),  # another machine received the signal
         ([-signal.SIGTERM, 75], True, 75),
-        ([75, -signal.SIGTERM], False, 75),  # one worker received it; others were slower
         ([-signal.SIGUSR1], True, 75),
         ([-signal.SIGTERM], False, 143),  # a worker was killed
         ([-signal.SIGKILL], True, 137),  # killed while saving, or out of memory
@@ -90,19 +89,64 @@ def test_exit_codes(codes: list[int], stopped: bool, code: int) -> None:
     ],
 )
 def test_workers_are_restarted_only_if_that_can_help(monkeypatch, codes, stopped, restarts) -> None:
-    failures = {rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)}
-    result = SimpleNamespace(failures=failures)
+    result = SimpleNamespace(failures=failures_with(codes))
     machine = agent_with(result, monkeypatch, stopped=stopped)
     assert machine._monitor_workers(group_of(3, waiting=[1])) is result
     assert machine._remaining_restarts == restarts
 
 
+def failures_with(codes: Sequence[int]) -> dict[int, Any]:
+    """Failures of ranks with these exit codes; a rank is its process id, too."""
+    return {rank: SimpleNamespace(pid=rank, exitcode=code) for rank, code in enumerate(codes)}
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([3, 3, -signal.SIGKILL], 3),  # stopped, and killed by torchrun
+        ([-signal.SIGKILL, 3, 3], 137),  # killed first: out of memory
+        ([2, -signal.SIGTERM, 3], 2),
+        ([75, -signal.SIGTERM, 75], 75),  # one worker received a signal; another was slower
+        ([75, -signal.SIGSEGV, 75], 139),  # crashed while torchrun waited for it
+    ],
+)
+def test_workers_that_torchrun_ended_do_not_decide_the_exit_code(monkeypatch, codes, code) -> None:
+    """The first worker has failed; torchrun then ended the others."""
+    result = RunResult(state=WorkerState.FAILED, failures=failures_with(codes))
+    machine = agent_with(result, monkeypatch, stopped=False)
+    machine._ended.update(range(1, len(codes)))
+    failures = machine._monitor_workers(group_of(3, waiting=[])).failures.values()
+    assert agent.exit_code([failure.exitcode for failure in failures], stopped=False) == code
+
+
+@pytest.mark.parametrize(("first", "seconds"), [(3, 10), (1, 30), (-signal.SIGKILL, 30)])
+def test_torchrun_waits_shorter_for_workers_of_which_one_is_lost(first, seconds) -> None:
+    """A stopped worker would use up all of its time."""
+    closed = []
+    processes = [
+        SimpleNamespace(pid=pid, returncode=code, poll=lambda code=code: code)
+        for pid, code in [(70, first), (71, None), (72, None)]
+    ]
+    workers: Any = SimpleNamespace(
+        close=lambda *arguments: closed.append(arguments),
+        subprocess_handlers={
+            rank: SimpleNamespace(proc=process) for rank, process in enumerate(processes)
+        },
+    )
+    ended = agent.end_sooner(workers)
+    assert ended == set()
+    workers.close()
+    assert ended == {71, 72}
+    assert closed == [(None, seconds)]
+
+
 def agent_with(result: Any, monkeypatch: Any, *, stopped: bool) -> Any:
     """An agent whose workers have this result, and that may restart them twice."""
     monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda *_: result)
-    kind = node.agent_type(lambda: stopped)
+    kind: Any = agent.agent_type(lambda: stopped)
     created = kind.__new__(kind)
     created._remaining_restarts = 2
+    created._ended = set()
     return created
 
 
@@ -137,8 +181,7 @@ def test_workers_that_were_stopped_for_a_new_machine_are_restarted(
     clock = iter(range(10))
     monkeypatch.setattr(agent.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(agent.time, "sleep", lambda _: None)
-    failures = {0: SimpleNamespace(exitcode=EXIT_PREEMPTED)}
-    result = RunResult(state=WorkerState.FAILED, failures=failures)
+    result = RunResult(state=WorkerState.FAILED, failures=failures_with([EXIT_PREEMPTED]))
     machine = agent_with(result, monkeypatch, stopped=False)
     state = machine._monitor_workers(group_of(2, waiting)).state
     assert state == (WorkerState.HEALTHY if restarts else WorkerState.FAILED)
