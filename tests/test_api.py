@@ -1,8 +1,10 @@
 """The verbs as Python functions: what they are given, and a run."""
 
 import json
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,10 +14,11 @@ from unittest.mock import patch
 import pytest
 
 import megatron_idpo
-from megatron_idpo.api import _configuration
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.from_python import as_command_line
 from megatron_idpo.config.load import load_config
-from megatron_idpo.errors import ConfigError
+from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError
+from megatron_idpo.mcore.parallel.world import catch_stop_signals
 
 from .train.tiny_run import SIZES, write_files
 
@@ -32,7 +35,7 @@ def sections(root: Path) -> dict[str, Any]:
 
 
 def read(config: Any, **overrides: Any) -> Any:
-    with _configuration(config, overrides) as (path, words):
+    with as_command_line(config, overrides) as (path, words):
         return load_config(path, words, required=REQUIRED, optional=OPTIONAL)
 
 
@@ -58,6 +61,93 @@ def test_records_and_datasets_are_sources(tmp_path):
     assert (first.weight, second.weight) == (2.0, 1.0)
     assert Path(train.path).parent == tmp_path / "run" / "records"
     assert [json.loads(line) for line in Path(train.path).read_text().splitlines()] == PAIRS
+
+
+def test_records_are_kept_in_the_output_however_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = sections(Path("~"))
+    for output, overrides in {
+        "run": {"training": {"epochs": 2}},
+        "other": {"training": {"output": "~/other"}},
+    }.items():
+        (train,) = read(config, **overrides).data.train
+        assert Path(train.path).parent == tmp_path / output / "records"
+        assert Path(train.path).exists()
+    prompts = {"output": "~/prompts"}
+    with as_command_line({"evaluate": prompts}, {"generate": {"prompts": PAIRS}}) as (_, words):
+        assert str(tmp_path / "prompts" / "records") in words[0]
+
+
+def test_values_of_numpy_and_torch_are_read(tmp_path):
+    import numpy as np
+    import torch
+
+    values = {"model": {"dtype": torch.float32}, "optimizer": {"lr": np.float64(0.5)}}
+    config = read(sections(tmp_path), **values, objective={"layers": np.array([1, 2]).tolist()})
+    assert config.model.dtype == "fp32" and config.optimizer.lr == 0.5
+
+
+def test_a_record_may_have_a_column_path(tmp_path):
+    records = [{**pair, "path": "page.html"} for pair in PAIRS]
+    (train,) = read(sections(tmp_path), data={"train": records}).data.train
+    assert json.loads(Path(train.path).read_text()) == records[0]
+
+
+def wrong_objects() -> dict[str, tuple[dict[str, Any], str]]:
+    import pandas
+    from datasets import Dataset, DatasetDict
+    from peft import LoraConfig as PeftLora
+
+    splits = DatasetDict(train=Dataset.from_list(PAIRS), test=Dataset.from_list(PAIRS))
+    dated = [PAIRS[0], {**PAIRS[0], "when": pandas.Timestamp(0)}]
+    frame = pandas.DataFrame(PAIRS)
+    return {
+        "splits": (
+            {"data": {"train": splits}},
+            r"^data.train: is a DatasetDict with the splits train, test; give .*dataset\['train'\]",
+        ),
+        "frame": ({"data": {"train": frame}}, "^data.train: is an object of type DataFrame; give"),
+        "date": ({"data": {"eval": dated}}, r"^data.eval\[1\]: .*Timestamp.*; convert it"),
+        "text": ({"data": {"train": [PAIRS, "x", 3]}}, "^data.train.2: .* int; give a list"),
+        "adapter": ({"lora": PeftLora()}, "^lora: is an object of type LoraConfig; give plain"),
+        "field": ({"lora": {"rank": {1}}}, "^lora.rank: is an object of type set; give plain"),
+    }
+
+
+@pytest.mark.parametrize("name", ["splits", "frame", "date", "text", "adapter", "field"])
+def test_objects_without_a_meaning_are_refused_by_name(name, tmp_path):
+    overrides, message = wrong_objects()[name]
+    with pytest.raises(ConfigError, match=message):
+        read(sections(tmp_path), **overrides)
+
+
+def test_locations_are_those_of_python(tmp_path):
+    config = sections(tmp_path)
+    config["training"] |= {"batch_size": 4}
+    with pytest.raises(ConfigError) as found:
+        read(config, optimizer={"learning_rate": 1e-4})
+    locations = {problem.location for problem in found.value.problems}
+    assert locations == {"training.batch_size", "optimizer.learning_rate (keyword argument)"}
+    assert "batch_size: unknown field" in str(found.value)
+
+
+def test_a_verb_that_was_stopped_does_not_return(tmp_path):
+    with (
+        patch("megatron_idpo.cli.train.score", return_value=EXIT_PREEMPTED),
+        pytest.raises(SystemExit, match=str(EXIT_PREEMPTED)),
+    ):
+        megatron_idpo.score(sections(tmp_path))
+
+
+def test_another_thread_leaves_signals_to_the_caller():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handlers() -> bool:
+        with catch_stop_signals() as stop_flag:
+            return signal.getsignal(signal.SIGTERM) is before and not stop_flag.stop_requested
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(handlers).result()
 
 
 def test_public_names_are_lazy():

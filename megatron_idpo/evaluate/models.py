@@ -77,7 +77,7 @@ def evaluation_output(config: RunConfig) -> Path:
         ConfigError: none is configured.
     """
     if config.evaluate.output is not None:
-        return Path(config.evaluate.output)
+        return Path(config.evaluate.output).expanduser()
     if not config.has("training"):
         remedy = "set it, or set training.output (results go to its subdirectory `evaluation`)"
         raise ConfigError.at(OUTPUT, "is not set", remedy)

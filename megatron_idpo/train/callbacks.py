@@ -13,8 +13,10 @@ class Callback:
 
     Callbacks are called on every rank, in the same order and with the same values, so a method may
     use collectives if it does so on every rank. A method that prints or writes a file should do it
-    on the first rank. An exception ends the run; a `UserError` is reported on one rank without a
-    traceback. Stepwise DPO calls `on_start` and `on_end` for each of its steps.
+    on the first rank. An exception ends the run; a `UserError` on any rank is raised on all, and
+    reported by one without a traceback. Only `on_step`, which is called too often for the
+    collective that this takes, should raise on every rank or on none. Stepwise DPO calls `on_start`
+    and `on_end` for each of its steps.
     """
 
     def on_start(self, output: Path, *, step: int, total_steps: int) -> None:
@@ -51,6 +53,8 @@ class Callback:
 
     def on_end(self, step: int, *, is_complete: bool) -> None:
         """After the last step of this start; not called if an error ends the run.
+
+        The result is exported afterwards: its files are there when `train` returns.
 
         Args:
             step: optimizer steps taken.

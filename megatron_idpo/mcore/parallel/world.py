@@ -9,8 +9,10 @@ different moments, so no rank stops by itself: `StopFlag` remembers it, its stat
 step's metrics, and all ranks stop after the same step.
 """
 
+import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 from megatron_idpo.mcore.watchdog.activity import doing
 from megatron_idpo.mcore.watchdog.joining import JoinLimit, announce, join_limit_s
 from megatron_idpo.mcore.watchdog.watch import watching
+
+_LOG = logging.getLogger(__name__)
 
 _RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torch needs in addition to `RANK` to find the other processes."""
@@ -328,8 +332,15 @@ class RunStopped(Exception):
 
 @contextmanager
 def catch_stop_signals() -> Iterator[StopFlag]:
-    """Set a flag on a stop signal instead of ending the process, within the block."""
+    """Set a flag on a stop signal instead of ending the process, within the block.
+
+    Python installs handlers in the main thread only: in another thread signals are the caller's.
+    """
     stop_flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        _LOG.info("not in the main thread: stop signals (SIGTERM, SIGUSR1) are not handled")
+        yield stop_flag
+        return
     previous = {signum: signal.signal(signum, stop_flag.handle) for signum in STOP_SIGNALS}
     try:
         yield stop_flag
