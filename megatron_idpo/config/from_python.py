@@ -31,7 +31,7 @@ Overrides = Mapping[str, Mapping[str, Any] | None]
 _RECORDS = "records"
 """Directory in the output for pairs and prompts that were given as Python objects."""
 
-_RECORD_FIELDS = {"data": ("train", "eval"), "generate": ("prompts",)}
+_RECORD_FIELDS = {"data": {"train", "eval"}, "generate": {"prompts"}}
 _GIVE_RECORDS = "give a list of dicts, a `datasets.Dataset` or a path"
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -158,7 +158,7 @@ def _words(overrides: Mapping[str, Any]) -> Iterator[str]:
 def _is_pairs(location: str) -> bool:
     """Whether records may stand there: `data.train`, `data.eval.1.path`."""
     section, _, rest = location.partition(".")
-    return rest.split(".")[0] in _RECORD_FIELDS.get(section, ())
+    return rest.split(".")[0] in _RECORD_FIELDS.get(section, set())
 
 
 def _is_records(values: Any) -> bool:
@@ -176,8 +176,8 @@ def _store_records(sections: dict[str, Any], root: Path) -> None:
     """Replace pairs and prompts that are Python objects by files with them, in place."""
     for section, names in _RECORD_FIELDS.items():
         fields = sections.get(section)
-        for name in names if isinstance(fields, dict) else ():
-            if name in fields:
+        if isinstance(fields, dict):
+            for name in names & fields.keys():
                 fields[name] = _stored(fields[name], root / _RECORDS, f"{section}.{name}")
 
 
