@@ -77,6 +77,9 @@ class Plan:
             lines.append(
                 f"{message} replicas: some have a pair more than others and are waited for"
             )
+        if run.trained_pairs is not None and run.trained_pairs < pairs:
+            message = f"training.global_batch_pairs={pairs}: the run has only {run.trained_pairs}"
+            lines.append(f"{message} pairs, too few for a step; use smaller batches or more data")
         if self.fits and self.is_tight:
             share = self.largest.total / self.device.memory_bytes
             lines.append(

@@ -150,6 +150,8 @@ def _memory_table(plan: Plan) -> Table:
     for field, name in _NAMES.items():
         values = [getattr(stage, field) for stage in stages]
         if any(abs(value) >= 5e6 for value in values):
+            if field == "context" and not plan.device.is_gpu:
+                name = "process"
             row(name, [f"{value / 1e9:.2f}" for value in values])
     for field, name in (("update", "temporaries of the update"), ("reference_pass", "reference")):
         # They count only where they are larger than activations and temporaries together.

@@ -150,6 +150,21 @@ def test_more_replicas_than_pairs_are_reported(capsys):
     assert "not a multiple of the 3 replicas" in uneven[0]
 
 
+def test_fewer_pairs_than_a_batch_are_reported(capsys):
+    path = str(EXAMPLES / "llama3_8b.yaml")
+    words = (path, "--gpus", "8", "training.global_batch_pairs=32", "--pairs")
+    assert not planned(capsys, *words, "32")["warnings"]
+    (warning,) = planned(capsys, *words, "24")["warnings"]
+    assert "=32: the run has only 24 pairs" in warning
+
+
+def test_a_plan_for_a_cpu_names_nothing_of_a_gpu(capsys):
+    path = str(EXAMPLES / "quickstart.yaml")
+    assert main(["plan", path, "model.path=HuggingFaceTB/SmolLM2-135M", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "GB in one process" in text and not {"CUDA", "GPU", "NCCL"} & set(text.split())
+
+
 def test_overrides_may_follow_options(capsys):
     path = str(EXAMPLES / "llama3_8b.yaml")
     plan = planned(capsys, path, "--gpus", "8", "layout={tensor: 4, sequence_parallel: true}")
