@@ -9,11 +9,14 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 _MAX_LISTED = 50
 """Problems in one message: 30,000 bad values of one field are one mistake."""
+
+_MAX_REPEATED = 80
+"""Characters of a remedy that is written again for each problem."""
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_LOST = 3
@@ -54,9 +57,17 @@ class UserError(Exception):
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> Self:
-        """An error with these problems: one line for one problem, a list for several."""
+        """An error with these problems: one line for one problem, a list for several.
+
+        A long remedy, such as all names of the sections, is in the list once.
+        """
         assert problems, "an error needs a problem"
-        listed = [f"  - {problem}" for problem in problems[:_MAX_LISTED]]
+        listed, remedies = [], set[str]()
+        for problem in problems[:_MAX_LISTED]:
+            if problem.remedy in remedies and len(problem.remedy) > _MAX_REPEATED:
+                problem = replace(problem, remedy="as above")
+            remedies.add(problem.remedy)
+            listed.append(f"  - {problem}")
         lines = [f"{len(problems)} problems:", *listed]
         if len(problems) > _MAX_LISTED:
             lines.append(f"  - and {len(problems) - _MAX_LISTED} more")

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_idpo.config.other_names import OTHER_NAMES
+from megatron_idpo.config.other_names import other_name, other_value
 from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.config.sdpo_steps import step_problems
 from megatron_idpo.config.section import describe_errors, section_class, suggest
@@ -60,9 +60,7 @@ def load_config(
             location = tree.location((name,)) if name in tree.removed else name
             problems.append(Problem(location, "the section is missing", remedy))
     for name in sorted((tree.values.keys() | tree.removed) - set(SECTIONS)):
-        remedy = OTHER_NAMES.get(name) or suggest(name, SECTIONS, "sections")
-        if (field_name := _fields_by_name().get(name)) is not None:
-            remedy = f"did you mean `{field_name}`?"
+        remedy = remedy_for(name) or suggest(name, SECTIONS, "sections")
         problems.append(Problem(tree.location((name,)), "unknown section", remedy))
     # A value that could not be read is not reported again as one that is null.
     unread = {problem.location for problem in tree.problems}
@@ -100,20 +98,29 @@ def _read_section(
     if not isinstance(values, dict):
         message = f"is {shown(values)}, not a mapping of fields"
         first = next(iter(section.model_fields))
-        remedy = f"write fields, such as `{name}.{first}`, under it, or remove it"
+        remedy = other_value(name, "", values) or (
+            f"write fields, such as `{name}.{first}`, under it, or remove it"
+        )
         problems.append(Problem(tree.location((name,)), message, remedy))
         return
     try:
         sections[name] = section.model_validate(values)
     except ValidationError as error:
-        problems += describe_errors(error, section, (name,), tree.location, _fields_by_name())
+        problems += describe_errors(error, section, (name,), tree.location, fields_by_name())
 
 
-def _fields_by_name() -> dict[str, str]:
-    """`section.field` by field name; the first section that has it."""
-    sections = reversed(RunConfig.model_fields.items())
-    return {
-        name: f"{section}.{name}"
-        for section, field in sections
-        for name in section_class(field).model_fields
-    }
+def remedy_for(name: str) -> str | None:
+    """What to write in place of a name that stands outside of the sections, if it is known."""
+    if (hint := other_name("", name)) is not None:
+        return hint
+    place = fields_by_name().get(name)
+    return place and f"did you mean {place}?"
+
+
+def fields_by_name() -> dict[str, str]:
+    """Where each name belongs: "`data.seed` or `training.seed`", or "the section `lora`"."""
+    places: dict[str, list[str]] = {name: [f"the section `{name}`"] for name in SECTIONS}
+    for section, field in RunConfig.model_fields.items():
+        for name in section_class(field).model_fields:
+            places.setdefault(name, []).append(f"`{section}.{name}`")
+    return {name: " or ".join(where) for name, where in places.items()}

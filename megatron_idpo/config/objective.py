@@ -58,7 +58,8 @@ def _as_loss(value: Any) -> Any:
     names = tuple(value) if isinstance(value, list | tuple) else (value,)
     unknown = [name for name in names if name not in LOSSES]
     if unknown or not names:
-        raise ValueError(suggest(str(unknown[0] if unknown else ""), LOSSES, "values"))
+        # Methods have similar names: bco_unpaired is not aot_unpaired.
+        raise ValueError(suggest(str(unknown[0] if unknown else ""), LOSSES, "values", 0.9))
     if len(set(names)) < len(names):
         raise ValueError("name each loss once; loss_weights has their weights")
     return names if isinstance(value, list | tuple) else value

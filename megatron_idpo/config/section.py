@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from megatron_idpo.config.other_names import OTHER_NAMES
+from megatron_idpo.config.other_names import other_name, other_value
 from megatron_idpo.config.yaml_tree import Keys, dotted, shown
 from megatron_idpo.errors import ConfigError, Problem
 
@@ -131,8 +131,8 @@ class Section(BaseModel):
             try:
                 super().__init__(**fields)
             except ValidationError as error:
-                name = type(self).__name__.removesuffix("Config").lower()
-                raise ConfigError.of(describe_errors(error, type(self), (name,))) from None
+                keys = (section_name(type(self)),)
+                raise ConfigError.of(describe_errors(error, type(self), keys)) from None
 
         # Without this mark pydantic would call __init__ for nested sections too, and their
         # location in the file would be lost in the ConfigError.
@@ -188,7 +188,7 @@ def describe_errors(
         section: its class.
         keys: path of the section in the file.
         locate: the `Problem.location` of a path.
-        fields_elsewhere: `section.field` by field name, to suggest for an unknown field.
+        fields_elsewhere: for a field that the section lacks: where it is, by its name.
     """
     problems = []
     for detail in error.errors():
@@ -199,25 +199,29 @@ def describe_errors(
             problems += [replace(item, location=locate((*path, item.location))) for item in inner]
         else:
             owner = _owner(section, path[len(keys) :])
-            message, remedy = _describe(detail, str(path[-1]), owner, fields_elsewhere)
+            message, remedy = _describe(detail, path, owner, fields_elsewhere)
             problems.append(Problem(locate(path), message, remedy))
     return problems
 
 
 def _describe(
-    detail: Any, name: str, owner: type[BaseModel], fields_elsewhere: Mapping[str, str]
+    detail: Any, path: Keys, owner: type[BaseModel], fields_elsewhere: Mapping[str, str]
 ) -> tuple[str, str]:
-    """Message and remedy for one of pydantic's errors at the field `name` of `owner`."""
-    kind, value = detail["type"], detail["input"]
+    """Message and remedy for one of pydantic's errors at `path`, which ends at or in `owner`."""
+    kind, value, place, name = detail["type"], detail["input"], section_name(owner), str(path[-1])
     if kind == "extra_forbidden":
-        if name in OTHER_NAMES:
-            return "unknown field", OTHER_NAMES[name]
-        if name in fields_elsewhere and not difflib.get_close_matches(name, owner.model_fields):
-            return "unknown field", f"did you mean `{fields_elsewhere[name]}`?"
+        if (hint := other_name(place, name)) is not None:
+            return "unknown field", hint
+        if name in fields_elsewhere and nearest(name, owner.model_fields) is None:
+            return "unknown field", f"did you mean {fields_elsewhere[name]}?"
         return "unknown field", suggest(name, owner.model_fields, "fields")
     if kind == "missing":
         field = owner.model_fields.get(name)  # None: an element of a list
         return "is missing", f"add it: {_first_sentence(field)}" if field else "add it"
+    # Of an element of a list, the field is the list.
+    fields = [key for key in path if isinstance(key, str)]
+    if (hint := other_value(place, fields[-1] if fields else name, value)) is not None:
+        return f"is {shown(value)}", hint
     if kind == "literal_error":
         choices = re.findall("'([^']*)'", detail["ctx"]["expected"])
         return f"is {shown(value)}", suggest(str(value), choices, "values")
@@ -229,10 +233,32 @@ def _describe(
     return f"is {shown(value)}", reason.removeprefix("Value error, ")
 
 
-def suggest(name: str, names: Iterable[str], what: str) -> str:
+_MIN_SIMILARITY = 0.8
+"""Of a typing error. Less similar names often mean something else: `tensor_parallel` is not
+`sequence_parallel`, and `simpo` is not `ipo`."""
+
+
+def nearest(name: str, names: Iterable[str], min_similarity: float = _MIN_SIMILARITY) -> str | None:
+    """That of `names` which `name` probably is, with a typing error or in capitals."""
+    known = list(names)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=min_similarity)
+    # Two letters exchanged in a short name are less similar: `lroa` for `lora`.
+    near += [one for one in known if sorted(one) == sorted(name.lower())]
+    return near[0] if near else None
+
+
+def suggest(
+    name: str, names: Iterable[str], what: str, min_similarity: float = _MIN_SIMILARITY
+) -> str:
     """The nearest of `names` as a remedy, or all of them."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"did you mean `{near[0]}`?" if near else f"the {what} are {', '.join(names)}"
+    names = list(names)
+    near = nearest(name, names, min_similarity)
+    return f"did you mean `{near}`?" if near else f"the {what} are {', '.join(names)}"
+
+
+def section_name(section: type[BaseModel]) -> str:
+    """`optimizer` for `OptimizerConfig`."""
+    return section.__name__.removesuffix("Config").lower()
 
 
 def section_class(field: FieldInfo) -> type[Section]:

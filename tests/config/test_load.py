@@ -138,7 +138,7 @@ INVALID = [
     ("data: {train: a, share_prompt: yes}", ["data.share_prompt", "'yes'", "boolean"]),
     (
         "data: {train: a, truncation: keep_end}",
-        ["data.truncation", "'keep_end'", "values are keep_start"],
+        ["data.truncation", "'keep_end'", "use keep_start or drop"],
     ),
     (
         "data: {train: [{path: a, columns: {promt: q}}]}",

@@ -52,7 +52,7 @@ def test_invalid_layers_are_reported(tmp_path, written):
 
 # Section, fields, and parts of the one problem.
 INVALID: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
-    ("objective", {"loss": "dpo"}, ("objective.loss", "'dpo'", "`ipo`")),
+    ("objective", {"loss": "dpo"}, ("objective.loss", "'dpo'", "use sigmoid")),
     ("objective", {"beta": 0.0}, ("objective.beta", "is 0.0", "greater than 0")),
     ("objective", {"label_smoothing": 0.5}, ("objective.label_smoothing", "0.5", "less than 0.5")),
     (
@@ -60,7 +60,7 @@ INVALID: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         {"loss": "ipo", "label_smoothing": 0.1},
         ("objective.label_smoothing", "no effect: loss is ipo", "set loss to sigmoid or robust"),
     ),
-    ("objective", {"loss": ["sigmoid", "dpo"]}, ("objective.loss", "did you mean `ipo`")),
+    ("objective", {"loss": ["sigmoid", "dpo"]}, ("objective.loss", "use sigmoid, which is DPO")),
     ("objective", {"loss": []}, ("objective.loss", "the values are sigmoid, ")),
     ("objective", {"loss": ["ipo", "ipo"]}, ("objective.loss", "each loss once")),
     ("objective", {"loss_weights": [1.0, 2.0]}, ("objective.loss_weights", "2 weights for 1 los")),
@@ -159,7 +159,7 @@ def test_a_wrong_number_of_layer_weights_is_reported():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("loss", "dpo", "is 'dpo'; did you mean `ipo`"),
+        ("loss", "dpo", "is 'dpo'; use sigmoid, which is DPO"),
         ("beta", 0.0, "is 0.0; it should be greater than 0"),
         ("beta", math.nan, "is nan"),
         ("beta", math.inf, "is inf"),

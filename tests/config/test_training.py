@@ -80,7 +80,7 @@ INVALID: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
     ),
     ({"training": {"memory_gb": 8}}, ("training.memory_gb", "no effect", "set recompute to auto")),
     ({"training": {"global_batch_pairs": 0}}, ("training.global_batch_pairs", "is 0")),
-    ({"training": {"batch_pairs": 8}}, ("training.batch_pairs", "`global_batch_pairs`")),
+    ({"training": {"batch_pairs": 8}}, ("training.batch_pairs", "set training.global_batch_pairs")),
     (
         {"training": {"eval_every_steps": 10}},
         ("training.eval_every_steps", "is 10", "no held-out pairs", "data.eval"),
