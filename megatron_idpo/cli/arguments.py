@@ -9,8 +9,10 @@ from typing import Any, NoReturn
 
 import shtab
 
-from megatron_idpo.errors import ConfigError
+from megatron_idpo.errors import ConfigError, Problem
 
+_CONFIG = "CONFIG.yaml"
+_CONFIG_OPTIONS = ("config", "config_file", "config_path", "config_name", "c", "yaml")
 _OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.\w+)*=")
 
 
@@ -19,6 +21,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the message of a parsing error."""
+        if message == f"the following arguments are required: {_CONFIG}":
+            message = f"{_CONFIG} is missing; `megatron-idpo init lora idpo.yaml` writes one"
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
@@ -54,24 +58,65 @@ def add_choice(
 def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """`CONFIG.yaml [section.field=value ...]`."""
     count, meaning = None if required else "?", "the configuration of the run"
-    config = parser.add_argument(
-        "config", type=Path, nargs=count, metavar="CONFIG.yaml", help=meaning
-    )
+    config = parser.add_argument("config", type=Path, nargs=count, metavar=_CONFIG, help=meaning)
     config.complete = shtab.FILE  # type: ignore[attr-defined]
     meaning = "replaces one field of the configuration, e.g. layout.tensor=2; --layout.tensor=2"
     meaning += " has the same effect"
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help=meaning)
+    # Without a default argparse would name them among the arguments that are missing.
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.field=value", help=meaning
+    )
 
 
 def without_dashes(words: Sequence[str]) -> list[str]:
     """`--section.field=value`, which W&B's sweeps pass, as `section.field=value`.
 
     The program's own options have no dot in their name.
+
+    Raises:
+        ConfigError: the value is a word apart.
     """
-    return [
-        word[2:] if word.startswith("--") and "." in word.partition("=")[0] else word
-        for word in words
-    ]
+    plain = []
+    for index, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if word.startswith("--") and "." in name:
+            if not equals:
+                value = (*words[index + 1 : index + 2], "VALUE")[0]
+                raise ConfigError.at(name, "has no value", f"write {name}={value}")
+            word = word[2:]
+        plain.append(word)
+    return plain
+
+
+def unknown_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> ConfigError:
+    """The error for `words`, which the parser of a verb does not know.
+
+    Another program's option is answered as its field would be in a configuration file.
+    """
+    options = [word.partition("=")[0] for word in words if re.match("-+[a-z]", word, re.I)]
+    if not options:
+        return ConfigError(f"unrecognized arguments: {' '.join(words)}; see `{parser.prog} --help`")
+    return ConfigError.of(
+        [Problem(option, "unknown option", _option_remedy(parser, option)) for option in options]
+    )
+
+
+def _option_remedy(parser: argparse.ArgumentParser, option: str) -> str:
+    # pydantic is not imported for valid arguments.
+    from megatron_idpo.config.load import remedy_for
+    from megatron_idpo.config.section import nearest
+
+    name = option.lstrip("-").replace("-", "_")
+    own = [text for action in parser._actions for text in action.option_strings]
+    takes_config = any(action.dest == "overrides" for action in parser._actions)
+    if (near := nearest(option, own)) is not None:
+        return f"did you mean {near}?"
+    if takes_config and name in _CONFIG_OPTIONS:
+        return f"give the file without it: `{parser.prog} run.yaml`"
+    if takes_config and (hint := remedy_for(name)) is not None:
+        is_left_out = hint.startswith("leave it out")
+        return hint if is_left_out else f"{hint} (fields are written as section.field=value)"
+    return f"see `{parser.prog} --help`"
 
 
 def overrides_first(words: Sequence[str]) -> list[str]:

@@ -29,6 +29,7 @@ from megatron_idpo.cli.arguments import (
     config_path,
     one_of,
     overrides_first,
+    unknown_arguments,
     without_dashes,
 )
 from megatron_idpo.cli.convert import add_convert_arguments, convert
@@ -65,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"no verb given; {_FIRST_STEPS}")
         if not words[0].startswith("-"):
             one_of("verb", VERBS)(words[0])
-        arguments = parser.parse_args(overrides_first(without_dashes(words)))
+        arguments, unknown = parser.parse_known_args(overrides_first(without_dashes(words)))
+        if unknown:
+            raise unknown_arguments(_parser_of(arguments.verb), unknown)
         check_limits()
         # Before the verb's imports: megatron-core prints warnings while it is imported.
         if (processes := getattr(arguments, "processes", None)) is not None:
@@ -138,6 +141,13 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         verb.add_arguments(inner)
+    return parser
+
+
+def _parser_of(verb: str) -> argparse.ArgumentParser:
+    """A parser with the arguments of one verb."""
+    parser = Parser(prog=f"megatron-idpo {verb}", allow_abbrev=False)
+    VERBS[verb].add_arguments(parser)
     return parser
 
 

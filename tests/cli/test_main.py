@@ -121,6 +121,16 @@ def test_doctor_with_and_without_a_config(replace_function: Any) -> None:
         ("convert hf-to-megatron a b --dtype bf61", "did you mean bf16?"),
         ("convert hf-to-megatron a b --tensor two", "invalid int value: 'two'"),
         ("convert hf-to-megatron a b --tens 2", "--tens"),
+        ("convert hf-to-megatron a b c", "unrecognized arguments: c; see `megatron-idpo convert"),
+        ("train", "CONFIG.yaml is missing; `megatron-idpo init lora idpo.yaml` writes one; see"),
+        ("train FILE --learning_rate 1e-4", "--learning_rate: unknown option; set optimizer.lr ("),
+        ("train FILE --output-dir=x", "--output-dir: unknown option; set training.output ("),
+        ("train FILE --lr 1e-4", "did you mean `optimizer.lr`? (fields are written as section."),
+        ("train FILE --num_processes 2", "--num_processes: unknown option; did you mean --proc"),
+        ("train FILE --nnodes 2", "--nnodes: unknown option; leave it out; --processes or"),
+        ("train --config FILE", "give the file without it: `megatron-idpo train run.yaml`"),
+        ("train FILE --optimizer.lr 1e-4", "--optimizer.lr: has no value; write --optimizer.lr=1e"),
+        ("report runs/x --lr 3", "--lr: unknown option; see `megatron-idpo report --help`"),
         ("doctor layout.tensor=2", "layout.tensor=2: is an override without a configuration file"),
         ("train FILE x,:", "cannot parse override 'x,:'; expected section.field=value"),
     ],
@@ -138,6 +148,19 @@ def test_usage_errors_are_one_line(
     assert err.startswith("megatron-idpo: error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_all_unknown_options_are_reported_without_their_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"train {tmp_path / 'run.yaml'} --beta 0.1 --max_steps -1 --lora_r=8"
+    assert cli.main(words.split()) == EXIT_USER_ERROR
+    message = capsys.readouterr().err
+    assert (
+        "3 problems" in message
+        and "--beta: unknown option; did you mean `objective.beta`" in message
+    )
+    assert "--lora_r: unknown option; set lora.rank" in message
 
 
 def test_a_user_error_has_no_traceback(
