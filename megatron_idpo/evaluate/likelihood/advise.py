@@ -14,7 +14,7 @@ clipped to 0..1. For the reference itself, or a model without a gain, it is unkn
 share of layers above, which an earlier loss could save.
 
 This heuristic is ours, not the papers'. The intermediate-DPO paper found layer 22 of 32 (depth
-0.69) best of those that it tried. docs/results.md has measurements of the heuristic.
+0.69) best of those that it tried. docs/results.md has experiments with taps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,6 +40,10 @@ ADVICE = "advice.md"
 _NO_GAIN = 0.5
 """Likelihood of a model that equals the reference."""
 
+_USEFUL_AGREEMENT = 0.2
+"""An interval that ends below it shows that there is no agreement; one that only contains 0 may be
+wide because there are few prompts."""
+
 _MIN_GAIN = 1e-4
 """A smaller gain in likelihood may be rounding."""
 
@@ -52,7 +56,8 @@ class Advice:
     depth: float
     agreement: float
     agreement_low: float
-    """Lower bound of the 95 % interval; NaN if there are too few prompts."""
+    agreement_high: float
+    """Bounds of the 95 % interval; NaN if there are too few prompts."""
 
     nats: float
     """Cross-entropy per token of the answers."""
@@ -76,6 +81,11 @@ class Advice:
         return self.agreement * self.headroom if is_usable else 0.0
 
     @property
+    def disagrees(self) -> bool:
+        """Whether the interval excludes a useful agreement."""
+        return self.agreement_high < _USEFUL_AGREEMENT
+
+    @property
     def reason(self) -> str:
         """Explanation of the score."""
         if isnan(self.agreement_low):
@@ -83,6 +93,9 @@ class Advice:
         if not self.is_readable:
             nats = f"{self.nats:.1f} nats per token, chance is {self.chance_nats:.1f}"
             return f"not readable by the head: {nats}"
+        if self.disagrees:
+            high = f"{self.agreement_high:.2f}"
+            return f"no agreement with the final layer: at most {high}"
         if self.agreement_low <= 0:
             return "no significant agreement with the final layer"
         agreement = f"agreement {self.agreement:.2f} with the final layer"
@@ -102,10 +115,11 @@ def rank_layers(curves: LayerCurves) -> list[Advice]:
     if has_gained:
         gained_L = (likelihood.value_L - _NO_GAIN) / (likelihood.value_L[-1] - _NO_GAIN)
         headroom_L = 1 - np.clip(gained_L, 0, 1)
-    columns = (depth_L, agreement.value_L, agreement.low_L, nats.value_L, headroom_L)
+    bounds = (agreement.low_L, agreement.high_L)
+    columns = (depth_L, agreement.value_L, *bounds, nats.value_L, headroom_L)
     layers = [
-        Advice(layer, depth, alike, low, nats_per_token, headroom, curves.chance_nats, has_gained)
-        for layer, depth, alike, low, nats_per_token, headroom in zip(
+        Advice(layer, depth, alike, low, high, nats_, headroom, curves.chance_nats, has_gained)
+        for layer, depth, alike, low, high, nats_, headroom in zip(
             curves.layers[:-1], *(column_L[:-1].tolist() for column_L in columns), strict=True
         )
     ]
@@ -123,13 +137,19 @@ def format_best_layers(curves: Sequence[LayerCurves]) -> Iterator[str]:
             layers = ", ".join(str(advice.layer) for advice in best)
             yield f"{model.model}: suggested layers to tap: {layers}; {best[0].reason}"
         else:
-            yield f"{model.model}: {_no_layer(ranked)}"
+            yield f"{model.model}: {_no_layer(ranked, model.prompts)}"
 
 
-def _no_layer(ranked: Sequence[Advice]) -> str:
+def _no_layer(ranked: Sequence[Advice], num_prompts: int) -> str:
     """Why no layer is suggested."""
-    if any(advice.is_readable for advice in ranked):
+    readable = [advice for advice in ranked if advice.is_readable]
+    if readable and all(advice.disagrees for advice in readable):
         return "no layer agrees with the final layer; do not tap, or train the layers first"
+    if readable:
+        return (
+            f"no advice: on {num_prompts} prompts no layer's agreement with the final layer is "
+            "significant; evaluate more pairs"
+        )
     best = min(ranked, key=lambda advice: advice.nats)
     return (
         f"the head reads no layer below the final one better than chance (best: layer "

@@ -47,7 +47,7 @@ def test_score_is_agreement_times_headroom() -> None:
 
 
 def test_insignificant_agreement_scores_0() -> None:
-    found = rank_layers(curves([0.5, 0.5, 0.7], [0.04, 0.3, 1.0]))
+    found = rank_layers(curves([0.5, 0.5, 0.7], [0.04, 0.3, 1.0], width=0.2))
     assert [advice.layer for advice in found] == [2, 1]
     assert found[1].score == 0.0
     assert "no significant agreement" in found[1].reason
@@ -57,6 +57,24 @@ def test_too_few_prompts_give_no_advice() -> None:
     few = curves([0.5, 0.6, 0.7], [0.5, 0.9, 1.0], width=np.nan)
     assert {advice.reason for advice in rank_layers(few)} == {"too few prompts"}
     assert list(format_best_layers([few])) == ["dpo: no advice, too few prompts"]
+
+
+def test_few_prompts_are_not_a_reason_against_a_tap() -> None:
+    """An interval from -0.6 to 0.8 excludes neither agreement nor its absence."""
+    (verdict,) = format_best_layers([curves([0.5, 0.6, 0.7], [0.1, 0.1, 1.0], width=0.7)])
+    assert verdict == (
+        "dpo: no advice: on 40 prompts no layer's agreement with the final layer is significant; "
+        "evaluate more pairs"
+    )
+    (verdict,) = format_best_layers([curves([0.5, 0.6, 0.7], [0.1, 0.1, 1.0], width=0.11)])
+    assert "evaluate more pairs" in verdict  # up to 0.21
+
+
+def test_intervals_without_a_useful_agreement_advise_against_a_tap() -> None:
+    disagreeing = curves([0.5, 0.6, 0.7], [0.0, -0.1, 1.0], width=0.1)
+    assert "at most 0.10" in rank_layers(disagreeing)[1].reason
+    (verdict,) = format_best_layers([disagreeing])
+    assert verdict.startswith("dpo: no layer agrees with the final layer; do not tap")
 
 
 def test_unreadable_layers_come_last() -> None:
