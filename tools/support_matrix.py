@@ -33,6 +33,9 @@ BASE: Mapping[str, Any] = {
     "training": {"output": "run"},
 }
 
+_LORA: Mapping[str, Any] = {"lora": {"rank": 8}, "head": {"trained": False}}
+"""The head is trained with all weights, and frozen with adapters: no field says so."""
+
 FEATURES: Mapping[str, Mapping[str, Any]] = {
     "`layout.tensor`": {"layout": {"tensor": 2}},
     "with `sequence_parallel`": {"layout": {"tensor": 2, "sequence_parallel": True}},
@@ -42,14 +45,14 @@ FEATURES: Mapping[str, Mapping[str, Any]] = {
     "mixture of experts": {"experts": True},
     "with `layout.expert`": {"experts": True, "layout": {"expert": 2}},
     "sliding windows": {"windows": True},
-    "`lora`": {"lora": {"rank": 8}},
-    "`lora.dropout`": {"lora": {"rank": 8, "dropout": 0.1}},
+    "all weights, head trained": {"head": {"trained": True}},
+    "`lora`, head frozen": _LORA,
+    "`lora.dropout`": {**_LORA, "lora": {"rank": 8, "dropout": 0.1}},
+    "rows with shared prompts": {"data": {"share_prompt": True}},
+    "packed rows, `share_prompt: false`": {"data": {"share_prompt": False}},
     "`recompute: selective`": {"training": {"recompute": "selective"}},
     "`recompute: full`": {"training": {"recompute": "full"}},
-    "`reference.source: adapter_off`": {
-        "reference": {"source": "adapter_off"},
-        "lora": {"rank": 8},
-    },
+    "`reference.source: adapter_off`": {**_LORA, "reference": {"source": "adapter_off"}},
     "`reference.source: resident`": {"reference": {"source": "resident"}},
     "`reference.source: none`": {"reference": {"source": "none"}},
     "`objective.norm: none`": {"objective": {"norm": "none"}},
@@ -76,9 +79,8 @@ Not in the table:
 
 - `loss: aot`, `aot_unpaired`: every global batch must fit one row, so a run with data parallelism
   is refused ([losses.md](losses.md)).
-- Rows of a run are packed, with shared prompts or without (`data.share_prompt`). The plugin also
-  takes padded and packed batches of other scripts; what it refuses there is in
-  [how_it_works.md](how_it_works.md#what-is-refused).
+- Rows of a run are always packed. The plugin also takes padded and packed batches of other scripts;
+  what it refuses there is in [how_it_works.md](how_it_works.md#what-is-refused).
 - Transformer Engine's layers are used where it is installed and the model's norms and activation
   allow it, with LoRA in fp32 only ([lora.md](lora.md#details), [versions.md](versions.md)). FP8,
   FP4, CUDA graphs, FSDP and multi-token prediction are refused.
@@ -118,7 +120,7 @@ def refusals(*names: str) -> list[str]:
                 family = "mixtral"
             elif section == "windows":
                 sizes |= {"sliding_window": 16}
-            else:
+            elif section != "head":
                 sections.setdefault(section, {}).update(fields)
     if family == "llama" and "sliding_window" in sizes:
         family = "mistral"

@@ -13,6 +13,6 @@ def test_page_is_up_to_date():
 
 
 def test_refusals_are_those_of_a_run():
-    assert refusals("`layout.tensor`", "`lora`") == []
+    assert refusals("`layout.tensor`", "`lora`, head frozen") == []
     (reason,) = refusals("`layout.tensor`", "mixture of experts")
     assert reason.startswith("`layout.sequence_parallel` is false")
