@@ -55,8 +55,9 @@ def _run(arguments: Sequence[str], forwarder: SignalForwarder) -> int:
         return 128 + error.sigval
     except RendezvousTimeoutError:
         print(
-            "node.py: fewer machines than --nnodes requires have joined within join_timeout of "
-            f"--rdzv-conf; start it again when there are enough (exit code {EXIT_PREEMPTED})",
+            "node.py: not joined within join_timeout of --rdzv-conf: there are fewer machines than "
+            "--nnodes requires, or the run on the others cannot use one more; start it again then "
+            f"(exit code {EXIT_PREEMPTED})",
             file=sys.stderr,
         )
         return EXIT_PREEMPTED

@@ -24,10 +24,11 @@ from torch.distributed.elastic.agent.server.api import (
 )
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
-from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousHandler
+from torch.distributed.elastic.rendezvous.api import RendezvousHandler
 from torch.distributed.launcher import api as launcher
 
 from megatron_idpo.cli.errors import EXIT_INTERRUPTED
+from megatron_idpo.cli.rendezvous import LauncherNotes, PatientRendezvous, announce_launch
 from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -56,17 +57,32 @@ def agent_type(stop_requested: Callable[[], bool]) -> type[LocalElasticAgent]:
     """torchrun's agent of a machine, which restarts only what a restart can help."""
 
     class Agent(LocalElasticAgent):
+        _notes: LauncherNotes | None = None
+
         def __init__(self, spec: WorkerSpec, *arguments: Any, **options: Any) -> None:
             spec.rdzv_handler = cast(RendezvousHandler, PatientRendezvous(spec.rdzv_handler))
             super().__init__(spec, *arguments, **options)
 
         def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+            if self._notes is not None:
+                self._notes.close()
+            restarts = worker_group.spec.max_restarts - self._remaining_restarts
+            self._notes = announce_launch(worker_group, restarts)
             started: dict[int, Any] = super()._start_workers(worker_group)
-            self._ended = end_sooner(cast(SubprocessContext, self._pcontext))
+            self._ended = end_sooner(cast(SubprocessContext, self._pcontext), self._report)
             return started
+
+        def _report(self, codes: Mapping[int, int]) -> None:
+            if self._notes is not None:
+                code = exit_code([*codes.values()], stopped=stop_requested())
+                decisive = [rank for rank, own in codes.items() if code in (own, 128 + abs(own))]
+                rank = min(decisive or codes)
+                self._notes.report_end(rank, codes[rank], code)
 
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result: RunResult = super()._monitor_workers(worker_group)
+            if self._notes is not None and result.state is WorkerState.SUCCEEDED:
+                self._notes.close()
             result.failures = {
                 rank: failure
                 for rank, failure in result.failures.items()
@@ -87,8 +103,12 @@ def agent_type(stop_requested: Callable[[], bool]) -> type[LocalElasticAgent]:
     return Agent
 
 
-def end_sooner(workers: SubprocessContext) -> set[int]:
+def end_sooner(workers: SubprocessContext, report: Callable[[Mapping[int, int]], None]) -> set[int]:
     """Shorten the time that torchrun waits for the other workers when one has lost a peer.
+
+    Args:
+        workers: of this machine.
+        report: called with the exit codes of workers that have failed, by local rank, before that.
 
     Returns:
         A set that gets the process ids of the workers that torchrun tells to end.
@@ -100,36 +120,14 @@ def end_sooner(workers: SubprocessContext) -> set[int]:
         ended.update(process.pid for process in processes if process.poll() is None)
         if any(process.returncode == EXIT_PEER_LOST for process in processes):
             timeout = min(timeout, _END_AFTER_LOSS_S)
+        handlers = workers.subprocess_handlers.items()
+        codes = {rank: handler.proc.returncode for rank, handler in handlers}
+        if failed := {rank: code for rank, code in codes.items() if code}:
+            report(failed)
         close(death_sig, timeout)
 
     workers.close = close_sooner  # type: ignore[method-assign]
     return ended
-
-
-class PatientRendezvous:
-    """A rendezvous whose host may end before the workers of this machine do.
-
-    After a stop its agent often ends first. torchrun's agent would end its own workers then, and
-    with another code. They end by themselves, with 75 or, if the host is lost, with 3.
-    """
-
-    def __init__(self, handler: RendezvousHandler) -> None:
-        """Args: torchrun's; everything else is left to it."""
-        self._handler = handler
-        self._is_lost = False
-
-    def __getattr__(self, name: str) -> Any:
-        """Of torchrun's."""
-        return getattr(self._handler, name)
-
-    def num_nodes_waiting(self) -> int:
-        """Machines that want to join; none if the host has ended."""
-        if not self._is_lost:
-            try:
-                return self._handler.num_nodes_waiting()
-            except RendezvousError:
-                self._is_lost = True
-        return 0
 
 
 def _is_growing(worker_group: WorkerGroup) -> bool:

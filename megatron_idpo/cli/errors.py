@@ -12,11 +12,12 @@ EXIT_INTERRUPTED = 130
 
 _LOST_PEER_MESSAGE = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|pair closure|gloo::|"
+    r"Connection was likely closed|"
     r"remote process exited|NCCL communicator was aborted|Heartbeat monitor timed out|"
     r"Timed out waiting|Watchdog caught collective operation timeout",
     re.IGNORECASE,
 )
-"""Errors of gloo and NCCL in a collective when a peer process has died or does not answer."""
+"""Errors of gloo, NCCL and torch's store when a peer process has died or does not answer."""
 
 _TIMEOUT_MESSAGE = re.compile(r"Timed out waiting|operation timeout", re.IGNORECASE)
 

@@ -48,11 +48,8 @@ from megatron_idpo.sdpo.manifest_file import ManifestFile
 from megatron_idpo.sdpo.report import missing_exports, report_steps
 from megatron_idpo.sdpo.snapshot import open_snapshot
 from megatron_idpo.train.callbacks import Callback
-from megatron_idpo.train.loop import (
-    is_too_small_after_loss,
-    preempted_before_training,
-    train_prepared,
-)
+from megatron_idpo.train.elastic import waits_for_other_machines
+from megatron_idpo.train.loop import preempted_before_training, train_prepared
 from megatron_idpo.train.run_directory import RunDirectory, open_run_directory
 from megatron_idpo.train.setup import Prepared, prepare
 
@@ -100,7 +97,7 @@ def train_in_steps(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int
         distributed_world(config) as world,
         open_run_directory(Path(config.training.output)) as output,
     ):
-        if is_too_small_after_loss(config, world):
+        if waits_for_other_machines(config, world):
             return EXIT_PREEMPTED
         try:
             run = assemble_steps(config, world, output, stop_flag)

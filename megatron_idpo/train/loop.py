@@ -4,7 +4,6 @@ Every function here is collective: all ranks run it in the same order.
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from megatron_idpo.mcore.parallel.world import (
     RunStopped,
     StopFlag,
     World,
-    all_gather_objects,
     catch_stop_signals,
     distributed_world,
     raise_on_all_ranks,
@@ -24,6 +22,7 @@ from megatron_idpo.mcore.parallel.world import (
 from megatron_idpo.mcore.watchdog.activity import doing
 from megatron_idpo.train.callbacks import Callback
 from megatron_idpo.train.compile_ahead import compile_ahead
+from megatron_idpo.train.elastic import waits_for_other_machines
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.finite_checks import check_evaluation_finite
 from megatron_idpo.train.logging.report import Report, open_report
@@ -66,7 +65,7 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int:
         distributed_world(config) as world,
         open_run_directory(Path(config.training.output)) as output,
     ):
-        if is_too_small_after_loss(config, world):
+        if waits_for_other_machines(config, world):
             return EXIT_PREEMPTED
         with raise_on_all_ranks("checking the output directory"):
             check_not_stepped(output.root)
@@ -148,25 +147,6 @@ def _record_start(trainer: Trainer) -> None:
                 step=trainer.step, total_steps=trainer.total_steps, processes=trainer.world.size
             )
             write_start(trainer.output.root, start)
-
-
-def is_too_small_after_loss(config: RunConfig, world: World) -> bool:
-    """Whether too few processes are left after an elastic restart; reports it. Collective.
-
-    In the first start it is an error of the configuration, which `prepare` raises.
-    """
-    # Counted by each machine for itself: one that joined later has not restarted.
-    restarts = max(all_gather_objects(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
-    problems = config.layout.problems_for(None, world.size)
-    if not (restarts and problems):
-        return False
-    if world.is_first:
-        logger.warning(
-            "%d processes are left after a loss, which is too few: %s. Ended, to be started again "
-            "with the full number (exit code %d); everything saved so far is complete",
-            *(world.size, "; ".join(map(str, problems)), EXIT_PREEMPTED),
-        )
-    return True
 
 
 def preempted_before_training(*, show: bool) -> int:

@@ -7,17 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
-from megatron_idpo.cli import agent
 from megatron_idpo.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 from .commands import LAUNCH, ROOT, check_command, load_script
@@ -75,117 +69,6 @@ TIMEOUT_S = 180.0
 )
 def test_exit_codes(codes: list[int], stopped: bool, code: int) -> None:
     assert node.exit_code(codes, stopped=stopped) == code
-
-
-@pytest.mark.parametrize(
-    ("codes", "stopped", "restarts"),
-    [
-        ([1], False, 2),
-        ([3, -signal.SIGKILL], False, 2),  # another machine is lost
-        ([75], False, 0),  # stopped, on another machine
-        ([-signal.SIGTERM], True, 0),
-        ([2, 3], False, 0),  # would fail again
-        ([], False, 2),  # running
-    ],
-)
-def test_workers_are_restarted_only_if_that_can_help(monkeypatch, codes, stopped, restarts) -> None:
-    result = SimpleNamespace(failures=failures_with(codes))
-    machine = agent_with(result, monkeypatch, stopped=stopped)
-    assert machine._monitor_workers(group_of(3, waiting=[1])) is result
-    assert machine._remaining_restarts == restarts
-
-
-def failures_with(codes: Sequence[int]) -> dict[int, Any]:
-    """Failures of ranks with these exit codes; a rank is its process id, too."""
-    return {rank: SimpleNamespace(pid=rank, exitcode=code) for rank, code in enumerate(codes)}
-
-
-@pytest.mark.parametrize(
-    ("codes", "code"),
-    [
-        ([3, 3, -signal.SIGKILL], 3),  # stopped, and killed by torchrun
-        ([-signal.SIGKILL, 3, 3], 137),  # killed first: out of memory
-        ([2, -signal.SIGTERM, 3], 2),
-        ([75, -signal.SIGTERM, 75], 75),  # one worker received a signal; another was slower
-        ([75, -signal.SIGSEGV, 75], 139),  # crashed while torchrun waited for it
-    ],
-)
-def test_workers_that_torchrun_ended_do_not_decide_the_exit_code(monkeypatch, codes, code) -> None:
-    """The first worker has failed; torchrun then ended the others."""
-    result = RunResult(state=WorkerState.FAILED, failures=failures_with(codes))
-    machine = agent_with(result, monkeypatch, stopped=False)
-    machine._ended.update(range(1, len(codes)))
-    failures = machine._monitor_workers(group_of(3, waiting=[])).failures.values()
-    assert agent.exit_code([failure.exitcode for failure in failures], stopped=False) == code
-
-
-@pytest.mark.parametrize(("first", "seconds"), [(3, 10), (1, 30), (-signal.SIGKILL, 30)])
-def test_torchrun_waits_shorter_for_workers_of_which_one_is_lost(first, seconds) -> None:
-    """A stopped worker would use up all of its time."""
-    closed = []
-    processes = [
-        SimpleNamespace(pid=pid, returncode=code, poll=lambda code=code: code)
-        for pid, code in [(70, first), (71, None), (72, None)]
-    ]
-    workers: Any = SimpleNamespace(
-        close=lambda *arguments: closed.append(arguments),
-        subprocess_handlers={
-            rank: SimpleNamespace(proc=process) for rank, process in enumerate(processes)
-        },
-    )
-    ended = agent.end_sooner(workers)
-    assert ended == set()
-    workers.close()
-    assert ended == {71, 72}
-    assert closed == [(None, seconds)]
-
-
-def agent_with(result: Any, monkeypatch: Any, *, stopped: bool) -> Any:
-    """An agent whose workers have this result, and that may restart them twice."""
-    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda *_: result)
-    kind: Any = agent.agent_type(lambda: stopped)
-    created = kind.__new__(kind)
-    created._remaining_restarts = 2
-    created._ended = set()
-    return created
-
-
-def group_of(machines: int, waiting: Sequence[int | Exception]) -> Any:
-    """A run on some of at most 3 machines, and how many wait to join, asked again and again."""
-    answers = iter(waiting)
-
-    def num_nodes_waiting() -> int:
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    handler = agent.PatientRendezvous(
-        SimpleNamespace(settings=SimpleNamespace(max_nodes=3), num_nodes_waiting=num_nodes_waiting)
-    )
-    return SimpleNamespace(spec=SimpleNamespace(rdzv_handler=handler), group_world_size=machines)
-
-
-@pytest.mark.parametrize(
-    ("waiting", "restarts"),
-    [
-        ([0, 0, 1], True),  # the news is late
-        ([0, 0, 0, 0], False),  # stopped, on another machine
-        ([0, RendezvousConnectionError("its host has ended")], False),
-    ],
-)
-def test_workers_that_were_stopped_for_a_new_machine_are_restarted(
-    monkeypatch, waiting, restarts
-) -> None:
-    """Its agent has not noticed the machine yet, for which another agent stops all workers."""
-    clock = iter(range(10))
-    monkeypatch.setattr(agent.time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(agent.time, "sleep", lambda _: None)
-    result = RunResult(state=WorkerState.FAILED, failures=failures_with([EXIT_PREEMPTED]))
-    machine = agent_with(result, monkeypatch, stopped=False)
-    state = machine._monitor_workers(group_of(2, waiting)).state
-    assert state == (WorkerState.HEALTHY if restarts else WorkerState.FAILED)
-    assert machine._remaining_restarts == (2 if restarts else 0)
 
 
 # ---- real processes -------------------------------------------------------------------------

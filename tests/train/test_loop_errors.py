@@ -11,14 +11,7 @@ from megatron_idpo.cli.train import OPTIONAL, REQUIRED
 from megatron_idpo.config.load import load_config
 from megatron_idpo.data.pairs import stream_pairs
 from megatron_idpo.data.run_pairs import load_run_pairs
-from megatron_idpo.errors import (
-    EXIT_PREEMPTED,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    TrainingError,
-    UserError,
-)
+from megatron_idpo.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
 from megatron_idpo.storage.lock import locked
 from megatron_idpo.testing import write_tiny_hf_model
 
@@ -313,26 +306,3 @@ def error_of(kind: type[UserError], workers: Any, processes: int, file: str, *ho
     with pytest.raises(kind) as raised:
         workers.run(run, processes, file, *hooks)
     return str(raised.value)
-
-
-# ---- too few processes ------------------------------------------------------------------------
-
-
-def run_restarted(file: str, restarts: int) -> Any:
-    """A run that torchrun's agent of rank 1 has restarted so many times."""
-    import os
-    from unittest import mock
-
-    import torch.distributed as dist
-
-    count = restarts if dist.get_rank() == 1 else 0
-    with mock.patch.dict(os.environ, {"TORCHELASTIC_RESTART_COUNT": str(count)}):
-        return run(file).code
-
-
-def test_a_layout_that_cannot_shrink_ends_for_the_scheduler(tiny, workers, tmp_path):
-    """After a loss; at the first start it is an error of the configuration."""
-    file = write_config(tiny, tmp_path / "run", layout={"pipeline": 2})
-    assert workers.run(run_restarted, 3, file, 1) == [EXIT_PREEMPTED] * 3
-    with pytest.raises(ConfigError, match="do not divide the world of 3"):
-        workers.run(run_restarted, 3, file, 0)

@@ -119,8 +119,9 @@ def distributed_world(
         if dist.is_initialized():
             yield World(dist.get_rank(), dist.get_world_size())
             return
+        limit_s = join_limit_s(timeout_s, heartbeat_timeout_s)
         with (
-            JoinLimit(join_limit_s(timeout_s, heartbeat_timeout_s)) as limit,
+            JoinLimit(limit_s, heartbeat_timeout_s=heartbeat_timeout_s) as limit,
             _process_group(timedelta(seconds=timeout_s)),
             watching(timeout_s, heartbeat_timeout_s),
         ):
@@ -155,16 +156,6 @@ def _rendezvous(timeout: timedelta) -> None:
     """Connect to the other processes at the address in the environment."""
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
-        store.set_timeout(timeout)
-        announce(store, rank)
-        dist.init_process_group(
-            backend(),
-            store=dist.PrefixStore("default_pg", store),
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
-            device_id=_nccl_device(),
-        )
     except dist.DistNetworkError as error:
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         if "EADDRINUSE" in str(error):
@@ -173,6 +164,17 @@ def _rendezvous(timeout: timedelta) -> None:
         message = f"{address}:{port} cannot be reached"
         remedy = "check that the first node is up, its address, and that the port is open"
         raise ConfigError.at("MASTER_ADDR", message, remedy) from error
+    # From here on an error of the network is a process or machine that is lost.
+    store.set_timeout(timeout)
+    announce(store, rank)
+    dist.init_process_group(
+        backend(),
+        store=dist.PrefixStore("default_pg", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=_nccl_device(),
+    )
 
 
 def _nccl_device() -> torch.device | None:

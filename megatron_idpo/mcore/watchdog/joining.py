@@ -1,25 +1,38 @@
 """Limits the time in which the processes of a run join, before they exchange heartbeats.
 
 A process whose peer dies while it starts waits for it in torch's rendezvous, inside C++, for
-`training.timeout_s`. Nothing can be heard of a process that still imports torch, so there is only a
-limit of time; at its end each process reports who is missing.
+`training.timeout_s`. A process that still imports torch can report nothing itself. The launcher of
+its machine can, if it is ours (`cli/agent.py`): that a worker has ended, and that the machine lives
+(`launch_notes.py`). A limit of time remains for what launchers cannot see, and for plain torchrun;
+at its end each process reports who is missing.
 """
 
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Self
 
 import torch.distributed as dist
 
 from megatron_idpo.errors import EXIT_PEER_LOST
+from megatron_idpo.mcore.watchdog.launch_notes import (
+    BEAT_S,
+    Launch,
+    LaunchEnd,
+    NeighborWatch,
+    set_joined,
+)
 from megatron_idpo.mcore.watchdog.monitor import ranges
 from megatron_idpo.mcore.watchdog.watch import EndProcess, end_with
 
 _TIMEOUTS_TO_START = 10
 """In heartbeat timeouts: reading torch from cold shared storage takes minutes longer on one machine
 than on another."""
+
+_JOINED_S = 60.0
 
 _LOOK_UP_S = 3.0
 """For a store that may be on the machine that is lost."""
@@ -43,10 +56,13 @@ class JoinLimit:
         limit_s: float,
         missing: Callable[[], str] | None = None,
         *,
+        heartbeat_timeout_s: float = 0.0,
         end_process: EndProcess = os._exit,
     ) -> None:
-        """Args: see `join_limit_s`; the other arguments are for tests."""
+        """Args: see `join_limit_s`; `missing` and `end_process` are for tests."""
         self._limit_s = limit_s
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._is_over = threading.Event()
         self._missing = missing or _missing
         self._end_process = end_process
         self._timer = threading.Timer(limit_s, self._expired)
@@ -56,15 +72,63 @@ class JoinLimit:
         """Start counting, if there are other processes and a limit."""
         if self._limit_s and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self._timer.start()
+            launch = Launch.from_environment()
+            is_first_here = os.environ.get("LOCAL_RANK") == "0"  # ends with the others of a machine
+            if launch is not None and is_first_here and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+                threading.Thread(target=self._watch, args=[launch], daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """The process has joined, or failed to."""
-        self.joined()
+        self._timer.cancel()
+        self._is_over.set()
 
     def joined(self) -> None:
         """All processes have joined."""
-        self._timer.cancel()
+        self.__exit__()
+        launch = Launch.from_environment()
+        if launch is not None and os.environ.get("RANK") == "0":
+            threading.Thread(target=_note_joined, args=[launch], daemon=True).start()
+
+    def _watch(self, launch: Launch) -> None:
+        """End with the start of the workers, if the launchers report its end."""
+        next_machine = (int(os.environ["GROUP_RANK"]) + 1) % int(os.environ["GROUP_WORLD_SIZE"])
+        store = f"the store of the launchers ({launch.host}:{launch.port})"
+        end = None
+        try:
+            with self._answers_within(f"{store} does not answer"):
+                notes = launch.connect(self._heartbeat_timeout_s)
+            watch = NeighborWatch(notes, next_machine, self._heartbeat_timeout_s)
+            while end is None and not self._is_over.wait(BEAT_S):
+                with self._answers_within(f"{store} does not answer"):
+                    end = watch.look(time.monotonic())
+        except dist.DistError:
+            end = LaunchEnd(f"{store} has ended", EXIT_PEER_LOST)
+        if end is not None:
+            self._end(end)
+
+    @contextmanager
+    def _answers_within(self, reason: str) -> Iterator[None]:
+        """End this process if the block, a call into C++, takes longer than a heartbeat may."""
+        end = LaunchEnd(reason, EXIT_PEER_LOST)
+        timer = threading.Timer(self._heartbeat_timeout_s, self._end, [end])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end(self, end: LaunchEnd) -> None:
+        def message() -> str:
+            return (
+                f"megatron-idpo: error (rank {os.environ['RANK']}): {end.reason}, before all "
+                f"processes have joined. This process ends (exit code {end.code}); the same "
+                "command resumes"
+            )
+
+        if not self._is_over.is_set():
+            end_with(message, self._end_process, end.code)
 
     def _expired(self) -> None:
         def message() -> str:
@@ -76,6 +140,11 @@ class JoinLimit:
             )
 
         end_with(message, self._end_process)
+
+
+def _note_joined(launch: Launch) -> None:
+    with suppress(dist.DistError):  # heartbeats notice the loss of its host
+        set_joined(launch.connect(_JOINED_S))
 
 
 def _key(rank: int) -> str:

@@ -327,13 +327,15 @@ def _stack(frame: FrameType | None) -> str:
     )
 
 
-def end_with(message: Callable[[], str], end_process: EndProcess) -> None:
-    """Print a message and end this process with `EXIT_PEER_LOST`, even if printing blocks."""
-    timer = threading.Timer(_PRINT_LIMIT_S, end_process, [EXIT_PEER_LOST])
+def end_with(
+    message: Callable[[], str], end_process: EndProcess, code: int = EXIT_PEER_LOST
+) -> None:
+    """Print a message and end this process with an exit code, even if printing blocks."""
+    timer = threading.Timer(_PRINT_LIMIT_S, end_process, [code])
     timer.daemon = True
     timer.start()
     _print(message())
-    end_process(EXIT_PEER_LOST)
+    end_process(code)
     timer.cancel()  # in a test
 
 
