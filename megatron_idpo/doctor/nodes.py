@@ -1,9 +1,11 @@
 """Whether the machines of a run can work together: `doctor --nodes`, in processes on each.
 
 They are started by torchrun or by `roll_call.py`. Joins them as a run does, then compares versions,
-measures an all-reduce and looks whether `training.output` is the same directory everywhere.
+measures an all-reduce and the clocks, and looks whether `training.output` is the same directory
+everywhere.
 """
 
+import math
 import os
 import socket
 import sys
@@ -29,6 +31,13 @@ _ALL_REDUCE_BYTES = 64 << 20
 _ROUNDS = 5
 _TIMEOUT_S = 120
 """Of the processes' rendezvous and collectives: a wrong interface or a firewall is a hang."""
+
+_CLOCK_LIMIT_S = 10.0
+"""torchrun's rendezvous takes a machine for dead whose last keep-alive is older than 15 s, by its
+own clock for the time that the other machine wrote. It may be 5 s old without any difference."""
+
+_clock_s = time.time
+"""What keep-alives compare."""
 
 _COMPARED = ("torch", "megatron-core", "transformers", "numpy")
 _NETWORK = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface to use"
@@ -77,6 +86,7 @@ def _findings(config: RunConfig | None, world: "World", joined_s: float) -> Iter
     yield Finding("network interfaces", State.OK, chosen)
     yield _versions(hosts)
     yield _all_reduce(world)
+    yield _clocks(hosts)
     if config is not None and config.has("training"):
         yield _shared(Path(config.training.output), hosts, world)
 
@@ -122,6 +132,39 @@ def _all_reduce(world: "World") -> Finding:
     value = f"{moved_bytes / slowest_s / 1e9:.2f} GB/s ({_ALL_REDUCE_BYTES >> 20} MiB over "
     value += f"{dist.get_backend()} in {slowest_s * 1e3:.0f} ms)"
     return Finding("all-reduce", State.OK, value)
+
+
+def _clocks(hosts: list[str]) -> Finding:
+    """How far clocks of machines differ, bounded by the times of messages between them."""
+    from megatron_idpo.mcore.parallel.world import all_gather_objects, barrier
+    from megatron_idpo.mcore.watchdog.launch_notes import Launch
+
+    earliest_s, latest_s = [-math.inf] * len(hosts), [math.inf] * len(hosts)
+    for _ in range(_ROUNDS):
+        barrier()
+        sent_s = all_gather_objects(_clock_s())
+        received_s = all_gather_objects(_clock_s())
+        for rank in range(len(hosts)):
+            # What a rank sent was read before rank 0 received it, and the reverse.
+            earliest_s[rank] = max(earliest_s[rank], sent_s[rank] - received_s[0])
+            latest_s[rank] = min(latest_s[rank], received_s[rank] - sent_s[0])
+    firsts = [hosts.index(host) for host in dict.fromkeys(hosts)]
+    ahead_s = {rank: (earliest_s[rank] + latest_s[rank]) / 2 for rank in firsts}
+    error_s = max(latest_s[rank] - earliest_s[rank] for rank in firsts)
+    slow, fast = min(firsts, key=ahead_s.__getitem__), max(firsts, key=ahead_s.__getitem__)
+    difference_s = ahead_s[fast] - ahead_s[slow]
+    if difference_s <= _CLOCK_LIMIT_S + error_s:
+        return Finding("clocks", State.OK, f"differ by {difference_s:.2f} s (± {error_s:.2f} s)")
+    launch = Launch.from_environment()
+    is_elastic = launch is not None and launch.fewest < launch.most
+    return Finding(
+        "clocks",
+        State.BROKEN if is_elastic else State.NOTE,
+        f"{hosts[slow]} is {difference_s:.2f} s (± {error_s:.2f} s) behind {hosts[fast]}",
+        f"the rendezvous of elastic runs (--rdzv-backend c10d) takes {hosts[slow]} for dead; that "
+        "of a fixed number of machines (--master-addr) compares no clocks",
+        "use NTP on all machines, or raise keep_alive_max_attempt in --rdzv-conf (3, times 5 s)",
+    )
 
 
 def _shared(output: Path, hosts: list[str], world: "World") -> Finding:
