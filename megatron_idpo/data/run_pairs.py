@@ -46,18 +46,22 @@ class RunPairs:
     """Of `data.eval`; None where held-out pairs come from `data.train`."""
 
 
-def load_run_pairs(config: RunConfig, model_path: str | None = None) -> RunPairs:
+def load_run_pairs(
+    config: RunConfig, model_path: str | None = None, tokenizer_directory: str | None = None
+) -> RunPairs:
     """Read and tokenize the sources of `config.data` with the tokenizer of `config.model`.
 
     Args:
         config: of the run.
         model_path: the model's directory, if `config.model` has its name on the hub.
+        tokenizer_directory: of `model.tokenizer`, if `config.model` has its name on the hub.
 
     Raises:
         DataError: see `load_tokenizer` and `load_pairs`; or holding out leaves no training pair.
     """
     data = config.data
-    tokenizer = load_tokenizer(tokenizer_path(config.model, model_path), data.chat_template)
+    path = tokenizer_directory or tokenizer_path(config.model, model_path)
+    tokenizer = load_tokenizer(path, data.chat_template)
     pairs = _load(data, data.train, tokenizer)
     if data.eval is not None:
         held_out = _load(data, data.eval, tokenizer, list_suffix=".eval")

@@ -3,7 +3,7 @@
 import logging
 
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.convert.hf_io.hub import fetch_models
+from megatron_idpo.convert.hf_io.hub import fetch_models, fetch_tokenizer
 from megatron_idpo.convert.model_source import FrozenModel, ModelSource, open_model
 from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
 from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError
@@ -39,8 +39,9 @@ def score(config: RunConfig) -> int:
         with raise_on_all_ranks("reading the model"):
             source = open_model(model_path)
             _check(config, source.architecture, world.size)
+        tokenizer = fetch_tokenizer(config.model.tokenizer)
         with raise_on_all_ranks("reading the data"):
-            pairs = load_run_pairs(config, model_path)
+            pairs = load_run_pairs(config, model_path, tokenizer)
             check_tokens(pairs, source.architecture.vocab_size)
         with running_layout(config.layout):
             return _score(config, world, source, pairs, stop_flag)

@@ -17,7 +17,7 @@ from megatron_idpo.checkpoint.store import Checkpoints
 from megatron_idpo.config.objective import SORTED
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.training import CheckpointConfig
-from megatron_idpo.convert.hf_io.hub import fetch_models
+from megatron_idpo.convert.hf_io.hub import fetch_models, fetch_tokenizer
 from megatron_idpo.convert.model_source import FrozenModel, open_model
 from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches, check_pairs
 from megatron_idpo.data.pairs import pair_tokens
@@ -65,8 +65,9 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     with raise_on_all_ranks("opening the model"):
         source = open_model(model_path)
         check_against_model(config, source.architecture, world.size)
+    tokenizer = fetch_tokenizer(config.model.tokenizer)
     with raise_on_all_ranks("reading the data"):
-        pairs = load_run_pairs(config, model_path)
+        pairs = load_run_pairs(config, model_path, tokenizer)
         check_tokens(pairs, source.architecture.vocab_size)
         rows = row_settings(config, world.size)
         for dataset in filter(None, (pairs.train, pairs.eval)):

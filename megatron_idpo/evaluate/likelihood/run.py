@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.config.run_config import RunConfig
-from megatron_idpo.convert.hf_io.hub import fetch_models
+from megatron_idpo.convert.hf_io.hub import fetch_models, fetch_tokenizer
 from megatron_idpo.convert.model_source import FrozenModel, ModelSource, open_model
 from megatron_idpo.data.run_pairs import (
     RunPairs,
@@ -102,8 +102,9 @@ def likelihood(config: RunConfig, models: Sequence[EvalModel], output: Path) -> 
             _check(config, world.size, reference, dict(zip(models, sources, strict=True)))
             if world.is_first:
                 check_writable(directory)
+        tokenizer = fetch_tokenizer(config.model.tokenizer)
         with raise_on_all_ranks("reading the data"):
-            pairs = load_run_pairs(config, directories[0])
+            pairs = load_run_pairs(config, directories[0], tokenizer)
             check_tokens(pairs, reference.architecture.vocab_size)
         with raise_on_all_ranks("reading the adapters' settings"):
             adapters = [read_peft_settings(model.adapter) for model in models if model.adapter]
