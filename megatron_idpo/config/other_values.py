@@ -89,9 +89,9 @@ OTHER_VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "lora.targets": dict.fromkeys(("all", "all_linear", "linear"), "use all-linear")
         | {
             "linear_qkv": "use [q_proj, k_proj, v_proj], each with its adapter",
-            "linear_proj": "use o_proj",
+            "linear_proj": "use [o_proj]",
             "linear_fc1": "use [gate_proj, up_proj], each with its adapter",
-            "linear_fc2": "use down_proj",
+            "linear_fc2": "use [down_proj]",
         }
         | dict.fromkeys(
             ("qkv_proj", "query_key_value", "attention_qkv", "c_attn"),

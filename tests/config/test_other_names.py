@@ -180,6 +180,32 @@ def test_a_value_of_another_library_gets_a_remedy(tmp_path, override, hint):
     assert f"(command line): {hint}" in message or f"; {hint}" in message
 
 
+BASE = "{model: {path: m}, data: {train: t}, optimizer: {lr: 1e-4}, training: {output: o}}"
+
+
+def _is_valid(tmp_path, *overrides):
+    file = tmp_path / "run.yaml"
+    file.write_text(BASE)
+    try:
+        load_config(file, overrides, optional=SECTIONS)
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("place", [place for place in OTHER_VALUES if "." in place])
+def test_recommended_values_are_valid_and_translated_ones_are_not(tmp_path, place):
+    """A hint must not end in another error; a valid value would never be looked up."""
+    for value, hint in OTHER_VALUES[place].items():
+        if recommended := re.match(r"(?:use|write) (\[.*?\]|null|\w+(?:-linear)?)", hint):
+            needed = ["objective.label_smoothing=0.001"] if "exo_pair" in hint else []
+            words = {"a", "how", "organization", "whole"}  # "write a number of steps"
+            if recommended[1] not in words:
+                assert _is_valid(tmp_path, f"{place}={recommended[1]}", *needed), (value, hint)
+        if not value.startswith("<"):
+            assert not _is_valid(tmp_path, f"{place}={value}"), value
+
+
 AXOLOTL = """
 base_model: org/name
 load_in_4bit: true
