@@ -22,6 +22,9 @@ EXIT_USER_ERROR = 2
 EXIT_PEER_LOST = 3
 """Another process of the run has died, or does not answer; its own message says why, if it printed
 one."""
+LOST_PEER_NOTE = "heartbeats: "
+"""Begin of the note with which the watchdog names the lost process to an error."""
+
 EXIT_PREEMPTED = 75
 """Stopped by SIGTERM or SIGUSR1 after saving; the same command resumes. The value is BSD's
 EX_TEMPFAIL, "try again later"."""
@@ -50,7 +53,7 @@ class UserError(Exception):
     """Base class of errors that the user can fix."""
 
     exit_code = EXIT_USER_ERROR
-    """Of the command line."""
+    """Of the command line; an instance may have another one."""
 
     problems: tuple[Problem, ...] = ()
     """The problems, for callers that report them with their own locations."""

@@ -1,11 +1,11 @@
-"""Reporting a failure once per run, from the first rank that fails; exit codes."""
+"""Reporting a failure once, from the first rank that fails; exit codes."""
 
 import os
 import re
 import sys
 import traceback
 
-from megatron_idpo.errors import EXIT_PEER_LOST, UserError
+from megatron_idpo.errors import EXIT_PEER_LOST, LOST_PEER_NOTE, UserError
 
 EXIT_INTERRUPTED = 130
 """The exit code of shells for a program ended by Ctrl-C."""
@@ -14,12 +14,16 @@ _LOST_PEER_MESSAGE = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|pair closure|gloo::|"
     r"Connection was likely closed|"
     r"remote process exited|NCCL communicator was aborted|Heartbeat monitor timed out|"
-    r"Timed out waiting|Watchdog caught collective operation timeout",
+    r"Timed out waiting|Watchdog caught collective operation timeout|tcp/(pair|unbound_buffer)\.cc",
     re.IGNORECASE,
 )
 """Errors of gloo, NCCL and torch's store when a peer process has died or does not answer."""
 
-_TIMEOUT_MESSAGE = re.compile(r"Timed out waiting|operation timeout", re.IGNORECASE)
+_STORE_ERRORS = {"DistNetworkError", "DistStoreError"}
+"""torch's, by name: torch is not imported here. The store of rank 0 was there when this process
+joined (`mcore/parallel/world.py`), so its process is lost, or another one has not come."""
+
+_TIMEOUT_MESSAGE = re.compile(r"Timed out (waiting|after)|(operation|wait) timeout", re.IGNORECASE)
 
 
 def report_user_error(error: UserError) -> int:
@@ -35,7 +39,7 @@ def report_interrupted() -> int:
 
 
 def report_lost_peer(error: Exception) -> int:
-    """Print that another process of the run is lost; returns the exit code."""
+    """Print that another process of the run is lost, once per machine; returns the exit code."""
     first_line = str(error).strip().split("\n", 1)[0]
     # The watchdog's note names the process.
     lost = "; ".join([*getattr(error, "__notes__", ()), f"{type(error).__name__}: {first_line}"])
@@ -46,15 +50,24 @@ def report_lost_peer(error: Exception) -> int:
     _print_once(
         f"error{{rank}}: another process of this run {happened}, so this one stops ({lost}); see "
         "its message above, or that of the kernel (out of memory?); everything saved so far is "
-        "complete"
+        "complete",
+        counter=f"lost/{os.environ.get('GROUP_RANK', '')}",
     )
     return EXIT_PEER_LOST
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because a peer process has died."""
-    is_lost = isinstance(error, RuntimeError) and bool(_LOST_PEER_MESSAGE.search(str(error)))
-    return is_lost and _world_size() > 1
+    """Whether a collective failed because a peer process has died.
+
+    An error of torch.distributed says so, or comes when the watchdog knows of a lost process.
+    """
+    if not isinstance(error, RuntimeError) or _world_size() == 1:
+        return False
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    notes = getattr(error, "__notes__", ())
+    is_noted = "DistError" in kinds and any(note.startswith(LOST_PEER_NOTE) for note in notes)
+    is_named = bool(kinds & _STORE_ERRORS or _LOST_PEER_MESSAGE.search(str(error)))
+    return is_noted or is_named
 
 
 def is_megatron_import_error(error: Exception) -> bool:
@@ -73,13 +86,17 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
-def _is_first_to_fail() -> bool:
-    """Whether this rank is the first one to report a failure of the run.
+def _is_first_to_fail(counter: str) -> bool:
+    """Whether this rank is the first one to report a failure that others may report too.
 
     Usually every rank fails for the same reason and one message is enough, but a failure can also
     be on one rank or node alone. So neither "rank 0 only" nor "every rank" works: each failing rank
     increments a counter in torchrun's store, and the first one prints. If the store cannot be
     reached every rank prints, because no message at all would be worse.
+
+    Args:
+        counter: of the failures of which one is reported. A lost peer has another one than an error
+            of the user: a rank that fails alone is lost to the others, which are often faster.
     """
     if _world_size() == 1:
         return True
@@ -93,13 +110,13 @@ def _is_first_to_fail() -> bool:
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         # One counter per restart, so that each attempt reports its own failure.
-        return store.add(f"megatron_idpo/failures/{attempt}", 1) == 1
+        return store.add(f"megatron_idpo/failures/{attempt}/{counter}", 1) == 1
     except Exception:  # of any kind: the user's error matters more than that of the store
         return True
 
 
-def _print_once(message: str) -> None:
+def _print_once(message: str, *, counter: str = "error") -> None:
     """Print unless another rank has; `{rank}` becomes ` (rank N)` if there are several ranks."""
-    if _is_first_to_fail():
+    if _is_first_to_fail(counter):
         rank = f" (rank {os.environ['RANK']})" if _world_size() > 1 else ""
         print(f"megatron-idpo: {message.replace('{rank}', rank)}", file=sys.stderr, flush=True)

@@ -19,10 +19,21 @@ _POLL_S = 1.0
 class LockHeldError(Exception):
     """Another process holds the lock."""
 
-    def __init__(self, holder: str) -> None:
-        """Args: who wrote the lock file last: `host a, process 12`; empty if that is not known."""
-        super().__init__(holder)
-        self.holder = holder
+    def __init__(self, content: str) -> None:
+        """Args: of the lock file; empty if the holder is not known."""
+        super().__init__(content)
+        self.holder, _, self._boot_id = content.partition("\n")
+        """Who wrote the lock file last: `host a, process 12`."""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the holder is on another machine: this one cannot know whether it is alive.
+
+        A machine is known by its boot id too: a pod that replaces another one has its host name.
+        """
+        is_other_host = f"host {socket.gethostname()}," not in self.holder
+        is_other_boot = bool(self._boot_id) and self._boot_id != boot_id()
+        return bool(self.holder) and (is_other_host or is_other_boot)
 
 
 @contextmanager
@@ -89,7 +100,15 @@ def this_process() -> str:
     return f"host {socket.gethostname()}, process {os.getpid()}"
 
 
+def boot_id() -> str:
+    """Differs between machines, and between two boots of one; empty where there is none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def _write_holder(descriptor: int) -> None:
     """Name this process in the lock file, for the message of another one."""
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, this_process().encode(), 0)
+    os.pwrite(descriptor, f"{this_process()}\n{boot_id()}".encode(), 0)

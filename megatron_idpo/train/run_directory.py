@@ -10,7 +10,6 @@ OUTPUT/
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -132,5 +131,4 @@ def _lock(stack: ExitStack, root: Path) -> None:
 def _lock_wait_s(error: LockHeldError) -> float:
     """How long to wait for a lock: it may be that of a process of this run which is lost."""
     is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    is_elsewhere = bool(error.holder) and f"host {socket.gethostname()}," not in error.holder
-    return _LOCK_WAIT_S if is_restart or is_elsewhere else 0.0
+    return _LOCK_WAIT_S if is_restart or error.is_elsewhere else 0.0

@@ -1,7 +1,7 @@
 """Reports of failures, and their exit codes."""
 
 import pytest
-from torch.distributed import DistNetworkError
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError, HashStore
 
 from megatron_idpo.cli.errors import (
     EXIT_INTERRUPTED,
@@ -11,7 +11,7 @@ from megatron_idpo.cli.errors import (
     report_lost_peer,
     report_user_error,
 )
-from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, ConfigError
+from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, LOST_PEER_NOTE, ConfigError
 
 LOST = "[../gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:4242\nmore"
 
@@ -57,9 +57,9 @@ def test_a_lost_peer_is_reported_with_the_first_line_of_the_error(rank_1_of_2, c
 
 def test_a_lost_peer_is_named_by_the_watchdogs_note(rank_1_of_2, capsys):
     error = RuntimeError(LOST)
-    error.add_note("rank 3 (host b) is lost: its process has ended")
+    error.add_note(f"{LOST_PEER_NOTE}rank 3 (host b) is lost: its process has ended")
     report_lost_peer(error)
-    assert "(rank 3 (host b) is lost: its process has ended; Runtime" in capsys.readouterr().err
+    assert "rank 3 (host b) is lost: its process has ended; Runtime" in capsys.readouterr().err
 
 
 def test_a_timeout_is_not_reported_as_a_death(rank_1_of_2, capsys):
@@ -77,6 +77,7 @@ def test_a_timeout_is_not_reported_as_a_death(rank_1_of_2, capsys):
         "NCCL communicator was aborted on rank 0",
         "ncclRemoteError: A call failed possibly due to a network error or a remote process exited",
         "broken pipe",
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Read error: No route to host",
     ],
 )
 def test_errors_of_gloo_and_nccl_about_a_dead_process(rank_1_of_2, message):
@@ -86,6 +87,37 @@ def test_errors_of_gloo_and_nccl_about_a_dead_process(rank_1_of_2, message):
 
 def test_other_errors_are_not_a_lost_peer(rank_1_of_2):
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_lost_peer(DistBackendError("NCCL error: unhandled system error"))
+
+
+@pytest.mark.parametrize("kind", [DistNetworkError, DistStoreError])
+def test_a_store_that_has_ended_is_a_lost_peer(rank_1_of_2, kind):
+    assert is_lost_peer(kind("Failed to recv, got 0 bytes. Connection was likely closed"))
+
+
+def test_an_error_of_nccl_is_a_lost_peer_if_the_watchdog_knows_of_one(rank_1_of_2):
+    """But a bug of this rank keeps its traceback: others may have ended with the same one."""
+    backend, bug = DistBackendError("NCCL error: unhandled system error"), RuntimeError("a bug")
+    for error in (backend, bug):
+        error.add_note(f"{LOST_PEER_NOTE}rank 3 (host b) is lost: its process has ended")
+    assert is_lost_peer(backend) and not is_lost_peer(bug)
+
+
+def test_each_machine_reports_a_lost_peer_once_and_the_peer_its_own_error(
+    rank_1_of_2, monkeypatch, capsys
+):
+    """The peer fails alone and its sockets close: the others are faster."""
+    store = HashStore()
+    monkeypatch.setattr("torch.distributed.TCPStore", lambda *_, **__: store)
+    for machine, rank in ((0, 0), (0, 1), (1, 2)):
+        monkeypatch.setenv("GROUP_RANK", str(machine))
+        monkeypatch.setenv("RANK", str(rank))
+        report_lost_peer(RuntimeError(LOST))
+    for rank in (3, 4):
+        monkeypatch.setenv("RANK", str(rank))
+        report_user_error(ConfigError.at("training.output", "the disk is full"))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [f"error (rank {rank})" for rank in (0, 2, 3)]
 
 
 def test_a_single_process_has_no_peer(alone, monkeypatch):

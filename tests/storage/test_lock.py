@@ -42,6 +42,26 @@ def test_lock_is_exclusive_and_released(tmp_path: Path) -> None:
     assert not held_elsewhere(file)
 
 
+def test_holder_on_another_machine_is_recognized_also_under_the_same_host_name(
+    tmp_path: Path,
+) -> None:
+    """A pod that replaces one whose machine is lost has its host name."""
+
+    def holder() -> LockHeldError:
+        with pytest.raises(LockHeldError) as raised, locked(tmp_path / "lock"):
+            pass
+        assert raised.value.holder.startswith("host ") and "\n" not in raised.value.holder
+        return raised.value
+
+    with locked(tmp_path / "lock"):
+        assert not holder().is_elsewhere
+        with patch("megatron_idpo.storage.lock.boot_id", return_value="another"):
+            assert holder().is_elsewhere
+        with patch("socket.gethostname", return_value="another"):
+            assert holder().is_elsewhere
+    assert not LockHeldError("").is_elsewhere, "the holder has not written its name yet"
+
+
 def test_lock_is_waited_for_until_the_limit(tmp_path: Path) -> None:
     file, now_s, reported = tmp_path / "lock", [0.0], list[str]()
     holder, waiter = ExitStack(), ExitStack()

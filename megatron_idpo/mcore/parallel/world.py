@@ -28,6 +28,7 @@ from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.training import DEFAULT_HEARTBEAT_TIMEOUT_S, DEFAULT_TIMEOUT_S
 from megatron_idpo.errors import (
+    EXIT_PEER_LOST,
     CheckpointError,
     ConfigError,
     DataError,
@@ -157,14 +158,8 @@ def _rendezvous(timeout: timedelta) -> None:
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
     except dist.DistNetworkError as error:
-        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        if "EADDRINUSE" in str(error):
-            message, remedy = f"{port} is in use on this machine", "choose another (--master-port)"
-            raise ConfigError.at("MASTER_PORT", message, remedy) from error
-        message = f"{address}:{port} cannot be reached"
-        remedy = "check that the first node is up, its address, and that the port is open"
-        raise ConfigError.at("MASTER_ADDR", message, remedy) from error
-    # From here on an error of the network is a process or machine that is lost.
+        raise _store_error(str(error)) from error
+    # From here on, an error of the network is a lost process (`cli/errors.py`).
     store.set_timeout(timeout)
     announce(store, rank)
     dist.init_process_group(
@@ -175,6 +170,23 @@ def _rendezvous(timeout: timedelta) -> None:
         timeout=timeout,
         device_id=_nccl_device(),
     )
+
+
+def _store_error(reason: str) -> ConfigError:
+    """Why there is no connection to the store of rank 0, and with which exit code."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in reason:
+        message, remedy = f"{port} is in use on this machine", "choose another (--master-port)"
+        error = ConfigError.at("MASTER_PORT", message, remedy)
+    else:
+        message = f"{address}:{port} cannot be reached"
+        remedy = "check that the first node is up, its address, and that the port is open"
+        error = ConfigError.at("MASTER_ADDR", message, remedy)
+    # torchrun has connected to this address before it started this process, or has drawn a free
+    # port for this start: it is another one in the next.
+    if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        error.exit_code = EXIT_PEER_LOST
+    return error
 
 
 def _nccl_device() -> torch.device | None:
@@ -241,15 +253,19 @@ def raise_on_all_ranks(step: str) -> Iterator[None]:
     except UserError as error:
         failure = error
     # As strings: an exception with its traceback and cause may not be picklable.
-    reason = None if failure is None else (type(failure).__name__, str(failure))
+    reason = None
+    if failure is not None:
+        reason = (type(failure).__name__, str(failure), failure.exit_code)
     with doing(f"waiting for the others after {step}"):
         reasons = all_gather_objects(reason)
     if failure is not None:
         raise failure
     for rank, other in enumerate(reasons):
         if other is not None:
-            kind, message = other
-            raise _ERROR_TYPES.get(kind, UserError)(f"{step} failed on rank {rank}: {message}")
+            kind, message, exit_code = other
+            error = _ERROR_TYPES.get(kind, UserError)(f"{step} failed on rank {rank}: {message}")
+            error.exit_code = exit_code
+            raise error
 
 
 def broadcast_from_rank0[Value](compute: Callable[[], Value]) -> Value:

@@ -29,7 +29,7 @@ from typing import cast
 
 import torch.distributed as dist
 
-from megatron_idpo.errors import EXIT_PEER_LOST, UserError
+from megatron_idpo.errors import EXIT_PEER_LOST, LOST_PEER_NOTE, UserError
 from megatron_idpo.mcore.watchdog.activity import (
     IdleTimer,
     current_activity,
@@ -150,7 +150,7 @@ class Watchdog:
         """
         is_collective = isinstance(error, RuntimeError) and not isinstance(error, UserError)
         if is_collective and self._knows_loss.wait(_REASON_WAIT_S) and error is not None:
-            error.add_note(str(self._heartbeat.monitor.loss))
+            error.add_note(f"{LOST_PEER_NOTE}{self._heartbeat.monitor.loss}")
         self._stopping.set()
         self._thread.join()
         is_user_error = isinstance(error, UserError)

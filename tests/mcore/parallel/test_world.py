@@ -2,12 +2,23 @@
 
 import os
 import signal
+from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
+from megatron_idpo.cli.errors import is_lost_peer
 from megatron_idpo.config.layout import Layout
-from megatron_idpo.errors import CheckpointError, ConfigError, UserError
+from megatron_idpo.errors import (
+    EXIT_PEER_LOST,
+    EXIT_USER_ERROR,
+    CheckpointError,
+    ConfigError,
+    UserError,
+)
+from megatron_idpo.mcore.parallel import world
 from megatron_idpo.mcore.parallel.world import STOP_SIGNALS, catch_stop_signals
 
 # --- failing together, and small collectives ---------------------------------------------------
@@ -44,6 +55,14 @@ def test_an_error_on_one_rank_is_raised_on_all(error, workers):
 def test_a_failing_rank_raises_its_own_error(workers):
     errors = workers.run(fail_on, 3, [0, 1, 2], CheckpointError("broken"))
     assert errors == [("CheckpointError", "broken", AFTERWARDS)] * 3
+
+
+def test_the_exit_code_of_another_ranks_error_is_kept(monkeypatch):
+    reasons = [None, ("ConfigError", "the storage fails", EXIT_PEER_LOST)]
+    monkeypatch.setattr(world, "all_gather_objects", lambda _: reasons)
+    with pytest.raises(ConfigError) as raised, world.raise_on_all_ranks("writing"):
+        pass
+    assert raised.value.exit_code == EXIT_PEER_LOST
 
 
 @pytest.mark.distributed
@@ -178,6 +197,49 @@ def test_more_local_ranks_than_gpus_is_rejected(name, workers):
     assert message.startswith(
         "LOCAL_WORLD_SIZE: 4 ranks on this machine, but 2 visible GPUs; start"
     )
+
+
+UNREACHABLE = dist.DistNetworkError("The client socket has failed to connect to node1:29500")
+IN_USE = dist.DistNetworkError("The server socket has failed to listen (EADDRINUSE)")
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """The environment of a rank that has not joined yet."""
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    values = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("agent_store", "code"),
+    [(None, EXIT_USER_ERROR), ("True", EXIT_PEER_LOST), ("False", EXIT_PEER_LOST)],
+)
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(UNREACHABLE, "MASTER_ADDR: node1:29500 cannot"), (IN_USE, "MASTER_PORT: 29500 is in use")],
+)
+def test_an_address_that_torchrun_knows_is_no_error_of_the_user(
+    two_ranks, monkeypatch, agent_store, code, error, message
+):
+    """torchrun has just connected to it, or has drawn the port: a restart helps."""
+    if agent_store is not None:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent_store)
+    monkeypatch.setattr(world, "rendezvous", mock.Mock(side_effect=error))
+    with pytest.raises(ConfigError, match=message) as raised:
+        world._rendezvous(timedelta(seconds=1))
+    assert raised.value.exit_code == code
+
+
+def test_a_store_that_ends_while_others_join_is_a_lost_process(two_ranks, monkeypatch):
+    lost = dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed.")
+    monkeypatch.setattr(world, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", mock.Mock(side_effect=lost))
+    with pytest.raises(dist.DistNetworkError) as raised:
+        world._rendezvous(timedelta(seconds=1))
+    assert is_lost_peer(raised.value)
 
 
 # --- stop signals -----------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def test_an_error_of_a_collective_is_noted_with_the_lost_process(watchdog):
     error = RuntimeError("Connection closed by peer")
     watchdog.stop(error)
     (note,) = error.__notes__
-    assert note.startswith("rank 1 (host node-b, pipeline stage 2 of 2) is lost")
+    assert note.startswith("heartbeats: rank 1 (host node-b, pipeline stage 2 of 2) is lost")
 
 
 def test_activities_nest_and_keep_the_step(monkeypatch) -> None:
