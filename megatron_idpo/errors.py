@@ -21,7 +21,7 @@ _MAX_REPEATED = 80
 EXIT_USER_ERROR = 2
 EXIT_PEER_LOST = 3
 """Another process of the run has died, or does not answer; its own message says why, if it printed
-one."""
+one. Also that the storage of one machine fails. A restart may help, perhaps without the machine."""
 LOST_PEER_NOTE = "heartbeats: "
 """Begin of the note with which the watchdog names the lost process to an error."""
 
@@ -98,7 +98,9 @@ class UserError(Exception):
             yield
         except OSError as error:
             reason = f"{message}: {error.strerror or error}"
-            raise cls.at(location, reason, os_remedy(error, remedy)) from None
+            raised = cls.at(location, reason, os_remedy(error, remedy))
+            raised.exit_code = os_exit_code(error, raised.exit_code)
+            raise raised from None
 
 
 _SPACE = "free some space, or name a path on another file system"
@@ -113,6 +115,7 @@ OS_REMEDIES = {
     errno.EPERM: _PERMISSIONS,
     errno.EROFS: "name a path on a file system that can be written",
     errno.EIO: _STORAGE,
+    errno.EREMOTEIO: _STORAGE,
     errno.ESTALE: _STORAGE,
     errno.EMFILE: _OPEN_FILES,
     errno.ENFILE: _OPEN_FILES,
@@ -122,6 +125,20 @@ OS_REMEDIES = {
     errno.ELOOP: "correct the symbolic link, which points to itself",
 }
 """What helps, by the system's error number, wherever a file is read or written."""
+
+
+_STORAGE_FAULTS = {errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT}
+"""Of a disk, or of one machine's connection to shared storage."""
+
+
+def os_exit_code(error: OSError, code: int = EXIT_USER_ERROR) -> int:
+    """The exit code of a failed system call: after a fault of the storage a restart may help.
+
+    Args:
+        error: as raised.
+        code: for other reasons.
+    """
+    return EXIT_PEER_LOST if error.errno in _STORAGE_FAULTS else code
 
 
 def os_remedy(error: OSError, remedy: str = "") -> str:

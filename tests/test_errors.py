@@ -7,6 +7,8 @@ import pickle
 import pytest
 
 from megatron_idpo.errors import (
+    EXIT_PEER_LOST,
+    EXIT_USER_ERROR,
     CheckpointError,
     ConfigError,
     DataError,
@@ -86,6 +88,24 @@ def test_the_remedy_of_a_failed_system_call_depends_on_its_reason(code: int, rem
     assert str(raised.value) == f"x: cannot be read: {reason}; {remedy}"
     problem = os_problem(OSError(code, reason, "y"))
     assert problem == (None if code == errno.ENOENT else Problem("y", reason, remedy))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.ENOSPC, EXIT_USER_ERROR),
+        (errno.ENOENT, EXIT_USER_ERROR),
+        (errno.EIO, EXIT_PEER_LOST),
+        (errno.ESTALE, EXIT_PEER_LOST),
+        (errno.ETIMEDOUT, EXIT_PEER_LOST),
+        (errno.EREMOTEIO, EXIT_PEER_LOST),
+    ],
+)
+def test_after_a_fault_of_the_storage_a_restart_may_help(number: int, code: int) -> None:
+    with pytest.raises(DataError) as raised, DataError.on_os_error("x", "cannot be read"):
+        raise OSError(number, os.strerror(number), "x")
+    assert raised.value.exit_code == code
+    assert pickle.loads(pickle.dumps(raised.value)).exit_code == code
 
 
 def test_the_reason_of_a_library_is_one_line_without_advice_to_run_code() -> None:

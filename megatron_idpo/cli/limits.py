@@ -9,7 +9,7 @@ import errno
 import re
 import resource
 
-from megatron_idpo.errors import OS_REMEDIES, ConfigError, UserError, os_problem
+from megatron_idpo.errors import OS_REMEDIES, ConfigError, UserError, os_exit_code, os_problem
 
 MIN_OPEN_FILES = 256
 """A single-process run of a tiny model opens up to 117 at once, data sources and ranks add more."""
@@ -65,7 +65,9 @@ def limit_error(error: BaseException) -> UserError | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and (problem := os_problem(cause)):
-            return ConfigError.of([problem])
+            failure = ConfigError.of([problem])
+            failure.exit_code = os_exit_code(cause)
+            return failure
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, without importing torch
             return _gpu_memory_error(cause)
         if isinstance(cause, MemoryError) or _NO_MEMORY.search(str(cause)):

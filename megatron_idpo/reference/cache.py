@@ -14,7 +14,7 @@ are merged into one table, in the dataset's order; `fingerprint.json`, a sealed 
 after it and marks it as complete. A cache is opened with the fingerprint that it must have; every
 difference is an error that names the input.
 
-One process writes a cache; every rank reads it. Nothing here is collective.
+Rank 0 writes and reads a cache. Nothing here is collective.
 
 Shapes: P pairs, B pairs of a part, L layers, 2 = chosen, rejected.
 """
@@ -22,7 +22,7 @@ Shapes: P pairs, B pairs of a part, L layers, 2 = chosen, rejected.
 import re
 import shutil
 from collections.abc import Buffer, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ from megatron_idpo.reference.logps_table import (
     write_table,
 )
 from megatron_idpo.storage.checksums import CHANGED, Checksum, check_file, checksum
-from megatron_idpo.storage.lock import LockHeldError, locked
+from megatron_idpo.storage.lock import locked_directory
 from megatron_idpo.storage.sealed import read_sealed, seal_of, write_sealed
 
 TABLE = "reference.parquet"
@@ -101,18 +101,12 @@ def lock_cache(directory: Path) -> Iterator[None]:
     """Create a cache's directory and exclude other writers until the end of the block.
 
     Raises:
-        CheckpointError: another process writes it, or it cannot be created.
+        CheckpointError: it cannot be created.
+        ConfigError: it cannot be locked, or another run writes it.
+        OutputLockedError: likewise, and the lock is probably that of a lost process.
     """
     _make_directory(directory)
-    with ExitStack() as stack:
-        remedy = "name a directory on another file system in reference.cache"
-        try:
-            with CheckpointError.on_os_error(str(directory), "cannot be locked", remedy):
-                stack.enter_context(locked(directory / ".lock"))
-        except LockHeldError:
-            remedy = "wait for it, or name another directory in reference.cache"
-            message = "is being written by another process"
-            raise CheckpointError.at(str(directory), message, remedy) from None
+    with locked_directory(directory, "reference.cache"):
         yield
 
 

@@ -5,15 +5,24 @@ would outlive a killed process and block the run that resumes. The caller report
 """
 
 import fcntl
+import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError, OutputLockedError
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 """Between two attempts to take a lock that is waited for with a limit."""
+
+_LOST_HOLDER_S = 120.0
+"""For the lock of a process that is lost: a stopped one is killed by its launcher 30 s after its
+machine's survivors have ended, and NFS gives up the lock of a machine that is down after 90 s."""
 
 
 class LockHeldError(Exception):
@@ -93,6 +102,51 @@ def lock_within(
             if time.monotonic() >= until_s:
                 raise
         time.sleep(_POLL_S)
+
+
+@contextmanager
+def locked_directory(directory: Path, location: str) -> Iterator[None]:
+    """Holds the lock of a directory that one run at a time writes, until the end of the block.
+
+    The lock of a process that may be lost is waited for.
+
+    Args:
+        directory: exists.
+        location: of the setting that names it.
+
+    Raises:
+        ConfigError: it cannot be locked, or another run has locked it.
+        OutputLockedError: likewise, and the lock is probably that of a lost process.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            remedy = "name a directory on another file system"
+            with ConfigError.on_os_error(location, f"{directory} cannot be locked", remedy):
+                stack.enter_context(locked(directory / ".lock"))
+
+        def report(holder: str) -> None:
+            seconds = f"{_LOST_HOLDER_S:.0f} s"
+            logger.warning("%s is locked by %s; waiting for up to %s", directory, holder, seconds)
+
+        try:
+            lock_within(enter, _wait_s, report)
+        except LockHeldError as error:
+            holder = f" ({error.holder})" if error.holder else ""
+            message = f"{directory} is being written by another run{holder}"
+            if _wait_s(error):
+                remedy = "end that process if it is stopped; the same command resumes "
+                remedy += f"({EXIT_PREEMPTED})"
+                raise OutputLockedError.at(location, message, remedy) from None
+            remedy = "wait for it, or name another directory"
+            raise ConfigError.at(location, message, remedy) from None
+        yield
+
+
+def _wait_s(error: LockHeldError) -> float:
+    """How long to wait for a lock: it may be that of a process of this run which is lost."""
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _LOST_HOLDER_S if is_restart or error.is_elsewhere else 0.0
 
 
 def this_process() -> str:

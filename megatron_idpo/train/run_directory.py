@@ -8,25 +8,18 @@ OUTPUT/
   starts.jsonl     time, machine, versions and command of each start
 """
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron_idpo.config.sdpo_steps import MANIFEST
-from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError, OutputLockedError
+from megatron_idpo.errors import ConfigError
 from megatron_idpo.mcore.parallel.world import is_rank0, raise_on_all_ranks
 from megatron_idpo.storage.atomic import clear_leftovers, write_text
-from megatron_idpo.storage.lock import LockHeldError, lock_within, locked
-
-logger = logging.getLogger(__name__)
+from megatron_idpo.storage.lock import locked_directory
 
 _LOCATION = "training.output"
-
-_LOCK_WAIT_S = 120.0
-"""For the lock of a process that is lost: a stopped one is killed by its launcher 30 s after its
-machine's survivors have ended, and NFS gives up the lock of a machine that is down after 90 s."""
 
 
 class RunDirectory:
@@ -76,7 +69,7 @@ def open_run_directory(root: Path) -> Iterator[RunDirectory]:
         with raise_on_all_ranks("opening the output directory"):
             if is_rank0():
                 _create(directory.root)
-                _lock(stack, directory.root)
+                stack.enter_context(locked_directory(directory.root, _LOCATION))
                 for result in (directory.hf, directory.adapter):
                     clear_leftovers(result)
         yield directory
@@ -102,33 +95,3 @@ def _create(root: Path) -> None:
         probe = root / ".probe"
         probe.write_bytes(b"")
         os.unlink(probe)
-
-
-def _lock(stack: ExitStack, root: Path) -> None:
-    remedy = "name a directory on another file system"
-
-    def enter() -> None:
-        with ConfigError.on_os_error(_LOCATION, f"{root} cannot be locked", remedy):
-            stack.enter_context(locked(root / ".lock"))
-
-    def report(holder: str) -> None:
-        seconds = f"{_LOCK_WAIT_S:.0f} s"
-        logger.warning("%s is locked by %s; waiting for up to %s", root, holder, seconds)
-
-    try:
-        lock_within(enter, _lock_wait_s, report)
-    except LockHeldError as error:
-        holder = f" ({error.holder})" if error.holder else ""
-        message = f"{root} is being written by another run{holder}"
-        if _lock_wait_s(error):
-            remedy = (
-                f"end that process if it is stopped; the same command resumes ({EXIT_PREEMPTED})"
-            )
-            raise OutputLockedError.at(_LOCATION, message, remedy) from None
-        raise ConfigError.at(_LOCATION, message, "wait for it, or name another directory") from None
-
-
-def _lock_wait_s(error: LockHeldError) -> float:
-    """How long to wait for a lock: it may be that of a process of this run which is lost."""
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return _LOCK_WAIT_S if is_restart or error.is_elsewhere else 0.0

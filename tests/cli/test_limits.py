@@ -4,13 +4,14 @@ import errno
 import resource
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from megatron_idpo.cli import limits
 from megatron_idpo.cli import main as cli
-from megatron_idpo.errors import EXIT_USER_ERROR, ConfigError
+from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, ConfigError
 
 
 def printed_under(limit: str, *words: str) -> tuple[int, list[str]]:
@@ -101,6 +102,12 @@ def test_a_limit_that_is_reached_is_one_line(name, monkeypatch, capsys):
     assert cli.main(["train", "x.yaml"]) == EXIT_USER_ERROR
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"megatron-idpo: error: {message}")
+
+
+def test_storage_of_one_machine_that_fails_can_be_cured_by_a_restart(monkeypatch, capsys):
+    monkeypatch.setattr("megatron_idpo.cli.train.main", Mock(side_effect=OSError(errno.EIO, "x")))
+    assert cli.main(["train", "x.yaml"]) == EXIT_PEER_LOST
+    assert "the storage fails" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.ENOENT, "no"), RuntimeError("y")])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, OutputLockedError
 from megatron_idpo.reference.cache import CacheWriter, is_complete, lock_cache, open_cache
 
 from .tiny_cache import fingerprint, logps
@@ -217,9 +217,15 @@ def test_missing_cache_is_incomplete(tmp_path: Path) -> None:
         open_cache(tmp_path / "none", fingerprint())
 
 
-def test_only_one_process_can_write(tmp_path: Path) -> None:
+def test_only_one_process_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a loss, the lock of the lost process is not an error of the user."""
+    monkeypatch.setattr("megatron_idpo.storage.lock._LOST_HOLDER_S", 0.01)
     with lock_cache(tmp_path):
-        with pytest.raises(CheckpointError, match="is being written"), lock_cache(tmp_path):
+        with pytest.raises(ConfigError, match="is being written") as raised, lock_cache(tmp_path):
+            pass
+        assert raised.value.exit_code == EXIT_USER_ERROR
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        with pytest.raises(OutputLockedError), lock_cache(tmp_path):
             pass
     with lock_cache(tmp_path):
         pass

@@ -11,7 +11,15 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_idpo.storage.lock import LockHeldError, lock_within, locked, this_process
+from megatron_idpo.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, OutputLockedError
+from megatron_idpo.storage import lock
+from megatron_idpo.storage.lock import (
+    LockHeldError,
+    lock_within,
+    locked,
+    locked_directory,
+    this_process,
+)
 
 TIMEOUT_S = 10
 
@@ -60,6 +68,35 @@ def test_holder_on_another_machine_is_recognized_also_under_the_same_host_name(
         with patch("socket.gethostname", return_value="another"):
             assert holder().is_elsewhere
     assert not LockHeldError("").is_elsewhere, "the holder has not written its name yet"
+
+
+@pytest.mark.parametrize(
+    ("restarts", "boot_id", "kind", "code"),
+    [
+        ("0", None, ConfigError, EXIT_USER_ERROR),
+        ("1", None, OutputLockedError, EXIT_PREEMPTED),
+        ("0", "another", OutputLockedError, EXIT_PREEMPTED),
+    ],
+)
+def test_only_the_lock_of_a_process_that_may_be_lost_is_waited_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    restarts: str,
+    boot_id: str | None,
+    kind: type[ConfigError],
+    code: int,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    monkeypatch.setattr(lock, "_LOST_HOLDER_S", 0.01)
+    with locked(tmp_path / ".lock"):
+        if boot_id is not None:
+            monkeypatch.setattr(lock, "boot_id", lambda: boot_id)
+        with (
+            pytest.raises(ConfigError, match=r"reference\.cache: .* another run \(host ") as raised,
+            locked_directory(tmp_path, "reference.cache"),
+        ):
+            pass
+    assert type(raised.value) is kind and raised.value.exit_code == code
 
 
 def test_lock_is_waited_for_until_the_limit(tmp_path: Path) -> None:

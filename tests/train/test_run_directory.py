@@ -7,9 +7,6 @@ from unittest.mock import patch
 import pytest
 
 from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError
-from megatron_idpo.storage import lock
-from megatron_idpo.storage.lock import LockHeldError, this_process
-from megatron_idpo.train import run_directory
 from megatron_idpo.train.run_directory import RunDirectory
 
 pytestmark = pytest.mark.distributed
@@ -44,11 +41,12 @@ def test_second_run_is_rejected(workers, tmp_path):
 
 def exit_code_of_a_restart(root: Path) -> int:
     """Of a run whose output is still held by a process of the run before."""
+    from megatron_idpo.storage import lock
     from megatron_idpo.train import run_directory
 
     with (
         patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"),
-        patch.object(run_directory, "_LOCK_WAIT_S", 0.01),
+        patch.object(lock, "_LOST_HOLDER_S", 0.01),
         run_directory.open_run_directory(root),
     ):
         try:
@@ -62,13 +60,6 @@ def exit_code_of_a_restart(root: Path) -> int:
 def test_output_held_by_a_lost_process_is_not_a_user_error(workers, tmp_path):
     """A scheduler starts the run again, on every rank."""
     assert workers.run(exit_code_of_a_restart, 2, tmp_path / "run") == [EXIT_PREEMPTED] * 2
-
-
-@pytest.mark.parametrize(("boot_id", "waits"), [(None, False), ("another", True)])
-def test_output_held_on_another_machine_is_waited_for(boot_id, waits, monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    error = LockHeldError(f"{this_process()}\n{boot_id or lock.boot_id()}")
-    assert (run_directory._lock_wait_s(error) > 0) == waits
 
 
 def test_directory_that_cannot_be_written_is_reported(workers, tmp_path, monkeypatch):
