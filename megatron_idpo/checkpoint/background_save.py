@@ -7,21 +7,27 @@ It ends on all ranks with the same outcome: success, or the error of the first r
 import os
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.errors import EXIT_PEER_LOST, CheckpointError, ConfigError
 from megatron_idpo.mcore.cpu.redirect import default_device
-from megatron_idpo.mcore.parallel.world import collective_timeout
+from megatron_idpo.mcore.parallel.world import all_gather_objects, collective_timeout
 
 
 class BackgroundWorker:
     """Runs one job at a time; all ranks start, poll and wait for the same jobs."""
 
     def __init__(self) -> None:
-        """Collective: creates a process group over the CPU for the jobs."""
+        """Collective: creates a process group over the CPU for the jobs, and connects it.
+
+        Raises:
+            ConfigError: the processes cannot connect to each other over the CPU.
+        """
         self.group = _group_of_all_ranks()
+        _check_connections(self.group)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -83,13 +89,41 @@ class BackgroundWorker:
         except BaseException as error:
             own_error = error
         try:
-            messages: list[str | None] = [None] * dist.get_world_size()
-            message = None if own_error is None else str(own_error)
-            dist.all_gather_object(messages, message, group=self.group)
-            first = next((message for message in messages if message is not None), None)
-            self._error = own_error or (None if first is None else CheckpointError(first))
+            failure = None
+            if own_error is not None:
+                code = getattr(own_error, "exit_code", CheckpointError.exit_code)
+                failure = (str(own_error), code)
+            failures = all_gather_objects(failure, self.group)
+            self._error = own_error
+            first = next((failure for failure in failures if failure is not None), None)
+            if own_error is None and first is not None:
+                raised = CheckpointError(first[0])
+                raised.exit_code = first[1]
+                self._error = raised
         except BaseException as error:  # a rank has died
             self._error = own_error or error
+
+
+_CONNECT_LIMIT_S = 120.0
+"""All ranks create the group at the same time; until rank 0 has heard of all."""
+
+
+def _check_connections(group: dist.ProcessGroup) -> None:
+    """Connect all ranks to rank 0 now. The first save would, and a GPU run trains until then.
+
+    NCCL may use another network than gloo, which takes the address of the host's name.
+    """
+    limit = timedelta(seconds=_CONNECT_LIMIT_S)
+    try:
+        dist.monitored_barrier(group, timeout=min(limit, collective_timeout() or limit))
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        message = f"the processes cannot connect over gloo, as a save does ({reason})"
+        remedy = "name the interface that reaches the other machines"
+        raised = ConfigError.at("GLOO_SOCKET_IFNAME", message, remedy)
+        # It may also be a process that was lost just now.
+        raised.exit_code = EXIT_PEER_LOST
+        raise raised from error
 
 
 _LAZY = "TORCH_GLOO_LAZY_INIT"

@@ -140,10 +140,13 @@ class Checkpoints:
         progress: Progress,
         *,
         score: float | None = None,
-    ) -> None:
+    ) -> CheckpointInfo | None:
         """Copies the state and starts writing it. A step that was saved or loaded is skipped.
 
         Waits for an earlier save that is still running.
+
+        Returns:
+            The checkpoint of the earlier save, if it was still running.
 
         Args:
             model_chunks: of this rank, bare or wrapped.
@@ -155,9 +158,9 @@ class Checkpoints:
             CheckpointError: the directory cannot be written or its disk is full; an earlier save
                 failed.
         """
-        self._wait_for_earlier_save()
+        earlier = self._wait_for_earlier_save()
         if self._saved_step == progress.step:
-            return
+            return earlier
         chunks = copy_state(model_chunks, optimizer)
         record = Record(
             progress=progress,
@@ -173,6 +176,7 @@ class Checkpoints:
         )
         self._saving = CheckpointInfo(target, progress.step, score, record.metric)
         self._worker.start(lambda: self._write(chunks, record, directory, target))
+        return earlier
 
     def poll(self) -> CheckpointInfo | None:
         """The checkpoint that was completed since the last call, if any.
@@ -220,18 +224,18 @@ class Checkpoints:
         self._saved_step = info.step
         return record.progress
 
-    def _wait_for_earlier_save(self) -> None:
+    def _wait_for_earlier_save(self) -> CheckpointInfo | None:
         start_s = time.monotonic()
-        if self.wait() is None or not is_rank0():
-            return
+        earlier = self.wait()
         waited_s = time.monotonic() - start_s
-        if waited_s >= _REPORTED_S:
+        if earlier is not None and is_rank0() and waited_s >= _REPORTED_S:
             logger.warning(
                 "training waited %.0f s for the save of step %d to end before the next one; raise "
                 "checkpoint.every_steps, or use a faster disk",
                 waited_s,
                 self._saved_step,
             )
+        return earlier
 
     def _write(
         self, chunks: list[TensorChunk], record: Record, directory: Path, target: Path

@@ -87,6 +87,7 @@ def _findings(config: RunConfig | None, world: "World", joined_s: float) -> Iter
     yield _versions(hosts)
     yield _all_reduce(world)
     yield _clocks(hosts)
+    yield _gloo()
     if config is not None and config.has("training"):
         yield _shared(Path(config.training.output), hosts, world)
 
@@ -165,6 +166,17 @@ def _clocks(hosts: list[str]) -> Finding:
         "of a fixed number of machines (--master-addr) compares no clocks",
         "use NTP on all machines, or raise keep_alive_max_attempt in --rdzv-conf (3, times 5 s)",
     )
+
+
+def _gloo() -> Finding:
+    """Whether background saves can connect; where NCCL can, gloo may take another network."""
+    from megatron_idpo.checkpoint.background_save import BackgroundWorker
+
+    try:
+        BackgroundWorker()
+    except UserError as error:
+        return Finding("gloo", State.BROKEN, str(error))
+    return Finding("gloo", State.OK, "rank 0 and all others connect, as a save does")
 
 
 def _shared(output: Path, hosts: list[str], world: "World") -> Finding:

@@ -7,11 +7,12 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.checkpoint import background_save
+from megatron_idpo.errors import EXIT_PEER_LOST, CheckpointError, ConfigError
 
 pytestmark = pytest.mark.distributed
 
@@ -109,6 +110,39 @@ def test_internal_error_keeps_its_type_on_its_rank(workers):
     first, second = workers.run(failing, 2, "wait", ZeroDivisionError)
     assert second == ["ZeroDivisionError: no space", "True"]
     assert first == ["CheckpointError: no space", "True"]
+
+
+def failing_on_one_rank(code: int) -> int:
+    """The exit code of the error on this rank when the first rank's job fails with another one."""
+    import torch.distributed as dist
+
+    from megatron_idpo.checkpoint.background_save import BackgroundWorker
+
+    def job() -> None:
+        if dist.get_rank() == 0:
+            error = CheckpointError("the storage fails")
+            error.exit_code = code
+            raise error
+
+    background = BackgroundWorker()
+    background.start(job)
+    with pytest.raises(CheckpointError) as raised:
+        background.wait()
+    return raised.value.exit_code
+
+
+def test_failure_has_its_exit_code_on_all_ranks(workers):
+    assert workers.run(failing_on_one_rank, 2, EXIT_PEER_LOST) == [EXIT_PEER_LOST] * 2
+
+
+def test_ranks_that_cannot_connect_are_reported_at_the_start(monkeypatch):
+    """Training over NCCL would notice it at the first save only."""
+    reason = "[Rank 0]: Rank 1 failed to pass monitoredBarrier in 120000 ms\n more"
+    barrier = Mock(side_effect=RuntimeError(reason))
+    monkeypatch.setattr("torch.distributed.monitored_barrier", barrier)
+    with pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME: .*Rank 1 failed") as raised:
+        background_save._check_connections(Mock())
+    assert raised.value.exit_code == EXIT_PEER_LOST and "more" not in str(raised.value)
 
 
 def laziness_of_groups() -> tuple[str | None, str | None]:

@@ -148,20 +148,24 @@ def test_scores_of_another_metric_are_not_ranked(workers, model, tmp_path):
     assert remaining == ["step-00000003", "step-00000005"]
 
 
-def saves_in_a_row(model: str, root: str) -> list[str]:
-    """Saves without waiting in between."""
+def saves_in_a_row(model: str, root: str) -> tuple[list[int], list[str]]:
+    """Saves without waiting in between; the steps of which each save reports the end."""
     from megatron_idpo.checkpoint.store import Checkpoints
 
     training = prepare(model, SHARDS)
     checkpoints = Checkpoints(Path(root), keep_last=9)
+    steps = []
     for step in range(1, 6):
-        checkpoints.save(training.chunks, training.optimizer, progress(step))
+        info = checkpoints.save(training.chunks, training.optimizer, progress(step))
+        steps += [] if info is None else [info.step]
     checkpoints.wait()
-    return [path.name for path in sorted(Path(root).iterdir()) if (path / ".metadata").is_file()]
+    saved = [path for path in sorted(Path(root).iterdir()) if (path / ".metadata").is_file()]
+    return steps, [path.name for path in saved]
 
 
 def test_save_waits_for_the_previous_one(workers, model, tmp_path):
-    for remaining in workers.run(saves_in_a_row, 2, model, str(tmp_path)):
+    for reported, remaining in workers.run(saves_in_a_row, 2, model, str(tmp_path)):
+        assert reported == [1, 2, 3, 4]
         assert remaining == [f"step-0000000{step}" for step in range(1, 6)]
 
 

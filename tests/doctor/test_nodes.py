@@ -64,6 +64,7 @@ def test_machines_that_work_together(workers, tmp_path):
     assert "torch 1.0" in values["versions"] and "GB/s" in values["all-reduce"]
     difference_s = float(re.match(r"differ by (\S+) s", values["clocks"])[1])
     assert difference_s == pytest.approx(5.0, abs=1.0)
+    assert "as a save does" in values["gloo"]
     assert values["training.output"] == f"{tmp_path} is the same everywhere"
     assert [finding.name for finding in second] == [finding.name for finding in first]
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"], "the marker is deleted"
