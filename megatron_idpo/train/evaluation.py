@@ -56,17 +56,28 @@ class Evaluation:
             advance: called after each batch.
             reference: to compare to instead of the run's reference.
         """
+        total = self._run(advance or (lambda: None), reference, until_stop=False)
+        assert total is not None, "no held-out pairs"
+        return total
+
+    def run_until_stop(self, advance: Callable[[], None]) -> StepMetrics | None:
+        """As `run`; None if a rank has received a stop signal before the last batch. Collective."""
+        return self._run(advance, None, until_stop=True)
+
+    def _run(
+        self, advance: Callable[[], None], reference: Reference | None, *, until_stop: bool
+    ) -> StepMetrics | None:
         total: StepMetrics | None = None
         for index, batch in enumerate(self._batches):
+            if until_stop and total is not None and total.stop_requested:
+                return None
             if reference is not None:
                 reference_logps = reference.logps(batch)
             else:
                 reference_logps = self._reference_logps(index, batch)
             metrics = self._train_step.evaluate(batch, reference_logps)
             total = metrics if total is None else total + metrics
-            if advance is not None:
-                advance()
-        assert total is not None, "no held-out pairs"
+            advance()
         return total
 
     def _reference_logps(self, index: int, batch: Batch) -> ReferenceLogps | None:

@@ -124,11 +124,15 @@ def train_prepared(
                 with doing("compiling"):
                     compiled = compile_ahead(trainer.policy, trainer.rows)
                 report_compiled(compiled, report)
+            is_stopped = False
             if trainer.resumed_from is None:
                 run_start_check(trainer, report)
-                evaluate(trainer, report)
-            is_complete = train_steps(trainer, report)
+            if trainer.resumed_from is None or trainer.lacks_evaluation:
+                is_stopped = not evaluate(trainer, report)
+            is_complete = not is_stopped and (trainer.is_complete or train_steps(trainer, report))
             report.end(trainer.step, is_complete=is_complete)
+            if not is_complete and trainer.step == 0:
+                return preempted_before_training(show=world.is_first)
             if not is_complete:
                 report_preempted(trainer, report)
                 return EXIT_PREEMPTED
@@ -180,11 +184,16 @@ def run_start_check(trainer: Trainer, report: Report) -> None:
 def train_steps(trainer: Trainer, report: Report) -> bool:
     """Step, report, evaluate and save until the last step or a stop signal.
 
+    A stop comes before an evaluation, which may take longer than the scheduler waits. That of the
+    last step is made after the save then, that of another one by the next start.
+
+    Args:
+        trainer: of a run that is not complete.
+        report: of the run.
+
     Returns:
         Whether the last step has been taken.
     """
-    if trainer.is_complete:
-        return True
     report.meter.begin()
     for batch in trainer.batches:
         lr = trainer.learning_rate.at(trainer.step)
@@ -195,47 +204,63 @@ def train_steps(trainer: Trainer, report: Report) -> bool:
             raise trainer.with_last_checkpoint(error) from error
         trainer.step += 1
         trainer.eval_values = {}
-        is_last = metrics.stop_requested or trainer.is_complete
+        is_stopping = metrics.stop_requested
         report.step(
             trainer.step,
             metrics,
             grad_norm=grad_norm,
             lr=lr,
             epoch=trainer.batches.epoch,
-            is_last=is_last,
+            is_last=is_stopping or trainer.is_complete,
         )
         # Publishes a background save that has finished on all ranks; does not wait for one.
         report.checkpoint(trainer.checkpoints.poll())
-        if trainer.is_due(trainer.config.training.eval_every_steps) or trainer.is_complete:
-            evaluate(trainer, report)
+        if trainer.is_evaluation_due:
+            is_stopping = is_stopping or not evaluate(trainer, report)
+        is_last = is_stopping or trainer.is_complete
         if trainer.is_due(trainer.config.checkpoint.every_steps) or is_last:
             with doing("saving", step=trainer.step):
-                trainer.save()
+                report.checkpoint(trainer.save())
         if is_last:
             break
         report.meter.begin()
     with doing("waiting for the last save", step=trainer.step):
         report.checkpoint(trainer.checkpoints.wait())
     assert is_last, "the data ended before the last step"
+    if trainer.is_complete and is_stopping:
+        evaluate(trainer, report, until_stop=False)
     return trainer.is_complete
 
 
-def evaluate(trainer: Trainer, report: Report) -> None:
-    """Evaluate the held-out pairs, if there are any, and report the metrics."""
+def evaluate(trainer: Trainer, report: Report, *, until_stop: bool = True) -> bool:
+    """Evaluate the held-out pairs, if there are any, and report the metrics.
+
+    Args:
+        trainer: of the run.
+        report: of the run.
+        until_stop: whether a stop signal ends it.
+
+    Returns:
+        Whether no stop signal has ended it.
+    """
     if trainer.evaluation is None:
-        return
+        return True
     start_s = time.perf_counter()
     with (
         report.evaluating(len(trainer.evaluation)) as advance,
         doing("evaluation", step=trainer.step, is_timed=True),
     ):
-        metrics = trainer.evaluation.run(advance)
+        run = trainer.evaluation.run_until_stop if until_stop else trainer.evaluation.run
+        metrics = run(advance)
+    if metrics is None:
+        return False
     try:
         check_evaluation_finite(metrics, trainer.step)
     except TrainingError as error:
         raise trainer.with_last_checkpoint(error) from error
     seconds = time.perf_counter() - start_s
     trainer.eval_values = report.evaluation(trainer.step, metrics, seconds=seconds)
+    return True
 
 
 def export(trainer: Trainer, report: Report) -> Sequence[str]:

@@ -78,7 +78,13 @@ class TrainStep:
         """Metrics of the policy on a batch, with dropout off. Collective."""
         outputs = self._run(batch, reference_logps, training=False)
         dpo = self.policy.dpo
-        return reduce_outputs(outputs, self.objective, dpo.layers, dpo.num_layers)
+        return reduce_outputs(
+            outputs,
+            self.objective,
+            dpo.layers,
+            dpo.num_layers,
+            stop_requested=self.stop_flag.stop_requested,
+        )
 
     def _run(
         self, batch: Batch, reference_logps: ReferenceLogps | None, *, training: bool

@@ -50,6 +50,9 @@ class Trainer:
     step: int = 0
     """Optimizer steps taken."""
 
+    lacks_evaluation: bool = False
+    """Whether the run resumed from a step that was saved before its evaluation: it was stopped."""
+
     eval_values: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the evaluation after the current step; empty if there was none."""
 
@@ -77,8 +80,17 @@ class Trainer:
         """Whether the current step is a multiple of `every_steps`; None is never."""
         return every_steps is not None and self.step % every_steps == 0
 
-    def save(self) -> None:
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether the held-out pairs are evaluated after the current step."""
+        every_steps = self.config.training.eval_every_steps
+        return self.evaluation is not None and (self.is_due(every_steps) or self.is_complete)
+
+    def save(self) -> CheckpointInfo | None:
         """Start to write a checkpoint of this step in the background. Collective.
+
+        Returns:
+            The checkpoint of an earlier save that this one had to wait for.
 
         Raises:
             CheckpointError: on every rank; it cannot be written.
@@ -90,7 +102,9 @@ class Trainer:
         except TrainingError as error:
             raise self.with_last_checkpoint(error) from error
         score = self.eval_values.get(self.config.checkpoint.best_metric)
-        self.checkpoints.save(trainable.model, trainable.optimizer, self.progress(), score=score)
+        return self.checkpoints.save(
+            trainable.model, trainable.optimizer, self.progress(), score=score
+        )
 
     def resume(self, checkpoint: CheckpointInfo) -> None:
         """Load weights, optimizer state and the step from a checkpoint. Collective.
@@ -102,6 +116,7 @@ class Trainer:
         progress = self.checkpoints.load(checkpoint, trainable.model, trainable.optimizer)
         self.step = progress.step
         self.resumed_from = checkpoint.directory
+        self.lacks_evaluation = self.is_evaluation_due and not progress.metrics
 
     def with_last_checkpoint(self, error: TrainingError) -> TrainingError:
         """The error, extended by the checkpoint that the run can resume from. Collective."""

@@ -76,6 +76,25 @@ class Signal:
             yield
 
 
+@dataclass(frozen=True)
+class SignalInEvaluation:
+    """This process receives a signal after so many evaluated batches."""
+
+    batch: int
+
+    @contextmanager
+    def __call__(self, found: dict[str, Any]) -> Iterator[None]:
+        batches: list[None] = []
+
+        def send(*_: Any) -> None:
+            batches.append(None)
+            if len(batches) == self.batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with after_call("train.step:TrainStep", "evaluate", send):
+            yield
+
+
 def stop_after(step: int, **fields: Any) -> Signal:
     """A signal that stops the run, saved, after this step."""
     return Signal(step - 1, **fields)

@@ -14,8 +14,9 @@ import pytest
 
 from megatron_idpo.errors import EXIT_PREEMPTED
 from megatron_idpo.train.metrics.file import read_metrics
+from megatron_idpo.train.metrics.names import EVAL_PAIRS
 
-from .run_hooks import CountSteps, Signal, stop_after
+from .run_hooks import CountSteps, Signal, SignalInEvaluation, stop_after
 from .tiny_run import LORA, STEPS, exported, relative_difference, run, write_config
 
 pytestmark = pytest.mark.distributed
@@ -126,10 +127,38 @@ def test_settings_changed_after_the_last_step_have_no_effect_and_are_not_recorde
 
 
 def test_signal_in_the_last_step_does_not_stop_the_run(tiny, workers, tmp_path):
-    file = write_config(tiny, tmp_path / "run", training={"max_steps": 2})
+    evaluated = {"data": {"eval": str(tiny.held_out)}, "training": {"max_steps": 2}}
+    file = write_config(tiny, tmp_path / "run", **evaluated)
     (outcome,) = workers.run(run, 1, file, Signal(step=1), CountSteps())
     assert (outcome.code, outcome.found["steps"]) == (0, [1, 2])
     assert (tmp_path / "run" / "hf").is_dir()
+    assert evaluated_steps(tmp_path / "run") == [0, 2]
+
+
+def test_stop_does_not_wait_for_an_evaluation_which_the_next_start_makes(tiny, workers, tmp_path):
+    """Schedulers kill a run that needs longer than their notice."""
+    short = {"global_batch_pairs": 2, "eval_every_steps": 2, "max_steps": 6}
+    evaluated = {"data": {"eval": str(tiny.held_out)}, "training": short}
+    file = write_config(tiny, tmp_path / "run", **evaluated)
+    stops = [
+        (SignalInEvaluation(batch=1), [], []),  # of 3, before the first step
+        (SignalInEvaluation(batch=4), [1, 2], [0]),  # of the evaluation after step 2
+        (stop_after(4), [3, 4], [0, 2]),
+    ]
+    for hook, steps, evaluations in stops:
+        (outcome,) = workers.run(run, 1, file, hook, CountSteps())
+        assert (outcome.code, outcome.found["steps"]) == (EXIT_PREEMPTED, steps)
+        assert evaluated_steps(tmp_path / "run") == evaluations
+    (outcome,) = workers.run(run, 1, file, CountSteps())
+    assert (outcome.code, outcome.found["steps"]) == (0, [5, 6])
+    assert evaluated_steps(tmp_path / "run") == [0, 2, 4, 6]
+
+
+def evaluated_steps(output: Path) -> list[int]:
+    """Steps after which the held-out pairs were evaluated; each must be logged once."""
+    records = [record for record in read_metrics(output / "metrics.jsonl") if EVAL_PAIRS in record]
+    assert (output / "metrics.jsonl").read_text().count(f'"{EVAL_PAIRS}"') == len(records)
+    return [int(record["step"]) for record in records]
 
 
 LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
