@@ -73,7 +73,9 @@ def new_directory(
     Raises:
         CheckpointError: the target cannot be written.
     """
-    target = target.resolve()  # a link is kept, the directory that it points to is replaced
+    # A link is kept, the directory that it points to is replaced. Only rank 0 looks: NFS would
+    # remember on other machines that the target is absent, also when it is complete.
+    target = broadcast_from_rank0(target.resolve)
     directory = begin_together(
         target, marker=marker, overwrite=overwrite, needed_bytes=needed_bytes
     )

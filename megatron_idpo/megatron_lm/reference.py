@@ -24,7 +24,12 @@ from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.cpu.redirect import default_device
 from megatron_idpo.mcore.model.build import global_parameters
 from megatron_idpo.mcore.parallel.groups import ModelGroups
-from megatron_idpo.mcore.parallel.world import all_gather_objects, is_rank0, raise_on_all_ranks
+from megatron_idpo.mcore.parallel.world import (
+    all_gather_objects,
+    is_rank0,
+    raise_on_all_ranks,
+    read_on_rank0,
+)
 from megatron_idpo.plugin.outputs import LayerOutput
 from megatron_idpo.reference.cache import (
     CacheWriter,
@@ -67,9 +72,8 @@ def reference_logps(
         CheckpointError: on every rank. The cache was made from other pairs, layers or weights; or
             there is none at a later iteration.
     """
-    saved: Fingerprint | None = None
-    with raise_on_all_ranks("opening the reference cache"):
-        saved = read_fingerprint(cache)
+    # Only rank 0 looks, as in `reference/run_caches.py`.
+    saved = read_on_rank0("opening the reference cache", lambda: read_fingerprint(cache))
     if iteration == 0:
         required = replace(required, weights=PREFIX + weights_identity())
     if saved is not None and not saved.weights.startswith(PREFIX):
@@ -77,8 +81,8 @@ def reference_logps(
         required = replace(saved, data=required.data, pairs=required.pairs, layers=required.layers)
     elif saved is not None and iteration > 0:
         required = replace(required, weights=saved.weights)
-    exists = False
-    with raise_on_all_ranks("opening the reference cache"):
+
+    def check() -> bool:
         exists = is_complete(cache, required)
         if not exists and iteration > 0:
             message = f"has no complete cache, and the weights of iteration {iteration} are trained"
@@ -87,11 +91,11 @@ def reference_logps(
                 "from the initial weights with --train-iters 0 --finetune and the same cache"
             )
             raise CheckpointError.at(str(cache), message, remedy)
-    if not exists:
+        return exists
+
+    if not read_on_rank0("opening the reference cache", check):
         _write(cache, required, compute())
-    with raise_on_all_ranks("reading the reference cache"):
-        return open_cache(cache, required)
-    raise AssertionError  # the block above returns or raises
+    return read_on_rank0("reading the reference cache", lambda: open_cache(cache, required))
 
 
 def _write(cache: Path, fingerprint: Fingerprint, logps_PL2: Logps) -> None:

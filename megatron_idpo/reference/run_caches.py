@@ -14,13 +14,8 @@ from megatron_idpo.data.packing.batches import RowSettings
 from megatron_idpo.data.pairs import stream_pairs
 from megatron_idpo.data.run_pairs import RunPairs
 from megatron_idpo.data.tokenize.dataset import PairDataset
-from megatron_idpo.errors import CheckpointError, ConfigError
-from megatron_idpo.mcore.parallel.world import (
-    StopFlag,
-    all_gather_objects,
-    is_rank0,
-    raise_on_all_ranks,
-)
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore.parallel.world import StopFlag, is_rank0, raise_on_all_ranks, read_on_rank0
 from megatron_idpo.reference.cache import EVAL, CacheWriter, is_complete, lock_cache, open_cache
 from megatron_idpo.reference.fingerprint import fingerprint
 from megatron_idpo.reference.score import CachePart, score_pairs
@@ -77,7 +72,7 @@ class RunCaches:
                 damaged.
         """
         # A list, not a generator: every rank must take part in every check.
-        return all([_is_complete_on_all_ranks(part) for part in self.parts])
+        return all([_is_complete(part) for part in self.parts])
 
     def score(self, source: Reference, rows: RowSettings, stop_flag: StopFlag) -> bool:
         """Compute what is missing. Collective.
@@ -98,7 +93,7 @@ class RunCaches:
                 if is_rank0():
                     stack.enter_context(lock_cache(self.directory))
             for part in self.parts:
-                if _is_complete_on_all_ranks(part):
+                if _is_complete(part):
                     continue
                 if not score_pairs(source, part, rows, stop_flag):
                     return False
@@ -140,30 +135,28 @@ class RunCaches:
         Raises:
             CheckpointError: on every rank; one is damaged.
         """
-        with raise_on_all_ranks("reading the reference cache"):
-            return [
-                CachedReference(
-                    part.fingerprint.layers, open_cache(part.directory, part.fingerprint)
-                )
-                for part in self.parts
-            ]
+        tables = read_on_rank0(
+            "reading the reference cache",
+            lambda: [open_cache(part.directory, part.fingerprint) for part in self.parts],
+        )
+        return [
+            CachedReference(part.fingerprint.layers, logps_PL2)
+            for part, logps_PL2 in zip(self.parts, tables, strict=True)
+        ]
 
 
-def _is_complete_on_all_ranks(part: CachePart) -> bool:
-    """Whether a cache is complete. Collective: every rank reads the directory itself.
+def _is_complete(part: CachePart) -> bool:
+    """Whether a cache is complete. Collective.
+
+    Only rank 0, which writes caches, looks: a machine remembers for half a minute or more that a
+    file is not on NFS, also when another one has written it meanwhile.
 
     Raises:
-        CheckpointError: on every rank; it was made from other inputs, is damaged, or only some
-            ranks see it.
+        CheckpointError: on every rank; it was made from other inputs, or is damaged.
     """
-    with raise_on_all_ranks("checking the reference cache"):
-        here = is_complete(part.directory, part.fingerprint)
-    ranks = all_gather_objects(here)
-    if len(set(ranks)) > 1:
-        message = f"complete on {sum(ranks)} of {len(ranks)} ranks"
-        remedy = "use a directory that all machines share; if it is shared, retry"
-        raise CheckpointError.at(str(part.directory), message, remedy)
-    return here
+    return read_on_rank0(
+        "checking the reference cache", lambda: is_complete(part.directory, part.fingerprint)
+    )
 
 
 def cache_directory(config: RunConfig) -> Path:

@@ -57,6 +57,26 @@ def test_failing_body_leaves_the_old_directory(workers, companions, tmp_path):
     assert not list(tmp_path.glob(".out*"))
 
 
+def write_without_looking(target: str, companions: list[str]) -> None:
+    """Ranks but the first do not ask the file system for the target before it is complete."""
+    from contextlib import nullcontext
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    is_first = dist.get_rank() == 0
+    looked = AssertionError("looked for the target")
+    with nullcontext() if is_first else patch.object(Path, "resolve", side_effect=looked):
+        write(target, companions)
+    assert Path(target).is_dir()
+
+
+@pytest.mark.distributed
+def test_other_machines_do_not_remember_that_the_target_was_absent(workers, companions, tmp_path):
+    """NFS would, and the next step of sDPO would not see the snapshot."""
+    workers.run(write_without_looking, 2, str(tmp_path / "out"), companions)
+
+
 def wait_for_removal(target: str, companions: list[str]) -> int:
     """On every rank: fails; returns the number of leftovers when this rank may exit."""
     import time

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import ConfigError
+from megatron_idpo.reference.cache import CacheWriter
 from megatron_idpo.reference.run_caches import cache_directory
 
-from .tiny_cache import Files, score_config
+from .tiny_cache import Files, fingerprint, logps, score_config
 
 
 def check_caches(file: str, changes: Sequence[Sequence[str]]) -> list[str]:
@@ -95,6 +97,36 @@ def test_missing_layers_are_named(tiny: Files, workers: Any, tmp_path: Path) -> 
         "cache lacks layers 1, 3; set reference.cache to a new directory, or delete it to score"
         in message[0]
     )
+
+
+def only_rank_0_sees(cache: Path) -> tuple[bool, list[Any]]:
+    """Whether a cache is complete, and its tables, where other ranks do not see it."""
+    from contextlib import nullcontext
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    from megatron_idpo.reference import run_caches
+    from megatron_idpo.reference.score import CachePart
+
+    part: Any = CachePart(None, cache, fingerprint(), "training pairs")  # type: ignore[arg-type]
+    caches = run_caches.RunCaches(cache, model=None, parts=(part,))  # type: ignore[arg-type]
+    is_first = dist.get_rank() == 0
+    with nullcontext() if is_first else patch.object(Path, "exists", return_value=False):
+        return caches.are_complete(), [each.logps_PL2 for each in caches.open()]
+
+
+@pytest.mark.distributed
+def test_a_machine_that_remembers_the_absence_of_a_cache_can_use_it(
+    workers: Any, tmp_path: Path
+) -> None:
+    """NFS: it looked before rank 0 had written the cache."""
+    writer = CacheWriter(tmp_path, fingerprint())
+    writer.add(logps())
+    writer.finish()
+    for is_complete, tables in workers.run(only_rank_0_sees, 2, tmp_path):
+        assert is_complete
+        np.testing.assert_array_equal(tables, [logps()])
 
 
 def _copy(model: Path, target: Path) -> Path:
