@@ -13,10 +13,12 @@ after a stop, and not after an error of the user.
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from torch.distributed import DistNetworkError
+from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import (
@@ -29,11 +31,19 @@ from torch.distributed.run import main as torchrun
 from megatron_idpo.cli.agent import SignalForwarder, exit_code, use_agent
 from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
 
+EXIT_CODE_FILE = "EXIT_CODE_FILE"
+"""Environment: where to write the exit code of a failure, for a scheduler that reports only one of
+all machines' (`slurm.sh`)."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun in this process and return the workers' exit code."""
     with SignalForwarder() as forwarder:
-        return _run(arguments, forwarder)
+        code = _run(arguments, forwarder)
+    if (file := os.environ.get(EXIT_CODE_FILE)) and code not in (0, EXIT_PREEMPTED):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(f"{code}\n")
+    return code
 
 
 def _run(arguments: Sequence[str], forwarder: SignalForwarder) -> int:
@@ -71,6 +81,16 @@ def _run(arguments: Sequence[str], forwarder: SignalForwarder) -> int:
             file=sys.stderr,
         )
         return EXIT_PEER_LOST
+    except DistStoreError as error:
+        came = re.search(r"(\d+)/(\d+) clients joined", str(error))
+        if came is None:
+            raise
+        print(
+            f"node.py: {came[1]} of {came[2]} machines have come; start it again when all can "
+            f"(exit code {EXIT_PREEMPTED})",
+            file=sys.stderr,
+        )
+        return EXIT_PREEMPTED
     except DistNetworkError as error:
         remedy = "check --master-addr, or choose another --master-port if another run uses this one"
         print(f"node.py: the rendezvous failed: {error}; {remedy}", file=sys.stderr)

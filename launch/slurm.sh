@@ -98,11 +98,25 @@ fi
 # would report the kill (143) instead of the exit code of the first task.
 # exec, because Slurm signals only the first process of a task.
 code=0
+codes="slurm-${SLURM_JOB_ID:-}.codes"
+rm -rf "$codes"
 # shellcheck disable=SC2016 # expanded by the shell of each task
 srun --ntasks "${#hosts[@]}" --ntasks-per-node 1 --cpu-bind none --kill-on-bad-exit=0 --wait 120 \
     "${srun_options[@]}" bash -c \
-    'exec "${@:2:$1}" launch/node.py --node-rank "$SLURM_NODEID" "${@:$1+2}"' task \
-    "${#program[@]}" "${program[@]}" "${run[@]}" || code=$?
+    'EXIT_CODE_FILE="$0/$SLURM_NODEID" exec "${@:2:$1}" launch/node.py --node-rank "$SLURM_NODEID" "${@:$1+2}"' \
+    "$codes" "${#program[@]}" "${program[@]}" "${run[@]}" || code=$?
+
+# srun reports the largest code. The machine that failed by itself, with an error of the user or a
+# crash, has a smaller one than those that lost it.
+if ((code != EXIT_PREEMPTED)); then
+    for failure in "$EXIT_USER_ERROR" 1; do
+        if grep -qsx "$failure" "$codes"/*; then
+            code="$failure"
+            break
+        fi
+    done
+fi
+rm -rf "$codes"
 
 if ((code == EXIT_PREEMPTED)); then
     if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-100})); then

@@ -66,6 +66,14 @@ class Slurm:
             timeout=60,
         )
 
+    def checkout(self) -> Path:
+        """A directory to submit from, where files of the job are kept, as is the log."""
+        directory = self.root / "checkout"
+        directory.mkdir()
+        for name in ("launch", "examples"):
+            (directory / name).symlink_to(ROOT / name)
+        return directory
+
     def has_requeued(self) -> bool:
         return f"scontrol requeue {JOB_ID}" in self.calls.read_text().splitlines()
 
@@ -138,11 +146,7 @@ def test_run_that_lost_a_process_is_queued_again_a_few_times(
     slurm: Slurm, codes: tuple[int, int], settings: dict[str, str], code: int, requeues: int
 ) -> None:
     python = slurm.program("python_fake", f'c=({codes[0]} {codes[1]}); exit "${{c[SLURM_NODEID]}}"')
-    submitted_from = slurm.root / "checkout"  # where the count is kept, as is the log
-    submitted_from.mkdir()
-    for name in ("launch", "examples"):
-        (submitted_from / name).symlink_to(ROOT / name)
-    settings |= {"PYTHON": str(python), "SLURM_SUBMIT_DIR": str(submitted_from)}
+    settings |= {"PYTHON": str(python), "SLURM_SUBMIT_DIR": str(slurm.checkout())}
     messages = []
     for restarts in range(5):  # preemptions count in SLURM_RESTART_COUNT too, and do not matter
         process = slurm.sbatch(EXAMPLE, SLURM_RESTART_COUNT=str(restarts), **settings)
@@ -152,6 +156,32 @@ def test_run_that_lost_a_process_is_queued_again_a_few_times(
     assert sum("is queued again" in message for message in messages) == requeues
     if requeues:
         assert f"already restarted {requeues} times" in messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "requeues"),
+    [
+        ((1, EXIT_PEER_LOST), 1, False),  # a bug on one machine
+        ((EXIT_PEER_LOST, 1), 1, False),
+        ((EXIT_USER_ERROR, EXIT_PEER_LOST), EXIT_USER_ERROR, False),
+        ((EXIT_PEER_LOST, 137), 137, True),
+        ((1, EXIT_PREEMPTED), EXIT_PREEMPTED, True),  # all is saved
+    ],
+)
+def test_machine_that_failed_by_itself_decides(
+    slurm: Slurm, codes: tuple[int, int], code: int, requeues: bool
+) -> None:
+    """srun reports the largest code, that of the machine which lost the other one."""
+    python = slurm.program(
+        "python_fake",
+        f'c=({codes[0]} {codes[1]}); code="${{c[SLURM_NODEID]}}"\n'
+        'mkdir -p "${EXIT_CODE_FILE%/*}"; echo "$code" >"$EXIT_CODE_FILE"; exit "$code"',
+    )
+    submitted_from = slurm.checkout()
+    settings = {"PYTHON": str(python), "SLURM_SUBMIT_DIR": str(submitted_from)}
+    process = slurm.sbatch(EXAMPLE, **settings)
+    assert (process.returncode, slurm.has_requeued()) == (code, requeues), process.stderr
+    assert not list(submitted_from.glob("*.codes"))
 
 
 CONTAINERS = {
@@ -198,7 +228,8 @@ def test_task_that_ends_does_not_kill_tasks_that_still_save(slurm: Slurm) -> Non
     slurm.sbatch(EXAMPLE, PYTHON=str(slurm.program("python_fake", "exit 0")))
     (srun,) = (line for line in slurm.calls.read_text().splitlines() if line.startswith("srun"))
     assert "--kill-on-bad-exit=0" in srun and re.search(r"--wait [1-9]", srun)
-    assert "bash -c exec " in srun  # Slurm signals a task's first process only
+    # Slurm signals a task's first process only.
+    assert re.search(r"bash -c EXIT_CODE_FILE=\S+ exec ", srun)
 
 
 def test_sbatch_options_that_the_script_depends_on() -> None:
