@@ -164,12 +164,28 @@ def _rendezvous(timeout: timedelta) -> None:
     announce(store, rank)
     dist.init_process_group(
         backend(),
-        store=dist.PrefixStore("default_pg", store),
+        store=dist.PrefixStore(_store_prefix(), store),
         rank=rank,
         world_size=size,
         timeout=timeout,
         device_id=_nccl_device(),
     )
+
+
+def _store_prefix() -> str:
+    """Of the process group's keys: another one after a restart.
+
+    torchrun's store keeps the addresses of processes that have ended (pytorch#135712). Each machine
+    counts restarts for itself. The counts agree on one machine, and in `launch/node.py`, which uses
+    the store of torchrun for a fixed set of machines only.
+    """
+    is_fixed = "1" in (
+        os.environ.get("GROUP_WORLD_SIZE"),
+        os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE"),
+    )
+    if is_fixed and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return f"default_pg/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return "default_pg"
 
 
 def _store_error(reason: str) -> ConfigError:
@@ -263,9 +279,9 @@ def raise_on_all_ranks(step: str) -> Iterator[None]:
     for rank, other in enumerate(reasons):
         if other is not None:
             kind, message, exit_code = other
-            error = _ERROR_TYPES.get(kind, UserError)(f"{step} failed on rank {rank}: {message}")
-            error.exit_code = exit_code
-            raise error
+            raised = _ERROR_TYPES.get(kind, UserError)(f"{step} failed on rank {rank}: {message}")
+            raised.exit_code = exit_code
+            raise raised
 
 
 def broadcast_from_rank0[Value](compute: Callable[[], Value]) -> Value:

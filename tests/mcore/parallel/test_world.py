@@ -206,7 +206,12 @@ IN_USE = dist.DistNetworkError("The server socket has failed to listen (EADDRINU
 @pytest.fixture
 def two_ranks(monkeypatch):
     """The environment of a rank that has not joined yet."""
-    for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
+    for name in (
+        "TORCHELASTIC_USE_AGENT_STORE",
+        "TORCHELASTIC_RESTART_COUNT",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+        "GROUP_WORLD_SIZE",
+    ):
         monkeypatch.delenv(name, raising=False)
     values = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
     for name, value in values.items():
@@ -240,6 +245,44 @@ def test_a_store_that_ends_while_others_join_is_a_lost_process(two_ranks, monkey
     with pytest.raises(dist.DistNetworkError) as raised:
         world._rendezvous(timedelta(seconds=1))
     assert is_lost_peer(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "prefix"),
+    [
+        ({}, "default_pg"),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "1"}, "default_pg/2"),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "3"}, "default_pg"),
+        (
+            {
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "GROUP_WORLD_SIZE": "3",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            },
+            "default_pg/2",
+        ),
+        (
+            {
+                "TORCHELASTIC_USE_AGENT_STORE": "False",
+                "GROUP_WORLD_SIZE": "3",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            },
+            "default_pg",
+        ),
+    ],
+)
+def test_a_restart_does_not_read_what_processes_before_it_have_stored(
+    two_ranks, monkeypatch, launcher, prefix
+):
+    """Where all machines count the same restarts."""
+    for name, value in {"TORCHELASTIC_RESTART_COUNT": "2", **launcher}.items():
+        monkeypatch.setenv(name, value)
+    store, joined = dist.HashStore(), []
+    monkeypatch.setattr(world, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **given: joined.append(given))
+    world._rendezvous(timedelta(seconds=1))
+    joined[0]["store"].set("address", "own")
+    assert store.get(f"{prefix}/address") == b"own"
 
 
 # --- stop signals -----------------------------------------------------------------------------
