@@ -84,6 +84,20 @@ class UserError(Exception):
         return cls.of([Problem(location, message, remedy)])
 
     @classmethod
+    def of_os_error(cls, location: str, message: str, error: OSError, remedy: str = "") -> Self:
+        """This error for a failed system call, with its remedy and its exit code.
+
+        Args:
+            location: of the problem.
+            message: what failed, and why.
+            error: as raised.
+            remedy: as for `on_os_error`.
+        """
+        raised = cls.at(location, message, os_remedy(error, remedy))
+        raised.exit_code = os_exit_code(error, raised.exit_code)
+        return raised
+
+    @classmethod
     @contextmanager
     def on_os_error(cls, location: str, message: str, remedy: str = "") -> Iterator[None]:
         """Turns an `OSError` of the block into this error: `message`, then the system's reason.
@@ -98,9 +112,7 @@ class UserError(Exception):
             yield
         except OSError as error:
             reason = f"{message}: {error.strerror or error}"
-            raised = cls.at(location, reason, os_remedy(error, remedy))
-            raised.exit_code = os_exit_code(error, raised.exit_code)
-            raise raised from None
+            raise cls.of_os_error(location, reason, error, remedy) from None
 
 
 _SPACE = "free some space, or name a path on another file system"

@@ -46,7 +46,7 @@ from torch.futures import Future
 
 from megatron_idpo.checkpoint.contents import Contents
 from megatron_idpo.checkpoint.dcp_metadata import read_dcp_metadata
-from megatron_idpo.errors import CheckpointError, os_remedy
+from megatron_idpo.errors import CheckpointError
 from megatron_idpo.storage.checksums import CHANGED, Checksum
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -320,9 +320,9 @@ def _write_error(path: Path, content: str, error: BaseException) -> CheckpointEr
         system = cause
     if system.errno in _FULL:
         message = f"the disk or quota is full: no space for {content}"
-        return CheckpointError.at(str(path), message, os_remedy(system))
+        return CheckpointError.of_os_error(str(path), message, system)
     message = f"{content} cannot be written: {system.strerror}"
-    return CheckpointError.at(str(path), message, os_remedy(system))
+    return CheckpointError.of_os_error(str(path), message, system)
 
 
 def first_failure(failed: CheckpointException) -> BaseException:
@@ -341,5 +341,5 @@ def write_failure(failed: CheckpointException, location: Path) -> BaseException:
     error = first_failure(failed)
     if isinstance(error, OSError):
         message = f"cannot be written: {error.strerror}"
-        return CheckpointError.at(str(location), message, os_remedy(error))
+        return CheckpointError.of_os_error(str(location), message, error)
     return error

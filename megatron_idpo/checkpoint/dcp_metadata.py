@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_idpo.errors import CheckpointError, os_remedy
+from megatron_idpo.errors import CheckpointError
 
 FILE = ".metadata"
 
@@ -92,7 +92,7 @@ def read_dcp_metadata(directory: Path) -> Metadata:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         message, remedy = f"is missing or damaged ({reason})", "copy the checkpoint here again"
         if isinstance(error, OSError):
-            remedy = os_remedy(error, remedy)
+            raise CheckpointError.of_os_error(str(path), message, error, remedy) from error
         raise CheckpointError.at(str(path), message, remedy) from error
     assert isinstance(metadata, Metadata)
     return metadata

@@ -15,7 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from megatron_idpo.checkpoint.metadata import FILE as PROGRESS
-from megatron_idpo.errors import CheckpointError, UserError, os_remedy
+from megatron_idpo.errors import CheckpointError, UserError
 from megatron_idpo.mcore.parallel.world import (
     barrier,
     broadcast_from_rank0,
@@ -132,7 +132,7 @@ def copy_companions(companions: Sequence[Path], directory: Path) -> None:
             shutil.copyfile(path, directory / path.name)
     except OSError as error:
         location, message = str(error.filename or directory), f"cannot be copied ({error.strerror})"
-        raise CheckpointError.at(location, message, os_remedy(error)) from error
+        raise CheckpointError.of_os_error(location, message, error) from error
 
 
 def companion_files(checkpoint: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_idpo.errors import CheckpointError, os_remedy
+from megatron_idpo.errors import CheckpointError
 from megatron_idpo.storage.atomic import write_bytes
 
 Logps = NDArray[np.float32]
@@ -131,5 +131,5 @@ def damaged(path: Path, error: Exception | str) -> CheckpointError:
     message = f"not a reference cache, or damaged ({reason})"
     remedy = "delete it to score again"
     if isinstance(error, OSError):
-        remedy = os_remedy(error, remedy)
+        return CheckpointError.of_os_error(str(path), message, error, remedy)
     return CheckpointError.at(str(path), message, remedy)

@@ -184,8 +184,8 @@ def run_start_check(trainer: Trainer, report: Report) -> None:
 def train_steps(trainer: Trainer, report: Report) -> bool:
     """Step, report, evaluate and save until the last step or a stop signal.
 
-    A stop comes before an evaluation, which may take longer than the scheduler waits. That of the
-    last step is made after the save then, that of another one by the next start.
+    A stop does not wait for an evaluation, which may take longer than the scheduler does. The one
+    after the last step then follows the save; another one is made by the next start.
 
     Args:
         trainer: of a run that is not complete.

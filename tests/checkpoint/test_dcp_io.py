@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_idpo.checkpoint import dcp_io
 from megatron_idpo.config.layout import Layout
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_USER_ERROR, CheckpointError
 
 pytestmark = pytest.mark.distributed
 
@@ -95,6 +96,14 @@ def test_failed_write_is_the_same_error_on_all_ranks(error, message, workers, tm
     (tmp_path / "out").mkdir()
     answers = workers.run(write_and_read, 2, str(tmp_path / "out"), 1, error)
     assert answers == [("CheckpointError", f"shown/__1_0.distcp: {message}")] * 2
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"), [(errno.EIO, EXIT_PEER_LOST), (errno.ENOSPC, EXIT_USER_ERROR)]
+)
+def test_storage_that_fails_is_not_an_error_of_the_user(code, exit_code):
+    for system in (system_error(code), within_torch_save(code)):
+        assert dcp_io._write_error(Path("x"), "tensor 'rows'", system).exit_code == exit_code
 
 
 def test_unwritable_directory_is_reported(workers, tmp_path):

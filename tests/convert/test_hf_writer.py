@@ -22,7 +22,7 @@ from megatron_idpo.convert.hf_io import writer as hf_writer
 from megatron_idpo.convert.hf_io.reader import INDEX_FILE, SINGLE_FILE, HfCheckpoint
 from megatron_idpo.convert.hf_io.safetensors_file import CHECKSUMS, TensorSpec
 from megatron_idpo.convert.hf_io.writer import HfWriter
-from megatron_idpo.errors import CheckpointError
+from megatron_idpo.errors import EXIT_PEER_LOST, CheckpointError
 from megatron_idpo.storage import atomic
 
 
@@ -317,8 +317,9 @@ def test_full_disk_leaves_nothing_behind(
 def test_io_error_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_writer.os, "pwrite", full(errno.EIO))
     message = r"model\.safetensors: tensor 'layers.2.weight' cannot be written: Input/output error"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as raised:
         export(tmp_path / "out", weights_of(3))
+    assert raised.value.exit_code == EXIT_PEER_LOST
     assert list(tmp_path.iterdir()) == []
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from megatron_idpo.convert.hf_io.reader import INDEX_FILE, SINGLE_FILE
 from megatron_idpo.convert.hf_io.safetensors_file import CHECKSUMS, FilePlan, TensorSpec, plan_file
-from megatron_idpo.errors import CheckpointError, UserError, os_remedy
+from megatron_idpo.errors import CheckpointError, UserError
 from megatron_idpo.mcore.parallel.world import (
     all_gather_objects,
     barrier,
@@ -234,12 +234,13 @@ class HfWriter:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            message = f"{content} cannot be written: {error.strerror}"
-            remedy = os_remedy(error)
+            location = str(self.target / file)
             if error.errno in _FULL:
                 message = f"the disk or quota is full: no space for {content}, {num_bytes:,} bytes"
                 remedy = f"the whole export needs {self.num_bytes:,} bytes"
-            raise CheckpointError.at(str(self.target / file), message, remedy) from None
+                raise CheckpointError.at(location, message, remedy) from None
+            message = f"{content} cannot be written: {error.strerror}"
+            raise CheckpointError.of_os_error(location, message, error) from None
 
 
 def write_together(
