@@ -113,8 +113,9 @@ def save_charts(
     title: str = "",
     legend: Legend = (),
     footnote: str = "",
+    columns: int = 2,
 ) -> None:
-    """Write charts as one file, in two columns; a PNG is 1,800 pixels wide.
+    """Write charts as one file; a column of a PNG is 900 pixels wide.
 
     Args:
         charts: in rows from the left.
@@ -123,15 +124,17 @@ def save_charts(
         title: above all charts.
         legend: below them, the same for all.
         footnote: what the legend leaves open.
+        columns: 1 for a page that is also read on a phone.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    rows = -(-len(charts) // 2)
-    inches = (2 * _PANEL_INCHES[0], rows * _PANEL_INCHES[1])
+    rows = -(-len(charts) // columns)
+    inches = (columns * _PANEL_INCHES[0], rows * _PANEL_INCHES[1])
     figure = _new_figure(inches, dpi=_DPI, pad_inches=0.12)
     figure.suptitle(title, fontsize=FONT_SIZE, color=INK, parse_math=False)
-    for chart, axes in zip(charts, figure.subplots(rows, 2, squeeze=False).flat, strict=False):
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for chart, axes in zip(charts, panels.flat, strict=False):
         prepare_axes(axes)
         axes.set_title(chart.title, loc="left", fontsize=FONT_SIZE, fontweight="bold", color=INK)
         axes.set_title(chart.note, loc="right", fontsize=SMALL, color=QUIET)
@@ -145,7 +148,7 @@ def save_charts(
             title=footnote,
             title_fontproperties={"size": SMALL},
             loc="outside lower center",
-            ncols=6,
+            ncols=3 * columns,
             frameon=False,
             fontsize=FONT_SIZE,
         )

@@ -156,7 +156,7 @@ def _draw_layers(output: RunDirectory, directory: Path) -> Path | None:
     # Only rank 0 draws: importing matplotlib takes most of a second on a core.
     from megatron_idpo.train.metrics.curves import LAYER_CHARTS, draw_curves
 
-    draw_curves(output.metrics, directory / PICTURE, pictured=LAYER_CHARTS)
+    draw_curves(output.metrics, directory / PICTURE, pictured=LAYER_CHARTS, columns=1)
     return directory / PICTURE
 
 

@@ -166,6 +166,14 @@ def test_png_has_two_columns(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.png"]
 
 
+def test_png_of_one_column_has_its_charts_below_each_other(tmp_path: Path) -> None:
+    save_charts([CHART] * 3, tmp_path / "c.png", columns=1)
+    pixels = imread(tmp_path / "c.png")
+    assert pixels.shape[:2] == (1800, 900)
+    is_drawn = (pixels[..., :3] < 1).any(axis=-1)
+    assert all(is_drawn[first : first + 600].mean() > 0.005 for first in (0, 600, 1200))
+
+
 def test_file_has_titles_notes_and_legend(tmp_path: Path, saved_figures: list[Figure]) -> None:
     legend = [("a$b", series_style(0))]
     save_charts([CHART], tmp_path / "c.svg", title="runs/$x$", legend=legend, footnote="means")

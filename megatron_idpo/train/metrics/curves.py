@@ -41,7 +41,12 @@ LAYER_CHARTS = (charts.LOSS, charts.MARGIN, charts.ACCURACY)
 
 
 def draw_curves(
-    metrics_path: Path, target: Path, *, title: str = "", pictured: Sequence[str] = _PICTURED
+    metrics_path: Path,
+    target: Path,
+    *,
+    title: str = "",
+    pictured: Sequence[str] = _PICTURED,
+    columns: int = 2,
 ) -> None:
     """Write the training charts of a run as a PNG.
 
@@ -50,6 +55,7 @@ def draw_curves(
         target: the file; its directory is created if needed.
         title: the run's name.
         pictured: the quantities.
+        columns: of charts.
 
     Raises:
         ConfigError: the metrics cannot be read, or the PNG cannot be written.
@@ -66,6 +72,7 @@ def draw_curves(
         title=title,
         legend=[(line.label, line.style) for line in lines],
         footnote=charts.smoothing_note(lines),
+        columns=columns,
     )
 
 
