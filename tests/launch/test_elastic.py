@@ -3,9 +3,7 @@
 import re
 import shutil
 import signal
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -48,16 +46,14 @@ def is_pending(number: int, pid: int) -> bool:
     return bool(pending >> (number - 1) & 1)
 
 
-def resumed_by_hand(
-    files, workers, output: Path, log: str, processes: int, layout: Mapping[str, Any] | None = None
-) -> Path:
+def resumed_by_hand(files, workers, output: Path, log: str, processes: int) -> Path:
     """The same run, stopped where `log` resumed, and resumed in the new size."""
     (step,) = re.findall(r"resuming from step (\d+)", log)
     by_hand = output.with_name("by_hand")
     for saved in (output / "checkpoints").glob("step-*"):
         if int(saved.name.removeprefix("step-")) <= int(step):
             shutil.copytree(saved, by_hand / "checkpoints" / saved.name)
-    workers.run(run, processes, config(files, by_hand, layout=layout), timeout_s=START_S)
+    workers.run(run, processes, config(files, by_hand), timeout_s=START_S)
     return by_hand
 
 
@@ -97,38 +93,6 @@ def test_a_machine_that_joins_is_used_from_the_next_step_on(files, workers, undi
     assert_same_weights(output, by_hand)
     difference = relative_difference(exported(output), exported(undisturbed))
     assert difference < FIRST_STEPS_TOLERANCE
-
-
-def test_a_machine_that_does_not_fit_waits_until_another_one_comes(files, workers, tmp_path):
-    """With two pipeline stages a third machine is of no use, and a fourth one is."""
-    output, log = tmp_path / "run", tmp_path / "a.log"
-    layout = {"pipeline": 2}
-    file = config(files, output, layout=layout)
-    with two_nodes() as nodes:
-        commands = [elastic_command(node, file, numbers="2:4") for node in nodes]
-        started = [
-            node.start(command, tmp_path / f"{node.name}.log")
-            for node, command in zip(nodes, commands, strict=True)
-        ]
-        wait_for_steps(output, 3, started, log)
-        workers_there = [node.workers() for node in nodes]
-        for node, pids in zip(nodes, workers_there, strict=True):
-            # Still training when all have come; none is lost to the other while both are stopped.
-            node.signal(signal.SIGSTOP, pids)
-        (worker,), _ = workers_there
-        for node in nodes:
-            command = elastic_command(node, file, numbers="2:4", is_host=False)
-            started.append(node.start(command, tmp_path / f"{node.name}2.log"))
-            if node is nodes[0]:
-                wait_until(lambda: "not used: 1" in log.read_text() or has_ended(started), START_S)
-                assert not is_pending(signal.SIGTERM, worker), log.read_text()
-        wait_until(lambda: is_pending(signal.SIGTERM, worker) or has_ended(started), START_S)
-        for node, pids in zip(nodes, workers_there, strict=True):
-            node.signal(signal.SIGCONT, pids)
-        assert [machine.wait(START_S) for machine in started] == [0] * 4, log.read_text()
-    assert "3 machines do not fit the run (2, 4 do), so the run continues on 2" in log.read_text()
-    by_hand = resumed_by_hand(files, workers, output, log.read_text(), 4, layout)
-    assert_same_weights(output, by_hand)
 
 
 def test_without_the_host_of_the_rendezvous_the_run_ends_and_resumes(

@@ -26,7 +26,10 @@ from pathlib import Path
 
 mode, directory = sys.argv[1], Path(sys.argv[2])
 rank = int(os.environ["RANK"])
-if mode == "grows":  # a separate world for each size
+if mode in ("grows", "even"):  # a separate world for each size
+    if mode == "even" and rank == 0:
+        from megatron_idpo.mcore.watchdog.launch_notes import Launch, set_usable
+        set_usable(Launch.from_environment().connect(60.0), [2, 4])
     directory /= os.environ["WORLD_SIZE"]
     directory.mkdir(exist_ok=True)
 stop = directory / "stop"  # in place of the collective in which the ranks agree
@@ -46,6 +49,8 @@ sys.exit(75)
 
 TIMEOUT_S = 180.0
 """Importing torch takes many seconds on a busy machine."""
+
+WAIT_S = 20.0
 
 
 @pytest.mark.parametrize(
@@ -157,6 +162,31 @@ def test_a_machine_that_joins_restarts_all_others(machines: Machines) -> None:
     machines.started[1].send_signal(signal.SIGTERM)
     codes = [machine.wait(TIMEOUT_S) for machine in machines.started]
     assert codes == [EXIT_PREEMPTED] * 4
+
+
+@pytest.mark.exhaustive  # the decision is in `test_agent.py`
+def test_a_machine_that_does_not_fit_waits_for_another_one(machines: Machines) -> None:
+    rendezvous = ("--nnodes", "2:4", "--rdzv-backend", "c10d", "--rdzv-id", "test")
+    rendezvous += ("--rdzv-endpoint", f"127.0.0.1:{machines.port}")
+    rendezvous += ("--rdzv-conf", "last_call_timeout=1,is_host=")
+    for index in range(4):
+        host = f"{rendezvous[-1]}{int(index == 0)}"
+        machines.start("even", options=(*rendezvous[:-1], host))
+        if index == 1:
+            wait_for(
+                lambda: all((machines.directory / f"2/ready-{rank}").exists() for rank in "01")
+            )
+        if index == 2:
+            # Longer than torchrun's rendezvous keeps a machine that sends no keep-alive.
+            time.sleep(WAIT_S)
+            assert not (machines.directory / "3").exists()
+    wait_for(lambda: all((machines.directory / f"4/ready-{rank}").exists() for rank in range(4)))
+    assert all(machine.poll() is None for machine in machines.started)
+    machines.started[0].send_signal(signal.SIGTERM)
+    outputs = [machine.communicate(timeout=TIMEOUT_S) for machine in machines.started]
+    assert [machine.returncode for machine in machines.started] == [EXIT_PREEMPTED] * 4
+    errors = "".join(error for _, error in outputs)
+    assert errors.count("3 machines do not fit the run (2, 4 do), so the run continues on 2") == 1
 
 
 def test_workers_may_save_longer_than_torchruns_shutdown_timeout(machines: Machines) -> None:

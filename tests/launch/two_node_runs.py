@@ -1,7 +1,7 @@
 """Runs of a tiny model on two machines, and what they must leave behind."""
 
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,12 @@ START_S = 240.0
 """Until a run has ended, on a busy machine."""
 
 
-def config(
-    files: Files, output: Path, *, layout: Mapping[str, Any] | None = None, **data: Any
-) -> str:
-    """A configuration that saves often; `layout` and `data` change these sections."""
+def config(files: Files, output: Path, **data: Any) -> str:
+    """A configuration that saves often; `data` changes that section."""
     return write_config(
         files,
         output,
         data=data,
-        layout=layout,
         training={"epochs": EPOCHS, "heartbeat_timeout_s": HEARTBEAT_TIMEOUT_S},
         checkpoint={"every_steps": 10, "keep_last": 1000},
     )

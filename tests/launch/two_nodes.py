@@ -140,21 +140,11 @@ def static_command(node: Node, processes: int, *words: str) -> list[str]:
     ]
 
 
-def elastic_command(
-    node: Node, *words: str, numbers: str = "1:2", is_host: bool | None = None
-) -> list[str]:
-    """A machine of a run that continues without others.
-
-    Args:
-        node: where; each command there is a machine to torchrun.
-        *words: arguments of `train`.
-        numbers: of machines, the smallest and the largest.
-        is_host: of the rendezvous; None: the first node is.
-    """
-    is_host = node.rank == 0 if is_host is None else is_host
-    host = f"join_timeout=300,last_call_timeout=5,is_host={int(is_host)}"
+def elastic_command(node: Node, *words: str) -> list[str]:
+    """A machine of a run that continues without the other one."""
+    host = f"join_timeout=300,last_call_timeout=5,is_host={int(node.rank == 0)}"
     return [
-        *(sys.executable, str(LAUNCH / "node.py"), "--nnodes", numbers, "--max-restarts", "2"),
+        *(sys.executable, str(LAUNCH / "node.py"), "--nnodes", "1:2", "--max-restarts", "2"),
         *("--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test"),
         *("--rdzv-endpoint", f"10.77.0.1:{PORT}", "--local-addr", node.address),
         *("--rdzv-conf", host, "-m", "megatron_idpo", "train", *words),
