@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_idpo.errors import EXIT_PEER_LOST, CheckpointError, ConfigError
 from megatron_idpo.mcore.cpu.redirect import default_device
+from megatron_idpo.mcore.parallel.groups import create_group
 from megatron_idpo.mcore.parallel.world import all_gather_objects, collective_timeout
 
 
@@ -22,6 +23,8 @@ class BackgroundWorker:
 
     def __init__(self) -> None:
         """Collective: creates a process group over the CPU for the jobs, and connects it.
+
+        The group is destroyed with the running layout.
 
         Raises:
             ConfigError: the processes cannot connect to each other over the CPU.
@@ -136,10 +139,10 @@ def _group_of_all_ranks() -> dist.ProcessGroup:
     before = os.environ.get(_LAZY)
     os.environ[_LAZY] = "1"
     try:
-        group = dist.new_group(backend="gloo", timeout=collective_timeout())
+        group = create_group(range(dist.get_world_size()), backend="gloo")
     finally:
         del os.environ[_LAZY]
         if before is not None:
             os.environ[_LAZY] = before
-    assert isinstance(group, dist.ProcessGroup)
+    assert group is not None
     return group

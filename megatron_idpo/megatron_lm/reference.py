@@ -22,8 +22,8 @@ from megatron_idpo.console.progress import show_progress
 from megatron_idpo.data.pairs import PairSource
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.cpu.redirect import default_device
-from megatron_idpo.mcore.model.build import global_parameters
-from megatron_idpo.mcore.parallel.groups import ModelGroups
+from megatron_idpo.mcore.model.build import global_expert_biases, global_parameters
+from megatron_idpo.mcore.parallel.groups import ModelGroups, rank_coordinates
 from megatron_idpo.mcore.parallel.world import (
     all_gather_objects,
     is_rank0,
@@ -166,12 +166,13 @@ def weights_identity(
 
     Bits are summed as integers: exact in any order, and sums of tensor-parallel shards add up.
     Each element is weighted by its index in the dimensions that are not sharded, so that most
-    permutations change the digest. Padding rows of the vocabulary are left out.
+    permutations change the digest. Padding rows of the vocabulary are left out; routers' expert
+    biases, which are not parameters, are included.
 
     Args:
         chunks: this rank's.
         vocab_size: tokens of the vocabulary, without padding rows.
-        groups: of the model.
+        groups: of the model, megatron-core's own.
         only_frozen: leave out parameters that are trained, as adapters are.
     """
     own = set()
@@ -180,11 +181,16 @@ def weights_identity(
             continue  # shared: the last stage's copy of a tied embedding
         shard = getattr(parameter, "partition_dim", -1)
         shard = shard if getattr(parameter, "tensor_model_parallel", False) else -1
-        rank = groups.tensor_rank if shard >= 0 else 0
+        # Experts may be sharded over other ranks; all that hold a whole one have it as rank 0.
+        tp_rank = groups.tensor_rank
+        if ".mlp.experts." in name:
+            tp_rank, _ = rank_coordinates().tp(is_expert=True)
+        rank = tp_rank if shard >= 0 else 0
         weights = parameter.detach()
         if name.startswith(("embedding.word_embeddings.", "output_layer.")) and shard == 0:
             weights = weights[: max(0, vocab_size - rank * len(weights))]
         own.add((name, rank, _digest(weights, shard)))
+    own |= {(name, 0, _digest(bias, -1)) for name, bias in global_expert_biases(chunks)}
     # A set: data-parallel ranks have the same entries, experts of other ranks have different ones.
     totals: dict[str, int] = {}
     for name, _, digest in sorted(set().union(*all_gather_objects(own))):

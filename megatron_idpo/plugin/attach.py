@@ -43,6 +43,7 @@ from megatron_idpo.plugin.calls import Call, CallChecks
 from megatron_idpo.plugin.compatibility import (
     check_all_ranks,
     check_chunks,
+    check_expert_bias,
     check_logits,
     check_not_attached,
     check_settings,
@@ -77,14 +78,15 @@ def attach(
         vocab_size: tokens of the vocabulary, without padding rows.
         use_norm: read tapped layers through the final norm.
         pg_collection: megatron-core's `ProcessGroupCollection` of the model; None: the chunks' own.
-            The model may be on some ranks of the world only; the others call nothing. Groups with
-            other ranks are created before: torch pairs later ones by their number.
+            The model may be on some ranks of the world only, if `init_process_group` got no
+            `device_id`; the others call nothing. Groups with other ranks are created before: torch
+            pairs later ones by their number.
 
     Raises:
         ConfigError: on every rank. Chunks that are wrapped or not language models; layers that do
-            not exist or are the final one; groups that are incomplete; and, all at once, a second
-            attach, an output layer that changes logits, and settings of megatron-core under which
-            the gradient would be silently wrong.
+            not exist or are the final one; groups that are incomplete or cannot be created; and,
+            all at once, a second attach, an output layer that changes logits, and settings of
+            megatron-core under which the gradient would be silently wrong.
     """
     if problems := check_chunks(chunks):
         raise ConfigError.of(problems)
@@ -97,6 +99,7 @@ def attach(
         *check_not_attached(chunks),
         *check_settings(config),
         *check_logits(chunks),
+        *check_expert_bias(chunks),
         *check_vocabulary(chunks, vocab_size),
     ]
     arguments = (taps, objective, vocab_size, use_norm)
@@ -269,6 +272,10 @@ class AttachedDpo:
         self._losses.discard_step()
         self._calls.forget_results()
         self._gradient_sum_pending = False
+
+    def check_next_step(self) -> None:
+        """Compare the next step over all ranks, as the first one, which had other pairs."""
+        self._is_checked = False
 
     def report_evaluation(self, *args: Any) -> dict[str, float]:
         """Means of all layers over the pairs that were evaluated since the last training step.

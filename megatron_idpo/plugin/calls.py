@@ -3,6 +3,7 @@
 S  positions   B  batch   A  values that the model returns, a multiple of the answers
 """
 
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,24 @@ class Call:
     """Of this context-parallel rank's positions."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Returned:
+    """A result of the output layer."""
+
+    logps_A: Tensor
+    version: int
+    targets: weakref.ref[Targets]
+    """Weak: targets share the memory of a whole row, and evaluations remember many rows."""
+
+    digest: int | None
+    """Of the targets."""
+
+    def is_of(self, targets: Targets) -> bool:
+        """Whether the model was called with these targets, or equal ones."""
+        is_equal = self.digest is not None and self.digest == targets.digest
+        return is_equal or self.targets() is targets
+
+
 class CallChecks:
     """What a wrong call, or a wrong use of its result, can be recognized by."""
 
@@ -49,7 +68,7 @@ class CallChecks:
         self._groups = groups
         self._outputs = outputs
         self._checked_chunks: set[int] = set()
-        self._returned: deque[tuple[Tensor, int, Targets]] = deque(maxlen=_REMEMBERED_CALLS)
+        self._returned: deque[_Returned] = deque(maxlen=_REMEMBERED_CALLS)
 
     def begin(
         self, chunk: ModelChunk, call: Call, packed_seq_params: Any, tokens_BS: Tensor | None
@@ -97,7 +116,10 @@ class CallChecks:
 
     def remember(self, logps_A: Tensor, batch: PreferenceBatch) -> None:
         """Remember what the output layer returns, and of which batch it is."""
-        self._returned.append((logps_A.detach(), _version(logps_A), batch.targets))
+        targets = batch.targets
+        self._returned.append(
+            _Returned(logps_A.detach(), _version(logps_A), weakref.ref(targets), targets.digest)
+        )
 
     def check_result(self, logps_A: Tensor, batch: PreferenceBatch) -> None:
         """Check what the script gives to the loss: a result of this batch, and unchanged.
@@ -113,14 +135,13 @@ class CallChecks:
         # Memory that is remembered is not freed, so that no other tensor has its address. Views
         # have it too.
         address = logps_A.untyped_storage().data_ptr()
-        for returned_A, version, targets in reversed(self._returned):
-            if returned_A.untyped_storage().data_ptr() != address:
+        for returned in reversed(self._returned):
+            if returned.logps_A.untyped_storage().data_ptr() != address:
                 continue
-            if _version(logps_A) != version or logps_A.data_ptr() != returned_A.data_ptr():
+            is_same = logps_A.data_ptr() == returned.logps_A.data_ptr()
+            if _version(logps_A) != returned.version or not is_same:
                 break
-            if targets is batch.targets or (
-                targets.digest is not None and targets.digest == batch.targets.digest
-            ):
+            if returned.is_of(batch.targets):
                 return
             message = f"the output of another micro-batch for micro-batch {batch.index}"
             remedy = "give the loss the batch whose model_kwargs the model was called with"

@@ -78,6 +78,11 @@ def check_settings(config: Any) -> list[Problem]:
         rate = getattr(config, name)
         reason = f"is {rate}; policy and reference would differ at random"
         require(rate <= 0, name, reason, "set it to 0")
+    for experts in ("", "expert_"):
+        name = f"{experts}gtp_weight_remat_size"
+        size = getattr(config, name, 1)
+        reason = f"{size} shards weights further, which the head would read in part"
+        require(size == 1, name, reason, f"leave {experts}tensor_parallel_num_weight_shards out")
     graphs = getattr(config, "cuda_graph_impl", "none")
     require(
         graphs in (None, "none"),
@@ -138,6 +143,30 @@ def check_logits(chunks: Sequence[ModelChunk]) -> list[Problem]:
         if chunk.post_process and not is_tapped(chunk)
         for message in logit_changes(chunk)
     ]
+
+
+def check_expert_bias(chunks: Sequence[ModelChunk]) -> list[Problem]:
+    """Routers that are frozen, but whose bias megatron-core moves in every step.
+
+    With adapters off, such a model is no longer the reference, and its adapters do not contain it.
+
+    Args:
+        chunks: language models.
+    """
+    rate = getattr(chunks[0].config, "moe_router_bias_update_rate", 0)
+    moved = [
+        module
+        for chunk in chunks
+        for module in chunk.modules()
+        if getattr(module, "expert_bias", None) is not None
+        and not getattr(module, "frozen_expert_bias", False)
+        and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
+    if not rate or not moved:
+        return []
+    message = f"is {rate}, which moves the expert bias of frozen routers: the reference would move"
+    name = "TransformerConfig.moe_router_bias_update_rate"
+    return [Problem(name, message, "set it to 0")]
 
 
 def check_sharding(chunk: ModelChunk) -> list[Problem]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_idpo.errors import DataError
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Targets:
     """The response tokens of a micro-batch. All tensors are on one device.
 

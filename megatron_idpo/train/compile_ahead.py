@@ -47,6 +47,8 @@ def compile_ahead(policy: Policy, rows: RowSettings) -> tuple[Sequence[int], flo
                 training=training,
                 reference_free=training,
             )
+    # All ranks had the same row until now; in the first step, their own data.
+    policy.dpo.check_next_step()
     torch.cuda.synchronize()
     return lengths, time.perf_counter() - start_s
 

@@ -23,10 +23,15 @@ from megatron_idpo.data.packing.batches import RowSettings, TrainingBatches, che
 from megatron_idpo.data.pairs import pair_tokens
 from megatron_idpo.data.run_pairs import RunPairs, check_tokens, load_run_pairs, row_settings
 from megatron_idpo.data.tokenize.dataset import PairDataset
-from megatron_idpo.errors import CheckpointError, ConfigError, Problem
+from megatron_idpo.errors import CheckpointError, ConfigError, DataError, Problem
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.mcore.parallel.groups import rank_coordinates
-from megatron_idpo.mcore.parallel.world import StopFlag, World, raise_on_all_ranks
+from megatron_idpo.mcore.parallel.world import (
+    StopFlag,
+    World,
+    all_gather_objects,
+    raise_on_all_ranks,
+)
 from megatron_idpo.mcore.rope.rotary import max_sequence_length
 from megatron_idpo.objective.layers import resolve_layers
 from megatron_idpo.storage.provenance import as_problems, diff
@@ -75,12 +80,32 @@ def prepare(config: RunConfig, world: World) -> Prepared:
             _check_one_row(dataset, rows, config)
         if config.lora is not None:
             check_adapter(config.lora.for_model(source.architecture))
+    _check_same_pairs(pairs)
     adapter = None if config.lora is None else config.lora.adapter
     reference = FrozenModel.of(source)
     start = reference
     if adapter is not None:
         start = reference.with_adapter(Path(adapter).expanduser())
     return Prepared(pairs, start, reference)
+
+
+def _check_same_pairs(pairs: RunPairs) -> None:
+    """Check that all ranks have read the same pairs. Collective: an all-gather of an object.
+
+    Machines without a common file system may have different files: the stages of a pipeline would
+    then train on different answers, and only a shared cache of the reference would show it.
+
+    Raises:
+        DataError: on every rank.
+    """
+    own = [None if each is None else each.fingerprint for each in (pairs.train, pairs.eval)]
+    by_rank = all_gather_objects(own)
+    for name, prints in zip(("data.train", "data.eval"), zip(*by_rank, strict=True), strict=True):
+        others = [rank for rank, one in enumerate(prints) if one != prints[0]]
+        if others:
+            message = f"has other pairs on rank {others[0]} than on rank 0"
+            remedy = "give every machine the same files and the same tokenizer"
+            raise DataError.at(name, message, remedy)
 
 
 def assemble(

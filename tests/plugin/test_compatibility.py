@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_idpo.plugin.compatibility import (
     MUST_BE_OFF,
     check_chunks,
+    check_expert_bias,
     check_settings,
     check_vocabulary,
     check_wrappers,
@@ -46,6 +48,8 @@ INCOMPATIBLE = [{name: 1 if name == "mtp_num_layers" else True} for name in MUST
     {"hidden_dropout": 0.1},
     {"cuda_graph_impl": "local"},
     {"cuda_graph_impl": "transformer_engine"},
+    {"gtp_weight_remat_size": 2},
+    {"expert_gtp_weight_remat_size": 2},
 ]
 
 
@@ -130,6 +134,39 @@ def test_vocabulary_may_be_padded_but_not_exceed_the_output_layer():
     chunks = [SimpleNamespace(vocab_size=8)]
     counts = {size: len(check_vocabulary(chunks, size)) for size in (-1, 0, 1, 7, 8, 9)}
     assert counts == {-1: 1, 0: 1, 1: 0, 7: 0, 8: 0, 9: 1}
+
+
+# ---- frozen routers ------------------------------------------------------------------------------
+
+
+class Router(torch.nn.Module):
+    def __init__(self, *, trains: bool, has_bias: bool, frozen_bias: bool = False) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2, 3), requires_grad=trains)
+        self.expert_bias: Any = None
+        if has_bias:
+            del self.expert_bias
+            self.register_buffer("expert_bias", torch.zeros(2))
+        self.frozen_expert_bias = frozen_bias
+
+
+@pytest.mark.parametrize(
+    ("rate", "router", "is_refused"),
+    [
+        (1e-3, {"trains": False, "has_bias": True}, True),
+        (0.0, {"trains": False, "has_bias": True}, False),
+        (1e-3, {"trains": False, "has_bias": True, "frozen_bias": True}, False),
+        (1e-3, {"trains": True, "has_bias": True}, False),
+        (1e-3, {"trains": False, "has_bias": False}, False),
+    ],
+)
+def test_a_frozen_router_whose_bias_moves_is_refused(rate, router, is_refused):
+    chunks: Any = [torch.nn.Sequential(torch.nn.Linear(2, 2), Router(**router))]
+    chunks[0].config = SimpleNamespace(moe_router_bias_update_rate=rate)
+    problems = check_expert_bias(chunks)
+    assert len(problems) == is_refused
+    for problem in problems:
+        assert "the reference would move" in problem.message and problem.remedy == "set it to 0"
 
 
 # ---- the table in the documentation --------------------------------------------------------------

@@ -298,3 +298,57 @@ def test_the_digest_of_weights_is_the_same_in_every_layout(workers):
     assert expected["padding row"] == expected["model"]
     others = ("model", "two values exchanged", "frozen norms")
     assert len({expected[name] for name in others}) == 3
+
+
+ROUTED = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 16,
+    "moe_router_dtype": "fp32",
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "none",
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.0,
+}
+
+
+def digests_of_experts(layout: Layout) -> tuple[str, str, str]:
+    """Of a model with experts; after its expert biases changed; the error if they would move."""
+    from megatron_idpo.mcore.model.build import global_expert_biases, global_parameters
+    from megatron_idpo.mcore.parallel.groups import ModelGroups, start_layout
+    from megatron_idpo.megatron_lm.reference import weights_identity
+
+    start_layout(layout)
+    groups = ModelGroups.of()
+    split = layout.expert_tensor or layout.tensor
+    chunks = stock.build(layout, num_layers=NUM_LAYERS, expert_tensor_parallel_size=split, **ROUTED)
+    for name, parameter in global_parameters(chunks):
+        if ".mlp.experts." in name and split == 1:
+            with patch.object(stock.Cut, "of", return_value=stock.Cut(0, 1, 0)):
+                parameter.data.copy_(stock.whole_weight(name, parameter))
+        parameter.requires_grad_(False)
+    before = weights_identity(chunks, stock.VOCAB, groups)
+    for _, bias in global_expert_biases(chunks):
+        bias[1] += 1e-3
+    after = weights_identity(chunks, stock.VOCAB, groups)
+    chunks[0].config.moe_router_bias_update_rate = 1e-3
+    return before, after, message_of_attach(chunks)
+
+
+def message_of_attach(chunks: list[Any]) -> str:
+    from megatron_idpo import Objective, attach
+
+    try:
+        attach(chunks, layers=[], objective=Objective(), vocab_size=stock.VOCAB)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_the_digest_of_experts_is_the_same_in_every_layout_and_has_their_biases(workers):
+    ((before, after, message),) = workers.run(digests_of_experts, 1, Layout())
+    assert before != after and "moe_router_bias_update_rate: is 0.001" in message
+    for split in ({"tensor": 2, "expert_tensor": 1}, {"tensor": 2}, {"expert": 2}, {"pipeline": 2}):
+        for rank in workers.run(digests_of_experts, 2, Layout(**split)):
+            assert rank[:2] == (before, after), split

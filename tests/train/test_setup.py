@@ -11,10 +11,16 @@ from megatron_idpo.cli.train import OPTIONAL, REQUIRED
 from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.data.run_pairs import row_settings
-from megatron_idpo.errors import ConfigError
+from megatron_idpo.errors import ConfigError, DataError
 from megatron_idpo.mcore.model.architecture import Architecture
 from megatron_idpo.testing import tiny_hf_config
-from megatron_idpo.train.setup import _check_one_row, _training_differences, check_against_model
+from megatron_idpo.train import setup
+from megatron_idpo.train.setup import (
+    _check_one_row,
+    _check_same_pairs,
+    _training_differences,
+    check_against_model,
+)
 
 from .tiny_run import LORA, Files, write_config
 
@@ -156,3 +162,19 @@ def test_reference_cannot_be_added_or_dropped(config):
     adapter_off = config(reference={"source": "adapter_off"}, lora=LORA)
     resident = config(reference={"source": "resident"}, lora=LORA)
     assert _training_differences(saved(adapter_off), resident, "step-3") == []
+
+
+@pytest.mark.parametrize(
+    ("other", "location"),
+    [(["a", "b"], None), (["x", "b"], "data.train"), (["a", "x"], "data.eval"), (["a", None], "")],
+)
+def test_ranks_that_read_other_pairs_raise(monkeypatch, other, location):
+    pairs: Any = SimpleNamespace(
+        train=SimpleNamespace(fingerprint="a"), eval=SimpleNamespace(fingerprint="b")
+    )
+    monkeypatch.setattr(setup, "all_gather_objects", lambda own: [own, own, other])
+    if location is None:
+        _check_same_pairs(pairs)
+        return
+    with pytest.raises(DataError, match=f"{location}.*other pairs on rank 2 than on rank 0"):
+        _check_same_pairs(pairs)

@@ -198,15 +198,25 @@ def global_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.n
     """
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            prefix, *rest = name.split(".", 3)
-            if prefix in (REPLICA_NAME, ADAPTERS_NAME):
-                continue
-            if prefix == "decoder" and rest[0] == "layers":
-                # `layer_number` counts from 1 over the whole model.
-                layer = chunk.decoder.layers[int(rest[1])]
-                suffix = _global_expert(rest[2], layer.mlp)
-                name = f"decoder.layers.{layer.layer_number - 1}.{suffix}"
-            yield name, parameter
+            if name.partition(".")[0] not in (REPLICA_NAME, ADAPTERS_NAME):
+                yield _global_name(chunk, name), parameter
+
+
+def global_expert_biases(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The biases that balance this rank's routers without a loss: buffers, named as parameters."""
+    for chunk in chunks:
+        for name, buffer in chunk.named_buffers():
+            if name.endswith(".expert_bias"):
+                yield _global_name(chunk, name), buffer
+
+
+def _global_name(chunk: GPTModel, name: str) -> str:
+    prefix, *rest = name.split(".", 3)
+    if prefix != "decoder" or rest[0] != "layers":
+        return name
+    # `layer_number` counts from 1 over the whole model.
+    layer = chunk.decoder.layers[int(rest[1])]
+    return f"decoder.layers.{layer.layer_number - 1}.{_global_expert(rest[2], layer.mlp)}"
 
 
 _EXPERTS = (

@@ -4,6 +4,7 @@ The coordinates and collectives are valid between `start_layout` and `stop_layou
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.constants import default_pg_timeout
 
 from megatron_idpo.config.layout import Layout
@@ -65,15 +67,43 @@ def start_layout(layout: Layout, seed: int = 0) -> None:
     model_parallel_cuda_manual_seed(seed + 100 * stage)
 
 
-def stop_layout() -> None:
-    """Destroy megatron-core's groups and its RNG tracker's states; the world's group stays.
+def create_group(ranks: Sequence[int], *, backend: str | None = None) -> dist.ProcessGroup | None:
+    """A process group that `stop_layout` destroys; None on other ranks.
 
-    Does nothing if no layout is running.
+    Collective: the ranks that create it, members or not, create all groups in the same order.
+
+    Args:
+        ranks: global ones.
+        backend: None: the world's.
+    """
+    # In megatron-core's list of the groups of a layout.
+    group = parallel_state.create_group(list(ranks), timeout=collective_timeout(), backend=backend)
+    # A non-member gets the integer GroupMember.NON_GROUP_MEMBER instead of a group.
+    return group if isinstance(group, dist.ProcessGroup) else None
+
+
+def stop_layout(*, destroy_groups: bool = True) -> None:
+    """Destroy the layout's groups and the RNG tracker's states; the world's group stays.
+
+    Does nothing if no layout is running. Collective, as NCCL frees a communicator on all of its
+    ranks together.
+
+    Args:
+        destroy_groups: megatron-core only forgets its groups, which then keep their communicators
+            (on a GPU, each some hundred MB) until the world ends. False is right after an error:
+            other ranks may not come here, and the world ends soon.
     """
     set_stage(None)
-    if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
-        get_cuda_rng_tracker().reset()
+    if not parallel_state.is_initialized():
+        return
+    groups = parallel_state._global_process_group_list or []
+    parallel_state.destroy_model_parallel()
+    get_cuda_rng_tracker().reset()
+    # In the order of their creation, which is common to all ranks. None stands for the world.
+    for group in filter(None, groups) if destroy_groups else ():
+        # megatron-core has destroyed some of them itself.
+        if group in distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
 
 
 def reset_megatron_state() -> None:

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
-from megatron_idpo.mcore.parallel.groups import ModelGroups
-from megatron_idpo.mcore.parallel.world import collective_timeout
+from megatron_idpo.errors import ConfigError
+from megatron_idpo.mcore.parallel.groups import ModelGroups, create_group
 
 ForwardStep = Callable[[Iterator[Any], Any], tuple[Any, Callable[[Any], Any]]]
 """megatron-core's `forward_step_func`: from an iterator of micro-batches and a model chunk to the
@@ -49,7 +50,7 @@ class StageGroup:
 def stage_group(groups: ModelGroups, *, is_member: bool, needs_group: bool) -> StageGroup | None:
     """Create a group of the member stages in every pipeline where a stage needs one.
 
-    Collective over the model: gathers of a small object, then `new_group` calls.
+    Collective over the model: gathers of a small object, then `create_group` calls.
 
     Args:
         groups: of the model.
@@ -58,10 +59,16 @@ def stage_group(groups: ModelGroups, *, is_member: bool, needs_group: bool) -> S
 
     Returns:
         The group of this rank's pipeline; None if it has none or this rank is not a member.
+
+    Raises:
+        ConfigError: on every rank; a group is needed, the model is on a part of the world, and NCCL
+            can create a group only on all ranks together.
     """
     pipeline = tuple(dist.get_process_group_ranks(groups.pipeline))
     gathered = groups.gather((dist.get_rank(), (pipeline, is_member, needs_group)))
     by_rank = dict(gathered)
+    if any(needs for _, _, needs in by_rank.values()) and len(by_rank) < dist.get_world_size():
+        _check_can_create_alone()
     own_group: StageGroup | None = None
     # torch names groups by their number, so all ranks of the model create every group, also those
     # of other pipelines, in the same (sorted) order. Otherwise later groups pair up wrongly, or
@@ -69,11 +76,20 @@ def stage_group(groups: ModelGroups, *, is_member: bool, needs_group: bool) -> S
     for ranks in sorted({pipeline_ranks for pipeline_ranks, _, _ in by_rank.values()}):
         members = tuple(rank for rank in ranks if by_rank[rank][1])
         if any(by_rank[rank][2] for rank in ranks):
-            group = dist.new_group(list(members), timeout=collective_timeout())
-            # A non-member gets the integer GroupMember.NON_GROUP_MEMBER instead of a group.
-            if isinstance(group, dist.ProcessGroup):
+            group = create_group(members)
+            if group is not None:
                 own_group = StageGroup(group, members)
     return own_group
+
+
+def _check_can_create_alone() -> None:
+    # torch then splits each new group from the world's communicator, a collective of the world:
+    # ranks that call nothing would be waited for.
+    device = distributed_c10d._get_default_group().bound_device_id
+    if device is not None:
+        message = f"was called with {device}, and the model is on some ranks of the world only"
+        remedy = "call it without device_id, or attach a model that is on all ranks"
+        raise ConfigError.at("init_process_group(device_id)", message, remedy)
 
 
 def run_schedule(

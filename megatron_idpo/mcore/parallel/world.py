@@ -241,8 +241,11 @@ def running_layout(layout: Layout, seed: int = 0) -> Iterator[None]:
     start_layout(layout, seed)
     try:
         yield
-    finally:
-        stop_layout()
+    except BaseException:
+        # Other ranks may not be here, or be lost: NCCL would wait for them.
+        stop_layout(destroy_groups=False)
+        raise
+    stop_layout()
 
 
 # --- failing together, and small collectives ---------------------------------------------------

@@ -1,5 +1,7 @@
 """Process groups of a layout, rank coordinates, RNG seeds and megatron-core's global state."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +61,55 @@ def test_group_sizes_match_the_layout(workers):
                 "virtual_pipeline": layout.virtual_pipeline,
                 "data": layout.data(4),
             }
+
+
+def after_layouts(rounds: int, *, fails: bool) -> list[dict[str, int]]:
+    """Process groups, threads and open files of this rank after each layout, and a sum in one."""
+    import gc
+    import os
+
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    from megatron_idpo.checkpoint.background_save import BackgroundWorker
+    from megatron_idpo.mcore.parallel.groups import ModelGroups
+    from megatron_idpo.mcore.parallel.pipeline import stage_group
+    from megatron_idpo.mcore.parallel.world import running_layout
+
+    counts = []
+    for _ in range(rounds):
+        total = torch.ones(())
+        with contextlib.suppress(ConfigError), running_layout(Layout(pipeline=2)):
+            stages = stage_group(ModelGroups.of(), is_member=True, needs_group=True)
+            assert stages is not None
+            for group in (stages.group, BackgroundWorker().group, ModelGroups.of().pipeline):
+                dist.all_reduce(total, group=group)
+            if fails:
+                raise ConfigError.at("a run", "fails", "try again")
+            del stages, group
+        gc.collect()
+        counts.append(
+            {
+                "sum": int(total),
+                "groups": len(_world.pg_map),
+                "threads": len(os.listdir("/proc/self/task")),
+                "files": len(os.listdir("/proc/self/fd")),
+            }
+        )
+    return counts
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads in /proc")
+def test_a_layout_leaves_no_process_group_behind(workers):
+    for counts in workers.run(after_layouts, 2, 3, fails=False):
+        assert counts[0] == counts[1] == counts[2], counts
+        assert (counts[0]["sum"], counts[0]["groups"]) == (8, 1), "the world's group is left"
+
+
+def test_after_an_error_no_rank_waits_to_destroy_groups_and_the_next_layout_runs(workers):
+    for counts in workers.run(after_layouts, 2, 2, fails=True):
+        assert [one["sum"] for one in counts] == [8, 8]
+        assert 1 < counts[0]["groups"] < counts[1]["groups"], "they end with the world"
 
 
 def megatron_layers(cases: list[tuple[int, Layout]]) -> list[list[list[range]]]:

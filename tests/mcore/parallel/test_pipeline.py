@@ -1,14 +1,51 @@
 """Pipeline stages: the last one, groups of stages, and a batch through the schedule."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_idpo.config.layout import Layout
+from megatron_idpo.errors import ConfigError
 from tests.plugin import tiny_megatron as tiny
 
 pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize(
+    ("world", "device", "needs_group", "is_refused"),
+    [
+        (3, "cuda:0", True, True),
+        (3, None, True, False),
+        (2, "cuda:0", True, False),
+        (3, "cuda:0", False, False),
+    ],
+)
+def test_a_model_on_some_ranks_is_refused_where_new_groups_are_split_from_the_world(
+    monkeypatch, world, device, needs_group, is_refused
+):
+    from torch.distributed import distributed_c10d
+
+    from megatron_idpo.mcore.parallel import pipeline
+
+    gathered = [(rank, ((1, 2), True, needs_group)) for rank in (1, 2)]
+    groups: Any = SimpleNamespace(pipeline=None, gather=lambda own: gathered)
+    group = SimpleNamespace(bound_device_id=device)
+    created: list[Any] = []
+    for owner, name, value in (
+        (pipeline.dist, "get_process_group_ranks", [1, 2]),
+        (pipeline.dist, "get_rank", 1),
+        (pipeline.dist, "get_world_size", world),
+        (distributed_c10d, "_get_default_group", group),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, value=value: value)
+    monkeypatch.setattr(pipeline, "create_group", created.append)
+    raises = pytest.raises(ConfigError, match=r"device_id.*was called with cuda:0")
+    with raises if is_refused else nullcontext():
+        pipeline.stage_group(groups, is_member=True, needs_group=needs_group)
+    assert created == ([] if is_refused or not needs_group else [(1, 2)])
 
 
 def last_stage(layout: Layout) -> tuple[bool, float]:
