@@ -4,9 +4,9 @@
 
 torchrun alone exits with 1 for every failure of its workers, kills them 30 s after a SIGTERM even
 if they are still saving, and ends at a SIGUSR1 while the workers continue. This script forwards
-both signals to the workers (`megatron_idpo/cli/agent.py`), waits until they have saved and exited
-with `EXIT_PREEMPTED`, and exits with the workers' code. Options, rendezvous and the handling of
-dead workers are torchrun's.
+both signals to the workers (`megatron_idpo/cli/agent.py`), SIGHUP as SIGTERM unless it is ignored
+(nohup), waits until they have saved and exited with `EXIT_PREEMPTED`, and exits with the workers'
+code. Options, rendezvous and the handling of dead workers are torchrun's.
 
 With --max-restarts it starts the workers again only after a failure that a restart can help: not
 after a stop, and not after an error of the user.
@@ -53,7 +53,7 @@ def _run(arguments: Sequence[str], forwarder: SignalForwarder) -> int:
     # store.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
-        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments])
+        torchrun(["--signals-to-handle", "SIGINT,SIGQUIT", *arguments])
     except ChildFailedError as error:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
         codes = [failure.exitcode for failure in failures]

@@ -14,7 +14,7 @@
 #   GPUS_PER_NODE=8           default: the GPUs that Slurm allocated on the first machine, or 8
 #   MASTER_PORT=29500         default: derived from the job id
 #   MAX_REQUEUES=100          how often a stopped run is queued again
-#   MAX_RESTARTS=3            how often a run that lost a process or a machine is queued again
+#   MAX_RESTARTS=3            how often in a day a run that lost a process or a machine is requeued
 # In containers, which have the package installed and see this checkout under the same path:
 #   PYXIS_IMAGE=IMAGE         srun --container-image, with NVIDIA's pyxis and enroot
 #   APPTAINER_IMAGE=FILE.sif  apptainer exec --nv
@@ -131,9 +131,11 @@ elif ((code == EXIT_PEER_LOST || (code > 128 && code != EXIT_INTERRUPTED))); the
     # Counted apart from preemptions, which are no reason to give up.
     restarts="slurm-${SLURM_JOB_ID}.restarts"
     count=0
-    [[ ! -f "$restarts" ]] || count="$(wc -l <"$restarts")"
+    # Of a day: one that runs for months may lose a machine every week.
+    since="$(date -u -d '1 day ago' +%FT%TZ)"
+    [[ ! -f "$restarts" ]] || count="$(awk -v since="$since" '$1 >= since' "$restarts" | wc -l)"
     if ((count >= ${MAX_RESTARTS:-3})); then
-        say "lost a process or a machine ($code); already restarted $count times, see $restarts"
+        say "lost a process or a machine ($code); restarted $count times within a day, see $restarts"
     elif printf '%s code %s\n' "$(date -u +%FT%TZ)" "$code" >>"$restarts" &&
         scontrol requeue "$SLURM_JOB_ID"; then
         say "lost a process or a machine ($code); job $SLURM_JOB_ID is queued again"

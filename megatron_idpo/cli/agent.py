@@ -30,6 +30,7 @@ from torch.distributed.launcher import api as launcher
 from megatron_idpo.cli.errors import EXIT_INTERRUPTED
 from megatron_idpo.cli.rendezvous import LauncherNotes, PatientRendezvous, announce_launch
 from megatron_idpo.errors import EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
+from megatron_idpo.mcore.watchdog.watch import LAUNCHER_PID
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that announce a stop: those that workers handle (`mcore/parallel/world.py`, which is not
@@ -177,8 +178,12 @@ class SignalForwarder:
     """
 
     def __init__(self, signals: Mapping[signal.Signals, signal.Signals] | None = None) -> None:
-        """Args: what the workers receive for each signal; None forwards `STOP_SIGNALS`."""
-        self.signals = signals or {number: number for number in STOP_SIGNALS}
+        """Args: what the workers receive for each signal, in addition to `STOP_SIGNALS`."""
+        self.signals = {number: number for number in STOP_SIGNALS} | dict(signals or {})
+        # The terminal has gone. Workers do not handle that, and torchrun would forward it as it is,
+        # even if nohup has it ignored.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self.signals[signal.SIGHUP] = signal.SIGTERM
         self.received: list[signal.Signals] = []
         """Every forwarded signal so far."""
 
@@ -191,7 +196,8 @@ class SignalForwarder:
         return bool(self.received)
 
     def __enter__(self) -> Self:
-        """Install the handlers and start the thread."""
+        """Install the handlers and start the thread; workers learn which process this is."""
+        os.environ[LAUNCHER_PID] = str(os.getpid())
         # Children that are there already are not workers.
         self._others = {child.pid for child in psutil.Process().children()}
         self._wakeup = signal.set_wakeup_fd(self._write_end)

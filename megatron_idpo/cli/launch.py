@@ -2,7 +2,7 @@
 
 Every process runs `python -m megatron_idpo` as under torchrun. An error of the user is one message,
 printed by the worker; torchrun's report of the failed workers is left out. SIGTERM and SIGUSR1 are
-forwarded, and Ctrl-C as SIGTERM: the workers save and exit. Ctrl-C again ends them at once.
+forwarded, SIGHUP and Ctrl-C as SIGTERM: the workers save and exit. Ctrl-C again ends them at once.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def launch(words: Sequence[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from megatron_idpo.cli.agent import STOP_SIGNALS, SignalForwarder, exit_code, use_agent
+    from megatron_idpo.cli.agent import SignalForwarder, exit_code, use_agent
 
     # The workers print their own errors; the agent would add its table of all workers.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -78,11 +78,10 @@ def launch(words: Sequence[str], processes: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle="SIGHUP,SIGQUIT",
+        signals_to_handle="SIGQUIT",
     )
     # In a terminal Ctrl-C reaches this process only: each worker has a separate session.
-    signals = {number: number for number in STOP_SIGNALS} | {signal.SIGINT: signal.SIGTERM}
-    with SignalForwarder(signals) as forwarder:
+    with SignalForwarder({signal.SIGINT: signal.SIGTERM}) as forwarder:
         use_agent(lambda: forwarder.stop_requested)
         try:
             elastic_launch(config, sys.executable)(*WORKER, *without_option(words))

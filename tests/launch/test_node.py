@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from megatron_idpo.cli import agent
 from megatron_idpo.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 from .commands import LAUNCH, ROOT, check_command, load_script
@@ -74,6 +75,25 @@ WAIT_S = 20.0
 )
 def test_exit_codes(codes: list[int], stopped: bool, code: int) -> None:
     assert node.exit_code(codes, stopped=stopped) == code
+
+
+@pytest.mark.parametrize(
+    ("before", "received"), [(signal.SIG_DFL, signal.SIGTERM), (signal.SIG_IGN, None)]
+)
+def test_a_closed_terminal_stops_and_saves_unless_nohup_ignores_it(monkeypatch, before, received):
+    started: list[Sequence[str]] = []
+    monkeypatch.setattr(node, "torchrun", started.append)
+    monkeypatch.setattr(node, "use_agent", lambda _: None)
+    for variable in ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", agent.LAUNCHER_PID):
+        monkeypatch.setenv(variable, "1")  # restored after the test
+    restored = signal.signal(signal.SIGHUP, before)
+    try:
+        assert agent.SignalForwarder().signals.get(signal.SIGHUP) == received
+        assert node.main([]) == 0
+        assert signal.getsignal(signal.SIGHUP) == before, "nothing handles it afterwards"
+    finally:
+        signal.signal(signal.SIGHUP, restored)
+    assert started[0][0] == "--signals-to-handle" and "SIGHUP" not in started[0][1], "torchrun"
 
 
 # ---- real processes -------------------------------------------------------------------------

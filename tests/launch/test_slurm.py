@@ -146,7 +146,10 @@ def test_run_that_lost_a_process_is_queued_again_a_few_times(
     slurm: Slurm, codes: tuple[int, int], settings: dict[str, str], code: int, requeues: int
 ) -> None:
     python = slurm.program("python_fake", f'c=({codes[0]} {codes[1]}); exit "${{c[SLURM_NODEID]}}"')
-    settings |= {"PYTHON": str(python), "SLURM_SUBMIT_DIR": str(slurm.checkout())}
+    submitted_from = slurm.checkout()
+    settings |= {"PYTHON": str(python), "SLURM_SUBMIT_DIR": str(submitted_from)}
+    # Restarts of the day before do not count.
+    (submitted_from / f"slurm-{JOB_ID}.restarts").write_text("2026-01-01T00:00:00Z code 3\n" * 9)
     messages = []
     for restarts in range(5):  # preemptions count in SLURM_RESTART_COUNT too, and do not matter
         process = slurm.sbatch(EXAMPLE, SLURM_RESTART_COUNT=str(restarts), **settings)
@@ -155,7 +158,7 @@ def test_run_that_lost_a_process_is_queued_again_a_few_times(
     assert slurm.calls.read_text().count(f"scontrol requeue {JOB_ID}") == requeues
     assert sum("is queued again" in message for message in messages) == requeues
     if requeues:
-        assert f"already restarted {requeues} times" in messages[-1]
+        assert f"restarted {requeues} times within a day" in messages[-1]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ step's metrics, and all ranks stop after the same step.
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -40,6 +41,7 @@ from megatron_idpo.mcore.cpu.redirect import backend, default_device, redirect_c
 from megatron_idpo.mcore.megatron_warnings import suppress_megatron_warnings
 from megatron_idpo.mcore.watchdog.activity import doing
 from megatron_idpo.mcore.watchdog.joining import JoinLimit, announce, join_limit_s
+from megatron_idpo.mcore.watchdog.leaving import leaving_after
 from megatron_idpo.mcore.watchdog.watch import watching
 
 _LOG = logging.getLogger(__name__)
@@ -150,7 +152,9 @@ def _process_group(timeout: timedelta) -> Iterator[None]:
         yield
     finally:
         _timeout = None
-        dist.destroy_process_group()
+        error = sys.exception()
+        with nullcontext() if error is None else leaving_after(error):
+            dist.destroy_process_group()
 
 
 def _rendezvous(timeout: timedelta) -> None:

@@ -34,7 +34,8 @@ class Heartbeat:
     monitor: Monitor
     parent: Link | None = None
     parent_state: PeerState | None = None
-    """What is known of the parent before its first heartbeat."""
+    """What is known of the parent before its first message. Until then it does not count: an
+    address may lead to another program, whose silence or end is no loss."""
 
     strangers: list[Link] = field(default_factory=list)
     """Accepted, without a `hello` yet."""
@@ -42,10 +43,15 @@ class Heartbeat:
     children: dict[int, Link] = field(default_factory=dict)
     """By rank."""
 
+    _has_answer: bool = False
+    """Whether the parent has sent a message."""
+
+    _waited_ticks: int = 0
+    """For it."""
+
     def __post_init__(self) -> None:
         """Introduce this process to its parent."""
-        if self.parent is not None and self.parent_state is not None:
-            self.monitor.heard([self.parent_state])
+        if self.parent is not None:
             self.parent.send({"kind": "hello", **self._beat([])})
 
     def beat(self, now_s: float) -> None:
@@ -55,6 +61,7 @@ class Heartbeat:
             self.parent.send({"kind": "beat", **self._beat(below)})
         for child in self.children.values():
             child.send({"kind": "beat", **self._beat([])})
+        self._check_parent()
         had_loss = self.monitor.loss is not None
         self.monitor.tick(now_s)
         if self.monitor.loss is not None and not had_loss:
@@ -104,8 +111,20 @@ class Heartbeat:
     def _beat(self, below: Sequence[PeerState]) -> Message:
         return {"states": [asdict(state) for state in (self.describe(), *below)]}
 
+    def _check_parent(self) -> None:
+        """Give up a parent that never answers."""
+        if self.parent is None or self._has_answer:
+            return
+        self._waited_ticks += 1
+        if self._waited_ticks * self.monitor.interval_s >= self.monitor.timeout_s:
+            self._closed(self.parent)
+
     def _handle(self, link: Link, message: Message) -> None:
         kind = message.get("kind")
+        if link is self.parent and not self._has_answer:
+            self._has_answer = True
+            if self.parent_state is not None:
+                self.monitor.heard([self.parent_state])
         if link in self.strangers:
             if kind != "hello":
                 link.is_closed = True
@@ -126,6 +145,13 @@ class Heartbeat:
 
     def _closed(self, link: Link) -> None:
         """The neighbor has gone; without a `bye`, its process has died."""
+        if link is self.parent and not self._has_answer:
+            logger.warning(
+                "no heartbeats to %s: what answers at its address is another program; a lost "
+                "process is noticed after training.timeout_s only (GLOO_SOCKET_IFNAME names the "
+                "network)",
+                self.parent_state,
+            )
         rank = self._forget(link)
         if rank is not None:
             self._ended(link, rank, "its process has ended", ENDED_GRACE_S)

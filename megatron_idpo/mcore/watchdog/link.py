@@ -8,6 +8,7 @@ sends is decoded.
 """
 
 import hmac
+import ipaddress
 import json
 import os
 import socket
@@ -150,11 +151,25 @@ def connect(addresses: Sequence[str], port: int, token: str) -> SocketLink | Non
     return None
 
 
+def not_own(addresses: Sequence[str]) -> list[str]:
+    """Those of another machine that this one does not have: there it would connect to itself.
+
+    Loopback, often the address of a machine's own host name; bridges, which every machine numbers
+    alike.
+    """
+    own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    return [
+        address
+        for address in addresses
+        if address not in own and not ipaddress.ip_address(address).is_loopback
+    ]
+
+
 def own_addresses() -> list[str]:
     """Addresses under which other machines may reach this one, the likeliest first.
 
     The one of the interface that gloo or NCCL is set to use; the one of the route to the first
-    machine; those of the host name.
+    machine; those of the host name; those of all interfaces that are up.
     """
     addresses: list[str] = []
     interfaces = psutil.net_if_addrs()
@@ -170,4 +185,7 @@ def own_addresses() -> list[str]:
                 addresses.append(probe.getsockname()[0])
     with suppress(OSError):
         addresses += socket.gethostbyname_ex(socket.gethostname())[2]
+    for name, status in psutil.net_if_stats().items():
+        found = interfaces.get(name, ()) if status.isup else ()
+        addresses += [entry.address for entry in found if entry.family == socket.AF_INET]
     return list(dict.fromkeys(addresses))

@@ -20,13 +20,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import cast
 
+import psutil
 import torch.distributed as dist
 
 from megatron_idpo.errors import EXIT_PEER_LOST, LOST_PEER_NOTE, UserError
@@ -37,8 +38,14 @@ from megatron_idpo.mcore.watchdog.activity import (
     restart,
 )
 from megatron_idpo.mcore.watchdog.heartbeat import Heartbeat
-from megatron_idpo.mcore.watchdog.link import SocketLink, connect, listen, own_addresses
-from megatron_idpo.mcore.watchdog.monitor import SILENT_GRACE_S, Loss, Monitor, PeerState
+from megatron_idpo.mcore.watchdog.link import SocketLink, connect, listen, not_own, own_addresses
+from megatron_idpo.mcore.watchdog.monitor import (
+    ENDED_GRACE_S,
+    SILENT_GRACE_S,
+    Loss,
+    Monitor,
+    PeerState,
+)
 from megatron_idpo.mcore.watchdog.stuck import stuck_loss
 
 logger = logging.getLogger(__name__)
@@ -66,6 +73,9 @@ far more work (docs/decisions.md)."""
 _REASON_WAIT_S = 2.0
 """For the news of which process has died, after a collective has failed."""
 
+LAUNCHER_PID = "MEGATRON_IDPO_LAUNCHER_PID"
+"""Environment: the process that has started this one, if it is `cli/agent.py`'s."""
+
 type EndProcess = Callable[[int], object]
 
 
@@ -90,7 +100,8 @@ def watching(timeout_s: float, heartbeat_timeout_s: float) -> Iterator[None]:
         heartbeat, server, token, idle=idle, stuck_s=stuck_after_s(timeout_s, interval_s)
     )
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        watchdog.launcher = os.getppid()
+        watchdog.launcher = launcher_pid()
+    watchdog.announces = dist.get_backend() == "nccl"
     watchdog.start()
     try:
         yield
@@ -98,6 +109,14 @@ def watching(timeout_s: float, heartbeat_timeout_s: float) -> Iterator[None]:
         watchdog.stop(error)
         raise
     watchdog.stop()
+
+
+def launcher_pid() -> int:
+    """The process that started this one, also if it was killed while this one joined."""
+    named = os.environ.get(LAUNCHER_PID)
+    if named is not None and not psutil.pid_exists(int(named)):
+        return int(named)
+    return os.getppid()
 
 
 def stuck_after_s(timeout_s: float, interval_s: float) -> float:
@@ -126,6 +145,10 @@ class Watchdog:
         self._idle = idle
         self.launcher: int | None = None
         """Process that started this one, without which it ends; None: it may end."""
+
+        self.announces = False
+        """Whether a loss is printed at once. NCCL may abort a process within a second, before it
+        prints one at its own end; gloo raises an error, which names the loss."""
 
         self._stuck_s = stuck_s
         self._end_process = end_process
@@ -175,8 +198,16 @@ class Watchdog:
         if self._lost_since_s is None:
             self._lost_since_s = now_s
             self._knows_loss.set()
+            self._announce(loss)
         if now_s >= self._lost_since_s + loss.grace_s and not self._stopping.is_set():
             end_with(lambda: self.report(loss), self._end_process)
+
+    def _announce(self, loss: Loss) -> None:
+        """Print that a process has ended; after other losses NCCL does not abort this one first."""
+        if self.announces and loss.grace_s == ENDED_GRACE_S:
+            message = f"megatron-idpo: (rank {self._heartbeat.describe().rank}) {loss}"
+            # In a thread: printing may block.
+            threading.Thread(target=_print, args=(message,), name="announce", daemon=True).start()
 
     def report(self, loss: Loss) -> str:
         """The message with which this process ends."""
@@ -271,9 +302,14 @@ def _join_tree(monitor: Monitor, idle: IdleTimer) -> tuple[Heartbeat, socket.soc
     ports = _gather(0 if server is None else server.getsockname()[1])
     parent, link = parent_rank(machines, rank), None
     if parent is not None:
-        is_same_machine = machines[parent] == machine
-        addresses = ("127.0.0.1",) if is_same_machine else members[parent].addresses
-        link = connect(addresses, ports[parent], members[0].token)
+        addresses: Sequence[str] = members[parent].addresses
+        reachable = addresses
+        if machines[parent] == machine:
+            reachable = ("127.0.0.1",)
+        # Two agents on one host have its addresses in common.
+        elif machines[parent].partition("/")[2] != machine.partition("/")[2]:
+            reachable = not_own(addresses)
+        link = connect(reachable, ports[parent], members[0].token)
         if link is None:
             logger.warning(
                 "no heartbeats to rank %d: none of %s can be reached at port %d; a lost process "

@@ -220,6 +220,35 @@ def test_strangers_are_disconnected():
     assert run.losses() == {} and link.is_closed
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_another_program_at_the_address_of_the_parent_is_not_lost(ends, caplog):
+    """It accepts the connection, and then says nothing or ends."""
+    link, accepted = connected()
+    own = PeerState(1, "b")
+    process = Heartbeat(
+        lambda: own, Monitor(TIMEOUT_S, INTERVAL_S), link, PeerState(0, "a", "training")
+    )
+    if ends:
+        accepted.close()
+    for tick in range(30):
+        process.receive()
+        process.beat(tick * INTERVAL_S)
+    assert process.monitor.loss is None and process.parent is None
+    (record,) = caplog.records
+    assert "no heartbeats to rank 0 (host a): what answers" in record.getMessage()
+
+
+def test_a_parent_that_fails_before_its_first_heartbeat_is_lost():
+    link, accepted = connected()
+    own = PeerState(1, "b")
+    process = Heartbeat(lambda: own, Monitor(TIMEOUT_S, INTERVAL_S), link, PeerState(0, "a"))
+    parent = Heartbeat(lambda: PeerState(0, "a"), Monitor(TIMEOUT_S, INTERVAL_S))
+    parent.strangers.append(accepted)
+    parent.leave("ZeroDivisionError")
+    process.receive()
+    assert "rank 0 (host a) is lost: it ended with ZeroDivisionError" in str(process.monitor.loss)
+
+
 @pytest.mark.parametrize("wrong", [{"kind": "bye"}, {"kind": "beat", "states": [{}]}])
 def test_a_wrong_message_costs_its_connection_and_not_the_heartbeats(wrong):
     """As of a process with another version of the package; the rest of the tree is watched."""

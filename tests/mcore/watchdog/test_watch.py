@@ -1,13 +1,13 @@
-"""The watchdog of a process: what it prints and when it ends the process; its connections.
+"""The watchdog of a process: what it prints and when it ends the process.
 
 Tests call `step` with their own clock; the thread runs in the last ones only.
 """
 
-import json
 import os
 import signal
-import socket
+import subprocess
 import threading
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -16,11 +16,12 @@ from megatron_idpo.errors import EXIT_PEER_LOST, ConfigError
 from megatron_idpo.mcore.watchdog import activity, watch
 from megatron_idpo.mcore.watchdog.activity import IdleTimer, current_activity, doing, progressed
 from megatron_idpo.mcore.watchdog.heartbeat import Heartbeat
-from megatron_idpo.mcore.watchdog.link import SocketLink, connect, listen, own_addresses
 from megatron_idpo.mcore.watchdog.monitor import Loss, Monitor, PeerState
 from megatron_idpo.mcore.watchdog.stuck import stuck_loss
-from megatron_idpo.mcore.watchdog.watch import Watchdog, stuck_after_s
+from megatron_idpo.mcore.watchdog.watch import LAUNCHER_PID, Watchdog, launcher_pid, stuck_after_s
 from megatron_idpo.testing import WorkerError
+
+from .test_link import linked
 
 TIMEOUT_S, INTERVAL_S, STUCK_S = 40.0, 5.0, 1000.0
 OTHER = PeerState(1, "node-b", "step 7, training step", (1, 2))
@@ -106,6 +107,35 @@ def test_a_process_ends_with_its_launcher(watchdog, clock, ended, capfd, monkeyp
     assert "its launcher (process " in capfd.readouterr().err
 
 
+def test_a_launcher_that_was_killed_while_its_worker_joined_is_known(monkeypatch):
+    """Its worker has another parent by then."""
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    monkeypatch.setenv(LAUNCHER_PID, str(killed.pid))
+    assert launcher_pid() == killed.pid != os.getppid()
+    for alive in (os.getpid(), os.getppid()):  # a shell between them that waits for the worker
+        monkeypatch.setenv(LAUNCHER_PID, str(alive))
+        assert launcher_pid() == os.getppid()
+    monkeypatch.delenv(LAUNCHER_PID)
+    assert launcher_pid() == os.getppid()
+
+
+@pytest.mark.parametrize("announces", [True, False])
+def test_a_loss_is_printed_before_nccl_can_abort_the_process(
+    watchdog, clock, ended, capfd, announces
+):
+    watchdog.announces = announces
+    watchdog._heartbeat.monitor.ended(1, "its process has ended")
+    run(watchdog, clock, INTERVAL_S)
+    for thread in threading.enumerate():
+        if thread.name == "announce":
+            thread.join()
+    message = capfd.readouterr().err
+    assert ended == [] and ("rank 1 (host node-b" in message) == announces
+    run(watchdog, clock, 10.0)
+    assert ended[0] == EXIT_PEER_LOST and "exit code 3" in capfd.readouterr().err
+
+
 def test_a_message_that_cannot_be_printed_does_not_keep_the_process(watchdog, monkeypatch):
     """Standard error is a pipe that no process reads."""
     is_ended = threading.Event()
@@ -139,8 +169,8 @@ def test_the_stuck_process_is_named_and_not_one_that_waits_for_it():
 
 
 def test_a_process_that_waits_lets_rank_0_decide(watchdog, clock, ended):
-    parent, _ = linked()
-    watchdog._heartbeat.parent = parent
+    watchdog._heartbeat.parent, parent = linked()
+    parent.send({"kind": "beat", "states": [asdict(OTHER)]})
     with doing("training step", step=8, is_timed=True):
         while clock[0] < STUCK_S + 2 * INTERVAL_S:
             watchdog._heartbeat.monitor.heard([OTHER])
@@ -203,99 +233,7 @@ def test_activities_nest_and_keep_the_step(monkeypatch) -> None:
     assert str(current_activity()) == "exporting", "for the report of this process"
 
 
-# ---- connections ---------------------------------------------------------------------------------
-
-
-def linked() -> tuple[SocketLink, SocketLink]:
-    first, second = socket.socketpair()
-    return SocketLink(first), SocketLink(second)
-
-
-def test_messages_arrive_whole_and_in_order() -> None:
-    first, second = linked()
-    for index in range(3):
-        first.send({"kind": "beat", "index": index, "text": "x" * 5000})
-    first.close()
-    assert [message["index"] for message in second.receive()] == [0, 1, 2]
-    assert second.is_closed
-    second.close()
-
-
-def test_a_neighbor_that_does_not_read_blocks_nothing() -> None:
-    first, second = linked()
-    for index in range(3000):
-        first.send({"index": index, "text": "x" * 1000})
-    received: list[Any] = []
-    for _ in range(100):
-        received += second.receive()
-        first.send({"index": "last"})
-    assert [message["index"] for message in received[:50]] == list(range(50))
-    assert len(received) < 3000 and received[-1]["index"] == "last" and not first.is_closed
-    for link in (first, second):
-        link.close()
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"[1]\n",
-        b'{"kind": 1\n',
-        b"\xff\n",
-        pytest.param(b"[" * 5000 + b"\n", id="nested"),
-    ],
-)
-def test_other_protocols_are_disconnected(sent: bytes) -> None:
-    stranger, accepted = socket.socketpair()
-    link = SocketLink(accepted)
-    stranger.sendall(sent)
-    assert link.receive() == [] and link.is_closed
-    link.close()
-    stranger.close()
-
-
-@pytest.mark.parametrize(
-    "sent", [b"wrong\n{}\n", b"token2\n{}\n", b"tok\n", b"x" * 5000, b"[" * 5000 + b"\n"]
-)
-def test_nothing_is_decoded_before_the_token(sent: bytes, monkeypatch) -> None:
-    stranger, accepted = socket.socketpair()
-    link = SocketLink(accepted, "token")
-    monkeypatch.setattr(json, "loads", None)
-    stranger.sendall(sent)
-    assert link.receive() == [] and link.is_closed and len(link._received) <= 4096
-    link.close()
-    stranger.close()
-
-
-def test_messages_follow_the_token_in_any_pieces() -> None:
-    neighbor, accepted = socket.socketpair()
-    link = SocketLink(accepted, "token")
-    for piece in (b"tok", b'en\n{"kind": "hello"}\n{"ki', b'nd": "beat"}\n'):
-        assert not link.is_closed
-        neighbor.sendall(piece)
-        received = link.receive()
-    assert received == [{"kind": "beat"}]
-    link.close()
-    neighbor.close()
-
-
-def test_the_first_address_that_answers_is_used() -> None:
-    with listen(2, is_local=True) as server:
-        port = server.getsockname()[1]
-        link = connect(["127.1.2.3", "127.0.0.1"], port, "token")
-        assert link is not None and link.socket.getpeername()[0] == "127.0.0.1"
-        link.close()
-        assert connect(["127.1.2.3"], port, "token") is None, "a local server has one address"
-
-
-def test_the_interface_of_gloo_comes_first(monkeypatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.9.9.9")
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    assert own_addresses()[0].startswith("127.")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    assert own_addresses()[0] == "127.0.0.1"
+# ---- over processes -----------------------------------------------------------------------------
 
 
 def join(timeouts: dict[str, int]) -> dict[str, Any]:
