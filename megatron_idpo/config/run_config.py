@@ -59,12 +59,21 @@ class RunConfig(Section):
             yield from self._evaluation_problems()
         elif self.has("training") and self.checkpoint.keep_best:
             yield from self._best_checkpoint_problems()
-        if self.has("training") and not self.training.export and self.export != ExportConfig():
-            message = "has no effect: training.export is false"
-            yield Problem("export", message, "remove the section, or set training.export to true")
+        if self.has("training") and not self.training.export:
+            yield from self._export_problems()
         if self.reference.source == "adapter_off" and not self.has("lora"):
             message, remedy = "is adapter_off, but there are no adapters", "add the section lora"
             yield Problem("reference.source", message, f"use cache, or {remedy}")
+
+    def _export_problems(self) -> Iterator[Problem]:
+        """What does not apply because the result of the run is not exported."""
+        message, remedy = "has no effect: training.export is false", "set training.export to true"
+        if self.sdpo is not None and any(step.export for step in self.sdpo.steps):
+            if self.export.push_to_hub is not None:
+                message += ", and the models of single steps are not uploaded"
+                yield Problem("export.push_to_hub", message, f"leave it out, or {remedy}")
+        elif self.export != ExportConfig():
+            yield Problem("export", message, f"remove the section, or {remedy}")
 
     def _row_length_problems(self) -> Iterator[Problem]:
         """Row lengths that context and sequence parallelism cannot split evenly over the ranks."""

@@ -11,6 +11,7 @@ from megatron_idpo.config.objective import ObjectiveConfig
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo import SdpoConfig, SdpoStepConfig
 from megatron_idpo.config.section import describe_errors
+from megatron_idpo.config.training import ExportConfig
 from megatron_idpo.errors import Problem
 
 _REPLACED = {
@@ -36,7 +37,7 @@ def step_config(config: RunConfig, number: int) -> RunConfig:
 
     `lora.adapter` is only kept for the first step: the model that a later step starts from (with
     `target: first` that adapter again) is passed to it as a model. `training.export` is whether
-    the step's own model is exported.
+    the step's own model is exported; it is not uploaded.
 
     Args:
         config: with the section `sdpo`.
@@ -76,6 +77,10 @@ def step_config(config: RunConfig, number: int) -> RunConfig:
     }
     if step.layout is not None:
         sections["layout"] = step.layout
+    # Only the result of the whole run is uploaded.
+    export = config.export if step.export else ExportConfig()
+    unpublished = {name: getattr(ExportConfig(), name) for name in ("push_to_hub", "private")}
+    sections["export"] = export.model_copy(update=unpublished)
     return config.model_copy(update={**sections, "sdpo": None})
 
 

@@ -7,6 +7,7 @@ curves.png        plot of metrics.jsonl
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -43,7 +44,7 @@ def report_steps(output: RunDirectory, manifest: Manifest, *, show: bool) -> Non
         _draw_missing_curves(root, manifest)
         _write(root / TABLE, curriculum_markdown(manifest))
         draw_curriculum(manifest, root / PLOT)
-        _write(output.metrics, metrics_of_all_steps(root, manifest))
+        write_metrics(output, manifest.complete_steps)
         if output.metrics.stat().st_size:
             draw_curves(output.metrics, output.curves, title=output.name)
     if show:
@@ -80,8 +81,17 @@ def curriculum_markdown(manifest: Manifest) -> str:
     )
 
 
-def metrics_of_all_steps(root: Path, manifest: Manifest) -> str:
-    """The metrics files of complete steps as one, with continuous steps and epochs and `sdpo_step`.
+def write_metrics(output: RunDirectory, numbers: Iterable[int]) -> None:
+    """Write the metrics file of the whole run from those of these steps. Not collective.
+
+    Raises:
+        UserError: a metrics file cannot be read or written.
+    """
+    _write(output.metrics, metrics_of_steps(output.root, numbers))
+
+
+def metrics_of_steps(root: Path, numbers: Iterable[int]) -> str:
+    """The metrics files of steps as one, with continuous steps and epochs and `sdpo_step`.
 
     The evaluation before a step's first optimizer step is left out after the first step: its
     position is that of the last evaluation of the step before.
@@ -90,7 +100,7 @@ def metrics_of_all_steps(root: Path, manifest: Manifest) -> str:
         ConfigError: a metrics file cannot be read.
     """
     lines, first_step, first_epoch = [], 0, 0.0
-    for number in manifest.complete_steps:
+    for number in numbers:
         path = RunDirectory(root / step_name(number)).metrics
         if not path.exists():
             continue

@@ -200,6 +200,7 @@ def train_step(
         caches.copy_from(run.scores, slice_K)
     is_last = number == num_steps
     finalize = StepFinalizer(
+        config=run.config,
         manifest=run.manifest,
         number=number,
         first_eval=run.scores.open()[-1] if run.pairs.eval is not None else None,

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 
@@ -35,6 +34,7 @@ from megatron_idpo.train.hub import push
 from megatron_idpo.train.model_card import (
     CARD,
     PICTURE,
+    Kind,
     adapter_repository,
     model_card,
     public_base_model,
@@ -53,23 +53,25 @@ def export_result(
     policy: Policy,
     output: RunDirectory,
     *,
+    step: int | None = None,
     with_adapter: bool = True,
     metrics: Mapping[str, float] = MappingProxyType({}),
     show_progress: bool,
 ) -> list[str]:
     """Write `hf/`, with adapters merged in fp32, and with LoRA `adapter/`. Collective.
 
-    Each with a model card, and uploaded if configured.
+    Each with a model card. The result of the run is uploaded if configured.
 
     An earlier export of this run is replaced atomically.
 
     Args:
         config: of the run.
         policy: trained.
-        output: the run's directory.
+        output: where to write them.
+        step: of sDPO, if this is not the result of the whole run.
         with_adapter: write the adapter too. False if its base is not the configured model: PEFT
             would apply it to the wrong weights.
-        metrics: of the last evaluation, for the card.
+        metrics: of the held-out pairs against `model.path`, for the card; empty if there are none.
         show_progress: draw a progress bar.
 
     Returns:
@@ -83,10 +85,19 @@ def export_result(
     dtype = torch_dtype(config.export.dtype or config.model.dtype)
     with companions_of(config, policy.source) as companions, TemporaryDirectory() as cards:
         picture = _draw_layers(output, Path(cards))
+
+        def card(directory: Path, kind: Kind) -> list[Path]:
+            if not is_rank0():  # copies the files
+                return []
+            base_model = _base_model(config, directory)
+            has_picture = picture is not None
+            text = model_card(config, base_model, kind, metrics, step=step, has_picture=has_picture)
+            return _write_card(text, Path(cards) / kind, picture)
+
         export_hf(
             policy.chunks,
             architecture,
-            (*companions, *_card(config, output.hf, "model", metrics, picture, Path(cards))),
+            (*companions, *card(output.hf, "model")),
             output.hf,
             dtype=dtype,
             overwrite=True,
@@ -100,11 +111,11 @@ def export_result(
         if adapters is not None and with_adapter:
             # Its tokenizer and end tokens: those of the base model may be others.
             kept = [file for file in companions if file.name != CONFIG_FILE]
-            kept += _card(config, output.adapter, "adapter", metrics, picture, Path(cards))
+            kept += card(output.adapter, "adapter")
             base_model = _base_model(config, output.adapter)
             save_peft(adapters, architecture, output.adapter, base_model, companions=kept)
             lines.append(f"adapter  {output.adapter}")
-    if (repository := config.export.push_to_hub) is not None:
+    if step is None and (repository := config.export.push_to_hub) is not None:
         uploads = {repository: output.hf}
         if adapters is not None and with_adapter:
             uploads[adapter_repository(repository)] = output.adapter
@@ -129,22 +140,10 @@ def _base_model(config: RunConfig, directory: Path) -> str:
     return public_base_model(config.model.path, config.export.base_model, directory)
 
 
-def _card(
-    config: RunConfig,
-    directory: Path,
-    kind: Literal["model", "adapter"],
-    metrics: Mapping[str, float],
-    picture: Path | None,
-    parent: Path,
-) -> list[Path]:
-    """The model card of an export with its picture, as companion files; on rank 0, which copies."""
-    if not is_rank0():
-        return []
-    card = parent / kind / CARD
-    card.parent.mkdir()
-    has_picture = picture is not None
-    base_model = _base_model(config, directory)
-    text = model_card(config, base_model, kind, metrics, has_picture=has_picture)
+def _write_card(text: str, directory: Path, picture: Path | None) -> list[Path]:
+    """The model card of an export with its picture, as companion files."""
+    directory.mkdir()
+    card = directory / CARD
     card.write_text(text, encoding="utf-8")
     return [card] if picture is None else [card, picture]
 

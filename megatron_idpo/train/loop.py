@@ -271,6 +271,6 @@ def export(trainer: Trainer, report: Report) -> Sequence[str]:
         trainer.config,
         trainer.policy,
         trainer.output,
-        metrics=trainer.eval_values,
+        metrics=trainer.held_out_metrics(),
         show_progress=trainer.world.is_first,
     )

@@ -6,7 +6,7 @@ it: no absolute paths, no names of local files.
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,8 @@ from typing import Literal
 from megatron_idpo import __version__
 from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.config.run_config import RunConfig
+from megatron_idpo.config.sdpo import SdpoConfig
+from megatron_idpo.config.sdpo_steps import step_config
 from megatron_idpo.figures.numbers import count, decimal
 from megatron_idpo.train.metrics.intervals import wilson_interval
 from megatron_idpo.train.metrics.names import ACCURACY, EVAL, EVAL_PAIRS, LOSS, MARGIN, layer_name
@@ -24,6 +26,7 @@ PICTURE = "layers.png"
 
 Kind = Literal["model", "adapter"]
 
+_SOURCE = "https://github.com/megatron-idpo/megatron-idpo"
 _HUB_CACHE = "models--"
 _LIBRARIES = ("torch", "megatron-core", "transformers", "peft")
 
@@ -68,6 +71,7 @@ def model_card(
     kind: Kind,
     metrics: Mapping[str, float],
     *,
+    step: int | None = None,
     has_picture: bool = False,
 ) -> str:
     """The text of `README.md`.
@@ -76,44 +80,70 @@ def model_card(
         config: of the run.
         base_model: `public_base_model`.
         kind: the merged model, or the adapter.
-        metrics: of the last evaluation; empty if nothing was held out.
+        metrics: of the held-out pairs against `model.path`; empty if there are none.
+        step: of sDPO, if the model is not the result of the whole run.
         has_picture: whether `PICTURE` is next to it.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     is_on_hub = not base_model.startswith(".")
+    steps = _steps(config, step)
+    tags = ["dpo", "megatron-core"]
+    tags += ["intermediate-dpo"] if _has_taps(steps) else []
+    tags += ["sdpo"] if config.sdpo is not None else []
     data = ModelCardData(
         base_model=base_model if is_on_hub else None,
         datasets=[name for name in _datasets(config) if name is not None] or None,
         library_name="transformers" if kind == "model" else "peft",
         license=config.export.license or _inherited_license(config.model.path),
         pipeline_tag="text-generation",
-        tags=["dpo", "megatron-core", *(["intermediate-dpo"] if config.objective.layers else [])],
+        tags=tags,
     )
-    results = _results(metrics)
+    results = _results(metrics, steps[-1])
     if has_picture:
         results += f"\n\n![Loss, margin and accuracy of each layer during training]({PICTURE})"
-    sections = _sections(config, base_model, kind, results, has_license=bool(data.license))
+        if len(steps) > 1:
+            results += "\n\nThe curves of each step are relative to its own reference."
+    sections = _sections(
+        config, steps, base_model, kind, results, step=step, has_license=bool(data.license)
+    )
     body = "\n\n".join(sections)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
 
+def _steps(config: RunConfig, step: int | None) -> list[RunConfig]:
+    """The configuration of each step of sDPO up to the model's; of another run its own."""
+    if config.sdpo is None:
+        return [config]
+    last = len(config.sdpo.steps) if step is None else step
+    return [step_config(config, number) for number in range(1, last + 1)]
+
+
+def _has_taps(steps: Sequence[RunConfig]) -> bool:
+    return any(step.objective.layers for step in steps)
+
+
 def _sections(
-    config: RunConfig, base_model: str, kind: Kind, results: str, *, has_license: bool
+    config: RunConfig,
+    steps: Sequence[RunConfig],
+    base_model: str,
+    kind: Kind,
+    results: str,
+    *,
+    step: int | None,
+    has_license: bool,
 ) -> Iterator[str]:
-    name = config.export.push_to_hub or Path(config.training.output).name
-    method = "intermediate DPO" if config.objective.layers else "DPO"
+    name = (config.export.push_to_hub or Path(config.training.output).name).rpartition("/")[2]
+    name += f", step {step}" if step is not None else ""
+    yield f"# {name}{' (LoRA adapter)' if kind == 'adapter' else ''}"
+    method = "intermediate DPO" if _has_taps(steps) else "DPO"
     method = f"stepwise {method}" if config.sdpo is not None else method
-    yield f"# {name.rpartition('/')[2]}{' (LoRA adapter)' if kind == 'adapter' else ''}"
     base = f"`{base_model}`"
     if base_model.startswith("."):
-        base = f"a local directory, {base}; fill in the name that others know"
-    yield (
-        f"Aligned with {method} by [megatron-idpo](https://pypi.org/project/megatron-idpo/) "
-        f"{__version__}. Base model: {base}."
-    )
+        base = f"a local directory, {base}; write its name on the hub here and in the metadata"
+    yield f"Aligned with {method} by [megatron-idpo]({_SOURCE}) {__version__}. Base model: {base}."
     yield f"## Use\n\n```python\n{_usage(config, base_model, kind)}\n```"
-    rows = "\n".join(f"| {label} | {value} |" for label, value in _settings(config))
+    rows = "\n".join(f"| {label} | {value} |" for label, value in _settings(config, steps))
     yield f"## Training\n\n| setting | value |\n|---|---|\n{rows}"
     yield f"## Held-out pairs\n\n{results}"
     if not has_license:
@@ -121,7 +151,7 @@ def _sections(
             "## License\n\nThe base model's license is not known here. Fill in `license` in the "
             "metadata above."
         )
-    citations = ["dpo", *(["intermediate"] if config.objective.layers else [])]
+    citations = ["dpo", *(["intermediate"] if _has_taps(steps) else [])]
     citations += ["sdpo"] if config.sdpo is not None else []
     texts = "\n\n".join(_CITATIONS[citation] for citation in citations)
     yield f"## Citation\n\n```bibtex\n{texts}\n```"
@@ -152,18 +182,18 @@ def adapter_repository(name: str) -> str:
     return f"{name}-adapter"
 
 
-def _settings(config: RunConfig) -> Iterator[tuple[str, str]]:
+def _settings(config: RunConfig, steps: Sequence[RunConfig]) -> Iterator[tuple[str, str]]:
     """What was trained, and how."""
-    objective, optimizer, training = config.objective, config.optimizer, config.training
+    optimizer, training = config.optimizer, config.training
     sources = [name or "local files" for name in _datasets(config)]
     yield "data", ", ".join(dict.fromkeys(sources))
+    if config.sdpo is not None:
+        yield from _steps_settings(config, config.sdpo, steps)
+    objective = config.objective
     yield "loss", f"{' + '.join(objective.losses)}, β = {objective.beta:g}"
     if objective.layers:
-        layers = objective.layers
-        text = str(layers)
-        if isinstance(layers, tuple):
-            text = ", ".join(f"depth {at:g}" if isinstance(at, float) else str(at) for at in layers)
-        yield "tapped layers", f"{text}, weight {objective.intermediate_weight:g}"
+        weight = f"weight {objective.intermediate_weight:g}"
+        yield "tapped layers", f"{_layers(objective.layers)}, {weight}"
     lora = config.lora
     trained = "all weights"
     if lora is not None:
@@ -171,16 +201,62 @@ def _settings(config: RunConfig) -> Iterator[tuple[str, str]]:
         trained += f", {', '.join(lora.names)}"
     yield "trained", trained
     yield "learning rate", f"{optimizer.lr:g}, {optimizer.schedule}"
-    steps = f", at most {training.max_steps} steps" if training.max_steps else ""
+    limit = f", at most {training.max_steps} steps" if training.max_steps else ""
     epochs = f"{training.epochs} epoch{'s' if training.epochs > 1 else ''}"
-    yield "length", f"{epochs}{steps}, {training.global_batch_pairs} pairs per step"
-    yield "seeds", f"training {training.seed}, data {config.data.seed}"
+    yield "length", f"{epochs}{limit}, {training.global_batch_pairs} pairs per step"
+    seeds = f"{training.seed}"
+    if len(steps) > 1:
+        seeds += f" to {steps[-1].training.seed} in the steps"
+    yield "seeds", f"training {seeds}, data {config.data.seed}"
     yield "maximum length", f"{config.data.max_length or 'unlimited'} tokens"
     yield "precision", config.model.dtype
 
 
-def _results(metrics: Mapping[str, float]) -> str:
-    """Held-out figures with the accuracy's interval."""
+def _layers(layers: str | Sequence[int | float] | Mapping[str, int]) -> str:
+    if isinstance(layers, tuple):
+        return ", ".join(f"depth {at:g}" if isinstance(at, float) else f"{at}" for at in layers)
+    return f"every {layers['every']}" if isinstance(layers, Mapping) else str(layers)
+
+
+def _steps_settings(
+    config: RunConfig, sdpo: SdpoConfig, steps: Sequence[RunConfig]
+) -> Iterator[tuple[str, str]]:
+    """How the pairs were split over the steps, and what each step changed."""
+    order = {"given": "in the order of the data", "random": "at random"}
+    order["easy_to_hard"] = f"from easy to hard, by {sdpo.by} and {sdpo.measure}"
+    start = "the step before" if sdpo.target == "previous" else "the base model"
+    adapters = ""
+    if config.lora is not None:
+        adapters = {"merge": ", adapters merged between them", "carry": ", adapters carried over"}[
+            sdpo.adapters
+        ]
+    text = f"{len(steps)} of {len(sdpo.steps)}, pairs split {order[sdpo.order]}; each starts from "
+    yield "steps", f"{text}{start}{adapters}; its reference is the step before"
+    for number, step in enumerate(sdpo.steps[: len(steps)], start=1):
+        changed = step.model_dump(exclude_defaults=True, exclude={"export", "layout"})
+        if "layers" in changed:
+            changed["layers"] = _layers(changed["layers"]) or "none"
+        if changed:
+            values = ", ".join(f"{name} {_value(value)}" for name, value in changed.items())
+            yield f"step {number}", values
+
+
+def _value(value: object) -> str:
+    """A setting's value; numbers without insignificant digits."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(_value, value)) if isinstance(value, tuple) else str(value)
+
+
+def _results(metrics: Mapping[str, float], config: RunConfig) -> str:
+    """Held-out figures with the accuracy's interval.
+
+    Args:
+        metrics: of the last evaluation.
+        config: of the last step.
+    """
     pairs = metrics.get(EVAL_PAIRS, math.nan)
     if not math.isfinite(pairs):
         return "None were held out."
@@ -189,7 +265,10 @@ def _results(metrics: Mapping[str, float]) -> str:
     rows = [
         ("pairs", count(pairs)),
         ("reward accuracy", f"{decimal(accuracy, '.2f')} (95 % interval {low:.2f} to {high:.2f})"),
-        ("reward margin", decimal(metrics[f"{EVAL}{MARGIN}"], "+.3f")),
+        (
+            f"reward margin (β = {config.objective.beta:g})",
+            decimal(metrics[f"{EVAL}{MARGIN}"], "+.3f"),
+        ),
         ("loss", decimal(metrics[f"{EVAL}{LOSS}"], ".4f")),
     ]
     prefix, suffix = f"{EVAL}layer_", f"/{LOSS}"
@@ -203,7 +282,10 @@ def _results(metrics: Mapping[str, float]) -> str:
         for layer in layers
     ]
     lines = "\n".join(f"| {label} | {value} |" for label, value in rows)
-    return f"| measure | value |\n|---|---|\n{lines}"
+    relative = "Rewards are relative to the base model, the first reference."
+    if config.reference.source == "none":
+        relative = "Rewards are log-probabilities times β: there was no reference."
+    return f"{relative}\n\n| measure | value |\n|---|---|\n{lines}"
 
 
 def _datasets(config: RunConfig) -> list[str | None]:

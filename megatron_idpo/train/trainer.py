@@ -76,6 +76,15 @@ class Trainer:
         """Whether the last step has been taken."""
         return self.step >= self.total_steps
 
+    def held_out_metrics(self) -> dict[str, float]:
+        """Metrics of the held-out pairs at the current step; empty if there are none. Collective.
+
+        They are evaluated again if the step was taken before this start.
+        """
+        if self.evaluation is None:
+            return {}
+        return dict(self.eval_values) or self.evaluation.run().evaluation_values()
+
     def is_due(self, every_steps: int | None) -> bool:
         """Whether the current step is a multiple of `every_steps`; None is never."""
         return every_steps is not None and self.step % every_steps == 0

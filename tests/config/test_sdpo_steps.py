@@ -9,6 +9,7 @@ from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.config.sdpo_steps import step_config, step_name, step_problems
+from megatron_idpo.config.training import ExportConfig
 
 from . import helper
 
@@ -93,6 +94,23 @@ def test_fields_of_a_step_replace_those_of_the_run(tmp_path):
         "training.output": "runs/x/step-2",
         "training.seed": 1,
     }
+
+
+def test_export_settings_apply_to_the_result_and_to_exported_steps(tmp_path):
+    export = {"dtype": "fp32", "license": "mit", "push_to_hub": "me/x", "private": False}
+    config = load(tmp_path, {}, {"export": True}, export=export)
+    assert step_config(config, 1).export == ExportConfig()
+    assert step_config(config, 2).export == ExportConfig(dtype="fp32", license="mit")
+
+
+def test_export_settings_without_an_exported_result(tmp_path):
+    sections = {"training": {"export": False}, "export": {"dtype": "fp32"}}
+    (problem,) = problems_of(tmp_path, **sections)
+    assert "export (" in problem and "has no effect: training.export is false" in problem
+    load(tmp_path, {}, {"export": True}, **sections)
+    sections["export"]["push_to_hub"] = "me/x"
+    (problem,) = problems_of(tmp_path, {}, {"export": True}, **sections)
+    assert "export.push_to_hub" in problem and "models of single steps are not uploaded" in problem
 
 
 def test_step_config_does_not_change_the_run(tmp_path):

@@ -58,6 +58,21 @@ def test_step_whose_end_fails_is_not_complete(
     assert ours == theirs
 
 
+def run_uploading(file: str) -> list[str]:
+    """The repositories that a run uploads to."""
+    with patch("megatron_idpo.train.export.push") as push:
+        assert run(file).code == 0
+    return [call.args[0] for call in push.call_args_list]
+
+
+def test_only_the_result_of_the_run_is_uploaded(tiny: Files, workers: Any, tmp_path: Path) -> None:
+    export = {"push_to_hub": "me/aligned", "base_model": "org/base"}
+    file = stepped_config(tiny, tmp_path / "run", steps=EXPORTING, export=export)
+    assert workers.run(run_uploading, 1, file) == [["me/aligned"]]
+    config = (tmp_path / "run" / "step-1" / "adapter" / "adapter_config.json").read_text()
+    assert '"base_model_name_or_path": "org/base"' in config
+
+
 @pytest.mark.parametrize(
     "target", ["previous", pytest.param("first", marks=pytest.mark.exhaustive)]
 )

@@ -11,7 +11,7 @@ from megatron_idpo.config.sdpo import SdpoConfig, SdpoStepConfig
 from megatron_idpo.config.training import TrainingConfig
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.sdpo.manifest import Manifest
-from megatron_idpo.sdpo.report import curriculum_markdown, metrics_of_all_steps, missing_exports
+from megatron_idpo.sdpo.report import curriculum_markdown, metrics_of_steps, missing_exports
 from megatron_idpo.train.metrics.file import read_metrics
 
 from .tiny_manifest import SOURCES, identity, manifest
@@ -47,7 +47,7 @@ def parse_lines(text: str) -> list[dict[str, Any]]:
 def test_step_numbers_are_continuous(tmp_path: Path) -> None:
     for number, last in ((1, 2), (2, 3), (3, 1)):
         write_metrics(tmp_path, number, records_of_run(last, loss=number / 4))
-    records = parse_lines(metrics_of_all_steps(tmp_path, DONE))
+    records = parse_lines(metrics_of_steps(tmp_path, DONE.complete_steps))
     assert [(record["step"], record["sdpo_step"], record.get("loss")) for record in records] == [
         (0, 1, None),
         (1, 1, 0.25),
@@ -66,7 +66,7 @@ def test_epochs_are_continuous(tmp_path: Path) -> None:
     write_metrics(tmp_path, 1, [{"step": 1, "epoch": 0.5}, {"step": 4, "epoch": 2.0}])
     write_metrics(tmp_path, 2, [{"step": 0, "epoch": 0.0}, {"step": 2, "epoch": 0.5}, {"step": 3}])
     write_metrics(tmp_path, 3, [{"step": 1, "epoch": 1.0}])
-    records = parse_lines(metrics_of_all_steps(tmp_path, DONE))
+    records = parse_lines(metrics_of_steps(tmp_path, DONE.complete_steps))
     assert [record.get("epoch") for record in records] == [0.5, 2.0, 2.5, None, 3.5]
 
 
@@ -74,16 +74,16 @@ def test_only_complete_steps_are_reported(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         write_metrics(tmp_path, number, records_of_run(2))
     records = parse_lines(
-        metrics_of_all_steps(tmp_path, manifest("complete", "training", "pending"))
+        metrics_of_steps(tmp_path, manifest("complete", "training", "pending").complete_steps)
     )
     assert {record["sdpo_step"] for record in records} == {1}
-    assert metrics_of_all_steps(tmp_path, manifest("training", "pending")) == ""
+    assert metrics_of_steps(tmp_path, manifest("training", "pending").complete_steps) == ""
 
 
 def test_step_without_metrics_is_skipped(tmp_path: Path) -> None:
     write_metrics(tmp_path, 1, [])
     write_metrics(tmp_path, 3, records_of_run(2))
-    records = parse_lines(metrics_of_all_steps(tmp_path, DONE))
+    records = parse_lines(metrics_of_steps(tmp_path, DONE.complete_steps))
     assert [(record["step"], record["sdpo_step"]) for record in records] == [(0, 3), (1, 3), (2, 3)]
 
 
@@ -91,14 +91,14 @@ def test_nan_is_null_and_incomplete_line_is_skipped(tmp_path: Path) -> None:
     write_metrics(tmp_path, 1, [{"step": 1, "loss": None, "grad_norm": 1.0}])
     with (tmp_path / "step-1" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "loss": 0.')
-    records = parse_lines(metrics_of_all_steps(tmp_path, DONE))
+    records = parse_lines(metrics_of_steps(tmp_path, DONE.complete_steps))
     assert records == [{"step": 1, "loss": None, "grad_norm": 1.0, "sdpo_step": 1}]
 
 
 def test_logged_steps_may_be_far_apart(tmp_path: Path) -> None:
     write_metrics(tmp_path, 1, [{"step": step, "loss": 0.5} for step in (1, 10, 15)])
     write_metrics(tmp_path, 2, [{"step": step, "loss": 0.5} for step in (1, 10)])
-    records = parse_lines(metrics_of_all_steps(tmp_path, DONE))
+    records = parse_lines(metrics_of_steps(tmp_path, DONE.complete_steps))
     assert [record["step"] for record in records] == [1, 10, 15, 16, 25]
 
 

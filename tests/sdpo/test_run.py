@@ -98,6 +98,21 @@ def test_manifest_has_metrics_against_both_references(finished: Any) -> None:
     assert second.metrics[name] == records[-1][name]
 
 
+def test_cards_have_metrics_against_the_first_model(finished: Any) -> None:
+    """The card of the result describes the whole run; that of step 1 says which step it is."""
+    from .stepped_run import manifest_of
+
+    output, _ = finished("full")
+    name = "first_model/eval_rewards/margins"
+    first, last = (step.metrics[name] for step in manifest_of(output).steps)
+    result, step = (
+        (directory / "hf" / "README.md").read_text() for directory in (output, output / "step-1")
+    )
+    assert "# run\n" in result and "| steps | 2 of 2" in result and f"| {last:+.3f} |" in result
+    assert "# run, step 1\n" in step and "| steps | 1 of 2" in step and f"| {first:+.3f} |" in step
+    assert (output / "hf" / "layers.png").exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "more"),
     [

@@ -104,6 +104,8 @@ def test_complete_run_takes_no_step(tiny, workers, tmp_path):
     (first,) = workers.run(run, 1, file)
     assert "recompute auto: off; planned peak 1." in first.printed
     assert "everything fits without into 100.00 GB" in first.printed
+    card = (tmp_path / "run" / "hf" / "README.md").read_text()
+    assert "| pairs | 5 |" in card
     before = weights_bytes(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     (again,) = workers.run(run, 1, file, CountSteps())
     assert (again.code, again.found["steps"]) == (0, [])
@@ -111,6 +113,7 @@ def test_complete_run_takes_no_step(tiny, workers, tmp_path):
     assert "as in the checkpoint; limit 100.00 GB" in again.printed
     after = weights_bytes(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert after == before
+    assert (tmp_path / "run" / "hf" / "README.md").read_text() == card
 
 
 def test_settings_changed_after_the_last_step_have_no_effect_and_are_not_recorded(

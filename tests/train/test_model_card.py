@@ -74,7 +74,35 @@ def test_card_names_depth_seeds_and_a_local_base_model(config):
     )
     assert "| tapped layers | depth 0.5, 3, weight" in card
     assert "1 epoch" in card and "1 epochs" not in card and "| seeds | training 7, data" in card
-    assert "a local directory, `../../model`; fill in the name" in card
+    assert "a local directory, `../../model`; write its name on the hub" in card
+
+
+def test_card_of_a_stepwise_result_describes_all_steps(config):
+    steps = [{}, {"lr": 5e-3, "layers": [2]}, {"beta": 0.5}]
+    run = config(
+        objective={"layers": [], "intermediate_weight": 0.0},
+        sdpo={"steps": steps, "order": "random"},
+        training={"seed": 7},
+        lora=LORA,
+    )
+    card = ModelCard(model_card(run, "org/base", "model", METRICS))
+    assert {"intermediate-dpo", "sdpo"} <= set(card.data.to_dict()["tags"])
+    for text in (
+        "# run\n",
+        "Aligned with stepwise intermediate DPO",
+        "| steps | 3 of 3, pairs split at random; each starts from the step before, adapters",
+        "| step 2 | lr 0.005, layers 2 |",
+        "| step 3 | beta 0.5 |",
+        "| seeds | training 7 to 9 in the steps, data",
+        "Rewards are relative to the base model",
+        "| reward margin (β = 0.5) | +0.250 |",
+        "2403.19270",
+        "2408.02923",
+    ):
+        assert text in card.text
+    first = model_card(run, "org/base", "model", METRICS, step=1)
+    assert "# run, step 1\n" in first and "| steps | 1 of 3" in first and "| step 2 |" not in first
+    assert "Aligned with stepwise DPO" in first and "2408.02923" not in first
 
 
 def test_license_of_the_base_model_is_inherited(config, tmp_path):
