@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megatron_idpo.config.data import DataConfig, ModelConfig
 from megatron_idpo.config.evaluate import EvaluateConfig, GenerateConfig, H4Config, JudgeConfig
+from megatron_idpo.config.export import ExportConfig
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.config.objective import ObjectiveConfig, ReferenceConfig
@@ -14,7 +15,6 @@ from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.config.section import Section
 from megatron_idpo.config.training import (
     CheckpointConfig,
-    ExportConfig,
     LoggingConfig,
     OptimizerConfig,
     TrainingConfig,

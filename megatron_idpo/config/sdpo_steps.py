@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_idpo.config.export import ExportConfig
 from megatron_idpo.config.objective import ObjectiveConfig
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo import SdpoConfig, SdpoStepConfig
 from megatron_idpo.config.section import describe_errors
-from megatron_idpo.config.training import ExportConfig
 from megatron_idpo.errors import Problem
 
 _REPLACED = {

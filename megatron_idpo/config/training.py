@@ -149,34 +149,6 @@ class TrainingConfig(Section):
             yield Problem("profile", message, "give the first step, then the last one")
 
 
-class ExportConfig(Section):
-    """What is exported at the end (`training.export`), and published."""
-
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """The dtype of the exported model; null is `model.dtype`. A model that is trained in fp32 is
-    twice as large as its bf16 base."""
-
-    base_model: Text | None = None
-    """The base model's name on the hub, for the model card and the adapter. Null is `model.path`: a
-    hub name, or a path relative to the export."""
-
-    license: Text | None = None
-    """The license in the model card; null is that of the base model's card, if it has one."""
-
-    push_to_hub: Text | None = None
-    """A repository, `organization/name`, to upload the model to; the adapter to `NAME-adapter`."""
-
-    private: Bool = True
-    """Whether a repository that does not exist yet is created as a private one."""
-
-    used_with: ClassVar = {"private": ("push_to_hub",)}
-
-    def problems(self) -> Iterator[Problem]:
-        """A name that is not that of a repository."""
-        if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
-            yield Problem("push_to_hub", f"is {self.push_to_hub}", "write organization/name")
-
-
 class CheckpointConfig(Section):
     """Saving the state of the run, to resume it after any interruption."""
 

@@ -4,12 +4,15 @@ It has what a reader needs to judge and to use the model, and nothing of the mac
 it: no absolute paths, no names of local files.
 """
 
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from yaml import YAMLError
 
 from megatron_idpo import __version__
 from megatron_idpo.config.data import SourceConfig
@@ -19,6 +22,8 @@ from megatron_idpo.config.sdpo_steps import step_config
 from megatron_idpo.figures.numbers import count, decimal
 from megatron_idpo.train.metrics.intervals import wilson_interval
 from megatron_idpo.train.metrics.names import ACCURACY, EVAL, EVAL_PAIRS, LOSS, MARGIN, layer_name
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 PICTURE = "layers.png"
@@ -91,13 +96,14 @@ def model_card(
     tags = ["dpo", "megatron-core"]
     tags += ["intermediate-dpo"] if _has_taps(steps) else []
     tags += ["sdpo"] if config.sdpo is not None else []
+    license_data = _license(config)
     data = ModelCardData(
         base_model=base_model if is_on_hub else None,
         datasets=[name for name in _datasets(config) if name is not None] or None,
         library_name="transformers" if kind == "model" else "peft",
-        license=config.export.license or _inherited_license(config.model.path),
         pipeline_tag="text-generation",
         tags=tags,
+        **license_data,
     )
     results = _results(metrics, steps[-1])
     if has_picture:
@@ -105,7 +111,7 @@ def model_card(
         if len(steps) > 1:
             results += "\n\nThe curves of each step are relative to its own reference."
     sections = _sections(
-        config, steps, base_model, kind, results, step=step, has_license=bool(data.license)
+        config, steps, base_model, kind, results, step=step, has_license=bool(license_data)
     )
     body = "\n\n".join(sections)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
@@ -299,18 +305,36 @@ def _is_local(path: str) -> bool:
     return Path(path).exists() or any(letter in path for letter in "*?[") or not is_name
 
 
-def _inherited_license(model: str) -> str | None:
-    """Of the base model's own card, if it is on this machine."""
-    from huggingface_hub import ModelCard
+def _license(config: RunConfig) -> dict[str, Any]:
+    """The license and its name and link, as configured or in the base model's card."""
+    names = ("license", "license_name", "license_link")
+    values: Mapping[str, Any] = config.export.model_dump()
+    if config.export.license is None:
+        values = _base_card(config.model.path)
+    return {name: values[name] for name in names if values.get(name)}
 
-    card = Path(model) / CARD
-    if not card.is_file():
-        return None
+
+def _base_card(model: str) -> dict[str, Any]:
+    """The metadata of the base model's card; empty if there is none on this machine."""
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        inherited = ModelCard(card.read_text(encoding="utf-8")).data.get("license")
-    except (ValueError, OSError):  # another file than a card
-        return None
-    return inherited if isinstance(inherited, str) else None
+        # A hub model's card was downloaded with the model: an export does not need the network.
+        is_local = Path(model).is_dir()
+        card = Path(model) / CARD if is_local else try_to_load_from_cache(model, CARD)
+        if not isinstance(card, str | Path) or not Path(card).is_file():
+            return {}
+        metadata: dict[str, Any] = ModelCard.load(card).data.to_dict()
+    except HFValidationError:  # not a name on the hub: a directory that is not there any more
+        return {}
+    except (OSError, ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        logger.warning(
+            "%s of %s cannot be read, so its license is unknown: %s", CARD, model, reason
+        )
+        return {}
+    return metadata
 
 
 def _versions() -> Iterator[str]:

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
+from megatron_idpo.config.export import ExportConfig
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.load import load_config
 from megatron_idpo.config.run_config import SECTIONS, RunConfig
 from megatron_idpo.config.sdpo_steps import step_config, step_name, step_problems
-from megatron_idpo.config.training import ExportConfig
 
 from . import helper
 

@@ -300,11 +300,18 @@ def test_config_and_companions(tmp_path: Path) -> None:
         _ = checkpoint.config
     write_json(tmp_path, config={"vocab_size": 7}, generation_config={}, vocab={"x": 0}, tekken={})
     (tmp_path / "tokenizer.model.v3").touch()
-    (tmp_path / "README.md").touch()
+    for name in ("README.md", "LICENSE", "USE_POLICY.md", "MY_LICENSE"):
+        (tmp_path / name).touch()
     assert checkpoint.config == {"vocab_size": 7}
     names = [path.name for path in checkpoint.companions]
     tokenizer = ["tokenizer.model.v3", "tekken.json", "vocab.json"]
-    assert names == ["config.json", "generation_config.json", *tokenizer]
+    assert names == [
+        "config.json",
+        "generation_config.json",
+        *tokenizer,
+        "LICENSE",
+        "USE_POLICY.md",
+    ]
     (tmp_path / "config.json").write_text("{,}")
     with pytest.raises(CheckpointError, match=r"config\.json: is not valid JSON"):
         _ = HfCheckpoint(tmp_path).config

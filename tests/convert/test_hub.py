@@ -15,6 +15,7 @@ pytestmark = pytest.mark.distributed
 NAME = "some/model"
 URL = "{repo_id}/resolve/{revision}/{filename}"
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickle"}
+FILES |= {"README.md": b"card", "LICENSE": b"text", "USE_POLICY.md": b"policy"}
 
 
 def fetch(
@@ -50,7 +51,7 @@ def test_each_file_is_downloaded_once_per_cache(workers, tmp_path, caches, downl
     for rank, (directory, other) in enumerate(ranks):
         assert directory.startswith(roots[rank // 2]) and directory.endswith(COMMIT)
         assert Path(directory, "model.safetensors").read_bytes() == b"weights"
-        assert not Path(directory, "pytorch_model.bin").exists()
+        assert {path.name for path in Path(directory).iterdir()} == {*FILES} - {"pytorch_model.bin"}
         assert (other, again[rank]) == (str(local), [directory])
     assert requests[f"/{NAME}/resolve/{COMMIT}/model.safetensors"] == downloads
     # Of four processes, only the first asks which commit is the newest.

@@ -70,7 +70,11 @@ def test_adapters_are_merged_and_exported(tiny, workers, tmp_path):
 
     data = {"chat_template": TEMPLATE}
     file = write_config(tiny, tmp_path / "run", data=data, lora=LORA, layout={"pipeline": 2})
-    workers.run(export, 2, file, 0.5)
+    (tiny.model / "LICENSE").write_text("Do as you like.")
+    try:
+        workers.run(export, 2, file, 0.5)
+    finally:
+        (tiny.model / "LICENSE").unlink()
     base = load_file(tiny.model / "model.safetensors")
     merged = exported(tmp_path / "run")
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -87,6 +91,7 @@ def test_adapters_are_merged_and_exported(tiny, workers, tmp_path):
     assert base_model.resolve() == tiny.model.resolve()
     for directory in ("hf", "adapter"):
         assert str(tiny.root) not in (tmp_path / "run" / directory / "README.md").read_text()
+        assert (tmp_path / "run" / directory / "LICENSE").read_text() == "Do as you like."
     # Programs that load the base model find the template and the end tokens here.
     assert (tmp_path / "run" / "adapter" / CHAT_TEMPLATE).read_text() == TEMPLATE
     generation = read_json_object(tmp_path / "run" / "adapter" / "generation_config.json")

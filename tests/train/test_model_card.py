@@ -105,10 +105,56 @@ def test_card_of_a_stepwise_result_describes_all_steps(config):
     assert "Aligned with stepwise DPO" in first and "2408.02923" not in first
 
 
-def test_license_of_the_base_model_is_inherited(config, tmp_path):
+QWEN = """---
+license: other
+license_name: qwen-research
+license_link: LICENSE
+---
+# Base
+"""
+
+
+def test_license_of_a_local_base_model_is_inherited(config, tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n# Base\n")
-    assert "\nlicense: mit\n" in model_card(config(), "../../model", "model", METRICS)
+    (tmp_path / "model" / "README.md").write_text(QWEN)
+    data = ModelCard(model_card(config(), "../../model", "model", METRICS)).data.to_dict()
+    assert data["license"] == "other" and data["license_name"] == "qwen-research"
+    assert data["license_link"] == "LICENSE"
+    mit = config(export={"license": "mit"})
+    data = ModelCard(model_card(mit, "../../model", "model", METRICS)).data.to_dict()
+    assert data["license"] == "mit" and "license_name" not in data and "license_link" not in data
+
+
+def test_license_of_a_hub_model_is_inherited(config, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--org--base" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text(QWEN)
+    (refs := snapshot.parents[1] / "refs").mkdir()
+    (refs / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    run = config(model={"path": "org/base"})
+    assert "license_name: qwen-research" in model_card(run, "org/base", "model", METRICS)
+
+
+def test_unreadable_card_of_the_base_model_is_reported(config, tmp_path, caplog):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: [\n---\n# Base\n")
+    assert "Fill in `license`" in model_card(config(), "../../model", "model", METRICS)
+    assert "cannot be read, so its license is unknown" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("export", "problem"),
+    [
+        ({"license": "Apache 2.0"}, r"is 'Apache 2.0'; did you mean `apache-2.0`\? For a license"),
+        ({"license": "my own"}, r"no such identifier; for a license .* set other"),
+        ({"license": "other"}, r"export.license_name .*for which the hub needs a name; set it"),
+        ({"license": "mit", "license_link": "LICENSE"}, "license_link .*has no effect"),
+    ],
+)
+def test_licenses_that_the_hub_refuses(config, export, problem):
+    with pytest.raises(ConfigError, match=problem):
+        config(export=export)
 
 
 def test_base_model_is_never_an_absolute_path(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_idpo.convert.hf_io.tokenizer_files import LICENSE_FILES
 from megatron_idpo.errors import CheckpointError
 from megatron_idpo.mcore.parallel.world import (
     all_gather_objects,
@@ -16,7 +17,8 @@ from megatron_idpo.mcore.parallel.world import (
 
 _HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("*.json", "*.model", "*.model.v3", "*.txt", "*.jinja")
-_HUB_FILES = ("*.safetensors", *_TOKENIZER_FILES)
+_HUB_FILES = ("*.safetensors", *_TOKENIZER_FILES, "README.md", *LICENSE_FILES)
+"""The model card has the license, which the card of a trained model inherits."""
 
 
 def fetch_tokenizer(path: str | None) -> str | None:

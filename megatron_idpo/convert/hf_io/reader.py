@@ -9,6 +9,7 @@ Pickled weights (`.bin`, `.pt`) are refused. `families` knows what the tensors m
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megatron_idpo.convert.hf_io.safetensors_file import (
 )
 from megatron_idpo.convert.hf_io.tokenizer_files import (
     CONFIG_FILE,
+    LICENSE_FILES,
     TOKENIZER_FILES,
     check_vocabulary,
     read_json_object,
@@ -215,8 +217,10 @@ class HfCheckpoint:
 
     @property
     def companions(self) -> tuple[Path, ...]:
-        """The existing files that belong to the weights: configurations and tokenizer."""
-        names = (CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES)
+        """The existing files that belong to the weights: configurations, tokenizer, license."""
+        names = [CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES]
+        present = sorted(path.name for path in self.directory.iterdir())
+        names += [name for name in present if any(fnmatchcase(name, p) for p in LICENSE_FILES)]
         return tuple(self.directory / name for name in names if (self.directory / name).is_file())
 
     def check_vocabulary(self) -> None:

@@ -31,6 +31,18 @@ TOKENIZER_FILES = (
 )
 
 
+LICENSE_FILES = (
+    "LICENSE*",
+    "LICENCE*",
+    "license*",
+    "COPYING*",
+    "NOTICE*",
+    "Notice*",
+    "USE_POLICY*",
+)
+"""Patterns of the files that a license requires to be passed on with a model."""
+
+
 class Token(NamedTuple):
     """A token and the file that defines it."""
 
