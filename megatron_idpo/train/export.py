@@ -4,7 +4,7 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -90,8 +90,15 @@ def export_result(
             if not is_rank0():  # copies the files
                 return []
             base_model = _base_model(config, directory)
-            has_picture = picture is not None
-            text = model_card(config, base_model, kind, metrics, step=step, has_picture=has_picture)
+            text = model_card(
+                config,
+                base_model,
+                kind,
+                metrics,
+                step=step,
+                has_chat_template=has_chat_template(companions),
+                has_picture=picture is not None,
+            )
             return _write_card(text, Path(cards) / kind, picture)
 
         export_hf(
@@ -159,12 +166,13 @@ def _draw_layers(output: RunDirectory, directory: Path) -> Path | None:
     return directory / PICTURE
 
 
-def has_chat_template(model: Path) -> bool:
-    """Whether an exported model's tokenizer has a chat template."""
-    if (model / CHAT_TEMPLATE).is_file():
-        return True
-    settings = model / TOKENIZER_CONFIG_FILE
-    return settings.is_file() and "chat_template" in read_json_object(settings)
+def has_chat_template(files: Iterable[Path]) -> bool:
+    """Whether there is a chat template in the files of a tokenizer."""
+    by_name = {file.name: file for file in files}
+    settings = by_name.get(TOKENIZER_CONFIG_FILE)
+    if CHAT_TEMPLATE in by_name or settings is None:
+        return CHAT_TEMPLATE in by_name
+    return "chat_template" in read_json_object(settings)
 
 
 @contextmanager
@@ -265,7 +273,7 @@ def _trained_companions(
 def _command(model: Path) -> str:
     """A shell command that generates text with the exported model."""
     prompt, answer = '"Why is the sky blue?"', "[0]"
-    if has_chat_template(model):
+    if has_chat_template(model.iterdir()):
         prompt = f'[{{"role": "user", "content": {prompt}}}]'
         answer = '[0]["generated_text"][-1]["content"]'
     code = (

@@ -19,7 +19,9 @@ from megatron_idpo.config.data import SourceConfig
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.config.sdpo_steps import step_config
+from megatron_idpo.data.sources.open import is_on_hub
 from megatron_idpo.figures.numbers import count, decimal
+from megatron_idpo.train.citations import citations
 from megatron_idpo.train.metrics.intervals import wilson_interval
 from megatron_idpo.train.metrics.names import ACCURACY, EVAL, EVAL_PAIRS, LOSS, MARGIN, layer_name
 
@@ -35,19 +37,13 @@ _SOURCE = "https://github.com/megatron-idpo/megatron-idpo"
 _HUB_CACHE = "models--"
 _LIBRARIES = ("torch", "megatron-core", "transformers", "peft")
 
-_CITATIONS = {
-    "dpo": """@inproceedings{rafailov2023direct,
-  title={Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
-  author={Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Ermon, Stefano and Manning, \
-Christopher D. and Finn, Chelsea},
-  booktitle={NeurIPS}, year={2023}, eprint={2305.18290}, archivePrefix={arXiv}}""",
-    "intermediate": """@misc{kojima2024intermediate,
-  title={Intermediate Direct Preference Optimization},
-  author={Kojima, Atsushi}, year={2024}, eprint={2408.02923}, archivePrefix={arXiv}}""",
-    "sdpo": """@misc{kim2024sdpo,
-  title={sDPO: Don't Use Your Data All at Once},
-  author={Kim, Dahyun and others}, year={2024}, eprint={2403.19270}, archivePrefix={arXiv}}""",
+_SHOWN = {
+    "objective": {"loss", "beta", "layers", "intermediate_weight"},
+    "reference": {"cache"},
+    "lora": {"rank", "alpha", "dropout", "targets", "target_parameters", "adapter"},
+    "optimizer": {"lr", "schedule", "distributed"},
 }
+"""By section: fields that have a row of their own, are private, or do not change the result."""
 
 
 def public_base_model(path: str, configured: str | None, directory: Path) -> str:
@@ -77,6 +73,7 @@ def model_card(
     metrics: Mapping[str, float],
     *,
     step: int | None = None,
+    has_chat_template: bool = True,
     has_picture: bool = False,
 ) -> str:
     """The text of `README.md`.
@@ -87,19 +84,19 @@ def model_card(
         kind: the merged model, or the adapter.
         metrics: of the held-out pairs against `model.path`; empty if there are none.
         step: of sDPO, if the model is not the result of the whole run.
+        has_chat_template: whether the tokenizer has one.
         has_picture: whether `PICTURE` is next to it.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    is_on_hub = not base_model.startswith(".")
     steps = _steps(config, step)
     tags = ["dpo", "megatron-core"]
     tags += ["intermediate-dpo"] if _has_taps(steps) else []
     tags += ["sdpo"] if config.sdpo is not None else []
     license_data = _license(config)
     data = ModelCardData(
-        base_model=base_model if is_on_hub else None,
-        datasets=[name for name in _datasets(config) if name is not None] or None,
+        base_model=None if base_model.startswith(".") else base_model,
+        datasets=_datasets(config) or None,
         library_name="transformers" if kind == "model" else "peft",
         pipeline_tag="text-generation",
         tags=tags,
@@ -110,8 +107,9 @@ def model_card(
         results += f"\n\n![Loss, margin and accuracy of each layer during training]({PICTURE})"
         if len(steps) > 1:
             results += "\n\nThe curves of each step are relative to its own reference."
+    usage = _usage(config, base_model, kind, has_chat_template=has_chat_template)
     sections = _sections(
-        config, steps, base_model, kind, results, step=step, has_license=bool(license_data)
+        config, steps, base_model, kind, usage, results, step=step, has_license=bool(license_data)
     )
     body = "\n\n".join(sections)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
@@ -134,6 +132,7 @@ def _sections(
     steps: Sequence[RunConfig],
     base_model: str,
     kind: Kind,
+    usage: str,
     results: str,
     *,
     step: int | None,
@@ -148,7 +147,7 @@ def _sections(
     if base_model.startswith("."):
         base = f"a local directory, {base}; write its name on the hub here and in the metadata"
     yield f"Aligned with {method} by [megatron-idpo]({_SOURCE}) {__version__}. Base model: {base}."
-    yield f"## Use\n\n```python\n{_usage(config, base_model, kind)}\n```"
+    yield f"## Use\n\n```python\n{usage}\n```"
     rows = "\n".join(f"| {label} | {value} |" for label, value in _settings(config, steps))
     yield f"## Training\n\n| setting | value |\n|---|---|\n{rows}"
     yield f"## Held-out pairs\n\n{results}"
@@ -157,27 +156,31 @@ def _sections(
             "## License\n\nThe base model's license is not known here. Fill in `license` in the "
             "metadata above."
         )
-    citations = ["dpo", *(["intermediate"] if _has_taps(steps) else [])]
-    citations += ["sdpo"] if config.sdpo is not None else []
-    texts = "\n\n".join(_CITATIONS[citation] for citation in citations)
+    texts = "\n\n".join(citations(config, steps))
     yield f"## Citation\n\n```bibtex\n{texts}\n```"
     yield f"## Versions\n\n{', '.join(_versions())}"
 
 
-def _usage(config: RunConfig, base_model: str, kind: Kind) -> str:
+def _usage(config: RunConfig, base_model: str, kind: Kind, *, has_chat_template: bool) -> str:
     name = config.export.push_to_hub or "path/to/this/directory"
     if kind == "model":
+        prompt, answer = '"The sky is blue because"', '[0]["generated_text"]'
+        if has_chat_template:
+            prompt = '[{"role": "user", "content": "Why is the sky blue?"}]'
+            answer += '[-1]["content"]'
         return (
             "from transformers import pipeline\n\n"
             f'generate = pipeline("text-generation", "{name}")\n'
-            'messages = [{"role": "user", "content": "Why is the sky blue?"}]\n'
-            'print(generate(messages, max_new_tokens=200)[0]["generated_text"][-1]["content"])'
+            f"prompt = {prompt}\n"
+            f"print(generate(prompt, max_new_tokens=200){answer})"
         )
     if config.export.push_to_hub:
         name = adapter_repository(name)
     base = base_model if not base_model.startswith(".") else "path/to/base/model"
     return (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
         f'model = PeftModel.from_pretrained(base, "{name}")'
     )
@@ -191,8 +194,7 @@ def adapter_repository(name: str) -> str:
 def _settings(config: RunConfig, steps: Sequence[RunConfig]) -> Iterator[tuple[str, str]]:
     """What was trained, and how."""
     optimizer, training = config.optimizer, config.training
-    sources = [name or "local files" for name in _datasets(config)]
-    yield "data", ", ".join(dict.fromkeys(sources))
+    yield "data", ", ".join(dict.fromkeys(_source(source) for source in config.data.train))
     if config.sdpo is not None:
         yield from _steps_settings(config, config.sdpo, steps)
     objective = config.objective
@@ -205,6 +207,7 @@ def _settings(config: RunConfig, steps: Sequence[RunConfig]) -> Iterator[tuple[s
     if lora is not None:
         trained = f"LoRA rank {lora.rank}, α = {lora.alpha:g}, dropout {lora.dropout:g}"
         trained += f", {', '.join(lora.names)}"
+        trained += ", from an adapter trained before" if lora.adapter is not None else ""
     yield "trained", trained
     yield "learning rate", f"{optimizer.lr:g}, {optimizer.schedule}"
     limit = f", at most {training.max_steps} steps" if training.max_steps else ""
@@ -216,6 +219,11 @@ def _settings(config: RunConfig, steps: Sequence[RunConfig]) -> Iterator[tuple[s
     yield "seeds", f"training {seeds}, data {config.data.seed}"
     yield "maximum length", f"{config.data.max_length or 'unlimited'} tokens"
     yield "precision", config.model.dtype
+    for section, shown in _SHOWN.items():
+        values = getattr(config, section)
+        for name, value in (values.model_dump(exclude_defaults=True) if values else {}).items():
+            if name not in shown:
+                yield f"`{section}.{name}`", _value(value)
 
 
 def _layers(layers: str | Sequence[int | float] | Mapping[str, int]) -> str:
@@ -294,15 +302,17 @@ def _results(metrics: Mapping[str, float], config: RunConfig) -> str:
     return f"{relative}\n\n| measure | value |\n|---|---|\n{lines}"
 
 
-def _datasets(config: RunConfig) -> list[str | None]:
-    """The hub name of each source; None for local files, whose paths are private."""
-    sources: tuple[SourceConfig, ...] = config.data.train
-    return [None if _is_local(source.path) else source.path for source in sources]
+def _datasets(config: RunConfig) -> list[str]:
+    """The hub name of each source, once; paths of local files are private."""
+    return list(dict.fromkeys(each.path for each in config.data.train if is_on_hub(each)))
 
 
-def _is_local(path: str) -> bool:
-    is_name = path.count("/") == 1 and not path.startswith((".", "/")) and not Path(path).suffix
-    return Path(path).exists() or any(letter in path for letter in "*?[") or not is_name
+def _source(source: SourceConfig) -> str:
+    """A source, as `org/pairs (weight 2, split train_prefs)`."""
+    changed = source.model_dump(include={"split", "subset", "weight"}, exclude_defaults=True)
+    details = ", ".join(f"{name} {_value(value)}" for name, value in changed.items())
+    name = source.path if is_on_hub(source) else "local files"
+    return f"{name} ({details})" if details else name
 
 
 def _license(config: RunConfig) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def test_chat_template_of_the_training_data_is_exported(tiny, workers, tmp_path,
     file = write_config(tiny, tmp_path / "run", data={"chat_template": template})
     workers.run(export, 1, file, 3.0)
     model = tmp_path / "run" / "hf"
-    assert has_chat_template(model) and (model / CHAT_TEMPLATE).read_text() == TEMPLATE
+    assert has_chat_template(model.iterdir()) and (model / CHAT_TEMPLATE).read_text() == TEMPLATE
     messages = [{"role": "user", "content": "hi"}]
     text = AutoTokenizer.from_pretrained(model).apply_chat_template(messages, tokenize=False)
     assert text == "<user>hi<s>"
@@ -163,12 +163,12 @@ def test_chat_template_of_the_training_data_is_exported(tiny, workers, tmp_path,
 
 
 def test_has_chat_template(tmp_path):
-    assert not has_chat_template(tmp_path)
+    assert not has_chat_template(tmp_path.iterdir())
     settings = tmp_path / "tokenizer_config.json"
     settings.write_text('{"eos_token": "</s>"}')
-    assert not has_chat_template(tmp_path)
+    assert not has_chat_template(tmp_path.iterdir())
     settings.write_text(json.dumps({"chat_template": TEMPLATE}))
-    assert has_chat_template(tmp_path)
+    assert has_chat_template(tmp_path.iterdir())
     settings.unlink()
     (tmp_path / CHAT_TEMPLATE).write_text(TEMPLATE)
-    assert has_chat_template(tmp_path)
+    assert has_chat_template(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """What is published: the card, names of base models, and uploads to a stand-in of the hub."""
 
+import re
 from typing import Any
 
 import pytest
@@ -7,8 +8,10 @@ from huggingface_hub import ModelCard
 
 from megatron_idpo.cli.train import OPTIONAL, REQUIRED
 from megatron_idpo.config.load import load_config
+from megatron_idpo.config.objective import LOSSES
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import CheckpointError, ConfigError
+from megatron_idpo.train import citations
 from megatron_idpo.train.hub import _push
 from megatron_idpo.train.model_card import model_card, public_base_model
 
@@ -75,6 +78,73 @@ def test_card_names_depth_seeds_and_a_local_base_model(config):
     assert "| tapped layers | depth 0.5, 3, weight" in card
     assert "1 epoch" in card and "1 epochs" not in card and "| seeds | training 7, data" in card
     assert "a local directory, `../../model`; write its name on the hub" in card
+
+
+def test_card_lists_every_setting_that_changes_the_method(config, tmp_path):
+    run = config(
+        objective={
+            "loss": ["exo_pair", "bco_pair"],
+            "loss_weights": [1.0, 0.5],
+            "label_smoothing": 0.01,
+            "wpo": True,
+            "nll_weight": 0.2,
+            "layer_weights": [1.0, 2.0],
+            "reference_layer": "final",
+        },
+        reference={"source": "none"},
+        lora={**LORA, "rslora": True, "adapter": str(tmp_path)},
+        optimizer={"warmup_steps": 0, "warmup_fraction": 0.1, "weight_decay": 0.05},
+    )
+    card = model_card(run, "org/base", "model", METRICS)
+    for name, value in {
+        "objective.loss_weights": "1, 0.5",
+        "objective.label_smoothing": "0.01",
+        "objective.wpo": "true",
+        "objective.nll_weight": "0.2",
+        "objective.layer_weights": "1, 2",
+        "objective.reference_layer": "final",
+        "reference.source": "none",
+        "lora.rslora": "true",
+        "optimizer.warmup_fraction": "0.1",
+        "optimizer.weight_decay": "0.05",
+    }.items():
+        assert f"| `{name}` | {value} |" in card
+    assert ", from an adapter trained before |" in card and str(tmp_path) not in card
+    assert "Rewards are log-probabilities times β: there was no reference." in card
+    # DPO, intermediate, EXO, BCO, MPO, WPO, RPO, LoRA
+    numbers = re.findall(r"eprint={([\d.]+)}", card)
+    expected = ["2305.18290", "2408.02923", "2402.00856", "2404.04656"]
+    assert numbers == [*expected, "2411.10442", "2406.11827", "2404.19733", "2106.09685"]
+
+
+def test_every_loss_of_a_paper_is_cited():
+    variants_of_dpo = {"sigmoid", "sigmoid_norm", "sft"}
+    assert set(citations.LOSSES) == set(LOSSES) - variants_of_dpo
+
+
+def test_card_uses_a_model_without_chat_template_with_text(config):
+    chat, text = (
+        model_card(config(), "org/base", "model", METRICS, has_chat_template=has_template)
+        for has_template in (True, False)
+    )
+    assert 'prompt = [{"role": "user"' in chat and '[0]["generated_text"][-1]["content"])' in chat
+    assert 'prompt = "The sky' in text and '[0]["generated_text"])' in text and "role" not in text
+
+
+def test_hub_data_sets_are_named_with_split_and_weight(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs").mkdir()
+    sources = [
+        {"path": "org/data-v1.5", "split": "train_prefs", "weight": 2.0},
+        "squad",
+        "pairs",
+        "data/*.jsonl",
+        "gone.parquet",
+    ]
+    card = ModelCard(model_card(config(data={"train": sources}), "org/base", "model", METRICS))
+    assert card.data.to_dict()["datasets"] == ["org/data-v1.5", "squad"]
+    text = "| data | org/data-v1.5 (weight 2, split train_prefs), squad, local files |"
+    assert text in card.text
 
 
 def test_card_of_a_stepwise_result_describes_all_steps(config):

@@ -98,6 +98,13 @@ def open_source(source: SourceConfig) -> OpenSource:
     return OpenSource(source, parts)
 
 
+def is_on_hub(source: SourceConfig) -> bool:
+    """Whether a source is read from the hub, because no file has its path."""
+    path = source.path
+    is_local = Path(path).exists() or glob.glob(path, recursive=True) or _looks_like_files(path)
+    return not is_local
+
+
 def _columns(source: SourceConfig) -> Columns:
     columns: dict[str, str] = source.columns.model_dump(exclude_none=True)
     return columns
