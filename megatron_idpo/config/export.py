@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator
@@ -25,6 +26,24 @@ LICENSES = tuple(
 )
 """Those that the hub accepts, from the message with which it refuses an upload with another one
 (https://github.com/huggingface/huggingface_hub/issues/4218)."""
+
+
+_HUB_CACHE = "models--"
+"""Beginning of the name of a model's directory in the hub's cache."""
+
+
+def hub_name(model: str) -> str | None:
+    """The name of a model on the hub; None for a directory that is not in the hub's cache.
+
+    Args:
+        model: `model.path`: a name, or a directory.
+    """
+    if not Path(model).is_dir():
+        return model
+    for part in Path(model).resolve().parts:
+        if part.startswith(_HUB_CACHE):
+            return part.removeprefix(_HUB_CACHE).replace("--", "/")
+    return None
 
 
 def _check_license(value: object) -> object:
@@ -67,6 +86,11 @@ class ExportConfig(Section):
         "license_name": ("license", "other"),
         "license_link": ("license", "other"),
     }
+
+    @property
+    def adapter_repository(self) -> str:
+        """Where the adapter is uploaded to, next to the merged model."""
+        return f"{self.push_to_hub}-adapter"
 
     def problems(self) -> Iterator[Problem]:
         """A name that is not that of a repository; a license without a name."""

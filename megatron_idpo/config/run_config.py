@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_idpo.config.data import DataConfig, ModelConfig
 from megatron_idpo.config.evaluate import EvaluateConfig, GenerateConfig, H4Config, JudgeConfig
-from megatron_idpo.config.export import ExportConfig
+from megatron_idpo.config.export import ExportConfig, hub_name
 from megatron_idpo.config.layout import Layout
 from megatron_idpo.config.lora import LoraConfig
 from megatron_idpo.config.objective import ObjectiveConfig, ReferenceConfig
@@ -51,6 +51,18 @@ class RunConfig(Section):
         """Whether a section is present, written or by its defaults."""
         return self.__dict__.get(section) is not None
 
+    @property
+    def uploads_adapter(self) -> bool:
+        """Whether there is a result for PEFT to upload: an adapter on `model.path`."""
+        sdpo = self.sdpo
+        is_on_model = (
+            sdpo is None
+            or sdpo.adapters == "carry"
+            or sdpo.target == "first"
+            or len(sdpo.steps) == 1
+        )
+        return self.export.push_to_hub is not None and self.lora is not None and is_on_model
+
     def problems(self) -> Iterator[Problem]:
         """Contradictions between sections; `Problem.location` is `section.field`."""
         if self.has("data"):
@@ -61,6 +73,12 @@ class RunConfig(Section):
             yield from self._best_checkpoint_problems()
         if self.has("training") and not self.training.export:
             yield from self._export_problems()
+        if self.has("model") and self.uploads_adapter and self.export.base_model is None:
+            if hub_name(self.model.path) is None:
+                message = f"is null, so that nobody else can load the adapter: {self.model.path} is"
+                message += " a directory of this machine"
+                remedy = "set it to the name of the model on the hub"
+                yield Problem("export.base_model", message, remedy)
         if self.reference.source == "adapter_off" and not self.has("lora"):
             message, remedy = "is adapter_off, but there are no adapters", "add the section lora"
             yield Problem("reference.source", message, f"use cache, or {remedy}")

@@ -49,6 +49,7 @@ from megatron_idpo.sdpo.report import missing_exports, report_steps
 from megatron_idpo.sdpo.snapshot import open_snapshot
 from megatron_idpo.train.callbacks import Callback
 from megatron_idpo.train.elastic import waits_for_other_machines
+from megatron_idpo.train.hub import check_can_push
 from megatron_idpo.train.loop import preempted_before_training, train_prepared
 from megatron_idpo.train.run_directory import RunDirectory, open_run_directory
 from megatron_idpo.train.setup import Prepared, prepare
@@ -99,6 +100,7 @@ def train_in_steps(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int
     ):
         if waits_for_other_machines(config, world):
             return EXIT_PREEMPTED
+        check_can_push(config, output)
         try:
             run = assemble_steps(config, world, output, stop_flag)
         except RunStopped:

@@ -31,14 +31,7 @@ from megatron_idpo.lora.adapters import KEPT_SHARE, merged_value, surviving_shar
 from megatron_idpo.lora.peft import save_peft
 from megatron_idpo.mcore.parallel.world import broadcast_from_rank0, is_rank0, raise_on_all_ranks
 from megatron_idpo.train.hub import push
-from megatron_idpo.train.model_card import (
-    CARD,
-    PICTURE,
-    Kind,
-    adapter_repository,
-    model_card,
-    public_base_model,
-)
+from megatron_idpo.train.model_card import CARD, PICTURE, Kind, model_card, public_base_model
 from megatron_idpo.train.policy import Policy
 from megatron_idpo.train.run_directory import RunDirectory
 
@@ -125,7 +118,7 @@ def export_result(
     if step is None and (repository := config.export.push_to_hub) is not None:
         uploads = {repository: output.hf}
         if adapters is not None and with_adapter:
-            uploads[adapter_repository(repository)] = output.adapter
+            uploads[config.export.adapter_repository] = output.adapter
         for name, directory in uploads.items():
             push(name, directory, private=config.export.private)
             lines.append(f"uploaded {name}")

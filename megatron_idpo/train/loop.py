@@ -25,6 +25,7 @@ from megatron_idpo.train.compile_ahead import compile_ahead
 from megatron_idpo.train.elastic import waits_for_other_machines
 from megatron_idpo.train.export import export_result
 from megatron_idpo.train.finite_checks import check_evaluation_finite
+from megatron_idpo.train.hub import check_can_push
 from megatron_idpo.train.logging.report import Report, open_report
 from megatron_idpo.train.messages import (
     report_compiled,
@@ -69,6 +70,7 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int:
             return EXIT_PREEMPTED
         with raise_on_all_ranks("checking the output directory"):
             check_not_stepped(output.root)
+        check_can_push(config, output)
         prepared = prepare(config, world)
         return train_prepared(
             *(config, world, output, prepared, stop_flag), finalize=export, callbacks=callbacks

@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from megatron_idpo import __version__
 from megatron_idpo.config.data import SourceConfig
+from megatron_idpo.config.export import hub_name
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.config.sdpo import SdpoConfig
 from megatron_idpo.config.sdpo_steps import step_config
@@ -34,7 +35,6 @@ PICTURE = "layers.png"
 Kind = Literal["model", "adapter"]
 
 _SOURCE = "https://github.com/megatron-idpo/megatron-idpo"
-_HUB_CACHE = "models--"
 _LIBRARIES = ("torch", "megatron-core", "transformers", "peft")
 
 _SHOWN = {
@@ -58,12 +58,8 @@ def public_base_model(path: str, configured: str | None, directory: Path) -> str
         The configured name; a hub name, also of a model in the hub's cache; or else the path
         relative to `directory`. Never an absolute path.
     """
-    if configured is not None or not Path(path).is_dir():
-        return configured or path
-    for part in Path(path).resolve().parts:
-        if part.startswith(_HUB_CACHE):
-            return part.removeprefix(_HUB_CACHE).replace("--", "/")
-    return os.path.relpath(Path(path).absolute(), directory.absolute())
+    name = configured or hub_name(path)
+    return name or os.path.relpath(Path(path).absolute(), directory.absolute())
 
 
 def model_card(
@@ -175,7 +171,7 @@ def _usage(config: RunConfig, base_model: str, kind: Kind, *, has_chat_template:
             f"print(generate(prompt, max_new_tokens=200){answer})"
         )
     if config.export.push_to_hub:
-        name = adapter_repository(name)
+        name = config.export.adapter_repository
     base = base_model if not base_model.startswith(".") else "path/to/base/model"
     return (
         "from peft import PeftModel\n"
@@ -184,11 +180,6 @@ def _usage(config: RunConfig, base_model: str, kind: Kind, *, has_chat_template:
         f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
         f'model = PeftModel.from_pretrained(base, "{name}")'
     )
-
-
-def adapter_repository(name: str) -> str:
-    """The repository of the adapter, next to that of the merged model."""
-    return f"{name}-adapter"
 
 
 def _settings(config: RunConfig, steps: Sequence[RunConfig]) -> Iterator[tuple[str, str]]:

@@ -60,7 +60,10 @@ def test_step_whose_end_fails_is_not_complete(
 
 def run_uploading(file: str) -> list[str]:
     """The repositories that a run uploads to."""
-    with patch("megatron_idpo.train.export.push") as push:
+    with (
+        patch("megatron_idpo.sdpo.run.check_can_push"),
+        patch("megatron_idpo.train.export.push") as push,
+    ):
         assert run(file).code == 0
     return [call.args[0] for call in push.call_args_list]
 

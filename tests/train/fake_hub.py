@@ -24,6 +24,7 @@ class FakeHub(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         self.files: dict[str, dict[str, bytes]] = {}
         self.refuses = False
+        self.is_read_only = False
         self.requests: list[str] = []
         """Paths of what was read, in order."""
 
@@ -67,6 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.server.requests.append(path)
+        if path.endswith("/auth-check/write"):
+            self._reply({}, 403 if self.server.is_read_only else 200)
+            return
         owner, name, kind, _, file = [*path.removeprefix("/api/models/").split("/"), *[""] * 4][:5]
         if kind not in ("tree", "revision"):
             owner, name, kind, _, file = [*path.removeprefix("/").split("/"), *[""] * 4][:5]

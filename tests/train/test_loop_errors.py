@@ -15,6 +15,7 @@ from megatron_idpo.errors import CheckpointError, ConfigError, DataError, Traini
 from megatron_idpo.storage.lock import locked
 from megatron_idpo.testing import write_tiny_hf_model
 
+from .fake_hub import running_hub
 from .run_hooks import Break, CountSteps, NoWeights, Spoil, SpoilAfter, stop_after
 from .tiny_run import (
     BATCH_PAIRS,
@@ -24,6 +25,7 @@ from .tiny_run import (
     SIZES,
     STEPS,
     Files,
+    Outcome,
     exported,
     is_finite,
     run,
@@ -306,3 +308,36 @@ def error_of(kind: type[UserError], workers: Any, processes: int, file: str, *ho
     with pytest.raises(kind) as raised:
         workers.run(run, processes, file, *hooks)
     return str(raised.value)
+
+
+# ---- the hub ------------------------------------------------------------------------------------
+
+
+def run_with_hub(file: str, endpoint: str) -> Outcome:
+    """A run that publishes to a stand-in of the hub."""
+    import os
+    from unittest.mock import patch
+
+    with (
+        patch("huggingface_hub.constants.ENDPOINT", endpoint),
+        patch("huggingface_hub.constants.HF_HUB_OFFLINE", False),
+        patch.dict(os.environ, HF_TOKEN="hf_stand_in"),
+    ):
+        return run(file, CountSteps())
+
+
+def test_wrong_token_is_found_before_training_and_not_needed_to_resume(tiny, workers, tmp_path):
+    sections = {"training": {"max_steps": 2}, "export": {"push_to_hub": "me/aligned"}}
+    file = write_config(tiny, tmp_path / "run", **sections)
+    with running_hub() as hub:
+        hub.refuses = True
+        with pytest.raises(CheckpointError, match=r"me/aligned: cannot be written: .*401"):
+            workers.run(run_with_hub, 2, file, hub.endpoint)
+        assert not (tmp_path / "run" / "config.yaml").exists()
+        hub.refuses = False
+        outcomes = workers.run(run_with_hub, 2, file, hub.endpoint)
+        assert [outcome.code for outcome in outcomes] == [0, 0]
+        assert {"README.md", "model.safetensors"} <= set(hub.files["me/aligned"])
+        hub.refuses = True
+        with pytest.raises(CheckpointError, match="me/aligned: cannot be uploaded"):
+            workers.run(run_with_hub, 2, file, hub.endpoint)

@@ -12,7 +12,7 @@ from megatron_idpo.config.objective import LOSSES
 from megatron_idpo.config.run_config import RunConfig
 from megatron_idpo.errors import CheckpointError, ConfigError
 from megatron_idpo.train import citations
-from megatron_idpo.train.hub import _push
+from megatron_idpo.train.hub import _push, create_repository
 from megatron_idpo.train.model_card import model_card, public_base_model
 
 from .fake_hub import running_hub
@@ -245,17 +245,45 @@ def test_export_settings_without_an_export_are_refused(config):
         config(export={"push_to_hub": "name"})
 
 
-def test_upload_to_a_stand_in_of_the_hub(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Model\n")
+def test_adapter_that_nobody_can_load_is_not_published(config, tmp_path):
+    (tmp_path / "model").mkdir()
+    export: dict[str, Any] = {"push_to_hub": "me/aligned"}
+    with pytest.raises(ConfigError, match=r"export.base_model.*model is a directory of this mach"):
+        config(lora=LORA, export=export)
+    config(export=export)  # without an adapter
+    config(lora=LORA, export={**export, "base_model": "org/base"})
+    config(lora=LORA, export=export, model={"path": "org/base"})
+    # The result of step 2 is a merged model.
+    config(lora=LORA, export=export, sdpo={"steps": [{}, {}]}, reference={"source": "cache"})
+
+
+@pytest.fixture
+def hub(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
     with running_hub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield hub
+
+
+def test_upload_to_a_stand_in_of_the_hub(tmp_path, hub):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Model\n")
+    _push("me/aligned", tmp_path, private=True)
+    assert hub.private == {"me/aligned": True}
+    assert hub.files["me/aligned"]["config.json"] == b"{}"
+    assert set(hub.files["me/aligned"]) == {"config.json", "README.md"}
+    hub.refuses = True
+    with pytest.raises(CheckpointError, match=r"cannot be uploaded: .*401.*; .*hf auth login"):
         _push("me/aligned", tmp_path, private=True)
-        assert hub.private == {"me/aligned": True}
-        assert hub.files["me/aligned"]["config.json"] == b"{}"
-        assert set(hub.files["me/aligned"]) == {"config.json", "README.md"}
-        hub.refuses = True
-        with pytest.raises(CheckpointError, match=r"cannot be uploaded: .*401.*; .*hf auth login"):
-            _push("me/aligned", tmp_path, private=True)
+
+
+def test_repository_that_cannot_be_written_is_found_before_training(hub):
+    create_repository("me/aligned", private=False)
+    assert hub.private == {"me/aligned": False}
+    hub.is_read_only = True
+    with pytest.raises(CheckpointError, match=r"aligned: cannot be written: .*403.*hf auth login"):
+        create_repository("me/aligned", private=False)
+    hub.refuses = True
+    with pytest.raises(CheckpointError, match=r"me/new: cannot be written: .*401"):
+        create_repository("me/new", private=False)
