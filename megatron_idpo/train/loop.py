@@ -149,8 +149,12 @@ def _record_start(trainer: Trainer) -> None:
     """Append to the run's record of starts, unless all steps are complete. Collective."""
     with raise_on_all_ranks("recording the start"):
         if trainer.world.is_first and not trainer.is_complete:
+            held_out = trainer.pairs.eval
             start = this_start(
-                step=trainer.step, total_steps=trainer.total_steps, processes=trainer.world.size
+                step=trainer.step,
+                total_steps=trainer.total_steps,
+                processes=trainer.world.size,
+                held_out=None if held_out is None else held_out.fingerprint,
             )
             write_start(trainer.output.root, start)
 

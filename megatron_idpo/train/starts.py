@@ -47,6 +47,9 @@ class Start:
     device: str
     """Of the first process: `NVIDIA H200`, or the processor and its cores."""
 
+    held_out: str | None = None
+    """Fingerprint of the held-out pairs; None without any."""
+
     commit: str | None = None
     """Of the checkout that the package was imported from, with `+` if it has changes; None for an
     installed package."""
@@ -54,7 +57,9 @@ class Start:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def this_start(*, step: int, total_steps: int, processes: int) -> Start:
+def this_start(
+    *, step: int, total_steps: int, processes: int, held_out: str | None = None
+) -> Start:
     """The start of this process."""
     return Start(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -62,6 +67,7 @@ def this_start(*, step: int, total_steps: int, processes: int) -> Start:
         total_steps=total_steps,
         command=_command(),
         processes=processes,
+        held_out=held_out,
         device=_device(),
         commit=commit_of(_PACKAGE),
         versions={

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_idpo.config.load import load_config
 from megatron_idpo.errors import EXIT_PREEMPTED, CheckpointError, ConfigError
 from megatron_idpo.train.metrics.file import read_metrics
+from megatron_idpo.train.starts import read_starts
 
 from .. import oracle
 from ..train.run_hooks import CountSteps, stop_after
@@ -111,6 +112,13 @@ def test_cards_have_metrics_against_the_first_model(finished: Any) -> None:
     assert "# run\n" in result and "| steps | 2 of 2" in result and f"| {last:+.3f} |" in result
     assert "# run, step 1\n" in step and "| steps | 1 of 2" in step and f"| {first:+.3f} |" in step
     assert (output / "hf" / "layers.png").exists()
+
+
+def test_starts_record_the_held_out_pairs(finished: Any) -> None:
+    """By which `report` knows that runs compare; the same in every step."""
+    starts = read_starts(finished("full")[0])
+    assert len(starts) == 2 and len({start.held_out for start in starts}) == 1
+    assert starts[0].held_out is not None
 
 
 @pytest.mark.parametrize(

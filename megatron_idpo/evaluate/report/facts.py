@@ -14,7 +14,6 @@ from megatron_idpo.console.text import format_duration, format_number
 from megatron_idpo.evaluate.report.inputs import RunInputs
 from megatron_idpo.evaluate.report.tables import Cell
 from megatron_idpo.figures.numbers import UNKNOWN, count, decimal, interval, percent
-from megatron_idpo.sdpo.manifest import FIRST
 from megatron_idpo.train.logging.line import is_tied
 from megatron_idpo.train.metrics import names
 from megatron_idpo.train.metrics.file import STEP, Record
@@ -72,13 +71,12 @@ def _held_out_facts(run: RunInputs) -> Facts:
 
 def _first_model_facts(run: RunInputs) -> Facts:
     """The result of all sDPO steps together."""
-    for step in reversed(run.manifest.steps if run.manifest else ()):
-        if f"{FIRST}{_HELD_OUT[1]}" in step.metrics:
-            metrics = {name.removeprefix(FIRST): value for name, value in step.metrics.items()}
-            share, margin = (metrics.get(name, math.nan) for name in _HELD_OUT)
-            value = f"{accuracy_percent(share, margin)}, margin {decimal(margin, '+.3f')}"
-            return {"Against the first model": Cell(value, _interval_note(metrics))}
-    return {}
+    metrics = run.against_first
+    if not metrics:
+        return {}
+    share, margin = (metrics.get(name, math.nan) for name in _HELD_OUT)
+    value = f"{accuracy_percent(share, margin)}, margin {decimal(margin, '+.3f')}"
+    return {"Against the first model": Cell(value, _interval_note(metrics))}
 
 
 def accuracy_percent(share: float, margin: float) -> str:

@@ -17,7 +17,7 @@ from megatron_idpo.evaluate.likelihood.curves_file import FILE, read_curves
 from megatron_idpo.evaluate.likelihood.layer_curves import LayerCurves
 from megatron_idpo.evaluate.lm_eval.result import H4Result, read_result
 from megatron_idpo.evaluate.models import RESULT, RUN_FILE
-from megatron_idpo.sdpo.manifest import Manifest, read_manifest
+from megatron_idpo.sdpo.manifest import FIRST, Manifest, read_manifest
 from megatron_idpo.storage.provenance import file_digest, read_record
 from megatron_idpo.train.metrics.file import STEP, Record, read_metrics
 from megatron_idpo.train.metrics.names import ACCURACY, EVAL_PAIRS, layers_in
@@ -109,6 +109,24 @@ class RunInputs:
     """`config.json` of the exported model; empty if there is none."""
 
     evaluation: Evaluation
+
+    @property
+    def held_out(self) -> str | None:
+        """Fingerprint of the held-out pairs; None without any, or if it was not recorded."""
+        return self.starts[-1].held_out if self.starts else None
+
+    @property
+    def against_first(self) -> dict[str, float]:
+        """Held-out metrics of an sDPO result against the first model; empty if there are none.
+
+        The last complete step's. Its logged metrics are against the step before, and compare with
+        those of no other run.
+        """
+        for step in reversed(self.manifest.steps if self.manifest else ()):
+            if any(name.startswith(FIRST) for name in step.metrics):
+                named = step.metrics.items()
+                return {k.removeprefix(FIRST): v for k, v in named if k.startswith(FIRST)}
+        return {}
 
 
 def read_runs(roots: Sequence[Path]) -> list[RunInputs]:

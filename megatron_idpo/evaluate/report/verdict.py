@@ -51,8 +51,11 @@ def verdict(runs: Sequence[RunInputs]) -> list[str]:
 
 
 def held_out(run: RunInputs) -> HeldOut | None:
-    """The last evaluation; None without one whose number of pairs is known."""
-    for record in reversed(run.records):
+    """The last evaluation; None without one whose number of pairs is known.
+
+    Of sDPO against the first model, as all of an ordinary run.
+    """
+    for record in reversed(run.records) if run.manifest is None else [run.against_first]:
         share = record.get(f"{names.EVAL}{names.ACCURACY}", math.nan)
         margin = record.get(f"{names.EVAL}{names.MARGIN}", math.nan)
         pairs = record.get(names.EVAL_PAIRS, math.nan)
@@ -67,6 +70,11 @@ def _of_run(run: RunInputs) -> str:
     state = f"After {format_count(step, 'step')}"
     if run.starts and step < (total := run.starts[-1].total_steps):
         state = f"Not complete: after {step:,} of {format_count(total, 'step')}"
+    if run.manifest is not None:
+        done, steps = len(run.manifest.complete_steps), len(run.manifest.steps)
+        state = f"After {format_count(steps, 'sDPO step')}"
+        if done < steps:
+            state = f"Not complete: after {done} of {format_count(steps, 'sDPO step')}"
     if any(math.isnan(last.get(name, 0.0)) for name in (names.LOSS, f"{names.EVAL}{names.LOSS}")):
         return f"{state} the loss is not a number: the run has diverged."
     result = held_out(run)
@@ -76,17 +84,22 @@ def _of_run(run: RunInputs) -> str:
         return f"{state} {change if losses else ''}no held-out pairs were evaluated."
     if is_tied(result.share, result.margin):
         return f"{state} policy and reference still rate the held-out pairs equally."
-    return f"{state} held-out reward accuracy is {result.text}: {result.against_chance}."
+    against = " against the first model" if run.manifest is not None else ""
+    return f"{state} held-out reward accuracy{against} is {result.text}: {result.against_chance}."
 
 
 def _of_runs(runs: Sequence[RunInputs]) -> list[str]:
-    """The best run, if the runs were evaluated on equally many pairs and it is distinguishable."""
-    results = [result for run in runs if (result := held_out(run)) is not None]
+    """The best run, if the runs were evaluated on the same pairs and it is distinguishable."""
+    evaluated = [(run.held_out, result) for run in runs if (result := held_out(run)) is not None]
+    results = [result for _, result in evaluated]
     if len(results) < 2:
         return []
-    if len({result.pairs for result in results}) > 1:
+    pairs = {(held_out, result.pairs) for held_out, result in evaluated}
+    if len(pairs) > 1 or any(held_out is None for held_out, _ in pairs):
+        known = "are not known to have been" if any(h is None for h, _ in pairs) else "were not"
         return [
-            "The runs were evaluated on different held-out pairs: their accuracies do not compare."
+            f"The runs {known} evaluated on the same held-out pairs: their accuracies do not "
+            "compare."
         ]
     best, *others = sorted(results, key=lambda result: -result.share)
     close = [result for result in others if result.high >= best.low]

@@ -1,6 +1,7 @@
 """The verdict at the top of the page: it claims no more than the intervals do."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from megatron_idpo.evaluate.report.inputs import read_runs
 from megatron_idpo.evaluate.report.verdict import verdict
 from megatron_idpo.train.starts import this_start, write_start
+from tests.sdpo.tiny_manifest import manifest
 
-from .example_runs import write_answers, write_comparison, write_run
+from .example_runs import write_answers, write_comparison, write_run, write_steps
 
 
 def of(*roots: Path) -> list[str]:
@@ -63,8 +65,14 @@ def test_run_without_held_out_pairs(tmp_path: Path) -> None:
     assert of(root) == [f"{message} evaluated."]
 
 
+def start(root: Path, held_out: str | None) -> Path:
+    """Record that a run of 41 steps was started with these held-out pairs."""
+    write_start(root, this_start(step=0, total_steps=41, processes=1, held_out=held_out))
+    return root
+
+
 def test_runs_are_ranked_only_if_their_intervals_are_apart(tmp_path: Path) -> None:
-    good, fair, bad = (write_run(tmp_path / name) for name in ("good", "fair", "bad"))
+    good, fair, bad = (start(write_run(tmp_path / name), "a") for name in ("good", "fair", "bad"))
     for root, wins in ((good, 37), (fair, 33), (bad, 12)):
         add(root, accuracy=wins / 40, margin=0.1, eval_pairs=40)
     best = "Highest held-out reward accuracy: good, 93 % (95 % interval 80 to 97 %, 40 pairs)"
@@ -73,11 +81,33 @@ def test_runs_are_ranked_only_if_their_intervals_are_apart(tmp_path: Path) -> No
     assert of(good, bad) == [f"{best}; its interval is above those of all others."]
 
 
-def test_runs_with_other_held_out_pairs_are_not_ranked(tmp_path: Path) -> None:
-    roots = [write_run(tmp_path / name) for name in ("a", "b")]
-    add(roots[0], accuracy=0.9, margin=0.1, eval_pairs=80)
-    (sentence,) = of(*roots)
-    assert sentence.endswith("their accuracies do not compare.")
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        (("a", "b"), "The runs were not evaluated on the same held-out pairs"),
+        (("a", None), "The runs are not known to have been evaluated on the same held-out pairs"),
+    ],
+)
+def test_runs_with_other_held_out_pairs_are_not_ranked(
+    tmp_path: Path, held_out: Sequence[str | None], message: str
+) -> None:
+    """Although there are equally many."""
+    roots = [start(write_run(tmp_path / f"{number}"), one) for number, one in enumerate(held_out)]
+    assert of(*roots) == [f"{message}: their accuracies do not compare."]
+
+
+def test_stepwise_run_is_compared_by_its_figures_against_the_first_model(tmp_path: Path) -> None:
+    """The logged ones are against the step before."""
+    steps = start(write_steps(tmp_path / "sdpo", manifest("complete", "complete")), "a")
+    add(steps, accuracy=12 / 40, margin=0.1, eval_pairs=40)
+    alone = "held-out reward accuracy against the first model is 75 % (95 % interval 60 to 86 %, "
+    assert of(steps) == [f"After 2 sDPO steps {alone}40 pairs): better than chance."]
+    plain = start(write_run(tmp_path / "dpo"), "a")
+    add(plain, accuracy=33 / 40, margin=0.1, eval_pairs=40)
+    (compared,) = of(plain, steps)
+    assert compared.endswith("the interval of sdpo (75 %) overlaps it: not distinguishable.")
+    half = write_steps(tmp_path / "half", manifest("complete", "pending"))
+    assert of(half)[0].startswith("Not complete: after 1 of 2 sDPO steps held-out")
 
 
 def test_evaluation_alone_has_the_judges_conclusion(tmp_path: Path) -> None:
