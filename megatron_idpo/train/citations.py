@@ -11,8 +11,8 @@ class Paper(NamedTuple):
     """A paper on arXiv; the year is that of its number."""
 
     key: str
-    author: str
-    """The first one."""
+    authors: str
+    """The first one, or all, as BibTeX writes them."""
 
     title: str
     number: str
@@ -22,14 +22,14 @@ class Paper(NamedTuple):
         return (
             f"@misc{{{self.key},\n"
             f"  title={{{{{self.title}}}}},\n"
-            f"  author={{{self.author} and others}}, year={{20{self.number[:2]}}},\n"
+            f"  author={{{self.authors}}}, year={{20{self.number[:2]}}},\n"
             f"  eprint={{{self.number}}}, archivePrefix={{arXiv}}}}"
         )
 
 
 DPO = Paper(
     "rafailov2023direct",
-    "Rafailov, Rafael",
+    "Rafailov, Rafael and others",
     "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
     "2305.18290",
 )
@@ -39,49 +39,51 @@ INTERMEDIATE = Paper(
     "Intermediate Direct Preference Optimization",
     "2408.02923",
 )
-SDPO = Paper("kim2024sdpo", "Kim, Dahyun", "sDPO: Don't Use Your Data All at Once", "2403.19270")
+SDPO = Paper(
+    "kim2024sdpo", "Kim, Dahyun and others", "sDPO: Don't Use Your Data All at Once", "2403.19270"
+)
 LORA = Paper(
     "hu2021lora",
-    "Hu, Edward J.",
+    "Hu, Edward J. and others",
     "LoRA: Low-Rank Adaptation of Large Language Models",
     "2106.09685",
 )
 F_DPO = Paper(
     "wang2023beyond",
-    "Wang, Chaoqi",
+    "Wang, Chaoqi and others",
     "Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence "
     "Constraints",
     "2309.16240",
 )
 WPO = Paper(
     "zhou2024wpo",
-    "Zhou, Wenxuan",
+    "Zhou, Wenxuan and others",
     "WPO: Enhancing RLHF with Weighted Preference Optimization",
     "2406.11827",
 )
 MPO = Paper(
     "wang2024mpo",
-    "Wang, Weiyun",
+    "Wang, Weiyun and others",
     "Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference "
     "Optimization",
     "2411.10442",
 )
 RPO = Paper(
     "pang2024iterative",
-    "Pang, Richard Yuanzhe",
+    "Pang, Richard Yuanzhe and others",
     "Iterative Reasoning Preference Optimization",
     "2404.19733",
 )
 _APO = Paper(
     "doosterlinck2024anchored",
-    "D'Oosterlinck, Karel",
+    "D'Oosterlinck, Karel and others",
     "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in "
     "Alignment",
     "2408.06266",
 )
 _AOT = Paper(
     "melnyk2024distributional",
-    "Melnyk, Igor",
+    "Melnyk, Igor and others",
     "Distributional Preference Alignment of LLMs via Optimal Transport",
     "2406.05882",
 )
@@ -90,43 +92,43 @@ LOSSES: Mapping[str, Paper] = MappingProxyType(
     {
         "hinge": Paper(
             "liu2023statistical",
-            "Liu, Tianqi",
+            "Liu, Tianqi and others",
             "Statistical Rejection Sampling Improves Preference Optimization",
             "2309.06657",
         ),
         "ipo": Paper(
             "azar2023general",
-            "Azar, Mohammad Gheshlaghi",
+            "Azar, Mohammad Gheshlaghi and others",
             "A General Theoretical Paradigm to Understand Learning from Human Preferences",
             "2310.12036",
         ),
         "robust": Paper(
             "chowdhury2024provably",
-            "Ray Chowdhury, Sayak",
+            "Ray Chowdhury, Sayak and others",
             "Provably Robust DPO: Aligning Language Models with Noisy Feedback",
             "2403.00409",
         ),
         "exo_pair": Paper(
             "ji2024efficient",
-            "Ji, Haozhe",
+            "Ji, Haozhe and others",
             "Towards Efficient Exact Optimization of Language Model Alignment",
             "2402.00856",
         ),
         "nca_pair": Paper(
             "chen2024noise",
-            "Chen, Huayu",
+            "Chen, Huayu and others",
             "Noise Contrastive Alignment of Language Models with Explicit Rewards",
             "2402.05369",
         ),
         "bco_pair": Paper(
             "jung2024binary",
-            "Jung, Seungjae",
+            "Jung, Seungjae and others",
             "Binary Classifier Optimization for Large Language Model Alignment",
             "2404.04656",
         ),
         "sppo_hard": Paper(
             "wu2024self",
-            "Wu, Yue",
+            "Wu, Yue and others",
             "Self-Play Preference Optimization for Language Model Alignment",
             "2405.00675",
         ),
@@ -136,7 +138,7 @@ LOSSES: Mapping[str, Paper] = MappingProxyType(
         "apo_down": _APO,
         "discopop": Paper(
             "lu2024discovering",
-            "Lu, Chris",
+            "Lu, Chris and others",
             "Discovering Preference Optimization Algorithms with and for Large Language Models",
             "2406.08414",
         ),

@@ -229,14 +229,15 @@ def _steps_settings(
     """How the pairs were split over the steps, and what each step changed."""
     order = {"given": "in the order of the data", "random": "at random"}
     order["easy_to_hard"] = f"from easy to hard, by {sdpo.by} and {sdpo.measure}"
-    start = "the step before" if sdpo.target == "previous" else "the base model"
-    adapters = ""
+    starts = {
+        "previous": "each starts from the result of the step before, its reference",
+        "first": "each starts from the base model; its reference is the result of the step before",
+    }
+    text = f"{len(steps)} of {len(sdpo.steps)}, pairs split {order[sdpo.order]}; "
+    text += starts[sdpo.target]
     if config.lora is not None:
-        adapters = {"merge": ", adapters merged between them", "carry": ", adapters carried over"}[
-            sdpo.adapters
-        ]
-    text = f"{len(steps)} of {len(sdpo.steps)}, pairs split {order[sdpo.order]}; each starts from "
-    yield "steps", f"{text}{start}{adapters}; its reference is the step before"
+        text += {"merge": "; adapters merged after each", "carry": "; adapters kept"}[sdpo.adapters]
+    yield "steps", text
     for number, step in enumerate(sdpo.steps[: len(steps)], start=1):
         changed = step.model_dump(exclude_defaults=True, exclude={"export", "layout"})
         if "layers" in changed:
@@ -287,7 +288,7 @@ def _results(metrics: Mapping[str, float], config: RunConfig) -> str:
         for layer in layers
     ]
     lines = "\n".join(f"| {label} | {value} |" for label, value in rows)
-    relative = "Rewards are relative to the base model, the first reference."
+    relative = "Rewards are relative to the base model."
     if config.reference.source == "none":
         relative = "Rewards are log-probabilities times β: there was no reference."
     return f"{relative}\n\n| measure | value |\n|---|---|\n{lines}"

@@ -160,7 +160,7 @@ def test_card_of_a_stepwise_result_describes_all_steps(config):
     for text in (
         "# run\n",
         "Aligned with stepwise intermediate DPO",
-        "| steps | 3 of 3, pairs split at random; each starts from the step before, adapters",
+        "| steps | 3 of 3, pairs split at random; each starts from the result of the step before",
         "| step 2 | lr 0.005, layers 2 |",
         "| step 3 | beta 0.5 |",
         "| seeds | training 7 to 9 in the steps, data",
