@@ -80,19 +80,19 @@ def export_result(
         picture = _draw_layers(output, Path(cards))
 
         def card(directory: Path, kind: Kind) -> list[Path]:
-            if not is_rank0():  # copies the files
-                return []
-            base_model = _base_model(config, directory)
-            text = model_card(
-                config,
-                base_model,
-                kind,
-                metrics,
-                step=step,
-                has_chat_template=has_chat_template(companions),
-                has_picture=picture is not None,
-            )
-            return _write_card(text, Path(cards) / kind, picture)
+            with raise_on_all_ranks("writing the model card"):
+                if not is_rank0():  # copies the files
+                    return []
+                text = model_card(
+                    config,
+                    _base_model(config, directory),
+                    kind,
+                    metrics,
+                    step=step,
+                    has_chat_template=has_chat_template(companions),
+                    has_picture=picture is not None,
+                )
+                return _write_card(text, Path(cards) / kind, picture)
 
         export_hf(
             policy.chunks,

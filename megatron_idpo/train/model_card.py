@@ -103,7 +103,10 @@ def model_card(
         results += f"\n\n![Loss, margin and accuracy of each layer during training]({PICTURE})"
         if len(steps) > 1:
             results += "\n\nThe curves of each step are relative to its own reference."
-    usage = _usage(config, base_model, kind, has_chat_template=has_chat_template)
+    repository = config.export.push_to_hub if step is None else None
+    if repository is not None and kind == "adapter":
+        repository = config.export.adapter_repository
+    usage = _usage(repository, base_model, kind, has_chat_template=has_chat_template)
     sections = _sections(
         config, steps, base_model, kind, usage, results, step=step, has_license=bool(license_data)
     )
@@ -157,8 +160,9 @@ def _sections(
     yield f"## Versions\n\n{', '.join(_versions())}"
 
 
-def _usage(config: RunConfig, base_model: str, kind: Kind, *, has_chat_template: bool) -> str:
-    name = config.export.push_to_hub or "path/to/this/directory"
+def _usage(repository: str | None, base_model: str, kind: Kind, *, has_chat_template: bool) -> str:
+    """Code that loads the model from its repository, if it is uploaded, or from a directory."""
+    name = repository or "path/to/this/directory"
     if kind == "model":
         prompt, answer = '"The sky is blue because"', '[0]["generated_text"]'
         if has_chat_template:
@@ -170,8 +174,6 @@ def _usage(config: RunConfig, base_model: str, kind: Kind, *, has_chat_template:
             f"prompt = {prompt}\n"
             f"print(generate(prompt, max_new_tokens=200){answer})"
         )
-    if config.export.push_to_hub:
-        name = config.export.adapter_repository
     base = base_model if not base_model.startswith(".") else "path/to/base/model"
     return (
         "from peft import PeftModel\n"

@@ -154,11 +154,12 @@ def test_card_of_a_stepwise_result_describes_all_steps(config):
         sdpo={"steps": steps, "order": "random"},
         training={"seed": 7},
         lora=LORA,
+        export={"push_to_hub": "me/aligned"},
     )
     card = ModelCard(model_card(run, "org/base", "model", METRICS))
     assert {"intermediate-dpo", "sdpo"} <= set(card.data.to_dict()["tags"])
     for text in (
-        "# run\n",
+        "# aligned\n",
         "Aligned with stepwise intermediate DPO",
         "| steps | 3 of 3, pairs split at random; each starts from the result of the step before",
         "| step 2 | lr 0.005, layers 2 |",
@@ -170,8 +171,12 @@ def test_card_of_a_stepwise_result_describes_all_steps(config):
         "2408.02923",
     ):
         assert text in card.text
+    assert '"me/aligned"' in card.text
     first = model_card(run, "org/base", "model", METRICS, step=1)
-    assert "# run, step 1\n" in first and "| steps | 1 of 3" in first and "| step 2 |" not in first
+    assert '"path/to/this/directory"' in first, "single steps are not uploaded"
+    assert (
+        "# aligned, step 1\n" in first and "| steps | 1 of 3" in first and "| step 2 |" not in first
+    )
     assert "Aligned with stepwise DPO" in first and "2408.02923" not in first
 
 
