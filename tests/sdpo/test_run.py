@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_idpo.config.load import load_config
 from megatron_idpo.errors import EXIT_PREEMPTED, CheckpointError, ConfigError
+from megatron_idpo.figures.numbers import decimal
 from megatron_idpo.train.metrics.file import read_metrics
 from megatron_idpo.train.starts import read_starts
 
@@ -105,12 +106,13 @@ def test_cards_have_metrics_against_the_first_model(finished: Any) -> None:
 
     output, _ = finished("full")
     name = "first_model/eval_rewards/margins"
-    first, last = (step.metrics[name] for step in manifest_of(output).steps)
+    steps = manifest_of(output).steps
+    first, last = (decimal(step.metrics[name], "+.3f") for step in steps)
     result, step = (
         (directory / "hf" / "README.md").read_text() for directory in (output, output / "step-1")
     )
-    assert "# run\n" in result and "| steps | 2 of 2" in result and f"| {last:+.3f} |" in result
-    assert "# run, step 1\n" in step and "| steps | 1 of 2" in step and f"| {first:+.3f} |" in step
+    assert "# run\n" in result and "| steps | 2 of 2" in result and f"| {last} |" in result
+    assert "# run, step 1\n" in step and "| steps | 1 of 2" in step and f"| {first} |" in step
     assert (output / "hf" / "layers.png").exists()
 
 
