@@ -112,7 +112,7 @@ def end_sooner(workers: SubprocessContext, report: Callable[[Mapping[int, int]],
         report: called with the exit codes of workers that have failed, by local rank, before that.
 
     Returns:
-        A set that gets the process ids of the workers that torchrun tells to end.
+        Process ids of the workers that had not ended by themselves; filled when torchrun ends them.
     """
     close, ended = workers.close, set[int]()
 
