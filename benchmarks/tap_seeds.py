@@ -87,44 +87,47 @@ def report(studies: Sequence[Study], options: argparse.Namespace) -> str:
         "both intervals exclude 0.",
     ]
     for study in studies:
-        seeds = [
-            seed
-            for seed in range(options.seeds)
-            if all(study.scores(seed, variant).exists() for variant in VARIANTS)
-        ]
         lines += ["", f"## {study.name}", "", *_advice_lines(study)]
-        if seeds:
-            lines += ["", f"Final layer, {len(seeds)} seeds:", "", *_final_lines(study, seeds)]
-            lines += ["", "At the tapped layers:", "", *_tap_lines(study, seeds)]
+        if runs := [name for name in VARIANTS if study.seeds(name)]:
+            lines += ["", "Final layer:", "", *_final_lines(study, runs)]
+            for others, baseline in ((runs[1:], "DPO"), (runs[2:], "advised")):
+                lines += ["", *_difference_lines(study, others, baseline)]
+            lines += ["", "At the tapped layers:", "", *_tap_lines(study, runs[1:])]
     return "\n".join(lines)
 
 
-def _final_lines(study: Study, seeds: Sequence[int]) -> Iterator[str]:
-    yield "| run | layers | " + " | ".join(QUANTITIES) + " |"
-    yield "|---|---|---|---|---|"
-    values = {name: _quantities(study, seeds, name, -1) for name in VARIANTS}
-    for name, values_SPK in values.items():
+def _final_lines(study: Study, runs: Sequence[str]) -> Iterator[str]:
+    yield f"| run | layers | seeds | {' | '.join(QUANTITIES)} |"
+    yield "|---|---|---|---|---|---|"
+    for name in runs:
+        seeds, layers = study.seeds(name), ", ".join(map(str, study.layers()[name])) or "–"
+        values_SPK = _quantities(study, seeds, name, -1)
         cells = " | ".join(
-            f"{_interval(values_SPK[..., at], sign=at == 1)}" for at in range(len(QUANTITIES))
+            _interval(values_SPK[..., at], sign=quantity == "margin")
+            for at, quantity in enumerate(QUANTITIES)
         )
-        layers = ", ".join(map(str, study.layers()[name])) or "–"
-        yield f"| {name} | {layers} | {cells} |"
-    yield ""
-    yield "| minus DPO | quantity | each seed | mean, prompts, seeds |"
+        yield f"| {name} | {layers} | {len(seeds)} | {cells} |"
+
+
+def _difference_lines(study: Study, runs: Sequence[str], baseline: str) -> Iterator[str]:
+    yield f"| minus {baseline} | quantity | each seed | mean, prompts, seeds |"
     yield "|---|---|---|---|"
-    for name in VARIANTS[1:]:
+    for name in runs:
+        seeds = sorted({*study.seeds(name)} & {*study.seeds(baseline)})
+        own, other = (_quantities(study, seeds, run, -1) for run in (name, baseline))
         for at, quantity in enumerate(QUANTITIES):
-            cells = _difference(values[name][..., at] - values["DPO"][..., at])
-            yield f"| {name} | {quantity} | {cells} |"
+            yield f"| {name} | {quantity} | {_difference(own[..., at] - other[..., at])} |"
 
 
-def _tap_lines(study: Study, seeds: Sequence[int]) -> Iterator[str]:
+def _tap_lines(study: Study, runs: Sequence[str]) -> Iterator[str]:
     yield "| run | layer | DPO's margin | margin | difference, each seed | mean, prompts, seeds |"
     yield "|---|---|---|---|---|---|"
-    for name in VARIANTS[1:]:
+    for name in runs:
         for layer in study.layers()[name]:
             at = study.evaluated().index(layer)
-            own_SP, dpo_SP = (_quantities(study, seeds, run, at)[..., 1] for run in (name, "DPO"))
+            own_SP, dpo_SP = (
+                _quantities(study, study.seeds(name), run, at)[..., 1] for run in (name, "DPO")
+            )
             cells = f"{_interval(dpo_SP, sign=True)} | {_interval(own_SP, sign=True)}"
             yield f"| {name} | {layer} | {cells} | {_difference(own_SP - dpo_SP)} |"
 

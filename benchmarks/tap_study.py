@@ -173,6 +173,14 @@ class Study:
         name = variant.replace(" ", "-")
         return self.directory / f"seed-{seed}" / name / "scores" / "fingerprint.json"
 
+    def seeds(self, variant: str) -> list[int]:
+        """The seeds of which this variant and DPO are finished."""
+        return [
+            seed
+            for seed in range(self.options.seeds)
+            if all(self.scores(seed, name).exists() for name in ("DPO", variant))
+        ]
+
     def margins(self, seed: int, variant: str) -> Floats:
         """Reward margins of the held-out pairs at the evaluated layers, [P, L]."""
         tables = [
