@@ -31,8 +31,8 @@ from megatron_idpo.mcore.watchdog.monitor import ranges
 
 _STORE_TIMEOUT_S = 60.0
 
-_REPORT_S = 2.0
-"""For a report to a store whose machine may be lost."""
+_REPORT_S = 5.0
+"""For a report to a store whose machine may be lost; connecting may wait for a name server."""
 
 
 def announce_launch(worker_group: WorkerGroup, restarts: int) -> "LauncherNotes | None":
@@ -161,7 +161,7 @@ class PatientRendezvous:
         self._usable = self._unusable = None
 
     def num_nodes_waiting(self) -> int:
-        """Launch that want to join and can be used; none if the host has ended."""
+        """Machines that want to join and can be used; none if the host has ended."""
         if not self._is_lost:
             try:
                 waiting = self._handler.num_nodes_waiting()

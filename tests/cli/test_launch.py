@@ -51,7 +51,10 @@ def test_workers_get_the_other_words():
     [
         ("train a.yaml --processes 0", "cannot use '0'; give a number from 1"),
         ("train a.yaml --processes two", "cannot use 'two'"),
-        ("judge a.yaml --processes 2", "unrecognized arguments: --processes"),
+        (
+            "judge a.yaml --processes 2",
+            "--processes: unknown option; see `megatron-idpo judge --help`",
+        ),
     ],
 )
 def test_an_invalid_number_is_refused(words, message, capsys):

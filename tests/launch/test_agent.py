@@ -12,7 +12,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
-from megatron_idpo.cli import agent
+from megatron_idpo.cli import agent, rendezvous
 from megatron_idpo.cli.rendezvous import LauncherNotes, PatientRendezvous, announce_launch
 from megatron_idpo.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 from megatron_idpo.mcore.watchdog.launch_notes import (
@@ -214,6 +214,7 @@ def test_workers_that_ended_are_reported_to_those_of_other_machines(
     codes, stopped, reason, code, monkeypatch
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "h")
+    monkeypatch.setattr(rendezvous, "_REPORT_S", 60.0)  # on a busy machine
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     launch = Launch("127.0.0.1", store.port, "start", fewest=2, most=2)
     workers = [SimpleNamespace(global_rank=rank) for rank in (4, 5)]
