@@ -24,7 +24,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 """`path:function` -> why it may have up to `MAX_EXCEPTION_LINES`."""
 
 TIERS = (
-    {"errors"},
+    {"errors", "machine"},
     {"storage", "console"},
     {"config"},
     {"objective", "mcore"},
@@ -37,7 +37,7 @@ TIERS = (
 )
 """Subpackages, lowest first. Imports go to the same tier or below; cycles are refused."""
 
-RESTRICTED = {"objective": {"errors", "config"}, "mcore": {"errors", "config"}}
+RESTRICTED = {"objective": {"errors", "config"}, "mcore": {"errors", "machine", "config"}}
 """Subpackages that may import only these others."""
 
 MEGATRON_PACKAGES = {"mcore", "checkpoint"}

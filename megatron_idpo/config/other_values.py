@@ -38,6 +38,11 @@ _LOSSES_BY_HINT: Mapping[str, str] = {
 
 _NO_SCHEDULE = "is not supported: use cosine, linear or constant"
 _STEPS = "write a number of steps"
+_EVERY_STEPS = dict.fromkeys(("0", "-1", "no", "none", "false"), "write null") | {
+    "<str>": _STEPS,
+    "<bool>": _STEPS,
+    "<float>": f"{_STEPS}, not a share of them",
+}
 
 OTHER_VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -105,10 +110,8 @@ OTHER_VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "training.epochs": {"<float>": "write a whole number; training.max_steps ends a run early"},
         "training.max_steps": {"-1": "write null: the epochs decide", "0": "write null"},
         "training.recompute": {"true": "use full", "false": "use off", "block": "use full"},
-        "training.eval_every_steps": dict.fromkeys(("0", "-1", "no", "none", "false"), "write null")
-        | {"<str>": _STEPS, "<bool>": _STEPS, "<float>": f"{_STEPS}, not a share of them"},
-        "checkpoint.every_steps": dict.fromkeys(("0", "-1", "no", "none", "false"), "write null")
-        | {"<str>": _STEPS, "<bool>": _STEPS, "<float>": f"{_STEPS}, not a share of them"},
+        "training.eval_every_steps": _EVERY_STEPS,
+        "checkpoint.every_steps": _EVERY_STEPS,
         "checkpoint.resume": {
             "true": "use auto",
             "false": "use never, which is an error if there is a checkpoint",

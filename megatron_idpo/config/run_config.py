@@ -75,7 +75,7 @@ class RunConfig(Section):
             yield from self._export_problems()
         if self.has("model") and self.uploads_adapter and self.export.base_model is None:
             if hub_name(self.model.path) is None:
-                message = f"is null, so that nobody else can load the adapter: {self.model.path} is"
+                message = f"is null, so that others cannot load the adapter: {self.model.path} is"
                 message += " a directory of this machine"
                 remedy = "set it to the name of the model on the hub"
                 yield Problem("export.base_model", message, remedy)

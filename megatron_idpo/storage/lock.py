@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron_idpo.errors import EXIT_PREEMPTED, ConfigError, OutputLockedError
+from megatron_idpo.machine import boot_id
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +153,6 @@ def _wait_s(error: LockHeldError) -> float:
 def this_process() -> str:
     """As a lock file names its holder: `host a, process 12`."""
     return f"host {socket.gethostname()}, process {os.getpid()}"
-
-
-def boot_id() -> str:
-    """Differs between machines, and between two boots of one; empty where there is none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _write_holder(descriptor: int) -> None:

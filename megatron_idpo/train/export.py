@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -76,28 +77,19 @@ def export_result(
     """
     architecture, adapters = policy.source.architecture, policy.adapters
     dtype = torch_dtype(config.export.dtype or config.model.dtype)
-    with companions_of(config, policy.source) as companions, TemporaryDirectory() as cards:
-        picture = _draw_layers(output, Path(cards))
-
-        def card(directory: Path, kind: Kind) -> list[Path]:
-            with raise_on_all_ranks("writing the model card"):
-                if not is_rank0():  # copies the files
-                    return []
-                text = model_card(
-                    config,
-                    _base_model(config, directory),
-                    kind,
-                    metrics,
-                    step=step,
-                    has_chat_template=has_chat_template(companions),
-                    has_picture=picture is not None,
-                )
-                return _write_card(text, Path(cards) / kind, picture)
-
+    with companions_of(config, policy.source) as companions, TemporaryDirectory() as temporary:
+        cards = _Cards(
+            config,
+            metrics,
+            step,
+            has_chat_template(companions),
+            _draw_layers(output, Path(temporary)),
+            Path(temporary),
+        )
         export_hf(
             policy.chunks,
             architecture,
-            (*companions, *card(output.hf, "model")),
+            (*companions, *cards.files(output.hf, "model")),
             output.hf,
             dtype=dtype,
             overwrite=True,
@@ -111,18 +103,57 @@ def export_result(
         if adapters is not None and with_adapter:
             # Its tokenizer and end tokens: those of the base model may be others.
             kept = [file for file in companions if file.name != CONFIG_FILE]
-            kept += card(output.adapter, "adapter")
+            kept += cards.files(output.adapter, "adapter")
             base_model = _base_model(config, output.adapter)
             save_peft(adapters, architecture, output.adapter, base_model, companions=kept)
             lines.append(f"adapter  {output.adapter}")
-    if step is None and (repository := config.export.push_to_hub) is not None:
-        uploads = {repository: output.hf}
-        if adapters is not None and with_adapter:
-            uploads[config.export.adapter_repository] = output.adapter
-        for name, directory in uploads.items():
-            push(name, directory, private=config.export.private)
-            lines.append(f"uploaded {name}")
+    if step is None:
+        lines += _upload(config, output, with_adapter=adapters is not None and with_adapter)
     return [*lines, "try it:", broadcast_from_rank0(lambda: f"  {_command(output.hf)}")]
+
+
+@dataclass(frozen=True)
+class _Cards:
+    """What the model cards of an export have in common."""
+
+    config: RunConfig
+    metrics: Mapping[str, float]
+    step: int | None
+    has_chat_template: bool
+    picture: Path | None
+    root: Path
+    """Temporary directory."""
+
+    def files(self, directory: Path, kind: Kind) -> list[Path]:
+        """Write the card of one directory, and list it with its picture. Collective.
+
+        Only rank 0, which copies the files, has some.
+        """
+        with raise_on_all_ranks("writing the model card"):
+            if not is_rank0():
+                return []
+            text = model_card(
+                self.config,
+                _base_model(self.config, directory),
+                kind,
+                self.metrics,
+                step=self.step,
+                has_chat_template=self.has_chat_template,
+                has_picture=self.picture is not None,
+            )
+            return _write_card(text, self.root / kind, self.picture)
+
+
+def _upload(config: RunConfig, output: RunDirectory, *, with_adapter: bool) -> list[str]:
+    """Upload the result if that is configured; returns a line for each repository. Collective."""
+    if (repository := config.export.push_to_hub) is None:
+        return []
+    uploads = {repository: output.hf}
+    if with_adapter:
+        uploads[config.export.adapter_repository] = output.adapter
+    for name, directory in uploads.items():
+        push(name, directory, private=config.export.private)
+    return [f"uploaded {name}" for name in uploads]
 
 
 def _lost_in_merging(share: float, dtype: torch.dtype) -> list[str]:

@@ -186,7 +186,7 @@ IS_FULL = r"(needs [\d,]+ bytes of disk, [\d,]+ are free|the disk or quota is fu
 
 @contextmanager
 def small_disk(directory: Path) -> Iterator[None]:
-    """A file system of its own that both machines see."""
+    """A small file system that both machines see."""
     directory.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(directory)]
     subprocess.run(mount, check=True)

@@ -10,8 +10,8 @@ at its end each process reports who is missing.
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Self
 
@@ -26,7 +26,7 @@ from megatron_idpo.mcore.watchdog.launch_notes import (
     set_joined,
 )
 from megatron_idpo.mcore.watchdog.monitor import ranges
-from megatron_idpo.mcore.watchdog.watch import EndProcess, end_with
+from megatron_idpo.mcore.watchdog.watch import EndProcess, end_with, time_limit
 
 _TIMEOUTS_TO_START = 10
 """In heartbeat timeouts: reading torch from cold shared storage takes minutes longer on one machine
@@ -94,30 +94,19 @@ class JoinLimit:
         """End with the start of the workers, if the launchers report its end."""
         next_machine = (int(os.environ["GROUP_RANK"]) + 1) % int(os.environ["GROUP_WORLD_SIZE"])
         store = f"the store of the launchers ({launch.host}:{launch.port})"
-        end = None
+        silent = LaunchEnd(f"{store} does not answer", EXIT_PEER_LOST)
+        end, limit_s = None, self._heartbeat_timeout_s
         try:
-            with self._answers_within(f"{store} does not answer"):
-                notes = launch.connect(self._heartbeat_timeout_s)
-            watch = NeighborWatch(notes, next_machine, self._heartbeat_timeout_s)
+            with time_limit(limit_s, lambda: self._end(silent)):
+                notes = launch.connect(limit_s)
+            watch = NeighborWatch(notes, next_machine, limit_s)
             while end is None and not self._is_over.wait(BEAT_S):
-                with self._answers_within(f"{store} does not answer"):
+                with time_limit(limit_s, lambda: self._end(silent)):
                     end = watch.look(time.monotonic())
         except dist.DistError:
             end = LaunchEnd(f"{store} has ended", EXIT_PEER_LOST)
         if end is not None:
             self._end(end)
-
-    @contextmanager
-    def _answers_within(self, reason: str) -> Iterator[None]:
-        """End this process if the block, a call into C++, takes longer than a heartbeat may."""
-        end = LaunchEnd(reason, EXIT_PEER_LOST)
-        timer = threading.Timer(self._heartbeat_timeout_s, self._end, [end])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
     def _end(self, end: LaunchEnd) -> None:
         def message() -> str:

@@ -1,13 +1,12 @@
 """Limits the time in which a process leaves a run after an error: its heartbeats have ended."""
 
 import os
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_idpo.errors import EXIT_PEER_LOST, UserError
-from megatron_idpo.mcore.watchdog.watch import EndProcess, end_with
+from megatron_idpo.mcore.watchdog.watch import EndProcess, end_with, time_limit
 
 _LEAVE_LIMIT_S = 60.0
 """More than gloo or NCCL need to close the connections of a process that does not wait."""
@@ -39,10 +38,5 @@ def leaving_after(
             f"{limit_s:.0f} s. This process ends (exit code {code})"
         )
 
-    timer = threading.Timer(limit_s, end_with, [message, end_process, code])
-    timer.daemon = True
-    timer.start()
-    try:
+    with time_limit(limit_s, lambda: end_with(message, end_process, code)):
         yield
-    finally:
-        timer.cancel()

@@ -23,7 +23,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import cast
 
@@ -31,6 +30,7 @@ import psutil
 import torch.distributed as dist
 
 from megatron_idpo.errors import EXIT_PEER_LOST, LOST_PEER_NOTE, UserError
+from megatron_idpo.machine import boot_id
 from megatron_idpo.mcore.watchdog.activity import (
     IdleTimer,
     current_activity,
@@ -292,7 +292,7 @@ def _join_tree(monitor: Monitor, idle: IdleTimer) -> tuple[Heartbeat, socket.soc
     """Connect this process with its parent. Collective: two all-gathers of a small object."""
     host, rank = socket.gethostname(), dist.get_rank()
     # Two agents of torchrun on one host are two machines; two machines may have one host name.
-    machine = f"{os.environ.get('GROUP_RANK', '')}/{host}/{_boot_id()}"
+    machine = f"{os.environ.get('GROUP_RANK', '')}/{host}/{boot_id()}"
     own = _Member(rank, machine, host, secrets.token_hex(16), tuple(own_addresses()))
     members = _gather(own)
     machines = [member.machine for member in members]
@@ -329,14 +329,6 @@ def _join_tree(monitor: Monitor, idle: IdleTimer) -> tuple[Heartbeat, socket.soc
     return heartbeat, server, members[0].token
 
 
-def _boot_id() -> str:
-    """Differs between machines; empty where there is none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
 def _gather[Value](value: Value) -> list[Value]:
     values: list[Value | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -367,12 +359,21 @@ def end_with(
     message: Callable[[], str], end_process: EndProcess, code: int = EXIT_PEER_LOST
 ) -> None:
     """Print a message and end this process with an exit code, even if printing blocks."""
-    timer = threading.Timer(_PRINT_LIMIT_S, end_process, [code])
+    with time_limit(_PRINT_LIMIT_S, lambda: end_process(code)):
+        _print(message())
+        end_process(code)
+
+
+@contextmanager
+def time_limit(limit_s: float, expired: Callable[[], object]) -> Iterator[None]:
+    """Call `expired` from another thread if the block, which may hang inside C++, takes longer."""
+    timer = threading.Timer(limit_s, expired)
     timer.daemon = True
     timer.start()
-    _print(message())
-    end_process(code)
-    timer.cancel()  # in a test
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _print(message: str) -> None:
